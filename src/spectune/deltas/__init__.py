@@ -1,0 +1,30 @@
+"""The core: the contract of methods and deltas, the three kinds of site, routing, attach and detach."""
+
+from spectune.deltas.attach import attach, attached, detach
+from spectune.deltas.delta import Delta
+from spectune.deltas.merge import merge
+from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, Setting, Site
+from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule
+from spectune.deltas.probe import capture_keys_and_values
+from spectune.deltas.registry import Registry, route
+
+__all__ = [
+    "AttentionModule",
+    "AttentionSite",
+    "Delta",
+    "DeltaModule",
+    "InputModule",
+    "InputSite",
+    "Method",
+    "OutputModule",
+    "OutputSite",
+    "Registry",
+    "Setting",
+    "Site",
+    "attach",
+    "attached",
+    "capture_keys_and_values",
+    "detach",
+    "merge",
+    "route",
+]

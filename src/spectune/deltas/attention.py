@@ -1,0 +1,127 @@
+"""The attention function, registered with transformers, that puts learned keys and values before a layer's own.
+
+It works at the last moment, on the keys and values that attention is about to use: after rotary positions, after the
+cache. So gradient checkpointing, caches of any kind and `generate` need to know nothing of prefixes. A mask function
+is registered too: without one, transformers passes no mask at all to a custom attention function.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from spectune.compute.masks import widen_mask
+from spectune.deltas.modules import AttentionModule
+from spectune.deltas.sites import get
+from spectune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from spectune.deltas.registry import Registry
+
+SUPPORTED = ("eager", "sdpa")
+_PREFIX = "spectune_"
+
+
+def switch_on(model: PreTrainedModel) -> str:
+    """Set the model's attention to the function that knows prefixes; returns the plain name of what it had.
+
+    Raises:
+        ConfigError: the model's attention is neither eager nor SDPA, or the type has no exchangeable attention.
+    """
+    before = implementation(model).removeprefix(_PREFIX)
+    if before not in SUPPORTED:
+        raise ConfigError(
+            f"prefix tuning works with eager and SDPA attention; this model uses {before!r}. "
+            "Call model.set_attn_implementation('sdpa') first."
+        )
+    model.set_attn_implementation(_PREFIX + before)
+    if not is_on(model):
+        raise ConfigError(
+            f"{type(model).__name__} does not use transformers' attention interface, so keys and values cannot be put "
+            "before its own: prefix tuning is refused. Use another method (lora, adapter, prompt)."
+        )
+    return before
+
+
+def implementation(model: PreTrainedModel) -> str:
+    """The name of the attention function in force."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def is_on(model: PreTrainedModel) -> bool:
+    """Whether the function that knows prefixes is in force."""
+    return implementation(model).startswith(_PREFIX)
+
+
+def listen(module: nn.Module, registry: Registry) -> None:
+    """Let an attention module's function know the model's registry."""
+    module._spectune_registry = registry  # type: ignore[assignment]
+
+
+def stop_listening(module: nn.Module) -> None:
+    module.__dict__.pop("_spectune_registry", None)
+
+
+def _with_prefix(
+    attend: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    registry = module.__dict__.get("_spectune_registry")
+    if registry is not None:
+        if registry.attention_calls is not None:
+            registry.attention_calls[id(module)] = (key.detach(), value.detach())
+        prefix = get(module, registry.current)
+        if isinstance(prefix, AttentionModule):
+            prefix_key, prefix_value = prefix()
+            extra = prefix_key.shape[1]
+            attention_mask = widen_mask(attention_mask, query.shape[2], key.shape[2], extra, query.device)
+            key = _before(prefix_key, key)
+            value = _before(prefix_value, value)
+    result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
+    return result
+
+
+def _before(prefix: Tensor, own: Tensor) -> Tensor:
+    """`[heads, virtual, dim]` before `[batch, heads, length, dim]`, in the latter's dtype."""
+    return torch.cat([prefix.to(own.dtype).expand(own.shape[0], -1, -1, -1), own], dim=2)
+
+
+def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return _with_prefix(sdpa_attention_forward, module, *args, **kwargs)
+
+
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    # eager attention is each modeling file's own (soft caps, sinks): take it from where the module's class stands
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None:
+        raise ConfigError(
+            f"{type(module).__name__} has no eager attention function that keys could be given to; "
+            "call model.set_attn_implementation('sdpa') before attach"
+        )
+    return _with_prefix(own, module, *args, **kwargs)
+
+
+def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    # always a real mask: SDPA's causal flag is aligned to the top left, wrong once keys stand in front
+    kwargs["allow_is_causal_skip"] = False
+    mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+AttentionInterface.register("spectune_sdpa", _sdpa)
+AttentionInterface.register("spectune_eager", _eager)
+AttentionMaskInterface.register("spectune_sdpa", _sdpa_mask)
+AttentionMaskInterface.register("spectune_eager", eager_mask)

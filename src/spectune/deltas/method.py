@@ -1,0 +1,147 @@
+"""The contract of a method: a frozen config that says where it acts and builds the modules that act there."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from spectune.deltas.modules import DeltaModule
+from spectune.errors import ConfigError
+from spectune.families import Attention, Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from spectune.deltas.delta import Delta
+
+
+@dataclass(frozen=True)
+class OutputSite:
+    """After a module: the delta's module sees its input and output and returns a new output."""
+
+    path: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """Inside attention: the delta's module supplies keys and values that stand before the layer's own."""
+
+    path: str
+    attention: Attention
+
+
+@dataclass(frozen=True)
+class InputSite:
+    """The sequence itself: the delta's module supplies embeddings that stand before the text at the decoder's entry."""
+
+    path: str
+    hidden_size: int
+
+
+Site = OutputSite | AttentionSite | InputSite
+
+
+@dataclass
+class Setting:
+    """What a method may look at when it makes its first weights: the bare base, a seeded generator, a tokenizer."""
+
+    model: PreTrainedModel
+    family: Family
+    generator: torch.Generator
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+class Method(BaseModel, ABC):
+    """A way to adapt a base. The frozen config *is* the method; a `Delta` is what it becomes on one model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str
+    label: ClassVar[str]
+    best_for: ClassVar[str]
+    default_learning_rate: ClassVar[float]
+    default_learning_rate_source: ClassVar[str]
+    #: the tuned model equals the base until the first step
+    starts_at_identity: ClassVar[bool] = True
+    #: the base itself is what is trained: no other delta can stand beside it
+    trains_base: ClassVar[bool] = False
+    can_merge: ClassVar[bool] = False
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that this method puts before the text (prefix, prompt); text positions are shifted by as many."""
+        return 0
+
+    @abstractmethod
+    def sites(self, family: Family) -> list[Site]:
+        """The places where this method acts.
+
+        Raises:
+            ConfigError: the base has no such place, or a target names none.
+        """
+
+    @abstractmethod
+    def build(self, site: Site) -> DeltaModule:
+        """The module for one site, float32, on the CPU, not yet initialised."""
+
+    @abstractmethod
+    def num_parameters(self, family: Family) -> int:
+        """Weights stored and used at inference, from shapes alone."""
+
+    def num_trained_parameters(self, family: Family) -> int:
+        """Weights trained: the same, plus what only training has."""
+        return self.num_parameters(family)
+
+    def build_shared(self, family: Family) -> nn.Module | None:
+        """Weights that all sites share and only training has (a prefix's reparametrisation)."""
+        return None
+
+    @abstractmethod
+    def initialise(self, delta: Delta, setting: Setting) -> None:
+        """Write the first weights, from `setting.generator` only, so that a seed gives the same delta everywhere."""
+
+    def notice(self, family: Family) -> str | None:
+        """A sentence the user should read when this method meets this base, or None."""
+        return None
+
+    def bind(self, model: PreTrainedModel, family: Family, name: str, *, keep_base: bool) -> Delta:
+        """The delta of this method on `model`, with its modules but without first weights."""
+        from spectune.deltas.delta import Delta
+
+        if keep_base:
+            raise ConfigError(
+                f"keep_base=True is for methods that train the base itself; {self.label} leaves it as it is. Drop it."
+            )
+        return Delta(self, model, family, name)
+
+    # -- folders: a method that PEFT has overrides these two with PEFT's layout ------------------------------------
+
+    def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """`adapter_config.json` and the tensors of `adapter_model.safetensors` for a stored state."""
+        return {"spectune_method": self.model_dump(mode="json")}, dict(state)
+
+    def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+        """The stored state (`site path.parameter` -> tensor) back from a folder's tensors, surplus keys kept."""
+        return dict(tensors)
+
+    @classmethod
+    def from_peft_config(cls, config: Mapping[str, Any]) -> Method | None:
+        """The method that a PEFT `adapter_config.json` describes, None where it is another's."""
+        return None
+
+    def as_stored(self) -> Method:
+        """The method that a stored delta has: without what only training had."""
+        return self
+
+
+def stored_parameters(module: DeltaModule) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one site's module as they are stored."""
+    yield from module.stored().items()

@@ -1,0 +1,59 @@
+"""The modules that act at a site. Their weights are float32 and stay so, whatever the base is cast to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+from torch import Tensor, nn
+
+
+class DeltaModule(nn.Module):
+    """A module of one delta at one site. It follows the base's device, never its dtype (`model.half()` and such)."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # type: ignore[override]
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def use_shared(self, shared: nn.Module) -> None:
+        """Take note of the weights that all sites share, without owning them (they stand at the decoder)."""
+        raise NotImplementedError
+
+    def stored(self) -> dict[str, Tensor]:
+        """What goes to disk, by name; by default the weights as they are."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def load_stored(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `stored`, on a module built with the stored method."""
+        own = dict(self.named_parameters())
+        for name, tensor in tensors.items():
+            own[name].data.copy_(tensor)
+
+
+class OutputModule(DeltaModule):
+    """Acts after a module: the site's input and output in, the new output out."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """`x`: `[..., in_features]`, `y`: `[..., out_features]`, both in the base's dtype; returns `y`'s like."""
+        raise NotImplementedError
+
+    def merge_into(self, module: nn.Module) -> None:
+        """Write the delta into the base module's own weights, if the method can."""
+        raise NotImplementedError
+
+
+class AttentionModule(DeltaModule):
+    """Acts inside attention: gives keys and values `[kv_heads, virtual tokens, dim]`, float32."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class InputModule(DeltaModule):
+    """Acts on the sequence: gives embeddings `[virtual tokens, hidden]`, float32."""
+
+    def forward(self) -> Tensor:
+        raise NotImplementedError

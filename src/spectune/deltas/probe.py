@@ -1,0 +1,97 @@
+"""Looking at a base by running it: does every site of a delta fire, and which keys and values does text make?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectune.deltas.delta import Delta
+from spectune.deltas.method import AttentionSite, OutputSite
+from spectune.deltas.registry import Registry
+from spectune.errors import ConfigError
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own training flag is put back, as the caller may mix them."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
+    """Run two tokens through the model and check that each of the delta's sites is reached.
+
+    Raises:
+        ConfigError: a module is never called (its weights are used some other way), or an attention module does not
+            go through the registered attention function; all of them are named.
+    """
+    model = registry.model
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        return  # nothing can be run; the first real forward fails loudly where a module is missing
+    wanted = {site.path: model.get_submodule(site.path) for site, _ in delta.sites if isinstance(site, OutputSite)}
+    called: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, path=path: called.add(path))  # type: ignore[misc]
+        for path, module in wanted.items()
+    ]
+    registry.attention_calls = {}
+    try:
+        _run(model, [0, 1])
+        attended = set(registry.attention_calls)
+    finally:
+        registry.attention_calls = None
+        for handle in handles:
+            handle.remove()
+    silent = [path for path in wanted if path not in called]
+    deaf = [
+        site.path
+        for site, _ in delta.sites
+        if isinstance(site, AttentionSite) and id(model.get_submodule(site.path)) not in attended
+    ]
+    if silent or deaf:
+        lines = [f"{path}: is never called in a forward pass" for path in silent]
+        lines += [f"{path}: does not use the attention function set by set_attn_implementation" for path in deaf]
+        raise ConfigError(
+            f"{delta.method.label} would not act on every site of this {registry.family.model_type} model:\n"
+            + "\n".join(lines)
+            + "\nChoose other targets, or another method."
+        )
+
+
+def capture_keys_and_values(
+    model: PreTrainedModel, paths: list[str], ids: list[int]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The keys and values `[kv_heads, len(ids), dim]` that the bare base makes of a text, for each attention module.
+
+    They are taken where attention uses them, after rotary positions. The modules must be open attention sites.
+    """
+    registry = Registry.of(model)
+    assert registry is not None, "capture is called from initialise, when the model has a registry"
+    registry.attention_calls = {}
+    try:
+        with registry.routed(None):
+            _run(model, ids)
+        calls = registry.attention_calls
+    finally:
+        registry.attention_calls = None
+    modules = {path: model.get_submodule(path) for path in paths}
+    return {
+        path: (calls[id(module)][0][0].float(), calls[id(module)][1][0].float())
+        for path, module in modules.items()
+        if id(module) in calls
+    }
+
+
+def _run(model: PreTrainedModel, ids: list[int]) -> None:
+    with evaluating(model):
+        model(input_ids=torch.tensor([ids], device=model.get_input_embeddings().weight.device), use_cache=False)

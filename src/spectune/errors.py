@@ -1,0 +1,51 @@
+"""The errors a user can meet, each with the exit code that the command line answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SpectuneError(Exception):
+    """Something failed in a way that has one clear sentence for the user."""
+
+    exit_code: int = 1
+
+
+class ConfigError(SpectuneError, ValueError):
+    """A setting, a flag or an argument is wrong: it names what was given and what was expected."""
+
+    exit_code = 2
+
+
+class DataError(SpectuneError, ValueError):
+    """Data is missing or broken. `problems` holds one line each, `file:line: what is wrong; what was expected`."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join([message, *self.problems]))
+
+
+class DoesNotFitError(SpectuneError):
+    """The plan says that the run does not fit into memory."""
+
+    exit_code = 4
+
+
+class OutOfMemoryError(SpectuneError):
+    """Memory ran out in a step; the message names batch and length."""
+
+    exit_code = 5
+
+
+class DivergedError(SpectuneError):
+    """The loss or a gradient is not finite any more; the last good state was kept."""
+
+    exit_code = 6
+
+
+class InterruptedRun(SpectuneError):  # noqa: N818 - an interruption is not an error of the program
+    """Ctrl-C or SIGTERM: a checkpoint was written, the message says how to go on."""
+
+    exit_code = 130

@@ -1,0 +1,28 @@
+"""What is known of model architectures, found by structure: no table of model names."""
+
+from spectune.families.family import (
+    Attention,
+    Bias,
+    Family,
+    FeedForward,
+    Layer,
+    Linear,
+    describe,
+    family_from_config,
+)
+from spectune.families.fingerprint import differences, fingerprint
+from spectune.families.modules import linear_shape
+
+__all__ = [
+    "Attention",
+    "Bias",
+    "Family",
+    "FeedForward",
+    "Layer",
+    "Linear",
+    "describe",
+    "differences",
+    "family_from_config",
+    "fingerprint",
+    "linear_shape",
+]

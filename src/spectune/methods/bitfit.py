@@ -1,0 +1,79 @@
+"""BitFit: train the biases only.
+
+Ben Zaken et al. 2022, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
+arXiv 2106.10199. What is trained and stored here is an offset for each bias, `y + delta`: the same function and the
+same gradient as training the bias itself, but the base stays as it is. A base with no bias at all (Llama) gets
+offsets at its linears, the head excepted, and the user is told.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spectune.deltas import Delta, Method, OutputModule, OutputSite, Setting, Site
+from spectune.errors import ConfigError
+from spectune.families import Family
+
+
+class Offset(OutputModule):
+    """`y + offset`: `offset` `[out_features]`, zero at the start."""
+
+    def __init__(self, site: OutputSite) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(site.out_features))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.offset.to(y.dtype)
+
+    def merge_into(self, module: nn.Module) -> None:
+        bias = getattr(module, "bias", None)
+        if not isinstance(bias, nn.Parameter):
+            raise ConfigError(
+                f"{type(module).__name__} has no bias to merge into: this model type's config cannot express one. "
+                "Keep the delta attached."
+            )
+        bias.data = (bias.float() + self.offset.to(bias.device)).to(bias.dtype)
+
+
+class BitFit(Method):
+    """Train the biases only, as offsets (Ben Zaken et al. 2022)."""
+
+    name: Literal["bitfit"] = "bitfit"
+
+    label: ClassVar[str] = "BitFit"
+    best_for: ClassVar[str] = "the smallest files that still reach every layer; small shifts of style or domain"
+    default_learning_rate: ClassVar[float] = 1e-2
+    default_learning_rate_source: ClassVar[str] = "the authors' code has 1e-3"
+    can_merge: ClassVar[bool] = True
+
+    def sites(self, family: Family) -> list[Site]:
+        out_of_reach = [bias.path for bias in family.biases if not bias.additive]
+        if out_of_reach:
+            raise ConfigError(
+                "BitFit is refused: these biases are used in a way that an offset on a module's output does not "
+                f"reproduce: {', '.join(out_of_reach)}. Use LoRA or adapters."
+            )
+        if family.biases:
+            return [OutputSite(bias.path, bias.size, bias.size) for bias in family.biases]
+        return [OutputSite(linear.path, linear.in_features, linear.out_features) for linear in family.linears]
+
+    def build(self, site: Site) -> Offset:
+        assert isinstance(site, OutputSite)
+        return Offset(site)
+
+    def num_parameters(self, family: Family) -> int:
+        return sum(site.out_features for site in self.sites(family) if isinstance(site, OutputSite))
+
+    def initialise(self, delta: Delta, setting: Setting) -> None:
+        """Offsets are zero from the start."""
+
+    def notice(self, family: Family) -> str | None:
+        if family.biases:
+            return None
+        return (
+            f"this {family.model_type} model has no biases: BitFit trains a new offset at each of its "
+            f"{len(family.linears)} linears (the head excepted)"
+        )

@@ -1,0 +1,127 @@
+"""Full fine-tuning: train every weight of the base.
+
+The yardstick of the spectrum. The base itself is the delta, so nothing can stand beside it, and taking it off needs
+the copy that `attach(..., keep_base=True)` keeps in host memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from spectune.deltas import Delta, Method, Registry, Setting, Site
+from spectune.deltas.delta import check_tensors
+from spectune.errors import ConfigError, DataError
+from spectune.families import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from spectune.deltas import DeltaModule
+
+
+class FullFineTuning(Method):
+    """Train all weights of the base, in place."""
+
+    name: Literal["full"] = "full"
+
+    label: ClassVar[str] = "Full"
+    best_for: ClassVar[str] = "the most data and compute, one task, quality above all"
+    default_learning_rate: ClassVar[float] = 3e-4
+    default_learning_rate_source: ClassVar[str] = "Li and Liang's code for GPT-2 has 5e-5; small bases take more"
+    trains_base: ClassVar[bool] = True
+    can_merge: ClassVar[bool] = True
+
+    def sites(self, family: Family) -> list[Site]:
+        return []
+
+    def build(self, site: Site) -> NoReturn:
+        raise AssertionError("full fine-tuning has no sites")
+
+    def num_parameters(self, family: Family) -> int:
+        return family.num_parameters
+
+    def initialise(self, delta: Delta, setting: Setting) -> None:
+        """The base's weights are the first weights."""
+
+    def bind(self, model: PreTrainedModel, family: Family, name: str, *, keep_base: bool) -> Delta:
+        return TunedBase(self, model, family, name, keep_base)
+
+
+class TunedBase(Delta):
+    """The base, all of whose weights are trained."""
+
+    def __init__(self, method: Method, model: PreTrainedModel, family: Family, name: str, keep_base: bool) -> None:
+        super().__init__(method, model, family, name)
+        #: the base's weights before training, on the host
+        self._kept = {n: p.detach().cpu().clone() for n, p in model.named_parameters()} if keep_base else None
+
+    def open(self, registry: Registry) -> None:
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(True)
+
+    def close(self, registry: Registry) -> None:
+        if self._kept is None:
+            raise ConfigError(
+                "the base was trained in place and no copy was kept; to be able to detach, attach with keep_base=True "
+                "(or load the base again)"
+            )
+        self._write(self._kept)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        if self._kept is None:
+            raise ConfigError("the bare base is gone: attach with keep_base=True to be able to go back to it")
+        tuned = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self._write(self._kept)
+        try:
+            yield
+        finally:
+            self._write(tuned)
+
+    def _write(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(state[name])
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.model.named_parameters()
+
+    def total_parameters(self) -> int:
+        return self.family.num_parameters
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.training_state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.load_training_state_dict(state)
+
+    def module_at(self, path: str) -> DeltaModule | None:
+        return None
+
+    def write_files(self, folder: Path) -> None:
+        # the class's own method: the instance's is shadowed while deltas are attached
+        type(self.model).save_pretrained(self.model, folder)
+
+    def read_files(self, folder: Path) -> None:
+        """Load a transformers folder's weights into the base."""
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise DataError(f"{folder} holds no *.safetensors: it is not a fully tuned model")
+        state: dict[str, Tensor] = {}
+        for file in files:
+            try:
+                state |= load_file(file)
+            except Exception as error:
+                raise DataError(f"{file} is not a readable safetensors file: {error}") from error
+        own = self.training_state_dict()
+        check_tensors(own, state, f"the model in {folder}")
+        self._write(state)

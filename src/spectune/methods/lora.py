@@ -1,0 +1,177 @@
+"""LoRA: a low-rank change of linear maps.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3:
+`h = W0 x + (alpha / r) B A x`, with `A` `[r, in]` random and `B` `[out, r]` zero, so that training starts at the base.
+rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) scales by `alpha / sqrt(r)` instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from spectune.deltas import Delta, Method, OutputModule, OutputSite, Setting, Site
+from spectune.errors import ConfigError, DataError
+from spectune.families import Family, Linear
+
+_PEFT_PREFIX = "base_model.model."
+
+
+class LoRALayer(OutputModule):
+    """`y + scale * B A dropout(x)` at one linear map."""
+
+    def __init__(self, site: OutputSite, r: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(r, site.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(site.out_features, r))
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
+        return y + F.linear(low, self.lora_B.to(x.dtype)) * self.scale
+
+    def merge_into(self, module: nn.Module) -> None:
+        weight = module.weight
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            raise ConfigError(f"{type(module).__name__} holds quantised weights: LoRA cannot be merged into them")
+        change = (self.lora_B @ self.lora_A) * self.scale
+        weight.data = (weight.float() + (change.T if isinstance(module, Conv1D) else change)).to(weight.dtype)
+
+
+class LoRA(Method):
+    """Low-rank adaptation of linear maps (Hu et al. 2021).
+
+    Attributes:
+        r: rank.
+        lora_alpha: the update is scaled by `lora_alpha / r`.
+        lora_dropout: dropout on the input of `A`, in training.
+        target_modules: `"all-linear"` (every linear of every layer; the head is left alone), a list of module-name
+            endings (`["q_proj", "v_proj"]`), or one regular expression that must match a whole module path.
+        use_rslora: scale by `lora_alpha / sqrt(r)`.
+    """
+
+    name: Literal["lora"] = "lora"
+    r: int = Field(16, ge=1)
+    lora_alpha: float = Field(32, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+    use_rslora: bool = False
+
+    label: ClassVar[str] = "LoRA"
+    best_for: ClassVar[str] = "the default: near full quality, merges away at inference"
+    default_learning_rate: ClassVar[float] = 2e-3
+    default_learning_rate_source: ClassVar[str] = "LoRA paper table 11 has 2e-4 for GPT-2"
+    can_merge: ClassVar[bool] = True
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("empty: nothing would be trained")
+        return value
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def sites(self, family: Family) -> list[Site]:
+        return [OutputSite(t.path, t.in_features, t.out_features) for t in targets(family, self.target_modules)]
+
+    def build(self, site: Site) -> LoRALayer:
+        assert isinstance(site, OutputSite)
+        return LoRALayer(site, self.r, self.scale, self.lora_dropout)
+
+    def num_parameters(self, family: Family) -> int:
+        return sum(self.r * (t.in_features + t.out_features) for t in targets(family, self.target_modules))
+
+    def initialise(self, delta: Delta, setting: Setting) -> None:
+        for _, module in delta.sites:
+            assert isinstance(module, LoRALayer)
+            # Kaiming with a = sqrt(5), as in the paper's code and PEFT: uniform within 1 / sqrt(in_features)
+            bound = 1 / math.sqrt(module.lora_A.shape[1])
+            module.lora_A.copy_(torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=setting.generator))
+
+    # PEFT's layout: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r]
+
+    def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        linears = targets(family, self.target_modules)
+        modules = self.target_modules
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": _endings(linears) if modules == "all-linear" else modules,
+            "use_rslora": self.use_rslora,
+            "fan_in_fan_out": family.conv1d,
+            "bias": "none",
+        }
+        return config, {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in state.items()}
+
+    def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+        return {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
+
+    @classmethod
+    def from_peft_config(cls, config: Mapping[str, Any]) -> LoRA | None:
+        if config.get("peft_type") != "LORA":
+            return None
+        beyond = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias")
+        used = [key for key in beyond if config.get(key)]
+        if config.get("bias", "none") != "none":
+            used.append("bias")
+        if used:
+            raise DataError(f"this LoRA uses {', '.join(used)}, which spectune cannot load yet")
+        modules = config["target_modules"]
+        return cls(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            lora_dropout=config.get("lora_dropout", 0.0),
+            target_modules=modules if isinstance(modules, str) else tuple(sorted(modules)),
+            use_rslora=config.get("use_rslora", False),
+        )
+
+
+def targets(family: Family, wanted: str | tuple[str, ...]) -> list[Linear]:
+    """The linears that `target_modules` names.
+
+    Raises:
+        ConfigError: a name that matches no linear, with the nearest real one.
+    """
+    if wanted == "all-linear":
+        return list(family.linears)
+    if isinstance(wanted, str):
+        found = [t for t in family.linears if re.fullmatch(wanted, t.path)]
+        missing = [] if found else [wanted]
+    else:
+        ends = {name: [t for t in family.linears if t.path == name or t.path.endswith("." + name)] for name in wanted}
+        missing = [name for name, matches in ends.items() if not matches]
+        chosen = {t.path for matches in ends.values() for t in matches}
+        found = [t for t in family.linears if t.path in chosen]
+    if missing:
+        known = _endings(family.linears)
+        near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0) for name in missing}
+        raise ConfigError(
+            "\n".join(
+                f"target_modules: {name!r} matches no linear of this {family.model_type} model"
+                + (f"; the nearest is {near[name][0]!r}" if near[name] else "")
+                for name in missing
+            )
+            + f"\nIts linears end in: {', '.join(known)}"
+        )
+    return found
+
+
+def _endings(linears: list[Linear] | tuple[Linear, ...]) -> list[str]:
+    return sorted({linear.path.rpartition(".")[2] for linear in linears})

@@ -1,0 +1,209 @@
+"""Prefix tuning: train keys and values that every layer's attention sees before the text's own.
+
+Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv 2101.00190: each layer attends
+over `[P_K; K]`, `[P_V; V]`. With `prefix_projection` the prefix is `P = MLP(P')` while training (their equation 3,
+embedding -> linear -> tanh -> linear), and only its result is stored. Without it (P-tuning v2's flat form, Liu et al.
+2022, arXiv 2110.07602) training starts from the keys and values that the base itself makes of common words: section
+7.4 of the paper found activations of real words a far better start than noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from spectune.deltas import (
+    AttentionModule,
+    AttentionSite,
+    Delta,
+    DeltaModule,
+    Method,
+    Setting,
+    Site,
+    capture_keys_and_values,
+)
+from spectune.errors import ConfigError, DataError
+from spectune.families import Attention, Family
+from spectune.methods.prompt import common_tokens
+
+
+class KeysValues(AttentionModule):
+    """One layer's prefix, flat: keys and values `[kv_heads, virtual tokens, dim]`."""
+
+    def __init__(self, count: int, attention: Attention) -> None:
+        super().__init__()
+        self.key = nn.Parameter(torch.zeros(attention.kv_heads, count, attention.key_dim))
+        self.value = nn.Parameter(torch.zeros(attention.kv_heads, count, attention.value_dim))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.key, self.value
+
+
+class Trunk(DeltaModule):
+    """What all layers share of the reparametrisation: `tanh(linear(P'))`, `[virtual tokens, encoder_hidden_size]`."""
+
+    def __init__(self, count: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(count, hidden))
+        self.linear = nn.Linear(hidden, width)
+
+    def forward(self) -> Tensor:
+        return torch.tanh(self.linear(self.embedding))
+
+
+class ProjectedKeysValues(AttentionModule):
+    """One layer's prefix while it is reparametrised: its slice of the MLP's last linear."""
+
+    def __init__(self, width: int, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+        self.out = nn.Linear(width, attention.kv_heads * (attention.key_dim + attention.value_dim))
+
+    def use_shared(self, shared: nn.Module) -> None:
+        self._trunk = [shared]  # in a list: it is the decoder's child, not this module's
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        flat = self.out(self._trunk[0]())
+        a = self.attention
+        key, value = flat.split([a.kv_heads * a.key_dim, a.kv_heads * a.value_dim], dim=-1)
+        return _heads_first(key, a.kv_heads), _heads_first(value, a.kv_heads)
+
+    def stored(self) -> dict[str, Tensor]:
+        with torch.no_grad():
+            key, value = self()
+        return {"key": key, "value": value}
+
+
+class PrefixTuning(Method):
+    """Trained keys and values in every layer (Li and Liang 2021).
+
+    Attributes:
+        num_virtual_tokens: length of the prefix.
+        prefix_projection: train through an MLP that is folded away when stored.
+        encoder_hidden_size: width of that MLP.
+    """
+
+    name: Literal["prefix"] = "prefix"
+    num_virtual_tokens: int = Field(20, ge=1)
+    prefix_projection: bool = False
+    encoder_hidden_size: int = Field(512, ge=1)
+
+    label: ClassVar[str] = "Prefix tuning"
+    best_for: ClassVar[str] = "generation tasks on a frozen base, many users in one batch"
+    default_learning_rate: ClassVar[float] = 1e-2
+    default_learning_rate_source: ClassVar[str] = "LLM-Adapters has 3e-2, T-Few 1e-2"
+    starts_at_identity: ClassVar[bool] = False
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.num_virtual_tokens
+
+    def sites(self, family: Family) -> list[Site]:
+        if not family.attentions:
+            raise ConfigError(f"prefix tuning is refused: no attention was found in this {family.model_type} model")
+        return [AttentionSite(attention.path, attention) for attention in family.attentions]
+
+    def build(self, site: Site) -> AttentionModule:
+        assert isinstance(site, AttentionSite)
+        if self.prefix_projection:
+            return ProjectedKeysValues(self.encoder_hidden_size, site.attention)
+        return KeysValues(self.num_virtual_tokens, site.attention)
+
+    def build_shared(self, family: Family) -> nn.Module | None:
+        if not self.prefix_projection:
+            return None
+        return Trunk(self.num_virtual_tokens, family.hidden_size, self.encoder_hidden_size)
+
+    def num_parameters(self, family: Family) -> int:
+        return sum(self.num_virtual_tokens * a.kv_heads * (a.key_dim + a.value_dim) for a in family.attentions)
+
+    def num_trained_parameters(self, family: Family) -> int:
+        if not self.prefix_projection:
+            return self.num_parameters(family)
+        width = self.encoder_hidden_size
+        trunk = self.num_virtual_tokens * family.hidden_size + family.hidden_size * width + width
+        return trunk + sum((width + 1) * a.kv_heads * (a.key_dim + a.value_dim) for a in family.attentions)
+
+    def initialise(self, delta: Delta, setting: Setting) -> None:
+        if self.prefix_projection:
+            for parameter in delta.parameters():
+                bound = 1 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.0
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=setting.generator))
+            assert isinstance(delta.shared, Trunk)
+            delta.shared.embedding.copy_(torch.empty(delta.shared.embedding.shape).normal_(generator=setting.generator))
+            return
+        paths = [site.path for site, _ in delta.sites]
+        ids = common_tokens(setting, self.num_virtual_tokens)
+        found = capture_keys_and_values(setting.model, paths, ids)
+        for site, module in delta.sites:
+            assert isinstance(module, KeysValues)
+            if site.path in found:  # a module that attention never reaches is refused by name right after
+                key, value = found[site.path]
+                _check_heads(site.path, module, key, value)
+                module.key.copy_(key)
+                module.value.copy_(value)
+
+    # PEFT's layout: one tensor [virtual tokens, layers * 2 * kv_heads * head_dim], per layer keys then values
+
+    def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        first = family.attentions[0]
+        rows = [_heads_last(state[f"{a.path}.{part}"]) for a in family.attentions for part in ("key", "value")]
+        config = {
+            "peft_type": "PREFIX_TUNING",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "token_dim": first.kv_heads * first.key_dim,
+            "num_transformer_submodules": 1,
+            "num_attention_heads": first.kv_heads,
+            "num_layers": len(family.attentions),
+            "encoder_hidden_size": self.encoder_hidden_size,
+            "prefix_projection": self.prefix_projection,
+        }
+        return config, {"prompt_embeddings": torch.cat(rows, dim=1)}
+
+    def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+        state = {name: tensor for name, tensor in tensors.items() if name != "prompt_embeddings"}
+        if "prompt_embeddings" not in tensors:
+            return state
+        table = tensors["prompt_embeddings"]
+        widths = [a.kv_heads * dim for a in family.attentions for dim in (a.key_dim, a.value_dim)]
+        expected = [self.num_virtual_tokens, sum(widths)]
+        if list(table.shape) != expected:
+            raise DataError(f"prompt_embeddings is {list(table.shape)}, this base and config need {expected}")
+        pieces = iter(table.split(widths, dim=1))
+        for a in family.attentions:
+            state[f"{a.path}.key"] = _heads_first(next(pieces), a.kv_heads)
+            state[f"{a.path}.value"] = _heads_first(next(pieces), a.kv_heads)
+        return state
+
+    @classmethod
+    def from_peft_config(cls, config: Mapping[str, Any]) -> PrefixTuning | None:
+        if config.get("peft_type") != "PREFIX_TUNING":
+            return None
+        return cls(num_virtual_tokens=config["num_virtual_tokens"])  # PEFT stores the projection's result
+
+    def as_stored(self) -> PrefixTuning:
+        return self.model_copy(update={"prefix_projection": False})
+
+
+def _check_heads(path: str, module: KeysValues, key: Tensor, value: Tensor) -> None:
+    if key.shape != module.key.shape or value.shape != module.value.shape:
+        raise ConfigError(
+            f"{path}: attention uses keys {list(key.shape)} and values {list(value.shape)} [heads, tokens, dim], its "
+            f"config says {list(module.key.shape)} and {list(module.value.shape)}; prefix tuning is refused"
+        )
+
+
+def _heads_first(flat: Tensor, heads: int) -> Tensor:
+    """`[tokens, heads * dim]` -> `[heads, tokens, dim]`."""
+    return flat.unflatten(-1, (heads, -1)).transpose(0, 1)
+
+
+def _heads_last(tensor: Tensor) -> Tensor:
+    """`[heads, tokens, dim]` -> `[tokens, heads * dim]`."""
+    return tensor.transpose(0, 1).flatten(1)

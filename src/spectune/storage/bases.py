@@ -1,0 +1,77 @@
+"""Loading bases: a model object, a local folder, a hub id, or the embedded `spectune-tiny`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from spectune import embedded
+from spectune.errors import DataError
+from spectune.storage.devices import resolve_device, resolve_dtype
+
+TINY = "spectune-tiny"
+
+
+def load(
+    name: str | Path | PreTrainedModel,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base and its tokenizer, in evaluation mode.
+
+    Args:
+        name: a hub id, a local folder, `"spectune-tiny"`, or a loaded model (whose tokenizer is then looked up by
+            the name it was loaded from).
+        device: "auto", "cpu", "cuda", "mps" or a torch device.
+        dtype: "auto" is float32 on the CPU and the checkpoint's own type on CUDA; or "float32", "bfloat16",
+            "float16", or a torch dtype.
+
+    Raises:
+        DataError: the base cannot be found or read; says what to do.
+    """
+    if isinstance(name, PreTrainedModel):
+        return name, _tokenizer(str(name.config._name_or_path))
+    source = str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name)
+    place = resolve_device(device)
+    config = _read(source, lambda: AutoConfig.from_pretrained(source))
+    resolved = resolve_dtype(dtype, place, getattr(config, "dtype", None))
+    model = _read(source, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=resolved))
+    return model.to(place).eval(), _tokenizer(source)
+
+
+def load_config(name: str | Path) -> Any:
+    """The config alone of a hub id, a folder, or `"spectune-tiny"`; no weights are read. Raises DataError."""
+    source = str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name)
+    return _read(source, lambda: AutoConfig.from_pretrained(source))
+
+
+def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = _read(source, lambda: AutoTokenizer.from_pretrained(source))
+    return tokenizer
+
+
+def _read(source: str, read: Any) -> Any:
+    try:
+        return read()
+    except (OSError, ValueError, KeyError) as error:
+        if Path(source).is_dir():
+            inside = ", ".join(sorted(os.listdir(source))[:12]) or "nothing"
+            raise DataError(
+                f"{source} is a folder, but no base that transformers can load ({_first_line(error)}). It holds: "
+                f"{inside}. Expected config.json, *.safetensors and a tokenizer."
+            ) from error
+        raise DataError(
+            f"the base {source!r} is neither a local folder nor to be had from the hub ({_first_line(error)}).\n"
+            "What to do: give a local folder that holds config.json, weights and tokenizer; or set HF_HOME to a cache "
+            "that has the model (with HF_HUB_OFFLINE=1 where there is no network); or check the name and log in "
+            "(HF_TOKEN) if the model is gated. --model spectune-tiny works everywhere."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,148 @@
+"""Tiny models of several families, random weights, float32: what every method must hold on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from spectune.deltas import Delta, Method
+from spectune.methods import (
+    METHODS,
+    BitFit,
+    BottleneckAdapter,
+    FullFineTuning,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+)
+from spectune.storage import attach
+
+VOCABULARY = 97
+CONTEXT = 64
+
+
+def gpt2() -> PreTrainedModel:
+    """Learned absolute positions, `Conv1D`, fused q/k/v, biases, tied embeddings."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=CONTEXT,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def llama() -> PreTrainedModel:
+    """Rotary positions, grouped-query attention, gated feed-forward, no bias anywhere."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {"gpt2": gpt2, "llama": llama}
+
+#: every method at small size, and the variants whose code differs
+CASES: dict[str, Method] = {
+    "full": FullFineTuning(),
+    "adapter-block": BottleneckAdapter(bottleneck_dim=8, placement="block", dropout=0.0),
+    "adapter-ffn": BottleneckAdapter(bottleneck_dim=8, placement="ffn", dropout=0.0),
+    "adapter-both": BottleneckAdapter(bottleneck_dim=8, placement="attention+ffn", dropout=0.0),
+    "adapter-parallel": BottleneckAdapter(bottleneck_dim=8, placement="parallel", dropout=0.0),
+    "prefix": PrefixTuning(num_virtual_tokens=5),
+    "prefix-projected": PrefixTuning(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=16),
+    "prompt": PromptTuning(num_virtual_tokens=5),
+    "lora": LoRA(r=4, lora_alpha=8),
+    "bitfit": BitFit(),
+}
+
+
+def test_every_method_has_a_case() -> None:
+    assert {type(method) for method in CASES.values()} == set(METHODS)
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make_model(family: str) -> Callable[[], PreTrainedModel]:
+    """A function that builds the same model each time."""
+
+    def make() -> PreTrainedModel:
+        torch.manual_seed(7)
+        model = FAMILIES[family]().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # biases and norms away from their special first values, so that nothing is hidden by zeros and ones
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn(parameter.shape) * 0.1)
+                else:
+                    parameter.add_(torch.randn(parameter.shape) * 0.1)
+                assert name
+        return model
+
+    return make
+
+
+@pytest.fixture
+def model(make_model: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    return make_model()
+
+
+@pytest.fixture(params=list(CASES))
+def method(request: pytest.FixtureRequest) -> Method:
+    return CASES[request.param]
+
+
+@pytest.fixture
+def delta(model: PreTrainedModel, method: Method) -> Delta:
+    return put_on(model, method)
+
+
+def put_on(model: PreTrainedModel, method: Method, name: str = "task") -> Delta:
+    return attach(model, method, name, seed=3, keep_base=method.trains_base)
+
+
+def move(delta: Delta, size: float = 0.05) -> None:
+    """Shift every trained weight, so that the delta does something."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+def tokens(rows: int = 3, length: int = 10, seed: int = 5) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    return tmp_path

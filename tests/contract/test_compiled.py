@@ -1,0 +1,51 @@
+"""Compiled equals eager, one method after another in one process: the trap is a graph reused across models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tests.contract.conftest import CASES, move, put_on, tokens
+from transformers import PreTrainedModel
+
+from spectune.errors import ConfigError
+from spectune.methods import LoRA
+from spectune.storage import attach
+
+Make = Callable[[], PreTrainedModel]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    # all models run the same code object, each under guards of its own: more than Dynamo's usual eight
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+    torch._dynamo.reset()
+
+
+def test_bare_then_every_method_compiled_in_one_process(make_model: Make) -> None:
+    def compiled_logits(model: PreTrainedModel) -> torch.Tensor:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            return compiled(input_ids=tokens(), use_cache=False).logits
+
+    bare = compiled_logits(make_model())
+    for name, method in CASES.items():
+        model = make_model()
+        move(put_on(model, method))
+        with torch.no_grad():
+            eager = model(input_ids=tokens(), use_cache=False).logits
+        got = compiled_logits(model)
+        assert float((got - eager).abs().max()) <= 1e-5, name
+        assert float((got - bare).abs().max()) > 1e-4, f"{name} did nothing when compiled"
+
+
+def test_attach_after_compile_is_an_error(make_model: Make) -> None:
+    model = make_model()
+    model.compile(backend="aot_eager")
+    with pytest.raises(ConfigError, match="compiled already"):
+        attach(model, LoRA())
+    with pytest.raises(ConfigError, match="compiled already"):
+        attach(torch.compile(make_model(), backend="aot_eager"), LoRA())
