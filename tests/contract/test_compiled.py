@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tests.contract.conftest import CASES, move, put_on, tokens
 from transformers import PreTrainedModel
 
 from spectune.errors import ConfigError
 from spectune.methods import LoRA
 from spectune.storage import attach
+from tests.contract.conftest import CASES, move, put_on, tokens
 
 Make = Callable[[], PreTrainedModel]
 

@@ -9,10 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.contract.conftest import tokens
 from transformers import PreTrainedModel
 
 from spectune.storage import load_delta
+from tests.contract.conftest import tokens
 
 Make = Callable[[], PreTrainedModel]
 

@@ -14,6 +14,7 @@ from spectune.deltas.modules import OutputModule
 from spectune.deltas.probe import evaluating
 from spectune.deltas.registry import Registry, route
 from spectune.errors import ConfigError
+from spectune.families import token_embedding
 
 log = logging.getLogger("spectune")
 
@@ -62,7 +63,7 @@ def merge(model: PreTrainedModel, name: str, *, check: bool = True) -> PreTraine
 
 def _compare(model: PreTrainedModel, merged: PreTrainedModel, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.get_input_embeddings().num_embeddings, (4, 16), generator=generator)
+    ids = torch.randint(0, token_embedding(model).num_embeddings, (4, 16), generator=generator)
     with evaluating(model), evaluating(merged):
         with route(model, name):
             unmerged = _logits(model, ids)
@@ -82,13 +83,13 @@ def _compare(model: PreTrainedModel, merged: PreTrainedModel, name: str) -> None
     mean = float(difference.mean())
     if mean > LOW_PRECISION_TOLERANCE * effect:
         raise ConfigError(
-            f"merging {name!r} in {model.dtype} rounds the delta away: logits move by {mean:.3g} on average, the delta's "
-            f"own effect is {effect:.3g} (at most {LOW_PRECISION_TOLERANCE:.0%} of it is allowed). "
+            f"merging {name!r} in {model.dtype} rounds the delta away: logits move by {mean:.3g} on average, "
+            f"the delta's own effect is {effect:.3g} (at most {LOW_PRECISION_TOLERANCE:.0%} of it is allowed). "
             "Load the base with dtype float32 and merge there."
         )
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    device = model.get_input_embeddings().weight.device
-    logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+    ids = ids.to(token_embedding(model).weight.device)
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return logits.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,6 +57,18 @@ class Setting:
     family: Family
     generator: torch.Generator
     tokenizer: PreTrainedTokenizerBase | None
+
+    def common_tokens(self, count: int) -> list[int]:
+        """`count` ids drawn from the commonest tokens, special ones left out.
+
+        Lester et al. 2021 sample from the 5,000 commonest; byte-pair ids rise as frequency falls.
+        """
+        config = self.model.config.get_text_config()
+        special = set(getattr(self.tokenizer, "all_special_ids", None) or [])
+        special |= {config.bos_token_id, config.eos_token_id, config.pad_token_id}
+        pool = [i for i in range(min(5000, self.family.vocab_size)) if i not in special]
+        picks = torch.randint(0, len(pool), (count,), generator=self.generator)
+        return [pool[int(pick)] for pick in picks]
 
 
 class Method(BaseModel, ABC):
@@ -140,8 +152,3 @@ class Method(BaseModel, ABC):
     def as_stored(self) -> Method:
         """The method that a stored delta has: without what only training had."""
         return self
-
-
-def stored_parameters(module: DeltaModule) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one site's module as they are stored."""
-    yield from module.stored().items()

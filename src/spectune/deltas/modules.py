@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class DeltaModule(nn.Module):
     """A module of one delta at one site. It follows the base's device, never its dtype (`model.half()` and such)."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # type: ignore[override]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

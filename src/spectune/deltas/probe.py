@@ -13,6 +13,7 @@ from spectune.deltas.delta import Delta
 from spectune.deltas.method import AttentionSite, OutputSite
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError
+from spectune.families import token_embedding
 
 
 @contextlib.contextmanager
@@ -40,10 +41,7 @@ def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
         return  # nothing can be run; the first real forward fails loudly where a module is missing
     wanted = {site.path: model.get_submodule(site.path) for site, _ in delta.sites if isinstance(site, OutputSite)}
     called: set[str] = set()
-    handles = [
-        module.register_forward_hook(lambda *_, path=path: called.add(path))  # type: ignore[misc]
-        for path, module in wanted.items()
-    ]
+    handles = [module.register_forward_hook(lambda *_, path=path: called.add(path)) for path, module in wanted.items()]
     registry.attention_calls = {}
     try:
         _run(model, [0, 1])
@@ -94,4 +92,5 @@ def capture_keys_and_values(
 
 def _run(model: PreTrainedModel, ids: list[int]) -> None:
     with evaluating(model):
-        model(input_ids=torch.tensor([ids], device=model.get_input_embeddings().weight.device), use_cache=False)
+        tokens = torch.tensor([ids], device=token_embedding(model).weight.device)
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)

@@ -43,7 +43,7 @@ class Registry:
             parameter.requires_grad_(False)
         setattr(model, _ATTRIBUTE, self)
         # shadows the class's method on this instance; close() takes the shadow away again
-        model.save_pretrained = self._refuse_save_pretrained  # type: ignore[method-assign]
+        model.__dict__["save_pretrained"] = self._refuse_save_pretrained
 
     @staticmethod
     def of(model: nn.Module) -> Registry | None:
@@ -56,7 +56,7 @@ class Registry:
         self.decoder.close()
         for module, original in self._checkpoints:
             if isinstance(getattr(module, "_gradient_checkpointing_func", None), _RouteKeepingCheckpoint):
-                module._gradient_checkpointing_func = original
+                module.__dict__["_gradient_checkpointing_func"] = original
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
             if not self._requires_grad[name]:
@@ -103,7 +103,7 @@ class Registry:
             checkpoint = module.__dict__.get("_gradient_checkpointing_func")
             if checkpoint is not None and not isinstance(checkpoint, _RouteKeepingCheckpoint):
                 self._checkpoints.append((module, checkpoint))
-                module._gradient_checkpointing_func = _RouteKeepingCheckpoint(checkpoint, self)
+                module.__dict__["_gradient_checkpointing_func"] = _RouteKeepingCheckpoint(checkpoint, self)
 
     # -- sites: each opened once, closed with its last user ---------------------------------------------------------
 

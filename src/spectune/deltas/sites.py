@@ -31,11 +31,18 @@ def key_of(name: str) -> str:
 
 def put(module: nn.Module, name: str, delta_module: DeltaModule) -> None:
     """Make `delta_module` a child of `module` under the delta's name."""
-    if not isinstance(module.__dict__.get("_modules", {}).get("deltas"), nn.ModuleDict):
-        if hasattr(module, "deltas"):
-            raise ConfigError(f"{type(module).__name__} has an attribute `deltas` of its own; spectune needs that name")
-        module.deltas = nn.ModuleDict()
-    module.deltas[key_of(name)] = delta_module
+    _children(module)[key_of(name)] = delta_module
+
+
+def _children(module: nn.Module) -> nn.ModuleDict:
+    """`module.deltas`, made where it is not there yet."""
+    found = module._modules.get("deltas")
+    if isinstance(found, nn.ModuleDict):
+        return found
+    if hasattr(module, "deltas"):
+        raise ConfigError(f"{type(module).__name__} has an attribute `deltas` of its own; spectune needs that name")
+    module.deltas = children = nn.ModuleDict()
+    return children
 
 
 def get(module: nn.Module, name: str | None) -> DeltaModule | None:
@@ -49,26 +56,24 @@ def get(module: nn.Module, name: str | None) -> DeltaModule | None:
 
 def take(module: nn.Module, name: str) -> None:
     """The inverse of `put`; the last one out leaves no trace."""
+    _take(module, key_of(name))
+
+
+def _take(module: nn.Module, key: str) -> None:
     deltas = module._modules.get("deltas")
     if isinstance(deltas, nn.ModuleDict):
-        deltas._modules.pop(key_of(name), None)
+        deltas._modules.pop(key, None)
         if not len(deltas):
             del module.deltas
 
 
 def put_shared(module: nn.Module, name: str, shared: nn.Module) -> None:
     """Make what a delta's modules share a child of `module`."""
-    if not isinstance(module._modules.get("deltas"), nn.ModuleDict):
-        module.deltas = nn.ModuleDict()
-    module.deltas[key_of(name) + "#shared"] = shared
+    _children(module)[key_of(name) + "#shared"] = shared
 
 
 def take_shared(module: nn.Module, name: str) -> None:
-    deltas = module._modules.get("deltas")
-    if isinstance(deltas, nn.ModuleDict):
-        deltas._modules.pop(key_of(name) + "#shared", None)
-        if not len(deltas):
-            del module.deltas
+    _take(module, key_of(name) + "#shared")
 
 
 class OutputHook:
@@ -104,7 +109,7 @@ class DecoderSite:
         ]
         self._masks_for_generate = _MasksForGenerate(registry, getattr(model, "create_masks_for_generate", None))
         # `generate` asks the instance for this name before it makes masks for a static cache
-        model.create_masks_for_generate = self._masks_for_generate
+        model.__dict__["create_masks_for_generate"] = self._masks_for_generate
         self._model = model
 
     def close(self) -> None:

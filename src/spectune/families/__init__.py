@@ -11,7 +11,7 @@ from spectune.families.family import (
     family_from_config,
 )
 from spectune.families.fingerprint import differences, fingerprint
-from spectune.families.modules import linear_shape
+from spectune.families.modules import linear_shape, token_embedding
 
 __all__ = [
     "Attention",
@@ -25,4 +25,5 @@ __all__ = [
     "family_from_config",
     "fingerprint",
     "linear_shape",
+    "token_embedding",
 ]

@@ -99,12 +99,12 @@ def describe(model: PreTrainedModel) -> Family:
     """
     text = model.config.get_text_config()
     names = {id(module): name for name, module in model.named_modules()}
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     stack = _layer_stack(decoder, int(text.num_hidden_layers), type(model).__name__)
     embedding = model.get_input_embeddings()
     if embedding is None or id(embedding) not in names:
         raise ConfigError(f"{type(model).__name__}: no token embeddings were found (get_input_embeddings() gave none)")
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     hidden = int(getattr(embedding, "embedding_dim", text.hidden_size))
     stack_path = names[id(stack)]
     layers = tuple(
@@ -134,7 +134,7 @@ def describe(model: PreTrainedModel) -> Family:
 def family_from_config(config: PretrainedConfig) -> Family:
     """The same from a config alone: the model is built on the meta device, no weight is made or read."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return describe(model)
 
 
@@ -163,6 +163,7 @@ def _describe_layer(layer: nn.Module, path: str, index: int, hidden: int, config
 
 def _attention_name(layer: nn.Module) -> str | None:
     """Attention is the module that knows its layer's number and directly owns projections."""
+    name: str
     for name, module in layer.named_modules():
         owns_projections = any(linear_shape(child) is not None for child in module.children())
         if name and hasattr(module, "layer_idx") and hasattr(module, "is_causal") and owns_projections:
@@ -199,7 +200,8 @@ def _position_table(decoder: nn.Module, embedding: nn.Module, config: Pretrained
     context = getattr(config, "max_position_embeddings", None)
     for module in decoder.children():
         if isinstance(module, nn.Embedding) and module is not embedding and context is not None:
-            # some tables have a few rows more than the context (OPT: 2), which its forward adds itself
-            if context <= module.num_embeddings <= context + 2:
+            # some tables have two rows more than the context (OPT), which the model's forward adds itself
+            found = context <= module.num_embeddings <= context + 2
+            if found:
                 return int(context)
     return None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -18,6 +21,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(in_features, int) and isinstance(out_features, int) and hasattr(module, "weight"):
         return in_features, out_features
     return None
+
+
+def token_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """The table of token embeddings, `weight` `[vocabulary, hidden]`."""
+    return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def is_norm(module: nn.Module) -> bool:

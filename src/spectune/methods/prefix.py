@@ -28,7 +28,6 @@ from spectune.deltas import (
 )
 from spectune.errors import ConfigError, DataError
 from spectune.families import Attention, Family
-from spectune.methods.prompt import common_tokens
 
 
 class KeysValues(AttentionModule):
@@ -69,7 +68,7 @@ class ProjectedKeysValues(AttentionModule):
     def forward(self) -> tuple[Tensor, Tensor]:
         flat = self.out(self._trunk[0]())
         a = self.attention
-        key, value = flat.split([a.kv_heads * a.key_dim, a.kv_heads * a.value_dim], dim=-1)
+        key, value = torch.split(flat, [a.kv_heads * a.key_dim, a.kv_heads * a.value_dim], dim=-1)
         return _heads_first(key, a.kv_heads), _heads_first(value, a.kv_heads)
 
     def stored(self) -> dict[str, Tensor]:
@@ -137,7 +136,7 @@ class PrefixTuning(Method):
             delta.shared.embedding.copy_(torch.empty(delta.shared.embedding.shape).normal_(generator=setting.generator))
             return
         paths = [site.path for site, _ in delta.sites]
-        ids = common_tokens(setting, self.num_virtual_tokens)
+        ids = setting.common_tokens(self.num_virtual_tokens)
         found = capture_keys_and_values(setting.model, paths, ids)
         for site, module in delta.sites:
             assert isinstance(module, KeysValues)
@@ -175,7 +174,7 @@ class PrefixTuning(Method):
         expected = [self.num_virtual_tokens, sum(widths)]
         if list(table.shape) != expected:
             raise DataError(f"prompt_embeddings is {list(table.shape)}, this base and config need {expected}")
-        pieces = iter(table.split(widths, dim=1))
+        pieces = iter(torch.split(table, widths, dim=1))
         for a in family.attentions:
             state[f"{a.path}.key"] = _heads_first(next(pieces), a.kv_heads)
             state[f"{a.path}.value"] = _heads_first(next(pieces), a.kv_heads)
@@ -201,7 +200,7 @@ def _check_heads(path: str, module: KeysValues, key: Tensor, value: Tensor) -> N
 
 def _heads_first(flat: Tensor, heads: int) -> Tensor:
     """`[tokens, heads * dim]` -> `[heads, tokens, dim]`."""
-    return flat.unflatten(-1, (heads, -1)).transpose(0, 1)
+    return flat.reshape(flat.shape[0], heads, -1).transpose(0, 1)
 
 
 def _heads_last(tensor: Tensor) -> Tensor:

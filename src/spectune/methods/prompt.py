@@ -16,10 +16,7 @@ from torch import Tensor, nn
 
 from spectune.deltas import Delta, InputModule, InputSite, Method, Setting, Site
 from spectune.errors import ConfigError
-from spectune.families import Family
-
-#: Lester et al. sample from the 5,000 commonest tokens; byte-pair ids rise as frequency falls
-COMMON_TOKENS = 5000
+from spectune.families import Family, token_embedding
 
 
 class VirtualTokens(InputModule):
@@ -77,13 +74,12 @@ class PromptTuning(Method):
         module = delta.sites[0][1]
         assert isinstance(module, VirtualTokens)
         shape = module.prompt_embeddings.shape
+        embeddings = token_embedding(setting.model)
         if self.init == "random":  # U(-0.5, 0.5) as in the paper, which is for embeddings of size about 1
-            embeddings = setting.model.get_input_embeddings()
             spread = float(embeddings.weight.float().std()) * 3**0.5
             module.prompt_embeddings.copy_(torch.empty(shape).uniform_(-spread, spread, generator=setting.generator))
             return
-        ids = self._text_ids(setting) if self.init == "text" else common_tokens(setting, shape[0])
-        embeddings = setting.model.get_input_embeddings()
+        ids = self._text_ids(setting) if self.init == "text" else setting.common_tokens(shape[0])
         table = torch.tensor(ids, device=embeddings.weight.device)
         module.prompt_embeddings.copy_(embeddings(table).float())
 
@@ -125,13 +121,3 @@ class PromptTuning(Method):
 
     def as_stored(self) -> PromptTuning:
         return self.model_copy(update={"init": "random", "init_text": None})
-
-
-def common_tokens(setting: Setting, count: int) -> list[int]:
-    """`count` ids drawn from the commonest tokens, special ones left out."""
-    special = set(getattr(setting.tokenizer, "all_special_ids", None) or [])
-    config = setting.model.config.get_text_config()
-    special |= {config.bos_token_id, config.eos_token_id, config.pad_token_id} - {None}
-    pool = [i for i in range(min(COMMON_TOKENS, setting.family.vocab_size)) if i not in special]
-    picks = torch.randint(0, len(pool), (count,), generator=setting.generator)
-    return [pool[int(pick)] for pick in picks]

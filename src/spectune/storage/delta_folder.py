@@ -51,7 +51,7 @@ def save_delta(delta: Delta, folder: str | Path) -> Path:
     return folder
 
 
-Delta.writer = staticmethod(save_delta)  # type: ignore[assignment]
+Delta.writer = staticmethod(save_delta)
 
 
 def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = None, trainable: bool = False) -> Delta:

@@ -1,0 +1,89 @@
+"""One toolkit for the whole fine-tuning spectrum: six methods, trained, measured side by side, saved as deltas.
+
+    import spectune
+
+    model, tokenizer = spectune.load("spectune-tiny")
+    delta = spectune.attach(model, spectune.LoRA(r=16, lora_alpha=32), name="legal")
+
+Names are imported when they are first used, so that `spectune --help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:  # a function named like its file comes from the file: from the room, mypy takes it for the module
+    from spectune.comparing import Comparison as Comparison
+    from spectune.comparing.compare import compare as compare
+    from spectune.deltas import Delta as Delta
+    from spectune.deltas import Method as Method
+    from spectune.errors import ConfigError as ConfigError
+    from spectune.errors import DataError as DataError
+    from spectune.errors import DivergedError as DivergedError
+    from spectune.errors import DoesNotFitError as DoesNotFitError
+    from spectune.errors import InterruptedRun as InterruptedRun
+    from spectune.errors import OutOfMemoryError as OutOfMemoryError
+    from spectune.errors import SpectuneError as SpectuneError
+    from spectune.methods import METHODS as METHODS
+    from spectune.methods import BitFit as BitFit
+    from spectune.methods import BottleneckAdapter as BottleneckAdapter
+    from spectune.methods import FullFineTuning as FullFineTuning
+    from spectune.methods import LoRA as LoRA
+    from spectune.methods import PrefixTuning as PrefixTuning
+    from spectune.methods import PromptTuning as PromptTuning
+    from spectune.methods import method_from_name as method_from_name
+    from spectune.storage import attach as attach
+    from spectune.storage import detach as detach
+    from spectune.storage import load as load
+    from spectune.storage import load_delta as load_delta
+    from spectune.storage import merge as merge
+    from spectune.storage import route as route
+    from spectune.training import RunResult as RunResult
+    from spectune.training import TrainingConfig as TrainingConfig
+    from spectune.training.train import train as train
+
+# room -> its public names; `tests/test_public_api.py` holds this table and the imports above together.
+_PUBLIC: dict[str, tuple[str, ...]] = {
+    "comparing": ("Comparison", "compare"),
+    "deltas": ("Delta", "Method"),
+    "errors": (
+        "ConfigError",
+        "DataError",
+        "DivergedError",
+        "DoesNotFitError",
+        "InterruptedRun",
+        "OutOfMemoryError",
+        "SpectuneError",
+    ),
+    "methods": (
+        "METHODS",
+        "BitFit",
+        "BottleneckAdapter",
+        "FullFineTuning",
+        "LoRA",
+        "PrefixTuning",
+        "PromptTuning",
+        "method_from_name",
+    ),
+    "storage": ("attach", "detach", "load", "load_delta", "merge", "route"),
+    "training": ("RunResult", "TrainingConfig", "train"),
+}
+_ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}
+
+__all__ = ["__version__", *_ROOM_OF]
+
+
+def __getattr__(name: str) -> Any:
+    room = _ROOM_OF.get(name)
+    if room is None:
+        raise AttributeError(f"module 'spectune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"spectune.{room}"), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,13 @@
+"""The command `spectune`. Every command is one short file; torch is imported only when a command runs."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Run the command line and leave with the exit code that `spectune.errors` gives."""
+    from spectune.cli.app import build_app
+
+    build_app()(prog_name="spectune")
+
+
+__all__ = ["main"]

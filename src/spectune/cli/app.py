@@ -1,0 +1,78 @@
+"""Puts the commands together, and turns errors into a message and an exit code, in one place."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from spectune import __version__
+from spectune.cli.compare import compare
+from spectune.cli.console import complain
+from spectune.cli.env import env
+from spectune.cli.evaluate import evaluate
+from spectune.cli.generate import generate
+from spectune.cli.train import train
+from spectune.cli.validate import validate
+from spectune.errors import InterruptedRun, SpectuneError
+
+
+class Commands(TyperGroup):
+    """The one place where a user's error becomes a message on stderr and an exit code: no traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SpectuneError as error:
+            complain(str(error), label="stopped" if isinstance(error, InterruptedRun) else "error")
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            complain("interrupted", label="stopped")
+            raise typer.Exit(InterruptedRun.exit_code) from error
+        except BrokenPipeError:
+            raise  # the reader of our output has left (`| head`): typer closes quietly
+        except OSError as error:
+            complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
+            raise typer.Exit(SpectuneError.exit_code) from error
+
+
+def build_app() -> typer.Typer:
+    """The commands as a typer app. Help and usage errors are plain text: boxes would fold the examples."""
+    app = typer.Typer(
+        cls=Commands,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_root)
+    app.command("compare", short_help="Train methods and measure them side by side.")(compare)
+    app.command("train", short_help="Train one method.")(train)
+    app.command("generate", short_help="Write with a tuned model.")(generate)
+    app.command("eval", short_help="Measure a tuned model on rows of one's own.")(evaluate)
+    app.command("validate", short_help="Check a data file, and see what is learned from it.")(validate)
+    app.command("env", short_help="Print versions, devices and methods.")(env)
+    return app
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    """The whole fine-tuning spectrum on one base: train six methods, measure them side by side, keep the delta.
+
+    Every command runs with no flag at all, on an embedded base and data:
+
+    \b
+      spectune compare --quick      six methods, trained and compared
+      spectune train --method lora  one method
+      spectune generate             what the newest run writes
+
+    Exit codes: 0 ok, 1 failed, 2 usage or config, 3 bad or missing data, 4 predicted not to fit, 5 out of memory,
+    6 diverged, 130 interrupted (go on with --resume).
+    """
+    if version:
+        typer.echo(f"spectune {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())

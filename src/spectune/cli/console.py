@@ -1,0 +1,73 @@
+"""Where output goes: results to stdout, everything else to stderr; with --json stdout has one object and no more."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Off a terminal rich would fold lines at 80 columns, and a folded `file:line` cannot be searched for.
+WIDE = 240
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console on stdout or stderr that folds lines on a terminal only."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False)
+
+
+def complain(message: str, label: str = "error") -> None:
+    """Write `label: message` to stderr, never folded; red on a terminal."""
+    typer.echo(f"{typer.style(f'{label}:', fg='red', bold=True)} {message}", err=True)
+
+
+def note(message: str) -> None:
+    """Write a line for the user to stderr, so that stdout stays the result's."""
+    typer.echo(message, err=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object. Numbers that are not finite become null: JSON has no word for them."""
+    typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@contextlib.contextmanager
+def work(*, as_json: bool = False) -> Iterator[Console]:
+    """The console for progress and tables while a command works.
+
+    With `as_json` all of it goes to stderr, and so does whatever a library prints, until the block ends. The chatter of
+    transformers and datasets is silenced: what matters is said in the project's own words.
+    """
+    _silence_libraries()
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield console(stderr=as_json)
+
+
+def _silence_libraries() -> None:
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

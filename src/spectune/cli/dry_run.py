@@ -1,0 +1,56 @@
+"""`--dry-run`: all data read, everything built, one real step on the longest batch; nothing is left on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from spectune.cli.console import note
+from spectune.cli.inputs import training_rows
+from spectune.cli.runs import output_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from spectune.cli.settings import Settings
+    from spectune.deltas import Method
+
+
+def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Console) -> dict[str, Any]:
+    """Run one step of each method with the loop that trains, without a folder.
+
+    The longest batch comes first in an epoch, so one step shows whether memory suffices. Of the validation rows all
+    are read and encoded, and the longest are evaluated.
+
+    Raises:
+        SpectuneError: whatever the run itself would raise at its start.
+    """
+    from spectune import training
+    from spectune.data import encode
+    from spectune.deltas import attach
+    from spectune.inference import context_length
+    from spectune.storage import load
+    from spectune.training.train import DEFAULT_LENGTH
+
+    wanted = settings.training()
+    folder = output_folder(settings.text("output_dir"), label, resume=wanted.resume)
+    rows, held_out, source = training_rows(
+        settings.text("data"), settings.text("valid"), seed=wanted.seed, skip_bad_rows=wanted.skip_bad_rows
+    )
+    note(f"dry run: one step for each method, nothing is written (a run would go to {folder})\ndata: {source}")
+    found = []
+    for method in methods:
+        # a base for each: what full fine-tuning has trained is not the base any more
+        model, tokenizer = load(settings.base, device=settings.device, dtype=settings.dtype)
+        delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
+        # reads all validation rows; of these the longest are evaluated
+        length = wanted.max_length or min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        encoded = encode(held_out, tokenizer, max_length=length, separator=wanted.separator)
+        longest = sorted(encoded.examples, key=lambda example: -len(example.input_ids))
+        few = [example.row for example in longest[: wanted.per_device_eval_batch_size]]
+        step = wanted.model_copy(update={"output_dir": None, "resume": False, "max_steps": 1})
+        result = training.train(model, tokenizer, delta, rows, few, step, console=out)
+        found.append(result.model_dump(mode="json", exclude={"folder", "stored_bytes"}))
+        peak = result.peak_memory_bytes.get("train_allocated")
+        note(f"  loss {result.train_loss:.4f}" + (f", {peak / 2**20:,.0f} MiB of tensors at the peak" if peak else ""))
+    return {"dry_run": True, "folder": str(folder), "data": source, "runs": found}

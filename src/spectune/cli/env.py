@@ -1,0 +1,75 @@
+"""`spectune env`: what a report of a problem should hold."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import typer
+
+from spectune import __version__
+from spectune.cli import options
+from spectune.cli.console import print_json, work
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "pydantic", "numpy", "scipy")
+VARIABLES = (
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTORCH_ALLOC_CONF",
+    "OMP_NUM_THREADS",
+    "TOKENIZERS_PARALLELISM",
+)
+
+
+def env(as_json: options.Json = False) -> None:
+    """Print versions, devices, threads and the methods that are installed.
+
+    \b
+    Examples:
+      spectune env
+      spectune env --json > environment.json
+    """
+    with work(as_json=as_json) as out:
+        found = _environment()
+        if not as_json:
+            for section, facts in found.items():
+                out.print(f"[bold]{section}[/bold]")
+                for name, value in facts.items():
+                    typer.echo(f"  {name:<24} {'-' if value is None else value}")
+    if as_json:
+        print_json(found)
+
+
+def _environment() -> dict[str, dict[str, Any]]:
+    import torch
+
+    from spectune.methods import METHODS
+
+    devices: dict[str, Any] = {"cpu": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    if torch.backends.mps.is_available():
+        devices["mps"] = "available"
+    return {
+        "versions": {
+            "spectune": __version__,
+            "python": f"{platform.python_version()} ({sys.executable})",
+            "platform": platform.platform(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "devices": devices,
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
+        "methods": {method.model_fields["name"].default: method.label for method in METHODS},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

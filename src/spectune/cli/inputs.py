@@ -1,0 +1,58 @@
+"""The rows a command works on: the user's, or the embedded ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spectune.data import Row
+
+#: The share of --data that is held out where there is no --valid.
+HELD_OUT = 0.1
+
+
+def training_rows(
+    data: str | None, valid: str | None, *, seed: int, skip_bad_rows: bool
+) -> tuple[list[Row], list[Row], str]:
+    """Training rows, validation rows, and a sentence that says where both came from.
+
+    Raises:
+        DataError: a file is missing, empty or has bad rows, or there is but one row and no --valid.
+    """
+    from spectune import embedded
+    from spectune.data import load_rows, split_rows
+
+    if data is None:
+        train = load_rows(embedded.TRAIN)
+        held_out = load_rows(embedded.VALID if valid is None else valid, skip_bad_rows=skip_bad_rows)
+        return train, held_out, f"{len(train):,} rows of the embedded task, {len(held_out):,} for validation"
+    rows = load_rows(data, skip_bad_rows=skip_bad_rows)
+    if valid is not None:
+        held_out = load_rows(valid, skip_bad_rows=skip_bad_rows)
+        return rows, held_out, f"{len(rows):,} rows of {data}, {len(held_out):,} of {valid} for validation"
+    train, held_out = split_rows(rows, share=HELD_OUT, seed=seed)
+    return (
+        train,
+        held_out,
+        (f"{len(train):,} rows of {data}; {len(held_out):,} more, drawn with seed {seed}, are held out for validation"),
+    )
+
+
+def rows_to_train(data: str | None, *, skip_bad_rows: bool = False) -> tuple[list[Row], str]:
+    """The rows of `--data`, or the embedded training rows; and their name."""
+    from spectune import embedded
+    from spectune.data import load_rows
+
+    if data is None:
+        return load_rows(embedded.TRAIN), "the embedded training rows"
+    return load_rows(data, skip_bad_rows=skip_bad_rows), data
+
+
+def rows_to_judge(data: str | None, *, skip_bad_rows: bool = False) -> tuple[list[Row], str]:
+    """Rows to evaluate on or to write from: the file's, or the embedded test rows; and their name."""
+    from spectune import embedded
+    from spectune.data import load_rows
+
+    if data is None:
+        return load_rows(embedded.TEST), "the embedded test rows"
+    return load_rows(data, skip_bad_rows=skip_bad_rows), data

@@ -1,0 +1,59 @@
+"""The flags that commands share, each written once."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def method_names() -> str:
+    """The methods for a help text, found without importing torch: a method is one file, named as the method is."""
+    room = importlib.util.find_spec("spectune.methods")
+    places = room.submodule_search_locations if room is not None else None
+    return ", ".join(module.name for module in pkgutil.iter_modules(places))
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Base: a hub id, a local folder, or spectune-tiny (embedded).", show_default="spectune-tiny"),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Training rows: JSONL, JSON, CSV, Parquet or text.", show_default="the embedded task"),
+]
+Valid = Annotated[
+    str | None,
+    typer.Option(help="Validation rows.", show_default="a seeded tenth of --data is held out"),
+]
+OutputDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the run.", show_default="runs/<date>-<method>-<n>"),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file: training keys at the top, a `method:` block with `name`. Flags come before it."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one key, may be repeated: learning_rate=1e-3, method.r=8."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of weights, data order and splits.", show_default="0")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on in --output-dir; start there if nothing is saved.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Read all data, build all, run one step on the longest batch, write nothing."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.", show_default="auto")]
+Dtype = Annotated[
+    str | None, typer.Option(help="auto, float32, bfloat16 or float16: what the base computes in.", show_default="auto")
+]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them in the report.")]
+Run = Annotated[
+    Path | None,
+    typer.Option("--run", help="A run's folder, or a saved delta's.", show_default="the newest under runs/"),
+]

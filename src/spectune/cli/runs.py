@@ -1,0 +1,143 @@
+"""Run folders: the name of a new one, the newest one there is, and what a finished one holds."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from spectune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from spectune.cli.settings import Settings
+
+RUNS = Path("runs")
+
+
+def new_folder(label: str, root: Path = RUNS) -> Path:
+    """`runs/<date>-<label>-<n>` with the first `n` that is free. The folder is not made."""
+    start = f"{datetime.date.today().isoformat()}-{label}-"
+    taken = {path.name for path in root.glob(start + "*")}
+    number = next(n for n in range(1, len(taken) + 2) if f"{start}{n}" not in taken)
+    return root / f"{start}{number}"
+
+
+def output_folder(given: str | None, label: str, *, resume: bool, root: Path = RUNS) -> Path:
+    """The folder of a run: the one given, else a new one.
+
+    Raises:
+        ConfigError: it is not empty, or `--resume` has no folder to go on in.
+    """
+    if given is None:
+        if resume:
+            folders = sorted((path for path in root.glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
+            newest = f" The newest is {folders[-1]}." if folders else ""
+            raise ConfigError(f"--resume goes on in a run's folder: name it with --output-dir.{newest}")
+        return new_folder(label, root)
+    folder = Path(given)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output-dir {folder} is a file; expected a folder, or a name that is free")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"--output-dir {folder} is not empty: give another one, or --resume to go on there")
+    return folder
+
+
+def record_origin(folder: Path, settings: Settings) -> None:
+    """Add to a run's config.yaml where base and data came from, so that `--config` of it is the same run again."""
+    from spectune.storage import atomic_write_text
+
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["model"] = settings.base
+    for key in ("data", "valid", "device", "dtype"):
+        if (value := settings.text(key)) is not None:
+            config[key] = value
+    atomic_write_text(path, yaml.safe_dump(config, sort_keys=False))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run on disk, or a saved delta's folder alone."""
+
+    folder: Path
+    delta_folder: Path
+    base: str
+    result: dict[str, Any]
+    config: dict[str, Any]
+
+    def load(self, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base with the run's delta attached and active. Raises DataError where either is not to be had."""
+        from spectune.storage import load, load_delta
+
+        model, tokenizer = load(self.base, device=device, dtype=dtype)
+        load_delta(model, self.delta_folder, name="run")
+        return model, tokenizer
+
+
+def find_run(given: Path | None, root: Path = RUNS) -> Run:
+    """The run in a folder; of a comparison, the run with the lowest validation loss; of none, the newest in `root`.
+
+    Raises:
+        ConfigError: there is no run yet; says which command makes one.
+        DataError: the folder given holds no run.
+    """
+    if given is None:
+        finished = [path for path in root.glob("*") if _runs_in(path)]
+        if not finished:
+            raise ConfigError(
+                f"there is no finished run under {root.absolute()}. `spectune train` or `spectune compare` makes one; "
+                "or name a folder with --run."
+            )
+        given = max(finished, key=lambda path: max(inner.stat().st_mtime for inner in _runs_in(path)))
+    if not given.is_dir():
+        raise DataError(f"{given} is not a folder; expected a run's, such as runs/<date>-lora-1")
+    inside = _runs_in(given)
+    if inside:
+        return min((_open(folder) for folder in inside), key=_loss)
+    if (given / "adapter_config.json").is_file() or (given / "spectune.json").is_file():
+        return Run(given, given, _base_of(given, {}), {}, {})
+    raise DataError(
+        f"{given} holds no finished run: expected best/ and result.json, or a delta's adapter_config.json. "
+        f"An interrupted run goes on with: spectune train --resume --output-dir {given}"
+    )
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The finished runs in a folder: itself, or those of a comparison."""
+    places = [folder, *folder.glob("runs/*"), *folder.glob("runs/*/*")]
+    return [place for place in places if (place / "result.json").is_file() and (place / "best").is_dir()]
+
+
+def _open(folder: Path) -> Run:
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = config if isinstance(config, dict) else {}
+    return Run(folder, folder / "best", _base_of(folder / "best", config), result, config)
+
+
+def _base_of(delta_folder: Path, config: dict[str, Any]) -> str:
+    """The base that a delta belongs to: as the user named it, else as the delta's folder tells it."""
+    if isinstance(config.get("model"), str):
+        return str(config["model"])
+    for file, key in (("spectune.json", "base_name"), ("adapter_config.json", "base_model_name_or_path")):
+        path = delta_folder / file
+        if path.is_file():
+            name = json.loads(path.read_text(encoding="utf-8")).get(key)
+            if name:
+                return str(name)
+    raise DataError(f"{delta_folder} does not say which base it belongs to: name it with --model")
+
+
+def _loss(run: Run) -> float:
+    loss = run.result.get("valid_loss")
+    return float(loss) if isinstance(loss, int | float) else math.inf

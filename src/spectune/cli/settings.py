@@ -1,0 +1,253 @@
+"""Settings from a YAML file, `--set` and flags, each with the place it came from, so that an error can name it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectune.errors import ConfigError
+
+if TYPE_CHECKING:
+    import yaml
+    from pydantic import ValidationError
+
+    from spectune.deltas import Method
+    from spectune.training import TrainingConfig
+
+#: What other toolkits call things that have another name here.
+SYNONYMS = {
+    "batch_size": "per_device_train_batch_size",
+    "cutoff_len": "max_length",
+    "epochs": "num_train_epochs",
+    "lora_rank": "r",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "rank": "r",
+    "sequence_len": "max_length",
+    "warmup_ratio": "warmup_steps",
+}
+#: Keys of the command itself; everything else is the training's or a method's.
+RUN_KEYS = frozenset({"model", "data", "valid", "output_dir", "method", "methods", "device", "dtype"})
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value and where the user gave it: `run.yaml:3` or `--set`."""
+
+    value: Any
+    where: str
+
+
+@dataclass
+class Settings:
+    """Everything the user gave, by key; a block's keys are dotted (`method.r`). Later sources win over earlier ones."""
+
+    given: dict[str, Given] = field(default_factory=dict)
+
+    @classmethod
+    def collect(cls, config: Path | None, assignments: Sequence[str] | None, flags: Mapping[str, Any]) -> Settings:
+        """Read the file, then `--set`, then the flags that are not None.
+
+        Raises:
+            ConfigError: the file is missing or not YAML, or an assignment is not `key=value`.
+        """
+        settings = cls()
+        if config is not None:
+            settings.given.update(_read_yaml(config))
+        for assignment in assignments or ():
+            settings.given.update(_parse_assignment(assignment))
+        for key, value in flags.items():
+            if value is not None:
+                settings.given[key] = Given(value, "--" + key.replace("_", "-"))
+        return settings
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key of the command itself."""
+        return self.given[key].value if key in self.given else default
+
+    def prefer(self, key: str, value: Any, where: str) -> None:
+        """Set a key that the user left open."""
+        self.given.setdefault(key, Given(value, where))
+
+    @property
+    def base(self) -> str:
+        """The base's name: as given, else the embedded one."""
+        return self.text("model") or "spectune-tiny"
+
+    @property
+    def device(self) -> str:
+        """The device's name, "auto" where it was left open."""
+        return self.text("device") or "auto"
+
+    @property
+    def dtype(self) -> str:
+        """The dtype's name, "auto" where it was left open."""
+        return self.text("dtype") or "auto"
+
+    def text(self, key: str) -> str | None:
+        """A key of the command itself that has to be text.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(key)
+        if value is not None and not isinstance(value, str | Path):
+            raise ConfigError(f"{self.given[key].where}: {key} is {value!r}; expected text.")
+        return None if value is None else str(value)
+
+    def training(self) -> TrainingConfig:
+        """The training config.
+
+        Raises:
+            ConfigError: a value does not fit; every one that does not is listed.
+        """
+        from spectune.training import TrainingConfig
+
+        known = set(TrainingConfig.model_fields)
+        chosen = {key: given for key, given in self.given.items() if key in known}
+        config: TrainingConfig = _validated(TrainingConfig, chosen)
+        return config
+
+    def methods(self, names: Sequence[str]) -> list[Method]:
+        """The methods of those names, each with the keys given for it; also checks that every key given is known.
+
+        `r=8` and `method.r=8` reach every method named that has such a field, `lora.r=8` reaches LoRA alone. With no
+        name the keys are only checked, for commands that train nothing.
+
+        Raises:
+            ConfigError: a name, a key or a value is wrong.
+        """
+        from spectune.methods import METHODS
+        from spectune.training import TrainingConfig
+
+        by_name = {cls.model_fields["name"].default: cls for cls in METHODS}
+        for name in names:
+            if name not in by_name:
+                raise ConfigError(f"there is no method {name!r}; {_suggest(name, by_name)}")
+        plain = set(TrainingConfig.model_fields) | RUN_KEYS
+        fields = {name: set(cls.model_fields) - {"name"} for name, cls in by_name.items()}
+        chosen: dict[str, dict[str, Given]] = {name: {} for name in names}
+        meant = list(dict.fromkeys(names)) or list(by_name)
+        problems = []
+        for key, given in self.given.items():
+            if key in plain or key == "method.name":
+                continue
+            block, _, inner = key.rpartition(".")
+            if block in by_name:  # one method's own block; a file may hold blocks of methods that this run leaves out
+                targets = [block] if inner in fields[block] else []
+                candidates: Iterable[str] = fields[block]
+            else:
+                targets = [name for name in meant if inner in fields[name]] if block in ("", "method") else []
+                candidates = set().union(*(fields[name] for name in meant)) | (plain if block == "" else set())
+            if not targets:
+                problems.append(f"{given.where}: unknown key {key!r}; {_suggest(inner, candidates)}")
+            for name in targets:
+                if name in chosen:
+                    chosen[name][inner] = given
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return [_validated(by_name[name], chosen[name]) for name in names]
+
+    def method_names(self, default: Sequence[str]) -> list[str]:
+        """The methods that the user named, by `--methods a,b`, `--method a`, or the file's `method(s)`.
+
+        Raises:
+            ConfigError: what names them is neither text nor a list of names.
+        """
+        for key in ("methods", "method", "method.name"):
+            if key not in self.given:
+                continue
+            value, where = self.given[key].value, self.given[key].where
+            names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+            if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+                raise ConfigError(f"{where}: {key} is {value!r}; expected names such as lora,bitfit.")
+            return names
+        return list(default)
+
+
+def _validated(cls: Any, chosen: Mapping[str, Given]) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return cls(**{key: given.value for key, given in chosen.items()})
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, chosen))) from error
+
+
+def _explain(error: ValidationError, chosen: Mapping[str, Given]) -> list[str]:
+    lines = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"]) or error.title
+        where = chosen[str(problem["loc"][0])].where if problem["loc"] and problem["loc"][0] in chosen else "settings"
+        reason = problem["msg"].removeprefix("Value error, ")
+        given = f", given {problem['input']!r}" if problem["loc"] else ""
+        lines.append(f"{where}: {key}: {reason}{given}")
+    return lines
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    """`did you mean ...?`, or all there is."""
+    names = sorted(known)
+    if SYNONYMS.get(word) in names:
+        return f"did you mean {SYNONYMS[word]!r}?"
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
+
+
+def _parse_assignment(text: str) -> dict[str, Given]:
+    import yaml
+
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set learning_rate=1e-3")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: {raw!r} is not a YAML value: {_one_line(error)}") from error
+    if isinstance(value, dict):
+        raise ConfigError(f"--set {text}: set one key at a time, such as --set {key}.r=8")
+    return {key: Given(value, f"--set {text}")}
+
+
+def _read_yaml(path: Path) -> dict[str, Given]:
+    import yaml
+
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}: expected keys with values, such as `learning_rate: 1e-3`")
+        return _flatten(node, path, "")
+    except FileNotFoundError as error:
+        raise ConfigError(f"--config {path}: there is no such file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: not UTF-8 text ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not YAML: {_one_line(error)}") from error
+
+
+def _flatten(node: yaml.MappingNode, path: Path, prefix: str) -> dict[str, Given]:
+    """A mapping's keys with their lines; blocks become dotted keys."""
+    import yaml
+
+    found: dict[str, Given] = {}
+    loader = yaml.SafeLoader("")
+    for key_node, value_node in node.value:
+        key = prefix + str(key_node.value)
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        if key in found:
+            raise ConfigError(f"{where}: {key!r} is there twice, first at {found[key].where}")
+        if isinstance(value_node, yaml.MappingNode):
+            found.update(_flatten(value_node, path, key + "."))
+        else:
+            found[key] = Given(loader.construct_object(value_node, deep=True), where)
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,98 @@
+"""`spectune train`: one method, one run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spectune.cli import options
+from spectune.cli.console import note, print_json, work
+from spectune.cli.dry_run import dry_run
+from spectune.cli.inputs import training_rows
+from spectune.cli.runs import output_folder, record_origin
+from spectune.cli.settings import Settings
+from spectune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from spectune.deltas import Method
+
+DEFAULT_METHOD = "lora"
+
+
+def train(
+    model: options.Model = None,
+    data: options.Data = None,
+    valid: options.Valid = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"One of {options.method_names()}.", show_default=DEFAULT_METHOD)
+    ] = None,
+    output_dir: options.OutputDir = None,
+    config: options.Config = None,
+    assignments: options.Set = None,
+    seed: options.Seed = None,
+    resume: options.Resume = False,
+    dry: options.DryRun = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    skip_bad_rows: options.SkipBadRows = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train one method on one base. Ctrl-C writes a checkpoint; the same command with --resume goes on.
+
+    Keys of --config and --set are those of transformers and PEFT: learning_rate, num_train_epochs, max_steps,
+    per_device_train_batch_size, gradient_accumulation_steps, lr_scheduler_type, warmup_steps, max_length, r,
+    num_virtual_tokens, and so on.
+
+    \b
+    Examples:
+      spectune train --method prefix
+      spectune train --model gpt2 --data train.jsonl --method lora --set r=8 --set learning_rate=1e-3
+      spectune train --config run.yaml --output-dir runs/legal --resume
+    """
+    flags = {
+        "model": model,
+        "data": data,
+        "valid": valid,
+        "method": method,
+        "output_dir": output_dir,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "skip_bad_rows": skip_bad_rows or None,
+        "resume": resume or None,
+    }
+    settings = Settings.collect(config, assignments, flags)
+    names = settings.method_names([DEFAULT_METHOD])
+    if len(names) != 1:
+        raise ConfigError(f"train takes one method, given {', '.join(names)}; `spectune compare` takes many")
+    with work(as_json=as_json) as out:
+        [chosen] = settings.methods(names)
+        answer = dry_run([chosen], settings, chosen.name, out) if dry else _train(chosen, settings, out)
+    if as_json:
+        print_json(answer)
+
+
+def _train(method: Method, settings: Settings, out: Console) -> dict[str, Any]:
+    from spectune import training
+    from spectune.deltas import attach
+    from spectune.storage import load
+
+    wanted = settings.training()
+    folder = output_folder(settings.text("output_dir"), method.name, resume=wanted.resume)
+    rows, held_out, source = training_rows(
+        settings.text("data"), settings.text("valid"), seed=wanted.seed, skip_bad_rows=wanted.skip_bad_rows
+    )
+    model, tokenizer = load(settings.base, device=settings.device, dtype=settings.dtype)
+    place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
+    note(f"base: {settings.base} ({place})\ndata: {source}\nfolder: {folder}")
+    delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
+    config = wanted.model_copy(update={"output_dir": folder})
+    try:
+        result = training.train(model, tokenizer, delta, rows, held_out, config, console=out)
+    finally:
+        record_origin(folder, settings)
+    note(f"kept in {folder / 'best'}; see what it writes: spectune generate --run {folder}")
+    return result.model_dump(mode="json")

@@ -1,0 +1,83 @@
+"""`spectune validate`: are the data good, and what will the loss be taken on?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spectune.cli import options
+from spectune.cli.console import print_json, work
+from spectune.cli.inputs import rows_to_train
+from spectune.cli.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from spectune.data import Example
+
+
+def validate(
+    data: options.Data = None,
+    model: options.Model = None,
+    config: options.Config = None,
+    assignments: options.Set = None,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show with their mask.")] = 3,
+    skip_bad_rows: options.SkipBadRows = False,
+    as_json: options.Json = False,
+) -> None:
+    """Check a data file against a base's tokenizer, report on every row, and show the mask of a few.
+
+    The loss is taken on what stands after `target`, which must end with the end-of-text token. All bad rows are listed
+    at once with file:line; exit code 3.
+
+    \b
+    Examples:
+      spectune validate --data train.jsonl --model gpt2
+      spectune validate --data train.jsonl --set max_length=256 --set 'separator="\\n"'
+    """
+    settings = Settings.collect(config, assignments, {"data": data, "model": model})
+    settings.methods([])
+    with work(as_json=as_json) as out:
+        from spectune.data import encode
+        from spectune.inference import context_length
+        from spectune.storage import load
+        from spectune.training.train import DEFAULT_LENGTH
+
+        chosen = settings.training()
+        rows, source = rows_to_train(settings.text("data"), skip_bad_rows=skip_bad_rows)
+        base, tokenizer = load(settings.base, device="cpu")
+        length = chosen.max_length or min(context_length(base) or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        encoded = encode(rows, tokenizer, max_length=length, separator=chosen.separator)
+        report = encoded.report.to_dict()
+        shown = [_mask(example, tokenizer) for example in encoded.examples[:show]]
+        if not as_json:
+            _print(out, source, report, shown)
+    if as_json:
+        print_json({"data": source, "report": report, "rows": shown})
+
+
+def _mask(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    ids, cut = example.input_ids, example.prompt_length
+    return {
+        "origin": example.row.origin,
+        "tokens": len(ids),
+        "target_tokens": example.target_tokens,
+        "prompt": tokenizer.decode(ids[:cut]),
+        "target": tokenizer.decode(ids[cut:]),
+        "ends_with_eos": ids[-1] == tokenizer.eos_token_id,
+    }
+
+
+def _print(out: Console, source: str, report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
+    from rich.text import Text
+
+    out.print(f"[bold]{source}[/bold]")
+    for key, value in report.items():
+        if isinstance(value, int | float | str):
+            out.print(f"  {key.replace('_', ' '):<28} {value:,}" if not isinstance(value, str) else f"  {key}: {value}")
+    for row in shown:
+        out.print(f"\n{row['origin']}: {row['tokens']} tokens, {row['target_tokens']} in the loss")
+        out.print(Text("  prompt  ") + Text(repr(row["prompt"]), style="dim"))
+        out.print(Text("  target  ") + Text(repr(row["target"]), style="green"))

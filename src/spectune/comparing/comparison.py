@@ -1,0 +1,66 @@
+"""What a comparison found: shows itself as a table and a figure, and lies on disk as JSON, CSV and Markdown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spectune.errors import DataError
+from spectune.reporting import comparison_figure, comparison_html, comparison_table, write_reports
+from spectune.storage import atomic_write_text
+
+FILE = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The results of one comparison.
+
+    Attributes:
+        folder: where it lies, with `runs/`, `comparison.json`, `.csv`, `.md` and the figure.
+        content: what `comparison.json` holds: base, data, settings, runs, failed, scale.
+    """
+
+    folder: Path
+    content: dict[str, Any]
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """One result for each run that ended, as in `result.json`."""
+        return list(self.content["runs"])
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """Method and reason of each run that did not end."""
+        return list(self.content["failed"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.content
+
+    def table(self) -> Any:
+        """The table, as a rich renderable: `rich.print(comparison.table())`."""
+        return comparison_table(self.content)
+
+    def plot(self) -> Any:
+        """The figure, a `matplotlib.figure.Figure` of two panels."""
+        return comparison_figure(self.content)
+
+    def _repr_html_(self) -> str:
+        return comparison_html(self.content)
+
+    def save(self) -> None:
+        """Write `comparison.json` and everything that is made from it."""
+        atomic_write_text(self.folder / FILE, json.dumps(self.content, indent=2) + "\n")
+        write_reports(self.content, self.folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Comparison:
+        """The comparison in a folder. Raises DataError where there is none."""
+        folder = Path(folder)
+        try:
+            content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder / FILE} cannot be read as a comparison: {error}") from error
+        return cls(folder, content)

@@ -1,0 +1,144 @@
+"""The loss of a causal language model, summed over target tokens, in float32 and on labelled positions only.
+
+Sums, not means: gradient accumulation weighs micro-batches by their target tokens, so the caller divides once, by the
+tokens of the whole step.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import modeling_utils
+
+#: a label that is not a target: prompt and padding
+IGNORED = -100
+
+
+def target_mask(labels: Tensor) -> Tensor:
+    """Which positions predict a target: `[batch, length - 1]`, True at t where the token at t + 1 is one."""
+    return labels[:, 1:] != IGNORED
+
+
+def causal_lm_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Cross entropy summed over target tokens, computed in float32 whatever `logits` are.
+
+    Only labelled rows are converted to float32: at a large vocabulary the whole of it would be the largest tensor of
+    a training step.
+
+    Args:
+        logits: `[batch, length, vocabulary]`, of any floating type; position t predicts the label at t + 1.
+        labels: `[batch, length]` int64, -100 where there is no target. The first column is never a target.
+
+    Returns:
+        the sum in nats (float32 scalar, with gradient; 0 where there is no target), and the number of target tokens.
+
+    Raises:
+        ValueError: the two shapes do not belong together.
+    """
+    if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+        raise ValueError(
+            f"logits are {list(logits.shape)}, labels are {list(labels.shape)}; "
+            "expected [batch, length, vocabulary] and [batch, length] of the same batch and length"
+        )
+    keep = target_mask(labels)
+    rows = logits[:, :-1][keep]
+    targets = labels[:, 1:][keep]
+    return F.cross_entropy(rows.float(), targets, reduction="sum"), targets.numel()
+
+
+class LabelledLogits(NamedTuple):
+    """The logits of target tokens and nothing else; N is the number of target tokens of the batch."""
+
+    logits: Tensor
+    """`[N, vocabulary]`, in the model's dtype."""
+    targets: Tensor
+    """`[N]` int64."""
+    rows: Tensor
+    """`[N]` int64, the row of the batch that each target stands in; in order."""
+
+
+def labelled_logits(model: nn.Module, batch: Mapping[str, Any]) -> LabelledLogits:
+    """The logits that predict the targets of a batch, with the model's head run on no more positions than it must.
+
+    At small hidden sizes the head is most of a step's work, and prompt and padding need none of it. What stands
+    after the head (soft caps, scaling) is the model's own, because the model's own `forward` is called: with
+    `logits_to_keep` as far as it has that argument (see `head_selection`), in full otherwise.
+
+    Args:
+        batch: what the model takes (`input_ids`, `attention_mask`, ...) and `labels` `[batch, length]`.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs.setdefault("use_cache", False)
+    labels: Tensor = batch["labels"]
+    keep, targets = target_mask(labels), labels[:, 1:]
+    positions = _positions_for_head(keep, head_selection(model))
+    if positions is not None:
+        inputs["logits_to_keep"] = positions
+    logits = model(**inputs).logits
+    if logits.shape[:2] == labels.shape:  # all of them: not asked for fewer, or the model did not listen
+        logits = logits[:, :-1]
+    elif positions is not None:
+        keep, targets = _select(keep, positions), _select(targets, positions)
+    if logits.shape[:2] != keep.shape:
+        raise ValueError(
+            f"{type(model).__name__} gave logits for {list(logits.shape[:2])} [batch, positions]; expected "
+            f"{list(keep.shape)}. Its logits_to_keep means something else: use causal_lm_loss_sum on its full logits."
+        )
+    return LabelledLogits(logits[keep], targets[keep], keep.nonzero()[:, 0])
+
+
+def labelled_loss_sum(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """`causal_lm_loss_sum` of the model on a batch, without logits that no target needs. Same arguments as
+    `labelled_logits`, same result as `causal_lm_loss_sum(model(...).logits, labels)` up to float32 rounding."""
+    found = labelled_logits(model, batch)
+    return F.cross_entropy(found.logits.float(), found.targets, reduction="sum"), found.targets.numel()
+
+
+def head_selection(model: nn.Module) -> str:
+    """How the model can be told which positions its head is wanted at.
+
+    Returns:
+        "row": an index tensor `[batch, positions]`, each row its own (newer transformers, through its
+        `slice_logits_to_keep`); "column": an index tensor `[positions]` that all rows share, as transformers documents
+        `logits_to_keep`; "none": the model has no such argument.
+    """
+    # a model compiled or wrapped for several devices is asked for the one inside
+    inner = getattr(model, "_orig_mod", getattr(model, "module", model))
+    forward = inspect.unwrap(type(inner).forward)
+    if "logits_to_keep" not in inspect.signature(forward).parameters:
+        return "none"
+    # Read from the code, not found by trial: a trial would run the model, its hooks and its random state.
+    return "row" if "slice_logits_to_keep" in forward.__code__.co_names and _slice_takes_rows() else "column"
+
+
+@functools.cache
+def _slice_takes_rows() -> bool:
+    """Whether transformers' own slicing function picks positions for each row, asked of the function itself."""
+    function = getattr(modeling_utils, "slice_logits_to_keep", None)
+    if function is None:
+        return False
+    picked = function(torch.zeros(2, 3, 1), torch.tensor([[0], [2]]))
+    return tuple(picked.shape) == (2, 1, 1)
+
+
+def _positions_for_head(keep: Tensor, selection: str) -> Tensor | None:
+    """The positions to ask for: the targets of each row, filled up with others to the longest row's number; or all
+    columns that hold a target. None for all positions."""
+    if selection == "row":
+        longest = max(int(keep.sum(1).max()), 1) if keep.numel() else 0
+        # stable: a row's targets stay in order, before its other positions
+        return keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+    if selection == "column":
+        columns = keep.any(0).nonzero()[:, 0]
+        return columns if columns.numel() or not keep.numel() else columns.new_zeros(1)
+    return None
+
+
+def _select(tensor: Tensor, positions: Tensor) -> Tensor:
+    return tensor.gather(1, positions) if positions.dim() == 2 else tensor[:, positions]

@@ -1,0 +1,19 @@
+"""Rows from files, what of them is learned, and batches."""
+
+from spectune.data.batches import batches, collate
+from spectune.data.encode import DataReport, Encoded, Example, encode, prompt_ids, render_mask
+from spectune.data.rows import Row, load_rows, split_rows
+
+__all__ = [
+    "DataReport",
+    "Encoded",
+    "Example",
+    "Row",
+    "batches",
+    "collate",
+    "encode",
+    "load_rows",
+    "prompt_ids",
+    "render_mask",
+    "split_rows",
+]

@@ -1,0 +1,69 @@
+"""Batches: tensors of some examples, and which examples go together when."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spectune.data.encode import Example
+from spectune.errors import ConfigError
+
+IGNORED = -100
+#: examples are sorted by length within groups of so many batches
+GROUP = 50
+
+
+def collate(
+    examples: Sequence[Example], pad_token_id: int, *, padding_side: str = "right", pad_to_multiple_of: int = 1
+) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask`, `labels`, each `[batch, length]` int64.
+
+    Labels are -100 on prompts and padding, by position: a target that happens to be the padding token stays one.
+    """
+    if padding_side not in ("left", "right"):
+        raise ConfigError(f"padding_side = {padding_side!r}: expected 'left' or 'right'")
+    longest = max(len(example.input_ids) for example in examples)
+    longest = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    shape = (len(examples), longest)
+    ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for i, example in enumerate(examples):
+        length = len(example.input_ids)
+        start = 0 if padding_side == "right" else longest - length
+        row = torch.tensor(example.input_ids)
+        ids[i, start : start + length] = row
+        mask[i, start : start + length] = 1
+        learned = max(example.prompt_length, 1)  # a sequence's first token has nothing before it
+        labels[i, start + learned : start + length] = row[learned:]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def batches(
+    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, group_by_length: bool = True
+) -> list[list[int]]:
+    """Indices of the examples of each batch of an epoch: every index once, a function of its arguments alone.
+
+    With `group_by_length`, rows of like length share a batch (within shuffled groups, so that order stays random).
+    In epoch 0 the batch with the longest row comes first: memory that does not suffice shows at once.
+    """
+    rng = random.Random(f"{seed}-{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    if group_by_length:
+        size = batch_size * GROUP
+        order = [
+            index
+            for start in range(0, len(order), size)
+            for index in sorted(order[start : start + size], key=lambda i: -lengths[i])
+        ]
+    found = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if group_by_length:
+        rng.shuffle(found)
+    if epoch == 0 and found:
+        longest = max(range(len(found)), key=lambda i: (max(lengths[j] for j in found[i]), len(found[i])))
+        found.insert(0, found.pop(longest))
+    return found

@@ -1,0 +1,207 @@
+"""From rows to token ids and what of them is learned.
+
+The target is the completion and its EOS, by position, never by token id: bases that pad with EOS learn it all the
+same. The prompt's ids are the ones that generation gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from spectune.data.rows import Row, Rows
+from spectune.errors import ConfigError, DataError
+
+
+@dataclass(slots=True)
+class Example:
+    """One encoded row: `input_ids`, of which those from `prompt_length` on are learned (0: all but the first)."""
+
+    input_ids: list[int]
+    prompt_length: int
+    row: Row
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens with a loss. The first token of a sequence has none: nothing stands before it."""
+        return len(self.input_ids) - max(self.prompt_length, 1)
+
+
+@dataclass
+class DataReport:
+    """Where every input row went: `rows = kept + dropped + bad`; cut rows are among the kept."""
+
+    rows: int = 0
+    kept: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    longest: int = 0
+    ends_with_eos: int = 0
+    cut: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[dict[str, str]] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "kept": self.kept,
+            "cut": len(self.cut),
+            "dropped": len(self.dropped),
+            "bad": len(self.bad),
+            "tokens": self.tokens,
+            "target_tokens": self.target_tokens,
+            "tokens_lost": sum(entry["tokens_lost"] for entry in self.cut),
+            "longest_row_tokens": self.longest,
+            "rows_that_end_with_eos": self.ends_with_eos,
+            "cut_rows": self.cut,
+            "dropped_rows": self.dropped,
+            "bad_rows": self.bad,
+        }
+
+
+@dataclass
+class Encoded:
+    examples: list[Example]
+    report: DataReport
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    separator: str = "",
+) -> Encoded:
+    """Token ids of all rows, at most `max_length` each, and a report that accounts for every one.
+
+    A row that is too long loses the beginning of its prompt; where the target alone is too long, its end (EOS too).
+    `text` rows lose their end.
+
+    Raises:
+        ConfigError: the tokenizer has no EOS, or no chat template for `messages`.
+        DataError: no row has anything to learn.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no EOS token, so no model could learn to stop; set tokenizer.eos_token")
+    if max_length < 2:
+        raise ConfigError(f"max_length = {max_length}: at least 2 tokens are needed")
+    report = DataReport(rows=len(rows))
+    if isinstance(rows, Rows):
+        report.bad = list(rows.skipped)
+        report.rows += len(report.bad)
+    examples = []
+    for row in rows:
+        prompt, target = _ids(row, tokenizer, separator)
+        whole = len(prompt) + len(target)
+        prompt, target = _cut(prompt, target, max_length)
+        example = Example(prompt + target, len(prompt), row)
+        if example.target_tokens < 1:
+            report.dropped.append({"origin": row.origin, "reason": "nothing to learn: its target has no token"})
+            continue
+        if whole > max_length:
+            lost = whole - len(example.input_ids)
+            report.cut.append(
+                {
+                    "origin": row.origin,
+                    "tokens_lost": lost,
+                    "from": "prompt" if target[-1:] == [tokenizer.eos_token_id] and prompt else "end",
+                }
+            )
+        examples.append(example)
+        report.kept += 1
+        report.tokens += len(example.input_ids)
+        report.target_tokens += example.target_tokens
+        report.longest = max(report.longest, len(example.input_ids))
+        report.ends_with_eos += example.input_ids[-1] == tokenizer.eos_token_id
+    if not examples:
+        raise DataError(f"none of {report.rows} rows has a token to learn", [d["origin"] for d in report.dropped])
+    return Encoded(examples, report)
+
+
+def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, separator: str = "") -> list[int]:
+    """The ids that generation starts from: exactly the prefix that training saw before the target."""
+    if row.text is not None:
+        return _plain(row.text, tokenizer)
+    return _ids(row, tokenizer, separator)[0]
+
+
+def render_mask(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The row as text, what is learned between `[[` and `]]`: a proof of the mask to look at."""
+    before = tokenizer.decode(example.input_ids[: example.prompt_length])
+    learned = tokenizer.decode(example.input_ids[example.prompt_length :])
+    return f"{before}[[{learned}]]"
+
+
+def _ids(row: Row, tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[list[int], list[int]]:
+    """Prompt ids and target ids, EOS at the end of the latter."""
+    eos = [int(tokenizer.eos_token_id)]
+    if row.text is not None:
+        return [], _plain(row.text, tokenizer) + eos
+    if row.messages is not None:
+        return _chat(row.messages, tokenizer)
+    assert row.prompt is not None
+    assert row.completion is not None
+    prompt = _plain(row.prompt + separator, tokenizer)
+    together = _plain(row.prompt + separator + row.completion, tokenizer)
+    if prompt and together[: len(prompt)] == prompt:
+        return prompt, together[len(prompt) :] + eos
+    # the two would merge across the seam: then training must see what generation sees, the prompt by itself
+    if not row.prompt + separator:
+        return [], together + eos
+    return prompt, list(tokenizer(row.completion, add_special_tokens=False)["input_ids"]) + eos
+
+
+def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids with what the tokenizer puts in front (BOS, once), without what it puts behind."""
+    ids = list(tokenizer(text)["input_ids"])
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    behind = len(ids) - len(bare)
+    while (
+        behind > 0 and ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) and ids[-len(bare) :] != bare
+    ):
+        ids.pop()
+        behind -= 1
+    if bare[:1] == [tokenizer.bos_token_id] and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]  # the text began with BOS already
+    return ids
+
+
+def _chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The last assistant message is the target, all before it the prompt."""
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            "the rows are chats (messages), but this tokenizer has no chat template; set tokenizer.chat_template, or "
+            "give the rows as prompt + completion"
+        )
+    prompt = _template(tokenizer, messages[:-1], generation=True)
+    whole = _template(tokenizer, messages, generation=False)
+    if whole[: len(prompt)] == prompt:
+        target = whole[len(prompt) :]
+    else:
+        target = list(tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"])
+    eos = int(tokenizer.eos_token_id)
+    # templates may write a line end after EOS, which is no part of the answer
+    ends = eos in target
+    return prompt, target[: len(target) - target[::-1].index(eos)] if ends else [*target, eos]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, generation: bool) -> list[int]:
+    try:
+        ids: Any = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=False, add_generation_prompt=generation
+        )
+    except Exception as error:  # templates raise what they like: jinja errors, and their own
+        raise DataError(f"the tokenizer's chat template refuses these messages: {error}") from error
+    return [int(i) for i in ids]
+
+
+def _cut(prompt: list[int], target: list[int], longest: int) -> tuple[list[int], list[int]]:
+    if len(prompt) + len(target) <= longest:
+        return prompt, target
+    if len(target) < longest and prompt:
+        return prompt[len(prompt) + len(target) - longest :], target
+    keep = prompt[-1:]  # one token to predict the first target from
+    return keep, target[: longest - len(keep)]

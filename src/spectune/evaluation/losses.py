@@ -1,0 +1,51 @@
+"""The loss of a model on each row of a data set: what validation loss and paired statistics are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spectune.data import Example
+from spectune.errors import DataError
+from spectune.evaluation.metrics import perplexity
+from spectune.inference import row_loss_sums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class RowLosses:
+    """Loss sums (nats) and numbers of target tokens, one of each for every row, in the order of the rows."""
+
+    loss_sums: tuple[float, ...]
+    target_tokens: tuple[int, ...]
+
+    @property
+    def total_target_tokens(self) -> int:
+        return sum(self.target_tokens)
+
+    @property
+    def mean_per_token(self) -> float:
+        """Nats for each target token of the whole set: every token weighs the same, whichever row it stands in."""
+        return math.fsum(self.loss_sums) / self.total_target_tokens
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.mean_per_token)
+
+
+def row_losses(
+    model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, batch_size: int = 16
+) -> RowLosses:
+    """The loss of each example under the model's current route, in evaluation mode and without gradient.
+
+    Raises:
+        DataError: there is no target token in any example, so that no mean exists.
+    """
+    sums, counts = row_loss_sums(model, examples, pad_token_id, batch_size)
+    if sum(counts) == 0:
+        raise DataError(f"{len(examples)} rows without a single target token; expected at least one to take a loss of")
+    return RowLosses(tuple(sums), tuple(counts))

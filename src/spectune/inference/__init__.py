@@ -1,0 +1,19 @@
+"""What a model does with no gradient: generation, the likelihood of rows and choices, decoding speed."""
+
+from spectune.inference.decode import decode_tokens_per_second
+from spectune.inference.generate import context_length, generate_ids, generate_texts, stop_ids
+from spectune.inference.likelihood import ChoiceScores, choice_log_likelihoods, row_loss_sums
+from spectune.inference.modes import evaluating, seeded
+
+__all__ = [
+    "ChoiceScores",
+    "choice_log_likelihoods",
+    "context_length",
+    "decode_tokens_per_second",
+    "evaluating",
+    "generate_ids",
+    "generate_texts",
+    "row_loss_sums",
+    "seeded",
+    "stop_ids",
+]

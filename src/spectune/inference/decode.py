@@ -1,0 +1,94 @@
+"""How fast a model writes: new tokens a second, one after the other, with the KV cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from spectune.errors import ConfigError
+from spectune.inference.generate import context_length, generate_batch, plain_config, stop_ids
+from spectune.inference.modes import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def decode_tokens_per_second(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch: int = 1,
+    new_tokens: int = 64,
+    repeats: int = 3,
+    prompt_tokens: int = 16,
+    warm_up: int = 1,
+) -> float:
+    """Decoded tokens a second over all rows: the median of `repeats`, after `warm_up` runs that do not count.
+
+    The prefill is left out: the clock starts when the first new token is there and stops at the last, so a run times
+    `new_tokens - 1` steps of one token a row. Greedy, with EOS forbidden, so that every run is of the same length.
+    The prompt is a fixed draw of token ids: time does not depend on what the text says.
+
+    Raises:
+        ConfigError: fewer than 2 new tokens, no repeat, or more tokens than the base's context has.
+    """
+    if new_tokens < 2 or repeats < 1 or batch < 1 or prompt_tokens < 1:
+        raise ConfigError(
+            f"new_tokens = {new_tokens}, repeats = {repeats}, batch = {batch}, prompt_tokens = {prompt_tokens}; "
+            "expected at least 2 new tokens and at least 1 of the others"
+        )
+    limit = context_length(model)
+    if limit is not None and prompt_tokens + new_tokens > limit:
+        raise ConfigError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones; this base takes {limit} together. Use fewer."
+        )
+    stops = stop_ids(model, tokenizer)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator).tolist()
+    fields: dict[str, Any] = {"min_new_tokens": new_tokens} if stops else {}
+    config = plain_config(new_tokens, stops, stops[0] if stops else 0, **fields)
+    rates = []
+    with evaluating(model):
+        for run in range(warm_up + repeats):
+            clock = _Clock(model.device, new_tokens)
+            generate_batch(model, prompts, config, stopping_criteria=StoppingCriteriaList([clock]))
+            if run >= warm_up:
+                rates.append(batch * (new_tokens - 1) / clock.seconds)
+    return statistics.median(rates)
+
+
+class _Clock(StoppingCriteria):
+    """Asked by `generate` after each token, it stops nothing: it notes when the first and the last were there."""
+
+    def __init__(self, device: torch.device, tokens: int) -> None:
+        self.device = device
+        self.tokens = tokens
+        self.count = 0
+        self.first = 0.0
+        self.last = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.last - self.first
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.count += 1
+        if self.count == 1:
+            self.first = self._now()
+        elif self.count == self.tokens:
+            self.last = self._now()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def _now(self) -> float:
+        """Seconds, when all work that was given to the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,182 @@
+"""Text from a model: batches padded on the left, with the KV cache, each row up to its own end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from spectune.deltas import Registry
+from spectune.errors import ConfigError
+from spectune.families import describe
+from spectune.inference.modes import evaluating, generation_defaults, seeded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    do_sample: bool = False,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> list[str]:
+    """The continuation of each prompt as text, in the order given, without the prompt and without special tokens.
+
+    Rows run under the model's current route. A row ends at the first stop token (see `stop_ids`), after
+    `max_new_tokens`, or where the base's context ends, whichever comes first. The checkpoint's own generation
+    defaults (temperature, penalties) are not used. Greedy output does not depend on `batch_size` but by rounding;
+    sampled output depends on `seed` and `batch_size`.
+
+    Args:
+        prompts_ids: token ids, exactly the prefix of training (`spectune.data.prompt_ids`); none may be empty.
+        temperature, top_p, top_k: for `do_sample=True` only; by default the model's own distribution.
+
+    Raises:
+        ConfigError: an empty prompt, or one that leaves no room in the base's context.
+    """
+    stops = stop_ids(model, tokenizer)
+    sampling: dict[str, Any] = {}
+    if do_sample:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    pad = tokenizer.pad_token_id
+    found = generate_ids(
+        model,
+        prompts_ids,
+        max_new_tokens=max_new_tokens,
+        stops=stops,
+        pad_token_id=pad if isinstance(pad, int) else next(iter(stops), 0),
+        batch_size=batch_size,
+        seed=seed,
+        **sampling,
+    )
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    prompts_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stops: Sequence[int] = (),
+    pad_token_id: int = 0,
+    batch_size: int = 16,
+    seed: int = 0,
+    **sampling: Any,
+) -> list[list[int]]:
+    """The new token ids of each prompt, in the order given; the stop token is not among them.
+
+    Args:
+        stops: ids that end a row; with none, every row is as long as asked for.
+        pad_token_id: stands where a row has no token; masked, so any id will do, a stop token's too.
+        sampling: more fields of transformers' `GenerationConfig` (`do_sample`, `temperature`, ...).
+
+    Raises:
+        ConfigError: see `generate_texts`.
+    """
+    rooms = _rooms(model, prompts_ids, max_new_tokens)
+    results: list[list[int]] = [[] for _ in prompts_ids]
+    with evaluating(model), seeded(seed, model.device):
+        for batch in _batches([len(prompt) for prompt in prompts_ids], rooms, batch_size):
+            config = plain_config(rooms[batch[0]], stops, pad_token_id, **sampling)
+            new = generate_batch(model, [prompts_ids[index] for index in batch], config)
+            for index, ids in zip(batch, new, strict=True):
+                results[index] = _until_stop(ids, stops)
+    return results
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a text: the tokenizer's EOS, which training teaches, and those of the checkpoint's generation
+    config (chat models end a turn with one of their own)."""
+    of_config = model.generation_config.eos_token_id if model.generation_config is not None else None
+    given = [tokenizer.eos_token_id, *(of_config if isinstance(of_config, list) else [of_config])]
+    return list(dict.fromkeys(stop for stop in given if isinstance(stop, int)))
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most text tokens that the model takes now: its table of positions, or what its config says it was made
+    for, less the virtual tokens of the current delta. None where nothing limits it."""
+    registry = Registry.of(model)
+    family = describe(model) if registry is None else registry.family
+    delta = None if registry is None else registry.current_delta
+    limit = family.position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    return limit - (0 if delta is None else delta.method.virtual_tokens)
+
+
+def _rooms(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """How many new tokens each prompt may have."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}; expected at least 1")
+    limit = context_length(model)
+    rooms = []
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) == 0:
+            raise ConfigError(f"prompt {number} is empty; a model needs at least one token to go on from")
+        room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
+        if room < 1:
+            raise ConfigError(
+                f"prompt {number} has {len(prompt)} tokens; this base takes {limit} and there must be room for one "
+                "more. Shorten the prompt."
+            )
+        rooms.append(room)
+    return rooms
+
+
+def _batches(lengths: Sequence[int], rooms: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows of like length together, the longest first; only rows with the same room share a batch, so that what a row
+    may write does not depend on its neighbours."""
+    order = sorted(range(len(lengths)), key=lambda index: (rooms[index], -lengths[index]))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and len(batches[-1]) < batch_size and rooms[batches[-1][0]] == rooms[index]:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def plain_config(new_tokens: int, stops: Sequence[int], pad_token_id: int, **more: Any) -> GenerationConfig:
+    """Greedy with the KV cache, unless `more` says otherwise; nothing is left to a checkpoint's defaults."""
+    fields: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True, **more}
+    fields.update(max_new_tokens=new_tokens, eos_token_id=list(stops) or None, pad_token_id=pad_token_id)
+    make: Any = GenerationConfig  # untyped in transformers
+    config: GenerationConfig = make(**fields)
+    return config
+
+
+def generate_batch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, **more: Any
+) -> list[list[int]]:
+    """New ids of one batch, what stands after a stop token included."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), int(config.pad_token_id or 0), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    device = model.device
+    generate: Any = model.generate
+    with generation_defaults(model):
+        out: Tensor = generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, **more
+        )
+    new: list[list[int]] = out[:, longest:].tolist()
+    return new
+
+
+def _until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """Cut by position: padding may be the stop token itself."""
+    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
+    return ids[:end]

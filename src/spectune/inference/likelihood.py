@@ -1,0 +1,113 @@
+"""How likely a model finds given text: the loss of each row, and the likelihood of each choice of a row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+
+from spectune.compute.losses import labelled_logits
+from spectune.data import Example, Row, collate, encode
+from spectune.errors import DataError
+from spectune.inference.modes import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def row_loss_sums(
+    model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, batch_size: int = 16
+) -> tuple[list[float], list[int]]:
+    """The loss of each example summed over its target tokens (nats, float32 terms summed in float64), and their
+    number, in the order given. Evaluation mode, no gradient, the model's current route.
+
+    Examples run in batches of like length, the longest first, so that memory that does not suffice shows at once.
+    """
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
+    sums = [0.0] * len(examples)
+    counts = [0] * len(examples)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            members = order[start : start + batch_size]
+            batch = collate([examples[index] for index in members], pad_token_id)
+            found = labelled_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+            losses = F.cross_entropy(found.logits.float(), found.targets, reduction="none")
+            for row, loss in zip(found.rows.tolist(), losses.tolist(), strict=True):
+                sums[members[row]] += loss
+                counts[members[row]] += 1
+    return sums, counts
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChoiceScores:
+    """What a model gives each choice of one row."""
+
+    log_likelihoods: tuple[float, ...]
+    """log p(choice, EOS | prompt) in nats, in the order of the row's choices."""
+    target_tokens: tuple[int, ...]
+    """Tokens of each choice, EOS included."""
+
+    @property
+    def best(self) -> int:
+        """Index of the likeliest choice; the first of equals."""
+        return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
+
+    @property
+    def best_per_token(self) -> int:
+        """Index of the choice that is likeliest per token, which does not favour short ones."""
+        means = [total / max(count, 1) for total, count in zip(self.log_likelihoods, self.target_tokens, strict=True)]
+        return max(range(len(means)), key=means.__getitem__)
+
+
+def choice_log_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    max_length: int,
+    separator: str = "",
+    batch_size: int = 16,
+) -> list[ChoiceScores]:
+    """The likelihood of every choice of every row, each written exactly as training would write it after the prompt,
+    EOS included: "yes" is then not favoured over "yes, sir" for being its beginning.
+
+    Args:
+        max_length: tokens of prompt and choice together, as in training.
+        separator: what stands between prompt and completion, as in training.
+
+    Raises:
+        DataError: a row without choices or without a prompt, or one that `encode` refuses; all of them at once.
+    """
+    problems = [f"{row.origin}: {wrong}" for row in rows if (wrong := _unfit(row))]
+    if problems:
+        raise DataError("rows whose choices cannot be compared", problems)
+    completed = [_with_completion(row, choice) for row in rows for choice in row.choices]
+    examples = encode(completed, tokenizer, max_length=max_length, separator=separator).examples
+    if len(examples) != len(completed):
+        raise DataError(f"{len(completed) - len(examples)} of {len(completed)} choices could not be encoded")
+    pad = tokenizer.pad_token_id
+    sums, counts = row_loss_sums(model, examples, pad if isinstance(pad, int) else 0, batch_size)
+    scores, start = [], 0
+    for row in rows:
+        end = start + len(row.choices)
+        scores.append(ChoiceScores(tuple(-total for total in sums[start:end]), tuple(counts[start:end])))
+        start = end
+    return scores
+
+
+def _unfit(row: Row) -> str | None:
+    if not row.choices:
+        return "no choices; expected a list of texts under `choices`"
+    if row.prompt is None and not row.messages:
+        return "no prompt; expected `prompt` or `messages` beside the choices"
+    return None
+
+
+def _with_completion(row: Row, choice: str) -> Row:
+    """The row as a training row that was answered with `choice`."""
+    if row.messages:
+        asked = row.messages[:-1] if row.messages[-1].get("role") == "assistant" else row.messages
+        return dataclasses.replace(row, messages=[*asked, {"role": "assistant", "content": choice}])
+    return dataclasses.replace(row, completion=choice)

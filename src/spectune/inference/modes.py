@@ -1,0 +1,58 @@
+"""States that are taken for a while and given back exactly: evaluation mode, the random state, generation defaults."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradient inside; afterwards each module is in the mode it was in.
+
+    Not `torch.inference_mode`: a buffer that a model renews inside it could not be used in training any more.
+    """
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of `seed` inside; afterwards the random state, the device's too, is what it was."""
+    on_mps = device.type == "mps"
+    mps_state = torch.mps.get_rng_state() if on_mps else None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)
+
+
+@contextlib.contextmanager
+def generation_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """An empty generation config in place of the model's own: `generate` fills every unset field from there (a
+    checkpoint's sampling temperature, its repetition penalty, its stop tokens), so that two bases would be measured
+    by different rules."""
+    empty: Any = GenerationConfig  # untyped in transformers
+    before = model.generation_config
+    model.generation_config = empty()
+    try:
+        yield
+    finally:
+        model.generation_config = before

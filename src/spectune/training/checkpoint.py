@@ -1,0 +1,138 @@
+"""Checkpoints: everything that k more steps depend on, so that k + k steps equal 2k bit for bit.
+
+`checkpoint-N/` holds `delta.safetensors`, `best.safetensors`, `optimizer.safetensors`, `state.json` and the random
+state in `random.safetensors`. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spectune.deltas import Delta
+from spectune.errors import DataError
+from spectune.storage import atomic_folder
+from spectune.training.optimizer import MasterAdamW
+
+KEPT = 2
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    epoch: int = 0
+    window: int = 0  # optimizer steps taken in this epoch
+    epoch_loss: float = 0.0
+    epoch_targets: int = 0
+    tokens: int = 0
+    targets: int = 0
+    timed_tokens: int = 0
+    timed_seconds: float = 0.0
+    seconds: float = 0.0
+    last_epoch_loss: float | None = None
+    base_valid_loss: float | None = None
+    valid_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    without_improvement: int = 0
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    delta: Delta,
+    optimizer: MasterAdamW,
+    best: dict[str, Tensor] | None,
+    identity: dict[str, Any],
+) -> Path:
+    """Write `checkpoint-<step>/`, atomically, and remove all but the last two."""
+    path = folder / f"checkpoint-{progress.step}"
+    with atomic_folder(path) as temporary:
+        _save(delta.training_state_dict(), temporary / "delta.safetensors")
+        if best is not None:
+            _save(best, temporary / "best.safetensors")
+        _save(optimizer.state_dict(), temporary / "optimizer.safetensors")
+        _save(_random_state(), temporary / "random.safetensors")
+        state = {"progress": asdict(progress), "identity": identity}
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    for old in _all(folder)[:-KEPT]:
+        shutil.rmtree(old)
+    return path
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's folder."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
+    """Progress and identity (settings and data) of a checkpoint. Raises DataError where it is damaged."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return Progress(**state["progress"]), state["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path / 'state.json'} cannot be read: {error}. Remove {path} to go on from the one before."
+        ) from error
+
+
+def restore(path: Path, delta: Delta, optimizer: MasterAdamW) -> dict[str, Tensor] | None:
+    """Put weights, optimizer and random state back; returns the best weights so far."""
+    delta.load_training_state_dict(_load(path / "delta.safetensors"))
+    optimizer.load_state_dict(_load(path / "optimizer.safetensors"))
+    random = _load(path / "random.safetensors")
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    best = path / "best.safetensors"
+    return _load(best) if best.is_file() else None
+
+
+def swap_best(folder: Path, delta: Delta, step: int) -> None:
+    """Write the delta to `best-<step>/` and let the link `best` point there; the link is swapped in one move."""
+    place = folder / f"best-{step}"
+    delta.save(place)
+    link = folder / f".best.{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(place.name, target_is_directory=True)
+    os.replace(link, folder / "best")
+    for old in folder.glob("best-*"):
+        if old != place:
+            shutil.rmtree(old)
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _all(folder: Path) -> list[Path]:
+    numbered = [(p, p.name.removeprefix("checkpoint-")) for p in folder.glob("checkpoint-*")]
+    return [p for p, n in sorted(((p, n) for p, n in numbered if n.isdigit()), key=lambda pair: int(pair[1]))]
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read: {error}. Remove {path.parent} to go on from the one before."
+        ) from error

@@ -1,0 +1,66 @@
+"""Settings of a training run, by transformers' names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class TrainingConfig(BaseModel):
+    """How to train. The same for every method; only `learning_rate` has a default of each method's own.
+
+    Attributes:
+        output_dir: the run's folder; None writes nothing.
+        learning_rate: None is the method's default (`method.default_learning_rate`).
+        num_train_epochs: may be a fraction.
+        max_steps: optimizer steps; -1 leaves it to the epochs.
+        per_device_train_batch_size, per_device_eval_batch_size: rows.
+        gradient_accumulation_steps: batches for each step; the step's loss is the mean over all their target tokens.
+        warmup_steps: 1 and more are steps, below 1 a share of all steps.
+        weight_decay: not on vectors (biases, norms, offsets).
+        max_grad_norm: gradients are clipped to this norm; 0 leaves them.
+        max_length: tokens of a row; None is the base's context (at most 1,024) less virtual tokens.
+        separator: goes between prompt and completion.
+        eval_steps, save_steps, logging_steps: None is once each epoch (logging: every step).
+        early_stopping_patience: validations without improvement before training ends; None never.
+        load_best_at_end: the delta ends as the best one of validation.
+        resume: go on from `output_dir`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output_dir: Path | None = None
+    learning_rate: float | None = Field(None, gt=0)
+    num_train_epochs: float = Field(3.0, gt=0)
+    max_steps: int = Field(-1, ge=-1)
+    per_device_train_batch_size: int = Field(8, ge=1)
+    per_device_eval_batch_size: int = Field(16, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: float = Field(0.06, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    max_length: int | None = Field(None, ge=2)
+    separator: str = ""
+    seed: int = 0
+    eval_steps: int | None = Field(None, ge=1)
+    save_steps: int | None = Field(None, ge=1)
+    logging_steps: int | None = Field(None, ge=1)
+    early_stopping_patience: int | None = Field(None, ge=1)
+    load_best_at_end: bool = True
+    group_by_length: bool = True
+    gradient_checkpointing: bool = False
+    report_to: Literal["none", "tensorboard"] = "none"
+    resume: bool = False
+    skip_bad_rows: bool = False
+
+    @model_validator(mode="after")
+    def _steps_are_some(self) -> TrainingConfig:
+        if self.max_steps == 0:
+            raise ValueError("max_steps = 0 trains nothing; give -1 to train by epochs")
+        return self

@@ -1,0 +1,227 @@
+"""The loop. There is one, and it knows no method: it trains whatever `delta.parameters()` gives."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectune.compute.losses import labelled_loss_sum
+from spectune.compute.memory import PeakMemory
+from spectune.data import Example, batches, collate
+from spectune.deltas import Delta
+from spectune.errors import DivergedError, InterruptedRun, OutOfMemoryError
+from spectune.evaluation import row_losses
+from spectune.training.checkpoint import Progress
+from spectune.training.config import TrainingConfig
+from spectune.training.display import Display
+from spectune.training.distribution import World
+from spectune.training.interrupt import Interrupts
+from spectune.training.optimizer import MasterAdamW, learning_rate_at
+
+#: the first steps of a process are measured for memory (they hold the longest batch), not for speed
+MEMORY_STEPS = 2
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+@dataclass
+class Keeper:
+    """What a run keeps as it goes, in memory or on disk."""
+
+    checkpoint: Callable[[], None]
+    keep_best: Callable[[], None]
+    log: Callable[[dict[str, Any]], None]
+    resume_hint: str
+    kept_state: Callable[[], str]
+
+
+@dataclass
+class Loop:
+    """One run of training."""
+
+    model: PreTrainedModel
+    delta: Delta
+    optimizer: MasterAdamW
+    train_examples: Sequence[Example]
+    valid_examples: Sequence[Example]
+    pad_token_id: int
+    config: TrainingConfig
+    learning_rate: float
+    total_steps: int
+    progress: Progress
+    keeper: Keeper
+    world: World
+
+    def run(self, display: Display) -> bool:
+        """Train to the end. Returns whether it ended early because validation stopped improving.
+
+        Raises:
+            InterruptedRun: a signal came; a checkpoint was written after the step under way.
+            OutOfMemoryError: names batch and length.
+            DivergedError: loss or gradient is not finite.
+        """
+        now, config = self.progress, self.config
+        lengths = [len(example.input_ids) for example in self.train_examples]
+        self.model.train()
+        with Interrupts() as interrupts:
+            while now.step < self.total_steps:
+                windows = self.windows(lengths, now.epoch)
+                for window in windows[now.window :]:
+                    loss = self.step(window)
+                    display.step(loss, now.timed_tokens / now.timed_seconds if now.timed_seconds else 0.0)
+                    last = now.step == self.total_steps
+                    epoch_ends = now.window == len(windows)
+                    stop = False
+                    if self.due(config.eval_steps, epoch_ends or last):
+                        stop = self.validate(display, epoch_ends or last)
+                    if epoch_ends:
+                        now.epoch, now.window, now.epoch_loss, now.epoch_targets = now.epoch + 1, 0, 0.0, 0
+                    if self.due(config.save_steps, epoch_ends or last) and not (last or stop):
+                        self.keeper.checkpoint()
+                    if stop:
+                        return True
+                    if interrupts.requested:
+                        self.keeper.checkpoint()
+                        raise InterruptedRun(
+                            f"{interrupts.requested} after step {now.step} of {self.total_steps}. "
+                            f"{self.keeper.resume_hint}"
+                        )
+                    if last:
+                        break
+        return False
+
+    def windows(self, lengths: Sequence[int], epoch: int) -> list[list[list[int]]]:
+        """The batches of an epoch, in groups of one optimizer step each."""
+        config = self.config
+        order = batches(
+            lengths,
+            config.per_device_train_batch_size * self.world.size,
+            seed=config.seed,
+            epoch=epoch,
+            group_by_length=config.group_by_length,
+        )
+        size = config.gradient_accumulation_steps
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def step(self, window: list[list[int]]) -> float:
+        """One optimizer step over some batches. Returns the mean loss over their target tokens."""
+        now, config = self.progress, self.config
+        members = [[self.train_examples[i] for i in batch] for batch in window]
+        targets = sum(example.target_tokens for batch in members for example in batch)
+        tokens = sum(len(example.input_ids) for batch in members for example in batch)
+        memory = self._memory() if now.step < self._first_step + MEMORY_STEPS else None
+
+        begin = time.perf_counter()
+        with memory or _nothing():
+            loss_sum = torch.zeros((), device=self.model.device)
+            for batch in members:
+                # the gradient of a step is that of the sum over its target tokens divided by their number, however
+                # they are spread over batches and processes
+                loss_sum += self.backward(self.world.share(batch), targets)
+            self.world.sum_gradients(self.delta.parameters())
+            loss = self.world.sum(float(loss_sum), self.model.device) / targets
+            if not math.isfinite(loss):
+                self.optimizer.clear()
+                raise DivergedError(self._diverged(f"the loss is {loss}"))
+            rate = learning_rate_at(now.step, self.total_steps, self.learning_rate, config)
+            norm = self.optimizer.step(rate, config.max_grad_norm)
+        if not math.isfinite(norm):
+            raise DivergedError(self._diverged(f"the gradient's norm is {norm}"))
+        seconds = time.perf_counter() - begin
+
+        now.step += 1
+        now.window += 1
+        now.tokens += tokens
+        now.targets += targets
+        now.epoch_loss += loss * targets
+        now.epoch_targets += targets
+        now.seconds += seconds
+        if memory is None:
+            now.timed_tokens += tokens
+            now.timed_seconds += seconds
+        else:
+            for kind, size in memory.result.items():
+                key = f"train_{kind}"
+                now.peak_memory_bytes[key] = max(size, now.peak_memory_bytes.get(key, 0))
+        if now.step % (config.logging_steps or 1) == 0:
+            entry = {"step": now.step, "epoch": now.epoch, "loss": loss, "learning_rate": rate, "grad_norm": norm}
+            self.keeper.log({**entry, "tokens": now.tokens, "seconds": now.seconds})
+        return loss
+
+    def backward(self, examples: Sequence[Example], targets: int) -> Tensor:
+        """Add the gradient of one batch's share. Returns its loss sum, detached."""
+        if not examples:
+            return torch.zeros((), device=self.model.device)
+        batch = collate(examples, self.pad_token_id)
+        try:
+            placed = {name: tensor.to(self.model.device, non_blocking=True) for name, tensor in batch.items()}
+            loss_sum, _ = labelled_loss_sum(self.model, placed)
+            torch.autograd.backward(loss_sum / targets)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
+                raise
+            rows, length = batch["input_ids"].shape
+            raise OutOfMemoryError(
+                f"out of memory in step {self.progress.step + 1} with a batch of {rows} rows of {length} tokens. Try "
+                f"per_device_train_batch_size={max(1, rows // 2)} with gradient_accumulation_steps="
+                f"{2 * self.config.gradient_accumulation_steps}, a smaller max_length, or gradient_checkpointing=true."
+            ) from error
+        return loss_sum.detach()
+
+    def validate(self, display: Display, epoch_ends: bool) -> bool:
+        """Validation loss; keeps the best. Returns whether to stop early."""
+        now = self.progress
+        train_loss = now.epoch_loss / max(1, now.epoch_targets)
+        if epoch_ends:
+            now.last_epoch_loss = train_loss
+        now.valid_loss = self.valid_loss()
+        best = now.best_loss is None or now.valid_loss < now.best_loss
+        if best:
+            now.best_loss, now.best_step, now.without_improvement = now.valid_loss, now.step, 0
+            self.keeper.keep_best()
+        else:
+            now.without_improvement += 1
+        self.keeper.log({"step": now.step, "epoch": now.epoch, "train_loss": train_loss, "valid_loss": now.valid_loss})
+        display.say(
+            f"step {now.step} of {self.total_steps} (epoch {now.epoch + now.window / self._windows_per_epoch:.2f}): "
+            f"training loss {train_loss:.4f}, validation loss {now.valid_loss:.4f}, "
+            + ("best so far, saved" if best else f"not better than {now.best_loss:.4f} of step {now.best_step}")
+        )
+        patience = self.config.early_stopping_patience
+        return patience is not None and now.without_improvement >= patience
+
+    def valid_loss(self) -> float:
+        """Mean loss per target token of the validation rows, under the current route."""
+        found = row_losses(self.model, self.valid_examples, self.pad_token_id, self.config.per_device_eval_batch_size)
+        return found.mean_per_token
+
+    def due(self, every: int | None, epoch_ends: bool) -> bool:
+        return (
+            epoch_ends if every is None else self.progress.step % every == 0 or self.progress.step == self.total_steps
+        )
+
+    def __post_init__(self) -> None:
+        self._first_step = self.progress.step
+        per_step = self.config.per_device_train_batch_size * self.world.size * self.config.gradient_accumulation_steps
+        self._windows_per_epoch = math.ceil(len(self.train_examples) / per_step)
+
+    def _memory(self) -> PeakMemory:
+        return PeakMemory(self.model.device, baseline=[*self.model.parameters(), *self.optimizer.tensors()])
+
+    def _diverged(self, what: str) -> str:
+        return (
+            f"{what} in step {self.progress.step + 1} (learning rate {self.learning_rate:g}). "
+            f"{self.keeper.kept_state()} Try a smaller learning_rate, more warmup_steps or a smaller max_grad_norm."
+        )
+
+
+class _nothing:  # noqa: N801 - a context that does nothing, written like one
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...

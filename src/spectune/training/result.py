@@ -1,0 +1,66 @@
+"""What one run came to: `result.json`, units in the names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spectune.errors import DataError
+from spectune.storage import atomic_write_text
+
+
+class RunResult(BaseModel):
+    """One training with one method, seed and learning rate.
+
+    Losses are nats per target token. `trainable_parameters` counts what was trained (a prefix's reparametrisation
+    too), `stored_parameters` what is stored and used at inference, `total_parameters` the base's.
+    `peak_memory_bytes`: `train_allocated` are tensors in the first steps (which hold the longest batch),
+    `train_reserved` (CUDA) what the allocator held, `train_resident` (CPU) the process's memory.
+    Fields that only a comparison measures are None after `train`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    name: str
+    settings: dict[str, Any]
+    seed: int
+    learning_rate: float
+    trainable_parameters: int
+    stored_parameters: int
+    total_parameters: int
+    stored_bytes: int | None = None
+    steps: int
+    best_step: int | None = None
+    train_tokens: int
+    target_tokens: int
+    train_loss: float
+    valid_loss: float | None = None
+    base_valid_loss: float | None = None
+    valid_perplexity: float | None = None
+    train_tokens_per_second: float
+    train_seconds: float
+    peak_memory_bytes: dict[str, int] = Field(default_factory=dict)
+    stopped_early: bool = False
+    metrics: dict[str, float] = Field(default_factory=dict)
+    forgetting_kl_nats_per_token: float | None = None
+    decode_tokens_per_second: float | None = None
+    decode_tokens_per_second_base: float | None = None
+    decode_tokens_per_second_merged: float | None = None
+    swap_seconds: float | None = None
+    folder: str | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, atomically."""
+        atomic_write_text(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunResult:
+        """Read `result.json`. Raises DataError where it is damaged."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as error:
+            raise DataError(f"{path} is not a run's result: {error}") from error

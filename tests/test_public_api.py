@@ -1,0 +1,80 @@
+"""The public names: all there, lazily, and the same for type checkers and at run time."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spectune
+
+PROMISED = {
+    "METHODS",
+    "BitFit",
+    "BottleneckAdapter",
+    "Comparison",
+    "ConfigError",
+    "DataError",
+    "Delta",
+    "DivergedError",
+    "DoesNotFitError",
+    "FullFineTuning",
+    "InterruptedRun",
+    "LoRA",
+    "Method",
+    "OutOfMemoryError",
+    "PrefixTuning",
+    "PromptTuning",
+    "RunResult",
+    "SpectuneError",
+    "TrainingConfig",
+    "attach",
+    "compare",
+    "detach",
+    "load",
+    "load_delta",
+    "merge",
+    "method_from_name",
+    "route",
+    "train",
+}
+
+
+def test_promised_names_are_public() -> None:
+    assert set(spectune.__all__) >= PROMISED
+
+
+@pytest.mark.parametrize("name", sorted(spectune.__all__))
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(spectune, name) is not None
+    assert name in dir(spectune)
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse(Path(spectune.__file__).read_text(encoding="utf-8"))
+    imported = {
+        alias.asname: node.module.split(".")[1]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("spectune.")
+        for alias in node.names
+    }
+    assert imported == spectune._ROOM_OF
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'LoRa'"):
+        spectune.LoRa  # noqa: B018
+
+
+def test_import_and_help_wait_for_nothing_heavy() -> None:
+    code = (
+        "import json, sys, spectune, spectune.cli.app as app; app.build_app();"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'scipy'};"
+        "print(json.dumps(sorted(heavy & set(sys.modules))))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout) == []
