@@ -19,7 +19,7 @@ help:
 	@echo "make test        ruff, mypy, import-linter, pytest"
 	@echo "make test-slow   the tests marked slow"
 	@echo "make test-floor  the tests with the oldest supported torch and transformers"
-	@echo "make lint        ruff, mypy, import-linter"
+	@echo "make lint        ruff, mypy, import-linter, docs"
 	@echo "make format      ruff's formatter and its safe fixes"
 	@echo "make docs        write docs/cli.md from the commands, check every link"
 	@echo "make clean       remove environments and caches; runs/ stays"
@@ -56,6 +56,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python scripts/make_docs.py --check
 
 test: lint
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS)

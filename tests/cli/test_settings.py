@@ -107,3 +107,24 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("# nothing yet\n")
     assert Settings.collect(path, None, {}).given == {}
+
+
+@pytest.mark.parametrize(
+    ("raw", "value"),
+    [
+        ("1e-3", "1e-3"),
+        ("3", 3),
+        ("true", True),
+        ("null", None),
+        ("[a, b]", ["a", "b"]),
+        (": ", ": "),
+        (" ", " "),
+        ("\n", "\n"),
+        ('"\\n"', "\n"),
+        (" | ", " | "),
+        ("a: b", "a: b"),
+        ("x=y", "x=y"),
+    ],
+)
+def test_set_takes_yaml_values_and_text_as_it_stands(raw: str, value: object) -> None:
+    assert Settings.collect(None, [f"separator={raw}"], {}).get("separator") == value

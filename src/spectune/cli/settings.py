@@ -206,10 +206,11 @@ def _parse_assignment(text: str) -> dict[str, Given]:
         raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set learning_rate=1e-3")
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: {raw!r} is not a YAML value: {_one_line(error)}") from error
-    if isinstance(value, dict):
-        raise ConfigError(f"--set {text}: set one key at a time, such as --set {key}.r=8")
+    except yaml.YAMLError:
+        value = raw
+    as_written = isinstance(value, str | dict) and raw.strip()[:1] not in ("'", '"')
+    if as_written or (value is None and raw.strip() not in ("null", "~")):
+        value = raw  # text keeps its spaces and colons: a separator of `: ` is no YAML, and ` ` would be null
     return {key: Given(value, f"--set {text}")}
 
 

@@ -17,7 +17,7 @@ from spectune.comparing.measure import bare_decode_rate, measure, retained_passa
 from spectune.data import Row, load_rows, split_rows
 from spectune.deltas import Method, attach, attached, detach
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
-from spectune.methods import METHODS, method_from_name
+from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import reference_shares
 from spectune.storage import load
 from spectune.training import RunResult, TrainingConfig, train
@@ -62,7 +62,8 @@ def compare(
     A run that fails stays in the result with its reason, and the others go on.
     """
     settings = (config or TrainingConfig()).model_copy(update={"seed": seed})
-    chosen = [method_from_name(m) if isinstance(m, str) else m for m in methods or [m() for m in METHODS]]
+    wanted: Sequence[str | Method] = methods if methods is not None else list(BY_NAME)
+    chosen = [method_from_name(m) if isinstance(m, str) else m for m in wanted]
     names = _run_names(chosen)
     folder = Path(output_dir) if output_dir is not None else Path(tempfile.mkdtemp(prefix="spectune-compare-"))
     if folder.is_dir() and any(folder.iterdir()) and not resume:

@@ -1,0 +1,19 @@
+"""The embedded base `spectune-tiny` and its data: what every command works on where the user names nothing.
+
+Paths only; nothing is imported or read. The model card is `model/README.md`; all of it is made by `tools/embedded`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+#: a transformers folder: config, weights (bfloat16), tokenizer
+MODEL_FOLDER = _HERE / "model"
+#: rows of a record-to-sentence task; valid and test rows have several `references`
+TRAIN = _HERE / "data" / "train.jsonl"
+VALID = _HERE / "data" / "valid.jsonl"
+TEST = _HERE / "data" / "test.jsonl"
+#: passages that the base itself wrote at temperature 1 (`ids`, `text`): forgetting is measured on them
+RETAINED = _HERE / "data" / "retained.jsonl"

@@ -1,0 +1,60 @@
+"""A tiny base and a few rows on disk, and the command run as a user runs it, but in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from spectune.cli.app import build_app
+
+EOS = "<|endoftext|>"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random GPT-2 of two layers and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("base")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate([EOS, *alphabet])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, bos_token=EOS).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=257, n_embd=16, n_layer=2, n_head=2, n_positions=96, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows of prompt and completion."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [{"prompt": f"number {i}", "completion": f" is {'even' if i % 2 == 0 else 'odd'}"} for i in range(12)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+Spectune = Callable[..., Any]
+
+
+@pytest.fixture
+def spectune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spectune:
+    """`spectune("train", "--json")` in an empty folder; the result has exit_code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def call(*arguments: str | Path) -> Any:
+        result = CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception  # a traceback is never an answer to a user
+        return result
+
+    return call
