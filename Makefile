@@ -56,7 +56,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/python scripts/make_docs.py --check
+	$(VENV)/bin/python tools/make_docs.py --check
 
 test: lint
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS)
@@ -72,7 +72,7 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .
 
 docs: $(VENV)/.installed
-	$(VENV)/bin/python scripts/make_docs.py
+	$(VENV)/bin/python tools/make_docs.py
 
 clean:
 	rm -rf $(VENV) $(FLOOR) build dist .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Write docs/cli.md from the commands' own help, and check that every relative link in Markdown leads somewhere.
 
-python scripts/make_docs.py [--check]     --check writes nothing and fails if docs/cli.md is out of date
+python tools/make_docs.py [--check]     --check writes nothing and fails if docs/cli.md is out of date
 """
 
 from __future__ import annotations
