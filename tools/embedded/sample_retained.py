@@ -1,6 +1,6 @@
 """Sample the passages on which forgetting is measured, from spectune-tiny itself at temperature 1, float32.
 
-    python tools/embedded/sample_retained.py src/spectune/embedded/data/retained.jsonl
+python tools/embedded/sample_retained.py src/spectune/embedded/data/retained.jsonl
 """
 
 from __future__ import annotations
