@@ -102,7 +102,9 @@ def samples(model: GPT2LMHeadModel, folder: Path, seed: int) -> str:
                 top_k=0,
                 pad_token_id=END_ID,
             )
-            parts.append(f"[temperature {temperature}] {tokenizer.decode(out[0, 1:].tolist(), skip_special_tokens=False)}")
+            parts.append(
+                f"[temperature {temperature}] {tokenizer.decode(out[0, 1:].tolist(), skip_special_tokens=False)}"
+            )
     return "\n\n".join(parts) + "\n"
 
 

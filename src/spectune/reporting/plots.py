@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +19,19 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows without pyplot's global state."""
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        self.savefig(out, format="png", dpi=110)
+        return out.getvalue()
+
+
 def comparison_figure(comparison: Mapping[str, Any]) -> Figure:
     """Two panels: trainable share of each method as bars, relative performance against it; shares on log scales."""
     rows = [row for row in comparison_rows(comparison) if not row.failed and row.trainable_share]
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    figure = ShownFigure(figsize=(10.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     bars, points = figure.subplots(1, 2, width_ratios=(1, 1.25))
     ordered = sorted(rows, key=lambda row: row.trainable_share or 0.0)

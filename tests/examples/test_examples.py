@@ -1,0 +1,50 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from spectune.storage import load, load_delta
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_own_loop() -> None:
+    first, last = example("own_loop").main(steps=15)
+    assert last < first
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.utils.data")
+def test_hf_trainer(tmp_path: Path) -> None:
+    loss, saved = example("hf_trainer").main(steps=4, folder=str(tmp_path))
+    assert loss > 0
+    model, _ = load("spectune-tiny")
+    delta = load_delta(model, saved)
+    assert any(tensor.abs().max() > 0 for name, tensor in delta.state_dict().items() if name.endswith("up.weight"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_notebook_shows_table_and_figure() -> None:
+    notebook = nbformat.read(EXAMPLES / "comparison.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = [output.data for output in outputs if output.output_type == "execute_result"]
+    assert any("<table>" in data.get("text/html", "") for data in shown)
+    assert any("image/png" in data for data in shown)
