@@ -104,8 +104,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "# E2E from gpt2-27m",
         "",
         "Mean loss in nats per target token on `valid.jsonl` (4,672 rows) after the last step of one epoch of "
-        "`train.jsonl` (42,061 rows): batch 64, AdamW without weight decay, 6% warm-up then linear to zero, clipping at "
-        "1.0, sequence = prompt, newline, completion, EOS, loss on completion and EOS only. One seed. "
+        "`train.jsonl` (42,061 rows): batch 64, AdamW without weight decay, 6% warm-up then linear to zero, clipping "
+        "at 1.0, sequence = prompt, newline, completion, EOS, loss on completion and EOS only. One seed. "
         f"The bare base is at {base:.3f} (reference {BARE}).",
         "",
         "Best of the learning rates tried. The reference column is PEFT 0.21 with transformers 5.17 on the same recipe "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,20 +80,16 @@ def test_resume(spectune: Spectune, base: Path, rows: Path) -> None:
     assert "--output-dir" in nowhere.stderr
 
 
-def test_interrupt_then_resume(base: Path, rows: Path, tmp_path: Path) -> None:
-    """A real process, a real SIGINT: exit 130, a checkpoint, and the command that goes on."""
-    steps = 100_000
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(base: Path, rows: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """A real process, a real signal: exit 130, a checkpoint, and the command that goes on."""
     command = [sys.executable, "-m", "spectune", "train", "--model", str(base), "--data", str(rows)]
-    command += ["--output-dir", "out", "--set", f"max_steps={steps}", "--set", "eval_steps=50", "--device", "cpu"]
+    command += ["--output-dir", "out", "--set", "max_steps=100000", "--set", "eval_steps=50", "--device", "cpu"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "steps of" in line:  # said right before the loop begins
-                break
         while not (tmp_path / "out" / "best").exists() and process.poll() is None:
-            pass
-        process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -99,6 +97,22 @@ def test_interrupt_then_resume(base: Path, rows: Path, tmp_path: Path) -> None:
     assert "--output-dir out --resume" in stderr
     assert "Traceback" not in stderr
     assert list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_interrupt_outside_of_the_loop(
+    spectune: Spectune, base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    # by import_module: the attribute `comparing.compare` is the function
+    room, step = {"train": ("training.train", "encode"), "compare": ("comparing.compare", "retained_passages")}[command]
+    monkeypatch.setattr(importlib.import_module(f"spectune.{room}"), step, stop)
+    result = spectune(command, "--model", base, "--data", rows, "--output-dir", "out")
+    assert result.exit_code == 130
+    assert "stopped: " in result.stderr
+    assert "--output-dir out --resume" in result.stderr
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

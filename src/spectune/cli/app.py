@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +25,8 @@ class Commands(TyperGroup):
     """The one place where a user's error becomes a message on stderr and an exit code: no traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)  # the training loop has a handler of its own, which checkpoints
         try:
             return super().invoke(ctx)
         except SpectuneError as error:
@@ -35,6 +40,10 @@ class Commands(TyperGroup):
         except OSError as error:
             complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
             raise typer.Exit(SpectuneError.exit_code) from error
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def build_app() -> typer.Typer:

@@ -118,7 +118,7 @@ def _compare(methods: list[Method], settings: Settings, retain: Path | None, out
             resume=wanted.resume,
             console=out,
         )
-    except InterruptedRun as stop:
+    except (InterruptedRun, KeyboardInterrupt) as stop:
         raise InterruptedRun(
             f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
         ) from stop

@@ -12,7 +12,7 @@ from spectune.cli.dry_run import dry_run
 from spectune.cli.inputs import training_rows
 from spectune.cli.runs import output_folder, record_origin
 from spectune.cli.settings import Settings
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, InterruptedRun
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,6 +92,11 @@ def _train(method: Method, settings: Settings, out: Console) -> dict[str, Any]:
     config = wanted.model_copy(update={"output_dir": folder})
     try:
         result = training.train(model, tokenizer, delta, rows, held_out, config, console=out)
+    except KeyboardInterrupt as stop:  # outside of the loop, which has its own answer
+        raise InterruptedRun(
+            "interrupted outside of a step. To go on from what is saved, or to start again if nothing is: the same "
+            f"command with --output-dir {folder} --resume"
+        ) from stop
     finally:
         record_origin(folder, settings)
     note(f"kept in {folder / 'best'}; see what it writes: spectune generate --run {folder}")
