@@ -133,8 +133,8 @@ def table(results: list[dict[str, Any]]) -> str:
     lines += [
         "",
         f"Measured on {environment['device']}, {results[0]['dtype']}, {versions}, spectune {environment['spectune']}.",
-        "Made by `python benchmarks/e2e.py --base BASES/gpt2-27m --data DATA/e2e --out docs/results/e2e.jsonl`, the page "
-        "by the same with `--table docs/results/e2e.md`.",
+        "Made by `python benchmarks/e2e.py --base BASES/gpt2-27m --data DATA/e2e --out docs/results/e2e.jsonl`, the "
+        "page by the same with `--table docs/results/e2e.md`.",
         "",
     ]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The drawings of the method pages: one transformer block, what is trained in orange.
 
-    python docs/methods/draw.py          # writes docs/methods/img/*.svg
+python docs/methods/draw.py          # writes docs/methods/img/*.svg
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Drawing:
         first = y + h / 2 + 4.5 - 7.5 * (len(lines) - 1)
         for i, line in enumerate(lines):
             self.parts.append(
-                f'<text x="{x + w / 2}" y="{first + 15 * i}" text-anchor="middle" fill="{INK}"{size}>{escape(line)}</text>'
+                f'<text x="{x + w / 2}" y="{first + 15 * i}" text-anchor="middle" fill="{INK}"{size}>'
+                f"{escape(line)}</text>"
             )
 
     def arrow(self, *points: tuple[float, float]) -> None:

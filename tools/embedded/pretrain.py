@@ -32,8 +32,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=6.5, help="of training, compilation not counted")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="seconds from the start, all counted")
     parser.add_argument("--batch", type=int, default=128, help="windows of 512 tokens for each step")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
+    parser.add_argument("--warm-up", type=int, default=150, help="steps")
     parser.add_argument("--documents", type=int, default=None, help="use only so many (to try the script)")
     parser.add_argument("--width", type=int, default=224)
     parser.add_argument("--layers", type=int, default=5)
@@ -108,12 +110,16 @@ def samples(model: GPT2LMHeadModel, folder: Path, seed: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def write_report(folder: Path, report: dict[str, object]) -> None:
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
 def main() -> None:
     args = arguments()
+    begin = time.time()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    begin = time.time()
     stream = token_stream(sorted(args.corpus.glob("train-*")), args.tokenizer, args.documents)
     print(f"{len(stream):,} tokens after {time.time() - begin:.0f} s", flush=True)
     config = GPT2Config(
@@ -157,12 +163,12 @@ def main() -> None:
                     yield stream[group[:, None] + inside].long()
 
     batches = epoch_batches()
-    warm_up, budget = 300, args.minutes * 60
+    budget = args.minutes * 60
     curve, step, share = [], 0, 0.0
     clock = time.time()
     while share < 1.0:
         # the schedule follows the clock: the rate is zero when the time is up, however fast the machine is
-        rate = args.learning_rate * min((step + 1) / warm_up, 1.0) * (1 - share)
+        rate = args.learning_rate * min((step + 1) / args.warm_up, 1.0) * (1 - share)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = step_loss(next(batches))
@@ -175,6 +181,7 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             clock = time.time()  # compilation is over
+            budget = max(min(budget, begin + args.deadline - clock), 1.0)
         if step % 20 == 0 or device.type == "cpu":
             value = loss.item()
             share = (time.time() - clock) / budget
@@ -192,8 +199,6 @@ def main() -> None:
     model = model.to(torch.bfloat16)
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
-    model = GPT2LMHeadModel.from_pretrained(args.out, dtype=torch.float32).to(device).eval()  # what a user will load
-    loss_value, held_out_tokens = held_out_loss(model, args.tokenizer, args.corpus / "val.txt", args.documents)
     report = {
         "weights": weights,
         "layers": args.layers,
@@ -206,14 +211,16 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "learning_rate": args.learning_rate,
         "batch_tokens": args.batch * CONTEXT,
-        "held_out_loss": round(loss_value, 4),
-        "held_out_tokens": held_out_tokens,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "seed": args.seed,
         "curve": curve,
     }
-    (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_report(args.out, report)  # what follows may be cut off
+    model = GPT2LMHeadModel.from_pretrained(args.out, dtype=torch.float32).to(device).eval()  # what a user will load
+    loss_value, held_out_tokens = held_out_loss(model, args.tokenizer, args.corpus / "val.txt", args.documents)
+    report |= {"held_out_loss": round(loss_value, 4), "held_out_tokens": held_out_tokens}
+    write_report(args.out, report)
     (args.out / "samples.txt").write_text(samples(model, args.tokenizer, args.seed))
     print(json.dumps({k: v for k, v in report.items() if k != "curve"}), flush=True)
     print((args.out / "samples.txt").read_text())

@@ -13,7 +13,7 @@ from spectune import embedded
 from spectune.deltas import Delta, detach, merge
 from spectune.errors import ConfigError, DataError
 from spectune.evaluation import forgetting_kl, sample_passages
-from spectune.inference import decode_tokens_per_second
+from spectune.inference import context_length, decode_tokens_per_second
 from spectune.storage import TINY, load_delta
 
 PASSAGES = 64
@@ -46,7 +46,8 @@ def retained_passages(
     if str(base) == TINY:
         lines = embedded.RETAINED.read_text(encoding="utf-8").splitlines()
         return [list(json.loads(line)["ids"]) for line in lines]
-    return sample_passages(model, tokenizer, count=PASSAGES, length=PASSAGE_TOKENS, seed=seed)
+    length = min(PASSAGE_TOKENS, context_length(model) or PASSAGE_TOKENS)
+    return sample_passages(model, tokenizer, count=PASSAGES, length=length, seed=seed)
 
 
 def bare_decode_rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:

@@ -1,0 +1,120 @@
+"""A comparison end to end on a tiny model: all methods, a failure in between, resumption."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from spectune.comparing import Comparison
+from spectune.comparing import compare as compare_function
+from spectune.deltas import attached
+from spectune.errors import ConfigError, DataError, DivergedError
+from spectune.methods import BY_NAME, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from spectune.training import TrainingConfig
+from tests.support import make_model, make_rows, make_tokenizer
+
+QUIET = Console(quiet=True)
+SMALL: list[Any] = [
+    "full",
+    BottleneckAdapter(bottleneck_dim=4),
+    PrefixTuning(num_virtual_tokens=4),
+    PromptTuning(num_virtual_tokens=4),
+    LoRA(r=2),
+    "bitfit",
+]
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectune.comparing import measure
+
+    monkeypatch.setattr(measure, "PASSAGES", 2)
+    monkeypatch.setattr(measure, "PASSAGE_TOKENS", 8)
+    monkeypatch.setattr(measure, "DECODE_TOKENS", 3)
+
+
+def run(folder: Path, model: Any = None, **changes: Any) -> Comparison:
+    given: dict[str, Any] = {
+        "methods": SMALL,
+        "tokenizer": make_tokenizer(),
+        "output_dir": folder,
+        "config": TrainingConfig(max_steps=6, learning_rate=1e-2, per_device_train_batch_size=4),
+        "console": QUIET,
+        **changes,
+    }
+    base = model if model is not None else make_model()
+    base.config._name_or_path = str(folder.parent / "base")
+    if not (folder.parent / "base").exists():
+        make_tokenizer().save_pretrained(folder.parent / "base")
+    return compare_function(base, make_rows(), make_rows(6), **given)
+
+
+def test_all_methods_side_by_side(tmp_path: Path) -> None:
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    found = run(tmp_path / "c", model)
+    assert [r["method"] for r in found.runs] == list(BY_NAME)
+    assert not found.failed
+    assert not attached(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    base_losses = {round(r["base_valid_loss"], 6) for r in found.runs}
+    assert len(base_losses) == 1  # every method starts from the same base, measured on the same rows
+    tokens = {r["train_tokens"] for r in found.runs}
+    assert len(tokens) == 1  # the same batches for all
+    for r in found.runs:
+        assert r["forgetting_kl_nats_per_token"] >= 0
+        assert r["decode_tokens_per_second"] > 0
+        assert (r["decode_tokens_per_second_merged"] is not None) == (r["method"] in ("full", "lora", "bitfit"))
+        assert (tmp_path / "c" / "runs" / r["name"] / "best").exists()
+    files = {p.name for p in (tmp_path / "c").iterdir()}
+    assert {"runs", "comparison.json", "comparison.csv", "comparison.md", "shares-and-performance.png"} <= files
+    assert Comparison.load(tmp_path / "c").content == found.content
+
+
+def test_a_failed_run_stays_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    module = sys.modules["spectune.comparing.compare"]
+    real = module.train
+
+    def train(model: Any, tokenizer: Any, delta: Any, *args: Any, **kwargs: Any) -> Any:
+        if delta.method.name == "lora":
+            raise DivergedError("the loss is nan in step 3")
+        return real(model, tokenizer, delta, *args, **kwargs)
+
+    monkeypatch.setattr(module, "train", train)
+    found = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"])
+    assert [f["reason"] for f in found.failed] == ["the loss is nan in step 3"]
+    assert [r["method"] for r in found.runs] == ["bitfit"]
+    monkeypatch.undo()
+    again = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"], resume=True)
+    assert not again.failed
+    assert [r["method"] for r in again.runs] == ["lora", "bitfit"]
+    assert again.runs[1] == found.runs[0]  # the run that had ended was not run again
+
+
+def test_the_same_method_twice(tmp_path: Path) -> None:
+    found = run(tmp_path / "c", methods=[LoRA(r=1), LoRA(r=2)])
+    assert [r["name"] for r in found.runs] == ["lora", "lora-2"]
+
+
+def test_what_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'lora'"):
+        run(tmp_path / "c", methods=["lroa"])
+    (tmp_path / "c").mkdir(exist_ok=True)
+    (tmp_path / "c" / "x").write_text("")
+    with pytest.raises(ConfigError, match="not empty"):
+        run(tmp_path / "c")
+    with pytest.raises(DataError, match="no such file"):
+        run(tmp_path / "d", methods=["bitfit"], retain=tmp_path / "none.txt")
+
+
+def test_own_text_for_forgetting(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("Ada lives in Leeds.\n\nThe quick brown fox jumps.\n")
+    found = run(tmp_path / "c", methods=["bitfit"], retain=tmp_path / "own.txt")
+    assert found.content["data"]["retained_passages"] == 2
