@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.comparing.comparison import Comparison
-from spectune.comparing.measure import bare_decode_rate, measure, retained_passages
+from spectune.comparing.measure import measure, retained_passages
 from spectune.data import Row, load_rows, split_rows
 from spectune.deltas import Method, attach, attached, detach
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
@@ -77,12 +77,10 @@ def compare(
 
     results: list[RunResult] = []
     failed: list[dict[str, Any]] = []
-    bare_rates: list[float] = []
     for name, method in zip(names, chosen, strict=True):
         place = folder / "runs" / name
         ended = _ended(place) if resume else None
         if ended is None:
-            bare_rates.append(bare_decode_rate(model, tokenizer))
             try:
                 run = settings.model_copy(update={"output_dir": place, "resume": resume})
                 ended = _run(model, tokenizer, method, name, rows, valid, run, passages, console)
@@ -98,13 +96,13 @@ def compare(
             ended.save(place / "result.json")
         results.append(ended)
 
-    rate = _bare_rate(bare_rates, folder, resume)
+    rates = [rate for result in results if (rate := result.decode_tokens_per_second_base) is not None]
     content: dict[str, Any] = {
         "base": {
             "name": str(base) if not isinstance(base, PreTrainedModel) else str(base.config._name_or_path),
             "total_parameters": sum(p.numel() for p in model.parameters()),
             "valid_loss": next((r.base_valid_loss for r in results), None),
-            "decode_tokens_per_second": rate,
+            "decode_tokens_per_second": statistics.median(rates) if rates else None,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
@@ -122,7 +120,7 @@ def compare(
             {**result.model_dump(mode="json"), "label": method.label, "best_for": method.best_for}
             for result in results
             for name, method in zip(names, chosen, strict=True)
-            if name == _name_of(result)
+            if name == result.name
         ],
         "failed": failed,
         "verdict": None,  # one seed and one learning rate a method cannot carry one
@@ -176,16 +174,3 @@ def _ended(place: Path) -> RunResult | None:
         return None
     result = RunResult.load(path)
     return result if result.forgetting_kl_nats_per_token is not None else None
-
-
-def _name_of(result: RunResult) -> str:
-    return result.name
-
-
-def _bare_rate(rates: list[float], folder: Path, resume: bool) -> float | None:
-    if rates:
-        return statistics.median(rates)
-    if resume and (folder / "comparison.json").is_file():
-        found = Comparison.load(folder).content["base"]["decode_tokens_per_second"]
-        return None if found is None else float(found)
-    return None

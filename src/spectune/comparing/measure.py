@@ -50,9 +50,9 @@ def retained_passages(
     return sample_passages(model, tokenizer, count=PASSAGES, length=length, seed=seed)
 
 
-def bare_decode_rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+def decode_rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
     """Decoded tokens a second of the model as it is, at batch 1."""
-    return decode_tokens_per_second(model, tokenizer, batch=1, new_tokens=DECODE_TOKENS)
+    return decode_tokens_per_second(model, tokenizer, batch=1, new_tokens=DECODE_TOKENS, repeats=5)
 
 
 def measure(
@@ -65,11 +65,13 @@ def measure(
     """Fields of a `RunResult` for a trained delta that is attached and lies in `folder`. Detaches it."""
     found: dict[str, Any] = {
         "forgetting_kl_nats_per_token": forgetting_kl(model, passages),
-        "decode_tokens_per_second": bare_decode_rate(model, tokenizer),
+        "decode_tokens_per_second": decode_rate(model, tokenizer),
         "decode_tokens_per_second_merged": _merged_rate(model, tokenizer, delta),
     }
     name = delta.name
     detach(model, name)
+    # right after the others, as machines change their pace within minutes: overhead is a ratio of neighbours
+    found["decode_tokens_per_second_base"] = decode_rate(model, tokenizer)
     begin = time.perf_counter()
     load_delta(model, folder, name)
     found["swap_seconds"] = time.perf_counter() - begin
@@ -86,4 +88,4 @@ def _merged_rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, del
         merged = merge(model, delta.name, check=False)
     except ConfigError:
         return None
-    return bare_decode_rate(merged, tokenizer)
+    return decode_rate(merged, tokenizer)
