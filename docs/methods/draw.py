@@ -58,8 +58,7 @@ def block(title: str, description: str, *, everything: bool = False, sub: dict[s
     """The block from the bottom (input) to the top (output), residual stream at x = 150."""
     trained = sub or {}
     d = Drawing(title, description)
-    d.arrow((150, 395), (150, 345))
-    d.arrow((150, 345), (150, 231))
+    d.arrow((150, 395), (150, 231))
     d.arrow((150, 213), (150, 61))
     d.arrow((150, 43), (150, 14))
     d.arrow((150, 375), (225, 375), (225, 359))

@@ -92,5 +92,6 @@ def _plain(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
     axes.grid(visible=True, axis="x", which="major", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    # labels need room to the right of 100%, but there is no such share
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
     axes.xaxis.set_minor_formatter(NullFormatter())
