@@ -237,6 +237,13 @@ def test_a_second_run_with_the_same_seed_is_the_same() -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_without_validation_rows_a_seeded_tenth_is_held_out(tmp_path: Path) -> None:
+    config = settings(max_steps=2, output_dir=tmp_path / "run")
+    train(make_model(), make_tokenizer(), LoRA(r=2), make_rows(), None, config, console=QUIET)
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    assert (report["train"]["rows"], report["valid"]["rows"]) == (22, 2)
+
+
 def test_signals_are_given_back() -> None:
     before = signal.getsignal(signal.SIGINT)
     run(LoRA(r=2), settings(max_steps=1))

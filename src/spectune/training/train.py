@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.data import Encoded, Example, encode, load_rows
+from spectune.data import Encoded, Example, encode, load_rows, split_rows
 from spectune.deltas import Delta, Method, attach, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
@@ -41,7 +41,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     method_or_delta: Method | Delta,
     train_rows: Any,
-    valid_rows: Any,
+    valid_rows: Any = None,
     config: TrainingConfig | None = None,
     *,
     name: str = "default",
@@ -51,6 +51,7 @@ def train(
 
     Args:
         train_rows, valid_rows: what `spectune.data.load_rows` takes: paths, lists of dicts, `datasets` objects.
+            Without `valid_rows` a seeded tenth of the training rows is held out.
         config: see `TrainingConfig`; with an `output_dir` everything is written there.
         console: where to print; default is standard output.
 
@@ -76,15 +77,12 @@ def train(
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     method = delta.method
     length = _max_length(model, method, config)
-    encoded = [
-        encode(
-            load_rows(rows, skip_bad_rows=config.skip_bad_rows),
-            tokenizer,
-            max_length=length,
-            separator=config.separator,
-        )
-        for rows in (train_rows, valid_rows)
-    ]
+    rows = load_rows(train_rows, skip_bad_rows=config.skip_bad_rows)
+    if valid_rows is None:
+        rows, held_out = split_rows(rows, seed=config.seed)
+    else:
+        held_out = load_rows(valid_rows, skip_bad_rows=config.skip_bad_rows)
+    encoded = [encode(part, tokenizer, max_length=length, separator=config.separator) for part in (rows, held_out)]
     examples, valid = encoded[0].examples, encoded[1].examples
     rate = config.learning_rate or method.default_learning_rate
     optimizer = MasterAdamW(list(delta.parameters()), config, rate)
