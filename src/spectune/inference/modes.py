@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,15 @@ def generation_defaults(model: PreTrainedModel) -> Iterator[None]:
     empty: Any = GenerationConfig  # untyped in transformers
     before = model.generation_config
     model.generation_config = empty()
+    # transformers drops a mask of ones itself, and then warns that a batch which begins with BOS = PAD has no mask
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_about_no_mask)
     try:
         yield
     finally:
+        logger.removeFilter(_about_no_mask)
         model.generation_config = before
+
+
+def _about_no_mask(record: logging.LogRecord) -> bool:
+    return "passing in an `attention_mask`" not in record.getMessage()
