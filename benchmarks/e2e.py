@@ -51,7 +51,8 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
         learning_rate=args.rate,
         num_train_epochs=1,
         max_steps=args.max_steps,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=args.batch,
+        gradient_accumulation_steps=64 // args.batch,
         per_device_eval_batch_size=128,
         lr_scheduler_type="linear",
         warmup_steps=0.06,
@@ -82,6 +83,7 @@ def run_all(args: argparse.Namespace) -> None:
         begin = time.time()
         command = [sys.executable, __file__, "--base", str(args.base), "--data", str(args.data)]
         command += ["--method", method, "--rate", str(rate), "--dtype", args.dtype, "--max-steps", str(args.max_steps)]
+        command += ["--batch", str(args.batch)]
         done = subprocess.run([*command, "--seed", str(args.seed)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             print(f"{method} {rate:g} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--method")
     parser.add_argument("--rate", type=float)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, default=64, help="rows at a time; a step has 64 in any case")
     parser.add_argument("--max-steps", type=int, default=-1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", type=Path)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectune.data import batches, collate, encode, load_rows, prompt_ids, render_mask, split_rows
+from spectune.data import batches, by_length, collate, encode, load_rows, prompt_ids, render_mask, split_rows
 from spectune.data.encode import Example
 from spectune.data.rows import Row
 from spectune.errors import ConfigError, DataError
@@ -175,11 +175,32 @@ def test_rows_that_are_too_long_are_cut_and_counted() -> None:
 def test_batches_hold_every_index_once_and_are_a_function_of_seed_and_epoch(
     lengths: list[int], size: int, seed: int, epoch: int
 ) -> None:
-    found = batches(lengths, size, seed=seed, epoch=epoch)
-    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
-    assert found == batches(lengths, size, seed=seed, epoch=epoch)
-    if epoch == 0:
-        assert max(lengths[i] for i in found[0]) == max(lengths)
+    for grouped in (False, True):
+        found = batches(lengths, size, seed=seed, epoch=epoch, group_by_length=grouped)
+        assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+        assert found == batches(lengths, size, seed=seed, epoch=epoch, group_by_length=grouped)
+        if epoch == 0:
+            assert max(lengths[i] for i in found[0]) == max(lengths)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=70), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_a_step_s_rows_are_cut_by_length(lengths: list[int], size: int) -> None:
+    rows = list(range(len(lengths)))
+    found = by_length(rows, lengths, size)
+    assert sorted(i for batch in found for i in batch) == rows
+    assert [len(batch) for batch in found[:-1]] == [size] * (len(found) - 1)
+    ordered = [lengths[i] for batch in found for i in batch]
+    assert ordered == sorted(lengths, reverse=True)
+
+
+def test_grouping_by_length_saves_padding() -> None:
+    lengths = [5, 40] * 200
+    padded = {}
+    for grouped in (False, True):
+        found = batches(lengths, 4, seed=0, epoch=1, group_by_length=grouped)
+        padded[grouped] = sum(max(lengths[i] for i in batch) * len(batch) for batch in found)
+    assert padded[True] < 0.65 * padded[False]
 
 
 @given(st.data())

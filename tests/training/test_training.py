@@ -132,15 +132,10 @@ def test_resume_with_a_changed_setting_names_it(tmp_path: Path, monkeypatch: pyt
         run(LoRA(r=2), config.model_copy(update={"resume": True, "weight_decay": 0.5}))
 
 
-def test_accumulation_weighs_by_target_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accumulation_weighs_by_target_tokens() -> None:
     """Two batches of four equal one of eight, though their rows have unlike numbers of targets."""
-
-    def in_order(lengths: list[int], size: int, **_: Any) -> list[list[int]]:
-        return [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
-
-    monkeypatch.setattr(loop_module, "batches", in_order)
-    one = settings(per_device_train_batch_size=8, gradient_accumulation_steps=1, group_by_length=False)
-    two = settings(per_device_train_batch_size=4, gradient_accumulation_steps=2, group_by_length=False)
+    one = settings(per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    two = settings(per_device_train_batch_size=4, gradient_accumulation_steps=2)
     first, a = run(LoRA(r=2), one.model_copy(update={"max_steps": 3}))
     second, b = run(LoRA(r=2), two.model_copy(update={"max_steps": 3}))
     assert first.target_tokens == second.target_tokens

@@ -1,6 +1,6 @@
 """Rows from files, what of them is learned, and batches."""
 
-from spectune.data.batches import batches, collate
+from spectune.data.batches import batches, by_length, collate
 from spectune.data.encode import DataReport, Encoded, Example, encode, prompt_ids, render_mask
 from spectune.data.rows import Row, load_rows, split_rows
 
@@ -10,6 +10,7 @@ __all__ = [
     "Example",
     "Row",
     "batches",
+    "by_length",
     "collate",
     "encode",
     "load_rows",

@@ -18,6 +18,7 @@ class TrainingConfig(BaseModel):
         max_steps: optimizer steps; -1 leaves it to the epochs.
         per_device_train_batch_size, per_device_eval_batch_size: rows.
         gradient_accumulation_steps: batches for each step; the step's loss is the mean over all their target tokens.
+            A step's rows are drawn at random, and rows of like length then share a batch.
         warmup_steps: 1 and more are steps, below 1 a share of all steps.
         weight_decay: not on vectors (biases, norms, offsets).
         max_grad_norm: gradients are clipped to this norm; 0 leaves them.
@@ -26,6 +27,8 @@ class TrainingConfig(BaseModel):
         eval_steps, save_steps, logging_steps: None is once each epoch (logging: every step).
         early_stopping_patience: validations without improvement before training ends; None never.
         load_best_at_end: the delta ends as the best one of validation.
+        group_by_length: draw rows of like length for the same step. Less padding, and a worse result: see
+            docs/decisions.md for what it cost.
         resume: go on from `output_dir`.
     """
 
@@ -53,7 +56,7 @@ class TrainingConfig(BaseModel):
     logging_steps: int | None = Field(None, ge=1)
     early_stopping_patience: int | None = Field(None, ge=1)
     load_best_at_end: bool = True
-    group_by_length: bool = True
+    group_by_length: bool = False
     gradient_checkpointing: bool = False
     report_to: Literal["none", "tensorboard"] = "none"
     resume: bool = False

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import PeakMemory
-from spectune.data import Example, batches, collate
+from spectune.data import Example, batches, by_length, collate
 from spectune.deltas import Delta
 from spectune.errors import DivergedError, InterruptedRun, OutOfMemoryError
 from spectune.evaluation import row_losses
@@ -99,15 +99,15 @@ class Loop:
     def windows(self, lengths: Sequence[int], epoch: int) -> list[list[list[int]]]:
         """The batches of an epoch, in groups of one optimizer step each."""
         config = self.config
-        order = batches(
+        size = config.per_device_train_batch_size * self.world.size
+        steps = batches(
             lengths,
-            config.per_device_train_batch_size * self.world.size,
+            size * config.gradient_accumulation_steps,
             seed=config.seed,
             epoch=epoch,
             group_by_length=config.group_by_length,
         )
-        size = config.gradient_accumulation_steps
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        return [by_length(rows, lengths, size) for rows in steps]
 
     def step(self, window: list[list[int]]) -> float:
         """One optimizer step over some batches. Returns the mean loss over their target tokens."""
