@@ -29,12 +29,12 @@ PEFT = {
 BARE = 4.07
 
 GRID: dict[str, list[float]] = {
-    "full": [5e-4, 1e-3, 2e-3],
-    "lora": [4e-3, 6e-3, 1e-2],
-    "prefix": [1e-1, 2e-1, 4e-1],
-    "prompt": [2e-1, 5e-1, 1.0],
-    "bitfit": [3e-2, 6e-2],
-    "adapter": [3e-3, 1e-2],
+    "full": [1e-3, 2e-3, 3e-3],
+    "lora": [4e-3, 6e-3, 8e-3],
+    "bitfit": [3e-2, 4e-2, 6e-2],
+    "prefix": [5e-2, 1e-1, 2e-1],
+    "prompt": [2e-1, 5e-1, 1.0, 2.0],
+    "adapter": [2e-3, 3e-3, 5e-3],
 }
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from spectune import embedded
+from spectune.storage import resolve_dtype
 
 TOOLS = Path(__file__).parents[2] / "tools" / "embedded"
 PARTS = {"train": embedded.TRAIN, "valid": embedded.VALID, "test": embedded.TEST}
@@ -50,6 +51,13 @@ def test_architecture(model: GPT2LMHeadModel) -> None:
     assert model.config.n_positions == 512
     assert model.lm_head.weight is model.transformer.wte.weight
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_computes_in_float32_on_every_device() -> None:
+    """In bfloat16 this base's gradients are noise in part: docs/decisions.md."""
+    stored = json.loads((embedded.MODEL_FOLDER / "config.json").read_text(encoding="utf-8"))["dtype"]
+    for device in ("cpu", "cuda"):
+        assert resolve_dtype("auto", torch.device(device), stored) is torch.float32
 
 
 def test_tokenizer(tokenizer: Any) -> None:

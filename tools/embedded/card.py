@@ -25,7 +25,7 @@ It is a base to try fine-tuning methods on, not a model to use for its answers.
 | | |
 | --- | --- |
 | architecture | GPT-2 (`GPT2LMHeadModel`): {layers} layers, width {width}, {heads} heads, context 512, with biases, tied embeddings |
-| weights | {weights:,}, bfloat16 |
+| weights | {weights:,}, stored in bfloat16, loaded as float32 |
 | tokenizer | byte-level BPE of 8,192 words, trained on one shard of the corpus; `<|endoftext|>` is id 0: begin, end and padding |
 | corpus | {corpus_tokens:,} tokens: {shards} shards of about 32 MB of English text each |
 | training | {tokens:,} tokens ({epochs:.1f} epochs) in {steps:,} steps of {batch_tokens:,} tokens, {seconds:.0f} s on one {device} |

@@ -235,6 +235,10 @@ def main() -> None:
     model = model.to(torch.bfloat16)
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
+    # stored in half the space, computed in float32: in bfloat16 the gradients of this small model are noise in part
+    # (docs/decisions.md), and transformers loads in the type that the config names
+    config = json.loads((args.out / "config.json").read_text())
+    (args.out / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     report = {
         "weights": weights,
         "layers": args.layers,

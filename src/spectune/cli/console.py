@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -64,10 +65,10 @@ def work(*, as_json: bool = False) -> Iterator[Console]:
 
 
 def _silence_libraries() -> None:
-    import datasets
     import transformers
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    # datasets is imported only where rows come from a hub data set, and reads these then
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")

@@ -82,7 +82,9 @@ class Delta:
 
     def print_trainable_parameters(self) -> None:
         """Print trained weights, all weights and the share, as PEFT's method of this name does."""
-        _trained, _total = self.num_trained_parameters(), self.total_parameters()
+        trained, total = self.num_trained_parameters(), self.total_parameters()
+        share = 100 * trained / total
+        print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")  # noqa: T201
 
     def total_parameters(self) -> int:
         """Weights of the base and this delta together, while training."""
