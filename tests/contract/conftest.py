@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from spectune.deltas import Delta, Method
 from spectune.methods import (
@@ -26,47 +20,7 @@ from spectune.methods import (
     PromptTuning,
 )
 from spectune.storage import attach
-
-VOCABULARY = 97
-CONTEXT = 64
-
-
-def gpt2() -> PreTrainedModel:
-    """Learned absolute positions, `Conv1D`, fused q/k/v, biases, tied embeddings."""
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        n_positions=CONTEXT,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    return GPT2LMHeadModel(config)
-
-
-def llama() -> PreTrainedModel:
-    """Rotary positions, grouped-query attention, gated feed-forward, no bias anywhere."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
-
-
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {"gpt2": gpt2, "llama": llama}
+from tests.contract.families import FAMILIES, VOCABULARY
 
 #: every method at small size, and the variants whose code differs
 CASES: dict[str, Method] = {
@@ -83,11 +37,39 @@ CASES: dict[str, Method] = {
 }
 
 
+#: what a family cannot take: the method's case and the words of the refusal
+REFUSED: dict[tuple[str, str], str] = {
+    ("opt", "adapter-parallel"): "its feed-forward is not a module of its own",
+}
+
+
+def refusal(family: str, method: Method) -> str | None:
+    """The words with which attach refuses the method on this family, None where it takes it."""
+    return next((w for (f, case), w in REFUSED.items() if f == family and CASES[case] == method), None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test of a method on a family that refuses it does not exist; that it is refused is a test of its own."""
+    gone = [
+        item
+        for item in items
+        if hasattr(item, "callspec")
+        and (item.callspec.params.get("family"), item.callspec.params.get("method")) in REFUSED
+    ]
+    if gone:
+        config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in gone]
+
+
 def test_every_method_has_a_case() -> None:
     assert {type(method) for method in CASES.values()} == set(METHODS)
 
 
-@pytest.fixture(params=list(FAMILIES))
+#: the families that every fast run looks at; the others are behind `-m slow`
+FAST = ("gpt2", "llama")
+
+
+@pytest.fixture(params=[f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -15,7 +15,8 @@ from spectune.deltas import Delta, Method, attached
 from spectune.errors import ConfigError, DataError
 from spectune.methods import LoRA, PrefixTuning, PromptTuning
 from spectune.storage import attach, detach, load_delta, merge, route
-from tests.contract.conftest import CONTEXT, VOCABULARY, move, put_on, tokens
+from tests.contract.conftest import move, put_on, tokens
+from tests.contract.families import CONTEXT, VOCABULARY
 
 Make = Callable[[], PreTrainedModel]
 TOLERANCE = 1e-5

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 
-def widen_mask(mask: Tensor | None, query_length: int, text_keys: int, extra: int, device: torch.device) -> Tensor:
-    """An attention mask `[batch or 1, heads or 1, queries, extra + keys]` in which `extra` leading keys are visible.
+def widen_mask(mask: Tensor | None, query_length: int, text_keys: int, lead: Tensor) -> Tensor:
+    """An attention mask `[batch or 1, heads or 1, queries, extra + keys]` with `extra` keys before the text's.
 
     Args:
         mask: boolean (True attends) or additive, `[batch, heads or 1, queries, keys]`; None means plainly causal.
         query_length, text_keys: lengths before widening, used where `mask` is None.
-        extra: keys that stand before the text and are visible from every position, padding queries included.
+        lead: which of the keys in front are visible, boolean `[batch or 1, 1, queries or 1, extra]`.
 
     Raises:
         ValueError: no mask came and queries and keys differ in number, so that what may be seen is not known.
@@ -21,10 +21,15 @@ def widen_mask(mask: Tensor | None, query_length: int, text_keys: int, extra: in
     if mask is None:
         if query_length not in (1, text_keys):
             raise ValueError(f"no attention mask came with {query_length} queries over {text_keys} keys")
-        visible = torch.ones(query_length, text_keys, dtype=torch.bool, device=device)
+        visible = torch.ones(query_length, text_keys, dtype=torch.bool, device=lead.device)
         mask = visible.tril(text_keys - query_length)[None, None]
-    lead = mask.new_ones(1) if mask.dtype == torch.bool else mask.new_zeros(1)
-    return torch.cat([lead.expand(*mask.shape[:-1], extra), mask], dim=-1)
+    if mask.dtype != torch.bool:
+        hidden = torch.finfo(mask.dtype).min
+        lead = torch.zeros(lead.shape, dtype=mask.dtype, device=lead.device).masked_fill(~lead, hidden)
+    batch = max(mask.shape[0], lead.shape[0])
+    return torch.cat(
+        [lead.expand(batch, mask.shape[1], mask.shape[2], -1), mask.expand(batch, *mask.shape[1:])], dim=-1
+    )
 
 
 def positions_from_mask(mask: Tensor, length: int) -> Tensor:

@@ -6,7 +6,8 @@ from spectune.deltas.merge import merge
 from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, Setting, Site
 from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule
 from spectune.deltas.probe import capture_keys_and_values
-from spectune.deltas.registry import Registry, route
+from spectune.deltas.registry import Registry
+from spectune.deltas.routing import route
 
 __all__ = [
     "AttentionModule",

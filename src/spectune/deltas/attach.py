@@ -88,6 +88,8 @@ def detach(model: PreTrainedModel, name: str) -> None:
     if registry is None or name not in registry.deltas:
         known = ", ".join(repr(known) for known in registry.deltas) if registry else "none"
         raise ConfigError(f"no delta {name!r} is attached; attached are: {known}")
+    if registry.in_use(name):
+        raise ConfigError(f"delta {name!r} is in use by a `with spectune.route(...)`: detach it outside of that")
     registry.deltas[name].close(registry)
     del registry.deltas[name]
     if registry.active == name:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
@@ -83,20 +84,70 @@ def _with_prefix(
     if registry is not None:
         if registry.attention_calls is not None:
             registry.attention_calls[id(module)] = (key.detach(), value.detach())
-        prefix = get(module, registry.current)
-        if isinstance(prefix, AttentionModule):
-            prefix_key, prefix_value = prefix()
-            extra = prefix_key.shape[1]
-            attention_mask = widen_mask(attention_mask, query.shape[2], key.shape[2], extra, query.device)
-            key = _before(prefix_key, key)
-            value = _before(prefix_value, value)
+        key, value, attention_mask = _put_before(module, registry, query, key, value, attention_mask, kwargs)
     result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
     return result
 
 
-def _before(prefix: Tensor, own: Tensor) -> Tensor:
-    """`[heads, virtual, dim]` before `[batch, heads, length, dim]`, in the latter's dtype."""
-    return torch.cat([prefix.to(own.dtype).expand(own.shape[0], -1, -1, -1), own], dim=2)
+def _put_before(
+    module: nn.Module,
+    registry: Registry,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    settings: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask with each row's prefix in front. Shorter prefixes are filled up with hidden places."""
+    route = registry.current
+    rows = registry.rows(key.shape[0]) if route.mixed else None
+    names = route.names[:1] if rows is None else rows.names
+    found = {name: get(module, name) for name in dict.fromkeys(names)}
+    prefixes = {name: prefix for name, prefix in found.items() if isinstance(prefix, AttentionModule)}
+    if not prefixes:
+        return key, value, mask
+    made = {name: prefix() for name, prefix in prefixes.items()}
+    longest = max(keys.shape[1] for keys, _ in made.values())
+    window = settings.get("sliding_window")
+    pieces = [
+        _piece(prefixes.get(name), made.get(name), longest, query, key, value, registry, window) for name in names
+    ]
+    keys, values, visible = (torch.stack(parts) for parts in zip(*pieces, strict=True))
+    batch = key.shape[0]
+    mask = widen_mask(mask, query.shape[2], key.shape[2], visible[:, None])
+    key = torch.cat([keys.expand(batch, -1, -1, -1), key], dim=2)
+    value = torch.cat([values.expand(batch, -1, -1, -1), value], dim=2)
+    return key, value, mask
+
+
+def _piece(
+    prefix: AttentionModule | None,
+    made: tuple[Tensor, Tensor] | None,
+    longest: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    registry: Registry,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One row's keys and values `[heads, longest, dim]`, and which are visible: boolean `[queries, longest]`."""
+    if prefix is None or made is None:
+        return (
+            key.new_zeros(key.shape[1], longest, key.shape[3]),
+            value.new_zeros(value.shape[1], longest, value.shape[3]),
+            torch.zeros(query.shape[2], longest, dtype=torch.bool, device=key.device),
+        )
+    prefix_key, prefix_value = (part.to(like.dtype) for part, like in zip(made, (key, value), strict=True))
+    count = prefix_key.shape[1]
+    place = torch.arange(longest, device=key.device) - (longest - count)
+    visible = (place >= 0).expand(query.shape[2], -1)
+    if prefix.slides and window is not None:
+        # the prefix counted as tokens 0 to count - 1 of the sequence, the text after it
+        here = count + registry.rows(key.shape[0]).seen + torch.arange(query.shape[2], device=key.device)
+        visible = visible & (place > here[:, None] - window)
+    if count < longest:
+        prefix_key, prefix_value = (F.pad(part, (0, 0, longest - count, 0)) for part in (prefix_key, prefix_value))
+    return prefix_key, prefix_value, visible
 
 
 def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from spectune.deltas.attach import attached
 from spectune.deltas.modules import OutputModule
 from spectune.deltas.probe import evaluating
-from spectune.deltas.registry import Registry, route
+from spectune.deltas.registry import Registry
+from spectune.deltas.routing import route
 from spectune.errors import ConfigError
 from spectune.families import token_embedding
 

@@ -48,6 +48,10 @@ class OutputModule(DeltaModule):
 class AttentionModule(DeltaModule):
     """Acts inside attention: gives keys and values `[kv_heads, virtual tokens, dim]`, float32."""
 
+    #: a layer's sliding window moves past them, as if they were the sequence's first tokens (PEFT's convention);
+    #: otherwise they are visible from every position
+    slides: bool = False
+
     def forward(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 

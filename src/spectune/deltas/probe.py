@@ -90,6 +90,37 @@ def capture_keys_and_values(
     }
 
 
+def counts_padding(model: PreTrainedModel) -> bool:
+    """Whether the bare base's own positions, where the caller gives none, are the index in the batch, padding counted
+    (True), or the count of real tokens (False).
+
+    Raises:
+        ConfigError: neither; then a caller must give position_ids.
+    """
+    registry = Registry.of(model)
+    assert registry is not None, "asked by the decoder's hook, when the model has a registry"
+    device = token_embedding(model).weight.device
+    ids = torch.tensor([[1, 2, 3]], device=device)
+    mask = torch.tensor([[0, 1, 1]], device=device)
+    with registry.routed(None), evaluating(model):
+        own, index, count = (
+            model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits[:, -1].float()
+            for given in (
+                {},
+                {"position_ids": torch.tensor([[0, 1, 2]], device=device)},
+                {"position_ids": torch.tensor([[0, 0, 1]], device=device)},
+            )
+        )
+    if torch.allclose(own, index, rtol=1e-4, atol=1e-5):
+        return True
+    if torch.allclose(own, count, rtol=1e-4, atol=1e-5):
+        return False
+    raise ConfigError(
+        f"{type(model).__name__} numbers the positions of a left-padded batch in a way of its own: give position_ids "
+        "where rows with virtual tokens share a left-padded batch with others"
+    )
+
+
 def _run(model: PreTrainedModel, ids: list[int]) -> None:
     with evaluating(model):
         tokens = torch.tensor([ids], device=token_embedding(model).weight.device)

@@ -1,16 +1,19 @@
-"""What is attached to one model, and which delta is on: the route."""
+"""What is attached to one model, and which delta is on for each row: the route in force."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectune.deltas import attention
-from spectune.deltas.sites import DecoderSite, OutputHook
+from spectune.deltas.decoder import DecoderSite
+from spectune.deltas.rows import Route, Rows
+from spectune.deltas.sites import OutputHook
 from spectune.errors import ConfigError
 from spectune.families import Family, describe
 
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
     from spectune.deltas.delta import Delta
 
 _ATTRIBUTE = "_spectune"
-_UNSET: Any = object()
 
 
 class Registry:
@@ -28,11 +30,16 @@ class Registry:
         self.model = model
         self.family: Family = describe(model)
         self.deltas: dict[str, Delta] = {}
-        self.active: str | None = None
+        #: of the delta that was attached last, while no `with route` says otherwise
+        self._active = Route.of(None)
+        #: rows that generation makes of each row at the moment (beams, return sequences)
+        self.copies = 1
         #: keys and values of each attention call by the module's id, while somebody is looking
         self.attention_calls: dict[int, tuple[Tensor, Tensor]] | None = None
-        self._routed: str | None = _UNSET
-        self._pinned: str | None = _UNSET
+        self._routed: Route | None = None
+        self._pinned: tuple[Route, Rows | None] | None = None
+        self._rows: Rows | None = None
+        self._positions_by_index: bool | None = None
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._attention_before: str | None = None
         self._outputs: dict[str, OutputHook] = {}
@@ -67,32 +74,78 @@ class Registry:
     # -- the route ------------------------------------------------------------------------------------------------
 
     @property
-    def current(self) -> str | None:
-        """The delta that is on now: in a recomputation the captured one, else the `with route`'s, else the active."""
-        if self._pinned is not _UNSET:
-            return self._pinned
-        return self.active if self._routed is _UNSET else self._routed
+    def active(self) -> str | None:
+        """The delta that is on outside of any `with route`."""
+        return self._active.name
+
+    @active.setter
+    def active(self, name: str | None) -> None:
+        self._active = Route.of(name)
 
     @property
-    def current_delta(self) -> Delta | None:
-        name = self.current
-        return None if name is None else self.deltas[name]
+    def current(self) -> Route:
+        """The route now: in a recomputation the captured one, else the `with route`'s, else the active delta's."""
+        if self._pinned is not None:
+            return self._pinned[0]
+        return self._active if self._routed is None else self._routed
+
+    @property
+    def virtual_tokens(self) -> int:
+        """The most virtual tokens of any row's delta under the current route."""
+        return max(0 if name is None else self.deltas[name].method.virtual_tokens for name in self.current.names)
+
+    def lay(self, rows: Rows) -> None:
+        """Note how the current route lies over the batch of the forward pass that begins."""
+        self._rows = rows
+
+    def rows(self, batch: int) -> Rows:
+        """The current route over the batch of the forward pass that runs; `batch` is used where a part of the model
+        was called by itself. What an earlier pass left behind, under another route, does not count."""
+        if self._pinned is not None and self._pinned[1] is not None:
+            return self._pinned[1]
+        if self._rows is not None and self._rows.route is self.current:
+            return self._rows
+        return Rows(self.current, batch, copies=self.copies)
+
+    def captured(self, route: Route) -> Rows | None:
+        """The rows of the pass that runs, to be kept for its recomputation."""
+        return self._rows if self._rows is not None and self._rows.route is route else None
 
     @contextlib.contextmanager
-    def routed(self, name: str | None) -> Iterator[None]:
-        before, self._routed = self._routed, name
+    def routed(self, route: Route | str | None) -> Iterator[None]:
+        """Set the route for a while; a name, or None for the bare base, is for all rows."""
+        before = self._routed
+        self._routed = route if isinstance(route, Route) else Route.of(route)
         try:
             yield
         finally:
             self._routed = before
 
     @contextlib.contextmanager
-    def pinned(self, name: str | None) -> Iterator[None]:
-        before, self._pinned = self._pinned, name
+    def pinned(self, route: Route, rows: Rows | None) -> Iterator[None]:
+        before, self._pinned = self._pinned, (route, rows)
         try:
             yield
         finally:
             self._pinned = before
+
+    def in_use(self, name: str) -> bool:
+        """Whether a `with route` that names the delta is in force."""
+        return self._routed is not None and name in self._routed.names
+
+    def gathers_tokens(self, path: str) -> bool:
+        """Whether a module stands in a list inside its layer (experts): it is given tokens picked from any row."""
+        layer = next((layer.path for layer in self.family.layers if path.startswith(layer.path + ".")), None)
+        return layer is not None and re.search(r"\.\d+(\.|$)", path[len(layer) :]) is not None
+
+    def positions_by_index(self) -> bool:
+        """Whether the base itself counts padding as positions, where the caller gives none. Found out by running it
+        once, and kept."""
+        if self._positions_by_index is None:
+            from spectune.deltas.probe import counts_padding
+
+            self._positions_by_index = counts_padding(self.model)
+        return self._positions_by_index
 
     def keep_route_in_checkpoints(self) -> None:
         """Make gradient checkpointing recompute with the route of its forward pass, wherever backward is called.
@@ -109,7 +162,7 @@ class Registry:
 
     def open_output(self, path: str) -> None:
         if path not in self._outputs:
-            self._outputs[path] = OutputHook(self, self.model.get_submodule(path))
+            self._outputs[path] = OutputHook(self, path)
         self._outputs[path].users += 1
 
     def close_output(self, path: str) -> None:
@@ -159,49 +212,12 @@ class _RouteKeepingCheckpoint:
         self.registry = registry
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name = self.registry.current
+        route = self.registry.current
+        # as laid over this pass's batch, which is another by the time that backward runs
+        rows = self.registry.captured(route)
 
         def in_route(*inputs: Any, **named: Any) -> Any:
-            with self.registry.pinned(name):
+            with self.registry.pinned(route, rows):
                 return function(*inputs, **named)
 
         return self.checkpoint(in_route, *args, **kwargs)
-
-
-Route = str | None | Sequence[str | None]
-
-
-@contextlib.contextmanager
-def route(model: nn.Module, names: Route) -> Iterator[None]:
-    """Choose the delta of each row of the batches inside the `with`; None is the bare base.
-
-    Args:
-        names: one name (or None) for all rows, or a list with one for each row. Rows of different deltas in one
-            batch are not supported yet; a list must name one delta throughout.
-
-    Raises:
-        ConfigError: a name that is not attached; a list with more than one delta; the bare base under a fully
-            tuned one of which no copy was kept.
-    """
-    registry = Registry.of(model)
-    wanted = [names] if names is None or isinstance(names, str) else list(names)
-    attached = {} if registry is None else registry.deltas
-    for name in wanted:
-        if name is not None and name not in attached:
-            raise ConfigError(f"no delta {name!r} is attached; attached are: {', '.join(attached) or 'none'}")
-    if not wanted:
-        raise ConfigError("an empty route: give a name, None, or one of them for each row")
-    if any(name != wanted[0] for name in wanted):
-        raise ConfigError(
-            f"one batch with rows of different deltas ({', '.join(map(str, dict.fromkeys(wanted)))}) is not supported "
-            "yet; route each delta's rows in a batch of their own"
-        )
-    if registry is None:
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        for name, delta in attached.items():
-            if name != wanted[0] and delta.method.trains_base:
-                stack.enter_context(delta.suspended())
-        stack.enter_context(registry.routed(wanted[0]))
-        yield

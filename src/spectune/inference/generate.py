@@ -108,11 +108,10 @@ def context_length(model: PreTrainedModel) -> int | None:
     for, less the virtual tokens of the current delta. None where nothing limits it."""
     registry = Registry.of(model)
     family = describe(model) if registry is None else registry.family
-    delta = None if registry is None else registry.current_delta
     limit = family.position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    return limit - (0 if delta is None else delta.method.virtual_tokens)
+    return limit - (0 if registry is None else registry.virtual_tokens)
 
 
 def _rooms(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:

@@ -1,0 +1,296 @@
+"""The decoder's entry, where virtual tokens and positions are put in, and its exit, where they are cut off.
+
+Rows of one batch may have prompts of different lengths. Each row's virtual tokens stand right before its text; what is
+left over in front of the shorter ones is masked, so that distances within a row are what they are when it runs alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectune.compute.masks import positions_from_mask
+from spectune.deltas.modules import InputModule
+from spectune.deltas.rows import Rows
+from spectune.deltas.sites import get
+from spectune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from spectune.deltas.registry import Registry
+
+_CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.2x calls it `cache`, earlier ones `past_key_values`
+_FILLED = "_spectune_filled"
+
+
+@dataclass(frozen=True)
+class _Lead:
+    """What stands before the text of one batch.
+
+    `shifts`: for each row, how far its text's positions move. `lengths`: for each row, the virtual tokens in the
+    sequence itself (a prefix has none there). All rows alike: one entry for all.
+    """
+
+    shifts: tuple[int, ...]
+    prompts: tuple[InputModule | None, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return max(self.lengths)
+
+    def shift(self, device: torch.device) -> int | Tensor:
+        return self.shifts[0] if len(self.shifts) == 1 else torch.tensor(self.shifts, device=device)[:, None]
+
+    def places(self, text: int, mask: Tensor | None, device: torch.device) -> Tensor:
+        """Which virtual token stands at each place: `[batch or 1, length + text]`, negative or beyond the row's last
+        where it is none.
+
+        A row's virtual tokens stand right before its first real token, in the place of padding if there is any on
+        the left: sliding windows and ALiBi count places, and see the same distances whatever the padding.
+        """
+        first = self.length + (0 if mask is None else mask.long().cumsum(-1).eq(0).sum(-1, keepdim=True))
+        count = torch.tensor(self.lengths, device=device)[:, None]
+        place = torch.arange(self.length + text, device=device) - (first - count)
+        return place.masked_fill(place >= count, -1)
+
+    def embeddings(self, like: Tensor) -> Tensor:
+        """`[batch or 1, length, hidden]`, filled up with zeros behind."""
+        made = {
+            id(prompt): F.pad(prompt().to(dtype=like.dtype, device=like.device), (0, 0, 0, self.length - count))
+            for prompt, count in zip(self.prompts, self.lengths, strict=True)
+            if prompt is not None
+        }
+        none = like.new_zeros(self.length, like.shape[-1])
+        return torch.stack([made.get(id(prompt), none) for prompt in self.prompts])
+
+
+class DecoderSite:
+    """The pair of hooks at the decoder."""
+
+    def __init__(self, registry: Registry, model: PreTrainedModel) -> None:
+        self.registry = registry
+        decoder = model.get_submodule(registry.family.decoder)
+        self.decoder = decoder
+        self.signature = inspect.signature(decoder.forward)
+        self.takes_positions = "position_ids" in self.signature.parameters
+        self.to_cut = 0
+        self._holds: tuple[str | None, ...] = ()  # the route whose virtual tokens this pass puts into the cache
+        self.handles = [
+            decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
+            decoder.register_forward_hook(self.leave),
+        ]
+        self._masks_for_generate = _MasksForGenerate(self, getattr(model, "create_masks_for_generate", None))
+        # `generate` asks the instance for this name before it makes masks for a static cache
+        model.__dict__["create_masks_for_generate"] = self._masks_for_generate
+        self._model = model
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self._model.__dict__.pop("create_masks_for_generate", None)
+
+    def enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: `[batch, text]` in, `[batch, virtual + text]` out, positions shifted."""
+        self.to_cut = 0
+        registry, route = self.registry, self.registry.current
+        registry.keep_route_in_checkpoints()
+        registry.keep_attention()
+        call = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
+        ids, embeds, mask = call.get("input_ids"), call.get("inputs_embeds"), call.get("attention_mask")
+        cache = next((call[name] for name in _CACHE_NAMES if call.get(name) is not None), None)
+        text = ids if ids is not None else embeds
+        if text is None:
+            return None  # the base says itself what is missing
+        batch, length = text.shape[:2]
+        seen = 0 if cache is None else cache.get_seq_length()
+        first = bool(seen == 0)
+        rows = Rows(route, batch, copies=registry.copies) if route.per_row else None
+        lead = self._lead(rows)
+        self._holds = rows.names if rows is not None and route.mixed else route.names[:1]
+        _check_cache(cache, first, lead.length, self._holds)
+        seen_text = seen - lead.length if lead.length and not first else seen
+        if rows is not None or max(lead.shifts):
+            in_sequence = lead.length if first else 0
+            registry.lay(Rows(route, batch, copies=registry.copies, length=length + in_sequence, seen=seen_text))
+        if not max(lead.shifts):
+            return None
+        self._check_mask(mask, seen_text, length, lead.length)
+        self._check_context(mask, seen_text, length, lead)
+
+        if self.takes_positions:
+            positions = call.get("position_ids")
+            if positions is None:
+                positions = self._text_positions(mask, seen_text, length, lead, text.device)
+            call["position_ids"] = positions + lead.shift(text.device)
+        if lead.length:
+            self._put_in(call, lead, mask, cache, first, seen_text + length)
+        return (), call
+
+    def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: hidden states of virtual tokens are cut off, so that any head sees text only."""
+        cut, self.to_cut = self.to_cut, 0
+        if cut == 0:
+            return None
+        for name in _CACHE_NAMES:  # a cache that the decoder made itself
+            _check_cache(getattr(output, name, None), True, cut, self._holds)
+        if isinstance(output, tuple):
+            return (output[0][:, cut:], *output[1:])
+        output.last_hidden_state = output.last_hidden_state[:, cut:]
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(states[:, cut:] for states in output.hidden_states)
+        return output
+
+    def puts_tokens_in(self) -> bool:
+        """Whether any row's delta has virtual tokens in the sequence itself."""
+        return any(isinstance(get(self.decoder, name), InputModule) for name in self.registry.current.names)
+
+    def _lead(self, rows: Rows | None) -> _Lead:
+        registry = self.registry
+        # one entry for all rows where they are alike: no tensor is made then
+        names = rows.names if rows is not None and rows.route.mixed else (registry.current.name,)
+        found = [get(self.decoder, name) for name in names]
+        prompts = tuple(module if isinstance(module, InputModule) else None for module in found)
+        shifts = tuple(0 if name is None else registry.deltas[name].method.virtual_tokens for name in names)
+        lengths = tuple(s if prompt is not None else 0 for s, prompt in zip(shifts, prompts, strict=True))
+        return _Lead(shifts, prompts, lengths)
+
+    def _text_positions(self, mask: Any, seen: Any, length: int, lead: _Lead, device: torch.device) -> Tensor:
+        """Positions of the text where the caller gave none, `[batch or 1, length]`, not shifted yet."""
+        by_index: Tensor = (torch.arange(length, device=device) + seen)[None]
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return by_index
+        counted = positions_from_mask(mask, length)
+        if all(lead.shifts):
+            return counted
+        # rows without virtual tokens have the positions that this base gives them by itself
+        own = by_index if self.registry.positions_by_index() else counted
+        shifted = torch.tensor([shift > 0 for shift in lead.shifts], device=device)[:, None]
+        return torch.where(shifted, counted, own)
+
+    def _put_in(
+        self, call: dict[str, Any], lead: _Lead, mask: Tensor | None, cache: Any, first: bool, text: int
+    ) -> None:
+        """Virtual tokens into the sequence (in the first pass over a cache) and into its mask (in every one).
+
+        `text`: tokens of the text so far, those of this pass included.
+        """
+        device = (call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]).device
+        places = lead.places(text, mask, device)
+        virtual = places >= 0
+        if mask is None and len(set(lead.lengths)) > 1:
+            mask = torch.ones(len(lead.lengths), text, dtype=torch.int64, device=device)
+        if mask is not None:
+            call["attention_mask"] = F.pad(mask, (lead.length, 0)).masked_fill(virtual, 1)
+        if not first:
+            return
+        if call.get("token_type_ids") is not None:
+            raise ConfigError(
+                "token_type_ids do not go with prompt tuning: virtual tokens have no type. Leave them out."
+            )
+        embeds = call.get("inputs_embeds")
+        if embeds is None:
+            embeds = self._model.get_submodule(self.registry.family.embedding)(call["input_ids"])
+        pick = places.clamp(min=0)[..., None].expand(-1, -1, embeds.shape[-1])
+        tokens = lead.embeddings(embeds).expand(pick.shape[0], -1, -1).gather(1, pick)
+        call["input_ids"] = None
+        call["inputs_embeds"] = torch.where(virtual[..., None], tokens, F.pad(embeds, (0, 0, lead.length, 0)))
+        if self.takes_positions:
+            call["position_ids"] = torch.where(virtual, places, F.pad(call["position_ids"], (lead.length, 0)))
+        self.to_cut = lead.length
+        _make_room(cache, lead.length, call["inputs_embeds"].shape[1])
+
+    def _check_context(self, mask: Any, seen: Any, length: int, lead: _Lead) -> None:
+        table = self.registry.family.position_table
+        if table is None or not isinstance(seen, int) or seen + length + max(lead.shifts) <= table:
+            return
+        counts = [seen + length] * len(lead.shifts)
+        if len(lead.shifts) > 1 and isinstance(mask, Tensor) and mask.dim() == 2:
+            counts = [int(count) for count in mask.sum(1)]  # padding of a shorter row takes no position
+        text, extra = max(((count, shift) for count, shift in zip(counts, lead.shifts, strict=True) if shift), key=sum)
+        if text + extra > table:
+            raise ConfigError(
+                f"{text} text tokens and {extra} virtual tokens need {text + extra} positions; this "
+                f"base has {table}. Use at most {table - extra} text tokens, or fewer virtual ones."
+            )
+
+    def _check_mask(self, mask: Any, seen: Any, length: int, in_sequence: int) -> None:
+        if mask is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+            if in_sequence and mask is not None:
+                raise ConfigError(
+                    "prompt tuning needs the 2-D attention mask of the text [batch, length]; "
+                    "a ready-made 4-D mask has no place for the virtual tokens"
+                )
+            return
+        if isinstance(seen, int) and mask.shape[1] != seen + length:
+            raise ConfigError(
+                f"the attention mask covers {mask.shape[1]} tokens, the text has {seen + length} "
+                f"({seen} cached, {length} new); it must cover the text and nothing else"
+            )
+
+
+class _MasksForGenerate:
+    """Stands in for the model's mask maker in `generate` with static caches: while a prompt is on, the 2-D mask goes
+    on to the decoder's entry, which knows of the virtual tokens; the decoder then makes its mask of full length."""
+
+    def __init__(self, site: DecoderSite, original: Any) -> None:
+        self.site = site
+        self.original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.site.puts_tokens_in():
+            return kwargs.get("attention_mask")
+        if self.original is not None:
+            return self.original(*args, **kwargs)
+        from transformers.masking_utils import create_masks_for_generate
+
+        return create_masks_for_generate(*args, **kwargs)
+
+
+def _check_cache(cache: Any, first: bool, in_sequence: int, names: tuple[str | None, ...]) -> None:
+    """A cache that holds virtual tokens belongs to the route that put them there: note it, and hold later calls to it.
+
+    Raises:
+        ConfigError: the cache was filled under another route, so that text and virtual tokens cannot be told apart.
+    """
+    if cache is None or torch.compiler.is_compiling():
+        return
+    filled = getattr(cache, _FILLED, None)
+    if first:
+        if in_sequence:
+            setattr(cache, _FILLED, names)
+        elif filled is not None:
+            delattr(cache, _FILLED)
+        return
+    if (filled is not None or in_sequence) and filled != names:
+        raise ConfigError(
+            f"this cache was filled under the route {_show(filled)} and the route is now {_show(names)}: the virtual "
+            "tokens in it are not this route's. Use a cache for each route."
+        )
+
+
+def _show(names: tuple[str | None, ...] | None) -> str:
+    if names is None:
+        return "of no prompt"
+    return repr(names[0]) if len(names) == 1 else repr(list(names))
+
+
+def _make_room(cache: Any, extra: int, length: int) -> None:
+    """A static cache is as long as the text that `generate` was asked for: it needs `extra` more places."""
+    for layer in getattr(cache, "layers", []):
+        longest = getattr(layer, "max_cache_len", None)
+        if longest is None or getattr(layer, "is_sliding", False):
+            continue
+        if not getattr(layer, "is_initialized", True):
+            layer.max_cache_len = longest + extra
+        elif length > longest:
+            raise ConfigError(
+                f"the static cache has {longest} places, text and virtual tokens need {length}; "
+                f"make it at least {extra} longer than the text (max_cache_len)"
+            )
