@@ -5,7 +5,7 @@ from spectune.deltas.delta import Delta
 from spectune.deltas.merge import merge
 from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, Setting, Site
 from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule
-from spectune.deltas.probe import capture_keys_and_values
+from spectune.deltas.probe import cached_values, capture_keys_and_values
 from spectune.deltas.registry import Registry
 from spectune.deltas.routing import route
 
@@ -24,6 +24,7 @@ __all__ = [
     "Site",
     "attach",
     "attached",
+    "cached_values",
     "capture_keys_and_values",
     "detach",
     "merge",

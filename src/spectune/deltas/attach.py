@@ -64,6 +64,8 @@ def place(
         delta.open(registry)
         with registry.routed(None):
             fill(delta)
+            if not any(parameter.device.type == "meta" for parameter in model.parameters()):
+                method.prove(delta, model)
         with registry.routed(name):
             prove_that_sites_fire(registry, delta)
     except BaseException:

@@ -162,6 +162,7 @@ class Delta:
             module = self.method.build(site)
             if self.shared is not None:
                 module.use_shared(self.shared)
+            module.placed_at(host)
             module.to(_device_of(host, self.model)).train(self.model.training)
             sites.put(host, self.name, module)
             self._modules[site.path] = (site, module)

@@ -120,6 +120,13 @@ class Method(BaseModel, ABC):
     def initialise(self, delta: Delta, setting: Setting) -> None:
         """Write the first weights, from `setting.generator` only, so that a seed gives the same delta everywhere."""
 
+    def prove(self, delta: Delta, model: PreTrainedModel) -> None:
+        """Check by running the bare base what `sites` had to take from names and shapes. By default nothing.
+
+        Raises:
+            ConfigError: this base is built otherwise; the attach is undone.
+        """
+
     def notice(self, family: Family) -> str | None:
         """A sentence the user should read when this method meets this base, or None."""
         return None

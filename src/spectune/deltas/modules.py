@@ -22,6 +22,9 @@ class DeltaModule(nn.Module):
         """Take note of the weights that all sites share, without owning them (they stand at the decoder)."""
         raise NotImplementedError
 
+    def placed_at(self, host: nn.Module) -> None:
+        """Told once, when it is put at its site: the base's module there, for methods that read its weights."""
+
     def stored(self) -> dict[str, Tensor]:
         """What goes to disk, by name; by default the weights as they are."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,27 @@ def capture_keys_and_values(
         for path, module in modules.items()
         if id(module) in calls
     }
+
+
+def cached_values(model: PreTrainedModel, watched: list[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What modules at `watched` give for three tokens, `[3, features]`, and the values that the bare base then caches,
+    layer by layer, `[3, kv_heads * dim]`: values go from their projection into the cache unchanged."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Any:
+        return lambda module, args, output: seen.__setitem__(path, output.detach()[0])
+
+    handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in watched]
+    try:
+        with evaluating(model):
+            tokens = torch.tensor([[1, 2, 3]], device=token_embedding(model).weight.device)
+            out = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    cache = getattr(out, "past_key_values", None) or getattr(out, "cache", None)
+    layers = getattr(cache, "layers", [])
+    return seen, [layer.values[0].transpose(0, 1).flatten(1) for layer in layers if hasattr(layer, "values")]
 
 
 def counts_padding(model: PreTrainedModel) -> bool:

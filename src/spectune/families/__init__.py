@@ -12,6 +12,7 @@ from spectune.families.family import (
 )
 from spectune.families.fingerprint import differences, fingerprint
 from spectune.families.modules import linear_shape, token_embedding
+from spectune.families.parts import Slice
 
 __all__ = [
     "Attention",
@@ -20,6 +21,7 @@ __all__ = [
     "FeedForward",
     "Layer",
     "Linear",
+    "Slice",
     "describe",
     "differences",
     "family_from_config",

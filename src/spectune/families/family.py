@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import ConfigError
 from spectune.families.modules import adds_its_bias_last, linear_shape
+from spectune.families.parts import Slice, inner_activation, projections
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Attention:
-    """A self-attention module. Keys are `[batch, kv_heads, length, key_dim]`, values end in `value_dim`."""
+    """A self-attention module. Keys are `[batch, kv_heads, length, key_dim]`, values end in `value_dim`.
+
+    `keys` and `values`: the outputs of its linears that they are made of, as names and shapes tell (fused projections
+    are taken to be queries, keys, values one after the other); None where they do not tell.
+    """
 
     path: str
     layer: int
@@ -36,16 +41,24 @@ class Attention:
     kv_heads: int
     key_dim: int
     value_dim: int
+    keys: Slice | None = None
+    values: Slice | None = None
 
 
 @dataclass(frozen=True)
 class FeedForward:
     """A feed-forward sublayer. `whole` is False where its linears stand in the layer itself (OPT has no module of its
-    own for it): its output is then the last linear's, and its input cannot be seen at the same place."""
+    own for it): its output is then the last linear's, and its input cannot be seen at the same place.
+
+    `activation`: the module of its nonlinearity, which gives `inner_size` features; None where it has none of its own
+    (experts share one, or it is a function).
+    """
 
     path: str
     hidden_size: int
     whole: bool = True
+    activation: str | None = None
+    inner_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,8 @@ class Family:
     conv1d: bool
     #: rows of a learned table of absolute positions, None where positions are rotary or relative
     position_table: int | None
+    #: tokens that some layers' attention reaches back at most, None where all see everything
+    sliding_window: int | None = None
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
@@ -128,6 +143,7 @@ def describe(model: PreTrainedModel) -> Family:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         conv1d=bool(linears) and all(isinstance(model.get_submodule(t.path), Conv1D) for t in linears),
         position_table=_position_table(decoder, embedding, text),
+        sliding_window=_sliding_window(text),
     )
 
 
@@ -157,7 +173,9 @@ def _describe_layer(layer: nn.Module, path: str, index: int, hidden: int, config
         heads = int(config.num_attention_heads)
         key_dim = int(getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or hidden // heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        attention = Attention(f"{path}.{attention_name}", index, hidden, kv_heads, key_dim, key_dim)
+        whole_path = f"{path}.{attention_name}"
+        keys, values = projections(module, whole_path, heads * key_dim, kv_heads * key_dim)
+        attention = Attention(whole_path, index, hidden, kv_heads, key_dim, key_dim, keys, values)
     return Layer(path, hidden, attention, _feed_forward(layer, path, attention_name, hidden))
 
 
@@ -180,9 +198,14 @@ def _feed_forward(layer: nn.Module, path: str, attention_name: str | None, hidde
         if name != attention_child and linear_shape(child) is None and any(p.dim() > 1 for p in child.parameters())
     }
     if weights:
-        return FeedForward(f"{path}.{max(weights, key=lambda name: weights[name])}", hidden)
+        name = max(weights, key=lambda name: weights[name])
+        activation, inner = inner_activation(layer.get_submodule(name))
+        return FeedForward(f"{path}.{name}", hidden, True, activation and f"{path}.{name}.{activation}", inner)
     own = [name for name, child in layer.named_children() if linear_shape(child) is not None]
-    return FeedForward(f"{path}.{own[-1]}", hidden, whole=False) if own else None
+    if not own:
+        return None
+    activation, inner = inner_activation(layer)
+    return FeedForward(f"{path}.{own[-1]}", hidden, False, activation and f"{path}.{activation}", inner)
 
 
 def _biases(model: nn.Module) -> tuple[Bias, ...]:
@@ -205,3 +228,9 @@ def _position_table(decoder: nn.Module, embedding: nn.Module, config: Pretrained
             if found:
                 return int(context)
     return None
+
+
+def _sliding_window(config: PretrainedConfig) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    return window if isinstance(window, int) and (kinds is None or "sliding_attention" in kinds) else None

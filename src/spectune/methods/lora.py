@@ -11,10 +11,10 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +24,7 @@ from spectune.errors import ConfigError, DataError
 from spectune.families import Family, Linear
 
 _PEFT_PREFIX = "base_model.model."
+Number = TypeVar("Number", int, float)
 
 
 class LoRALayer(OutputModule):
@@ -35,6 +36,11 @@ class LoRALayer(OutputModule):
         self.lora_B = nn.Parameter(torch.zeros(site.out_features, r))
         self.scale = scale
         self.dropout = nn.Dropout(dropout)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """`A` as in the paper's code and PEFT: Kaiming with a = sqrt(5), uniform within 1 / sqrt(in_features)."""
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
@@ -58,6 +64,8 @@ class LoRA(Method):
         target_modules: `"all-linear"` (every linear of every layer; the head is left alone), a list of module-name
             endings (`["q_proj", "v_proj"]`), or one regular expression that must match a whole module path.
         use_rslora: scale by `lora_alpha / sqrt(r)`.
+        rank_pattern, alpha_pattern: another rank or alpha for some linears, by the end of their path or a regular
+            expression for it (`{"q_proj": 4}`); the first that matches counts, as in PEFT.
     """
 
     name: Literal["lora"] = "lora"
@@ -66,6 +74,8 @@ class LoRA(Method):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
     use_rslora: bool = False
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
 
     label: ClassVar[str] = "LoRA"
     best_for: ClassVar[str] = "the default: near full quality, merges away at inference"
@@ -80,44 +90,55 @@ class LoRA(Method):
             raise ValueError("empty: nothing would be trained")
         return value
 
-    @property
-    def scale(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def rank(self, path: str) -> int:
+        """The rank at the linear at `path`."""
+        return _first_match(self.rank_pattern, path, self.r)
+
+    def scale(self, path: str) -> float:
+        """The factor of `B A` at the linear at `path`."""
+        rank = self.rank(path)
+        return _first_match(self.alpha_pattern, path, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def sites(self, family: Family) -> list[Site]:
-        return [OutputSite(t.path, t.in_features, t.out_features) for t in targets(family, self.target_modules)]
+        found = targets(family, self.target_modules)
+        _check_patterns(self, found)
+        return [OutputSite(t.path, t.in_features, t.out_features) for t in found]
 
-    def build(self, site: Site) -> LoRALayer:
+    def build(self, site: Site) -> OutputModule:
         assert isinstance(site, OutputSite)
-        return LoRALayer(site, self.r, self.scale, self.lora_dropout)
+        return LoRALayer(site, self.rank(site.path), self.scale(site.path), self.lora_dropout)
 
     def num_parameters(self, family: Family) -> int:
-        return sum(self.r * (t.in_features + t.out_features) for t in targets(family, self.target_modules))
+        found = targets(family, self.target_modules)
+        return sum(self.rank(t.path) * (t.in_features + t.out_features) for t in found)
 
     def initialise(self, delta: Delta, setting: Setting) -> None:
         for _, module in delta.sites:
             assert isinstance(module, LoRALayer)
-            # Kaiming with a = sqrt(5), as in the paper's code and PEFT: uniform within 1 / sqrt(in_features)
-            bound = 1 / math.sqrt(module.lora_A.shape[1])
-            module.lora_A.copy_(torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=setting.generator))
+            module.initialise(setting.generator)
 
     # PEFT's layout: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r]
 
     def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         linears = targets(family, self.target_modules)
         modules = self.target_modules
-        config = {
+        config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "inference_mode": True,
             "r": self.r,
-            "lora_alpha": self.lora_alpha,
+            # readers annotate it as a whole number
+            "lora_alpha": int(self.lora_alpha) if self.lora_alpha.is_integer() else self.lora_alpha,
             "lora_dropout": self.lora_dropout,
             "target_modules": _endings(linears) if modules == "all-linear" else modules,
             "use_rslora": self.use_rslora,
             "fan_in_fan_out": family.conv1d,
             "bias": "none",
         }
+        # only where they are used: older readers need not know them
+        for key in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, key):
+                config[key] = getattr(self, key)
         return config, {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
@@ -125,22 +146,55 @@ class LoRA(Method):
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> LoRA | None:
-        if config.get("peft_type") != "LORA":
+        if config.get("peft_type") != "LORA" or config.get("use_dora"):
             return None
-        beyond = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias")
-        used = [key for key in beyond if config.get(key)]
-        if config.get("bias", "none") != "none":
-            used.append("bias")
-        if used:
-            raise DataError(f"this LoRA uses {', '.join(used)}, which spectune cannot load yet")
-        modules = config["target_modules"]
-        return cls(
-            r=config["r"],
-            lora_alpha=config["lora_alpha"],
-            lora_dropout=config.get("lora_dropout", 0.0),
-            target_modules=modules if isinstance(modules, str) else tuple(sorted(modules)),
-            use_rslora=config.get("use_rslora", False),
+        return cls(**peft_fields(config))
+
+
+def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of this method in PEFT's `adapter_config.json`.
+
+    Raises:
+        DataError: it uses something of PEFT's LoRA that would be lost here.
+    """
+    beyond = ("modules_to_save", "layers_to_transform", "layer_replication", "lora_bias", "target_parameters",
+              "exclude_modules", "trainable_token_indices", "alora_invocation_tokens", "use_qalora")  # fmt: skip
+    used = [key for key in beyond if config.get(key)]
+    if config.get("bias", "none") != "none":
+        used.append("bias")
+    if used:
+        raise DataError(
+            f"this LoRA uses {', '.join(used)}, which spectune cannot load: its answers would not be the same"
         )
+    modules = config["target_modules"]
+    return {
+        "r": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "target_modules": modules if isinstance(modules, str) else tuple(sorted(modules)),
+        "use_rslora": config.get("use_rslora", False),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+    }
+
+
+def _first_match(pattern: Mapping[str, Number], path: str, default: Number) -> Number:
+    return next((value for key, value in pattern.items() if _matches(key, path)), default)
+
+
+def _matches(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def _check_patterns(method: LoRA, found: list[Linear]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(method, field):
+            if not any(_matches(key, t.path) for t in found):
+                near = difflib.get_close_matches(key, _endings(found), n=1, cutoff=0)
+                raise ConfigError(
+                    f"{field}: {key!r} matches none of the targeted linears"
+                    + (f"; the nearest is {near[0]!r}" if near else "")
+                )
 
 
 def targets(family: Family, wanted: str | tuple[str, ...]) -> list[Linear]:

@@ -33,8 +33,9 @@ from spectune.families import Attention, Family
 class KeysValues(AttentionModule):
     """One layer's prefix, flat: keys and values `[kv_heads, virtual tokens, dim]`."""
 
-    def __init__(self, count: int, attention: Attention) -> None:
+    def __init__(self, count: int, attention: Attention, slides: bool) -> None:
         super().__init__()
+        self.slides = slides
         self.key = nn.Parameter(torch.zeros(attention.kv_heads, count, attention.key_dim))
         self.value = nn.Parameter(torch.zeros(attention.kv_heads, count, attention.value_dim))
 
@@ -57,8 +58,9 @@ class Trunk(DeltaModule):
 class ProjectedKeysValues(AttentionModule):
     """One layer's prefix while it is reparametrised: its slice of the MLP's last linear."""
 
-    def __init__(self, width: int, attention: Attention) -> None:
+    def __init__(self, width: int, attention: Attention, slides: bool) -> None:
         super().__init__()
+        self.slides = slides
         self.attention = attention
         self.out = nn.Linear(width, attention.kv_heads * (attention.key_dim + attention.value_dim))
 
@@ -84,12 +86,15 @@ class PrefixTuning(Method):
         num_virtual_tokens: length of the prefix.
         prefix_projection: train through an MLP that is folded away when stored.
         encoder_hidden_size: width of that MLP.
+        sliding: on bases with sliding windows, let the windows move past the prefix, as PEFT does; otherwise every
+            position sees it. PEFT's folders load with it.
     """
 
     name: Literal["prefix"] = "prefix"
     num_virtual_tokens: int = Field(20, ge=1)
     prefix_projection: bool = False
     encoder_hidden_size: int = Field(512, ge=1)
+    sliding: bool = False
 
     label: ClassVar[str] = "Prefix tuning"
     best_for: ClassVar[str] = "generation tasks on a frozen base, many users in one batch"
@@ -109,8 +114,8 @@ class PrefixTuning(Method):
     def build(self, site: Site) -> AttentionModule:
         assert isinstance(site, AttentionSite)
         if self.prefix_projection:
-            return ProjectedKeysValues(self.encoder_hidden_size, site.attention)
-        return KeysValues(self.num_virtual_tokens, site.attention)
+            return ProjectedKeysValues(self.encoder_hidden_size, site.attention, self.sliding)
+        return KeysValues(self.num_virtual_tokens, site.attention, self.sliding)
 
     def build_shared(self, family: Family) -> nn.Module | None:
         if not self.prefix_projection:
@@ -146,9 +151,12 @@ class PrefixTuning(Method):
                 module.key.copy_(key)
                 module.value.copy_(value)
 
-    # PEFT's layout: one tensor [virtual tokens, layers * 2 * kv_heads * head_dim], per layer keys then values
+    # PEFT's layout, where PEFT would read the same of it: one tensor [virtual tokens, layers * 2 * kv_heads * dim], per
+    # layer keys then values
 
     def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if family.sliding_window is not None and not self.sliding:
+            return super().to_folder(state, family)  # PEFT's windows would move past it
         first = family.attentions[0]
         rows = [_heads_last(state[f"{a.path}.{part}"]) for a in family.attentions for part in ("key", "value")]
         config = {
@@ -184,7 +192,8 @@ class PrefixTuning(Method):
     def from_peft_config(cls, config: Mapping[str, Any]) -> PrefixTuning | None:
         if config.get("peft_type") != "PREFIX_TUNING":
             return None
-        return cls(num_virtual_tokens=config["num_virtual_tokens"])  # PEFT stores the projection's result
+        # what is stored is the projection's result
+        return cls(num_virtual_tokens=config["num_virtual_tokens"], sliding=True)
 
     def as_stored(self) -> PrefixTuning:
         return self.model_copy(update={"prefix_projection": False})
