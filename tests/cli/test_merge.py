@@ -40,7 +40,7 @@ def test_merge_writes_a_plain_folder(spectune: Spectune, trained: Trained, base:
     folder = run / "merged"
     assert f"written to {folder}" in result.stdout
     assert f"model = transformers.AutoModelForCausalLM.from_pretrained('{folder}')" in result.stdout
-    measured = f"measured on 1 real row (17 tokens) of the rows of {rows} that the run held out"
+    measured = f"rows: the rows of {rows} that the run held out\nlargest logit difference"
     assert (measured in result.stdout) == (method != "full")
     found = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= found
@@ -76,7 +76,7 @@ def test_rows_that_are_gone_are_replaced_and_it_is_said(spectune: Spectune, trai
     result = spectune("merge")
     assert result.exit_code == 0, result.stderr
     assert "are not to be had, so the embedded test rows are taken" in result.stderr
-    assert "of the embedded test rows" in result.stdout
+    assert "rows: the embedded test rows" in result.stdout
 
 
 def test_a_full_run_in_another_dtype(spectune: Spectune, trained: Trained) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 
 from spectune.data import encode, load_rows
 from spectune.deltas import Delta, Method, attached
-from spectune.deltas.difference import Difference, measure
+from spectune.deltas.difference import Difference, measure, own_rounding
 from spectune.deltas.merge import _judge, merge_and_measure
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, FullFineTuning, LoRA, PrefixTuning, PromptTuning
@@ -275,6 +276,26 @@ def test_what_differs_by_more_than_rounding_is_refused() -> None:
         _judge(Difference(float("nan"), 1.0, float("nan"), 1.0, "a row"), merged, "task")
     with pytest.raises(ConfigError, match="rounds the delta away"):
         _judge(Difference(float("nan"), 1.0, float("nan"), 1.0, "a row"), merged.bfloat16(), "task")
+
+
+def test_a_base_that_rounds_more_itself_is_judged_by_that(capsys: pytest.CaptureFixture[str]) -> None:
+    model = build("gpt2")
+    with torch.no_grad():  # the last norm takes a large common offset away, float32 has rounded by then
+        model.transformer.wpe.weight.add_(300.0)
+    put_on(model, LoRA(r=2))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    merged = merge(model, "task")
+    assert "in float32 the unmerged logits themselves are off by up to " in capsys.readouterr().out
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == places
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert model.state_dict().keys() == state.keys()
+    with torch.no_grad():
+        merged.transformer.h[0].mlp.c_fc.weight.mul_(1.1)
+    wrong = measure(model, merged, "task", [torch.tensor([1, 2, 3])], "a row")
+    rounding = own_rounding(model, "task", [torch.tensor([1, 2, 3])])
+    with pytest.raises(ConfigError, match="more than rounding"):
+        _judge(replace(wrong, own_rounding=rounding), merged, "task")
 
 
 def test_low_precision_that_rounds_the_delta_away_is_refused() -> None:

@@ -105,11 +105,12 @@ def _merge(found: Run, folder: Path, data: str | None, device: str, dtype: str, 
     write_model(merged, tokenizer, folder)
     if difference is None:
         return {}
-    out.print(f"{difference} of {source}", soft_wrap=True, markup=False)
+    out.print(f"rows: {source}\n{difference}", soft_wrap=True, markup=False)
     return {
         "largest_logit_difference": difference.largest,
         "largest_logit": difference.largest_logit,
         "mean_logit_difference": difference.mean,
         "mean_logit_effect": difference.mean_effect,
+        "own_rounding_of_logits": difference.own_rounding,
         "measured_on": f"{difference.measured_on} of {source}",
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectune.deltas.modules import DeltaModule
 from spectune.deltas.probe import evaluating
 from spectune.deltas.registry import route
 from spectune.errors import ConfigError
@@ -32,12 +35,17 @@ class Difference:
     mean_effect: float
     #: what was measured on, in words
     measured_on: str
+    #: how far the unmerged logits in float32 are from those in float64, at most; None where nobody looked
+    own_rounding: float | None = None
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"largest logit difference {self.largest:.3g} (largest logit {self.largest_logit:.3g}), "
             f"measured on {self.measured_on}"
         )
+        if self.own_rounding is None:
+            return text
+        return f"{text}; in float32 the unmerged logits themselves are off by up to {self.own_rounding:.3g}"
 
 
 def measure(
@@ -64,6 +72,39 @@ def measure(
             effect = effect + (unmerged - bare).abs().double().sum().cpu()
             count += apart.numel()
     return Difference(float(largest), float(largest_logit), float(summed) / count, float(effect) / count, measured_on)
+
+
+def own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> float:
+    """The largest difference between the logits of delta `name` in the base's own precision and in float64.
+
+    It is what the base's arithmetic rounds, merged or not. Not a number where the device has no float64 (mps).
+    """
+    if any(parameter.device.type == "mps" for parameter in model.parameters()):
+        return math.nan
+    with evaluating(model), route(model, name):
+        own = [_logits(model, ids) for ids in rows]
+        with _in_float64(model):
+            return max(float((_logits(model, ids) - logits).abs().max()) for ids, logits in zip(rows, own, strict=True))
+
+
+@contextlib.contextmanager
+def _in_float64(model: PreTrainedModel) -> Iterator[None]:
+    """The base's weights in float64; afterwards the very same tensors are back. Delta modules follow their input."""
+    modules = [module for module in model.modules() if not isinstance(module, DeltaModule)]
+    weights = {p: p.data for module in modules for p in module.parameters(recurse=False)}
+    buffers = [(module, name, buffer) for module in modules for name, buffer in module.named_buffers(recurse=False)]
+    try:
+        for parameter, tensor in weights.items():
+            parameter.data = tensor.double()
+        for module, name, buffer in buffers:
+            if buffer.is_floating_point():
+                module._buffers[name] = buffer.double()
+        yield
+    finally:
+        for parameter, tensor in weights.items():
+            parameter.data = tensor
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
 
 
 def tokens_to_measure_on(
@@ -112,7 +153,7 @@ def _ids(row: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """`[tokens, vocabulary]`, float32."""
+    """`[tokens, vocabulary]`, float32 or float64."""
     ids = ids.to(token_embedding(model).weight.device)[None]
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return logits[0].float()
+    return logits[0] if logits.dtype == torch.float64 else logits[0].float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,18 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.deltas.attach import attached
 from spectune.deltas.delta import Delta
-from spectune.deltas.difference import Difference, measure, tokens_to_measure_on
+from spectune.deltas.difference import Difference, measure, own_rounding, tokens_to_measure_on
 from spectune.deltas.modules import DeltaModule, OutputModule
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError
 
-#: float32: the largest logit difference, as a share of the largest logit
+#: float32: the largest logit difference, as a share of the largest logit; a base whose own float32 logits are further
+#: than that from float64's is judged by twice its own rounding
 FLOAT32_TOLERANCE = 1e-5
 #: lower precision: the mean difference, as a share of the delta's mean effect on the logits
 LOW_PRECISION_TOLERANCE = 0.01
 
-_EXACT = (torch.float32, torch.float64)
-_PLAIN = (*_EXACT, torch.bfloat16, torch.float16)
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: places named in an error; the others are counted
 _NAMED = 5
 
@@ -83,6 +84,9 @@ def merge_and_measure(
     if found is None:
         return merged, None
     difference = measure(model, merged, name, *found)
+    if _exact(merged) and not difference.largest <= FLOAT32_TOLERANCE * difference.largest_logit:
+        # a base may round its own logits by more than that (spectune-tiny does): only then is it worth the memory
+        difference = replace(difference, own_rounding=own_rounding(model, name, found[0]))
     _judge(difference, merged, name)
     return merged, difference
 
@@ -155,19 +159,24 @@ def _refuse_quantised(model: PreTrainedModel) -> None:
         )
 
 
+def _exact(model: PreTrainedModel) -> bool:
+    return all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
+
+
 def _judge(difference: Difference, merged: PreTrainedModel, name: str) -> None:
     """Refuse what is more than rounding. The comparisons are such that NaN is refused."""
-    dtypes = {parameter.dtype for parameter in merged.parameters()}
-    if dtypes <= set(_EXACT):
-        if not difference.largest <= FLOAT32_TOLERANCE * difference.largest_logit:
+    if _exact(merged):
+        allowed = FLOAT32_TOLERANCE * difference.largest_logit
+        # merged and unmerged each round in their own way
+        own = difference.own_rounding
+        if not (difference.largest <= allowed or (own is not None and difference.largest <= 2 * own)):
             raise ConfigError(
-                f"merging {name!r} changes logits by {difference.largest:.3g} where the largest logit is "
-                f"{difference.largest_logit:.3g}: more than rounding ({FLOAT32_TOLERANCE:g} of it), measured on "
-                f"{difference.measured_on}. The merged model is not given out."
+                f"merging {name!r} changes the answers by more than rounding ({FLOAT32_TOLERANCE:g} of the largest "
+                f"logit, or twice what the base itself rounds): {difference}. The merged model is not given out."
             )
         return
     if not difference.mean <= LOW_PRECISION_TOLERANCE * difference.mean_effect:
-        names = ", ".join(sorted(str(dtype) for dtype in dtypes - set(_EXACT)))
+        names = ", ".join(sorted({str(p.dtype) for p in merged.parameters()} - {"torch.float32"}))
         raise ConfigError(
             f"merging {name!r} in {names} rounds the delta away: logits move by {difference.mean:.3g} on average, the "
             f"delta's own effect is {difference.mean_effect:.3g} (at most {LOW_PRECISION_TOLERANCE:.0%} of it is "
