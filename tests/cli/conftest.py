@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,33 @@ def spectune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spectune:
         return result
 
     return call
+
+
+Trained = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def trained_once(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A finished run of two steps of a method, at a rate at which they matter; made when first asked for."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    def run(method: str) -> Path:
+        if not (folder / method).exists():
+            arguments = ["train", "--method", method, "--model", base, "--data", rows, "--output-dir", folder / method]
+            settings = ["--set", "max_steps=2", "--set", "learning_rate=0.01", "--device", "cpu"]
+            settings += ["--set", "lora_dropout=0.1"] if method == "lora" else []
+            result = CliRunner().invoke(build_app(), [str(argument) for argument in (*arguments, *settings)])
+            assert result.exit_code == 0, result.stderr
+        return folder / method
+
+    return run
+
+
+@pytest.fixture
+def trained(trained_once: Trained, spectune: Spectune) -> Trained:
+    """`trained("lora")`: a copy of such a run under runs/, the newest one there."""
+
+    def copy(method: str) -> Path:
+        return Path(shutil.copytree(trained_once(method), Path("runs") / method, symlinks=True))
+
+    return copy

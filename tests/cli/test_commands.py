@@ -152,7 +152,7 @@ def test_eval_choices(spectune: Spectune, run: Path, tmp_path: Path) -> None:
 
 
 def test_no_run_says_what_makes_one(spectune: Spectune) -> None:
-    for command in ("generate", "eval"):
+    for command in ("generate", "eval", "merge", "export"):
         result = spectune(command)
         assert result.exit_code == 2
         assert "`spectune train` or `spectune compare` makes one" in result.stderr
@@ -299,7 +299,7 @@ def test_help_of_every_command_lists_every_method(spectune: Spectune) -> None:
     from spectune.methods import BY_NAME
 
     assert set(method_names().split(", ")) == set(BY_NAME)
-    for command in ("compare", "train", "generate", "eval", "validate", "env"):
+    for command in ("compare", "train", "generate", "eval", "merge", "export", "validate", "env"):
         result = spectune(command, "--help")
         assert result.exit_code == 0
         assert "xamples:" in result.stdout

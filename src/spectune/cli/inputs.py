@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from spectune.cli.console import note
+from spectune.errors import DataError
 
 if TYPE_CHECKING:
     from spectune.data import Row
@@ -56,3 +59,19 @@ def rows_to_judge(data: str | None, *, skip_bad_rows: bool = False) -> tuple[lis
     if data is None:
         return load_rows(embedded.TEST), "the embedded test rows"
     return load_rows(data, skip_bad_rows=skip_bad_rows), data
+
+
+def rows_to_measure(data: str | None, config: dict[str, Any]) -> tuple[list[Row], str]:
+    """Rows to compare two models on: the file's; else those that the run with this `config.yaml` was validated on;
+    else the embedded test rows; and their name."""
+    trained_on, valid = config.get("data"), config.get("valid")
+    if data is None and isinstance(trained_on or valid, str):
+        skip, seed = bool(config.get("skip_bad_rows")), int(config.get("seed") or 0)
+        try:
+            if valid is not None:
+                return rows_to_judge(str(valid), skip_bad_rows=skip)
+            held_out = training_rows(str(trained_on), None, seed=seed, skip_bad_rows=skip)[1]
+            return held_out, f"the rows of {trained_on} that the run held out"
+        except DataError as error:  # moved, or another working directory: no reason not to merge
+            note(f"the run's validation rows are not to be had, so the embedded test rows are taken: {error}")
+    return rows_to_judge(data)

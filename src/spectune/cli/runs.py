@@ -49,6 +49,20 @@ def output_folder(given: str | None, label: str, *, resume: bool, root: Path = R
     return folder
 
 
+def free_folder(given: Path | None, default: Path) -> Path:
+    """The folder that a command writes: the one given, else its default.
+
+    Raises:
+        ConfigError: it is a file, or not empty: nothing of the user's is written over.
+    """
+    folder = default if given is None else given
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; expected a folder, or a name that is free: give --output-dir")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: give another folder with --output-dir, or remove this one")
+    return folder
+
+
 def record_origin(folder: Path, settings: Settings) -> None:
     """Add to a run's config.yaml where base and data came from, so that `--config` of it is the same run again."""
     from spectune.storage import atomic_write_text

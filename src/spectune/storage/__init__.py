@@ -2,22 +2,39 @@
 
 from spectune.deltas import attach, detach, merge, route  # with this room imported, what attach gives can save itself
 from spectune.storage.atomic import atomic_folder, atomic_write_text
-from spectune.storage.bases import TINY, load, load_config
+from spectune.storage.bases import TINY, load, load_config, load_tokenizer
 from spectune.storage.delta_folder import load_delta, save_delta
 from spectune.storage.devices import resolve_device, resolve_dtype
+from spectune.storage.export import (
+    check_format,
+    copy_model,
+    export_formats,
+    stored_method,
+    write_model,
+    write_peft,
+    write_prompt_embeds,
+)
 
 __all__ = [
     "TINY",
     "atomic_folder",
     "atomic_write_text",
     "attach",
+    "check_format",
+    "copy_model",
     "detach",
+    "export_formats",
     "load",
     "load_config",
     "load_delta",
+    "load_tokenizer",
     "merge",
     "resolve_device",
     "resolve_dtype",
     "route",
     "save_delta",
+    "stored_method",
+    "write_model",
+    "write_peft",
+    "write_prompt_embeds",
 ]

@@ -50,6 +50,11 @@ def load_config(name: str | Path) -> Any:
     return _read(source, lambda: AutoConfig.from_pretrained(source))
 
 
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer alone of a hub id, a folder, or `"spectune-tiny"`; no weights are read. Raises DataError."""
+    return _tokenizer(str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name))
+
+
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = _read(source, lambda: AutoTokenizer.from_pretrained(source))
     return tokenizer

@@ -1,0 +1,116 @@
+"""`spectune merge`: a run's delta written into its base, as a plain transformers folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spectune.cli import options
+from spectune.cli.console import note, print_json, work
+from spectune.cli.inputs import rows_to_measure
+from spectune.cli.runs import Run, find_run, free_folder
+from spectune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Merging in lower precision mostly rounds the delta away, and is refused then; a merged model can be cast later.
+DTYPE = "float32"
+
+
+def merge(
+    run: options.Run = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="merged/ in the run's folder")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows to compare merged and unmerged on.",
+            show_default="the run's validation rows, or the embedded test rows",
+        ),
+    ] = None,
+    device: options.Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="auto, float32, bfloat16 or float16: what is merged and written.", show_default=DTYPE),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write a run's delta into its base: a transformers folder with the tokenizer, which needs no spectune to load.
+
+    The merged model's logits are compared with the unmerged one's, on rows, and it is refused where they differ by
+    more than rounding. LoRA and BitFit can be merged; a fully tuned base is copied.
+
+    \b
+    Examples:
+      spectune merge
+      spectune merge --run runs/2026-01-31-lora-1 --output-dir out/model
+      spectune merge --data test.jsonl --json
+    """
+    found = find_run(run)
+    folder = free_folder(output_dir, found.folder / "merged")
+    with work(as_json=as_json) as out:
+        from spectune.storage import stored_method
+
+        method = stored_method(found.delta_folder)
+        if not method.can_merge:
+            raise ConfigError(
+                f"the run {found.folder} is {method.label}, which cannot be merged: it does not act as a change of the "
+                f"base's weights. For other engines: spectune export --run {found.folder}"
+            )
+        note(f"run: {found.folder}")
+        answer = write_merged(found, folder, data, device, dtype, out)
+    if as_json:
+        print_json(answer)
+
+
+def write_merged(
+    found: Run, folder: Path, data: str | None, device: str | None, dtype: str | None, out: Console
+) -> dict[str, Any]:
+    """Merge, compare, write, and say so; also for `export --format merged`. The method is one that can merge."""
+    from spectune import storage
+
+    answer: dict[str, Any] = {"run": str(found.folder), "base": found.base, "format": "merged", "folder": str(folder)}
+    if storage.stored_method(found.delta_folder).trains_base and dtype is None:
+        storage.copy_model(found.delta_folder, storage.load_tokenizer(found.base), folder)
+        out.print("copied: the run trained the base itself, and its weights are written bit for bit", soft_wrap=True)
+    else:
+        answer |= _merge(found, folder, data, device or "auto", dtype or DTYPE, out)
+    answer["load"] = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    say_where(answer, out)
+    return answer
+
+
+def say_where(answer: dict[str, Any], out: Console) -> None:
+    """Where a folder went and how it is loaded."""
+    out.print(f"written to {answer['folder']}", soft_wrap=True, markup=False)
+    out.print(answer["load"], soft_wrap=True, markup=False)
+
+
+def _merge(found: Run, folder: Path, data: str | None, device: str, dtype: str, out: Console) -> dict[str, Any]:
+    from spectune.data import encode
+    from spectune.deltas.merge import merge_and_measure
+    from spectune.inference import context_length
+    from spectune.storage import write_model
+    from spectune.training.train import DEFAULT_LENGTH
+
+    rows, source = rows_to_measure(data, found.config)
+    model, tokenizer = found.load(device, dtype)
+    max_length = int(found.config.get("max_length") or min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH))
+    encoded = encode(rows, tokenizer, max_length=max_length, separator=str(found.config.get("separator", "")))
+    merged, difference = merge_and_measure(model, "run", rows=encoded.examples, tokenizer=tokenizer)
+    write_model(merged, tokenizer, folder)
+    if difference is None:
+        return {}
+    out.print(f"rows: {source}\n{difference}", soft_wrap=True, markup=False)
+    return {
+        "largest_logit_difference": difference.largest,
+        "largest_logit": difference.largest_logit,
+        "mean_logit_difference": difference.mean,
+        "mean_logit_effect": difference.mean_effect,
+        "own_rounding_of_logits": difference.own_rounding,
+        "measured_on": f"{difference.measured_on} of {source}",
+    }

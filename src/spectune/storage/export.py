@@ -1,0 +1,196 @@
+"""Folders for other programs: PEFT and vLLM, plain transformers, and engines that take prompt embeddings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spectune.deltas import Delta, InputModule, Method
+from spectune.deltas.delta import CONFIG_FILE
+from spectune.errors import ConfigError, DataError
+from spectune.methods import METHODS, method_from_dict
+from spectune.storage.atomic import atomic_folder
+from spectune.storage.delta_folder import OUR_FILE
+
+PROMPT_EMBEDS_FILE = "prompt_embeds.safetensors"
+
+
+def export_formats(delta: Delta) -> list[str]:
+    """The formats that a delta's method has, by what the method itself offers; the usual one first.
+
+    Merging may still be refused by the base: quantised weights, or biases that its type does not have.
+    """
+    has: dict[str, Callable[[Delta], Any]] = {
+        "peft": lambda d: "peft_type" in _peft_folder(d)[0],
+        "merged": lambda d: d.method.can_merge,
+        "prompt-embeds": lambda d: _only_virtual_tokens(d) is not None,
+    }
+    return [name for name, test in has.items() if test(delta)]
+
+
+def check_format(delta: Delta, wanted: str) -> None:
+    """Raise ConfigError, in words, where the delta's method does not have this format."""
+    why = {
+        "peft": "PEFT has no such method",
+        "merged": "it does not act as a change of the base's weights",
+        "prompt-embeds": "it is not made of embeddings that stand before the text",
+    }
+    formats = export_formats(delta)
+    if wanted not in formats:
+        others = " or ".join(f"--format {name}" for name in formats)
+        instead = f"This one can be written as {others}." if others else "Keep its folder, and spectune.load_delta it."
+        raise ConfigError(f"{delta.method.label} has no format {wanted!r}: {why[wanted]}. {instead}")
+
+
+def write_peft(delta: Delta, folder: str | Path) -> Path:
+    """`adapter_config.json` and `adapter_model.safetensors` as PEFT and vLLM read them, and nothing else; atomically.
+
+    The config names the base, as `AutoPeftModelForCausalLM` needs it. Returns the folder.
+
+    Raises:
+        ConfigError: PEFT has no such method.
+    """
+    folder = Path(folder)
+    check_format(delta, "peft")
+    with atomic_folder(folder) as temporary:
+        delta.write_files(temporary)
+        config = json.loads((temporary / CONFIG_FILE).read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = _base_name(delta.model)
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def write_prompt_embeds(delta: Delta, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """One tensor `prompt_embeds` `[virtual tokens, hidden]`, and a README.md that says how to use it; atomically.
+
+    Args:
+        dtype: of the tensor; None: the base's. Returns the folder.
+
+    Raises:
+        ConfigError: the method is not made of embeddings before the text.
+    """
+    folder = Path(folder)
+    check_format(delta, "prompt-embeds")
+    module = _only_virtual_tokens(delta)
+    assert module is not None
+    with torch.no_grad():
+        virtual = module().detach().to(dtype or delta.model.dtype).cpu().contiguous()
+    base = _base_name(delta.model)
+    with atomic_folder(folder) as temporary:
+        metadata = {"format": "pt", "base_model_name_or_path": base}
+        save_file({"prompt_embeds": virtual}, temporary / PROMPT_EMBEDS_FILE, metadata=metadata)
+        (temporary / "README.md").write_text(_prompt_embeds_page(virtual, base), encoding="utf-8")
+    return folder
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+    """A plain model (what `merge` gives) and its tokenizer as a transformers folder; atomically. Returns the folder."""
+    folder = Path(folder)
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def copy_model(source: Path, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+    """A fully tuned model's folder as a plain transformers folder, weights bit for bit, with the tokenizer."""
+    folder = Path(folder)
+    with atomic_folder(folder) as temporary:
+        for file in source.iterdir():
+            if file.is_file() and file.name != OUR_FILE:
+                shutil.copyfile(file, temporary / file.name)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def stored_method(folder: Path) -> Method:
+    """The method of the delta stored in `folder` (ours or PEFT's); no weights are read.
+
+    Raises:
+        DataError: the folder does not say.
+    """
+    for file in (OUR_FILE, CONFIG_FILE):
+        path = folder / file
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if file == OUR_FILE:
+                return method_from_dict(content["method"])
+            for method in METHODS:
+                if (found := method.from_peft_config(content)) is not None:
+                    return found
+        except FileNotFoundError:
+            continue
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path} does not describe a delta: {error!r}") from error
+    raise DataError(f"{folder} does not say which method it holds: expected {OUR_FILE}, or PEFT's {CONFIG_FILE}")
+
+
+def _peft_folder(delta: Delta) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return delta.method.to_folder(delta.state_dict(), delta.family)
+
+
+def _only_virtual_tokens(delta: Delta) -> InputModule | None:
+    """The module of a delta that is embeddings before the text and nothing else."""
+    modules = [module for _, module in delta.sites]
+    return modules[0] if len(modules) == 1 and isinstance(modules[0], InputModule) else None
+
+
+def _base_name(model: PreTrainedModel) -> str:
+    """The hub id, or the absolute path of a local folder: the export may be read from elsewhere."""
+    name = str(model.config._name_or_path)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _prompt_embeds_page(virtual: Tensor, base: str) -> str:
+    count, hidden = virtual.shape
+    dtype = str(virtual.dtype).removeprefix("torch.")
+    return f"""# Prompt embeddings
+
+`{PROMPT_EMBEDS_FILE}` holds one tensor, `prompt_embeds` [{count} virtual tokens, {hidden} hidden], {dtype}, trained for
+the base `{base}`.
+
+Put it before the embedded text. No text token changes its embedding; positions count from the first virtual token on,
+as every engine does without being told. Tokenise the text as in training: separator or chat template, and no special
+tokens that were not there.
+
+```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = {base!r}
+virtual = load_file("{PROMPT_EMBEDS_FILE}")["prompt_embeds"]
+tokenizer = AutoTokenizer.from_pretrained(base)
+embed = AutoModelForCausalLM.from_pretrained(base, dtype=virtual.dtype).get_input_embeddings()
+with torch.no_grad():
+    text = embed(tokenizer("...", return_tensors="pt").input_ids[0])
+prompt = torch.cat([virtual, text])  # [virtual + text tokens, {hidden}]
+```
+
+vLLM:
+
+```python
+from vllm import LLM
+
+llm = LLM(model=base, enable_prompt_embeds=True)  # a server: vllm serve ... --enable-prompt-embeds
+llm.generate({{"prompt_embeds": prompt}})
+```
+
+SGLang, its server started with `--disable-radix-cache` (that cache is keyed by token ids):
+
+```python
+import requests
+
+requests.post("http://localhost:30000/generate", json={{"input_embeds": prompt.float().tolist()}})
+```
+"""
