@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.deltas.modules import DeltaModule
 from spectune.deltas.probe import evaluating
-from spectune.deltas.registry import route
+from spectune.deltas.routing import route
 from spectune.errors import ConfigError
 from spectune.families import token_embedding
 
