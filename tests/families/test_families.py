@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from spectune.families import describe, family_from_config
-from tests.contract.conftest import gpt2, llama
+from tests.contract.families import gpt2, llama
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS: dict[str, tuple[PretrainedConfig, str, str, int]] = {
