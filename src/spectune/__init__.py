@@ -79,8 +79,15 @@ __all__ = ["__version__", *_ROOM_OF]
 def __getattr__(name: str) -> Any:
     room = _ROOM_OF.get(name)
     if room is None:
-        raise AttributeError(f"module 'spectune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"spectune.{room}"), name)
+        if name.startswith("_"):  # what Python itself asks a module for
+            raise AttributeError(f"module 'spectune' has no attribute {name!r}")
+        # a method is public by standing in METHODS
+        methods = importlib.import_module("spectune.methods").METHODS
+        value = next((method for method in methods if method.__name__ == name), None)
+        if value is None:
+            raise AttributeError(f"module 'spectune' has no attribute {name!r}")
+    else:
+        value = getattr(importlib.import_module(f"spectune.{room}"), name)
     globals()[name] = value  # the next look-up does not come here
     return value
 

@@ -16,7 +16,9 @@ from spectune.methods.lora import LoRA
 from spectune.methods.prefix import PrefixTuning
 from spectune.methods.prompt import PromptTuning
 
-METHODS: tuple[type[Method], ...] = (FullFineTuning, BottleneckAdapter, PrefixTuning, PromptTuning, LoRA, BitFit)
+#: the spectrum that every textbook compares, and what `--quick` runs
+SPECTRUM: tuple[type[Method], ...] = (FullFineTuning, BottleneckAdapter, PrefixTuning, PromptTuning, LoRA, BitFit)
+METHODS: tuple[type[Method], ...] = (*SPECTRUM,)
 
 BY_NAME: dict[str, type[Method]] = {str(method.model_fields["name"].default): method for method in METHODS}
 
@@ -58,6 +60,7 @@ def did_you_mean(given: str, known: list[str]) -> str:
 __all__ = [
     "BY_NAME",
     "METHODS",
+    "SPECTRUM",
     "BitFit",
     "BottleneckAdapter",
     "FullFineTuning",

@@ -128,7 +128,7 @@ class LoRA(Method):
             "inference_mode": True,
             "r": self.r,
             # readers annotate it as a whole number
-            "lora_alpha": int(self.lora_alpha) if self.lora_alpha.is_integer() else self.lora_alpha,
+            "lora_alpha": int(self.lora_alpha) if self.lora_alpha == int(self.lora_alpha) else self.lora_alpha,
             "lora_dropout": self.lora_dropout,
             "target_modules": _endings(linears) if modules == "all-linear" else modules,
             "use_rslora": self.use_rslora,
