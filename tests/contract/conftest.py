@@ -14,6 +14,7 @@ from spectune.methods import (
     METHODS,
     BitFit,
     BottleneckAdapter,
+    DoRA,
     FullFineTuning,
     LoRA,
     PrefixTuning,
@@ -31,9 +32,11 @@ CASES: dict[str, Method] = {
     "adapter-parallel": BottleneckAdapter(bottleneck_dim=8, placement="parallel", dropout=0.0),
     "prefix": PrefixTuning(num_virtual_tokens=5),
     "prefix-projected": PrefixTuning(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=16),
+    "prefix-sliding": PrefixTuning(num_virtual_tokens=5, sliding=True),
     "prompt": PromptTuning(num_virtual_tokens=5),
     "lora": LoRA(r=4, lora_alpha=8),
     "bitfit": BitFit(),
+    "dora": DoRA(r=4, lora_alpha=8),
 }
 
 

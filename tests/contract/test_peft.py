@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from spectune.errors import DataError
 from spectune.storage import load_delta
 from tests.contract.conftest import tokens
 
@@ -19,51 +22,101 @@ Make = Callable[[], PreTrainedModel]
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
     "rslora": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_rslora": True},
+    "patterns": {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "rank_pattern": {r".*\.0\..*": 2},
+        "alpha_pattern": {r".*\.1\..*": 3},
+    },
+    "dora": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_dora": True},
     "prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5},
+    "prefix-projected": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5, "prefix_projection": True},
     "prompt": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5},
 }
 
 
-def peft_model(model: PreTrainedModel, name: str) -> Any:
-    wrapped = peft.get_peft_model(model, peft.get_peft_config({**CONFIGS[name], "task_type": "CAUSAL_LM"}))
+#: PEFT's "all-linear" also wraps the experts' parameters of a mixture, which no linear holds
+TARGETS = {"mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def peft_model(model: PreTrainedModel, name: str, family: str) -> Any:
+    config = {**CONFIGS[name], "task_type": "CAUSAL_LM"}
+    if "target_modules" in config and family in TARGETS:
+        config["target_modules"] = TARGETS[family]
+    wrapped = peft.get_peft_model(model, peft.get_peft_config(config))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return wrapped.eval()
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_there_and_back(make_model: Make, name: str, tmp_path: Path) -> None:
+def test_there_and_back_with_one_step_of_training(make_model: Make, family: str, name: str, tmp_path: Path) -> None:
+    """PEFT's folder gives the same logits, loss and gradients here, and ours gives them there."""
     ids = tokens()
     labels = ids.clone()
     labels[:, 0] = -100  # PEFT scores the first text token from the last virtual one; we never do
-    theirs = peft_model(make_model(), name)
-    out = theirs(input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids))
-    out.loss.backward()
-    theirs_logits = out.logits[:, -ids.shape[1] :].detach()
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    theirs = peft_model(make_model(), name, family)
     theirs.save_pretrained(tmp_path / "theirs")
-
     model = make_model()
     delta = load_delta(model, tmp_path / "theirs", name="from_peft", trainable=True)
-    mine = model(input_ids=ids, labels=labels, attention_mask=torch.ones_like(ids))
-    mine.loss.backward()
-    assert (mine.logits - theirs_logits).abs().max().item() <= 1e-5
-    assert abs(mine.loss.item() - out.loss.item()) <= 1e-6
-    assert gradient_norms_agree(delta, theirs)
 
+    out, mine = theirs(**inputs), model(**inputs)
+    theirs_logits = out.logits[:, -ids.shape[1] :].detach()
+    assert float((mine.logits.detach() - theirs_logits).abs().max()) <= 1e-5
+    assert abs(float(mine.loss.detach()) - float(out.loss.detach())) <= 1e-6
     delta.save(tmp_path / "mine")
     back = peft.PeftModel.from_pretrained(make_model(), tmp_path / "mine")
     with torch.no_grad():
         again = back(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
     assert float((again - theirs_logits).abs().max()) <= 1e-5
+    if CONFIGS[name].get("prefix_projection"):
+        return  # what is stored is the projection's result: its gradient is another one's
+
+    for loss, parameters in ((out.loss, theirs.parameters()), (mine.loss, delta.parameters())):
+        loss.backward()
+        torch.optim.SGD([p for p in parameters if p.requires_grad], lr=1.0).step()
+    theirs.save_pretrained(tmp_path / "theirs-stepped")
+    delta.save(tmp_path / "mine-stepped")
+    ours, peers = (load_file(tmp_path / f"{who}-stepped" / "adapter_model.safetensors") for who in ("mine", "theirs"))
+    assert set(ours) == set(peers)
+    for key, tensor in peers.items():
+        assert float((ours[key] - tensor).abs().max()) <= 1e-6, key
 
 
-def gradient_norms_agree(delta: Any, theirs: Any) -> bool:
-    """The sums of squared gradients: layouts differ, the numbers must not."""
-    mine = torch.stack([p.grad.double().square().sum() for p in delta.parameters()]).sum()
-    other = torch.stack([p.grad.double().square().sum() for p in theirs.parameters() if p.grad is not None]).sum()
-    return bool(torch.isclose(mine, other, rtol=1e-4))
+def test_what_peft_knows_and_we_do_not_is_refused(make_model: Make, family: str, tmp_path: Path) -> None:
+    theirs = peft_model(make_model(), "lora", family)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for key, value in {"modules_to_save": ["lm_head"], "bias": "all", "layers_to_transform": [0]}.items():
+        path.write_text(json.dumps({**config, key: value}))
+        with pytest.raises(DataError, match=key):
+            load_delta(make_model(), tmp_path)
+
+
+def test_a_prefix_that_peft_would_read_otherwise_is_not_written_in_its_layout(
+    make_model: Make, family: str, tmp_path: Path
+) -> None:
+    """PEFT's sliding windows move past a prefix; ours is visible from everywhere, unless it came from PEFT."""
+    from spectune.methods import PrefixTuning
+    from spectune.storage import attach
+
+    slides = family == "gemma3"
+    for sliding in (False, True):
+        delta = attach(make_model(), PrefixTuning(num_virtual_tokens=3, sliding=sliding), "task")
+        delta.save(tmp_path / str(sliding))
+        config = json.loads((tmp_path / str(sliding) / "adapter_config.json").read_text())
+        assert ("peft_type" in config) is (sliding or not slides)
+        again = make_model()
+        assert load_delta(again, tmp_path / str(sliding)).method == delta.method

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from spectune.deltas.registry import Registry
+    from spectune.deltas.rows import Rows
 
 SUPPORTED = ("eager", "sdpa")
 _PREFIX = "spectune_"
@@ -107,47 +108,44 @@ def _put_before(
     if not prefixes:
         return key, value, mask
     made = {name: prefix() for name, prefix in prefixes.items()}
-    longest = max(keys.shape[1] for keys, _ in made.values())
+    counts = [made[name][0].shape[1] if name in made else 0 for name in names]
+    longest, batch = max(counts), key.shape[0]
+    filled = {name: [_filled(part, like, longest) for part, like in zip(pair, (key, value), strict=True)]
+              for name, pair in made.items()}  # fmt: skip
+    none = [part.new_zeros(part.shape[1], longest, part.shape[3]) for part in (key, value)]
+    keys, values = (torch.stack([filled.get(name, none)[side] for name in names]) for side in (0, 1))
+
+    # which token of its prefix stands at each place, `[rows or 1, longest]`; negative where there is none
+    place = torch.arange(longest, device=key.device) - (longest - torch.tensor(counts, device=key.device)[:, None])
+    visible = (place >= 0)[:, None].expand(-1, query.shape[2], -1)
     window = settings.get("sliding_window")
-    pieces = [
-        _piece(prefixes.get(name), made.get(name), longest, query, key, value, registry, window) for name in names
-    ]
-    keys, values, visible = (torch.stack(parts) for parts in zip(*pieces, strict=True))
-    batch = key.shape[0]
+    slides = [name in prefixes and prefixes[name].slides for name in names]
+    if window is not None and any(slides):
+        visible = visible & _within_window(registry.rows(batch), place, counts, slides, query, window)
     mask = widen_mask(mask, query.shape[2], key.shape[2], visible[:, None])
     key = torch.cat([keys.expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([values.expand(batch, -1, -1, -1), value], dim=2)
     return key, value, mask
 
 
-def _piece(
-    prefix: AttentionModule | None,
-    made: tuple[Tensor, Tensor] | None,
-    longest: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    registry: Registry,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One row's keys and values `[heads, longest, dim]`, and which are visible: boolean `[queries, longest]`."""
-    if prefix is None or made is None:
-        return (
-            key.new_zeros(key.shape[1], longest, key.shape[3]),
-            value.new_zeros(value.shape[1], longest, value.shape[3]),
-            torch.zeros(query.shape[2], longest, dtype=torch.bool, device=key.device),
-        )
-    prefix_key, prefix_value = (part.to(like.dtype) for part, like in zip(made, (key, value), strict=True))
-    count = prefix_key.shape[1]
-    place = torch.arange(longest, device=key.device) - (longest - count)
-    visible = (place >= 0).expand(query.shape[2], -1)
-    if prefix.slides and window is not None:
-        # the prefix counted as tokens 0 to count - 1 of the sequence, the text after it
-        here = count + registry.rows(key.shape[0]).seen + torch.arange(query.shape[2], device=key.device)
-        visible = visible & (place > here[:, None] - window)
-    if count < longest:
-        prefix_key, prefix_value = (F.pad(part, (0, 0, longest - count, 0)) for part in (prefix_key, prefix_value))
-    return prefix_key, prefix_value, visible
+def _filled(prefix: Tensor, like: Tensor, longest: int) -> Tensor:
+    """`[heads, longest, dim]` in the dtype of `like`: zeros before a shorter prefix."""
+    prefix = prefix.to(like.dtype)
+    return prefix if prefix.shape[1] == longest else F.pad(prefix, (0, 0, longest - prefix.shape[1], 0))
+
+
+def _within_window(
+    rows: Rows, place: Tensor, counts: list[int], slides: list[bool], query: Tensor, window: int
+) -> Tensor:
+    """Where a sliding window reaches the prefix counted as the first tokens of the sequence, right before the text:
+    boolean `[rows or batch, queries, longest]`."""
+    device = query.device
+    text = torch.arange(query.shape[2], device=device) + rows.seen - rows.lead
+    here = text + torch.tensor(counts, device=device)[:, None]
+    if rows.padding is not None:
+        here = here - rows.padding
+    reached = place[:, None] > here[..., None] - window
+    return reached | ~torch.tensor(slides, device=device)[:, None, None]
 
 
 def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -55,7 +55,8 @@ class _Lead:
         A row's virtual tokens stand right before its first real token, in the place of padding if there is any on
         the left: sliding windows and ALiBi count places, and see the same distances whatever the padding.
         """
-        first = self.length + (0 if mask is None else mask.long().cumsum(-1).eq(0).sum(-1, keepdim=True))
+        padding = _padding(mask)
+        first = self.length + (0 if padding is None else padding)
         count = torch.tensor(self.lengths, device=device)[:, None]
         place = torch.arange(self.length + text, device=device) - (first - count)
         return place.masked_fill(place >= count, -1)
@@ -117,8 +118,9 @@ class DecoderSite:
         _check_cache(cache, first, lead.length, self._holds)
         seen_text = seen - lead.length if lead.length and not first else seen
         if rows is not None or max(lead.shifts):
-            in_sequence = lead.length if first else 0
-            registry.lay(Rows(route, batch, copies=registry.copies, length=length + in_sequence, seen=seen_text))
+            before = lead.length if first else 0
+            here = {"length": length + before, "lead": before, "seen": seen_text}
+            registry.lay(Rows(route, batch, copies=registry.copies, padding=_padding(mask), **here))
         if not max(lead.shifts):
             return None
         self._check_mask(mask, seen_text, length, lead.length)
@@ -251,6 +253,13 @@ class _MasksForGenerate:
         from transformers.masking_utils import create_masks_for_generate
 
         return create_masks_for_generate(*args, **kwargs)
+
+
+def _padding(mask: Any) -> Tensor | None:
+    """Padding tokens on the left of each row of a 2-D mask, `[batch, 1]`; None without one."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return mask.long().cumsum(-1).eq(0).sum(-1, keepdim=True)
 
 
 def _check_cache(cache: Any, first: bool, in_sequence: int, names: tuple[str | None, ...]) -> None:

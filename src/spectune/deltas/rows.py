@@ -43,10 +43,22 @@ class Rows:
         groups: each delta of the batch with its rows' indices; the bare base's rows are in none.
         length: tokens of a row in this pass, virtual ones included; None where that is not known (a part of the model
             was called by itself).
+        lead: places of this pass that stand before its text, for virtual tokens of any row.
         seen: text tokens in the cache before this pass.
+        padding: padding tokens on the left of each row, `[batch, 1]`; None where there is no mask to tell.
     """
 
-    def __init__(self, route: Route, batch: int, *, copies: int = 1, length: int | None = None, seen: int = 0) -> None:
+    def __init__(
+        self,
+        route: Route,
+        batch: int,
+        *,
+        copies: int = 1,
+        length: int | None = None,
+        lead: int = 0,
+        seen: int = 0,
+        padding: Tensor | None = None,
+    ) -> None:
         """
         Args:
             copies: rows that generation makes of each row (beams, return sequences), next to each other.
@@ -66,7 +78,9 @@ class Rows:
         self.route = route
         self.names = names
         self.length = length
+        self.lead = lead
         self.seen = seen
+        self.padding = padding
         self.groups = tuple(
             (name, tuple(row for row, other in enumerate(names) if other == name))
             for name in dict.fromkeys(names)

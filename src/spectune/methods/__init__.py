@@ -11,6 +11,7 @@ from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.methods.adapter import BottleneckAdapter
 from spectune.methods.bitfit import BitFit
+from spectune.methods.dora import DoRA
 from spectune.methods.full import FullFineTuning
 from spectune.methods.lora import LoRA
 from spectune.methods.prefix import PrefixTuning
@@ -18,7 +19,7 @@ from spectune.methods.prompt import PromptTuning
 
 #: the spectrum that every textbook compares, and what `--quick` runs
 SPECTRUM: tuple[type[Method], ...] = (FullFineTuning, BottleneckAdapter, PrefixTuning, PromptTuning, LoRA, BitFit)
-METHODS: tuple[type[Method], ...] = (*SPECTRUM,)
+METHODS: tuple[type[Method], ...] = (*SPECTRUM, DoRA)
 
 BY_NAME: dict[str, type[Method]] = {str(method.model_fields["name"].default): method for method in METHODS}
 
@@ -63,6 +64,7 @@ __all__ = [
     "SPECTRUM",
     "BitFit",
     "BottleneckAdapter",
+    "DoRA",
     "FullFineTuning",
     "LoRA",
     "PrefixTuning",

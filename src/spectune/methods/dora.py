@@ -1,0 +1,107 @@
+"""DoRA: LoRA on the direction of each weight row, and a trained magnitude for it.
+
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5:
+`W' = m (W0 + s B A) / ||W0 + s B A||`, the norm taken over each output's row; `m` starts as `||W0||`, so that training
+starts at the base. The norm is held constant in the gradient (their section 4.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from spectune.deltas import Delta, OutputModule, Setting, Site
+from spectune.errors import ConfigError
+from spectune.families import Family
+from spectune.methods.lora import LoRA, LoRALayer, peft_fields, targets
+
+_MAGNITUDE = ".lora_magnitude_vector"
+
+
+class DoRALayer(OutputModule):
+    """`y + (m / n - 1) (y - bias) + (m / n) s B A x` with `n = ||W0 + s B A||` for each output."""
+
+    def __init__(self, lora: LoRALayer) -> None:
+        super().__init__()
+        self.lora = lora
+        self.magnitude = nn.Parameter(torch.zeros(lora.lora_B.shape[0]))
+
+    def placed_at(self, host: nn.Module) -> None:
+        if not isinstance(host.weight, nn.Parameter) or not host.weight.is_floating_point():
+            raise ConfigError(
+                f"DoRA reads the base's weights, and {type(host).__name__} holds quantised ones: use LoRA on this base"
+            )
+        self._host = [host]  # in a list: it is the model's child, not this module's
+
+    def row_norms(self) -> Tensor:
+        """`||W0 + s B A||`, `[out_features]`, float32."""
+        norms: Tensor = torch.linalg.vector_norm(self._weight(), dim=1)
+        return norms
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        ratio = (self.magnitude / self.row_norms().detach()).to(y.dtype)
+        bias = getattr(self._host[0], "bias", None)
+        direction = y if bias is None else y - bias
+        out: Tensor = y + (ratio - 1) * direction + ratio * self.lora(x, torch.zeros_like(y))
+        return out
+
+    def merge_into(self, module: nn.Module) -> None:
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        merged = (self.magnitude / self.row_norms())[:, None] * self._weight()
+        weight.data = (merged.T if isinstance(module, Conv1D) else merged).to(weight.dtype)
+
+    def _weight(self) -> Tensor:
+        host = self._host[0]
+        weight: Tensor = getattr(host, "weight")  # noqa: B009 - mypy takes a module's attribute for a module
+        weight = weight.float().T if isinstance(host, Conv1D) else weight.float()
+        return weight + self.lora.scale * (self.lora.lora_B @ self.lora.lora_A)
+
+
+class DoRA(LoRA):
+    """Weight-decomposed low-rank adaptation (Liu et al. 2024); the fields are LoRA's."""
+
+    name: Literal["dora"] = "dora"  # type: ignore[assignment]
+
+    label: ClassVar[str] = "DoRA"
+    best_for: ClassVar[str] = "LoRA's place where rank is small and training time is no matter"
+    default_learning_rate_source: ClassVar[str] = "LoRA's here; the authors' code has 1e-4 to 2e-4 for Llama"
+
+    def build(self, site: Site) -> DoRALayer:
+        lora = super().build(site)
+        assert isinstance(lora, LoRALayer)
+        return DoRALayer(lora)
+
+    def num_parameters(self, family: Family) -> int:
+        return super().num_parameters(family) + sum(t.out_features for t in targets(family, self.target_modules))
+
+    def initialise(self, delta: Delta, setting: Setting) -> None:
+        for _, module in delta.sites:
+            assert isinstance(module, DoRALayer)
+            module.lora.initialise(setting.generator)
+            module.magnitude.copy_(module.row_norms())
+
+    # PEFT's layout: LoRA's with use_dora, and <module>.lora_magnitude_vector [out]
+
+    def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        plain = {name.replace(".lora.lora_", ".lora_"): tensor for name, tensor in state.items()}
+        config, tensors = super().to_folder(plain, family)
+        renamed = {name.replace(".magnitude.weight", _MAGNITUDE): tensor for name, tensor in tensors.items()}
+        return {**config, "use_dora": True}, renamed
+
+    def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in super().from_folder(tensors, family).items():
+            for theirs, ours in ((_MAGNITUDE, ".magnitude"), (".lora_A", ".lora.lora_A"), (".lora_B", ".lora.lora_B")):
+                if name.endswith(theirs):
+                    name = name.removesuffix(theirs) + ours
+            found[name] = tensor
+        return found
+
+    @classmethod
+    def from_peft_config(cls, config: Mapping[str, Any]) -> LoRA | None:
+        return cls(**peft_fields(config)) if config.get("peft_type") == "LORA" and config.get("use_dora") else None
