@@ -13,13 +13,26 @@ from transformers import PreTrainedModel
 
 from spectune.deltas import Delta, Method, attached
 from spectune.errors import ConfigError, DataError
-from spectune.methods import LoRA, PrefixTuning, PromptTuning
+from spectune.methods import METHODS, LoRA, PrefixTuning, PromptTuning
 from spectune.storage import attach, detach, load_delta, merge, route
-from tests.contract.conftest import move, put_on, tokens
-from tests.contract.families import CONTEXT, VOCABULARY
+from tests.contract.conftest import CASES, REFUSED, move, put_on, tokens
+from tests.contract.families import CONTEXT, FAMILIES, VOCABULARY
 
 Make = Callable[[], PreTrainedModel]
 TOLERANCE = 1e-5
+
+
+def test_every_method_has_a_case() -> None:
+    assert {type(method) for method in CASES.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize(("refusing", "case"), list(REFUSED))
+def test_what_a_family_cannot_take_is_refused_in_words(refusing: str, case: str) -> None:
+    torch.manual_seed(7)
+    model = FAMILIES[refusing]().eval()
+    with pytest.raises(ConfigError, match=REFUSED[refusing, case]):
+        put_on(model, CASES[case])
+    assert not attached(model)
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
@@ -93,14 +106,14 @@ def test_every_unit_of_the_prefix_and_of_every_adapter_gets_gradient(model: PreT
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None, f"{site.path}.{name}"
             assert bool(parameter.grad.any()), f"{site.path}.{name}"
-            if name in ("key", "value"):
+            if name in ("key", "value") and parameter.dim() == 3:
                 per_slot = parameter.grad.abs().amax(dim=(0, 2))
                 assert bool((per_slot > 0).all()), f"{site.path}.{name}: a slot without gradient"
             if name == "prompt_embeddings":
                 assert bool((parameter.grad.abs().amax(dim=1) > 0).all())
 
 
-def test_every_site_changes_the_output(make_model: Make, method: Method) -> None:
+def test_every_site_changes_the_output(make_model: Make, family: str, method: Method) -> None:
     if method.trains_base:
         pytest.skip("full fine-tuning has no sites")
     model = make_model()
@@ -111,7 +124,11 @@ def test_every_site_changes_the_output(make_model: Make, method: Method) -> None
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        assert not torch.allclose(logits(model, tokens()), before, atol=1e-6), f"{site.path} has no effect"
+        if (family, method.name) == ("opt", "bitfit") and site.path.endswith("k_proj"):
+            # softmax does not change when all keys move by one vector, and nothing turns it with the position
+            close(logits(model, tokens()), before, 1e-5)
+        else:
+            assert not torch.allclose(logits(model, tokens()), before, atol=1e-6), f"{site.path} has no effect"
         module.load_state_dict(state)
     assert torch.equal(logits(model, tokens()), before)
 

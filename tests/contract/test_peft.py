@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from spectune.errors import DataError
-from spectune.storage import load_delta
+from spectune.methods import IA3, PrefixTuning
+from spectune.storage import attach, load_delta
 from tests.contract.conftest import tokens
+from tests.contract.families import FAMILIES
 
 Make = Callable[[], PreTrainedModel]
 
@@ -94,6 +96,36 @@ def test_there_and_back_with_one_step_of_training(make_model: Make, family: str,
         assert float((ours[key] - tensor).abs().max()) <= 1e-6, key
 
 
+@pytest.mark.parametrize("llama_like", ["llama", "qwen3", "gemma3"])
+def test_ia3_is_pefts_ia3(llama_like: str) -> None:
+    """PEFT scales the input of the last linear, ours what the nonlinearity gives: with a gate, the same product."""
+    torch.manual_seed(3)
+    model = FAMILIES[llama_like]().eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    targets = ["k_proj", "v_proj", "down_proj"]
+    config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=["down_proj"])
+    theirs = peft.get_peft_model(model, config).eval()
+    generator = torch.Generator().manual_seed(4)
+    vectors = {}
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "ia3_l" in name:
+                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+                vectors[name] = parameter.flatten().clone()
+        expected = theirs(input_ids=tokens()).logits
+    ours = FAMILIES[llama_like]().eval()
+    ours.load_state_dict(state)
+    delta = attach(ours, IA3(), "task")
+    ends = {"key": "self_attn.k_proj", "value": "self_attn.v_proj", "hidden": "mlp.down_proj"}
+    with torch.no_grad():
+        for name, parameter in delta.named_parameters():
+            layer, _, role = name.split("layers.")[1].partition(".")[0], None, name.rpartition(".")[2]
+            [vector] = [v for n, v in vectors.items() if f"layers.{layer}.{ends[role]}." in n]
+            parameter.copy_(vector)
+        close = (ours(input_ids=tokens()).logits - expected).abs().max()
+    assert float(close) <= 1e-5
+
+
 def test_what_peft_knows_and_we_do_not_is_refused(make_model: Make, family: str, tmp_path: Path) -> None:
     theirs = peft_model(make_model(), "lora", family)
     theirs.save_pretrained(tmp_path)
@@ -109,9 +141,6 @@ def test_a_prefix_that_peft_would_read_otherwise_is_not_written_in_its_layout(
     make_model: Make, family: str, tmp_path: Path
 ) -> None:
     """PEFT's sliding windows move past a prefix; ours is visible from everywhere, unless it came from PEFT."""
-    from spectune.methods import PrefixTuning
-    from spectune.storage import attach
-
     slides = family == "gemma3"
     for sliding in (False, True):
         delta = attach(make_model(), PrefixTuning(num_virtual_tokens=3, sliding=sliding), "task")

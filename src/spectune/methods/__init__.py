@@ -13,13 +13,14 @@ from spectune.methods.adapter import BottleneckAdapter
 from spectune.methods.bitfit import BitFit
 from spectune.methods.dora import DoRA
 from spectune.methods.full import FullFineTuning
+from spectune.methods.ia3 import IA3
 from spectune.methods.lora import LoRA
 from spectune.methods.prefix import PrefixTuning
 from spectune.methods.prompt import PromptTuning
 
 #: the spectrum that every textbook compares, and what `--quick` runs
 SPECTRUM: tuple[type[Method], ...] = (FullFineTuning, BottleneckAdapter, PrefixTuning, PromptTuning, LoRA, BitFit)
-METHODS: tuple[type[Method], ...] = (*SPECTRUM, DoRA)
+METHODS: tuple[type[Method], ...] = (*SPECTRUM, DoRA, IA3)
 
 BY_NAME: dict[str, type[Method]] = {str(method.model_fields["name"].default): method for method in METHODS}
 
@@ -60,6 +61,7 @@ def did_you_mean(given: str, known: list[str]) -> str:
 
 __all__ = [
     "BY_NAME",
+    "IA3",
     "METHODS",
     "SPECTRUM",
     "BitFit",
