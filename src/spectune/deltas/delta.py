@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spectune.deltas import sites
 from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, Setting, Site
 from spectune.deltas.modules import DeltaModule
+from spectune.deltas.weights import FLOATS, check_finite, read_headers, read_weights
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family, fingerprint
 
@@ -137,20 +138,37 @@ class Delta:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
+    def weight_files(self, folder: Path) -> list[Path]:
+        """The safetensors files of a folder that hold this delta."""
+        return [folder / WEIGHTS_FILE]
+
+    def check_files(self, folder: Path) -> None:
+        """Check by their headers alone that a folder's files hold this delta: before it is open, nothing allocated.
+
+        Raises:
+            DataError: a file is missing or damaged, or its tensors are not this delta's (all listed).
+        """
+        headers = read_headers(self.weight_files(folder))
+        given = self.method.from_folder(headers, self.family)
+        if len(given) < len(headers):
+            raise DataError(f"{folder / WEIGHTS_FILE} holds a tensor twice, under two names: {', '.join(headers)}")
+        check_tensors(self.tensors_needed(), given, str(folder / WEIGHTS_FILE))
+
+    def tensors_needed(self) -> dict[str, Tensor]:
+        """What `state_dict` gives once the delta is open, on the meta device: absurd sizes cost nothing."""
+        with torch.device("meta"):
+            built = [(site.path, self.method.build(site)) for site in self.method.sites(self.family)]
+            return {f"{path}.{name}": tensor for path, module in built for name, tensor in module.stored().items()}
+
     def read_files(self, folder: Path) -> None:
         """Load what `write_files` wrote (or PEFT) into this delta, whose method is the stored one.
 
         Raises:
-            DataError: the file is missing, damaged, or its tensors are not this delta's.
+            DataError: the file is missing or damaged, its tensors are not this delta's, or some are not finite.
         """
-        path = folder / WEIGHTS_FILE
-        try:
-            tensors = load_file(path)
-        except FileNotFoundError:
-            raise DataError(f"{path} is missing: {folder} is not a delta's folder") from None
-        except Exception as error:
-            raise DataError(f"{path} is not a readable safetensors file: {error}") from error
-        self.load_state_dict(self.method.from_folder(tensors, self.family))
+        state = self.method.from_folder(read_weights(self.weight_files(folder)), self.family)
+        check_finite(state, dict.fromkeys(state, torch.float32), str(folder / WEIGHTS_FILE))
+        self.load_state_dict(state)
 
     # -- its life on the model, driven by attach and detach -----------------------------------------------------------
 
@@ -218,9 +236,9 @@ def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], w
         if name in given and given[name].shape != t.shape
     ]
     problems += [
-        f"wrong type: {name} is {given[name].dtype}, expected a floating type"
-        for name in expected
-        if name in given and not given[name].is_floating_point()
+        f"wrong type: {name} is {given[name].dtype}, expected float32, bfloat16, float16 or float64"
+        for name, t in expected.items()
+        if name in given and given[name].dtype not in (*FLOATS, t.dtype)
     ]
     if problems:
         raise DataError(f"{what}: the tensors do not fit", problems)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spectune.deltas import Delta, Method, Registry, Setting, Site
 from spectune.deltas.delta import check_tensors
-from spectune.errors import ConfigError, DataError
+from spectune.deltas.weights import check_finite, need_weights, read_headers, read_weights
+from spectune.errors import ConfigError
 from spectune.families import Family
 
 if TYPE_CHECKING:
@@ -111,17 +111,19 @@ class TunedBase(Delta):
         # the class's own method: the instance's is shadowed while deltas are attached
         type(self.model).save_pretrained(self.model, folder)
 
-    def read_files(self, folder: Path) -> None:
-        """Load a transformers folder's weights into the base."""
+    def weight_files(self, folder: Path) -> list[Path]:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise DataError(f"{folder} holds no *.safetensors: it is not a fully tuned model")
-        state: dict[str, Tensor] = {}
-        for file in files:
-            try:
-                state |= load_file(file)
-            except Exception as error:
-                raise DataError(f"{file} is not a readable safetensors file: {error}") from error
+            need_weights(folder / "model.safetensors")  # says what is there instead
+        return files
+
+    def check_files(self, folder: Path) -> None:
+        check_tensors(self.training_state_dict(), read_headers(self.weight_files(folder)), f"the model in {folder}")
+
+    def read_files(self, folder: Path) -> None:
+        """Load a transformers folder's weights into the base."""
+        state = read_weights(self.weight_files(folder))
         own = self.training_state_dict()
         check_tensors(own, state, f"the model in {folder}")
+        check_finite(state, {name: own[name].dtype for name in state}, f"the model in {folder}")
         self._write(state)

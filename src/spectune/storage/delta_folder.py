@@ -1,7 +1,7 @@
 """Delta folders: `adapter_config.json`, `adapter_model.safetensors`, and `spectune.json`, which PEFT never reads.
 
 LoRA, prefix and prompt are written in PEFT's layout and read from it. Weights are safetensors only: nothing is ever
-unpickled.
+unpickled. A folder may come from anybody: all of it is checked before the model is touched.
 """
 
 from __future__ import annotations
@@ -12,19 +12,31 @@ from typing import Any
 
 import torch
 import transformers
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 import spectune
 from spectune.deltas import Delta, Method, Registry
 from spectune.deltas.attach import place
 from spectune.deltas.delta import CONFIG_FILE
-from spectune.errors import DataError
-from spectune.families import describe, differences, fingerprint
-from spectune.methods import METHODS, method_from_dict
+from spectune.errors import DataError, SpectuneError
+from spectune.families import describe, differences
+from spectune.methods import METHODS
 from spectune.storage.atomic import atomic_folder
+from spectune.storage.manifest import FORMAT, OUR_FILE, check_digests, digests, explain, read_json, read_manifest
 
-FORMAT = 1
-OUR_FILE = "spectune.json"
+#: the keys of PEFT's configs that are read here, and what they have to be: pydantic would take `true` for the number 1
+_PEFT_TYPES: dict[str, tuple[type, ...]] = {
+    "peft_type": (str,),
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "use_rslora": (bool,),
+    "use_dora": (bool,),
+    "bias": (str,),
+    "target_modules": (str, list),
+    "num_virtual_tokens": (int,),
+}
 
 
 def save_delta(delta: Delta, folder: str | Path) -> Path:
@@ -46,6 +58,7 @@ def save_delta(delta: Delta, folder: str | Path) -> Path:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
+            "weights": digests(temporary),
         }
         (temporary / OUR_FILE).write_text(json.dumps(ours, indent=2) + "\n")
     return folder
@@ -63,46 +76,76 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
 
     Raises:
         DataError: no such folder, a damaged file, another base's fingerprint, missing, surplus or misshapen tensors
-            (all at once). Nothing is attached then.
+            (all at once), weights that are not finite or not the ones that were saved. Nothing is attached then.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected one that Delta.save or PEFT wrote")
-    ours = _read_json(folder / OUR_FILE)
-    if ours is not None:
-        method = method_from_dict(ours["method"])
-        registry = Registry.of(model)
-        family = registry.family if registry else describe(model)
-        apart = differences(ours["base"], fingerprint(model, family))
+    found = read_manifest(folder / OUR_FILE)
+    manifest, method = found if found is not None else (None, _peft_method(folder))
+    name = name or folder.resolve().name
+    registry = Registry.of(model)
+    draft = method.bind(model, registry.family if registry else describe(model), name, keep_base=False)
+    if manifest is not None:
+        apart = differences(manifest.base.model_dump(), draft.base_fingerprint)
         if apart:
-            raise DataError(f"{folder} was trained on another base ({ours['base_name']})", apart)
-    else:
-        method = _peft_method(folder)
+            raise DataError(f"{folder} was trained on another base ({manifest.base_name})", apart)
+    _check_files(draft, folder, OUR_FILE if manifest is not None else CONFIG_FILE)
+    if manifest is not None:
+        check_digests(manifest, draft.weight_files(folder))
     keep = {"keep_base": True} if method.trains_base else {}
-    delta = place(model, method, name or folder.resolve().name, fill=lambda d: d.read_files(folder), **keep)
+    delta = place(model, method, name, fill=lambda d: d.read_files(folder), **keep)
     for parameter in delta.parameters():
         parameter.requires_grad_(trainable)
     return delta
 
 
+def _check_files(draft: Delta, folder: Path, config_file: str) -> None:
+    """Check that the weights are what the config asks for, before any of either is made."""
+    try:
+        draft.check_files(folder)
+    except SpectuneError as error:
+        if str(folder) in str(error):
+            raise
+        raise DataError(f"{folder / config_file} and the weights beside it do not fit this base: {error}") from error
+    except Exception as error:  # sizes past 64 bits, a broken regular expression: torch and re have errors of their own
+        raise DataError(f"{folder / config_file} describes what cannot be built ({error}); copy it again") from error
+
+
 def _peft_method(folder: Path) -> Method:
-    config = _read_json(folder / CONFIG_FILE)
+    path = folder / CONFIG_FILE
+    config = read_json(path)
     if config is None:
         raise DataError(f"{folder} has neither {OUR_FILE} nor {CONFIG_FILE}: it is not a delta's folder")
-    for method in METHODS:
-        found = method.from_peft_config(config)
-        if found is not None:
-            return found
-    raise DataError(f"{folder / CONFIG_FILE}: peft_type {config.get('peft_type')!r} is not a method of spectune's")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+    if "spectune_method" in config:
+        raise DataError(f"{folder / OUR_FILE} is missing; {path} alone does not describe this method: copy both")
+    problems = _wrong_types(config)
+    if problems:
+        raise DataError(f"{path} is not what PEFT writes", problems)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds {type(content).__name__}, expected an object")
-    return content
+        for method in METHODS:
+            found = method.from_peft_config(config)
+            if found is not None:
+                return found
+    except ValidationError as error:
+        raise DataError(f"{path} has values that are refused", explain(error)) from None
+    except KeyError as error:
+        raise DataError(f"{path} has no key {error}, which peft_type {config['peft_type']!r} needs") from None
+    except SpectuneError as error:
+        raise DataError(f"{path}: {error}") from error
+    except Exception as error:  # whatever else a method makes of values that PEFT never writes
+        raise DataError(f"{path} cannot be read ({error}); expected what PEFT writes") from error
+    raise DataError(f"{path}: peft_type {config.get('peft_type')!r} is not a method of spectune's")
+
+
+def _wrong_types(config: dict[str, Any]) -> list[str]:
+    problems = []
+    for key, types in _PEFT_TYPES.items():
+        value = config.get(key)
+        right = isinstance(value, types) and (not isinstance(value, bool) or bool in types)
+        if isinstance(value, list) and right:
+            right = all(isinstance(item, str) for item in value)
+        if value is not None and not right:
+            expected = " or ".join("a list of texts" if kind is list else kind.__name__ for kind in types)
+            problems.append(f"{key} = {repr(value)[:80]}: expected {expected}")
+    return problems

@@ -1,0 +1,182 @@
+"""`spectune.json`: what a delta's folder says of itself, and the digests of its weights, checked on reading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spectune.deltas import Method
+from spectune.deltas.weights import need_weights, plain_file
+from spectune.errors import DataError, SpectuneError
+from spectune.methods import method_from_dict
+
+FORMAT = 1
+OUR_FILE = "spectune.json"
+#: no config is longer; a longer file is not read
+MAX_JSON_BYTES = 16 * 2**20
+
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$")]
+
+
+class _Strict(BaseModel):
+    """JSON types as they are: no text for a number, no `true` for 1. Keys of later versions are left alone."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class Base(_Strict):
+    """A base's fingerprint, see `spectune.families.fingerprint`."""
+
+    model_type: str
+    parts_sha256: str
+    samples: dict[str, list[float]]
+
+
+class Digest(_Strict):
+    """What a file was when it was written."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(_Strict):
+    """The content of `spectune.json`."""
+
+    format: int
+    method: dict[str, Any]
+    base: Base
+    base_name: str = "of unknown name"
+    trained_as: dict[str, Any] | None = None
+    text_positions_start_at: int | None = None
+    parameters: int | None = None
+    versions: dict[str, str] | None = None
+    #: by file name; folders written before this key have none
+    weights: dict[_FileName, Digest] | None = None
+
+
+def read_manifest(path: Path) -> tuple[Manifest, Method] | None:
+    """A folder's `spectune.json` and the method it describes; None where there is none.
+
+    Raises:
+        DataError: it is damaged, of another format, or its method is none of ours; everything wrong is listed.
+    """
+    content = read_json(path)
+    if content is None:
+        return None
+    version = content.get("format")
+    if isinstance(version, int) and version != FORMAT:
+        raise DataError(f"{path} has format {version}, this spectune reads {FORMAT}; install the version that wrote it")
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        raise DataError(f"{path} is not what Delta.save writes; copy the folder again", explain(error)) from None
+    method = _method(path, manifest)
+    starts_at = manifest.text_positions_start_at
+    if starts_at is not None and starts_at != method.virtual_tokens:
+        raise DataError(
+            f"{path}: text_positions_start_at is {starts_at}, but its method has {method.virtual_tokens} virtual "
+            "tokens; copy the folder again"
+        )
+    return manifest, method
+
+
+def _method(path: Path, manifest: Manifest) -> Method:
+    fields = manifest.method
+    try:
+        # as lenient as everywhere, for its messages; then as strict as JSON can be, where nothing was typed by hand
+        method = method_from_dict(fields)
+        type(method).model_validate_json(json.dumps(fields), strict=True)
+    except ValidationError as error:
+        raise DataError(f"{path}: its method has values of a wrong type", explain(error)) from None
+    except SpectuneError as error:
+        raise DataError(f"{path}: its method cannot be read; copy the folder again", str(error).splitlines()) from None
+    except Exception as error:  # what a method's own checks raise on values that nobody would type
+        raise DataError(f"{path}: its method cannot be read ({error}); copy the folder again") from error
+    return method.as_stored()
+
+
+def digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each safetensors file of a folder, by name."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+
+
+def check_digests(manifest: Manifest, files: Iterable[Path]) -> None:
+    """Compare weight files with what they were when saved; nothing to compare in folders without the key.
+
+    Raises:
+        DataError: a file is missing, is not listed, or was changed; all of them are named.
+    """
+    if manifest.weights is None:
+        return
+    present = {path.name: path for path in files}
+    folder = next(iter(present.values())).parent
+    for name in manifest.weights:
+        need_weights(folder / name)
+    problems = [f"{name}: is not listed in {OUR_FILE}" for name in present if name not in manifest.weights]
+    for name, path in present.items():
+        saved = manifest.weights.get(name)
+        if saved is None:
+            continue
+        size = path.stat().st_size
+        if size != saved.bytes:
+            problems.append(f"{name}: has {size:,} bytes, {saved.bytes:,} were saved")
+        elif (found := _sha256(path)) != saved.sha256:
+            problems.append(f"{name}: its SHA-256 is {found[:16]}..., {saved.sha256[:16]}... was saved")
+    if problems:
+        raise DataError(
+            f"{folder}: the weights are not the ones that were saved. Copy the folder again; or, if they were changed "
+            f"on purpose, take the key 'weights' out of {folder / OUR_FILE}",
+            problems,
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """An object out of a JSON file, None where there is no file.
+
+    Raises:
+        DataError: it is no regular file, too long, no JSON (NaN and infinite numbers are none), or no object.
+    """
+    if not plain_file(path):
+        return None
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes, at most {MAX_JSON_BYTES:,} are read")
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number, parse_float=_finite)
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path} is not readable JSON ({error}); copy the folder again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}, expected an object; copy the folder again")
+    return content
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One line for each thing that is wrong: the key, what was given, what is expected."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"])
+        given = "" if problem["type"] == "missing" else f" = {problem['input']!r}"
+        lines.append(f"{key}{given[:80]}: {problem['msg']}")
+    return lines
