@@ -25,7 +25,17 @@ from transformers import PreTrainedModel
 
 from spectune.deltas import Method, attached
 from spectune.errors import ConfigError, DataError
-from spectune.methods import METHODS, BitFit, BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
+from spectune.methods import (
+    IA3,
+    METHODS,
+    BitFit,
+    BottleneckAdapter,
+    DoRA,
+    FullFineTuning,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+)
 from spectune.storage import attach, detach, load_delta
 from tests.support import make_model
 
@@ -37,6 +47,8 @@ SMALL: dict[str, Method] = {
     "prompt": PromptTuning(num_virtual_tokens=3),
     "adapter": BottleneckAdapter(bottleneck_dim=2),
     "bitfit": BitFit(),
+    "dora": DoRA(r=2, target_modules=("c_attn",)),
+    "ia3": IA3(),
     "full": FullFineTuning(),
 }
 #: methods whose folders PEFT reads and writes: without spectune.json they are PEFT's

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spectune.deltas import Delta, Method, Registry, Setting, Site
 from spectune.deltas.delta import check_tensors
 from spectune.deltas.weights import check_finite, need_weights, read_headers, read_weights
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, DataError
 from spectune.families import Family
 
 if TYPE_CHECKING:
@@ -118,12 +118,39 @@ class TunedBase(Delta):
         return files
 
     def check_files(self, folder: Path) -> None:
-        check_tensors(self.training_state_dict(), read_headers(self.weight_files(folder)), f"the model in {folder}")
+        headers, own = read_headers(self.weight_files(folder)), self.training_state_dict()
+        if _in_another_layout(headers, own):
+            _check_same_size(headers, own, folder)
+        else:
+            check_tensors(own, headers, f"the model in {folder}")
 
     def read_files(self, folder: Path) -> None:
         """Load a transformers folder's weights into the base."""
-        state = read_weights(self.weight_files(folder))
-        own = self.training_state_dict()
-        check_tensors(own, state, f"the model in {folder}")
-        check_finite(state, {name: own[name].dtype for name in state}, f"the model in {folder}")
+        own, what = self.training_state_dict(), f"the model in {folder}"
+        state: Mapping[str, Tensor] = read_weights(self.weight_files(folder))
+        if _in_another_layout(state, own):
+            state = self._converted(folder)
+        check_tensors(own, state, what)
+        check_finite(state, {name: own[name].dtype for name in state}, what)
         self._write(state)
+
+    def _converted(self, folder: Path) -> dict[str, Tensor]:
+        """By transformers itself: it stores some types otherwise than it holds them (each expert by itself, a head
+        under its old name). Its own class, so that nothing but tensors is read."""
+        load: Any = type(self.model).from_pretrained
+        model, found = load(folder, dtype=self.model.dtype, output_loading_info=True, use_safetensors=True)
+        problems = [f"{kind.replace('_', ' ')}: {entry}" for kind, entries in found.items() for entry in entries]
+        if problems:
+            raise DataError(f"the model in {folder}: the tensors do not fit", problems)
+        return {name: parameter.detach().to(self.model.device) for name, parameter in model.named_parameters()}
+
+
+def _in_another_layout(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether a folder names its tensors otherwise than the model does, rather than lacking some."""
+    return len(set(state) & set(own)) < len(own) and not set(state) <= set(own)
+
+
+def _check_same_size(headers: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: Path) -> None:
+    stored, held = (sum(t.numel() for t in tensors.values()) for tensors in (headers, own))
+    if stored != held:
+        check_tensors(own, headers, f"the model in {folder}")

@@ -18,7 +18,7 @@ from spectune.deltas.delta import CONFIG_FILE
 from spectune.errors import ConfigError, DataError
 from spectune.methods import METHODS, method_from_dict
 from spectune.storage.atomic import atomic_folder
-from spectune.storage.delta_folder import OUR_FILE
+from spectune.storage.manifest import OUR_FILE
 
 PROMPT_EMBEDS_FILE = "prompt_embeds.safetensors"
 
