@@ -151,10 +151,41 @@ def bitfit() -> Drawing:
     return d
 
 
+def dora() -> Drawing:
+    d = block("DoRA", "A low-rank change of each weight's direction, and a trained length for each of its rows.")
+    d.box(330, 250, 110, 86, "W (frozen)\nout x in")
+    d.box(460, 306, 60, 30, "A  r x in", trained=True, small=True)
+    d.box(460, 250, 60, 30, "B  out x r", trained=True, small=True)
+    d.arrow((490, 306), (490, 281))
+    d.arrow((385, 250), (385, 231))
+    d.arrow((490, 250), (490, 222), (394, 222))
+    d.plus(385, 222)
+    d.arrow((385, 213), (385, 191))
+    d.box(340, 161, 90, 30, "m / ||.||", trained=True, small=True)
+    d.note(440, 181, "m: one an output")
+    d.note(330, 120, "at every linear of attention and")
+    d.note(330, 136, "feed-forward; the head is left alone")
+    return d
+
+
+def ia3() -> Drawing:
+    d = block("IA3", "Learned vectors scale keys, values and the feed-forward's inner features.")
+    d.box(340, 255, 90, 30, "l_k", trained=True)
+    d.box(430, 255, 110, 30, "x K of the text")
+    d.box(340, 300, 90, 30, "l_v", trained=True)
+    d.box(430, 300, 110, 30, "x V of the text")
+    d.arrow((340, 293), (287, 293))
+    d.box(340, 103, 90, 30, "l_ff", trained=True)
+    d.box(430, 103, 110, 30, "x f(W1 x)")
+    d.arrow((340, 118), (287, 118))
+    d.note(340, 160, "after the nonlinearity, before W2")
+    return d
+
+
 def main() -> None:
     folder = Path(__file__).parent / "img"
     folder.mkdir(exist_ok=True)
-    for make in (full, adapter, prefix, prompt, lora, bitfit):
+    for make in (full, adapter, prefix, prompt, lora, bitfit, dora, ia3):
         (folder / f"{make.__name__}.svg").write_text(make().text(), encoding="utf-8")
 
 

@@ -54,7 +54,12 @@ def refusal(family: str, method: Method) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A test of a method on a family that refuses it does not exist; that it is refused is a test of its own."""
+    """A test of a method on a family that refuses it does not exist; that it is refused is a test of its own. The
+    others say what they are about, for tools/contract_matrix.py."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        names = {"family": params.get("family"), "case": params.get("method", params.get("name"))}
+        item.user_properties += [(key, value) for key, value in names.items() if isinstance(value, str)]
     gone = [
         item
         for item in items

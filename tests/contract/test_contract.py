@@ -282,12 +282,24 @@ def test_cached_logits_equal_uncached(model: PreTrainedModel, delta: Delta, cach
     close(torch.cat(pieces, dim=1), whole)
 
 
-@pytest.mark.parametrize("search", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}])
-def test_beams_and_samples_run(model: PreTrainedModel, delta: Delta, search: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "search",
+    [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}],
+    ids=["beams", "beams-returned", "sampled"],
+)
+def test_beams_and_samples_with_cache_write_what_they_write_without(
+    model: PreTrainedModel, delta: Delta, search: dict[str, object]
+) -> None:
     move(delta)
-    torch.manual_seed(0)
-    out = model.generate(tokens(2, 5), attention_mask=torch.ones(2, 5), max_new_tokens=4, **search)
-    assert out.shape[0] in (2, 4)
+    rows = [tokens(1, 7)[0], tokens(1, 4, seed=6)[0]]
+    ids, mask = padded(rows, "left")
+    written = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        how = {"max_new_tokens": 4, "min_new_tokens": 4, "use_cache": use_cache, **search}
+        written.append(model.generate(ids, attention_mask=mask, **how))
+    assert written[0].shape == (2 * int(str(search.get("num_return_sequences", 1))), 11)
+    assert torch.equal(*written)
 
 
 # -- 5: folders -----------------------------------------------------------------------------------------------------
@@ -412,14 +424,17 @@ def test_detach_restores_the_base_bit_for_bit(make_model: Make, method: Method) 
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_merge_matches_or_is_refused(model: PreTrainedModel, family: str, delta: Delta, tmp_path: Path) -> None:
+def test_merge_matches_or_is_refused(
+    model: PreTrainedModel, family: str, delta: Delta, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     move(delta)
     expected = logits(model, tokens())
     # a type whose config cannot express the bias: no module has a place for it
     bitfit_without_biases = delta.method.name == "bitfit" and not delta.family.biases
     if not delta.method.can_merge or bitfit_without_biases:
-        with pytest.raises(ConfigError, match=r"cannot be merged|no bias to merge into"):
+        with pytest.raises(ConfigError, match=r"cannot be merged|no bias to merge into") as refused:
             merge(model, "task")
+        record_property("refused", str(refused.value).partition(":")[0].splitlines()[0])
         assert torch.equal(logits(model, tokens()), expected)
         return
     merged = merge(model, "task")
