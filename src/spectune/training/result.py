@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectune.errors import DataError
 from spectune.storage import atomic_write_text
+from spectune.storage.strict_json import strict_json
 
 
 class RunResult(BaseModel):
@@ -37,7 +37,7 @@ class RunResult(BaseModel):
     best_step: int | None = None
     train_tokens: int
     target_tokens: int
-    train_loss: float
+    train_loss: float | None
     valid_loss: float | None = None
     base_valid_loss: float | None = None
     valid_perplexity: float | None = None
@@ -54,8 +54,8 @@ class RunResult(BaseModel):
     folder: str | None = None
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON, atomically."""
-        atomic_write_text(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+        """Write as JSON, atomically; a number that is not finite becomes null."""
+        atomic_write_text(path, strict_json(self.model_dump(mode="json")) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> RunResult:
