@@ -19,7 +19,8 @@ class RunResult(BaseModel):
     too), `stored_parameters` what is stored and used at inference, `total_parameters` the base's.
     `peak_memory_bytes`: `train_allocated` are tensors in the first steps (which hold the longest batch),
     `train_reserved` (CUDA) what the allocator held, `train_resident` (CPU) the process's memory.
-    Fields that only a comparison measures are None after `train`.
+    `retained_sha256`: of the passages that forgetting was measured on. Fields that only a comparison measures
+    are None after `train`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,6 +51,7 @@ class RunResult(BaseModel):
     decode_tokens_per_second: float | None = None
     decode_tokens_per_second_base: float | None = None
     decode_tokens_per_second_merged: float | None = None
+    retained_sha256: str | None = None
     swap_seconds: float | None = None
     folder: str | None = None
 
