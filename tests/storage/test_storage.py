@@ -9,7 +9,7 @@ import torch
 
 from spectune.deltas import attached
 from spectune.errors import ConfigError, DataError
-from spectune.methods import LoRA
+from spectune.methods import FullFineTuning, LoRA
 from spectune.storage import atomic_folder, atomic_write_text, attach, load, load_delta, resolve_device, resolve_dtype
 from tests.support import make_model, make_tokenizer
 
@@ -101,3 +101,9 @@ def test_a_failure_while_writing_leaves_the_old(tmp_path: Path) -> None:
     assert (tmp_path / "d" / "x").read_text() == "old"
     assert (tmp_path / "f").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "f"]
+
+
+def test_a_base_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    attach(make_model(), FullFineTuning(), "task").save(tmp_path / "task")
+    with pytest.raises(DataError, match=r"task.*has no tokenizer.*tokenizer\.save_pretrained"):
+        load(tmp_path / "task")
