@@ -94,7 +94,10 @@ def measure(
             rates["_merged"] += [] if whole is None else [whole]
     for kind, values in rates.items():
         found[f"decode_tokens_per_second{kind}"] = statistics.median(values) if values else None
-        found[f"decode_tokens_per_second{kind}_spread"] = (max(values) - min(values)) / 2 if values else None
+        found[f"decode_tokens_per_second{kind}_spread"] = None
+        if values:
+            low, high = _middle(values)
+            found[f"decode_tokens_per_second{kind}_spread"] = (high - low) / 2
     found["inference_overhead_range"] = _overhead_range(rates["_base"], rates[""])
     found["inference_overhead_merged_range"] = _overhead_range(rates["_base"], rates["_merged"])
     found["swap_seconds"] = statistics.median(swaps)
@@ -107,9 +110,14 @@ def _rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
 
 
 def _overhead_range(base: list[float], rates: list[float]) -> tuple[float, float] | None:
-    """The smallest and the largest overhead of all rounds, as shares of the bare base's time."""
-    ratios = [bare / rate - 1 for bare, rate in zip(base, rates, strict=False)]
-    return (min(ratios), max(ratios)) if ratios else None
+    """Where the middle half of the rounds' overheads lies, as shares of the bare base's time."""
+    return _middle([bare / rate - 1 for bare, rate in zip(base, rates, strict=True)]) if rates else None
+
+
+def _middle(values: list[float]) -> tuple[float, float]:
+    """The first and the third quartile: a round in which the machine did something else does not count."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 def _merged(model: PreTrainedModel, delta: Delta) -> PreTrainedModel | None:

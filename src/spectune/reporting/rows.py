@@ -117,5 +117,5 @@ def _overhead(base: float | None, rate: float | None) -> float | None:
 
 
 def _noise(found: Sequence[float] | None) -> float | None:
-    """Half the range of an overhead over the rounds in which it was measured."""
+    """Half the width of the middle half of the rounds in which an overhead was measured."""
     return None if found is None else (found[1] - found[0]) / 2

@@ -19,8 +19,8 @@ class RunResult(BaseModel):
     too), `stored_parameters` what is stored and used at inference, `total_parameters` the base's.
     `peak_memory_bytes`: `train_allocated` are tensors in the first steps (which hold the longest batch),
     `train_reserved` (CUDA) what the allocator held, `train_resident` (CPU) the process's memory.
-    Decoding speeds are medians over rounds, their `_spread` is half the range; `inference_overhead_range` is the
-    smallest and the largest extra time of any round, as a share of the bare base's in the same round.
+    Decoding speeds are medians over rounds, their `_spread` is half the interquartile range; `inference_overhead_range`
+    are the quartiles of the extra time over the rounds, as shares of the bare base's time in the same round.
     `retained_sha256`: of the passages that forgetting was measured on. Fields that only a comparison measures
     are None after `train`.
     """
