@@ -87,6 +87,9 @@ class Method(BaseModel, ABC):
     trains_base: ClassVar[bool] = False
     can_merge: ClassVar[bool] = False
 
+    def __hash__(self) -> int:
+        return hash((type(self), self.model_dump_json()))  # pydantic's own cannot take fields that are dicts
+
     @property
     def virtual_tokens(self) -> int:
         """Positions that this method puts before the text (prefix, prompt); text positions are shifted by as many."""
