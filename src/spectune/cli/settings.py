@@ -143,7 +143,9 @@ class Settings:
                 targets = [name for name in meant if inner in fields[name]] if block in ("", "method") else []
                 candidates = set().union(*(fields[name] for name in meant)) | (plain if block == "" else set())
             if not targets:
-                problems.append(f"{given.where}: unknown key {key!r}; {_suggest(inner, candidates)}")
+                owners = [name for name in by_name if inner in fields[name]] if block in ("", "method") else []
+                hint = _of_others(inner, owners, meant) if owners else _suggest(inner, candidates)
+                problems.append(f"{given.where}: unknown key {key!r}; {hint}")
             for name in targets:
                 if name in chosen:
                     chosen[name][inner] = given
@@ -164,6 +166,9 @@ class Settings:
             names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
             if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
                 raise ConfigError(f"{where}: {key} is {value!r}; expected names such as lora,bitfit.")
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:  # both would have the same settings, and the same folder
+                raise ConfigError(f"{where}: {', '.join(twice)} is named more than once; name each method once.")
             return names
         return list(default)
 
@@ -195,6 +200,10 @@ def _suggest(word: str, known: Iterable[str]) -> str:
         return f"did you mean {SYNONYMS[word]!r}?"
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
+
+
+def _of_others(key: str, owners: Sequence[str], meant: Sequence[str]) -> str:
+    return f"{key!r} belongs to {' and '.join(owners)}, and this command has {', '.join(meant)}"
 
 
 def _parse_assignment(text: str) -> dict[str, Given]:
