@@ -95,21 +95,20 @@ def encode(
     examples = []
     for row in rows:
         prompt, target = _ids(row, tokenizer, separator)
-        whole = len(prompt) + len(target)
+        before = len(prompt), len(target)
         prompt, target = _cut(prompt, target, max_length)
         example = Example(prompt + target, len(prompt), row)
         if example.target_tokens < 1:
             report.dropped.append({"origin": row.origin, "reason": "nothing to learn: its target has no token"})
             continue
-        if whole > max_length:
-            lost = whole - len(example.input_ids)
-            report.cut.append(
-                {
-                    "origin": row.origin,
-                    "tokens_lost": lost,
-                    "from": "prompt" if target[-1:] == [tokenizer.eos_token_id] and prompt else "end",
-                }
-            )
+        ends = [
+            end
+            for end, had, has in zip(("prompt", "end"), before, (len(prompt), len(target)), strict=True)
+            if has < had
+        ]
+        if ends:
+            lost = sum(before) - len(example.input_ids)
+            report.cut.append({"origin": row.origin, "tokens_lost": lost, "from": " and ".join(ends)})
         examples.append(example)
         report.kept += 1
         report.tokens += len(example.input_ids)

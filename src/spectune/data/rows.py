@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ _KEYS = ("text", "prompt", "completion", "messages", "instruction", "output", "c
 _EXPECTED = "expected text, prompt + completion, messages, instruction + output (alpaca), or conversations (sharegpt)"
 _ALPACA = "Below is an instruction that describes a task"
 _LISTED = 50
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _ProblemError(Exception):
@@ -133,6 +135,7 @@ def _alpaca(record: Mapping[str, Any]) -> dict[str, Any]:
     instruction, extra = _string(record, "instruction"), record.get("input") or ""
     if not isinstance(extra, str):
         raise _ProblemError(f"input is {type(extra).__name__}, expected text")
+    _check_characters("input", extra)
     if extra:
         prompt = (
             f"{_ALPACA}, paired with an input that provides further context. Write a response that appropriately "
@@ -155,6 +158,7 @@ def _messages(value: Any, key: str, role_key: str, text_key: str) -> list[dict[s
             raise _ProblemError(
                 f"{key}[{number}] is {_kind(message)}, expected {{{role_key!r}: ..., {text_key!r}: text}}"
             )
+        _check_characters(f"{key}[{number}]", message[text_key])
         role = message.get(role_key)
         if key == "conversations":
             if role not in _ROLES:
@@ -182,6 +186,7 @@ def _string(record: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
         raise _ProblemError(f"{key} is {_kind(value)}, expected text")
     if not empty and not value.strip():
         raise _ProblemError(f"{key} is empty; expected text")
+    _check_characters(key, value)
     return value
 
 
@@ -191,7 +196,18 @@ def _strings(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
         return ()
     if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
         raise _ProblemError(f"{key} is {_kind(value)}, expected a list of texts")
+    for item in value:
+        _check_characters(key, item)
     return tuple(value)
+
+
+def _check_characters(key: str, text: str) -> None:
+    """JSON can escape one half of a surrogate pair: no tokenizer takes it, and no file could hold it."""
+    half = _SURROGATE.search(text)
+    if half is not None:
+        raise _ProblemError(
+            f"{key} has half a character, {half[0]!a} at {half.start()}; expected text whose \\u escapes come in pairs"
+        )
 
 
 def _missing(record: Mapping[str, Any]) -> str:

@@ -76,6 +76,8 @@ def _parse(line: str) -> Mapping[str, Any] | Bad:
         return _as_object(json.loads(line))
     except json.JSONDecodeError as error:
         return Bad(f"malformed JSON at column {error.colno}: {error.msg}; expected one JSON object")
+    except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
+        return Bad(f"JSON that cannot be read: {error}; expected one JSON object")
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -83,6 +85,8 @@ def _json(path: Path) -> Iterator[Record]:
         content = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: malformed JSON at column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
+        raise DataError(f"{path}: JSON that cannot be read: {error}; expected a list of objects") from None
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 else content
