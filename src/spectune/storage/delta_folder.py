@@ -89,7 +89,7 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
     if manifest is not None:
         apart = differences(manifest.base.model_dump(), draft.base_fingerprint)
         if apart:
-            raise DataError(f"{folder} was trained on another base ({manifest.base_name})", apart)
+            raise DataError(f"{folder} was trained on another base ({manifest.base_name or 'of unknown name'})", apart)
     _check_files(draft, folder, OUR_FILE if manifest is not None else CONFIG_FILE)
     if manifest is not None:
         check_digests(manifest, draft.weight_files(folder))
