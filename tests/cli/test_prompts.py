@@ -176,6 +176,26 @@ def test_eval_counts_rows_not_windows(spectune: Spectune, run: Path, tmp_path: P
     assert answer["tuned"]["target_tokens"] == 510
 
 
+def test_a_dry_run_evaluates_a_few_windows_of_a_long_text(
+    spectune: Spectune, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import spectune.training as training
+
+    seen: list[list[str]] = []
+    original = training.train
+
+    def train(model: Any, tokenizer: Any, delta: Any, rows: Any, held_out: Any, *more: Any, **named: Any) -> Any:
+        seen.append([row.text for row in held_out])
+        return original(model, tokenizer, delta, rows, held_out, *more, **named)
+
+    monkeypatch.setattr(training, "train", train)
+    path = tmp_path / "long.txt"
+    path.write_text("once upon a time " * 300)
+    result = spectune("train", "--model", base, "--data", path, "--valid", path, "--dry-run", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert max(len(text) for texts in seen for text in texts) <= 160
+
+
 @pytest.mark.parametrize("command", ["generate", "eval"])
 def test_model_names_the_base_of_a_delta_that_does_not(
     spectune: Spectune, run: Path, base: Path, rows: Path, command: str
