@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from spectune.methods import METHODS
+
 Spectune = Callable[..., Any]
 QUICK = ("--set", "max_steps=2", "--device", "cpu")
 

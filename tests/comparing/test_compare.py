@@ -26,6 +26,8 @@ SMALL: list[Any] = [
     PromptTuning(num_virtual_tokens=4),
     LoRA(r=2),
     "bitfit",
+    "dora",
+    "ia3",
 ]
 
 
@@ -69,7 +71,7 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
     for r in found.runs:
         assert r["forgetting_kl_nats_per_token"] >= 0
         assert r["decode_tokens_per_second"] > 0
-        assert (r["decode_tokens_per_second_merged"] is not None) == (r["method"] in ("full", "lora", "bitfit"))
+        assert (r["decode_tokens_per_second_merged"] is not None) == (r["method"] in ("full", "lora", "bitfit", "dora"))
         assert (tmp_path / "c" / "runs" / r["name"] / "best").exists()
     files = {p.name for p in (tmp_path / "c").iterdir()}
     assert {"runs", "comparison.json", "comparison.csv", "comparison.md", "shares-and-performance.png"} <= files

@@ -32,7 +32,9 @@ def compare(
         str | None,
         typer.Option(help=f"Methods, parted by commas: {options.method_names()}.", show_default="all of them"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_STEPS} steps a method, to see it work.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"{QUICK_STEPS} steps each of the textbook's six methods.")
+    ] = False,
     retain: Annotated[
         Path | None,
         typer.Option(help="Text on which forgetting is measured.", show_default="sampled from the base itself"),
@@ -76,9 +78,10 @@ def compare(
         settings.prefer("max_steps", QUICK_STEPS, "--quick")
     failed = False
     with work(as_json=as_json) as out:
-        from spectune.methods import BY_NAME
+        from spectune.methods import BY_NAME, SPECTRUM
 
-        chosen = settings.methods(settings.method_names(list(BY_NAME)))
+        default = [cls.model_fields["name"].default for cls in SPECTRUM] if quick else list(BY_NAME)
+        chosen = settings.methods(settings.method_names(default))
         if dry:
             answer = dry_run(chosen, settings, "compare", out)
         else:

@@ -50,6 +50,12 @@ def load(
     return model.to(place).eval(), _tokenizer(source)
 
 
+def base_name(model: PreTrainedModel) -> str:
+    """What the base was loaded as; the embedded one by its own name, which holds on every machine."""
+    name = str(model.config._name_or_path)
+    return TINY if name and Path(name) == Path(embedded.MODEL_FOLDER) else name
+
+
 def load_config(name: str | Path) -> Any:
     """The config alone of a hub id, a folder, or `"spectune-tiny"`; no weights are read. Raises DataError."""
     source = str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name)

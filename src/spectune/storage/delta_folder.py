@@ -23,6 +23,7 @@ from spectune.errors import DataError, SpectuneError
 from spectune.families import describe, differences
 from spectune.methods import METHODS
 from spectune.storage.atomic import atomic_folder
+from spectune.storage.bases import base_name
 from spectune.storage.manifest import FORMAT, OUR_FILE, check_digests, digests, explain, read_json, read_manifest
 
 #: the keys of PEFT's configs that are read here, and what they have to be: pydantic would take `true` for the number 1
@@ -44,12 +45,13 @@ def save_delta(delta: Delta, folder: str | Path) -> Path:
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
         delta.write_files(temporary)
+        _name_base(temporary / CONFIG_FILE, base_name(delta.model))
         ours = {
             "format": FORMAT,
             "method": delta.method.as_stored().model_dump(mode="json"),
             "trained_as": delta.method.model_dump(mode="json"),
             "base": delta.base_fingerprint,
-            "base_name": str(delta.model.config._name_or_path),
+            "base_name": base_name(delta.model),
             # what a reader of the weights must know: where the text's positions start
             "text_positions_start_at": delta.method.virtual_tokens,
             "parameters": delta.num_parameters(),
@@ -65,6 +67,13 @@ def save_delta(delta: Delta, folder: str | Path) -> Path:
 
 
 Delta.writer = staticmethod(save_delta)
+
+
+def _name_base(config_file: Path, name: str) -> None:
+    """PEFT's key for the base, in a config of PEFT's layout."""
+    config = read_json(config_file)
+    if config is not None and "peft_type" in config:
+        config_file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n")
 
 
 def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = None, trainable: bool = False) -> Delta:
