@@ -118,7 +118,9 @@ def _check_files(draft: Delta, folder: Path, config_file: str) -> None:
             raise
         raise DataError(f"{folder / config_file} and the weights beside it do not fit this base: {error}") from error
     except Exception as error:  # sizes past 64 bits, a broken regular expression: torch and re have errors of their own
-        raise DataError(f"{folder / config_file} describes what cannot be built ({error}); copy it again") from error
+        raise DataError(
+            f"{folder / config_file} describes what cannot be built ({_first_line(error)}); copy it again"
+        ) from error
 
 
 def _peft_method(folder: Path) -> Method:
@@ -143,7 +145,7 @@ def _peft_method(folder: Path) -> Method:
     except SpectuneError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:  # whatever else a method makes of values that PEFT never writes
-        raise DataError(f"{path} cannot be read ({error}); expected what PEFT writes") from error
+        raise DataError(f"{path} cannot be read ({_first_line(error)}); expected what PEFT writes") from error
     raise DataError(f"{path}: peft_type {config.get('peft_type')!r} is not a method of spectune's")
 
 
@@ -158,3 +160,8 @@ def _wrong_types(config: dict[str, Any]) -> list[str]:
             expected = " or ".join("a list of texts" if kind is list else kind.__name__ for kind in types)
             problems.append(f"{key} = {repr(value)[:80]}: expected {expected}")
     return problems
+
+
+def _first_line(error: Exception) -> str:
+    """Some of torch's messages end in the frames of its C++ stack."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
