@@ -316,7 +316,7 @@ def main() -> None:
         "",
         f"Made by `python benchmarks/peft_failures.py --page docs/correctness.md` on {date.today()}: {versions}, CPU, "
         "tiny random models. Each row is one case, run with PEFT and with spectune, and the test that would catch it "
-        "here (in tests/contract where no folder is named). The whole contract, cell by cell: [contract.md](contract.md).",
+        "here (in tests/contract where no folder is named). The contract, cell by cell: [contract.md](contract.md).",
         "",
         "| case | PEFT | spectune | test |",
         "|---|---|---|---|",

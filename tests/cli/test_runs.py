@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
-from spectune.cli.runs import find_run, new_folder, output_folder
+from spectune.cli.runs import find_run, new_folder, output_folder, resumed
+from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DataError
 
 
@@ -69,4 +71,37 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a folder"):
         find_run(tmp_path / "no")
     with pytest.raises(DataError, match="no finished run"):
+        find_run(tmp_path)
+
+
+def collected(folder: Path, *assignments: str, **flags: object) -> Settings:
+    return Settings.collect(None, list(assignments), {"output_dir": str(folder), "resume": True, **flags})
+
+
+def test_resume_takes_from_the_folder_what_the_user_left_open(tmp_path: Path) -> None:
+    recorded = {"model": "gpt2", "data": "a.jsonl", "method": {"name": "lora", "r": 2}, "max_steps": 3, "seed": 4}
+    recorded |= {"row_shape": "prompt", "prompt_ends_with": ""}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
+    found = resumed(collected(tmp_path))
+    assert (found.base, found.text("data"), found.training().max_steps, found.training().seed) == (
+        "gpt2",
+        "a.jsonl",
+        3,
+        4,
+    )
+    [method] = found.methods(found.method_names(["bitfit"]))
+    assert (method.name, method.model_dump()["r"]) == ("lora", 2)
+    given = resumed(collected(tmp_path, "r=8", "max_steps=9", model="other"))
+    assert (given.base, given.training().max_steps) == ("other", 9)
+    [method] = given.methods(given.method_names([]))
+    assert method.model_dump()["r"] == 8
+    other = resumed(collected(tmp_path, method="bitfit"))
+    assert [method.name for method in other.methods(other.method_names([]))] == ["bitfit"]
+    assert resumed(collected(tmp_path / "new")).base == "spectune-tiny"
+    assert resumed(Settings.collect(None, None, {"output_dir": str(tmp_path)})).base == "spectune-tiny"
+
+
+def test_an_unfinished_comparison_says_how_it_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(DataError, match="spectune compare --resume --output-dir"):
         find_run(tmp_path)

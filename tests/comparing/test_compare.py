@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from spectune.comparing import Comparison
 from spectune.comparing import compare as compare_function
 from spectune.deltas import attached
 from spectune.errors import ConfigError, DataError, DivergedError
-from spectune.methods import BY_NAME, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from spectune.methods import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 from spectune.training import TrainingConfig
 from tests.support import make_model, make_rows, make_tokenizer
 
@@ -60,7 +62,7 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
     found = run(tmp_path / "c", model)
-    assert [r["method"] for r in found.runs] == list(BY_NAME)
+    assert [r["method"] for r in found.runs] == ["full", "adapter", "prefix", "prompt", "lora", "bitfit"]
     assert not found.failed
     assert not attached(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -79,8 +81,6 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_failed_run_stays_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     module = sys.modules["spectune.comparing.compare"]
     real = module.train
 
@@ -89,11 +89,11 @@ def test_a_failed_run_stays_and_the_others_go_on(tmp_path: Path, monkeypatch: py
             raise DivergedError("the loss is nan in step 3")
         return real(model, tokenizer, delta, *args, **kwargs)
 
-    monkeypatch.setattr(module, "train", train)
-    found = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"])
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", train)
+        found = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"])
     assert [f["reason"] for f in found.failed] == ["the loss is nan in step 3"]
     assert [r["method"] for r in found.runs] == ["bitfit"]
-    monkeypatch.undo()
     again = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"], resume=True)
     assert not again.failed
     assert [r["method"] for r in again.runs] == ["lora", "bitfit"]
@@ -120,3 +120,86 @@ def test_own_text_for_forgetting(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("Ada lives in Leeds.\n\nThe quick brown fox jumps.\n")
     found = run(tmp_path / "c", methods=["bitfit"], retain=tmp_path / "own.txt")
     assert found.content["data"]["retained_passages"] == 2
+
+
+def test_an_interruption_while_measuring_leaves_the_trained_delta_to_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["spectune.comparing.compare"]
+    whole = run(tmp_path / "whole", methods=[LoRA(r=2), "full"])
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "c", methods=[LoRA(r=2)])
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "c", methods=["full"], resume=True)
+    found = run(tmp_path / "c", methods=[LoRA(r=2), "full"], resume=True)
+    for ours, theirs in zip(found.runs, whole.runs, strict=True):
+        assert theirs["forgetting_kl_nats_per_token"] > 0
+        assert ours["forgetting_kl_nats_per_token"] == pytest.approx(theirs["forgetting_kl_nats_per_token"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"config": TrainingConfig(max_steps=9, learning_rate=1e-2)}, "max_steps: 6 in the finished run, 9 now"),
+        ({"methods": ["bitfit", LoRA(r=4)]}, r"method\.r: 2 in the finished run, 4 now"),
+        ({"retain": True}, "measured on other passages"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_before_anything_runs(
+    tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    run(tmp_path / "c", methods=[LoRA(r=2)])
+    written = (tmp_path / "c" / "comparison.json").read_text()
+    if "retain" in changes:
+        changes = {"retain": tmp_path / "own.txt"}
+        changes["retain"].write_text("Ada lives in Leeds.")
+    with pytest.raises(ConfigError, match=expected):
+        run(tmp_path / "c", resume=True, **{"methods": ["bitfit", LoRA(r=2)], **changes})
+    assert not (tmp_path / "c" / "runs" / "bitfit").exists()
+    assert (tmp_path / "c" / "comparison.json").read_text() == written
+
+
+def test_seed_folder_and_resume_of_the_config_count(tmp_path: Path) -> None:
+    config = TrainingConfig(max_steps=2, learning_rate=1e-2, seed=5, output_dir=tmp_path / "c")
+    found = run(tmp_path / "unused", methods=["bitfit"], config=config, output_dir=None)
+    assert found.folder == tmp_path / "c"
+    assert found.runs[0]["seed"] == 5
+    again = config.model_copy(update={"resume": True})
+    assert run(tmp_path / "unused", methods=["bitfit"], config=again, output_dir=None).runs == found.runs
+    assert run(tmp_path / "d", methods=["bitfit"], config=config, seed=3).runs[0]["seed"] == 3
+
+
+def test_the_embedded_base_as_an_object_has_its_own_passages() -> None:
+    from spectune import embedded
+    from spectune.comparing.measure import retained_passages
+    from spectune.storage import load
+
+    model, tokenizer = load("spectune-tiny")
+    shipped = embedded.RETAINED.read_text().splitlines()
+    assert len(retained_passages(model, tokenizer, None, 0)) == len(shipped)
+
+
+def test_a_failed_run_is_not_warned_of_where_a_console_is_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = [LoRA(r=2, target_modules=["nothing"]), "bitfit"]
+    assert run(tmp_path / "c", methods=failing).failed
+    assert not caplog.records
+
+
+def test_a_run_that_diverges_in_validation_fails_alone_and_the_files_are_strict_json(tmp_path: Path) -> None:
+    config = TrainingConfig(max_steps=1, learning_rate=1e30, per_device_train_batch_size=4)
+    found = run(tmp_path / "c", methods=["bitfit", "lora"], config=config)
+    assert {f["method"] for f in found.failed} == {"bitfit", "lora"}
+    Comparison(tmp_path / "c", {**found.content, "extra": float("nan")}).save()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    json.loads((tmp_path / "c" / "comparison.json").read_text(), parse_constant=refuse)

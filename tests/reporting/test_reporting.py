@@ -172,3 +172,9 @@ def test_files(tmp_path: Path) -> None:
 )
 def test_units(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_numbers_that_are_not_finite_do_not_stop_the_figure() -> None:
+    broken = invented(name="lora-2", valid_loss=float("nan"), valid_perplexity=float("inf"))
+    for case in (comparison(FULL, invented(), broken), comparison(broken), comparison(invented(), broken)):
+        comparison_figure(case)._repr_png_()

@@ -10,7 +10,7 @@ import typer
 from spectune.cli import options
 from spectune.cli.console import complain, note, print_json, work
 from spectune.cli.dry_run import dry_run
-from spectune.cli.runs import output_folder, record_origin
+from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import InterruptedRun, SpectuneError
 
@@ -64,6 +64,7 @@ def compare(
         "data": data,
         "valid": valid,
         "methods": methods,
+        "retain": retain,
         "output_dir": output_dir,
         "seed": seed,
         "device": device,
@@ -74,16 +75,17 @@ def compare(
     settings = Settings.collect(config, assignments, flags)
     if quick:
         settings.prefer("max_steps", QUICK_STEPS, "--quick")
+    settings = resumed(settings)
     failed = False
     with work(as_json=as_json) as out:
         from spectune.methods import BY_NAME, SPECTRUM
 
-        default = [cls.model_fields["name"].default for cls in SPECTRUM] if quick else list(BY_NAME)
+        default = [str(method.model_fields["name"].default) for method in SPECTRUM] if quick else list(BY_NAME)
         chosen = settings.methods(settings.method_names(default))
         if dry:
             answer = dry_run(chosen, settings, "compare", out)
         else:
-            comparison = _compare(chosen, settings, retain, out)
+            comparison = _compare(chosen, settings, out)
             answer, failed = {"folder": str(comparison.folder), **comparison.to_dict()}, bool(comparison.failed)
             out.print(comparison.table())
             for run in comparison.failed:
@@ -95,7 +97,7 @@ def compare(
         raise typer.Exit(SpectuneError.exit_code)
 
 
-def _compare(methods: list[Method], settings: Settings, retain: Path | None, out: Console) -> Comparison:
+def _compare(methods: list[Method], settings: Settings, out: Console) -> Comparison:
     from spectune import comparing, embedded
 
     wanted = settings.training()
@@ -115,14 +117,12 @@ def _compare(methods: list[Method], settings: Settings, retain: Path | None, out
             seed=wanted.seed,
             device=settings.device,
             dtype=settings.dtype,
-            retain=retain,
+            retain=settings.text("retain"),
             resume=wanted.resume,
+            origin=origin(settings),
             console=out,
         )
     except (InterruptedRun, KeyboardInterrupt) as stop:
         raise InterruptedRun(
             f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
         ) from stop
-    finally:
-        for run in folder.glob("runs/*"):
-            record_origin(run, settings)

@@ -29,6 +29,7 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
         SpectuneError: whatever the run itself would raise at its start.
     """
     from spectune import training
+    from spectune.comparing.measure import retained_passages
     from spectune.data import encode
     from spectune.deltas import attach
     from spectune.inference import context_length
@@ -42,9 +43,11 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
     )
     note(f"dry run: one step for each method, nothing is written (a run would go to {folder})\ndata: {source}")
     found = []
-    for method in methods:
+    for number, method in enumerate(methods):
         # a base for each: what full fine-tuning has trained is not the base any more
         model, tokenizer = load(settings.base, device=settings.device, dtype=settings.dtype)
+        if number == 0 and (retain := settings.text("retain")) is not None:
+            retained_passages(model, tokenizer, retain, wanted.seed)
         delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
         # reads all validation rows; of these the longest are evaluated
         length = wanted.max_length or min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)

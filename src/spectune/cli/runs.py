@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from spectune.cli.settings import Settings
-
 RUNS = Path("runs")
+#: the keys that name a command's methods
+NAMING = ("methods", "method", "method.name")
 
 
 def new_folder(label: str, root: Path = RUNS) -> Path:
@@ -63,19 +64,29 @@ def free_folder(given: Path | None, default: Path) -> Path:
     return folder
 
 
-def record_origin(folder: Path, settings: Settings) -> None:
-    """Add to a run's config.yaml where base and data came from, so that `--config` of it is the same run again."""
-    from spectune.storage import atomic_write_text
+def origin(settings: Settings) -> dict[str, str]:
+    """Where base and data come from, for a run's config.yaml, so that `--config` of it is the same run again."""
+    keys = ("data", "valid", "retain", "device", "dtype")
+    return {"model": settings.base, **{key: value for key in keys if (value := settings.text(key)) is not None}}
 
-    path = folder / "config.yaml"
-    if not path.is_file():
-        return
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config["model"] = settings.base
-    for key in ("data", "valid", "device", "dtype"):
-        if (value := settings.text(key)) is not None:
-            config[key] = value
-    atomic_write_text(path, yaml.safe_dump(config, sort_keys=False))
+
+def resumed(settings: Settings) -> Settings:
+    """With `--resume`: what the user left open as the config.yaml in `--output-dir` has it; what they gave stays.
+
+    Where that is another thing than the run had, training refuses it by name.
+    """
+    folder = settings.text("output_dir")
+    if folder is None or not settings.get("resume") or not (Path(folder) / "config.yaml").is_file():
+        return settings
+    recorded = Settings.collect(Path(folder) / "config.yaml", None, {})
+    names = recorded.method_names([])
+    kept = recorded.given
+    if any(key in settings.given for key in NAMING):
+        other = settings.method_names([]) != names
+        # the fields of one method are not for another
+        kept = {k: v for k, v in kept.items() if k not in NAMING and not (other and k.startswith("method."))}
+    # recorded ones first: where two keys mean the same field, such as method.r and r, the later one counts
+    return Settings({**kept, **settings.given})
 
 
 @dataclass(frozen=True)
@@ -119,9 +130,10 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
         return min((_open(folder) for folder in inside), key=_loss)
     if (given / "adapter_config.json").is_file() or (given / "spectune.json").is_file():
         return Run(given, given, _base_of(given, {}), {}, {})
+    command = "compare" if (given / "runs").is_dir() else "train"
     raise DataError(
         f"{given} holds no finished run: expected best/ and result.json, or a delta's adapter_config.json. "
-        f"An interrupted run goes on with: spectune train --resume --output-dir {given}"
+        f"An interrupted run goes on with: spectune {command} --resume --output-dir {given}"
     )
 
 

@@ -30,7 +30,11 @@ SYNONYMS = {
     "warmup_ratio": "warmup_steps",
 }
 #: Keys of the command itself; everything else is the training's or a method's.
-RUN_KEYS = frozenset({"model", "data", "valid", "output_dir", "method", "methods", "device", "dtype"})
+RUN_KEYS = frozenset(
+    {"model", "data", "valid", "retain", "output_dir", "method", "methods", "device", "dtype"}
+    # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
+    | {"row_shape", "prompt_ends_with"}
+)
 
 
 @dataclass(frozen=True)

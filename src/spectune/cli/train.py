@@ -10,7 +10,7 @@ from spectune.cli import options
 from spectune.cli.console import note, print_json, work
 from spectune.cli.dry_run import dry_run
 from spectune.cli.inputs import training_rows
-from spectune.cli.runs import output_folder, record_origin
+from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, InterruptedRun
 
@@ -40,7 +40,8 @@ def train(
     skip_bad_rows: options.SkipBadRows = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train one method on one base. Ctrl-C writes a checkpoint; the same command with --resume goes on.
+    """Train one method on one base. Ctrl-C writes a checkpoint; `spectune train --resume --output-dir X` goes on
+    with the settings, base and data that the run there has.
 
     Keys of --config and --set are those of transformers and PEFT: learning_rate, num_train_epochs, max_steps,
     per_device_train_batch_size, gradient_accumulation_steps, lr_scheduler_type, warmup_steps, max_length, r,
@@ -64,7 +65,7 @@ def train(
         "skip_bad_rows": skip_bad_rows or None,
         "resume": resume or None,
     }
-    settings = Settings.collect(config, assignments, flags)
+    settings = resumed(Settings.collect(config, assignments, flags))
     names = settings.method_names([DEFAULT_METHOD])
     if len(names) != 1:
         raise ConfigError(f"train takes one method, given {', '.join(names)}; `spectune compare` takes many")
@@ -91,13 +92,11 @@ def _train(method: Method, settings: Settings, out: Console) -> dict[str, Any]:
     delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
     config = wanted.model_copy(update={"output_dir": folder})
     try:
-        result = training.train(model, tokenizer, delta, rows, held_out, config, console=out)
+        result = training.train(model, tokenizer, delta, rows, held_out, config, origin=origin(settings), console=out)
     except KeyboardInterrupt as stop:  # outside of the loop, which has its own answer
         raise InterruptedRun(
             "interrupted outside of a step. To go on from what is saved, or to start again if nothing is: the same "
             f"command with --output-dir {folder} --resume"
         ) from stop
-    finally:
-        record_origin(folder, settings)
     note(f"kept in {folder / 'best'}; see what it writes: spectune generate --run {folder}")
     return result.model_dump(mode="json")

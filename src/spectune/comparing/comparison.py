@@ -10,6 +10,7 @@ from typing import Any
 from spectune.errors import DataError
 from spectune.reporting import comparison_figure, comparison_html, comparison_table, write_reports
 from spectune.storage import atomic_write_text
+from spectune.storage.strict_json import strict_json
 
 FILE = "comparison.json"
 
@@ -52,7 +53,7 @@ class Comparison:
 
     def save(self) -> None:
         """Write `comparison.json` and everything that is made from it."""
-        atomic_write_text(self.folder / FILE, json.dumps(self.content, indent=2) + "\n")
+        atomic_write_text(self.folder / FILE, strict_json(self.content) + "\n")
         write_reports(self.content, self.folder)
 
     @classmethod

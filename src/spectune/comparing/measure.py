@@ -22,7 +22,7 @@ DECODE_TOKENS = 48
 
 
 def retained_passages(
-    base: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, retain: str | Path | None, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, retain: str | Path | None, seed: int
 ) -> list[list[int]]:
     """Token ids of the text on which forgetting is measured.
 
@@ -36,18 +36,27 @@ def retained_passages(
         path = Path(retain)
         if not path.is_file():
             raise DataError(f"--retain {path}: no such file; expected plain text, passages parted by blank lines")
-        texts = [text.strip() for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"--retain {path} is not UTF-8 text: {error}") from error
+        texts = [text.strip() for text in content.split("\n\n") if text.strip()]
         longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1024) // 2
         passages = [list(tokenizer(text)["input_ids"])[:longest] for text in texts]
         passages = [ids for ids in passages if len(ids) > 1]
         if not passages:
             raise DataError(f"--retain {path} holds no text")
         return passages
-    if str(base) == TINY:
+    if is_tiny(model):
         lines = embedded.RETAINED.read_text(encoding="utf-8").splitlines()
         return [list(json.loads(line)["ids"]) for line in lines]
     length = min(PASSAGE_TOKENS, context_length(model) or PASSAGE_TOKENS)
     return sample_passages(model, tokenizer, count=PASSAGES, length=length, seed=seed)
+
+
+def is_tiny(model: PreTrainedModel) -> bool:
+    """Whether a model was loaded as the embedded base, by its name or by its folder."""
+    return str(model.config._name_or_path) in (TINY, str(embedded.MODEL_FOLDER))
 
 
 def decode_rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:

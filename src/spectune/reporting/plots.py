@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +60,9 @@ def _bars(axes: Axes, rows: list[ComparisonRow], looks: Mapping[str, tuple[str, 
 
 def _points(axes: Axes, rows: list[ComparisonRow], looks: Mapping[str, tuple[str, str]], undefined: str | None) -> None:
     values = [row.valid_loss if undefined else row.relative_performance for row in rows]
-    placed = [(row, value) for row, value in zip(rows, values, strict=True) if value is not None]
+    placed = [
+        (row, value) for row, value in zip(rows, values, strict=True) if value is not None and math.isfinite(value)
+    ]
     lowest = min((value for _, value in placed), default=0.0)
     span = max((value for _, value in placed), default=1.0) - lowest or 1.0
     taken: list[tuple[float, float]] = []

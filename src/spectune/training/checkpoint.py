@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from spectune.deltas import Delta
 from spectune.errors import DataError
 from spectune.storage import atomic_folder
+from spectune.storage.strict_json import strict_json
 from spectune.training.optimizer import MasterAdamW
 
 KEPT = 2
+#: stands in `best/` beside the delta
+TRAINING_FILE = "training.json"
 
 
 @dataclass
@@ -100,10 +105,22 @@ def restore(path: Path, delta: Delta, optimizer: MasterAdamW) -> dict[str, Tenso
     return _load(best) if best.is_file() else None
 
 
-def swap_best(folder: Path, delta: Delta, step: int) -> None:
-    """Write the delta to `best-<step>/` and let the link `best` point there; the link is swapped in one move."""
+def swap_best(
+    folder: Path, delta: Delta, step: int, tokenizer: PreTrainedTokenizerBase, training: Mapping[str, Any]
+) -> None:
+    """Write the delta to `best-<step>/` and let the link `best` point there; the link is swapped in one move.
+
+    Beside the delta's own files stands `training.json`: how rows became token ids (`training`), and `stored_bytes`, the
+    size of the delta's own files. A fully tuned model is a base itself and gets the tokenizer too.
+    """
     place = folder / f"best-{step}"
-    delta.save(place)
+    with atomic_folder(place) as temporary:
+        delta.save(temporary)
+        size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+        if delta.method.trains_base:
+            tokenizer.save_pretrained(temporary)
+        content = {**training, "stored_bytes": size}
+        (temporary / TRAINING_FILE).write_text(strict_json(content) + "\n", encoding="utf-8")
     link = folder / f".best.{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(place.name, target_is_directory=True)

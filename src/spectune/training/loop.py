@@ -79,7 +79,9 @@ class Loop:
                     epoch_ends = now.window == len(windows)
                     stop = False
                     if self.due(config.eval_steps, epoch_ends or last):
-                        stop = self.validate(display, epoch_ends or last)
+                        stop = self.validate(display)
+                    if epoch_ends or last or stop:
+                        now.last_epoch_loss = now.epoch_loss / max(1, now.epoch_targets)
                     if epoch_ends:
                         now.epoch, now.window, now.epoch_loss, now.epoch_targets = now.epoch + 1, 0, 0.0, 0
                     if self.due(config.save_steps, epoch_ends or last) and not (last or stop):
@@ -128,11 +130,11 @@ class Loop:
             loss = self.world.sum(float(loss_sum), self.model.device) / targets
             if not math.isfinite(loss):
                 self.optimizer.clear()
-                raise DivergedError(self._diverged(f"the loss is {loss}"))
+                raise DivergedError(self._diverged(f"the loss is {loss} in step {now.step + 1}"))
             rate = learning_rate_at(now.step, self.total_steps, self.learning_rate, config)
             norm = self.optimizer.step(rate, config.max_grad_norm)
         if not math.isfinite(norm):
-            raise DivergedError(self._diverged(f"the gradient's norm is {norm}"))
+            raise DivergedError(self._diverged(f"the gradient's norm is {norm} in step {now.step + 1}"))
         seconds = time.perf_counter() - begin
 
         now.step += 1
@@ -174,13 +176,14 @@ class Loop:
             ) from error
         return loss_sum.detach()
 
-    def validate(self, display: Display, epoch_ends: bool) -> bool:
-        """Validation loss; keeps the best. Returns whether to stop early."""
+    def validate(self, display: Display) -> bool:
+        """Validation loss; keeps the best. Returns whether to stop early. Raises DivergedError: it is not finite."""
         now = self.progress
         train_loss = now.epoch_loss / max(1, now.epoch_targets)
-        if epoch_ends:
-            now.last_epoch_loss = train_loss
-        now.valid_loss = self.valid_loss()
+        valid_loss = self.valid_loss()
+        if not math.isfinite(valid_loss):
+            raise DivergedError(self._diverged(f"the validation loss is {valid_loss} after step {now.step}"))
+        now.valid_loss = valid_loss
         best = now.best_loss is None or now.valid_loss < now.best_loss
         if best:
             now.best_loss, now.best_step, now.without_improvement = now.valid_loss, now.step, 0
@@ -216,7 +219,7 @@ class Loop:
 
     def _diverged(self, what: str) -> str:
         return (
-            f"{what} in step {self.progress.step + 1} (learning rate {self.learning_rate:g}). "
+            f"{what} (learning rate {self.learning_rate:g}). "
             f"{self.keeper.kept_state()} Try a smaller learning_rate, more warmup_steps or a smaller max_grad_norm."
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectune.errors import DataError
 from spectune.storage import atomic_write_text
+from spectune.storage.strict_json import strict_json
 
 
 class RunResult(BaseModel):
@@ -19,7 +19,8 @@ class RunResult(BaseModel):
     too), `stored_parameters` what is stored and used at inference, `total_parameters` the base's.
     `peak_memory_bytes`: `train_allocated` are tensors in the first steps (which hold the longest batch),
     `train_reserved` (CUDA) what the allocator held, `train_resident` (CPU) the process's memory.
-    Fields that only a comparison measures are None after `train`.
+    `retained_sha256`: of the passages that forgetting was measured on. Fields that only a comparison measures
+    are None after `train`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -37,7 +38,7 @@ class RunResult(BaseModel):
     best_step: int | None = None
     train_tokens: int
     target_tokens: int
-    train_loss: float
+    train_loss: float | None
     valid_loss: float | None = None
     base_valid_loss: float | None = None
     valid_perplexity: float | None = None
@@ -50,12 +51,13 @@ class RunResult(BaseModel):
     decode_tokens_per_second: float | None = None
     decode_tokens_per_second_base: float | None = None
     decode_tokens_per_second_merged: float | None = None
+    retained_sha256: str | None = None
     swap_seconds: float | None = None
     folder: str | None = None
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON, atomically."""
-        atomic_write_text(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+        """Write as JSON, atomically; a number that is not finite becomes null."""
+        atomic_write_text(path, strict_json(self.model_dump(mode="json")) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> RunResult:

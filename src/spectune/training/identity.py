@@ -1,0 +1,107 @@
+"""What must be the same when a run goes on, or when it is taken for finished: `identity.json` and each checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spectune.data import Example
+from spectune.deltas import Method
+from spectune.errors import ConfigError, DataError
+from spectune.families import differences
+from spectune.storage import atomic_write_text
+from spectune.training.config import TrainingConfig
+
+FILE = "identity.json"
+#: settings that may change between a checkpoint and its resumption
+FREE = {"output_dir", "resume", "logging_steps", "save_steps", "report_to"}
+
+
+class OtherRunError(ConfigError):
+    """A folder holds a run with other settings, data or base than the one that is asked for."""
+
+
+def identity_of(
+    config: TrainingConfig,
+    method: Method,
+    *,
+    learning_rate: float,
+    max_length: int,
+    examples: Sequence[Example],
+    valid: Sequence[Example],
+    base: Mapping[str, Any],
+    dtype: str,
+) -> dict[str, Any]:
+    """Settings, method, data and base of a run, as JSON would give it back.
+
+    Args:
+        base: the base's fingerprint, taken before training.
+        dtype: what the base computes in, such as "float32".
+    """
+    digest = hashlib.sha256()
+    for example in (*examples, *valid):
+        digest.update(repr((example.input_ids, example.prompt_length)).encode())
+    found = {
+        **config.model_dump(mode="json", exclude=FREE),
+        "learning_rate": learning_rate,
+        "max_length": max_length,
+        "method": method.model_dump(mode="json"),
+        "data_sha256": digest.hexdigest(),
+        "dtype": dtype,
+        "base": dict(base),
+    }
+    loaded: dict[str, Any] = json.loads(json.dumps(found))
+    return loaded
+
+
+def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write a run's `identity.json`, atomically."""
+    atomic_write_text(folder / FILE, json.dumps(identity, indent=2) + "\n")
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """The identity of the run in a folder. Raises DataError where there is none."""
+    path = folder / FILE
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}): without it nobody knows which settings, data and base the run there "
+            "had. Start in a new folder."
+        ) from error
+    return found
+
+
+def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], place: Path, what: str) -> None:
+    """Compare the identity of the run in `place` with the one that is asked for.
+
+    Args:
+        what: "checkpoint" or "finished run", for the message.
+
+    Raises:
+        OtherRunError: names every difference.
+    """
+    changed = [line for key in wanted for line in _changes(key, recorded.get(key), wanted[key], what)]
+    if changed:
+        raise OtherRunError(
+            f"{place} is of a run with other settings; go on with the same, or start in a new folder:\n"
+            + "\n".join(changed)
+        )
+
+
+def _changes(key: str, before: Any, now: Any, what: str) -> list[str]:
+    if before == now:
+        return []
+    if key == "base" and before is not None:
+        # not by equality: the same base in another precision, or quantised, has the same fingerprint nearly
+        return [f"base: {line}" for line in differences(before, now)]
+    if key == "data_sha256":
+        return [f"data: other rows, or another tokenizer, than those of the {what} (compared by their token ids)"]
+    if key == "method" and isinstance(before, dict):
+        if before.get("name") != now["name"]:
+            return [f"method: {before.get('name')!r} in the {what}, {now['name']!r} now"]
+        return [line for field in now for line in _changes(f"method.{field}", before.get(field), now[field], what)]
+    return [f"{key}: {before!r} in the {what}, {now!r} now"]

@@ -1,0 +1,90 @@
+"""From rows and settings to what a run trains on: token ids, length, rate, and the run's identity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spectune.data import Encoded, Example, Row, encode, load_rows, split_rows
+from spectune.deltas import Method
+from spectune.errors import ConfigError
+from spectune.training.config import TrainingConfig
+from spectune.training.identity import identity_of
+
+#: tokens of a row where the user says nothing, if the base has room for them
+DEFAULT_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Training and validation rows as token ids, and what follows from settings, method and base."""
+
+    rows: list[Row]
+    encoded: tuple[Encoded, Encoded]
+    learning_rate: float
+    max_length: int
+    identity: dict[str, Any]
+
+    @property
+    def examples(self) -> list[Example]:
+        return self.encoded[0].examples
+
+    @property
+    def valid(self) -> list[Example]:
+        return self.encoded[1].examples
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    train_rows: Any,
+    valid_rows: Any,
+    config: TrainingConfig,
+    base: Mapping[str, Any],
+) -> Prepared:
+    """Read and encode the rows for one method on one base.
+
+    Args:
+        train_rows, valid_rows: what `train` takes.
+        base: the fingerprint of the base before training.
+
+    Raises:
+        ConfigError, DataError: a length that the base has no room for, or bad data.
+    """
+    length = _max_length(model, method, config)
+    rows: list[Row] = load_rows(train_rows, skip_bad_rows=config.skip_bad_rows)
+    if valid_rows is None:
+        rows, held_out = split_rows(rows, seed=config.seed)
+    else:
+        held_out = load_rows(valid_rows, skip_bad_rows=config.skip_bad_rows)
+    train, valid = (encode(part, tokenizer, max_length=length, separator=config.separator) for part in (rows, held_out))
+    rate = config.learning_rate or method.default_learning_rate
+    identity = identity_of(
+        config,
+        method,
+        learning_rate=rate,
+        max_length=length,
+        examples=train.examples,
+        valid=valid.examples,
+        base=base,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+    return Prepared(rows, (train, valid), rate, length, identity)
+
+
+def _max_length(model: PreTrainedModel, method: Method, config: TrainingConfig) -> int:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = None if context is None else int(context) - method.virtual_tokens
+    if config.max_length is None:
+        return min(DEFAULT_LENGTH, room) if room is not None else DEFAULT_LENGTH
+    if room is not None and config.max_length > room:
+        raise ConfigError(
+            f"max_length = {config.max_length}, but this base has {context} positions"
+            + (f", {method.virtual_tokens} of which {method.label} takes" if method.virtual_tokens else "")
+            + f": at most {room}"
+        )
+    return config.max_length

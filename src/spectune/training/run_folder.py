@@ -1,0 +1,234 @@
+"""A run's folder (or none) and its best weights: everything that training writes goes through here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from spectune.data import Encoded, Row
+from spectune.deltas import Delta
+from spectune.errors import ConfigError, DataError
+from spectune.storage import atomic_write_text
+from spectune.storage.strict_json import strict_json
+from spectune.training.checkpoint import TRAINING_FILE, Progress, save_checkpoint, swap_best
+from spectune.training.config import TrainingConfig
+from spectune.training.identity import write_identity
+from spectune.training.loop import Keeper
+from spectune.training.optimizer import MasterAdamW
+from spectune.training.result import RunResult
+
+#: the weights at the end, where best/ does not hold them as they were trained
+END_FILE = "end.safetensors"
+
+
+def check_folder(folder: Path | None, resume: bool) -> RunResult | None:
+    """The result of a finished run that is asked to resume; None where there is something to do.
+
+    Raises:
+        ConfigError: nothing to resume in, or a folder that is not empty without `resume`.
+    """
+    if folder is None:
+        if resume:
+            raise ConfigError("resume needs an output_dir: there is nothing to go on from")
+        return None
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty: give another output_dir, or resume to go on there")
+    done = folder / "result.json"
+    return RunResult.load(done) if resume and done.is_file() else None
+
+
+def load_end(folder: Path, delta: Delta) -> None:
+    """Give an attached delta the weights that a finished run ended with. Raises DataError where they are gone."""
+    end = folder / END_FILE
+    if not end.is_file():
+        delta.read_files(folder / "best")
+        return
+    try:
+        state = load_file(end)
+    except Exception as error:
+        raise DataError(f"{end} cannot be read: {error}. Train again in a new folder.") from error
+    delta.load_training_state_dict(state)
+
+
+def described(rows: Sequence[Row]) -> dict[str, str]:
+    """What a command that writes with the run must know of its training rows, for config.yaml and training.json.
+
+    `row_shape`: "messages", "prompt" or "text", the commonest one. `prompt_ends_with`: the white space that every
+    prompt ends in, "" where they share none.
+    """
+    shapes = Counter("messages" if row.messages else "text" if row.text is not None else "prompt" for row in rows)
+    return {
+        "row_shape": shapes.most_common(1)[0][0] if rows else "prompt",
+        "prompt_ends_with": _common_ending([row.prompt for row in rows if row.prompt is not None]),
+    }
+
+
+def _common_ending(prompts: Sequence[str]) -> str:
+    ending: str | None = None
+    for prompt in prompts:
+        own = prompt[len(prompt.rstrip()) :]
+        while ending and not own.endswith(ending):
+            ending = ending[1:]
+        ending = own if ending is None else ending
+    return ending or ""
+
+
+class RunFolder:
+    """What one run keeps; with `folder` None all of it in memory alone."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        delta: Delta,
+        optimizer: MasterAdamW,
+        progress: Progress,
+        best: dict[str, Tensor] | None,
+        identity: dict[str, Any],
+        config: TrainingConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Row],
+    ) -> None:
+        self.folder = folder
+        self.delta = delta
+        self.optimizer = optimizer
+        self.progress = progress
+        #: the weights of the lowest validation loss so far; before the first validation those of the start
+        self.best = best if best is not None else self._copy()
+        self.identity = identity
+        self.config = config
+        self.tokenizer = tokenizer
+        self.training = {
+            "separator": config.separator,
+            "max_length": identity["max_length"],
+            **described(rows),
+        }
+        self._metrics: Any = None
+        self._board: Any = None
+
+    def begin(self, encoded: Sequence[Encoded], machine: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+        """Write what is known before training: settings, identity, machine, where every row went.
+
+        A run that goes on keeps the settings it began with.
+        """
+        if self.folder is None:
+            return
+        if self.config.report_to == "tensorboard":
+            self._board = _tensorboard(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.progress.step == 0:
+            write_identity(self.folder, self.identity)
+            atomic_write_text(self.folder / "config.yaml", yaml.safe_dump(self._settings(origin), sort_keys=False))
+        atomic_write_text(self.folder / "environment.json", strict_json(dict(machine)) + "\n")
+        report = {part: found.report.to_dict() for part, found in zip(("train", "valid"), encoded, strict=True)}
+        atomic_write_text(self.folder / "data_report.json", strict_json(report) + "\n")
+        self._open_metrics()
+
+    def keeper(self) -> Keeper:
+        return Keeper(self._checkpoint, self._keep_best, self._log, self._resume_hint(), self._kept_state)
+
+    def go_back(self) -> None:
+        """After a divergence: give the delta its best weights again, or its first ones, and keep those in `best/`."""
+        self.delta.load_training_state_dict(self.best)
+        if self.folder is not None and self.progress.best_step is None:
+            swap_best(self.folder, self.delta, 0, self.tokenizer, self.training)
+
+    def keep_end(self) -> None:
+        """Keep the weights as they are now, if those in `best/` are other ones or folded."""
+        other = self.progress.best_step != self.progress.step and not self.config.load_best_at_end
+        if self.folder is not None and (other or self.delta.method.as_stored() != self.delta.method):
+            temporary = self.folder / f".{END_FILE}.{os.getpid()}"
+            save_file({name: t.contiguous() for name, t in self._copy().items()}, temporary)
+            os.replace(temporary, self.folder / END_FILE)
+
+    def stored_bytes(self) -> int | None:
+        """Bytes of the delta's own files; None where nothing is written."""
+        if self.folder is None or not (self.folder / "best" / TRAINING_FILE).is_file():
+            return None
+        return int(json.loads((self.folder / "best" / TRAINING_FILE).read_text(encoding="utf-8"))["stored_bytes"])
+
+    def close(self) -> None:
+        for file in (self._metrics, self._board):
+            if file is not None:
+                file.close()
+
+    def _settings(self, origin: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "model": str(self.delta.model.config._name_or_path),
+            **origin,
+            "method": self.delta.method.model_dump(mode="json"),
+            **self.config.model_dump(mode="json", exclude={"resume", "output_dir"}),
+            "learning_rate": self.identity["learning_rate"],
+            **self.training,
+        }
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: t.detach().cpu().clone() for name, t in self.delta.training_state_dict().items()}
+
+    def _checkpoint(self) -> None:
+        if self.folder is not None:
+            save_checkpoint(self.folder, self.progress, self.delta, self.optimizer, self.best, self.identity)
+
+    def _keep_best(self) -> None:
+        self.best = self._copy()
+        if self.folder is not None:
+            swap_best(self.folder, self.delta, self.progress.step, self.tokenizer, self.training)
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(strict_json(entry, indent=None) + "\n")
+            self._metrics.flush()
+        if self._board is not None:
+            for key, value in entry.items():
+                if key not in ("step", "epoch"):
+                    self._board.add_scalar(key, value, entry["step"])
+
+    def _open_metrics(self) -> None:
+        """Append to metrics.jsonl; after a resumption, lines past the checkpoint are taken back first."""
+        assert self.folder is not None
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            lines = [
+                line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.progress.step
+            ]
+            atomic_write_text(path, "".join(line + "\n" for line in lines))
+        self._metrics = path.open("a", encoding="utf-8")
+
+    def _resume_hint(self) -> str:
+        if self.config.output_dir is None:
+            return "Nothing was written, because the run has no output_dir."
+        return (
+            f"A checkpoint is in {self.config.output_dir}. To go on: the same command with "
+            f"--output-dir {self.config.output_dir} --resume"
+        )
+
+    def _kept_state(self) -> str:
+        where = f" in {self.folder / 'best'}" if self.folder is not None else ""
+        if self.progress.best_step is None:
+            return f"No validation had been passed: the weights of the start (step 0) are kept{where}."
+        return f"The last good state, of step {self.progress.best_step}, is kept{where}."
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut short by a crash
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("report_to = tensorboard needs the package: pip install 'spectune[tensorboard]'") from error
+    writer: Callable[..., Any] = SummaryWriter
+    return writer(str(folder / "tensorboard"))
