@@ -16,7 +16,7 @@ from spectune.comparing import Comparison
 from spectune.comparing import compare as compare_function
 from spectune.deltas import attached
 from spectune.errors import ConfigError, DataError, DivergedError
-from spectune.methods import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from spectune.methods import BY_NAME, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 from spectune.training import TrainingConfig
 from tests.support import make_model, make_rows, make_tokenizer
 
@@ -62,7 +62,7 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
     found = run(tmp_path / "c", model)
-    assert [r["method"] for r in found.runs] == ["full", "adapter", "prefix", "prompt", "lora", "bitfit"]
+    assert [r["method"] for r in found.runs] == list(BY_NAME)
     assert not found.failed
     assert not attached(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
