@@ -22,9 +22,7 @@ SIZES = {
 @pytest.mark.parametrize("sliding", [False, True])
 def test_what_of_a_prefix_is_seen_past_a_window(sliding: bool, attention: str) -> None:
     torch.manual_seed(0)
-    model = MistralForCausalLM(
-        MistralConfig(**SIZES, num_key_value_heads=2, intermediate_size=48, sliding_window=4)
-    ).eval()
+    model = MistralForCausalLM(MistralConfig(**SIZES, intermediate_size=48, sliding_window=4)).eval()
     model.set_attn_implementation(attention)
     delta = attach(model, PrefixTuning(num_virtual_tokens=3, sliding=sliding), "task")
     ids = torch.randint(1, 97, (1, 12), generator=torch.Generator().manual_seed(1))

@@ -74,7 +74,7 @@ class Setting:
 class Method(BaseModel, ABC):
     """A way to adapt a base. The frozen config *is* the method; a `Delta` is what it becomes on one model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     name: str
     label: ClassVar[str]
