@@ -73,6 +73,9 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
     for r in found.runs:
         assert r["forgetting_kl_nats_per_token"] >= 0
         assert r["decode_tokens_per_second"] > 0
+        assert r["decode_tokens_per_second_base_spread"] >= 0
+        low, high = r["inference_overhead_range"]
+        assert -1 < low <= high
         assert (r["decode_tokens_per_second_merged"] is not None) == (r["method"] in ("full", "lora", "bitfit", "dora"))
         assert (tmp_path / "c" / "runs" / r["name"] / "best").exists()
     files = {p.name for p in (tmp_path / "c").iterdir()}

@@ -178,3 +178,13 @@ def test_numbers_that_are_not_finite_do_not_stop_the_figure() -> None:
     broken = invented(name="lora-2", valid_loss=float("nan"), valid_perplexity=float("inf"))
     for case in (comparison(FULL, invented(), broken), comparison(broken), comparison(invented(), broken)):
         comparison_figure(case)._repr_png_()
+
+
+def test_overhead_is_shown_with_its_noise() -> None:
+    ranges = {"inference_overhead_range": (0.21, 0.29), "inference_overhead_merged_range": (-0.05, 0.03)}
+    text = comparison_markdown(comparison(FULL, invented(**ranges)))
+    assert "| +25% ±4% / within noise (±4%) |" in text
+    [_, lora] = comparison_rows(comparison(FULL, invented(**ranges)))
+    assert lora.inference_overhead_noise == pytest.approx(0.04)
+    # results of before this was measured
+    assert "| +25% / +0% |" in comparison_markdown(comparison(FULL, invented()))

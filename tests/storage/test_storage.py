@@ -10,7 +10,7 @@ import torch
 
 from spectune.deltas import attached
 from spectune.errors import ConfigError, DataError
-from spectune.methods import LoRA
+from spectune.methods import FullFineTuning, LoRA
 from spectune.storage import atomic_folder, atomic_write_text, attach, load, load_delta, resolve_device, resolve_dtype
 from tests.support import make_model, make_tokenizer
 
@@ -110,3 +110,9 @@ def test_a_folder_names_its_base_as_every_machine_knows_it(tmp_path: Path) -> No
     ours = json.loads((tmp_path / "task" / "spectune.json").read_text())
     peft = json.loads((tmp_path / "task" / "adapter_config.json").read_text())
     assert ours["base_name"] == peft["base_model_name_or_path"] == "spectune-tiny"
+
+
+def test_a_base_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    attach(make_model(), FullFineTuning(), "task").save(tmp_path / "task")
+    with pytest.raises(DataError, match=r"task.*has no tokenizer.*tokenizer\.save_pretrained"):
+        load(tmp_path / "task")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from spectune.storage import TINY, load_delta
 PASSAGES = 64
 PASSAGE_TOKENS = 128
 DECODE_TOKENS = 48
+#: of measuring speed; the first ones do not count
+WARM_UPS, ROUNDS = 1, 5
 
 
 def retained_passages(
@@ -59,11 +62,6 @@ def is_tiny(model: PreTrainedModel) -> bool:
     return str(model.config._name_or_path) in (TINY, str(embedded.MODEL_FOLDER))
 
 
-def decode_rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Decoded tokens a second of the model as it is, at batch 1."""
-    return decode_tokens_per_second(model, tokenizer, batch=1, new_tokens=DECODE_TOKENS, repeats=5)
-
-
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,30 +69,55 @@ def measure(
     folder: Path,
     passages: list[list[int]],
 ) -> dict[str, Any]:
-    """Fields of a `RunResult` for a trained delta that is attached and lies in `folder`. Detaches it."""
-    found: dict[str, Any] = {
-        "forgetting_kl_nats_per_token": forgetting_kl(model, passages),
-        "decode_tokens_per_second": decode_rate(model, tokenizer),
-        "decode_tokens_per_second_merged": _merged_rate(model, tokenizer, delta),
-    }
-    name = delta.name
+    """Fields of a `RunResult` for a trained delta that is attached and lies in `folder`. Detaches it.
+
+    Speeds are taken in rounds: tuned, merged, bare base, tuned again ... A machine changes its pace within seconds, so
+    overhead is a ratio of neighbours, and how it differs between rounds is its noise.
+    """
+    found: dict[str, Any] = {"forgetting_kl_nats_per_token": forgetting_kl(model, passages)}
+    name, merged = delta.name, _merged(model, delta)
     detach(model, name)
-    # right after the others, as machines change their pace within minutes: overhead is a ratio of neighbours
-    found["decode_tokens_per_second_base"] = decode_rate(model, tokenizer)
-    begin = time.perf_counter()
-    load_delta(model, folder, name)
-    found["swap_seconds"] = time.perf_counter() - begin
-    detach(model, name)
+    rates: dict[str, list[float]] = {"": [], "_merged": [], "_base": []}
+    swaps = []
+    for number in range(WARM_UPS + ROUNDS):
+        begin = time.perf_counter()
+        load_delta(model, folder, name)
+        swap = time.perf_counter() - begin
+        tuned = _rate(model, tokenizer)
+        detach(model, name)
+        whole = None if merged is None else _rate(merged, tokenizer)
+        base = _rate(model, tokenizer)
+        if number >= WARM_UPS:
+            swaps.append(swap)
+            rates[""].append(tuned)
+            rates["_base"].append(base)
+            rates["_merged"] += [] if whole is None else [whole]
+    for kind, values in rates.items():
+        found[f"decode_tokens_per_second{kind}"] = statistics.median(values) if values else None
+        found[f"decode_tokens_per_second{kind}_spread"] = (max(values) - min(values)) / 2 if values else None
+    found["inference_overhead_range"] = _overhead_range(rates["_base"], rates[""])
+    found["inference_overhead_merged_range"] = _overhead_range(rates["_base"], rates["_merged"])
+    found["swap_seconds"] = statistics.median(swaps)
     return found
 
 
-def _merged_rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, delta: Delta) -> float | None:
-    """Decoding speed after merging; None where the method or this base cannot merge."""
+def _rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Decoded tokens a second of the model as it is, at batch 1, once."""
+    return decode_tokens_per_second(model, tokenizer, batch=1, new_tokens=DECODE_TOKENS, repeats=1, warm_up=0)
+
+
+def _overhead_range(base: list[float], rates: list[float]) -> tuple[float, float] | None:
+    """The smallest and the largest overhead of all rounds, as shares of the bare base's time."""
+    ratios = [bare / rate - 1 for bare, rate in zip(base, rates, strict=False)]
+    return (min(ratios), max(ratios)) if ratios else None
+
+
+def _merged(model: PreTrainedModel, delta: Delta) -> PreTrainedModel | None:
+    """The merged model; None where the method or this base cannot merge."""
     if not delta.method.can_merge:
         return None
     try:
         # speed does not depend on how the weights were rounded, so low precision is not refused here
-        merged = merge(model, delta.name, check=False)
+        return merge(model, delta.name, check=False)
     except ConfigError:
         return None
-    return decode_rate(merged, tokenizer)

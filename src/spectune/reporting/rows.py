@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,7 +35,9 @@ class ComparisonRow:
     train_seconds: float | None = None
     decode_tokens_per_second: float | None = None
     inference_overhead: float | None = None
+    inference_overhead_noise: float | None = None
     inference_overhead_merged: float | None = None
+    inference_overhead_merged_noise: float | None = None
     stored_bytes: int | None = None
     bytes_for_ten_tasks: int | None = None
     swap_seconds: float | None = None
@@ -100,7 +102,9 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None, base: Mapping[s
         train_seconds=run["train_seconds"],
         decode_tokens_per_second=run["decode_tokens_per_second"],
         inference_overhead=_overhead(base_rate, run["decode_tokens_per_second"]),
+        inference_overhead_noise=_noise(run.get("inference_overhead_range")),
         inference_overhead_merged=_overhead(base_rate, run["decode_tokens_per_second_merged"]),
+        inference_overhead_merged_noise=_noise(run.get("inference_overhead_merged_range")),
         stored_bytes=stored,
         bytes_for_ten_tasks=None if stored is None else TASKS * stored,
         swap_seconds=run["swap_seconds"],
@@ -110,3 +114,8 @@ def _row(run: Mapping[str, Any], full: Mapping[str, Any] | None, base: Mapping[s
 def _overhead(base: float | None, rate: float | None) -> float | None:
     """Extra time for each decoded token, as a share of the bare base's."""
     return None if base is None or rate is None else base / rate - 1
+
+
+def _noise(found: Sequence[float] | None) -> float | None:
+    """Half the range of an overhead over the rounds in which it was measured."""
+    return None if found is None else (found[1] - found[0]) / 2

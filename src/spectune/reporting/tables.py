@@ -58,7 +58,8 @@ def notes(comparison: Mapping[str, Any]) -> list[str]:
         f"Losses are nats per target token on {data['valid_rows']:,} rows. Forgetting: mean KL(base || tuned), nats "
         f"per token, on {data['retained_passages']} passages ({data['retained_from']}).",
         f"Memory: peak of tensors in a training step ({base['device']}, {base['dtype']}). Inference overhead: time for "
-        "each decoded token at batch 1 against the bare base, unmerged / merged.",
+        "each decoded token at batch 1 against the bare base, unmerged / merged; ± is half the range over rounds in "
+        "which both were timed in turn.",
         "One seed and one learning rate for each method: differences of a few per cent may be noise or tuning.",
     ]
 
@@ -146,9 +147,20 @@ def _speed(row: ComparisonRow) -> str:
 
 
 def _overhead(row: ComparisonRow) -> str:
-    merged = row.inference_overhead_merged
-    after = "not mergeable" if merged is None else units.percent(merged, sign=True)
-    return units.MISSING if row.failed else f"{units.percent(row.inference_overhead, sign=True)} / {after}"
+    if row.failed:
+        return units.MISSING
+    tuned = _with_noise(row.inference_overhead, row.inference_overhead_noise)
+    if row.inference_overhead_merged is None:
+        return f"{tuned} / not mergeable"
+    return f"{tuned} / {_with_noise(row.inference_overhead_merged, row.inference_overhead_merged_noise)}"
+
+
+def _with_noise(overhead: float | None, noise: float | None) -> str:
+    """+25% ±3%; "within noise" where the rounds differ by more than there is to show."""
+    if overhead is None or noise is None:
+        return units.percent(overhead, sign=True)
+    spread = f"±{100 * noise:.0f}%"
+    return f"within noise ({spread})" if abs(overhead) <= noise else f"{units.percent(overhead, sign=True)} {spread}"
 
 
 def _line(cells: list[str]) -> str:

@@ -69,6 +69,12 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = _read(source, lambda: AutoTokenizer.from_pretrained(source))
+    # without files transformers makes an empty tokenizer of the model's type, which knows its special tokens alone
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise DataError(
+            f"{source!r} has no tokenizer: the one that transformers made of it knows {len(tokenizer)} tokens, all of "
+            "them special. Save the base's tokenizer there: tokenizer.save_pretrained(folder)."
+        )
     return tokenizer
 
 

@@ -19,6 +19,8 @@ class RunResult(BaseModel):
     too), `stored_parameters` what is stored and used at inference, `total_parameters` the base's.
     `peak_memory_bytes`: `train_allocated` are tensors in the first steps (which hold the longest batch),
     `train_reserved` (CUDA) what the allocator held, `train_resident` (CPU) the process's memory.
+    Decoding speeds are medians over rounds, their `_spread` is half the range; `inference_overhead_range` is the
+    smallest and the largest extra time of any round, as a share of the bare base's in the same round.
     `retained_sha256`: of the passages that forgetting was measured on. Fields that only a comparison measures
     are None after `train`.
     """
@@ -51,6 +53,11 @@ class RunResult(BaseModel):
     decode_tokens_per_second: float | None = None
     decode_tokens_per_second_base: float | None = None
     decode_tokens_per_second_merged: float | None = None
+    decode_tokens_per_second_spread: float | None = None
+    decode_tokens_per_second_base_spread: float | None = None
+    decode_tokens_per_second_merged_spread: float | None = None
+    inference_overhead_range: tuple[float, float] | None = None
+    inference_overhead_merged_range: tuple[float, float] | None = None
     retained_sha256: str | None = None
     swap_seconds: float | None = None
     folder: str | None = None
