@@ -128,3 +128,13 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
 )
 def test_set_takes_yaml_values_and_text_as_it_stands(raw: str, value: object) -> None:
     assert Settings.collect(None, [f"separator={raw}"], {}).get("separator") == value
+
+
+def test_a_key_of_another_method_says_whose_it_is() -> None:
+    with pytest.raises(ConfigError, match="belongs to prefix and prompt, and this command has lora"):
+        Settings.collect(None, ["num_virtual_tokens=5"], {}).methods(["lora"])
+
+
+def test_a_method_named_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--methods: lora is named more than once"):
+        Settings.collect(None, None, {"methods": "lora,bitfit,lora"}).method_names([])

@@ -16,7 +16,7 @@ from spectune.comparing import Comparison
 from spectune.comparing import compare as compare_function
 from spectune.deltas import attached
 from spectune.errors import ConfigError, DataError, DivergedError
-from spectune.methods import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from spectune.methods import BY_NAME, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 from spectune.training import TrainingConfig
 from tests.support import make_model, make_rows, make_tokenizer
 
@@ -28,6 +28,8 @@ SMALL: list[Any] = [
     PromptTuning(num_virtual_tokens=4),
     LoRA(r=2),
     "bitfit",
+    "dora",
+    "ia3",
 ]
 
 
@@ -60,7 +62,7 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
     found = run(tmp_path / "c", model)
-    assert [r["method"] for r in found.runs] == ["full", "adapter", "prefix", "prompt", "lora", "bitfit"]
+    assert [r["method"] for r in found.runs] == list(BY_NAME)
     assert not found.failed
     assert not attached(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -74,7 +76,7 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
         assert r["decode_tokens_per_second_base_spread"] >= 0
         low, high = r["inference_overhead_range"]
         assert -1 < low <= high
-        assert (r["decode_tokens_per_second_merged"] is not None) == (r["method"] in ("full", "lora", "bitfit"))
+        assert (r["decode_tokens_per_second_merged"] is not None) == (r["method"] in ("full", "lora", "bitfit", "dora"))
         assert (tmp_path / "c" / "runs" / r["name"] / "best").exists()
     files = {p.name for p in (tmp_path / "c").iterdir()}
     assert {"runs", "comparison.json", "comparison.csv", "comparison.md", "shares-and-performance.png"} <= files

@@ -124,7 +124,7 @@ def move(delta: Delta, size: float = 0.05) -> None:
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in delta.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+            parameter.add_((torch.randn(parameter.shape, generator=generator) * size).to(parameter.device))
 
 
 def tokens(rows: int = 3, length: int = 10, seed: int = 5) -> torch.Tensor:

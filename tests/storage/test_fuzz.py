@@ -457,7 +457,7 @@ def test_a_projection_of_absurd_width_is_not_built(copy: Callable[[str], Path]) 
         ("lora", {"use_rslora": 0}, "use_rslora"),
         ("lora", {"target_modules": []}, "target_modules"),
         ("lora", {"target_modules": ["../x"]}, "'../x'"),
-        ("lora", {"target_modules": "("}, "describes what cannot be built"),
+        ("lora", {"target_modules": "("}, "no regular expression"),
         ("lora", {"target_modules": "\ud800"}, "hex escape"),
         ("adapter", {"activation": "__import__('os')"}, "activation"),
         ("adapter", {"placement": "elsewhere"}, "placement"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,14 @@ def test_a_failure_while_writing_leaves_the_old(tmp_path: Path) -> None:
     assert (tmp_path / "d" / "x").read_text() == "old"
     assert (tmp_path / "f").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "f"]
+
+
+def test_a_folder_names_its_base_as_every_machine_knows_it(tmp_path: Path) -> None:
+    model, _ = load("spectune-tiny")
+    attach(model, LoRA(r=1), "task").save(tmp_path / "task")
+    ours = json.loads((tmp_path / "task" / "spectune.json").read_text())
+    peft = json.loads((tmp_path / "task" / "adapter_config.json").read_text())
+    assert ours["base_name"] == peft["base_model_name_or_path"] == "spectune-tiny"
 
 
 def test_a_base_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def compare(
         str | None,
         typer.Option(help=f"Methods, parted by commas: {options.method_names()}.", show_default="all of them"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_STEPS} steps a method, to see it work.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help=f"Six methods, {QUICK_STEPS} steps each.")] = False,
     retain: Annotated[
         Path | None,
         typer.Option(help="Text on which forgetting is measured.", show_default="sampled from the base itself"),

@@ -27,6 +27,11 @@ def console(*, stderr: bool = False) -> Console:
     return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False)
 
 
+def say(out: Console, text: str, style: str | None = None) -> None:
+    """Write a user's own text (rows, paths, what a model wrote): never folded, and nothing in it is rich's markup."""
+    out.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
+
+
 def complain(message: str, label: str = "error") -> None:
     """Write `label: message` to stderr, never folded; red on a terminal."""
     typer.echo(f"{typer.style(f'{label}:', fg='red', bold=True)} {message}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ from spectune.cli.runs import output_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
     from spectune.cli.settings import Settings
+    from spectune.data import Example, Row
     from spectune.deltas import Method
 
 
@@ -50,10 +53,17 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
         length = wanted.max_length or min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
         encoded = encode(held_out, tokenizer, max_length=length, separator=wanted.separator)
         longest = sorted(encoded.examples, key=lambda example: -len(example.input_ids))
-        few = [example.row for example in longest[: wanted.per_device_eval_batch_size]]
+        few = [_alone(example, tokenizer) for example in longest[: wanted.per_device_eval_batch_size]]
         step = wanted.model_copy(update={"output_dir": None, "resume": False, "max_steps": 1})
         result = training.train(model, tokenizer, delta, rows, few, step, console=out)
         found.append(result.model_dump(mode="json", exclude={"folder", "stored_bytes"}))
         peak = result.peak_memory_bytes.get("train_allocated")
         note(f"  loss {result.train_loss:.4f}" + (f", {peak / 2**20:,.0f} MiB of tensors at the peak" if peak else ""))
     return {"dry_run": True, "folder": str(folder), "data": source, "runs": found}
+
+
+def _alone(example: Example, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """The row of an example; of a long text, which is many examples, that window alone."""
+    if example.row.text is None:
+        return example.row
+    return dataclasses.replace(example.row, text=str(tokenizer.decode(example.input_ids, skip_special_tokens=True)))

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import note, print_json, work
-from spectune.cli.inputs import rows_to_judge
-from spectune.cli.runs import find_run
+from spectune.cli.console import note, print_json, say, work
+from spectune.cli.inputs import note_losses, rows_to_judge, run_on
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: options.Run = None,
+    model: options.BaseOfRun = None,
     data: Annotated[str | None, typer.Option(help="Rows to judge on.", show_default="the embedded test rows")] = None,
     generate_rows: Annotated[
         int, typer.Option(min=0, help="Rows to write a completion for, to compare with their references; 0: none.")
@@ -41,7 +41,7 @@ def evaluate(
       spectune eval --run runs/2026-01-31-lora-1 --data test.jsonl
       spectune eval --generate-rows 0 --json
     """
-    found = find_run(run)
+    found = run_on(run, model)
     with work(as_json=as_json) as out:
         from spectune.data import encode
         from spectune.deltas import route
@@ -50,15 +50,19 @@ def evaluate(
 
         rows, source = rows_to_judge(data, skip_bad_rows=skip_bad_rows)
         note(f"run: {found.folder}; rows: {source}")
-        model, tokenizer = found.load(device or "auto", dtype or "auto")
+        base_model, tokenizer = found.load(device or "auto", dtype or "auto")
         separator = str(found.config.get("separator", ""))
-        max_length = int(found.config.get("max_length") or min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH))
+        max_length = int(
+            found.config.get("max_length") or min(context_length(base_model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        )
         encoded = encode(rows, tokenizer, max_length=max_length, separator=separator)
+        note_losses(encoded.report, source, "--json names each")
         judge = _Judge(tokenizer, separator, max_length, max_new_tokens, batch_size)
-        kept = [example.row for example in encoded.examples]
-        tuned = judge(model, encoded.examples, kept, generate_rows)
-        with route(model, None):
-            base = judge(model, encoded.examples, kept, generate_rows)
+        # a long text is several examples of one row
+        kept = list({id(example.row): example.row for example in encoded.examples}.values())
+        tuned = judge(base_model, encoded.examples, kept, generate_rows)
+        with route(base_model, None):
+            base = judge(base_model, encoded.examples, kept, generate_rows)
         answer = {
             "run": str(found.folder),
             "base_model": found.base,
@@ -117,7 +121,7 @@ class _Judge:
             measured["choice_accuracy"] = accuracy_over_choices(
                 scores, [row.choices for row in to_choose], [row.label for row in to_choose]
             )
-        to_write = [row for row in rows if _references(row) and row.prompt][:generate_rows]
+        to_write = [row for row in rows if _references(row) and (row.prompt or row.messages)][:generate_rows]
         if to_write:
             texts = self._write(model, to_write)
             measured |= text_metrics([text.strip() for text in texts], [_references(row) for row in to_write])
@@ -135,13 +139,16 @@ class _Judge:
 
 
 def _references(row: Row) -> tuple[str, ...]:
-    return row.references or ((row.completion.strip(),) if row.completion else ())
+    """What a written completion is compared with: the row's references, else its own answer."""
+    answer = row.messages[-1]["content"] if row.messages else row.completion
+    return row.references or ((answer.strip(),) if answer else ())
 
 
 def _print(out: Console, answer: dict[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{answer['rows']:,} rows of {answer['data']}")
+    say(out, f"{answer['rows']:,} rows of {answer['data']}", style="italic")  # a table's title would be folded
+    table = Table()
     for column in ("", "tuned", "bare base"):
         table.add_column(column, justify="left" if column == "" else "right")
     for key, value in answer["tuned"].items():

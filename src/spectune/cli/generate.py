@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import note, print_json, work
-from spectune.cli.inputs import rows_to_judge
-from spectune.cli.runs import find_run
+from spectune.cli.console import note, print_json, say, work
+from spectune.cli.inputs import rows_to_judge, run_on
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.", show_default="a few test rows")] = None,
     run: options.Run = None,
+    model: options.BaseOfRun = None,
     data: Annotated[str | None, typer.Option(help="Take the prompts from a file's rows.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="How many rows of --data.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens a row may get.")] = 64,
@@ -32,31 +32,32 @@ def generate(
 ) -> None:
     """Write a completion for each prompt, with the newest run or the one that --run names.
 
-    A prompt goes to the model exactly as a training row's prompt did: with the run's
-    separator, or in the chat template.
+    A prompt goes to the model exactly as a training row's prompt did: with the run's separator and
+    the line end that all its training prompts end with, or as a user's message in the chat template.
 
     \b
     Examples:
       spectune generate
-      spectune generate "name: The Punter | food: Indian | area: riverside" --run runs/2026-01-31-lora-1
+      spectune generate "name: Green Park Museum | type: museum | town: Oxford | built: 1979"
+      spectune generate "Who are you?" --run runs/2026-01-31-lora-1
       spectune generate --data test.jsonl --rows 20 --json
     """
     if prompts and data is not None:
         raise ConfigError("prompts come from the command line or from --data, not from both")
-    found = find_run(run)
+    found = run_on(run, model)
     with work(as_json=as_json) as out:
         from spectune.data import prompt_ids
         from spectune.inference import generate_texts
 
         if prompts:
-            asked = [_row_of(text, number) for number, text in enumerate(prompts, start=1)]
+            asked = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)]
         else:
             asked = _rows_with_prompts(rows_to_judge(data)[0], rows)
         note(f"run: {found.folder}")
-        model, tokenizer = found.load(device or "auto", dtype or "auto")
+        base_model, tokenizer = found.load(device or "auto", dtype or "auto")
         separator = str(found.config.get("separator", ""))
         texts = generate_texts(
-            model,
+            base_model,
             tokenizer,
             [prompt_ids(row, tokenizer, separator) for row in asked],
             max_new_tokens=max_new_tokens,
@@ -68,19 +69,37 @@ def generate(
         written = [_record(row, text) for row, text in zip(asked, texts, strict=True)]
         if not as_json:
             for record in written:
-                out.print(record["prompt"], style="dim", markup=False)
-                out.print(record["completion"].strip(), markup=False)
+                say(out, record["prompt"], style="dim")
+                say(out, record["completion"].strip())
                 if record["references"]:
-                    out.print(f"reference: {record['references'][0]}", style="dim italic", markup=False)
+                    say(out, f"reference: {record['references'][0]}", style="dim italic")
                 out.print()
     if as_json:
         print_json({"run": str(found.folder), "base": found.base, "outputs": written})
 
 
-def _row_of(prompt: str, number: int) -> Row:
+def _row_of(typed: str, number: int, config: dict[str, Any]) -> Row:
+    """A typed prompt as a row of the shape that the run was trained on (`row_shape` and `prompt_ends_with`)."""
     from spectune.data import Row
+    from spectune.data.rows import unencodable
 
-    return Row(f"prompt {number}", prompt=prompt, completion="")
+    origin, shape = f"prompt {number}", config.get("row_shape")
+    if (wrong := unencodable(typed)) is not None:
+        raise ConfigError(f"{origin} holds {wrong}, which is no Unicode text; expected text in UTF-8")
+    if shape == "messages":
+        return Row(origin, messages=[{"role": "user", "content": typed}])
+    if shape == "text":
+        return Row(origin, text=typed)
+    prompt = _ending(typed, str(config.get("prompt_ends_with") or ""))
+    if prompt != typed:
+        note(f"{origin}: {prompt[len(typed) :]!r} is put at its end, as every prompt in training ended so")
+    return Row(origin, prompt=prompt, completion="")
+
+
+def _ending(prompt: str, ending: str) -> str:
+    """The prompt, with as much of the ending put behind it as is not there yet."""
+    there = next(n for n in range(len(ending), -1, -1) if prompt.endswith(ending[:n]))
+    return prompt + ending[there:]
 
 
 def _rows_with_prompts(rows: list[Row], count: int) -> list[Row]:
@@ -91,9 +110,13 @@ def _rows_with_prompts(rows: list[Row], count: int) -> list[Row]:
 
 
 def _record(row: Row, completion: str) -> dict[str, Any]:
-    if row.prompt is not None:
-        prompt = row.prompt
+    answer = row.completion
+    if row.messages:
+        answered = row.messages[-1]["role"] == "assistant"
+        asked = row.messages[:-1] if answered else row.messages
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in asked)
+        answer = row.messages[-1]["content"] if answered else None
     else:
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in row.messages or ())
-    references = row.references or ((row.completion,) if row.completion else ())
+        prompt = row.prompt if row.prompt is not None else row.text or ""
+    references = row.references or ((answer,) if answer else ())
     return {"origin": row.origin, "prompt": prompt, "completion": completion, "references": list(references)}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectune.cli.console import note
+from spectune.cli.runs import Run, find_run
 from spectune.errors import DataError
 
 if TYPE_CHECKING:
-    from spectune.data import Row
+    from spectune.data import DataReport, Row
 
 #: The share of --data that is held out where there is no --valid.
 HELD_OUT = 0.1
@@ -75,3 +78,30 @@ def rows_to_measure(data: str | None, config: dict[str, Any]) -> tuple[list[Row]
         except DataError as error:  # moved, or another working directory: no reason not to merge
             note(f"the run's validation rows are not to be had, so the embedded test rows are taken: {error}")
     return rows_to_judge(data)
+
+
+def run_on(given: Path | None, model: str | None) -> Run:
+    """The run that `--run` names, or the newest, on the base that `--model` names, or its own.
+
+    Raises:
+        ConfigError, DataError: as `find_run`; a delta's folder that does not say its base needs `model`.
+    """
+    try:
+        found = find_run(given)
+    except DataError:
+        is_delta = given is not None and any((given / f).is_file() for f in ("adapter_config.json", "spectune.json"))
+        if model is None or given is None or not is_delta:
+            raise
+        return Run(given, given, model, {}, {})
+    return found if model is None else dataclasses.replace(found, base=model)
+
+
+def note_losses(report: DataReport, name: str, more: str) -> None:
+    """Say on stderr which rows are not learned as they were given: nothing is dropped or cut in silence.
+
+    Args:
+        name: of the rows: "train", "valid", a file.
+        more: where the whole account is.
+    """
+    if line := report.summary(name):
+        note(f"{line}; {more}")

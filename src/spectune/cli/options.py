@@ -21,6 +21,12 @@ Model = Annotated[
     str | None,
     typer.Option(help="Base: a hub id, a local folder, or spectune-tiny (embedded).", show_default="spectune-tiny"),
 ]
+BaseOfRun = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Base of the run: a hub id, a local folder, or spectune-tiny.", show_default="as the run says"
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(help="Training rows: JSONL, JSON, CSV, Parquet or text.", show_default="the embedded task"),

@@ -99,7 +99,7 @@ class Settings:
         """
         value = self.get(key)
         if value is not None and not isinstance(value, str | Path):
-            raise ConfigError(f"{self.given[key].where}: {key} is {value!r}; expected text.")
+            raise ConfigError(f"{self.given[key].where}: {key} is {_shown(value)}; expected text.")
         return None if value is None else str(value)
 
     def training(self) -> TrainingConfig:
@@ -147,7 +147,9 @@ class Settings:
                 targets = [name for name in meant if inner in fields[name]] if block in ("", "method") else []
                 candidates = set().union(*(fields[name] for name in meant)) | (plain if block == "" else set())
             if not targets:
-                problems.append(f"{given.where}: unknown key {key!r}; {_suggest(inner, candidates)}")
+                owners = [name for name in by_name if inner in fields[name]] if block in ("", "method") else []
+                hint = _of_others(inner, owners, meant) if owners else _suggest(inner, candidates)
+                problems.append(f"{given.where}: unknown key {key!r}; {hint}")
             for name in targets:
                 if name in chosen:
                     chosen[name][inner] = given
@@ -167,7 +169,10 @@ class Settings:
             value, where = self.given[key].value, self.given[key].where
             names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
             if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-                raise ConfigError(f"{where}: {key} is {value!r}; expected names such as lora,bitfit.")
+                raise ConfigError(f"{where}: {key} is {_shown(value)}; expected names such as lora,bitfit.")
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:  # both would have the same settings, and the same folder
+                raise ConfigError(f"{where}: {', '.join(twice)} is named more than once; name each method once.")
             return names
         return list(default)
 
@@ -187,9 +192,16 @@ def _explain(error: ValidationError, chosen: Mapping[str, Given]) -> list[str]:
         key = ".".join(str(part) for part in problem["loc"]) or error.title
         where = chosen[str(problem["loc"][0])].where if problem["loc"] and problem["loc"][0] in chosen else "settings"
         reason = problem["msg"].removeprefix("Value error, ")
-        given = f", given {problem['input']!r}" if problem["loc"] else ""
+        given = f", given {_shown(problem['input'])}" if problem["loc"] else ""
         lines.append(f"{where}: {key}: {reason}{given}")
     return lines
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"a {type(value).__name__} too long to show"
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:
@@ -201,6 +213,10 @@ def _suggest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
 
 
+def _of_others(key: str, owners: Sequence[str], meant: Sequence[str]) -> str:
+    return f"{key!r} belongs to {' and '.join(owners)}, and this command has {', '.join(meant)}"
+
+
 def _parse_assignment(text: str) -> dict[str, Given]:
     import yaml
 
@@ -210,7 +226,7 @@ def _parse_assignment(text: str) -> dict[str, Given]:
         raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set learning_rate=1e-3")
     try:
         value = yaml.safe_load(raw)
-    except yaml.YAMLError:
+    except Exception:  # its constructors raise whatever they meet (2024-99-99 is a ValueError): then it is text
         value = raw
     as_written = isinstance(value, str | dict) and raw.strip()[:1] not in ("'", '"')
     if as_written or (value is None and raw.strip() not in ("null", "~")):
@@ -232,7 +248,9 @@ def _read_yaml(path: Path) -> dict[str, Given]:
         raise ConfigError(f"--config {path}: there is no such file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path}: not UTF-8 text ({error})") from error
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--config {path}: not YAML: {_one_line(error)}") from error
 
 
@@ -243,14 +261,19 @@ def _flatten(node: yaml.MappingNode, path: Path, prefix: str) -> dict[str, Given
     found: dict[str, Given] = {}
     loader = yaml.SafeLoader("")
     for key_node, value_node in node.value:
-        key = prefix + str(key_node.value)
         where = f"{path}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node.value, str):
+            raise ConfigError(f"{where}: a key is a list or a block; expected text, such as `learning_rate: 1e-3`")
+        key = prefix + key_node.value
         if key in found:
             raise ConfigError(f"{where}: {key!r} is there twice, first at {found[key].where}")
         if isinstance(value_node, yaml.MappingNode):
             found.update(_flatten(value_node, path, key + "."))
-        else:
+            continue
+        try:
             found[key] = Given(loader.construct_object(value_node, deep=True), where)
+        except Exception as error:  # YAML's constructors raise whatever they meet: 2024-99-99 is a ValueError
+            raise ConfigError(f"{where}: {key}: its value cannot be read: {_one_line(error)}") from error
     return found
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import print_json, work
-from spectune.cli.inputs import rows_to_train
+from spectune.cli.console import print_json, say, work
+from spectune.cli.inputs import note_losses, rows_to_train
 from spectune.cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def validate(
         length = chosen.max_length or min(context_length(base) or DEFAULT_LENGTH, DEFAULT_LENGTH)
         encoded = encode(rows, tokenizer, max_length=length, separator=chosen.separator)
         report = encoded.report.to_dict()
+        note_losses(encoded.report, source, "--json names each")
         shown = [_mask(example, tokenizer) for example in encoded.examples[:show]]
         if not as_json:
             _print(out, source, report, shown)
@@ -71,13 +72,11 @@ def _mask(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
 
 
 def _print(out: Console, source: str, report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
-    from rich.text import Text
-
-    out.print(f"[bold]{source}[/bold]")
+    say(out, source, style="bold")
     for key, value in report.items():
         if isinstance(value, int | float | str):
-            out.print(f"  {key.replace('_', ' '):<28} {value:,}" if not isinstance(value, str) else f"  {key}: {value}")
+            say(out, f"  {key.replace('_', ' '):<28} {value:,}" if not isinstance(value, str) else f"  {key}: {value}")
     for row in shown:
-        out.print(f"\n{row['origin']}: {row['tokens']} tokens, {row['target_tokens']} in the loss")
-        out.print(Text("  prompt  ") + Text(repr(row["prompt"]), style="dim"))
-        out.print(Text("  target  ") + Text(repr(row["target"]), style="green"))
+        say(out, f"\n{row['origin']}: {row['tokens']} tokens, {row['target_tokens']} in the loss")
+        say(out, f"  prompt  {row['prompt']!r}", style="dim")
+        say(out, f"  target  {row['target']!r}", style="green")

@@ -20,6 +20,8 @@ _KEYS = ("text", "prompt", "completion", "messages", "instruction", "output", "c
 _EXPECTED = "expected text, prompt + completion, messages, instruction + output (alpaca), or conversations (sharegpt)"
 _ALPACA = "Below is an instruction that describes a task"
 _LISTED = 50
+#: lists and objects within each other: what is deeper is no row, and would end in Python's own recursion limit
+_DEEPEST = 100
 
 
 class _ProblemError(Exception):
@@ -101,7 +103,19 @@ def split_rows(rows: list[Row], share: float = 0.1, seed: int = 0) -> tuple[Rows
     )
 
 
-def _row(origin: str, record: Mapping[str, Any]) -> Row:
+def unencodable(text: str) -> str | None:
+    """What in a text is no Unicode text, so that no tokenizer takes it, as an escape: `'\\ud83d'`; else None."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return ascii(text[error.start])
+    return None
+
+
+def _row(origin: str, given: Mapping[str, Any]) -> Row:
+    _check_text(given)
+    # a null is an absent key everywhere: `datasets` and Parquet fill what a row lacks with it
+    record = {key: value for key, value in given.items() if value is not None}
     optional: dict[str, Any] = {
         "references": _strings(record, "references"),
         "label": _string(record, "label") if "label" in record else None,
@@ -124,9 +138,25 @@ def _row(origin: str, record: Mapping[str, Any]) -> Row:
     elif "text" in record:
         fields = {"text": _string(record, "text")}
     else:
-        raise _ProblemError(_missing(record))
+        raise _ProblemError(_missing(given))
     columns = {key: value for key, value in record.items() if key not in used | set(fields)}
     return Row(origin, **fields, **optional, columns=columns)
+
+
+def _check_text(record: Mapping[str, Any]) -> None:
+    """Raises _ProblemError for text that is none (half a surrogate pair), and for what is nested too deeply."""
+    # not by recursion: what this refuses is what recursion would fail on
+    waiting = [(str(key), part, 1) for key, value in record.items() for part in (key, value)]
+    while waiting:
+        key, value, depth = waiting.pop()
+        if isinstance(value, str):
+            if (wrong := unencodable(value)) is not None:
+                raise _ProblemError(f"{ascii(key)[1:-1]} holds {wrong}, half a character; expected Unicode text")
+        elif isinstance(value, Mapping | list | tuple):
+            if depth > _DEEPEST:
+                raise _ProblemError(f"{key} is nested more than {_DEEPEST} levels deep; expected text or a flat list")
+            parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+            waiting.extend((key, part, depth + 1) for part in parts)
 
 
 def _alpaca(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,8 +192,9 @@ def _messages(value: Any, key: str, role_key: str, text_key: str) -> list[dict[s
             role = _ROLES[role]
         elif not isinstance(role, str):
             raise _ProblemError(f"{key}[{number}] has no role; expected system, user or assistant")
+        more = {name: part for name, part in message.items() if part is not None}
         found.append(
-            {**message, "role": role, "content": message[text_key]}
+            {**more, "role": role, "content": message[text_key]}
             if key == "messages"
             else {"role": role, "content": message[text_key]}
         )
@@ -198,9 +229,13 @@ def _missing(record: Mapping[str, Any]) -> str:
     keys = [str(key) for key in record]
     partner = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
     for key, other in partner.items():
-        if key in record:
+        if record.get(key) is not None:
+            if other in record:
+                return f"{other} is null; expected text"
             near = difflib.get_close_matches(other, keys, n=1, cutoff=0.6)
             return f"{key} without {other}" + (f" (is {near[0]!r} meant?)" if near else "") + f"; {_EXPECTED}"
+    if nulls := [key for key in keys if key in _KEYS and record[key] is None]:
+        return f"{nulls[0]} is null; {_EXPECTED}"
     alike = [(k, m[0]) for k in keys if (m := difflib.get_close_matches(k, _KEYS, n=1, cutoff=0.7))]
     hint = f" (did you mean {alike[0][1]!r} for {alike[0][0]!r}?)" if alike else ""
     return f"has {', '.join(keys) or 'no keys'}{hint}; {_EXPECTED}"

@@ -13,6 +13,9 @@ from typing import Any
 from spectune.errors import DataError
 
 SEPARATOR = "<|endoftext|>"
+#: what is a list in a row, and so has to be written as JSON in a CSV's cell
+_LISTS = ("references", "choices", "messages", "conversations")
+_SHAPES = ("prompt", "completion", "instruction", "output", "text", "messages", "conversations")
 
 
 class Bad(str):
@@ -76,6 +79,8 @@ def _parse(line: str) -> Mapping[str, Any] | Bad:
         return _as_object(json.loads(line))
     except json.JSONDecodeError as error:
         return Bad(f"malformed JSON at column {error.colno}: {error.msg}; expected one JSON object")
+    except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
+        return Bad(f"JSON that cannot be read: {error}; expected one JSON object")
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -83,6 +88,8 @@ def _json(path: Path) -> Iterator[Record]:
         content = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: malformed JSON at column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
+        raise DataError(f"{path}: JSON that cannot be read: {error}; expected a list of objects") from None
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 else content
@@ -93,22 +100,48 @@ def _json(path: Path) -> Iterator[Record]:
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), restkey=None)
+    reader = csv.reader(io.StringIO(_text(path), newline=""))
+    header: list[str] | None = None
     while True:
-        first_line = reader.line_num + 1
+        origin = f"{path}:{reader.line_num + 1}"  # of the row's first line: a quoted cell may hold line ends
         try:
-            record = next(reader, None)
+            cells = next(reader, None)
         except csv.Error as error:
-            yield f"{path}:{first_line}", Bad(f"malformed CSV: {error}")
+            yield origin, Bad(f"malformed CSV: {error}")
             continue
-        if record is None:
+        if cells is None:
             return
-        origin = f"{path}:{max(first_line, 2)}"
-        if None in record or any(value is None for value in record.values()):
-            columns = len(reader.fieldnames or [])
-            yield origin, Bad(f"not {columns} columns as in the header; expected {', '.join(reader.fieldnames or [])}")
+        if not cells:
+            continue  # a blank line
+        if header is None:
+            header = cells
+        elif len(cells) != len(header):
+            yield (
+                origin,
+                Bad(f"not {len(header)} columns as in the header, but {len(cells)}; expected {', '.join(header)}"),
+            )
         else:
-            yield origin, {name: value for name, value in record.items() if value != ""}
+            yield origin, _from_cells(dict(zip(header, cells, strict=True)))
+
+
+def _from_cells(cells: dict[str, str]) -> Mapping[str, Any] | Bad:
+    """A CSV row as a record: an empty cell is an absent key, and a list is written as JSON."""
+    record: dict[str, Any] = {name: cell for name, cell in cells.items() if cell != ""}
+    # but where its partner stands there, the cell is meant to be empty: a prompt may be, a completion must not
+    for pair in (("prompt", "completion"), ("instruction", "output")):
+        if any(name in record for name in pair):
+            record.update({name: "" for name in pair if name in cells and name not in record})
+    if not any(name in record for name in _SHAPES):
+        record.update({name: "" for name in _SHAPES if name in cells})
+    for name in _LISTS:
+        if not record.get(name):
+            record.pop(name, None)
+            continue
+        try:
+            record[name] = json.loads(record[name])
+        except (ValueError, RecursionError):
+            return Bad(f'{name} is {record[name][:40]!r}; expected a list as JSON, such as ["one", "two"]')
+    return record
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -161,7 +194,7 @@ def _as_object(record: Any) -> Mapping[str, Any] | Bad:
 
 def _near(path: Path) -> str:
     try:
-        names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+        names = [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in _READERS and entry.is_file()]
     except OSError:
         return f" (there is no folder {path.parent} either)"
     near: Sequence[str] = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)

@@ -182,8 +182,7 @@ class Delta:
                 module.use_shared(self.shared)
             module.placed_at(host)
             module.to(_device_of(host, self.model)).train(self.model.training)
-            sites.put(host, self.name, module)
-            self._modules[site.path] = (site, module)
+            # each may raise, and close() undoes what stands in _modules: a site that was opened, and put where it was
             match site:
                 case OutputSite():
                     registry.open_output(site.path)
@@ -191,6 +190,8 @@ class Delta:
                     registry.open_attention(site.path)
                 case InputSite():
                     pass  # the decoder's hooks are there from the first attach
+            self._modules[site.path] = (site, module)
+            sites.put(host, self.name, module)
         if self.shared is not None:
             # a child of the decoder, so that `model.to` and `parameters()` see it
             decoder = self.model.get_submodule(self.family.decoder)

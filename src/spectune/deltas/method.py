@@ -74,7 +74,7 @@ class Setting:
 class Method(BaseModel, ABC):
     """A way to adapt a base. The frozen config *is* the method; a `Delta` is what it becomes on one model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     name: str
     label: ClassVar[str]
@@ -86,6 +86,9 @@ class Method(BaseModel, ABC):
     #: the base itself is what is trained: no other delta can stand beside it
     trains_base: ClassVar[bool] = False
     can_merge: ClassVar[bool] = False
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.model_dump_json()))  # pydantic's own cannot take fields that are dicts
 
     @property
     def virtual_tokens(self) -> int:

@@ -88,7 +88,12 @@ class LoRA(Method):
     def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not value:
             raise ValueError("empty: nothing would be trained")
-        return value
+        return value if isinstance(value, tuple) or value == "all-linear" else _safe_pattern(value)
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, Number]) -> dict[str, Number]:
+        return {_safe_pattern(key): item for key, item in value.items()}
 
     def rank(self, path: str) -> int:
         """The rank at the linear at `path`."""
@@ -176,6 +181,20 @@ def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
     }
+
+
+def _safe_pattern(pattern: str) -> str:
+    """A regular expression that may come from anybody's folder: it must compile, and hold no repetition of a
+    repetition, `(a+)*`, on which Python's `re` can take longer than anybody waits."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    if len(pattern) > 500 or re.search(r"[+*}]\??\)[+*{]", pattern):
+        raise ValueError(
+            f"{pattern[:80]!r} repeats what is repeated itself, or is longer than 500 characters: it could hang"
+        )
+    return pattern
 
 
 def _first_match(pattern: Mapping[str, Number], path: str, default: Number) -> Number:

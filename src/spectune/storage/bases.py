@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import embedded
@@ -14,6 +18,8 @@ from spectune.errors import DataError
 from spectune.storage.devices import resolve_device, resolve_dtype
 
 TINY = "spectune-tiny"
+#: seconds that the hub may take to answer at all
+PATIENCE = 5
 
 
 def load(
@@ -44,6 +50,12 @@ def load(
     return model.to(place).eval(), _tokenizer(source)
 
 
+def base_name(model: PreTrainedModel) -> str:
+    """What the base was loaded as; the embedded one by its own name, which holds on every machine."""
+    name = str(model.config._name_or_path)
+    return TINY if name and Path(name) == Path(embedded.MODEL_FOLDER) else name
+
+
 def load_config(name: str | Path) -> Any:
     """The config alone of a hub id, a folder, or `"spectune-tiny"`; no weights are read. Raises DataError."""
     source = str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name)
@@ -68,6 +80,7 @@ def _tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 def _read(source: str, read: Any) -> Any:
     try:
+        _refuse_unreachable(source)
         return read()
     except (OSError, ValueError, KeyError) as error:
         if Path(source).is_dir():
@@ -82,6 +95,27 @@ def _read(source: str, read: Any) -> Any:
             "that has the model (with HF_HUB_OFFLINE=1 where there is no network); or check the name and log in "
             "(HF_TOKEN) if the model is gated. --model spectune-tiny works everywhere."
         ) from error
+
+
+def _refuse_unreachable(source: str) -> None:
+    """Raise at once what transformers would raise after half a minute of retries.
+
+    Raises:
+        ValueError: the name is no hub id.
+        OSError: the hub cannot be reached, and the cache does not have the base.
+    """
+    if Path(source).exists():
+        return
+    cached = isinstance(try_to_load_from_cache(source, "config.json"), str)  # checks the id, too
+    if cached or constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # a proxy looks names up by itself
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection(
+            (hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)), timeout=PATIENCE
+        ).close()
+    except OSError as error:
+        raise ConnectionError(f"no connection to {hub.hostname}: {error.strerror or error}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from spectune.errors import DataError, SpectuneError
 from spectune.families import describe, differences
 from spectune.methods import METHODS
 from spectune.storage.atomic import atomic_folder
+from spectune.storage.bases import base_name
 from spectune.storage.manifest import FORMAT, OUR_FILE, check_digests, digests, explain, read_json, read_manifest
 
 #: the keys of PEFT's configs that are read here, and what they have to be: pydantic would take `true` for the number 1
@@ -44,12 +45,13 @@ def save_delta(delta: Delta, folder: str | Path) -> Path:
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
         delta.write_files(temporary)
+        _name_base(temporary / CONFIG_FILE, base_name(delta.model))
         ours = {
             "format": FORMAT,
             "method": delta.method.as_stored().model_dump(mode="json"),
             "trained_as": delta.method.model_dump(mode="json"),
             "base": delta.base_fingerprint,
-            "base_name": str(delta.model.config._name_or_path),
+            "base_name": base_name(delta.model),
             # what a reader of the weights must know: where the text's positions start
             "text_positions_start_at": delta.method.virtual_tokens,
             "parameters": delta.num_parameters(),
@@ -65,6 +67,13 @@ def save_delta(delta: Delta, folder: str | Path) -> Path:
 
 
 Delta.writer = staticmethod(save_delta)
+
+
+def _name_base(config_file: Path, name: str) -> None:
+    """PEFT's key for the base, in a config of PEFT's layout."""
+    config = read_json(config_file)
+    if config is not None and "peft_type" in config:
+        config_file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n")
 
 
 def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = None, trainable: bool = False) -> Delta:
@@ -89,7 +98,7 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
     if manifest is not None:
         apart = differences(manifest.base.model_dump(), draft.base_fingerprint)
         if apart:
-            raise DataError(f"{folder} was trained on another base ({manifest.base_name})", apart)
+            raise DataError(f"{folder} was trained on another base ({manifest.base_name or 'of unknown name'})", apart)
     _check_files(draft, folder, OUR_FILE if manifest is not None else CONFIG_FILE)
     if manifest is not None:
         check_digests(manifest, draft.weight_files(folder))
@@ -109,7 +118,9 @@ def _check_files(draft: Delta, folder: Path, config_file: str) -> None:
             raise
         raise DataError(f"{folder / config_file} and the weights beside it do not fit this base: {error}") from error
     except Exception as error:  # sizes past 64 bits, a broken regular expression: torch and re have errors of their own
-        raise DataError(f"{folder / config_file} describes what cannot be built ({error}); copy it again") from error
+        raise DataError(
+            f"{folder / config_file} describes what cannot be built ({_first_line(error)}); copy it again"
+        ) from error
 
 
 def _peft_method(folder: Path) -> Method:
@@ -134,7 +145,7 @@ def _peft_method(folder: Path) -> Method:
     except SpectuneError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:  # whatever else a method makes of values that PEFT never writes
-        raise DataError(f"{path} cannot be read ({error}); expected what PEFT writes") from error
+        raise DataError(f"{path} cannot be read ({_first_line(error)}); expected what PEFT writes") from error
     raise DataError(f"{path}: peft_type {config.get('peft_type')!r} is not a method of spectune's")
 
 
@@ -149,3 +160,8 @@ def _wrong_types(config: dict[str, Any]) -> list[str]:
             expected = " or ".join("a list of texts" if kind is list else kind.__name__ for kind in types)
             problems.append(f"{key} = {repr(value)[:80]}: expected {expected}")
     return problems
+
+
+def _first_line(error: Exception) -> str:
+    """Some of torch's messages end in the frames of its C++ stack."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -51,7 +51,7 @@ class Manifest(_Strict):
     format: int
     method: dict[str, Any]
     base: Base
-    base_name: str = "of unknown name"
+    base_name: str | None = None
     trained_as: dict[str, Any] | None = None
     text_positions_start_at: int | None = None
     parameters: int | None = None

@@ -32,7 +32,8 @@ class TrainingConfig(BaseModel):
         resume: go on from `output_dir`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # no setting means anything when infinite: such a rate diverges at once, such epochs never end
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     output_dir: Path | None = None
     learning_rate: float | None = Field(None, gt=0)
