@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
+from tests.support import make_model, make_rows, make_tokenizer
 
 from spectune.cli.runs import find_run, new_folder, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DataError
+from spectune.methods import LoRA
+from spectune.training import TrainingConfig, train
 
 
 def make_run(folder: Path, loss: float, age: int = 0) -> Path:
@@ -105,3 +110,16 @@ def test_an_unfinished_comparison_says_how_it_goes_on(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     with pytest.raises(DataError, match="spectune compare --resume --output-dir"):
         find_run(tmp_path)
+
+
+def test_a_best_folder_alone_knows_how_rows_became_ids(tmp_path: Path) -> None:
+    """`generate --run .../best` builds prompts as training did, without the run's config.yaml."""
+    out, folder = tmp_path / "run", tmp_path / "alone"
+    config = TrainingConfig(max_steps=1, separator=" => ", output_dir=out, per_device_train_batch_size=4)
+    model = make_model()
+    model.config._name_or_path = "some-base"
+    train(model, make_tokenizer(), LoRA(r=1), make_rows(8), make_rows(4), config, console=Console(quiet=True))
+    shutil.copytree(out / "best", folder)
+    found = find_run(folder)
+    assert found.base == "some-base"
+    assert (found.config["separator"], found.config["max_length"]) == (" => ", 64)

@@ -129,12 +129,21 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
     if inside:
         return min((_open(folder) for folder in inside), key=_loss)
     if (given / "adapter_config.json").is_file() or (given / "spectune.json").is_file():
-        return Run(given, given, _base_of(given, {}), {}, {})
+        return Run(given, given, _base_of(given, {}), {}, _trained_with(given))
     command = "compare" if (given / "runs").is_dir() else "train"
     raise DataError(
         f"{given} holds no finished run: expected best/ and result.json, or a delta's adapter_config.json. "
         f"An interrupted run goes on with: spectune {command} --resume --output-dir {given}"
     )
+
+
+def _trained_with(delta_folder: Path) -> dict[str, Any]:
+    """How rows became token ids in training (`separator`, `max_length`, ...), as a run's `best/` tells by itself."""
+    path = delta_folder / "training.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
 
 
 def _runs_in(folder: Path) -> list[Path]:

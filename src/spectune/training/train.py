@@ -216,6 +216,9 @@ def _announce(out: Console, delta: Delta, prepared: Prepared, total: int, config
     ]
     if (notice := delta.method.notice(delta.family)) is not None:
         lines.append(f"note: {notice}")
+    # nothing is cut or dropped in silence; data_report.json has every row
+    summaries = [found.report.summary(part) for part, found in zip(("train", "valid"), prepared.encoded, strict=True)]
+    lines += [f"{line} (see data_report.json)" for line in summaries if line]
     for line in lines:
         out.print(line, soft_wrap=True, highlight=False, markup=False)
 
