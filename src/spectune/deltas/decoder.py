@@ -48,14 +48,13 @@ class _Lead:
     def shift(self, device: torch.device) -> int | Tensor:
         return self.shifts[0] if len(self.shifts) == 1 else torch.tensor(self.shifts, device=device)[:, None]
 
-    def places(self, text: int, mask: Tensor | None, device: torch.device) -> Tensor:
-        """Which virtual token stands at each place: `[batch or 1, length + text]`, negative or beyond the row's last
-        where it is none.
+    def places(self, text: int, padding: Tensor | None, device: torch.device) -> Tensor:
+        """Which virtual token stands at each place: `[batch or 1, length + text]`, negative where it is
+        none. `padding`: tokens of it on the left of each row, `[batch, 1]`.
 
         A row's virtual tokens stand right before its first real token, in the place of padding if there is any on
         the left: sliding windows and ALiBi count places, and see the same distances whatever the padding.
         """
-        padding = _padding(mask)
         first = self.length + (0 if padding is None else padding)
         count = torch.tensor(self.lengths, device=device)[:, None]
         place = torch.arange(self.length + text, device=device) - (first - count)
@@ -112,16 +111,17 @@ class DecoderSite:
         batch, length = text.shape[:2]
         seen = 0 if cache is None else cache.get_seq_length()
         first = bool(seen == 0)
-        rows = Rows(route, batch, copies=registry.copies) if route.per_row else None
-        lead = self._lead(rows)
+        rows = Rows(route, batch, copies=registry.copies) if route.per_row or registry.virtual_tokens else None
+        # one entry for all rows where they are alike: no tensor is made then
         self._holds = rows.names if rows is not None and route.mixed else route.names[:1]
+        lead = self._lead(self._holds)
         _check_cache(cache, first, lead.length, self._holds)
         seen_text = seen - lead.length if lead.length and not first else seen
-        if rows is not None or max(lead.shifts):
+        if rows is not None:
             before = lead.length if first else 0
-            here = {"length": length + before, "lead": before, "seen": seen_text}
-            registry.lay(Rows(route, batch, copies=registry.copies, padding=_padding(mask), **here))
-        if not max(lead.shifts):
+            rows.length, rows.lead, rows.seen, rows.padding = length + before, before, seen_text, _padding(mask)
+            registry.lay(rows)
+        if rows is None or not max(lead.shifts):
             return None
         self._check_mask(mask, seen_text, length, lead.length)
         self._check_context(mask, seen_text, length, lead)
@@ -132,7 +132,7 @@ class DecoderSite:
                 positions = self._text_positions(mask, seen_text, length, lead, text.device)
             call["position_ids"] = positions + lead.shift(text.device)
         if lead.length:
-            self._put_in(call, lead, mask, cache, first, seen_text + length)
+            self._put_in(call, lead, rows.padding, cache, first, seen_text + length)
         return (), call
 
     def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -153,10 +153,8 @@ class DecoderSite:
         """Whether any row's delta has virtual tokens in the sequence itself."""
         return any(isinstance(get(self.decoder, name), InputModule) for name in self.registry.current.names)
 
-    def _lead(self, rows: Rows | None) -> _Lead:
+    def _lead(self, names: tuple[str | None, ...]) -> _Lead:
         registry = self.registry
-        # one entry for all rows where they are alike: no tensor is made then
-        names = rows.names if rows is not None and rows.route.mixed else (registry.current.name,)
         found = [get(self.decoder, name) for name in names]
         prompts = tuple(module if isinstance(module, InputModule) else None for module in found)
         shifts = tuple(0 if name is None else registry.deltas[name].method.virtual_tokens for name in names)
@@ -177,14 +175,15 @@ class DecoderSite:
         return torch.where(shifted, counted, own)
 
     def _put_in(
-        self, call: dict[str, Any], lead: _Lead, mask: Tensor | None, cache: Any, first: bool, text: int
+        self, call: dict[str, Any], lead: _Lead, padding: Tensor | None, cache: Any, first: bool, text: int
     ) -> None:
         """Virtual tokens into the sequence (in the first pass over a cache) and into its mask (in every one).
 
         `text`: tokens of the text so far, those of this pass included.
         """
+        mask: Tensor | None = call.get("attention_mask")
         device = (call["inputs_embeds"] if call.get("inputs_embeds") is not None else call["input_ids"]).device
-        places = lead.places(text, mask, device)
+        places = lead.places(text, padding, device)
         virtual = places >= 0
         if mask is None and len(set(lead.lengths)) > 1:
             mask = torch.ones(len(lead.lengths), text, dtype=torch.int64, device=device)

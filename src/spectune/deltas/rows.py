@@ -48,17 +48,7 @@ class Rows:
         padding: padding tokens on the left of each row, `[batch, 1]`; None where there is no mask to tell.
     """
 
-    def __init__(
-        self,
-        route: Route,
-        batch: int,
-        *,
-        copies: int = 1,
-        length: int | None = None,
-        lead: int = 0,
-        seen: int = 0,
-        padding: Tensor | None = None,
-    ) -> None:
+    def __init__(self, route: Route, batch: int, *, copies: int = 1) -> None:
         """
         Args:
             copies: rows that generation makes of each row (beams, return sequences), next to each other.
@@ -77,10 +67,11 @@ class Rows:
             )
         self.route = route
         self.names = names
-        self.length = length
-        self.lead = lead
-        self.seen = seen
-        self.padding = padding
+        # the decoder's entry writes these down, once it knows what stands before the text
+        self.length: int | None = None
+        self.lead = 0
+        self.seen = 0
+        self.padding: Tensor | None = None
         self.groups = tuple(
             (name, tuple(row for row, other in enumerate(names) if other == name))
             for name in dict.fromkeys(names)

@@ -92,7 +92,8 @@ class OutputHook:
 
     def _by_row(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Each delta on its own rows, one after the other."""
-        acting = {name: get(module, name) for name, _ in self.registry.rows(y.shape[0]).groups}
+        rows = self.registry.rows(y.shape[0])
+        acting = {name: get(module, name) for name, _ in rows.groups}
         if not any(acting.values()):
             return y
         if y.dim() == 2 and self.registry.gathers_tokens(self.path):
@@ -100,7 +101,6 @@ class OutputHook:
                 f"{self.path} stands among experts, which are given some tokens of any row: deltas at this place "
                 "cannot share a batch with others. Route each of them in a batch of its own."
             )
-        rows = self.registry.rows(y.shape[0])
         for name, indices in rows.groups:
             delta_module = acting[name]
             if isinstance(delta_module, OutputModule):
