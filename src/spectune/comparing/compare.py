@@ -16,14 +16,14 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.comparing.comparison import Comparison
-from spectune.comparing.measure import is_tiny, measure, retained_passages
+from spectune.comparing.measure import measure, retained_passages
 from spectune.data import Row, load_rows, split_rows
 from spectune.deltas import Method, attach, attached, detach
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
 from spectune.families import describe, fingerprint
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import reference_shares
-from spectune.storage import TINY, atomic_write_text, load
+from spectune.storage import atomic_write_text, base_name, load
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training.identity import OtherRunError, check_identity, read_identity
 from spectune.training.prepare import prepare
@@ -114,7 +114,7 @@ def compare(
     rates = [rate for result in results if (rate := result.decode_tokens_per_second_base) is not None]
     content: dict[str, Any] = {
         "base": {
-            "name": TINY if is_tiny(model) else str(model.config._name_or_path),
+            "name": base_name(model),
             "total_parameters": sum(p.numel() for p in model.parameters()),
             "valid_loss": next((r.base_valid_loss for r in results), None),
             "decode_tokens_per_second": statistics.median(rates) if rates else None,

@@ -15,7 +15,7 @@ from spectune.deltas import Delta, detach, merge
 from spectune.errors import ConfigError, DataError
 from spectune.evaluation import forgetting_kl, sample_passages
 from spectune.inference import context_length, decode_tokens_per_second
-from spectune.storage import TINY, load_delta
+from spectune.storage import TINY, base_name, load_delta
 
 PASSAGES = 64
 PASSAGE_TOKENS = 128
@@ -50,16 +50,11 @@ def retained_passages(
         if not passages:
             raise DataError(f"--retain {path} holds no text")
         return passages
-    if is_tiny(model):
+    if base_name(model) == TINY:
         lines = embedded.RETAINED.read_text(encoding="utf-8").splitlines()
         return [list(json.loads(line)["ids"]) for line in lines]
     length = min(PASSAGE_TOKENS, context_length(model) or PASSAGE_TOKENS)
     return sample_passages(model, tokenizer, count=PASSAGES, length=length, seed=seed)
-
-
-def is_tiny(model: PreTrainedModel) -> bool:
-    """Whether a model was loaded as the embedded base, by its name or by its folder."""
-    return str(model.config._name_or_path) in (TINY, str(embedded.MODEL_FOLDER))
 
 
 def measure(

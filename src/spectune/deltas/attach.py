@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.deltas.delta import Delta
 from spectune.deltas.method import Method, Setting
-from spectune.deltas.probe import evaluating, prove_that_sites_fire
+from spectune.deltas.probe import can_run, evaluating, prove_that_sites_fire
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError
 
@@ -64,7 +64,7 @@ def place(
         delta.open(registry)
         with registry.routed(None):
             fill(delta)
-            if not any(parameter.device.type == "meta" for parameter in model.parameters()):
+            if can_run(model):
                 method.prove(delta, model)
         with registry.routed(name):
             prove_that_sites_fire(registry, delta)

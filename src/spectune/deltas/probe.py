@@ -30,6 +30,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def can_run(model: nn.Module) -> bool:
+    """Whether the model has weights to run with: none stands on the meta device."""
+    return not any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
 def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
     """Run two tokens through the model and check that each of the delta's sites is reached.
 
@@ -38,7 +43,7 @@ def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
             go through the registered attention function; all of them are named.
     """
     model = registry.model
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    if not can_run(model):
         return  # nothing can be run; the first real forward fails loudly where a module is missing
     wanted = {site.path: model.get_submodule(site.path) for site, _ in delta.sites if isinstance(site, OutputSite)}
     called: set[str] = set()

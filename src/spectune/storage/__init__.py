@@ -2,14 +2,13 @@
 
 from spectune.deltas import attach, detach, merge, route  # with this room imported, what attach gives can save itself
 from spectune.storage.atomic import atomic_folder, atomic_write_text
-from spectune.storage.bases import TINY, load, load_config, load_tokenizer
-from spectune.storage.delta_folder import load_delta, save_delta
+from spectune.storage.bases import TINY, base_name, load, load_config, load_tokenizer
+from spectune.storage.delta_folder import load_delta, save_delta, stored_method
 from spectune.storage.devices import resolve_device, resolve_dtype
 from spectune.storage.export import (
     check_format,
     copy_model,
     export_formats,
-    stored_method,
     write_model,
     write_peft,
     write_prompt_embeds,
@@ -20,6 +19,7 @@ __all__ = [
     "atomic_folder",
     "atomic_write_text",
     "attach",
+    "base_name",
     "check_format",
     "copy_model",
     "detach",

@@ -14,7 +14,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import embedded
-from spectune.errors import DataError
+from spectune.errors import DataError, first_line
 from spectune.storage.devices import resolve_device, resolve_dtype
 
 TINY = "spectune-tiny"
@@ -86,11 +86,11 @@ def _read(source: str, read: Any) -> Any:
         if Path(source).is_dir():
             inside = ", ".join(sorted(os.listdir(source))[:12]) or "nothing"
             raise DataError(
-                f"{source} is a folder, but no base that transformers can load ({_first_line(error)}). It holds: "
+                f"{source} is a folder, but no base that transformers can load ({first_line(error)}). It holds: "
                 f"{inside}. Expected config.json, *.safetensors and a tokenizer."
             ) from error
         raise DataError(
-            f"the base {source!r} is neither a local folder nor to be had from the hub ({_first_line(error)}).\n"
+            f"the base {source!r} is neither a local folder nor to be had from the hub ({first_line(error)}).\n"
             "What to do: give a local folder that holds config.json, weights and tokenizer; or set HF_HOME to a cache "
             "that has the model (with HF_HUB_OFFLINE=1 where there is no network); or check the name and log in "
             "(HF_TOKEN) if the model is gated. --model spectune-tiny works everywhere."
@@ -116,7 +116,3 @@ def _refuse_unreachable(source: str) -> None:
         ).close()
     except OSError as error:
         raise ConnectionError(f"no connection to {hub.hostname}: {error.strerror or error}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

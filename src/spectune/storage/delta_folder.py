@@ -19,12 +19,21 @@ import spectune
 from spectune.deltas import Delta, Method, Registry
 from spectune.deltas.attach import place
 from spectune.deltas.delta import CONFIG_FILE
-from spectune.errors import DataError, SpectuneError
+from spectune.errors import DataError, SpectuneError, first_line
 from spectune.families import describe, differences
 from spectune.methods import METHODS
 from spectune.storage.atomic import atomic_folder
 from spectune.storage.bases import base_name
-from spectune.storage.manifest import FORMAT, OUR_FILE, check_digests, digests, explain, read_json, read_manifest
+from spectune.storage.manifest import (
+    FORMAT,
+    OUR_FILE,
+    Manifest,
+    check_digests,
+    digests,
+    explain,
+    read_json,
+    read_manifest,
+)
 
 #: the keys of PEFT's configs that are read here, and what they have to be: pydantic would take `true` for the number 1
 _PEFT_TYPES: dict[str, tuple[type, ...]] = {
@@ -45,7 +54,7 @@ def save_delta(delta: Delta, folder: str | Path) -> Path:
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
         delta.write_files(temporary)
-        _name_base(temporary / CONFIG_FILE, base_name(delta.model))
+        name_base(temporary / CONFIG_FILE, base_name(delta.model))
         ours = {
             "format": FORMAT,
             "method": delta.method.as_stored().model_dump(mode="json"),
@@ -69,7 +78,7 @@ def save_delta(delta: Delta, folder: str | Path) -> Path:
 Delta.writer = staticmethod(save_delta)
 
 
-def _name_base(config_file: Path, name: str) -> None:
+def name_base(config_file: Path, name: str) -> None:
     """PEFT's key for the base, in a config of PEFT's layout."""
     config = read_json(config_file)
     if config is not None and "peft_type" in config:
@@ -90,8 +99,7 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; expected one that Delta.save or PEFT wrote")
-    found = read_manifest(folder / OUR_FILE)
-    manifest, method = found if found is not None else (None, _peft_method(folder))
+    manifest, method = _described(folder)
     name = name or folder.resolve().name
     registry = Registry.of(model)
     draft = method.bind(model, registry.family if registry else describe(model), name, keep_base=False)
@@ -109,6 +117,17 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
     return delta
 
 
+def stored_method(folder: Path) -> Method:
+    """The method of the delta stored in `folder` (ours or PEFT's); no weights are read. Raises DataError."""
+    return _described(folder)[1]
+
+
+def _described(folder: Path) -> tuple[Manifest | None, Method]:
+    """What a folder says of itself: in our file, or else in PEFT's."""
+    found = read_manifest(folder / OUR_FILE)
+    return found if found is not None else (None, _peft_method(folder))
+
+
 def _check_files(draft: Delta, folder: Path, config_file: str) -> None:
     """Check that the weights are what the config asks for, before any of either is made."""
     try:
@@ -119,7 +138,7 @@ def _check_files(draft: Delta, folder: Path, config_file: str) -> None:
         raise DataError(f"{folder / config_file} and the weights beside it do not fit this base: {error}") from error
     except Exception as error:  # sizes past 64 bits, a broken regular expression: torch and re have errors of their own
         raise DataError(
-            f"{folder / config_file} describes what cannot be built ({_first_line(error)}); copy it again"
+            f"{folder / config_file} describes what cannot be built ({first_line(error)}); copy it again"
         ) from error
 
 
@@ -145,7 +164,7 @@ def _peft_method(folder: Path) -> Method:
     except SpectuneError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:  # whatever else a method makes of values that PEFT never writes
-        raise DataError(f"{path} cannot be read ({_first_line(error)}); expected what PEFT writes") from error
+        raise DataError(f"{path} cannot be read ({first_line(error)}); expected what PEFT writes") from error
     raise DataError(f"{path}: peft_type {config.get('peft_type')!r} is not a method of spectune's")
 
 
@@ -160,8 +179,3 @@ def _wrong_types(config: dict[str, Any]) -> list[str]:
             expected = " or ".join("a list of texts" if kind is list else kind.__name__ for kind in types)
             problems.append(f"{key} = {repr(value)[:80]}: expected {expected}")
     return problems
-
-
-def _first_line(error: Exception) -> str:
-    """Some of torch's messages end in the frames of its C++ stack."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

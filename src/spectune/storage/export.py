@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.deltas import Delta, InputModule, Method
+from spectune.deltas import Delta, InputModule
 from spectune.deltas.delta import CONFIG_FILE
-from spectune.errors import ConfigError, DataError
-from spectune.methods import METHODS, method_from_dict
+from spectune.errors import ConfigError
 from spectune.storage.atomic import atomic_folder
+from spectune.storage.delta_folder import name_base
 from spectune.storage.manifest import OUR_FILE
 
 PROMPT_EMBEDS_FILE = "prompt_embeds.safetensors"
@@ -62,9 +61,7 @@ def write_peft(delta: Delta, folder: str | Path) -> Path:
     check_format(delta, "peft")
     with atomic_folder(folder) as temporary:
         delta.write_files(temporary)
-        config = json.loads((temporary / CONFIG_FILE).read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = _base_name(delta.model)
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        name_base(temporary / CONFIG_FILE, _base_name(delta.model))
     return folder
 
 
@@ -109,30 +106,6 @@ def copy_model(source: Path, tokenizer: PreTrainedTokenizerBase, folder: str | P
                 shutil.copyfile(file, temporary / file.name)
         tokenizer.save_pretrained(temporary)
     return folder
-
-
-def stored_method(folder: Path) -> Method:
-    """The method of the delta stored in `folder` (ours or PEFT's); no weights are read.
-
-    Raises:
-        DataError: the folder does not say.
-    """
-    for file in (OUR_FILE, CONFIG_FILE):
-        path = folder / file
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if file == OUR_FILE:
-                return method_from_dict(content["method"])
-            for method in METHODS:
-                if (found := method.from_peft_config(content)) is not None:
-                    return found
-        except FileNotFoundError:
-            continue
-        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path} does not describe a delta: {error!r}") from error
-    raise DataError(f"{folder} does not say which method it holds: expected {OUR_FILE}, or PEFT's {CONFIG_FILE}")
 
 
 def _peft_folder(delta: Delta) -> tuple[dict[str, Any], dict[str, Tensor]]:
