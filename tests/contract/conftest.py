@@ -131,6 +131,17 @@ def tokens(rows: int = 3, length: int = 10, seed: int = 5) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        ids[i, where] = row
+        mask[i, where] = 1
+    return ids, mask
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     return tmp_path

@@ -15,7 +15,7 @@ from spectune.deltas import Delta, Method, attached
 from spectune.errors import ConfigError, DataError
 from spectune.methods import METHODS, LoRA, PrefixTuning, PromptTuning
 from spectune.storage import attach, detach, load_delta, merge, route
-from tests.contract.conftest import CASES, REFUSED, move, put_on, tokens
+from tests.contract.conftest import CASES, REFUSED, move, padded, put_on, tokens
 from tests.contract.families import CONTEXT, FAMILIES, VOCABULARY
 
 Make = Callable[[], PreTrainedModel]
@@ -44,17 +44,6 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> Non
     assert a.shape == b.shape
     worst = float((a - b).abs().max())
     assert worst <= tolerance, f"largest difference {worst:.3g}"
-
-
-def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        where = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        ids[i, where] = row
-        mask[i, where] = 1
-    return ids, mask
 
 
 # -- 1: identity at the start ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from spectune.deltas import Delta, Method
 from spectune.errors import ConfigError
 from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from spectune.storage import attach, detach, route
-from tests.contract.conftest import CASES, move, refusal, tokens
+from tests.contract.conftest import CASES, move, padded, refusal, tokens
 
 Make = Callable[[], PreTrainedModel]
 
@@ -45,12 +45,7 @@ def batch_route(deltas: dict[str, Delta]) -> list[str | None]:
 
 def ragged(rows: int, side: str) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     texts = [tokens(1, 4 + (5 * i) % 7, seed=i)[0] for i in range(rows)]
-    longest = max(map(len, texts))
-    ids, mask = torch.zeros(rows, longest, dtype=torch.long), torch.zeros(rows, longest, dtype=torch.long)
-    for i, text in enumerate(texts):
-        where = slice(0, len(text)) if side == "right" else slice(longest - len(text), longest)
-        ids[i, where], mask[i, where] = text, 1
-    return ids, mask, texts
+    return *padded(texts, side), texts
 
 
 def close(a: torch.Tensor, b: torch.Tensor, what: object, tolerance: float = 1e-5) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectune.cli.console import note
-from spectune.cli.inputs import training_rows
+from spectune.cli.inputs import row_length, training_rows
 from spectune.cli.runs import output_folder
 
 if TYPE_CHECKING:
@@ -32,9 +32,7 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
     from spectune.comparing.measure import retained_passages
     from spectune.data import encode
     from spectune.deltas import attach
-    from spectune.inference import context_length
     from spectune.storage import load
-    from spectune.training.train import DEFAULT_LENGTH
 
     wanted = settings.training()
     folder = output_folder(settings.text("output_dir"), label, resume=wanted.resume)
@@ -50,7 +48,7 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
             retained_passages(model, tokenizer, retain, wanted.seed)
         delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
         # reads all validation rows; of these the longest are evaluated
-        length = wanted.max_length or min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        length = row_length(model, wanted.max_length)
         encoded = encode(held_out, tokenizer, max_length=length, separator=wanted.separator)
         longest = sorted(encoded.examples, key=lambda example: -len(example.input_ids))
         few = [_alone(example, tokenizer) for example in longest[: wanted.per_device_eval_batch_size]]

@@ -8,7 +8,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_json, say, work
-from spectune.cli.inputs import note_losses, rows_to_judge, run_on
+from spectune.cli.inputs import note_losses, row_length, rows_to_judge, run_on
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,16 +45,12 @@ def evaluate(
     with work(as_json=as_json) as out:
         from spectune.data import encode
         from spectune.deltas import route
-        from spectune.inference import context_length
-        from spectune.training.train import DEFAULT_LENGTH
 
         rows, source = rows_to_judge(data, skip_bad_rows=skip_bad_rows)
         note(f"run: {found.folder}; rows: {source}")
         base_model, tokenizer = found.load(device or "auto", dtype or "auto")
         separator = str(found.config.get("separator", ""))
-        max_length = int(
-            found.config.get("max_length") or min(context_length(base_model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
-        )
+        max_length = row_length(base_model, found.config.get("max_length"))
         encoded = encode(rows, tokenizer, max_length=max_length, separator=separator)
         note_losses(encoded.report, source, "--json names each")
         judge = _Judge(tokenizer, separator, max_length, max_new_tokens, batch_size)

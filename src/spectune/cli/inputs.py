@@ -11,6 +11,8 @@ from spectune.cli.runs import Run, find_run
 from spectune.errors import DataError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from spectune.data import DataReport, Row
 
 #: The share of --data that is held out where there is no --valid.
@@ -94,6 +96,14 @@ def run_on(given: Path | None, model: str | None) -> Run:
             raise
         return Run(given, given, model, {}, {})
     return found if model is None else dataclasses.replace(found, base=model)
+
+
+def row_length(model: PreTrainedModel, wanted: int | None) -> int:
+    """Tokens of a row: as wanted, else as training takes it where nobody says."""
+    from spectune.inference import context_length
+    from spectune.training.train import DEFAULT_LENGTH
+
+    return wanted or min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
 
 
 def note_losses(report: DataReport, name: str, more: str) -> None:

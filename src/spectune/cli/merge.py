@@ -9,7 +9,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_json, work
-from spectune.cli.inputs import rows_to_measure
+from spectune.cli.inputs import row_length, rows_to_measure
 from spectune.cli.runs import Run, find_run, free_folder
 from spectune.errors import ConfigError
 
@@ -93,13 +93,11 @@ def say_where(answer: dict[str, Any], out: Console) -> None:
 def _merge(found: Run, folder: Path, data: str | None, device: str, dtype: str, out: Console) -> dict[str, Any]:
     from spectune.data import encode
     from spectune.deltas.merge import merge_and_measure
-    from spectune.inference import context_length
     from spectune.storage import write_model
-    from spectune.training.train import DEFAULT_LENGTH
 
     rows, source = rows_to_measure(data, found.config)
     model, tokenizer = found.load(device, dtype)
-    max_length = int(found.config.get("max_length") or min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH))
+    max_length = row_length(model, found.config.get("max_length"))
     encoded = encode(rows, tokenizer, max_length=max_length, separator=str(found.config.get("separator", "")))
     merged, difference = merge_and_measure(model, "run", rows=encoded.examples, tokenizer=tokenizer)
     write_model(merged, tokenizer, folder)

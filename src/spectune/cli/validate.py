@@ -8,7 +8,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import print_json, say, work
-from spectune.cli.inputs import note_losses, rows_to_train
+from spectune.cli.inputs import note_losses, row_length, rows_to_train
 from spectune.cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -41,14 +41,12 @@ def validate(
     settings.methods([])
     with work(as_json=as_json) as out:
         from spectune.data import encode
-        from spectune.inference import context_length
         from spectune.storage import load
-        from spectune.training.train import DEFAULT_LENGTH
 
         chosen = settings.training()
         rows, source = rows_to_train(settings.text("data"), skip_bad_rows=skip_bad_rows)
         base, tokenizer = load(settings.base, device="cpu")
-        length = chosen.max_length or min(context_length(base) or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        length = row_length(base, chosen.max_length)
         encoded = encode(rows, tokenizer, max_length=length, separator=chosen.separator)
         report = encoded.report.to_dict()
         note_losses(encoded.report, source, "--json names each")
