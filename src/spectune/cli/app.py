@@ -18,6 +18,7 @@ from spectune.cli.evaluate import evaluate
 from spectune.cli.export import export
 from spectune.cli.generate import generate
 from spectune.cli.merge import merge
+from spectune.cli.report import report
 from spectune.cli.train import train
 from spectune.cli.validate import validate
 from spectune.errors import InterruptedRun, SpectuneError
@@ -64,6 +65,7 @@ def build_app() -> typer.Typer:
     app.command("eval", short_help="Measure a tuned model on rows of one's own.")(evaluate)
     app.command("merge", short_help="Write a run's delta into its base: a plain transformers folder.")(merge)
     app.command("export", short_help="Write a run's delta for PEFT, vLLM and other programs.")(export)
+    app.command("report", short_help="Make a comparison's page, table and plots anew from its runs.")(report)
     app.command("validate", short_help="Check a data file, and see what is learned from it.")(validate)
     app.command("env", short_help="Print versions, devices and methods.")(env)
     return app

@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spectune.cli import options
+from spectune.cli import limits, options
 from spectune.cli.console import complain, note, print_json, work
 from spectune.cli.dry_run import dry_run
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
-from spectune.errors import InterruptedRun, SpectuneError
+from spectune.errors import ConfigError, InterruptedRun, SpectuneError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from spectune.comparing import Comparison
+    from spectune.comparing.recommend import Limits
     from spectune.deltas import Method
 
-#: Steps of every run under --quick: enough for each method to fall below the bare base on the embedded task.
+#: Steps of a final run under --quick: enough for each method to fall below the bare base on the embedded task.
 QUICK_STEPS = 120
 
 
@@ -32,7 +33,41 @@ def compare(
         str | None,
         typer.Option(help=f"Methods, parted by commas: {options.method_names()}.", show_default="all of them"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help=f"Six methods, {QUICK_STEPS} steps each.")] = False,
+    test: Annotated[
+        str | None,
+        typer.Option(help="Rows that final runs are judged on.", show_default="the validation rows"),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help=f"Six methods, 3 learning rates, one final run of {QUICK_STEPS} steps each."),
+    ] = False,
+    thorough: Annotated[
+        bool,
+        typer.Option("--thorough", help="Twice the search, 5 seeds, every memory figure in a process of its own."),
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Final runs of each method.", show_default="3; 1 with --quick")
+    ] = None,
+    fractions: Annotated[
+        str | None,
+        typer.Option(help="A data curve: shares of the rows such as 0.1,0.3,1, or numbers of rows such as 100,1000."),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="loss, exact_match, rouge_l, bleu, chrf, accuracy, or package.module:function; parted by commas.",
+            show_default="by what the rows have",
+        ),
+    ] = None,
+    generate_rows: Annotated[
+        int | None,
+        typer.Option(min=0, help="Judged rows that every final run writes a completion for.", show_default="64"),
+    ] = None,
+    max_memory: limits.MaxMemory = None,
+    max_latency_overhead: limits.MaxLatencyOverhead = None,
+    tenants: limits.Tenants = None,
+    max_stored_bytes: limits.MaxStoredBytes = None,
+    min_quality: limits.MinQuality = None,
     retain: Annotated[
         Path | None,
         typer.Option(help="Text on which forgetting is measured.", show_default="sampled from the base itself"),
@@ -48,15 +83,18 @@ def compare(
     skip_bad_rows: options.SkipBadRows = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train methods one after another on the same rows, steps and batches, and put their measurements side by side.
+    """Measure methods side by side on the same rows, and say which differ.
 
-    Parameters, memory, loss, forgetting, speed of training and decoding, bytes on disk: as a table here, and as JSON,
-    CSV, Markdown and a figure in the run's folder. Exit code 1 if any run failed; the others are still compared.
+    Each method gets the same budget: a search for its learning rate, then final runs with several seeds. What is
+    measured: loss, metrics of what it writes, forgetting, memory, speed, bytes on disk; with intervals, a verdict that
+    says "no difference" where there is none, and a recommendation. As a table here, and as report.html, JSON, CSV,
+    Markdown and plots in the folder. Exit code 1 if any run failed; the others are still compared.
 
     \b
     Examples:
       spectune compare --quick
-      spectune compare --model gpt2 --data train.jsonl --methods full,lora,bitfit --set max_steps=500
+      spectune compare --model gpt2 --data train.jsonl --valid valid.jsonl --test test.jsonl --methods full,lora,bitfit
+      spectune compare --data train.jsonl --fractions 100,300,1 --max-memory 24GiB
       spectune compare --config run.yaml --set lora.r=8 --output-dir runs/ranks
     """
     flags = {
@@ -64,6 +102,12 @@ def compare(
         "data": data,
         "valid": valid,
         "methods": methods,
+        "test": test,
+        "preset": "quick" if quick else "thorough" if thorough else None,
+        "seeds": seeds,
+        "fractions": fractions,
+        "metric": metric,
+        "generate_rows": generate_rows,
         "retain": retain,
         "output_dir": output_dir,
         "seed": seed,
@@ -72,6 +116,8 @@ def compare(
         "skip_bad_rows": skip_bad_rows or None,
         "resume": resume or None,
     }
+    if quick and thorough:
+        raise ConfigError("--quick and --thorough: expected one of them, or neither")
     settings = Settings.collect(config, assignments, flags)
     if quick:
         settings.prefer("max_steps", QUICK_STEPS, "--quick")
@@ -85,20 +131,22 @@ def compare(
         if dry:
             answer = dry_run(chosen, settings, "compare", out)
         else:
-            comparison = _compare(chosen, settings, out)
+            wanted = limits.given(max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality)
+            comparison = _compare(chosen, settings, wanted, out)
             answer, failed = {"folder": str(comparison.folder), **comparison.to_dict()}, bool(comparison.failed)
             out.print(comparison.table())
             for run in comparison.failed:
-                complain(f"{run['method']} failed: {run['reason']}")
-            note(f"written to {comparison.folder}")
+                complain(f"{run['name']} failed: {run['reason']}")
+            note(f"written to {comparison.folder}; the page: {comparison.folder / 'report.html'}")
     if as_json:
         print_json(answer)
     if failed:
         raise typer.Exit(SpectuneError.exit_code)
 
 
-def _compare(methods: list[Method], settings: Settings, out: Console) -> Comparison:
+def _compare(methods: list[Method], settings: Settings, limits: Limits, out: Console) -> Comparison:
     from spectune import comparing, embedded
+    from spectune.comparing.compare import GENERATE_ROWS
 
     wanted = settings.training()
     folder = output_folder(settings.text("output_dir"), "compare", resume=wanted.resume)
@@ -111,7 +159,14 @@ def _compare(methods: list[Method], settings: Settings, out: Console) -> Compari
             settings.base,
             data,
             valid,
+            test_rows=settings.text("test"),
             methods=methods,
+            preset=settings.text("preset") or "default",
+            seeds=settings.whole("seeds"),
+            fractions=settings.numbers("fractions"),
+            metric=settings.text("metric") or "auto",
+            generate_rows=GENERATE_ROWS if (rows := settings.whole("generate_rows")) is None else rows,
+            limits=limits,
             output_dir=folder,
             config=wanted,
             seed=wanted.seed,

@@ -66,7 +66,7 @@ def free_folder(given: Path | None, default: Path) -> Path:
 
 def origin(settings: Settings) -> dict[str, str]:
     """Where base and data come from, for a run's config.yaml, so that `--config` of it is the same run again."""
-    keys = ("data", "valid", "retain", "device", "dtype")
+    keys = ("data", "valid", "test", "retain", "device", "dtype")
     return {"model": settings.base, **{key: value for key in keys if (value := settings.text(key)) is not None}}
 
 
@@ -135,6 +135,25 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
         f"{given} holds no finished run: expected best/ and result.json, or a delta's adapter_config.json. "
         f"An interrupted run goes on with: spectune {command} --resume --output-dir {given}"
     )
+
+
+def find_comparison(given: Path | None, root: Path = RUNS) -> Path:
+    """The folder of a comparison: the one given, else the newest in `root`.
+
+    Raises:
+        ConfigError: there is no comparison yet; says which command makes one.
+        DataError: the folder given holds none.
+    """
+    if given is not None:
+        if not (given / "conditions.json").is_file():
+            raise DataError(f"{given} holds no comparison: expected the folder of `spectune compare`")
+        return given
+    found = [path.parent for path in root.glob("*/conditions.json")]
+    if not found:
+        raise ConfigError(
+            f"there is no comparison under {root.absolute()}. `spectune compare` makes one; or name its folder."
+        )
+    return max(found, key=lambda path: (path / "conditions.json").stat().st_mtime)
 
 
 def _trained_with(delta_folder: Path) -> dict[str, Any]:

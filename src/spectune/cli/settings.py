@@ -31,7 +31,9 @@ SYNONYMS = {
 }
 #: Keys of the command itself; everything else is the training's or a method's.
 RUN_KEYS = frozenset(
-    {"model", "data", "valid", "retain", "output_dir", "method", "methods", "device", "dtype"}
+    {"model", "data", "valid", "test", "retain", "output_dir", "method", "methods", "device", "dtype"}
+    # a comparison's
+    | {"preset", "seeds", "fractions", "metric", "generate_rows"}
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
     | {"row_shape", "prompt_ends_with"}
 )
@@ -101,6 +103,33 @@ class Settings:
         if value is not None and not isinstance(value, str | Path):
             raise ConfigError(f"{self.given[key].where}: {key} is {_shown(value)}; expected text.")
         return None if value is None else str(value)
+
+    def whole(self, key: str) -> int | None:
+        """A key of the command itself that has to be a whole number.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(key)
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        raise ConfigError(f"{self.given[key].where}: {key} is {_shown(value)}; expected a whole number.")
+
+    def numbers(self, key: str) -> list[float]:
+        """A key of the command itself that has to be numbers: a list, or text with commas.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(key, [])
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        try:
+            return [float(part) for part in parts]
+        except (TypeError, ValueError):
+            where = self.given[key].where
+            raise ConfigError(
+                f"{where}: {key} is {_shown(value)}; expected numbers such as 0.1,0.3,1 or 100,1000."
+            ) from None
 
     def training(self) -> TrainingConfig:
         """The training config.

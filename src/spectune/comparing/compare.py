@@ -1,13 +1,10 @@
-"""Run the methods one after another on one base, under one budget, and measure each in the same way."""
+"""Compare methods on one base and one data set: search, repeat, measure, judge, recommend."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +12,29 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectune.comparing import conditions
 from spectune.comparing.comparison import Comparison
-from spectune.comparing.measure import measure, retained_passages
-from spectune.data import Row, load_rows, split_rows
-from spectune.deltas import Method, attach, attached, detach
-from spectune.errors import ConfigError, InterruptedRun, SpectuneError
-from spectune.families import describe, fingerprint
+from spectune.comparing.job import Arm, Job
+from spectune.comparing.measure import retained_passages
+from spectune.comparing.presets import PRESETS
+from spectune.comparing.recommend import Limits
+from spectune.comparing.runner import Runner
+from spectune.comparing.schedule import Schedule
+from spectune.data import Row, encode, load_rows, split_rows
+from spectune.deltas import Method, attached
+from spectune.errors import ConfigError, InterruptedRun
+from spectune.evaluation import Task, row_losses
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import reference_shares
 from spectune.storage import atomic_write_text, base_name, load
-from spectune.training import RunResult, TrainingConfig, train
-from spectune.training.identity import OtherRunError, check_identity, read_identity
-from spectune.training.prepare import prepare
-
-log = logging.getLogger("spectune")
+from spectune.training import TrainingConfig, environment
+from spectune.training.prepare import max_length
+from spectune.training.train import pad_token_id
 
 VALID_SHARE = 0.1
+GENERATE_ROWS = 64
+#: settings that no result depends on, and those that differ between the runs of a comparison
+NOT_SHARED = {"output_dir", "resume", "learning_rate", "logging_steps", "report_to"}
 
 
 def compare(
@@ -38,10 +42,17 @@ def compare(
     train_rows: Any,
     valid_rows: Any = None,
     *,
+    test_rows: Any = None,
     methods: Sequence[str | Method] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     output_dir: str | Path | None = None,
     config: TrainingConfig | None = None,
+    preset: str = "default",
+    seeds: int | None = None,
+    fractions: Sequence[float] = (),
+    metric: str = "auto",
+    generate_rows: int = GENERATE_ROWS,
+    limits: Limits | None = None,
     seed: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -50,14 +61,22 @@ def compare(
     origin: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> Comparison:
-    """Train every method on the same rows, steps and batches, and measure them side by side.
+    """Search each method's learning rate, train it with several seeds, measure all alike, and say what differs.
 
     Args:
         base: a loaded model, a hub id, a folder, or "spectune-tiny".
         train_rows, valid_rows: paths, lists of dicts, or `datasets` objects; without `valid_rows` a seeded tenth of
             the training rows is held out.
+        test_rows: rows that only the final runs are judged on; without them they are judged on the validation rows,
+            which have also chosen the rates.
         methods: names or configs; all of them by default.
-        config: one budget for all; a `learning_rate` of None is each method's own default.
+        config: one budget for all. A `learning_rate` is every method's, and nothing is searched.
+        preset: "quick", "default" or "thorough": see `spectune.comparing.presets`.
+        seeds: final runs of each method; by default the preset's.
+        fractions: a data curve: shares of the rows (at most 1) or numbers of rows.
+        metric: "auto", names or `package.module:function`, see `spectune.evaluation.Task`.
+        generate_rows: judged rows that every final run writes a completion for.
+        limits: of the user, for the recommendation.
         seed: of weights, data order and splits; default is the config's.
         output_dir: default is the config's, else a new temporary folder.
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
@@ -74,134 +93,164 @@ def compare(
     settings = config or TrainingConfig()
     seed = settings.seed if seed is None else seed
     resume = resume or settings.resume
-    output_dir = output_dir if output_dir is not None else settings.output_dir
-    settings = settings.model_copy(update={"seed": seed, "resume": resume})
-    wanted: Sequence[str | Method] = methods if methods is not None else list(BY_NAME)
-    chosen = [method_from_name(m) if isinstance(m, str) else m for m in wanted]
-    names = _run_names(chosen)
-    if resume and output_dir is None:
-        raise ConfigError("resume needs an output_dir: there is nothing to go on from")
-    folder = Path(output_dir) if output_dir is not None else Path(tempfile.mkdtemp(prefix="spectune-compare-"))
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
-        raise ConfigError(f"{folder} is not empty: give another --output-dir, or --resume to go on there")
+    folder = _folder(output_dir if output_dir is not None else settings.output_dir, resume)
+    asked = {
+        "preset": preset,
+        "seeds": seeds,
+        "fractions": list(fractions),
+        "metric": metric,
+        "generate_rows": generate_rows,
+    }
+    _check(**asked)
+    arms = _arms(methods)
+    settings = settings.model_copy(update={"seed": seed, "resume": False, "output_dir": None})
     rows, valid, held_out = _rows(train_rows, valid_rows, seed, settings)
+    test = None if test_rows is None else load_rows(test_rows, skip_bad_rows=settings.skip_bad_rows)
     model, tokenizer = _base(base, tokenizer, device, dtype)
     if attached(model):
         raise ConfigError(f"the model has deltas attached already ({', '.join(attached(model))}): detach them first")
+    recorded = _recorded(model, settings, arms, asked, origin)
+    # the same tokens of every row for all: as many as the method with the most virtual tokens leaves room for
+    settings = settings.model_copy(update={"max_length": min(max_length(model, arm.method, settings) for arm in arms)})
+    assert settings.max_length is not None
+    encoded, held = (
+        encode(part, tokenizer, max_length=settings.max_length, separator=settings.separator) for part in (rows, valid)
+    )
+    task = Task.of(
+        valid if test is None else test,
+        train_rows=rows,
+        metric=metric,
+        generate_rows=generate_rows,
+        batch_size=settings.per_device_eval_batch_size,
+        max_length=settings.max_length,
+        separator=settings.separator,
+    )
     passages = retained_passages(model, tokenizer, retain, seed)
-    job = _Job(model, tokenizer, rows, valid, passages, origin, console)
-    for name, method in zip(names, chosen, strict=True):
-        job.check_ended(method, settings.model_copy(update={"output_dir": folder / "runs" / name}))
-
-    config_file = folder / "config.yaml"
-    if not config_file.is_file():  # what a resumption goes on with stays as it was
-        atomic_write_text(config_file, yaml.safe_dump(_recorded(model, settings, chosen, origin), sort_keys=False))
-    results: list[RunResult] = []
-    failed: list[dict[str, Any]] = []
-    for name, method in zip(names, chosen, strict=True):
-        try:
-            results.append(job.run(name, method, settings.model_copy(update={"output_dir": folder / "runs" / name})))
-        except InterruptedRun as stop:
-            raise InterruptedRun(f"{stop}\nTo go on with the comparison: the same command with --resume") from None
-        except SpectuneError as error:
-            if console is None:  # who gave a console tells of failures in their own words
-                log.warning("%s failed: %s", name, error)
-            failed.append({"method": name, "label": method.label, "reason": str(error)})
-        finally:
-            for delta in attached(model):
-                detach(model, delta)
-
-    rates = [rate for result in results if (rate := result.decode_tokens_per_second_base) is not None]
-    content: dict[str, Any] = {
+    targets = sum(example.target_tokens for example in encoded.examples)
+    schedule = Schedule.of(PRESETS[preset], settings, len(encoded.examples), targets, seeds=seeds, fractions=fractions)
+    found: dict[str, Any] = {
         "base": {
             "name": base_name(model),
             "total_parameters": sum(p.numel() for p in model.parameters()),
-            "valid_loss": next((r.base_valid_loss for r in results), None),
-            "decode_tokens_per_second": statistics.median(rates) if rates else None,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "data": {
             "train_rows": len(rows),
+            "train_examples": len(encoded.examples),
             "valid_rows": len(valid),
             "held_out": held_out,
+            "judged_on": "valid" if test is None else "test",
+            "judged_rows": len(task.rows),
+            "task": task.describe(),
             "retained_passages": len(passages),
             "retained_tokens": sum(map(len, passages)),
             "retained_from": str(retain) if retain is not None else "sampled from the base at temperature 1",
+            "target_tokens_per_step": schedule.target_tokens_per_step,
         },
         "settings": settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
-        "scale": reference_shares(chosen),
-        "runs": [
-            {**result.model_dump(mode="json"), "label": method.label, "best_for": method.best_for}
-            for result in results
-            for name, method in zip(names, chosen, strict=True)
-            if name == result.name
+        "preset": schedule.to_dict(len(held.examples)),
+        "environment": environment(),
+        "scale": reference_shares([arm.method for arm in arms]),
+        "arms": [
+            {
+                "name": arm.name,
+                "method": arm.method.name,
+                "label": arm.method.label,
+                "best_for": arm.method.best_for,
+                "settings": arm.method.model_dump(mode="json"),
+            }
+            for arm in arms
         ],
-        "failed": failed,
-        "verdict": None,  # one seed and one learning rate a method cannot carry one
+        "limits": (limits or Limits()).model_dump(mode="json", exclude_none=True),
     }
-    comparison = Comparison(folder, content)
+    found["identity"] = identity = {
+        **settings.model_dump(mode="json", exclude=NOT_SHARED),
+        "base": [found["base"]["name"], found["base"]["total_parameters"], found["base"]["dtype"]],
+        "data_sha256": conditions.key(encoded.sha256, held.sha256),
+        "judged_rows_sha256": conditions.key([(r.prompt, r.completion, r.text, r.messages) for r in task.rows]),
+        "task": task.describe(),
+        "passages_sha256": hashlib.sha256(repr(passages).encode()).hexdigest(),
+    }
+    before = conditions.read(folder) if (folder / conditions.FILE).is_file() else None
+    if before is not None:
+        conditions.check(before, found, folder)
+        found["base"] = {**found["base"], **before["base"]}
+    conditions.write(folder, found)
+    config_file = folder / "config.yaml"
+    if not config_file.is_file():  # what a resumption goes on with stays as it was
+        atomic_write_text(config_file, yaml.safe_dump(recorded, sort_keys=False))
+
+    if "valid_loss" not in found["base"]:
+        pad, size = pad_token_id(tokenizer), settings.per_device_eval_batch_size
+        found["base"]["valid_loss"] = row_losses(model, held.examples, pad, size).mean_per_token
+    job = Job(
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        train=encoded,
+        valid=held,
+        task=task,
+        judged_on=found["data"]["judged_on"],
+        passages=passages,
+        config=settings,
+        identity=identity,
+        base_valid_loss=found["base"]["valid_loss"],
+        measured_seed=schedule.seeds[0],
+        origin=origin,
+        console=console,
+    )
+    if "judged_loss" not in found["base"]:
+        found["base"] |= job.judge_base()
+    conditions.write(folder, found)
+    try:
+        Runner(job, schedule, arms, console).run()
+    except InterruptedRun as stop:
+        raise InterruptedRun(f"{stop}\nTo go on with the comparison: the same command with --resume") from None
+    comparison = Comparison.from_runs(folder)
     comparison.save()
     return comparison
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What all runs of a comparison share."""
+def _check(preset: str, seeds: int | None, fractions: Sequence[float], metric: str, generate_rows: int) -> None:
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r}; expected one of {', '.join(PRESETS)}")
+    if seeds is not None and seeds < 1:
+        raise ConfigError(f"seeds = {seeds}; expected at least 1 final run of each method")
+    if generate_rows < 0:
+        raise ConfigError(f"generate_rows = {generate_rows}; expected 0 (write nothing) or more")
+    wrong = [f for f in fractions if f <= 0 or (f > 1 and f != int(f))]
+    if wrong:
+        raise ConfigError(
+            f"fractions {', '.join(f'{f:g}' for f in wrong)}; expected shares of the rows above 0 and up to 1, or whole "
+            "numbers of rows"
+        )
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    rows: list[Row]
-    valid: list[Row]
-    passages: list[list[int]]
-    origin: Mapping[str, Any] | None
-    console: Console | None
 
-    @property
-    def passages_sha256(self) -> str:
-        return hashlib.sha256(repr(self.passages).encode()).hexdigest()
-
-    def check_ended(self, method: Method, config: TrainingConfig) -> None:
-        """Raise OtherRunError where the run's folder holds a finished run that had another identity."""
-        assert config.output_dir is not None
-        path = config.output_dir / "result.json"
-        if not path.is_file():
-            return
-        base = fingerprint(self.model, describe(self.model))
-        prepared = prepare(self.model, self.tokenizer, method, self.rows, self.valid, config, base)
-        check_identity(read_identity(config.output_dir), prepared.identity, config.output_dir, "finished run")
-        measured_on = RunResult.load(path).retained_sha256
-        if measured_on not in (None, self.passages_sha256):
-            raise OtherRunError(
-                f"{config.output_dir} was measured on other passages (--retain, or another seed): its forgetting would "
-                "not compare with that of the others. Give the same ones, or start in a new folder."
-            )
-
-    def run(self, name: str, method: Method, config: TrainingConfig) -> RunResult:
-        """Train, or take what a finished run left, and measure what has not been measured."""
-        model, tokenizer = self.model, self.tokenizer
-        delta = attach(model, method, name, tokenizer=tokenizer, seed=config.seed, keep_base=method.trains_base)
-        # a finished run gives the delta its trained weights, and its own result
-        result = train(model, tokenizer, delta, self.rows, self.valid, config, origin=self.origin, console=self.console)
-        if result.retained_sha256 is not None:
-            return result
-        assert config.output_dir is not None
-        found = measure(model, tokenizer, delta, config.output_dir / "best", self.passages)
-        result = result.model_copy(update={"name": name, "retained_sha256": self.passages_sha256, **found})
-        result.save(config.output_dir / "result.json")
-        return result
+def _folder(given: str | Path | None, resume: bool) -> Path:
+    if resume and given is None:
+        raise ConfigError("resume needs an output_dir: there is nothing to go on from")
+    folder = Path(given) if given is not None else Path(tempfile.mkdtemp(prefix="spectune-compare-"))
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        raise ConfigError(f"{folder} is not empty: give another --output-dir, or --resume to go on there")
+    return folder
 
 
 def _recorded(
-    model: PreTrainedModel, settings: TrainingConfig, methods: Sequence[Method], origin: Mapping[str, Any] | None
+    model: PreTrainedModel,
+    settings: TrainingConfig,
+    arms: Sequence[Arm],
+    asked: Mapping[str, Any],
+    origin: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The comparison's config.yaml: what `--resume` reads where the command line says nothing."""
     return {
         "model": str(model.config._name_or_path),
         **(origin or {}),
-        "methods": [method.name for method in methods],
+        "methods": [arm.method.name for arm in arms],
+        **{key: value for key, value in asked.items() if value not in (None, [])},
         **settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
-        **{method.name: method.model_dump(mode="json", exclude={"name"}) for method in methods},
+        **{arm.method.name: arm.method.model_dump(mode="json", exclude={"name"}) for arm in arms},
     }
 
 
@@ -224,10 +273,12 @@ def _rows(
     return kept, held, VALID_SHARE
 
 
-def _run_names(methods: Sequence[Method]) -> list[str]:
-    """A folder name for each: the method's, with a number where one comes twice."""
-    names: list[str] = []
-    for method in methods:
-        same = sum(other.name == method.name for other in methods[: len(names)])
-        names.append(method.name if same == 0 else f"{method.name}-{same + 1}")
-    return names
+def _arms(methods: Sequence[str | Method] | None) -> list[Arm]:
+    """Each method under a name for its runs: its own, with a number where one comes twice."""
+    wanted: Sequence[str | Method] = methods if methods is not None else list(BY_NAME)
+    arms: list[Arm] = []
+    for given in wanted:
+        method = method_from_name(given) if isinstance(given, str) else given
+        same = sum(arm.method.name == method.name for arm in arms)
+        arms.append(Arm(method.name if same == 0 else f"{method.name}-{same + 1}", method))
+    return arms

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectune.comparing.assemble import assemble
+from spectune.comparing.recommend import Limits
 from spectune.errors import DataError
 from spectune.reporting import comparison_figure, comparison_html, comparison_table, write_reports
 from spectune.storage import atomic_write_text
@@ -21,7 +23,8 @@ class Comparison:
 
     Attributes:
         folder: where it lies, with `runs/`, `comparison.json`, `.csv`, `.md` and the figure.
-        content: what `comparison.json` holds: base, data, settings, runs, failed, scale.
+        content: what `comparison.json` holds: base, data, settings, preset, arms, searches, runs, curves, failed,
+            verdict, recommendation.
     """
 
     folder: Path
@@ -55,6 +58,15 @@ class Comparison:
         """Write `comparison.json` and everything that is made from it."""
         atomic_write_text(self.folder / FILE, strict_json(self.content) + "\n")
         write_reports(self.content, self.folder)
+
+    @classmethod
+    def from_runs(cls, folder: str | Path, limits: Limits | None = None) -> Comparison:
+        """The comparison made anew from the runs in its folder, also of one that was interrupted.
+
+        Raises:
+            DataError: the folder holds no comparison, or a result in it is damaged.
+        """
+        return cls(Path(folder), assemble(Path(folder), limits))
 
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:

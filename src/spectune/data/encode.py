@@ -6,8 +6,10 @@ same. The prompt's ids are the ones that generation gets.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -95,8 +97,23 @@ class DataReport:
 
 @dataclass
 class Encoded:
+    """The examples of some rows, and where each row went."""
+
     examples: list[Example]
     report: DataReport
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of the examples; a long text is several examples of one row."""
+        return list({id(example.row): example.row for example in self.examples}.values())
+
+    @cached_property
+    def sha256(self) -> str:
+        """A digest of all token ids and of what of them is learned."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(repr((example.input_ids, example.prompt_length)).encode())
+        return digest.hexdigest()
 
 
 def encode(

@@ -81,6 +81,9 @@ class Method(BaseModel, ABC):
     best_for: ClassVar[str]
     default_learning_rate: ClassVar[float]
     default_learning_rate_source: ClassVar[str]
+    #: the rates that a search tries lie between these, evenly on a log scale
+    learning_rate_range: ClassVar[tuple[float, float]]
+    learning_rate_range_source: ClassVar[str]
     #: the tuned model equals the base until the first step
     starts_at_identity: ClassVar[bool] = True
     #: the base itself is what is trained: no other delta can stand beside it

@@ -1,6 +1,15 @@
 """What a tuned model is worth: its loss on rows, metrics of what it writes, and what it forgot of its base."""
 
 from spectune.evaluation.forgetting import forgetting_kl, passage_kls, sample_passages
+from spectune.evaluation.judge import (
+    JudgedRow,
+    corpus_metrics,
+    corpus_score,
+    judge,
+    judged_loss,
+    read_rows,
+    write_rows,
+)
 from spectune.evaluation.losses import RowLosses, row_losses
 from spectune.evaluation.metrics import (
     accuracy_over_choices,
@@ -9,16 +18,25 @@ from spectune.evaluation.metrics import (
     rouge_l,
     text_metrics,
 )
+from spectune.evaluation.task import Task
 
 __all__ = [
+    "JudgedRow",
     "RowLosses",
+    "Task",
     "accuracy_over_choices",
+    "corpus_metrics",
+    "corpus_score",
     "exact_match",
     "forgetting_kl",
+    "judge",
+    "judged_loss",
     "passage_kls",
     "perplexity",
+    "read_rows",
     "rouge_l",
     "row_losses",
     "sample_passages",
     "text_metrics",
+    "write_rows",
 ]

@@ -47,6 +47,8 @@ class BitFit(Method):
     best_for: ClassVar[str] = "the smallest files that still reach every layer; small shifts of style or domain"
     default_learning_rate: ClassVar[float] = 1e-2
     default_learning_rate_source: ClassVar[str] = "the authors' code has 1e-3"
+    learning_rate_range: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
+    learning_rate_range_source: ClassVar[str] = "the authors' code has 1e-3; 4e-2 was best on E2E (docs/results/e2e.md)"
     can_merge: ClassVar[bool] = True
 
     def sites(self, family: Family) -> list[Site]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectune.data import Example
+from spectune.data import Encoded
 from spectune.deltas import Method
 from spectune.errors import ConfigError, DataError
 from spectune.families import differences
@@ -30,8 +30,8 @@ def identity_of(
     *,
     learning_rate: float,
     max_length: int,
-    examples: Sequence[Example],
-    valid: Sequence[Example],
+    train: Encoded,
+    valid: Encoded,
     base: Mapping[str, Any],
     dtype: str,
 ) -> dict[str, Any]:
@@ -41,15 +41,12 @@ def identity_of(
         base: the base's fingerprint, taken before training.
         dtype: what the base computes in, such as "float32".
     """
-    digest = hashlib.sha256()
-    for example in (*examples, *valid):
-        digest.update(repr((example.input_ids, example.prompt_length)).encode())
     found = {
         **config.model_dump(mode="json", exclude=FREE),
         "learning_rate": learning_rate,
         "max_length": max_length,
         "method": method.model_dump(mode="json"),
-        "data_sha256": digest.hexdigest(),
+        "data_sha256": hashlib.sha256(f"{train.sha256} {valid.sha256}".encode()).hexdigest(),
         "dtype": dtype,
         "base": dict(base),
     }

@@ -49,34 +49,45 @@ def prepare(
     """Read and encode the rows for one method on one base.
 
     Args:
-        train_rows, valid_rows: what `train` takes.
+        train_rows, valid_rows: what `train` takes; both `Encoded`, at most the config's `max_length` long: used as
+            they are, so that many runs on the same rows encode them once.
         base: the fingerprint of the base before training.
 
     Raises:
         ConfigError, DataError: a length that the base has no room for, or bad data.
     """
-    length = _max_length(model, method, config)
-    rows: list[Row] = load_rows(train_rows, skip_bad_rows=config.skip_bad_rows)
-    if valid_rows is None:
-        rows, held_out = split_rows(rows, seed=config.seed)
+    length = max_length(model, method, config)
+    if isinstance(train_rows, Encoded):
+        train, valid, rows = train_rows, valid_rows, train_rows.rows
     else:
-        held_out = load_rows(valid_rows, skip_bad_rows=config.skip_bad_rows)
-    train, valid = (encode(part, tokenizer, max_length=length, separator=config.separator) for part in (rows, held_out))
+        rows = load_rows(train_rows, skip_bad_rows=config.skip_bad_rows)
+        if valid_rows is None:
+            rows, held_out = split_rows(rows, seed=config.seed)
+        else:
+            held_out = load_rows(valid_rows, skip_bad_rows=config.skip_bad_rows)
+        train, valid = (
+            encode(part, tokenizer, max_length=length, separator=config.separator) for part in (rows, held_out)
+        )
     rate = config.learning_rate or method.default_learning_rate
     identity = identity_of(
         config,
         method,
         learning_rate=rate,
         max_length=length,
-        examples=train.examples,
-        valid=valid.examples,
+        train=train,
+        valid=valid,
         base=base,
         dtype=str(model.dtype).removeprefix("torch."),
     )
     return Prepared(rows, (train, valid), rate, length, identity)
 
 
-def _max_length(model: PreTrainedModel, method: Method, config: TrainingConfig) -> int:
+def max_length(model: PreTrainedModel, method: Method, config: TrainingConfig) -> int:
+    """Tokens of a row: as configured, else what the base has room for beside the method's virtual tokens.
+
+    Raises:
+        ConfigError: more is configured than the base has room for.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = None if context is None else int(context) - method.virtual_tokens
     if config.max_length is None:

@@ -21,7 +21,11 @@ class RunResult(BaseModel):
     `train_reserved` (CUDA) what the allocator held, `train_resident` (CPU) the process's memory.
     Decoding speeds are medians over rounds, their `_spread` is half the interquartile range; `inference_overhead_range`
     are the quartiles of the extra time over the rounds, as shares of the bare base's time in the same round.
-    `retained_sha256`: of the passages that forgetting was measured on. Fields that only a comparison measures
+    `retained_sha256`: of the passages that forgetting was measured on; `forgetting_by_passage`: nats summed over each.
+    `decode`: for each batch size tokens a second of the tuned, merged and bare model, and their overheads.
+    `judged_loss` and `metrics` are those of the rows that `judged_on` names ("valid" or "test"), kept row by row in
+    `rows_file` (a path in the comparison's folder). `last_valid_loss` is that after the last step, `valid_loss` that of
+    the weights kept. `key` stands for everything that the run depends on. Fields that only a comparison measures
     are None after `train`.
     """
 
@@ -59,7 +63,15 @@ class RunResult(BaseModel):
     inference_overhead_range: tuple[float, float] | None = None
     inference_overhead_merged_range: tuple[float, float] | None = None
     retained_sha256: str | None = None
+    decode: dict[str, dict[str, Any]] | None = None
+    forgetting_by_passage: list[float] | None = None
     swap_seconds: float | None = None
+    judged_on: str | None = None
+    judged_loss: float | None = None
+    rows_file: str | None = None
+    evaluation_seconds: float | None = None
+    last_valid_loss: float | None = None
+    key: str | None = None
     folder: str | None = None
 
     def save(self, path: str | Path) -> None:

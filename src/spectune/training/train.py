@@ -40,6 +40,7 @@ def train(
     name: str = "default",
     origin: Mapping[str, Any] | None = None,
     console: Console | None = None,
+    base_valid_loss: float | None = None,
 ) -> RunResult:
     """Train one method (attached as `name`) or an attached delta; the delta ends as the best of validation.
 
@@ -49,6 +50,7 @@ def train(
         config: see `TrainingConfig`; with an `output_dir` everything is written there.
         origin: entries for config.yaml that say where base and data came from (model, data, valid, device, dtype).
         console: where to print; default is standard output.
+        base_valid_loss: the bare base's loss on the validation rows, where it is known already.
 
     Raises:
         ConfigError, DataError: bad settings or data, a delta that is not of this model or that nothing may be trained
@@ -100,7 +102,7 @@ def train(
         prepared.rows,
     )
     run.begin(prepared.encoded, environment(), origin or {})
-    total = _total_steps(len(prepared.examples), config, world.size)
+    total = total_steps(len(prepared.examples), config, world.size)
     _announce(out, delta, prepared, total, config)
     loop = Loop(
         model=model,
@@ -108,7 +110,7 @@ def train(
         optimizer=optimizer,
         train_examples=prepared.examples,
         valid_examples=prepared.valid,
-        pad_token_id=_pad(tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
         config=config,
         learning_rate=prepared.learning_rate,
         total_steps=total,
@@ -117,6 +119,8 @@ def train(
         world=world,
     )
     try:
+        if progress.base_valid_loss is None:
+            progress.base_valid_loss = base_valid_loss
         if progress.base_valid_loss is None:
             progress.base_valid_loss = _base_loss(loop, model, delta)
         # by name: whatever else is attached, or active, this delta is what is trained and validated
@@ -187,6 +191,7 @@ def _result(run: RunFolder, prepared: Prepared, stopped: bool) -> RunResult:
         train_loss=progress.last_epoch_loss,
         valid_loss=valid_loss,
         base_valid_loss=progress.base_valid_loss,
+        last_valid_loss=progress.valid_loss,
         valid_perplexity=None if valid_loss is None else perplexity(valid_loss),
         train_tokens_per_second=(progress.timed_tokens or progress.tokens)
         / (progress.timed_seconds or progress.seconds),
@@ -197,7 +202,8 @@ def _result(run: RunFolder, prepared: Prepared, stopped: bool) -> RunResult:
     )
 
 
-def _total_steps(rows: int, config: TrainingConfig, processes: int) -> int:
+def total_steps(rows: int, config: TrainingConfig, processes: int) -> int:
+    """Optimizer steps of a run on so many examples."""
     if config.max_steps > 0:
         return config.max_steps
     batch_count = math.ceil(rows / (config.per_device_train_batch_size * processes))
@@ -223,6 +229,7 @@ def _announce(out: Console, delta: Delta, prepared: Prepared, total: int, config
         out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands where a row has no token; it is masked, so any id will do."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return int(pad or 0)

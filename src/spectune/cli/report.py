@@ -1,0 +1,50 @@
+"""`spectune report`: a comparison's files made anew from its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectune.cli import limits, options
+from spectune.cli.console import note, print_json, work
+from spectune.cli.runs import find_comparison
+
+
+def report(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A comparison's folder.", show_default="the newest under runs/")
+    ] = None,
+    max_memory: limits.MaxMemory = None,
+    max_latency_overhead: limits.MaxLatencyOverhead = None,
+    tenants: limits.Tenants = None,
+    max_stored_bytes: limits.MaxStoredBytes = None,
+    min_quality: limits.MinQuality = None,
+    as_json: options.Json = False,
+) -> None:
+    """Put a comparison together again from its runs: verdict, recommendation, table, page and plots.
+
+    Of a comparison that was interrupted it shows what is there. Limits given here replace those it was made with.
+
+    \b
+    Examples:
+      spectune report
+      spectune report runs/2026-01-31-compare-1
+      spectune report runs/2026-01-31-compare-1 --max-memory 16GiB --tenants 20
+    """
+    found = find_comparison(folder)
+    given = (max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality)
+    wanted = limits.given(*given) if any(value is not None for value in given) else None
+    with work(as_json=as_json) as out:
+        from spectune.comparing import Comparison
+
+        comparison = Comparison.from_runs(found, wanted)
+        comparison.save()
+        out.print(comparison.table())
+        gone = ", ".join(f"{run['name']} seed {run['seed']}" for run in comparison.to_dict()["missing"])
+        if gone:
+            note(f"not run yet: {gone}. To go on: spectune compare --resume --output-dir {found}")
+        note(f"written to {found}; the page: {found / 'report.html'}")
+    if as_json:
+        print_json({"folder": str(found), **comparison.to_dict()})

@@ -1,0 +1,269 @@
+"""The runs of a comparison: trials of the search, final runs, runs on fewer rows. Each is taken from its folder where
+an earlier call has finished it."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spectune.comparing.conditions import key
+from spectune.comparing.measure import measure
+from spectune.comparing.schedule import SEARCH_ROWS
+from spectune.comparing.search import Trial
+from spectune.data import DataReport, Encoded
+from spectune.deltas import Delta, Method, attach, attached, detach
+from spectune.errors import DivergedError
+from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, passage_kls, write_rows
+from spectune.storage import atomic_write_text
+from spectune.storage.strict_json import strict_json
+from spectune.training import RunResult, TrainingConfig, train
+
+#: a run on fewer rows is validated at so many points, and the best one counts
+CURVE_VALIDATIONS = 10
+#: trials draw weights and batches with seeds of their own: the rate is not chosen by the luck of a final run's seed
+SEARCH_SEED = 10_000
+#: in the folder of a run, or of a search, that failed
+FAILED = "failed.json"
+QUIET = Console(quiet=True)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method of a comparison, under the name of its runs."""
+
+    name: str
+    method: Method
+
+
+@dataclass
+class Job:
+    """What all runs share.
+
+    Attributes:
+        identity: everything that a result depends on beside method, rate, steps, seed and rows.
+        measured_seed: the seed whose final runs are timed at decoding; speed does not depend on it.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Encoded
+    valid: Encoded
+    task: Task
+    judged_on: str
+    passages: list[list[int]]
+    config: TrainingConfig
+    identity: Mapping[str, Any]
+    base_valid_loss: float
+    measured_seed: int
+    origin: Mapping[str, Any] | None
+    console: Console | None
+    search_valid: Encoded = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.search_valid = subset(self.valid, SEARCH_ROWS, self.config.seed)
+
+    # -- search ---------------------------------------------------------------------------------------------------
+
+    def trial(self, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | None]:
+        """One rate for so many steps, and the seconds it took; None where it lay in its folder already."""
+        seed = self.config.seed + SEARCH_SEED
+        label = f"{rate:g}-{steps}-{self._key(arm, rate, steps, seed)}"
+        path = self.folder / "search" / arm.name / label / "result.json"
+        if path.is_file():
+            return Trial(**json.loads(path.read_text(encoding="utf-8"))), None
+        begin = time.perf_counter()
+        config = self._config(rate, steps, seed, eval_steps=steps)
+        reason, loss, targets = None, None, 0
+        try:
+            result = self._train(arm, config, self.train, self.search_valid)
+            loss, targets = result.valid_loss, result.target_tokens
+        except DivergedError as error:
+            reason = str(error).split(". ", 1)[0]
+        found = Trial(rate, steps, targets, loss, reason)
+        atomic_write_text(path, strict_json(asdict(found)) + "\n")
+        return found, time.perf_counter() - begin
+
+    def calibrate(self, arm: Arm, steps: int = 2) -> float:
+        """Seconds of a training step of this arm, of a run that is thrown away."""
+        few = subset(self.valid, 1, 0)
+        result = self._train(arm, self._config(1e-6, steps, self.config.seed, eval_steps=steps), self.train, few)
+        return result.train_seconds / steps
+
+    # -- final runs -----------------------------------------------------------------------------------------------
+
+    def final_folder(self, arm: Arm, rate: float, steps: int, seed: int) -> Path:
+        return self.folder / "runs" / arm.name / f"seed-{seed}-{self._key(arm, rate, steps, seed)}"
+
+    def final(self, arm: Arm, rate: float, steps: int, seed: int) -> RunResult:
+        """Train, or take what a finished run left, and measure what has not been measured."""
+        folder = self.final_folder(arm, rate, steps, seed)
+        if (done := _measured(folder)) is not None:
+            return done
+        config = self._config(rate, steps, seed, output_dir=folder, resume=True)
+        with self._attached(arm, seed) as delta:
+            result = train(
+                self.model,
+                self.tokenizer,
+                delta,
+                self.train,
+                self.valid,
+                config,
+                origin=self.origin,
+                console=self.console,
+                base_valid_loss=self.base_valid_loss,
+            )
+            (folder / FAILED).unlink(missing_ok=True)
+            found = self._judged(folder) | self._costs(delta, folder, seed)
+        result = result.model_copy(
+            update={
+                **found,
+                "name": arm.name,
+                "key": folder.name.rsplit("-", 1)[-1],
+                "retained_sha256": self.identity["passages_sha256"],
+                # phases that training has measured, and those that were measured here
+                "peak_memory_bytes": {**result.peak_memory_bytes, **found.get("peak_memory_bytes", {})},
+            }
+        )
+        result.save(folder / "result.json")
+        return result
+
+    def is_measured(self, arm: Arm, rate: float, steps: int, seed: int) -> bool:
+        """Whether nothing is left to do for a final run."""
+        return _measured(self.final_folder(arm, rate, steps, seed)) is not None
+
+    def failed(self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str) -> None:
+        """Note in `folder` that a run failed; it stays there until the run has succeeded."""
+        method = arm.method
+        entry = {"name": arm.name, "method": method.name, "label": method.label, "seed": seed, "learning_rate": rate}
+        atomic_write_text(folder / FAILED, strict_json({**entry, "reason": reason}) + "\n")
+
+    def judge_base(self) -> dict[str, Any]:
+        """The bare base on the judged rows: its metrics; its rows go to base/."""
+        judged = judge(self.model, self.tokenizer, self.task)
+        write_rows(self.folder / "base" / "rows.jsonl", judged)
+        tokens = {"tokens": [len(passage) for passage in self.passages]}
+        atomic_write_text(self.folder / "base" / "passages.json", json.dumps(tokens) + "\n")
+        return {"judged_loss": judged_loss(judged), "metrics": corpus_metrics(judged)}
+
+    # -- fewer rows -----------------------------------------------------------------------------------------------
+
+    def on_fewer(self, arm: Arm, rate: float, rows: int, steps: int, seed: int) -> tuple[dict[str, Any], float | None]:
+        """One point of a data curve, and its seconds: the first `rows` of a seeded order, so that each set holds the
+        smaller ones."""
+        label = f"{rows}-seed-{seed}-{self._key(arm, rate, steps, seed, rows)}"
+        path = self.folder / "curve" / arm.name / label / "result.json"
+        if path.is_file():
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found, None
+        begin = time.perf_counter()
+        config = self._config(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
+        result = self._train(arm, config, subset(self.train, rows, self.config.seed), self.valid)
+        point = curve_point(result, arm.name, rows)
+        atomic_write_text(path, strict_json(point) + "\n")
+        return point, time.perf_counter() - begin
+
+    # -- the parts of these ---------------------------------------------------------------------------------------
+
+    def _key(self, arm: Arm, rate: float, steps: int, seed: int, rows: int | None = None) -> str:
+        return key(dict(self.identity), arm.method.model_dump(mode="json"), rate, steps, seed, rows)
+
+    def _config(self, rate: float, steps: int, seed: int, **more: Any) -> TrainingConfig:
+        fixed = {"learning_rate": rate, "max_steps": steps, "seed": seed, "output_dir": None, "resume": False}
+        return self.config.model_copy(update={**fixed, **more})
+
+    def _train(self, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encoded) -> RunResult:
+        """A run that keeps nothing on disk."""
+        with self._attached(arm, config.seed) as delta:
+            return train(
+                self.model,
+                self.tokenizer,
+                delta,
+                rows,
+                valid,
+                config,
+                console=QUIET,
+                base_valid_loss=self.base_valid_loss,
+            )
+
+    def _attached(self, arm: Arm, seed: int) -> _Attached:
+        return _Attached(self, arm, seed)
+
+    def _judged(self, folder: Path) -> dict[str, Any]:
+        """The attached delta on the judged rows."""
+        begin = time.perf_counter()
+        judged = judge(self.model, self.tokenizer, self.task)
+        write_rows(folder / "rows.jsonl", judged)
+        return {
+            "judged_on": self.judged_on,
+            "judged_loss": judged_loss(judged),
+            "metrics": corpus_metrics(judged),
+            "rows_file": str((folder / "rows.jsonl").relative_to(self.folder)),
+            "evaluation_seconds": time.perf_counter() - begin,
+        }
+
+    def _costs(self, delta: Delta, folder: Path, seed: int) -> dict[str, Any]:
+        """Forgetting for every seed; speed and swapping for one of them."""
+        if seed == self.measured_seed:
+            return measure(self.model, self.tokenizer, delta, folder / "best", self.passages)
+        sums = passage_kls(self.model, self.passages)
+        tokens = sum(map(len, self.passages))
+        return {"forgetting_by_passage": sums, "forgetting_kl_nats_per_token": sum(sums) / tokens}
+
+
+class _Attached:
+    """An arm's method attached to the base, inside a `with`; after it the base is bare again, come what may."""
+
+    def __init__(self, job: Job, arm: Arm, seed: int) -> None:
+        self._job, self._arm, self._seed = job, arm, seed
+
+    def __enter__(self) -> Delta:
+        job, method = self._job, self._arm.method
+        return attach(
+            job.model, method, self._arm.name, tokenizer=job.tokenizer, seed=self._seed, keep_base=method.trains_base
+        )
+
+    def __exit__(self, *_: object) -> None:
+        for name in list(attached(self._job.model)):
+            detach(self._job.model, name)
+
+
+def subset(rows: Encoded, count: int, seed: int) -> Encoded:
+    """`count` rows of a seeded order, all of them where there are no more; a smaller subset lies in every larger one."""
+    if count >= len(rows.examples):
+        return rows
+    order = list(range(len(rows.examples)))
+    random.Random(seed).shuffle(order)
+    return Encoded([rows.examples[i] for i in order[:count]], DataReport(rows=count, kept=count))
+
+
+def curve_point(result: RunResult, arm: str, rows: int) -> dict[str, Any]:
+    """A run as a point of a data curve."""
+    kept = (
+        "method",
+        "seed",
+        "learning_rate",
+        "steps",
+        "valid_loss",
+        "last_valid_loss",
+        "train_loss",
+        "base_valid_loss",
+    )
+    return {"name": arm, "rows": rows, **{name: getattr(result, name) for name in kept}}
+
+
+def _measured(folder: Path) -> RunResult | None:
+    """The result of a run that has been trained and measured."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    found = RunResult.load(path)
+    return found if found.key is not None else None

@@ -1,0 +1,169 @@
+"""Carries out the schedule, arm by arm, and says what it does and how long it will take."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from spectune.comparing.budget import Budget, duration
+from spectune.comparing.job import FAILED, Arm, Job
+from spectune.comparing.schedule import Schedule
+from spectune.comparing.search import Trial, successive_halving
+from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError
+from spectune.storage import atomic_write_text
+from spectune.storage.strict_json import strict_json
+
+log = logging.getLogger("spectune")
+
+
+class _GivenUpError(Exception):
+    """Nothing more can come of an arm."""
+
+
+@dataclass
+class Runner:
+    """Everything that a comparison runs."""
+
+    job: Job
+    schedule: Schedule
+    arms: Sequence[Arm]
+    console: Console | None
+
+    def __post_init__(self) -> None:
+        self.budget = Budget([piece for arm in self.arms for piece in self.schedule.pieces(arm.name)])
+        self._out = self.console or Console()
+
+    def run(self) -> None:
+        """All arms, one after another; what fails is noted in its folder, and the rest goes on.
+
+        Raises:
+            InterruptedRun: Ctrl-C or SIGTERM.
+        """
+        self._announce()
+        for arm in self.arms:
+            try:
+                rate = self.schedule.learning_rate or self._search(arm)
+                self._final_runs(arm, rate)
+                self._curve(arm, rate)
+            except _GivenUpError:
+                self.budget.drop(arm.name)
+
+    def _announce(self) -> None:
+        schedule, arms = self.schedule, len(self.arms)
+        search = " + ".join(f"{count} x {steps}" for count, steps in schedule.rungs)
+        seeds = len(schedule.seeds)
+        each = f"{seeds} final {'run' if seeds == 1 else 'runs'} of {schedule.final_steps:,} steps"
+        if search:
+            each = f"a search of {search} steps (rates x steps), then {each}"
+        if schedule.curve:
+            each += f", and runs on {', '.join(f'{rows:,}' for rows, _ in schedule.curve)} rows"
+        tokens = schedule.target_tokens_per_step * self.budget.total_steps
+        self._say(
+            f"budget: {arms} {'method' if arms == 1 else 'methods'}, each {each}: about {tokens:,.0f} target tokens in all"
+        )
+        if self._all_there():
+            return
+        try:
+            self.budget.step_seconds = self.job.calibrate(self.arms[0])
+        except InterruptedRun:
+            raise
+        except SpectuneError:
+            return  # the arm's own runs will say what is wrong with it
+        left = self.budget.seconds_left()
+        if left is not None:
+            label = self.arms[0].method.label
+            self._say(f"at least {duration(left)}, by two steps of {label}; evaluation and measuring come on top")
+
+    def _all_there(self) -> bool:
+        """Whether an earlier call has made all final runs: then there is no time to tell."""
+        folders = [self.job.folder / "runs" / arm.name for arm in self.arms]
+        return all(len(list(folder.glob("*/rows.jsonl"))) >= len(self.schedule.seeds) for folder in folders)
+
+    def _search(self, arm: Arm) -> float:
+        """The best rate of an arm; what was tried goes to its search.json."""
+        folder = self.job.folder / "search" / arm.name
+        (folder / FAILED).unlink(missing_ok=True)
+        method, schedule = arm.method, self.schedule
+        bounds, source = method.learning_rate_range, method.learning_rate_range_source
+        around = schedule.preset.around_default
+        if around is not None:
+            default = method.default_learning_rate
+            bounds, source = (default / around, default * around), f"around the default, {default:g}"
+        try:
+            found = successive_halving(
+                bounds,
+                schedule.rungs,
+                lambda rate, steps: self._trial(arm, rate, steps),
+                source=source,
+                extensions=schedule.preset.extensions,
+            )
+        except InterruptedRun:
+            raise
+        except SpectuneError as error:
+            raise self._given_up(folder, arm, None, None, str(error)) from None
+        atomic_write_text(folder / "search.json", strict_json(found.to_dict()) + "\n")
+        if found.best is None:
+            reason = f"no learning rate: {found.sentence}. Try --set learning_rate=... below {min(bounds):g}"
+            raise self._given_up(folder, arm, None, None, reason)
+        self._say(f"{method.label}: {found.sentence}; {self.budget}")
+        return found.best
+
+    def _trial(self, arm: Arm, rate: float, steps: int) -> Trial:
+        found, seconds = self.job.trial(arm, rate, steps)
+        self.budget.ended(arm.name, steps, seconds)
+        return found
+
+    def _final_runs(self, arm: Arm, rate: float) -> None:
+        steps = self.schedule.final_steps
+        for seed in self.schedule.seeds:
+            begin = time.perf_counter()
+            there = self.job.is_measured(arm, rate, steps, seed)
+            try:
+                result = self.job.final(arm, rate, steps, seed)
+            except InterruptedRun:
+                raise
+            except SpectuneError as error:
+                folder = self.job.final_folder(arm, rate, steps, seed)
+                if isinstance(error, OutOfMemoryError | DoesNotFitError | ConfigError):
+                    # another seed changes nothing
+                    raise self._given_up(folder, arm, rate, seed, str(error)) from None
+                self._failed(folder, arm, rate, seed, str(error))
+                continue
+            self.budget.ended(arm.name, steps, None if there else time.perf_counter() - begin)
+            metrics = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
+            self._say(f"{arm.method.label}, seed {seed}: loss {result.judged_loss:.4f}{metrics}; {self.budget}")
+
+    def _curve(self, arm: Arm, rate: float) -> None:
+        folder = self.job.folder / "curve" / arm.name
+        (folder / FAILED).unlink(missing_ok=True)
+        for rows, steps in self.schedule.curve:
+            if rows == len(self.job.train.examples):
+                continue  # a final run is that point
+            for seed in self.schedule.curve_seeds:
+                try:
+                    _, seconds = self.job.on_fewer(arm, rate, rows, steps, seed)
+                except InterruptedRun:
+                    raise
+                except SpectuneError as error:
+                    self._failed(folder, arm, rate, seed, f"on {rows:,} rows: {error}")
+                    continue
+                self.budget.ended(arm.name, steps, seconds)
+        if self.schedule.curve:
+            self._say(f"{arm.method.label}: data curve done; {self.budget}")
+
+    def _failed(self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str) -> None:
+        self.job.failed(folder, arm, rate, seed, reason)
+        if self.console is None:  # who gave a console tells of failures in their own words
+            log.warning("%s failed: %s", arm.name, reason)
+
+    def _given_up(self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str) -> _GivenUpError:
+        self._failed(folder, arm, rate, seed, reason)
+        return _GivenUpError(reason)
+
+    def _say(self, line: str) -> None:
+        self._out.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,97 @@
+"""The runs that a comparison makes of each method, in optimizer steps: the same for every one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spectune.comparing.presets import Preset
+from spectune.training import TrainingConfig
+from spectune.training.train import total_steps
+
+#: validation rows that a trial of the search is judged on
+SEARCH_ROWS = 512
+#: a run on fewer rows sees each of them at most so many times
+CURVE_EPOCHS = 20
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is run for each arm.
+
+    Attributes:
+        rungs: of the search, each (rates, steps); none where the learning rate is given.
+        seeds: of the final runs.
+        curve: of the data curve, each (rows, steps); with all rows it is a final run, and has its steps.
+        curve_seeds: of each point of the curve.
+        target_tokens_per_step: on average over the training rows.
+    """
+
+    preset: Preset
+    rungs: tuple[tuple[int, int], ...]
+    seeds: tuple[int, ...]
+    final_steps: int
+    curve: tuple[tuple[int, int], ...]
+    curve_seeds: tuple[int, ...]
+    target_tokens_per_step: float
+    learning_rate: float | None
+
+    @classmethod
+    def of(
+        cls,
+        preset: Preset,
+        settings: TrainingConfig,
+        rows: int,
+        target_tokens: int,
+        *,
+        seeds: int | None = None,
+        fractions: Sequence[float] = (),
+    ) -> Schedule:
+        """From a preset and the data: `rows` training rows with `target_tokens` in all."""
+        per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        final = total_steps(rows, settings, 1)
+        every = tuple(range(settings.seed, settings.seed + (preset.seeds if seeds is None else seeds)))
+        counts = planned_rows(fractions, rows)
+        return cls(
+            preset=preset,
+            rungs=()
+            if settings.learning_rate is not None
+            else tuple((count, max(1, round(share * final))) for count, share in preset.rungs),
+            seeds=every,
+            final_steps=final,
+            curve=tuple((n, final if n == rows else min(final, CURVE_EPOCHS * -(-n // per_step))) for n in counts),
+            curve_seeds=every[: preset.curve_seeds],
+            target_tokens_per_step=target_tokens / rows * per_step,
+            learning_rate=settings.learning_rate,
+        )
+
+    def pieces(self, arm: str) -> list[tuple[str, int]]:
+        """(arm, steps) of every run of an arm; the curve's point with all rows is one of the final runs."""
+        search = [steps for count, steps in self.rungs for _ in range(count)]
+        curve = [steps for _, steps in self.curve if steps != self.final_steps or len(self.curve) == 1]
+        return [(arm, steps) for steps in (*search, *[self.final_steps] * len(self.seeds), *curve)]
+
+    def to_dict(self, valid_rows: int) -> dict[str, Any]:
+        """The budget of each method, for `comparison.json`."""
+        tokens = self.target_tokens_per_step
+        search = sum(count * steps for count, steps in self.rungs)
+        return {
+            "name": self.preset.name,
+            "seeds": list(self.seeds),
+            "rungs": [list(rung) for rung in self.rungs],
+            "fixed_learning_rate": self.learning_rate,
+            "final_steps": self.final_steps,
+            "final_target_tokens": round(self.final_steps * tokens),
+            "search_target_tokens": round(search * tokens),
+            "curve": [list(point) for point in self.curve],
+            "search_valid_rows": min(SEARCH_ROWS, valid_rows),
+            "covers_training_noise": len(self.seeds) > 1,
+            "memory_in_own_process": self.preset.own_process,
+        }
+
+
+def planned_rows(fractions: Sequence[float], total: int) -> list[int]:
+    """Row counts of a data curve: shares of all rows where at most 1, else counts; rising, each once, none above all."""
+    counts = {round(fraction * total) if fraction <= 1 else int(fraction) for fraction in fractions}
+    return sorted({min(max(1, count), total) for count in counts})

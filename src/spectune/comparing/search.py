@@ -1,0 +1,131 @@
+"""The learning rate of a method by successive halving (Jamieson and Talwalkar 2016): many rates for a few steps, the
+better half of them for twice as many, and so on. It knows nothing of models: a trial is a function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One short run. `valid_loss` is None where it diverged, with the reason."""
+
+    learning_rate: float
+    steps: int
+    target_tokens: int
+    valid_loss: float | None
+    reason: str | None = None
+    extension: bool = False
+
+    @property
+    def rank(self) -> float:
+        return math.inf if self.valid_loss is None else self.valid_loss
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found.
+
+    Attributes:
+        range: the rates between which it looked, extensions not counted.
+        source: where that range comes from.
+        trials: in the order in which they were run.
+        best: the rate of the lowest loss in the last rung; None where all trials diverged.
+        edge: "low" or "high" where no rate beyond the best one was tried.
+    """
+
+    range: tuple[float, float]
+    source: str
+    trials: tuple[Trial, ...]
+    best: float | None
+    edge: str | None
+
+    @property
+    def sentence(self) -> str:
+        """The search in words."""
+        tried = len({trial.learning_rate for trial in self.trials})
+        low, high = self.range
+        text = f"{tried} rates from {low:g} to {high:g} ({self.source})"
+        if self.best is None:
+            return f"all of {text} diverged"
+        text = f"best of {text}: {self.best:g}"
+        extended = sum(trial.extension for trial in self.trials)
+        if extended:
+            text += f"; the best lay on the edge, so {extended} further {'rate was' if extended == 1 else 'rates were'} tried"
+        if self.edge is not None:
+            beyond = "lower" if self.edge == "low" else "higher"
+            text += f"; it is the {self.edge}est tried: a {beyond} one may be better still"
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "range": list(self.range),
+            "trials": [asdict(t) for t in self.trials],
+            "sentence": self.sentence,
+        }
+
+
+def candidates(low: float, high: float, count: int) -> list[float]:
+    """`count` rates from low to high, both among them, evenly on a log scale, of three significant digits."""
+    if count == 1:
+        return [float(f"{math.sqrt(low * high):.3g}")]
+    ratio = (high / low) ** (1 / (count - 1))
+    return [float(f"{low * ratio**i:.3g}") for i in range(count)]
+
+
+def successive_halving(
+    bounds: tuple[float, float],
+    rungs: Sequence[tuple[int, int]],
+    trial: Callable[[float, int], Trial],
+    *,
+    source: str,
+    extensions: int = 0,
+) -> Search:
+    """Run trials and return the best rate.
+
+    Args:
+        bounds: lowest and highest rate of the first rung.
+        rungs: (rates, steps) of each rung; rates fall from one to the next.
+        trial: runs one rate for so many steps; a divergence is a trial without a loss.
+        extensions: where the best of the last rung is the lowest or highest rate tried so far, a rate as far beyond it
+            as the first rung's are apart is tried, as long as that helps, at most so many times.
+    """
+    rates = candidates(*bounds, rungs[0][0])
+    ratio = rates[1] / rates[0] if len(rates) > 1 else 3.0
+    trials: list[Trial] = []
+    last: list[Trial] = []
+    for count, steps in rungs:
+        ranked = sorted(last, key=lambda t: t.rank)
+        alive = rates if not last else [t.learning_rate for t in ranked if t.valid_loss is not None][:count]
+        if not alive:
+            break
+        last = [trial(rate, steps) for rate in alive]
+        trials += last
+    best = min(last, key=lambda t: t.rank)
+    if best.valid_loss is None:
+        return Search(bounds, source, tuple(trials), None, None)
+    steps = rungs[-1][1]
+    for _ in range(extensions):
+        side = _edge(best.learning_rate, trials)
+        if side is None:
+            break
+        beyond = best.learning_rate * ratio if side == "high" else best.learning_rate / ratio
+        further = trial(float(f"{beyond:.3g}"), steps)
+        trials.append(Trial(**{**asdict(further), "extension": True}))
+        if further.rank >= best.rank:
+            break
+        best = further
+    return Search(bounds, source, tuple(trials), best.learning_rate, _edge(best.learning_rate, trials))
+
+
+def _edge(rate: float, trials: Sequence[Trial]) -> str | None:
+    tried = [t.learning_rate for t in trials]
+    if len(set(tried)) == 1:
+        return None  # one rate has no edges: nothing was searched
+    if rate == max(tried):
+        return "high"
+    return "low" if rate == min(tried) else None

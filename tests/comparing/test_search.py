@@ -1,0 +1,89 @@
+"""Successive halving on functions whose best rate is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from spectune.comparing.search import Trial, candidates, successive_halving
+
+RUNGS = [(8, 10), (4, 20), (2, 40)]
+
+
+def bowl(best: float, diverges_from: float = math.inf):  # type: ignore[no-untyped-def]
+    """Trials whose loss is lowest at a rate; longer ones are closer to it."""
+    calls: list[tuple[float, int]] = []
+
+    def trial(rate: float, steps: int) -> Trial:
+        calls.append((rate, steps))
+        if rate >= diverges_from:
+            return Trial(rate, steps, steps * 100, None, "the loss is nan in step 3")
+        return Trial(rate, steps, steps * 100, 1 + abs(math.log(rate / best)) + 1 / steps)
+
+    return trial, calls
+
+
+def test_candidates_are_even_on_a_log_scale() -> None:
+    rates = candidates(1e-4, 1e-2, 5)
+    assert rates == [1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2]
+    assert candidates(1e-4, 1e-2, 1) == [1e-3]
+
+
+def test_the_best_rate_is_found_with_the_budget_of_the_rungs() -> None:
+    trial, calls = bowl(2e-3)
+    found = successive_halving((1e-4, 1e-2), RUNGS, trial, source="a test")
+    nearest = min(candidates(1e-4, 1e-2, 8), key=lambda rate: abs(math.log(rate / 2e-3)))
+    assert found.best == nearest
+    assert found.edge is None
+    assert [steps for _, steps in calls] == [10] * 8 + [20] * 4 + [40] * 2
+    assert f"best of 8 rates from 0.0001 to 0.01 (a test): {nearest:g}" in found.sentence
+
+
+def test_each_rung_keeps_the_better_rates() -> None:
+    trial, calls = bowl(1e-4)
+    successive_halving((1e-4, 1e-2), RUNGS, trial, source="a test")
+    rates = candidates(1e-4, 1e-2, 8)
+    assert {rate for rate, steps in calls if steps == 20} == set(rates[:4])
+    assert {rate for rate, steps in calls if steps == 40} == set(rates[:2])
+
+
+@pytest.mark.parametrize(("best", "side"), [(1e-7, "low"), (10.0, "high")])
+def test_a_best_rate_on_the_edge_is_told(best: float, side: str) -> None:
+    found = successive_halving((1e-4, 1e-2), RUNGS, bowl(best)[0], source="a test")
+    assert found.edge == side
+    assert f"it is the {side}est tried" in found.sentence
+
+
+def test_the_range_is_extended_as_long_as_that_helps() -> None:
+    ratio = candidates(1e-4, 1e-2, 8)[1] / 1e-4
+    trial, calls = bowl(1e-2 * ratio)
+    found = successive_halving((1e-4, 1e-2), RUNGS, trial, source="a test", extensions=3)
+    assert found.best == pytest.approx(1e-2 * ratio, rel=1e-2)
+    assert found.edge is None  # one rate beyond the best was tried, and was worse
+    assert [t.extension for t in found.trials].count(True) == 2
+    assert [steps for _, steps in calls[-2:]] == [40, 40]
+    assert "2 further rates were tried" in found.sentence
+
+
+def test_an_extension_that_does_not_suffice_leaves_the_edge() -> None:
+    found = successive_halving((1e-4, 1e-2), RUNGS, bowl(10.0)[0], source="a test", extensions=2)
+    assert found.edge == "high"
+    assert len(found.trials) == 8 + 4 + 2 + 2
+
+
+def test_rates_that_diverge_are_no_edge_and_go_no_further() -> None:
+    trial, calls = bowl(10.0, diverges_from=5e-3)
+    found = successive_halving((1e-4, 1e-2), RUNGS, trial, source="a test", extensions=2)
+    assert found.best is not None
+    assert found.best < 5e-3
+    assert found.edge is None
+    assert all(rate < 5e-3 for rate, steps in calls if steps > 10)
+
+
+def test_where_all_diverge_there_is_no_best() -> None:
+    found = successive_halving((1e-4, 1e-2), RUNGS, bowl(1.0, diverges_from=0)[0], source="a test", extensions=2)
+    assert found.best is None
+    assert len(found.trials) == 8
+    assert "all of" in found.sentence
+    assert found.to_dict()["trials"][0]["reason"] == "the loss is nan in step 3"
