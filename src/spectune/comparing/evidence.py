@@ -1,0 +1,228 @@
+"""What the runs of a comparison left for the statistics: their rows' losses and metrics, and what each forgot."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spectune.comparing.statistics import Array, Score, bleu, chrf, ratio
+
+#: corpus metrics by name: how their summed statistics become a score, and how many there are
+CORPUS: dict[str, tuple[Score, int]] = {"bleu": (bleu, 10), "chrf": (chrf, 18)}
+#: rows with the same prompt are one draw of the bootstrap where at least so many different prompts remain
+MIN_UNITS = 30
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One measure of all arms: sums `[seeds, units, statistics]` for each, and the score that they give.
+
+    A unit is what the bootstrap draws: a row, or all rows with the same prompt.
+    """
+
+    sums: dict[str, Array]
+    score: Score
+    rows: int
+    units: int
+
+
+@dataclass
+class Found:
+    """What was found; `problems` are sentences on what was left out and why."""
+
+    loss: Evidence | None = None
+    metrics: dict[str, Evidence] = field(default_factory=dict)
+    forgetting: Evidence | None = None
+    base_loss: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def find_evidence(content: Mapping[str, Any], folder: Path) -> Found:
+    """Read what `content`'s runs point to under `folder`. What cannot be read is left out, and named."""
+    found = Found()
+    runs = [run for run in _list(content.get("runs")) if isinstance(run, dict) and run.get("name")]
+    tables = {}
+    for run in runs:
+        if not run.get("rows_file"):
+            continue
+        try:
+            tables[_key(run)] = _read_rows(folder / str(run["rows_file"]))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            found.problems.append(f"{_title(run)} is left out: {run['rows_file']} cannot be used ({error}).")
+    without = [run for run in runs if not run.get("rows_file")]
+    if tables and without:
+        found.problems += [f"{_title(run)} is left out: it was saved without a loss for each row." for run in without]
+    titles = {_key(run): _title(run) for run in runs}
+    tables = _same_rows(tables, titles, found.problems)
+    if tables:
+        _fill(found, tables)
+    try:
+        found.base_loss = _mean_loss(_read_rows(folder / "base" / "rows.jsonl"), tables)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        found.base_loss = None  # an older comparison has no such file
+    found.forgetting = _forgetting(content, runs, folder, found.problems)
+    return found
+
+
+#: arm, and what tells its runs apart
+Key = tuple[str, str]
+Rows = dict[int, dict[str, Any]]
+
+
+def _read_rows(path: Path) -> Rows:
+    """Row number -> its line. Raises ValueError where a loss is missing or not finite, or no token is counted."""
+    rows: Rows = {}
+    with path.open(encoding="utf-8") as lines:
+        for place, line in enumerate(lines):
+            if line.strip():
+                row = json.loads(line)
+                rows[int(row.get("row", place))] = row
+    for number, row in rows.items():
+        loss, tokens = row["loss_sum"], row["target_tokens"]
+        if not isinstance(loss, int | float) or not math.isfinite(loss):
+            raise ValueError(f"row {number} has the loss {loss}; expected a finite number")
+        if not isinstance(tokens, int | float) or not 0 <= tokens < math.inf:
+            raise ValueError(f"row {number} has {tokens} target tokens; expected a number from 0")
+    if not sum(row["target_tokens"] for row in rows.values()):
+        raise ValueError("it has no target token")
+    return rows
+
+
+def _same_rows(tables: dict[Key, Rows], titles: Mapping[Key, str], problems: list[str]) -> dict[Key, Rows]:
+    """The runs that were judged on the rows that most runs were judged on; of as many, the larger set."""
+    if not tables:
+        return {}
+    counted = Counter(frozenset(rows) for rows in tables.values())
+    wanted = max(counted, key=lambda rows: (counted[rows], len(rows)))
+    for key, rows in tables.items():
+        if frozenset(rows) != wanted:
+            problems.append(
+                f"{titles[key]} is left out: it was judged on {len(rows):,} rows, the others on "
+                f"{'other' if len(rows) == len(wanted) else f'{len(wanted):,}'} ones; only the same rows can be paired."
+            )
+    return {key: rows for key, rows in tables.items() if frozenset(rows) == wanted}
+
+
+def _fill(found: Found, tables: Mapping[Key, Rows]) -> None:
+    numbers = sorted(next(iter(tables.values())))
+    units = _units(next(iter(tables.values())), numbers)
+    found.loss = _evidence(tables, numbers, units, ratio, lambda row: (row["loss_sum"], row["target_tokens"]))
+    names = {name: None for rows in tables.values() for row in rows.values() for name in row.get("metrics") or {}}
+    for name in names:
+
+        def value(row: dict[str, Any], name: str = name) -> tuple[float, float] | None:
+            number = (row.get("metrics") or {}).get(name)
+            return (float(number), 1.0) if _finite(number) else None
+
+        _add_metric(found, name, tables, numbers, units, ratio, value)
+    for name, (score, size) in CORPUS.items():
+
+        def counts(row: dict[str, Any], name: str = name, size: int = size) -> Sequence[float] | None:
+            numbers = (row.get("statistics") or {}).get(name)
+            return (
+                numbers if isinstance(numbers, list) and len(numbers) == size and all(map(_finite, numbers)) else None
+            )
+
+        _add_metric(found, name, tables, numbers, units, score, counts)
+
+
+def _add_metric(
+    found: Found,
+    name: str,
+    tables: Mapping[Key, Rows],
+    numbers: Sequence[int],
+    units: Mapping[int, int],
+    score: Score,
+    read: Callable[[dict[str, Any]], Sequence[float] | None],
+) -> None:
+    """Add the metric over the rows that have it in every run: only the first rows are written out."""
+    kept = [number for number in numbers if all(read(rows[number]) is not None for rows in tables.values())]
+    evidence = _evidence(tables, kept, units, score, read) if kept else None
+    if evidence is not None and evidence.units >= 2:
+        found.metrics[name] = evidence
+
+
+def _units(rows: Rows, numbers: Sequence[int]) -> dict[int, int]:
+    """Row number -> its unit. Rows with the same prompt are answers to one question, and not independent."""
+    names: dict[Any, int] = {}
+    unit_of = {}
+    for number in numbers:
+        prompt = rows[number].get("prompt")
+        unit_of[number] = names.setdefault(prompt if isinstance(prompt, str) and prompt else number, len(names))
+    return unit_of if len(names) >= MIN_UNITS else {number: place for place, number in enumerate(numbers)}
+
+
+def _evidence(
+    tables: Mapping[Key, Rows],
+    numbers: Sequence[int],
+    units: Mapping[int, int],
+    score: Score,
+    read: Callable[[dict[str, Any]], Sequence[float] | None],
+) -> Evidence:
+    used, of_unit = np.unique([units[number] for number in numbers], return_inverse=True)
+    arms: dict[str, list[Array]] = {}
+    for (arm, _), rows in tables.items():
+        values = np.array([read(rows[number]) for number in numbers], dtype=np.float64)
+        summed = np.zeros((len(used), values.shape[1]))
+        np.add.at(summed, of_unit, values)
+        arms.setdefault(arm, []).append(summed)
+    return Evidence({arm: np.stack(seeds) for arm, seeds in arms.items()}, score, len(numbers), len(used))
+
+
+def _forgetting(
+    content: Mapping[str, Any], runs: Iterable[Mapping[str, Any]], folder: Path, problems: list[str]
+) -> Evidence | None:
+    """KL sums and tokens of the passages. Where the tokens are not on disk, every passage has the mean number."""
+    lists = {
+        (_key(run), _title(run)): run["forgetting_by_passage"]
+        for run in runs
+        if isinstance(run.get("forgetting_by_passage"), list) and all(map(_finite, run["forgetting_by_passage"]))
+    }
+    if not lists:
+        return None
+    size = Counter(len(values) for values in lists.values()).most_common(1)[0][0]
+    data = content.get("data") or {}
+    try:
+        tokens = json.loads((folder / "base" / "passages.json").read_text(encoding="utf-8"))["tokens"]
+    except (OSError, ValueError, KeyError, TypeError):
+        total, passages = data.get("retained_tokens"), data.get("retained_passages")
+        tokens = [total / passages if total and passages else 1.0] * size
+    if size < 2 or len(tokens) != size or not all(map(_finite, tokens)) or not sum(tokens):
+        return None
+    arms: dict[str, list[Array]] = {}
+    for ((arm, _), title), values in lists.items():
+        if len(values) == size:
+            arms.setdefault(arm, []).append(np.column_stack([values, tokens]).astype(np.float64))
+        else:
+            problems.append(f"{title} is left out of forgetting: {len(values)} passages, the others have {size}.")
+    return Evidence({arm: np.stack(seeds) for arm, seeds in arms.items()}, ratio, size, size)
+
+
+def _mean_loss(rows: Rows, tables: Mapping[Key, Rows]) -> float | None:
+    """The bare base's loss, where it was judged on the same rows."""
+    if tables and set(next(iter(tables.values()))) != set(rows):
+        return None
+    return math.fsum(r["loss_sum"] for r in rows.values()) / sum(r["target_tokens"] for r in rows.values())
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _key(run: Mapping[str, Any]) -> Key:
+    return str(run["name"]), str(run.get("rows_file") or run.get("seed"))
+
+
+def _title(run: Mapping[str, Any]) -> str:
+    return f"{run['name']} with seed {run.get('seed', '?')}"
