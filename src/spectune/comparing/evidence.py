@@ -119,7 +119,7 @@ def _fill(found: Found, tables: Mapping[Key, Rows]) -> None:
 
         def value(row: dict[str, Any], name: str = name) -> tuple[float, float] | None:
             number = (row.get("metrics") or {}).get(name)
-            return (float(number), 1.0) if _finite(number) else None
+            return (float(number), 1.0) if number is not None and _finite(number) else None
 
         _add_metric(found, name, tables, numbers, units, ratio, value)
     for name, (score, size) in CORPUS.items():
@@ -209,7 +209,8 @@ def _mean_loss(rows: Rows, tables: Mapping[Key, Rows]) -> float | None:
     """The bare base's loss, where it was judged on the same rows."""
     if tables and set(next(iter(tables.values()))) != set(rows):
         return None
-    return math.fsum(r["loss_sum"] for r in rows.values()) / sum(r["target_tokens"] for r in rows.values())
+    tokens: float = sum(row["target_tokens"] for row in rows.values())
+    return math.fsum(row["loss_sum"] for row in rows.values()) / tokens
 
 
 def _finite(value: Any) -> bool:

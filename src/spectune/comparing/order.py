@@ -23,10 +23,10 @@ def transitive(adjusted: Mapping[Pair, float], names: Sequence[str]) -> dict[Pai
     return found
 
 
-def reduction(better: set[Pair]) -> list[Pair]:
-    """The pairs of a transitive order that do not follow from the others, sorted as drawn (Hasse diagram)."""
+def reduction(better: set[Pair]) -> set[Pair]:
+    """The pairs of a transitive order that do not follow from the others: what a Hasse diagram draws."""
     names = {name for pair in better for name in pair}
-    return sorted((a, b) for a, b in better if not any((a, c) in better and (c, b) in better for c in names))
+    return {(a, b) for a, b in better if not any((a, c) in better and (c, b) in better for c in names)}
 
 
 def groups(names: Sequence[str], differing: set[frozenset[str]]) -> list[list[str]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,8 +67,9 @@ class PairEstimate:
 
 
 def ratio(sums: Array) -> Array:
-    """`[..., (total, count)]` -> total / count: a loss per token, a metric per row."""
-    return np.divide(sums[..., 0], sums[..., 1])
+    """`[..., (total, count)]` -> total / count: a loss per token, a metric per row; NaN of a count of zero."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], np.nan)
 
 
 def bleu(sums: Array) -> Array:
@@ -217,7 +218,7 @@ def _row_noise(sums: list[Array], score: Score, replicates: int, seed: int) -> _
     values = np.concatenate(drawn)  # [replicates, runs]
     values = values[np.isfinite(values).all(axis=1)]  # samples of rows without a single target token
     edges = np.cumsum([0, *sizes])
-    of_arm = [values[:, start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    of_arm = [values[:, start:end] for start, end in pairwise(edges)]
     means = np.stack([part.mean(axis=1) for part in of_arm], axis=1)
     unbiased = rows / (rows - 1)  # the bootstrap's variance is that of a population of these rows
     apart = [

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spectune.comparing.evidence import Evidence, find_evidence
 from spectune.comparing.order import groups, reduction, transitive
 from spectune.comparing.statistics import CONFIDENCE, ArmEstimate, PairEstimate, estimate
@@ -65,8 +67,7 @@ class _Speech:
 def _judge(evidence: Evidence, measure: str, speech: _Speech, what: str | None = None) -> dict[str, Any]:
     """One measure's verdict. `what` names the whole that shares are of, for losses, where less is better."""
     lower_is_better = what is not None
-    # what takes part is in the shape (seeds, units, sums); arms of which no mean exists have none
-    sums = {arm: table for arm, table in evidence.sums.items() if table[..., -1].sum(axis=1).all()}
+    sums = {arm: s for arm, s in evidence.sums.items() if np.isfinite(evidence.score(s.sum(axis=1))).all()}
     if evidence.units < 2 or not sums:
         return _bare(measure, {}, f"No verdict on {measure}: it takes two rows at least.", evidence.rows)
     arms, pairs = estimate(sums, evidence.score, relative_noise=lower_is_better)
@@ -93,7 +94,7 @@ def _judge(evidence: Evidence, measure: str, speech: _Speech, what: str | None =
         "arms": [_arm(arm, speech.labels[arm.name], arm.name in best) for arm in arms],
         "pairs": [_pair(pair, adjusted[pair.a, pair.b], (pair.a, pair.b) in better, means) for pair in pairs],
         "groups": groups(names, {frozenset(pair) for pair in better}),
-        "order": [list(pair) for pair in reduction(better)],
+        "order": sorted((list(pair) for pair in reduction(better)), key=lambda pair: (place[pair[0]], place[pair[1]])),
         "versus_full": {} if full is None else {n: _versus(n, full, better) for n in names if n != full},
     }
     answer["sentences"] = _sentences(answer, speech, best, full, what)
@@ -242,7 +243,7 @@ def _against_full(
     kinds = {
         kind: [n for n in names if answer["versus_full"].get(n) == kind] for kind in ("better", NO_DIFFERENCE, "worse")
     }
-    parts = []
+    parts: list[str] = []
     for kind, arms in kinds.items():
         if not arms:
             continue
@@ -265,12 +266,13 @@ def _best_first(
     what: str | None,
 ) -> str:
     rest = [name for name in names if name not in best]
+    are = "is" if len(rest) == 1 else "are"
     if len(best) == 1:
-        return _sentence(f"{speech.names(best)} is best; {speech.names(rest)} {'is' if len(rest) == 1 else 'are'} worse "
-                         f"(by {_range(rest, best[0], means, what)})")  # fmt: skip
+        by = _range(rest, best[0], means, what)
+        return _sentence(f"{speech.names(best)} is best; {speech.names(rest)} {are} worse (by {by})")
     return _sentence(
         f"{speech.names(best)} are best, and no difference between them was found; "
-        f"{speech.names(rest)} {'is' if len(rest) == 1 else 'are'} worse than at least one of them"
+        f"{speech.names(rest)} {are} worse than at least one of them"
     )
 
 
@@ -284,14 +286,19 @@ def _range(arms: Sequence[str], other: str, means: Mapping[str, float], what: st
 
 
 def _rest_of_order(answer: Mapping[str, Any], speech: _Speech, told: str | None) -> list[str]:
-    """The pairs of the order that the headline has not told."""
+    """The pairs of the order that the headline has not told; arms that are better than the same ones stand together."""
     worse: dict[str, list[str]] = {}
     for a, b in answer["order"]:
         if told not in (a, b):
             worse.setdefault(a, []).append(b)
-    if not worse:
-        return []
-    return [_sentence("; ".join(f"{speech.labels[a]} is better than {speech.names(bs)}" for a, bs in worse.items()))]
+    better: dict[tuple[str, ...], list[str]] = {}
+    for a, below in worse.items():
+        better.setdefault(tuple(below), []).append(a)
+    parts = [
+        f"{speech.names(above)} {'is' if len(above) == 1 else 'are'} better than {speech.names(below)}"
+        for below, above in better.items()
+    ]
+    return [_sentence("; ".join(parts))] if parts else []
 
 
 def _left_open(answer: Mapping[str, Any], speech: _Speech, what: str | None) -> list[str]:
@@ -302,7 +309,7 @@ def _left_open(answer: Mapping[str, Any], speech: _Speech, what: str | None) -> 
         return []
 
     def reach(pair: Mapping[str, Any]) -> float:
-        size = max(abs(pair["low"]), abs(pair["high"]))
+        size: float = max(abs(pair["low"]), abs(pair["high"]))
         return size / abs(means[pair["a"]]) if what is not None and means[pair["a"]] else size
 
     widest = max(open_pairs, key=reach)
