@@ -1,0 +1,354 @@
+"""Predicted against measured peak memory of a training step: methods x shapes x checkpointing x lengths.
+
+    PYTHONPATH=src python benchmarks/plan.py --out plan.jsonl                    on a CUDA device, one process a shape
+    PYTHONPATH=src python benchmarks/plan.py --out plan.jsonl --table docs/results/plan.md
+    PYTHONPATH=src python benchmarks/plan.py --tiny --device cpu --out tiny.jsonl          a check of this script
+
+Weights are random, made on the device; the step is the training loop's own (`Loop.step`, `MasterAdamW`), three of them:
+two measured as every run measures them, and one whose parts are looked at. Cells predicted not to fit are skipped, and
+said so. One JSON line for each cell: the prediction by term and by moment, the measurement by moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+
+import spectune.training.loop as loop_module
+from spectune.data import Example
+from spectune.data.rows import Row
+from spectune.deltas import Method, attach, detach
+from spectune.errors import ConfigError
+from spectune.methods import METHODS, LoRA
+from spectune.planning import plan
+from spectune.training import TrainingConfig
+from spectune.training.checkpoint import Progress
+from spectune.training.checkpointing import recomputing
+from spectune.training.distribution import World
+from spectune.training.loop import Keeper, Loop
+from spectune.training.optimizer import MasterAdamW
+
+GIB = 2**30
+#: name -> config, rows, lengths. Virtual tokens are taken off where positions run out
+SHAPES: dict[str, tuple[Callable[[], PretrainedConfig], int, tuple[int, int]]] = {
+    "GPT-2 124M": (GPT2Config, 16, (512, 1024)),
+    "Llama 1B": (
+        lambda: LlamaConfig(
+            vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True,
+        ),
+        6,
+        (1024, 2048),
+    ),
+    "Llama-3-8B": (
+        lambda: LlamaConfig(
+            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+            num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
+        ),
+        4,
+        (1024, 2048),
+    ),
+    "Qwen3 4B": (
+        lambda: Qwen3Config(
+            vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, tie_word_embeddings=True,
+        ),
+        4,
+        (1024, 2048),
+    ),
+}  # fmt: skip
+#: not looked at while the formulas were made
+UNSEEN = "Qwen3 4B"
+TINY: dict[str, tuple[Callable[[], PretrainedConfig], int, tuple[int, int]]] = {
+    "tiny gpt2": (lambda: GPT2Config(vocab_size=512, n_embd=64, n_layer=6, n_head=4, n_positions=128), 4, (64, 128)),
+    "tiny llama": (
+        lambda: LlamaConfig(
+            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256,
+        ),
+        4,
+        (64, 128),
+    ),
+}  # fmt: skip
+
+
+def build(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with random weights, made on the device."""
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    return model
+
+
+def examples(rows: int, length: int, vocabulary: int, *, padded: bool) -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for number in range(rows):
+        count = length - (length // 4 if padded and number else 0)
+        ids = torch.randint(0, vocabulary, (count,), generator=generator).tolist()
+        found.append(Example(ids, 0, Row(origin=f"row {number}", text="")))
+    return found
+
+
+class Moments:
+    """Looks at the parts of a step: largest allocated in forward, after it, in backward, in the optimizer (CUDA)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.found: dict[str, int] = {}
+
+    def note(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.found[name] = torch.cuda.max_memory_allocated()
+            self.found[f"{name}_end"] = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+
+    def watch(self, loop: Loop, window: list[list[int]]) -> None:
+        loss, step = loop_module.labelled_loss_sum, loop.optimizer.step
+
+        def noted_loss(*args: Any) -> Any:
+            found = loss(*args)
+            self.note("forward")
+            return found
+
+        def noted_step(*args: Any) -> Any:
+            self.note("backward")
+            found = step(*args)
+            self.note("optimizer")
+            return found
+
+        loop_module.labelled_loss_sum = noted_loss
+        loop.optimizer.step = noted_step  # type: ignore[method-assign]
+        try:
+            self.note("begin")
+            loop.step(window)
+        finally:
+            loop_module.labelled_loss_sum = loss
+            del loop.optimizer.step
+
+
+def attention_kernels(model: Any, device: torch.device) -> Callable[[], list[str]]:
+    """Notes which kernel attention takes; call the result to stop and get the names."""
+    original, names = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        names.add(type(out.grad_fn).__name__)
+        return out
+
+    torch.nn.functional.scaled_dot_product_attention = noted
+
+    def stop() -> list[str]:
+        torch.nn.functional.scaled_dot_product_attention = original
+        return sorted(names)
+
+    return stop
+
+
+def clean(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+
+def measure(
+    model: Any, method: Method, rows: int, length: int, checkpointing: bool, padded: bool, device: torch.device
+) -> dict[str, Any]:
+    """Three steps of the training loop; bytes by phase, and by moment in the third."""
+    config = TrainingConfig(
+        per_device_train_batch_size=rows, gradient_checkpointing=checkpointing, max_steps=3, learning_rate=1e-6
+    )
+    delta = attach(model, method, "bench")
+    optimizer = MasterAdamW(list(delta.parameters()), config, 1e-6)
+    progress = Progress()
+    loop = Loop(
+        model, delta, optimizer, examples(rows, length, model.config.vocab_size, padded=padded), [], 0, config, 1e-6, 3,
+        progress, Keeper(lambda: None, lambda: None, lambda _: None, "", lambda: ""), World(),
+    )  # fmt: skip
+    clean(device)
+    model.train()
+    begin = time.perf_counter()
+    moments = Moments(device)
+    with recomputing(model, checkpointing):
+        loop.step([list(range(rows))])
+        loop.step([list(range(rows))])
+        stop = attention_kernels(model, device)
+        moments.watch(loop, [list(range(rows))])
+        kernels = stop()
+    found = {
+        "measured": {k.removeprefix("train_"): v for k, v in progress.peak_memory_bytes.items()},
+        "measured_moments": moments.found,
+        "attention": kernels,
+        "seconds": time.perf_counter() - begin,
+    }
+    model.eval()
+    if not method.trains_base:
+        detach(model, "bench")
+    return found
+
+
+def run_shape(name: str, shapes: Any, args: argparse.Namespace) -> None:
+    make, rows, lengths = shapes[name]
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    room = torch.cuda.get_device_properties(0).total_memory if device.type == "cuda" else 2**62
+    model = None
+    methods = [m() for m in METHODS if not args.methods or m.model_fields["name"].default in args.methods]
+    methods.sort(key=lambda method: method.trains_base)  # it changes the base for good
+    cells = [(m, n, c, False) for m in methods for c in (False, True) for n in lengths]
+    cells += [(m, lengths[-1], False, True) for m in methods if isinstance(m, LoRA) and m.name == "lora"]
+    cells.sort(key=lambda cell: cell[0].trains_base)
+    for method, wanted, checkpointing, padded in cells:
+        config = make()
+        length = min(wanted, config.max_position_embeddings - method.virtual_tokens)
+        cell = {"shape": name, "method": method.name, "rows": rows, "length": length, "checkpointing": checkpointing,
+                "padded": padded, "dtype": str(dtype), "device": device.type, "torch": torch.__version__}  # fmt: skip
+        if device.type == "cuda":
+            cell["device"] = torch.cuda.get_device_name()
+        begin = time.perf_counter()
+        try:
+            targets = None
+            estimate = plan(config, method, rows, length, dtype=dtype, gradient_checkpointing=checkpointing,
+                            device=device.type, padded=padded, targets=targets)  # fmt: skip
+        except ConfigError as error:
+            write(args.out, {**cell, "skipped": str(error)})
+            continue
+        cell |= {"plan_seconds": time.perf_counter() - begin, "predicted": estimate.to_dict()}
+        if estimate.needed > room:
+            write(args.out, {**cell, "skipped": "predicted not to fit"})
+            continue
+        if model is None:
+            model = build(config, device, dtype)
+        try:
+            cell |= measure(model, method, rows, length, checkpointing, padded, device)
+        except Exception as error:
+            write(args.out, {**cell, "failed": f"{type(error).__name__}: {error}"[:500]})
+            if method.trains_base or "out of memory" in str(error):
+                model = None
+                clean(device)
+            else:
+                detach(model, "bench")
+            continue
+        if method.trains_base:  # its gradients and deltas go with it
+            model = None
+        clean(device)
+        write(args.out, cell)
+
+
+def write(path: Path, cell: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(cell) + "\n")
+    head = f"{cell['shape']:<11} {cell['method']:<8} {cell['rows']}x{cell['length']:<5}"
+    head += f"{'ckpt' if cell['checkpointing'] else '    '} {'pad' if cell['padded'] else '   '}"
+    if "measured" not in cell:
+        print(head, cell.get("skipped") or cell.get("failed"), flush=True)
+        return
+    predicted, measured = cell["predicted"], cell["measured"]
+    for kind in ("allocated", "reserved"):
+        if kind in measured:
+            ours, theirs = predicted[f"peak_{kind}"], measured[kind]
+            head += f"  {kind} {ours / GIB:7.2f} / {theirs / GIB:7.2f} ({100 * (ours / theirs - 1):+5.1f}%)"
+    moments = {n: round(m["total"] / GIB, 2) for n, m in predicted["moments"].items()}
+    seen = {n: round(v / GIB, 2) for n, v in cell["measured_moments"].items()}
+    print(f"{head}  {cell['seconds']:.1f}s  {moments}  measured {seen}  {cell['attention']}", flush=True)
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """The page: errors over all cells, the unseen shape apart, then each cell."""
+    done = [c for c in cells if "measured" in c]
+
+    def errors(chosen: list[dict[str, Any]], kind: str) -> list[float]:
+        return [c["predicted"][f"peak_{kind}"] / c["measured"][kind] - 1 for c in chosen if kind in c["measured"]]
+
+    def line(what: str, chosen: list[dict[str, Any]]) -> str:
+        parts = [what, str(len(chosen))]
+        for kind in ("allocated", "reserved"):
+            found = [abs(e) for e in errors(chosen, kind)]
+            parts += [f"{100 * statistics.median(found):.1f}%", f"{100 * max(found):.1f}%"] if found else ["-", "-"]
+        return f"| {' | '.join(parts)} |"
+
+    first = done[0]
+    lines = [
+        "# Predicted against measured memory",
+        "",
+        f"Made by `benchmarks/plan.py` on {first['device']}, torch {first['torch']}, {first['dtype']}. Peak of a training "
+        "step, from the config alone, against three steps of the training loop on random weights. Nothing is fitted per "
+        f"cell. {UNSEEN} was not looked at while the planner was made. Errors are absolute, of the measured value.",
+        "",
+        "| shape | cells | allocated: median | worst | reserved: median | worst |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = list(dict.fromkeys(c["shape"] for c in done))
+    lines += [line(n + (" (unseen)" if n == UNSEEN else ""), [c for c in done if c["shape"] == n]) for n in names]
+    lines += [line("all", done), ""]
+    lines += ["| shape | method | rows x tokens | checkpointing | predicted allocated | measured | error | "
+              "predicted reserved | measured | error |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for c in cells:
+        ck = ("yes" if c["checkpointing"] else "no") + (", padded" if c["padded"] else "")
+        row = [c["shape"], c["method"], f"{c['rows']} x {c['length']}", ck]
+        if "measured" not in c:
+            need = c.get("predicted", {}).get("needed")
+            why = c.get("skipped") or c["failed"]
+            row += [f"{need / GIB:.1f} GiB" if need else "-", why, "", "", "", ""]
+        else:
+            for kind in ("allocated", "reserved"):
+                ours, theirs = c["predicted"][f"peak_{kind}"], c["measured"].get(kind)
+                row += [f"{ours / GIB:.2f} GiB"]
+                row += [f"{theirs / GIB:.2f} GiB", f"{100 * (ours / theirs - 1):+.1f}%"] if theirs else ["-", "-"]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--shapes", nargs="*", help="all by default")
+    parser.add_argument("--methods", nargs="*", help="all by default")
+    parser.add_argument("--table", type=Path, help="write the page from --out; measures nothing")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    shapes = TINY if args.tiny else SHAPES
+    if args.table:
+        cells = [json.loads(line) for line in args.out.read_text().splitlines()]
+        args.table.write_text(table(cells))
+        return 0
+    for name in args.shapes or shapes:
+        if args.here:
+            run_shape(name, shapes, args)
+            continue
+        command = [
+            sys.executable,
+            __file__,
+            "--here",
+            "--shapes",
+            name,
+            "--out",
+            str(args.out),
+            "--device",
+            args.device,
+        ]
+        command += ["--tiny"] if args.tiny else []
+        command += ["--methods", *args.methods] if args.methods else []
+        begin = time.perf_counter()
+        code = subprocess.run(command, check=False).returncode
+        print(f"{name}: exit {code}, {time.perf_counter() - begin:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

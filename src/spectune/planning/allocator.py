@@ -1,0 +1,96 @@
+"""torch's caching allocator for CUDA, played: what a sequence of tensors made and freed comes to on the device.
+
+Source: c10/cuda/CUDACachingAllocator.cpp with its default settings. Sizes are rounded up to 512 bytes; blocks up to
+1 MiB are cut from segments of 2 MiB, others below 10 MiB from segments of 20 MiB, larger ones have segments of their
+own in steps of 2 MiB. A block is given whole where no more than 1 MiB would be left over, and counts whole.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+MIB = 2**20
+ROUND = 512
+SMALL = MIB
+SMALL_SEGMENT = 2 * MIB
+LARGE_SEGMENT = 20 * MIB
+OWN_SEGMENT = 10 * MIB
+OWN_STEP = 2 * MIB
+
+
+class _Block:
+    __slots__ = ("after", "before", "free", "place", "pool", "size")
+
+    def __init__(self, place: int, size: int, pool: list[tuple[int, int]]) -> None:
+        self.place, self.size, self.pool = place, size, pool
+        self.before: _Block | None = None
+        self.after: _Block | None = None
+        self.free = False
+
+
+class CachingAllocator:
+    """`allocated` and `reserved` are bytes now, `peak_allocated` since the last `reset`; reserved never falls."""
+
+    def __init__(self) -> None:
+        self.allocated = self.reserved = self.peak_allocated = 0
+        self._pools: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+        self._free: dict[int, _Block] = {}
+        self._end = 0
+
+    def reset(self) -> None:
+        """Start the peak anew, from what is allocated now."""
+        self.peak_allocated = self.allocated
+
+    def take(self, size: int) -> _Block:
+        """Memory for a tensor of `size` bytes."""
+        size = max(ROUND, -(-size // ROUND) * ROUND)
+        small = size <= SMALL
+        pool = self._pools[0 if small else 1]
+        at = bisect_left(pool, (size, -1))
+        if at < len(pool):
+            block = self._free.pop(pool.pop(at)[1])
+            block.free = False
+        else:
+            segment = (
+                SMALL_SEGMENT if small else LARGE_SEGMENT if size < OWN_SEGMENT else -(-size // OWN_STEP) * OWN_STEP
+            )
+            block = _Block(self._end, segment, pool)
+            self._end += segment + ROUND  # never merged with the next segment
+            self.reserved += segment
+        left = block.size - size
+        if left >= ROUND if small else left > SMALL:
+            rest = _Block(block.place + size, left, pool)
+            rest.before, rest.after = block, block.after
+            if rest.after is not None:
+                rest.after.before = rest
+            block.after, block.size = rest, size
+            self._put(rest)
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def give(self, block: _Block) -> None:
+        """The tensor is gone."""
+        self.allocated -= block.size
+        for other in (block.before, block.after):
+            if other is not None and other.free:
+                self._merge(block, other)
+        self._put(block)
+
+    def _merge(self, block: _Block, other: _Block) -> None:
+        other.pool.pop(bisect_left(other.pool, (other.size, other.place)))
+        del self._free[other.place]
+        if other is block.before:
+            block.place, block.before = other.place, other.before
+            if block.before is not None:
+                block.before.after = block
+        else:
+            block.after = other.after
+            if block.after is not None:
+                block.after.before = block
+        block.size += other.size
+
+    def _put(self, block: _Block) -> None:
+        block.free = True
+        self._free[block.place] = block
+        insort(block.pool, (block.size, block.place))

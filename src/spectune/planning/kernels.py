@@ -1,0 +1,138 @@
+"""What the fused kernels of a device keep and take, for a trace on the meta device, where none of them runs.
+
+A meta tensor goes through the plain path of `scaled_dot_product_attention` and `dropout`, which keeps other tensors than
+the kernels that CUDA and the CPU choose. Inside `kernels_of(device)` these two functions do to meta tensors what those
+kernels do to memory. Read from torch's sources: aten/src/ATen/native/transformers (attention.cpp, cuda/sdp_utils.cpp,
+cuda/attention.cu, cuda/attention_backward.cu), native/cudnn/MHA.cpp, native/Dropout.cpp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def kernels_of(device_type: str, *, cudnn_first: bool = True) -> Iterator[None]:
+    """Inside, attention and dropout on meta tensors keep what the kernels of "cuda" or "cpu" would. Tensors of any
+    other device go where they always go.
+
+    Args:
+        cudnn_first: CUDA: cuDNN's attention is tried before the others (torch does so on Hopper and Blackwell).
+    """
+    attention, dropout = F.scaled_dot_product_attention, F.dropout
+
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if query.device.type != "meta":
+            return attention(query, *args, **kwargs)
+        return _attend(device_type, cudnn_first, query, *args, **kwargs)
+
+    def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        fused = device_type == "cuda" and training and 0 < p < 1 and input.device.type == "meta"
+        if fused and not inplace:  # CUDA keeps one byte an element, the plain path a number
+            kept: Tensor = torch.native_dropout(input, p, True)[0]
+            return kept
+        return dropout(input, p, training, inplace)
+
+    F.scaled_dot_product_attention, F.dropout = attend, drop  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.dropout = attention, dropout
+
+
+def _attend(
+    device_type: str,
+    cudnn_first: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p, cudnn_first=cudnn_first)
+    if kernel == "math":
+        found: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+        return found
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:  # each call makes an additive mask of its own
+            attn_mask = torch.where(attn_mask, 0.0, torch.full((), -math.inf, dtype=query.dtype, device="meta"))
+        if kernel == "efficient" and attn_mask.shape[-1] % 16:
+            attn_mask = F.pad(attn_mask, (0, -attn_mask.shape[-1] % 16))
+    out: Tensor = _Fused.apply(query, key, value, attn_mask, kernel)  # type: ignore[no-untyped-call]
+    return out
+
+
+def kernel_for(
+    device_type: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    *,
+    cudnn_first: bool = True,
+) -> str:
+    """The kernel that torch takes: "cudnn", "flash", "efficient", "cpu-flash" or "math"."""
+    dims = {query.shape[-1], value.shape[-1]}
+    if device_type == "cpu":
+        return "cpu-flash" if dropout == 0 and len(dims) == 1 else "math"
+    if device_type != "cuda":
+        return "math"
+    half = query.dtype in HALF
+    if cudnn_first and half and max(dims) <= 128 and all(d % 8 == 0 for d in dims):
+        return "cudnn"
+    if half and mask is None and len(dims) == 1 and max(dims) <= 256:
+        return "flash"
+    same_heads = query.shape[1] == key.shape[1]
+    return "efficient" if same_heads and query.dtype in (*HALF, torch.float32) else "math"
+
+
+class _Fused(torch.autograd.Function):
+    """The memory of a fused kernel: output and the sums of exponentials (float32, one a row and head) are kept beside
+    the inputs; backward takes float32 room for the gradient of the queries, as its blocks are added up there."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str
+    ) -> Tensor:
+        batch, heads, length, _ = query.shape
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        rows = -(-length // 32) * 32 if kernel == "efficient" else length
+        sums = query.new_empty(batch, heads, rows, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, out, sums)
+        ctx.kernel = kernel
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, _, out, sums = ctx.saved_tensors
+        scratch = []
+        if ctx.kernel != "cpu-flash":
+            length = -(-query.shape[2] // 128) * 128
+            shape = (*query.shape[:2], length)
+            scratch = [query.new_empty(*shape, query.shape[3], dtype=torch.float32)]
+            scratch.append(query.new_empty(shape, dtype=torch.float32))
+        if ctx.kernel == "flash" and key.shape[1] != query.shape[1]:  # gradients of each query's head, summed after
+            scratch += [t.new_empty(t.shape[0], query.shape[1], *t.shape[2:]) for t in (key, value)]
+        grads = [_like(t) for t in (query, key, value)]
+        del scratch
+        return (*grads, None, None)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    batch, heads, length, dim = tensor.shape
+    return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)

@@ -1,0 +1,212 @@
+"""One training step of a method on a base, recorded on the meta device: what is made, and when it is freed.
+
+The step is the real one: the model's own forward, the method's own modules and hooks, the loss on labelled positions,
+autograd's backward, recomputation where checkpointing is on. Only a few layers run; `timeline.py` repeats one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from spectune.compute.losses import labelled_logits, labelled_loss_sum
+from spectune.deltas import Delta, Method
+from spectune.deltas.attach import place
+from spectune.families import Family
+from spectune.planning.kernels import kernels_of
+from spectune.planning.recorder import Record, Recorder, Shape
+
+#: layers that run: the first and the last may differ from the rest, and what two equal neighbours do shows what a layer
+#: does to its neighbour's tensors
+FEW = 4
+
+
+@dataclass
+class Skeleton:
+    """A base and a method's delta without weights, on the meta device, at full depth until `shorten`."""
+
+    model: PreTrainedModel
+    delta: Delta
+    depth: int
+    #: bytes of each tensor of the base that stays (parameters, buffers), tied ones once
+    weights: list[int]
+    #: weights that are trained: number of entries, and bytes of one
+    trained: list[tuple[int, int]]
+    #: bytes of the delta's own weights (empty where the base itself is trained)
+    delta_weights: list[int]
+    alike: bool
+
+    @property
+    def family(self) -> Family:
+        return self.delta.family
+
+    def shorten(self) -> bool:
+        """Cut the model to a few layers where all are alike; returns whether it was cut."""
+        if not self.alike or self.depth <= FEW:
+            return False
+        path = self.family.layers[0].path.rpartition(".")[0]
+        stack = self.model.get_submodule(path)
+        assert isinstance(stack, nn.ModuleList)
+        del stack[FEW:]
+        return True
+
+
+def skeleton(
+    base: PretrainedConfig | PreTrainedModel, method: Method, dtype: torch.dtype, longest: int, checkpointing: bool
+) -> Skeleton:
+    """Build base and delta without weights.
+
+    Args:
+        base: a config, or a loaded model: then its own class is built again, and the weights counted are its own.
+        longest: tokens of a row; layers with sliding windows differ from others where it is longer than the window.
+
+    Raises:
+        ConfigError: the method cannot act on this base.
+    """
+    model = _empty(base, dtype)
+    weights = _bytes(base if isinstance(base, PreTrainedModel) else model)
+    with torch.device("meta"):
+        delta = place(model, method, "plan", fill=lambda _: None)
+    own = [] if method.trains_base else [p.numel() * p.element_size() for p in delta.parameters()]
+    trained = [(p.numel(), p.element_size()) for p in delta.parameters()]
+    if checkpointing:
+        switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        switch({"use_reentrant": False})
+    family = delta.family
+    return Skeleton(model, delta, len(family.layers), weights, trained, own, _alike(model, family, longest))
+
+
+def record_step(built: Skeleton, shape: Shape, device_type: str) -> Record:
+    """Record forward, loss and backward. Marks: `F<layer>` before a layer, `head` after the last one, `B<layer>` where
+    backward comes to a layer, `end`. Gradients of what is trained are labelled, and never freed."""
+    model, delta = built.model, built.delta
+    recorder = _recorder(model, delta, shape)
+    paths = [layer.path for layer in built.family.layers]
+    layers = [m for p in paths if (m := dict(model.named_modules()).get(p)) is not None]
+    model.train()
+    with kernels_of(device_type), recorder, _marked(recorder, layers):
+        loss, _ = labelled_loss_sum(model, _batch(shape))
+        recorder.backward = True
+        torch.autograd.backward(loss / shape.targets)
+        del loss
+        recorder.mark("end")
+        record = recorder.record
+        for parameter in delta.parameters():
+            if parameter.grad is not None and (number := recorder.number_of(parameter.grad)) is not None:
+                record.labels[number] = "gradients"
+        events = len(record.events)
+    for parameter in delta.parameters():
+        parameter.grad = None
+    del record.events[events:]
+    return record
+
+
+def record_validation(built: Skeleton, shape: Shape, device_type: str) -> Record:
+    """Record the loss of a batch without gradients, as validation takes it. Marks as in `record_step`, forward only."""
+    model = built.model
+    recorder = _recorder(model, built.delta, shape)
+    layers = [m for p in (x.path for x in built.family.layers) if (m := dict(model.named_modules()).get(p)) is not None]
+    model.eval()
+    with torch.no_grad(), kernels_of(device_type), recorder, _marked(recorder, layers):
+        found = labelled_logits(model, _batch(shape))
+        losses = nn.functional.cross_entropy(found.logits.float(), found.targets, reduction="none")
+        del found, losses
+        recorder.mark("end")
+        events = len(recorder.record.events)
+    del recorder.record.events[events:]
+    return recorder.record
+
+
+def _recorder(model: nn.Module, delta: Delta, shape: Shape) -> Recorder:
+    return Recorder(shape, [*model.parameters(), *model.buffers(), *delta.parameters()])
+
+
+def _batch(shape: Shape) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(shape.rows, shape.length, dtype=torch.int64, device="meta")
+        for name in ("input_ids", "attention_mask", "labels")
+    }
+
+
+@contextmanager
+def _marked(recorder: Recorder, layers: list[nn.Module]) -> Iterator[None]:
+    """Hooks that mark where each layer begins, forward and backward."""
+    handles = []
+    last = len(layers) - 1
+
+    def begins(index: int) -> Any:
+        def hook(*_: Any) -> None:
+            if not recorder.backward:
+                recorder.label = "activations"
+                recorder.mark(f"F{index}")
+
+        return hook
+
+    def arrives(index: int) -> None:
+        recorder.in_layers = True
+        recorder.mark(f"B{index}")
+
+    def ends(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if recorder.backward:  # recomputed
+                return
+            if index == last:
+                recorder.label = "logits"
+                recorder.mark("head")
+            out = output[0] if isinstance(output, tuple) else output
+            if isinstance(out, Tensor) and out.requires_grad:
+                out.register_hook(lambda _: arrives(index))
+
+        return hook
+
+    for index, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(begins(index)))
+        handles.append(layer.register_forward_hook(ends(index)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _empty(base: PretrainedConfig | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device. A config is copied: setting an attention function writes into it."""
+    with torch.device("meta"):
+        if isinstance(base, PreTrainedModel):
+            config = copy.deepcopy(base.config)
+            # under a prefix the model has our attention's name, which `place` sets again
+            text = config.get_text_config()
+            text._attn_implementation = str(text._attn_implementation).removeprefix("spectune_")
+            model: Any = type(base)._from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(base), dtype=dtype)  # type: ignore[no-untyped-call]
+    built: PreTrainedModel = model
+    return built
+
+
+def _bytes(model: nn.Module) -> list[int]:
+    """Bytes of each tensor of the base, a delta's weights left out."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for n, t in named if ".deltas." not in f".{n}"}
+    return list(storages.values())
+
+
+def _alike(model: nn.Module, family: Family, longest: int) -> bool:
+    """Whether all layers hold the same modules and weights, deltas' included, and see as far back."""
+    window = family.sliding_window
+    kinds = getattr(model.config.get_text_config(), "layer_types", None)  # type: ignore[union-attr,operator]
+    signs = set()
+    for index, layer in enumerate(family.layers):
+        module = model.get_submodule(layer.path)
+        parts = tuple((n, type(m).__name__) for n, m in module.named_modules())
+        sizes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
+        kind = kinds[index] if kinds is not None and (window is None or longest > window) else None
+        signs.add((parts, sizes, kind))
+    return len(signs) == 1
