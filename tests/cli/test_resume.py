@@ -50,7 +50,7 @@ def test_train_goes_on_with_base_data_method_and_settings_of_the_folder(
     [
         (("--method", "bitfit"), "method: 'lora' in the finished run, 'bitfit' now"),
         (("--set", "r=4"), "method.r: 2 in the finished run, 4 now"),
-        (("--set", "max_steps=9"), "max_steps: 2 in the finished run, 9 now"),
+        (("--set", "max_steps=9"), "max_steps: 2 in the comparison, 9 now"),
     ],
 )
 def test_a_finished_run_with_other_flags_is_exit_2(
@@ -75,7 +75,7 @@ def test_compare_goes_on_with_what_the_folder_has(spectune: Spectune, base: Path
     assert json.loads(again.stdout)["runs"] == first["runs"]
     refused = spectune("compare", "--resume", "--output-dir", "out", "--set", "max_steps=9")
     assert refused.exit_code == 2
-    assert "max_steps: 2 in the finished run, 9 now" in refused.stderr
+    assert "max_steps: 2 in the comparison, 9 now" in refused.stderr
     assert {path: path.read_text() for path in Path("out").rglob("config.yaml")} == before
     assert json.loads(Path("out/comparison.json").read_text()) == first
 

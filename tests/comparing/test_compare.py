@@ -15,7 +15,8 @@ from rich.console import Console
 from spectune.comparing import Comparison
 from spectune.comparing import compare as compare_function
 from spectune.deltas import attached
-from spectune.errors import ConfigError, DataError, DivergedError
+from spectune.errors import ConfigError, DataError, DivergedError, InterruptedRun
+from spectune.evaluation import read_rows
 from spectune.methods import BY_NAME, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 from spectune.training import TrainingConfig
 from tests.support import make_model, make_rows, make_tokenizer
@@ -48,6 +49,8 @@ def run(folder: Path, model: Any = None, **changes: Any) -> Comparison:
         "tokenizer": make_tokenizer(),
         "output_dir": folder,
         "config": TrainingConfig(max_steps=6, learning_rate=1e-2, per_device_train_batch_size=4),
+        "seeds": 1,
+        "generate_rows": 2,
         "console": QUIET,
         **changes,
     }
@@ -77,14 +80,18 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
         low, high = r["inference_overhead_range"]
         assert -1 < low <= high
         assert (r["decode_tokens_per_second_merged"] is not None) == (r["method"] in ("full", "lora", "bitfit", "dora"))
-        assert (tmp_path / "c" / "runs" / r["name"] / "best").exists()
+        [folder] = (tmp_path / "c" / "runs" / r["name"]).glob("seed-0-*")
+        assert (folder / "best").exists()
+        assert len(read_rows(tmp_path / "c" / r["rows_file"])) == 6
+        assert r["judged_loss"] == pytest.approx(r["valid_loss"], rel=1e-5)
     files = {p.name for p in (tmp_path / "c").iterdir()}
-    assert {"runs", "comparison.json", "comparison.csv", "comparison.md", "shares-and-performance.png"} <= files
+    expected = {"conditions.json", "base", "runs", "comparison.json", "comparison.csv", "comparison.md"}
+    assert expected | {"shares-and-performance.png"} <= files
     assert Comparison.load(tmp_path / "c").content == found.content
 
 
 def test_a_failed_run_stays_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["spectune.comparing.compare"]
+    module = sys.modules["spectune.comparing.job"]
     real = module.train
 
     def train(model: Any, tokenizer: Any, delta: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +135,7 @@ def test_own_text_for_forgetting(tmp_path: Path) -> None:
 def test_an_interruption_while_measuring_leaves_the_trained_delta_to_be_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["spectune.comparing.compare"]
+    module = sys.modules["spectune.comparing.job"]
     whole = run(tmp_path / "whole", methods=[LoRA(r=2), "full"])
 
     def interrupted(*_: Any, **__: Any) -> None:
@@ -149,8 +156,8 @@ def test_an_interruption_while_measuring_leaves_the_trained_delta_to_be_measured
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"config": TrainingConfig(max_steps=9, learning_rate=1e-2)}, "max_steps: 6 in the finished run, 9 now"),
-        ({"methods": ["bitfit", LoRA(r=4)]}, r"method\.r: 2 in the finished run, 4 now"),
+        ({"config": TrainingConfig(max_steps=9, learning_rate=1e-2)}, "max_steps: 6 in the comparison, 9 now"),
+        ({"methods": ["bitfit", LoRA(r=4)]}, r"lora\.r: 2 in the comparison, 4 now"),
         ({"retain": True}, "measured on other passages"),
     ],
 )
@@ -206,3 +213,107 @@ def test_a_run_that_diverges_in_validation_fails_alone_and_the_files_are_strict_
         raise AssertionError(word)
 
     json.loads((tmp_path / "c" / "comparison.json").read_text(), parse_constant=refuse)
+
+
+def test_search_seeds_and_curve(tmp_path: Path) -> None:
+    config = TrainingConfig(max_steps=16, per_device_train_batch_size=4)
+    found = run(tmp_path / "c", methods=["lora", "bitfit"], config=config, preset="default", seeds=2, fractions=[8, 1])
+    assert [(r["name"], r["seed"]) for r in found.runs] == [("lora", 0), ("lora", 1), ("bitfit", 0), ("bitfit", 1)]
+    for name, search in found.content["searches"].items():
+        planned = [t["steps"] for t in search["trials"] if not t["extension"]]
+        assert planned == [1] * 8 + [2] * 4 + [4] * 2
+        rates = {r["learning_rate"] for r in found.runs if r["name"] == name}
+        assert rates == {search["best"]}
+    # the same budget for every method, in target tokens
+    tokens = [sum(t["target_tokens"] for t in s["trials"] if not t["extension"]) for s in found.content["searches"].values()]
+    assert tokens[0] == tokens[1]
+    assert [(c["name"], c["rows"]) for c in found.content["curves"]][:2] == [("lora", 8), ("lora", 24)]
+    assert found.content["preset"]["covers_training_noise"]
+    assert found.content["verdict"]["seeds"] == 2
+    assert found.content["missing"] == []
+
+
+def test_a_killed_comparison_goes_on_and_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["spectune.comparing.job"]
+    config = TrainingConfig(max_steps=16, per_device_train_batch_size=4)
+    given: dict[str, Any] = {"methods": ["lora", "bitfit"], "config": config, "preset": "default", "seeds": 2}
+    whole = run(tmp_path / "whole", **given)
+    real = module.train
+    calls: list[int] = []
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) % 7 == 0:
+            raise InterruptedRun("SIGTERM after step 1 of 2.")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "train", killed)
+    stops = 0
+    while True:
+        try:
+            found = run(tmp_path / "c", resume=True, **given)
+            break
+        except InterruptedRun as stop:
+            assert "--resume" in str(stop)
+            assert Comparison.from_runs(tmp_path / "c").content["missing"]  # what is there can be looked at
+            stops += 1
+    assert stops > 2
+    for ours, theirs in zip(found.runs, whole.runs, strict=True):
+        assert ours["judged_loss"] == theirs["judged_loss"]
+        assert ours["key"] == theirs["key"]
+    assert found.content["searches"] == whole.content["searches"]
+
+
+def test_more_seeds_are_added_and_nothing_is_run_twice(tmp_path: Path) -> None:
+    first = run(tmp_path / "c", methods=["bitfit"])
+    both = run(tmp_path / "c", methods=["bitfit", LoRA(r=2)], seeds=2, resume=True)
+    assert both.runs[0] == first.runs[0]
+    assert [(r["name"], r["seed"]) for r in both.runs] == [("bitfit", 0), ("bitfit", 1), ("lora", 0), ("lora", 1)]
+
+
+def test_a_report_is_made_anew_from_the_runs_alone(tmp_path: Path) -> None:
+    found = run(tmp_path / "c", methods=["bitfit", LoRA(r=2)])
+    written = (tmp_path / "c" / "comparison.json").read_text()
+    for path in (tmp_path / "c").glob("comparison.*"):
+        path.unlink()
+    again = Comparison.from_runs(tmp_path / "c")
+    again.save()
+    assert again.content == found.content
+    assert (tmp_path / "c" / "comparison.json").read_text() == written
+
+
+def test_test_rows_are_judged_and_choose_nothing(tmp_path: Path) -> None:
+    found = run(tmp_path / "c", methods=["bitfit"], test_rows=make_rows(9)[6:])
+    assert found.content["data"]["judged_on"] == "test"
+    [r] = found.runs
+    assert len(read_rows(tmp_path / "c" / r["rows_file"])) == 3
+    assert r["judged_loss"] != r["valid_loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"preset": "fast"}, "preset 'fast'; expected one of quick, default, thorough"),
+        ({"seeds": 0}, "seeds = 0; expected at least 1"),
+        ({"fractions": [0.5, -1]}, "fractions -1; expected shares"),
+        ({"fractions": [2.5]}, r"fractions 2\.5; expected shares"),
+        ({"metric": "bleurt"}, "metric 'bleurt'"),
+    ],
+)
+def test_wrong_settings_of_a_comparison(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        run(tmp_path / "c", methods=["bitfit"], **changes)
+    assert not (tmp_path / "c").exists()
+
+
+def test_where_every_rate_diverges_the_method_fails_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoRA, "learning_rate_range", (1e29, 1e30))
+    config = TrainingConfig(max_steps=16, per_device_train_batch_size=4)
+    found = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"], config=config, preset="default")
+    [failed] = found.failed
+    assert failed["name"] == "lora"
+    assert "diverged" in failed["reason"]
+    assert [r["name"] for r in found.runs] == ["bitfit"]
+    assert all(t["valid_loss"] is None for t in found.content["searches"]["lora"]["trials"])

@@ -14,7 +14,7 @@ SETTINGS = TrainingConfig(max_steps=160, per_device_train_batch_size=4, gradient
 
 def test_quick_is_three_rates_at_a_quarter_and_one_seed() -> None:
     schedule = Schedule.of(QUICK, SETTINGS, rows=1000, target_tokens=20_000)
-    assert schedule.rungs == ((3, 40),)
+    assert schedule.planned_trials == ((3, 40),)
     assert schedule.seeds == (7,)
     assert not schedule.to_dict(100)["covers_training_noise"]
     assert schedule.target_tokens_per_step == 20 * 8

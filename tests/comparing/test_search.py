@@ -63,7 +63,7 @@ def test_the_range_is_extended_as_long_as_that_helps() -> None:
     assert found.edge is None  # one rate beyond the best was tried, and was worse
     assert [t.extension for t in found.trials].count(True) == 2
     assert [steps for _, steps in calls[-2:]] == [40, 40]
-    assert "2 further rates were tried" in found.sentence
+    assert "2 of them were tried because the best lay on the edge" in found.sentence
 
 
 def test_an_extension_that_does_not_suffice_leaves_the_edge() -> None:

@@ -55,7 +55,7 @@ class Runner:
 
     def _announce(self) -> None:
         schedule, arms = self.schedule, len(self.arms)
-        search = " + ".join(f"{count} x {steps}" for count, steps in schedule.rungs)
+        search = " + ".join(f"{count} x {steps}" for count, steps in schedule.planned_trials)
         seeds = len(schedule.seeds)
         each = f"{seeds} final {'run' if seeds == 1 else 'runs'} of {schedule.final_steps:,} steps"
         if search:
@@ -90,10 +90,9 @@ class Runner:
         (folder / FAILED).unlink(missing_ok=True)
         method, schedule = arm.method, self.schedule
         bounds, source = method.learning_rate_range, method.learning_rate_range_source
-        around = schedule.preset.around_default
-        if around is not None:
-            default = method.default_learning_rate
-            bounds, source = (default / around, default * around), f"around the default, {default:g}"
+        if schedule.preset.from_default is not None:
+            default, factor = method.default_learning_rate, schedule.preset.from_default
+            bounds, source = (default, default * factor), "from the method's default up"
         try:
             found = successive_halving(
                 bounds,

@@ -66,20 +66,26 @@ class Schedule:
             learning_rate=settings.learning_rate,
         )
 
+    @property
+    def planned_trials(self) -> tuple[tuple[int, int], ...]:
+        """(trials, steps) of the search. Of two rates the better one always lies on an edge, so that one more follows."""
+        sure = 1 if self.rungs and self.rungs[-1][0] == 2 == self.rungs[0][0] and self.preset.extensions else 0
+        return (*self.rungs[:-1], (self.rungs[-1][0] + sure, self.rungs[-1][1])) if self.rungs else ()
+
     def pieces(self, arm: str) -> list[tuple[str, int]]:
         """(arm, steps) of every run of an arm; the curve's point with all rows is one of the final runs."""
-        search = [steps for count, steps in self.rungs for _ in range(count)]
+        search = [steps for count, steps in self.planned_trials for _ in range(count)]
         curve = [steps for _, steps in self.curve if steps != self.final_steps or len(self.curve) == 1]
         return [(arm, steps) for steps in (*search, *[self.final_steps] * len(self.seeds), *curve)]
 
     def to_dict(self, valid_rows: int) -> dict[str, Any]:
         """The budget of each method, for `comparison.json`."""
         tokens = self.target_tokens_per_step
-        search = sum(count * steps for count, steps in self.rungs)
+        search = sum(count * steps for count, steps in self.planned_trials)
         return {
             "name": self.preset.name,
             "seeds": list(self.seeds),
-            "rungs": [list(rung) for rung in self.rungs],
+            "rungs": [list(rung) for rung in self.planned_trials],
             "fixed_learning_rate": self.learning_rate,
             "final_steps": self.final_steps,
             "final_target_tokens": round(self.final_steps * tokens),

@@ -46,15 +46,16 @@ class Search:
     @property
     def sentence(self) -> str:
         """The search in words."""
-        tried = len({trial.learning_rate for trial in self.trials})
-        low, high = self.range
-        text = f"{tried} rates from {low:g} to {high:g} ({self.source})"
+        rates = {trial.learning_rate for trial in self.trials}
+        tried, low, high = len(rates), min(rates), max(rates)
+        text = f"{tried} rates from {low:.3g} to {high:.3g} ({self.source})"
         if self.best is None:
             return f"all of {text} diverged"
         text = f"best of {text}: {self.best:g}"
         extended = sum(trial.extension for trial in self.trials)
         if extended:
-            text += f"; the best lay on the edge, so {extended} further {'rate was' if extended == 1 else 'rates were'} tried"
+            words = "one of them was tried" if extended == 1 else f"{extended} of them were tried"
+            text += f"; {words} because the best lay on the edge"
         if self.edge is not None:
             beyond = "lower" if self.edge == "low" else "higher"
             text += f"; it is the {self.edge}est tried: a {beyond} one may be better still"
