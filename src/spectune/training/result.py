@@ -21,7 +21,11 @@ class RunResult(BaseModel):
     `train_reserved` (CUDA) what the allocator held, `train_resident` (CPU) the process's memory.
     Decoding speeds are medians over rounds, their `_spread` is half the interquartile range; `inference_overhead_range`
     are the quartiles of the extra time over the rounds, as shares of the bare base's time in the same round.
-    `retained_sha256`: of the passages that forgetting was measured on. Fields that only a comparison measures
+    `retained_sha256`: of the passages that forgetting was measured on; `forgetting_by_passage`: nats, summed over each.
+    `valid_loss` is the kept weights', `last_valid_loss` that after the last step: above it where a run overfits.
+    `judged_loss` and `metrics`: of the kept weights on the rows that are judged (`judged_on`: "valid" or "test"), row
+    by row in `rows_file`, a path within the comparison's folder. `key`: of all that the run depends on.
+    `decode`: speeds by batch size, see `spectune.comparing.measure`. Fields that only a comparison measures
     are None after `train`.
     """
 
@@ -61,6 +65,14 @@ class RunResult(BaseModel):
     retained_sha256: str | None = None
     swap_seconds: float | None = None
     folder: str | None = None
+    key: str | None = None
+    last_valid_loss: float | None = None
+    judged_loss: float | None = None
+    judged_on: str | None = None
+    rows_file: str | None = None
+    evaluation_seconds: float | None = None
+    forgetting_by_passage: list[float] | None = None
+    decode: dict[str, dict[str, Any]] | None = None
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically; a number that is not finite becomes null."""
