@@ -14,13 +14,20 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from spectune.data import Example, Row
+    from spectune.evaluation import Task
 
 
 def evaluate(
     run: options.Run = None,
     model: options.BaseOfRun = None,
     data: Annotated[str | None, typer.Option(help="Rows to judge on.", show_default="the embedded test rows")] = None,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="What to measure beside the loss: auto, or some of exact_match, rouge_l, bleu, chrf, accuracy, and "
+            "your own as package.module:function or file.py:function, parted by commas; loss alone: loss."
+        ),
+    ] = "auto",
     generate_rows: Annotated[
         int, typer.Option(min=0, help="Rows to write a completion for, to compare with their references; 0: none.")
     ] = 100,
@@ -39,12 +46,13 @@ def evaluate(
     Examples:
       spectune eval
       spectune eval --run runs/2026-01-31-lora-1 --data test.jsonl
-      spectune eval --generate-rows 0 --json
+      spectune eval --metric rouge_l,my_metrics.py:shortness --json
     """
     found = run_on(run, model)
     with work(as_json=as_json) as out:
         from spectune.data import encode
         from spectune.deltas import route
+        from spectune.evaluation import Task
 
         rows, source = rows_to_judge(data, skip_bad_rows=skip_bad_rows)
         note(f"run: {found.folder}; rows: {source}")
@@ -53,12 +61,21 @@ def evaluate(
         max_length = row_length(base_model, found.config.get("max_length"))
         encoded = encode(rows, tokenizer, max_length=max_length, separator=separator)
         note_losses(encoded.report, source, "--json names each")
-        judge = _Judge(tokenizer, separator, max_length, max_new_tokens, batch_size)
-        # a long text is several examples of one row
+        # a row that encoding drops has nothing to be judged on
         kept = list({id(example.row): example.row for example in encoded.examples}.values())
-        tuned = judge(base_model, encoded.examples, kept, generate_rows)
+        task = Task.of(
+            kept,
+            metric=metric,
+            generate_rows=generate_rows,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            max_length=max_length,
+            separator=separator,
+        )
+        note(task.describe())
+        tuned = _judge(base_model, tokenizer, task)
         with route(base_model, None):
-            base = judge(base_model, encoded.examples, kept, generate_rows)
+            base = _judge(base_model, tokenizer, task)
         answer = {
             "run": str(found.folder),
             "base_model": found.base,
@@ -74,70 +91,21 @@ def evaluate(
         print_json(answer)
 
 
-class _Judge:
+def _judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
     """The measurements of one model, under whatever route is current."""
+    from spectune.evaluation import corpus_metrics, judge, judged_loss, perplexity
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        separator: str,
-        max_length: int,
-        max_new_tokens: int,
-        batch_size: int,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.separator = separator
-        self.max_length = max_length
-        self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
-
-    def __call__(
-        self, model: PreTrainedModel, examples: list[Example], rows: list[Row], generate_rows: int
-    ) -> dict[str, float]:
-        from spectune.evaluation import accuracy_over_choices, row_losses, text_metrics
-        from spectune.inference import choice_log_likelihoods
-
-        pad = self.tokenizer.pad_token_id
-        losses = row_losses(model, examples, pad if isinstance(pad, int) else 0, self.batch_size)
-        measured: dict[str, float] = {
-            "loss_nats_per_token": losses.mean_per_token,
-            "perplexity": losses.perplexity,
-            "target_tokens": losses.total_target_tokens,
-        }
-        to_choose = [row for row in rows if row.choices and row.label is not None]
-        if to_choose:
-            scores = choice_log_likelihoods(
-                model,
-                self.tokenizer,
-                to_choose,
-                max_length=self.max_length,
-                separator=self.separator,
-                batch_size=self.batch_size,
-            )
-            measured["choice_accuracy"] = accuracy_over_choices(
-                scores, [row.choices for row in to_choose], [row.label for row in to_choose]
-            )
-        to_write = [row for row in rows if _references(row) and (row.prompt or row.messages)][:generate_rows]
-        if to_write:
-            texts = self._write(model, to_write)
-            measured |= text_metrics([text.strip() for text in texts], [_references(row) for row in to_write])
-            measured["generated_rows"] = len(to_write)
-        return measured
-
-    def _write(self, model: PreTrainedModel, rows: list[Row]) -> list[str]:
-        from spectune.data import prompt_ids
-        from spectune.inference import generate_texts
-
-        prompts = [prompt_ids(row, self.tokenizer, self.separator) for row in rows]
-        return generate_texts(
-            model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
-        )
-
-
-def _references(row: Row) -> tuple[str, ...]:
-    """What a written completion is compared with: the row's references, else its own answer."""
-    answer = row.messages[-1]["content"] if row.messages else row.completion
-    return row.references or ((answer.strip(),) if answer else ())
+    judged = judge(model, tokenizer, task)
+    loss = judged_loss(judged)
+    measured: dict[str, float] = {
+        "loss_nats_per_token": loss,
+        "perplexity": perplexity(loss),
+        "target_tokens": sum(row.target_tokens for row in judged),
+    }
+    measured |= {
+        "choice_accuracy" if name == "accuracy" else name: value for name, value in corpus_metrics(judged).items()
+    }
+    return measured | ({"generated_rows": len(task.to_write)} if task.to_write else {})
 
 
 def _print(out: Console, answer: dict[str, Any]) -> None:

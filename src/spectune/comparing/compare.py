@@ -142,6 +142,7 @@ def compare(
             "held_out": held_out,
             "judged_on": "valid" if test is None else "test",
             "judged_rows": len(task.rows),
+            "generated_rows": len(task.to_write),
             "task": task.describe(),
             "retained_passages": len(passages),
             "retained_tokens": sum(map(len, passages)),
@@ -169,7 +170,7 @@ def compare(
         "base": [found["base"]["name"], found["base"]["total_parameters"], found["base"]["dtype"]],
         "data_sha256": conditions.key(encoded.sha256, held.sha256),
         "judged_rows_sha256": conditions.key([(r.prompt, r.completion, r.text, r.messages) for r in task.rows]),
-        "task": task.describe(),
+        "judged": task.conditions(),
         "passages_sha256": hashlib.sha256(repr(passages).encode()).hexdigest(),
     }
     before = conditions.read(folder) if (folder / conditions.FILE).is_file() else None

@@ -1,15 +1,10 @@
 """What a tuned model is worth: its loss on rows, metrics of what it writes, and what it forgot of its base."""
 
+from spectune.evaluation.corpus import CORPUS_METRICS, corpus_score, corpus_scores, corpus_statistics
+from spectune.evaluation.custom import CustomMetric, load_metric
 from spectune.evaluation.forgetting import forgetting_kl, passage_kls, sample_passages
-from spectune.evaluation.judge import (
-    JudgedRow,
-    corpus_metrics,
-    corpus_score,
-    judge,
-    judged_loss,
-    read_rows,
-    write_rows,
-)
+from spectune.evaluation.judge import judge
+from spectune.evaluation.judged import JudgedRow, corpus_metrics, judged_loss, read_rows, write_rows
 from spectune.evaluation.losses import RowLosses, row_losses
 from spectune.evaluation.metrics import (
     accuracy_over_choices,
@@ -18,19 +13,25 @@ from spectune.evaluation.metrics import (
     rouge_l,
     text_metrics,
 )
-from spectune.evaluation.task import Task
+from spectune.evaluation.task import METRICS, Task
 
 __all__ = [
+    "CORPUS_METRICS",
+    "METRICS",
+    "CustomMetric",
     "JudgedRow",
     "RowLosses",
     "Task",
     "accuracy_over_choices",
     "corpus_metrics",
     "corpus_score",
+    "corpus_scores",
+    "corpus_statistics",
     "exact_match",
     "forgetting_kl",
     "judge",
     "judged_loss",
+    "load_metric",
     "passage_kls",
     "perplexity",
     "read_rows",

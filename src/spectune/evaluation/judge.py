@@ -1,235 +1,150 @@
-"""A model judged on rows: for each its loss, and the metrics of what was written or chosen; kept as `rows.jsonl`."""
+"""One model, under its current route, on a task: every row's loss, and what it wrote or chose."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import zip_longest
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from spectune.data import Row, encode, prompt_ids
-from spectune.errors import ConfigError, DataError
-from spectune.evaluation.metrics import exact_match, rouge_l
-from spectune.evaluation.task import CHOSEN, Task, references
-from spectune.inference import choice_log_likelihoods, generate_texts, row_loss_sums
-from spectune.storage import atomic_write_text
-from spectune.storage.strict_json import strict_json
+from spectune import inference
+from spectune.data import Encoded, Row, encode, prompt_ids
+from spectune.errors import ConfigError
+from spectune.evaluation.corpus import CORPUS_METRICS, corpus_statistics
+from spectune.evaluation.judged import JudgedRow
+from spectune.evaluation.losses import row_losses
+from spectune.evaluation.metrics import exact_match_of_row, rouge_l_of_row
+from spectune.evaluation.references import asks, prompt_of, references_of
+from spectune.evaluation.task import Task
+from spectune.inference import choice_log_likelihoods, context_length, halving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("spectune")
-T = TypeVar("T")
 
-#: written completions may be so much longer than the longest reference, in tokens, and never longer than this
-ROOM, MOST_NEW_TOKENS = 1.25, 256
-
-
-@dataclass(frozen=True)
-class JudgedRow:
-    """One row: a line of `rows.jsonl`.
-
-    Attributes:
-        loss_sum, target_tokens: nats over the row's target tokens; a long text's windows together.
-        metrics: values whose mean over rows is the metric.
-        statistics: of corpus metrics (bleu, chrf), summed over rows to become one: sacrebleu's, in its order.
-        prediction: what was written, or chosen; None where nothing was.
-    """
-
-    row: int
-    origin: str
-    loss_sum: float
-    target_tokens: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    statistics: dict[str, list[float]] = field(default_factory=dict)
-    prompt: str | None = None
-    prediction: str | None = None
-    references: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> JudgedRow:
-        return cls(**{**fields, "references": tuple(fields.get("references", ()))})
+MOST_NEW_TOKENS = 256
+_OF_ROW = {"exact_match": exact_match_of_row, "rouge_l": rouge_l_of_row}
 
 
 def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[JudgedRow]:
-    """Judge the model under its current route. Rows that `encode` drops are left out.
+    """Measure every row of the task under the model's current route, in evaluation mode and without gradient.
+
+    Rows are encoded as in training; a row with nothing to learn (a `text` of one token) is left out. Prompts are
+    continued greedily with the KV cache from `prompt_ids`, the ids that training put before the target. A prompt that
+    leaves no room within the length loses its beginning, as it does in training, which is logged.
 
     Raises:
-        ConfigError: a custom metric fails or gives no finite number; names the row.
-        DataError: no row has a target token.
+        ConfigError: rows of the task's length have no room under this delta, or a custom metric fails.
+        DataError: rows that cannot be encoded.
+        OutOfMemoryError: not even one row at a time fits.
     """
-    examples = encode(task.rows, tokenizer, max_length=task.max_length, separator=task.separator).examples
+    encoded = encode(task.rows, tokenizer, max_length=task.max_length, separator=task.separator)
+    _check_room(model, encoded, task.max_length)
     pad = tokenizer.pad_token_id
-    sums, counts = _halving(
-        lambda size: row_loss_sums(model, examples, pad if isinstance(pad, int) else 0, size), task.batch_size
-    )
-    if sum(counts) == 0:
-        raise DataError(f"{len(task.rows)} rows without a single target token; expected at least one to take a loss of")
-    index_of = {id(row): index for index, row in enumerate(task.rows)}
-    loss: dict[int, tuple[float, int]] = {}
-    for example, total, count in zip(examples, sums, counts, strict=True):
-        index = index_of[id(example.row)]
-        before = loss.get(index, (0.0, 0))
-        loss[index] = (before[0] + total, before[1] + count)
-    written = _written(model, tokenizer, task)
-    chosen = _chosen(model, tokenizer, task) if CHOSEN in task.metrics else {}
-    judged = []
-    for index, (total, count) in sorted(loss.items()):
-        row = task.rows[index]
-        extra = _scored(task, row, written[index]) if index in written else chosen.get(index, {})
-        judged.append(JudgedRow(index, row.origin, total, count, **extra))
-    return judged
+    losses = row_losses(model, encoded.examples, pad if isinstance(pad, int) else 0, task.batch_size)
+    place_of = {id(row): place for place, row in enumerate(task.rows)}
+    sums: dict[int, list[float]] = {}
+    targets: dict[int, int] = {}
+    for example, loss, count in zip(encoded.examples, losses.loss_sums, losses.target_tokens, strict=True):
+        place = place_of[id(example.row)]  # a long text is several examples
+        sums.setdefault(place, []).append(loss)
+        targets[place] = targets.get(place, 0) + count
 
-
-def judged_loss(judged: Sequence[JudgedRow]) -> float:
-    """Nats for each target token of all rows."""
-    return math.fsum(row.loss_sum for row in judged) / sum(row.target_tokens for row in judged)
-
-
-def corpus_metrics(judged: Sequence[JudgedRow]) -> dict[str, float]:
-    """Each metric over the rows that have it: the mean, or the corpus score of the summed statistics."""
-    found: dict[str, float] = {}
-    for name in dict.fromkeys(name for row in judged for name in row.metrics):
-        values = [row.metrics[name] for row in judged if name in row.metrics]
-        found[name] = math.fsum(values) / len(values)
-    for name in dict.fromkeys(name for row in judged for name in row.statistics):
-        summed = [
-            sum(column)
-            for column in zip(*(row.statistics[name] for row in judged if name in row.statistics), strict=True)
-        ]
-        found[name] = corpus_score(name, summed)
-    return found
-
-
-def corpus_score(name: str, summed: Sequence[float]) -> float:
-    """BLEU or chrF (0 to 100) of statistics summed over rows."""
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
-
-    metric: Any = {"bleu": BLEU, "chrf": CHRF}[name]()
-    return float(metric._compute_score_from_stats([int(value) for value in summed]).score)
-
-
-def write_rows(path: str | Path, judged: Sequence[JudgedRow]) -> None:
-    """Write `rows.jsonl`, atomically."""
-    atomic_write_text(path, "".join(strict_json(row.to_dict(), indent=None) + "\n" for row in judged))
-
-
-def read_rows(path: str | Path) -> list[JudgedRow]:
-    """Read `rows.jsonl`. Raises DataError where it is damaged."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        return [JudgedRow.from_dict(json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} cannot be read as judged rows: {error}") from error
-
-
-def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[int, str]:
-    """What the model writes for the task's rows: from exactly the ids that training saw before the target."""
-    if not task.written:
-        return {}
-    rows = [task.rows[index] for index in task.written]
-    prompts = [prompt_ids(row, tokenizer, task.separator) for row in rows]
-    longest = max(
-        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for row in rows for text in references(row)
-    )
-    room = min(MOST_NEW_TOKENS, math.ceil(ROOM * longest) + 4)
-    texts = _halving(
-        lambda size: generate_texts(model, tokenizer, prompts, max_new_tokens=room, batch_size=size), task.batch_size
-    )
-    return dict(zip(task.written, (text.strip() for text in texts), strict=True))
-
-
-def _scored(task: Task, row: Row, prediction: str) -> dict[str, Any]:
-    """The metrics of one written row."""
-    wanted = list(references(row))
-    metrics: dict[str, float] = {}
-    statistics: dict[str, list[float]] = {}
-    for name in task.metrics:
-        if name == "exact_match":
-            metrics[name] = exact_match([prediction], [wanted])
-        elif name == "rouge_l":
-            metrics[name] = rouge_l([prediction], [wanted])
-        elif name in ("bleu", "chrf"):
-            statistics[name] = sentence_statistics(name, prediction, wanted)
-        elif name in task.custom:
-            metrics[name] = _custom(name, task, prediction, wanted, row)
-    prompt = row.prompt if row.prompt is not None else str((row.messages or [{}])[0].get("content", ""))
-    return {
-        "metrics": metrics,
-        "statistics": statistics,
-        "prompt": prompt,
-        "prediction": prediction,
-        "references": tuple(wanted),
-    }
-
-
-def sentence_statistics(name: str, prediction: str, wanted: Sequence[str]) -> list[float]:
-    """sacrebleu's sufficient statistics of one row; their sums over rows give its corpus score."""
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
-
-    # model output is not tokenised text: BLEU's warning about a final " ." does not apply
-    metric: Any = BLEU(force=True) if name == "bleu" else CHRF()
-    streams = [list(stream) for stream in zip_longest(list(wanted))]
-    [found] = metric._extract_corpus_statistics([prediction], streams)
-    return [float(value) for value in found]
-
-
-def _custom(name: str, task: Task, prediction: str, wanted: list[str], row: Row) -> float:
-    fields = {"prompt": row.prompt, "completion": row.completion, "messages": row.messages, "label": row.label}
-    try:
-        value = float(task.custom[name](prediction, wanted, {**row.columns, **fields}))
-    except Exception as error:
-        raise ConfigError(f"metric {name} failed on {row.origin}: {type(error).__name__}: {error}") from error
-    if not math.isfinite(value):
-        raise ConfigError(f"metric {name} gave {value} for {row.origin}; expected a finite number")
-    return value
-
-
-def _chosen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[int, dict[str, Any]]:
-    """The likeliest choice of each row."""
-    rows = [
-        row
-        if row.choices and row.label is not None
-        else dataclasses.replace(row, choices=task.choices, label=row.completion)
-        for row in task.rows
+    metrics: dict[int, dict[str, float]] = {}
+    statistics: dict[int, dict[str, list[int]]] = {}
+    predictions: dict[int, str] = {}
+    for place, best in zip(task.to_choose, _chosen(model, tokenizer, task), strict=True):
+        row = task.rows[place]
+        predictions[place] = row.choices[best]
+        metrics.setdefault(place, {})["accuracy"] = float(row.choices[best] == row.label)
+    texts = _written(model, tokenizer, task)
+    for place, text in zip(task.to_write, texts, strict=True):
+        row, references = task.rows[place], references_of(task.rows[place])
+        predictions[place] = text
+        of_row = {name: _OF_ROW[name](text, references) for name in task.text_metrics if name in _OF_ROW}
+        of_row |= {metric.name: metric(text, references, row) for metric in task.custom}
+        metrics.setdefault(place, {}).update(of_row)
+    for name in CORPUS_METRICS:
+        if name in task.text_metrics:
+            wanted = [references_of(task.rows[place]) for place in task.to_write]
+            for place, counts in zip(task.to_write, corpus_statistics(name, texts, wanted), strict=True):
+                statistics.setdefault(place, {})[name] = counts
+    return [
+        JudgedRow(
+            row=place,
+            origin=task.rows[place].origin,
+            loss_sum=math.fsum(sums[place]),
+            target_tokens=targets[place],
+            metrics=metrics.get(place, {}),
+            statistics=statistics.get(place, {}),
+            prompt=prompt_of(task.rows[place]) if asks(task.rows[place]) else None,
+            prediction=predictions.get(place),
+            references=_wanted(task, place),
+        )
+        for place in sorted(sums)
     ]
-    scores = _halving(
+
+
+def _wanted(task: Task, place: int) -> tuple[str, ...]:
+    """What the row's prediction is compared with."""
+    row = task.rows[place]
+    if place in task.to_choose and place not in task.to_write:
+        return (str(row.label),)
+    return references_of(row) if asks(row) else ()
+
+
+def _check_room(model: PreTrainedModel, encoded: Encoded, length: int) -> None:
+    limit = context_length(model)
+    longest = max(encoded.examples, key=lambda example: len(example.input_ids))
+    if limit is not None and len(longest.input_ids) > limit:
+        raise ConfigError(
+            f"{longest.row.origin} has {len(longest.input_ids)} tokens at max_length = {length}, and under this delta "
+            f"the base takes {limit}: judge all models with max_length = {limit}"
+        )
+
+
+def _chosen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
+    """The likeliest choice of each row to choose for."""
+    rows = [task.rows[place] for place in task.to_choose]
+    if not rows:
+        return []
+    scores = halving(
         lambda size: choice_log_likelihoods(
             model, tokenizer, rows, max_length=task.max_length, separator=task.separator, batch_size=size
         ),
         task.batch_size,
+        f"scoring the choices of {len(rows)} rows",
     )
-    return {
-        index: {
-            "metrics": {CHOSEN: float(row.choices[score.best] == row.label)},
-            "prompt": row.prompt,
-            "prediction": row.choices[score.best],
-            "references": (str(row.label),),
-        }
-        for index, (row, score) in enumerate(zip(rows, scores, strict=True))
-    }
+    return [score.best for score in scores]
 
 
-def _halving(work: Callable[[int], T], size: int) -> T:
-    """`work(batch size)`, with half as many rows at a time whenever memory runs out; that is said."""
-    import torch
+def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[str]:
+    """What the model writes for each row to write, without outer spaces."""
+    rows = [task.rows[place] for place in task.to_write]
+    if not rows:
+        return []
+    new = task.max_new_tokens or _new_tokens(rows, tokenizer)
+    limit = min(task.max_length, context_length(model) or task.max_length)
+    prompts = [prompt_ids(row, tokenizer, task.separator) for row in rows]
+    # room for what is written, but at least half of the length for what it is written from
+    kept = limit - min(new, limit // 2)
+    if cut := sum(len(prompt) >= limit for prompt in prompts):
+        log.warning("%d of %d prompts to write from lose their beginning: they fill %d tokens", cut, len(rows), limit)
+    prompts = [prompt[-kept:] if len(prompt) >= limit else prompt for prompt in prompts]
+    texts = halving(
+        lambda size: inference.generate_texts(model, tokenizer, prompts, max_new_tokens=new, batch_size=size),
+        task.batch_size,
+        f"writing {len(rows)} rows",
+    )
+    return [text.strip() for text in texts]
 
-    while True:
-        try:
-            return work(size)
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-        size //= 2
-        torch.cuda.empty_cache()
-        log.warning("evaluation ran out of memory: %d rows at a time from here on", size)
+
+def _new_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
+    """A quarter more than the longest reference: a model that goes on too long shows it, at a bounded price."""
+    longest = max(
+        len(tokenizer(reference, add_special_tokens=False)["input_ids"])
+        for row in rows
+        for reference in references_of(row)
+    )
+    return min(math.ceil(1.25 * longest) + 1, MOST_NEW_TOKENS)

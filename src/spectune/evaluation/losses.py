@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from spectune.data import Example
 from spectune.errors import DataError
 from spectune.evaluation.metrics import perplexity
-from spectune.inference import row_loss_sums
+from spectune.inference import halving, row_loss_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,10 +42,17 @@ def row_losses(
 ) -> RowLosses:
     """The loss of each example under the model's current route, in evaluation mode and without gradient.
 
+    Where memory runs out the batch is halved, which is logged.
+
     Raises:
+        OutOfMemoryError: a single example does not fit.
         DataError: there is no target token in any example, so that no mean exists.
     """
-    sums, counts = row_loss_sums(model, examples, pad_token_id, batch_size)
+    sums, counts = halving(
+        lambda size: row_loss_sums(model, examples, pad_token_id, size),
+        batch_size,
+        f"taking the loss of {len(examples)} rows",
+    )
     if sum(counts) == 0:
         raise DataError(f"{len(examples)} rows without a single target token; expected at least one to take a loss of")
     return RowLosses(tuple(sums), tuple(counts))

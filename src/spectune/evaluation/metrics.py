@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
 
 from spectune.errors import DataError
+from spectune.evaluation.corpus import CORPUS_METRICS, corpus_score, corpus_statistics
 from spectune.inference import ChoiceScores
 
 References = Sequence[Sequence[str]]
@@ -23,23 +23,24 @@ def perplexity(nats_per_token: float) -> float:
 
 def exact_match(predictions: Sequence[str], references: References) -> float:
     """The share of predictions that equal one of their references, spaces at both ends aside."""
-    _check(predictions, references)
-    hits = sum(
-        prediction.strip() in {reference.strip() for reference in wanted}
-        for prediction, wanted in zip(predictions, references, strict=True)
-    )
-    return hits / len(predictions)
+    return _mean(exact_match_of_row, predictions, references)
 
 
 def rouge_l(predictions: Sequence[str], references: References) -> float:
     """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, the best over a prediction's references,
     averaged over predictions. Words are runs of letters and digits, lower case, not stemmed."""
-    _check(predictions, references)
-    total = 0.0
-    for prediction, wanted in zip(predictions, references, strict=True):
-        words = _words(prediction)
-        total += max(_lcs_f1(words, _words(reference)) for reference in wanted)
-    return total / len(predictions)
+    return _mean(rouge_l_of_row, predictions, references)
+
+
+def exact_match_of_row(prediction: str, references: Sequence[str]) -> float:
+    """1 where the prediction is one of the references, spaces at both ends aside; else 0."""
+    return float(prediction.strip() in {reference.strip() for reference in references})
+
+
+def rouge_l_of_row(prediction: str, references: Sequence[str]) -> float:
+    """ROUGE-L of one prediction, see `rouge_l`."""
+    words = _words(prediction)
+    return max(_lcs_f1(words, _words(reference)) for reference in references)
 
 
 def text_metrics(predictions: Sequence[str], references: References) -> dict[str, float]:
@@ -52,16 +53,11 @@ def text_metrics(predictions: Sequence[str], references: References) -> dict[str
     Raises:
         DataError: no prediction, unequal lengths, or a prediction without references.
     """
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
-
-    exact, rouge = exact_match(predictions, references), rouge_l(predictions, references)
-    # sacrebleu wants the first references of all, then the second ones, ...; None where a row has no more
-    streams = [list(stream) for stream in zip_longest(*references)]
-    # model output is not tokenised text: its warning about a final " ." does not apply
-    bleu = BLEU(force=True).corpus_score(list(predictions), streams)
-    chrf = CHRF().corpus_score(list(predictions), streams)
-    return {"exact_match": exact, "rouge_l": rouge, "bleu": float(bleu.score), "chrf": float(chrf.score)}
+    found = {"exact_match": exact_match(predictions, references), "rouge_l": rouge_l(predictions, references)}
+    for name in CORPUS_METRICS:
+        rows = corpus_statistics(name, predictions, references)
+        found[name] = corpus_score(name, [sum(counts) for counts in zip(*rows, strict=True)])
+    return found
 
 
 def accuracy_over_choices(
@@ -98,6 +94,11 @@ def accuracy_over_choices(
         for score, options, label in zip(scores, choices, labels, strict=True)
     )
     return hits / len(scores)
+
+
+def _mean(of_row: Callable[[str, Sequence[str]], float], predictions: Sequence[str], references: References) -> float:
+    _check(predictions, references)
+    return sum(map(of_row, predictions, references)) / len(predictions)
 
 
 def _check(predictions: Sequence[str], references: References) -> None:

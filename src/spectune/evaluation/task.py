@@ -1,48 +1,41 @@
-"""What is measured of a model on rows: the loss of all, and what fits them of metrics of written text and of choices."""
+"""A task: the rows that models are judged on, and what is measured of each. It is decided once, for all models."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-from collections import Counter
-from collections.abc import Callable, Sequence
+import dataclasses
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from spectune.data import Row
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, DataError
+from spectune.evaluation.choices import inferred_choices
+from spectune.evaluation.corpus import CORPUS_METRICS
+from spectune.evaluation.custom import CustomMetric, load_metric
+from spectune.evaluation.references import answer_of, asks, references_of
 
-#: metrics of written text; the first two are means over rows, the others are of the corpus
-WRITTEN = ("exact_match", "rouge_l", "bleu", "chrf")
-#: metric of rows that have choices
-CHOSEN = "accuracy"
-#: training rows with at most so many distinct completions, each at least so often, are a choice among them
-MOST_LABELS, LEAST_OF_EACH = 20, 3
-
-#: `f(prediction, references, row) -> float`; higher is better unless the function has `higher_is_better = False`
-Metric = Callable[[str, list[str], dict[str, Any]], float]
+#: of what a model wrote, in the order of tables
+TEXT_METRICS = ("exact_match", "rouge_l", *CORPUS_METRICS)
+METRICS = ("loss", *TEXT_METRICS, "accuracy")
 
 
 @dataclass(frozen=True)
 class Task:
-    """How rows are judged.
+    """Made by `Task.of`. The loss is taken of every row; some are written, some chosen.
 
-    Attributes:
-        rows: all of them have a loss taken.
-        metrics: names, of WRITTEN, CHOSEN, or of custom ones.
-        custom: the functions of those.
-        choices: the labels among which every row chooses, where its own choices are not given.
-        written: indices of the rows that a completion is written for, evenly spaced over all that can be.
-        max_length, separator: as in training.
+    `to_write` and `to_choose` are places in `rows`. Where choices were inferred, the rows here have them, and their
+    answer as the label. `max_new_tokens` None: a quarter more than the longest reference, at most 256.
     """
 
-    rows: list[Row]
-    metrics: tuple[str, ...]
-    custom: dict[str, Metric]
+    rows: tuple[Row, ...]
+    to_choose: tuple[int, ...]
+    to_write: tuple[int, ...]
+    writable: int
+    text_metrics: tuple[str, ...]
+    custom: tuple[CustomMetric, ...]
     choices: tuple[str, ...]
-    written: tuple[int, ...]
+    max_new_tokens: int | None
     batch_size: int
     max_length: int
     separator: str
@@ -53,126 +46,167 @@ class Task:
         rows: Sequence[Row],
         *,
         train_rows: Sequence[Row] = (),
-        metric: str = "auto",
+        metric: str | None = "auto",
         generate_rows: int = 64,
+        max_new_tokens: int | None = None,
         batch_size: int = 16,
         max_length: int,
         separator: str = "",
     ) -> Task:
         """Decide what is measured.
 
-        Rows with choices and a label: accuracy by likelihood. Rows without, where the training rows' completions are a
-        few labels (see MOST_LABELS) and every row's completion is one of them: the same, among those. Else, where rows
-        have a prompt and an answer: what the model writes is compared with the references, or the answer.
+        `metric="auto"` (or None): rows with `choices` and a label are chosen, by likelihood; so are rows whose
+        training rows show that they have choices (see `inferred_choices`); other rows with a prompt and references,
+        or an answer of their own, are written; `text` rows have their loss alone.
 
         Args:
-            metric: "auto", or names parted by commas: loss, exact_match, rouge_l, bleu, chrf, accuracy,
-                `package.module:function` or `file.py:function` (see `Metric`).
-            generate_rows: rows that a completion is written for.
+            rows: those to judge on.
+            train_rows: only looked at to find out whether the answers are a few labels.
+            metric: names out of loss, exact_match, rouge_l, bleu, chrf, accuracy, or import paths of functions (see
+                `spectune.evaluation.custom`), parted by commas. The loss is always taken.
+            generate_rows: how many rows are written at most: of more, that many at even distances, the first among
+                them, so that sorted data is met everywhere; no draw, the same for every model.
+            max_new_tokens: of a written row.
+            batch_size: rows at a time; where memory does not suffice, it is halved.
+            max_length, separator: as in training.
 
         Raises:
-            ConfigError: a metric that does not exist, cannot be imported, or does not fit the rows.
+            ConfigError: an unknown metric, or one that needs written rows where none may be written.
+            DataError: no rows, or a metric that was asked for and that no row can give.
         """
-        rows = list(rows)
-        chosen = all(row.choices and row.label is not None for row in rows)
-        labels = () if chosen else _labels(rows, train_rows)
-        can_write = [i for i, row in enumerate(rows) if (row.prompt or row.messages) and references(row)]
-        custom: dict[str, Metric] = {}
-        if metric == "auto":
-            names = (CHOSEN,) if chosen or labels else WRITTEN if can_write and generate_rows else ()
+        if not rows:
+            raise DataError("no rows to judge on; expected at least one")
+        if generate_rows < 0 or batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
+            raise ConfigError(
+                f"generate_rows = {generate_rows}, batch_size = {batch_size}, max_new_tokens = {max_new_tokens}; "
+                "expected at least 0, 1 and 1"
+            )
+        names, custom = _metrics(metric)
+        auto = not names and not custom
+        # a row of its own each: the same object given twice is two rows
+        own = [dataclasses.replace(row) for row in rows]
+        choices: tuple[str, ...] = ()
+        if (auto or "accuracy" in names) and not any(row.choices for row in own):
+            choices = inferred_choices(train_rows or (() if auto else own), own)
+            if choices:
+                own = [dataclasses.replace(row, choices=choices, label=answer_of(row)) for row in own]
+        choosable = [i for i, row in enumerate(own) if row.choices and row.label is not None and asks(row)]
+        writable = [i for i, row in enumerate(own) if asks(row) and references_of(row)]
+        text: tuple[str, ...]
+        if auto:
+            chosen = set(choosable)
+            writable = [i for i in writable if i not in chosen]
+            text = TEXT_METRICS
         else:
-            names = tuple(dict.fromkeys(part.strip() for part in metric.split(",") if part.strip() not in ("", "loss")))
-            custom = {_short(name): _imported(name) for name in names if ":" in name}
-            names = tuple(_short(name) if ":" in name else name for name in names)
-            _check(names, custom, chosen or bool(labels), bool(can_write))
-        writes = any(name != CHOSEN for name in names)
+            text = tuple(name for name in TEXT_METRICS if name in names)
+            choosable = choosable if "accuracy" in names else []
+            if "accuracy" in names and not choosable:
+                raise DataError(
+                    "metric accuracy: no row has a prompt, choices and a label, and the answers are not a few short "
+                    "texts over and over; expected `choices` (a list) and `label` in the rows"
+                )
+            if not (text or custom):
+                writable = []
+            elif generate_rows == 0:
+                raise ConfigError(f"metric {metric}: needs written rows, and generate_rows is 0")
+            elif not writable:
+                raise DataError(f"metric {metric}: no row has a prompt and references or an answer to compare with")
+        to_write = _evenly(writable, generate_rows)
         return cls(
-            rows=rows,
-            metrics=names,
-            custom=custom,
-            choices=labels if CHOSEN in names else (),
-            written=_evenly(can_write, generate_rows) if writes else (),
+            rows=tuple(own),
+            to_choose=tuple(choosable),
+            to_write=tuple(to_write),
+            writable=len(writable),
+            text_metrics=text if to_write else (),
+            custom=custom if to_write else (),
+            choices=choices,
+            max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             max_length=max_length,
             separator=separator,
         )
 
+    @property
+    def higher_is_better(self) -> dict[str, bool]:
+        """The metrics that rows will have, and which way is better."""
+        found = {"accuracy": True} if self.to_choose else {}
+        found |= dict.fromkeys(self.text_metrics, True)
+        return found | {metric.name: metric.higher_is_better for metric in self.custom}
+
     def describe(self) -> str:
-        """The task in a sentence."""
-        parts = [f"loss on {len(self.rows):,} rows"]
-        if CHOSEN in self.metrics:
-            among = f"the {len(self.choices)} labels of the training rows" if self.choices else "each row's choices"
-            parts.append(f"accuracy by likelihood among {among}")
-        written = [name for name in self.metrics if name != CHOSEN]
-        if written:
-            parts.append(f"{', '.join(written)} of what is written (greedy) for {len(self.written):,} of them")
-        return "; ".join(parts)
-
-
-def references(row: Row) -> tuple[str, ...]:
-    """What a written completion is compared with: the row's references, else its own answer."""
-    answer = row.messages[-1]["content"] if row.messages else row.completion
-    return row.references or ((answer.strip(),) if answer and answer.strip() else ())
-
-
-def _labels(rows: Sequence[Row], train_rows: Sequence[Row]) -> tuple[str, ...]:
-    """The labels that completions are, empty where they are text."""
-    if not train_rows or any(
-        row.completion is None or row.prompt is None or row.references for row in (*rows, *train_rows)
-    ):
-        return ()
-    counts = Counter(str(row.completion) for row in train_rows)
-    few = 2 <= len(counts) <= MOST_LABELS and min(counts.values()) >= LEAST_OF_EACH
-    return tuple(sorted(counts)) if few and all(row.completion in counts for row in rows) else ()
-
-
-def _evenly(indices: Sequence[int], count: int) -> tuple[int, ...]:
-    """`count` of the indices, evenly spaced: files are often sorted, and the first rows then say little."""
-    if count >= len(indices):
-        return tuple(indices)
-    return tuple(indices[i * len(indices) // count] for i in range(count))
-
-
-def _check(names: Sequence[str], custom: dict[str, Metric], can_choose: bool, can_write: bool) -> None:
-    for name in names:
-        if name not in (*WRITTEN, CHOSEN) and name not in custom:
-            known = ", ".join(("loss", *WRITTEN, CHOSEN))
-            raise ConfigError(f"metric {name!r}; expected {known}, or package.module:function")
-        if name == CHOSEN and not can_choose:
-            raise ConfigError(
-                "metric accuracy needs `choices` and `label` in every row, or training completions that are a few labels"
+        """What is measured, in sentences for a report."""
+        count = len(self.rows)
+        parts = [f"Loss is taken of {_rows(count)}."]
+        if self.to_choose:
+            over = "the row's choices"
+            if self.choices:
+                named = ", ".join(repr(choice) for choice in self.choices)
+                over = f"{len(self.choices)} choices, inferred because every training row is answered with one: {named}"
+            parts.append(f"Accuracy, over {_rows(len(self.to_choose))}, is by likelihood over {over}.")
+        if self.to_write:
+            names = ", ".join([*self.text_metrics, *(metric.source for metric in self.custom)])
+            which = (
+                _rows(len(self.to_write))
+                if len(self.to_write) == self.writable
+                else f"{len(self.to_write):,} of {_rows(self.writable)}, evenly spaced"
             )
-        if name != CHOSEN and not can_write:
-            raise ConfigError(f"metric {name} needs rows with a prompt and a completion or references")
+            limit = "a quarter more tokens than the longest reference (at most 256)"
+            if self.max_new_tokens is not None:
+                limit = f"{self.max_new_tokens} tokens"
+            parts.append(f"{names}: of greedy completions of {which}, of up to {limit}.")
+        if not self.to_choose and not self.to_write:
+            parts.append("No row is written or chosen.")
+        return " ".join(parts)
+
+    def conditions(self) -> dict[str, Any]:
+        """What the measurements depend on beside model and rows, as JSON: for a comparison's settings and its keys."""
+        return {
+            "metrics": self.higher_is_better,
+            "custom": [metric.source for metric in self.custom],
+            "judged_rows": len(self.rows),
+            "chosen_rows": len(self.to_choose),
+            "generated_rows": len(self.to_write),
+            "choices": list(self.choices),
+            "max_new_tokens": self.max_new_tokens,
+            "max_length": self.max_length,
+            "separator": self.separator,
+        }
 
 
-def _short(name: str) -> str:
-    return name.rpartition(":")[2] if ":" in name else name
-
-
-def _imported(name: str) -> Metric:
-    """The function at `package.module:function` or `file.py:function`."""
-    place, _, attribute = name.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+def _metrics(metric: str | None) -> tuple[tuple[str, ...], tuple[CustomMetric, ...]]:
+    """Names and functions of what was asked for; neither where it is "auto"."""
+    words = [word.strip() for word in (metric or "auto").split(",") if word.strip()]
+    if words == ["auto"]:
+        return (), ()
+    names: list[str] = []
+    custom: list[CustomMetric] = []
+    for word in words:
+        if ":" in word:
+            custom.append(load_metric(word))
+        elif word in METRICS:
+            names.append(word)
         else:
-            module = importlib.import_module(place)
-        function: Metric = getattr(module, attribute)
-    except Exception as error:
-        raise ConfigError(f"metric {name}: cannot be imported ({type(error).__name__}: {error})") from error
-    if not callable(function):
-        raise ConfigError(
-            f"metric {name} is a {type(function).__name__}; expected f(prediction, references, row) -> float"
-        )
-    try:
-        inspect.signature(function).bind("", [], {})
-    except TypeError as error:
-        raise ConfigError(f"metric {name} does not take (prediction, references, row): {error}") from error
-    except ValueError:
-        pass  # a built-in that tells no signature
-    return function
+            near = difflib.get_close_matches(word, METRICS, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(
+                f"metric {word!r}{hint}: expected auto alone, or some of {', '.join(METRICS)}, package.module:function "
+                "or file.py:function"
+            )
+    if not words:
+        raise ConfigError(f"metric {metric!r} names none; expected auto, or some of {', '.join(METRICS)}")
+    taken = [*METRICS, *(one.name for one in custom)]
+    twice = [one.source for one in custom if taken.count(one.name) > 1]
+    if twice:
+        raise ConfigError(f"metric {', '.join(twice)}: the function's name is taken by another metric; rename it")
+    return tuple(names), tuple(custom)
+
+
+def _evenly(places: Sequence[int], count: int) -> list[int]:
+    """`count` of the places at even distances, the first among them; all where there are no more."""
+    if len(places) <= count:
+        return list(places)
+    return [places[number * len(places) // count] for number in range(count)]
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"

@@ -2,6 +2,7 @@
 
 from spectune.inference.decode import decode_tokens_per_second
 from spectune.inference.generate import context_length, generate_ids, generate_texts, stop_ids
+from spectune.inference.halving import halving, is_out_of_memory
 from spectune.inference.likelihood import ChoiceScores, choice_log_likelihoods, row_loss_sums
 from spectune.inference.modes import evaluating, seeded
 
@@ -13,6 +14,8 @@ __all__ = [
     "evaluating",
     "generate_ids",
     "generate_texts",
+    "halving",
+    "is_out_of_memory",
     "row_loss_sums",
     "seeded",
     "stop_ids",

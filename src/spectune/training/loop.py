@@ -18,6 +18,7 @@ from spectune.data import Example, batches, by_length, collate
 from spectune.deltas import Delta
 from spectune.errors import DivergedError, InterruptedRun, OutOfMemoryError
 from spectune.evaluation import row_losses
+from spectune.inference import is_out_of_memory
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
 from spectune.training.display import Display
@@ -27,7 +28,6 @@ from spectune.training.optimizer import MasterAdamW, learning_rate_at
 
 #: the first steps of a process are measured for memory (they hold the longest batch), not for speed
 MEMORY_STEPS = 2
-_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 @dataclass
@@ -166,7 +166,7 @@ class Loop:
             loss_sum, _ = labelled_loss_sum(self.model, placed)
             torch.autograd.backward(loss_sum / targets)
         except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
+            if not is_out_of_memory(error):
                 raise
             rows, length = batch["input_ids"].shape
             raise OutOfMemoryError(

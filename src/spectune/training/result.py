@@ -21,11 +21,11 @@ class RunResult(BaseModel):
     `train_reserved` (CUDA) what the allocator held, `train_resident` (CPU) the process's memory.
     Decoding speeds are medians over rounds, their `_spread` is half the interquartile range; `inference_overhead_range`
     are the quartiles of the extra time over the rounds, as shares of the bare base's time in the same round.
-    `retained_sha256`: of the passages that forgetting was measured on; `forgetting_by_passage`: nats summed over each.
-    `decode`: for each batch size tokens a second of the tuned, merged and bare model, and their overheads.
-    `judged_loss` and `metrics` are those of the rows that `judged_on` names ("valid" or "test"), kept row by row in
-    `rows_file` (a path in the comparison's folder). `last_valid_loss` is that after the last step, `valid_loss` that of
-    the weights kept. `key` stands for everything that the run depends on. Fields that only a comparison measures
+    `retained_sha256`: of the passages that forgetting was measured on; `forgetting_by_passage`: nats, summed over each.
+    `valid_loss` is the kept weights', `last_valid_loss` that after the last step: above it where a run overfits.
+    `judged_loss` and `metrics`: of the kept weights on the rows that are judged (`judged_on`: "valid" or "test"), row
+    by row in `rows_file`, a path within the comparison's folder. `key`: of all that the run depends on.
+    `decode`: speeds by batch size, see `spectune.comparing.measure`. Fields that only a comparison measures
     are None after `train`.
     """
 
@@ -63,16 +63,16 @@ class RunResult(BaseModel):
     inference_overhead_range: tuple[float, float] | None = None
     inference_overhead_merged_range: tuple[float, float] | None = None
     retained_sha256: str | None = None
-    decode: dict[str, dict[str, Any]] | None = None
-    forgetting_by_passage: list[float] | None = None
     swap_seconds: float | None = None
-    judged_on: str | None = None
+    folder: str | None = None
+    key: str | None = None
+    last_valid_loss: float | None = None
     judged_loss: float | None = None
+    judged_on: str | None = None
     rows_file: str | None = None
     evaluation_seconds: float | None = None
-    last_valid_loss: float | None = None
-    key: str | None = None
-    folder: str | None = None
+    forgetting_by_passage: list[float] | None = None
+    decode: dict[str, dict[str, Any]] | None = None
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically; a number that is not finite becomes null."""

@@ -190,6 +190,7 @@ def _result(run: RunFolder, prepared: Prepared, stopped: bool) -> RunResult:
         target_tokens=progress.targets,
         train_loss=progress.last_epoch_loss,
         valid_loss=valid_loss,
+        last_valid_loss=progress.valid_loss,
         base_valid_loss=progress.base_valid_loss,
         last_valid_loss=progress.valid_loss,
         valid_perplexity=None if valid_loss is None else perplexity(valid_loss),

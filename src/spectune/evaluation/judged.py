@@ -1,0 +1,103 @@
+"""What was measured of each row: a line each of `rows.jsonl`, and what follows from all of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from spectune.errors import DataError
+from spectune.evaluation.corpus import corpus_score
+from spectune.storage import atomic_write_text
+from spectune.storage.strict_json import strict_json
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedRow:
+    """One row under one model."""
+
+    row: int
+    """Its place among the task's rows, from 0."""
+    origin: str
+    """Where it came from: `file:line`."""
+    loss_sum: float
+    """Nats, summed over its target tokens; of a long text over all of its windows. NaN where it was not finite."""
+    target_tokens: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Values whose mean over rows is the metric; none for a row that was neither written nor chosen."""
+    statistics: dict[str, list[int]] = field(default_factory=dict)
+    """Of `bleu` and `chrf`: counts that are summed over rows, see `spectune.evaluation.corpus`."""
+    prompt: str | None = None
+    prediction: str | None = None
+    """What was written, without outer spaces; of choices the likeliest one."""
+    references: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "references": list(self.references)}
+
+    @classmethod
+    def from_dict(cls, given: Any) -> JudgedRow:
+        """Raises TypeError or ValueError where `given` is no judged row."""
+        if not isinstance(given, dict):
+            raise TypeError(f"{type(given).__name__}; expected an object")
+        names = {item.name for item in fields(cls)}
+        if unknown := set(given) - names:
+            raise ValueError(f"unknown keys {sorted(unknown)}; expected some of {sorted(names)}")
+        loss = given.get("loss_sum")
+        return cls(
+            **{
+                **given,
+                "loss_sum": math.nan if loss is None else float(loss),
+                "references": tuple(given.get("references", ())),
+            }
+        )
+
+
+def write_rows(path: str | Path, judged: Sequence[JudgedRow]) -> None:
+    """Write one JSON object a line, atomically; a number that is not finite becomes null."""
+    atomic_write_text(path, "".join(strict_json(row.to_dict(), indent=None) + "\n" for row in judged))
+
+
+def read_rows(path: str | Path) -> list[JudgedRow]:
+    """The rows that `write_rows` wrote. Raises DataError, `file:line`, where one is damaged."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(JudgedRow.from_dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}:{number}: not a judged row: {error}") from error
+    return rows
+
+
+def judged_loss(judged: Sequence[JudgedRow]) -> float:
+    """Nats per target token over all rows: every token weighs the same, whichever row it stands in.
+
+    Raises:
+        DataError: no row, or none with a target token.
+    """
+    tokens = sum(row.target_tokens for row in judged)
+    if tokens == 0:
+        raise DataError(f"{len(judged)} judged rows without a target token; expected at least one")
+    return math.fsum(row.loss_sum for row in judged) / tokens
+
+
+def corpus_metrics(judged: Sequence[JudgedRow]) -> dict[str, float]:
+    """Each metric over the rows that have it: the mean of their values, or the score of their summed statistics."""
+    values: dict[str, list[float]] = {}
+    counts: dict[str, list[list[int]]] = {}
+    for row in judged:
+        for name, value in row.metrics.items():
+            values.setdefault(name, []).append(value)
+        for name, statistics in row.statistics.items():
+            counts.setdefault(name, []).append(statistics)
+    found = {name: math.fsum(of_rows) / len(of_rows) for name, of_rows in values.items()}
+    for name, of_all in counts.items():
+        found[name] = corpus_score(name, [sum(column) for column in zip(*of_all, strict=True)])
+    return found

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import sacrebleu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+
+from spectune.evaluation import CORPUS_METRICS, corpus_score, corpus_scores, corpus_statistics
+
+PREDICTIONS = ["the cat sat on the mat", "a dog ran over the road .", "", "Leeds", "one two three four five six"]
+REFERENCES = [
+    ["the cat sat on a mat", "a cat was on the mat", "there was a cat"],
+    ["the dog ran over the road ."],
+    ["nothing was said"],
+    ["York", "Leeds"],
+    ["six five four three two one", "one two three four five six seven eight"],
+]
+
+text = st.lists(st.sampled_from(["a", "b", "cat", "dog", ".", "x-y"]), max_size=7).map(" ".join)
+corpus = st.lists(st.tuples(text, st.lists(text.filter(bool), min_size=1, max_size=3)), min_size=1, max_size=5)
+
+
+def official(name: str, predictions: list[str], references: list[list[str]]) -> float:
+    longest = max(map(len, references))
+    streams: Any = [[refs[k] if k < len(refs) else None for refs in references] for k in range(longest)]
+    score = sacrebleu.corpus_bleu if name == "bleu" else sacrebleu.corpus_chrf
+    return float(score(predictions, streams, **({"force": True} if name == "bleu" else {})).score)
+
+
+def total(name: str, predictions: list[str], references: list[list[str]]) -> list[int]:
+    return [sum(column) for column in zip(*corpus_statistics(name, predictions, references), strict=True)]
+
+
+@pytest.mark.parametrize("name", CORPUS_METRICS)
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [0], [1, 2], [2], [3], [0, 0, 4]])
+def test_sums_give_sacrebleus_score_exactly_for_any_rows(name: str, rows: list[int]) -> None:
+    """Several references, unequally many; an empty prediction; rows drawn twice, as a bootstrap does."""
+    of_rows = corpus_statistics(name, PREDICTIONS, REFERENCES)
+    summed = [sum(of_rows[row][k] for row in rows) for k in range(len(of_rows[0]))]
+    expected = official(name, [PREDICTIONS[row] for row in rows], [REFERENCES[row] for row in rows])
+    assert corpus_score(name, summed) == expected
+
+
+@pytest.mark.parametrize("name", CORPUS_METRICS)
+@settings(deadline=None, max_examples=60)
+@given(rows=corpus)
+def test_sums_and_arrays_of_sums_equal_sacrebleu(name: str, rows: list[tuple[str, list[str]]]) -> None:
+    predictions, references = [row[0] for row in rows], [row[1] for row in rows]
+    summed = total(name, predictions, references)
+    expected = official(name, predictions, references)
+    assert corpus_score(name, summed) == expected
+    assert float(corpus_scores(name, summed)) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", CORPUS_METRICS)
+def test_many_draws_at_once(name: str) -> None:
+    counts = np.array(corpus_statistics(name, PREDICTIONS, REFERENCES))
+    draws = np.random.default_rng(0).integers(0, 5, (3, 4, 5))
+    found = corpus_scores(name, counts[draws].sum(axis=2))
+    assert found.shape == (3, 4)
+    expected = [
+        [official(name, [PREDICTIONS[i] for i in draw], [REFERENCES[i] for i in draw]) for draw in some]
+        for some in draws
+    ]
+    assert found.tolist() == [pytest.approx(row, rel=1e-12) for row in expected]
+    assert len({round(score, 3) for row in expected for score in row}) > 6
+
+
+def test_the_layout_of_the_statistics() -> None:
+    bleu = BLEU(force=True).corpus_score(PREDICTIONS[:1], [REFERENCES[0][:1]])
+    [counts] = corpus_statistics("bleu", PREDICTIONS[:1], [REFERENCES[0][:1]])
+    assert counts == [bleu.sys_len, bleu.ref_len, *bleu.counts, *bleu.totals]
+    [counts] = corpus_statistics("chrf", ["abc"], [["abd"]])
+    # characters a b of three; a pair ab of two; no triple; and nothing longer
+    assert counts == [3, 3, 2, 2, 2, 1, 1, 1, 0] + [0] * 9
+    assert CHRF().corpus_score(["abc"], [["abd"]]).score == corpus_score("chrf", counts)
