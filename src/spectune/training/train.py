@@ -192,7 +192,6 @@ def _result(run: RunFolder, prepared: Prepared, stopped: bool) -> RunResult:
         valid_loss=valid_loss,
         last_valid_loss=progress.valid_loss,
         base_valid_loss=progress.base_valid_loss,
-        last_valid_loss=progress.valid_loss,
         valid_perplexity=None if valid_loss is None else perplexity(valid_loss),
         train_tokens_per_second=(progress.timed_tokens or progress.tokens)
         / (progress.timed_seconds or progress.seconds),
