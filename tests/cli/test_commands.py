@@ -247,30 +247,69 @@ def test_a_loss_that_is_not_finite_is_exit_6(spectune: Spectune, base: Path, row
 
 def test_compare(spectune: Spectune, base: Path, rows: Path) -> None:
     command = ("compare", "--model", base, "--data", rows, "--methods", "lora,bitfit", "--set", "lora.r=2", *QUICK)
+    command = (*command, "--seeds", "2", "--generate-rows", "1", "--fractions", "4,1", "--max-memory", "1GiB")
     result = spectune(*command, "--output-dir", "out", "--json")
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert [(run["method"], run["steps"]) for run in answer["runs"]] == [("lora", 2), ("bitfit", 2)]
+    found = [(run["method"], run["seed"], run["steps"]) for run in answer["runs"]]
+    assert found == [("lora", 0, 2), ("lora", 1, 2), ("bitfit", 0, 2), ("bitfit", 1, 2)]
+    assert {(point["name"], point["rows"]) for point in answer["curves"]} == {
+        (name, count) for name in ("lora", "bitfit") for count in (4, 11)
+    }
+    assert answer["recommendation"]["limits"]["max_memory_bytes"] == 2**30
+    assert "budget: 2 methods" in result.stderr
     assert answer["runs"][0]["settings"]["r"] == 2
     assert answer["failed"] == []
     found = {path.name for path in Path("out").iterdir()}
     assert {"runs", "comparison.json", "comparison.csv", "comparison.md"} <= found
-    assert yaml.safe_load(Path("out/runs/lora/config.yaml").read_text())["data"] == str(rows)
+    assert {"conditions.json", "base", "search", "curve"} <= found
+    [config, _] = sorted(Path("out/runs/lora").glob("*/config.yaml"))
+    assert yaml.safe_load(config.read_text())["data"] == str(rows)
     again = spectune(*command, "--output-dir", "out", "--resume")
     assert again.exit_code == 0, again.stderr
     assert "BitFit" in again.stdout
     written = spectune("generate", "number 1", "--run", "out", "--max-new-tokens", "2")
     assert written.exit_code == 0, written.stderr
+    Path("out/comparison.json").unlink()
+    report = spectune("report", "out", "--json", "--max-memory", "1B")
+    assert report.exit_code == 0, report.stderr
+    anew = json.loads(report.stdout)
+    assert anew["runs"] == answer["runs"]
+    assert anew["recommendation"]["limits"]["max_memory_bytes"] == 1
+    assert json.loads(Path("out/comparison.json").read_text())["runs"] == answer["runs"]
+    assert spectune("report", rows.parent).exit_code == 3
 
 
 def test_compare_with_a_failed_run_is_exit_1(spectune: Spectune, base: Path, rows: Path) -> None:
     command = ("compare", "--model", base, "--data", rows, "--methods", "lora,bitfit", *QUICK)
-    result = spectune(*command, "--set", "lora.target_modules=[nothing]", "--json")
+    result = spectune(*command, "--set", "lora.target_modules=[nothing]", "--seeds", "1", "--json")
     assert result.exit_code == 1
     answer = json.loads(result.stdout)
     assert [run["method"] for run in answer["runs"]] == ["bitfit"]
     assert [run["method"] for run in answer["failed"]] == ["lora"]
     assert "'nothing' matches no linear" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "expected"),
+    [
+        (("--fractions", "a,b"), 2, "fractions is 'a,b'; expected numbers"),
+        (("--fractions", "0"), 2, "fractions 0; expected shares"),
+        (("--metric", "bleurt"), 2, "metric 'bleurt'"),
+        (("--max-memory", "lots"), 2, "--max-memory lots: expected a size such as 24GiB"),
+        (("--max-latency-overhead", "x"), 2, "--max-latency-overhead x: expected a share"),
+        (("--quick", "--thorough"), 2, "--quick and --thorough"),
+        (("--set", "seeds=two"), 2, "seeds is 'two'; expected a whole number"),
+        (("--test", "nosuch.jsonl"), 3, "nosuch.jsonl"),
+    ],
+)
+def test_compare_with_wrong_flags(
+    spectune: Spectune, base: Path, rows: Path, flags: tuple[str, ...], code: int, expected: str
+) -> None:
+    result = spectune("compare", "--model", base, "--data", rows, *flags)
+    assert result.exit_code == code, result.stderr
+    assert expected in result.stderr
+    assert not Path("runs").exists()
 
 
 def test_compare_dry_run(spectune: Spectune, base: Path, rows: Path) -> None:
@@ -303,7 +342,7 @@ def test_help_of_every_command_lists_every_method(spectune: Spectune) -> None:
     from spectune.methods import BY_NAME
 
     assert set(method_names().split(", ")) == set(BY_NAME)
-    for command in ("compare", "train", "generate", "eval", "merge", "export", "validate", "env"):
+    for command in ("compare", "train", "generate", "eval", "merge", "export", "report", "validate", "env"):
         result = spectune(command, "--help")
         assert result.exit_code == 0
         assert "xamples:" in result.stdout

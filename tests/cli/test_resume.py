@@ -50,7 +50,7 @@ def test_train_goes_on_with_base_data_method_and_settings_of_the_folder(
     [
         (("--method", "bitfit"), "method: 'lora' in the finished run, 'bitfit' now"),
         (("--set", "r=4"), "method.r: 2 in the finished run, 4 now"),
-        (("--set", "max_steps=9"), "max_steps: 2 in the comparison, 9 now"),
+        (("--set", "max_steps=9"), "max_steps: 2 in the finished run, 9 now"),
     ],
 )
 def test_a_finished_run_with_other_flags_is_exit_2(
@@ -66,9 +66,9 @@ def test_a_finished_run_with_other_flags_is_exit_2(
 
 def test_compare_goes_on_with_what_the_folder_has(spectune: Spectune, base: Path, rows: Path) -> None:
     command = ("compare", "--model", base, "--data", rows, "--methods", "lora,bitfit", "--set", "lora.r=2", *QUICK)
-    assert spectune(*command, "--output-dir", "out").exit_code == 0
+    assert spectune(*command, "--seeds", "1", "--output-dir", "out").exit_code == 0
     before = {path: path.read_text() for path in Path("out").rglob("config.yaml")}
-    assert len(before) == 3
+    assert len(before) > 2
     first = json.loads(Path("out/comparison.json").read_text())
     again = spectune("compare", "--resume", "--output-dir", "out", "--json")
     assert again.exit_code == 0, again.stderr
