@@ -1,25 +1,30 @@
-"""What is measured of a trained delta beyond its losses: forgetting, decoding speed, time to swap."""
+"""What is measured of a trained delta beyond its losses: forgetting, decoding speed, memory, time to swap."""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import embedded
+from spectune.compute.memory import PeakMemory
 from spectune.deltas import Delta, detach, merge
 from spectune.errors import ConfigError, DataError
-from spectune.evaluation import forgetting_kl, sample_passages
-from spectune.inference import context_length, decode_tokens_per_second
+from spectune.evaluation import passage_kls, sample_passages
+from spectune.inference import context_length, decode_tokens_per_second, wait_for
 from spectune.storage import TINY, base_name, load_delta
 
 PASSAGES = 64
 PASSAGE_TOKENS = 128
-DECODE_TOKENS = 48
+#: of a row in one measurement of speed at batch 1; half as many in larger batches
+DECODE_TOKENS = 24
 #: of measuring speed; the first ones do not count
 WARM_UPS, ROUNDS = 1, 5
 
@@ -63,54 +68,116 @@ def measure(
     delta: Delta,
     folder: Path,
     passages: list[list[int]],
+    batches: Sequence[int] = (1, 16),
 ) -> dict[str, Any]:
     """Fields of a `RunResult` for a trained delta that is attached and lies in `folder`. Detaches it.
+
+    `forgetting_by_passage` and their mean over tokens; `swap_seconds`; speeds, of batch 1 as fields of their own and of
+    all `batches` in `decode`: `{"16": {"tuned", "merged", "base" (tokens a second over all rows, medians over rounds),
+    "overhead", "overhead_range", "overhead_merged", "overhead_merged_range" (of the bare base's time, median and
+    quartiles)}}`, None where there is no merged model; and of `peak_memory_bytes` the phases `load` (the delta from
+    its folder onto the base) and `generate` (decoding in the largest of the batches), which `RunResult.with_measured`
+    puts beside those of training.
 
     Speeds are taken in rounds: tuned, merged, bare base, tuned again ... A machine changes its pace within seconds, so
     overhead is a ratio of neighbours, and how it differs between rounds is its noise.
     """
-    found: dict[str, Any] = {"forgetting_kl_nats_per_token": forgetting_kl(model, passages)}
+    sums = passage_kls(model, passages)
+    found: dict[str, Any] = {
+        "forgetting_kl_nats_per_token": math.fsum(sums) / sum(map(len, passages)),
+        "forgetting_by_passage": sums,
+    }
     name, merged = delta.name, _merged(model, delta)
     detach(model, name)
-    rates: dict[str, list[float]] = {"": [], "_merged": [], "_base": []}
+    found["peak_memory_bytes"] = _peaks(model, tokenizer, folder, name, max(batches))
+    rates = {batch: _Rates() for batch in batches}
     swaps = []
     for number in range(WARM_UPS + ROUNDS):
         begin = time.perf_counter()
         load_delta(model, folder, name)
+        wait_for(model.device)
         swap = time.perf_counter() - begin
-        tuned = _rate(model, tokenizer)
+        counts = number >= WARM_UPS
+        tuned = {batch: _rate(model, tokenizer, batch, counts) for batch in batches}
         detach(model, name)
-        whole = None if merged is None else _rate(merged, tokenizer)
-        base = _rate(model, tokenizer)
-        if number >= WARM_UPS:
-            swaps.append(swap)
-            rates[""].append(tuned)
-            rates["_base"].append(base)
-            rates["_merged"] += [] if whole is None else [whole]
-    for kind, values in rates.items():
-        found[f"decode_tokens_per_second{kind}"] = statistics.median(values) if values else None
-        found[f"decode_tokens_per_second{kind}_spread"] = None
-        if values:
-            low, high = _middle(values)
-            found[f"decode_tokens_per_second{kind}_spread"] = (high - low) / 2
-    found["inference_overhead_range"] = _overhead_range(rates["_base"], rates[""])
-    found["inference_overhead_merged_range"] = _overhead_range(rates["_base"], rates["_merged"])
+        whole = {} if merged is None else {batch: _rate(merged, tokenizer, batch, counts) for batch in batches}
+        base = {batch: _rate(model, tokenizer, batch, counts) for batch in batches}
+        if not counts:
+            continue
+        swaps.append(swap)
+        for batch, kept in rates.items():
+            kept.tuned.append(tuned[batch])
+            kept.base.append(base[batch])
+            kept.merged += [] if merged is None else [whole[batch]]
+    found["decode"] = {str(batch): kept.to_dict() for batch, kept in rates.items()}
     found["swap_seconds"] = statistics.median(swaps)
+    return found | (_of_batch_1(rates[1]) if 1 in rates else {})
+
+
+@dataclass
+class _Rates:
+    """Decoded tokens a second, round by round."""
+
+    tuned: list[float] = field(default_factory=list)
+    merged: list[float] = field(default_factory=list)
+    base: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {kind: _median(getattr(self, kind)) for kind in ("tuned", "merged", "base")}
+        for suffix, rates in (("", self.tuned), ("_merged", self.merged)):
+            overheads = self.overheads(rates)
+            found[f"overhead{suffix}"] = _median(overheads)
+            found[f"overhead{suffix}_range"] = list(_middle(overheads)) if overheads else None
+        return found
+
+    def overheads(self, rates: list[float]) -> list[float]:
+        """What each round took longer than the bare base in it, as a share of the latter's time."""
+        return [bare / rate - 1 for bare, rate in zip(self.base, rates, strict=True)] if rates else []
+
+
+def _of_batch_1(rates: _Rates) -> dict[str, Any]:
+    """The fields that a result has for single rows."""
+    found: dict[str, Any] = {}
+    for suffix, values in (("", rates.tuned), ("_merged", rates.merged), ("_base", rates.base)):
+        found[f"decode_tokens_per_second{suffix}"] = _median(values)
+        quartiles = _middle(values) if values else None
+        found[f"decode_tokens_per_second{suffix}_spread"] = (quartiles[1] - quartiles[0]) / 2 if quartiles else None
+    for suffix, values in (("", rates.tuned), ("_merged", rates.merged)):
+        overheads = rates.overheads(values)
+        found[f"inference_overhead{suffix}_range"] = _middle(overheads) if overheads else None
     return found
 
 
-def _rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Decoded tokens a second of the model as it is, at batch 1, once."""
-    return decode_tokens_per_second(model, tokenizer, batch=1, new_tokens=DECODE_TOKENS, repeats=1, warm_up=0)
+def _peaks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str, batch: int
+) -> dict[str, int]:
+    """Peak memory of loading the delta onto the base and of decoding with it, for a few tokens: the prefill of all
+    rows and the cache are there by then. Leaves the bare base."""
+    with PeakMemory(model.device, baseline=model.parameters()) as load_peak:
+        load_delta(model, folder, name)
+    with PeakMemory(model.device, baseline=model.parameters()) as generate_peak:
+        decode_tokens_per_second(model, tokenizer, batch=batch, new_tokens=2, repeats=1, warm_up=0)
+    detach(model, name)
+    phases = {"load": load_peak.result, "generate": generate_peak.result}
+    return {f"{phase}_{kind}": size for phase, peak in phases.items() for kind, size in peak.items()}
 
 
-def _overhead_range(base: list[float], rates: list[float]) -> tuple[float, float] | None:
-    """Where the middle half of the rounds' overheads lies, as shares of the bare base's time."""
-    return _middle([bare / rate - 1 for bare, rate in zip(base, rates, strict=True)]) if rates else None
+def _rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int, counts: bool) -> float:
+    """Decoded tokens a second of the model as it is, once; where it does not count, of the fewest tokens there may be.
+    A batch gives a steadier figure, so fewer steps do."""
+    steps = DECODE_TOKENS if batch == 1 else DECODE_TOKENS // 2
+    steps = max(2, steps) if counts else 2
+    return decode_tokens_per_second(model, tokenizer, batch=batch, new_tokens=steps, repeats=1, warm_up=0)
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _middle(values: list[float]) -> tuple[float, float]:
     """The first and the third quartile: a round in which the machine did something else does not count."""
+    if len(values) == 1:
+        return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
 

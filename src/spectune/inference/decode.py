@@ -12,7 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from spectune.errors import ConfigError
 from spectune.inference.generate import context_length, generate_batch, plain_config, stop_ids
-from spectune.inference.modes import evaluating
+from spectune.inference.modes import evaluating, wait_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,9 +86,5 @@ class _Clock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def _now(self) -> float:
-        """Seconds, when all work that was given to the device is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        wait_for(self.device)
         return time.perf_counter()

@@ -45,6 +45,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
                 torch.mps.set_rng_state(mps_state)
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when all work that was given to the device is done: what a clock has to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 @contextlib.contextmanager
 def generation_defaults(model: PreTrainedModel) -> Iterator[None]:
     """An empty generation config in place of the model's own: `generate` fills every unset field from there (a

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from spectune.compute.memory import PeakMemory
 from spectune.data import Example, batches, by_length, collate
 from spectune.deltas import Delta
 from spectune.errors import DivergedError, InterruptedRun, OutOfMemoryError
-from spectune.evaluation import row_losses
-from spectune.inference import is_out_of_memory
+from spectune.evaluation import RowLosses, row_losses
+from spectune.inference import is_out_of_memory, wait_for
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
 from spectune.training.display import Display
@@ -57,6 +57,7 @@ class Loop:
     progress: Progress
     keeper: Keeper
     world: World
+    _validated_here: bool = field(default=False, init=False)
 
     def run(self, display: Display) -> bool:
         """Train to the end. Returns whether it ended early because validation stopped improving.
@@ -117,15 +118,19 @@ class Loop:
         members = [[self.train_examples[i] for i in batch] for batch in window]
         targets = sum(example.target_tokens for batch in members for example in batch)
         tokens = sum(len(example.input_ids) for batch in members for example in batch)
+        # data are made ready before the clock starts: speed is that of computing
+        shares = [self.world.share(batch) for batch in members]
+        collated = [collate(share, self.pad_token_id) if share else None for share in shares]
         memory = self._memory() if now.step < self._first_step + MEMORY_STEPS else None
 
+        wait_for(self.model.device)
         begin = time.perf_counter()
         with memory or _nothing():
             loss_sum = torch.zeros((), device=self.model.device)
-            for batch in members:
+            for batch in collated:
                 # the gradient of a step is that of the sum over its target tokens divided by their number, however
                 # they are spread over batches and processes
-                loss_sum += self.backward(self.world.share(batch), targets)
+                loss_sum += self.backward(batch, targets)
             self.world.sum_gradients(self.delta.parameters())
             loss = self.world.sum(float(loss_sum), self.model.device) / targets
             if not math.isfinite(loss):
@@ -135,6 +140,7 @@ class Loop:
             norm = self.optimizer.step(rate, config.max_grad_norm)
         if not math.isfinite(norm):
             raise DivergedError(self._diverged(f"the gradient's norm is {norm} in step {now.step + 1}"))
+        wait_for(self.model.device)
         seconds = time.perf_counter() - begin
 
         now.step += 1
@@ -148,19 +154,16 @@ class Loop:
             now.timed_tokens += tokens
             now.timed_seconds += seconds
         else:
-            for kind, size in memory.result.items():
-                key = f"train_{kind}"
-                now.peak_memory_bytes[key] = max(size, now.peak_memory_bytes.get(key, 0))
+            self._keep_peak("train", memory)
         if now.step % (config.logging_steps or 1) == 0:
             entry = {"step": now.step, "epoch": now.epoch, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             self.keeper.log({**entry, "tokens": now.tokens, "seconds": now.seconds})
         return loss
 
-    def backward(self, examples: Sequence[Example], targets: int) -> Tensor:
-        """Add the gradient of one batch's share. Returns its loss sum, detached."""
-        if not examples:
+    def backward(self, batch: Mapping[str, Tensor] | None, targets: int) -> Tensor:
+        """Add the gradient of this process's share of a batch, which may be none. Returns its loss sum, detached."""
+        if batch is None:
             return torch.zeros((), device=self.model.device)
-        batch = collate(examples, self.pad_token_id)
         try:
             placed = {name: tensor.to(self.model.device, non_blocking=True) for name, tensor in batch.items()}
             loss_sum, _ = labelled_loss_sum(self.model, placed)
@@ -180,6 +183,9 @@ class Loop:
         """Validation loss; keeps the best. Returns whether to stop early. Raises DivergedError: it is not finite."""
         now = self.progress
         train_loss = now.epoch_loss / max(1, now.epoch_targets)
+        if not self._validated_here:
+            self._measure_validation()
+            self._validated_here = True
         valid_loss = self.valid_loss()
         if not math.isfinite(valid_loss):
             raise DivergedError(self._diverged(f"the validation loss is {valid_loss} after step {now.step}"))
@@ -201,8 +207,23 @@ class Loop:
 
     def valid_loss(self) -> float:
         """Mean loss per target token of the validation rows, under the current route."""
-        found = row_losses(self.model, self.valid_examples, self.pad_token_id, self.config.per_device_eval_batch_size)
-        return found.mean_per_token
+        return self._losses(self.valid_examples).mean_per_token
+
+    def _losses(self, examples: Sequence[Example]) -> RowLosses:
+        return row_losses(self.model, examples, self.pad_token_id, self.config.per_device_eval_batch_size)
+
+    def _measure_validation(self) -> None:
+        """The peak of memory of validation, which is that of its first batch: the longest rows. They are run once for
+        it, beside the run's own validation, which counting tensors would slow down."""
+        order = sorted(self.valid_examples, key=lambda example: -len(example.input_ids))
+        with self._memory() as memory:
+            self._losses(order[: self.config.per_device_eval_batch_size])
+        self._keep_peak("valid", memory)
+
+    def _keep_peak(self, phase: str, memory: PeakMemory) -> None:
+        peaks = self.progress.peak_memory_bytes
+        for kind, size in memory.result.items():
+            peaks[f"{phase}_{kind}"] = max(size, peaks.get(f"{phase}_{kind}", 0))
 
     def due(self, every: int | None, epoch_ends: bool) -> bool:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ class RunResult(BaseModel):
 
     Losses are nats per target token. `trainable_parameters` counts what was trained (a prefix's reparametrisation
     too), `stored_parameters` what is stored and used at inference, `total_parameters` the base's.
-    `peak_memory_bytes`: `train_allocated` are tensors in the first steps (which hold the longest batch),
-    `train_reserved` (CUDA) what the allocator held, `train_resident` (CPU) the process's memory.
+    `peak_memory_bytes`: `<phase>_<kind>`. Phases: `train`, the first steps (which hold the longest batch); `valid`, the
+    longest batch of validation; `load`, putting the delta onto its base; `generate`, decoding in a batch. Kinds:
+    `allocated`, tensors (CUDA: by torch's allocator; elsewhere counted as they are made and freed, weights and
+    optimizer states included, scratch space within an operation not); `reserved` (CUDA), what the allocator held of
+    the device; `resident` (CPU), physical memory of the whole process, Python and libraries included.
+    `train_tokens_per_second` counts computing alone: no start-up, no making of batches, no validation, no writing, and
+    not the first steps, in which memory is counted. `train_seconds` are those of all steps.
     Decoding speeds are medians over rounds, their `_spread` is half the interquartile range; `inference_overhead_range`
     are the quartiles of the extra time over the rounds, as shares of the bare base's time in the same round.
     `retained_sha256`: of the passages that forgetting was measured on; `forgetting_by_passage`: nats, summed over each.
@@ -73,6 +79,12 @@ class RunResult(BaseModel):
     evaluation_seconds: float | None = None
     forgetting_by_passage: list[float] | None = None
     decode: dict[str, dict[str, Any]] | None = None
+
+    def with_measured(self, found: Mapping[str, Any]) -> RunResult:
+        """This result with fields that were measured after training; the phases of `peak_memory_bytes` are added to
+        those that are there."""
+        peaks = {**self.peak_memory_bytes, **found.get("peak_memory_bytes", {})}
+        return self.model_copy(update={**found, "peak_memory_bytes": peaks})
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically; a number that is not finite becomes null."""

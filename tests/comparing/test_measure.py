@@ -1,0 +1,116 @@
+"""What measuring a trained delta gives: speeds by batch, their overheads, forgetting by passage, memory by phase."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectune.comparing import measure as module
+from spectune.deltas import Delta, attached
+from spectune.evaluation import forgetting_kl
+from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA
+from spectune.storage import attach
+from spectune.training import RunResult
+from tests.support import make_model, make_tokenizer
+
+PASSAGES = [[5, 6, 7, 8, 9], [3, 4], [11, 12, 13]]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DECODE_TOKENS", 4)
+    monkeypatch.setattr(module, "ROUNDS", 3)
+
+
+def moved(method: Any, folder: Path) -> tuple[Any, Any, Delta]:
+    """A base with a delta that is no identity, which lies in `folder`, too."""
+    model, tokenizer = make_model(), make_tokenizer()
+    delta = attach(model, method, name="a", keep_base=method.trains_base)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    delta.save(folder)
+    if method.trains_base:
+        tokenizer.save_pretrained(folder)
+    return model, tokenizer, delta
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), BottleneckAdapter(bottleneck_dim=4), FullFineTuning()])
+def test_the_fields_of_a_result(method: Any, tmp_path: Path) -> None:
+    model, tokenizer, delta = moved(method, tmp_path / "best")
+    expected = forgetting_kl(model, PASSAGES)
+    found = module.measure(model, tokenizer, delta, tmp_path / "best", PASSAGES)
+    assert not attached(model)
+    assert len(found["forgetting_by_passage"]) == 3
+    assert found["forgetting_kl_nats_per_token"] == expected == pytest.approx(sum(found["forgetting_by_passage"]) / 10)
+    assert expected > 0
+    assert set(found["decode"]) == {"1", "16"}
+    for of_batch in found["decode"].values():
+        assert of_batch["tuned"] > 0
+        assert of_batch["base"] > 0
+        assert (of_batch["merged"] is None) == (of_batch["overhead_merged"] is None) == (not method.can_merge)
+        low, high = of_batch["overhead_range"]
+        assert -1 < low <= of_batch["overhead"] <= high
+    assert found["decode_tokens_per_second"] == found["decode"]["1"]["tuned"]
+    assert list(found["inference_overhead_range"]) == found["decode"]["1"]["overhead_range"]
+    assert found["swap_seconds"] > 0
+    peaks = found["peak_memory_bytes"]
+    weights = sum(p.nbytes for p in model.parameters())
+    assert peaks["load_allocated"] > weights
+    assert peaks["generate_allocated"] > weights
+    assert {key.partition("_")[0] for key in peaks} == {"load", "generate"}
+    if method.trains_base:  # the weights from the folder, and a copy of the base
+        assert peaks["load_allocated"] > 2 * weights
+
+
+def test_a_result_takes_them_in_and_keeps_the_memory_of_training(tmp_path: Path) -> None:
+    model, tokenizer, delta = moved(LoRA(r=2), tmp_path / "best")
+    found = module.measure(model, tokenizer, delta, tmp_path / "best", PASSAGES, batches=(1,))
+    given: dict[str, Any] = dict.fromkeys(RunResult.model_fields, 1)
+    given |= {"method": "lora", "name": "a", "settings": {}, "peak_memory_bytes": {"train_allocated": 7}, "metrics": {}}
+    result = RunResult.model_construct(**given).with_measured(found)
+    assert result.peak_memory_bytes["train_allocated"] == 7
+    assert result.peak_memory_bytes["load_allocated"] == found["peak_memory_bytes"]["load_allocated"]
+    assert result.decode is not None
+    assert json.loads(json.dumps(result.decode)) == result.decode
+    assert set(result.decode) == {"1"}
+
+
+def test_overheads_are_ratios_of_neighbours_and_the_first_rounds_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that becomes twice as slow from round to round: rates halve, overheads stay what they are."""
+    model, tokenizer, delta = moved(LoRA(r=2), tmp_path / "best")
+    asked: list[tuple[int, int]] = []
+    rates = {"tuned": 80.0, "merged": 95.0, "base": 100.0}
+
+    def rate(of: Any, tokenizer: Any, *, batch: int, new_tokens: int, repeats: int, warm_up: int) -> float:
+        asked.append((batch, new_tokens))
+        kind = "merged" if of is not model else "tuned" if attached(model) else "base"
+        # of every round two for each kind of model
+        return float(rates[kind] * batch / 2.0 ** ((len(asked) - 1) // 6))
+
+    monkeypatch.setattr(module, "decode_tokens_per_second", rate)
+    monkeypatch.setattr(module, "WARM_UPS", 1)
+    monkeypatch.setattr(module, "_peaks", lambda *_: {})
+    found = module.measure(model, tokenizer, delta, tmp_path / "best", PASSAGES)
+    assert asked == [(1, 2), (16, 2)] * 3 + [(1, 4), (16, 2)] * 9
+    for batch in (1, 16):
+        of_batch = found["decode"][str(batch)]
+        assert of_batch["base"] == 100 * batch / 4  # the median of rounds 2, 3 and 4 is the third of all
+        assert of_batch["overhead"] == pytest.approx(0.25)
+        assert of_batch["overhead_range"] == pytest.approx([0.25, 0.25])
+        assert of_batch["overhead_merged"] == pytest.approx(100 / 95 - 1)
+    assert found["decode_tokens_per_second_spread"] == pytest.approx((30 - 15) / 2)
+
+
+def test_other_batches(tmp_path: Path) -> None:
+    model, tokenizer, delta = moved(LoRA(r=2), tmp_path / "best")
+    found = module.measure(model, tokenizer, delta, tmp_path / "best", PASSAGES, batches=(2,))
+    assert set(found["decode"]) == {"2"}
+    assert "decode_tokens_per_second" not in found

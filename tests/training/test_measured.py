@@ -1,0 +1,118 @@
+"""What a run says of its own speed, memory and last loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from spectune.methods import FullFineTuning, LoRA
+from spectune.training import RunResult, TrainingConfig, run_folder, train
+from spectune.training import loop as loop_module
+from tests.support import make_model, make_rows, make_tokenizer
+
+QUIET = Console(quiet=True)
+
+
+def run(method: Any, **changes: Any) -> RunResult:
+    given = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, **changes}
+    return train(
+        make_model(), make_tokenizer(), method, make_rows(), make_rows(6), TrainingConfig(**given), console=QUIET
+    )
+
+
+def test_speed_is_without_data_validation_checkpoints_and_the_first_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that only moves where something is done: 1 s for a loss with its gradient, 1000 s for all else."""
+    now = [0.0]
+
+    def taking(module: Any, name: str, seconds: float) -> None:
+        real = getattr(module, name)
+
+        def slow(*given: Any, **options: Any) -> Any:
+            now[0] += seconds
+            return real(*given, **options)
+
+        monkeypatch.setattr(module, name, slow)
+
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    taking(loop_module, "collate", 1000)
+    taking(loop_module, "row_losses", 1000)
+    taking(run_folder, "save_checkpoint", 1000)
+    taking(run_folder, "swap_best", 1000)
+    taking(loop_module, "labelled_loss_sum", 1)
+    counted: list[int] = []
+    real = loop_module.Loop.step
+
+    def step(self: Any, window: Any) -> float:
+        counted.append(sum(len(self.train_examples[i].input_ids) for batch in window for i in batch))
+        return real(self, window)
+
+    monkeypatch.setattr(loop_module.Loop, "step", step)
+    result = run(LoRA(r=2), output_dir=tmp_path / "run", eval_steps=1, save_steps=2, gradient_accumulation_steps=2)
+    assert now[0] > 10_000
+    timed = counted[loop_module.MEMORY_STEPS :]
+    assert result.train_tokens_per_second == pytest.approx(sum(timed) / (2 * len(timed)))
+    assert result.train_seconds == 12
+
+
+def test_a_run_of_the_measured_steps_alone_has_a_speed() -> None:
+    assert run(LoRA(r=2), max_steps=1).train_tokens_per_second > 0
+
+
+def test_peaks_of_training_and_validation() -> None:
+    """Training holds gradients, moments and what backward needs; validation neither the latter nor gradients."""
+    result = run(FullFineTuning())
+    peaks = result.peak_memory_bytes
+    assert {"train_allocated", "valid_allocated"} <= set(peaks)
+    assert any(key.startswith("train_resident") for key in peaks)
+    assert any(key.startswith("valid_resident") for key in peaks)
+    weights = sum(p.nbytes for p in make_model().parameters())
+    assert peaks["train_allocated"] > 4 * weights
+    assert 3 * weights < peaks["valid_allocated"] < peaks["train_allocated"] - weights
+
+
+def test_validation_is_measured_on_its_longest_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+    real = loop_module.row_losses
+
+    def losses(model: Any, examples: Any, *given: Any) -> Any:
+        seen.append([len(example.input_ids) for example in examples])
+        return real(model, examples, *given)
+
+    monkeypatch.setattr(loop_module, "row_losses", losses)
+    result = run(LoRA(r=2), eval_steps=3, per_device_eval_batch_size=2)
+    every = seen[0]  # of the bare base
+    assert seen == [every, sorted(every, reverse=True)[:2], every, every]
+    assert result.peak_memory_bytes["valid_allocated"] > 0
+
+
+def test_the_last_validation_loss_shows_what_the_best_hides(tmp_path: Path) -> None:
+    config = TrainingConfig(max_steps=16, eval_steps=2, learning_rate=3e-2, output_dir=tmp_path / "run")
+    # unlike the training rows: what is learned of those is forgotten of these
+    other = [{"prompt": "What is", "completion": " an atom ? description"}]
+    result = train(make_model(), make_tokenizer(), FullFineTuning(), make_rows(), other, config, console=QUIET)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    validated = [line["valid_loss"] for line in lines if "valid_loss" in line]
+    assert len(validated) == 8
+    assert result.last_valid_loss == validated[-1]
+    assert result.valid_loss == min(validated)
+    assert result.valid_loss < result.last_valid_loss
+    assert RunResult.load(tmp_path / "run" / "result.json").last_valid_loss == result.last_valid_loss
+
+
+def test_the_same_weights_with_and_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    for steps in (2, 0):
+        monkeypatch.setattr(loop_module, "MEMORY_STEPS", steps)
+        model = make_model(dropout=0.1)
+        config = TrainingConfig(per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2, eval_steps=1)
+        train(model, make_tokenizer(), FullFineTuning(), make_rows(), make_rows(6), config, console=QUIET)
+        models.append(model.state_dict())
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
