@@ -1,0 +1,211 @@
+"""`spectune recommend`: which method to take, from a comparison's measurements, or from the textbook without any."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spectune.cli import options
+from spectune.cli.console import note, print_json, say, work
+from spectune.cli.runs import RUNS
+from spectune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COMPARISON = "comparison.json"
+UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", start=1)}}
+UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate("KMGT", start=1)}
+
+
+def recommend(
+    run: Annotated[
+        Path | None, typer.Option("--run", help="A comparison's folder.", show_default="the newest under runs/")
+    ] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Limit on peak device memory, such as 24GiB.")] = None,
+    max_latency_overhead: Annotated[
+        str | None, typer.Option(help="Limit on extra time a decoded token: 0.1 or 10%. Merged, if one task is served.")
+    ] = None,
+    tenants: Annotated[int | None, typer.Option(min=1, help="Tasks served at once; above 1 nothing is merged.")] = None,
+    max_stored_bytes: Annotated[str | None, typer.Option(help="Limit on all tenants' files, such as 2GB.")] = None,
+    min_quality: Annotated[
+        float | None, typer.Option(help="Least relative performance: 0 is the bare base, 100 is full fine-tuning.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Guide: training rows.")] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Guide: tasks that one base will serve.")] = None,
+    compute: Annotated[str | None, typer.Option(help="Guide: low, medium, high, or memory such as 24GiB.")] = None,
+    must_merge: Annotated[bool, typer.Option("--must-merge", help="Guide: the result must be plain weights.")] = False,
+    keep_base: Annotated[bool, typer.Option("--keep-base", help="Guide: the base must stay as it is.")] = False,
+    fast_iteration: Annotated[bool, typer.Option("--fast-iteration", help="Guide: results soon.")] = False,
+    max_quality: Annotated[bool, typer.Option("--max-quality", help="Guide: the lowest loss, at any cost.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Say which method to take, and why.
+
+    From a comparison: the cheapest within your limits that is not worse than the best within noise, with the runs that
+    prove each sentence; or what the evidence leaves open. Without a comparison, or with one of the guide's flags: the
+    textbook's rules that apply, their sources, and the command that would measure it.
+
+    \b
+    Examples:
+      spectune recommend --max-memory 24GiB --tenants 10
+      spectune recommend --run runs/2026-01-31-compare-1 --max-latency-overhead 5% --min-quality 95
+      spectune recommend --rows 800 --tasks 20 --compute 24GiB --keep-base
+    """
+    given_limits = {
+        "max_memory_bytes": None if max_memory is None else size(max_memory, "--max-memory"),
+        "max_latency_overhead": None if max_latency_overhead is None else fraction(max_latency_overhead),
+        "tenants": tenants,
+        "max_stored_bytes": None if max_stored_bytes is None else size(max_stored_bytes, "--max-stored-bytes"),
+        "min_quality": min_quality,
+    }
+    limits = {key: value for key, value in given_limits.items() if value is not None}
+    asked = _asked(rows, tasks, compute, must_merge, keep_base, fast_iteration, max_quality)
+    if asked and (run is not None or limits):
+        raise ConfigError(
+            f"{_flags(asked)} ask the textbook's guide, {_flags(limits) if limits else '--run'} a comparison: give one "
+            "kind or the other"
+        )
+    folder = None if asked else find_comparison(run)
+    if folder is None and limits:
+        raise ConfigError(
+            f"{_flags(limits)} is a limit on what a comparison measured, and there is none under {RUNS.absolute()}. "
+            "`spectune compare` makes one; or name its folder with --run."
+        )
+    with work(as_json=as_json) as out:
+        if folder is None:
+            answer = _guide(asked)
+            if not as_json:
+                _print_guide(out, answer)
+        else:
+            answer = {"folder": str(folder), **_measured(folder, limits)}
+            if not as_json:
+                note(f"from {folder}")
+                _print_measured(out, answer)
+    if as_json:
+        print_json(answer)
+
+
+def size(text: str, flag: str) -> int:
+    """Bytes from `24GiB`, `2 GB`, `500mb` or a plain number. Raises ConfigError for anything else, and for none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    unit = UNITS.get(found[2].upper()) if found else None
+    value = round(float(found[1]) * unit) if found and unit else 0
+    if not value:
+        raise ConfigError(f"{flag} {text}: expected a size above zero, such as 24GiB, 2GB, 500MB, or bytes")
+    return value
+
+
+def fraction(text: str) -> float:
+    """0.1 from `0.1` or `10%`. Raises ConfigError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(%?)\s*", text)
+    if found is None:
+        raise ConfigError(f"--max-latency-overhead {text}: expected a share such as 0.1, or 10%")
+    return float(found[1]) / (100 if found[2] else 1)
+
+
+def find_comparison(given: Path | None, root: Path = RUNS) -> Path | None:
+    """The folder of a comparison: the one given, else the newest in `root`, None where there is none.
+
+    Raises:
+        DataError: the folder given holds no comparison.
+    """
+    if given is not None:
+        if not (given / COMPARISON).is_file():
+            raise DataError(f"{given} holds no {COMPARISON}; expected the folder of a finished `spectune compare`")
+        return given
+    found = list(root.glob(f"*/{COMPARISON}"))
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+
+
+def _asked(
+    rows: int | None,
+    tasks: int | None,
+    compute: str | None,
+    must_merge: bool,
+    keep_base: bool,
+    fast_iteration: bool,
+    max_quality: bool,
+) -> dict[str, Any]:
+    """The guide's questions that the user answered, by the flags' names."""
+    given: dict[str, Any] = {"rows": rows, "tasks": tasks}
+    if compute is not None and compute.lower() in ("low", "medium", "high"):
+        given["compute"] = compute.lower()
+    elif compute is not None:
+        given["memory_bytes"] = size(compute, "--compute (low, medium, high or memory)")
+    given |= {"must_merge": must_merge, "keep_base": keep_base}
+    given |= {"fast_iteration": fast_iteration, "max_quality": max_quality}
+    return {key: value for key, value in given.items() if value}
+
+
+def _flags(keys: dict[str, Any]) -> str:
+    names = {"memory_bytes": "compute", "max_memory_bytes": "max-memory"}
+    return ", ".join("--" + names.get(key, key).replace("_", "-") for key in keys)
+
+
+def _measured(folder: Path, limits: dict[str, Any]) -> dict[str, Any]:
+    from spectune.comparing import Comparison
+    from spectune.comparing.limits import Limits
+    from spectune.comparing.recommend import recommend
+    from spectune.comparing.verdict import verdict
+
+    content = Comparison.load(folder).content
+    if not isinstance(content, dict):
+        raise DataError(f"{folder / COMPARISON} holds no object; expected what `spectune compare` writes")
+    if not content.get("verdict"):  # a comparison from before there were verdicts
+        content = {**content, "verdict": verdict(content, folder)}
+    return {**recommend(content, Limits(**limits)), "verdict": content["verdict"].get("sentences", [])}
+
+
+def _guide(asked: dict[str, Any]) -> dict[str, Any]:
+    from spectune.comparing.guide import Answers, guide
+
+    return guide(Answers(**asked))
+
+
+def _print_measured(out: Console, answer: dict[str, Any]) -> None:
+    say(out, answer["abstains"] or f"Recommended: {answer['pick']}", style="bold")
+    for reason in answer["reasons"]:
+        say(out, f"- {reason['text']}")
+        say(out, f"  proved by {', '.join(reason['runs'])}", style="dim")
+    if answer["excluded"]:
+        say(out, "\nLeft out by your limits", style="bold")
+        for broken in answer["excluded"]:
+            say(out, f"- {broken['text']}")
+            say(out, f"  proved by {', '.join(broken['runs'])}", style="dim")
+    say(out, "\nNo other method is as good on all of loss, memory, storage, inference and training time", style="bold")
+    say(out, f"  {', '.join(answer['pareto']) or '-'}")
+    say(out, "\nThe verdict of the comparison", style="bold")
+    for sentence in answer["verdict"]:
+        say(out, f"  {sentence}")
+
+
+def _print_guide(out: Console, answer: dict[str, Any]) -> None:
+    if answer["rules"]:
+        say(out, "Rules of thumb that apply", style="bold")
+    else:
+        say(
+            out,
+            "No question was answered, so no rule applies yet; these are the rules, and when they apply",
+            style="bold",
+        )
+    for rule in answer["rules"] or answer["others"]:
+        say(out, f"\n{rule['name']}: {rule['condition']}")
+        say(out, f"  {rule['why']}")
+        for words, names in (("toward", rule["toward"]), ("away from", rule["away"])):
+            if names:
+                say(out, f"  {words} {', '.join(names)}")
+        say(out, f"  source: {rule['source']}", style="dim")
+    if answer["rules"]:
+        say(out, "\nFor and against", style="bold")
+        for method in answer["methods"]:
+            for word in ("for", "against"):
+                if method[word]:
+                    say(out, f"  {method['label']:<14} {word + ':':<9} {'; '.join(method[word])}")
+    else:
+        say(out, "\nAnswer with --rows --tasks --compute --must-merge --keep-base --fast-iteration --max-quality.")
+    say(out, "\nRules of thumb rank settings of other people's tasks. To measure it on yours:", style="bold")
+    say(out, f"  {answer['command']}\n  {answer['then']}")
