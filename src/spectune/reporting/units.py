@@ -57,8 +57,8 @@ def rate(value: float | None) -> str:
 
 def seconds(value: float | None) -> str:
     """12 ms, 4.2 s, 3 min 20 s, 2 h 05 min."""
-    if value is None:
-        return MISSING
+    if value is None or not math.isfinite(value):
+        return number(value)
     if value < 120:
         return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
     whole = round(value)

@@ -67,7 +67,7 @@ def learning_plot(comparison: Mapping[str, Any], folder: Path) -> Plot | None:
                 axes.plot(*zip(*line, strict=True), color=seen.colour, linewidth=0.6, alpha=0.5)
         axes.plot(*zip(*mean, strict=True), color=seen.colour, linewidth=1.6)
         for step, value in dots.get(name, ()):
-            axes.plot(step, value, seen.marker, color=seen.colour, markersize=5)
+            axes.plot(step, value, seen.marker, color=seen.colour, markersize=5, clip_on=False, zorder=3)
         marked = dots.get(name) or [mean[-1]]
         ends.append((sum(y for _, y in marked) / len(marked), seen.label, seen.colour))
     axes.set_xlabel(f"training steps{_batch(comparison)}")
@@ -115,8 +115,15 @@ def data_plot(comparison: Mapping[str, Any]) -> Plot | None:
     axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.04)
     for name, line in lines.items():
         seen = look[name]
-        axes.plot(*zip(*line, strict=True), marker=seen.marker, color=seen.colour, linewidth=1.4, markersize=4.5)
-    axes.set_xlabel("training rows (log scale)")
+        axes.plot(
+            *zip(*line, strict=True),
+            marker=seen.marker,
+            color=seen.colour,
+            linewidth=1.4,
+            markersize=4.5,
+            clip_on=False,
+        )
+    axes.set_xlabel("training rows (log)")
     label_ends(axes, [(line[-1][1], look[name].label, look[name].colour) for name, line in lines.items()])
     return Plot(
         "data-curve",

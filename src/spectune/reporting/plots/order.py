@@ -101,7 +101,7 @@ def difference_plot(comparison: Mapping[str, Any]) -> Plot | None:
         seen = look[name]
         axes.plot([low, high], [place, place], color=seen.colour, linewidth=1.4)
         fill = seen.colour if pair.get("differs") else PAPER
-        axes.plot(difference, place, seen.marker, color=seen.colour, markerfacecolor=fill, markersize=4.2)
+        axes.plot(difference, place, seen.marker, color=seen.colour, markerfacecolor=fill, markersize=5)
         axes.text(
             1.02,
             place,

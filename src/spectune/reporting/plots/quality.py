@@ -38,7 +38,7 @@ def quality_plots(comparison: Mapping[str, Any]) -> list[Plot]:
         _against(
             "quality-and-share",
             "Quality against trainable share",
-            "trainable weights, % of the base (log scale)",
+            "trainable weights, % of the base (log)",
             rows,
             look,
             loss,

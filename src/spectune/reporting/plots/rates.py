@@ -36,13 +36,13 @@ def rate_plots(comparison: Mapping[str, Any]) -> list[Plot]:
         return []
     look = looks(comparison)
     plots = []
-    for name, search in searches.items():
+    for number, (name, search) in enumerate(searches.items()):
         figure = new_figure(PANEL, TALL)
         panel = new_axes(figure, left=0.42, right=0.1, bottom=0.4, top=0.26)
         _panel(panel, search, look[name])
         plots.append(
             Plot(
-                f"learning-rate-{name}",
+                f"learning-rate-{number}",
                 look[name].label,
                 _sentence(search),
                 figure,
@@ -67,7 +67,7 @@ def _together(searches: Mapping[str, Mapping[str, Any]], look: Mapping[str, Look
         panel = figure.add_axes((left / width, bottom / height, (PANEL - 0.52) / width, (TALL - 0.66) / height))
         _panel(panel, search, look[name])
     figure.supylabel("validation loss, nats per target token", fontsize=8.5, x=0.004, ha="left")
-    figure.supxlabel("learning rate (log scale)", fontsize=8.5, y=0.0, va="bottom")
+    figure.supxlabel("learning rate (log)", fontsize=8.5, y=0.0, va="bottom")
     return Plot("learning-rates", "Learning rates", "", figure, [], [], in_page=False)
 
 

@@ -60,7 +60,7 @@ def _bars(axes: Axes, rows: list[ComparisonRow], seen: Mapping[str, Look]) -> No
     axes.grid(visible=False, axis="y")
     # labels need room to the right of 100%, but there is no such share
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
-    axes.set_xlabel("trainable weights, % of the base (log scale)")
+    axes.set_xlabel("trainable weights, % of the base (log)")
 
 
 def _points(axes: Axes, rows: list[ComparisonRow], seen: Mapping[str, Look], undefined: str | None) -> None:
@@ -75,7 +75,7 @@ def _points(axes: Axes, rows: list[ComparisonRow], seen: Mapping[str, Look], und
         axes.axhline(100, color=MUTED, linewidth=0.8, linestyle="--", zorder=0)
     for row, share, value in placed:
         axes.plot(share, value, seen[row.name].marker, color=seen[row.name].colour, markersize=7)
-    axes.set_xlabel("trainable weights, % of the base (log scale)")
+    axes.set_xlabel("trainable weights, % of the base (log)")
     if undefined:
         axes.set_ylabel("validation loss, nats per token (lower is better)")
         axes.set_title(f"relative performance is undefined: {undefined}", fontsize=8.5, pad=4)

@@ -24,10 +24,8 @@ from spectune.reporting.text import one_line
 INK, MUTED, GRID, PAPER = "#1b1b1a", "#5e5e5a", "#e4e4df", "#ffffff"
 #: after Okabe and Ito (jfly.uni-koeln.de/color), darkened to a contrast of 3 against white
 COLOURS = ("#0072b2", "#c8500a", "#007f5f", "#b8578f", "#8a6400", "#4a90c8", "#5b4fa0", "#4d4d4d")
-#: the same eight on a dark ground
-DARK_COLOURS = ("#5ab4f0", "#ff8a4c", "#3cc79a", "#e58fc0", "#e0b040", "#9ccdf2", "#a79bea", "#bdbdbd")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-WIDTH, HEIGHT = 4.1, 3.2
+WIDTH, HEIGHT = 4.1, 3.4
 LONGEST_LABEL = 26
 
 STYLE: Any = {
@@ -150,7 +148,7 @@ def loss_axis(axis: Axis, values: Sequence[float], title: str) -> None:
     found = [value for value in values if value > 0 and math.isfinite(value)]
     if len(found) == len(values) and found and max(found) > 4 * min(found):
         log_axis(axis, found)
-        axis.set_label_text(f"{title} (log scale)")
+        axis.set_label_text(f"{title} (log)")
     else:
         axis.set_label_text(title)
         axis.set_major_locator(MaxNLocator(6))
