@@ -142,17 +142,20 @@ def test_markdown_escapes_pipes_and_html_escapes_text() -> None:
 def test_files(tmp_path: Path) -> None:
     case = comparison(FULL, invented(), invented(name="lora-2", decode_tokens_per_second_merged=None))
     paths = write_reports(case, tmp_path)
-    assert {p.name for p in paths} == {
+    written = {str(p.relative_to(tmp_path)) for p in paths}
+    assert written >= {
         "comparison.csv",
+        "runs.csv",
         "comparison.md",
+        "report.html",
         "shares-and-performance.svg",
         "shares-and-performance.png",
     }
-    first = (tmp_path / "shares-and-performance.svg").read_bytes()
+    first = {p: p.read_bytes() for p in paths}
     write_reports(case, tmp_path)
-    assert (tmp_path / "shares-and-performance.svg").read_bytes() == first
-    assert b"LoRA" in first
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in paths)
+    assert {p: p.read_bytes() for p in paths} == first
+    assert b"LoRA" in first[tmp_path / "shares-and-performance.svg"]
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == written
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tables and figures. This room reads results only."""
+"""Tables, figures and the page. This room reads results only."""
 
 from spectune.reporting.files import write_reports
 from spectune.reporting.html import comparison_html

@@ -5,37 +5,66 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib.figure import Figure
 
-from spectune.reporting.plots import comparison_figure
-from spectune.reporting.tables import comparison_csv, comparison_markdown
+from spectune.reporting.page import comparison_page
+from spectune.reporting.plots import comparison_figure, comparison_plots, style
+from spectune.reporting.spreadsheets import comparison_csv, runs_csv
+from spectune.reporting.tables import comparison_markdown
 
 FIGURE = "shares-and-performance"
+PLOTS = "plots"
+DPI = 160
 
 
 def write_reports(comparison: Mapping[str, Any], folder: str | Path) -> list[Path]:
-    """Write `comparison.csv`, `comparison.md` and the figure as SVG and PNG, each atomically. Returns the paths."""
+    """Write everything that is made from a comparison and from what its runs left in the folder. Returns the paths.
+
+    `comparison.csv` (a line an arm), `runs.csv` (a line a run), `comparison.md`, `report.html` (one file that needs
+    nothing else), `shares-and-performance.svg` and `.png`, and the page's figures as SVG and PNG under `plots/`. Each
+    file is written atomically; the same comparison gives the same bytes.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     contents: dict[str, bytes] = {
-        "comparison.csv": comparison_csv(comparison).encode(),
-        "comparison.md": (comparison_markdown(comparison) + f"\n![figure]({FIGURE}.svg)\n").encode(),
+        "comparison.csv": _bytes(comparison_csv(comparison)),
+        "runs.csv": _bytes(runs_csv(comparison)),
+        "comparison.md": _bytes(comparison_markdown(comparison) + f"\n![figure]({FIGURE}.svg)\n"),
     }
-    # a fixed salt and no date: the same comparison gives the same bytes
-    with rc_context({"svg.hashsalt": "spectune", "svg.fonttype": "none"}):
+    with style(), warnings.catch_warnings():
+        # a label in a script that the figures' font lacks: boxes in the PNG; the page has fonts of its own
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        drawn = [(plot, _saved(plot.figure, "svg")) for plot in comparison_plots(comparison, folder)]
+        for plot, svg in drawn:
+            if plot.in_folder:
+                contents[f"{PLOTS}/{plot.name}.svg"] = svg
+                contents[f"{PLOTS}/{plot.name}.png"] = _saved(plot.figure, "png")
         figure = comparison_figure(comparison)
         for kind in ("svg", "png"):
-            out = io.BytesIO()
-            figure.savefig(out, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
-            contents[f"{FIGURE}.{kind}"] = out.getvalue()
+            contents[f"{FIGURE}.{kind}"] = _saved(figure, kind)
+    page = comparison_page(comparison, folder, [(plot, svg.decode()) for plot, svg in drawn])
+    contents["report.html"] = _bytes(page)
     return [_write(folder / name, content) for name, content in contents.items()]
 
 
+def _saved(figure: Figure, kind: str) -> bytes:
+    out = io.BytesIO()
+    # no date: the same comparison gives the same bytes
+    figure.savefig(out, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
+    return out.getvalue()
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
 def _write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -6,20 +6,30 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from spectune.reporting.columns import (
+    metric_columns,
+    overhead_columns,
+    quality_columns,
+    storage_columns,
+    training_columns,
+)
 from spectune.reporting.rows import comparison_rows
-from spectune.reporting.tables import COST, QUALITY, notes
+from spectune.reporting.words import failure_lines, notes, verdict_sentences
 
 
 def comparison_html(comparison: Mapping[str, Any]) -> str:
-    """Quality and cost as one plain table with a caption; all text is escaped."""
-    columns = QUALITY + COST[1:]
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in columns)
+    """The verdict, and quality and cost as one plain table with a caption; all text is escaped."""
+    rows = comparison_rows(comparison)
+    columns = [*quality_columns(comparison, rows), *metric_columns(rows)]
+    columns += [*training_columns(comparison, rows)[1:], *overhead_columns(rows)[1:], *storage_columns()[1:]]
+    head = "".join(f'<th scope="col">{escape(column.title)}</th>' for column in columns)
+    head += '<th scope="col">Best for (rule of thumb)</th>'
     body = ""
-    for row in comparison_rows(comparison):
-        cells = "".join(f"<td>{escape(cell(row))}</td>" for _, cell in columns)
-        body += f"<tr>{cells}</tr>"
-        if row.failed:
-            body += f'<tr><td colspan="{len(columns)}">{escape(row.label)} failed: {escape(row.failed)}</td></tr>'
-    below = "<br>".join(escape(note) for note in notes(comparison))
+    for row in rows:
+        cells = [*(column.text(row) for column in columns), row.best_for]
+        body += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+    above = "".join(f"<p><strong>{escape(sentence)}</strong></p>" for sentence in verdict_sentences(comparison)[:1])
+    below = "<br>".join(escape(line) for line in [*failure_lines(comparison), *notes(comparison)])
     name = escape(str(comparison["base"]["name"]))
-    return f"<table><caption>{name}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{below}</p>"
+    table = f"<table><caption>{name}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"{above}{table}<p>{below}</p>"

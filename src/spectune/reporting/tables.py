@@ -1,167 +1,107 @@
-"""The table that a student of fine-tuning knows, filled with measurements: on a terminal, as Markdown, as CSV."""
+"""The tables that a student of fine-tuning knows, filled with measurements: on a terminal and as Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from spectune.reporting import units
-from spectune.reporting.rows import COLUMNS, ComparisonRow, comparison_rows, why_no_relative_performance
+from spectune.reporting.grids import Grid, grids
+from spectune.reporting.spreadsheets import comparison_csv
+from spectune.reporting.text import one_line
+from spectune.reporting.words import (
+    failure_lines,
+    metric_sentences,
+    notes,
+    recommendation_reasons,
+    recommendation_sentence,
+    verdict_sentences,
+)
 
-Cell = Callable[[ComparisonRow], str]
-
-QUALITY: list[tuple[str, Cell]] = [
-    ("Method", lambda r: r.label),
-    ("Trainable", lambda r: units.count(r.trainable_parameters)),
-    ("Share", lambda r: units.percent(r.trainable_share)),
-    ("Valid loss", lambda r: units.number(r.valid_loss)),
-    ("Perplexity", lambda r: units.number(r.valid_perplexity, 2)),
-    ("Relative perf.", lambda r: units.MISSING if r.relative_performance is None else f"{r.relative_performance:.1f}"),
-    ("Forgetting", lambda r: units.number(r.forgetting_kl_nats_per_token)),
-    ("Learning rate", lambda r: units.MISSING if r.learning_rate is None else f"{r.learning_rate:g}"),
-]
-COST: list[tuple[str, Cell]] = [
-    ("Method", lambda r: r.label),
-    ("Memory", lambda r: units.size(r.train_memory_bytes)),
-    ("Training speed", lambda r: _speed(r)),
-    ("Inference overhead", lambda r: _overhead(r)),
-    ("Stored", lambda r: units.size(r.stored_bytes)),
-    ("10 tasks", lambda r: units.size(r.bytes_for_ten_tasks)),
-    ("Swap", lambda r: units.seconds(r.swap_seconds)),
-    ("Best for (rule of thumb)", lambda r: r.best_for),
-]
+__all__ = ["comparison_csv", "comparison_markdown", "comparison_table"]
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> Group:
-    """Quality, cost, and the share of each method on models that everybody knows."""
-    rows = comparison_rows(comparison)
-    parts: list[Any] = [_rich(title, columns, rows) for title, columns in _sections(comparison)]
-    parts.append(_scale(comparison))
-    parts += [Text(f"{row.label} failed: {row.failed}", style="red") for row in rows if row.failed]
-    parts += [Text(note, style="dim") for note in notes(comparison)]
+    """The verdict, the tables, the recommendation, failures, and what a reader must know."""
+    verdict = verdict_sentences(comparison)
+    parts: list[Any] = [_text(sentence, "" if number else "bold") for number, sentence in enumerate(verdict)]
+    parts += [_text(sentence) for sentence in metric_sentences(comparison)]
+    parts += [Text()] if parts else []
+    parts += [part for grid in grids(comparison) for part in (_rich(grid), Text())]
+    pick = recommendation_sentence(comparison)
+    parts += [] if pick is None else [_text(pick, "bold")]
+    parts += [_text(f"- {reason}") for reason, _ in recommendation_reasons(comparison)]
+    parts += [_text(line, "red") for line in failure_lines(comparison)]
+    parts += [_text(note, "dim") for note in notes(comparison)]
     return Group(*parts)
-
-
-def notes(comparison: Mapping[str, Any]) -> list[str]:
-    """What a reader must know to read the table right."""
-    data, base = comparison["data"], comparison["base"]
-    why = why_no_relative_performance(comparison)
-    return [
-        "Relative perf.: 100 x (base - method) / (base - full) of validation loss"
-        + (f"; undefined here: {why}." if why else "; 0 is the bare base, 100 is full fine-tuning."),
-        f"Losses are nats per target token on {data['valid_rows']:,} rows. Forgetting: mean KL(base || tuned), nats "
-        f"per token, on {data['retained_passages']} passages ({data['retained_from']}).",
-        f"Memory: peak of tensors in a training step ({base['device']}, {base['dtype']}). Inference overhead: time for "
-        "each decoded token at batch 1 against the bare base, unmerged / merged; ± is half the range over rounds in "
-        "which both were timed in turn.",
-        "One seed and one learning rate for each method: differences of a few per cent may be noise or tuning.",
-    ]
 
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """The same as Markdown."""
-    rows = comparison_rows(comparison)
     lines = []
-    for title, columns in _sections(comparison):
-        lines += [f"## {title}", "", _line([name for name, _ in columns]), _line(["---"] * len(columns))]
-        lines += [_line([_cell(cell, row) for _, cell in columns]) for row in rows]
-        lines.append("")
-    header, body = _scale_cells(comparison)
-    lines += [f"## {SCALE_TITLE}", "", _line(header), _line(["---"] * len(header)), *map(_line, body), ""]
-    lines += [f"- {row.label} failed: {row.failed}" for row in rows if row.failed]
-    lines += [f"- {note}" for note in notes(comparison)]
-    return "\n".join(lines) + "\n"
+    verdict = verdict_sentences(comparison)
+    if verdict:
+        others = [f"- {_escaped(sentence)}" for sentence in [*verdict[1:], *metric_sentences(comparison)]]
+        lines += ["## Verdict", "", f"**{_escaped(verdict[0])}**", "", *others, "" if others else None]
+    pick = recommendation_sentence(comparison)
+    if pick is not None:
+        reasons = [
+            f"- {_escaped(reason)}" + (f" ({', '.join(f'`{_escaped(run)}`' for run in runs)})" if runs else "")
+            for reason, runs in recommendation_reasons(comparison)
+        ]
+        lines += ["## What we would pick, and why", "", f"**{_escaped(pick)}**", "", *reasons, ""]
+    for grid in grids(comparison):
+        rule = ["---" if number in grid.words else "---:" for number in range(len(grid.header))]
+        lines += [f"## {_escaped(grid.title)}", "", _line(grid.header), _line(rule), *map(_line, grid.body), ""]
+    lines += [f"- {_escaped(line)}" for line in failure_lines(comparison)]
+    lines += [f"- {_escaped(note)}" for note in notes(comparison)]
+    return "\n".join(line for line in lines if line is not None) + "\n"
 
 
-def comparison_csv(comparison: Mapping[str, Any]) -> str:
-    """The unrounded numbers, one run a line; empty where a number does not exist."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in comparison_rows(comparison):
-        values = [getattr(row, column) for column in COLUMNS]
-        writer.writerow(["" if value is None else value for value in values])
-    return out.getvalue()
-
-
-SCALE_TITLE = "Share of the weights on models of known size"
-
-
-def _sections(comparison: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Cell]]]]:
-    base = comparison["base"]
-    name = f"{base['name']} ({units.count(base['total_parameters'])} weights"
-    loss = f", validation loss {units.number(base['valid_loss'])} before training)"
-    return [(f"Quality: {name}{loss}", QUALITY), ("Cost", COST)]
-
-
-def _rich(title: str, columns: list[tuple[str, Cell]], rows: list[ComparisonRow]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
-    for index, (name, _) in enumerate(columns):
-        words = name in ("Method", COST[-1][0])
-        table.add_column(name, justify="left" if words else "right", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*(_cell(cell, row) for _, cell in columns))
+def _rich(grid: Grid) -> Table:
+    # two spaces between columns, so that most tables fit into 80
+    table = Table(
+        title=_text(grid.title, "bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for number, name in enumerate(grid.header):
+        cells = [row[number] for row in grid.body]
+        words = number in grid.words
+        table.add_column(
+            _text(name),
+            justify="left" if words else "right",
+            no_wrap=number == 0,
+            overflow="fold",
+            # a number is not broken, but between the two sides of a slash
+            min_width=max(map(len, name.split() + ([] if words else [p for c in cells for p in _parts(c)]))),
+        )
+    for cells in grid.body:
+        table.add_row(*map(_text, cells))
     return table
 
 
-def _cell(cell: Cell, row: ComparisonRow) -> str:
-    text = cell(row)
-    return f"{text} (failed)" if row.failed and cell is QUALITY[0][1] else text
+def _parts(cell: str) -> list[str]:
+    left, slash, right = cell.partition(" / ")
+    return [f"{left} /", right] if slash else [cell]
 
 
-def _scale(comparison: Mapping[str, Any]) -> Table:
-    header, body = _scale_cells(comparison)
-    table = Table(title=SCALE_TITLE, title_justify="left", title_style="bold", pad_edge=False)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
-    for cells in body:
-        table.add_row(*cells)
-    return table
-
-
-def _scale_cells(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    shapes = comparison["scale"]
-    header = ["Method", *(f"{shape['model']} ({units.count(shape['total_parameters'])})" for shape in shapes)]
-    labels = {row.method: row.label for row in comparison_rows(comparison)}
-    body = []
-    for method, label in labels.items():
-        cells = []
-        for shape in shapes:
-            found = shape["shares"].get(method, {"share": None, "parameters": None})
-            cells.append(f"{units.percent(found['share'])}  ({units.count(found['parameters'])})")
-        body.append([label, *cells])
-    return header, body
-
-
-def _speed(row: ComparisonRow) -> str:
-    if row.train_tokens_per_second is None:
-        return units.MISSING
-    ratio = "" if row.speed_to_full is None else f" ({row.speed_to_full:.2f}x full)"
-    return f"{units.count(row.train_tokens_per_second)} tok/s{ratio}"
-
-
-def _overhead(row: ComparisonRow) -> str:
-    if row.failed:
-        return units.MISSING
-    tuned = _with_noise(row.inference_overhead, row.inference_overhead_noise)
-    if row.inference_overhead_merged is None:
-        return f"{tuned} / not mergeable"
-    return f"{tuned} / {_with_noise(row.inference_overhead_merged, row.inference_overhead_merged_noise)}"
-
-
-def _with_noise(overhead: float | None, noise: float | None) -> str:
-    """+25% ±3%; "within noise" where the rounds differ by more than there is to show."""
-    if overhead is None or noise is None:
-        return units.percent(overhead, sign=True)
-    spread = f"±{100 * noise:.0f}%"
-    return f"within noise ({spread})" if abs(overhead) <= noise else f"{units.percent(overhead, sign=True)} {spread}"
+def _text(content: str, style: str = "") -> Text:
+    """Text as it stands: no markup in it."""
+    return Text(one_line(content), style=style)
 
 
 def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _escaped(content: str) -> str:
+    """On one line, with nothing that ends a cell or opens a tag."""
+    return one_line(content).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,166 @@
+"""The columns of the tables: what each is called, how its cells read, and by which number it sorts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spectune.reporting import units
+from spectune.reporting.rows import ComparisonRow, metric_names
+
+#: how the metrics that ship are written; a custom one keeps its own name
+METRICS = {"rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF", "exact_match": "Exact match", "accuracy": "Accuracy"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table over arms.
+
+    Attributes:
+        title: its header.
+        text: the cell as people read it.
+        value: the number that the cell stands for, which it sorts by; None for words.
+        optional: left out where no arm has the number.
+    """
+
+    title: str
+    text: Callable[[ComparisonRow], str]
+    value: Callable[[ComparisonRow], float | None] | None = None
+    optional: bool = False
+
+    @property
+    def words(self) -> bool:
+        return self.value is None
+
+
+METHOD = Column("Method", lambda r: f"{r.label} (failed)" if r.failed else r.label)
+TRAINABLE = Column("Trainable", lambda r: units.count(r.trainable_parameters), lambda r: r.trainable_parameters)
+SHARE = Column("Share", lambda r: units.percent(r.trainable_share), lambda r: r.trainable_share)
+PERPLEXITY = Column("Perplexity", lambda r: units.number(r.valid_perplexity, 2), lambda r: r.valid_perplexity)
+VALID_LOSS = Column("Valid loss", lambda r: units.number(r.valid_loss), lambda r: r.valid_loss)
+RELATIVE = Column("Relative perf.", lambda r: units.number(r.relative_performance, 1), lambda r: r.relative_performance)
+FORGETTING = Column(
+    "Forgetting",
+    lambda r: units.with_interval(r.forgetting_kl_nats_per_token, r.forgetting_low, r.forgetting_high),
+    lambda r: r.forgetting_kl_nats_per_token,
+)
+LEARNING_RATE = Column("Learning rate", lambda r: units.rate(r.learning_rate), lambda r: r.learning_rate)
+SEEDS = Column(
+    "Seeds",
+    lambda r: f"{r.seeds} of {r.seeds + r.seeds_failed}" if r.seeds_failed else str(r.seeds),
+    lambda r: r.seeds,
+)
+MEMORY = Column("Memory", lambda r: units.size(r.train_memory_bytes), lambda r: r.train_memory_bytes)
+PREDICTED = Column("Predicted", lambda r: _predicted(r), lambda r: r.predicted_memory_bytes, optional=True)
+SPEED = Column("Training speed", lambda r: _speed(r), lambda r: r.train_tokens_per_second)
+TIME = Column("Time", lambda r: units.seconds(r.train_seconds), lambda r: r.train_seconds)
+OVERHEAD = Column("Inference overhead", lambda r: _overhead(r), lambda r: r.inference_overhead)
+OVERHEAD_16 = Column("At batch 16", lambda r: _overhead_16(r), lambda r: r.inference_overhead_16, optional=True)
+STORED = Column("Stored", lambda r: units.size(r.stored_bytes), lambda r: r.stored_bytes)
+TEN_TASKS = Column("10 tasks", lambda r: units.size(r.bytes_for_ten_tasks), lambda r: r.bytes_for_ten_tasks)
+SWAP = Column("Swap", lambda r: units.seconds(r.swap_seconds), lambda r: r.swap_seconds)
+
+
+def loss_title(comparison: Mapping[str, Any]) -> str:
+    """What `ComparisonRow.loss` is measured on."""
+    return "Test loss" if comparison["data"].get("judged_on") == "test" else "Valid loss"
+
+
+def quality_columns(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> list[Column]:
+    loss = Column(
+        loss_title(comparison), lambda r: units.with_interval(r.loss, r.loss_low, r.loss_high), lambda r: r.loss
+    )
+    # an interval takes the room of the perplexity, which says the same as the loss
+    plain = not any(row.loss_low is not None for row in rows)
+    return [METHOD, TRAINABLE, SHARE, loss, *([PERPLEXITY] if plain else []), RELATIVE, FORGETTING]
+
+
+def metric_columns(rows: Sequence[ComparisonRow]) -> list[Column]:
+    return [_metric(name) for name in metric_names(rows)]
+
+
+def training_columns(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> list[Column]:
+    """With the learning rate, unless it was searched for: that has a table of its own."""
+    rate = [] if comparison.get("searches") else [LEARNING_RATE]
+    return [METHOD, *_present([*rate, MEMORY, PREDICTED, SPEED, TIME], rows)]
+
+
+def overhead_columns(rows: Sequence[ComparisonRow]) -> list[Column]:
+    return [METHOD, *_present([OVERHEAD, OVERHEAD_16], rows)]
+
+
+def storage_columns() -> list[Column]:
+    return [METHOD, STORED, TEN_TASKS, SWAP]
+
+
+def metric_title(name: str) -> str:
+    return METRICS.get(name, name)
+
+
+def metric_text(name: str, value: float | None, interval: tuple[float, float] | None = None) -> str:
+    """BLEU and chrF are out of 100, the others mostly out of 1."""
+    low, high = interval or (None, None)
+    return units.with_interval(value, low, high, 1 if name in ("bleu", "chrf") else 3)
+
+
+def _metric(name: str) -> Column:
+    return Column(
+        metric_title(name),
+        lambda r: metric_text(name, r.metrics.get(name), r.metric_intervals.get(name)),
+        lambda r: r.metrics.get(name),
+    )
+
+
+def _present(columns: list[Column], rows: Sequence[ComparisonRow]) -> list[Column]:
+    return [
+        column
+        for column in columns
+        if not column.optional or column.value is None or any(column.value(row) is not None for row in rows)
+    ]
+
+
+def _predicted(row: ComparisonRow) -> str:
+    text = units.size(row.predicted_memory_bytes)
+    if row.predicted_memory_bytes is None or not row.train_memory_bytes:
+        return text
+    return f"{text} ({units.percent(row.predicted_memory_bytes / row.train_memory_bytes - 1, sign=True)})"
+
+
+def _speed(row: ComparisonRow) -> str:
+    if row.train_tokens_per_second is None:
+        return units.MISSING
+    ratio = "" if row.speed_to_full is None else f" ({row.speed_to_full:.2f}x full)"
+    return f"{units.count(row.train_tokens_per_second)} tok/s{ratio}"
+
+
+def _overhead(row: ComparisonRow) -> str:
+    return _both(
+        row.failed is not None,
+        with_noise(row.inference_overhead, row.inference_overhead_noise),
+        row.inference_overhead_merged,
+        row.inference_overhead_merged_noise,
+    )
+
+
+def _overhead_16(row: ComparisonRow) -> str:
+    return _both(
+        row.inference_overhead_16 is None,
+        with_noise(row.inference_overhead_16, row.inference_overhead_16_noise),
+        row.inference_overhead_16_merged,
+        row.inference_overhead_16_merged_noise,
+    )
+
+
+def _both(missing: bool, tuned: str, merged: float | None, noise: float | None) -> str:
+    if missing:
+        return units.MISSING
+    return f"{tuned} / not mergeable" if merged is None else f"{tuned} / {with_noise(merged, noise)}"
+
+
+def with_noise(overhead: float | None, noise: float | None) -> str:
+    """+25% ±3%; "within noise" where the rounds differ by more than there is to show."""
+    if overhead is None or noise is None:
+        return units.percent(overhead, sign=True)
+    spread = f"±{100 * noise:.0f}%"
+    return f"within noise ({spread})" if abs(overhead) <= noise else f"{units.percent(overhead, sign=True)} {spread}"

@@ -1,0 +1,101 @@
+"""What the methods write, side by side, on rows that a rule chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spectune.reporting import units
+from spectune.reporting.arms import arm_labels, runs_by_arm
+from spectune.reporting.artifacts import base_rows, judged_rows
+from spectune.reporting.columns import metric_text, metric_title
+from spectune.reporting.text import clipped
+
+COUNT = 12
+#: characters of a prompt or an output that are shown
+LONGEST = 700
+#: of references: some data have dozens
+REFERENCES = 6
+
+
+@dataclass(frozen=True)
+class Output:
+    label: str
+    text: str
+    scores: str
+
+
+@dataclass(frozen=True)
+class Example:
+    number: int
+    origin: str
+    prompt: str
+    references: list[str]
+    references_left_out: int
+    outputs: list[Output]
+
+
+@dataclass(frozen=True)
+class Examples:
+    rule: str
+    chosen: list[Example]
+
+
+def examples(comparison: Mapping[str, Any], folder: Path) -> Examples | None:
+    """None where the runs left no outputs."""
+    labels = arm_labels(comparison)
+    tables = {
+        labels[name]: rows for name, runs in runs_by_arm(comparison).items() if (rows := judged_rows(folder, runs[0]))
+    }
+    written = {label: {n for n, row in rows.items() if "prediction" in row} for label, rows in tables.items()}
+    tables = {label: rows for label, rows in tables.items() if written[label]}
+    if not tables:
+        return None
+    common = set.intersection(*(written[label] for label in tables))
+    if not common:
+        return None
+    bare = base_rows(folder)
+    by_loss = common <= bare.keys()
+    order = sorted(common, key=lambda n: (_loss(bare[n]) or 0.0, n)) if by_loss else sorted(common)
+    count = min(COUNT, len(order))
+    picked = [order[round(i * (len(order) - 1) / max(count - 1, 1))] for i in range(count)]
+    how = "by the bare base's loss, from the easiest row to the hardest" if by_loss else "by their place in the data"
+    rule = (
+        f"{count} of the {len(order)} rows that every method wrote, chosen by rule and not by hand: evenly spaced "
+        f"{how}. Outputs are those of each method's first seed."
+    )
+    if any("prediction" in bare.get(n, {}) for n in picked):
+        tables = {"Bare base": bare, **tables}
+    return Examples(rule, [_example(i + 1, n, tables) for i, n in enumerate(picked)])
+
+
+def _example(number: int, row: int, tables: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Example:
+    first = next(table[row] for table in reversed(list(tables.values())) if row in table)
+    references = [clipped(str(reference), LONGEST) for reference in first.get("references") or ()]
+    return Example(
+        number,
+        str(first.get("origin") or f"row {row}"),
+        clipped(str(first.get("prompt") or ""), LONGEST),
+        references[:REFERENCES],
+        max(0, len(references) - REFERENCES),
+        [
+            Output(label, clipped(str(table[row]["prediction"]), LONGEST), _scores(table[row]))
+            for label, table in tables.items()
+            if "prediction" in table.get(row, {})
+        ],
+    )
+
+
+def _scores(row: Mapping[str, Any]) -> str:
+    loss = _loss(row)
+    parts = [] if loss is None else [f"loss {units.number(loss, 2)}"]
+    parts += [f"{metric_title(name)} {metric_text(name, value)}" for name, value in (row.get("metrics") or {}).items()]
+    return ", ".join(parts)
+
+
+def _loss(row: Mapping[str, Any]) -> float | None:
+    """Nats per target token."""
+    total, tokens = row.get("loss_sum"), row.get("target_tokens")
+    return None if total is None or not tokens else float(total) / float(tokens)

@@ -1,0 +1,33 @@
+"""The figures of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spectune.reporting.plots.curves import data_plot, learning_plot
+from spectune.reporting.plots.forgetting import forgetting_plot
+from spectune.reporting.plots.order import difference_plot, order_plot
+from spectune.reporting.plots.quality import quality_plots
+from spectune.reporting.plots.rates import rate_plots
+from spectune.reporting.plots.shares import comparison_figure
+from spectune.reporting.plots.style import Plot, style
+
+
+def comparison_plots(comparison: Mapping[str, Any], folder: Path) -> list[Plot]:
+    """Every figure that the comparison, and the runs under its folder, have numbers for."""
+    with style():
+        made = [
+            order_plot(comparison),
+            difference_plot(comparison),
+            *quality_plots(comparison),
+            learning_plot(comparison, folder),
+            *rate_plots(comparison),
+            forgetting_plot(comparison),
+            data_plot(comparison),
+        ]
+    return [plot for plot in made if plot is not None]
+
+
+__all__ = ["Plot", "comparison_figure", "comparison_plots", "style"]

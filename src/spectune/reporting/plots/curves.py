@@ -1,0 +1,174 @@
+"""Losses against training steps, and against rows of data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from spectune.reporting import units
+from spectune.reporting.arms import runs_by_arm
+from spectune.reporting.artifacts import Curve, curve
+from spectune.reporting.plots.labels import label_ends
+from spectune.reporting.plots.style import (
+    Look,
+    Plot,
+    log_axis,
+    looks,
+    loss_axis,
+    new_axes,
+    new_figure,
+    shortened,
+)
+
+#: validations that make a curve; a run with fewer is drawn by its training loss
+ENOUGH = 3
+#: means that a training loss is drawn with: single batches are noise
+BLOCKS = 30
+
+Line = list[tuple[float, float]]
+
+
+def learning_plot(comparison: Mapping[str, Any], folder: Path) -> Plot | None:
+    """Validation loss by step, the mean over seeds with each seed as a thin line; the training loss where there are
+    hardly any validations."""
+    curves = {
+        name: found
+        for name, runs in runs_by_arm(comparison).items()
+        if (found := [c for run in runs if (c := curve(folder, run)) is not None])
+    }
+    if not curves:
+        return None
+    validated = all(len(c.valid) >= ENOUGH for found in curves.values() for c in found)
+    lines = {name: [_line(c, validated) for c in found] for name, found in curves.items()}
+    lines = {name: [line for line in found if line] for name, found in lines.items()}
+    lines = {name: found for name, found in lines.items() if found}
+    if not lines:
+        return None
+    look = looks(comparison)
+    dots = {} if validated else {name: [c.valid[-1] for c in found if c.valid] for name, found in curves.items()}
+    figure = new_figure(height=3.5)
+    axes = _with_ends(figure, [look[name] for name in lines])
+    _scale(
+        axes,
+        [
+            *(p for found in lines.values() for line in found for p in line),
+            *(dot for found in dots.values() for dot in found),
+        ],
+        "validation" if validated else "training",
+    )
+    ends = []
+    for name, drawn in lines.items():
+        seen, mean = look[name], mean_line(drawn)
+        if len(drawn) > 1:
+            for line in drawn:
+                axes.plot(*zip(*line, strict=True), color=seen.colour, linewidth=0.6, alpha=0.5)
+        axes.plot(*zip(*mean, strict=True), color=seen.colour, linewidth=1.6)
+        for step, value in dots.get(name, ()):
+            axes.plot(step, value, seen.marker, color=seen.colour, markersize=5, clip_on=False, zorder=3)
+        marked = dots.get(name) or [mean[-1]]
+        ends.append((sum(y for _, y in marked) / len(marked), seen.label, seen.colour))
+    axes.set_xlabel(f"training steps{_batch(comparison)}")
+    label_ends(axes, ends)
+    what = (
+        "Validation loss while training: the mean over seeds, and each seed as a thin line."
+        if any(len(found) > 1 for found in lines.values())
+        else "Validation loss while training."
+        if validated
+        else "Training loss, as means over blocks of steps; markers are validation losses at the end."
+    )
+    steps = sorted({step for found in lines.values() for step, _ in mean_line(found)})
+    shown = steps[:: max(1, len(steps) // 8)]
+    return Plot(
+        "learning-curves",
+        "Learning curves",
+        what,
+        figure,
+        ["Method", *(f"step {step:,.0f}" for step in shown)],
+        [
+            [look[name].label, *(units.number(dict(mean_line(found)).get(step)) for step in shown)]
+            for name, found in lines.items()
+        ],
+    )
+
+
+def data_plot(comparison: Mapping[str, Any]) -> Plot | None:
+    """Validation loss by the number of training rows."""
+    values: dict[str, dict[float, list[float]]] = {}
+    for entry in comparison.get("curves") or ():
+        if entry.get("valid_loss") is not None and entry.get("rows"):
+            values.setdefault(entry["name"], {}).setdefault(entry["rows"], []).append(entry["valid_loss"])
+    lines = {
+        name: [(rows, sum(found) / len(found)) for rows, found in sorted(by_rows.items())]
+        for name, by_rows in values.items()
+    }
+    counts = sorted({rows for line in lines.values() for rows, _ in line})
+    if len(counts) < 2:
+        return None
+    look = looks(comparison)
+    figure = new_figure(height=3.5)
+    axes = _with_ends(figure, [look[name] for name in lines])
+    _scale(axes, [p for line in lines.values() for p in line], "validation")
+    log_axis(axes.xaxis, counts)
+    axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.04)
+    for name, line in lines.items():
+        seen = look[name]
+        axes.plot(
+            *zip(*line, strict=True),
+            marker=seen.marker,
+            color=seen.colour,
+            linewidth=1.4,
+            markersize=4.5,
+            clip_on=False,
+        )
+    axes.set_xlabel("training rows (log)")
+    label_ends(axes, [(line[-1][1], look[name].label, look[name].colour) for name, line in lines.items()])
+    return Plot(
+        "data-curve",
+        "How much data each method needs",
+        "Validation loss after training on parts of the rows, each at the learning rate that was found for all rows.",
+        figure,
+        ["Method", *(f"{rows:,} rows" for rows in counts)],
+        [[look[name].label, *(units.number(dict(line).get(rows)) for rows in counts)] for name, line in lines.items()],
+    )
+
+
+def mean_line(lines: Sequence[Line]) -> Line:
+    """The mean over runs at the places that all of them have; the longest where they have none in common."""
+    common = set.intersection(*({x for x, _ in line} for line in lines))
+    if not common:
+        return max(lines, key=len)
+    tables = [dict(line) for line in lines]
+    return [(x, sum(table[x] for table in tables) / len(tables)) for x in sorted(common)]
+
+
+def _line(found: Curve, validated: bool) -> Line:
+    if validated:
+        return found.valid
+    size = max(1, len(found.train) // BLOCKS)
+    blocks = [found.train[start : start + size] for start in range(0, len(found.train), size)]
+    return [(block[-1][0], sum(value for _, value in block) / len(block)) for block in blocks]
+
+
+def _batch(comparison: Mapping[str, Any]) -> str:
+    tokens = comparison["data"].get("target_tokens_per_step")
+    return "" if tokens is None else f" of about {tokens:,.0f} target tokens"
+
+
+def _with_ends(figure: Any, looks: Sequence[Look]) -> Axes:
+    """Axes with room at the right for the longest name."""
+    longest = max(len(shortened(look.label)) for look in looks)
+    return new_axes(figure, left=0.6, right=0.3 + 0.066 * longest, bottom=0.52)
+
+
+def _scale(axes: Axes, points: Sequence[tuple[float, float]], what: str) -> None:
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    loss_axis(axes.yaxis, ys, f"{what} loss, nats per target token")
+    axes.set_xlim(0, max(xs))
+    low, high = min(ys), max(ys)
+    if axes.get_yscale() == "log":
+        axes.set_ylim(low / 1.12, high * 1.08)
+    else:
+        axes.set_ylim(low - 0.06 * (high - low or 1), high + 0.04 * (high - low or 1))

@@ -1,0 +1,157 @@
+"""The verdict drawn: intervals in order, groups without a difference, and differences to full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from spectune.reporting import units
+from spectune.reporting.columns import loss_title
+from spectune.reporting.plots.style import (
+    GRID,
+    INK,
+    MUTED,
+    PAPER,
+    Plot,
+    fixed_ticks,
+    looks,
+    loss_axis,
+    loss_words,
+    new_axes,
+    new_figure,
+    pad,
+)
+from spectune.reporting.words import label_of
+
+ROW = 0.27
+#: between the bars of two groups, inches
+LANE = 0.16
+
+
+def order_plot(comparison: Mapping[str, Any]) -> Plot | None:
+    """Arms from best to worst with their intervals; a bar at the right joins arms that do not differ."""
+    verdict = comparison.get("verdict") or {}
+    arms = [arm for arm in verdict.get("arms") or () if arm.get("mean") is not None]
+    if len(arms) < 2:
+        return None
+    look = looks(comparison)
+    names = [arm["name"] for arm in arms]
+    groups = [group for group in verdict.get("groups") or () if len(group) > 1 and set(group) <= set(names)]
+    figure = new_figure(height=ROW * len(arms) + 0.68)
+    left = 0.25 + 0.067 * max(len(look[name].label) for name in names)
+    axes = new_axes(figure, left=left, right=0.2 + LANE * len(groups), bottom=0.5, top=0.1)
+    for place, arm in enumerate(arms):
+        seen = look[arm["name"]]
+        if arm.get("low") is not None and arm.get("high") is not None:
+            axes.plot([arm["low"], arm["high"]], [place, place], color=seen.colour, linewidth=1.6)
+        axes.plot(arm["mean"], place, seen.marker, color=seen.colour, markersize=4.2)
+    found = [value for arm in arms for value in (arm["mean"], arm.get("low"), arm.get("high")) if value is not None]
+    loss_axis(axes.xaxis, found, loss_words(comparison))
+    pad(axes, found, [0, len(arms) - 1], 0.06)
+    _rows(axes, [look[name].label for name in names])
+    for lane, group in enumerate(groups):
+        _bar(axes, lane, sorted(names.index(name) for name in group))
+    level = f"{100 * (verdict.get('confidence') or 0.95):.3g}%"
+    return Plot(
+        "verdict",
+        "The order, and what cannot be told apart",
+        f"Mean and {level} interval of each method, best first. Methods that a bar at the right joins with dots do not "
+        "differ by more than noise."
+        if groups
+        else f"Mean and {level} interval of each method, best first. All of them differ by more than noise.",
+        figure,
+        ["Method", loss_title(comparison), "No difference from"],
+        [
+            [
+                look[name].label,
+                units.with_interval(arm["mean"], arm.get("low"), arm.get("high")),
+                ", ".join(dict.fromkeys(look[o].label for group in groups if name in group for o in group if o != name))
+                or "none",
+            ]
+            for name, arm in zip(names, arms, strict=True)
+        ],
+    )
+
+
+def difference_plot(comparison: Mapping[str, Any]) -> Plot | None:
+    """A forest plot of each arm's loss minus full fine-tuning's (the best arm's where full was not run)."""
+    verdict = comparison.get("verdict") or {}
+    arms = [arm["name"] for arm in verdict.get("arms") or ()]
+    methods = {run["name"]: run["method"] for run in comparison["runs"]}
+    against = next((name for name in arms if methods.get(name) == "full"), arms[0] if arms else None)
+    found = []
+    for pair in verdict.get("pairs") or ():
+        if against not in (pair["a"], pair["b"]) or pair.get("difference") is None or pair.get("low") is None:
+            continue
+        if pair["a"] == against:
+            found.append((pair["b"], pair["difference"], pair["low"], pair["high"], pair))
+        else:  # the other way round
+            found.append((pair["a"], -pair["difference"], -pair["high"], -pair["low"], pair))
+    if not found or against is None:
+        return None
+    found.sort(key=lambda entry: float(entry[1]))
+    look, reference = looks(comparison), label_of(against, comparison)
+    figure = new_figure(height=ROW * len(found) + 0.68)
+    left = 0.25 + 0.067 * max(len(look[entry[0]].label) for entry in found)
+    axes = new_axes(figure, left=left, right=1.08, bottom=0.5, top=0.1)
+    axes.axvline(0, color=INK, linewidth=0.9)
+    for place, (name, difference, low, high, pair) in enumerate(found):
+        seen = look[name]
+        axes.plot([low, high], [place, place], color=seen.colour, linewidth=1.4)
+        fill = seen.colour if pair.get("differs") else PAPER
+        axes.plot(difference, place, seen.marker, color=seen.colour, markerfacecolor=fill, markersize=5)
+        axes.text(
+            1.02,
+            place,
+            f"{difference:+.3f} ±{(high - low) / 2:.3f}",
+            transform=axes.get_yaxis_transform(),
+            fontsize=8,
+            va="center",
+            color=INK,
+        )
+    _rows(axes, [look[entry[0]].label for entry in found])
+    axes.set_xlabel(f"loss minus that of {look[against].label}, nats per target token")
+    return Plot(
+        "differences",
+        f"Differences from {reference}",
+        f"Each method's loss minus that of {reference}, measured on the same rows, with its interval. Filled: the "
+        "difference is larger than noise; hollow: it is not. Left of the line is better.",
+        figure,
+        ["Method", "Difference", "From", "To", "Share", "p, adjusted", "Differs"],
+        [
+            [
+                look[name].label,
+                f"{difference:+.3f}",
+                f"{low:+.3f}",
+                f"{high:+.3f}",
+                _relative(pair, against),
+                units.number(pair.get("p_adjusted")),
+                "yes" if pair.get("differs") else "no",
+            ]
+            for name, difference, low, high, pair in found
+        ],
+    )
+
+
+def _relative(pair: Mapping[str, Any], against: str) -> str:
+    """The difference as a share of the reference's loss, which a pair has only if the reference comes first."""
+    return units.percent(pair.get("relative"), sign=True) if pair["a"] == against else units.MISSING
+
+
+def _rows(axes: Axes, labels: Sequence[str]) -> None:
+    fixed_ticks(axes.yaxis, range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first at the top
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=True, axis="y", color=GRID, linewidth=0.5)
+
+
+def _bar(axes: Axes, lane: int, members: list[int]) -> None:
+    """A group's bar in its lane right of the axes, with a dot for each member."""
+    width = axes.get_window_extent().width / axes.figure.dpi
+    x = 1 + (0.12 + LANE * lane) / width
+    way = axes.get_yaxis_transform()
+    axes.plot([x, x], [members[0], members[-1]], color=MUTED, linewidth=1.6, transform=way, clip_on=False)
+    axes.plot([x] * len(members), members, "o", color=INK, markersize=3.6, transform=way, clip_on=False)

@@ -1,0 +1,84 @@
+"""The figure at a glance: what share each method trains, and what it reaches with that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from spectune.reporting import units
+from spectune.reporting.plots.labels import Labelled, label_points
+from spectune.reporting.plots.style import (
+    MUTED,
+    Look,
+    fixed_ticks,
+    log_axis,
+    looks,
+    new_axes,
+    new_figure,
+    pad,
+    shortened,
+    style,
+)
+from spectune.reporting.rows import ComparisonRow, comparison_rows, why_no_relative_performance
+
+WIDTH, BARS = 10.5, 4.4
+
+
+def comparison_figure(comparison: Mapping[str, Any]) -> Figure:
+    """Two panels: trainable share of each method as bars, relative performance against it; shares on log scales."""
+    rows = [row for row in comparison_rows(comparison) if not row.failed and row.trainable_share]
+    ordered = sorted(rows, key=lambda row: row.trainable_share or 0.0)
+    with style():
+        figure = new_figure(WIDTH, max(4.2, 0.33 * len(rows) + 1.2))
+        seen = looks(comparison)
+        left = 0.35 + 0.068 * max((len(seen[row.name].label) for row in rows), default=6)
+        _bars(new_axes(figure, left=left, right=WIDTH - BARS, bottom=0.55, top=0.5), ordered, seen)
+        points = new_axes(figure, left=BARS + 0.85, right=0.15, bottom=0.55, top=0.5)
+        _points(points, ordered, seen, why_no_relative_performance(comparison))
+        base = comparison["base"]
+        title = f"{shortened(str(base['name']))}, {units.count(base['total_parameters'])} weights"
+        figure.suptitle(title, fontsize=10.5, y=0.97)
+    return figure
+
+
+def _bars(axes: Axes, rows: list[ComparisonRow], seen: Mapping[str, Look]) -> None:
+    shares = [100 * (row.trainable_share or 0.0) for row in rows]
+    left = min(shares, default=1.0) / 3
+    log_axis(axes.xaxis, [left, *shares, 100.0])
+    for place, (row, share) in enumerate(zip(rows, shares, strict=True)):
+        axes.barh(place, share - left, left=left, color=seen[row.name].colour, height=0.62)
+        text = f" {units.percent(row.trainable_share)} ({units.count(row.trainable_parameters)})"
+        axes.text(share, place, text, va="center", fontsize=8)
+    axes.set_xlim(left, max(shares, default=1.0) * 60)
+    fixed_ticks(axes.yaxis, range(len(rows)), [seen[row.name].label for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    # labels need room to the right of 100%, but there is no such share
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
+    axes.set_xlabel("trainable weights, % of the base (log)")
+
+
+def _points(axes: Axes, rows: list[ComparisonRow], seen: Mapping[str, Look], undefined: str | None) -> None:
+    placed = []
+    for row in rows:
+        value = row.valid_loss if undefined else row.relative_performance
+        if value is not None and math.isfinite(value):
+            placed.append((row, 100 * (row.trainable_share or 0.0), value))
+    log_axis(axes.xaxis, [share for _, share, _ in placed])
+    pad(axes, [share for _, share, _ in placed], [value for _, _, value in placed], 0.1, 0.12)
+    if not undefined:
+        axes.axhline(100, color=MUTED, linewidth=0.8, linestyle="--", zorder=0)
+    for row, share, value in placed:
+        axes.plot(share, value, seen[row.name].marker, color=seen[row.name].colour, markersize=7)
+    axes.set_xlabel("trainable weights, % of the base (log)")
+    if undefined:
+        axes.set_ylabel("validation loss, nats per token (lower is better)")
+        axes.set_title(f"relative performance is undefined: {undefined}", fontsize=8.5, pad=4)
+    else:
+        axes.set_ylabel("relative performance (0 base, 100 full)")
+    label_points(axes, [Labelled(share, value, seen[row.name].label) for row, share, value in placed])

@@ -1,0 +1,91 @@
+"""The unrounded numbers as CSV: `comparison.csv` has a line an arm, `runs.csv` a line a run."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from spectune.reporting.arms import arm_labels, failures, method_of, runs_by_arm
+from spectune.reporting.rows import MEMORY_KEY, PLAIN, PREDICTED_KEY, comparison_rows, metric_names
+
+#: fields of a run's result that are one number or word
+RUN_FIELDS = (
+    "learning_rate",
+    "steps",
+    "best_step",
+    "target_tokens",
+    "train_loss",
+    "valid_loss",
+    "last_valid_loss",
+    "judged_loss",
+    "base_valid_loss",
+    "forgetting_kl_nats_per_token",
+    "train_tokens_per_second",
+    "train_seconds",
+    "evaluation_seconds",
+    "decode_tokens_per_second",
+    "decode_tokens_per_second_base",
+    "decode_tokens_per_second_merged",
+    "swap_seconds",
+    "trainable_parameters",
+    "stored_parameters",
+    "stored_bytes",
+)
+
+
+def comparison_csv(comparison: Mapping[str, Any]) -> str:
+    """One arm a line: the means over its seeds. Empty where a number does not exist; metrics have columns
+    `metric_<name>`, with `_low` and `_high` where there are intervals."""
+    rows = comparison_rows(comparison)
+    names = metric_names(rows)
+    ranged = [name for name in names if any(name in row.metric_intervals for row in rows)]
+    header = [*PLAIN, *(f"metric_{name}" for name in names)]
+    header += [f"metric_{name}_{end}" for name in ranged for end in ("low", "high")]
+    lines = [
+        [
+            *(getattr(row, column) for column in PLAIN),
+            *(row.metrics.get(name) for name in names),
+            *(bound for name in ranged for bound in row.metric_intervals.get(name, (None, None))),
+        ]
+        for row in rows
+    ]
+    return _csv(header, lines)
+
+
+def runs_csv(comparison: Mapping[str, Any]) -> str:
+    """One final run a line, failed ones with their reason."""
+    labels = arm_labels(comparison)
+    runs = [run for found in runs_by_arm(comparison).values() for run in found]
+    names = list(dict.fromkeys(key for run in runs for key in run.get("metrics") or {}))
+    header = ["name", "method", "label", "seed", *RUN_FIELDS, "train_memory_bytes", "predicted_memory_bytes"]
+    header += [*(f"metric_{name}" for name in names), "failed"]
+    lines: list[list[Any]] = [
+        [
+            run["name"],
+            run["method"],
+            labels[run["name"]],
+            run.get("seed"),
+            *(run.get(key) for key in RUN_FIELDS),
+            run["peak_memory_bytes"].get(MEMORY_KEY),
+            (run.get("predicted_memory_bytes") or {}).get(PREDICTED_KEY),
+            *((run.get("metrics") or {}).get(name) for name in names),
+            None,
+        ]
+        for run in runs
+    ]
+    blank = [None] * (len(header) - 6)
+    lines += [
+        [f.name, method_of(f.name, comparison), f.label, f.seed, f.learning_rate, *blank, f.reason]
+        for f in failures(comparison)
+    ]
+    return _csv(header, lines)
+
+
+def _csv(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(["" if value is None else value for value in line] for line in lines)
+    return out.getvalue()

@@ -1,0 +1,131 @@
+"""Several runs an arm become one row, in every table, with its interval and what failed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from spectune.reporting import comparison_html, comparison_rows, comparison_table
+from spectune.reporting.spreadsheets import comparison_csv, runs_csv
+from spectune.reporting.tables import comparison_markdown
+from tests.reporting.sample import ARMS, HOSTILE, sample
+from tests.reporting.test_reporting import FULL, comparison, invented
+
+
+def rows_of(case: dict[str, Any]) -> dict[str, Any]:
+    return {row.name: row for row in comparison_rows(case)}
+
+
+def test_numbers_are_means_over_the_seeds_and_the_peak_is_the_largest() -> None:
+    seeds = [
+        invented(seed=seed, valid_loss=loss, peak_memory_bytes={"train_allocated": memory}, metrics={"bleu": bleu})
+        for seed, loss, memory, bleu in ((0, 1.4, 50, 30.0), (1, 1.5, 70, 34.0), (2, 1.9, 60, 32.0))
+    ]
+    row = rows_of(comparison(FULL, *seeds))["lora"]
+    assert row.seeds == 3
+    assert row.valid_loss == row.loss == pytest.approx(1.6)
+    assert row.relative_performance == pytest.approx(100 * (3.0 - 1.6) / 2)
+    assert row.valid_perplexity == pytest.approx(2.718281828**1.6)
+    assert row.train_memory_bytes == 70
+    assert row.metrics == {"bleu": pytest.approx(32.0)}
+    assert (row.loss_low, row.loss_high) == (None, None)
+
+
+def test_intervals_come_from_the_verdict() -> None:
+    case = sample()
+    row = rows_of(case)["lora"]
+    arm = next(arm for arm in case["verdict"]["arms"] if arm["name"] == "lora")
+    assert (row.loss, row.loss_low, row.loss_high) == (arm["mean"], arm["low"], arm["high"])
+    assert row.metric_intervals["rouge_l"][0] < row.metrics["rouge_l"] < row.metric_intervals["rouge_l"][1]
+    assert "bleu" not in row.metric_intervals
+    for text in (comparison_markdown(case), comparison_html(case), rendered(case, 200)):
+        assert "0.272 ±0.016" in text
+
+
+def test_overheads_are_means_of_each_runs_own_ratio() -> None:
+    seeds = [
+        invented(seed=0, decode_tokens_per_second=80.0, decode_tokens_per_second_base=100.0),
+        invented(seed=1, decode_tokens_per_second=50.0, decode_tokens_per_second_base=60.0),
+    ]
+    assert rows_of(comparison(*seeds))["lora"].inference_overhead == pytest.approx((0.25 + 0.2) / 2)
+
+
+def test_an_arm_with_one_failed_seed_keeps_its_row_and_an_arm_without_results_its_reason() -> None:
+    rows = rows_of(sample())
+    assert (rows["prompt"].seeds, rows["prompt"].seeds_failed, rows["prompt"].failed) == (2, 1, None)
+    assert (rows["ia3"].seeds, rows["ia3"].seeds_failed) == (0, 3)
+    assert rows["ia3"].failed == "out of memory: 12.3 GB wanted, 8 GB there"
+    text = rendered(sample(), 200)
+    assert "Prompt tuning (seed 2) failed: the loss is nan" in text
+    assert "IA3 (seeds 0, 1 and 2) failed: out of memory" in text
+
+
+def test_two_arms_of_one_label_are_told_apart() -> None:
+    rows = rows_of(comparison(FULL, invented(), invented(name="lora-2")))
+    assert (rows["lora"].label, rows["lora-2"].label) == ("LoRA", "LoRA (lora-2)")
+
+
+def test_one_csv_has_a_line_an_arm_and_the_other_a_line_a_run() -> None:
+    case = sample()
+    arms = list(csv.DictReader(io.StringIO(comparison_csv(case))))
+    assert [arm["name"] for arm in arms] == [*ARMS, "ia3"]
+    runs = list(csv.DictReader(io.StringIO(runs_csv(case))))
+    assert len(runs) == len(case["runs"]) + len(case["failed"])
+    mine = [run for run in runs if run["name"] == "lora"]
+    lora = next(arm for arm in arms if arm["name"] == "lora")
+    for column in ("valid_loss", "forgetting_kl_nats_per_token", "metric_bleu"):
+        assert float(lora[column]) == pytest.approx(statistics.mean(float(run[column]) for run in mine)), column
+    assert [run["failed"] for run in runs if run["name"] == "ia3"] == ["out of memory: 12.3 GB wanted, 8 GB there"] * 3
+    assert float(lora["metric_rouge_l_low"]) < float(lora["metric_rouge_l"])
+
+
+def rendered(case: dict[str, Any], width: int) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(comparison_table(case))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert isinstance(text, str)
+    return text
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_terminal_says_the_verdict_first_and_breaks_no_number(width: int) -> None:
+    text = rendered(sample(), width)
+    lines = text.splitlines()
+    assert lines[0].startswith("Full, LoRA and DoRA are best")
+    assert max(map(len, lines)) <= width
+    for whole in ("0.268 ±0.016", "Forgetting", "Relative perf.", "0.656 ±0.020", "89.8 MB (+2%)", "(1.37x full)"):
+        assert whole in text, whole
+    for once in ("+33% ±4% / within noise (±4%)", "on the high edge", "We would pick LoRA.", "14 (1 failed)"):
+        assert once in text, once
+
+
+def test_markdown_says_the_verdict_first_and_opens_no_tag() -> None:
+    text = comparison_markdown(sample())
+    assert text.startswith("## Verdict\n\n**Full, LoRA and DoRA are best")
+    assert text.index("## What we would pick, and why") < text.index("## Quality")
+    assert "<" not in text
+    assert "`runs/lora/seed-0-ab12cd30/rows.jsonl`" in text
+
+
+def test_a_label_cannot_speak_to_the_terminal_or_as_markup() -> None:
+    label = "[red]L\x1b[31mo|RA[/red]\n" + HOSTILE
+    case = comparison(FULL, invented(label=label))
+    text = rendered(case, 300)
+    assert "[red]L" in text
+    assert "\x1b" not in text
+    [line] = [line for line in comparison_markdown(case).splitlines() if "20k" in line]
+    assert line.count(" | ") == line.replace("\\|", "").count("|") - 2
+
+
+def test_notes_say_what_intervals_cover_and_what_was_spent() -> None:
+    text = " ".join(rendered(sample(), 200).split())
+    assert "95% interval, which covers the choice of rows and the noise of training (3 seeds)" in text
+    assert "8 at 6.25%, then 4 at 12.5%, then 2 at 25% of the final steps" in text
+    quick = sample()
+    quick["verdict"] = {**quick["verdict"], "covers_training_noise": False}
+    assert "not the noise of training" in rendered(quick, 200)
