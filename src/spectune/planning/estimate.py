@@ -1,20 +1,41 @@
-"""What a plan says: bytes by term, the peak, whether it fits, and what to cut if not."""
+"""What a plan says: bytes by term, the peak, whether it fits, and what to change if not."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from spectune.errors import ConfigError
+
 TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
-#: what a process holds of a CUDA device beside torch's allocator: driver context, kernels, cuBLAS and cuDNN handles.
-#: 0.5 to 0.6 GiB with CUDA 12 and 13 on Hopper
+#: what a process holds of a CUDA device beside torch's allocator: the driver's context, kernels, handles
 CUDA_CONTEXT = 600 * 2**20
+_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+#: rows of a batch beyond which nobody asks
+_MOST_ROWS = 2**16
+_MOST_TOKENS = 2**20
+
+
+def bytes_of(memory: int | str) -> int:
+    """Bytes of `"24GiB"`, `"24GB"`, `"800 MiB"` or a number.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    if isinstance(memory, int):
+        return memory
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory, re.IGNORECASE)
+    unit = _SIZES.get(found[2].lower()) if found is not None else None
+    if found is None or unit is None:
+        raise ConfigError(f"memory {memory!r} is no size; expected a number with a unit, such as 24GiB or 800MB")
+    return int(float(found[1]) * unit)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """The largest that one part of a step becomes: bytes by term, together."""
+    """One part of a step where it is largest: bytes by term, all at once."""
 
     name: str
     terms: Mapping[str, int]
@@ -28,23 +49,23 @@ class Moment:
 class Estimate:
     """The memory of one training step, in bytes.
 
-    The terms are each one's own largest value in the step; they do not all live at once, so the peak is less than
-    their sum: it is the largest of the `moments`, `peak_allocated` after the allocator's rounding.
+    Each term is its own largest value in the step. They do not all live at once: the peak is the largest of the
+    `moments`, after the allocator's rounding, and less than the sum of the terms.
 
     Attributes:
         weights: the base's and the delta's.
         gradients: of what is trained, with their float32 copies where the base has lower precision.
-        optimizer: AdamW's two moments, float32, and float32 masters of weights of lower precision.
-        activations: what forward keeps for backward, recomputed ones included.
-        logits: from the last layer's output to the loss and back.
-        workspace: what backward and kernels take and give back, cuBLAS's workspaces (CUDA).
+        optimizer: AdamW's two moments in float32, and float32 masters of weights of lower precision.
+        activations: what forward makes and keeps for backward, recomputed ones included.
+        logits: what is made between the last layer and the loss, and on the way back.
+        workspace: what backward and its kernels take and give back; cuBLAS's workspaces (CUDA).
         peak_allocated: of tensors, as torch counts them.
         peak_reserved: what torch's allocator holds of the device (on a CPU: the same as `peak_allocated`).
         context: what the process takes of a CUDA device beside that; in none of the other figures.
-        validation: peak of a validation batch, by the same count; None where it was not asked for.
-        moments: the parts of a step.
-        source: "trace" (one layer of the model's own code, recorded without weights and repeated) or "full trace"
-            (every layer was recorded, as they differ).
+        validation: peak of tensors of a validation batch; None where it was not asked for.
+        moments: forward, loss (both ways), backward, optimizer.
+        source: "trace": some layers of the model's own code were recorded without weights, and one of them repeated;
+            "full trace": all layers were, as they differ.
     """
 
     model: str
@@ -68,22 +89,50 @@ class Estimate:
     validation: int | None
     moments: tuple[Moment, ...]
     source: str
-    #: the same for another batch and length, in bytes of `needed`, quick
-    _again: Callable[[int, int], int] = field(repr=False, compare=False)
+    #: peaks of tensors in training and validation for another batch and length, quick
+    _peaks: Callable[[int, int], tuple[int, int]] = field(repr=False, compare=False)
     #: tokens of a row that the base has positions for, less virtual ones
     _room: int | None = field(default=None, repr=False, compare=False)
 
     @property
     def peak_moment(self) -> Moment:
+        """The moment that makes the peak."""
         return max(self.moments, key=lambda moment: moment.total)
 
     @property
     def needed(self) -> int:
-        """Bytes of the device that the run needs: the larger of training and validation, and the context."""
+        """Bytes of the device that the run takes: training or validation, whichever is more, and the context."""
         return max(self.peak_reserved, self.validation or 0) + self.context
 
+    def fits(self, memory: int | str) -> bool:
+        """Whether a device with so much free memory (bytes, or "24GiB") has room for the run."""
+        return self.needed <= bytes_of(memory)
+
+    def largest_batch(self, memory: int | str) -> int:
+        """The most rows of this length that fit; 0 where not even one does."""
+        return _largest(lambda rows: self._needed(rows, self.length), bytes_of(memory), 1, self.batch, _MOST_ROWS)
+
+    def largest_length(self, memory: int | str) -> int:
+        """The most tokens of a row that fit with this batch, at most what the base has positions for; 0 for none."""
+        most = _MOST_TOKENS if self._room is None else self._room
+        return _largest(lambda tokens: self._needed(self.batch, tokens), bytes_of(memory), 2, self.length, most)
+
+    def advice(self, memory: int | str) -> str:
+        """What to change so that it fits, in a sentence or three; empty where it does."""
+        if self.fits(memory):
+            return ""
+        if (self.validation or 0) > self.peak_reserved:
+            return (
+                "Validation takes more than training: set per_device_eval_batch_size smaller "
+                f"(its peak is {shown(self.validation or 0)}, training's {shown(self.peak_reserved)})."
+            )
+        moment = self.peak_moment
+        term = max(moment.terms, key=lambda name: moment.terms[name])
+        cut = f"At the peak ({moment.name}) the largest term is {term}: {shown(moment.terms[term])}."
+        return " ".join([cut, *self._what_helps(term, bytes_of(memory))])
+
     def memory(self) -> dict[str, int]:
-        """What a result stores beside the measured peak."""
+        """Terms and peaks: what a result stores beside what was measured."""
         return {
             **{term: getattr(self, term) for term in TERMS},
             "peak_allocated": self.peak_allocated,
@@ -100,3 +149,64 @@ class Estimate:
             "peak_moment": self.peak_moment.name,
             "moments": {moment.name: {**moment.terms, "total": moment.total} for moment in self.moments},
         }
+
+    def _needed(self, rows: int, tokens: int) -> int:
+        training, validation = self._peaks(rows, tokens)
+        # the allocator's share is taken to stay what it is here
+        held = training * self.peak_reserved / max(moment.total for moment in self.moments)
+        return max(int(held), validation) + self.context
+
+    def _what_helps(self, term: str, memory: int) -> list[str]:
+        found = []
+        if term in ("weights", "gradients", "optimizer"):
+            if self.trainable_parameters >= self.total_parameters:
+                found.append("A method that leaves the base as it is (lora, bitfit, prefix) needs a fraction of it.")
+            elif self.dtype == "float32":
+                found.append("A base in bfloat16 (--dtype bfloat16) takes half of it.")
+            else:
+                found.append("No setting makes the base smaller: take a smaller base, or a device with more memory.")
+        if term in ("activations", "workspace") and not self.gradient_checkpointing:
+            found.append("gradient_checkpointing=true recomputes activations instead of keeping them.")
+        if term in ("activations", "workspace", "logits") and self.batch > 1 and (rows := self.largest_batch(memory)):
+            found.append(f"per_device_train_batch_size={rows} with gradient_accumulation_steps learns the same.")
+        return found
+
+
+def shown(size: float) -> str:
+    """Bytes in binary units: 23.4 GiB."""
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}" if size < 100 * scale else f"{size / scale:,.0f} {unit}"
+    return f"{size:.0f} B"
+
+
+def _largest(needed: Callable[[int], int], memory: int, least: int, near: int, most: int) -> int:
+    """The largest whole number from `least` to `most` whose need is within `memory`, where needs rise; 0 for none.
+
+    Needs are close to straight lines, so the crossing is guessed by the line through both ends of what is known.
+    """
+    if most < least:
+        return 0
+    low, below = least, needed(least)
+    if below > memory:
+        return 0
+    high = min(max(near, low + 1), most)
+    above = needed(high)
+    while above <= memory:
+        low, below = high, above
+        if high == most:
+            return most
+        slope = 1.1 * (memory - below) / max(below, 1)
+        high = min(most, max(high + 1, int(high * min(4.0, 1.0 + slope) + 1)))
+        above = needed(high)
+    for turn in range(60):
+        if high - low <= 1:
+            break
+        guess = low + int((high - low) * (memory - below) / max(above - below, 1))
+        middle = min(max(guess + turn % 2, low + 1), high - 1) if turn < 8 else (low + high) // 2
+        found = needed(middle)
+        if found <= memory:
+            low, below = middle, found
+        else:
+            high, above = middle, found
+    return low

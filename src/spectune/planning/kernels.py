@@ -1,9 +1,9 @@
 """What the fused kernels of a device keep and take, for a trace on the meta device, where none of them runs.
 
-A meta tensor goes through the plain path of `scaled_dot_product_attention` and `dropout`, which keeps other tensors than
-the kernels that CUDA and the CPU choose. Inside `kernels_of(device)` these two functions do to meta tensors what those
-kernels do to memory. Read from torch's sources: aten/src/ATen/native/transformers (attention.cpp, cuda/sdp_utils.cpp,
-cuda/attention.cu, cuda/attention_backward.cu), native/cudnn/MHA.cpp, native/Dropout.cpp.
+A meta tensor goes through the plain path of `scaled_dot_product_attention` and `dropout`, which keeps other tensors
+than the kernels that CUDA and the CPU choose. Inside `kernels_of(device)` these two functions do to meta tensors what
+those kernels do to memory. Read from torch's sources: in aten/src/ATen/native, transformers/attention.cpp,
+transformers/cuda/{sdp_utils.cpp,attention.cu,attention_backward.cu}, cudnn/MHA.cpp, Dropout.cpp.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def kernels_of(device_type: str, *, cudnn_first: bool = True) -> Iterator[None]:
             return kept
         return dropout(input, p, training, inplace)
 
-    F.scaled_dot_product_attention, F.dropout = attend, drop  # type: ignore[assignment]
+    F.scaled_dot_product_attention, F.dropout = attend, drop
     try:
         yield
     finally:
@@ -106,9 +106,7 @@ class _Fused(torch.autograd.Function):
     the inputs; backward takes float32 room for the gradient of the queries, as its blocks are added up there."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str) -> Tensor:
         batch, heads, length, _ = query.shape
         out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         rows = -(-length // 32) * 32 if kernel == "efficient" else length
@@ -118,8 +116,8 @@ class _Fused(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, _, out, sums = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors[:3]
         scratch = []
         if ctx.kernel != "cpu-flash":
             length = -(-query.shape[2] // 128) * 128

@@ -7,7 +7,7 @@ answer is that of the batch that is described.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,16 +23,22 @@ _BY_INDEX = (
     aten.index_put_.default,
     aten._index_put_impl_.default,
 )
-_MATMULS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch: `rows` of `length` tokens, of which `targets` each have a loss; `padded`: some rows are shorter."""
+    """A batch of `rows` of at most `length` tokens.
+
+    Attributes:
+        targets: tokens with a loss of the row that has most.
+        all_targets: those of all rows.
+        padded: some rows are shorter than others.
+    """
 
     rows: int
     length: int
     targets: int
+    all_targets: int
     padded: bool = False
 
 
@@ -79,6 +85,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._value(args[0])
         if func is aten.nonzero.default:
             result = args[0].new_empty(self._chosen(args[0]), args[0].dim(), dtype=torch.int64)
+        elif func is aten._grouped_mm.default:  # experts; its meta kernel refuses float32, which CPU and CUDA take
+            result = _grouped(*args[:3])
         else:
             if func in _BY_INDEX:
                 args = (args[0], self._indices(args[1]), *args[2:])
@@ -103,7 +111,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record.labels.append(self._label_now())
         self.record.events.append(number)
         self._numbers[key] = number
-        self._watched[key] = weakref.ref(storage, lambda _, key=key: self._freed(key))
+        self._watched[key] = weakref.ref(storage, self._when_freed(key))
 
     def _label_now(self) -> str:
         if not self.backward:
@@ -113,11 +121,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # recomputed activations are made with gradients on; backward itself runs without
         return "activations" if torch.is_grad_enabled() else "workspace"
 
-    def _freed(self, key: int) -> None:
-        self._watched.pop(key, None)
-        number = self._numbers.pop(key, None)
-        if number is not None:
-            self.record.events.append(~number)
+    def _when_freed(self, key: int) -> Callable[[Any], None]:
+        def freed(_: Any) -> None:
+            self._watched.pop(key, None)
+            self.record.events.append(~self._numbers.pop(key))
+
+        return freed
 
     def _value(self, tensor: Tensor) -> Any:
         if tensor.dtype == torch.bool:
@@ -125,8 +134,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return 1.0 if tensor.is_floating_point() else self.shape.targets
 
     def _chosen(self, tensor: Tensor) -> int:
-        """How many entries of a mask are on: rows x targets of a mask of tokens, every column that has any."""
-        return tensor.numel() if tensor.dim() == 1 else self.shape.rows * self.shape.targets
+        """How many entries of a mask are on: the targets of a mask of tokens, all of a mask of columns."""
+        return tensor.numel() if tensor.dim() == 1 else self.shape.all_targets
 
     def _indices(self, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Boolean indices as the numbers that the kernel makes of them."""
@@ -137,3 +146,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 found += index.new_empty(index.dim(), self._chosen(index), dtype=torch.int64).unbind()
         return found
+
+
+def _grouped(a: Tensor, b: Tensor, ends: Tensor | None = None) -> Tensor:
+    """What a product of groups gives: rows of `a` in groups that end at `ends`, each with its own matrix of `b`; or,
+    for the gradient of those matrices, columns of `a` with rows of `b`."""
+    if a.dim() == 2 and b.dim() == 2:
+        assert ends is not None, "a product of two matrices is in groups only where they are told"
+        return a.new_empty(ends.shape[0], a.shape[0], b.shape[1])
+    return a.new_empty(*a.shape[:-1], b.shape[-1]) if b.dim() == 3 else a.new_empty(a.shape[1], b.shape[1])

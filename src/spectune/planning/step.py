@@ -7,7 +7,7 @@ autograd's backward, recomputation where checkpointing is on. Only a few layers 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,26 +83,32 @@ def skeleton(
     return Skeleton(model, delta, len(family.layers), weights, trained, own, _alike(model, family, longest))
 
 
-def record_step(built: Skeleton, shape: Shape, device_type: str) -> Record:
+def record_step(built: Skeleton, shape: Shape, device_type: str, *, accumulating: bool = False) -> Record:
     """Record forward, loss and backward. Marks: `F<layer>` before a layer, `head` after the last one, `B<layer>` where
-    backward comes to a layer, `end`. Gradients of what is trained are labelled, and never freed."""
-    model, delta = built.model, built.delta
-    recorder = _recorder(model, delta, shape)
-    paths = [layer.path for layer in built.family.layers]
-    layers = [m for p in paths if (m := dict(model.named_modules()).get(p)) is not None]
+    backward comes to a layer. Gradients of what is trained are labelled, and never freed.
+
+    Args:
+        accumulating: gradients are there already and are added to; the record then leaves them out.
+    """
+    model, trained = built.model, list(built.delta.parameters())
+    there = []
+    if accumulating:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+            there.append(parameter.grad)
+    recorder = _recorder(built, shape, there)
+    record = recorder.record
     model.train()
-    with kernels_of(device_type), recorder, _marked(recorder, layers):
+    with kernels_of(device_type), recorder, _marked(recorder, built):
         loss, _ = labelled_loss_sum(model, _batch(shape))
         recorder.backward = True
-        torch.autograd.backward(loss / shape.targets)
+        torch.autograd.backward(loss / shape.all_targets)
         del loss
-        recorder.mark("end")
-        record = recorder.record
-        for parameter in delta.parameters():
+        for parameter in trained:
             if parameter.grad is not None and (number := recorder.number_of(parameter.grad)) is not None:
                 record.labels[number] = "gradients"
         events = len(record.events)
-    for parameter in delta.parameters():
+    for parameter in trained:
         parameter.grad = None
     del record.events[events:]
     return record
@@ -110,22 +116,17 @@ def record_step(built: Skeleton, shape: Shape, device_type: str) -> Record:
 
 def record_validation(built: Skeleton, shape: Shape, device_type: str) -> Record:
     """Record the loss of a batch without gradients, as validation takes it. Marks as in `record_step`, forward only."""
-    model = built.model
-    recorder = _recorder(model, built.delta, shape)
-    layers = [m for p in (x.path for x in built.family.layers) if (m := dict(model.named_modules()).get(p)) is not None]
-    model.eval()
-    with torch.no_grad(), kernels_of(device_type), recorder, _marked(recorder, layers):
-        found = labelled_logits(model, _batch(shape))
+    recorder = _recorder(built, shape)
+    built.model.train(False)
+    with torch.no_grad(), kernels_of(device_type), recorder, _marked(recorder, built):
+        found = labelled_logits(built.model, _batch(shape))
         losses = nn.functional.cross_entropy(found.logits.float(), found.targets, reduction="none")
         del found, losses
-        recorder.mark("end")
-        events = len(recorder.record.events)
-    del recorder.record.events[events:]
     return recorder.record
 
 
-def _recorder(model: nn.Module, delta: Delta, shape: Shape) -> Recorder:
-    return Recorder(shape, [*model.parameters(), *model.buffers(), *delta.parameters()])
+def _recorder(built: Skeleton, shape: Shape, there: Iterable[Tensor] = ()) -> Recorder:
+    return Recorder(shape, [*built.model.parameters(), *built.model.buffers(), *built.delta.parameters(), *there])
 
 
 def _batch(shape: Shape) -> dict[str, Tensor]:
@@ -136,9 +137,11 @@ def _batch(shape: Shape) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _marked(recorder: Recorder, layers: list[nn.Module]) -> Iterator[None]:
+def _marked(recorder: Recorder, built: Skeleton) -> Iterator[None]:
     """Hooks that mark where each layer begins, forward and backward."""
     handles = []
+    modules = dict(built.model.named_modules())
+    layers = [modules[layer.path] for layer in built.family.layers if layer.path in modules]
     last = len(layers) - 1
 
     def begins(index: int) -> Any:
@@ -162,7 +165,7 @@ def _marked(recorder: Recorder, layers: list[nn.Module]) -> Iterator[None]:
                 recorder.mark("head")
             out = output[0] if isinstance(output, tuple) else output
             if isinstance(out, Tensor) and out.requires_grad:
-                out.register_hook(lambda _: arrives(index))
+                out.register_hook(lambda _: arrives(index))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -184,7 +187,7 @@ def _empty(base: PretrainedConfig | PreTrainedModel, dtype: torch.dtype) -> PreT
             # under a prefix the model has our attention's name, which `place` sets again
             text = config.get_text_config()
             text._attn_implementation = str(text._attn_implementation).removeprefix("spectune_")
-            model: Any = type(base)._from_config(config, dtype=dtype)
+            model: Any = type(base)._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
         else:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(base), dtype=dtype)  # type: ignore[no-untyped-call]
     built: PreTrainedModel = model

@@ -29,7 +29,7 @@ def deepened(record: Record, copies: int) -> Record:
     r = REPEATED
     for kind in ("F", "B"):
         if f"{kind}{r}" in parts:
-            deeper.name_copies(*(born[f"{kind}{r + step}"] for step in (-1, 0, 1)), copies)
+            deeper.name_copies(born[f"{kind}{r - 1}"], born[f"{kind}{r}"], born[f"{kind}{r + 1}"], copies)
     deeper.play(record.events[: record.marks[0][1]], None)
     for name, _ in record.marks:
         deeper.record.marks.append((name, len(deeper.record.events)))

@@ -30,6 +30,8 @@ class TrainingConfig(BaseModel):
         group_by_length: draw rows of like length for the same step. Less padding, and a worse result: see
             docs/decisions.md for what it cost.
         resume: go on from `output_dir`.
+        memory_check: before the first step, where the plan says that memory does not suffice: "refuse" to begin,
+            "warn" and begin, or "off" (nothing is predicted).
     """
 
     # no setting means anything when infinite: such a rate diverges at once, such epochs never end
@@ -62,6 +64,7 @@ class TrainingConfig(BaseModel):
     report_to: Literal["none", "tensorboard"] = "none"
     resume: bool = False
     skip_bad_rows: bool = False
+    memory_check: Literal["refuse", "warn", "off"] = "refuse"
 
     @model_validator(mode="after")
     def _steps_are_some(self) -> TrainingConfig:

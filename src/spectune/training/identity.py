@@ -17,7 +17,7 @@ from spectune.training.config import TrainingConfig
 
 FILE = "identity.json"
 #: settings that may change between a checkpoint and its resumption
-FREE = {"output_dir", "resume", "logging_steps", "save_steps", "report_to"}
+FREE = {"output_dir", "resume", "logging_steps", "save_steps", "report_to", "memory_check"}
 
 
 class OtherRunError(ConfigError):

@@ -25,6 +25,11 @@ class RunResult(BaseModel):
     the device; `resident` (CPU), physical memory of the whole process, Python and libraries included.
     `train_tokens_per_second` counts computing alone: no start-up, no making of batches, no validation, no writing, and
     not the first steps, in which memory is counted. `train_seconds` are those of all steps.
+    `peak_memory_bytes`: `train_allocated` are tensors in the first steps (which hold the longest batch),
+    `train_reserved` (CUDA) what the allocator held, `train_resident` (CPU) the process's memory.
+    `predicted_memory_bytes` is what the plan said of the longest batch before the first step (`spectune.plan`): terms,
+    and `peak_allocated` and `peak_reserved` to hold against `train_allocated` and `train_reserved`;
+    `memory_prediction_source` says how it came about, "none" where the base could not be described.
     Decoding speeds are medians over rounds, their `_spread` is half the interquartile range; `inference_overhead_range`
     are the quartiles of the extra time over the rounds, as shares of the bare base's time in the same round.
     `retained_sha256`: of the passages that forgetting was measured on; `forgetting_by_passage`: nats, summed over each.
@@ -57,6 +62,8 @@ class RunResult(BaseModel):
     train_tokens_per_second: float
     train_seconds: float
     peak_memory_bytes: dict[str, int] = Field(default_factory=dict)
+    predicted_memory_bytes: dict[str, int] = Field(default_factory=dict)
+    memory_prediction_source: str | None = None
     stopped_early: bool = False
     metrics: dict[str, float] = Field(default_factory=dict)
     forgetting_kl_nats_per_token: float | None = None

@@ -21,6 +21,7 @@ from spectune.training.distribution import World
 from spectune.training.environment import environment
 from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
+from spectune.training.memory import Predicted, check_memory, predict_memory
 from spectune.training.optimizer import MasterAdamW
 from spectune.training.prepare import DEFAULT_LENGTH, Prepared, prepare
 from spectune.training.result import RunResult
@@ -55,6 +56,7 @@ def train(
     Raises:
         ConfigError, DataError: bad settings or data, a delta that is not of this model or that nothing may be trained
             of, or a run to resume that had other settings, data or base; nothing was trained.
+        DoesNotFitError: the plan says that the run does not fit into memory, and `memory_check` is "refuse".
         InterruptedRun, OutOfMemoryError, DivergedError: see `spectune.errors`.
     """
     config = config or TrainingConfig()
@@ -82,6 +84,8 @@ def train(
             f"delta {delta.name!r} has no weight that may be trained: load it with "
             "spectune.load_delta(..., trainable=True), or set requires_grad on its parameters()"
         )
+    predicted = predict_memory(model, delta, prepared, config, world)
+    check_memory(predicted, model, delta, config.memory_check)
     optimizer = MasterAdamW(trained, config, prepared.learning_rate)
     progress, best = Progress(), None
     if folder is not None and config.resume and (checkpoint := latest_checkpoint(folder)) is not None:
@@ -140,7 +144,7 @@ def train(
         delta.load_training_state_dict(run.best)
     run.keep_end()
     world.barrier()
-    result = _result(run, prepared, stopped)
+    result = _result(run, prepared, predicted, stopped)
     if run.folder is not None:
         result.save(run.folder / "result.json")
     return result
@@ -171,7 +175,7 @@ def _base_loss(loop: Loop, model: PreTrainedModel, delta: Delta) -> float:
     return loss
 
 
-def _result(run: RunFolder, prepared: Prepared, stopped: bool) -> RunResult:
+def _result(run: RunFolder, prepared: Prepared, predicted: Predicted, stopped: bool) -> RunResult:
     delta, progress, config = run.delta, run.progress, run.config
     valid_loss = progress.best_loss if config.load_best_at_end else progress.valid_loss
     return RunResult(
@@ -197,6 +201,8 @@ def _result(run: RunFolder, prepared: Prepared, stopped: bool) -> RunResult:
         / (progress.timed_seconds or progress.seconds),
         train_seconds=progress.seconds,
         peak_memory_bytes=progress.peak_memory_bytes,
+        predicted_memory_bytes={} if predicted.estimate is None else predicted.estimate.memory(),
+        memory_prediction_source=predicted.source,
         stopped_early=stopped,
         folder=None if config.output_dir is None else str(config.output_dir),
     )

@@ -1,0 +1,76 @@
+"""Real steps with every tensor counted: what the planner's figures are held against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from spectune.compute.losses import labelled_loss_sum
+from spectune.compute.memory import AllocationTracker
+from spectune.deltas import Delta
+from spectune.training import TrainingConfig
+from spectune.training.checkpointing import recomputing
+from spectune.training.optimizer import MasterAdamW
+
+
+def batch(rows: int, length: int, vocabulary: int, *, shorter: int = 0) -> dict[str, torch.Tensor]:
+    """Random rows, all but the first token learned; the first row is whole, others are `shorter` by so many."""
+    ids = torch.randint(1, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if shorter:
+        mask[1:, length - shorter :] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def real_peak(model: PreTrainedModel, delta: Delta, inputs: dict[str, torch.Tensor], *, checkpointing: bool) -> int:
+    """Bytes of tensors at the peak of two steps on the CPU, counted one by one."""
+    config = TrainingConfig()
+    optimizer = MasterAdamW(list(delta.parameters()), config, 1e-4)
+    model.train()
+    peak = 0
+    with recomputing(model, checkpointing):
+        for _ in range(2):
+            with AllocationTracker([*model.parameters(), *optimizer.tensors()]) as tracker:
+                loss, targets = labelled_loss_sum(model, inputs)
+                torch.autograd.backward(loss / targets)
+                del loss
+                optimizer.step(1e-4, config.max_grad_norm)
+            peak = max(peak, tracker.peak_bytes)
+    return peak
+
+
+def fake_peak(model: PreTrainedModel, delta: Delta, rows: int, length: int, *, checkpointing: bool) -> int:
+    """The same of whole rows under FakeTensorMode, where shapes of any size cost nothing. To be called inside it.
+
+    What takes values to know (which positions are learned) is written with numbers: all but the last of each row.
+    """
+    config = TrainingConfig()
+    optimizer = MasterAdamW(list(delta.parameters()), config, 1e-4)
+    model.train()
+    vocabulary = model.config.get_text_config().vocab_size
+    peak = 0
+    with recomputing(model, checkpointing):
+        for _ in range(2):
+            with AllocationTracker([*model.parameters(), *optimizer.tensors()]) as tracker:
+                ids: Any = torch.zeros(rows, length, dtype=torch.int64)
+                mask, labels = torch.ones_like(ids), torch.zeros_like(ids)
+                positions = (labels[:, 1:] != -100).to(torch.int8).argsort(dim=1, descending=True, stable=True)
+                logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+                picked = torch.zeros(rows * (length - 1), dtype=torch.int64)
+                chosen = logits.reshape(-1, vocabulary)[picked]
+                targets = labels[:, 1:].reshape(-1)[picked]
+                loss = F.cross_entropy(chosen.float(), targets, reduction="sum")
+                torch.autograd.backward(loss / 7)
+                del loss, logits, chosen, mask
+                for parameter, master in zip(optimizer.parameters, optimizer.masters, strict=True):
+                    if master is not parameter:
+                        master.grad = None if parameter.grad is None else parameter.grad.float()
+                optimizer.inner.step()
+                optimizer.clear()
+            peak = max(peak, tracker.peak_bytes)
+    return peak
