@@ -98,10 +98,10 @@ def test_the_terminal_says_the_verdict_first_and_breaks_no_number(width: int) ->
     lines = text.splitlines()
     assert lines[0].startswith("Full, LoRA and DoRA are best")
     assert max(map(len, lines)) <= width
-    for whole in ("0.268 ±0.016", "Forgetting", "Relative perf.", "0.656 ±0.020", "89.8 MB (+2%)", "(1.37x full)"):
+    numbers = ("0.268 ±0.016", "0.656 ±0.020", "89.8 MB (+2%)", "(1.37x full)", "+33% ±4% / within noise (±4%)")
+    words = ("Forgetting", "Relative", "on the high edge", "14 (1 failed)", "We would pick LoRA.", "max memory 120 MB")
+    for whole in (*numbers, *words):
         assert whole in text, whole
-    for once in ("+33% ±4% / within noise (±4%)", "on the high edge", "We would pick LoRA.", "14 (1 failed)"):
-        assert once in text, once
 
 
 def test_markdown_says_the_verdict_first_and_opens_no_tag() -> None:
@@ -129,3 +129,29 @@ def test_notes_say_what_intervals_cover_and_what_was_spent() -> None:
     quick = sample()
     quick["verdict"] = {**quick["verdict"], "covers_training_noise": False}
     assert "not the noise of training" in rendered(quick, 200)
+
+
+def test_where_the_evidence_does_not_decide_that_is_said() -> None:
+    case = sample()
+    case["recommendation"] = {
+        "limits": {},
+        "pareto": [],
+        "axes": [],
+        "pick": None,
+        "abstains": "two are level.",
+        "reasons": [],
+        "excluded": [],
+    }
+    assert "No pick: two are level." in rendered(case, 200)
+    assert "**No pick: two are level.**" in comparison_markdown(case)
+    case["recommendation"] = {}
+    assert "pick" not in rendered(case, 200)
+    assert "pick" not in comparison_markdown(case)
+
+
+def test_on_test_rows_the_loss_is_named_after_them() -> None:
+    case = sample()
+    case["data"]["judged_on"] = "test"
+    text = rendered(case, 200)
+    assert "Test loss" in text
+    assert "120 test rows" in text

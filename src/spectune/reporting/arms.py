@@ -43,7 +43,7 @@ def failures(comparison: Mapping[str, Any]) -> list[Failure]:
 def arm_labels(comparison: Mapping[str, Any]) -> dict[str, str]:
     """What each arm is called; two of the same label are told apart by their names."""
     entries = [*comparison.get("arms", ()), *comparison["runs"], *comparison["failed"]]
-    given = {name_of(entry): str(entry["label"]) for entry in reversed(entries)}
+    given = {name_of(entry): str(entry["label"]).strip() or name_of(entry) for entry in reversed(entries)}
     names = list(dict.fromkeys(name_of(entry) for entry in entries))
     firsts: dict[str, str] = {}
     for name in names:

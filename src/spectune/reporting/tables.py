@@ -17,6 +17,7 @@ from spectune.reporting.words import (
     failure_lines,
     metric_sentences,
     notes,
+    recommendation_context,
     recommendation_reasons,
     recommendation_sentence,
     verdict_sentences,
@@ -35,6 +36,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Group:
     pick = recommendation_sentence(comparison)
     parts += [] if pick is None else [_text(pick, "bold")]
     parts += [_text(f"- {reason}") for reason, _ in recommendation_reasons(comparison)]
+    parts += [_text(line) for line in recommendation_context(comparison)]
     parts += [_text(line, "red") for line in failure_lines(comparison)]
     parts += [_text(note, "dim") for note in notes(comparison)]
     return Group(*parts)
@@ -54,6 +56,7 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
             for reason, runs in recommendation_reasons(comparison)
         ]
         lines += ["## What we would pick, and why", "", f"**{_escaped(pick)}**", "", *reasons, ""]
+        lines += [text for line in recommendation_context(comparison) for text in (_escaped(line), "")]
     for grid in grids(comparison):
         rule = ["---" if number in grid.words else "---:" for number in range(len(grid.header))]
         lines += [f"## {_escaped(grid.title)}", "", _line(grid.header), _line(rule), *map(_line, grid.body), ""]

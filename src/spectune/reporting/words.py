@@ -9,6 +9,15 @@ from spectune.reporting import units
 from spectune.reporting.arms import arm_labels, failures
 from spectune.reporting.rows import why_no_relative_performance
 
+#: what the axes of the Pareto set are called
+AXES = {
+    "judged_loss": "loss",
+    "train_memory_bytes": "memory in training",
+    "stored_bytes": "stored size",
+    "inference_overhead": "inference overhead",
+    "train_seconds": "training time",
+}
+
 
 def verdict_sentences(comparison: Mapping[str, Any]) -> list[str]:
     """The verdict in words, its headline first; none where a comparison carries no verdict."""
@@ -38,6 +47,31 @@ def recommendation_reasons(comparison: Mapping[str, Any]) -> list[tuple[str, lis
         (str(reason["text"]), [str(run) for run in reason.get("runs") or ()])
         for reason in [*(found.get("reasons") or ()), *(found.get("excluded") or ())]
     ]
+
+
+def recommendation_context(comparison: Mapping[str, Any]) -> list[str]:
+    """Between which arms there was a choice, and under which limits."""
+    found = comparison.get("recommendation") or {}
+    lines = []
+    front = [label_of(name, comparison) for name in found.get("pareto") or ()]
+    if front:
+        axes = joined([AXES.get(axis, axis) for axis in found.get("axes") or ()])
+        lines.append(
+            f"Not beaten in everything by another (the Pareto set{f', in {axes}' if axes else ''}): {joined(front)}."
+        )
+    limits = {key: value for key, value in (found.get("limits") or {}).items() if value is not None}
+    if limits:
+        given = [
+            f"{key.replace('_', ' ').removesuffix(' bytes')} {_limit(key, value)}" for key, value in limits.items()
+        ]
+        lines.append(f"Limits given: {joined(given)}.")
+    return lines
+
+
+def _limit(key: str, value: Any) -> str:
+    if key.endswith("_bytes"):
+        return units.size(value)
+    return units.percent(value) if key.endswith("_overhead") else str(value)
 
 
 def label_of(name: str, comparison: Mapping[str, Any]) -> str:

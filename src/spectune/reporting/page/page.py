@@ -18,7 +18,9 @@ from spectune.reporting.columns import (
     PERPLEXITY,
     RELATIVE,
     SEEDS,
+    VALID_LOSS,
     Column,
+    loss_title,
     metric_columns,
     overhead_columns,
     quality_columns,
@@ -30,11 +32,12 @@ from spectune.reporting.page.examples import examples
 from spectune.reporting.page.svg import inline
 from spectune.reporting.plots.style import Plot
 from spectune.reporting.rows import ComparisonRow, comparison_rows
-from spectune.reporting.text import plain
+from spectune.reporting.text import clipped, plain
 from spectune.reporting.words import (
     failure_lines,
     metric_sentences,
     notes,
+    recommendation_context,
     recommendation_reasons,
     recommendation_sentence,
     verdict_sentences,
@@ -79,12 +82,13 @@ def comparison_page(comparison: Mapping[str, Any], folder: Path, drawn: Sequence
     environment.filters["plain"] = plain
     verdict = verdict_sentences(comparison)
     return environment.get_template("page.html.j2").render(
-        title=f"Fine-tuning {comparison['base']['name']}: {len(rows)} methods compared",
+        title=f"Fine-tuning {clipped(str(comparison['base']['name']), 80)}: {len(rows)} methods compared",
         facts=_facts(comparison, rows),
         headline=verdict[0] if verdict else _without_verdict(rows),
         sentences=[*verdict[1:], *metric_sentences(comparison)],
         pick=recommendation_sentence(comparison),
         reasons=recommendation_reasons(comparison),
+        context=recommendation_context(comparison),
         groups=groups,
         columns=columns,
         table=[(row, [_cell(column, row) for column in columns]) for row in rows],
@@ -112,6 +116,8 @@ def _groups(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> lis
     """The columns of the large table, after the method's own."""
     quality = quality_columns(comparison, rows)[1:]
     training = [column for column in training_columns(comparison, rows)[1:] if column is not LEARNING_RATE]
+    if loss_title(comparison) == "Test loss":
+        quality.insert(quality.index(RELATIVE), VALID_LOSS)
     if PERPLEXITY not in quality:
         quality.insert(quality.index(RELATIVE), PERPLEXITY)
     return [

@@ -114,16 +114,17 @@ def _against(
         axes.plot(x, y, seen.marker, color=seen.colour, markerfacecolor=fill, markersize=6, markeredgewidth=1.2)
         points.append(Labelled(x, y, seen.label, y_range=interval))
     axes.set_xlabel(x_label)
-    axes.annotate(
-        "better",
-        (0.015, 0.015),
-        xytext=(0.075, 0.07),
-        xycoords="axes fraction",
-        textcoords="axes fraction",
-        fontsize=7.5,
-        color=MUTED,
-        arrowprops={"arrowstyle": "->", "color": MUTED, "linewidth": 0.7},
-    )
+    if not _corner_taken(axes, points):
+        axes.annotate(
+            "better",
+            (0.015, 0.015),
+            xytext=(0.075, 0.07),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            fontsize=7.5,
+            color=MUTED,
+            arrowprops={"arrowstyle": "->", "color": MUTED, "linewidth": 0.7},
+        )
     label_points(axes, points, line)
     bars = "; bars are intervals of the loss" if ends else ""
     return Plot(
@@ -153,3 +154,9 @@ def _front(axes: Axes, front: list[tuple[float, float]]) -> list[tuple[float, fl
     corners.append((axes.get_xlim()[1], front[-1][1]))
     axes.plot(*zip(*corners, strict=True), color=INK, alpha=0.45, linewidth=0.9, zorder=1)
     return corners
+
+
+def _corner_taken(axes: Axes, points: Sequence[Labelled]) -> bool:
+    """Whether a point, or its label below it, would lie over the word in the lower left corner."""
+    places = [axes.transAxes.inverted().transform(axes.transData.transform((p.x, p.y))) for p in points]
+    return any(x < 0.35 and y < 0.25 for x, y in places)

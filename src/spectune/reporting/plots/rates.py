@@ -67,7 +67,8 @@ def _together(searches: Mapping[str, Mapping[str, Any]], look: Mapping[str, Look
         panel = figure.add_axes((left / width, bottom / height, (PANEL - 0.52) / width, (TALL - 0.66) / height))
         _panel(panel, search, look[name])
     figure.supylabel("validation loss, nats per target token", fontsize=8.5, x=0.004, ha="left")
-    figure.supxlabel("learning rate (log)", fontsize=8.5, y=0.0, va="bottom")
+    key = "dashed: the best rate; thin to thick: fewer to more steps; cross: failed"
+    figure.supxlabel(f"learning rate (log)     {key}", fontsize=8.5, y=0.0, va="bottom")
     return Plot("learning-rates", "Learning rates", "", figure, [], [], in_page=False)
 
 
