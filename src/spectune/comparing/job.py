@@ -27,7 +27,7 @@ from spectune.storage.strict_json import strict_json
 from spectune.training import RunResult, TrainingConfig, train
 
 #: a run on fewer rows is validated at so many points, and the best one counts
-CURVE_VALIDATIONS = 10
+CURVE_VALIDATIONS = 5
 #: trials draw weights and batches with seeds of their own: the rate is not chosen by the luck of a final run's seed
 SEARCH_SEED = 10_000
 #: in the folder of a run, or of a search, that failed
