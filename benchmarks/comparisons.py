@@ -1,11 +1,11 @@
-"""Every method on three tasks from gpt2-27m: learning-rate search, three seeds, intervals and a verdict; and what each costs.
+"""Every method on three tasks from gpt2-27m: learning-rate search, three seeds, intervals, a verdict, and costs.
 
     python benchmarks/comparisons.py run --base BASES/gpt2-27m --data DATA --work WORK --workers 8 [--tasks e2e,trec]
     python benchmarks/comparisons.py pages --work WORK --out docs/results
 
-`run` makes one comparison a task. The methods run at the same time, each in a process of its own with `spectune compare`,
-and their run folders are then put into one comparison: results do not depend on that, speed and memory do. So costs are
-measured afterwards, one method after another with the machine to itself, in a short comparison at the rates found.
+`run` makes one comparison a task. The methods run at the same time, each in a process of its own with `spectune
+compare`, and their run folders are then put into one comparison: results do not depend on that, speed and memory do. So
+costs are measured afterwards, one method after another with a GPU to itself, in a short comparison.
 `pages` writes docs/results/<task>.md and .json from the results alone.
 """
 
@@ -109,12 +109,6 @@ def run(args: argparse.Namespace) -> None:
         extra = ["--seeds", str(args.seeds)]
         if TASKS[name].fractions and not args.no_curve:
             extra += ["--fractions", TASKS[name].fractions or ""]
-        environment = {
-            **os.environ,
-            "CUDA_VISIBLE_DEVICES": place,
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
         with (args.work / f"{name}-{method}.log").open("a") as log:
             done = subprocess.run(
                 [*command(args, name, files[name], folder, method), *extra],

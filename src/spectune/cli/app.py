@@ -18,8 +18,8 @@ from spectune.cli.evaluate import evaluate
 from spectune.cli.export import export
 from spectune.cli.generate import generate
 from spectune.cli.merge import merge
-from spectune.cli.report import report
 from spectune.cli.recommend import recommend
+from spectune.cli.report import report
 from spectune.cli.train import train
 from spectune.cli.validate import validate
 from spectune.errors import InterruptedRun, SpectuneError

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from spectune.comparing import Comparison
-    from spectune.comparing.recommend import Limits
+    from spectune.comparing.limits import Limits
     from spectune.deltas import Method
 
 #: Steps of a final run under --quick: enough for each method to fall below the bare base on the embedded task.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from spectune.comparing.recommend import Limits
+    from spectune.comparing.limits import Limits
 
 UNITS = {"": 1, "B": 1} | {
     f"{prefix}{kind}": base ** (power + 1)
@@ -44,32 +44,49 @@ def given(
     Raises:
         ConfigError: a size or a share that cannot be read.
     """
-    from spectune.comparing.recommend import Limits
+    from spectune.comparing.limits import Limits
 
-    return Limits(
-        max_memory_bytes=None if max_memory is None else size(max_memory, "--max-memory"),
-        max_latency_overhead=None if max_latency_overhead is None else _share(max_latency_overhead),
-        tenants=tenants or 1,
-        max_stored_bytes=None if max_stored_bytes is None else size(max_stored_bytes, "--max-stored-bytes"),
-        min_quality=min_quality,
-    )
+    return Limits(**fields(max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality))
+
+
+def fields(
+    max_memory: str | None,
+    max_latency_overhead: str | None,
+    tenants: int | None,
+    max_stored_bytes: str | None,
+    min_quality: float | None,
+) -> dict[str, Any]:
+    """The limits that were given, by the names of `spectune.comparing.limits.Limits`.
+
+    Raises:
+        ConfigError: a size or a share that cannot be read.
+    """
+    found = {
+        "max_memory_bytes": None if max_memory is None else size(max_memory, "--max-memory"),
+        "max_latency_overhead": None if max_latency_overhead is None else _share(max_latency_overhead),
+        "tenants": tenants,
+        "max_stored_bytes": None if max_stored_bytes is None else size(max_stored_bytes, "--max-stored-bytes"),
+        "min_quality": min_quality,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def size(text: str, flag: str) -> int:
     """Bytes: 24GiB, 24G (the same), 2GB, 500 MB, 1000000.
 
     Raises:
-        ConfigError: it is no size; names the flag.
+        ConfigError: it is no size above zero; names the flag.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
-    if found is None or found[2].lower() not in units:
-        raise ConfigError(f"{flag} {text}: expected a size such as 24GiB, 2GB or 500MB")
-    return round(float(found[1]) * units[found[2].lower()])
+    value = round(float(found[1]) * units.get(found[2].lower(), 0)) if found else 0
+    if not value:
+        raise ConfigError(f"{flag} {text}: expected a size above zero, such as 24GiB, 2GB or 500MB")
+    return value
 
 
 def _share(text: str) -> float:
-    try:
-        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        raise ConfigError(f"--max-latency-overhead {text}: expected a share such as 0.1 or 10%") from None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(%?)\s*", text)
+    if found is None:
+        raise ConfigError(f"--max-latency-overhead {text}: expected a share such as 0.1, or 10%")
+    return float(found[1]) / (100 if found[2] else 1)

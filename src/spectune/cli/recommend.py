@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectune.cli import options
+from spectune.cli import limits, options
 from spectune.cli.console import note, print_json, say, work
-from spectune.cli.runs import RUNS
+from spectune.cli.runs import RUNS, find_comparison
 from spectune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 COMPARISON = "comparison.json"
-UNITS = {"": 1, "B": 1, **{f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", start=1)}}
-UNITS |= {f"{prefix}IB": 1024**n for n, prefix in enumerate("KMGT", start=1)}
 
 
 def recommend(
     run: Annotated[
         Path | None, typer.Option("--run", help="A comparison's folder.", show_default="the newest under runs/")
     ] = None,
-    max_memory: Annotated[str | None, typer.Option(help="Limit on peak device memory, such as 24GiB.")] = None,
-    max_latency_overhead: Annotated[
-        str | None, typer.Option(help="Limit on extra time a decoded token: 0.1 or 10%. Merged, if one task is served.")
-    ] = None,
-    tenants: Annotated[int | None, typer.Option(min=1, help="Tasks served at once; above 1 nothing is merged.")] = None,
-    max_stored_bytes: Annotated[str | None, typer.Option(help="Limit on all tenants' files, such as 2GB.")] = None,
-    min_quality: Annotated[
-        float | None, typer.Option(help="Least relative performance: 0 is the bare base, 100 is full fine-tuning.")
-    ] = None,
+    max_memory: limits.MaxMemory = None,
+    max_latency_overhead: limits.MaxLatencyOverhead = None,
+    tenants: limits.Tenants = None,
+    max_stored_bytes: limits.MaxStoredBytes = None,
+    min_quality: limits.MinQuality = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Guide: training rows.")] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Guide: tasks that one base will serve.")] = None,
     compute: Annotated[str | None, typer.Option(help="Guide: low, medium, high, or memory such as 24GiB.")] = None,
@@ -55,24 +48,17 @@ def recommend(
       spectune recommend --run runs/2026-01-31-compare-1 --max-latency-overhead 5% --min-quality 95
       spectune recommend --rows 800 --tasks 20 --compute 24GiB --keep-base
     """
-    given_limits = {
-        "max_memory_bytes": None if max_memory is None else size(max_memory, "--max-memory"),
-        "max_latency_overhead": None if max_latency_overhead is None else fraction(max_latency_overhead),
-        "tenants": tenants,
-        "max_stored_bytes": None if max_stored_bytes is None else size(max_stored_bytes, "--max-stored-bytes"),
-        "min_quality": min_quality,
-    }
-    limits = {key: value for key, value in given_limits.items() if value is not None}
+    wanted = limits.fields(max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality)
     asked = _asked(rows, tasks, compute, must_merge, keep_base, fast_iteration, max_quality)
-    if asked and (run is not None or limits):
+    if asked and (run is not None or wanted):
         raise ConfigError(
-            f"{_flags(asked)} ask the textbook's guide, {_flags(limits) if limits else '--run'} a comparison: give one "
+            f"{_flags(asked)} ask the textbook's guide, {_flags(wanted) if wanted else '--run'} a comparison: give one "
             "kind or the other"
         )
-    folder = None if asked else find_comparison(run)
-    if folder is None and limits:
+    folder = None if asked else find_comparison(run, COMPARISON)
+    if folder is None and wanted:
         raise ConfigError(
-            f"{_flags(limits)} is a limit on what a comparison measured, and there is none under {RUNS.absolute()}. "
+            f"{_flags(wanted)} is a limit on what a comparison measured, and there is none under {RUNS.absolute()}. "
             "`spectune compare` makes one; or name its folder with --run."
         )
     with work(as_json=as_json) as out:
@@ -81,44 +67,12 @@ def recommend(
             if not as_json:
                 _print_guide(out, answer)
         else:
-            answer = {"folder": str(folder), **_measured(folder, limits)}
+            answer = {"folder": str(folder), **_measured(folder, wanted)}
             if not as_json:
                 note(f"from {folder}")
                 _print_measured(out, answer)
     if as_json:
         print_json(answer)
-
-
-def size(text: str, flag: str) -> int:
-    """Bytes from `24GiB`, `2 GB`, `500mb` or a plain number. Raises ConfigError for anything else, and for none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
-    unit = UNITS.get(found[2].upper()) if found else None
-    value = round(float(found[1]) * unit) if found and unit else 0
-    if not value:
-        raise ConfigError(f"{flag} {text}: expected a size above zero, such as 24GiB, 2GB, 500MB, or bytes")
-    return value
-
-
-def fraction(text: str) -> float:
-    """0.1 from `0.1` or `10%`. Raises ConfigError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(%?)\s*", text)
-    if found is None:
-        raise ConfigError(f"--max-latency-overhead {text}: expected a share such as 0.1, or 10%")
-    return float(found[1]) / (100 if found[2] else 1)
-
-
-def find_comparison(given: Path | None, root: Path = RUNS) -> Path | None:
-    """The folder of a comparison: the one given, else the newest in `root`, None where there is none.
-
-    Raises:
-        DataError: the folder given holds no comparison.
-    """
-    if given is not None:
-        if not (given / COMPARISON).is_file():
-            raise DataError(f"{given} holds no {COMPARISON}; expected the folder of a finished `spectune compare`")
-        return given
-    found = list(root.glob(f"*/{COMPARISON}"))
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
 
 def _asked(
@@ -135,7 +89,7 @@ def _asked(
     if compute is not None and compute.lower() in ("low", "medium", "high"):
         given["compute"] = compute.lower()
     elif compute is not None:
-        given["memory_bytes"] = size(compute, "--compute (low, medium, high or memory)")
+        given["memory_bytes"] = limits.size(compute, "--compute (low, medium, high or memory)")
     given |= {"must_merge": must_merge, "keep_base": keep_base}
     given |= {"fast_iteration": fast_iteration, "max_quality": max_quality}
     return {key: value for key, value in given.items() if value}
@@ -146,7 +100,7 @@ def _flags(keys: dict[str, Any]) -> str:
     return ", ".join("--" + names.get(key, key).replace("_", "-") for key in keys)
 
 
-def _measured(folder: Path, limits: dict[str, Any]) -> dict[str, Any]:
+def _measured(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     from spectune.comparing import Comparison
     from spectune.comparing.limits import Limits
     from spectune.comparing.recommend import recommend
@@ -157,7 +111,7 @@ def _measured(folder: Path, limits: dict[str, Any]) -> dict[str, Any]:
         raise DataError(f"{folder / COMPARISON} holds no object; expected what `spectune compare` writes")
     if not content.get("verdict"):  # a comparison from before there were verdicts
         content = {**content, "verdict": verdict(content, folder)}
-    return {**recommend(content, Limits(**limits)), "verdict": content["verdict"].get("sentences", [])}
+    return {**recommend(content, Limits(**wanted)), "verdict": content["verdict"].get("sentences", [])}
 
 
 def _guide(asked: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import typer
 
 from spectune.cli import limits, options
 from spectune.cli.console import note, print_json, work
-from spectune.cli.runs import find_comparison
+from spectune.cli.runs import RUNS, find_comparison
+from spectune.errors import ConfigError
 
 
 def report(
@@ -33,7 +34,11 @@ def report(
       spectune report runs/2026-01-31-compare-1
       spectune report runs/2026-01-31-compare-1 --max-memory 16GiB --tenants 20
     """
-    found = find_comparison(folder)
+    found = find_comparison(folder, "conditions.json")
+    if found is None:
+        raise ConfigError(
+            f"there is no comparison under {RUNS.absolute()}. `spectune compare` makes one; or name its folder."
+        )
     given = (max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality)
     wanted = limits.given(*given) if any(value is not None for value in given) else None
     with work(as_json=as_json) as out:

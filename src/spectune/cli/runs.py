@@ -137,23 +137,18 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
     )
 
 
-def find_comparison(given: Path | None, root: Path = RUNS) -> Path:
-    """The folder of a comparison: the one given, else the newest in `root`.
+def find_comparison(given: Path | None, file: str, root: Path = RUNS) -> Path | None:
+    """The folder of a comparison, which holds `file`: the one given, else the newest in `root`, None where none is.
 
     Raises:
-        ConfigError: there is no comparison yet; says which command makes one.
-        DataError: the folder given holds none.
+        DataError: the folder given holds no such file.
     """
     if given is not None:
-        if not (given / "conditions.json").is_file():
-            raise DataError(f"{given} holds no comparison: expected the folder of `spectune compare`")
+        if not (given / file).is_file():
+            raise DataError(f"{given} holds no {file}: expected the folder of `spectune compare`")
         return given
-    found = [path.parent for path in root.glob("*/conditions.json")]
-    if not found:
-        raise ConfigError(
-            f"there is no comparison under {root.absolute()}. `spectune compare` makes one; or name its folder."
-        )
-    return max(found, key=lambda path: (path / "conditions.json").stat().st_mtime)
+    found = list(root.glob(f"*/{file}"))
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
 
 def _trained_with(delta_folder: Path) -> dict[str, Any]:

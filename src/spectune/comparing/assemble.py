@@ -10,7 +10,8 @@ from typing import Any
 
 from spectune.comparing import conditions
 from spectune.comparing.job import FAILED, curve_point
-from spectune.comparing.recommend import Limits, recommend
+from spectune.comparing.limits import Limits
+from spectune.comparing.recommend import recommend
 from spectune.comparing.verdict import verdict
 from spectune.errors import DataError
 from spectune.training import RunResult
@@ -92,7 +93,7 @@ def _curve(
     folder: Path, name: str, rate: float | None, schedule: Mapping[str, Any], all_rows: int
 ) -> Iterator[dict[str, Any]]:
     """The points of an arm's data curve; final runs are those with all rows."""
-    planned = {rows: steps for rows, steps in schedule["curve"]}
+    planned = dict(schedule["curve"])
     for path in sorted((folder / "curve" / name).glob("*/result.json")):
         point = _json(path)
         if point and point["learning_rate"] == rate and planned.get(point["rows"]) == point["steps"]:

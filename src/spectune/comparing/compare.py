@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.comparing import conditions
 from spectune.comparing.comparison import Comparison
 from spectune.comparing.job import Arm, Job
+from spectune.comparing.limits import Limits
 from spectune.comparing.measure import retained_passages
 from spectune.comparing.presets import PRESETS
-from spectune.comparing.recommend import Limits
 from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import Schedule
 from spectune.data import Row, encode, load_rows, split_rows
@@ -94,7 +94,7 @@ def compare(
     seed = settings.seed if seed is None else seed
     resume = resume or settings.resume
     folder = _folder(output_dir if output_dir is not None else settings.output_dir, resume)
-    asked = {
+    asked: dict[str, Any] = {
         "preset": preset,
         "seeds": seeds,
         "fractions": list(fractions),
@@ -223,8 +223,8 @@ def _check(preset: str, seeds: int | None, fractions: Sequence[float], metric: s
     wrong = [f for f in fractions if f <= 0 or (f > 1 and f != int(f))]
     if wrong:
         raise ConfigError(
-            f"fractions {', '.join(f'{f:g}' for f in wrong)}; expected shares of the rows above 0 and up to 1, or whole "
-            "numbers of rows"
+            f"fractions {', '.join(f'{f:g}' for f in wrong)}; expected shares of the rows above 0 and up to 1, or "
+            "whole numbers of rows"
         )
 
 

@@ -32,7 +32,8 @@ def read(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} cannot be read as the conditions of a comparison: {error}. Expected the folder of `spectune compare`."
+            f"{path} cannot be read as the conditions of a comparison: {error}. Expected the folder of `spectune "
+            "compare`."
         ) from error
     return found
 

@@ -237,7 +237,7 @@ class _Attached:
 
 
 def subset(rows: Encoded, count: int, seed: int) -> Encoded:
-    """`count` rows of a seeded order, all of them where there are no more; a smaller subset lies in every larger one."""
+    """`count` rows of a seeded order, all where there are no more; a smaller subset lies in every larger one."""
     if count >= len(rows.examples):
         return rows
     order = list(range(len(rows.examples)))

@@ -64,7 +64,8 @@ class Runner:
             each += f", and runs on {', '.join(f'{rows:,}' for rows, _ in schedule.curve)} rows"
         tokens = schedule.target_tokens_per_step * self.budget.total_steps
         self._say(
-            f"budget: {arms} {'method' if arms == 1 else 'methods'}, each {each}: about {tokens:,.0f} target tokens in all"
+            f"budget: {arms} {'method' if arms == 1 else 'methods'}, each {each}: about {tokens:,.0f} target tokens in "
+            "all"
         )
         if self._all_there():
             return

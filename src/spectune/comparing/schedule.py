@@ -68,7 +68,7 @@ class Schedule:
 
     @property
     def planned_trials(self) -> tuple[tuple[int, int], ...]:
-        """(trials, steps) of the search. Of two rates the better one always lies on an edge, so that one more follows."""
+        """(trials, steps) of the search. Of two rates the better one always lies on an edge: one more follows."""
         sure = 1 if self.rungs and self.rungs[-1][0] == 2 == self.rungs[0][0] and self.preset.extensions else 0
         return (*self.rungs[:-1], (self.rungs[-1][0] + sure, self.rungs[-1][1])) if self.rungs else ()
 
@@ -98,6 +98,6 @@ class Schedule:
 
 
 def planned_rows(fractions: Sequence[float], total: int) -> list[int]:
-    """Row counts of a data curve: shares of all rows where at most 1, else counts; rising, each once, none above all."""
+    """Row counts of a data curve: shares of all rows where at most 1, else counts; rising, none twice or above all."""
     counts = {round(fraction * total) if fraction <= 1 else int(fraction) for fraction in fractions}
     return sorted({min(max(1, count), total) for count in counts})
