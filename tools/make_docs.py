@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cli.md"
-COMMANDS = ("compare", "train", "generate", "eval", "merge", "export", "validate", "env")
+COMMANDS = ("compare", "train", "plan", "generate", "eval", "merge", "export", "validate", "env")
 
 
 def cli_page() -> str:

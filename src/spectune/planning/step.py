@@ -37,8 +37,8 @@ class Skeleton:
     depth: int
     #: bytes of each tensor of the base that stays (parameters, buffers), tied ones once
     weights: list[int]
-    #: weights that are trained: number of entries, and bytes of one
-    trained: list[tuple[int, int]]
+    #: weights that are trained, on the meta device
+    trained: list[nn.Parameter]
     #: bytes of the delta's own weights (empty where the base itself is trained)
     delta_weights: list[int]
     alike: bool
@@ -75,10 +75,12 @@ def skeleton(
     with torch.device("meta"):
         delta = place(model, method, "plan", fill=lambda _: None)
     own = [] if method.trains_base else [p.numel() * p.element_size() for p in delta.parameters()]
-    trained = [(p.numel(), p.element_size()) for p in delta.parameters()]
+    trained = list(delta.parameters())
     if checkpointing:
         switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         switch({"use_reentrant": False})
+        if getattr(model, "_require_grads_hook", None) is not None:  # as training does
+            model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     family = delta.family
     return Skeleton(model, delta, len(family.layers), weights, trained, own, _alike(model, family, longest))
 
