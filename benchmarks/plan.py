@@ -311,7 +311,7 @@ def table(cells: list[dict[str, Any]]) -> str:
         "",
         f"Made by `benchmarks/plan.py` on {first['device']}, torch {first['torch']}, {first['dtype']}. Peak of a step, "
         "from the config alone, against steps of the training loop on random weights. Nothing is fitted per cell. "
-        f"{' and '.join(UNSEEN)} were not looked at while the planner was made. Errors are absolute, of what was measured.",
+        f"{' and '.join(UNSEEN)} were not looked at while the planner was made. Errors are of what was measured.",
         "",
         "| shape | cells | allocated: median | worst | reserved: median | worst |",
         "|---|---|---|---|---|---|",

@@ -65,7 +65,7 @@ class Estimate:
         context: what the process takes of a CUDA device beside that; in none of the other figures.
         validation: peak of tensors of a validation batch; None where it was not asked for.
         moments: forward, loss (both ways), backward, optimizer.
-        source: "trace": some layers of the model's own code were recorded without weights, and one of them repeated;
+        source: "trace": a few layers of each kind were recorded, of the model's own code without weights, and repeated;
             "full trace": all layers were, as they differ.
     """
 

@@ -15,6 +15,7 @@ from spectune.methods import method_from_name
 from spectune.planning.estimate import CUDA_CONTEXT, TERMS, Estimate
 from spectune.planning.planner import Planner
 from spectune.planning.recorder import Shape
+from spectune.planning.step import FEW
 from spectune.storage.bases import load_config
 from spectune.storage.devices import resolve_dtype
 
@@ -109,7 +110,7 @@ def plan(
         context=CUDA_CONTEXT if place.type == "cuda" else 0,
         validation=validation,
         moments=step.moments,
-        source="trace" if planner.short else "full trace",
+        source="trace" if planner.repeats or built.depth <= FEW else "full trace",
         _peaks=peaks,
         _first_steps=planner.first_steps,
         _room=room,

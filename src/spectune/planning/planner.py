@@ -13,7 +13,7 @@ from spectune.deltas import Method
 from spectune.planning.allocator import Block, CachingAllocator
 from spectune.planning.estimate import TERMS, Moment
 from spectune.planning.recorder import Record, Shape
-from spectune.planning.step import FEW, Skeleton, record_step, record_validation, skeleton
+from spectune.planning.step import Skeleton, record_step, record_validation, skeleton
 from spectune.planning.timeline import NotAlikeError, deepened
 
 #: of cuBLAS, one for each thread that multiplies: forward's and backward's (aten/src/ATen/cuda/CublasHandlePool.cpp)
@@ -50,7 +50,8 @@ class Planner:
         self.accumulating = accumulating
         self._longest = 0
         self.built: Skeleton
-        self.short: bool
+        #: which of the layers that run stand for how many others; empty where all run
+        self.repeats: list[tuple[int, int]]
 
     def step(self, shape: Shape) -> Step:
         """The memory of a training step while the optimizer's states are there."""
@@ -87,12 +88,11 @@ class Planner:
 
     def _record(self, shape: Shape, *, training: bool = True, accumulating: bool = False) -> Record:
         self._build(shape.length)
-        if self.short:
-            try:
-                return deepened(self._run(shape, training, accumulating), self.built.depth - FEW)
-            except NotAlikeError:
-                self._build(shape.length, whole=True)
-        return self._run(shape, training, accumulating)
+        try:
+            return deepened(self._run(shape, training, accumulating), self.repeats)
+        except NotAlikeError:
+            self._build(shape.length, whole=True)
+            return self._run(shape, training, accumulating)
 
     def _run(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         if training:
@@ -106,7 +106,7 @@ class Planner:
         base, method, dtype, checkpointing = self.settings
         self.built = skeleton(base, method, dtype, length, checkpointing)
         self._longest = 2**62 if whole else length
-        self.short = not whole and self.built.shorten()
+        self.repeats = [] if whole else self.built.shorten()
 
 
 class _Stays:
