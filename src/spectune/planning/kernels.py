@@ -107,12 +107,17 @@ def cudnn_head_limit() -> int:
 
 class _Fused(torch.autograd.Function):
     """The memory of a fused kernel: output and the sums of exponentials (float32, one a row and head) are kept beside
-    the inputs; backward takes float32 room for the gradient of the queries, as its blocks are added up there."""
+    the inputs; backward takes float32 room for the gradient of the queries, as its blocks are added up there. Output
+    and gradients lie in memory as the inputs do (efficient attention's tokens first), which decides whether they are
+    copied afterwards."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str) -> Tensor:
         batch, heads, length, _ = query.shape
-        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        if kernel == "efficient" or value.shape[-1] != query.shape[-1]:
+            out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        else:
+            out = torch.empty_like(query)
         rows = -(-length // 32) * 32 if kernel == "efficient" else length
         sums = query.new_empty(batch, heads, rows, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, out, sums)
@@ -124,17 +129,11 @@ class _Fused(torch.autograd.Function):
         query, key, value = ctx.saved_tensors[:3]
         scratch = []
         if ctx.kernel != "cpu-flash":
-            length = -(-query.shape[2] // 128) * 128
-            shape = (*query.shape[:2], length)
+            shape = (*query.shape[:2], -(-query.shape[2] // 128) * 128)
             scratch = [query.new_empty(*shape, query.shape[3], dtype=torch.float32)]
             scratch.append(query.new_empty(shape, dtype=torch.float32))
         if ctx.kernel == "flash" and key.shape[1] != query.shape[1]:  # gradients of each query's head, summed after
             scratch += [t.new_empty(t.shape[0], query.shape[1], *t.shape[2:]) for t in (key, value)]
-        grads = [_like(t) for t in (query, key, value)]
+        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         del scratch
         return (*grads, None, None)
-
-
-def _like(tensor: Tensor) -> Tensor:
-    batch, heads, length, dim = tensor.shape
-    return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
