@@ -12,7 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cli.md"
-COMMANDS = ("compare", "train", "recommend", "generate", "eval", "merge", "export", "validate", "env")
+COMMANDS = (
+    *("compare", "train", "plan", "recommend", "report"),
+    *("generate", "eval", "merge", "export", "validate", "env"),
+)
 
 
 def cli_page() -> str:

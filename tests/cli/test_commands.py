@@ -296,7 +296,7 @@ def test_compare_with_a_failed_run_is_exit_1(spectune: Spectune, base: Path, row
         (("--fractions", "a,b"), 2, "fractions is 'a,b'; expected numbers"),
         (("--fractions", "0"), 2, "fractions 0; expected shares"),
         (("--metric", "bleurt"), 2, "metric 'bleurt'"),
-        (("--max-memory", "lots"), 2, "--max-memory lots: expected a size such as 24GiB"),
+        (("--max-memory", "lots"), 2, "--max-memory lots: expected a size above zero, such as 24GiB"),
         (("--max-latency-overhead", "x"), 2, "--max-latency-overhead x: expected a share"),
         (("--quick", "--thorough"), 2, "--quick and --thorough"),
         (("--set", "seeds=two"), 2, "seeds is 'two'; expected a whole number"),

@@ -18,6 +18,7 @@ from spectune.cli.evaluate import evaluate
 from spectune.cli.export import export
 from spectune.cli.generate import generate
 from spectune.cli.merge import merge
+from spectune.cli.plan import plan
 from spectune.cli.recommend import recommend
 from spectune.cli.report import report
 from spectune.cli.train import train
@@ -62,6 +63,7 @@ def build_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     app.command("compare", short_help="Train methods and measure them side by side.")(compare)
     app.command("train", short_help="Train one method.")(train)
+    app.command("plan", short_help="Say what training takes of memory, before anything is loaded.")(plan)
     app.command("recommend", short_help="Say which method to take, and why.")(recommend)
     app.command("generate", short_help="Write with a tuned model.")(generate)
     app.command("eval", short_help="Measure a tuned model on rows of one's own.")(evaluate)

@@ -34,7 +34,7 @@ from spectune.training.train import pad_token_id
 VALID_SHARE = 0.1
 GENERATE_ROWS = 64
 #: settings that no result depends on, and those that differ between the runs of a comparison
-NOT_SHARED = {"output_dir", "resume", "learning_rate", "logging_steps", "report_to"}
+NOT_SHARED = {"output_dir", "resume", "learning_rate", "logging_steps", "report_to", "memory_check"}
 
 
 def compare(
@@ -86,6 +86,8 @@ def compare(
     Raises:
         ConfigError, DataError: bad settings or data, or a folder to go on in whose runs had other settings, data or
             base; before anything is trained.
+        DoesNotFitError: the plan says that no method fits into memory; before anything is trained. Where some fit,
+            those that do not are among the failed runs.
         InterruptedRun: Ctrl-C or SIGTERM; `resume` goes on from there.
 
     A run that fails stays in the result with its reason, and the others go on.

@@ -25,6 +25,9 @@ from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, passag
 from spectune.storage import atomic_write_text
 from spectune.storage.strict_json import strict_json
 from spectune.training import RunResult, TrainingConfig, train
+from spectune.training.distribution import World
+from spectune.training.memory import check_memory, predict_memory
+from spectune.training.prepare import prepare
 
 #: a run on fewer rows is validated at so many points, and the best one counts
 CURVE_VALIDATIONS = 5
@@ -70,6 +73,15 @@ class Job:
 
     def __post_init__(self) -> None:
         self.search_valid = subset(self.valid, SEARCH_ROWS, self.config.seed)
+
+    def check_memory(self, arm: Arm) -> None:
+        """Raise DoesNotFitError where the plan says that an arm's longest batch does not fit."""
+        config = self.config.model_copy(update={"learning_rate": arm.method.default_learning_rate})
+        with self._attached(arm, self.config.seed) as delta:
+            base = delta.base_fingerprint
+            prepared = prepare(self.model, self.tokenizer, arm.method, self.train, self.valid, config, base)
+            predicted = predict_memory(self.model, delta, prepared, config, World())
+            check_memory(predicted, self.model, delta, config.memory_check)
 
     # -- search ---------------------------------------------------------------------------------------------------
 

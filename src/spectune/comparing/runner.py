@@ -42,10 +42,12 @@ class Runner:
         """All arms, one after another; what fails is noted in its folder, and the rest goes on.
 
         Raises:
+            DoesNotFitError: the plan says that no arm fits into memory.
             InterruptedRun: Ctrl-C or SIGTERM.
         """
+        left = self._fitting()
         self._announce()
-        for arm in self.arms:
+        for arm in left:
             try:
                 rate = self.schedule.learning_rate or self._search(arm)
                 self._final_runs(arm, rate)
@@ -80,6 +82,26 @@ class Runner:
             label = self.arms[0].method.label
             self._say(f"at least {duration(left)}, by two steps of {label}; evaluation and measuring come on top")
 
+    def _fitting(self) -> list[Arm]:
+        """The arms that the plan lets begin; the others have failed."""
+        left: list[Arm] = []
+        for arm in self.arms:
+            folder = self.job.folder / "search" / arm.name
+            (folder / FAILED).unlink(missing_ok=True)
+            try:
+                self.job.check_memory(arm)
+            except DoesNotFitError as error:
+                self._failed(folder, arm, None, None, str(error))
+                self.budget.drop(arm.name)
+                reason = error
+            except SpectuneError:
+                left.append(arm)  # its own runs say what is wrong with it
+            else:
+                left.append(arm)
+        if not left:
+            raise reason
+        return left
+
     def _all_there(self) -> bool:
         """Whether an earlier call has made all final runs: then there is no time to tell."""
         folders = [self.job.folder / "runs" / arm.name for arm in self.arms]
@@ -88,7 +110,6 @@ class Runner:
     def _search(self, arm: Arm) -> float:
         """The best rate of an arm; what was tried goes to its search.json."""
         folder = self.job.folder / "search" / arm.name
-        (folder / FAILED).unlink(missing_ok=True)
         method, schedule = arm.method, self.schedule
         bounds, source = method.learning_rate_range, method.learning_rate_range_source
         if schedule.preset.from_default is not None:

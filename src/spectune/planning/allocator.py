@@ -18,13 +18,15 @@ OWN_SEGMENT = 10 * MIB
 OWN_STEP = 2 * MIB
 
 
-class _Block:
+class Block:
+    """A part of a segment, neighbours linked."""
+
     __slots__ = ("after", "before", "free", "place", "pool", "size")
 
     def __init__(self, place: int, size: int, pool: list[tuple[int, int]]) -> None:
         self.place, self.size, self.pool = place, size, pool
-        self.before: _Block | None = None
-        self.after: _Block | None = None
+        self.before: Block | None = None
+        self.after: Block | None = None
         self.free = False
 
 
@@ -34,14 +36,14 @@ class CachingAllocator:
     def __init__(self) -> None:
         self.allocated = self.reserved = self.peak_allocated = 0
         self._pools: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-        self._free: dict[int, _Block] = {}
+        self._free: dict[int, Block] = {}
         self._end = 0
 
     def reset(self) -> None:
         """Start the peak anew, from what is allocated now."""
         self.peak_allocated = self.allocated
 
-    def take(self, size: int) -> _Block:
+    def take(self, size: int) -> Block:
         """Memory for a tensor of `size` bytes."""
         size = max(ROUND, -(-size // ROUND) * ROUND)
         small = size <= SMALL
@@ -54,12 +56,12 @@ class CachingAllocator:
             segment = (
                 SMALL_SEGMENT if small else LARGE_SEGMENT if size < OWN_SEGMENT else -(-size // OWN_STEP) * OWN_STEP
             )
-            block = _Block(self._end, segment, pool)
+            block = Block(self._end, segment, pool)
             self._end += segment + ROUND  # never merged with the next segment
             self.reserved += segment
         left = block.size - size
         if left >= ROUND if small else left > SMALL:
-            rest = _Block(block.place + size, left, pool)
+            rest = Block(block.place + size, left, pool)
             rest.before, rest.after = block, block.after
             if rest.after is not None:
                 rest.after.before = rest
@@ -69,7 +71,7 @@ class CachingAllocator:
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
 
-    def give(self, block: _Block) -> None:
+    def give(self, block: Block) -> None:
         """The tensor is gone."""
         self.allocated -= block.size
         for other in (block.before, block.after):
@@ -77,7 +79,7 @@ class CachingAllocator:
                 self._merge(block, other)
         self._put(block)
 
-    def _merge(self, block: _Block, other: _Block) -> None:
+    def _merge(self, block: Block, other: Block) -> None:
         other.pool.pop(bisect_left(other.pool, (other.size, other.place)))
         del self._free[other.place]
         if other is block.before:
@@ -90,7 +92,7 @@ class CachingAllocator:
                 block.after.before = block
         block.size += other.size
 
-    def _put(self, block: _Block) -> None:
+    def _put(self, block: Block) -> None:
         block.free = True
         self._free[block.place] = block
         insort(block.pool, (block.size, block.place))

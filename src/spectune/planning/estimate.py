@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spectune.errors import ConfigError
+from spectune.planning.recorder import Shape
 
 TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 #: what a process holds of a CUDA device beside torch's allocator: the driver's context, kernels, handles
@@ -64,7 +65,7 @@ class Estimate:
         context: what the process takes of a CUDA device beside that; in none of the other figures.
         validation: peak of tensors of a validation batch; None where it was not asked for.
         moments: forward, loss (both ways), backward, optimizer.
-        source: "trace": some layers of the model's own code were recorded without weights, and one of them repeated;
+        source: "trace": a few layers of each kind were recorded, of the model's own code without weights, and repeated;
             "full trace": all layers were, as they differ.
     """
 
@@ -91,6 +92,7 @@ class Estimate:
     source: str
     #: peaks of tensors in training and validation for another batch and length, quick
     _peaks: Callable[[int, int], tuple[int, int]] = field(repr=False, compare=False)
+    _first_steps: Callable[[Sequence[Sequence[Shape]]], tuple[int, int]] = field(repr=False, compare=False)
     #: tokens of a row that the base has positions for, less virtual ones
     _room: int | None = field(default=None, repr=False, compare=False)
 
@@ -131,6 +133,15 @@ class Estimate:
         cut = f"At the peak ({moment.name}) the largest term is {term}: {shown(moment.terms[term])}."
         return " ".join([cut, *self._what_helps(term, bytes_of(memory))])
 
+    def most(self, memory: int | str) -> str:
+        """The largest batch and the largest length that fit, in a sentence, by the settings' names."""
+        rows, tokens = self.largest_batch(memory), self.largest_length(memory)
+        parts = [f"{rows} rows of {self.length} tokens (per_device_train_batch_size={rows})"] if rows else []
+        parts += [f"{tokens} tokens in {self.batch} rows (max_length={tokens})"] if tokens else []
+        if not parts:
+            return f"Neither one row of {self.length} tokens nor {self.batch} rows of 2 tokens fit."
+        return f"The most that fits: {', or '.join(parts)}."
+
     def memory(self) -> dict[str, int]:
         """Terms and peaks: what a result stores beside what was measured."""
         return {
@@ -138,6 +149,12 @@ class Estimate:
             "peak_allocated": self.peak_allocated,
             "peak_reserved": self.peak_reserved,
         }
+
+    def of_first_steps(self, steps: Sequence[Sequence[Shape]]) -> Estimate:
+        """The same with the peaks of a run's first steps, each of some batches: what a run measures of itself. The
+        optimizer's states are not there before the end of the first, which holds the longest batch."""
+        allocated, reserved = self._first_steps(steps)
+        return replace(self, peak_allocated=allocated, peak_reserved=reserved)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

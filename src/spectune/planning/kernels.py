@@ -9,7 +9,9 @@ transformers/cuda/{sdp_utils.cpp,attention.cu,attention_backward.cu}, cudnn/MHA.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,19 +23,15 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager
-def kernels_of(device_type: str, *, cudnn_first: bool = True) -> Iterator[None]:
+def kernels_of(device_type: str) -> Iterator[None]:
     """Inside, attention and dropout on meta tensors keep what the kernels of "cuda" or "cpu" would. Tensors of any
-    other device go where they always go.
-
-    Args:
-        cudnn_first: CUDA: cuDNN's attention is tried before the others (torch does so on Hopper and Blackwell).
-    """
+    other device go where they always go."""
     attention, dropout = F.scaled_dot_product_attention, F.dropout
 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if query.device.type != "meta":
             return attention(query, *args, **kwargs)
-        return _attend(device_type, cudnn_first, query, *args, **kwargs)
+        return _attend(device_type, query, *args, **kwargs)
 
     def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         fused = device_type == "cuda" and training and 0 < p < 1 and input.device.type == "meta"
@@ -51,7 +49,6 @@ def kernels_of(device_type: str, *, cudnn_first: bool = True) -> Iterator[None]:
 
 def _attend(
     device_type: str,
-    cudnn_first: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -61,7 +58,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p, cudnn_first=cudnn_first)
+    kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p)
     if kernel == "math":
         found: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -77,14 +74,7 @@ def _attend(
 
 
 def kernel_for(
-    device_type: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    *,
-    cudnn_first: bool = True,
+    device_type: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0
 ) -> str:
     """The kernel that torch takes: "cudnn", "flash", "efficient", "cpu-flash" or "math"."""
     dims = {query.shape[-1], value.shape[-1]}
@@ -93,7 +83,7 @@ def kernel_for(
     if device_type != "cuda":
         return "math"
     half = query.dtype in HALF
-    if cudnn_first and half and max(dims) <= 128 and all(d % 8 == 0 for d in dims):
+    if half and max(dims) <= cudnn_head_limit() and all(dim % 8 == 0 for dim in dims):
         return "cudnn"
     if half and mask is None and len(dims) == 1 and max(dims) <= 256:
         return "flash"
@@ -101,14 +91,33 @@ def kernel_for(
     return "efficient" if same_heads and query.dtype in (*HALF, torch.float32) else "math"
 
 
+@functools.cache
+def cudnn_head_limit() -> int:
+    """The widest head that goes to cuDNN, which torch tries first on Hopper and Blackwell; 0 where it does not. Of this
+    machine's CUDA device, or of a Hopper where there is none."""
+    if os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED"):
+        return 0
+    if not torch.cuda.is_available():
+        return 256
+    major, minor = torch.cuda.get_device_capability()
+    if minor or (torch.backends.cudnn.version() or 0) <= 91500:  # type: ignore[no-untyped-call]
+        return 0
+    return {9: 256, 10: 128}.get(major, 0)
+
+
 class _Fused(torch.autograd.Function):
     """The memory of a fused kernel: output and the sums of exponentials (float32, one a row and head) are kept beside
-    the inputs; backward takes float32 room for the gradient of the queries, as its blocks are added up there."""
+    the inputs; backward takes float32 room for the gradient of the queries, as its blocks are added up there. Output
+    and gradients lie in memory as the inputs do (efficient attention's tokens first), which decides whether they are
+    copied afterwards."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str) -> Tensor:
         batch, heads, length, _ = query.shape
-        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        if kernel == "efficient" or value.shape[-1] != query.shape[-1]:
+            out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        else:
+            out = torch.empty_like(query)
         rows = -(-length // 32) * 32 if kernel == "efficient" else length
         sums = query.new_empty(batch, heads, rows, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, out, sums)
@@ -120,17 +129,11 @@ class _Fused(torch.autograd.Function):
         query, key, value = ctx.saved_tensors[:3]
         scratch = []
         if ctx.kernel != "cpu-flash":
-            length = -(-query.shape[2] // 128) * 128
-            shape = (*query.shape[:2], length)
+            shape = (*query.shape[:2], -(-query.shape[2] // 128) * 128)
             scratch = [query.new_empty(*shape, query.shape[3], dtype=torch.float32)]
             scratch.append(query.new_empty(shape, dtype=torch.float32))
         if ctx.kernel == "flash" and key.shape[1] != query.shape[1]:  # gradients of each query's head, summed after
             scratch += [t.new_empty(t.shape[0], query.shape[1], *t.shape[2:]) for t in (key, value)]
-        grads = [_like(t) for t in (query, key, value)]
+        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         del scratch
         return (*grads, None, None)
-
-
-def _like(tensor: Tensor) -> Tensor:
-    batch, heads, length, dim = tensor.shape
-    return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)

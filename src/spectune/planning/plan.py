@@ -15,6 +15,7 @@ from spectune.methods import method_from_name
 from spectune.planning.estimate import CUDA_CONTEXT, TERMS, Estimate
 from spectune.planning.planner import Planner
 from spectune.planning.recorder import Shape
+from spectune.planning.step import FEW
 from spectune.storage.bases import load_config
 from spectune.storage.devices import resolve_dtype
 
@@ -64,10 +65,11 @@ def plan(
     if isinstance(described, PreTrainedModel) and dtype is None:
         dtype = described.dtype
     kind = resolve_dtype("auto" if dtype is None else dtype, place, getattr(config, "dtype", None))
-    room = _room(config, method)
+    context = context_of(config)
+    room = None if context is None else context - method.virtual_tokens
     if room is not None and length > room:
-        extra = f" and {method.virtual_tokens} virtual ones" if method.virtual_tokens else ""
-        raise ConfigError(f"length = {length}{extra}: this base has {room + method.virtual_tokens} positions")
+        extra = f" and {method.virtual_tokens} virtual ones of {method.label}" if method.virtual_tokens else ""
+        raise ConfigError(f"{length} tokens{extra}, but this base has {context} positions: at most {room} tokens")
     planner = Planner(
         described, method, kind, place.type,
         checkpointing=gradient_checkpointing, accumulating=gradient_accumulation_steps > 1,
@@ -100,7 +102,7 @@ def plan(
         dtype=str(kind).removeprefix("torch."),
         device=place.type,
         gradient_checkpointing=gradient_checkpointing,
-        trainable_parameters=sum(count for count, _ in built.trained),
+        trainable_parameters=sum(parameter.numel() for parameter in built.trained),
         total_parameters=built.family.num_parameters,
         **{term: step.largest[term] for term in TERMS},
         peak_allocated=step.peak_allocated,
@@ -108,8 +110,9 @@ def plan(
         context=CUDA_CONTEXT if place.type == "cuda" else 0,
         validation=validation,
         moments=step.moments,
-        source="trace" if planner.short else "full trace",
+        source="trace" if planner.repeats or built.depth <= FEW else "full trace",
         _peaks=peaks,
+        _first_steps=planner.first_steps,
         _room=room,
     )
 
@@ -121,7 +124,7 @@ def _name(base: str | Path | PretrainedConfig | PreTrainedModel) -> str:
     return str(getattr(config, "_name_or_path", "") or config.model_type)
 
 
-def _room(config: Any, method: Method) -> int | None:
-    """Tokens of a row that the base has positions for, virtual ones taken off; None where there is no limit."""
+def context_of(config: Any) -> int | None:
+    """Positions of a base with this config; None where there is no limit."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if context is None else int(context) - method.virtual_tokens
+    return None if context is None else int(context)

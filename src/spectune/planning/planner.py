@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -10,10 +10,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.deltas import Method
-from spectune.planning.allocator import CachingAllocator
+from spectune.planning.allocator import Block, CachingAllocator
 from spectune.planning.estimate import TERMS, Moment
 from spectune.planning.recorder import Record, Shape
-from spectune.planning.step import FEW, Skeleton, record_step, record_validation, skeleton
+from spectune.planning.step import Skeleton, record_step, record_validation, skeleton
 from spectune.planning.timeline import NotAlikeError, deepened
 
 #: of cuBLAS, one for each thread that multiplies: forward's and backward's (aten/src/ATen/cuda/CublasHandlePool.cpp)
@@ -50,38 +50,53 @@ class Planner:
         self.accumulating = accumulating
         self._longest = 0
         self.built: Skeleton
-        self.short: bool
+        #: which of the layers that run stand for how many others; empty where all run
+        self.repeats: list[tuple[int, int]]
 
     def step(self, shape: Shape) -> Step:
-        """The memory of a training step, played by the rules of CUDA's allocator where that is the device."""
-        return self._sums(shape).step(self.device_type)
+        """The memory of a training step while the optimizer's states are there."""
+        first = self._record(shape)
+        records = [first, self._record(shape, accumulating=True)] if self.accumulating else [first]
+        stays = _Stays(self.built, self.device_type)
+        moments = stays.moments(records[-1], accumulating=self.accumulating)
+        largest = {term: max(moment.terms[term] for moment in moments) for term in TERMS}
+        allocated, reserved = stays.peaks([records, records])
+        return Step(tuple(moments), largest, allocated, reserved)
+
+    def first_steps(self, steps: Sequence[Sequence[Shape]]) -> tuple[int, int]:
+        """Peaks, allocated and reserved, of a run's first steps of one or more batches each. The optimizer's states are
+        made at the end of the first."""
+        found: dict[tuple[Shape, bool], Record] = {}
+        for step in steps:
+            for number, shape in enumerate(step):
+                if (shape, number > 0) not in found:
+                    found[shape, number > 0] = self._record(shape, accumulating=number > 0)
+        records = [[found[shape, number > 0] for number, shape in enumerate(step)] for step in steps]
+        return _Stays(self.built, self.device_type).peaks(records)
 
     def peak(self, shape: Shape) -> int:
         """The peak of a step's tensors in bytes, not rounded: quick."""
-        return self._sums(shape).peak()
+        record = self._record(shape, accumulating=self.accumulating)
+        return max(
+            m.total for m in _Stays(self.built, self.device_type).moments(record, accumulating=self.accumulating)
+        )
 
     def validation(self, shape: Shape) -> int:
         """Bytes of tensors at the peak of a validation batch, weights and the optimizer's states among them."""
         record = self._record(shape, training=False)
-        sums = _Sums(self.built, record, self.device_type)
-        return sums.fixed_bytes + max(_live(record))
+        return sum(_Stays(self.built, self.device_type).terms.values()) + max(_live(record))
 
-    def _sums(self, shape: Shape) -> _Sums:
-        record = self._record(shape, training=True)
-        return _Sums(self.built, record, self.device_type, accumulating=self.accumulating)
-
-    def _record(self, shape: Shape, *, training: bool) -> Record:
+    def _record(self, shape: Shape, *, training: bool = True, accumulating: bool = False) -> Record:
         self._build(shape.length)
-        if self.short:
-            try:
-                return deepened(self._run(shape, training), self.built.depth - FEW)
-            except NotAlikeError:
-                self._build(shape.length, whole=True)
-        return self._run(shape, training)
+        try:
+            return deepened(self._run(shape, training, accumulating), self.repeats)
+        except NotAlikeError:
+            self._build(shape.length, whole=True)
+            return self._run(shape, training, accumulating)
 
-    def _run(self, shape: Shape, training: bool) -> Record:
+    def _run(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         if training:
-            return record_step(self.built, shape, self.device_type, accumulating=self.accumulating)
+            return record_step(self.built, shape, self.device_type, accumulating=accumulating)
         return record_validation(self.built, shape, self.device_type)
 
     def _build(self, length: int, *, whole: bool = False) -> None:
@@ -91,74 +106,77 @@ class Planner:
         base, method, dtype, checkpointing = self.settings
         self.built = skeleton(base, method, dtype, length, checkpointing)
         self._longest = 2**62 if whole else length
-        self.short = not whole and self.built.shorten()
+        self.repeats = [] if whole else self.built.shorten()
 
 
-class _Sums:
-    """Adds what stays in memory to what a record says of a step."""
+class _Stays:
+    """What is in memory whatever a step does, and sums of it with what records say of steps."""
 
-    def __init__(self, built: Skeleton, record: Record, device_type: str, *, accumulating: bool = False) -> None:
-        self.record = record
+    def __init__(self, built: Skeleton, device_type: str) -> None:
+        self.cuda = device_type == "cuda"
         self.weights = [*built.weights, *built.delta_weights]
-        # float32 masters of weights of lower precision; two moments and the number of steps of each trained weight
-        self.masters = [FLOAT * count for count, size in built.trained if size != FLOAT]
-        self.states = [FLOAT * count for count, _ in built.trained for _ in range(2)] + [FLOAT for _ in built.trained]
-        #: gradients that were there before, where they are added up over batches
-        self.gradients = [count * size for count, size in built.trained] if accumulating else []
-        self.workspace = _cublas() if device_type == "cuda" else 0
-        self.fixed = {
+        # float32 masters of weights of lower precision, and copies of their gradients while the optimizer steps
+        self.masters = [FLOAT * p.numel() for p in built.trained if p.element_size() != FLOAT]
+        # the number of steps and two moments of each trained weight, in the order in which they are made
+        matrices_first = sorted(built.trained, key=lambda p: p.dim() <= 1)
+        self.states = [size for p in matrices_first for size in (FLOAT, FLOAT * p.numel(), FLOAT * p.numel())]
+        self.gradients = sum(p.numel() * p.element_size() for p in built.trained)
+        self.workspace = _cublas() if self.cuda else 0
+        self.terms = {
             "weights": sum(self.weights),
             "optimizer": sum(self.masters) + sum(self.states),
-            "gradients": sum(self.gradients),
             "workspace": 2 * self.workspace,
         }
-        self.fixed_bytes = sum(self.fixed.values())
 
-    def peak(self) -> int:
-        return self.fixed_bytes + max(max(_live(self.record)), self._at_the_end() + sum(self.masters))
-
-    def step(self, device_type: str) -> Step:
-        moments = self._moments()
-        largest = {term: max(moment.terms[term] for moment in moments) for term in TERMS}
-        peak = max(moment.total for moment in moments)
-        allocated, reserved = self._played() if device_type == "cuda" else (peak, peak)
-        return Step(tuple(moments), largest, allocated, reserved)
-
-    def _moments(self) -> list[Moment]:
-        record, live = self.record, _live(self.record)
+    def moments(self, record: Record, *, accumulating: bool) -> list[Moment]:
+        """The parts of a step; `accumulating`: the record is of a batch that finds gradients there."""
+        live = _live(record)
         head = dict(record.marks).get("head", len(record.events))
         backward = _begin_of_backward(record)
+        there = {"gradients": self.gradients} if accumulating else {}
         cuts = (("forward", 0, head), ("loss", head, backward), ("backward", backward, len(record.events)))
         found = []
         for name, begin, end in cuts:
             at = max(range(begin, end + 1), key=live.__getitem__)
-            found.append(Moment(name, self._terms(_by_label(record, at))))
+            found.append(self._moment(name, _by_label(record, at), there))
         # in the optimizer nothing but gradients is left; those of the masters are float32 copies, all made at once
-        left = {"gradients": self._at_the_end() + sum(self.masters)}
-        return [*found, Moment("optimizer", self._terms(left))]
+        left = _by_label(record, len(record.events)).get("gradients", 0)
+        return [*found, self._moment("optimizer", {"gradients": left + sum(self.masters)}, there)]
 
-    def _terms(self, live: dict[str, int]) -> dict[str, int]:
-        return {term: self.fixed.get(term, 0) + live.get(term, 0) for term in TERMS}
+    def _moment(self, name: str, *parts: Mapping[str, int]) -> Moment:
+        return Moment(name, {term: sum(part.get(term, 0) for part in (self.terms, *parts)) for term in TERMS})
 
-    def _at_the_end(self) -> int:
-        return _by_label(self.record, len(self.record.events)).get("gradients", 0)
+    def peaks(self, steps: Sequence[Sequence[Record]]) -> tuple[int, int]:
+        """Allocated and reserved of some steps, one record a batch; the optimizer's states are made in the first."""
+        if self.cuda:
+            return self._played(steps)
+        peak, states = 0, 0
+        for records in steps:
+            stays = self.terms["weights"] + sum(self.masters) + states
+            for number, record in enumerate(records):
+                peak = max(peak, stays + (self.gradients if number else 0) + max(_live(record)))
+            states = sum(self.states)
+            left = _by_label(records[0], len(records[0].events)).get("gradients", 0)
+            peak = max(peak, self.terms["weights"] + 2 * sum(self.masters) + states + left)
+        return peak, peak
 
-    def _played(self) -> tuple[int, int]:
-        """Peaks of two steps, allocated and reserved, by the allocator's rules; the first one makes the moments."""
-        record, allocator = self.record, CachingAllocator()
-        for size in (*self.weights, *self.masters, *self.gradients):
+    def _played(self, steps: Sequence[Sequence[Record]]) -> tuple[int, int]:
+        """The same by the rules of CUDA's allocator."""
+        allocator = CachingAllocator()
+        for size in (*self.weights, *self.masters):
             allocator.take(size)
-        first_product = record.marks[0][1] if record.marks else 0
-        products = {first_product, _begin_of_backward(record)} if self.workspace else set()
-        for number in range(2):
-            blocks = {}
-            for index, event in enumerate(record.events):
-                if number == 0 and index in products:
-                    allocator.take(self.workspace)
-                if event >= 0:
-                    blocks[event] = allocator.take(record.sizes[event])
-                else:
-                    allocator.give(blocks.pop(~event))
+        for number, records in enumerate(steps):
+            blocks: dict[tuple[int, int], Block] = {}
+            for batch, record in enumerate(records):
+                # each of the two threads that multiply takes cuBLAS's workspace when it first does
+                products = {record.marks[0][1], _begin_of_backward(record)} if number == batch == 0 else set()
+                for index, event in enumerate(record.events):
+                    if index in products:
+                        allocator.take(self.workspace)
+                    if event >= 0:
+                        blocks[batch, event] = allocator.take(record.sizes[event])
+                    else:
+                        allocator.give(blocks.pop((batch, ~event)))
             copies = [allocator.take(size) for size in self.masters]
             if number == 0:
                 for size in self.states:

@@ -23,9 +23,10 @@ from spectune.families import Family
 from spectune.planning.kernels import kernels_of
 from spectune.planning.recorder import Record, Recorder, Shape
 
-#: layers that run: the first and the last may differ from the rest, and what two equal neighbours do shows what a layer
-#: does to its neighbour's tensors
+#: layers of a kind that run, and which of them stands for the rest: the first and the last of a model may differ, and
+#: it takes equal neighbours to see what a layer does to its neighbours' tensors
 FEW = 4
+REPEATED = 2
 
 
 @dataclass
@@ -37,25 +38,40 @@ class Skeleton:
     depth: int
     #: bytes of each tensor of the base that stays (parameters, buffers), tied ones once
     weights: list[int]
-    #: weights that are trained: number of entries, and bytes of one
-    trained: list[tuple[int, int]]
+    #: weights that are trained, on the meta device
+    trained: list[nn.Parameter]
     #: bytes of the delta's own weights (empty where the base itself is trained)
     delta_weights: list[int]
-    alike: bool
+    #: numbers of the layers of each kind, in the order of their first ones
+    kinds: list[list[int]]
 
     @property
     def family(self) -> Family:
         return self.delta.family
 
-    def shorten(self) -> bool:
-        """Cut the model to a few layers where all are alike; returns whether it was cut."""
-        if not self.alike or self.depth <= FEW:
-            return False
+    def shorten(self) -> list[tuple[int, int]]:
+        """Cut the model to a few layers of each kind. Returns which of those stand for others, and for how many: none
+        where all layers are left."""
+        if not self.kinds or all(len(kind) <= FEW for kind in self.kinds):
+            return []
+        kept: list[int] = []
+        repeats = []
+        for kind in self.kinds:
+            if len(kind) > FEW:
+                repeats.append((len(kept) + REPEATED, len(kind) - FEW))
+            kept += kind[:FEW]
         path = self.family.layers[0].path.rpartition(".")[0]
         stack = self.model.get_submodule(path)
         assert isinstance(stack, nn.ModuleList)
-        del stack[FEW:]
-        return True
+        layers = [stack[number] for number in kept]
+        del stack[len(kept) :]
+        for index, layer in enumerate(layers):
+            stack[index] = layer
+        text: Any = self.model.config.get_text_config()
+        for name, value in vars(text).items():  # what a config says of each layer
+            if isinstance(value, list) and len(value) == self.depth:
+                setattr(text, name, [value[number] for number in kept])
+        return repeats
 
 
 def skeleton(
@@ -75,12 +91,14 @@ def skeleton(
     with torch.device("meta"):
         delta = place(model, method, "plan", fill=lambda _: None)
     own = [] if method.trains_base else [p.numel() * p.element_size() for p in delta.parameters()]
-    trained = [(p.numel(), p.element_size()) for p in delta.parameters()]
+    trained = list(delta.parameters())
     if checkpointing:
         switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         switch({"use_reentrant": False})
+        if getattr(model, "_require_grads_hook", None) is not None:  # as training does
+            model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     family = delta.family
-    return Skeleton(model, delta, len(family.layers), weights, trained, own, _alike(model, family, longest))
+    return Skeleton(model, delta, len(family.layers), weights, trained, own, _kinds(model, delta, longest))
 
 
 def record_step(built: Skeleton, shape: Shape, device_type: str, *, accumulating: bool = False) -> Record:
@@ -201,15 +219,20 @@ def _bytes(model: nn.Module) -> list[int]:
     return list(storages.values())
 
 
-def _alike(model: nn.Module, family: Family, longest: int) -> bool:
-    """Whether all layers hold the same modules and weights, deltas' included, and see as far back."""
+def _kinds(model: PreTrainedModel, delta: Delta, longest: int) -> list[list[int]]:
+    """Numbers of the layers that hold the same modules and weights, deltas' included, and see as far back. Empty where
+    only some layers have something to train: then it counts which stand above them."""
+    family = delta.family
     window = family.sliding_window
-    kinds = getattr(model.config.get_text_config(), "layer_types", None)  # type: ignore[union-attr,operator]
-    signs = set()
-    for index, layer in enumerate(family.layers):
+    told = getattr(model.config.get_text_config(), "layer_types", None)
+    trained = {id(parameter) for parameter in delta.parameters()}
+    found: dict[object, list[int]] = {}
+    trains = set()
+    for number, layer in enumerate(family.layers):
         module = model.get_submodule(layer.path)
-        parts = tuple((n, type(m).__name__) for n, m in module.named_modules())
-        sizes = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
-        kind = kinds[index] if kinds is not None and (window is None or longest > window) else None
-        signs.add((parts, sizes, kind))
-    return len(signs) == 1
+        parts = tuple((name, type(part).__name__) for name, part in module.named_modules())
+        sizes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
+        kind = told[number] if told is not None and (window is None or longest > window) else None
+        found.setdefault((parts, sizes, kind), []).append(number)
+        trains.add(any(id(parameter) in trained for parameter in module.parameters()))
+    return list(found.values()) if len(trains) == 1 else []

@@ -1,45 +1,50 @@
-"""A step at full depth, made of the recorded few layers by repeating one of them."""
+"""A step at full depth, made of the recorded few layers by repeating some of them."""
 
 from __future__ import annotations
 
-from spectune.planning.recorder import Record
+from collections.abc import Sequence
 
-#: the layer that is repeated, of the few that were recorded; it and both its neighbours must do the same
-REPEATED = 2
+from spectune.planning.recorder import Record
 
 
 class NotAlikeError(Exception):
     """Neighbouring layers did not make the same tensors, so that one cannot stand for the others."""
 
 
-def deepened(record: Record, copies: int) -> Record:
-    """The step with layer `REPEATED` run `copies` more times, between itself and the layer above it.
+def deepened(record: Record, repeats: Sequence[tuple[int, int]]) -> Record:
+    """The step with some layers run several times more.
+
+    Args:
+        repeats: a recorded layer's number, whose neighbours on both sides are of its kind, and how many copies of it
+            stand between it and the layer above.
 
     What a copy makes, frees of its own and frees of its neighbours' is what the recorded layer does; what all layers
     share is freed by the last that frees it.
 
     Raises:
-        NotAlikeError: the layer's neighbours made other tensors than it did.
+        NotAlikeError: a layer's neighbours made other tensors than it did.
     """
-    if copies <= 0:
+    if not repeats:
         return record
     parts = _parts(record)
-    born = {name: [event for event in part if event >= 0] for name, part in parts.items()}
     deeper = _Deeper(record)
-    r = REPEATED
-    for kind in ("F", "B"):
-        if f"{kind}{r}" in parts:
-            deeper.name_copies(born[f"{kind}{r - 1}"], born[f"{kind}{r}"], born[f"{kind}{r + 1}"], copies)
-    deeper.play(record.events[: record.marks[0][1]], None)
+    for layer, copies in repeats:
+        for kind in ("F", "B"):
+            if f"{kind}{layer}" in parts:
+                below, own, above = (_made(parts[f"{kind}{number}"]) for number in (layer - 1, layer, layer + 1))
+                deeper.name_copies(layer, copies, below, own, above)
+    copies_of = dict(repeats)
+    deeper.play(record.events[: record.marks[0][1]], -1)
     for name, _ in record.marks:
         deeper.record.marks.append((name, len(deeper.record.events)))
-        if name in (f"F{r}", f"B{r}"):
-            order = range(copies + 1) if name[0] == "F" else range(copies, -1, -1)
+        # what comes after the last layer sees what that leaves
+        layer = len(record.marks) if name == "head" else int(name[1:])
+        if layer in copies_of:
+            order = range(copies_of[layer] + 1) if name[0] == "F" else range(copies_of[layer], -1, -1)
             for copy in order:
-                deeper.play(parts[name], copy, last=copy == order[-1])
+                deeper.play(parts[name], layer, copy, last=copy == order[-1])
         else:
-            above = name in (f"F{r + 1}", f"B{r + 1}", "head")
-            deeper.play(parts[name], copies + 1 if above else None)
+            deeper.play(parts[name], layer)
     return deeper.record
 
 
@@ -49,39 +54,51 @@ def _parts(record: Record) -> dict[str, list[int]]:
     return {name: record.events[at:end] for (name, at), end in zip(record.marks, ends, strict=True)}
 
 
+def _made(events: list[int]) -> list[int]:
+    return [event for event in events if event >= 0]
+
+
 class _Deeper:
-    """The longer record while it is made. `names[copy, number]`: which tensor a recorded number stands for when the
-    repeated layer's events are played as its `copy`-th copy; 0 is the layer itself."""
+    """The longer record while it is made."""
 
     def __init__(self, record: Record) -> None:
         self.record = Record(list(record.sizes), list(record.labels))
-        self.names: dict[tuple[int, int], int] = {}
+        #: (layer, copy) -> recorded number -> number: what a tensor is when that layer's events are played as that copy
+        self._names: dict[tuple[int, int], dict[int, int]] = {}
+        #: layer -> recorded number -> number, seen from the layers above, whose neighbour is the last copy
+        self._last: dict[int, dict[int, int]] = {}
         self._alive: set[int] = set()
 
-    def name_copies(self, below: list[int], own: list[int], above: list[int], copies: int) -> None:
-        sizes, labels, names = self.record.sizes, self.record.labels, self.names
+    def name_copies(self, layer: int, copies: int, below: list[int], own: list[int], above: list[int]) -> None:
+        sizes, labels = self.record.sizes, self.record.labels
         made = [[sizes[number] for number in part] for part in (below, own, above)]
         if made[0] != made[1] or made[1] != made[2]:
             raise NotAlikeError
+        names = [self._names.setdefault((layer, copy), {}) for copy in range(copies + 1)]
+        last = self._last.setdefault(layer, {})
         for lower, number, upper in zip(below, own, above, strict=True):
             chain = [lower, number]
             for _ in range(copies):
                 sizes.append(sizes[number])
                 labels.append(labels[number])
                 chain.append(len(sizes) - 1)
+            last[number] = chain[-1]
             chain.append(upper)
             for copy in range(copies + 1):
-                names[copy, lower], names[copy, number], names[copy, upper] = chain[copy : copy + 3]
-            names[copies + 1, number] = chain[-2]  # seen from the layer above, its neighbour is the last copy
+                names[copy][lower], names[copy][number], names[copy][upper] = chain[copy : copy + 3]
 
-    def play(self, events: list[int], copy: int | None, *, last: bool = True) -> None:
-        """Add events as a copy sees them."""
+    def play(self, events: list[int], layer: int, copy: int = -1, *, last: bool = True) -> None:
+        """Add a layer's events, as a copy sees them where it has copies."""
+        mine = self._names.get((layer, copy), {})
+        lower = [names for other, names in self._last.items() if other < layer]
         for event in events:
             number = event if event >= 0 else ~event
-            seen = number if copy is None else self.names.get((copy, number), number)
+            seen = mine.get(number)
+            if seen is None:
+                seen = next((names[number] for names in lower if number in names), number)
             if event >= 0:
                 self.record.events.append(seen)
                 self._alive.add(seen)
-            elif seen in self._alive and (last or copy is None or (copy, number) in self.names):
+            elif seen in self._alive and (last or number in mine):
                 self.record.events.append(~seen)
                 self._alive.remove(seen)

@@ -18,7 +18,12 @@ def recomputing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     if not wanted or _is_on(model):
         yield
         return
+    listens = getattr(model, "_require_grads_hook", None) is not None
     _method(model, "enable")({"use_reentrant": False})
+    if not listens and getattr(model, "_require_grads_hook", None) is not None:
+        # reentrant checkpoints need embeddings with gradients, these do not; and "disable" would leave the hook behind,
+        # so that every later run on this model kept more of its first layer
+        model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,9 +15,11 @@ from spectune.deltas import Delta
 from spectune.errors import DoesNotFitError, first_line
 from spectune.planning.estimate import Estimate, shown
 from spectune.planning.plan import plan
+from spectune.planning.recorder import Shape
 from spectune.planning.room import free_memory
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
+from spectune.training.loop import MEMORY_STEPS
 from spectune.training.prepare import Prepared
 
 log = logging.getLogger("spectune")
@@ -24,31 +27,37 @@ log = logging.getLogger("spectune")
 #: a run is refused where its tensors alone, with this margin for the prediction's error, are more than there is
 MARGIN = 1.03
 _KEPT = 8
-_estimates: dict[object, Estimate] = {}
+_predictions: dict[object, Predicted] = {}
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """`source`: "trace" or "full trace" as the estimate says, "none" where the base could not be described, None where
-    nobody asked."""
+    """What was said of a run before its first step.
 
-    estimate: Estimate | None
-    source: str | None
+    Attributes:
+        estimate: of its longest batch, with the optimizer's states: the most that the run takes.
+        memory: terms, and the peaks of the first steps, which are what is measured.
+        source: "trace" or "full trace" as the estimate says, "none" where the base could not be described, None where
+            nobody asked.
+    """
+
+    estimate: Estimate | None = None
+    memory: dict[str, int] = field(default_factory=dict)
+    source: str | None = None
 
 
 def predict_memory(
     model: PreTrainedModel, delta: Delta, prepared: Prepared, config: TrainingConfig, world: World
 ) -> Predicted:
-    """The plan of this run's longest batch, which is its first one, and of its validation. Never raises: what keeps
-    the planner from describing a base is logged, and keeps nobody from training it."""
+    """The plan of this run. Never raises: what keeps the planner from describing a base is logged, and keeps nobody
+    from training it."""
     if config.memory_check == "off":
-        return Predicted(None, None)
+        return Predicted()
     try:
-        estimate = _estimate(model, delta, prepared, config, world)
+        return _predicted(model, delta, prepared, config, world)
     except Exception as error:
         log.warning("the memory of this run is not predicted: %s: %s", type(error).__name__, first_line(error))
-        return Predicted(None, "none")
-    return Predicted(estimate, estimate.source)
+        return Predicted(source="none")
 
 
 def check_memory(predicted: Predicted, model: PreTrainedModel, delta: Delta, check: str) -> None:
@@ -69,47 +78,49 @@ def check_memory(predicted: Predicted, model: PreTrainedModel, delta: Delta, che
     memory = int(room / MARGIN) + estimate.context
     message = (
         f"{delta.method.label} with a batch of {estimate.batch} rows of {estimate.length} tokens is predicted to take "
-        f"{shown(least)} of memory, and {shown(room)} is free for it. {estimate.advice(memory)} The most that fits: "
-        f"{estimate.largest_batch(memory)} rows of {estimate.length} tokens (per_device_train_batch_size), or "
-        f"{estimate.largest_length(memory)} tokens in {estimate.batch} rows (max_length). memory_check=warn tries it "
-        "all the same."
+        f"{shown(least)} of memory, and {shown(room)} is free for it. {estimate.advice(memory)} "
+        f"{estimate.most(memory)} memory_check=warn tries it all the same."
     )
     if check == "refuse":
         raise DoesNotFitError(message)
     log.warning("%s", message)
 
 
-def _estimate(
+def _predicted(
     model: PreTrainedModel, delta: Delta, prepared: Prepared, config: TrainingConfig, world: World
-) -> Estimate:
-    first = _longest_batch(prepared.examples, config, world)
-    longest = max(prepared.valid, key=lambda example: len(example.input_ids), default=None)
-    asked = {
-        "batch": len(first),
-        "length": max(len(example.input_ids) for example in first),
+) -> Predicted:
+    steps = [[shape_of(batch) for batch in step] for step in _first_steps(prepared.examples, config, world)]
+    first = steps[0][0]
+    asked: dict[str, Any] = {
+        "batch": first.rows,
+        "length": first.length,
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "device": model.device.type,
-        "targets": max(example.target_tokens for example in first),
-        "all_targets": sum(example.target_tokens for example in first),
-        "padded": len({len(example.input_ids) for example in first}) > 1,
-        "eval_batch": None if longest is None else min(config.per_device_eval_batch_size, len(prepared.valid)),
-        "eval_length": None if longest is None else len(longest.input_ids),
-        "eval_targets": max((example.target_tokens for example in prepared.valid), default=None),
+        "targets": first.targets,
+        "all_targets": first.all_targets,
+        "padded": first.padded,
     }
+    if prepared.valid:
+        judged = shape_of(prepared.valid)
+        asked["eval_batch"] = min(config.per_device_eval_batch_size, judged.rows)
+        asked["eval_length"], asked["eval_targets"] = judged.length, judged.targets
     weights = sum(t.numel() * t.element_size() for t in model.parameters())
-    key = (type(model), model.config.to_json_string(), str(model.dtype), weights, delta.method, *asked.values())
-    if key not in _estimates:
-        # a search runs the same step at many rates
-        while len(_estimates) >= _KEPT:
-            del _estimates[next(iter(_estimates))]
+    key = (type(model), model.config.to_json_string(), str(model.dtype), weights, delta.method, repr((asked, steps)))
+    if key not in _predictions:
+        # a search runs the same steps at many rates
+        while len(_predictions) >= _KEPT:
+            del _predictions[next(iter(_predictions))]
         with torch.random.fork_rng(devices=[]):
-            _estimates[key] = plan(model, delta.method, **asked)  # type: ignore[arg-type]
-    return _estimates[key]
+            estimate = plan(model, delta.method, **asked)
+            memory = estimate.of_first_steps(steps).memory()
+        _predictions[key] = Predicted(estimate, memory, estimate.source)
+    return _predictions[key]
 
 
-def _longest_batch(examples: Sequence[Example], config: TrainingConfig, world: World) -> Sequence[Example]:
-    """The rows of the first batch of epoch 0 that this process runs: the batch that holds the longest row."""
+def _first_steps(examples: Sequence[Example], config: TrainingConfig, world: World) -> list[list[Sequence[Example]]]:
+    """The batches of the steps that are measured, as this process runs them; epoch 0 begins with the longest row. Of a
+    step's batches the first two: the others are no longer, and find gradients there as the second does."""
     lengths = [len(example.input_ids) for example in examples]
     size = config.per_device_train_batch_size * world.size
     steps = batches(
@@ -119,5 +130,15 @@ def _longest_batch(examples: Sequence[Example], config: TrainingConfig, world: W
         epoch=0,
         group_by_length=config.group_by_length,
     )
-    rows = by_length(steps[0], lengths, size)[0]
-    return [examples[row] for row in world.share(rows) or rows]
+    total = config.max_steps if config.max_steps > 0 else round(len(steps) * config.num_train_epochs)
+    steps = (steps * MEMORY_STEPS if len(steps) == 1 else steps)[: max(1, min(MEMORY_STEPS, total))]
+    return [
+        [[examples[row] for row in world.share(rows) or rows] for rows in by_length(step, lengths, size)[:2]]
+        for step in steps
+    ]
+
+
+def shape_of(rows: Sequence[Example]) -> Shape:
+    """Of a batch of these rows."""
+    lengths, targets = [len(row.input_ids) for row in rows], [row.target_tokens for row in rows]
+    return Shape(len(rows), max(lengths), max(targets), sum(targets), padded=min(lengths) < max(lengths))

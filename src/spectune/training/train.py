@@ -201,7 +201,7 @@ def _result(run: RunFolder, prepared: Prepared, predicted: Predicted, stopped: b
         / (progress.timed_seconds or progress.seconds),
         train_seconds=progress.seconds,
         peak_memory_bytes=progress.peak_memory_bytes,
-        predicted_memory_bytes={} if predicted.estimate is None else predicted.estimate.memory(),
+        predicted_memory_bytes=predicted.memory,
         memory_prediction_source=predicted.source,
         stopped_early=stopped,
         folder=None if config.output_dir is None else str(config.output_dir),
