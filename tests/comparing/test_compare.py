@@ -15,7 +15,7 @@ from rich.console import Console
 from spectune.comparing import Comparison
 from spectune.comparing import compare as compare_function
 from spectune.deltas import attached
-from spectune.errors import ConfigError, DataError, DivergedError, InterruptedRun
+from spectune.errors import ConfigError, DataError, DivergedError, DoesNotFitError, InterruptedRun
 from spectune.evaluation import read_rows
 from spectune.methods import BY_NAME, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 from spectune.training import TrainingConfig
@@ -315,3 +315,32 @@ def test_where_every_rate_diverges_the_method_fails_and_the_others_go_on(
     assert "diverged" in failed["reason"]
     assert [r["name"] for r in found.runs] == ["bitfit"]
     assert all(t["valid_loss"] is None for t in found.content["searches"]["lora"]["trials"])
+
+
+def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectune.training import memory
+
+    module = sys.modules["spectune.comparing.job"]
+    trained: list[str] = []
+
+    def train(*args: Any, **kwargs: Any) -> Any:
+        trained.append("one")
+        raise DivergedError("not meant to be reached by those that do not fit")
+
+    monkeypatch.setattr(module, "train", train)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "free_memory", lambda device: 1000)
+        with pytest.raises(DoesNotFitError, match="BitFit with a batch of 4 rows"):
+            run(tmp_path / "c", methods=["bitfit"])
+    assert trained == []
+    real = module.check_memory
+
+    def only_lora(predicted: Any, model: Any, delta: Any, check: str) -> None:
+        if delta.method.name == "lora":
+            raise DoesNotFitError("LoRA does not fit")
+        real(predicted, model, delta, check)
+
+    monkeypatch.setattr(module, "check_memory", only_lora)
+    found = run(tmp_path / "d", methods=[LoRA(r=2), "bitfit"])
+    assert [f["reason"] for f in found.failed][0] == "LoRA does not fit"
+    assert found.failed[1]["name"] == "bitfit"
