@@ -186,6 +186,117 @@ def costs(args: argparse.Namespace, name: str, files: dict[str, Path], methods: 
     print(f"{name}: costs, exit {done.returncode}, {time.time() - begin:.0f} s", flush=True)
 
 
+#: cost fields of a run: taken from the runs that had a GPU to themselves
+COST_FIELDS = (
+    "peak_memory_bytes",
+    "predicted_memory_bytes",
+    "memory_prediction_source",
+    "train_tokens_per_second",
+    "decode",
+    "inference_overhead_range",
+    "inference_overhead_merged_range",
+    "swap_seconds",
+    *(f"decode_tokens_per_second{which}{what}" for which in ("", "_base", "_merged") for what in ("", "_spread")),
+)
+
+
+def pages_of(args: argparse.Namespace, name: str) -> None:
+    """docs/results/<task>.md, .json and .html, from the results alone; rows and weights are not published."""
+    from spectune.comparing import Comparison
+    from spectune.reporting import write_reports
+    from spectune.reporting.tables import comparison_markdown
+
+    task, folder = TASKS[name], args.work / name
+    content = Comparison.from_runs(folder).content
+    alone = {
+        run["name"]: run for run in json.loads((args.work / "costs" / name / "comparison.json").read_text())["runs"]
+    }
+    for found in content["runs"]:
+        cost = alone.get(found["name"], {})
+        found.update({field: cost.get(field) for field in COST_FIELDS})
+        # minutes of a run among others say nothing: steps at the speed that was measured alone
+        found["train_seconds"] = found["train_tokens"] / cost["train_tokens_per_second"] if cost else None
+    write_reports(content, folder)
+    settings = ", ".join(f"{key} {value!r}" for key, value in task.settings.items())
+    environment = content["environment"]
+    versions = ", ".join(f"{package} {version}" for package, version in environment["packages"].items())
+    lines = [
+        f"# {task.title}",
+        "",
+        f"Base gpt2-27m, {content['data']['train_rows']:,} training rows, {content['data']['valid_rows']:,} for "
+        f"validation. {task.note} The same for every method: {settings}.",
+        "",
+        comparison_markdown(content).strip(),
+        "",
+        *data_curve(content),
+        *PUBLISHED.get(name, ()),
+        "## How it was measured",
+        "",
+        f"{environment['device']}, {content['base']['dtype']} with TF32 products, {versions}, spectune "
+        f"{environment['spectune']}. Losses and metrics: all methods at the same time, each in processes of its own. "
+        f"Memory and speed: {COST_STEPS} steps, one method after another with a GPU to itself; training time is the "
+        "steps at that speed. Made by `python benchmarks/comparisons.py run` and `pages`; "
+        f"[{name}.json]({name}.json) has the numbers.",
+        "",
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
+    for found in content["runs"]:
+        found["forgetting_by_passage"] = None
+    (args.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    shutil.copy(folder / "report.html", args.out / f"{name}.html")
+
+
+def data_curve(content: dict[str, Any]) -> list[str]:
+    """Validation loss by method and number of rows; and how far the last weights are above the best ones."""
+    points = content["curves"]
+    if not points:
+        return []
+    counts = sorted({point["rows"] for point in points})
+    labels = {arm["name"]: arm["label"] for arm in content["arms"]}
+    head = "| method | " + " | ".join(f"{count:,} rows" for count in counts) + " |"
+    lines = ["## Validation loss by number of rows", "", head, "|---|" + "---:|" * len(counts)]
+    for arm in labels:
+        cells = []
+        for count in counts:
+            mine = [point for point in points if point["name"] == arm and point["rows"] == count]
+            if not mine:
+                cells.append("-")
+                continue
+            best = sum(point["valid_loss"] for point in mine) / len(mine)
+            last = sum(point["last_valid_loss"] for point in mine) / len(mine)
+            cells.append(f"{best:.3f}" + (f" (+{last - best:.3f})" if last - best > 0.0005 else ""))
+        lines.append(f"| {labels[arm]} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        "At the rate found on all rows; at most 20 passes over the rows and never more steps than with all of them; "
+        "validated five times, the best weights count. In brackets: how much higher the loss was after the last step.",
+        "",
+    ]
+
+
+#: what the papers report of the same task on larger bases
+PUBLISHED = {
+    "e2e": [
+        "## Beside the published numbers",
+        "",
+        "GPT-2 medium (355M), BLEU and ROUGE-L on the same test set, as the LoRA paper's table 3 gives them (beam "
+        "search; its authors' recipe, run again by others, gave BLEU 68.7 to 68.9 for LoRA):",
+        "",
+        "| method | trained weights | BLEU | ROUGE-L |",
+        "|---|---:|---:|---:|",
+        "| full | 354.92M | 68.2 | 71.0 |",
+        "| adapter (Adapter-L) | 11.09M | 68.9 | 71.3 |",
+        "| adapter (Adapter-L) | 0.37M | 66.3 | 69.8 |",
+        "| adapter (Adapter-H) | 11.09M | 67.3 | 70.7 |",
+        "| prefix (PreLayer) | 0.35M | 69.7 | 71.4 |",
+        "| LoRA | 0.35M | 70.4 | 71.8 |",
+        "",
+    ]
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -211,7 +322,9 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
         run(args)
     else:
-        raise SystemExit("not yet")
+        for name in TASKS:
+            if (args.work / name / "comparison.json").is_file():
+                pages_of(args, name)
 
 
 if __name__ == "__main__":
