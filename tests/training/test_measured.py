@@ -116,3 +116,43 @@ def test_the_same_weights_with_and_without_measuring(monkeypatch: pytest.MonkeyP
         train(model, make_tokenizer(), FullFineTuning(), make_rows(), make_rows(6), config, console=QUIET)
         models.append(model.state_dict())
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+
+def test_on_cuda_all_steps_are_measured_and_validation_is_not_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA's allocator played by a fake: a peak since the last reset, which training and validation write to."""
+    peak = [0]
+    events: list[str] = []
+
+    class Fake:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.result: dict[str, int] = {}
+
+        def __enter__(self) -> Fake:
+            events.append("begin")
+            peak[0] = 0
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            events.append("end")
+            self.result = {"allocated": peak[0]}
+
+    def using(name: str, size: int) -> None:
+        real = getattr(loop_module, name)
+
+        def grown(*given: Any, **options: Any) -> Any:
+            peak[0] = max(peak[0], size + len([e for e in events if e == name]))
+            events.append(name)
+            return real(*given, **options)
+
+        monkeypatch.setattr(loop_module, name, grown)
+
+    using("labelled_loss_sum", 100)
+    using("row_losses", 500)
+    monkeypatch.setattr(loop_module, "PeakMemory", Fake)
+    monkeypatch.setattr(loop_module, "_keeps_its_peak", lambda device: True)
+    result = run(LoRA(r=2), max_steps=4, eval_steps=2)
+    step, valid = "labelled_loss_sum", "row_losses"
+    assert events == [
+        *(valid, "begin", step, step, "end", "begin", valid, "end", valid, "begin", step, step, "end", valid, "begin")
+    ]
+    assert result.peak_memory_bytes == {"train_allocated": 103, "valid_allocated": 501}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,6 +34,16 @@ def evaluate(
     ] = 100,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens a written row may get.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 16,
+    lm_eval_tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval-harness, parted by commas (needs the extra lm-eval).", show_default="none"),
+    ] = None,
+    lm_eval_include: Annotated[
+        Path | None, typer.Option(help="Folder with lm-eval-harness tasks of your own (YAML).", show_default="none")
+    ] = None,
+    lm_eval_limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each lm-eval-harness task.", show_default="all")
+    ] = None,
     skip_bad_rows: options.SkipBadRows = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -52,8 +63,11 @@ def evaluate(
     with work(as_json=as_json) as out:
         from spectune.data import encode
         from spectune.deltas import route
-        from spectune.evaluation import Task
+        from spectune.evaluation import Task, harness
 
+        tasks = [word.strip() for word in (lm_eval_tasks or "").split(",") if word.strip()]
+        if lm_eval_tasks is not None:
+            harness.check_installed()
         rows, source = rows_to_judge(data, skip_bad_rows=skip_bad_rows)
         note(f"run: {found.folder}; rows: {source}")
         base_model, tokenizer = found.load(device or "auto", dtype or "auto")
@@ -73,9 +87,18 @@ def evaluate(
             separator=separator,
         )
         note(task.describe())
-        tuned = _judge(base_model, tokenizer, task)
+
+        def measured() -> dict[str, float]:
+            found = _judge(base_model, tokenizer, task)
+            if lm_eval_tasks is not None:
+                found |= harness.harness_metrics(
+                    base_model, tokenizer, tasks, batch_size=batch_size, limit=lm_eval_limit, include=lm_eval_include
+                )
+            return found
+
+        tuned = measured()
         with route(base_model, None):
-            base = _judge(base_model, tokenizer, task)
+            base = measured()
         answer = {
             "run": str(found.folder),
             "base_model": found.base,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 
-from spectune.compute.losses import labelled_logits
+from spectune.compute.losses import LabelledLogits, labelled_logits
 from spectune.data import Example, Row, collate, encode
 from spectune.errors import DataError
 from spectune.inference.modes import evaluating
@@ -25,19 +25,42 @@ def row_loss_sums(
 
     Examples run in batches of like length, the longest first, so that memory that does not suffice shows at once.
     """
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
     sums = [0.0] * len(examples)
     counts = [0] * len(examples)
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            members = order[start : start + batch_size]
-            batch = collate([examples[index] for index in members], pad_token_id)
-            found = labelled_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        for members, found in _logits(model, examples, pad_token_id, batch_size):
             losses = F.cross_entropy(found.logits.float(), found.targets, reduction="none")
             for row, loss in zip(found.rows.tolist(), losses.tolist(), strict=True):
                 sums[members[row]] += loss
                 counts[members[row]] += 1
     return sums, counts
+
+
+def target_likelihoods(
+    model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, batch_size: int = 16
+) -> list[tuple[float, bool]]:
+    """For each example log p(targets | what stands before) in nats, and whether greedy decoding would write them."""
+    sums = [0.0] * len(examples)
+    greedy = [True] * len(examples)
+    with evaluating(model):
+        for members, found in _logits(model, examples, pad_token_id, batch_size):
+            losses = F.cross_entropy(found.logits.float(), found.targets, reduction="none")
+            likeliest = found.logits.argmax(-1) == found.targets
+            for row, loss, is_likeliest in zip(found.rows.tolist(), losses.tolist(), likeliest.tolist(), strict=True):
+                sums[members[row]] -= loss
+                greedy[members[row]] &= is_likeliest
+    return list(zip(sums, greedy, strict=True))
+
+
+def _logits(
+    model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, batch_size: int
+) -> Iterator[tuple[list[int], LabelledLogits]]:
+    """Batch by batch the places of its examples and the logits of its targets."""
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
+        batch = collate([examples[index] for index in members], pad_token_id)
+        yield members, labelled_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

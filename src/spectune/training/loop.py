@@ -26,7 +26,8 @@ from spectune.training.distribution import World
 from spectune.training.interrupt import Interrupts
 from spectune.training.optimizer import MasterAdamW, learning_rate_at
 
-#: the first steps of a process are measured for memory (they hold the longest batch), not for speed
+#: the first steps of a process do not count for speed; where memory is counted tensor by tensor, it is in these (they
+#: hold the longest batch)
 MEMORY_STEPS = 2
 
 
@@ -58,6 +59,7 @@ class Loop:
     keeper: Keeper
     world: World
     _validated_here: bool = field(default=False, init=False)
+    _stretch: PeakMemory | None = field(default=None, init=False)
 
     def run(self, display: Display) -> bool:
         """Train to the end. Returns whether it ended early because validation stopped improving.
@@ -70,6 +72,7 @@ class Loop:
         now, config = self.progress, self.config
         lengths = [len(example.input_ids) for example in self.train_examples]
         self.model.train()
+        self._begin_stretch()
         with Interrupts() as interrupts:
             while now.step < self.total_steps:
                 windows = self.windows(lengths, now.epoch)
@@ -121,7 +124,8 @@ class Loop:
         # data are made ready before the clock starts: speed is that of computing
         shares = [self.world.share(batch) for batch in members]
         collated = [collate(share, self.pad_token_id) if share else None for share in shares]
-        memory = self._memory() if now.step < self._first_step + MEMORY_STEPS else None
+        first = now.step < self._first_step + MEMORY_STEPS
+        memory = self._memory() if first and self._stretch is None else None
 
         wait_for(self.model.device)
         begin = time.perf_counter()
@@ -150,11 +154,11 @@ class Loop:
         now.epoch_loss += loss * targets
         now.epoch_targets += targets
         now.seconds += seconds
-        if memory is None:
+        if memory is not None:
+            self._keep_peak("train", memory)
+        if not first:
             now.timed_tokens += tokens
             now.timed_seconds += seconds
-        else:
-            self._keep_peak("train", memory)
         if now.step % (config.logging_steps or 1) == 0:
             entry = {"step": now.step, "epoch": now.epoch, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             self.keeper.log({**entry, "tokens": now.tokens, "seconds": now.seconds})
@@ -183,10 +187,12 @@ class Loop:
         """Validation loss; keeps the best. Returns whether to stop early. Raises DivergedError: it is not finite."""
         now = self.progress
         train_loss = now.epoch_loss / max(1, now.epoch_targets)
+        self._end_stretch()
         if not self._validated_here:
             self._measure_validation()
             self._validated_here = True
         valid_loss = self.valid_loss()
+        self._begin_stretch()
         if not math.isfinite(valid_loss):
             raise DivergedError(self._diverged(f"the validation loss is {valid_loss} after step {now.step}"))
         now.valid_loss = valid_loss
@@ -220,6 +226,19 @@ class Loop:
             self._losses(order[: self.config.per_device_eval_batch_size])
         self._keep_peak("valid", memory)
 
+    def _begin_stretch(self) -> None:
+        """CUDA's allocator keeps its peak at no cost, so there all steps are measured, from one validation to the next;
+        elsewhere tensors are counted, which slows a small model down, so the first steps are."""
+        if _keeps_its_peak(self.model.device):
+            self._stretch = PeakMemory(self.model.device)
+            self._stretch.__enter__()
+
+    def _end_stretch(self) -> None:
+        if self._stretch is not None:
+            self._stretch.__exit__(None, None, None)
+            self._keep_peak("train", self._stretch)
+            self._stretch = None
+
     def _keep_peak(self, phase: str, memory: PeakMemory) -> None:
         peaks = self.progress.peak_memory_bytes
         for kind, size in memory.result.items():
@@ -243,6 +262,10 @@ class Loop:
             f"{what} (learning rate {self.learning_rate:g}). "
             f"{self.keeper.kept_state()} Try a smaller learning_rate, more warmup_steps or a smaller max_grad_norm."
         )
+
+
+def _keeps_its_peak(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 class _nothing:  # noqa: N801 - a context that does nothing, written like one

@@ -18,7 +18,8 @@ class RunResult(BaseModel):
 
     Losses are nats per target token. `trainable_parameters` counts what was trained (a prefix's reparametrisation
     too), `stored_parameters` what is stored and used at inference, `total_parameters` the base's.
-    `peak_memory_bytes`: `<phase>_<kind>`. Phases: `train`, the first steps (which hold the longest batch); `valid`, the
+    `peak_memory_bytes`: `<phase>_<kind>`. Phases: `train`, on CUDA all steps, elsewhere the first two (of which
+    one holds the longest rows); `valid`, the
     longest batch of validation; `load`, putting the delta onto its base; `generate`, decoding in a batch. Kinds:
     `allocated`, tensors (CUDA: by torch's allocator; elsewhere counted as they are made and freed, weights and
     optimizer states included, scratch space within an operation not); `reserved` (CUDA), what the allocator held of

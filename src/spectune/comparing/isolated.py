@@ -1,0 +1,186 @@
+"""Memory of training in a process of its own: no other run's leftovers, no cache of another's allocator.
+
+The parent hands the job as JSON to `python -m spectune.comparing.isolated` and gets the peaks back as JSON. The child
+runs the real loop for a few steps, each of them on the batch with the longest rows: from the second on the optimizer's
+state is there as well, so this is the peak that a long run comes to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spectune import errors
+from spectune.data import Row
+from spectune.deltas import Method
+from spectune.errors import OutOfMemoryError, SpectuneError, first_line
+from spectune.training import TrainingConfig
+
+#: optimizer steps; in the second the optimizer's state is there
+STEPS = 2
+
+
+def train_memory_in_own_process(
+    base_name: str,
+    device: str,
+    dtype: str,
+    method: Method,
+    config: TrainingConfig,
+    train_rows: str | Path | Sequence[Row],
+) -> dict[str, int]:
+    """Peak memory in bytes of training with this method, by phase and kind as in `RunResult.peak_memory_bytes`.
+
+    Phases: `train`, steps on the batch with the longest rows; `valid`, its longest rows in one batch of validation.
+    `resident` and, on CUDA, all kinds are those of the new process alone; what this one holds of the device is not in
+    them, but has to fit beside them.
+
+    Args:
+        base_name: what `spectune.load` takes by name.
+        train_rows: a path, or rows.
+
+    Raises:
+        SpectuneError: what the child raised, of the same class; OutOfMemoryError also where the system killed it.
+    """
+    job = _job(base_name, device, dtype, method, config, train_rows)
+    # the child imports the same spectune as this process, installed or not
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "spectune.comparing.isolated"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+    doing = f"measuring the memory of {method.label} in a process of its own"
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        if done.returncode == -9:
+            raise OutOfMemoryError(f"{doing}: the system killed it, most likely for want of memory") from None
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
+        raise SpectuneError(f"{doing}: it ended with exit code {done.returncode}: {last}") from None
+    if "error" in answer:
+        raise _error(answer["error"], f"{doing}: {answer['message']}")
+    return {str(key): int(size) for key, size in answer["peak_memory_bytes"].items()}
+
+
+def _job(
+    base_name: str,
+    device: str,
+    dtype: str,
+    method: Method,
+    config: TrainingConfig,
+    train_rows: str | Path | Sequence[Row],
+) -> dict[str, Any]:
+    """What the child reads, as JSON."""
+    fields = ("origin", "prompt", "completion", "text", "messages")
+    rows: Any
+    if isinstance(train_rows, str | Path):
+        rows = str(train_rows)
+    else:
+        rows = [{key: getattr(row, key) for key in fields} for row in train_rows]
+    return {
+        "base": base_name,
+        "device": device,
+        "dtype": dtype,
+        "method": method.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"output_dir", "resume"}),
+        "rows": rows,
+    }
+
+
+def _error(name: str, message: str) -> SpectuneError:
+    """The error of that class, out of `spectune.errors`; SpectuneError itself where there is none of that name."""
+    kinds = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
+    kind = kinds.get(name, SpectuneError)
+    return kind(message) if issubclass(kind, SpectuneError) else SpectuneError(message)
+
+
+def _measure(job: dict[str, Any]) -> dict[str, int]:
+    """The child's work."""
+    import io
+
+    import torch
+    from rich.console import Console
+
+    from spectune.data import batches, load_rows
+    from spectune.deltas import route
+    from spectune.methods import method_from_dict
+    from spectune.storage import attach, load
+    from spectune.training.checkpoint import Progress
+    from spectune.training.checkpointing import recomputing
+    from spectune.training.display import Display
+    from spectune.training.distribution import World
+    from spectune.training.loop import Keeper, Loop
+    from spectune.training.optimizer import MasterAdamW
+    from spectune.training.prepare import prepare
+
+    config = TrainingConfig(**job["config"])
+    method = method_from_dict(job["method"])
+    source = job["rows"] if isinstance(job["rows"], str) else [Row(**row) for row in job["rows"]]
+    rows = load_rows(source, skip_bad_rows=config.skip_bad_rows)
+    model, tokenizer = load(job["base"], device=job["device"], dtype=job["dtype"])
+    torch.manual_seed(config.seed)
+    delta = attach(model, method, "memory", tokenizer=tokenizer, seed=config.seed)
+    prepared = prepare(model, tokenizer, method, rows, rows, config, delta.base_fingerprint)
+    lengths = [len(example.input_ids) for example in prepared.examples]
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    [first, *_] = batches(lengths, size, seed=config.seed, epoch=0, group_by_length=config.group_by_length)
+    longest = [prepared.examples[i] for i in first]
+    by_length = sorted(prepared.examples, key=lambda example: -len(example.input_ids))
+    trained = [parameter for parameter in delta.parameters() if parameter.requires_grad]
+    loop = Loop(
+        model=model,
+        delta=delta,
+        optimizer=MasterAdamW(trained, config, prepared.learning_rate),
+        train_examples=longest,
+        valid_examples=by_length[: config.per_device_eval_batch_size],
+        pad_token_id=int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id),
+        config=config.model_copy(update={"eval_steps": None, "save_steps": None, "early_stopping_patience": None}),
+        learning_rate=prepared.learning_rate,
+        total_steps=STEPS,
+        progress=Progress(),
+        keeper=Keeper(
+            checkpoint=lambda: None,
+            keep_best=lambda: None,
+            log=lambda _: None,
+            resume_hint="",
+            kept_state=lambda: "Nothing is kept.",
+        ),
+        world=World(),
+    )
+    quiet = Console(file=io.StringIO())
+    with (
+        route(model, delta.name),
+        recomputing(model, config.gradient_checkpointing),
+        Display(quiet, method.label, STEPS, 0) as display,
+    ):
+        loop.run(display)
+    return loop.progress.peak_memory_bytes
+
+
+def _main() -> None:
+    # stdout is for the answer alone, whatever libraries print
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            answer: dict[str, Any] = {"peak_memory_bytes": _measure(json.load(sys.stdin))}
+        except SpectuneError as error:
+            answer = {"error": type(error).__name__, "message": str(error)}
+        except Exception as error:  # whatever it is, the parent has to be told
+            from spectune.inference import is_out_of_memory
+
+            kind = OutOfMemoryError if is_out_of_memory(error) else SpectuneError
+            answer = {"error": kind.__name__, "message": f"{type(error).__name__}: {first_line(error)}"}
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    _main()

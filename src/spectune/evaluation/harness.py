@@ -1,0 +1,204 @@
+"""lm-eval-harness (EleutherAI) tasks on a tuned model, under its current route. An optional extra: `lm-eval`.
+
+Contexts are encoded as training encodes prompts, BOS where the tokenizer puts one: what is measured is the model as it
+was trained.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from spectune import inference
+from spectune.data import Example, Row, encode, prompt_ids
+from spectune.errors import ConfigError, DataError, first_line
+from spectune.inference import context_length, halving, target_likelihoods
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_LENGTH = 2048
+#: the harness's own limit, where a task names none
+NEW_TOKENS = 256
+
+
+class Request(Protocol):
+    """What the harness asks: an `Instance`, of which only this is looked at."""
+
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+
+
+def check_installed() -> None:
+    """Raises ConfigError, with the command that installs it, where lm-eval is not there."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("lm-eval-harness is not installed: pip install 'spectune[lm-eval]'")
+
+
+def harness_metrics(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+    include: str | Path | None = None,
+) -> dict[str, float]:
+    """`{"<task>/<metric>": value}` of the harness's tasks; where a filter other than "none" was used, it stands behind
+    a comma.
+
+    Args:
+        limit: only so many documents of each task.
+        include: a folder with tasks (YAML) of one's own.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or it knows no such task.
+    """
+    check_installed()
+    import lm_eval
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include is None else str(include))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown or not tasks:
+        raise ConfigError(
+            f"lm-eval tasks {', '.join(unknown) or '(none)'}: not known to lm-eval-harness; `lm-eval ls tasks` lists "
+            "those it knows, and a folder with tasks of one's own can be given"
+        )
+    adapter: Any = type("SpectuneLM", (HarnessModel, LM), {})
+    made = adapter(model, tokenizer, batch_size)
+    try:
+        found = lm_eval.simple_evaluate(made, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0)
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(f"lm-eval tasks {', '.join(tasks)}: {first_line(error)}") from error
+    measured: dict[str, float] = {}
+    for task, values in found["results"].items():
+        for key, value in values.items():
+            name, _, kept = key.partition(",")
+            if isinstance(value, int | float) and not name.endswith("_stderr") and name != "sample_len":
+                measured[f"{task}/{name}" + ("" if kept in ("", "none") else f",{kept}")] = float(value)
+    return measured
+
+
+class HarnessModel:
+    """The three questions of the harness's `LM`, answered by a model under its current route."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.max_length = min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
+
+    def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """For each `(context, continuation)` log p in nats, and whether greedy decoding would write the continuation.
+
+        No EOS is counted. A context that is too long loses its beginning. Spaces at its end go to the continuation,
+        where the tokenizer of most bases has them.
+        """
+        return self._likelihoods([self._example(*request.args) for request in requests])
+
+    def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
+        """For each `(text,)` log p of all its tokens, the first after BOS; a text longer than the context in windows,
+        each token predicted once."""
+        examples: list[Example] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            windows = self._windows(str(request.args[0]))
+            examples += windows
+            owners += [number] * len(windows)
+        sums = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._likelihoods(examples), strict=True):
+            sums[owner] += value
+        return sums
+
+    def generate_until(self, requests: Sequence[Request]) -> list[str]:
+        """For each `(context, settings)` the continuation up to the first of the texts in `settings["until"]`.
+
+        Greedy, unless the settings say `do_sample`; `max_gen_toks` limits it.
+        """
+        texts = [""] * len(requests)
+        groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(tuple(sorted(_sampling(request.args[1]).items())), []).append(number)
+        for options, members in groups.items():
+            settings = dict(options)
+            new = min(settings["max_new_tokens"], self.max_length - 1)
+            prompts = [self._prompt(str(requests[number].args[0]))[new - self.max_length :] for number in members]
+
+            def write(size: int, prompts: Any = prompts, settings: Any = settings, new: int = new) -> list[str]:
+                return inference.generate_texts(
+                    self.model, self.tokenizer, prompts, batch_size=size, **{**settings, "max_new_tokens": new}
+                )
+
+            written = halving(write, self.batch_size, f"writing {len(prompts)} answers")
+            for number, text in zip(members, written, strict=True):
+                texts[number] = _until(text, requests[number].args[1])
+        return texts
+
+    def _likelihoods(self, examples: Sequence[Example]) -> list[tuple[float, bool]]:
+        pad = self.tokenizer.pad_token_id
+        return halving(
+            lambda size: target_likelihoods(self.model, examples, pad if isinstance(pad, int) else 0, size),
+            self.batch_size,
+            f"taking the likelihood of {len(examples)} texts",
+        )
+
+    def _example(self, context: str, continuation: str) -> Example:
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        row = Row("lm-eval", prompt=context, completion=continuation)
+        if context:
+            [example] = encode([row], self.tokenizer, max_length=2**31).examples
+            ids, length = example.input_ids[:-1], example.prompt_length  # training's EOS is none of the harness's
+        else:
+            ids, length = [self._start, *self._bare(continuation)], 1
+        targets = len(ids) - length
+        if targets >= self.max_length:
+            raise DataError(f"a continuation of {targets} tokens; this base takes {self.max_length} with a context")
+        kept = ids[-self.max_length :]
+        return Example(kept, len(kept) - targets, row)
+
+    def _windows(self, text: str) -> list[Example]:
+        ids = [self._start, *self._bare(text)]
+        found = []
+        for begin in range(1, len(ids), self.max_length - 1):
+            end = min(begin + self.max_length - 1, len(ids))
+            window = ids[max(0, end - self.max_length) : end]  # the last one looks back as far as there is room
+            found.append(Example(window, len(window) - (end - begin), Row("lm-eval", text=text)))
+        return found
+
+    def _prompt(self, context: str) -> list[int]:
+        return prompt_ids(Row("lm-eval", prompt=context, completion=""), self.tokenizer) or [self._start]
+
+    def _bare(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @property
+    def _start(self) -> int:
+        """Stands before a text without context: BOS, or EOS where there is none."""
+        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        if not isinstance(start, int):
+            raise ConfigError("the tokenizer has neither a BOS nor an EOS token to begin a text with")
+        return start
+
+
+def _sampling(settings: dict[str, Any]) -> dict[str, Any]:
+    """The harness's settings as `generate_texts` names them."""
+    found: dict[str, Any] = {"max_new_tokens": int(settings.get("max_gen_toks") or NEW_TOKENS)}
+    if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+        found |= {"do_sample": True, "temperature": float(settings.get("temperature", 1.0))}
+        found |= {key: settings[key] for key in ("top_p", "top_k") if settings.get(key) is not None}
+    return found
+
+
+def _until(text: str, settings: dict[str, Any]) -> str:
+    stops = settings.get("until") or []
+    for stop in [stops] if isinstance(stops, str) else stops:
+        if stop:
+            text = text.split(stop)[0]
+    return text
