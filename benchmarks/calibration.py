@@ -7,8 +7,9 @@
 
     difficulty_i x level_m x (1 + method x row) x (1 + seed x row) x (1 + seed),       x tokens of the row,
 
-with difficulties log-normal (SD 40%), method x row SD 10%, seed x row SD 6%, seed SD 0.2% to 1%, and three seeds. "heavy"
-tails draw the three relative effects from Student's t with 4 degrees of freedom (SD kept) and difficulties with SD 80%.
+with difficulties log-normal (SD 40%), method x row SD 10%, seed x row SD 6%, seed SD 0.2% to 1%, and three seeds.
+"heavy" tails draw the three relative effects from Student's t with 4 degrees of freedom (SD kept) and difficulties with
+SD 80%.
 *Real*: spectune-tiny on its embedded task, many seeds a method, all rows judged; then the seeds are split into groups
 of three, again and again.
 """
@@ -39,17 +40,19 @@ DIFFICULTY, METHOD_ROW, SEED_ROW = 0.4, 0.1, 0.06
 #: the order of losses measured on E2E (docs/results/e2e.md), as shares above the best
 SPREAD = (0.0, 0.07, 0.14, 0.35, 0.49, 0.8)
 
-#: scenario -> (levels above the first arm, which method each arm is, what is counted, in words)
+#: scenario -> (levels above the first arm, which method each arm is, what is asked of it)
 SCENARIOS: dict[str, tuple[tuple[float, ...], tuple[int, ...], str]] = {
     "self, 2 arms": ((0, 0), (0, 0), "self"),
     "self, 6 arms": ((0,) * 6, (0,) * 6, "self"),
     "self, 8 arms": ((0,) * 8, (0,) * 8, "self"),
-    "self pair among 6, far apart": ((0, *SPREAD[:5]), (0, 0, 1, 2, 3, 4), "self"),
-    "self pair, noisier than 4 others": ((0, 0, *SPREAD[1:5]), (0, 0, 1, 2, 3, 4), "self"),
-    "planted, 2 arms": ((0, PLANTED), (0, 1), "planted"),
-    "planted, 6 arms, the others far apart": ((0, PLANTED, *SPREAD[2:]), (0, 1, 2, 3, 4, 5), "planted"),
-    "planted, 6 arms, the others equal": ((0, PLANTED, 0, 0, 0, 0), (0, 1, 2, 3, 4, 5), "planted"),
-    "planted, 8 arms, the others equal": ((0, PLANTED, *(0,) * 6), tuple(range(8)), "planted"),
+    "self pair among 6, the others far apart": ((0, *SPREAD[:5]), (0, 0, 1, 2, 3, 4), "self"),
+    "self pair, 5 times noisier than 4 others": ((0, 0, *SPREAD[1:5]), (0, 0, 1, 2, 3, 4), "self"),
+    "planted, 2 arms": ((0, PLANTED), (0, 0), "planted"),
+    "planted, 6 arms, the others far apart": ((0, PLANTED, *SPREAD[2:]), (0, 0, 2, 3, 4, 5), "planted"),
+    "planted, 6 arms, the others equal": ((0, PLANTED, 0, 0, 0, 0), (0,) * 6, "planted"),
+    "planted, 8 arms, the others equal": ((0, PLANTED, *(0,) * 6), (0,) * 8, "planted"),
+    "planted between two methods, 2 arms": ((0, PLANTED), (0, 1), "planted"),
+    "planted between two methods, 6 arms far apart": ((0, PLANTED, *SPREAD[2:]), (0, 1, 2, 3, 4, 5), "planted"),
 }
 
 
@@ -79,7 +82,7 @@ def draw(
 def simulate(comparisons: int, seed: int) -> Iterator[dict[str, Any]]:
     """One record for each cell of scenario, tails, rows and noise."""
     for number, scenario in enumerate(SCENARIOS):
-        _, methods, kind = SCENARIOS[scenario]
+        levels, _, kind = SCENARIOS[scenario]
         for tails in ("normal", "heavy"):
             for rows in ROWS:
                 for noise in NOISES:
@@ -87,8 +90,8 @@ def simulate(comparisons: int, seed: int) -> Iterator[dict[str, Any]]:
                     found = any_of = pairs = at_five = 0
                     for _ in range(comparisons):
                         _, tested = estimate(draw(random, scenario, rows, noise, tails), relative_noise=True)
-                        same = [p for p in tested if methods[_place(p.a)] == methods[_place(p.b)]]
-                        asked = same if kind == "self" else [p for p in tested if (p.a, p.b) == ("arm 0", "arm 1")]
+                        first = [pair for pair in tested if (pair.a, pair.b) == ("arm 0", "arm 1")]
+                        asked = tested if kind == "self" and not any(levels) else first
                         pairs += len(asked)
                         at_five += sum(pair.p <= 1 - CONFIDENCE for pair in asked)
                         found += sum(pair.p_adjusted <= 1 - CONFIDENCE for pair in asked)
@@ -106,10 +109,6 @@ def simulate(comparisons: int, seed: int) -> Iterator[dict[str, Any]]:
                         "pairs_differ": found,
                         "pairs_differ_uncorrected": at_five,
                     }
-
-
-def _place(arm: str) -> int:
-    return int(arm.removeprefix("arm "))
 
 
 def real(methods: list[str], seeds: int, steps: int, splits: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -140,6 +139,9 @@ def real(methods: list[str], seeds: int, steps: int, splits: int, seed: int) -> 
             spectune.detach(model, name)
         losses[name] = np.stack(runs)
         means = losses[name][..., 0].sum(1) / losses[name][..., 1].sum(1)
+        tokens = losses[name][0, :, 1]
+        by_row = losses[name][..., 0] / tokens
+        first = losses[methods[0]][..., 0] / tokens
         yield {
             "part": "runs",
             "method": name,
@@ -148,6 +150,9 @@ def real(methods: list[str], seeds: int, steps: int, splits: int, seed: int) -> 
             "rows": len(examples),
             "mean": float(means.mean()),
             "seed_sd_relative": float(means.std(ddof=1) / means.mean()),
+            "difficulty_sd": _relative_sd(by_row.mean(0), by_row.mean(0).mean(), tokens),
+            "seed_row_sd": math.sqrt(seeds / (seeds - 1)) * _relative_sd(by_row, by_row.mean(0), tokens),
+            "method_row_sd_to_first": _relative_sd(by_row.mean(0), first.mean(0), tokens),
             "losses": means.tolist(),
             "seconds": time.time() - begin,
             "environment": environment(),
@@ -178,6 +183,14 @@ def real(methods: list[str], seeds: int, steps: int, splits: int, seed: int) -> 
         }
 
 
+def _relative_sd(values: np.ndarray[Any, Any], expected: Any, tokens: np.ndarray[Any, Any]) -> float:
+    """Standard deviation of values `[..., rows]` around what is expected of them, as a share of it; each run's own mean
+    taken off, rows weighted by their tokens."""
+    relative = np.atleast_2d(values / expected)
+    relative = relative / np.average(relative, axis=1, weights=tokens)[:, None] - 1
+    return float(np.sqrt(np.average(relative**2, axis=1, weights=tokens).mean()))
+
+
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
@@ -205,8 +218,8 @@ def page(records: list[dict[str, Any]]) -> str:
         "heavy tails. The model is at the top of `benchmarks/calibration.py`. Shares with Clopper and Pearson's 95% "
         "interval.",
         "",
-        "Self-comparisons: \"differs\" after Holm's correction, in at least one pair of the family; and how often a single "
-        "pair has p < 0.05, uncorrected.",
+        "Self-comparisons: \"differs\" after Holm's correction, in at least one pair of the family; and how often a "
+        "single pair has p < 0.05, uncorrected.",
         "",
         "| scenario | tails | comparisons | some pair differs | single pairs, uncorrected |",
         "|---|---|---:|---:|---:|",
@@ -231,7 +244,12 @@ def page(records: list[dict[str, Any]]) -> str:
         shares = [f"{100 * _sum(part, 'any_differs') / _sum(part, 'comparisons'):.0f}%" for part in by_noise]
         found = interval(_sum(group, "any_differs"), trials)
         lines.append(f"| {scenario} | {tails} | {trials:,} | {found} | {' | '.join(shares)} |")
-    lines += ["", "By judged rows (both tails, all noises):", "", f"| | {' | '.join(f'{rows:,} rows' for rows in ROWS)} |"]
+    lines += [
+        "",
+        "By judged rows (both tails, all noises):",
+        "",
+        f"| | {' | '.join(f'{rows:,} rows' for rows in ROWS)} |",
+    ]
     lines.append("|---|" + "---:|" * len(ROWS))
     for kind, words in (("self", "self-comparisons: some pair differs"), ("planted", "planted: found")):
         of_rows = [[cell for cell in cells if cell["rows"] == rows and cell["kind"] == kind] for rows in ROWS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +56,8 @@ def recommend(
       spectune recommend --run runs/2026-01-31-compare-1 --max-latency-overhead 5% --min-quality 95
       spectune recommend --rows 800 --tasks 20 --compute 24GiB --keep-base
     """
+    if min_quality is not None and not math.isfinite(min_quality):
+        raise ConfigError(f"--min-quality {min_quality}: expected a number, such as 95")
     given_limits = {
         "max_memory_bytes": None if max_memory is None else size(max_memory, "--max-memory"),
         "max_latency_overhead": None if max_latency_overhead is None else fraction(max_latency_overhead),
