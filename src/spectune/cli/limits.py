@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +62,8 @@ def fields(
     Raises:
         ConfigError: a size or a share that cannot be read.
     """
+    if min_quality is not None and not math.isfinite(min_quality):
+        raise ConfigError(f"--min-quality {min_quality}: expected a number, such as 95")
     found = {
         "max_memory_bytes": None if max_memory is None else size(max_memory, "--max-memory"),
         "max_latency_overhead": None if max_latency_overhead is None else _share(max_latency_overhead),
