@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spectune.deltas import Method
+from spectune.deltas import InputSite, Method
 from spectune.families import Family
 
 
@@ -11,8 +11,9 @@ def flops_per_token(family: Family, method: Method, length: int, *, checkpointin
 
     A product with a matrix of N weights takes 2 N a token in forward and as much for the gradient of its input; the
     gradient of a base's weights, where it is trained, as much again; a delta's own weights 6 P; causal attention 2 T q
-    a layer in forward and twice that in backward; recomputation forward of the layers once more. Norms, activations and
-    rotary positions are left out.
+    a layer in forward and twice that in backward; recomputation at most forward of the layers once more. Norms, activations and
+    rotary positions are left out, and that the lowest weight that is trained ends backward. Virtual tokens that run
+    through the layers (prompt) are counted to the text's.
     """
     blocks = sum(linear.in_features * linear.out_features for linear in family.linears)
     head = family.vocab_size * family.hidden_size
@@ -22,4 +23,6 @@ def flops_per_token(family: Family, method: Method, length: int, *, checkpointin
     times = 6 if method.trains_base else 4
     delta = 0 if method.trains_base else 6 * method.num_trained_parameters(family)
     again = 2 * blocks + attention if checkpointing else 0
-    return times * (blocks + head) + 3 * attention + delta + again
+    layers = times * blocks + 3 * attention + delta + again
+    in_sequence = any(isinstance(site, InputSite) for site in method.sites(family))
+    return times * head + (layers * seen // length if in_sequence else layers)
