@@ -11,7 +11,8 @@ import pytest
 from tests.cli.conftest import Spectune
 from tests.comparing.invented import invent
 
-from spectune.cli.recommend import fraction, size
+from spectune.cli.limits import share as fraction
+from spectune.cli.limits import size
 from spectune.comparing.verdict import verdict
 from spectune.errors import ConfigError
 from spectune.storage.strict_json import strict_json

@@ -342,5 +342,5 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(module, "check_memory", only_lora)
     found = run(tmp_path / "d", methods=[LoRA(r=2), "bitfit"])
-    assert [f["reason"] for f in found.failed][0] == "LoRA does not fit"
+    assert found.failed[0]["reason"] == "LoRA does not fit"
     assert found.failed[1]["name"] == "bitfit"

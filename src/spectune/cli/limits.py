@@ -66,7 +66,7 @@ def fields(
         raise ConfigError(f"--min-quality {min_quality}: expected a number, such as 95")
     found = {
         "max_memory_bytes": None if max_memory is None else size(max_memory, "--max-memory"),
-        "max_latency_overhead": None if max_latency_overhead is None else _share(max_latency_overhead),
+        "max_latency_overhead": None if max_latency_overhead is None else share(max_latency_overhead),
         "tenants": tenants,
         "max_stored_bytes": None if max_stored_bytes is None else size(max_stored_bytes, "--max-stored-bytes"),
         "min_quality": min_quality,
@@ -88,7 +88,7 @@ def size(text: str, flag: str) -> int:
     return value
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(%?)\s*", text)
     if found is None:
         raise ConfigError(f"--max-latency-overhead {text}: expected a share such as 0.1, or 10%")

@@ -26,7 +26,7 @@ from spectune.errors import ConfigError, InterruptedRun
 from spectune.evaluation import Task, row_losses
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import reference_shares
-from spectune.storage import atomic_write_text, base_name, load
+from spectune.storage import TINY, atomic_write_text, base_name, load
 from spectune.training import TrainingConfig, environment
 from spectune.training.prepare import max_length
 from spectune.training.train import pad_token_id
@@ -109,6 +109,10 @@ def compare(
     rows, valid, held_out = _rows(train_rows, valid_rows, seed, settings)
     test = None if test_rows is None else load_rows(test_rows, skip_bad_rows=settings.skip_bad_rows)
     model, tokenizer = _base(base, tokenizer, device, dtype)
+    if PRESETS[preset].own_process and not (base_name(model) == TINY or isinstance(base, str | Path)):
+        raise ConfigError(
+            "preset thorough loads the base anew in processes of its own: name it, instead of giving a model"
+        )
     if attached(model):
         raise ConfigError(f"the model has deltas attached already ({', '.join(attached(model))}): detach them first")
     recorded = _recorded(model, settings, arms, asked, origin)
@@ -200,6 +204,7 @@ def compare(
         identity=identity,
         base_valid_loss=found["base"]["valid_loss"],
         measured_seed=schedule.seeds[0],
+        own_process=schedule.preset.own_process,
         origin=origin,
         console=console,
     )

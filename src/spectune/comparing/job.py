@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.comparing.conditions import key
+from spectune.comparing.isolated import train_memory_in_own_process
 from spectune.comparing.measure import measure
 from spectune.comparing.schedule import SEARCH_ROWS
 from spectune.comparing.search import Trial
@@ -53,6 +54,7 @@ class Job:
     Attributes:
         identity: everything that a result depends on beside method, rate, steps, seed and rows.
         measured_seed: the seed whose final runs are timed at decoding; speed does not depend on it.
+        own_process: the memory of those is measured once more in a process that does nothing else.
     """
 
     folder: Path
@@ -67,6 +69,7 @@ class Job:
     identity: Mapping[str, Any]
     base_valid_loss: float
     measured_seed: int
+    own_process: bool
     origin: Mapping[str, Any] | None
     console: Console | None
     search_valid: Encoded = field(init=False)
@@ -134,7 +137,7 @@ class Job:
                 base_valid_loss=self.base_valid_loss,
             )
             (folder / FAILED).unlink(missing_ok=True)
-            found = self._judged(folder) | self._costs(delta, folder, seed)
+            found = self._judged(folder) | self._costs(delta, folder, config)
         result = result.model_copy(
             update={
                 **found,
@@ -222,13 +225,24 @@ class Job:
             "evaluation_seconds": time.perf_counter() - begin,
         }
 
-    def _costs(self, delta: Delta, folder: Path, seed: int) -> dict[str, Any]:
-        """Forgetting for every seed; speed and swapping for one of them."""
-        if seed == self.measured_seed:
-            return measure(self.model, self.tokenizer, delta, folder / "best", self.passages)
-        sums = passage_kls(self.model, self.passages)
-        tokens = sum(map(len, self.passages))
-        return {"forgetting_by_passage": sums, "forgetting_kl_nats_per_token": sum(sums) / tokens}
+    def _costs(self, delta: Delta, folder: Path, config: TrainingConfig) -> dict[str, Any]:
+        """Forgetting for every seed; speed, swapping and, where asked for, memory apart for one of them."""
+        if config.seed != self.measured_seed:
+            sums = passage_kls(self.model, self.passages)
+            tokens = sum(map(len, self.passages))
+            return {"forgetting_by_passage": sums, "forgetting_kl_nats_per_token": sum(sums) / tokens}
+        found = measure(self.model, self.tokenizer, delta, folder / "best", self.passages)
+        if self.own_process:
+            alone = train_memory_in_own_process(
+                self.model.config._name_or_path,
+                str(self.model.device),
+                str(self.model.dtype).removeprefix("torch."),
+                delta.method,
+                config.model_copy(update={"output_dir": None, "resume": False}),
+                self.train.rows,
+            )
+            found["peak_memory_bytes"] = {**found.get("peak_memory_bytes", {}), **alone}
+        return found
 
 
 class _Attached:
