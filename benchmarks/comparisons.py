@@ -35,6 +35,7 @@ class Task:
     settings: dict[str, Any]
     generate_rows: int
     fractions: str | None = None
+    curve_methods: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -45,17 +46,18 @@ TASKS = {
         {**COMMON, "num_train_epochs": 1, "per_device_train_batch_size": 64, "separator": "\n", "max_length": 256},
         generate_rows=630,
         fractions="100,300,1000,3000,10000,1",
+        curve_methods=("full", "lora", "prompt"),
         note="Judged on test.jsonl: 630 records with all their human references.",
     ),
     "trec": Task(
         "TREC: the type of a question, six labels",
-        {**COMMON, "num_train_epochs": 4, "per_device_train_batch_size": 32, "separator": "\n", "max_length": 128},
+        {**COMMON, "num_train_epochs": 2, "per_device_train_batch_size": 32, "separator": "\n", "max_length": 128},
         generate_rows=0,
         note="Judged on test.jsonl without the 9 prompts that are also in train.jsonl.",
     ),
     "instruct_rasbt": Task(
         "Instructions: 935 short ones in the Alpaca template",
-        {**COMMON, "num_train_epochs": 3, "per_device_train_batch_size": 8, "separator": "", "max_length": 384},
+        {**COMMON, "num_train_epochs": 2, "per_device_train_batch_size": 8, "separator": "", "max_length": 384},
         generate_rows=110,
         note="Judged on test.jsonl.",
     ),
@@ -84,51 +86,71 @@ def command(args: argparse.Namespace, name: str, files: dict[str, Path], folder:
     task = TASKS[name]
     flags = ["--model", args.base, "--data", files["train"], "--valid", files["valid"], "--test", files["test"]]
     flags += ["--methods", methods, "--output-dir", folder, "--resume", "--dtype", args.dtype]
-    flags += ["--generate-rows", args.generate_rows if args.generate_rows is not None else task.generate_rows]
+    flags += ["--generate-rows", task.generate_rows]
     for key, value in {**task.settings, "per_device_eval_batch_size": args.eval_batch}.items():
         flags += ["--set", f"{key}={value!r}" if isinstance(value, str) else f"{key}={value}"]
     if args.max_steps:
         flags += ["--set", f"max_steps={args.max_steps}"]
-    return [sys.executable, "-m", "spectune", "compare", *map(str, flags)]
+    return ["compare", *map(str, flags)]
 
 
 def run(args: argparse.Namespace) -> None:
-    """All tasks: methods side by side, then one comparison of each task, then costs alone."""
-    names = args.tasks.split(",")
-    methods = args.methods.split(",")
+    """Costs alone, then all tasks with the methods side by side, curves last."""
+    names, methods = args.tasks.split(","), args.methods.split(",")
     files = {name: prepare(name, args.data, args.work) for name in names}
+    if "e2e" in names and not args.no_costs:
+        halves = [methods[number :: args.gpus] for number in range(args.gpus)]
+        with ThreadPoolExecutor(args.gpus) as pool:
+            list(pool.map(lambda job: costs(args, files["e2e"], *job), enumerate(halves)))
     places: Queue[int] = Queue()
     for number in range(args.workers):
         places.put(number % args.gpus)
 
-    def one(job: tuple[str, str]) -> None:
-        name, method = job
-        begin, place = time.time(), places.get()
-        folder = args.work / "parts" / name / method
-        folder.mkdir(parents=True, exist_ok=True)
+    def one(job: tuple[str, str, bool]) -> None:
+        name, method, curve = job
+        place, begin = places.get(), time.time()
         extra = ["--seeds", str(args.seeds)]
-        if TASKS[name].fractions and not args.no_curve:
-            extra += ["--fractions", TASKS[name].fractions or ""]
-        with (args.work / f"{name}-{method}.log").open("a") as log:
-            done = subprocess.run(
-                [*command(args, name, files[name], folder, method), *extra],
-                stdout=log, stderr=subprocess.STDOUT, env=_on(place), check=False,
-            )  # fmt: skip
+        extra += ["--fractions", TASKS[name].fractions or ""] if curve else []
+        folder = args.work / "parts" / name / method
+        # timed among others, decoding is worth nothing: as little of it as there can be
+        few = "import spectune.comparing.measure as m; m.WARM_UPS, m.ROUNDS = 0, 2"
+        code = spectune(args, name, files[name], folder, method, extra, f"{name}-{method}", place, first=few)
         places.put(place)
-        print(f"{name} {method}: exit {done.returncode}, {time.time() - begin:.0f} s", flush=True)
+        what = "curve" if curve else "search and final runs"
+        print(f"{name} {method}, {what}: exit {code}, {time.time() - begin:.0f} s", flush=True)
 
-    # the slowest first: the longest task, and in it the methods that cost most
+    jobs = [(name, method, False) for name in names for method in methods]
+    jobs += [(name, method, True) for name in names for method in TASKS[name].curve_methods if method in methods]
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(one, [(name, method) for name in names for method in methods]))
+        # a curve goes on in the folder of its method, and so waits for it
+        done = {job: pool.submit(one, job) for job in jobs if not job[2]}
+        for job in jobs:
+            if job[2]:
+                done[job] = pool.submit(lambda job=job: (done[(*job[:2], False)].result(), one(job)))
+        for future in done.values():
+            future.result()
 
-    def whole(number: int) -> None:
-        # one at a time on each GPU: what is measured now is measured alone
-        for name in names[number :: args.gpus]:
-            merge(args, name, files[name], methods, number)
-            costs(args, name, files[name], methods, number)
 
-    with ThreadPoolExecutor(args.gpus) as pool:
-        list(pool.map(whole, range(args.gpus)))
+def spectune(
+    args: argparse.Namespace,
+    name: str,
+    files: dict[str, Path],
+    folder: Path,
+    methods: str,
+    extra: list[str],
+    log: str,
+    gpu: int,
+    first: str = "pass",
+) -> int:
+    """`spectune compare` in a process of its own; its exit code. `first`: Python that runs before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*command(args, name, files, folder, methods), *extra]
+    code = f"import sys; sys.argv = ['spectune', *sys.argv[1:]]; {first}; from spectune.cli import main; main()"
+    with (args.work / f"{log}.log").open("a") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *flags], stdout=file, stderr=subprocess.STDOUT, env=_on(gpu), check=False
+        )
+    return done.returncode
 
 
 def _on(gpu: int) -> dict[str, str]:
@@ -143,47 +165,40 @@ def _on(gpu: int) -> dict[str, str]:
     }
 
 
-def merge(args: argparse.Namespace, name: str, files: dict[str, Path], methods: list[str], gpu: int) -> None:
-    """One comparison from the folders of the methods: what is there is taken as it is."""
-    whole = args.work / name
-    for method in methods:
-        for room in ("search", "runs", "curve"):
-            source = args.work / "parts" / name / method / room
-            if source.is_dir():
-                shutil.copytree(source, whole / room, dirs_exist_ok=True, symlinks=True)
-    extra = ["--seeds", str(args.seeds)]
-    if TASKS[name].fractions and not args.no_curve:
-        extra += ["--fractions", TASKS[name].fractions or ""]
+def costs(args: argparse.Namespace, files: dict[str, Path], gpu: int, methods: list[str]) -> None:
+    """Memory and speed on E2E's rows, one method after another, with a GPU to themselves."""
     begin = time.time()
-    with (args.work / f"{name}.log").open("a") as log:
-        done = subprocess.run(
-            [*command(args, name, files, whole, ",".join(methods)), *extra],
-            stdout=log, stderr=subprocess.STDOUT, env=_on(gpu), check=False,
-        )  # fmt: skip
-    print(f"{name}: put together, exit {done.returncode}, {time.time() - begin:.0f} s", flush=True)
-
-
-def costs(args: argparse.Namespace, name: str, files: dict[str, Path], methods: list[str], gpu: int) -> None:
-    """Memory and speed, one method after another in one process, nothing beside it."""
-    found = json.loads((args.work / name / "comparison.json").read_text())
-    arms = [arm for arm in methods if any(r["name"] == arm for r in found["runs"])]
-    folder = args.work / "costs" / name
-    base = command(args, name, files, folder, ",".join(arms))
-    at = base.index("--generate-rows")
-    base[at + 1] = "0"
     # a rate at which nothing diverges: memory and speed do not depend on it
-    extra = [
-        "--set",
-        f"max_steps={min(COST_STEPS, args.max_steps or COST_STEPS)}",
-        "--set",
-        "learning_rate=1e-4",
-        "--seeds",
-        "1",
+    steps = min(COST_STEPS, args.max_steps or COST_STEPS)
+    extra = ["--set", f"max_steps={steps}", "--set", "learning_rate=1e-4", "--seeds", "1", "--generate-rows", "0"]
+    code = spectune(args, "e2e", files, args.work / "costs" / str(gpu), ",".join(methods), extra, f"costs-{gpu}", gpu)
+    print(f"costs of {', '.join(methods)}: exit {code}, {time.time() - begin:.0f} s", flush=True)
+
+
+def merge(work: Path, name: str) -> Path:
+    """One comparison from the folders of the methods: their run folders, and conditions that name them all."""
+    whole = work / name
+    parts = [path for path in sorted((work / "parts" / name).iterdir(), key=_order) if (path / "base").is_dir()]
+    conditions = [json.loads((part / "conditions.json").read_text()) for part in parts]
+    for part, found in zip(parts, conditions, strict=True):
+        assert found["identity"] == conditions[0]["identity"], f"{part} ran under other conditions"
+        for room in ("search", "runs", "curve", "base"):
+            if (part / room).is_dir():
+                shutil.copytree(part / room, whole / room, dirs_exist_ok=True, symlinks=True)
+    # the first with a curve, if there is one: it knows the curve's rows
+    first = max(conditions, key=lambda found: len(found["preset"]["curve"]))
+    shapes = [found["scale"] for found in conditions]
+    scale = [
+        {**shape, "shares": {key: value for of in shapes for key, value in of[number]["shares"].items()}}
+        for number, shape in enumerate(shapes[0])
     ]
-    begin = time.time()
-    with (args.work / f"{name}-costs.log").open("a") as log:
-        done = subprocess.run([*base, *extra], stdout=log, stderr=subprocess.STDOUT, env=_on(gpu), check=False)
-    print(f"{name}: costs, exit {done.returncode}, {time.time() - begin:.0f} s", flush=True)
+    merged = {**first, "arms": [arm for found in conditions for arm in found["arms"]], "scale": scale}
+    (whole / "conditions.json").write_text(json.dumps(merged, indent=2))
+    return whole
+
+
+def _order(path: Path) -> int:
+    return METHODS.index(path.name)
 
 
 #: cost fields of a run: taken from the runs that had a GPU to themselves
@@ -312,8 +327,7 @@ def main() -> None:
     runner.add_argument("--dtype", default="float32")
     runner.add_argument("--eval-batch", type=int, default=128)
     runner.add_argument("--max-steps", type=int, default=0, help="shorter, to try the script")
-    runner.add_argument("--generate-rows", type=int)
-    runner.add_argument("--no-curve", action="store_true")
+    runner.add_argument("--no-costs", action="store_true")
     pages = commands.add_parser("pages")
     pages.add_argument("--work", type=Path, required=True)
     pages.add_argument("--out", type=Path, default=Path("docs/results"))
@@ -323,7 +337,7 @@ def main() -> None:
         run(args)
     else:
         for name in TASKS:
-            if (args.work / name / "comparison.json").is_file():
+            if (args.work / "parts" / name).is_dir():
                 pages_of(args, name)
 
 

@@ -23,7 +23,7 @@ class Schedule:
     Attributes:
         rungs: of the search, each (rates, steps); none where the learning rate is given.
         seeds: of the final runs.
-        curve: of the data curve, each (rows, steps); with all rows it is a final run, and has its steps.
+        curve: of the data curve, each (rows, steps); the point with all `rows` is a final run.
         curve_seeds: of each point of the curve.
         target_tokens_per_step: on average over the training rows.
     """
@@ -31,6 +31,7 @@ class Schedule:
     preset: Preset
     rungs: tuple[tuple[int, int], ...]
     seeds: tuple[int, ...]
+    rows: int
     final_steps: int
     curve: tuple[tuple[int, int], ...]
     curve_seeds: tuple[int, ...]
@@ -59,6 +60,7 @@ class Schedule:
             if settings.learning_rate is not None
             else tuple((count, max(1, round(share * final))) for count, share in preset.rungs),
             seeds=every,
+            rows=rows,
             final_steps=final,
             curve=tuple((n, final if n == rows else min(final, CURVE_EPOCHS * -(-n // per_step))) for n in counts),
             curve_seeds=every[: preset.curve_seeds],
@@ -73,9 +75,9 @@ class Schedule:
         return (*self.rungs[:-1], (self.rungs[-1][0] + sure, self.rungs[-1][1])) if self.rungs else ()
 
     def pieces(self, arm: str) -> list[tuple[str, int]]:
-        """(arm, steps) of every run of an arm; the curve's point with all rows is one of the final runs."""
+        """(arm, steps) of every run of an arm."""
         search = [steps for count, steps in self.planned_trials for _ in range(count)]
-        curve = [steps for _, steps in self.curve if steps != self.final_steps or len(self.curve) == 1]
+        curve = [steps for count, steps in self.curve if count < self.rows for _ in self.curve_seeds]
         return [(arm, steps) for steps in (*search, *[self.final_steps] * len(self.seeds), *curve)]
 
     def to_dict(self, valid_rows: int) -> dict[str, Any]:
