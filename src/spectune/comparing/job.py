@@ -138,15 +138,9 @@ class Job:
             )
             (folder / FAILED).unlink(missing_ok=True)
             found = self._judged(folder) | self._costs(delta, folder, config)
-        result = result.model_copy(
-            update={
-                **found,
-                "name": arm.name,
-                "key": folder.name.rsplit("-", 1)[-1],
-                "retained_sha256": self.identity["passages_sha256"],
-                # phases that training has measured, and those that were measured here
-                "peak_memory_bytes": {**result.peak_memory_bytes, **found.get("peak_memory_bytes", {})},
-            }
+        key = folder.name.rsplit("-", 1)[-1]
+        result = result.with_measured(
+            {**found, "name": arm.name, "key": key, "retained_sha256": self.identity["passages_sha256"]}
         )
         result.save(folder / "result.json")
         return result
