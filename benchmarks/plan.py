@@ -311,8 +311,8 @@ def table(cells: list[dict[str, Any]], unseen: list[str]) -> str:
         "",
         f"Made by `benchmarks/plan.py` on {first['device']}, torch {first['torch']}, {first['dtype']}. Peak of a step, "
         "from the config alone, against steps of the training loop on random weights. Nothing is fitted per cell. "
-        f"Not looked at while the planner was made: {' and '.join(unseen)}. Errors are of what was measured; predictions "
-        "stand as they were made, before each cell ran.",
+        f"Not looked at while the planner was made: {' and '.join(unseen)}. Errors are of what was measured; "
+        "predictions stand as they were made, before each cell ran.",
         "",
         "| shape | cells | allocated: median | worst | reserved: median | worst |",
         "|---|---|---|---|---|---|",

@@ -104,5 +104,5 @@ def test_formulas_against_a_tracker_over_fake_steps(family: str, monkeypatch: py
                 delta = place(model, method(), "oracle", fill=lambda _: None)
                 measured = fake_peak(model, delta, 4, length, checkpointing=checkpointing)
             errors[estimate.method, checkpointing, length] = abs(estimate.peak_allocated / measured - 1)
-    assert statistics.median(errors.values()) <= 0.05
-    assert max(errors.values()) <= 0.10, errors
+    assert statistics.median(errors.values()) <= 0.02
+    assert max(errors.values()) <= 0.05, errors
