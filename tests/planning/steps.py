@@ -52,21 +52,13 @@ def fake_peak(model: PreTrainedModel, delta: Delta, rows: int, length: int, *, c
     config = TrainingConfig()
     optimizer = MasterAdamW(list(delta.parameters()), config, 1e-4)
     model.train()
-    vocabulary = model.config.get_text_config().vocab_size
     peak = 0
     with recomputing(model, checkpointing):
         for _ in range(2):
             with AllocationTracker([*model.parameters(), *optimizer.tensors()]) as tracker:
-                ids: Any = torch.zeros(rows, length, dtype=torch.int64)
-                mask, labels = torch.ones_like(ids), torch.zeros_like(ids)
-                positions = (labels[:, 1:] != -100).to(torch.int8).argsort(dim=1, descending=True, stable=True)
-                logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
-                picked = torch.zeros(rows * (length - 1), dtype=torch.int64)
-                chosen = logits.reshape(-1, vocabulary)[picked]
-                targets = labels[:, 1:].reshape(-1)[picked]
-                loss = F.cross_entropy(chosen.float(), targets, reduction="sum")
+                loss = _whole_rows_loss(model, rows, length)
                 torch.autograd.backward(loss / 7)
-                del loss, logits, chosen, mask
+                del loss
                 for parameter, master in zip(optimizer.parameters, optimizer.masters, strict=True):
                     if master is not parameter:
                         master.grad = None if parameter.grad is None else parameter.grad.float()
@@ -74,3 +66,16 @@ def fake_peak(model: PreTrainedModel, delta: Delta, rows: int, length: int, *, c
                 optimizer.clear()
             peak = max(peak, tracker.peak_bytes)
     return peak
+
+
+def _whole_rows_loss(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
+    vocabulary = model.config.get_text_config().vocab_size
+    ids: Any = torch.zeros(rows, length, dtype=torch.int64)
+    mask, labels = torch.ones_like(ids), torch.zeros_like(ids)
+    positions = (labels[:, 1:] != -100).to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+    picked = torch.zeros(rows * (length - 1), dtype=torch.int64)
+    chosen = logits.reshape(-1, vocabulary)[picked]
+    targets = labels[:, 1:].reshape(-1)[picked]
+    del mask
+    return F.cross_entropy(chosen.float(), targets, reduction="sum")

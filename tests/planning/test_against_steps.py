@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from spectune.deltas import attach
 from spectune.deltas.attach import place
+from spectune.deltas.modules import DeltaModule
 from spectune.errors import ConfigError
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import plan
@@ -59,14 +61,14 @@ def test_every_method_on_every_family(family: str, method: str, checkpointing: b
     check(family, method, checkpointing=checkpointing, shorter=shorter)
 
 
-#: widths as people use them, of ten layers: under FakeTensorMode they cost no memory
+#: widths as people use them, of six layers: under FakeTensorMode they cost no memory
 WIDE: dict[str, PretrainedConfig] = {
-    "gpt2": GPT2Config(n_layer=10, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt2": GPT2Config(n_layer=6, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "llama": LlamaConfig(
         vocab_size=128256,
         hidden_size=2048,
         intermediate_size=8192,
-        num_hidden_layers=10,
+        num_hidden_layers=6,
         num_attention_heads=32,
         num_key_value_heads=8,
     ),
@@ -74,29 +76,33 @@ WIDE: dict[str, PretrainedConfig] = {
         vocab_size=151936,
         hidden_size=1024,
         intermediate_size=3072,
-        num_hidden_layers=10,
+        num_hidden_layers=6,
         num_attention_heads=16,
         num_key_value_heads=8,
         head_dim=128,
     ),
-    "opt": OPTConfig(num_hidden_layers=10, dropout=0.0),
+    "opt": OPTConfig(num_hidden_layers=6, dropout=0.0),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", list(WIDE))
-def test_formulas_against_a_tracker_over_fake_steps(family: str) -> None:
+def test_formulas_against_a_tracker_over_fake_steps(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers run, in bfloat16, by an oracle that shares no code with the planner: fake tensors and a tracker."""
+    # what attach proves by values, it cannot prove of tensors that have none
+    monkeypatch.setattr("spectune.deltas.delta.fingerprint", lambda *_: {})
+    for module in ("attach", "probe"):
+        monkeypatch.setattr(sys.modules[f"spectune.deltas.{module}"], "can_run", lambda _: False)
+    monkeypatch.setattr(DeltaModule, "to", lambda self, *_: self)  # they are where the model is, and cannot be moved
     errors = {}
     for method in BY_NAME.values():
-        for checkpointing in (False, True):
-            for length in (256, 900):
-                estimate = plan(WIDE[family], method(), 4, length, dtype="bfloat16", device="cpu",
+        for checkpointing, length in ((False, 900), (True, 900), (False, 256)):
+            estimate = plan(WIDE[family], method(), 4, length, dtype="bfloat16", device="cpu",
                                 gradient_checkpointing=checkpointing)  # fmt: skip
-                with FakeTensorMode():
-                    model = AutoModelForCausalLM.from_config(WIDE[family], dtype=torch.bfloat16)
-                    delta = place(model, method(), "oracle", fill=lambda _: None)
-                    measured = fake_peak(model, delta, 4, length, checkpointing=checkpointing)
-                errors[estimate.method, checkpointing, length] = abs(estimate.peak_allocated / measured - 1)
-    assert statistics.median(errors.values()) <= 0.05
-    assert max(errors.values()) <= 0.10, errors
+            with FakeTensorMode():
+                model = AutoModelForCausalLM.from_config(WIDE[family], dtype=torch.bfloat16)
+                delta = place(model, method(), "oracle", fill=lambda _: None)
+                measured = fake_peak(model, delta, 4, length, checkpointing=checkpointing)
+            errors[estimate.method, checkpointing, length] = abs(estimate.peak_allocated / measured - 1)
+    assert statistics.median(errors.values()) <= 0.02
+    assert max(errors.values()) <= 0.05, errors

@@ -26,8 +26,19 @@ CONFIG = LlamaConfig(
 )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("method", ["full", "bitfit", "lora", "adapter", "prompt"])
+@pytest.mark.parametrize(
+    ("method", "checkpointing"),
+    [
+        ("full", False),
+        ("lora", False),
+        ("lora", True),
+        *(
+            pytest.param(method, checkpointing, marks=pytest.mark.slow)
+            for method in ("bitfit", "adapter", "prompt")
+            for checkpointing in (False, True)
+        ),
+    ],
+)
 def test_against_torch(method: str, checkpointing: bool) -> None:
     model = LlamaForCausalLM(CONFIG)
     family = describe(model)

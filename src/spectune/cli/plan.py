@@ -258,7 +258,6 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
     from rich.table import Table
 
     from spectune.planning.estimate import TERMS, shown
-    from spectune.reporting import units
 
     if estimates:
         first = estimates[0]
@@ -274,7 +273,7 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
             table.add_row(
                 estimate.method,
                 f"{estimate.trainable_parameters:,}",
-                units.percent(share),
+                f"{100 * share:.3g}%",
                 *(shown(getattr(estimate, term)) for term in TERMS),
                 shown(estimate.peak_allocated),
                 shown(estimate.peak_reserved),

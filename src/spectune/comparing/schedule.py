@@ -87,7 +87,7 @@ class Schedule:
         return {
             "name": self.preset.name,
             "seeds": list(self.seeds),
-            "rungs": [list(rung) for rung in self.planned_trials],
+            "rungs": [[count, steps / self.final_steps] for count, steps in self.planned_trials],
             "fixed_learning_rate": self.learning_rate,
             "final_steps": self.final_steps,
             "final_target_tokens": round(self.final_steps * tokens),

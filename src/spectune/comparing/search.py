@@ -64,7 +64,7 @@ class Search:
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),
-            "range": list(self.range),
+            "range": [min(t.learning_rate for t in self.trials), max(t.learning_rate for t in self.trials)],
             "trials": [asdict(t) for t in self.trials],
             "sentence": self.sentence,
         }

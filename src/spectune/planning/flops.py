@@ -11,9 +11,9 @@ def flops_per_token(family: Family, method: Method, length: int, *, checkpointin
 
     A product with a matrix of N weights takes 2 N a token in forward and as much for the gradient of its input; the
     gradient of a base's weights, where it is trained, as much again; a delta's own weights 6 P; causal attention 2 T q
-    a layer in forward and twice that in backward; recomputation at most forward of the layers once more. Norms,
-    activations and rotary positions are left out, and that the lowest weight that is trained ends backward. Virtual
-    tokens that run through the layers (prompt) are counted to the text's.
+    a layer in forward and twice that in backward; recomputation at most forward of the layers once more. Left out are
+    norms, activations and rotary positions, and that backward ends at the lowest weight that is trained. Virtual tokens
+    that run through the layers (prompt) are counted to the text's.
     """
     blocks = sum(linear.in_features * linear.out_features for linear in family.linears)
     head = family.vocab_size * family.hidden_size
