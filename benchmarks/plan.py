@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -273,6 +274,27 @@ def run_shape(name: str, shapes: Any, args: argparse.Namespace) -> None:
         write(args.out, cell)
 
 
+def replay(path: Path) -> None:
+    """Predict the measured cells of a file again, with the planner as it is now, from configs alone."""
+    cells = [json.loads(line) for line in path.read_text().splitlines()]
+    for cell in cells:
+        if "measured" not in cell or "replayed" in cell:
+            continue
+        config = SHAPES[cell["shape"]][0]()
+        method = next(m for m in METHODS if m.model_fields["name"].default == cell["method"])()
+        learned = [
+            e.target_tokens for e in examples(cell["rows"], cell["length"], config.vocab_size, padded=cell["padded"])
+        ]
+        estimate = plan(
+            config, method, cell["rows"], cell["length"], dtype=getattr(torch, cell["dtype"].removeprefix("torch.")),
+            gradient_checkpointing=cell["checkpointing"], device="cuda", padded=cell["padded"], targets=max(learned),
+            all_targets=sum(learned),
+        )  # fmt: skip
+        cell["replayed"] = {key: getattr(estimate, key) for key in ("peak_allocated", "peak_reserved")}
+        cell["replayed_with"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+        path.write_text("".join(json.dumps(c) + "\n" for c in cells))
+
+
 def write(path: Path, cell: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(cell) + "\n")
@@ -291,17 +313,27 @@ def write(path: Path, cell: dict[str, Any]) -> None:
     print(f"{head}  {cell['seconds']:.1f}s  {moments}  measured {seen}  {cell['attention']}", flush=True)
 
 
+FAULTS = (
+    "The run showed three faults, mended since: the optimizer's states were planned in another order than they are "
+    "made (reserved memory of full fine-tuning on GPT-2); transformers' checkpointing left a hook on the embeddings, "
+    "so that later runs on the same model kept more of their first layer (ours, 0.1% to 0.5% of the cells after a "
+    "checkpointed one); and in the padded cells this benchmark told the planner of targets that padding does not have. "
+    "These figures are not blind: the planner was mended with the measurements at hand, though nothing is fitted to "
+    "them. Replayed on a CPU with VERSIONS."
+)
+
+
 def table(cells: list[dict[str, Any]], unseen: list[str]) -> str:
     """The page: errors over all cells, the unseen shapes apart, then each cell."""
     done = [c for c in cells if "measured" in c]
 
-    def errors(chosen: list[dict[str, Any]], kind: str) -> list[float]:
-        return [c["predicted"][f"peak_{kind}"] / c["measured"][kind] - 1 for c in chosen if kind in c["measured"]]
+    def errors(chosen: list[dict[str, Any]], kind: str, by: str) -> list[float]:
+        return [c[by][f"peak_{kind}"] / c["measured"][kind] - 1 for c in chosen if by in c and kind in c["measured"]]
 
-    def line(what: str, chosen: list[dict[str, Any]]) -> str:
+    def line(what: str, chosen: list[dict[str, Any]], by: str) -> str:
         parts = [what, str(len(chosen))]
         for kind in ("allocated", "reserved"):
-            found = [abs(e) for e in errors(chosen, kind)]
+            found = [abs(e) for e in errors(chosen, kind, by)]
             parts += [f"{100 * statistics.median(found):.1f}%", f"{100 * max(found):.1f}%"] if found else ["-", "-"]
         return f"| {' | '.join(parts)} |"
 
@@ -314,14 +346,29 @@ def table(cells: list[dict[str, Any]], unseen: list[str]) -> str:
         f"Not looked at while the planner was made: {' and '.join(unseen)}. Errors are of what was measured; "
         "predictions stand as they were made, before each cell ran.",
         "",
-        "| shape | cells | allocated: median | worst | reserved: median | worst |",
-        "|---|---|---|---|---|---|",
     ]
     names = list(dict.fromkeys(c["shape"] for c in done))
-    lines += [line(n + (" (unseen)" if n in unseen else ""), [c for c in done if c["shape"] == n]) for n in names]
-    lines += [line("all", done), ""]
+    head = ["| shape | cells | allocated: median | worst | reserved: median | worst |", "|---|---|---|---|---|---|"]
+    replayed = [c for c in done if "replayed" in c]
+    for by, chosen, title in (
+        ("predicted", done, "Predicted before the run"),
+        ("replayed", replayed, "The same cells, predicted by the planner as it is now"),
+    ):
+        if not chosen:
+            continue
+        lines += [f"## {title}", ""]
+        if by == "replayed":
+            versions = " and ".join(f"{name} {version}" for name, version in chosen[0]["replayed_with"].items())
+            lines += [FAULTS.replace("VERSIONS", versions), ""]
+        lines += head
+        for n in names:
+            label = n + (" (unseen)" if n in unseen else "")
+            lines.append(line(label, [c for c in chosen if c["shape"] == n], by))
+        lines += [line("all", chosen, by), ""]
+    lines += ["## Every cell", ""]
     lines += ["| shape | method | rows x tokens | checkpointing | predicted allocated | measured | error | "
-              "predicted reserved | measured | error |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+              "predicted reserved | measured | error | errors as predicted now |",
+              "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for c in cells:
         ck = ("yes" if c["checkpointing"] else "no") + (", padded" if c["padded"] else "")
         row = [c["shape"], c["method"], f"{c['rows']} x {c['length']}", ck]
@@ -334,6 +381,8 @@ def table(cells: list[dict[str, Any]], unseen: list[str]) -> str:
                 ours, theirs = c["predicted"][f"peak_{kind}"], c["measured"].get(kind)
                 row += [f"{ours / GIB:.2f} GiB"]
                 row += [f"{theirs / GIB:.2f} GiB", f"{100 * (ours / theirs - 1):+.1f}%"] if theirs else ["-", "-"]
+            now = [f"{100 * e:+.1f}%" for kind in ("allocated", "reserved") for e in errors([c], kind, "replayed")]
+            row.append(", ".join(now) or "-")
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
@@ -346,10 +395,15 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="*", help="all by default")
     parser.add_argument("--methods", nargs="*", help="all by default")
     parser.add_argument("--table", type=Path, help="write the page from --out; measures nothing")
+    parser.add_argument("--replay", action="store_true", help="predict the cells of --out again; measures nothing")
     parser.add_argument("--unseen", nargs="*", default=list(UNSEEN), help="shapes that the page calls unseen")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     shapes = TINY if args.tiny else SHAPES
+    if args.replay:
+        replay(args.out)
+    if args.replay and not args.table:
+        return 0
     if args.table:
         cells = [json.loads(line) for line in args.out.read_text().splitlines()]
         args.table.write_text(table(cells, args.unseen))
