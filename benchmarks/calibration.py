@@ -255,8 +255,8 @@ def page(records: list[dict[str, Any]]) -> str:
         "",
         f"Planted {100 * PLANTED:g}%: how often the pair is found after Holm's correction; in all, by the seeds' "
         'standard deviation, by judged rows. "At best" is the power of an uncorrected test that knows every variance: '
-        "no test of these runs can find more. Without further words one arm is the other's method with its losses times "
-        f"{1 + PLANTED}.",
+        "no test of these runs can find more. Without further words one arm is the other's method with its losses "
+        f"times {1 + PLANTED}.",
         "",
         f"| scenario | tails | comparisons | found | at best | {noises} | {rows_of} |",
         "|---|---|---:|---:|---:|" + "---:|" * (len(NOISES) + len(ROWS)),
@@ -284,10 +284,10 @@ def _in_short(cells: list[dict[str, Any]]) -> list[str]:
         return f"{100 * _sum(group, 'any_differs') / _sum(group, 'comparisons'):.0f}%"
 
     return [
-        f"In short, simulated: self-comparisons differ in {of('self')}, at most in {of('self', 'noisier')} (a pair five "
-        f"times noisier than the other arms). A planted 3% is found in {of('planted', 'planted, 2')} of comparisons of "
-        f"two arms and in {of('planted', 'planted, 6', 'far apart')} among six arms that are far apart. It is found too "
-        f"rarely where all other arms are equal ({of('planted', 'planted, 6', 'equal')} of six, "
+        f"In short, simulated: self-comparisons differ in {of('self')}; in {of('self', 'noisier')} where the pair is "
+        f"five times noisier than the other arms. A planted 3% is found in {of('planted', 'planted, 2')} of "
+        f"comparisons of two arms and in {of('planted', 'planted, 6', 'far apart')} among six arms that are far "
+        f"apart. It is found too rarely where all other arms are equal ({of('planted', 'planted, 6', 'equal')} of six, "
         f"{of('planted', 'planted, 8', 'equal')} of eight: 15 and 28 pairs to correct for), with 55 rows, and where "
         "seeds differ by 0.8% and more: more seeds help there. Between two methods whose rows differ by themselves "
         "(SD 20%) it takes thousands of rows.",
