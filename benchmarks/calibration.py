@@ -40,7 +40,7 @@ NOISES = (0.002, 0.004, 0.006, 0.008, 0.01)
 SEED_ROWS = (0.03, 0.08)
 DIFFICULTY, METHOD_ROW = 0.4, 0.2
 TOKENS = (5, 45)
-#: the order of losses measured on E2E (docs/results/e2e.md), as shares above the best
+#: the order of losses measured on E2E (docs/results/e2e_reference.md), as shares above the best
 SPREAD = (0.0, 0.07, 0.14, 0.35, 0.49, 0.8)
 
 #: scenario -> (levels above the first arm, which method each arm is, what is asked of it)

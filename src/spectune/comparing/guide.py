@@ -221,7 +221,7 @@ def _rules(methods: Sequence[Method]) -> list[Rule]:
             tiny,
             "the more data, the more the number of trained weights counts: on 42,061 rows of E2E full reached 0.975 "
             "nats, LoRA 1.047, the adapter 1.110, BitFit 1.454, prompt tuning 1.750",
-            "measured by this project: docs/results/e2e.md (gpt2-27m, one seed)",
+            "measured by this project: docs/results/e2e_reference.md (gpt2-27m, one seed)",
         ),
         Rule(
             "many tasks, small files",
@@ -280,7 +280,7 @@ def _rules(methods: Sequence[Method]) -> list[Rule]:
             nothing,
             prompt,
             "it came up to full fine-tuning at 11 billion weights only, and fell behind more the smaller the base",
-            "Lester et al. 2021 (arXiv 2104.08691), figure 1; here at 27 million: docs/results/e2e.md",
+            "Lester et al. 2021 (arXiv 2104.08691), figure 1; here at 27 million: docs/results/e2e_reference.md",
         ),
         Rule(
             "must merge",
@@ -331,7 +331,7 @@ def _rules(methods: Sequence[Method]) -> list[Rule]:
             lambda m: not near_full(m),
             "the order of losses on E2E was that of the numbers of trained weights: full, LoRA, adapter, prefix, "
             "BitFit, prompt",
-            "measured by this project: docs/results/e2e.md (gpt2-27m, one seed)",
+            "measured by this project: docs/results/e2e_reference.md (gpt2-27m, one seed)",
         ),
     ]  # fmt: skip
 

@@ -419,7 +419,10 @@ def _bill(pick: _Arm, limits: Limits) -> list[dict[str, Any]]:
         parts.append(f"{units.size(pick.stored_bytes * limits.tenants)} stored for {_tenants(limits)}")
     if pick.inference_overhead is not None:
         how = "merged" if pick.merged else "unmerged"
-        parts.append(f"{units.percent(pick.inference_overhead, sign=True)} time a decoded token ({how})")
+        more = f"{units.percent(pick.inference_overhead, sign=True)} time a decoded token"
+        if pick.inference_overhead <= SAME_OVERHEAD:  # below zero it is noise: nothing is faster than the bare base
+            more = "no more time a decoded token than the bare base, within noise"
+        parts.append(f"{more} ({how})")
     if pick.train_seconds is not None:
         parts.append(f"{units.seconds(pick.train_seconds)} of training")
     return [_reason(f"{pick.label} takes {listed(parts)}", [pick])] if parts else []

@@ -69,9 +69,7 @@ class BottleneckAdapter(Method):
     default_learning_rate: ClassVar[float] = 1e-3
     default_learning_rate_source: ClassVar[str] = "Houlsby et al. section 3.1 searched 3e-5 to 3e-3"
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
-    learning_rate_range_source: ClassVar[str] = (
-        "Houlsby et al. section 3.1 searched 3e-5 to 3e-3; 5e-3 was best on E2E (docs/results/e2e.md)"
-    )
+    learning_rate_range_source: ClassVar[str] = "Houlsby et al. section 3.1 searched 3e-5 to 3e-3; 5e-3 was best on E2E"
 
     def model_post_init(self, _: object) -> None:
         if self.activation not in ACT2FN:

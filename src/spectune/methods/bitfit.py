@@ -48,7 +48,7 @@ class BitFit(Method):
     default_learning_rate: ClassVar[float] = 1e-2
     default_learning_rate_source: ClassVar[str] = "the authors' code has 1e-3"
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
-    learning_rate_range_source: ClassVar[str] = "the authors' code has 1e-3; 4e-2 was best on E2E (docs/results/e2e.md)"
+    learning_rate_range_source: ClassVar[str] = "the authors' code has 1e-3; 4e-2 was best on E2E"
     can_merge: ClassVar[bool] = True
 
     def sites(self, family: Family) -> list[Site]:

@@ -37,7 +37,7 @@ class FullFineTuning(Method):
     default_learning_rate_source: ClassVar[str] = "Li and Liang's code for GPT-2 has 5e-5; small bases take more"
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 3e-3)
     learning_rate_range_source: ClassVar[str] = (
-        "1e-5 is PEFT's method comparison on a 3B base; 2e-3 was best for a 27M one on E2E (docs/results/e2e.md)"
+        "1e-5 is PEFT's method comparison on a 3B base; 2e-3 was best for a 27M one on E2E"
     )
     trains_base: ClassVar[bool] = True
     can_merge: ClassVar[bool] = True

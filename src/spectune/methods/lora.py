@@ -83,7 +83,7 @@ class LoRA(Method):
     default_learning_rate_source: ClassVar[str] = "LoRA paper table 11 has 2e-4 for GPT-2"
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
     learning_rate_range_source: ClassVar[str] = (
-        "LoRA paper table 11 has 2e-4 for GPT-2; 6e-3 was best for a 27M base on E2E (docs/results/e2e.md)"
+        "LoRA paper table 11 has 2e-4 for GPT-2; 6e-3 was best for a 27M base on E2E"
     )
     can_merge: ClassVar[bool] = True
 

@@ -101,9 +101,7 @@ class PrefixTuning(Method):
     default_learning_rate: ClassVar[float] = 1e-2
     default_learning_rate_source: ClassVar[str] = "LLM-Adapters has 3e-2, T-Few 1e-2"
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-3, 3e-1)
-    learning_rate_range_source: ClassVar[str] = (
-        "LLM-Adapters has 3e-2, T-Few 1e-2; 1e-1 was best on E2E (docs/results/e2e.md)"
-    )
+    learning_rate_range_source: ClassVar[str] = "LLM-Adapters has 3e-2, T-Few 1e-2; 1e-1 was best on E2E"
     starts_at_identity: ClassVar[bool] = False
 
     @property

@@ -49,9 +49,7 @@ class PromptTuning(Method):
     default_learning_rate: ClassVar[float] = 1e-1
     default_learning_rate_source: ClassVar[str] = "Lester et al. section 3 has 0.3 with Adafactor"
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-2, 3.0)
-    learning_rate_range_source: ClassVar[str] = (
-        "Lester et al. section 3 has 0.3 with Adafactor; 1.0 was best on E2E (docs/results/e2e.md)"
-    )
+    learning_rate_range_source: ClassVar[str] = "Lester et al. section 3 has 0.3 with Adafactor; 1.0 was best on E2E"
     starts_at_identity: ClassVar[bool] = False
 
     @model_validator(mode="after")

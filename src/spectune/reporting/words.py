@@ -7,6 +7,7 @@ from typing import Any
 
 from spectune.reporting import units
 from spectune.reporting.arms import arm_labels, failures
+from spectune.reporting.columns import metric_title
 from spectune.reporting.rows import why_no_relative_performance
 
 #: what the axes of the Pareto set are called
@@ -25,10 +26,11 @@ def verdict_sentences(comparison: Mapping[str, Any]) -> list[str]:
 
 
 def metric_sentences(comparison: Mapping[str, Any]) -> list[str]:
-    """The same for the task metrics and for forgetting."""
+    """The headline of each task metric, and of forgetting, each with its name before it."""
     verdict = comparison.get("verdict") or {}
-    parts = [*(verdict.get("metrics") or {}).values(), verdict.get("forgetting") or {}]
-    return [str(sentence) for part in parts for sentence in part.get("sentences") or ()]
+    parts = {metric_title(name): part for name, part in (verdict.get("metrics") or {}).items()}
+    parts["Forgetting"] = verdict.get("forgetting") or {}
+    return [f"{name}: {part['sentences'][0]}" for name, part in parts.items() if part.get("sentences")]
 
 
 def recommendation_sentence(comparison: Mapping[str, Any]) -> str | None:

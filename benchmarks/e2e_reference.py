@@ -1,10 +1,10 @@
 """E2E from gpt2-27m: every method at several learning rates, one epoch each, validation loss after the last step.
 
-    python benchmarks/e2e.py --base BASES/gpt2-27m --data DATA/e2e --out results.jsonl --workers 4
+    python benchmarks/e2e_reference.py --base BASES/gpt2-27m --data DATA/e2e --out results.jsonl --workers 4
 
 The recipe: batch 64, AdamW without weight decay, 6% warm-up then linear to zero, clipping at 1.0; a sequence is prompt,
 newline, completion, EOS; the loss is on completion and EOS. Each run is a process of its own. With `--table` it writes
-docs/results/e2e.md from the results instead of running anything.
+docs/results/e2e_reference.md from the results instead of running anything.
 """
 
 from __future__ import annotations
@@ -135,8 +135,9 @@ def table(results: list[dict[str, Any]]) -> str:
     lines += [
         "",
         f"Measured on {environment['device']}, {results[0]['dtype']}, {versions}, spectune {environment['spectune']}.",
-        "Made by `python benchmarks/e2e.py --base BASES/gpt2-27m --data DATA/e2e --out docs/results/e2e.jsonl`, the "
-        "page by the same with `--table docs/results/e2e.md`.",
+        "Made by `python benchmarks/e2e_reference.py --base BASES/gpt2-27m --data DATA/e2e --out "
+        "docs/results/e2e_reference.jsonl`, the "
+        "page by the same with `--table docs/results/e2e_reference.md`.",
         "",
     ]
     return "\n".join(lines)
@@ -146,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/e2e.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/e2e_reference.jsonl"))
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--methods")
     parser.add_argument("--method")
