@@ -15,11 +15,12 @@ import spectune
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from spectune.planning import plan
-from spectune.planning.estimate import TERMS, Estimate, bytes_of, shown
+from spectune.planning.estimate import TERMS, Estimate, shown
 from spectune.planning.kernels import cudnn_head_limit, kernel_for
 from spectune.planning.planner import Planner
 from spectune.planning.recorder import Shape
 from spectune.planning.room import free_memory
+from spectune.sizes import bytes_of
 from tests.contract.families import gemma3, llama
 
 LLAMA = LlamaConfig(

@@ -9,17 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.errors import ConfigError
+from spectune.sizes import bytes_of
 
 if TYPE_CHECKING:
     from spectune.comparing.limits import Limits
-
-UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{kind}": base ** (power + 1)
-    for kind, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT")
-}
-#: `24G` is said for gibibytes of memory
-UNITS |= {prefix: 1024 ** (power + 1) for power, prefix in enumerate("KMGT")}
 
 MaxMemory = Annotated[str | None, typer.Option(help="The most memory that training may take, such as 24GiB.")]
 MaxLatencyOverhead = Annotated[
@@ -65,27 +58,13 @@ def fields(
     if min_quality is not None and not math.isfinite(min_quality):
         raise ConfigError(f"--min-quality {min_quality}: expected a number, such as 95")
     found = {
-        "max_memory_bytes": None if max_memory is None else size(max_memory, "--max-memory"),
+        "max_memory_bytes": None if max_memory is None else bytes_of(max_memory, "--max-memory"),
         "max_latency_overhead": None if max_latency_overhead is None else share(max_latency_overhead),
         "tenants": tenants,
-        "max_stored_bytes": None if max_stored_bytes is None else size(max_stored_bytes, "--max-stored-bytes"),
+        "max_stored_bytes": None if max_stored_bytes is None else bytes_of(max_stored_bytes, "--max-stored-bytes"),
         "min_quality": min_quality,
     }
     return {name: value for name, value in found.items() if value is not None}
-
-
-def size(text: str, flag: str) -> int:
-    """Bytes: 24GiB, 24G (the same), 2GB, 500 MB, 1000000.
-
-    Raises:
-        ConfigError: it is no size above zero; names the flag.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    units = {unit.lower(): factor for unit, factor in UNITS.items()}
-    value = round(float(found[1]) * units.get(found[2].lower(), 0)) if found else 0
-    if not value:
-        raise ConfigError(f"{flag} {text}: expected a size above zero, such as 24GiB, 2GB or 500MB")
-    return value
 
 
 def share(text: str) -> float:

@@ -99,16 +99,17 @@ def _plan(
     methods: list[Method], settings: Settings, memory: str | None, out: Console, *, named: bool, calibrate: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """What is printed, and a sentence for each method asked for that does not fit."""
-    from spectune.planning.estimate import bytes_of, shown
+    from spectune.planning.estimate import shown
     from spectune.planning.plan import context_of
     from spectune.planning.room import free_memory
+    from spectune.sizes import bytes_of
     from spectune.storage.bases import load_config
     from spectune.storage.devices import resolve_device
 
     wanted = settings.training()
     name = settings.text("device") or ("cuda" if memory is not None else "auto")
     place = str(resolve_device(name)) if name == "auto" else name
-    limit = free_memory(place) if memory is None else bytes_of(memory)
+    limit = free_memory(place) if memory is None else bytes_of(memory, "--memory")
     base = load_config(settings.base)
     examples = _examples(settings, wanted, base) if settings.text("data") is not None or calibrate else None
     # one length for all, which leaves room for the virtual tokens of each

@@ -11,6 +11,7 @@ from spectune.cli import limits, options
 from spectune.cli.console import note, print_json, say, work
 from spectune.cli.runs import RUNS, find_comparison
 from spectune.errors import ConfigError, DataError
+from spectune.sizes import bytes_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +90,7 @@ def _asked(
     if compute is not None and compute.lower() in ("low", "medium", "high"):
         given["compute"] = compute.lower()
     elif compute is not None:
-        given["memory_bytes"] = limits.size(compute, "--compute (low, medium, high or memory)")
+        given["memory_bytes"] = bytes_of(compute, "--compute (low, medium, high or memory)")
     given |= {"must_merge": must_merge, "keep_base": keep_base}
     given |= {"fast_iteration": fast_iteration, "max_quality": max_quality}
     return {key: value for key, value in given.items() if value}

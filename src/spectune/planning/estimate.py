@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from spectune.errors import ConfigError
 from spectune.planning.recorder import Shape
+from spectune.sizes import bytes_of
 
 TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 #: what a process holds of a CUDA device beside torch's allocator: the driver's context, kernels, handles
 CUDA_CONTEXT = 600 * 2**20
-_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 #: rows of a batch beyond which nobody asks
 _MOST_ROWS = 2**16
 _MOST_TOKENS = 2**20
-
-
-def bytes_of(memory: int | str) -> int:
-    """Bytes of `"24GiB"`, `"24GB"`, `"800 MiB"` or a number.
-
-    Raises:
-        ConfigError: it is no size.
-    """
-    if isinstance(memory, int):
-        return memory
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", memory, re.IGNORECASE)
-    unit = _SIZES.get(found[2].lower()) if found is not None else None
-    if found is None or unit is None:
-        raise ConfigError(f"memory {memory!r} is no size; expected a number with a unit, such as 24GiB or 800MB")
-    return int(float(found[1]) * unit)
 
 
 @dataclass(frozen=True)
