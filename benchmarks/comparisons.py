@@ -2,6 +2,7 @@
 
     python benchmarks/comparisons.py run --base BASES/gpt2-27m --data DATA --work WORK --workers 8 [--tasks e2e,trec]
     python benchmarks/comparisons.py pages --work WORK --out docs/results
+    python benchmarks/comparisons.py archive --work WORK --out OUT                without weights, in pieces
     python benchmarks/comparisons.py logs                                        pages from the logs alone
 
 `run` makes one comparison a task. The methods run at the same time, each in a process of its own with `spectune
@@ -13,6 +14,7 @@ costs are measured afterwards, one method after another with a GPU to itself, in
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -20,6 +22,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -294,6 +297,23 @@ def data_curve(content: dict[str, Any]) -> list[str]:
     ]
 
 
+#: what pages are made of; weights, figures and pages of the parts are not
+KEPT = ("conditions.json", "result.json", "search.json", "failed.json", "rows.jsonl", "metrics.jsonl", "passages.json")
+
+
+def archive(work: Path, out: Path, piece_bytes: int = 12 * 2**20) -> None:
+    """Everything that `pages` needs, as out/work.tar.xz.00 and so on, none larger than `piece_bytes`, to bring it home."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:xz", preset=1) as tar:
+        for path in sorted(work.rglob("*")):
+            if path.is_file() and not path.is_symlink() and (path.name in KEPT or path.suffix == ".log"):
+                tar.add(path, arcname=path.relative_to(work))
+    content = buffer.getvalue()
+    out.mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(range(0, len(content), piece_bytes)):
+        (out / f"work.tar.xz.{number:02d}").write_bytes(content[start : start + piece_bytes])
+
+
 def pages_from_logs(logs: Path, out: Path) -> None:
     """docs/results/<task>.md from what the commands printed, where the folders of their runs are gone.
 
@@ -412,11 +432,16 @@ def main() -> None:
     pages = commands.add_parser("pages")
     pages.add_argument("--work", type=Path, required=True)
     pages.add_argument("--out", type=Path, default=Path("docs/results"))
+    pack = commands.add_parser("archive")
+    pack.add_argument("--work", type=Path, required=True)
+    pack.add_argument("--out", type=Path, required=True)
     logs = commands.add_parser("logs")
     logs.add_argument("--logs", type=Path, default=Path("docs/results/logs"))
     logs.add_argument("--out", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
-    if args.command == "logs":
+    if args.command == "archive":
+        archive(args.work, args.out)
+    elif args.command == "logs":
         pages_from_logs(args.logs, args.out)
     elif args.command == "run":
         args.work.mkdir(parents=True, exist_ok=True)
