@@ -302,7 +302,7 @@ KEPT = ("conditions.json", "result.json", "search.json", "failed.json", "rows.js
 
 
 def archive(work: Path, out: Path, piece_bytes: int = 12 * 2**20) -> None:
-    """Everything that `pages` needs, as out/work.tar.xz.00 and so on, none larger than `piece_bytes`, to bring it home."""
+    """Everything that `pages` needs, as out/work.tar.xz.00 and so on, none larger than `piece_bytes`."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:xz", preset=1) as tar:
         for path in sorted(work.rglob("*")):
