@@ -224,19 +224,20 @@ COST_FIELDS = (
 def pages_of(args: argparse.Namespace, name: str) -> None:
     """docs/results/<task>.md, .json and .html, from the results alone; rows and weights are not published."""
     from spectune.comparing import Comparison
+    from spectune.comparing.recommend import recommend
     from spectune.reporting import write_reports
     from spectune.reporting.tables import comparison_markdown
 
-    task, folder = TASKS[name], args.work / name
+    task, folder = TASKS[name], merge(args.work, name)
     content = Comparison.from_runs(folder).content
-    alone = {
-        run["name"]: run for run in json.loads((args.work / "costs" / name / "comparison.json").read_text())["runs"]
-    }
+    files = (args.work / "costs").glob("*/comparison.json") if name == "e2e" else ()
+    alone = {cost["name"]: cost for file in files for cost in json.loads(file.read_text())["runs"]}
     for found in content["runs"]:
         cost = alone.get(found["name"], {})
-        found.update({field: cost.get(field) for field in COST_FIELDS})
+        found.update({field: cost.get(field, {} if field.endswith("memory_bytes") else None) for field in COST_FIELDS})
         # minutes of a run among others say nothing: steps at the speed that was measured alone
         found["train_seconds"] = found["train_tokens"] / cost["train_tokens_per_second"] if cost else None
+    content["recommendation"] = recommend(content)
     write_reports(content, folder)
     settings = ", ".join(f"{key} {value!r}" for key, value in task.settings.items())
     environment = content["environment"]
@@ -298,7 +299,16 @@ def data_curve(content: dict[str, Any]) -> list[str]:
 
 
 #: what pages are made of; weights, figures and pages of the parts are not
-KEPT = ("conditions.json", "result.json", "search.json", "failed.json", "rows.jsonl", "metrics.jsonl", "passages.json")
+KEPT = (
+    "comparison.json",
+    "conditions.json",
+    "result.json",
+    "search.json",
+    "failed.json",
+    "rows.jsonl",
+    "metrics.jsonl",
+    "passages.json",
+)
 
 
 def archive(work: Path, out: Path, piece_bytes: int = 12 * 2**20) -> None:
