@@ -35,7 +35,7 @@ class FullFineTuning(Method):
     best_for: ClassVar[str] = "the most data and compute, one task, quality above all"
     default_learning_rate: ClassVar[float] = 3e-4
     default_learning_rate_source: ClassVar[str] = "Li and Liang's code for GPT-2 has 5e-5; small bases take more"
-    learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 3e-3)
+    learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 5e-3)
     learning_rate_range_source: ClassVar[str] = (
         "1e-5 is PEFT's method comparison on a 3B base; 2e-3 was best for a 27M one on E2E"
     )
