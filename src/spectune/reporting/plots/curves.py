@@ -72,13 +72,10 @@ def learning_plot(comparison: Mapping[str, Any], folder: Path) -> Plot | None:
         ends.append((sum(y for _, y in marked) / len(marked), seen.label, seen.colour))
     axes.set_xlabel(f"training steps{_batch(comparison)}")
     label_ends(axes, ends)
-    what = (
-        "Validation loss while training: the mean over seeds, and each seed as a thin line."
-        if any(len(found) > 1 for found in lines.values())
-        else "Validation loss while training."
-        if validated
-        else "Training loss, as means over blocks of steps; markers are validation losses at the end."
-    )
+    what = "Validation loss while training" if validated else "Training loss, as means over blocks of steps"
+    if any(len(found) > 1 for found in lines.values()):
+        what += ": the mean over seeds, and each seed as a thin line"
+    what += "." if validated else "; markers are validation losses at the end."
     steps = sorted({step for found in lines.values() for step, _ in mean_line(found)})
     shown = steps[:: max(1, len(steps) // 8)]
     return Plot(
