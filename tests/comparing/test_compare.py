@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from spectune.training import TrainingConfig
 from tests.support import make_model, make_rows, make_tokenizer
 
 QUIET = Console(quiet=True)
+#: nothing is predicted: the plan has tests of its own, and one here
+SIX_STEPS = TrainingConfig(max_steps=6, learning_rate=1e-2, per_device_train_batch_size=4, memory_check="off")
+SEARCHED = TrainingConfig(max_steps=16, per_device_train_batch_size=4, memory_check="off")
 SMALL: list[Any] = [
     "full",
     BottleneckAdapter(bottleneck_dim=4),
@@ -35,12 +39,23 @@ SMALL: list[Any] = [
 
 
 @pytest.fixture(autouse=True)
-def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_measurements(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Few passages, one round of decoding, no waiting for the disk; no page and no plots, except for tests marked by
+    `with_reports`. What is left out here has tests of its own."""
     from spectune.comparing import measure
 
     monkeypatch.setattr(measure, "PASSAGES", 2)
     monkeypatch.setattr(measure, "PASSAGE_TOKENS", 8)
     monkeypatch.setattr(measure, "DECODE_TOKENS", 3)
+    monkeypatch.setattr(measure, "ROUNDS", 1)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    if "with_reports" not in request.fixturenames:
+        monkeypatch.setattr("spectune.comparing.comparison.write_reports", lambda content, folder: [])
+
+
+@pytest.fixture
+def with_reports() -> None:
+    """For tests of what is made from `comparison.json`."""
 
 
 def run(folder: Path, model: Any = None, **changes: Any) -> Comparison:
@@ -48,7 +63,7 @@ def run(folder: Path, model: Any = None, **changes: Any) -> Comparison:
         "methods": SMALL,
         "tokenizer": make_tokenizer(),
         "output_dir": folder,
-        "config": TrainingConfig(max_steps=6, learning_rate=1e-2, per_device_train_batch_size=4),
+        "config": SIX_STEPS,
         "seeds": 1,
         "generate_rows": 2,
         "console": QUIET,
@@ -61,10 +76,11 @@ def run(folder: Path, model: Any = None, **changes: Any) -> Comparison:
     return compare_function(base, make_rows(), make_rows(6), **given)
 
 
+@pytest.mark.usefixtures("with_reports")
 def test_all_methods_side_by_side(tmp_path: Path) -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
-    found = run(tmp_path / "c", model)
+    found = run(tmp_path / "c", model, config=SIX_STEPS.model_copy(update={"memory_check": "refuse"}))
     assert [r["method"] for r in found.runs] == list(BY_NAME)
     assert not found.failed
     assert not attached(model)
@@ -203,6 +219,7 @@ def test_a_failed_run_is_not_warned_of_where_a_console_is_given(
     assert not caplog.records
 
 
+@pytest.mark.usefixtures("with_reports")
 def test_a_run_that_diverges_in_validation_fails_alone_and_the_files_are_strict_json(tmp_path: Path) -> None:
     config = TrainingConfig(max_steps=1, learning_rate=1e30, per_device_train_batch_size=4)
     found = run(tmp_path / "c", methods=["bitfit", "lora"], config=config)
@@ -216,8 +233,9 @@ def test_a_run_that_diverges_in_validation_fails_alone_and_the_files_are_strict_
 
 
 def test_search_seeds_and_curve(tmp_path: Path) -> None:
-    config = TrainingConfig(max_steps=16, per_device_train_batch_size=4)
-    found = run(tmp_path / "c", methods=["lora", "bitfit"], config=config, preset="default", seeds=2, fractions=[8, 1])
+    found = run(
+        tmp_path / "c", methods=["lora", "bitfit"], config=SEARCHED, preset="default", seeds=2, fractions=[8, 1]
+    )
     assert [(r["name"], r["seed"]) for r in found.runs] == [("lora", 0), ("lora", 1), ("bitfit", 0), ("bitfit", 1)]
     for name, search in found.content["searches"].items():
         planned = [t["steps"] for t in search["trials"] if not t["extension"]]
@@ -237,8 +255,7 @@ def test_search_seeds_and_curve(tmp_path: Path) -> None:
 
 def test_a_killed_comparison_goes_on_and_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["spectune.comparing.job"]
-    config = TrainingConfig(max_steps=16, per_device_train_batch_size=4)
-    given: dict[str, Any] = {"methods": ["lora", "bitfit"], "config": config, "preset": "default", "seeds": 2}
+    given: dict[str, Any] = {"methods": ["lora", "bitfit"], "config": SEARCHED, "preset": "default", "seeds": 2}
     whole = run(tmp_path / "whole", **given)
     real = module.train
     calls: list[int] = []
@@ -308,8 +325,7 @@ def test_where_every_rate_diverges_the_method_fails_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LoRA, "learning_rate_range", (1e29, 1e30))
-    config = TrainingConfig(max_steps=16, per_device_train_batch_size=4)
-    found = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"], config=config, preset="default")
+    found = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"], config=SEARCHED, preset="default")
     [failed] = found.failed
     assert failed["name"] == "lora"
     assert "diverged" in failed["reason"]
@@ -321,6 +337,7 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
     from spectune.training import memory
 
     module = sys.modules["spectune.comparing.job"]
+    checked = SIX_STEPS.model_copy(update={"memory_check": "refuse"})
     trained: list[str] = []
 
     def train(*args: Any, **kwargs: Any) -> Any:
@@ -331,7 +348,7 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(memory, "free_memory", lambda device: 1000)
         with pytest.raises(DoesNotFitError, match="BitFit with a batch of 4 rows"):
-            run(tmp_path / "c", methods=["bitfit"])
+            run(tmp_path / "c", methods=["bitfit"], config=checked)
     assert trained == []
     real = module.check_memory
 
@@ -341,6 +358,6 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
         real(predicted, model, delta, check)
 
     monkeypatch.setattr(module, "check_memory", only_lora)
-    found = run(tmp_path / "d", methods=[LoRA(r=2), "bitfit"])
+    found = run(tmp_path / "d", methods=[LoRA(r=2), "bitfit"], config=checked)
     assert found.failed[0]["reason"] == "LoRA does not fit"
     assert found.failed[1]["name"] == "bitfit"
