@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,66 +13,15 @@ import torch
 from rich.console import Console
 
 from spectune.comparing import Comparison
-from spectune.comparing import compare as compare_function
 from spectune.deltas import attached
 from spectune.errors import ConfigError, DataError, DivergedError, DoesNotFitError, InterruptedRun
 from spectune.evaluation import read_rows
-from spectune.methods import BY_NAME, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from spectune.methods import BY_NAME, LoRA, PrefixTuning, PromptTuning
 from spectune.training import TrainingConfig
-from tests.support import make_model, make_rows, make_tokenizer
+from tests.comparing.small import SEARCHED, SIX_STEPS, run
+from tests.support import make_model, make_rows
 
-QUIET = Console(quiet=True)
-#: nothing is predicted: the plan has tests of its own, and one here
-SIX_STEPS = TrainingConfig(max_steps=6, learning_rate=1e-2, per_device_train_batch_size=4, memory_check="off")
-SEARCHED = TrainingConfig(max_steps=16, per_device_train_batch_size=4, memory_check="off")
-SMALL: list[Any] = [
-    "full",
-    BottleneckAdapter(bottleneck_dim=4),
-    PrefixTuning(num_virtual_tokens=4),
-    PromptTuning(num_virtual_tokens=4),
-    LoRA(r=2),
-    "bitfit",
-    "dora",
-    "ia3",
-]
-
-
-@pytest.fixture(autouse=True)
-def short_measurements(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Few passages, one round of decoding, no waiting for the disk; no page and no plots, except for tests marked by
-    `with_reports`. What is left out here has tests of its own."""
-    from spectune.comparing import measure
-
-    monkeypatch.setattr(measure, "PASSAGES", 2)
-    monkeypatch.setattr(measure, "PASSAGE_TOKENS", 8)
-    monkeypatch.setattr(measure, "DECODE_TOKENS", 3)
-    monkeypatch.setattr(measure, "ROUNDS", 1)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    if "with_reports" not in request.fixturenames:
-        monkeypatch.setattr("spectune.comparing.comparison.write_reports", lambda content, folder: [])
-
-
-@pytest.fixture
-def with_reports() -> None:
-    """For tests of what is made from `comparison.json`."""
-
-
-def run(folder: Path, model: Any = None, **changes: Any) -> Comparison:
-    given: dict[str, Any] = {
-        "methods": SMALL,
-        "tokenizer": make_tokenizer(),
-        "output_dir": folder,
-        "config": SIX_STEPS,
-        "seeds": 1,
-        "generate_rows": 2,
-        "console": QUIET,
-        **changes,
-    }
-    base = model if model is not None else make_model()
-    base.config._name_or_path = str(folder.parent / "base")
-    if not (folder.parent / "base").exists():
-        make_tokenizer().save_pretrained(folder.parent / "base")
-    return compare_function(base, make_rows(), make_rows(6), **given)
+pytestmark = pytest.mark.usefixtures("short_measurements")
 
 
 @pytest.mark.usefixtures("with_reports")
@@ -312,12 +260,15 @@ def test_test_rows_are_judged_and_choose_nothing(tmp_path: Path) -> None:
         ({"seeds": 0}, "seeds = 0; expected at least 1"),
         ({"fractions": [0.5, -1]}, "fractions -1; expected shares"),
         ({"fractions": [2.5]}, r"fractions 2\.5; expected shares"),
+        ({"fractions": [float("nan"), float("inf")]}, "fractions nan, inf; expected shares"),
+        ({"methods": []}, "no method to compare; expected some of full"),
+        ({"methods": [PromptTuning(num_virtual_tokens=63)]}, "takes 63 virtual tokens, and this base has 64 positions"),
         ({"metric": "bleurt"}, "metric 'bleurt'"),
     ],
 )
 def test_wrong_settings_of_a_comparison(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        run(tmp_path / "c", methods=["bitfit"], **changes)
+        run(tmp_path / "c", **{"methods": ["bitfit"], **changes})
     assert not (tmp_path / "c").exists()
 
 
@@ -361,3 +312,88 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
     found = run(tmp_path / "d", methods=[LoRA(r=2), "bitfit"], config=checked)
     assert found.failed[0]["reason"] == "LoRA does not fit"
     assert found.failed[1]["name"] == "bitfit"
+
+
+def test_passages_leave_room_for_virtual_tokens_on_a_base_of_few_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["spectune.comparing.measure"], "PASSAGE_TOKENS", 128)
+    found = run(tmp_path / "c", methods=["bitfit", PrefixTuning(num_virtual_tokens=4)])
+    assert not found.failed
+    assert found.content["data"]["retained_tokens"] == 2 * 60
+
+
+def test_test_rows_that_are_cut_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = SIX_STEPS.model_copy(update={"max_length": 16})
+    run(tmp_path / "c", methods=["bitfit"], config=config, test_rows=make_rows(3), console=Console())
+    assert "test: 3 of 3 rows cut to max_length" in capsys.readouterr().out
+
+
+def test_the_time_is_told_by_a_method_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = sys.modules["spectune.comparing.job"]
+    real = module.train
+
+    def check(predicted: Any, model: Any, delta: Any, check: str) -> None:
+        if delta.method.name == "lora":
+            raise DoesNotFitError("LoRA does not fit")
+
+    def train(model: Any, tokenizer: Any, delta: Any, *args: Any, **kwargs: Any) -> Any:
+        check(None, model, delta, "")
+        return real(model, tokenizer, delta, *args, **kwargs)
+
+    monkeypatch.setattr(module, "check_memory", check)
+    monkeypatch.setattr(module, "train", train)
+    run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"], console=Console())
+    assert "by two steps of BitFit" in capsys.readouterr().out
+
+
+def test_the_budget_ends_though_a_seed_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = sys.modules["spectune.comparing.job"]
+    real = module.train
+
+    def train(model: Any, tokenizer: Any, delta: Any, rows: Any, valid: Any, config: Any, **kwargs: Any) -> Any:
+        if config.seed == 0 and config.max_steps == 6:
+            raise DivergedError("the loss is nan in step 3")
+        return real(model, tokenizer, delta, rows, valid, config, **kwargs)
+
+    monkeypatch.setattr(module, "train", train)
+    found = run(tmp_path / "c", methods=["bitfit"], seeds=2, console=Console())
+    assert [run["seed"] for run in found.runs] == [1]
+    assert "100% of the budget done\n" in capsys.readouterr().out
+
+
+def test_a_point_of_the_curve_that_stopped_early_is_there(tmp_path: Path) -> None:
+    config = SIX_STEPS.model_copy(update={"max_steps": 10, "learning_rate": 1e-12, "early_stopping_patience": 1})
+    found = run(tmp_path / "c", methods=["bitfit"], config=config, fractions=[8])
+    [point] = found.content["curves"]
+    assert point["steps"] < 10
+
+
+def test_short_runs_warm_up_for_the_same_share_of_their_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["spectune.comparing.job"]
+    real, seen = module.train, set()
+
+    def train(model: Any, tokenizer: Any, delta: Any, rows: Any, valid: Any, config: Any, **kwargs: Any) -> Any:
+        seen.add((config.max_steps, config.warmup_steps))
+        return real(model, tokenizer, delta, rows, valid, config, **kwargs)
+
+    monkeypatch.setattr(module, "train", train)
+    config = SEARCHED.model_copy(update={"warmup_steps": 8.0})
+    run(tmp_path / "c", methods=["bitfit"], config=config, preset="quick")
+    assert {(4, 2), (16, 8)} <= seen
+
+
+def test_a_metric_where_less_is_better_is_judged_so(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("def length(prediction, references, row):\n    return len(prediction)\n\n\n")
+    file.write_text(file.read_text() + "length.higher_is_better = False\n")
+    found = run(tmp_path / "c", methods=["bitfit", "full"], metric=f"{file}:length", generate_rows=6)
+    verdict = found.content["verdict"]["metrics"]["length"]
+    assert verdict["higher_is_better"] is False
+    means = [arm["mean"] for arm in verdict["arms"]]
+    assert means == sorted(means)
+    assert means[0] < means[1]

@@ -90,6 +90,11 @@ def max_length(model: PreTrainedModel, method: Method, config: TrainingConfig) -
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = None if context is None else int(context) - method.virtual_tokens
+    if room is not None and room < 2:
+        raise ConfigError(
+            f"{method.label} takes {method.virtual_tokens} virtual tokens, and this base has {context} positions: none "
+            f"are left for rows. Take fewer, or leave {method.name} out."
+        )
     if config.max_length is None:
         return min(DEFAULT_LENGTH, room) if room is not None else DEFAULT_LENGTH
     if room is not None and config.max_length > room:
