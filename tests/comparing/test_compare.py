@@ -349,7 +349,7 @@ def test_the_time_is_told_by_a_method_that_fits(
     assert "by two steps of BitFit" in capsys.readouterr().out
 
 
-def test_the_budget_ends_though_a_seed_fails(
+def test_where_the_first_seed_fails_the_budget_ends_and_the_next_one_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = sys.modules["spectune.comparing.job"]
@@ -363,6 +363,7 @@ def test_the_budget_ends_though_a_seed_fails(
     monkeypatch.setattr(module, "train", train)
     found = run(tmp_path / "c", methods=["bitfit"], seeds=2, console=Console())
     assert [run["seed"] for run in found.runs] == [1]
+    assert found.runs[0]["decode"]["1"]["tuned"] > 0
     assert "100% of the budget done\n" in capsys.readouterr().out
 
 

@@ -151,7 +151,6 @@ def compare(
             identity=found["identity"],
             base_valid_loss=_base_valid_loss(found["base"], model, tokenizer, inputs.valid, settings),
             final_steps=schedule.final_steps,
-            measured_seed=schedule.seeds[0],
             own_process=schedule.preset.own_process,
             origin=origin,
             console=console,

@@ -67,8 +67,7 @@ class Job:
     Attributes:
         identity: everything that a result depends on beside method, rate, steps, seed and rows.
         final_steps: of the final runs.
-        measured_seed: the seed whose final runs are timed at decoding; speed does not depend on it.
-        own_process: the memory of those is measured once more in a process that does nothing else.
+        own_process: the memory of final runs that are timed is measured once more in a process that does nothing else.
     """
 
     folder: Path
@@ -83,7 +82,6 @@ class Job:
     identity: Mapping[str, Any]
     base_valid_loss: float
     final_steps: int
-    measured_seed: int
     own_process: bool
     origin: Mapping[str, Any] | None
     console: Console | None
@@ -133,8 +131,9 @@ class Job:
     def final_folder(self, arm: Arm, rate: float, steps: int, seed: int) -> Path:
         return self.folder / "runs" / arm.name / f"seed-{seed}-{self._key(arm, rate, steps, seed)}"
 
-    def final(self, arm: Arm, rate: float, steps: int, seed: int) -> RunResult:
-        """Train, or take what a finished run left, and measure what has not been measured."""
+    def final(self, arm: Arm, rate: float, steps: int, seed: int, *, timed: bool) -> RunResult:
+        """Train, or take what a finished run left, and measure what has not been measured; with `timed` decoding
+        speeds as well, which do not depend on the seed."""
         folder = self.final_folder(arm, rate, steps, seed)
         if (done := _measured(folder)) is not None:
             return done
@@ -152,7 +151,7 @@ class Job:
                 base_valid_loss=self.base_valid_loss,
             )
             (folder / FAILED).unlink(missing_ok=True)
-            found = self._judged(folder) | self._costs(delta, folder, config)
+            found = self._judged(folder) | self._costs(delta, folder, config, timed)
         key = folder.name.rsplit("-", 1)[-1]
         result = result.with_measured(
             {**found, "name": arm.name, "key": key, "retained_sha256": self.identity["passages_sha256"]}
@@ -252,9 +251,9 @@ class Job:
             "evaluation_seconds": time.perf_counter() - begin,
         }
 
-    def _costs(self, delta: Delta, folder: Path, config: TrainingConfig) -> dict[str, Any]:
+    def _costs(self, delta: Delta, folder: Path, config: TrainingConfig, timed: bool) -> dict[str, Any]:
         """Forgetting for every seed; speed, swapping and, where asked for, memory apart for one of them."""
-        if config.seed != self.measured_seed:
+        if not timed:
             sums = passage_kls(self.model, self.passages)
             tokens = sum(map(len, self.passages))
             return {"forgetting_by_passage": sums, "forgetting_kl_nats_per_token": sum(sums) / tokens}

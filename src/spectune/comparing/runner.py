@@ -142,11 +142,12 @@ class Runner:
 
     def _final_runs(self, arm: Arm, rate: float) -> None:
         steps = self.schedule.final_steps
+        timed = False  # of the first seed that does not fail
         for seed in self.schedule.seeds:
             begin = time.perf_counter()
             there = self.job.is_measured(arm, rate, steps, seed)
             try:
-                result = self.job.final(arm, rate, steps, seed)
+                result = self.job.final(arm, rate, steps, seed, timed=not timed)
             except InterruptedRun:
                 raise
             except SpectuneError as error:
@@ -157,6 +158,7 @@ class Runner:
                 self._failed(folder, arm, rate, seed, str(error))
                 self.budget.ended(arm.name, steps, None)
                 continue
+            timed = timed or result.decode is not None
             self.budget.ended(arm.name, steps, None if there else time.perf_counter() - begin)
             metrics = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
             self._say(f"{arm.method.label}, seed {seed}: loss {result.judged_loss:.4f}{metrics}; {self.budget}")
