@@ -319,6 +319,28 @@ def test_compare_dry_run(spectune: Spectune, base: Path, rows: Path) -> None:
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "expected"),
+    [
+        (("--test", "nosuch.jsonl"), 3, "nosuch.jsonl"),
+        (("--metric", "accuracy"), 3, "metric accuracy: no row has"),
+        (("--metric", "bleurt"), 2, "metric 'bleurt'"),
+        (("--fractions", "0"), 2, "fractions 0; expected shares"),
+        (("--set", "preset=fast"), 2, "preset 'fast'"),
+    ],
+)
+def test_compare_dry_run_finds_what_the_run_would(
+    spectune: Spectune, base: Path, tmp_path: Path, flags: tuple[str, ...], code: int, expected: str
+) -> None:
+    rows = tmp_path / "unlike.jsonl"
+    lines = [{"prompt": f"number {i}", "completion": f" is {i * i}"} for i in range(12)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ("compare", "--model", base, "--data", rows, "--methods", "bitfit", "--dry-run", "--device", "cpu")
+    result = spectune(*command, *flags)
+    assert result.exit_code == code, result.stderr
+    assert expected in result.stderr
+
+
 def test_env(spectune: Spectune) -> None:
     found = json.loads(spectune("env", "--json").stdout)
     assert found["versions"]["torch"]

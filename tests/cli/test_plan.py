@@ -89,6 +89,12 @@ def test_calibration_times_real_steps(spectune: Spectune, base: Path, rows: Path
         (["--method", "lore"], 2, "did you mean 'lora'"),
         (["--set", "rank=4"], 2, "did you mean 'r'"),
         (["--length", "9000", "--method", "lora"], 2, "this base has 512 positions"),
+        (
+            ["--method", "prefix", "--set", "num_virtual_tokens=600"],
+            2,
+            "600 virtual tokens, and this base has 512",
+        ),
+        (["--method", "lora", "--methods", "bitfit"], 2, "--method and --methods: expected one"),
         (["--model", "no/such/base"], 3, "no/such/base"),
     ],
 )
@@ -96,6 +102,15 @@ def test_mistakes(spectune: Spectune, arguments: list[str], code: int, says: str
     result = spectune("plan", *arguments)
     assert result.exit_code == code
     assert says in result.stderr
+
+
+def test_a_method_without_room_for_rows_is_left_out_of_the_spectrum(spectune: Spectune) -> None:
+    result = spectune("plan", "--set", "prefix.num_virtual_tokens=600", "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert "prefix" not in {entry["method"] for entry in answer["methods"]}
+    assert [entry["method"] for entry in answer["refused"]] == ["prefix"]
+    assert {entry["length"] for entry in answer["methods"]} == {492}
 
 
 @pytest.mark.slow

@@ -62,6 +62,15 @@ def test_limits_and_json(spectune: Spectune) -> None:
     assert "Left out by your limits" in tight.stdout
 
 
+def test_without_limits_those_of_the_comparison_count(spectune: Spectune) -> None:
+    folder = comparison(Path("runs/c"))
+    content = json.loads((folder / "comparison.json").read_text())
+    content["recommendation"] = {"limits": {"max_memory_bytes": 1}}
+    (folder / "comparison.json").write_text(strict_json(content))
+    assert json.loads(spectune("recommend", "--json").stdout)["limits"] == {"max_memory_bytes": 1}
+    assert json.loads(spectune("recommend", "--json", "--tenants", "2").stdout)["limits"] == {"tenants": 2}
+
+
 def test_guide_without_a_comparison(spectune: Spectune) -> None:
     result = spectune("recommend")
     assert result.exit_code == 0

@@ -98,3 +98,4 @@ def test_runs_that_diverge_are_told_of_once_and_in_strict_json(
     assert {run["method"] for run in json.loads(result.stdout)["failed"]} == {"lora", "bitfit"}
     assert {"comparison.csv", "comparison.md"} <= {path.name for path in Path("out").iterdir()}
     assert not caplog.records
+    assert result.stderr.count("lora, seed 0, failed:") == 1

@@ -64,6 +64,14 @@ def test_best_of_a_comparison(tmp_path: Path) -> None:
     assert find_run(None, tmp_path).folder == best
 
 
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_damaged_result_is_named(tmp_path: Path, text: str) -> None:
+    make_run(tmp_path / "run", 1.0)
+    (tmp_path / "run" / "result.json").write_text(text)
+    with pytest.raises(DataError, match=r"run/result\.json cannot be read as a run's result"):
+        find_run(tmp_path / "run")
+
+
 def test_a_delta_folder_alone(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     found = find_run(tmp_path)

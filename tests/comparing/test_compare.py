@@ -13,58 +13,22 @@ import torch
 from rich.console import Console
 
 from spectune.comparing import Comparison
-from spectune.comparing import compare as compare_function
 from spectune.deltas import attached
 from spectune.errors import ConfigError, DataError, DivergedError, DoesNotFitError, InterruptedRun
 from spectune.evaluation import read_rows
-from spectune.methods import BY_NAME, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from spectune.methods import BY_NAME, LoRA, PrefixTuning, PromptTuning
 from spectune.training import TrainingConfig
-from tests.support import make_model, make_rows, make_tokenizer
+from tests.comparing.small import SEARCHED, SIX_STEPS, run
+from tests.support import make_model, make_rows
 
-QUIET = Console(quiet=True)
-SMALL: list[Any] = [
-    "full",
-    BottleneckAdapter(bottleneck_dim=4),
-    PrefixTuning(num_virtual_tokens=4),
-    PromptTuning(num_virtual_tokens=4),
-    LoRA(r=2),
-    "bitfit",
-    "dora",
-    "ia3",
-]
+pytestmark = pytest.mark.usefixtures("short_measurements")
 
 
-@pytest.fixture(autouse=True)
-def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectune.comparing import measure
-
-    monkeypatch.setattr(measure, "PASSAGES", 2)
-    monkeypatch.setattr(measure, "PASSAGE_TOKENS", 8)
-    monkeypatch.setattr(measure, "DECODE_TOKENS", 3)
-
-
-def run(folder: Path, model: Any = None, **changes: Any) -> Comparison:
-    given: dict[str, Any] = {
-        "methods": SMALL,
-        "tokenizer": make_tokenizer(),
-        "output_dir": folder,
-        "config": TrainingConfig(max_steps=6, learning_rate=1e-2, per_device_train_batch_size=4),
-        "seeds": 1,
-        "generate_rows": 2,
-        "console": QUIET,
-        **changes,
-    }
-    base = model if model is not None else make_model()
-    base.config._name_or_path = str(folder.parent / "base")
-    if not (folder.parent / "base").exists():
-        make_tokenizer().save_pretrained(folder.parent / "base")
-    return compare_function(base, make_rows(), make_rows(6), **given)
-
-
+@pytest.mark.usefixtures("with_reports")
 def test_all_methods_side_by_side(tmp_path: Path) -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
-    found = run(tmp_path / "c", model)
+    found = run(tmp_path / "c", model, config=SIX_STEPS.model_copy(update={"memory_check": "refuse"}))
     assert [r["method"] for r in found.runs] == list(BY_NAME)
     assert not found.failed
     assert not attached(model)
@@ -203,6 +167,7 @@ def test_a_failed_run_is_not_warned_of_where_a_console_is_given(
     assert not caplog.records
 
 
+@pytest.mark.usefixtures("with_reports")
 def test_a_run_that_diverges_in_validation_fails_alone_and_the_files_are_strict_json(tmp_path: Path) -> None:
     config = TrainingConfig(max_steps=1, learning_rate=1e30, per_device_train_batch_size=4)
     found = run(tmp_path / "c", methods=["bitfit", "lora"], config=config)
@@ -216,8 +181,9 @@ def test_a_run_that_diverges_in_validation_fails_alone_and_the_files_are_strict_
 
 
 def test_search_seeds_and_curve(tmp_path: Path) -> None:
-    config = TrainingConfig(max_steps=16, per_device_train_batch_size=4)
-    found = run(tmp_path / "c", methods=["lora", "bitfit"], config=config, preset="default", seeds=2, fractions=[8, 1])
+    found = run(
+        tmp_path / "c", methods=["lora", "bitfit"], config=SEARCHED, preset="default", seeds=2, fractions=[8, 1]
+    )
     assert [(r["name"], r["seed"]) for r in found.runs] == [("lora", 0), ("lora", 1), ("bitfit", 0), ("bitfit", 1)]
     for name, search in found.content["searches"].items():
         planned = [t["steps"] for t in search["trials"] if not t["extension"]]
@@ -237,8 +203,7 @@ def test_search_seeds_and_curve(tmp_path: Path) -> None:
 
 def test_a_killed_comparison_goes_on_and_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["spectune.comparing.job"]
-    config = TrainingConfig(max_steps=16, per_device_train_batch_size=4)
-    given: dict[str, Any] = {"methods": ["lora", "bitfit"], "config": config, "preset": "default", "seeds": 2}
+    given: dict[str, Any] = {"methods": ["lora", "bitfit"], "config": SEARCHED, "preset": "default", "seeds": 2}
     whole = run(tmp_path / "whole", **given)
     real = module.train
     calls: list[int] = []
@@ -295,12 +260,15 @@ def test_test_rows_are_judged_and_choose_nothing(tmp_path: Path) -> None:
         ({"seeds": 0}, "seeds = 0; expected at least 1"),
         ({"fractions": [0.5, -1]}, "fractions -1; expected shares"),
         ({"fractions": [2.5]}, r"fractions 2\.5; expected shares"),
+        ({"fractions": [float("nan"), float("inf")]}, "fractions nan, inf; expected shares"),
+        ({"methods": []}, "no method to compare; expected some of full"),
+        ({"methods": [PromptTuning(num_virtual_tokens=63)]}, "takes 63 virtual tokens, and this base has 64 positions"),
         ({"metric": "bleurt"}, "metric 'bleurt'"),
     ],
 )
 def test_wrong_settings_of_a_comparison(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        run(tmp_path / "c", methods=["bitfit"], **changes)
+        run(tmp_path / "c", **{"methods": ["bitfit"], **changes})
     assert not (tmp_path / "c").exists()
 
 
@@ -308,8 +276,7 @@ def test_where_every_rate_diverges_the_method_fails_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LoRA, "learning_rate_range", (1e29, 1e30))
-    config = TrainingConfig(max_steps=16, per_device_train_batch_size=4)
-    found = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"], config=config, preset="default")
+    found = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"], config=SEARCHED, preset="default")
     [failed] = found.failed
     assert failed["name"] == "lora"
     assert "diverged" in failed["reason"]
@@ -321,6 +288,7 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
     from spectune.training import memory
 
     module = sys.modules["spectune.comparing.job"]
+    checked = SIX_STEPS.model_copy(update={"memory_check": "refuse"})
     trained: list[str] = []
 
     def train(*args: Any, **kwargs: Any) -> Any:
@@ -331,7 +299,7 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(memory, "free_memory", lambda device: 1000)
         with pytest.raises(DoesNotFitError, match="BitFit with a batch of 4 rows"):
-            run(tmp_path / "c", methods=["bitfit"])
+            run(tmp_path / "c", methods=["bitfit"], config=checked)
     assert trained == []
     real = module.check_memory
 
@@ -341,6 +309,92 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
         real(predicted, model, delta, check)
 
     monkeypatch.setattr(module, "check_memory", only_lora)
-    found = run(tmp_path / "d", methods=[LoRA(r=2), "bitfit"])
+    found = run(tmp_path / "d", methods=[LoRA(r=2), "bitfit"], config=checked)
     assert found.failed[0]["reason"] == "LoRA does not fit"
     assert found.failed[1]["name"] == "bitfit"
+
+
+def test_passages_leave_room_for_virtual_tokens_on_a_base_of_few_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["spectune.comparing.measure"], "PASSAGE_TOKENS", 128)
+    found = run(tmp_path / "c", methods=["bitfit", PrefixTuning(num_virtual_tokens=4)])
+    assert not found.failed
+    assert found.content["data"]["retained_tokens"] == 2 * 60
+
+
+def test_test_rows_that_are_cut_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = SIX_STEPS.model_copy(update={"max_length": 16})
+    run(tmp_path / "c", methods=["bitfit"], config=config, test_rows=make_rows(3), console=Console())
+    assert "test: 3 of 3 rows cut to max_length" in capsys.readouterr().out
+
+
+def test_the_time_is_told_by_a_method_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = sys.modules["spectune.comparing.job"]
+    real = module.train
+
+    def check(predicted: Any, model: Any, delta: Any, check: str) -> None:
+        if delta.method.name == "lora":
+            raise DoesNotFitError("LoRA does not fit")
+
+    def train(model: Any, tokenizer: Any, delta: Any, *args: Any, **kwargs: Any) -> Any:
+        check(None, model, delta, "")
+        return real(model, tokenizer, delta, *args, **kwargs)
+
+    monkeypatch.setattr(module, "check_memory", check)
+    monkeypatch.setattr(module, "train", train)
+    run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"], console=Console())
+    assert "by two steps of BitFit" in capsys.readouterr().out
+
+
+def test_where_the_first_seed_fails_the_budget_ends_and_the_next_one_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = sys.modules["spectune.comparing.job"]
+    real = module.train
+
+    def train(model: Any, tokenizer: Any, delta: Any, rows: Any, valid: Any, config: Any, **kwargs: Any) -> Any:
+        if config.seed == 0 and config.max_steps == 6:
+            raise DivergedError("the loss is nan in step 3")
+        return real(model, tokenizer, delta, rows, valid, config, **kwargs)
+
+    monkeypatch.setattr(module, "train", train)
+    found = run(tmp_path / "c", methods=["bitfit"], seeds=2, console=Console())
+    assert [run["seed"] for run in found.runs] == [1]
+    assert found.runs[0]["decode"]["1"]["tuned"] > 0
+    assert "100% of the budget done\n" in capsys.readouterr().out
+
+
+def test_a_point_of_the_curve_that_stopped_early_is_there(tmp_path: Path) -> None:
+    config = SIX_STEPS.model_copy(update={"max_steps": 10, "learning_rate": 1e-12, "early_stopping_patience": 1})
+    found = run(tmp_path / "c", methods=["bitfit"], config=config, fractions=[8])
+    [point] = found.content["curves"]
+    assert point["steps"] < 10
+
+
+def test_short_runs_warm_up_for_the_same_share_of_their_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["spectune.comparing.job"]
+    real, seen = module.train, set()
+
+    def train(model: Any, tokenizer: Any, delta: Any, rows: Any, valid: Any, config: Any, **kwargs: Any) -> Any:
+        seen.add((config.max_steps, config.warmup_steps))
+        return real(model, tokenizer, delta, rows, valid, config, **kwargs)
+
+    monkeypatch.setattr(module, "train", train)
+    config = SEARCHED.model_copy(update={"warmup_steps": 8.0})
+    run(tmp_path / "c", methods=["bitfit"], config=config, preset="quick")
+    assert {(4, 2), (16, 8)} <= seen
+
+
+def test_a_metric_where_less_is_better_is_judged_so(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("def length(prediction, references, row):\n    return len(prediction)\n\n\n")
+    file.write_text(file.read_text() + "length.higher_is_better = False\n")
+    found = run(tmp_path / "c", methods=["bitfit", "full"], metric=f"{file}:length", generate_rows=6)
+    verdict = found.content["verdict"]["metrics"]["length"]
+    assert verdict["higher_is_better"] is False
+    means = [arm["mean"] for arm in verdict["arms"]]
+    assert means == sorted(means)
+    assert means[0] < means[1]

@@ -28,6 +28,12 @@ def test_the_default_searches_eight_rates_and_repeats_three_times() -> None:
     assert sum(steps for _, steps in schedule.pieces("lora")) == 80 + 80 + 80 + 3 * 160
 
 
+@pytest.mark.parametrize(("steps", "rungs"), [(1, ((8, 1),)), (6, ((8, 1), (2, 2))), (16, ((8, 1), (4, 2), (2, 4)))])
+def test_no_rung_repeats_the_one_before(steps: int, rungs: tuple[tuple[int, int], ...]) -> None:
+    short = SETTINGS.model_copy(update={"max_steps": steps})
+    assert Schedule.of(DEFAULT, short, rows=1000, target_tokens=20_000).rungs == rungs
+
+
 def test_a_given_rate_is_not_searched_for() -> None:
     fixed = SETTINGS.model_copy(update={"learning_rate": 1e-3})
     for preset in PRESETS.values():

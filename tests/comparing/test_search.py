@@ -48,6 +48,24 @@ def test_each_rung_keeps_the_better_rates() -> None:
     assert {rate for rate, steps in calls if steps == 40} == set(rates[:2])
 
 
+def test_where_the_better_rates_diverge_in_longer_runs_the_next_ones_take_their_place() -> None:
+    rates = candidates(1e-4, 1e-2, 8)
+
+    def trial(rate: float, steps: int) -> Trial:
+        failed = steps > 10 and rate >= rates[2]
+        return Trial(rate, steps, 0, None if failed else 1 / rate, "the loss is nan" if failed else None)
+
+    found = successive_halving((1e-4, 1e-2), RUNGS, trial, source="a test")
+    assert found.best == rates[1]
+    steps = [t.steps for t in found.trials]
+    assert steps == [10] * 8 + [20] * 8 + [40] * 2
+
+    def none(rate: float, steps: int) -> Trial:
+        return Trial(rate, steps, 0, None if steps > 10 else 1.0)
+
+    assert successive_halving((1e-4, 1e-2), RUNGS, none, source="a test").sentence.startswith("all of 8 rates")
+
+
 @pytest.mark.parametrize(("best", "side"), [(1e-7, "low"), (10.0, "high")])
 def test_a_best_rate_on_the_edge_is_told(best: float, side: str) -> None:
     found = successive_halving((1e-4, 1e-2), RUNGS, bowl(best)[0], source="a test")

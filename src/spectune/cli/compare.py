@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spectune.cli import limits, options
 from spectune.cli.console import complain, note, print_json, work
-from spectune.cli.dry_run import dry_run
+from spectune.cli.dry_run import asked, dry_run
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from spectune.comparing import Comparison
-    from spectune.comparing.limits import Limits
     from spectune.deltas import Method
 
 #: Steps of a final run under --quick: enough for each method to fall below the bare base on the embedded task.
@@ -131,12 +130,13 @@ def compare(
         if dry:
             answer = dry_run(chosen, settings, "compare", out)
         else:
-            wanted = limits.given(max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality)
-            comparison = _compare(chosen, settings, wanted, out)
+            given = limits.fields(max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality)
+            comparison = _compare(chosen, settings, given, out)
             answer, failed = {"folder": str(comparison.folder), **comparison.to_dict()}, bool(comparison.failed)
             out.print(comparison.table())
             for run in comparison.failed:
-                complain(f"{run['name']} failed: {run['reason']}")
+                seeded = "" if run["seed"] is None else f", seed {run['seed']},"
+                complain(f"{run['name']}{seeded} failed: {run['reason']}")
             note(f"written to {comparison.folder}; the page: {comparison.folder / 'report.html'}")
     if as_json:
         print_json(answer)
@@ -144,9 +144,9 @@ def compare(
         raise typer.Exit(SpectuneError.exit_code)
 
 
-def _compare(methods: list[Method], settings: Settings, limits: Limits, out: Console) -> Comparison:
+def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:
     from spectune import comparing, embedded
-    from spectune.comparing.compare import GENERATE_ROWS
+    from spectune.comparing.limits import Limits
 
     wanted = settings.training()
     folder = output_folder(settings.text("output_dir"), "compare", resume=wanted.resume)
@@ -161,12 +161,8 @@ def _compare(methods: list[Method], settings: Settings, limits: Limits, out: Con
             valid,
             test_rows=settings.text("test"),
             methods=methods,
-            preset=settings.text("preset") or "default",
-            seeds=settings.whole("seeds"),
-            fractions=settings.numbers("fractions"),
-            metric=settings.text("metric") or "auto",
-            generate_rows=GENERATE_ROWS if (rows := settings.whole("generate_rows")) is None else rows,
-            limits=limits,
+            **asked(settings),
+            limits=Limits(**limits) if limits else None,
             output_dir=folder,
             config=wanted,
             seed=wanted.seed,

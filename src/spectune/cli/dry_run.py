@@ -29,12 +29,15 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
         SpectuneError: whatever the run itself would raise at its start.
     """
     from spectune import training
+    from spectune.comparing.compare import check_settings
     from spectune.comparing.measure import retained_passages
     from spectune.data import encode
     from spectune.deltas import attach
     from spectune.storage import load
 
     wanted = settings.training()
+    if label == "compare":
+        check_settings(**asked(settings))
     folder = output_folder(settings.text("output_dir"), label, resume=wanted.resume)
     rows, held_out, source = training_rows(
         settings.text("data"), settings.text("valid"), seed=wanted.seed, skip_bad_rows=wanted.skip_bad_rows
@@ -46,6 +49,8 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
         model, tokenizer = load(settings.base, device=settings.device, dtype=settings.dtype)
         if number == 0 and (retain := settings.text("retain")) is not None:
             retained_passages(model, tokenizer, retain, wanted.seed)
+        if number == 0 and label == "compare":
+            _check_judging(settings, rows, held_out, tokenizer, row_length(model, wanted.max_length))
         delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
         # reads all validation rows; of these the longest are evaluated
         length = row_length(model, wanted.max_length)
@@ -58,6 +63,34 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
         peak = result.peak_memory_bytes.get("train_allocated")
         note(f"  loss {result.train_loss:.4f}" + (f", {peak / 2**20:,.0f} MiB of tensors at the peak" if peak else ""))
     return {"dry_run": True, "folder": str(folder), "data": source, "runs": found}
+
+
+def asked(settings: Settings) -> dict[str, Any]:
+    """A comparison's own settings, as `spectune.compare` takes them."""
+    from spectune.comparing.compare import GENERATE_ROWS
+
+    rows = settings.whole("generate_rows")
+    return {
+        "preset": settings.text("preset") or "default",
+        "seeds": settings.whole("seeds"),
+        "fractions": settings.numbers("fractions"),
+        "metric": settings.text("metric") or "auto",
+        "generate_rows": GENERATE_ROWS if rows is None else rows,
+    }
+
+
+def _check_judging(
+    settings: Settings, rows: list[Row], held_out: list[Row], tokenizer: PreTrainedTokenizerBase, length: int
+) -> None:
+    """Read and encode the rows that final runs would be judged on, and find out whether they give the metrics."""
+    from spectune.data import encode, load_rows
+    from spectune.evaluation import Task
+
+    wanted, test = settings.training(), settings.text("test")
+    judged = held_out if test is None else load_rows(test, skip_bad_rows=wanted.skip_bad_rows)
+    encode(judged, tokenizer, max_length=length, separator=wanted.separator)
+    how = asked(settings)
+    Task.of(judged, train_rows=rows, metric=how["metric"], generate_rows=how["generate_rows"], max_length=length)
 
 
 def _alone(example: Example, tokenizer: PreTrainedTokenizerBase) -> Row:

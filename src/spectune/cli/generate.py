@@ -110,13 +110,8 @@ def _rows_with_prompts(rows: list[Row], count: int) -> list[Row]:
 
 
 def _record(row: Row, completion: str) -> dict[str, Any]:
-    answer = row.completion
-    if row.messages:
-        answered = row.messages[-1]["role"] == "assistant"
-        asked = row.messages[:-1] if answered else row.messages
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in asked)
-        answer = row.messages[-1]["content"] if answered else None
-    else:
-        prompt = row.prompt if row.prompt is not None else row.text or ""
+    from spectune.evaluation.references import answer_of, prompt_of
+
+    answer = answer_of(row)
     references = row.references or ((answer,) if answer else ())
-    return {"origin": row.origin, "prompt": prompt, "completion": completion, "references": list(references)}
+    return {"origin": row.origin, "prompt": prompt_of(row), "completion": completion, "references": list(references)}

@@ -85,6 +85,8 @@ def plan(
     with work(as_json=as_json) as out:
         from spectune.methods import BY_NAME
 
+        if method is not None and methods is not None:
+            raise ConfigError("--method and --methods: expected one of them, or neither")
         asked = settings.method_names([])
         chosen = settings.methods(asked or list(BY_NAME))
         answer, misfits = _plan(chosen, settings, memory, out, named=bool(asked), calibrate=calibrate)
@@ -105,6 +107,7 @@ def _plan(
     from spectune.sizes import bytes_of
     from spectune.storage.bases import load_config
     from spectune.storage.devices import resolve_device
+    from spectune.training.prepare import room_for_rows
 
     wanted = settings.training()
     name = settings.text("device") or ("cuda" if memory is not None else "auto")
@@ -114,11 +117,14 @@ def _plan(
     examples = _examples(settings, wanted, base) if settings.text("data") is not None or calibrate else None
     # one length for all, which leaves room for the virtual tokens of each
     context = context_of(base)
-    most = None if context is None else context - max(method.virtual_tokens for method in methods)
+    rooms = [] if context is None else [context - method.virtual_tokens for method in methods]
+    most = min((room for room in rooms if room >= 2), default=None)
     estimates: list[tuple[Method, Estimate]] = []
     refused = []
     for method in methods:
         try:
+            if context is not None:
+                room_for_rows(context, method)
             estimates.append((method, _estimate(base, method, settings, wanted, place, most, examples)))
         except ConfigError as error:
             if named:

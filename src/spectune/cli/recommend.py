@@ -40,8 +40,9 @@ def recommend(
     """Say which method to take, and why.
 
     From a comparison: the cheapest within your limits that is not worse than the best within noise, with the runs that
-    prove each sentence; or what the evidence leaves open. Without a comparison, or with one of the guide's flags: the
-    textbook's rules that apply, their sources, and the command that would measure it.
+    prove each sentence; or what the evidence leaves open. Without a limit those count that the comparison was made
+    with. Without a comparison, or with one of the guide's flags: the textbook's rules that apply, their sources, and
+    the command that would measure it.
 
     \b
     Examples:
@@ -112,6 +113,8 @@ def _measured(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         raise DataError(f"{folder / COMPARISON} holds no object; expected what `spectune compare` writes")
     if not content.get("verdict"):  # a comparison from before there were verdicts
         content = {**content, "verdict": verdict(content, folder)}
+    if not wanted:  # those that the comparison was made with
+        wanted = (content.get("recommendation") or {}).get("limits") or {}
     return {**recommend(content, Limits(**wanted)), "verdict": content["verdict"].get("sentences", [])}
 
 

@@ -167,7 +167,13 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _open(folder: Path) -> Run:
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    saved = folder / "result.json"
+    try:
+        result = json.loads(saved.read_text(encoding="utf-8"))
+        if not isinstance(result, dict):
+            raise ValueError("expected an object")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{saved} cannot be read as a run's result: {error}") from error
     path = folder / "config.yaml"
     config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     config = config if isinstance(config, dict) else {}

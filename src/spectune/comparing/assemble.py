@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +32,29 @@ def assemble(folder: Path, limits: Limits | None = None) -> dict[str, Any]:
     """
     found = conditions.read(folder)
     schedule, arms = found["preset"], found["arms"]
-    searches = {
-        arm["name"]: search for arm in arms if (search := _json(folder / "search" / arm["name"] / "search.json"))
-    }
+    fixed = schedule["fixed_learning_rate"]
+    found_rates = {arm["name"]: _json(folder / "search" / arm["name"] / "search.json") for arm in arms}
+    # where the rate was given, what an earlier call searched for is not what was run
+    searches = {name: search for name, search in found_rates.items() if search and fixed is None}
     runs: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
     missing: list[dict[str, Any]] = []
     for arm in arms:
         name = arm["name"]
-        fixed = schedule["fixed_learning_rate"]
         rate = fixed if fixed is not None else searches.get(name, {}).get("best")
-        no_rate = _json(folder / "search" / name / FAILED)
-        failed += [no_rate] if no_rate else []
+        ends = [_failure(folder / "search" / name)]
         for seed in schedule["seeds"]:
-            run = _final(folder / "runs" / name, seed, rate, schedule["final_steps"])
-            reason = _failure(folder / "runs" / name, seed, rate)
-            if run is not None:
+            place = _final_folder(folder, found, arm, rate, seed)
+            if place is not None and (run := _measured(place)) is not None:
                 runs.append({**run.model_dump(mode="json"), "label": arm["label"], "best_for": arm["best_for"]})
-            elif reason is not None:
-                failed.append(reason)
-            elif not no_rate and not any(f["name"] == name for f in failed):
+            elif place is not None and (end := _failure(place)) is not None:
+                ends.append(end)
+            elif not any(end is not None and end.given_up for end in ends):
                 missing.append({"name": name, "seed": seed})
-        curves += _curve(folder, name, rate, schedule, found["data"]["train_examples"])
-        no_point = _json(folder / "curve" / name / FAILED)
-        failed += [no_point] if no_point else []
+        curves += _curve(folder, found, arm, rate)
+        ends.append(_failure(folder / "curve" / name))
+        failed += [end.entry for end in ends if end is not None]
     content = {
         **{key: found[key] for key in ("base", "data", "settings", "environment", "scale")},
         "preset": schedule,
@@ -73,36 +72,56 @@ def assemble(folder: Path, limits: Limits | None = None) -> dict[str, Any]:
     return content
 
 
-def _final(folder: Path, seed: int, rate: float | None, steps: int) -> RunResult | None:
-    """The measured run of a seed at a rate. Of several, which differ in what `conditions.json` does not tell, the
-    newest."""
-    there = sorted(folder.glob(f"seed-{seed}-*/result.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    results = (RunResult.load(path) for path in there)
-    fitting = (
-        r for r in results if r.key is not None and (r.stopped_early or r.steps == steps) and r.learning_rate == rate
-    )
-    return next(fitting, None)
+def _final_folder(
+    folder: Path, found: Mapping[str, Any], arm: Mapping[str, Any], rate: float | None, seed: int
+) -> Path | None:
+    """Where the final run of a seed lies under just these conditions; None where no rate is known yet."""
+    if rate is None:
+        return None
+    key = conditions.run_key(found["identity"], arm["settings"], rate, found["preset"]["final_steps"], seed)
+    return folder / "runs" / str(arm["name"]) / f"seed-{seed}-{key}"
 
 
-def _failure(folder: Path, seed: int, rate: float | None) -> dict[str, Any] | None:
-    found = (_json(path) for path in folder.glob(f"seed-{seed}-*/{FAILED}"))
-    return next((entry for entry in found if entry and entry["learning_rate"] == rate), None)
+def _measured(folder: Path) -> RunResult | None:
+    """The run in a folder, if it has been measured."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    run = RunResult.load(path)
+    return run if run.key is not None else None
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An entry of `failed`, and whether nothing more of its arm was tried."""
+
+    entry: dict[str, Any]
+    given_up: bool
+
+
+def _failure(folder: Path) -> _Failure | None:
+    found = _json(folder / FAILED)
+    return None if found is None else _Failure(found, bool(found.pop("given_up", False)))
 
 
 def _curve(
-    folder: Path, name: str, rate: float | None, schedule: Mapping[str, Any], all_rows: int
+    folder: Path, found: Mapping[str, Any], arm: Mapping[str, Any], rate: float | None
 ) -> Iterator[dict[str, Any]]:
     """The points of an arm's data curve; final runs are those with all rows."""
-    planned = dict(schedule["curve"])
-    for path in sorted((folder / "curve" / name).glob("*/result.json")):
-        point = _json(path)
-        if point and point["learning_rate"] == rate and planned.get(point["rows"]) == point["steps"]:
-            yield point
-    if all_rows in planned:
-        for seed in schedule["seeds"]:
-            run = _final(folder / "runs" / name, seed, rate, schedule["final_steps"])
-            if run is not None:
-                yield curve_point(run, name, all_rows)
+    if rate is None:
+        return
+    all_rows, seeds = found["data"]["train_examples"], found["preset"]["seeds"]
+    for rows, steps in found["preset"]["curve"]:
+        for seed in seeds:
+            if rows == all_rows:
+                place = _final_folder(folder, found, arm, rate, seed)
+                run = None if place is None else _measured(place)
+                point = None if run is None else curve_point(run, arm["name"], all_rows)
+            else:
+                key = conditions.run_key(found["identity"], arm["settings"], rate, steps, seed, rows)
+                point = _json(folder / "curve" / arm["name"] / f"{rows}-seed-{seed}-{key}" / "result.json")
+            if point:
+                yield point
 
 
 def _counts(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -116,6 +135,8 @@ def _json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("expected an object")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read: {error}. Remove it, and run the comparison again with --resume."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,27 +15,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.comparing import conditions
 from spectune.comparing.comparison import Comparison
+from spectune.comparing.inputs import Inputs, Rows
 from spectune.comparing.job import Arm, Job
 from spectune.comparing.limits import Limits
 from spectune.comparing.measure import retained_passages
 from spectune.comparing.presets import PRESETS
 from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import Schedule
-from spectune.data import Row, encode, load_rows, split_rows
+from spectune.data import Encoded
 from spectune.deltas import Method, attached
 from spectune.errors import ConfigError, InterruptedRun
-from spectune.evaluation import Task, row_losses
+from spectune.evaluation import row_losses
+from spectune.families import describe, fingerprint
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import reference_shares
 from spectune.storage import TINY, atomic_write_text, base_name, load
 from spectune.training import TrainingConfig, environment
+from spectune.training.identity import FREE
 from spectune.training.prepare import max_length
 from spectune.training.train import pad_token_id
 
-VALID_SHARE = 0.1
 GENERATE_ROWS = 64
-#: settings that no result depends on, and those that differ between the runs of a comparison
-NOT_SHARED = {"output_dir", "resume", "learning_rate", "logging_steps", "report_to", "memory_check"}
+#: settings that no result depends on, and the one that differs between the runs of a comparison
+NOT_SHARED = FREE | {"learning_rate"}
+#: what a folder holds where something else than a comparison that can be gone on with lies in it
+OF_OTHER_RUNS = ("comparison.json", "result.json", "identity.json", "runs")
 
 
 def compare(
@@ -76,7 +81,7 @@ def compare(
         fractions: a data curve: shares of the rows (at most 1) or numbers of rows.
         metric: "auto", names or `package.module:function`, see `spectune.evaluation.Task`.
         generate_rows: judged rows that every final run writes a completion for.
-        limits: of the user, for the recommendation.
+        limits: of the user, for the recommendation; a resumption without any keeps those it began with.
         seed: of weights, data order and splits; default is the config's.
         output_dir: default is the config's, else a new temporary folder.
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
@@ -94,8 +99,8 @@ def compare(
     """
     settings = config or TrainingConfig()
     seed = settings.seed if seed is None else seed
-    resume = resume or settings.resume
-    folder = _folder(output_dir if output_dir is not None else settings.output_dir, resume)
+    folder = _folder(output_dir if output_dir is not None else settings.output_dir, resume or settings.resume)
+    before = conditions.read(folder) if (folder / conditions.FILE).is_file() else None
     asked: dict[str, Any] = {
         "preset": preset,
         "seeds": seeds,
@@ -103,60 +108,150 @@ def compare(
         "metric": metric,
         "generate_rows": generate_rows,
     }
-    _check(**asked)
+    check_settings(**asked)
     arms = _arms(methods)
     settings = settings.model_copy(update={"seed": seed, "resume": False, "output_dir": None})
-    rows, valid, held_out = _rows(train_rows, valid_rows, seed, settings)
-    test = None if test_rows is None else load_rows(test_rows, skip_bad_rows=settings.skip_bad_rows)
+    rows = Rows.read(train_rows, valid_rows, test_rows, settings)
     model, tokenizer = _base(base, tokenizer, device, dtype)
-    if PRESETS[preset].own_process and not (base_name(model) == TINY or isinstance(base, str | Path)):
+    _check_base(model, preset, named=isinstance(base, str | Path))
+    recorded = _recorded(model, settings, arms, asked, origin)
+    settings = settings.model_copy(update={"max_length": _max_length(model, arms, settings, before)})
+    inputs = Inputs.of(rows, tokenizer, settings, metric=metric, generate_rows=generate_rows)
+    virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
+    passages = retained_passages(model, tokenizer, retain, seed, virtual_tokens=virtual_tokens)
+    targets = sum(example.target_tokens for example in inputs.train.examples)
+    schedule = Schedule.of(
+        PRESETS[preset], settings, len(inputs.train.examples), targets, seeds=seeds, fractions=fractions
+    )
+    found = _conditions(model, arms, settings, inputs, passages, schedule, retain)
+    if limits is None and before is not None:
+        limits = Limits(**before["limits"])
+    found["limits"] = (limits or Limits()).model_dump(mode="json", exclude_none=True)
+    if before is not None:
+        conditions.check(before, found, folder)
+        found["base"] = {**found["base"], **before["base"]}
+    conditions.write(folder, found)
+    config_file = folder / "config.yaml"
+    if not config_file.is_file():  # what a resumption goes on with stays as it was
+        atomic_write_text(config_file, yaml.safe_dump(recorded, sort_keys=False))
+    if inputs.notice:
+        (console or Console()).print(inputs.notice, soft_wrap=True, highlight=False, markup=False)
+
+    try:
+        job = Job(
+            folder=folder,
+            model=model,
+            tokenizer=tokenizer,
+            train=inputs.train,
+            valid=inputs.valid,
+            task=inputs.task,
+            judged_on=rows.judged_on,
+            passages=passages,
+            config=settings,
+            identity=found["identity"],
+            base_valid_loss=_base_valid_loss(found["base"], model, tokenizer, inputs.valid, settings),
+            final_steps=schedule.final_steps,
+            own_process=schedule.preset.own_process,
+            origin=origin,
+            console=console,
+        )
+        if "judged_loss" not in found["base"] or not job.base_rows.is_file():
+            found["base"] |= job.judge_base()
+        found["base"]["valid_loss"] = job.base_valid_loss
+        conditions.write(folder, found)
+        Runner(job, schedule, arms, console).run()
+    except InterruptedRun as stop:  # what it says is of one run
+        raise InterruptedRun(
+            f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
+        ) from stop
+    comparison = Comparison.from_runs(folder)
+    comparison.save()
+    return comparison
+
+
+def check_settings(
+    *, preset: str, seeds: int | None, fractions: Sequence[float], metric: str, generate_rows: int
+) -> None:
+    """What can be said of a comparison's own settings before anything is read. Raises ConfigError."""
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r}; expected one of {', '.join(PRESETS)}")
+    if seeds is not None and seeds < 1:
+        raise ConfigError(f"seeds = {seeds}; expected at least 1 final run of each method")
+    if generate_rows < 0:
+        raise ConfigError(f"generate_rows = {generate_rows}; expected 0 (write nothing) or more")
+    wrong = [f for f in fractions if not 0 < f < math.inf or (f > 1 and f != int(f))]
+    if wrong:
         raise ConfigError(
-            "preset thorough loads the base anew in processes of its own: name it, instead of giving a model"
+            f"fractions {', '.join(f'{f:g}' for f in wrong)}; expected shares of the rows above 0 and up to 1, or "
+            "whole numbers of rows"
+        )
+
+
+def _folder(given: str | Path | None, resume: bool) -> Path:
+    if resume and given is None:
+        raise ConfigError("resume needs an output_dir: there is nothing to go on from")
+    folder = Path(given) if given is not None else Path(tempfile.mkdtemp(prefix="spectune-compare-"))
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; expected a folder, or a name that is free")
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        raise ConfigError(f"{folder} is not empty: give another --output-dir, or --resume to go on there")
+    other = [name for name in OF_OTHER_RUNS if (folder / name).exists()]
+    if other and not (folder / conditions.FILE).is_file():
+        raise ConfigError(
+            f"{folder} holds {', '.join(other)} and no {conditions.FILE}: a single run, or a comparison of an earlier "
+            "version, so nothing says under which conditions it was made. Give another --output-dir."
+        )
+    return folder
+
+
+def _check_base(model: PreTrainedModel, preset: str, *, named: bool) -> None:
+    if PRESETS[preset].own_process and not (named or base_name(model) == TINY):
+        raise ConfigError(
+            f"preset {preset} loads the base anew in processes of its own: name it, instead of giving a model"
         )
     if attached(model):
         raise ConfigError(f"the model has deltas attached already ({', '.join(attached(model))}): detach them first")
-    recorded = _recorded(model, settings, arms, asked, origin)
-    # the same tokens of every row for all: as many as the method with the most virtual tokens leaves room for
-    settings = settings.model_copy(update={"max_length": min(max_length(model, arm.method, settings) for arm in arms)})
-    assert settings.max_length is not None
-    encoded, held = (
-        encode(part, tokenizer, max_length=settings.max_length, separator=settings.separator) for part in (rows, valid)
-    )
-    task = Task.of(
-        valid if test is None else test,
-        train_rows=rows,
-        metric=metric,
-        generate_rows=generate_rows,
-        batch_size=settings.per_device_eval_batch_size,
-        max_length=settings.max_length,
-        separator=settings.separator,
-    )
-    passages = retained_passages(model, tokenizer, retain, seed)
-    targets = sum(example.target_tokens for example in encoded.examples)
-    schedule = Schedule.of(PRESETS[preset], settings, len(encoded.examples), targets, seeds=seeds, fractions=fractions)
-    found: dict[str, Any] = {
-        "base": {
-            "name": base_name(model),
-            "total_parameters": sum(p.numel() for p in model.parameters()),
-            "device": str(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-        },
+
+
+def _max_length(
+    model: PreTrainedModel, arms: Sequence[Arm], settings: TrainingConfig, before: Mapping[str, Any] | None
+) -> int:
+    """The same tokens of every row for all: as many as the method with the most virtual tokens leaves room for; where
+    a comparison goes on with other methods, as many as it began with, if they leave room for that."""
+    length = min(max_length(model, arm.method, settings) for arm in arms)
+    if before is None or settings.max_length is not None:
+        return length
+    return min(length, int(before["identity"]["max_length"]))
+
+
+def _conditions(
+    model: PreTrainedModel,
+    arms: Sequence[Arm],
+    settings: TrainingConfig,
+    inputs: Inputs,
+    passages: list[list[int]],
+    schedule: Schedule,
+    retain: str | Path | None,
+) -> dict[str, Any]:
+    """What all runs share, for `conditions.json`; `identity` is what their results depend on."""
+    base = {
+        "name": base_name(model),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return {
+        "base": base,
+        "fingerprint": fingerprint(model, describe(model)),
         "data": {
-            "train_rows": len(rows),
-            "train_examples": len(encoded.examples),
-            "valid_rows": len(valid),
-            "held_out": held_out,
-            "judged_on": "valid" if test is None else "test",
-            "judged_rows": len(task.rows),
-            "generated_rows": len(task.to_write),
-            "task": task.describe(),
+            **inputs.describe(),
             "retained_passages": len(passages),
             "retained_tokens": sum(map(len, passages)),
             "retained_from": str(retain) if retain is not None else "sampled from the base at temperature 1",
             "target_tokens_per_step": schedule.target_tokens_per_step,
         },
         "settings": settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
-        "preset": schedule.to_dict(len(held.examples)),
+        "preset": schedule.to_dict(len(inputs.valid.examples)),
         "environment": environment(),
         "scale": reference_shares([arm.method for arm in arms]),
         "arms": [
@@ -169,79 +264,27 @@ def compare(
             }
             for arm in arms
         ],
-        "limits": (limits or Limits()).model_dump(mode="json", exclude_none=True),
+        "identity": {
+            **settings.model_dump(mode="json", exclude=NOT_SHARED),
+            "base": [base["name"], base["total_parameters"], base["dtype"]],
+            **inputs.identity(),
+            "passages_sha256": hashlib.sha256(repr(passages).encode()).hexdigest(),
+        },
     }
-    found["identity"] = identity = {
-        **settings.model_dump(mode="json", exclude=NOT_SHARED),
-        "base": [found["base"]["name"], found["base"]["total_parameters"], found["base"]["dtype"]],
-        "data_sha256": conditions.key(encoded.sha256, held.sha256),
-        "judged_rows_sha256": conditions.key([(r.prompt, r.completion, r.text, r.messages) for r in task.rows]),
-        "judged": task.conditions(),
-        "passages_sha256": hashlib.sha256(repr(passages).encode()).hexdigest(),
-    }
-    before = conditions.read(folder) if (folder / conditions.FILE).is_file() else None
-    if before is not None:
-        conditions.check(before, found, folder)
-        found["base"] = {**found["base"], **before["base"]}
-    conditions.write(folder, found)
-    config_file = folder / "config.yaml"
-    if not config_file.is_file():  # what a resumption goes on with stays as it was
-        atomic_write_text(config_file, yaml.safe_dump(recorded, sort_keys=False))
-
-    if "valid_loss" not in found["base"]:
-        pad, size = pad_token_id(tokenizer), settings.per_device_eval_batch_size
-        found["base"]["valid_loss"] = row_losses(model, held.examples, pad, size).mean_per_token
-    job = Job(
-        folder=folder,
-        model=model,
-        tokenizer=tokenizer,
-        train=encoded,
-        valid=held,
-        task=task,
-        judged_on=found["data"]["judged_on"],
-        passages=passages,
-        config=settings,
-        identity=identity,
-        base_valid_loss=found["base"]["valid_loss"],
-        measured_seed=schedule.seeds[0],
-        own_process=schedule.preset.own_process,
-        origin=origin,
-        console=console,
-    )
-    if "judged_loss" not in found["base"]:
-        found["base"] |= job.judge_base()
-    conditions.write(folder, found)
-    try:
-        Runner(job, schedule, arms, console).run()
-    except InterruptedRun as stop:
-        raise InterruptedRun(f"{stop}\nTo go on with the comparison: the same command with --resume") from None
-    comparison = Comparison.from_runs(folder)
-    comparison.save()
-    return comparison
 
 
-def _check(preset: str, seeds: int | None, fractions: Sequence[float], metric: str, generate_rows: int) -> None:
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r}; expected one of {', '.join(PRESETS)}")
-    if seeds is not None and seeds < 1:
-        raise ConfigError(f"seeds = {seeds}; expected at least 1 final run of each method")
-    if generate_rows < 0:
-        raise ConfigError(f"generate_rows = {generate_rows}; expected 0 (write nothing) or more")
-    wrong = [f for f in fractions if f <= 0 or (f > 1 and f != int(f))]
-    if wrong:
-        raise ConfigError(
-            f"fractions {', '.join(f'{f:g}' for f in wrong)}; expected shares of the rows above 0 and up to 1, or "
-            "whole numbers of rows"
-        )
-
-
-def _folder(given: str | Path | None, resume: bool) -> Path:
-    if resume and given is None:
-        raise ConfigError("resume needs an output_dir: there is nothing to go on from")
-    folder = Path(given) if given is not None else Path(tempfile.mkdtemp(prefix="spectune-compare-"))
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
-        raise ConfigError(f"{folder} is not empty: give another --output-dir, or --resume to go on there")
-    return folder
+def _base_valid_loss(
+    known: Mapping[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    valid: Encoded,
+    settings: TrainingConfig,
+) -> float:
+    if "valid_loss" in known:
+        return float(known["valid_loss"])
+    return row_losses(
+        model, valid.examples, pad_token_id(tokenizer), settings.per_device_eval_batch_size
+    ).mean_per_token
 
 
 def _recorded(
@@ -271,19 +314,11 @@ def _base(
     return model, tokenizer or own
 
 
-def _rows(
-    train_rows: Any, valid_rows: Any, seed: int, settings: TrainingConfig
-) -> tuple[list[Row], list[Row], float | None]:
-    rows = load_rows(train_rows, skip_bad_rows=settings.skip_bad_rows)
-    if valid_rows is not None:
-        return rows, load_rows(valid_rows, skip_bad_rows=settings.skip_bad_rows), None
-    kept, held = split_rows(rows, share=VALID_SHARE, seed=seed)
-    return kept, held, VALID_SHARE
-
-
 def _arms(methods: Sequence[str | Method] | None) -> list[Arm]:
     """Each method under a name for its runs: its own, with a number where one comes twice."""
     wanted: Sequence[str | Method] = methods if methods is not None else list(BY_NAME)
+    if not wanted:
+        raise ConfigError(f"no method to compare; expected some of {', '.join(BY_NAME)}, or their configs")
     arms: list[Arm] = []
     for given in wanted:
         method = method_from_name(given) if isinstance(given, str) else given

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from spectune.errors import DataError
+from spectune.families import differences
 from spectune.storage import atomic_write_text
 from spectune.storage.strict_json import strict_json
 from spectune.training.identity import OtherRunError
 
 FILE = "conditions.json"
+KEYS = {"base", "data", "settings", "preset", "environment", "scale", "arms", "limits", "identity"}
 
 
 def key(*parts: Any) -> str:
@@ -21,15 +23,34 @@ def key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
+def run_key(
+    identity: Mapping[str, Any],
+    method: Mapping[str, Any],
+    rate: float,
+    steps: int,
+    seed: int,
+    rows: int | None = None,
+) -> str:
+    """The key of a run; the same from a comparison's settings and from what `conditions.json` has of them.
+
+    Args:
+        method: its settings, as JSON.
+        rows: on a data curve, how many it was trained on.
+    """
+    return key(dict(identity), dict(method), rate, steps, seed, rows)
+
+
 def write(folder: Path, conditions: Mapping[str, Any]) -> None:
     atomic_write_text(folder / FILE, strict_json(dict(conditions)) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The conditions of the comparison in a folder. Raises DataError where there is none."""
+    """The conditions of the comparison in a folder. Raises DataError where there are none, or damaged ones."""
     path = folder / FILE
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or KEYS - set(found):
+            raise ValueError(f"expected an object with {', '.join(sorted(KEYS))}")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read as the conditions of a comparison: {error}. Expected the folder of `spectune "
@@ -45,10 +66,15 @@ def check(recorded: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) 
     Raises:
         OtherRunError: names every difference.
     """
-    before, now = recorded["identity"], wanted["identity"]
     # by way of JSON, which has no tuples
-    now = json.loads(json.dumps(now, default=str))
-    lines = [_difference(name, before.get(name), value) for name, value in now.items() if before.get(name) != value]
+    now = json.loads(json.dumps(wanted["identity"], default=str))
+    lines = _differences(recorded["identity"], now)
+    kinds = [str(found["base"].get("device")).partition(":")[0] for found in (recorded, wanted)]
+    if kinds[0] != kinds[1]:
+        lines.append(f"device: {kinds[0]} in the comparison, {kinds[1]} now: speed and memory would not compare")
+    # two bases may have one name: a folder that was written anew, or a model without a name
+    here = wanted["fingerprint"]
+    lines += [f"base: {line}" for line in differences(recorded.get("fingerprint", here), here)]
     settings = {arm["name"]: arm["settings"] for arm in recorded["arms"]}
     for arm in json.loads(json.dumps(wanted["arms"], default=str)):
         old = settings.get(arm["name"], arm["settings"])
@@ -64,12 +90,24 @@ def check(recorded: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) 
         )
 
 
-def _difference(name: str, before: Any, now: Any) -> str:
-    if name == "passages_sha256":
-        return (
-            "passages: the comparison was measured on other passages (--retain, or another seed): forgetting would not "
-            "compare"
-        )
-    if name.endswith("_sha256"):
-        return f"{name.removesuffix('_sha256')}: other rows than those of the comparison"
-    return f"{name}: {before!r} in the comparison, {now!r} now"
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that is not as it was."""
+    lines = []
+    for name, value in now.items():
+        old = before.get(name)
+        if old == value:
+            continue
+        if isinstance(value, dict) and isinstance(old, dict):
+            lines += [f"{name}.{line}" for line in _differences(old, value)]
+        elif name == "passages_sha256":
+            lines.append(
+                "passages: the comparison was measured on other passages (--retain, or another seed): forgetting would "
+                "not compare"
+            )
+        elif name == "custom_sha256":
+            lines.append("custom: the file of a metric has changed, so that its values would not compare")
+        elif name.endswith("_sha256"):
+            lines.append(f"{name.removesuffix('_sha256')}: other rows than those of the comparison")
+        else:
+            lines.append(f"{name}: {old!r} in the comparison, {value!r} now")
+    return lines

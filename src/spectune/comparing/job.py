@@ -3,26 +3,28 @@ an earlier call has finished it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import random
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.comparing.conditions import key
+from spectune.comparing.conditions import run_key
 from spectune.comparing.isolated import train_memory_in_own_process
 from spectune.comparing.measure import measure
 from spectune.comparing.schedule import SEARCH_ROWS
 from spectune.comparing.search import Trial
 from spectune.data import DataReport, Encoded
 from spectune.deltas import Delta, Method, attach, attached, detach
-from spectune.errors import DivergedError
-from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, passage_kls, write_rows
+from spectune.errors import DataError, DivergedError
+from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, passage_kls, read_rows, write_rows
 from spectune.storage import atomic_write_text
 from spectune.storage.strict_json import strict_json
 from spectune.training import RunResult, TrainingConfig, train
@@ -36,6 +38,17 @@ CURVE_VALIDATIONS = 5
 SEARCH_SEED = 10_000
 #: in the folder of a run, or of a search, that failed
 FAILED = "failed.json"
+#: what a point of a data curve keeps of its run
+POINT = (
+    "method",
+    "seed",
+    "learning_rate",
+    "steps",
+    "valid_loss",
+    "last_valid_loss",
+    "train_loss",
+    "base_valid_loss",
+)
 QUIET = Console(quiet=True)
 
 
@@ -53,8 +66,8 @@ class Job:
 
     Attributes:
         identity: everything that a result depends on beside method, rate, steps, seed and rows.
-        measured_seed: the seed whose final runs are timed at decoding; speed does not depend on it.
-        own_process: the memory of those is measured once more in a process that does nothing else.
+        final_steps: of the final runs.
+        own_process: the memory of final runs that are timed is measured once more in a process that does nothing else.
     """
 
     folder: Path
@@ -68,7 +81,7 @@ class Job:
     config: TrainingConfig
     identity: Mapping[str, Any]
     base_valid_loss: float
-    measured_seed: int
+    final_steps: int
     own_process: bool
     origin: Mapping[str, Any] | None
     console: Console | None
@@ -93,8 +106,8 @@ class Job:
         seed = self.config.seed + SEARCH_SEED
         label = f"{rate:g}-{steps}-{self._key(arm, rate, steps, seed)}"
         path = self.folder / "search" / arm.name / label / "result.json"
-        if path.is_file():
-            return Trial(**json.loads(path.read_text(encoding="utf-8"))), None
+        if (done := _saved(path)) is not None and set(done) == {item.name for item in fields(Trial)}:
+            return Trial(**done), None
         begin = time.perf_counter()
         config = self._config(rate, steps, seed, eval_steps=steps)
         reason, loss, targets = None, None, 0
@@ -118,8 +131,9 @@ class Job:
     def final_folder(self, arm: Arm, rate: float, steps: int, seed: int) -> Path:
         return self.folder / "runs" / arm.name / f"seed-{seed}-{self._key(arm, rate, steps, seed)}"
 
-    def final(self, arm: Arm, rate: float, steps: int, seed: int) -> RunResult:
-        """Train, or take what a finished run left, and measure what has not been measured."""
+    def final(self, arm: Arm, rate: float, steps: int, seed: int, *, timed: bool) -> RunResult:
+        """Train, or take what a finished run left, and measure what has not been measured; with `timed` decoding
+        speeds as well, which do not depend on the seed."""
         folder = self.final_folder(arm, rate, steps, seed)
         if (done := _measured(folder)) is not None:
             return done
@@ -137,7 +151,7 @@ class Job:
                 base_valid_loss=self.base_valid_loss,
             )
             (folder / FAILED).unlink(missing_ok=True)
-            found = self._judged(folder) | self._costs(delta, folder, config)
+            found = self._judged(folder) | self._costs(delta, folder, config, timed)
         key = folder.name.rsplit("-", 1)[-1]
         result = result.with_measured(
             {**found, "name": arm.name, "key": key, "retained_sha256": self.identity["passages_sha256"]}
@@ -149,16 +163,23 @@ class Job:
         """Whether nothing is left to do for a final run."""
         return _measured(self.final_folder(arm, rate, steps, seed)) is not None
 
-    def failed(self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str) -> None:
-        """Note in `folder` that a run failed; it stays there until the run has succeeded."""
+    def failed(
+        self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str, *, given_up: bool
+    ) -> None:
+        """Note in `folder` that a run failed, and whether its arm was given up with it; the note stays there until the
+        run has succeeded."""
         method = arm.method
         entry = {"name": arm.name, "method": method.name, "label": method.label, "seed": seed, "learning_rate": rate}
-        atomic_write_text(folder / FAILED, strict_json({**entry, "reason": reason}) + "\n")
+        atomic_write_text(folder / FAILED, strict_json({**entry, "reason": reason, "given_up": given_up}) + "\n")
+
+    @property
+    def base_rows(self) -> Path:
+        return self.folder / "base" / "rows.jsonl"
 
     def judge_base(self) -> dict[str, Any]:
         """The bare base on the judged rows: its metrics; its rows go to base/."""
         judged = judge(self.model, self.tokenizer, self.task)
-        write_rows(self.folder / "base" / "rows.jsonl", judged)
+        write_rows(self.base_rows, judged)
         tokens = {"tokens": [len(passage) for passage in self.passages]}
         atomic_write_text(self.folder / "base" / "passages.json", json.dumps(tokens) + "\n")
         return {"judged_loss": judged_loss(judged), "metrics": corpus_metrics(judged)}
@@ -170,9 +191,8 @@ class Job:
         smaller ones."""
         label = f"{rows}-seed-{seed}-{self._key(arm, rate, steps, seed, rows)}"
         path = self.folder / "curve" / arm.name / label / "result.json"
-        if path.is_file():
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found, None
+        if (done := _saved(path)) is not None and {"name", *POINT} <= set(done):
+            return done, None
         begin = time.perf_counter()
         config = self._config(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
         result = self._train(arm, config, subset(self.train, rows, self.config.seed), self.valid)
@@ -183,10 +203,13 @@ class Job:
     # -- the parts of these ---------------------------------------------------------------------------------------
 
     def _key(self, arm: Arm, rate: float, steps: int, seed: int, rows: int | None = None) -> str:
-        return key(dict(self.identity), arm.method.model_dump(mode="json"), rate, steps, seed, rows)
+        return run_key(self.identity, arm.method.model_dump(mode="json"), rate, steps, seed, rows)
 
     def _config(self, rate: float, steps: int, seed: int, **more: Any) -> TrainingConfig:
         fixed = {"learning_rate": rate, "max_steps": steps, "seed": seed, "output_dir": None, "resume": False}
+        if self.config.warmup_steps >= 1 and steps < self.final_steps:
+            # steps of a final run: a trial warms up for the same share of its own, else it would never reach its rate
+            fixed["warmup_steps"] = max(1, round(self.config.warmup_steps * steps / self.final_steps))
         return self.config.model_copy(update={**fixed, **more})
 
     def _train(self, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encoded) -> RunResult:
@@ -203,8 +226,17 @@ class Job:
                 base_valid_loss=self.base_valid_loss,
             )
 
-    def _attached(self, arm: Arm, seed: int) -> _Attached:
-        return _Attached(self, arm, seed)
+    @contextlib.contextmanager
+    def _attached(self, arm: Arm, seed: int) -> Iterator[Delta]:
+        """An arm's method attached to the base, inside a `with`; after it the base is bare again, come what may."""
+        method = arm.method
+        try:
+            yield attach(
+                self.model, method, arm.name, tokenizer=self.tokenizer, seed=seed, keep_base=method.trains_base
+            )
+        finally:
+            for name in list(attached(self.model)):
+                detach(self.model, name)
 
     def _judged(self, folder: Path) -> dict[str, Any]:
         """The attached delta on the judged rows."""
@@ -219,9 +251,9 @@ class Job:
             "evaluation_seconds": time.perf_counter() - begin,
         }
 
-    def _costs(self, delta: Delta, folder: Path, config: TrainingConfig) -> dict[str, Any]:
+    def _costs(self, delta: Delta, folder: Path, config: TrainingConfig, timed: bool) -> dict[str, Any]:
         """Forgetting for every seed; speed, swapping and, where asked for, memory apart for one of them."""
-        if config.seed != self.measured_seed:
+        if not timed:
             sums = passage_kls(self.model, self.passages)
             tokens = sum(map(len, self.passages))
             return {"forgetting_by_passage": sums, "forgetting_kl_nats_per_token": sum(sums) / tokens}
@@ -239,23 +271,6 @@ class Job:
         return found
 
 
-class _Attached:
-    """An arm's method attached to the base, inside a `with`; after it the base is bare again, come what may."""
-
-    def __init__(self, job: Job, arm: Arm, seed: int) -> None:
-        self._job, self._arm, self._seed = job, arm, seed
-
-    def __enter__(self) -> Delta:
-        job, method = self._job, self._arm.method
-        return attach(
-            job.model, method, self._arm.name, tokenizer=job.tokenizer, seed=self._seed, keep_base=method.trains_base
-        )
-
-    def __exit__(self, *_: object) -> None:
-        for name in list(attached(self._job.model)):
-            detach(self._job.model, name)
-
-
 def subset(rows: Encoded, count: int, seed: int) -> Encoded:
     """`count` rows of a seeded order, all where there are no more; a smaller subset lies in every larger one."""
     if count >= len(rows.examples):
@@ -267,23 +282,28 @@ def subset(rows: Encoded, count: int, seed: int) -> Encoded:
 
 def curve_point(result: RunResult, arm: str, rows: int) -> dict[str, Any]:
     """A run as a point of a data curve."""
-    kept = (
-        "method",
-        "seed",
-        "learning_rate",
-        "steps",
-        "valid_loss",
-        "last_valid_loss",
-        "train_loss",
-        "base_valid_loss",
-    )
-    return {"name": arm, "rows": rows, **{name: getattr(result, name) for name in kept}}
+    return {"name": arm, "rows": rows, **{name: getattr(result, name) for name in POINT}}
+
+
+def _saved(path: Path) -> dict[str, Any] | None:
+    """The small result that an earlier call left; None where there is none, or a damaged one: it is made anew."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _measured(folder: Path) -> RunResult | None:
-    """The result of a run that has been trained and measured."""
+    """The result of a run that has been trained and measured; of a run whose rows are gone or damaged, None: they are
+    made anew from its weights."""
     path = folder / "result.json"
     if not path.is_file():
         return None
     found = RunResult.load(path)
-    return found if found.key is not None else None
+    try:
+        loss = judged_loss(read_rows(folder / "rows.jsonl"))
+    except DataError:
+        return None
+    whole = found.judged_loss is None or math.isclose(loss, found.judged_loss)
+    return found if found.key is not None and whole else None

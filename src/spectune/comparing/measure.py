@@ -30,16 +30,24 @@ WARM_UPS, ROUNDS = 1, 5
 
 
 def retained_passages(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, retain: str | Path | None, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    retain: str | Path | None,
+    seed: int,
+    *,
+    virtual_tokens: int = 0,
 ) -> list[list[int]]:
     """Token ids of the text on which forgetting is measured.
 
     The user's own file (blank lines part its passages), the ones that ship with spectune-tiny, or 64 passages of 128
-    tokens sampled from the base at temperature 1.
+    tokens sampled from the base at temperature 1. On a base of few positions they are shorter, so that there is room
+    for the `virtual_tokens` of every method.
 
     Raises:
         DataError: the user's file is missing or empty.
     """
+    context = context_length(model)
+    room = None if context is None else context - virtual_tokens
     if retain is not None:
         path = Path(retain)
         if not path.is_file():
@@ -49,7 +57,7 @@ def retained_passages(
         except UnicodeDecodeError as error:
             raise DataError(f"--retain {path} is not UTF-8 text: {error}") from error
         texts = [text.strip() for text in content.split("\n\n") if text.strip()]
-        longest = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1024) // 2
+        longest = min((context or 1024) // 2, room or 1024)
         passages = [list(tokenizer(text)["input_ids"])[:longest] for text in texts]
         passages = [ids for ids in passages if len(ids) > 1]
         if not passages:
@@ -58,7 +66,7 @@ def retained_passages(
     if base_name(model) == TINY:
         lines = embedded.RETAINED.read_text(encoding="utf-8").splitlines()
         return [list(json.loads(line)["ids"]) for line in lines]
-    length = min(PASSAGE_TOKENS, context_length(model) or PASSAGE_TOKENS)
+    length = min(PASSAGE_TOKENS, room or PASSAGE_TOKENS)
     return sample_passages(model, tokenizer, count=PASSAGES, length=length, seed=seed)
 
 

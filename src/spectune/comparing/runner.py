@@ -46,7 +46,7 @@ class Runner:
             InterruptedRun: Ctrl-C or SIGTERM.
         """
         left = self._fitting()
-        self._announce()
+        self._announce(left)
         for arm in left:
             try:
                 rate = self.schedule.learning_rate or self._search(arm)
@@ -55,7 +55,8 @@ class Runner:
             except _GivenUpError:
                 self.budget.drop(arm.name)
 
-    def _announce(self) -> None:
+    def _announce(self, left: Sequence[Arm]) -> None:
+        """Say what there is to do, and how long it will take."""
         schedule, arms = self.schedule, len(self.arms)
         search = " + ".join(f"{count} x {steps}" for count, steps in schedule.planned_trials)
         seeds = len(schedule.seeds)
@@ -72,18 +73,18 @@ class Runner:
         if self._all_there():
             return
         try:
-            self.budget.step_seconds = self.job.calibrate(self.arms[0])
+            self.budget.step_seconds = self.job.calibrate(left[0])
         except InterruptedRun:
             raise
         except SpectuneError:
             return  # the arm's own runs will say what is wrong with it
-        left = self.budget.seconds_left()
-        if left is not None:
-            label = self.arms[0].method.label
-            self._say(f"at least {duration(left)}, by two steps of {label}; evaluation and measuring come on top")
+        seconds = self.budget.seconds_left()
+        if seconds is not None:
+            label = left[0].method.label
+            self._say(f"at least {duration(seconds)}, by two steps of {label}; evaluation and measuring come on top")
 
     def _fitting(self) -> list[Arm]:
-        """The arms that the plan lets begin; the others have failed."""
+        """The arms that the plan lets begin; the others have failed. Raises DoesNotFitError where none is left."""
         left: list[Arm] = []
         for arm in self.arms:
             folder = self.job.folder / "search" / arm.name
@@ -91,7 +92,7 @@ class Runner:
             try:
                 self.job.check_memory(arm)
             except DoesNotFitError as error:
-                self._failed(folder, arm, None, None, str(error))
+                self._failed(folder, arm, None, None, str(error), given_up=True)
                 self.budget.drop(arm.name)
                 reason = error
             except SpectuneError:
@@ -141,11 +142,12 @@ class Runner:
 
     def _final_runs(self, arm: Arm, rate: float) -> None:
         steps = self.schedule.final_steps
+        timed = False  # of the first seed that does not fail
         for seed in self.schedule.seeds:
             begin = time.perf_counter()
             there = self.job.is_measured(arm, rate, steps, seed)
             try:
-                result = self.job.final(arm, rate, steps, seed)
+                result = self.job.final(arm, rate, steps, seed, timed=not timed)
             except InterruptedRun:
                 raise
             except SpectuneError as error:
@@ -154,7 +156,9 @@ class Runner:
                     # another seed changes nothing
                     raise self._given_up(folder, arm, rate, seed, str(error)) from None
                 self._failed(folder, arm, rate, seed, str(error))
+                self.budget.ended(arm.name, steps, None)
                 continue
+            timed = timed or result.decode is not None
             self.budget.ended(arm.name, steps, None if there else time.perf_counter() - begin)
             metrics = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
             self._say(f"{arm.method.label}, seed {seed}: loss {result.judged_loss:.4f}{metrics}; {self.budget}")
@@ -172,18 +176,21 @@ class Runner:
                     raise
                 except SpectuneError as error:
                     self._failed(folder, arm, rate, seed, f"on {rows:,} rows: {error}")
+                    self.budget.ended(arm.name, steps, None)
                     continue
                 self.budget.ended(arm.name, steps, seconds)
         if self.schedule.curve:
             self._say(f"{arm.method.label}: data curve done; {self.budget}")
 
-    def _failed(self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str) -> None:
-        self.job.failed(folder, arm, rate, seed, reason)
+    def _failed(
+        self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str, *, given_up: bool = False
+    ) -> None:
+        self.job.failed(folder, arm, rate, seed, reason, given_up=given_up)
         if self.console is None:  # who gave a console tells of failures in their own words
             log.warning("%s failed: %s", arm.name, reason)
 
     def _given_up(self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str) -> _GivenUpError:
-        self._failed(folder, arm, rate, seed, reason)
+        self._failed(folder, arm, rate, seed, reason, given_up=True)
         return _GivenUpError(reason)
 
     def _say(self, line: str) -> None:

@@ -56,9 +56,7 @@ class Schedule:
         counts = planned_rows(fractions, rows)
         return cls(
             preset=preset,
-            rungs=()
-            if settings.learning_rate is not None
-            else tuple((count, max(1, round(share * final))) for count, share in preset.rungs),
+            rungs=() if settings.learning_rate is not None else _rungs(preset, final),
             seeds=every,
             rows=rows,
             final_steps=final,
@@ -97,6 +95,17 @@ class Schedule:
             "covers_training_noise": len(self.seeds) > 1,
             "memory_in_own_process": self.preset.own_process,
         }
+
+
+def _rungs(preset: Preset, final_steps: int) -> tuple[tuple[int, int], ...]:
+    """(rates, steps) of a preset's search. Where a run is so short that two rungs come to the same steps, the second
+    would only repeat the first, and is left out."""
+    rungs: list[tuple[int, int]] = []
+    for count, share in preset.rungs:
+        steps = max(1, round(share * final_steps))
+        if not rungs or steps > rungs[-1][1]:
+            rungs.append((count, steps))
+    return tuple(rungs)
 
 
 def planned_rows(fractions: Sequence[float], total: int) -> list[int]:

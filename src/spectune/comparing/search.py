@@ -101,13 +101,17 @@ def successive_halving(
     last: list[Trial] = []
     for count, steps in rungs:
         ranked = sorted(last, key=lambda t: t.rank)
-        alive = rates if not last else [t.learning_rate for t in ranked if t.valid_loss is not None][:count]
-        if not alive:
+        left = rates if not last else [t.learning_rate for t in ranked if t.valid_loss is not None]
+        last = []
+        # where all that go on diverge in their longer runs, the next best of the rung before take their place
+        while left and all(t.valid_loss is None for t in last):
+            last = [trial(rate, steps) for rate in left[:count]]
+            left = left[count:]
+            trials += last
+        if all(t.valid_loss is None for t in last):
             break
-        last = [trial(rate, steps) for rate in alive]
-        trials += last
     best = min(last, key=lambda t: t.rank)
-    if best.valid_loss is None:
+    if best.valid_loss is None:  # each rate in one rung or another
         return Search(bounds, source, tuple(trials), None, None)
     steps = rungs[-1][1]
     for _ in range(extensions):

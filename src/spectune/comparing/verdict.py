@@ -43,7 +43,10 @@ def verdict(content: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
         answer = _judge(found.loss, "judged_loss", speech, what="of its loss")
     answer["base"] = found.base_loss
     answer["sentences"] += found.problems + _failures(content, runs)
-    answer["metrics"] = {name: _judge(rows, name, speech) for name, rows in found.metrics.items()}
+    ways = (content.get("data") or {}).get("higher_is_better") or {}
+    answer["metrics"] = {
+        name: _judge(rows, name, speech, higher_is_better=ways.get(name, True)) for name, rows in found.metrics.items()
+    }
     answer["forgetting"] = (
         None if found.forgetting is None else _judge(found.forgetting, "forgetting", speech, what="of its forgetting")
     )
@@ -64,13 +67,15 @@ class _Speech:
         return next((arm for arm in arms if self.methods.get(arm) == FULL), None)
 
 
-def _judge(evidence: Evidence, measure: str, speech: _Speech, what: str | None = None) -> dict[str, Any]:
+def _judge(
+    evidence: Evidence, measure: str, speech: _Speech, what: str | None = None, *, higher_is_better: bool = True
+) -> dict[str, Any]:
     """One measure's verdict. `what` names the whole that shares are of, for losses, where less is better."""
-    lower_is_better = what is not None
+    lower_is_better = what is not None or not higher_is_better
     sums = {arm: s for arm, s in evidence.sums.items() if np.isfinite(evidence.score(s.sum(axis=1))).all()}
     if evidence.units < 2 or not sums:
         return _bare(measure, {}, f"No verdict on {measure}: it takes two rows at least.", evidence.rows)
-    arms, pairs = estimate(sums, evidence.score, relative_noise=lower_is_better)
+    arms, pairs = estimate(sums, evidence.score, relative_noise=what is not None)
     sign = 1 if lower_is_better else -1
     arms = sorted(arms, key=lambda arm: sign * arm.mean)  # stable: of equal ones the first stays first
     names = [arm.name for arm in arms]

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +36,15 @@ class CustomMetric:
     source: str
     function: Callable[[str, list[str], dict[str, Any]], float]
     higher_is_better: bool = True
+
+    @property
+    def code_sha256(self) -> str | None:
+        """Of the file that the function is written in; None where Python knows of none."""
+        try:
+            file = inspect.getsourcefile(inspect.unwrap(self.function))
+            return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        except (TypeError, OSError):
+            return None
 
     def __call__(self, prediction: str, references: tuple[str, ...], row: Row) -> float:
         """The value for one row. Raises ConfigError, naming row and function: it failed, or gave no finite number."""

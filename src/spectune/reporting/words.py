@@ -106,8 +106,8 @@ def notes(comparison: Mapping[str, Any]) -> list[str]:
         f"Losses are nats per target token on {_judged_rows(data)} rows. Forgetting: mean KL(base || tuned), nats "
         f"per token, on {data['retained_passages']} passages ({data['retained_from']}).",
         f"Memory: peak of tensors in a training step ({base['device']}, {base['dtype']}). Inference overhead: time for "
-        "each decoded token at batch 1 against the bare base, unmerged / merged; ± is half the range over rounds in "
-        "which both were timed in turn.",
+        "each decoded token at batch 1 against the bare base, unmerged / merged; ± is half the interquartile range "
+        "over rounds in which both were timed in turn.",
     ]
     if not verdict.get("arms"):
         found.append(

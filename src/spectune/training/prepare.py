@@ -82,6 +82,17 @@ def prepare(
     return Prepared(rows, (train, valid), rate, length, identity)
 
 
+def room_for_rows(positions: int, method: Method) -> int:
+    """The tokens that a row may have beside the method's virtual tokens. Raises ConfigError where that is none."""
+    room = positions - method.virtual_tokens
+    if room < 2:
+        raise ConfigError(
+            f"{method.label} takes {method.virtual_tokens} virtual tokens, and this base has {positions} positions: "
+            f"none are left for rows. Take fewer, or leave {method.name} out."
+        )
+    return room
+
+
 def max_length(model: PreTrainedModel, method: Method, config: TrainingConfig) -> int:
     """Tokens of a row: as configured, else what the base has room for beside the method's virtual tokens.
 
@@ -89,7 +100,7 @@ def max_length(model: PreTrainedModel, method: Method, config: TrainingConfig) -
         ConfigError: more is configured than the base has room for.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = None if context is None else int(context) - method.virtual_tokens
+    room = None if context is None else room_for_rows(int(context), method)
     if config.max_length is None:
         return min(DEFAULT_LENGTH, room) if room is not None else DEFAULT_LENGTH
     if room is not None and config.max_length > room:

@@ -103,5 +103,14 @@ class RunResult(BaseModel):
         """Read `result.json`. Raises DataError where it is damaged."""
         try:
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as error:
-            raise DataError(f"{path} is not a run's result: {error}") from error
+        except ValidationError as error:
+            first, *others = error.errors(include_url=False, include_input=False)
+            place = ".".join(map(str, first["loc"]))
+            reason = f"{place}: {first['msg']}" if place else first["msg"]
+            more = f", and {len(others)} more like it" if others else ""
+            raise DataError(
+                f"{path} is not a run's result ({reason}{more}). Remove it and resume: the run goes on from its last "
+                "checkpoint."
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as a run's result: {error}") from error

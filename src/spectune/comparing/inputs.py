@@ -1,0 +1,113 @@
+"""What all runs of a comparison work on: its rows, read and encoded once, and what is measured of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from spectune.comparing.conditions import key
+from spectune.data import Encoded, Row, encode, load_rows, split_rows
+from spectune.evaluation import Task
+from spectune.training import TrainingConfig
+
+VALID_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that were given. `held_out` is the share of the training rows that validates, None where rows for that
+    were given; `test` is None where the validation rows are judged."""
+
+    train: Sequence[Row]
+    valid: Sequence[Row]
+    held_out: float | None
+    test: Sequence[Row] | None
+
+    @classmethod
+    def read(cls, train: Any, valid: Any, test: Any, settings: TrainingConfig) -> Rows:
+        """From what `load_rows` takes. Raises DataError: rows are missing or bad."""
+        skip = settings.skip_bad_rows
+        rows = load_rows(train, skip_bad_rows=skip)
+        held_out = None if valid is not None else VALID_SHARE
+        if valid is not None:
+            held = load_rows(valid, skip_bad_rows=skip)
+        else:
+            rows, held = split_rows(rows, share=VALID_SHARE, seed=settings.seed)
+        return cls(rows, held, held_out, None if test is None else load_rows(test, skip_bad_rows=skip))
+
+    @property
+    def judged(self) -> Sequence[Row]:
+        return self.valid if self.test is None else self.test
+
+    @property
+    def judged_on(self) -> str:
+        return "valid" if self.test is None else "test"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The rows, encoded, and the task that models are judged on. `notice` says what of the judged rows is lost."""
+
+    rows: Rows
+    train: Encoded
+    valid: Encoded
+    task: Task
+    notice: str
+
+    @classmethod
+    def of(
+        cls,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: TrainingConfig,
+        *,
+        metric: str,
+        generate_rows: int,
+    ) -> Inputs:
+        """Encode the rows, at most `settings.max_length` tokens of each.
+
+        Raises:
+            ConfigError, DataError: rows that cannot be encoded, or a metric that they cannot give.
+        """
+        assert settings.max_length is not None
+        length, separator = settings.max_length, settings.separator
+        parts = (rows.train, rows.valid) if rows.test is None else (rows.train, rows.valid, rows.test)
+        train, valid, *test = (encode(part, tokenizer, max_length=length, separator=separator) for part in parts)
+        task = Task.of(
+            rows.judged,
+            train_rows=rows.train,
+            metric=metric,
+            generate_rows=generate_rows,
+            batch_size=settings.per_device_eval_batch_size,
+            max_length=length,
+            separator=separator,
+        )
+        # of the rows to train and to validate on each run tells itself
+        return cls(rows, train, valid, task, test[0].report.summary("test") if test else "")
+
+    def describe(self) -> dict[str, Any]:
+        """For `comparison.json`."""
+        return {
+            "train_rows": len(self.rows.train),
+            "train_examples": len(self.train.examples),
+            "valid_rows": len(self.rows.valid),
+            "held_out": self.rows.held_out,
+            "judged_on": self.rows.judged_on,
+            "judged_rows": len(self.task.rows),
+            "generated_rows": len(self.task.to_write),
+            "higher_is_better": self.task.higher_is_better,
+            "task": self.task.describe(),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on. Of judged rows that is all they hold: metrics see references, labels and columns."""
+        judged = [{**dataclasses.asdict(row), "origin": None} for row in self.task.rows]
+        return {
+            "data_sha256": key(self.train.sha256, self.valid.sha256),
+            "judged_rows_sha256": key(judged),
+            "judged": self.task.conditions(),
+        }
