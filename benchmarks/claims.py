@@ -65,7 +65,7 @@ def share_claim(label: str, name: str, low: float, high: float) -> Callable[[dic
         wanted = f"{100 * low:g}%" if low == high else f"{100 * low:g} to {100 * high:g}%"
         if name == "bitfit":
             verdict = "of that order on GPT-2; less on a base without biases, where offsets are trained"
-        return f"{label} train {wanted} of the weights", text, verdict
+        return f"{label} train{'s' if name in ('lora', 'bitfit') else ''} {wanted} of the weights", text, verdict
 
     return claim
 
@@ -178,9 +178,9 @@ def speed(found: dict[str, Any]) -> tuple[str, str, str]:
         "Training speed: BitFit and prompt fastest, then prefix, LoRA, adapters, full slowest",
         "tokens per second against full: "
         + ", ".join(f"{name} {middle[name] / middle['full']:.2f}x" for name in ranked)
-        + " (median of the seeds, on a machine that was not idle)",
+        + f" (CPU, {found['base']['name']}, one run each, one after another)",
         f"full is {'the slowest' if ranked[-1] == 'full' else 'not the slowest (' + ranked[-1] + ' is)'}; prompt "
-        "tuning pays for its virtual tokens in every layer, DoRA for its norms",
+        "tuning pays for its virtual tokens in every layer, DoRA for its norms; at 5M weights overhead rules",
     )
 
 
@@ -212,7 +212,8 @@ def three_times(_: dict[str, Any]) -> tuple[str, str, str]:
     return (
         "Full fine-tuning needs 3x the model's memory",
         f"of the bf16 weights, with float32 masters and Adam: {text}",
-        "too low: weights, gradients, masters and two moments are 8 to 9 times the bf16 weights before any activation",
+        f"too low: weights, gradients (bf16, and float32 for the step), masters and two moments are "
+        f"{min(s for _, _, s in parts):.0f} times the bf16 weights before any activation",
     )
 
 
@@ -225,7 +226,8 @@ def gpt3(_: dict[str, Any]) -> tuple[str, str, str]:
         f"{weights / 1e9:.0f}B weights: 8 bytes each are {8 * weights / TB:.2f} TB; the planner's weights, gradients, "
         f"float32 masters and Adam's moments {states / TB:.2f} TB ({states / weights:.0f} bytes a weight), its peak "
         f"with one row of 2,048 tokens, checkpointed, {estimate.peak_allocated / TB:.2f} TB",
-        "1.4 TB is 8 bytes a weight (all in bf16, or Adam's moments alone); mixed precision takes twice that",
+        "1.4 TB is 8 bytes a weight: all in bf16, or Adam's moments alone. Mixed precision takes at least twice that "
+        "(16 bytes; 20 here, where the step has its gradients in float32)",
     )
 
 
