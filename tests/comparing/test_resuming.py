@@ -40,15 +40,18 @@ def test_other_references_are_other_judged_rows(tmp_path: Path) -> None:
         run(tmp_path / "c", methods=["bitfit"], test_rows=with_references(["two"]), resume=True)
 
 
-def test_a_metric_whose_file_has_changed_is_refused(tmp_path: Path) -> None:
+def test_where_the_file_of_a_metric_has_changed_runs_are_judged_again_and_not_trained_again(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
-    file.write_text("def length(prediction, references, row):\n    return len(prediction)\n")
-    metric = f"{file}:length"
-    run(tmp_path / "c", methods=["bitfit"], metric=metric)
-    assert run(tmp_path / "c", methods=["bitfit"], metric=metric, resume=True).runs
-    file.write_text("def length(prediction, references, row):\n    return -len(prediction)\n")
-    with pytest.raises(ConfigError, match=r"judged\.custom: the file of a metric has changed"):
-        run(tmp_path / "c", methods=["bitfit"], metric=metric, resume=True)
+    file.write_text("def length(prediction, references, row):\n    return 1 + len(prediction)\n")
+    given: dict[str, Any] = {"methods": ["bitfit"], "metric": f"{file}:length"}
+    first = run(tmp_path / "c", **given)
+    assert run(tmp_path / "c", resume=True, **given).content == first.content
+    file.write_text("def length(prediction, references, row):\n    return -1 - len(prediction)\n")
+    again = run(tmp_path / "c", resume=True, **given)
+    assert again.runs[0]["metrics"]["length"] == -first.runs[0]["metrics"]["length"]
+    assert again.content["base"]["metrics"]["length"] == -first.content["base"]["metrics"]["length"]
+    assert again.runs[0]["train_seconds"] == first.runs[0]["train_seconds"]
+    assert again.runs[0]["judged_loss"] == first.runs[0]["judged_loss"]
 
 
 def test_another_metric_is_named_alone(tmp_path: Path) -> None:

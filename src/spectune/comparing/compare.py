@@ -130,6 +130,8 @@ def compare(
     if before is not None:
         conditions.check(before, found, folder)
         found["base"] = {**found["base"], **before["base"]}
+        if before.get("metric_code", found["metric_code"]) != found["metric_code"]:
+            _forget_rows(folder)
     conditions.write(folder, found)
     config_file = folder / "config.yaml"
     if not config_file.is_file():  # what a resumption goes on with stays as it was
@@ -270,7 +272,15 @@ def _conditions(
             **inputs.identity(),
             "passages_sha256": hashlib.sha256(repr(passages).encode()).hexdigest(),
         },
+        # no part of the identity: where it has changed, runs are judged again, and not trained again
+        "metric_code": [metric.code_sha256 for metric in inputs.task.custom],
     }
+
+
+def _forget_rows(folder: Path) -> None:
+    """Remove what was measured of rows: what is missing is judged anew, from the weights that are kept."""
+    for path in (folder / "base" / "rows.jsonl", *folder.glob("runs/*/*/rows.jsonl")):
+        path.unlink(missing_ok=True)
 
 
 def _base_valid_loss(

@@ -104,8 +104,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
                 "passages: the comparison was measured on other passages (--retain, or another seed): forgetting would "
                 "not compare"
             )
-        elif name == "custom_sha256":
-            lines.append("custom: the file of a metric has changed, so that its values would not compare")
         elif name.endswith("_sha256"):
             lines.append(f"{name.removesuffix('_sha256')}: other rows than those of the comparison")
         else:

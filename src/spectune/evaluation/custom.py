@@ -48,7 +48,7 @@ class CustomMetric:
 
     def __call__(self, prediction: str, references: tuple[str, ...], row: Row) -> float:
         """The value for one row. Raises ConfigError, naming row and function: it failed, or gave no finite number."""
-        where = f"metric {self.source} on row {row.origin}"
+        where = f"metric {self.source} on {row.origin}"
         try:
             value = float(self.function(prediction, list(references), row_dict(row)))
         except Exception as error:  # it is the user's code: whatever it raises

@@ -163,8 +163,6 @@ class Task:
         return {
             "metrics": self.higher_is_better,
             "custom": [metric.source for metric in self.custom],
-            # what a function does is in its file, not in its name
-            **({"custom_sha256": [metric.code_sha256 for metric in self.custom]} if self.custom else {}),
             "judged_rows": len(self.rows),
             "chosen_rows": len(self.to_choose),
             "generated_rows": len(self.to_write),
