@@ -184,3 +184,12 @@ def test_the_only_method(tmp_path: Path) -> None:
 def test_wrong_limits(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Limits(**wrong)
+
+
+def test_a_merged_model_is_not_slower_than_its_base_where_the_rounds_disagree(six: dict[str, Any]) -> None:
+    for run in six["runs"]:
+        if run["name"] == "lora":
+            run["decode"] = {"1": {"overhead": 0.3, "overhead_merged": 0.14, "overhead_merged_range": [0.002, 0.15]}}
+    text = " ".join(reason["text"] for reason in recommend(six)["reasons"])
+    assert "no more time a decoded token than the bare base, within noise (merged)" in text
+    assert "+14%" not in text

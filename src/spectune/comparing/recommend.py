@@ -146,7 +146,10 @@ def _base_loss(content: Mapping[str, Any]) -> float | None:
 
 def _overhead(run: Mapping[str, Any], base: Mapping[str, Any], kind: str) -> float | None:
     """Extra time a token at batch 1, as a share of the bare base's."""
-    measured = ((run.get("decode") or {}).get("1") or {}).get(f"overhead{kind}")
+    at_one = (run.get("decode") or {}).get("1") or {}
+    measured, middle = at_one.get(f"overhead{kind}"), at_one.get(f"overhead{kind}_range")
+    if kind == "_merged" and middle is not None and middle[0] <= SAME_OVERHEAD:
+        return 0.0  # a merged model runs the base's own operations: what rounds do not agree on is noise
     if measured is not None:
         return float(measured)
     rate = run.get(f"decode_tokens_per_second{kind}")

@@ -120,7 +120,9 @@ def notes(comparison: Mapping[str, Any]) -> list[str]:
 
 def _judged_rows(data: Mapping[str, Any]) -> str:
     rows = data.get("judged_rows")
-    return f"{data['valid_rows']:,}" if rows is None else f"{rows:,} {'test' if data.get('judged_on') == 'test' else 'validation'}"
+    if rows is None:
+        return f"{data['valid_rows']:,}"
+    return f"{rows:,} {'test' if data.get('judged_on') == 'test' else 'validation'}"
 
 
 def _covered(verdict: Mapping[str, Any]) -> str:
