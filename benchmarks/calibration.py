@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import beta, norm
 
-from spectune.comparing.statistics import CONFIDENCE, estimate
+from spectune.comparing.judging.statistics import CONFIDENCE, estimate
 
 OUT = Path("docs/results/calibration.jsonl")
 PAGE = Path("docs/results/calibration.md")

@@ -224,7 +224,7 @@ COST_FIELDS = (
 def pages_of(args: argparse.Namespace, name: str) -> None:
     """docs/results/<task>.md, .json and .html, from the results alone; rows and weights are not published."""
     from spectune.comparing import Comparison
-    from spectune.comparing.recommend import recommend
+    from spectune.comparing.advising.recommend import recommend
     from spectune.reporting import write_reports
     from spectune.reporting.tables import comparison_markdown
 

@@ -12,7 +12,7 @@ from tests.cli.conftest import Spectune
 from tests.comparing.invented import invent
 
 from spectune.cli.limits import share as fraction
-from spectune.comparing.verdict import verdict
+from spectune.comparing.judging.verdict import verdict
 from spectune.errors import ConfigError
 from spectune.sizes import bytes_of as size
 from spectune.storage.strict_json import strict_json

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spectune.comparing import Comparison
-from spectune.comparing.limits import Limits
+from spectune.comparing.advising.limits import Limits
 from spectune.errors import ConfigError, DataError, DivergedError, InterruptedRun
 from spectune.methods import LoRA, PrefixTuning
 from tests.comparing.small import SEARCHED, SIX_STEPS, run

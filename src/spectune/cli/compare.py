@@ -146,7 +146,7 @@ def compare(
 
 def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:
     from spectune import comparing, embedded
-    from spectune.comparing.limits import Limits
+    from spectune.comparing.advising.limits import Limits
 
     wanted = settings.training()
     folder = output_folder(settings.text("output_dir"), "compare", resume=wanted.resume)

@@ -104,9 +104,9 @@ def _flags(keys: dict[str, Any]) -> str:
 
 def _measured(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     from spectune.comparing import Comparison
-    from spectune.comparing.limits import Limits
-    from spectune.comparing.recommend import recommend
-    from spectune.comparing.verdict import verdict
+    from spectune.comparing.advising.limits import Limits
+    from spectune.comparing.advising.recommend import recommend
+    from spectune.comparing.judging.verdict import verdict
 
     content = Comparison.load(folder).content
     if not isinstance(content, dict):
@@ -119,7 +119,7 @@ def _measured(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _guide(asked: dict[str, Any]) -> dict[str, Any]:
-    from spectune.comparing.guide import Answers, guide
+    from spectune.comparing.advising.guide import Answers, guide
 
     return guide(Answers(**asked))
 

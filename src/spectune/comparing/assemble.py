@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from spectune.comparing import conditions
+from spectune.comparing.advising.limits import Limits
+from spectune.comparing.advising.recommend import recommend
 from spectune.comparing.job import FAILED, curve_point
-from spectune.comparing.limits import Limits
-from spectune.comparing.recommend import recommend
-from spectune.comparing.verdict import verdict
+from spectune.comparing.judging.verdict import verdict
 from spectune.errors import DataError
 from spectune.training import RunResult
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.comparing import conditions
+from spectune.comparing.advising.limits import Limits
 from spectune.comparing.comparison import Comparison
 from spectune.comparing.inputs import Inputs, Rows
 from spectune.comparing.job import Arm, Job
-from spectune.comparing.limits import Limits
 from spectune.comparing.measure import retained_passages
 from spectune.comparing.presets import PRESETS
 from spectune.comparing.runner import Runner

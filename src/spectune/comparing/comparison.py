@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectune.comparing.advising.limits import Limits
 from spectune.comparing.assemble import assemble
-from spectune.comparing.limits import Limits
 from spectune.errors import DataError
 from spectune.reporting import comparison_figure, comparison_html, comparison_table, write_reports
 from spectune.storage import atomic_write_text

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spectune.comparing.verdict import verdict
+from spectune.comparing.judging.verdict import verdict
 from spectune.storage.strict_json import strict_json
 from tests.comparing.invented import invent, read_rows, write_rows
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spectune.comparing.statistics import Array, Score, bleu, chrf, ratio
+from spectune.comparing.judging.statistics import Array, Score, bleu, chrf, ratio
 
 #: corpus metrics by name: how their summed statistics become a score, and how many there are
 CORPUS: dict[str, tuple[Score, int]] = {"bleu": (bleu, 10), "chrf": (chrf, 18)}

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from spectune.comparing.limits import Limits
-from spectune.comparing.recommend import AXES, recommend
-from spectune.comparing.verdict import verdict
+from spectune.comparing.advising.limits import Limits
+from spectune.comparing.advising.recommend import AXES, recommend
+from spectune.comparing.judging.verdict import verdict
 from spectune.storage.strict_json import strict_json
 from tests.comparing.invented import invent
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from spectune.cli.app import build_app
-from spectune.comparing.guide import GIB, Answers, guide
+from spectune.comparing.advising.guide import GIB, Answers, guide
 from spectune.methods import BY_NAME, METHODS
 from tests.support import make_rows
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from spectune.comparing.evidence import Evidence, find_evidence
-from spectune.comparing.order import groups, reduction, transitive
-from spectune.comparing.statistics import CONFIDENCE, ArmEstimate, PairEstimate, estimate
-from spectune.comparing.words import listed, named, number_word, share
+from spectune.comparing.judging.evidence import Evidence, find_evidence
+from spectune.comparing.judging.order import groups, reduction, transitive
+from spectune.comparing.judging.statistics import CONFIDENCE, ArmEstimate, PairEstimate, estimate
+from spectune.comparing.judging.words import listed, named, number_word, share
 
 FULL = "full"
 NO_DIFFERENCE = "no difference"

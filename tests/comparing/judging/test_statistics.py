@@ -13,7 +13,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from scipy import stats
 
-from spectune.comparing.statistics import bleu, chrf, estimate, holm, ratio
+from spectune.comparing.judging.statistics import bleu, chrf, estimate, holm, ratio
 
 Array = NDArray[np.float64]
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectune.comparing.limits import Limits
-from spectune.comparing.verdict import FULL
-from spectune.comparing.words import listed, named, share
+from spectune.comparing.advising.limits import Limits
+from spectune.comparing.judging.verdict import FULL
+from spectune.comparing.judging.words import listed, named, share
 from spectune.reporting import units
 
 AXES = ("judged_loss", "train_memory_bytes", "stored_bytes", "inference_overhead", "train_seconds")

@@ -1,0 +1,1 @@
+"""Which methods differ: rows and seeds as evidence, tests, a partial order, the verdict in words."""
