@@ -7,6 +7,7 @@ import pytest
 from spectune.comparing.budget import Budget, duration
 from spectune.comparing.presets import DEFAULT, PRESETS, QUICK
 from spectune.comparing.schedule import Schedule, planned_rows
+from spectune.errors import ConfigError
 from spectune.training import TrainingConfig
 
 SETTINGS = TrainingConfig(max_steps=160, per_device_train_batch_size=4, gradient_accumulation_steps=2, seed=7)
@@ -47,8 +48,10 @@ def test_a_curve_never_takes_more_steps_than_a_final_run() -> None:
 
 
 def test_planned_rows() -> None:
-    assert planned_rows([0.1, 100, 1, 5000], 2000) == [100, 200, 2000]
+    assert planned_rows([0.1, 100, 1], 2000) == [100, 200, 2000]
     assert planned_rows([1e-9], 2000) == [1]
+    with pytest.raises(ConfigError, match=r"fractions 5,000: there are 2,000 training rows; 1 is all of them"):
+        planned_rows([0.1, 5000], 2000)
 
 
 def test_the_time_left_follows_each_methods_own_pace() -> None:

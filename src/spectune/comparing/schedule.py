@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectune.comparing.presets import Preset
+from spectune.errors import ConfigError
 from spectune.training import TrainingConfig
 from spectune.training.train import total_steps
 
@@ -109,6 +110,15 @@ def _rungs(preset: Preset, final_steps: int) -> tuple[tuple[int, int], ...]:
 
 
 def planned_rows(fractions: Sequence[float], total: int) -> list[int]:
-    """Row counts of a data curve: shares of all rows where at most 1, else counts; rising, none twice or above all."""
-    counts = {round(fraction * total) if fraction <= 1 else int(fraction) for fraction in fractions}
-    return sorted({min(max(1, count), total) for count in counts})
+    """Row counts of a data curve: shares of all rows where at most 1, else counts; rising, each once.
+
+    Raises:
+        ConfigError: a count above the number of rows.
+    """
+    counts = {max(1, round(fraction * total)) if fraction <= 1 else int(fraction) for fraction in fractions}
+    if above := sorted(count for count in counts if count > total):
+        raise ConfigError(
+            f"fractions {', '.join(f'{count:,}' for count in above)}: there are {total:,} training rows; 1 is all of "
+            "them"
+        )
+    return sorted(counts)
