@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from comparisons import read_log
 from transformers import GPT2Config
 
 from spectune.methods import BY_NAME, LoRA
@@ -74,7 +74,7 @@ def fewer_weights(_: dict[str, Any]) -> tuple[str, str, str]:
     parts = []
     for task, metric in (("e2e", "bleu"), ("trec", "accuracy"), ("instruct_rasbt", "rouge_l")):
         runs = logged(task)
-        full, lora = runs["Full"], runs["LoRA"]
+        full, lora = runs["Full"]["runs"], runs["LoRA"]["runs"]
         parts.append(
             f"{task}: loss {mean(full, 'loss'):.3g} and {mean(lora, 'loss'):.3g}, {metric} {mean(full, metric):.3g} "
             f"and {mean(lora, metric):.3g} (SD over seeds {spread(full, metric):.2g}, {spread(lora, metric):.2g})"
@@ -249,21 +249,15 @@ CLAIMS: list[Callable[[dict[str, Any]], tuple[str, str, str]]] = [
 ]
 
 
-def logged(task: str) -> dict[str, list[dict[str, float]]]:
-    """Final runs by method, from the logs of benchmarks/comparisons.py."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for line in (RESULTS / "logs" / f"{task}.txt").read_text(encoding="utf-8").splitlines():
-        if run := re.match(r"(.+?), seed \d+: (.*?);", line):
-            values = {key: float(value) for key, value in re.findall(r"(\w+) (-?[\d.e-]+)", run[2])}
-            found.setdefault(run[1], []).append(values)
-    return found
+def logged(task: str) -> dict[str, dict[str, Any]]:
+    """What was printed of a task's runs, see `comparisons.read_log`."""
+    return read_log(RESULTS / "logs" / f"{task}.txt")
 
 
 def logged_forgetting(task: str) -> str:
     """What each method forgot, with its interval, from the same logs."""
-    text = (RESULTS / "logs" / f"{task}.txt").read_text(encoding="utf-8")
-    cells = re.findall(r"^(\S.*?) {2,}\S+ +\S+%? +\S+ ±\S+ +\S+ +(\S+) ±(\S+)$", text, re.MULTILINE)
-    return ", ".join(f"{label} {float(value):.2f} ± {float(half):.2f}" for label, value, half in cells)
+    cells = {label: arm["forgetting"] for label, arm in logged(task).items() if "forgetting" in arm}
+    return ", ".join(f"{label} {value:.2f} ± {half:.2f}" for label, (value, half) in cells.items())
 
 
 def mean(runs: list[dict[str, float]], key: str) -> float:

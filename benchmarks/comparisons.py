@@ -331,19 +331,24 @@ def pages_from_logs(logs: Path, out: Path) -> None:
     tests nor a verdict.
     """
     for name, task in TASKS.items():
-        text = (logs / f"{name}.txt").read_text(encoding="utf-8")
-        found: dict[str, dict[str, Any]] = {}
-        for line in text.splitlines():
-            if search := re.match(r"(.+?): best of (\d+) rates from (\S+) to (\S+) .*?: ([\d.e-]+)(;.*)$", line):
-                arm = found.setdefault(search[1], {"runs": []})
-                arm |= {"tried": int(search[2]), "low": search[3], "high": search[4], "best": float(search[5])}
-                arm["edge"] = next((side for side in ("low", "high") if f"it is the {side}est tried" in line), None)
-            elif seed := re.match(r"(.+?), seed (\d+): (.*?);", line):
-                values = dict(re.findall(r"(\w+) (-?[\d.e-]+)", seed[3]))
-                found.setdefault(seed[1], {"runs": []})["runs"].append({k: float(v) for k, v in values.items()})
-            elif cells := re.match(r"(\S.*?) {2,}\S+ +\S+%? +\S+ ±\S+ +\S+ +(\S+) ±(\S+)$", line):
-                found[cells[1]]["forgetting"] = (float(cells[2]), float(cells[3]))
-        (out / f"{name}.md").write_text(log_page(name, task, found), encoding="utf-8")
+        (out / f"{name}.md").write_text(log_page(name, task, read_log(logs / f"{name}.txt")), encoding="utf-8")
+
+
+def read_log(path: Path) -> dict[str, dict[str, Any]]:
+    """What the commands of a task printed, by the methods' labels: `runs` (a dict of numbers for each seed), the rates
+    that were tried (`tried`, `low`, `high`, `best`, `edge`), and `forgetting` (mean, half its interval), if printed."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if search := re.match(r"(.+?): best of (\d+) rates from (\S+) to (\S+) .*?: ([\d.e-]+)(;.*)$", line):
+            arm = found.setdefault(search[1], {"runs": []})
+            arm |= {"tried": int(search[2]), "low": search[3], "high": search[4], "best": float(search[5])}
+            arm["edge"] = next((side for side in ("low", "high") if f"it is the {side}est tried" in line), None)
+        elif seed := re.match(r"(.+?), seed (\d+): (.*?);", line):
+            values = dict(re.findall(r"(\w+) (-?[\d.e-]+)", seed[3]))
+            found.setdefault(seed[1], {"runs": []})["runs"].append({k: float(v) for k, v in values.items()})
+        elif cells := re.match(r"(\S.*?) {2,}\S+ +\S+%? +\S+ ±\S+ +\S+ +(\S+) ±(\S+)$", line):
+            found[cells[1]]["forgetting"] = (float(cells[2]), float(cells[3]))
+    return found
 
 
 def log_page(name: str, task: Task, found: dict[str, dict[str, Any]]) -> str:

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
     from spectune.data import DataReport, Row
 
-#: The share of --data that is held out where there is no --valid.
-HELD_OUT = 0.1
-
 
 def training_rows(
     data: str | None, valid: str | None, *, seed: int, skip_bad_rows: bool
@@ -38,7 +35,7 @@ def training_rows(
     if valid is not None:
         held_out = load_rows(valid, skip_bad_rows=skip_bad_rows)
         return rows, held_out, f"{len(rows):,} rows of {data}, {len(held_out):,} of {valid} for validation"
-    train, held_out = split_rows(rows, share=HELD_OUT, seed=seed)
+    train, held_out = split_rows(rows, seed=seed)
     return (
         train,
         held_out,

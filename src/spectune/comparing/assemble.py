@@ -79,7 +79,7 @@ def _final_folder(
     if rate is None:
         return None
     key = conditions.run_key(found["identity"], arm["settings"], rate, found["preset"]["final_steps"], seed)
-    return folder / "runs" / str(arm["name"]) / f"seed-{seed}-{key}"
+    return folder / conditions.final_place(arm["name"], seed, key)
 
 
 def _measured(folder: Path) -> RunResult | None:
@@ -119,7 +119,7 @@ def _curve(
                 point = None if run is None else curve_point(run, arm["name"], all_rows)
             else:
                 key = conditions.run_key(found["identity"], arm["settings"], rate, steps, seed, rows)
-                point = _json(folder / "curve" / arm["name"] / f"{rows}-seed-{seed}-{key}" / "result.json")
+                point = _json(folder / conditions.curve_place(arm["name"], rows, seed, key) / "result.json")
             if point:
                 yield point
 

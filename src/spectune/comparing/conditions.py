@@ -40,6 +40,16 @@ def run_key(
     return key(dict(identity), dict(method), rate, steps, seed, rows)
 
 
+def final_place(arm: str, seed: int, key: str) -> Path:
+    """Where a final run lies, in its comparison's folder."""
+    return Path("runs") / arm / f"seed-{seed}-{key}"
+
+
+def curve_place(arm: str, rows: int, seed: int, key: str) -> Path:
+    """Where a run on fewer rows lies, in its comparison's folder."""
+    return Path("curve") / arm / f"{rows}-seed-{seed}-{key}"
+
+
 def write(folder: Path, conditions: Mapping[str, Any]) -> None:
     atomic_write_text(folder / FILE, strict_json(dict(conditions)) + "\n")
 

@@ -10,11 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from spectune.comparing.conditions import key
-from spectune.data import Encoded, Row, encode, load_rows, split_rows
+from spectune.data import HELD_OUT, Encoded, Row, encode, load_rows, split_rows
 from spectune.evaluation import Task
 from spectune.training import TrainingConfig
-
-VALID_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,11 @@ class Rows:
         """From what `load_rows` takes. Raises DataError: rows are missing or bad."""
         skip = settings.skip_bad_rows
         rows = load_rows(train, skip_bad_rows=skip)
-        held_out = None if valid is not None else VALID_SHARE
+        held_out = None if valid is not None else HELD_OUT
         if valid is not None:
             held = load_rows(valid, skip_bad_rows=skip)
         else:
-            rows, held = split_rows(rows, share=VALID_SHARE, seed=settings.seed)
+            rows, held = split_rows(rows, seed=settings.seed)
         return cls(rows, held, held_out, None if test is None else load_rows(test, skip_bad_rows=skip))
 
     @property

@@ -122,6 +122,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     from spectune.training.loop import Keeper, Loop
     from spectune.training.optimizer import MasterAdamW
     from spectune.training.prepare import prepare
+    from spectune.training.train import pad_token_id
 
     config = TrainingConfig(**job["config"])
     method = method_from_dict(job["method"])
@@ -143,7 +144,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
         optimizer=MasterAdamW(trained, config, prepared.learning_rate),
         train_examples=longest,
         valid_examples=by_length[: config.per_device_eval_batch_size],
-        pad_token_id=int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id),
+        pad_token_id=pad_token_id(tokenizer),
         config=config.model_copy(update={"eval_steps": None, "save_steps": None, "early_stopping_patience": None}),
         learning_rate=prepared.learning_rate,
         total_steps=STEPS,

@@ -16,15 +16,15 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.comparing.conditions import run_key
+from spectune.comparing.conditions import curve_place, final_place, run_key
 from spectune.comparing.isolated import train_memory_in_own_process
-from spectune.comparing.measure import measure
+from spectune.comparing.measure import forgetting, measure
 from spectune.comparing.schedule import SEARCH_ROWS
 from spectune.comparing.search import Trial
 from spectune.data import DataReport, Encoded
 from spectune.deltas import Delta, Method, attach, attached, detach
 from spectune.errors import DataError, DivergedError
-from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, passage_kls, read_rows, write_rows
+from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, read_rows, write_rows
 from spectune.storage import atomic_write_text
 from spectune.storage.strict_json import strict_json
 from spectune.training import RunResult, TrainingConfig, train
@@ -129,14 +129,15 @@ class Job:
     # -- final runs -----------------------------------------------------------------------------------------------
 
     def final_folder(self, arm: Arm, rate: float, steps: int, seed: int) -> Path:
-        return self.folder / "runs" / arm.name / f"seed-{seed}-{self._key(arm, rate, steps, seed)}"
+        return self.folder / final_place(arm.name, seed, self._key(arm, rate, steps, seed))
 
-    def final(self, arm: Arm, rate: float, steps: int, seed: int, *, timed: bool) -> RunResult:
+    def final(self, arm: Arm, rate: float, steps: int, seed: int, *, timed: bool) -> tuple[RunResult, float | None]:
         """Train, or take what a finished run left, and measure what has not been measured; with `timed` decoding
-        speeds as well, which do not depend on the seed."""
+        speeds as well, which do not depend on the seed. And the seconds it took; None where nothing was left to do."""
         folder = self.final_folder(arm, rate, steps, seed)
         if (done := _measured(folder)) is not None:
-            return done
+            return done, None
+        begin = time.perf_counter()
         config = self._config(rate, steps, seed, output_dir=folder, resume=True)
         with self._attached(arm, seed) as delta:
             result = train(
@@ -157,11 +158,7 @@ class Job:
             {**found, "name": arm.name, "key": key, "retained_sha256": self.identity["passages_sha256"]}
         )
         result.save(folder / "result.json")
-        return result
-
-    def is_measured(self, arm: Arm, rate: float, steps: int, seed: int) -> bool:
-        """Whether nothing is left to do for a final run."""
-        return _measured(self.final_folder(arm, rate, steps, seed)) is not None
+        return result, time.perf_counter() - begin
 
     def failed(
         self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str, *, given_up: bool
@@ -189,8 +186,7 @@ class Job:
     def on_fewer(self, arm: Arm, rate: float, rows: int, steps: int, seed: int) -> tuple[dict[str, Any], float | None]:
         """One point of a data curve, and its seconds: the first `rows` of a seeded order, so that each set holds the
         smaller ones."""
-        label = f"{rows}-seed-{seed}-{self._key(arm, rate, steps, seed, rows)}"
-        path = self.folder / "curve" / arm.name / label / "result.json"
+        path = self.folder / curve_place(arm.name, rows, seed, self._key(arm, rate, steps, seed, rows)) / "result.json"
         if (done := _saved(path)) is not None and {"name", *POINT} <= set(done):
             return done, None
         begin = time.perf_counter()
@@ -254,9 +250,7 @@ class Job:
     def _costs(self, delta: Delta, folder: Path, config: TrainingConfig, timed: bool) -> dict[str, Any]:
         """Forgetting for every seed; speed, swapping and, where asked for, memory apart for one of them."""
         if not timed:
-            sums = passage_kls(self.model, self.passages)
-            tokens = sum(map(len, self.passages))
-            return {"forgetting_by_passage": sums, "forgetting_kl_nats_per_token": sum(sums) / tokens}
+            return forgetting(self.model, self.passages)
         found = measure(self.model, self.tokenizer, delta, folder / "best", self.passages)
         if self.own_process:
             alone = train_memory_in_own_process(

@@ -70,6 +70,15 @@ def retained_passages(
     return sample_passages(model, tokenizer, count=PASSAGES, length=length, seed=seed)
 
 
+def forgetting(model: PreTrainedModel, passages: list[list[int]]) -> dict[str, Any]:
+    """Fields of a `RunResult`: what the attached delta moved of its base, by passage, and the mean over tokens."""
+    sums = passage_kls(model, passages)
+    return {
+        "forgetting_kl_nats_per_token": math.fsum(sums) / sum(map(len, passages)),
+        "forgetting_by_passage": sums,
+    }
+
+
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -90,11 +99,7 @@ def measure(
     Speeds are taken in rounds: tuned, merged, bare base, tuned again ... A machine changes its pace within seconds, so
     overhead is a ratio of neighbours, and how it differs between rounds is its noise.
     """
-    sums = passage_kls(model, passages)
-    found: dict[str, Any] = {
-        "forgetting_kl_nats_per_token": math.fsum(sums) / sum(map(len, passages)),
-        "forgetting_by_passage": sums,
-    }
+    found = forgetting(model, passages)
     name, merged = delta.name, _merged(model, delta)
     detach(model, name)
     found["peak_memory_bytes"] = _peaks(model, tokenizer, folder, name, max(batches))

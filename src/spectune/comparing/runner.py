@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,10 +143,8 @@ class Runner:
         steps = self.schedule.final_steps
         timed = False  # of the first seed that does not fail
         for seed in self.schedule.seeds:
-            begin = time.perf_counter()
-            there = self.job.is_measured(arm, rate, steps, seed)
             try:
-                result = self.job.final(arm, rate, steps, seed, timed=not timed)
+                result, seconds = self.job.final(arm, rate, steps, seed, timed=not timed)
             except InterruptedRun:
                 raise
             except SpectuneError as error:
@@ -159,7 +156,7 @@ class Runner:
                 self.budget.ended(arm.name, steps, None)
                 continue
             timed = timed or result.decode is not None
-            self.budget.ended(arm.name, steps, None if there else time.perf_counter() - begin)
+            self.budget.ended(arm.name, steps, seconds)
             metrics = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
             self._say(f"{arm.method.label}, seed {seed}: loss {result.judged_loss:.4f}{metrics}; {self.budget}")
 

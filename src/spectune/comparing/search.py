@@ -30,24 +30,28 @@ class Search:
     """What a search found.
 
     Attributes:
-        range: the rates between which it looked, extensions not counted.
         source: where that range comes from.
         trials: in the order in which they were run.
         best: the rate of the lowest loss in the last rung; None where all trials diverged.
         edge: "low" or "high" where no rate beyond the best one was tried.
     """
 
-    range: tuple[float, float]
     source: str
     trials: tuple[Trial, ...]
     best: float | None
     edge: str | None
 
     @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest rate that was tried."""
+        rates = [trial.learning_rate for trial in self.trials]
+        return min(rates), max(rates)
+
+    @property
     def sentence(self) -> str:
         """The search in words."""
-        rates = {trial.learning_rate for trial in self.trials}
-        tried, low, high = len(rates), min(rates), max(rates)
+        tried = len({trial.learning_rate for trial in self.trials})
+        low, high = self.range
         text = f"{tried} rates from {low:.3g} to {high:.3g} ({self.source})"
         if self.best is None:
             return f"all of {text} diverged"
@@ -64,8 +68,7 @@ class Search:
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),
-            "range": [min(t.learning_rate for t in self.trials), max(t.learning_rate for t in self.trials)],
-            "trials": [asdict(t) for t in self.trials],
+            "range": list(self.range),
             "sentence": self.sentence,
         }
 
@@ -112,7 +115,7 @@ def successive_halving(
             break
     best = min(last, key=lambda t: t.rank)
     if best.valid_loss is None:  # each rate in one rung or another
-        return Search(bounds, source, tuple(trials), None, None)
+        return Search(source, tuple(trials), None, None)
     steps = rungs[-1][1]
     for _ in range(extensions):
         side = _edge(best.learning_rate, trials)
@@ -124,7 +127,7 @@ def successive_halving(
         if further.rank >= best.rank:
             break
         best = further
-    return Search(bounds, source, tuple(trials), best.learning_rate, _edge(best.learning_rate, trials))
+    return Search(source, tuple(trials), best.learning_rate, _edge(best.learning_rate, trials))
 
 
 def _edge(rate: float, trials: Sequence[Trial]) -> str | None:

@@ -19,6 +19,8 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _KEYS = ("text", "prompt", "completion", "messages", "instruction", "output", "conversations")
 _EXPECTED = "expected text, prompt + completion, messages, instruction + output (alpaca), or conversations (sharegpt)"
 _ALPACA = "Below is an instruction that describes a task"
+#: the share of the rows that is held out for validation where nobody says
+HELD_OUT = 0.1
 _LISTED = 50
 #: lists and objects within each other: what is deeper is no row, and would end in Python's own recursion limit
 _DEEPEST = 100
@@ -86,7 +88,7 @@ def load_rows(source: Any, *, skip_bad_rows: bool = False) -> Rows:
     return Rows(rows, problems)
 
 
-def split_rows(rows: list[Row], share: float = 0.1, seed: int = 0) -> tuple[Rows, Rows]:
+def split_rows(rows: list[Row], share: float = HELD_OUT, seed: int = 0) -> tuple[Rows, Rows]:
     """`(train, valid)`: a seeded `share` of the rows (at least one) held out; both keep the order of the rows.
 
     Raises:
