@@ -37,7 +37,7 @@ class Bottleneck(OutputModule):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
         self.activation = ACT2FN[method.activation]
-        self.dropout = nn.Dropout(method.dropout)
+        self.dropout = nn.Dropout(method.dropout) if method.dropout else nn.Identity()  # see LoRALayer
         self.parallel = method.placement == "parallel"
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

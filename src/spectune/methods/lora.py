@@ -35,7 +35,8 @@ class LoRALayer(OutputModule):
         self.lora_A = nn.Parameter(torch.empty(r, site.in_features))
         self.lora_B = nn.Parameter(torch.zeros(site.out_features, r))
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        # none is no module: a dropout of zero would copy its input, and keep the copy for backward
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def initialise(self, generator: torch.Generator) -> None:
         """`A` as in the paper's code and PEFT: Kaiming with a = sqrt(5), uniform within 1 / sqrt(in_features)."""
@@ -43,8 +44,9 @@ class LoRALayer(OutputModule):
         self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
-        return y + F.linear(low, self.lora_B.to(x.dtype)) * self.scale
+        # scaled on the small side: what is as wide as `y` is then one product and one sum
+        low = F.linear(self.dropout(x), (self.lora_A * self.scale).to(x.dtype))
+        return y + F.linear(low, self.lora_B.to(x.dtype))
 
     def merge_into(self, module: nn.Module) -> None:
         weight = module.weight

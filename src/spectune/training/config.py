@@ -29,6 +29,8 @@ class TrainingConfig(BaseModel):
         load_best_at_end: the delta ends as the best one of validation.
         group_by_length: draw rows of like length for the same step. Less padding, and a worse result: see
             docs/decisions.md for what it cost.
+        torch_compile: compile the decoder's blocks (`spectune.training.compiling`); "auto" does on a device of which
+            that is known to pay, where the run is long enough to pay the compiler's time back, and says so.
         resume: go on from `output_dir`.
         memory_check: before the first step, where the plan says that memory does not suffice: "refuse" to begin,
             "warn" and begin, or "off" (nothing is predicted).
@@ -61,6 +63,7 @@ class TrainingConfig(BaseModel):
     load_best_at_end: bool = True
     group_by_length: bool = False
     gradient_checkpointing: bool = False
+    torch_compile: bool | Literal["auto"] = "auto"
     report_to: Literal["none", "tensorboard"] = "none"
     resume: bool = False
     skip_bad_rows: bool = False

@@ -15,6 +15,7 @@ from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
 from spectune.training.checkpoint import Progress, latest_checkpoint, read_state, restore
 from spectune.training.checkpointing import recomputing
+from spectune.training.compiling import compiled, worth_compiling
 from spectune.training.config import TrainingConfig
 from spectune.training.display import Display
 from spectune.training.distribution import World
@@ -108,6 +109,7 @@ def train(
     run.begin(prepared.encoded, environment(), origin or {})
     total = total_steps(len(prepared.examples), config, world.size)
     _announce(out, delta, prepared, total, config)
+    compiling = _compiles(out, model, delta, prepared, total, config)
     loop = Loop(
         model=model,
         delta=delta,
@@ -131,6 +133,7 @@ def train(
         with (
             route(model, delta.name),
             recomputing(model, config.gradient_checkpointing),
+            compiled(model, delta.family, compiling),
             Display(out, delta.method.label, total, progress.step) as display,
         ):
             stopped = loop.run(display)
@@ -148,6 +151,25 @@ def train(
     if run.folder is not None:
         result.save(run.folder / "result.json")
     return result
+
+
+def _compiles(
+    out: Console, model: PreTrainedModel, delta: Delta, prepared: Prepared, total: int, config: TrainingConfig
+) -> bool:
+    """Whether this run's blocks are compiled; "auto" is said."""
+    if config.torch_compile != "auto":
+        return config.torch_compile
+    rows = total * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    length = sum(len(example.input_ids) for example in prepared.examples) // len(prepared.examples)
+    worth = worth_compiling(
+        delta.family, delta.method, tokens=rows * length, steps=total, length=length, device_type=model.device.type
+    )
+    if worth:
+        out.print(
+            "the blocks are compiled first, which this run is long enough to pay back (torch_compile=false: not)",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+    return worth
 
 
 def _check_delta(model: PreTrainedModel, delta: Delta) -> None:

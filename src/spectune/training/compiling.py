@@ -1,0 +1,125 @@
+"""Compiled decoder blocks for as long as a run takes: each block is one graph, all blocks of a kind share it.
+
+The whole model as one graph would take minutes to compile and gain little more; a block is compiled once for each kind
+(twice where nothing below the first block is trained, whose input then needs no gradient). Deltas stand inside: their
+hooks are part of the block's call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spectune.deltas import Method
+from spectune.families import Family
+from spectune.planning.flops import flops_per_token
+
+#: seconds that a device takes to compile the blocks of a model, about, and the share of a step that it saves; see
+#: docs/performance.md for both
+COMPILE_SECONDS = 60.0
+SAVED_SHARE = 0.2
+#: operations a second that training without the compiler reaches on such a device, and seconds that a layer takes at
+#: least, forward and backward, however small it is
+OPERATIONS_PER_SECOND = 3e14
+LAYER_SECONDS = 1.5e-3
+
+#: graphs of one run: kinds of layers, the first layer of each, and shapes before they are taken to vary
+MOST_GRAPHS = 64
+
+
+def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
+    """Whether a run is so long that compiling saves more time than it takes. Follows from the arguments alone, never
+    from a clock: a run that goes on from a checkpoint decides as it did before.
+
+    Args:
+        tokens: of the whole run.
+        length: of a row, on average.
+    """
+    return (
+        device_type == "cuda" and _eager_seconds(family, method, tokens, steps, length) * SAVED_SHARE > COMPILE_SECONDS
+    )
+
+
+def _eager_seconds(family: Family, method: Method, tokens: int, steps: int, length: int) -> float:
+    operations = tokens * flops_per_token(family, method, max(1, length))
+    return max(operations / OPERATIONS_PER_SECOND, steps * len(family.layers) * LAYER_SECONDS)
+
+
+def _block(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One layer with its hooks. What is compiled is this function, never the layer's own `forward`: compiled functions
+    are kept by their code, and all models of a type share that of `forward`."""
+    return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own: what was compiled of another run is never looked at, and goes
+    when the run goes."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+@contextlib.contextmanager
+def compiled(
+    model: PreTrainedModel, family: Family, wanted: bool, *, backend: str = "inductor", memory_budget: float = 1.0
+) -> Iterator[None]:
+    """Inside the `with`, run each decoder block compiled while gradients are wanted; leave the model as it was.
+
+    Without gradients (validation, generation) blocks run as they are: their shapes vary, and they would be compiled
+    once more.
+
+    Args:
+        wanted: False does nothing.
+        backend: of `torch.compile`.
+        memory_budget: 1 keeps what a product or attention gave and recomputes what is cheap (norms, activations,
+            casts); below 1 the compiler recomputes products too, until a block keeps about that share of it.
+    """
+    if not wanted:
+        yield
+        return
+    run = torch.compile(_own(_block), backend=backend)
+    layers = [model.get_submodule(layer.path) for layer in family.layers]
+    for layer in layers:
+        layer.__dict__["_compiled_call_impl"] = _calls(layer, run)
+    try:
+        with _settings(memory_budget):
+            yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("_compiled_call_impl", None)
+
+
+def _calls(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return run(layer, args, kwargs)
+        return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    return call
+
+
+@contextlib.contextmanager
+def _settings(memory_budget: float) -> Iterator[None]:
+    """The compiler's settings for training blocks.
+
+    The partitioner's heuristics keep normed inputs and gated products for backward, as they would have to be written
+    to memory there to be multiplied. They are a third of what a Llama block keeps (19.3 of 13.5 d-units, see
+    docs/performance.md), and cost one pass to make again.
+    """
+    import torch._dynamo as dynamo
+    import torch._functorch.config as functorch
+
+    with (
+        dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS),
+        functorch.patch(
+            ban_recompute_materialized_backward=False,
+            ban_recompute_used_far_apart=False,
+            ban_recompute_long_fusible_chains=False,
+            activation_memory_budget=memory_budget,
+        ),
+    ):
+        yield
