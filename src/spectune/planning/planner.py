@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.deltas import Method
+from spectune.deltas.checkpointing import Recomputation
 from spectune.planning.allocator import Block, CachingAllocator
 from spectune.planning.estimate import TERMS, Moment
 from spectune.planning.recorder import Record, Shape
@@ -42,10 +43,11 @@ class Planner:
         dtype: torch.dtype,
         device_type: str,
         *,
-        checkpointing: bool = False,
+        checkpointing: Recomputation = False,
         accumulating: bool = False,
     ) -> None:
-        self.settings = (base, method, dtype, checkpointing)
+        self.settings = (base, method, dtype)
+        self.checkpointing = checkpointing
         self.device_type = device_type
         self.accumulating = accumulating
         self._longest = 0
@@ -103,10 +105,10 @@ class Planner:
         """Anew where rows are longer than any before: sliding windows may make layers differ then."""
         if length <= self._longest and not whole:
             return
-        base, method, dtype, checkpointing = self.settings
-        self.built = skeleton(base, method, dtype, length, checkpointing)
+        self.built = skeleton(*self.settings, length)
         self._longest = 2**62 if whole else length
         self.repeats = [] if whole else self.built.shorten()
+        self.built.recompute(self.checkpointing)
 
 
 class _Stays:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spectune.compute.losses import labelled_logits, labelled_loss_sum
+from spectune.compute.offload import MetaTransfers
 from spectune.deltas import Delta, Method
 from spectune.deltas.attach import place
+from spectune.deltas.checkpointing import Recomputation, recompute
 from spectune.families import Family
 from spectune.planning.kernels import kernels_of
 from spectune.planning.recorder import Record, Recorder, Shape
@@ -45,9 +47,23 @@ class Skeleton:
     #: numbers of the layers of each kind, in the order of their first ones
     kinds: list[list[int]]
 
+    #: copies to host memory, where recomputation keeps blocks' inputs there
+    transfers: MetaTransfers = field(default_factory=MetaTransfers)
+
     @property
     def family(self) -> Family:
         return self.delta.family
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory for the inputs of all blocks but the last, once a step was recorded."""
+        run = len(self.model.get_submodule(self.family.layers[0].path.rpartition(".")[0]))  # type: ignore[arg-type]
+        return self.transfers.host_bytes * (self.depth - 1) // max(1, run - 1)
+
+    def recompute(self, mode: Recomputation) -> None:
+        """Switch recomputation on, of the layers that are left."""
+        self.transfers = MetaTransfers()
+        recompute(self.model, mode, transfers=self.transfers)
 
     def shorten(self) -> list[tuple[int, int]]:
         """Cut the model to a few layers of each kind. Returns which of those stand for others, and for how many: none
@@ -75,7 +91,7 @@ class Skeleton:
 
 
 def skeleton(
-    base: PretrainedConfig | PreTrainedModel, method: Method, dtype: torch.dtype, longest: int, checkpointing: bool
+    base: PretrainedConfig | PreTrainedModel, method: Method, dtype: torch.dtype, longest: int
 ) -> Skeleton:
     """Build base and delta without weights.
 
@@ -92,11 +108,6 @@ def skeleton(
         delta = place(model, method, "plan", fill=lambda _: None)
     own = [] if method.trains_base else [p.numel() * p.element_size() for p in delta.parameters()]
     trained = list(delta.parameters())
-    if checkpointing:
-        switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        switch({"use_reentrant": False})
-        if getattr(model, "_require_grads_hook", None) is not None:  # as training does
-            model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     family = delta.family
     return Skeleton(model, delta, len(family.layers), weights, trained, own, _kinds(model, delta, longest))
 
