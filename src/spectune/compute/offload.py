@@ -122,11 +122,13 @@ class HostStates:
             last: no block comes after this one, so backward needs it at once: it stays on the device, and the one
                 before it comes back beside its backward.
         """
+        # autograd keeps the hooks as long as what they packed: they may hold no tensor beyond this block
         held: list[tuple[Tensor, Any]] = []
-        storage, size = hidden.untyped_storage()._cdata, hidden.numel() * hidden.element_size()
+        storage, shape = hidden.untyped_storage()._cdata, hidden.shape
+        size = hidden.numel() * hidden.element_size()
 
         def pack(tensor: Tensor) -> Tensor | _Slot:
-            if tensor.untyped_storage()._cdata != storage or tensor.shape != hidden.shape or size < self.least_bytes:
+            if tensor.untyped_storage()._cdata != storage or tensor.shape != shape or size < self.least_bytes:
                 return tensor
             slot = _Slot(self, tensor, self._newest)
             self._newest = weakref.ref(slot)
@@ -147,6 +149,7 @@ class HostStates:
             # the block has been queued by now, so this costs nothing, and lets its input go in the block's own order
             for _, copied in held:
                 self.transfers.wait(copied)
+            held.clear()
 
     def _buffer(self, size: int) -> Any:
         """The smallest free buffer that is large enough, or a new one. The first batch of a run is its longest."""
