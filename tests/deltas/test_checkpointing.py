@@ -134,7 +134,7 @@ def test_each_mode_keeps_less_than_the_one_before() -> None:
     hidden = 4 * 64 * 32 * 4
     for method in (LoRA(r=2), BottleneckAdapter(bottleneck_dim=4, placement="block"), FullFineTuning()):
         kept = {mode: kept_by_a_block(mode, method) for mode in (False, *MODES)}
-        assert kept[False] > 1.3 * kept["selective"], method
+        assert kept[False] > 1.2 * kept["selective"], method
         assert kept["selective"] > 1.5 * kept[True], method
         # an adapter after the block is recomputed with it, though transformers would keep what it does
         assert kept[True] == hidden, method

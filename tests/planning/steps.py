@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import AllocationTracker
+from spectune.compute.offload import Transfers
 from spectune.deltas import Delta
+from spectune.deltas.checkpointing import Recomputation
 from spectune.training import TrainingConfig
 from spectune.training.checkpointing import recomputing
 from spectune.training.optimizer import MasterAdamW
@@ -27,13 +29,20 @@ def batch(rows: int, length: int, vocabulary: int, *, shorter: int = 0) -> dict[
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def real_peak(model: PreTrainedModel, delta: Delta, inputs: dict[str, torch.Tensor], *, checkpointing: bool) -> int:
+def real_peak(
+    model: PreTrainedModel,
+    delta: Delta,
+    inputs: dict[str, torch.Tensor],
+    *,
+    checkpointing: Recomputation,
+    transfers: Transfers | None = None,
+) -> int:
     """Bytes of tensors at the peak of two steps on the CPU, counted one by one."""
     config = TrainingConfig()
     optimizer = MasterAdamW(list(delta.parameters()), config, 1e-4)
     model.train()
     peak = 0
-    with recomputing(model, checkpointing):
+    with recomputing(model, checkpointing, transfers=transfers):
         for _ in range(2):
             with AllocationTracker([*model.parameters(), *optimizer.tensors()]) as tracker:
                 loss, targets = labelled_loss_sum(model, inputs)
@@ -44,7 +53,7 @@ def real_peak(model: PreTrainedModel, delta: Delta, inputs: dict[str, torch.Tens
     return peak
 
 
-def fake_peak(model: PreTrainedModel, delta: Delta, rows: int, length: int, *, checkpointing: bool) -> int:
+def fake_peak(model: PreTrainedModel, delta: Delta, rows: int, length: int, *, checkpointing: Recomputation) -> int:
     """The same of whole rows under FakeTensorMode, where shapes of any size cost nothing. To be called inside it.
 
     What takes values to know (which positions are learned) is written with numbers: all but the last of each row.

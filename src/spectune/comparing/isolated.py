@@ -120,6 +120,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     from spectune.training.display import Display
     from spectune.training.distribution import World
     from spectune.training.loop import Keeper, Loop
+    from spectune.training.memory import predict_memory
     from spectune.training.optimizer import MasterAdamW
     from spectune.training.prepare import prepare
     from spectune.training.train import pad_token_id
@@ -161,7 +162,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     quiet = Console(file=io.StringIO())
     with (
         route(model, delta.name),
-        recomputing(model, config.gradient_checkpointing),
+        recomputing(model, predict_memory(model, delta, prepared, config, loop.world).checkpointing),
         Display(quiet, method.label, STEPS, 0) as display,
     ):
         loop.run(display)

@@ -66,10 +66,10 @@ def worth_keeping(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     if schema.name in _PRODUCTS:
         first, second = (args[place] for place in _PRODUCTS[schema.name])
         return bool(first.shape[-1] >= least) and not _scores(first, second)
-    if schema.name in _ATTENTION:
+    if schema.name in _ATTENTION or schema.name.startswith(f"{OWN}::"):
         # what draws random numbers is done again, so that what draws after it draws the same
         return not _argument(schema, "dropout_p", args, kwargs)
-    return bool(schema.name.startswith(f"{OWN}::"))
+    return False
 
 
 def _scores(first: Tensor, second: Tensor) -> bool:

@@ -29,12 +29,12 @@ log = logging.getLogger("spectune")
 
 #: nothing is recomputed; all but products and attention; every block; every block, its input in host memory
 Recomputation = bool | Literal["selective", "offload"]
+#: from the fastest to the leanest
+ORDER: tuple[Recomputation, ...] = (False, "selective", True, "offload")
 
 
 @contextlib.contextmanager
-def recomputing(
-    model: PreTrainedModel, mode: Recomputation, *, transfers: Transfers | None = None
-) -> Iterator[None]:
+def recomputing(model: PreTrainedModel, mode: Recomputation, *, transfers: Transfers | None = None) -> Iterator[None]:
     """Recompute the blocks of `model` in training inside the `with`, and leave it as it was before.
 
     Blocks that are to be compiled are compiled before this; then selective recomputation is the compiler's
@@ -85,17 +85,24 @@ def recompute(
 
 
 def _transfers(device: torch.device) -> Transfers:
-    if device.type != "cuda":
-        raise ConfigError(offload_needs_cuda(device.type))
+    modes("offload", device.type)
     return CudaTransfers(device)
 
 
-def offload_needs_cuda(device_type: str) -> str:
-    """What is said where block inputs are to go to host memory, and are there already."""
-    return (
-        f"gradient_checkpointing=offload needs a CUDA device, and the model is on {device_type!r}: there, host memory "
-        "is no other memory. Use true (every block) or selective."
-    )
+def modes(wanted: Recomputation | Literal["auto"], device_type: str) -> tuple[Recomputation, ...]:
+    """What may be done on such a device, in the order in which it is tried: all of it for "auto", else what is wanted.
+
+    Raises:
+        ConfigError: "offload" is wanted, and block inputs are in host memory already.
+    """
+    if wanted == "offload" and device_type != "cuda":
+        raise ConfigError(
+            f"gradient_checkpointing=offload needs a CUDA device, and the model is on {device_type!r}, which has no "
+            "memory beside the host's. Use true (every block) or selective."
+        )
+    if wanted != "auto":
+        return (wanted,)
+    return ORDER if device_type == "cuda" else ORDER[:-1]
 
 
 class RecomputedBlock:

@@ -90,9 +90,7 @@ class Skeleton:
         return repeats
 
 
-def skeleton(
-    base: PretrainedConfig | PreTrainedModel, method: Method, dtype: torch.dtype, longest: int
-) -> Skeleton:
+def skeleton(base: PretrainedConfig | PreTrainedModel, method: Method, dtype: torch.dtype, longest: int) -> Skeleton:
     """Build base and delta without weights.
 
     Args:

@@ -6,13 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from spectune.deltas.checkpointing import Recomputation, offload_needs_cuda, recomputing
-from spectune.errors import ConfigError
+from spectune.deltas.checkpointing import Recomputation, modes, recomputing
 
-__all__ = ["Recomputation", "WORDS", "memory_budget", "modes", "recomputing"]
+__all__ = ["WORDS", "Recomputation", "memory_budget", "modes_of", "recomputing"]
 
-#: from the fastest to the leanest
-ORDER: tuple[Recomputation, ...] = (False, "selective", True, "offload")
 WORDS: dict[Recomputation, str] = {
     False: "nothing is recomputed",
     "selective": "all but matrix products and attention is recomputed (selective)",
@@ -21,22 +18,18 @@ WORDS: dict[Recomputation, str] = {
 }
 
 
-def modes(wanted: Any, model: PreTrainedModel) -> tuple[Recomputation, ...]:
-    """What a run may take, in the order in which it is tried: the one that is wanted, or all of them for "auto".
+def modes_of(model: PreTrainedModel, wanted: Any) -> tuple[Recomputation, ...]:
+    """What a run on this model may do, in the order in which it is tried: the one that is wanted, or all for "auto".
 
     A model on which the user has switched transformers' own checkpointing on is recomputed at least block by block.
 
     Raises:
         ConfigError: "offload" on a model that is not on a CUDA device.
     """
-    cuda = model.device.type == "cuda"
-    if wanted == "offload" and not cuda:
-        raise ConfigError(offload_needs_cuda(model.device.type))
-    is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if wanted == "auto":
-        possible = ORDER if cuda else ORDER[:-1]
-        return possible[possible.index(True) :] if is_on else possible
-    return (True,) if wanted is False and is_on else (wanted,)
+    found = modes(wanted, model.device.type)
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return found
+    return found[found.index(True) :] if wanted == "auto" else (True,) if wanted is False else found
 
 
 def memory_budget(mode: Recomputation) -> float:

@@ -105,9 +105,11 @@ def train(
         tokenizer,
         prepared.rows,
     )
-    run.begin(prepared.encoded, environment(), origin or {})
+    run.begin(prepared.encoded, {**environment(), "gradient_checkpointing": predicted.checkpointing}, origin or {})
     total = total_steps(len(prepared.examples), config, world.size)
     _announce(out, delta, prepared, total, config)
+    if predicted.notice is not None:
+        out.print(predicted.notice, soft_wrap=True, highlight=False, markup=False)
     loop = Loop(
         model=model,
         delta=delta,
@@ -130,7 +132,7 @@ def train(
         # by name: whatever else is attached, or active, this delta is what is trained and validated
         with (
             route(model, delta.name),
-            recomputing(model, config.gradient_checkpointing),
+            recomputing(model, predicted.checkpointing),
             Display(out, delta.method.label, total, progress.step) as display,
         ):
             stopped = loop.run(display)
@@ -203,6 +205,7 @@ def _result(run: RunFolder, prepared: Prepared, predicted: Predicted, stopped: b
         peak_memory_bytes=progress.peak_memory_bytes,
         predicted_memory_bytes=predicted.memory,
         memory_prediction_source=predicted.source,
+        gradient_checkpointing=predicted.checkpointing,
         stopped_early=stopped,
         folder=None if config.output_dir is None else str(config.output_dir),
     )
