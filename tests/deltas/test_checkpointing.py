@@ -205,9 +205,9 @@ def test_small_tensors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_needs_a_gpu_is_refused_without_one() -> None:
     model = make_model()
-    with pytest.raises(ConfigError, match="offload needs a CUDA device, and the model is on 'cpu'"):
-        with recomputing(model, "offload"):
-            raise AssertionError
+    needs = "offload needs a CUDA device, and the model is on 'cpu'"
+    with pytest.raises(ConfigError, match=needs), recomputing(model, "offload"):
+        raise AssertionError
     assert all(module._compiled_call_impl is None for module in model.modules())
 
 

@@ -50,7 +50,7 @@ class CudaTransfers:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -62,7 +62,8 @@ class CudaTransfers:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             as_tensor(buffer, tensor.shape, tensor.dtype).copy_(tensor.detach(), non_blocking=True)
-            return self.stream.record_event()
+            copied: torch.cuda.Event = self.stream.record_event()
+        return copied
 
     def come_back(self, buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, torch.cuda.Event]:
         # from the computing stream's memory, in which it may still be working on what stood there before

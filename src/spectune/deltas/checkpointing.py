@@ -49,7 +49,7 @@ def recomputing(model: PreTrainedModel, mode: Recomputation, *, transfers: Trans
     if mode is False:
         yield
         return
-    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    on: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in on:  # by transformers' own means, inside of ours: once is enough
         module.gradient_checkpointing = False
     blocks = []
@@ -155,7 +155,8 @@ def _say_cache() -> None:
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, Tensor]:
     """The block's input: its first floating-point tensor, and where it stands."""
-    for place, value in (*enumerate(args), *kwargs.items()):
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in given:
         if isinstance(value, Tensor) and value.is_floating_point():
             return place, value
     raise ConfigError("a block was called without hidden states: gradient_checkpointing=false runs it as it is")

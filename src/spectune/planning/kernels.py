@@ -85,7 +85,7 @@ def _outputs(query: Tensor, value: Tensor, kernel: str, dropout_p: float) -> tup
     return out, query.new_empty(batch, heads, rows, dtype=torch.float32)
 
 
-_LIBRARY = torch.library.Library("spectune", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("spectune", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("planned_attention(Tensor query, Tensor value, str kernel, float dropout_p) -> (Tensor, Tensor)")
 _LIBRARY.impl("planned_attention", _outputs, "Meta")
 
@@ -132,6 +132,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str, dropout_p: float
     ) -> Tensor:
+        out: Tensor
         out, sums = torch.ops.spectune.planned_attention(query, value, kernel, dropout_p)
         ctx.save_for_backward(query, key, value, mask, out, sums)
         ctx.kernel = kernel

@@ -29,10 +29,10 @@ class TrainingConfig(BaseModel):
         load_best_at_end: the delta ends as the best one of validation.
         group_by_length: draw rows of like length for the same step. Less padding, and a worse result: see
             docs/decisions.md for what it cost.
-        gradient_checkpointing: recompute activations in backward instead of keeping them. "auto": only where the plan says
-            that memory does not suffice without, and then the first that fits of "selective" (all but matrix products
-            and attention is recomputed), True (every block), "offload" (every block, with its input in host memory:
-            CUDA only). False never does. A run's numbers do not depend on it.
+        gradient_checkpointing: recompute activations in backward instead of keeping them. "auto": only where the plan
+            says that memory does not suffice without, and then the first that fits of "selective" (all but matrix
+            products and attention is recomputed), True (every block), "offload" (every block, with its input in host
+            memory: CUDA only). False never does. A run's numbers do not depend on it.
         resume: go on from `output_dir`.
         memory_check: before the first step, where the plan says that memory does not suffice: "refuse" to begin,
             "warn" and begin, or "off" (nothing is predicted).
