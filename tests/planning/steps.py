@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -68,10 +69,8 @@ def fake_peak(model: PreTrainedModel, delta: Delta, rows: int, length: int, *, c
                 loss = _whole_rows_loss(model, rows, length)
                 torch.autograd.backward(loss / 7)
                 del loss
-                for parameter, master in zip(optimizer.parameters, optimizer.masters, strict=True):
-                    if master is not parameter:
-                        master.grad = None if parameter.grad is None else parameter.grad.float()
-                optimizer.inner.step()
+                for members in optimizer.groups:
+                    optimizer._step(members, math.inf, torch.ones(()))
                 optimizer.clear()
             peak = max(peak, tracker.peak_bytes)
     return peak

@@ -41,7 +41,10 @@ def test_states_by_hand() -> None:
     weights = full.total_parameters
     assert full.trainable_parameters == weights
     assert full.weights - 2 * weights < 1024  # and the frequencies of rotary positions, float32
-    assert full.gradients == (2 + 4) * weights  # bfloat16 and the float32 copies of the optimizer's step
+    # bfloat16, and float32 copies of a small part while the optimizer steps
+    assert 2 * weights < full.gradients < (2 + 4 / 8) * weights
+    stepping = next(moment for moment in full.moments if moment.name == "optimizer")
+    assert 16 * weights < stepping.total - stepping.terms["workspace"] < 16.5 * weights
     steps = len(list(llama_parameters()))
     assert full.optimizer == (4 + 4 + 4) * weights + 4 * steps  # masters, two moments, a count of steps each
     lora = plan(LLAMA, LoRA(r=8), 2, 64, dtype="bfloat16")

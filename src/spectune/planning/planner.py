@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from spectune.compute.stepping import step_groups
 from spectune.deltas import Method
 from spectune.deltas.checkpointing import Recomputation
 from spectune.planning.allocator import Block, CachingAllocator
@@ -117,11 +120,13 @@ class _Stays:
     def __init__(self, built: Skeleton, device_type: str) -> None:
         self.cuda = device_type == "cuda"
         self.weights = [*built.weights, *built.delta_weights]
-        # float32 masters of weights of lower precision, and copies of their gradients while the optimizer steps
         self.masters = [FLOAT * p.numel() for p in built.trained if p.element_size() != FLOAT]
-        # the number of steps and two moments of each trained weight, in the order in which they are made
-        matrices_first = sorted(built.trained, key=lambda p: p.dim() <= 1)
-        self.states = [size for p in matrices_first for size in (FLOAT, FLOAT * p.numel(), FLOAT * p.numel())]
+        whole = [p for p in built.trained if p.element_size() == FLOAT]
+        lower = [p for p in built.trained if p.element_size() != FLOAT]
+        parts = step_groups([p.numel() for p in lower])
+        #: weights that the optimizer steps together
+        self.groups = [*([whole] if whole else []), *([lower[index] for index in part] for part in parts)]
+        self.states = [size for group in self.groups for p in _matrices_first(group) for size in _states(p)]
         self.gradients = sum(p.numel() * p.element_size() for p in built.trained)
         self.workspace = _cublas() if self.cuda else 0
         self.terms = {
@@ -141,9 +146,9 @@ class _Stays:
         for name, begin, end in cuts:
             at = max(range(begin, end + 1), key=live.__getitem__)
             found.append(self._moment(name, _by_label(record, at), there))
-        # in the optimizer nothing but gradients is left; those of the masters are float32 copies, all made at once
+        # in the optimizer nothing but gradients is left, and float32 copies of some of them
         left = _by_label(record, len(record.events)).get("gradients", 0)
-        return [*found, self._moment("optimizer", {"gradients": left + sum(self.masters)}, there)]
+        return [*found, self._moment("optimizer", {"gradients": left + self._most_of_a_step(first=False)}, there)]
 
     def _moment(self, name: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(name, {term: sum(part.get(term, 0) for part in (self.terms, *parts)) for term in TERMS})
@@ -157,10 +162,32 @@ class _Stays:
             stays = self.terms["weights"] + sum(self.masters) + states
             for number, record in enumerate(records):
                 peak = max(peak, stays + (self.gradients if number else 0) + max(_live(record)))
-            states = sum(self.states)
             left = _by_label(records[0], len(records[0].events)).get("gradients", 0)
-            peak = max(peak, self.terms["weights"] + 2 * sum(self.masters) + states + left)
+            peak = max(peak, stays + left + self._most_of_a_step(first=not states))
+            states = sum(self.states)
         return peak, peak
+
+    def _stepping(self, *, first: bool) -> Iterator[tuple[str, int]]:
+        """What the optimizer's step makes and frees: a `copy` of a gradient in float32, after which the gradient is
+        `gone`, a `state`, and what is `done` with of the copies; in bytes.
+
+        Args:
+            first: the states are made in this step.
+        """
+        for group in self.groups:
+            for p in group:
+                if p.element_size() != FLOAT:
+                    yield "copy", FLOAT * p.numel()
+                    yield "gone", p.numel() * p.element_size()
+            if first:
+                yield from (("state", size) for p in _matrices_first(group) for size in _states(p))
+            for p in group:
+                yield ("gone" if p.element_size() == FLOAT else "done"), FLOAT * p.numel()
+
+    def _most_of_a_step(self, *, first: bool) -> int:
+        """Bytes by which the optimizer's step takes more than there is before it, at most."""
+        signed = (size if what in ("copy", "state") else -size for what, size in self._stepping(first=first))
+        return max(accumulate(signed, initial=0))
 
     def _played(self, steps: Sequence[Sequence[Record]]) -> tuple[int, int]:
         """The same by the rules of CUDA's allocator."""
@@ -179,13 +206,42 @@ class _Stays:
                         blocks[batch, event] = allocator.take(record.sizes[event])
                     else:
                         allocator.give(blocks.pop((batch, ~event)))
-            copies = [allocator.take(size) for size in self.masters]
-            if number == 0:
-                for size in self.states:
-                    allocator.take(size)
-            for block in (*blocks.values(), *copies):
-                allocator.give(block)
+            self._play_step(allocator, blocks, records, first=number == 0)
         return allocator.peak_allocated, allocator.reserved
+
+
+    def _play_step(
+        self,
+        allocator: CachingAllocator,
+        left: Mapping[tuple[int, int], Block],
+        records: Sequence[Record],
+        *,
+        first: bool,
+    ) -> None:
+        """The optimizer's step. `left`: the gradients, by batch and event; which is whose is told by size."""
+        gradients, copies = defaultdict[int, list[Block]](list), defaultdict[int, list[Block]](list)
+        for (batch, event), block in left.items():
+            gradients[records[batch].sizes[event]].append(block)
+        for what, size in self._stepping(first=first):
+            if what in ("copy", "state"):
+                block = allocator.take(size)
+                if what == "copy":
+                    copies[size].append(block)
+            elif there := (gradients if what == "gone" else copies)[size]:
+                allocator.give(there.pop())
+        for blocks in gradients.values():
+            for block in blocks:
+                allocator.give(block)
+
+
+def _matrices_first(group: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """In the order in which the optimizer makes their states."""
+    return sorted(group, key=lambda p: p.dim() <= 1)
+
+
+def _states(parameter: nn.Parameter) -> tuple[int, int, int]:
+    """Bytes of AdamW's count of steps and two moments."""
+    return FLOAT, FLOAT * parameter.numel(), FLOAT * parameter.numel()
 
 
 def _begin_of_backward(record: Record) -> int:
