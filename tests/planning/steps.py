@@ -17,6 +17,7 @@ from spectune.deltas.checkpointing import Recomputation
 from spectune.training import TrainingConfig
 from spectune.training.checkpointing import recomputing
 from spectune.training.optimizer import MasterAdamW
+from spectune.training.optimizers import make_optimizer
 
 
 def batch(rows: int, length: int, vocabulary: int, *, shorter: int = 0) -> dict[str, torch.Tensor]:
@@ -37,20 +38,23 @@ def real_peak(
     *,
     checkpointing: Recomputation,
     transfers: Transfers | None = None,
+    optim: str = "adamw_torch_fused",
 ) -> int:
     """Bytes of tensors at the peak of two steps on the CPU, counted one by one."""
-    config = TrainingConfig()
-    optimizer = MasterAdamW(list(delta.parameters()), config, 1e-4)
+    config = TrainingConfig(optim=optim, max_grad_norm=0.0 if optim == "adamw_in_backward" else 1.0)
+    optimizer = make_optimizer(list(delta.parameters()), config, 1e-4)
     model.train()
     peak = 0
     with recomputing(model, checkpointing, transfers=transfers):
         for _ in range(2):
             with AllocationTracker([*model.parameters(), *optimizer.tensors()]) as tracker:
+                optimizer.begin(1e-4)
                 loss, targets = labelled_loss_sum(model, inputs)
                 torch.autograd.backward(loss / targets)
                 del loss
                 optimizer.step(1e-4, config.max_grad_norm)
             peak = max(peak, tracker.peak_bytes)
+    optimizer.close()
     return peak
 
 
@@ -69,9 +73,10 @@ def fake_peak(model: PreTrainedModel, delta: Delta, rows: int, length: int, *, c
                 loss = _whole_rows_loss(model, rows, length)
                 torch.autograd.backward(loss / 7)
                 del loss
-                for members in optimizer.groups:
-                    optimizer._step(members, math.inf, torch.ones(()))
-                optimizer.clear()
+                with torch.no_grad():
+                    gradients = optimizer.take_gradients()
+                    for members in optimizer.groups:
+                        optimizer._step(members, gradients, math.inf, torch.ones(()))
             peak = max(peak, tracker.peak_bytes)
     return peak
 

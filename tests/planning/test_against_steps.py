@@ -82,6 +82,18 @@ def test_rows_of_unlike_length(method: str) -> None:
     check("llama", method, checkpointing=False, shorter=11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit", "adamw_in_backward"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_every_optimizer(method: str, optim: str, dtype: torch.dtype) -> None:
+    """On few tokens, so that what the optimizer does makes the peak where the base is trained."""
+    model = FAMILIES["llama"]().to(dtype)
+    delta = attach(model, method_from_name(method))
+    estimate = plan(model, method, 1, 6, device="cpu", dtype=dtype, optim=optim)
+    measured = real_peak(model, delta, batch(1, 6, VOCABULARY), checkpointing=False, optim=optim)
+    assert estimate.peak_allocated == pytest.approx(measured, rel=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shorter", [0, 11], ids=["whole", "padded"])
 @pytest.mark.parametrize("checkpointing", [False, "selective", True], ids=["kept", "selective", "recomputed"])

@@ -187,6 +187,7 @@ def _estimate(
         device=place,
         gradient_checkpointing=False if limit is None and auto else wanted.gradient_checkpointing,
         memory=limit,
+        optim=wanted.optim,
         gradient_accumulation_steps=wanted.gradient_accumulation_steps,
         eval_batch=wanted.per_device_eval_batch_size,
         **asked,

@@ -121,7 +121,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     from spectune.training.distribution import World
     from spectune.training.loop import Keeper, Loop
     from spectune.training.memory import predict_memory
-    from spectune.training.optimizer import MasterAdamW
+    from spectune.training.optimizers import make_optimizer
     from spectune.training.prepare import prepare
     from spectune.training.train import pad_token_id
 
@@ -142,7 +142,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     loop = Loop(
         model=model,
         delta=delta,
-        optimizer=MasterAdamW(trained, config, prepared.learning_rate),
+        optimizer=make_optimizer(trained, config, prepared.learning_rate),
         train_examples=longest,
         valid_examples=by_length[: config.per_device_eval_batch_size],
         pad_token_id=pad_token_id(tokenizer),

@@ -61,6 +61,7 @@ class Estimate:
     dtype: str
     device: str
     gradient_checkpointing: Recomputation
+    optim: str
     trainable_parameters: int
     total_parameters: int
     weights: int
@@ -144,8 +145,10 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        names = ("model", "method", "batch", "length", "dtype", "device", "gradient_checkpointing",
-                 "trainable_parameters", "total_parameters", "context", "host", "validation", "source", "needed")  # fmt: skip
+        # fmt: off
+        names = ("model", "method", "batch", "length", "dtype", "device", "gradient_checkpointing", "optim",
+                 "trainable_parameters", "total_parameters", "context", "host", "validation", "source", "needed")
+        # fmt: on
         return {
             **{name: getattr(self, name) for name in names},
             **self.memory(),
@@ -169,6 +172,8 @@ class Estimate:
         if term in ("weights", "gradients", "optimizer"):
             if self.trainable_parameters >= self.total_parameters:
                 found.append("A method that leaves the base as it is (lora, bitfit, prefix) needs a fraction of it.")
+                if self.optim != "adamw_8bit":
+                    found.append("optim=adamw_8bit keeps 2 bytes a weight of AdamW's moments instead of 8.")
             elif self.dtype == "float32":
                 found.append("A base in bfloat16 (--dtype bfloat16) takes half of it.")
             else:

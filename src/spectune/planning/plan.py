@@ -35,6 +35,7 @@ def plan(
     dtype: str | torch.dtype | None = None,
     gradient_checkpointing: Recomputation | Literal["auto"] = False,
     memory: int | str | None = None,
+    optim: str = "adamw_torch_fused",
     gradient_accumulation_steps: int = 1,
     device: str | torch.device = "cuda",
     targets: int | None = None,
@@ -54,6 +55,7 @@ def plan(
         gradient_checkpointing: as in `TrainingConfig`; "auto" is the first of none, "selective", True and "offload"
             that fits into `memory`, and the last of them where none does.
         memory: bytes, or "24GiB", for "auto"; None is what is free on that device here, if anybody can tell.
+        optim: as in `TrainingConfig`.
         device: "cuda", "cpu" or "mps": which kernels run.
         targets: tokens with a loss of the row that has most; None is all but the first.
         all_targets: those of all rows; None is as many in each row.
@@ -93,6 +95,7 @@ def _plan(
     length: int,
     dtype: str | torch.dtype | None,
     mode: Recomputation,
+    optim: str,
     gradient_accumulation_steps: int,
     device: str | torch.device,
     targets: int | None,
@@ -120,7 +123,7 @@ def _plan(
         raise ConfigError(f"{length} tokens{extra}, but this base has {context} positions: at most {room} tokens")
     planner = Planner(
         described, method, kind, place.type,
-        checkpointing=mode, accumulating=gradient_accumulation_steps > 1,
+        checkpointing=mode, optim=optim, accumulating=gradient_accumulation_steps > 1,
     )  # fmt: skip
     share = min(targets or length, length - 1) / (length - 1)
 
@@ -150,6 +153,7 @@ def _plan(
         dtype=str(kind).removeprefix("torch."),
         device=place.type,
         gradient_checkpointing=mode,
+        optim=optim,
         trainable_parameters=sum(parameter.numel() for parameter in built.trained),
         total_parameters=built.family.num_parameters,
         **{term: step.largest[term] for term in TERMS},

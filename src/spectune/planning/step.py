@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,12 +110,15 @@ def skeleton(base: PretrainedConfig | PreTrainedModel, method: Method, dtype: to
     return Skeleton(model, delta, len(family.layers), weights, trained, own, _kinds(model, delta, longest))
 
 
-def record_step(built: Skeleton, shape: Shape, device_type: str, *, accumulating: bool = False) -> Record:
+def record_step(
+    built: Skeleton, shape: Shape, device_type: str, *, accumulating: bool = False, in_backward: bool = False
+) -> Record:
     """Record forward, loss and backward. Marks: `F<layer>` before a layer, `head` after the last one, `B<layer>` where
     backward comes to a layer. Gradients of what is trained are labelled, and never freed.
 
     Args:
         accumulating: gradients are there already and are added to; the record then leaves them out.
+        in_backward: each weight is stepped as soon as its gradient is there, which then goes.
     """
     model, trained = built.model, list(built.delta.parameters())
     there = []
@@ -126,7 +129,8 @@ def record_step(built: Skeleton, shape: Shape, device_type: str, *, accumulating
     recorder = _recorder(built, shape, there)
     record = recorder.record
     model.train()
-    with kernels_of(device_type), recorder, _marked(recorder, built):
+    steps = _stepped(recorder, trained) if in_backward else nullcontext()
+    with kernels_of(device_type), recorder, _marked(recorder, built), steps:
         loss, _ = labelled_loss_sum(model, _batch(shape))
         recorder.backward = True
         torch.autograd.backward(loss / shape.all_targets)
@@ -150,6 +154,28 @@ def record_validation(built: Skeleton, shape: Shape, device_type: str) -> Record
         losses = nn.functional.cross_entropy(found.logits.float(), found.targets, reduction="none")
         del found, losses
     return recorder.record
+
+
+@contextmanager
+def _stepped(recorder: Recorder, trained: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hooks that do to memory what stepping in backward does: a float32 copy of a gradient of lower precision, which
+    then goes; and the copy with the step."""
+
+    def step(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        for made in (parameter.grad, gradient):
+            if (number := recorder.number_of(made)) is not None:
+                recorder.record.labels[number] = "gradients"
+        parameter.grad = None
+        del gradient, made
+
+    handles = [parameter.register_post_accumulate_grad_hook(step) for parameter in trained]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _recorder(built: Skeleton, shape: Shape, there: Iterable[Tensor] = ()) -> Recorder:

@@ -1,4 +1,4 @@
-"""Gradient (activation) checkpointing: which way of it a run takes. How each is done: `spectune.deltas.checkpointing`."""
+"""Gradient (activation) checkpointing: which way of it a run takes. How it is done: `spectune.deltas.checkpointing`."""
 
 from __future__ import annotations
 

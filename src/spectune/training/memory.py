@@ -151,6 +151,7 @@ def _predicted(
         "batch": first.rows,
         "length": first.length,
         "gradient_checkpointing": mode,
+        "optim": config.optim,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "device": model.device.type,
         "targets": first.targets,

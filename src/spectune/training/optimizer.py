@@ -21,8 +21,9 @@ from spectune.training.config import TrainingConfig
 class MasterAdamW:
     """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); vectors have no weight decay.
 
-    Beside 2 bytes of a bfloat16 weight and 2 of its gradient it holds 12: master and two moments. In the step, gradients
-    are cast in groups (`spectune.compute.stepping`), each of which is stepped and cleared before the next is cast.
+    Beside 2 bytes of a bfloat16 weight and 2 of its gradient it holds 12: master and two moments. In the step,
+    gradients are cast in groups (`spectune.compute.stepping`), each of which is stepped and cleared before the next is
+    cast.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float) -> None:
@@ -57,7 +58,8 @@ class MasterAdamW:
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
         """Clip by the norm of all gradients, step, clear the gradients. Returns the norm before clipping; a step with a
         norm that is not finite is not taken."""
-        norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
+        gradients = self.take_gradients()
+        norm = global_norm([gradient for gradient in gradients if gradient is not None])
         if norm is None:
             return 0.0
         found = float(norm)
@@ -65,24 +67,28 @@ class MasterAdamW:
             for group in self.inner.param_groups:
                 group["lr"] = learning_rate
             for members in self.groups:
-                self._step(members, max_grad_norm or math.inf, norm)
+                self._step(members, gradients, max_grad_norm or math.inf, norm)
+        return found
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """The gradients, which the weights have no more: `inner` steps what has one."""
+        found = [parameter.grad for parameter in self.parameters]
         self.clear()
         return found
 
-    def _step(self, members: Sequence[int], max_norm: float, norm: Tensor) -> None:
-        """Cast, scale and step some of the weights: only their gradients are where `inner` looks for them.
+    def _step(self, members: Sequence[int], gradients: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
+        """Cast, scale and step some of the weights.
 
         Args:
+            gradients: of all weights; those of the members are taken out.
             norm: of all gradients.
         """
-        stepped = [index for index in members if self.parameters[index].grad is not None]
+        stepped = [index for index in members if gradients[index] is not None]
         for index in stepped:
-            parameter, master = self.parameters[index], self.masters[index]
-            assert parameter.grad is not None
-            if master is parameter:
-                continue
-            master.grad = parameter.grad.float()
-            parameter.grad = None  # its memory is free before the next is cast
+            gradient, gradients[index] = gradients[index], None
+            assert gradient is not None
+            self.masters[index].grad = gradient.float()
+            del gradient  # its memory is free before the next is cast
         if not stepped:
             return
         nn.utils.clip_grads_with_norm_([self.masters[index] for index in stepped], max_norm, norm)
@@ -93,6 +99,13 @@ class MasterAdamW:
         for index in stepped:
             self.masters[index].grad = None
 
+    def close(self) -> None:
+        """To be called when the run ends."""
+
+    def inner_of(self, master: Tensor) -> torch.optim.Optimizer:
+        """The optimizer that holds the states of a master."""
+        return self.inner
+
     def clear(self) -> None:
         for tensor in (*self.parameters, *self.masters):
             tensor.grad = None
@@ -100,7 +113,8 @@ class MasterAdamW:
     def tensors(self) -> list[Tensor]:
         """Everything it holds beside the parameters: masters and moments."""
         own = [m for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
-        return own + [t for state in self.inner.state.values() for t in state.values() if isinstance(t, Tensor)]
+        states = [self.inner_of(master).state.get(master, {}) for master in self.masters]
+        return own + [t for state in states for t in state.values() if isinstance(t, Tensor)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments, step counts and masters as flat tensors `<index>.<name>`, for safetensors."""
@@ -108,7 +122,7 @@ class MasterAdamW:
         for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
             if master is not parameter:
                 found[f"{index}.master"] = master.detach()
-            for name, value in self.inner.state.get(master, {}).items():
+            for name, value in self.inner_of(master).state.get(master, {}).items():
                 found[f"{index}.{name}"] = value
         return found
 
@@ -124,10 +138,10 @@ class MasterAdamW:
                     master.copy_(value)
             else:
                 place = value.device if name == "step" and master.device.type == "cpu" else master.device
-                self.inner.state[master][name] = value.to(place, copy=True)
+                self.inner_of(master).state[master][name] = value.to(place, copy=True)
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor | None:
+def global_norm(gradients: list[Tensor]) -> Tensor | None:
     """The norm of all gradients together, in float32 whatever they are: a scalar, None where there is no gradient. For
     float32 the same, bit for bit, as `torch.nn.utils.get_total_norm`."""
     if not gradients:

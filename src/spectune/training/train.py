@@ -22,7 +22,7 @@ from spectune.training.environment import environment
 from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.memory import Predicted, check_memory, predict_memory
-from spectune.training.optimizer import MasterAdamW
+from spectune.training.optimizers import make_optimizer
 from spectune.training.prepare import DEFAULT_LENGTH, Prepared, prepare
 from spectune.training.result import RunResult
 from spectune.training.run_folder import RunFolder, check_folder, load_end
@@ -86,7 +86,7 @@ def train(
         )
     predicted = predict_memory(model, delta, prepared, config, world)
     check_memory(predicted, model, delta, config.memory_check)
-    optimizer = MasterAdamW(trained, config, prepared.learning_rate)
+    optimizer = make_optimizer(trained, config, prepared.learning_rate, world.size)
     progress, best = Progress(), None
     if folder is not None and config.resume and (checkpoint := latest_checkpoint(folder)) is not None:
         progress, recorded = read_state(checkpoint)
@@ -141,6 +141,7 @@ def train(
         raise
     finally:
         model.train(False)
+        optimizer.close()
         run.close()
     if config.load_best_at_end and progress.best_step != progress.step:
         delta.load_training_state_dict(run.best)
