@@ -16,8 +16,8 @@ from spectune.compute.selective import worth_keeping
 from spectune.deltas import attach, detach, route
 from spectune.deltas.checkpointing import Recomputation, recomputing
 from spectune.errors import ConfigError
-from spectune.methods import BY_NAME, BottleneckAdapter, FullFineTuning, LoRA, PromptTuning, method_from_name
-from tests.contract.conftest import move, tokens
+from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA, PromptTuning
+from tests.contract.conftest import CASES, move, tokens
 from tests.contract.families import FAMILIES, gpt2, llama
 from tests.support import make_model
 from tests.support.transfers import LateTransfers
@@ -60,12 +60,12 @@ def equal(these: list[Tensor | None], those: list[Tensor | None]) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("method", list(BY_NAME))
+@pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
-def test_numbers_are_the_same_bit_for_bit(family: str, method: str, mode: Recomputation) -> None:
-    plain = gradients(FAMILIES[family], method_from_name(method), False)
+def test_numbers_are_the_same_bit_for_bit(family: str, case: str, mode: Recomputation) -> None:
+    plain = gradients(FAMILIES[family], CASES[case], False)
     assert any(g is not None and bool(g.any()) for g in plain[1:])
-    equal(gradients(FAMILIES[family], method_from_name(method), mode), plain)
+    equal(gradients(FAMILIES[family], CASES[case], mode), plain)
 
 
 @pytest.mark.slow
@@ -244,6 +244,41 @@ def test_a_compiled_block_is_recomputed_as_it_is_and_selected_by_its_compiler() 
             model(input_ids=tokens(2, 9), labels=tokens(2, 9), use_cache=False).loss.backward()
         assert [len(count) for count in counts] == [calls] * 3
         assert all(layer._compiled_call_impl.__name__ == "compiled" for layer in model.model.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_that_torch_compiles(mode: Recomputation) -> None:
+    """Real compiled blocks, by a backend that makes no kernels: within the contract's tolerance of the plain ones."""
+    found = []
+    for compiled, chosen in ((False, False), (True, False), (True, mode)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = llama()
+        delta = attach(model, LoRA(r=2))
+        move(delta)
+        model.train()
+        if compiled:
+            for layer in model.model.layers:
+                layer.compile(backend="aot_eager")
+        with recomputing(model, chosen, transfers=LateTransfers()):
+            loss = model(input_ids=tokens(2, 9), labels=tokens(2, 9), use_cache=False).loss
+            loss.backward()
+        found.append([p.grad for p in delta.parameters()])
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            assert a is not None
+            assert b is not None
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
+
+
+def test_what_takes_its_place_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    with recomputing(model, True):
+        for module in model.modules():
+            module.__dict__.pop("_compiled_call_impl", None)
+    assert "took its place: compile before that" in caplog.text
 
 
 def test_a_cache_is_never_written_twice() -> None:

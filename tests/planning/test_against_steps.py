@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 
@@ -74,7 +75,9 @@ def test_block_inputs_in_host_memory(family: str, method: str, monkeypatch: pyte
     transfers = LateTransfers()
     measured = real_peak(model, delta, batch(ROWS, LENGTH, VOCABULARY), checkpointing="offload", transfers=transfers)
     assert predicted == pytest.approx(measured, rel=0.02)
-    assert planner.built.host_bytes == sum(buffer.size for buffer in transfers.buffers) > 0
+    # pinned memory comes in powers of two
+    sizes = [2 ** math.ceil(math.log2(buffer.size)) for buffer in transfers.buffers]
+    assert planner.built.host_bytes == sum(sizes) > 0
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt", "bitfit"])

@@ -42,6 +42,7 @@ def train_memory_in_own_process(
 
     Args:
         base_name: what `spectune.load` takes by name.
+        config: "auto" recomputes nothing here.
         train_rows: a path, or rows.
 
     Raises:
@@ -116,11 +117,10 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     from spectune.methods import method_from_dict
     from spectune.storage import attach, load
     from spectune.training.checkpoint import Progress
-    from spectune.training.checkpointing import recomputing
+    from spectune.training.checkpointing import modes_of, recomputing
     from spectune.training.display import Display
     from spectune.training.distribution import World
     from spectune.training.loop import Keeper, Loop
-    from spectune.training.memory import predict_memory
     from spectune.training.optimizers import make_optimizer
     from spectune.training.prepare import prepare
     from spectune.training.train import pad_token_id
@@ -162,7 +162,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     quiet = Console(file=io.StringIO())
     with (
         route(model, delta.name),
-        recomputing(model, predict_memory(model, delta, prepared, config, loop.world).checkpointing),
+        recomputing(model, modes_of(model, config.gradient_checkpointing)[0]),
         Display(quiet, method.label, STEPS, 0) as display,
     ):
         loop.run(display)

@@ -83,13 +83,14 @@ def as_tensor(buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 class MetaTransfers:
-    """Copies of tensors without memory, for a plan; `host_bytes` are those of all buffers."""
+    """Copies of tensors without memory, for a plan; `host_bytes` are those of all buffers, which torch's allocator of
+    pinned memory rounds up to powers of two (aten/src/ATen/core/CachingHostAllocator.h)."""
 
     def __init__(self) -> None:
         self.host_bytes = 0
 
     def buffer(self, size: int) -> int:
-        self.host_bytes += size
+        self.host_bytes += 1 << (size - 1).bit_length()
         return size
 
     def size(self, buffer: int) -> int:

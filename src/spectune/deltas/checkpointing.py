@@ -117,6 +117,9 @@ class RecomputedBlock:
 
     def close(self) -> None:
         """The block's own call again."""
+        if self.layer.__dict__.get("_compiled_call_impl") is not self:
+            log.warning("a block was compiled while it was recomputed, which took its place: compile before that")
+            return
         if self.before is None:
             del self.layer.__dict__["_compiled_call_impl"]
         else:
