@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from transformers import PreTrainedModel
 
 from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import AllocationTracker
+from spectune.compute.offload import Transfers
 from spectune.deltas import Delta
+from spectune.deltas.checkpointing import Recomputation
 from spectune.training import TrainingConfig
 from spectune.training.checkpointing import recomputing
 from spectune.training.optimizer import MasterAdamW
+from spectune.training.optimizers import make_optimizer
 
 
 def batch(rows: int, length: int, vocabulary: int, *, shorter: int = 0) -> dict[str, torch.Tensor]:
@@ -27,24 +31,34 @@ def batch(rows: int, length: int, vocabulary: int, *, shorter: int = 0) -> dict[
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def real_peak(model: PreTrainedModel, delta: Delta, inputs: dict[str, torch.Tensor], *, checkpointing: bool) -> int:
+def real_peak(
+    model: PreTrainedModel,
+    delta: Delta,
+    inputs: dict[str, torch.Tensor],
+    *,
+    checkpointing: Recomputation,
+    transfers: Transfers | None = None,
+    optim: str = "adamw_torch_fused",
+) -> int:
     """Bytes of tensors at the peak of two steps on the CPU, counted one by one."""
-    config = TrainingConfig()
-    optimizer = MasterAdamW(list(delta.parameters()), config, 1e-4)
+    config = TrainingConfig(optim=optim, max_grad_norm=0.0 if optim == "adamw_in_backward" else 1.0)
+    optimizer = make_optimizer(list(delta.parameters()), config, 1e-4)
     model.train()
     peak = 0
-    with recomputing(model, checkpointing):
+    with recomputing(model, checkpointing, transfers=transfers):
         for _ in range(2):
             with AllocationTracker([*model.parameters(), *optimizer.tensors()]) as tracker:
+                optimizer.begin(1e-4)
                 loss, targets = labelled_loss_sum(model, inputs)
                 torch.autograd.backward(loss / targets)
                 del loss
                 optimizer.step(1e-4, config.max_grad_norm)
             peak = max(peak, tracker.peak_bytes)
+    optimizer.close()
     return peak
 
 
-def fake_peak(model: PreTrainedModel, delta: Delta, rows: int, length: int, *, checkpointing: bool) -> int:
+def fake_peak(model: PreTrainedModel, delta: Delta, rows: int, length: int, *, checkpointing: Recomputation) -> int:
     """The same of whole rows under FakeTensorMode, where shapes of any size cost nothing. To be called inside it.
 
     What takes values to know (which positions are learned) is written with numbers: all but the last of each row.
@@ -59,11 +73,10 @@ def fake_peak(model: PreTrainedModel, delta: Delta, rows: int, length: int, *, c
                 loss = _whole_rows_loss(model, rows, length)
                 torch.autograd.backward(loss / 7)
                 del loss
-                for parameter, master in zip(optimizer.parameters, optimizer.masters, strict=True):
-                    if master is not parameter:
-                        master.grad = None if parameter.grad is None else parameter.grad.float()
-                optimizer.inner.step()
-                optimizer.clear()
+                with torch.no_grad():
+                    gradients = optimizer.take_gradients()
+                    for members in optimizer.groups:
+                        optimizer._step(members, gradients, math.inf, torch.ones(()))
             peak = max(peak, tracker.peak_bytes)
     return peak
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import GPT2Config, LlamaConfig
 
 import spectune
+from spectune.deltas.checkpointing import ORDER
 from spectune.errors import ConfigError
-from spectune.methods import BitFit, FullFineTuning, LoRA, PrefixTuning, PromptTuning
+from spectune.methods import BitFit, BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from spectune.planning import plan
 from spectune.planning.estimate import TERMS, Estimate, shown
 from spectune.planning.kernels import cudnn_head_limit, kernel_for
@@ -40,7 +41,10 @@ def test_states_by_hand() -> None:
     weights = full.total_parameters
     assert full.trainable_parameters == weights
     assert full.weights - 2 * weights < 1024  # and the frequencies of rotary positions, float32
-    assert full.gradients == (2 + 4) * weights  # bfloat16 and the float32 copies of the optimizer's step
+    # bfloat16, and float32 copies of a small part while the optimizer steps
+    assert 2 * weights < full.gradients < (2 + 4 / 8) * weights
+    stepping = next(moment for moment in full.moments if moment.name == "optimizer")
+    assert 16 * weights < stepping.total - stepping.terms["workspace"] < 16.5 * weights
     steps = len(list(llama_parameters()))
     assert full.optimizer == (4 + 4 + 4) * weights + 4 * steps  # masters, two moments, a count of steps each
     lora = plan(LLAMA, LoRA(r=8), 2, 64, dtype="bfloat16")
@@ -96,6 +100,53 @@ def test_recomputation_keeps_one_hidden_state_a_layer() -> None:
         for n in (16, 8)
     )
     assert (deeper.activations - shallow.activations) / 8 == pytest.approx(2 * rows * length * 256, rel=0.01)
+
+
+def test_an_adapter_after_a_block_is_recomputed_with_it() -> None:
+    rows, length = 4, 512
+    method = BottleneckAdapter(bottleneck_dim=64, placement="block")
+    deeper, shallow = (
+        plan(LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": n}), method, rows, length, dtype="bfloat16",
+             gradient_checkpointing=True)
+        for n in (16, 8)
+    )  # fmt: skip
+    assert (deeper.activations - shallow.activations) / 8 == pytest.approx(2 * rows * length * 256, rel=0.01)
+
+
+def test_block_inputs_in_host_memory_do_not_add_up() -> None:
+    rows, length = 16, 512
+    hidden = 2 * rows * length * 256
+    deeper, shallow = (
+        plan(LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": n}), BitFit(), rows, length, dtype="bfloat16",
+             gradient_checkpointing="offload")
+        for n in (16, 8)
+    )  # fmt: skip
+    assert deeper.source == "trace"
+    assert deeper.activations == shallow.activations
+    assert deeper.host == 15 * hidden
+    assert shallow.host == 7 * hidden
+    kept = plan(LLAMA, BitFit(), rows, length, dtype="bfloat16", gradient_checkpointing=True)
+    assert kept.host == 0
+    # the last block's stays, and one comes back beside backward
+    assert kept.activations - shallow.activations == pytest.approx(6 * hidden, rel=0.01)
+
+
+def test_forms_of_recomputation_keep_less_and_auto_takes_the_first_that_fits() -> None:
+    asked: dict[str, Any] = {"batch": 8, "length": 1024, "dtype": "bfloat16", "targets": 16}
+    config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 24})
+    found = [plan(config, "lora", **asked, gradient_checkpointing=mode) for mode in ORDER]
+    needs = [estimate.needed for estimate in found]
+    assert needs == sorted(needs, reverse=True)
+    assert len(set(needs)) == 4
+    for mode, need in zip(ORDER, needs, strict=True):
+        assert plan(config, "lora", **asked, gradient_checkpointing="auto", memory=need).gradient_checkpointing == mode
+    nothing = plan(config, "lora", **asked, gradient_checkpointing="auto", memory="1MiB")
+    assert nothing.gradient_checkpointing == "offload"
+    assert not nothing.fits("1MiB")
+    on_cpu = {**asked, "device": "cpu"}
+    assert plan(config, "lora", **on_cpu, gradient_checkpointing="auto", memory="1MiB").gradient_checkpointing is True
+    with pytest.raises(ConfigError, match="offload needs a CUDA device"):
+        plan(config, "lora", **on_cpu, gradient_checkpointing="offload")
 
 
 def test_more_rows_more_tokens_and_masks_take_more() -> None:
@@ -174,7 +225,14 @@ def test_fits_and_its_inverse() -> None:
     ("method", "settings", "says"),
     [
         ("full", {"batch": 1, "length": 16}, "A method that leaves the base as it is"),
-        ("lora", {"batch": 32, "length": 512}, "gradient_checkpointing=true"),
+        ("lora", {"batch": 32, "length": 512}, "gradient_checkpointing=auto keeps less"),
+        ("lora", {"batch": 32, "length": 512}, "as much as it takes (selective, true, offload)."),
+        ("lora", {"batch": 32, "length": 512, "device": "cpu"}, "(selective, true)."),
+        (
+            "lora",
+            {"batch": 64, "length": 512, "targets": 8, "gradient_checkpointing": "selective"},
+            "gradient_checkpointing=true or offload keeps",
+        ),
         ("lora", {"batch": 32, "length": 512, "gradient_checkpointing": True}, "per_device_train_batch_size="),
         ("lora", {"batch": 1, "length": 16, "eval_batch": 64, "eval_length": 512}, "per_device_eval_batch_size"),
         ("lora", {"batch": 1, "length": 16, "dtype": "float32", "device": "cpu"}, "bfloat16"),

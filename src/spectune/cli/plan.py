@@ -125,7 +125,7 @@ def _plan(
         try:
             if context is not None:
                 room_for_rows(context, method)
-            estimates.append((method, _estimate(base, method, settings, wanted, place, most, examples)))
+            estimates.append((method, _estimate(base, method, settings, wanted, place, most, examples, limit)))
         except ConfigError as error:
             if named:
                 raise
@@ -164,10 +164,12 @@ def _estimate(
     place: str,
     most: int | None,
     examples: list[Example] | None,
+    limit: int | None,
 ) -> Estimate:
     from spectune.planning.plan import plan as estimate_of
     from spectune.training.prepare import DEFAULT_LENGTH
 
+    auto = wanted.gradient_checkpointing == "auto"
     asked: dict[str, Any] = {"length": wanted.max_length or min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)}
     rows = wanted.per_device_train_batch_size
     if examples is not None:
@@ -183,7 +185,9 @@ def _estimate(
         rows,
         dtype=settings.text("dtype"),
         device=place,
-        gradient_checkpointing=wanted.gradient_checkpointing,
+        gradient_checkpointing=False if limit is None and auto else wanted.gradient_checkpointing,
+        memory=limit,
+        optim=wanted.optim,
         gradient_accumulation_steps=wanted.gradient_accumulation_steps,
         eval_batch=wanted.per_device_eval_batch_size,
         **asked,
@@ -221,7 +225,9 @@ def _described(
     mean = max(1, tokens // len(examples))
     work_of = {
         estimate.method: tokens
-        * flops_per_token(family, by_name[estimate.method], mean, checkpointing=wanted.gradient_checkpointing)
+        * flops_per_token(
+            family, by_name[estimate.method], mean, checkpointing=estimate.gradient_checkpointing in (True, "offload")
+        )
         for estimate in estimates
     }
     return {
@@ -261,6 +267,10 @@ def _timed(method: Method, settings: Settings, wanted: TrainingConfig, examples:
     }
 
 
+def _shown_mode(mode: bool | str) -> str:
+    return mode if isinstance(mode, str) else "every block" if mode else "none"
+
+
 def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> None:
     from rich.table import Table
 
@@ -269,8 +279,11 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
     if estimates:
         first = estimates[0]
         title = f"{answer['model']}, {first.batch} rows of {first.length} tokens, {first.dtype} on {answer['device']}"
-        table = Table(title=title + (", checkpointing" if first.gradient_checkpointing else ""))
+        table = Table(title=title)
         table.add_column("method")
+        recomputes = any(estimate.gradient_checkpointing for estimate in estimates)
+        if recomputes:
+            table.add_column("checkpointing")
         for column in ("trainable", "share", *TERMS, "peak", "reserved"):
             table.add_column(column, justify="right")
         table.add_column("at the peak")
@@ -279,6 +292,7 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
             share = estimate.trainable_parameters / estimate.total_parameters
             table.add_row(
                 estimate.method,
+                *([_shown_mode(estimate.gradient_checkpointing)] if recomputes else []),
                 f"{estimate.trainable_parameters:,}",
                 f"{100 * share:.3g}%",
                 *(shown(getattr(estimate, term)) for term in TERMS),
@@ -290,6 +304,8 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
         out.print(table)
         if first.context:
             note(f"reserved leaves out what the process takes of a CUDA device by itself, about {shown(first.context)}")
+        if any(estimate.host for estimate in estimates):
+            note(f"offload takes up to {shown(max(e.host for e in estimates))} of host memory for blocks' inputs")
         if first.validation is not None and any((e.validation or 0) > e.peak_reserved for e in estimates):
             note(f"validation takes up to {shown(max(e.validation or 0 for e in estimates))}, more than training: "
                  "per_device_eval_batch_size")  # fmt: skip

@@ -36,8 +36,8 @@ from spectune.training.prepare import max_length
 from spectune.training.train import pad_token_id
 
 GENERATE_ROWS = 64
-#: settings that no result depends on, and the one that differs between the runs of a comparison
-NOT_SHARED = FREE | {"learning_rate"}
+#: settings that no result depends on (speed and memory do on recomputation), and the one that differs between its runs
+NOT_SHARED = (FREE - {"gradient_checkpointing"}) | {"learning_rate"}
 #: what a folder holds where something else than a comparison that can be gone on with lies in it
 OF_OTHER_RUNS = ("comparison.json", "result.json", "identity.json", "runs")
 

@@ -42,6 +42,7 @@ def train_memory_in_own_process(
 
     Args:
         base_name: what `spectune.load` takes by name.
+        config: "auto" recomputes nothing here.
         train_rows: a path, or rows.
 
     Raises:
@@ -116,11 +117,11 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     from spectune.methods import method_from_dict
     from spectune.storage import attach, load
     from spectune.training.checkpoint import Progress
-    from spectune.training.checkpointing import recomputing
+    from spectune.training.checkpointing import modes_of, recomputing
     from spectune.training.display import Display
     from spectune.training.distribution import World
     from spectune.training.loop import Keeper, Loop
-    from spectune.training.optimizer import MasterAdamW
+    from spectune.training.optimizers import make_optimizer
     from spectune.training.prepare import prepare
     from spectune.training.train import pad_token_id
 
@@ -141,7 +142,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     loop = Loop(
         model=model,
         delta=delta,
-        optimizer=MasterAdamW(trained, config, prepared.learning_rate),
+        optimizer=make_optimizer(trained, config, prepared.learning_rate),
         train_examples=longest,
         valid_examples=by_length[: config.per_device_eval_batch_size],
         pad_token_id=pad_token_id(tokenizer),
@@ -161,7 +162,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     quiet = Console(file=io.StringIO())
     with (
         route(model, delta.name),
-        recomputing(model, config.gradient_checkpointing),
+        recomputing(model, modes_of(model, config.gradient_checkpointing)[0]),
         Display(quiet, method.label, STEPS, 0) as display,
     ):
         loop.run(display)

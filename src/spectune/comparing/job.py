@@ -152,7 +152,9 @@ class Job:
                 base_valid_loss=self.base_valid_loss,
             )
             (folder / FAILED).unlink(missing_ok=True)
-            found = self._judged(folder) | self._costs(delta, folder, config, timed)
+            # memory is measured as the run had it: what "auto" came to here is no matter of choice there
+            same = config.model_copy(update={"gradient_checkpointing": result.gradient_checkpointing or False})
+            found = self._judged(folder) | self._costs(delta, folder, same, timed)
         key = folder.name.rsplit("-", 1)[-1]
         result = result.with_measured(
             {**found, "name": arm.name, "key": key, "retained_sha256": self.identity["passages_sha256"]}

@@ -147,6 +147,18 @@ class Registry:
             self._positions_by_index = counts_padding(self.model)
         return self._positions_by_index
 
+    def keeping_route(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with the route of the pass that runs now, whenever it is called."""
+        route = self.current
+        # as laid over this pass's batch, which is another by the time that backward runs
+        rows = self.captured(route)
+
+        def in_route(*inputs: Any, **named: Any) -> Any:
+            with self.pinned(route, rows):
+                return function(*inputs, **named)
+
+        return in_route
+
     def keep_route_in_checkpoints(self) -> None:
         """Make gradient checkpointing recompute with the route of its forward pass, wherever backward is called.
 
@@ -212,12 +224,4 @@ class _RouteKeepingCheckpoint:
         self.registry = registry
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        route = self.registry.current
-        # as laid over this pass's batch, which is another by the time that backward runs
-        rows = self.registry.captured(route)
-
-        def in_route(*inputs: Any, **named: Any) -> Any:
-            with self.registry.pinned(route, rows):
-                return function(*inputs, **named)
-
-        return self.checkpoint(in_route, *args, **kwargs)
+        return self.checkpoint(self.registry.keeping_route(function), *args, **kwargs)

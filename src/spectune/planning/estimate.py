@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from spectune.deltas.checkpointing import ORDER, Recomputation
 from spectune.planning.recorder import Shape
 from spectune.sizes import bytes_of
 
@@ -46,6 +47,7 @@ class Estimate:
         peak_allocated: of tensors, as torch counts them.
         peak_reserved: what torch's allocator holds of the device (on a CPU: the same as `peak_allocated`).
         context: what the process takes of a CUDA device beside that; in none of the other figures.
+        host: bytes of pinned host memory for blocks' inputs (`gradient_checkpointing="offload"`).
         validation: peak of tensors of a validation batch; None where it was not asked for.
         moments: forward, loss (both ways), backward, optimizer.
         source: "trace": a few layers of each kind were recorded, of the model's own code without weights, and repeated;
@@ -58,7 +60,8 @@ class Estimate:
     length: int
     dtype: str
     device: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: Recomputation
+    optim: str
     trainable_parameters: int
     total_parameters: int
     weights: int
@@ -70,6 +73,7 @@ class Estimate:
     peak_allocated: int
     peak_reserved: int
     context: int
+    host: int
     validation: int | None
     moments: tuple[Moment, ...]
     source: str
@@ -141,8 +145,10 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        names = ("model", "method", "batch", "length", "dtype", "device", "gradient_checkpointing",
-                 "trainable_parameters", "total_parameters", "context", "validation", "source", "needed")  # fmt: skip
+        # fmt: off
+        names = ("model", "method", "batch", "length", "dtype", "device", "gradient_checkpointing", "optim",
+                 "trainable_parameters", "total_parameters", "context", "host", "validation", "source", "needed")
+        # fmt: on
         return {
             **{name: getattr(self, name) for name in names},
             **self.memory(),
@@ -156,17 +162,28 @@ class Estimate:
         held = training * self.peak_reserved / max(moment.total for moment in self.moments)
         return max(int(held), validation) + self.context
 
+    def _leaner_modes(self) -> list[str]:
+        """Ways of recomputation that keep less than this one, by the setting's values."""
+        left = ORDER[ORDER.index(self.gradient_checkpointing) + 1 :]
+        return [str(mode).lower() for mode in left if mode != "offload" or self.device == "cuda"]
+
     def _what_helps(self, term: str, memory: int) -> list[str]:
         found = []
         if term in ("weights", "gradients", "optimizer"):
             if self.trainable_parameters >= self.total_parameters:
                 found.append("A method that leaves the base as it is (lora, bitfit, prefix) needs a fraction of it.")
+                if self.optim != "adamw_8bit":
+                    found.append("optim=adamw_8bit keeps 2 bytes a weight of AdamW's moments instead of 8.")
             elif self.dtype == "float32":
                 found.append("A base in bfloat16 (--dtype bfloat16) takes half of it.")
             else:
                 found.append("No setting makes the base smaller: take a smaller base, or a device with more memory.")
-        if term in ("activations", "workspace") and not self.gradient_checkpointing:
-            found.append("gradient_checkpointing=true recomputes activations instead of keeping them.")
+        if term in ("activations", "workspace") and (left := self._leaner_modes()):
+            setting = " or ".join(left) if self.gradient_checkpointing else "auto"
+            found.append(
+                f"gradient_checkpointing={setting} keeps less of them and recomputes the rest"
+                + ("." if self.gradient_checkpointing else f", as much as it takes ({', '.join(left)}).")
+            )
         if term in ("activations", "workspace", "logits") and self.batch > 1 and (rows := self.largest_batch(memory)):
             found.append(f"per_device_train_batch_size={rows} with gradient_accumulation_steps learns the same.")
         return found

@@ -69,8 +69,25 @@ def _attend(
             attn_mask = torch.where(attn_mask, 0.0, torch.full((), -math.inf, dtype=query.dtype, device="meta"))
         if kernel == "efficient" and attn_mask.shape[-1] % 16:
             attn_mask = F.pad(attn_mask, (0, -attn_mask.shape[-1] % 16))
-    out: Tensor = _Fused.apply(query, key, value, attn_mask, kernel)  # type: ignore[no-untyped-call]
+    out: Tensor = _Fused.apply(query, key, value, attn_mask, kernel, dropout_p)  # type: ignore[no-untyped-call]
     return out
+
+
+def _outputs(query: Tensor, value: Tensor, kernel: str, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """Output and sums of exponentials. One operation, as the kernels are, for what decides by operations what to keep
+    (selective recomputation)."""
+    batch, heads, length, _ = query.shape
+    if kernel == "efficient" or value.shape[-1] != query.shape[-1]:
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+    else:
+        out = torch.empty_like(query)
+    rows = -(-length // 32) * 32 if kernel == "efficient" else length
+    return out, query.new_empty(batch, heads, rows, dtype=torch.float32)
+
+
+_LIBRARY: Any = torch.library.Library("spectune", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("planned_attention(Tensor query, Tensor value, str kernel, float dropout_p) -> (Tensor, Tensor)")
+_LIBRARY.impl("planned_attention", _outputs, "Meta")
 
 
 def kernel_for(
@@ -112,14 +129,11 @@ class _Fused(torch.autograd.Function):
     copied afterwards."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str) -> Tensor:
-        batch, heads, length, _ = query.shape
-        if kernel == "efficient" or value.shape[-1] != query.shape[-1]:
-            out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        else:
-            out = torch.empty_like(query)
-        rows = -(-length // 32) * 32 if kernel == "efficient" else length
-        sums = query.new_empty(batch, heads, rows, dtype=torch.float32)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str, dropout_p: float
+    ) -> Tensor:
+        out: Tensor
+        out, sums = torch.ops.spectune.planned_attention(query, value, kernel, dropout_p)
         ctx.save_for_backward(query, key, value, mask, out, sums)
         ctx.kernel = kernel
         return out
@@ -136,4 +150,4 @@ class _Fused(torch.autograd.Function):
             scratch += [t.new_empty(t.shape[0], query.shape[1], *t.shape[2:]) for t in (key, value)]
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         del scratch
-        return (*grads, None, None)
+        return (*grads, None, None, None)

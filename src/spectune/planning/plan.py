@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.deltas import Method
+from spectune.deltas.checkpointing import Recomputation, modes
 from spectune.errors import ConfigError
 from spectune.methods import method_from_name
 from spectune.planning.estimate import CUDA_CONTEXT, TERMS, Estimate
 from spectune.planning.planner import Planner
 from spectune.planning.recorder import Shape
+from spectune.planning.room import free_memory
 from spectune.planning.step import FEW
+from spectune.sizes import bytes_of
 from spectune.storage.bases import load_config
 from spectune.storage.devices import resolve_dtype
+
+P = TypeVar("P")
 
 
 def plan(
@@ -27,7 +33,9 @@ def plan(
     length: int = 1024,
     *,
     dtype: str | torch.dtype | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Recomputation | Literal["auto"] = False,
+    memory: int | str | None = None,
+    optim: str = "adamw_torch_fused",
     gradient_accumulation_steps: int = 1,
     device: str | torch.device = "cuda",
     targets: int | None = None,
@@ -44,6 +52,10 @@ def plan(
         method: a config such as `LoRA(r=16)`, or a name.
         batch, length: rows, and tokens of each; a method's virtual tokens come on top.
         dtype: of the base; None is what `load` takes on that device, or the loaded model's own.
+        gradient_checkpointing: as in `TrainingConfig`; "auto" is the first of none, "selective", True and "offload"
+            that fits into `memory`, and the last of them where none does.
+        memory: bytes, or "24GiB", for "auto"; None is what is free on that device here, if anybody can tell.
+        optim: as in `TrainingConfig`.
         device: "cuda", "cpu" or "mps": which kernels run.
         targets: tokens with a loss of the row that has most; None is all but the first.
         all_targets: those of all rows; None is as many in each row.
@@ -52,9 +64,48 @@ def plan(
         eval_length, eval_targets: of its rows; None is as in training.
 
     Raises:
-        ConfigError: a setting is wrong, the base has no room for that length, or the method cannot act on this base.
+        ConfigError: a setting is wrong, the base has no room for that length, the method cannot act on this base, or
+            block inputs are to go to host memory on another device than CUDA.
         DataError: no such base.
     """
+    asked: dict[str, Any] = locals()
+    place = torch.device(device)
+    possible = modes(asked.pop("gradient_checkpointing"), place.type)
+    memory = asked.pop("memory")
+    if len(possible) > 1 and (free := free_memory(place) if memory is None else bytes_of(memory)) is not None:
+        return cheapest_that_fits(possible, lambda mode: _plan(**asked, mode=mode), lambda found: found.fits(free))
+    return _plan(**asked, mode=possible[0])
+
+
+def cheapest_that_fits(
+    possible: Sequence[Recomputation], planned: Callable[[Recomputation], P], fits: Callable[[P], bool]
+) -> P:
+    """The first plan that fits, in the order of what may be done; the last one where none does."""
+    for mode in possible:
+        found = planned(mode)
+        if fits(found):
+            break
+    return found
+
+
+def _plan(
+    base: str | Path | PretrainedConfig | PreTrainedModel,
+    method: str | Method,
+    batch: int,
+    length: int,
+    dtype: str | torch.dtype | None,
+    mode: Recomputation,
+    optim: str,
+    gradient_accumulation_steps: int,
+    device: str | torch.device,
+    targets: int | None,
+    all_targets: int | None,
+    padded: bool,
+    eval_batch: int | None,
+    eval_length: int | None,
+    eval_targets: int | None,
+) -> Estimate:
+    """`plan`, with recomputation decided."""
     if batch < 1 or length < 2:
         raise ConfigError(f"batch = {batch}, length = {length}: at least 1 row of 2 tokens is needed")
     method = method_from_name(method) if isinstance(method, str) else method
@@ -72,7 +123,7 @@ def plan(
         raise ConfigError(f"{length} tokens{extra}, but this base has {context} positions: at most {room} tokens")
     planner = Planner(
         described, method, kind, place.type,
-        checkpointing=gradient_checkpointing, accumulating=gradient_accumulation_steps > 1,
+        checkpointing=mode, optim=optim, accumulating=gradient_accumulation_steps > 1,
     )  # fmt: skip
     share = min(targets or length, length - 1) / (length - 1)
 
@@ -101,13 +152,15 @@ def plan(
         length=length,
         dtype=str(kind).removeprefix("torch."),
         device=place.type,
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=mode,
+        optim=optim,
         trainable_parameters=sum(parameter.numel() for parameter in built.trained),
         total_parameters=built.family.num_parameters,
         **{term: step.largest[term] for term in TERMS},
         peak_allocated=step.peak_allocated,
         peak_reserved=step.peak_reserved,
         context=CUDA_CONTEXT if place.type == "cuda" else 0,
+        host=built.host_bytes,
         validation=validation,
         moments=step.moments,
         source="trace" if planner.repeats or built.depth <= FEW else "full trace",

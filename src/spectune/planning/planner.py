@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -10,16 +11,19 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.deltas import Method
+from spectune.deltas.checkpointing import Recomputation
 from spectune.planning.allocator import Block, CachingAllocator
 from spectune.planning.estimate import TERMS, Moment
 from spectune.planning.recorder import Record, Shape
 from spectune.planning.step import Skeleton, record_step, record_validation, skeleton
+from spectune.planning.stepping import Stepping
 from spectune.planning.timeline import NotAlikeError, deepened
 
 #: of cuBLAS, one for each thread that multiplies: forward's and backward's (aten/src/ATen/cuda/CublasHandlePool.cpp)
 CUBLAS_WORKSPACE = 4096 * 8 * 1024
 CUBLAS_WORKSPACE_BEFORE_HOPPER = (4096 * 2 + 16 * 8) * 1024
-FLOAT = 4
+#: what an optimizer's step has made and not freed, by name and size
+Held = dict[tuple[str, int], list[Block]]
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,15 @@ class Planner:
         dtype: torch.dtype,
         device_type: str,
         *,
-        checkpointing: bool = False,
+        checkpointing: Recomputation = False,
         accumulating: bool = False,
+        optim: str = "adamw_torch_fused",
     ) -> None:
-        self.settings = (base, method, dtype, checkpointing)
+        self.settings = (base, method, dtype)
+        self.checkpointing = checkpointing
         self.device_type = device_type
         self.accumulating = accumulating
+        self.optim = optim
         self._longest = 0
         self.built: Skeleton
         #: which of the layers that run stand for how many others; empty where all run
@@ -57,7 +64,7 @@ class Planner:
         """The memory of a training step while the optimizer's states are there."""
         first = self._record(shape)
         records = [first, self._record(shape, accumulating=True)] if self.accumulating else [first]
-        stays = _Stays(self.built, self.device_type)
+        stays = self._stays()
         moments = stays.moments(records[-1], accumulating=self.accumulating)
         largest = {term: max(moment.terms[term] for moment in moments) for term in TERMS}
         allocated, reserved = stays.peaks([records, records])
@@ -72,19 +79,17 @@ class Planner:
                 if (shape, number > 0) not in found:
                     found[shape, number > 0] = self._record(shape, accumulating=number > 0)
         records = [[found[shape, number > 0] for number, shape in enumerate(step)] for step in steps]
-        return _Stays(self.built, self.device_type).peaks(records)
+        return self._stays().peaks(records)
 
     def peak(self, shape: Shape) -> int:
         """The peak of a step's tensors in bytes, not rounded: quick."""
         record = self._record(shape, accumulating=self.accumulating)
-        return max(
-            m.total for m in _Stays(self.built, self.device_type).moments(record, accumulating=self.accumulating)
-        )
+        return max(m.total for m in self._stays().moments(record, accumulating=self.accumulating))
 
     def validation(self, shape: Shape) -> int:
         """Bytes of tensors at the peak of a validation batch, weights and the optimizer's states among them."""
         record = self._record(shape, training=False)
-        return sum(_Stays(self.built, self.device_type).terms.values()) + max(_live(record))
+        return sum(self._stays().terms.values()) + max(_live(record))
 
     def _record(self, shape: Shape, *, training: bool = True, accumulating: bool = False) -> Record:
         self._build(shape.length)
@@ -96,35 +101,35 @@ class Planner:
 
     def _run(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         if training:
-            return record_step(self.built, shape, self.device_type, accumulating=accumulating)
+            in_backward = Stepping([], self.optim).in_backward
+            return record_step(self.built, shape, self.device_type, accumulating=accumulating, in_backward=in_backward)
         return record_validation(self.built, shape, self.device_type)
+
+    def _stays(self) -> _Stays:
+        return _Stays(self.built, self.device_type, self.optim)
 
     def _build(self, length: int, *, whole: bool = False) -> None:
         """Anew where rows are longer than any before: sliding windows may make layers differ then."""
         if length <= self._longest and not whole:
             return
-        base, method, dtype, checkpointing = self.settings
-        self.built = skeleton(base, method, dtype, length, checkpointing)
+        self.built = skeleton(*self.settings, length)
         self._longest = 2**62 if whole else length
         self.repeats = [] if whole else self.built.shorten()
+        self.built.recompute(self.checkpointing)
 
 
 class _Stays:
     """What is in memory whatever a step does, and sums of it with what records say of steps."""
 
-    def __init__(self, built: Skeleton, device_type: str) -> None:
+    def __init__(self, built: Skeleton, device_type: str, optim: str) -> None:
         self.cuda = device_type == "cuda"
         self.weights = [*built.weights, *built.delta_weights]
-        # float32 masters of weights of lower precision, and copies of their gradients while the optimizer steps
-        self.masters = [FLOAT * p.numel() for p in built.trained if p.element_size() != FLOAT]
-        # the number of steps and two moments of each trained weight, in the order in which they are made
-        matrices_first = sorted(built.trained, key=lambda p: p.dim() <= 1)
-        self.states = [size for p in matrices_first for size in (FLOAT, FLOAT * p.numel(), FLOAT * p.numel())]
+        self.stepping = Stepping(built.trained, optim)
         self.gradients = sum(p.numel() * p.element_size() for p in built.trained)
         self.workspace = _cublas() if self.cuda else 0
         self.terms = {
             "weights": sum(self.weights),
-            "optimizer": sum(self.masters) + sum(self.states),
+            "optimizer": sum(self.stepping.masters) + sum(self.stepping.states),
             "workspace": 2 * self.workspace,
         }
 
@@ -139,9 +144,9 @@ class _Stays:
         for name, begin, end in cuts:
             at = max(range(begin, end + 1), key=live.__getitem__)
             found.append(self._moment(name, _by_label(record, at), there))
-        # in the optimizer nothing but gradients is left; those of the masters are float32 copies, all made at once
+        # in the optimizer nothing but gradients is left, and float32 copies of some of them
         left = _by_label(record, len(record.events)).get("gradients", 0)
-        return [*found, self._moment("optimizer", {"gradients": left + sum(self.masters)}, there)]
+        return [*found, self._moment("optimizer", {"gradients": left + self.stepping.most(first=False)}, there)]
 
     def _moment(self, name: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(name, {term: sum(part.get(term, 0) for part in (self.terms, *parts)) for term in TERMS})
@@ -152,19 +157,20 @@ class _Stays:
             return self._played(steps)
         peak, states = 0, 0
         for records in steps:
-            stays = self.terms["weights"] + sum(self.masters) + states
+            stays = self.terms["weights"] + sum(self.stepping.masters) + states
             for number, record in enumerate(records):
                 peak = max(peak, stays + (self.gradients if number else 0) + max(_live(record)))
-            states = sum(self.states)
             left = _by_label(records[0], len(records[0].events)).get("gradients", 0)
-            peak = max(peak, self.terms["weights"] + 2 * sum(self.masters) + states + left)
+            peak = max(peak, stays + left + self.stepping.most(first=not states))
+            states = sum(self.stepping.states)
         return peak, peak
 
     def _played(self, steps: Sequence[Sequence[Record]]) -> tuple[int, int]:
         """The same by the rules of CUDA's allocator."""
         allocator = CachingAllocator()
-        for size in (*self.weights, *self.masters):
+        for size in (*self.weights, *self.stepping.masters):
             allocator.take(size)
+        held: Held = defaultdict(list)
         for number, records in enumerate(steps):
             blocks: dict[tuple[int, int], Block] = {}
             for batch, record in enumerate(records):
@@ -177,13 +183,22 @@ class _Stays:
                         blocks[batch, event] = allocator.take(record.sizes[event])
                     else:
                         allocator.give(blocks.pop((batch, ~event)))
-            copies = [allocator.take(size) for size in self.masters]
-            if number == 0:
-                for size in self.states:
-                    allocator.take(size)
-            for block in (*blocks.values(), *copies):
-                allocator.give(block)
+            for (batch, event), block in blocks.items():
+                held["gradient", records[batch].sizes[event]].append(block)
+            _play_step(allocator, self.stepping.events(first=number == 0), held)
+            for (name, _), rest in held.items():
+                while name == "gradient" and rest:
+                    allocator.give(rest.pop())
         return allocator.peak_allocated, allocator.reserved
+
+
+def _play_step(allocator: CachingAllocator, events: Iterable[tuple[str, int]], held: Held) -> None:
+    """The optimizer's step. What is freed is told from others of its name by its size alone."""
+    for name, size in events:
+        if size > 0:
+            held[name, size].append(allocator.take(size))
+        elif there := held[name, -size]:
+            allocator.give(there.pop())
 
 
 def _begin_of_backward(record: Record) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spectune.compute.losses import labelled_logits, labelled_loss_sum
+from spectune.compute.offload import MetaTransfers
 from spectune.deltas import Delta, Method
 from spectune.deltas.attach import place
+from spectune.deltas.checkpointing import Recomputation, recompute
 from spectune.families import Family
 from spectune.planning.kernels import kernels_of
 from spectune.planning.recorder import Record, Recorder, Shape
@@ -45,9 +47,23 @@ class Skeleton:
     #: numbers of the layers of each kind, in the order of their first ones
     kinds: list[list[int]]
 
+    #: copies to host memory, where recomputation keeps blocks' inputs there
+    transfers: MetaTransfers = field(default_factory=MetaTransfers)
+
     @property
     def family(self) -> Family:
         return self.delta.family
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory for the inputs of all blocks but the last, once a step was recorded."""
+        run = len(self.model.get_submodule(self.family.layers[0].path.rpartition(".")[0]))  # type: ignore[arg-type]
+        return self.transfers.host_bytes * (self.depth - 1) // max(1, run - 1)
+
+    def recompute(self, mode: Recomputation) -> None:
+        """Switch recomputation on, of the layers that are left."""
+        self.transfers = MetaTransfers()
+        recompute(self.model, mode, transfers=self.transfers)
 
     def shorten(self) -> list[tuple[int, int]]:
         """Cut the model to a few layers of each kind. Returns which of those stand for others, and for how many: none
@@ -74,9 +90,7 @@ class Skeleton:
         return repeats
 
 
-def skeleton(
-    base: PretrainedConfig | PreTrainedModel, method: Method, dtype: torch.dtype, longest: int, checkpointing: bool
-) -> Skeleton:
+def skeleton(base: PretrainedConfig | PreTrainedModel, method: Method, dtype: torch.dtype, longest: int) -> Skeleton:
     """Build base and delta without weights.
 
     Args:
@@ -92,21 +106,19 @@ def skeleton(
         delta = place(model, method, "plan", fill=lambda _: None)
     own = [] if method.trains_base else [p.numel() * p.element_size() for p in delta.parameters()]
     trained = list(delta.parameters())
-    if checkpointing:
-        switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        switch({"use_reentrant": False})
-        if getattr(model, "_require_grads_hook", None) is not None:  # as training does
-            model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     family = delta.family
     return Skeleton(model, delta, len(family.layers), weights, trained, own, _kinds(model, delta, longest))
 
 
-def record_step(built: Skeleton, shape: Shape, device_type: str, *, accumulating: bool = False) -> Record:
+def record_step(
+    built: Skeleton, shape: Shape, device_type: str, *, accumulating: bool = False, in_backward: bool = False
+) -> Record:
     """Record forward, loss and backward. Marks: `F<layer>` before a layer, `head` after the last one, `B<layer>` where
     backward comes to a layer. Gradients of what is trained are labelled, and never freed.
 
     Args:
         accumulating: gradients are there already and are added to; the record then leaves them out.
+        in_backward: each weight is stepped as soon as its gradient is there, which then goes.
     """
     model, trained = built.model, list(built.delta.parameters())
     there = []
@@ -117,7 +129,8 @@ def record_step(built: Skeleton, shape: Shape, device_type: str, *, accumulating
     recorder = _recorder(built, shape, there)
     record = recorder.record
     model.train()
-    with kernels_of(device_type), recorder, _marked(recorder, built):
+    steps = _stepped(recorder, trained) if in_backward else nullcontext()
+    with kernels_of(device_type), recorder, _marked(recorder, built), steps:
         loss, _ = labelled_loss_sum(model, _batch(shape))
         recorder.backward = True
         torch.autograd.backward(loss / shape.all_targets)
@@ -141,6 +154,28 @@ def record_validation(built: Skeleton, shape: Shape, device_type: str) -> Record
         losses = nn.functional.cross_entropy(found.logits.float(), found.targets, reduction="none")
         del found, losses
     return recorder.record
+
+
+@contextmanager
+def _stepped(recorder: Recorder, trained: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hooks that do to memory what stepping in backward does: a float32 copy of a gradient of lower precision, which
+    then goes; and the copy with the step."""
+
+    def step(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        for made in (parameter.grad, gradient):
+            if (number := recorder.number_of(made)) is not None:
+                recorder.record.labels[number] = "gradients"
+        parameter.grad = None
+        del gradient, made
+
+    handles = [parameter.register_post_accumulate_grad_hook(step) for parameter in trained]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _recorder(built: Skeleton, shape: Shape, there: Iterable[Tensor] = ()) -> Recorder:

@@ -1,39 +1,42 @@
-"""Gradient (activation) checkpointing for as long as a run takes."""
+"""Gradient (activation) checkpointing: which way of it a run takes. How it is done: `spectune.deltas.checkpointing`."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from spectune.deltas.checkpointing import Recomputation, modes, recomputing
 
-@contextlib.contextmanager
-def recomputing(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    """Switch recomputation of activations on inside the `with`, and leave the model as it was before.
+__all__ = ["WORDS", "Recomputation", "memory_budget", "modes_of", "recomputing"]
 
-    Newer transformers call it `activation_checkpointing_*` and warn of the old names.
+WORDS: dict[Recomputation, str] = {
+    False: "nothing is recomputed",
+    "selective": "all but matrix products and attention is recomputed (selective)",
+    True: "every block is recomputed (true)",
+    "offload": "every block is recomputed, its input kept in host memory (offload)",
+}
+
+
+def modes_of(model: PreTrainedModel, wanted: Any) -> tuple[Recomputation, ...]:
+    """What a run on this model may do, in the order in which it is tried: the one that is wanted, or all for "auto".
+
+    A model on which the user has switched transformers' own checkpointing on is recomputed at least block by block.
+
+    Raises:
+        ConfigError: "offload" on a model that is not on a CUDA device.
     """
-    if not wanted or _is_on(model):
-        yield
-        return
-    listens = getattr(model, "_require_grads_hook", None) is not None
-    _method(model, "enable")({"use_reentrant": False})
-    if not listens and getattr(model, "_require_grads_hook", None) is not None:
-        # reentrant checkpoints need embeddings with gradients, these do not; and "disable" would leave the hook behind,
-        # so that every later run on this model kept more of its first layer
-        model.disable_input_require_grads()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        _method(model, "disable")()
+    found = modes(wanted, model.device.type)
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return found
+    return found[found.index(True) :] if wanted == "auto" else (True,) if wanted is False else found
 
 
-def _is_on(model: PreTrainedModel) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+def memory_budget(mode: Recomputation) -> float:
+    """What compiled blocks are given as `torch._functorch.config.activation_memory_budget`, from 0 (a block's input
+    alone is kept) to 1 (what the partitioner keeps by itself, recomputing pointwise operations where it is free).
 
-
-def _method(model: PreTrainedModel, verb: str) -> Any:
-    new: Any = getattr(model, f"activation_checkpointing_{verb}", None)
-    return new if new is not None else getattr(model, f"gradient_checkpointing_{verb}")
+    Selective recomputation is the compiler's alone, so `recomputing` leaves compiled blocks to it; whole blocks are
+    recomputed around the compiled call, in which the budget is then nobody's.
+    """
+    return 0.5 if mode == "selective" else 1.0

@@ -20,6 +20,9 @@ class TrainingConfig(BaseModel):
         gradient_accumulation_steps: batches for each step; the step's loss is the mean over all their target tokens.
             A step's rows are drawn at random, and rows of like length then share a batch.
         warmup_steps: 1 and more are steps, below 1 a share of all steps.
+        optim: AdamW as "adamw_torch_fused"; "adamw_8bit" keeps its moments in eight bits (2 bytes a weight, not 8);
+            "adamw_in_backward" steps each weight as soon as its gradient is there (2 bytes a weight of a bfloat16 base
+            less), without clipping and accumulation.
         weight_decay: not on vectors (biases, norms, offsets).
         max_grad_norm: gradients are clipped to this norm; 0 leaves them.
         max_length: tokens of a row; None is the base's context (at most 1,024) less virtual tokens.
@@ -29,6 +32,10 @@ class TrainingConfig(BaseModel):
         load_best_at_end: the delta ends as the best one of validation.
         group_by_length: draw rows of like length for the same step. Less padding, and a worse result: see
             docs/decisions.md for what it cost.
+        gradient_checkpointing: recompute activations in backward instead of keeping them. "auto": only where the plan
+            says that memory does not suffice without, and then the first that fits of "selective" (all but matrix
+            products and attention is recomputed), True (every block), "offload" (every block, with its input in host
+            memory: CUDA only). False never does. A run's numbers do not depend on it.
         torch_compile: compile the decoder's blocks (`spectune.training.compiling`); "auto" does on a device of which
             that is known to pay, where the run is long enough to pay the compiler's time back, and says so.
         resume: go on from `output_dir`.
@@ -48,6 +55,7 @@ class TrainingConfig(BaseModel):
     gradient_accumulation_steps: int = Field(1, ge=1)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: float = Field(0.06, ge=0)
+    optim: Literal["adamw_torch_fused", "adamw_8bit", "adamw_in_backward"] = "adamw_torch_fused"
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -62,7 +70,7 @@ class TrainingConfig(BaseModel):
     early_stopping_patience: int | None = Field(None, ge=1)
     load_best_at_end: bool = True
     group_by_length: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto", "selective", "offload"] = "auto"
     torch_compile: bool | Literal["auto"] = "auto"
     report_to: Literal["none", "tensorboard"] = "none"
     resume: bool = False
@@ -73,4 +81,20 @@ class TrainingConfig(BaseModel):
     def _steps_are_some(self) -> TrainingConfig:
         if self.max_steps == 0:
             raise ValueError("max_steps = 0 trains nothing; give -1 to train by epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_in_backward_are_single(self) -> TrainingConfig:
+        if self.optim != "adamw_in_backward":
+            return self
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"optim=adamw_in_backward and gradient_accumulation_steps={self.gradient_accumulation_steps}: weights "
+                "are stepped in the backward pass of each batch. Set gradient_accumulation_steps=1, or another optim"
+            )
+        if self.max_grad_norm:
+            raise ValueError(
+                f"optim=adamw_in_backward and max_grad_norm={self.max_grad_norm:g}: the norm of all gradients is not "
+                "known before the first weight is stepped. Set max_grad_norm=0, or another optim"
+            )
         return self

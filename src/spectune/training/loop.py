@@ -126,10 +126,12 @@ class Loop:
         collated = [collate(share, self.pad_token_id) if share else None for share in shares]
         first = now.step < self._first_step + MEMORY_STEPS
         memory = self._memory() if first and self._stretch is None else None
+        rate = learning_rate_at(now.step, self.total_steps, self.learning_rate, config)
 
         wait_for(self.model.device)
         begin = time.perf_counter()
         with memory or _nothing():
+            self.optimizer.begin(rate)
             loss_sum = torch.zeros((), device=self.model.device)
             for batch in collated:
                 # the gradient of a step is that of the sum over its target tokens divided by their number, however
@@ -140,7 +142,6 @@ class Loop:
             if not math.isfinite(loss):
                 self.optimizer.clear()
                 raise DivergedError(self._diverged(f"the loss is {loss} in step {now.step + 1}"))
-            rate = learning_rate_at(now.step, self.total_steps, self.learning_rate, config)
             norm = self.optimizer.step(rate, config.max_grad_norm)
         if not math.isfinite(norm):
             raise DivergedError(self._diverged(f"the gradient's norm is {norm} in step {now.step + 1}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from spectune.data import Example, batches, by_length
 from spectune.deltas import Delta
 from spectune.errors import DoesNotFitError, first_line
 from spectune.planning.estimate import Estimate, shown
-from spectune.planning.plan import plan
+from spectune.planning.plan import cheapest_that_fits, plan
 from spectune.planning.recorder import Shape
 from spectune.planning.room import free_memory
+from spectune.training.checkpointing import WORDS, Recomputation, modes_of
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
 from spectune.training.loop import MEMORY_STEPS
@@ -39,25 +40,77 @@ class Predicted:
         memory: terms, and the peaks of the first steps, which are what is measured.
         source: "trace" or "full trace" as the estimate says, "none" where the base could not be described, None where
             nobody asked.
+        checkpointing: how the run recomputes.
+        notice: what the user is told where that was decided here.
     """
 
     estimate: Estimate | None = None
     memory: dict[str, int] = field(default_factory=dict)
     source: str | None = None
+    checkpointing: Recomputation = False
+    notice: str | None = None
 
 
 def predict_memory(
     model: PreTrainedModel, delta: Delta, prepared: Prepared, config: TrainingConfig, world: World
 ) -> Predicted:
-    """The plan of this run. Never raises: what keeps the planner from describing a base is logged, and keeps nobody
-    from training it."""
+    """The plan of this run, with the way of recomputation that it is to take. What keeps the planner from describing a
+    base is logged, and keeps nobody from training it: nothing is recomputed then, unless the user said so.
+
+    Raises:
+        ConfigError: block inputs are to go to host memory, and the model is not on a CUDA device.
+    """
+    possible = modes_of(model, config.gradient_checkpointing)
     if config.memory_check == "off":
-        return Predicted()
+        return Predicted(checkpointing=possible[0])
+    free = free_memory(model.device)
+    room = 0 if free is None else _room(free, model, delta)
     try:
-        return _predicted(model, delta, prepared, config, world)
+        steps = [[shape_of(batch) for batch in step] for step in _first_steps(prepared.examples, config, world)]
+        if free is None:
+            return _predicted(model, delta, prepared, config, steps, possible[0])
+        found = cheapest_that_fits(
+            possible,
+            lambda mode: _predicted(model, delta, prepared, config, steps, mode),
+            lambda predicted: _fits_well(predicted, room),
+        )
     except Exception as error:
         log.warning("the memory of this run is not predicted: %s: %s", type(error).__name__, first_line(error))
-        return Predicted(source="none")
+        return Predicted(source="none", checkpointing=possible[0])
+    if found.checkpointing == possible[0]:
+        return found
+    assert found.estimate is not None
+    plain = _predicted(model, delta, prepared, config, steps, possible[0]).estimate
+    assert plain is not None
+    notice = (
+        f"gradient checkpointing: {WORDS[found.checkpointing]}: predicted {shown(found.estimate.peak_reserved)}, where "
+        f"{shown(plain.peak_reserved)} would be taken if {WORDS[possible[0]]}, and {shown(room)} is free"
+    )
+    if found.estimate.host:
+        notice += f"; {shown(found.estimate.host)} of host memory"
+    return replace(found, notice=notice)
+
+
+def _fits_well(predicted: Predicted, room: int) -> bool:
+    """Whether there is room for what the allocator holds too (`check_memory` refuses only where tensors alone are too
+    many): recomputing costs less than running out of memory. For block inputs, host memory has to suffice."""
+    estimate = predicted.estimate
+    assert estimate is not None
+    return max(estimate.peak_reserved, int(MARGIN * _least(estimate))) <= room and _host_suffices(estimate)
+
+
+def _host_suffices(estimate: Estimate) -> bool:
+    free = free_memory("cpu") if estimate.host else None
+    return free is None or estimate.host <= free
+
+
+def _least(estimate: Estimate) -> int:
+    return max(estimate.peak_allocated, estimate.validation or 0)
+
+
+def _room(free: int, model: PreTrainedModel, delta: Delta) -> int:
+    """Bytes for the run: the model is there already, and so is what the plan counts as its weights."""
+    return free + sum(t.numel() * t.element_size() for t in {*model.parameters(), *delta.parameters()})
 
 
 def check_memory(predicted: Predicted, model: PreTrainedModel, delta: Delta, check: str) -> None:
@@ -69,17 +122,16 @@ def check_memory(predicted: Predicted, model: PreTrainedModel, delta: Delta, che
     estimate, free = predicted.estimate, free_memory(model.device)
     if estimate is None or free is None:
         return
-    # the model is there already, and so is what the plan counts as its weights
-    room = free + sum(t.numel() * t.element_size() for t in {*model.parameters(), *delta.parameters()})
-    least = max(estimate.peak_allocated, estimate.validation or 0)
-    if least * MARGIN <= room:
+    room, least = _room(free, model, delta), _least(estimate)
+    if least * MARGIN <= room and _host_suffices(estimate):
         return
     # the context is the process's and was taken before
     memory = int(room / MARGIN) + estimate.context
     message = (
         f"{delta.method.label} with a batch of {estimate.batch} rows of {estimate.length} tokens is predicted to take "
-        f"{shown(least)} of memory, and {shown(room)} is free for it. {estimate.advice(memory)} "
-        f"{estimate.most(memory)} memory_check=warn tries it all the same."
+        f"{shown(least)} of memory ({WORDS[estimate.gradient_checkpointing]}), and {shown(room)} is free for it. "
+        + (f"It takes {shown(estimate.host)} of host memory too. " if estimate.host else "")
+        + f"{estimate.advice(memory)} {estimate.most(memory)} memory_check=warn tries it all the same."
     )
     if check == "refuse":
         raise DoesNotFitError(message)
@@ -87,14 +139,19 @@ def check_memory(predicted: Predicted, model: PreTrainedModel, delta: Delta, che
 
 
 def _predicted(
-    model: PreTrainedModel, delta: Delta, prepared: Prepared, config: TrainingConfig, world: World
+    model: PreTrainedModel,
+    delta: Delta,
+    prepared: Prepared,
+    config: TrainingConfig,
+    steps: list[list[Shape]],
+    mode: Recomputation,
 ) -> Predicted:
-    steps = [[shape_of(batch) for batch in step] for step in _first_steps(prepared.examples, config, world)]
     first = steps[0][0]
     asked: dict[str, Any] = {
         "batch": first.rows,
         "length": first.length,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing": mode,
+        "optim": config.optim,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "device": model.device.type,
         "targets": first.targets,
@@ -114,7 +171,7 @@ def _predicted(
         with torch.random.fork_rng(devices=[]):
             estimate = plan(model, delta.method, **asked)
             memory = estimate.of_first_steps(steps).memory()
-        _predictions[key] = Predicted(estimate, memory, estimate.source)
+        _predictions[key] = Predicted(estimate, memory, estimate.source, mode)
     return _predictions[key]
 
 

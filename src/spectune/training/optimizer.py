@@ -13,23 +13,37 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from spectune.compute.stepping import step_groups
 from spectune.errors import DataError
 from spectune.training.config import TrainingConfig
 
 
 class MasterAdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); vectors have no weight decay."""
+    """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); vectors have no weight decay.
+
+    Beside 2 bytes of a bfloat16 weight and 2 of its gradient it holds 12: master and two moments. In the step,
+    gradients are cast in groups (`spectune.compute.stepping`), each of which is stepped and cleared before the next is
+    cast.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.masters: list[Tensor] = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True) for p in self.parameters
         ]
+        whole = [index for index, p in enumerate(self.parameters) if p.dtype == torch.float32]
+        lower = [index for index, p in enumerate(self.parameters) if p.dtype != torch.float32]
+        parts = step_groups([self.parameters[index].numel() for index in lower])
+        #: weights that are stepped together, by number
+        self.groups = [*([whole] if whole else []), *([lower[index] for index in part] for part in parts)]
+        self.inner = self._adamw(self.masters, config, learning_rate)
+
+    def _adamw(self, masters: Sequence[Tensor], config: TrainingConfig, learning_rate: float) -> torch.optim.AdamW:
         groups = [
-            {"params": [m for m in self.masters if m.dim() > 1], "weight_decay": config.weight_decay},
-            {"params": [m for m in self.masters if m.dim() <= 1], "weight_decay": 0.0},
+            {"params": [m for m in masters if m.dim() > 1], "weight_decay": config.weight_decay},
+            {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0},
         ]
-        self.inner = torch.optim.AdamW(
+        return torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -37,23 +51,60 @@ class MasterAdamW:
             fused=True,
         )
 
+    def begin(self, learning_rate: float) -> None:
+        """To be called before the backward pass of a step."""
+
+    @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Clip, step, clear the gradients. Returns the norm before clipping; a step with a norm that is not finite is
-        not taken."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-        norm = float(nn.utils.clip_grad_norm_(self.masters, max_grad_norm or math.inf))
-        if math.isfinite(norm):
+        """Clip by the norm of all gradients, step, clear the gradients. Returns the norm before clipping; a step with a
+        norm that is not finite is not taken."""
+        gradients = self.take_gradients()
+        norm = global_norm([gradient for gradient in gradients if gradient is not None])
+        if norm is None:
+            return 0.0
+        found = float(norm)
+        if math.isfinite(found):
             for group in self.inner.param_groups:
                 group["lr"] = learning_rate
-            self.inner.step()
-            with torch.no_grad():
-                for parameter, master in zip(self.parameters, self.masters, strict=True):
-                    if master is not parameter:
-                        parameter.copy_(master)
+            for members in self.groups:
+                self._step(members, gradients, max_grad_norm or math.inf, norm)
+        return found
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """The gradients, which the weights have no more: `inner` steps what has one."""
+        found = [parameter.grad for parameter in self.parameters]
         self.clear()
-        return norm
+        return found
+
+    def _step(self, members: Sequence[int], gradients: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
+        """Cast, scale and step some of the weights.
+
+        Args:
+            gradients: of all weights; those of the members are taken out.
+            norm: of all gradients.
+        """
+        stepped = [index for index in members if gradients[index] is not None]
+        for index in stepped:
+            gradient, gradients[index] = gradients[index], None
+            assert gradient is not None
+            self.masters[index].grad = gradient.float()
+            del gradient  # its memory is free before the next is cast
+        if not stepped:
+            return
+        nn.utils.clip_grads_with_norm_([self.masters[index] for index in stepped], max_norm, norm)
+        self.inner.step()
+        copied = [index for index in stepped if self.masters[index] is not self.parameters[index]]
+        if copied:
+            torch._foreach_copy_([self.parameters[i] for i in copied], [self.masters[i] for i in copied])
+        for index in stepped:
+            self.masters[index].grad = None
+
+    def close(self) -> None:
+        """To be called when the run ends."""
+
+    def inner_of(self, master: Tensor) -> torch.optim.Optimizer:
+        """The optimizer that holds the states of a master."""
+        return self.inner
 
     def clear(self) -> None:
         for tensor in (*self.parameters, *self.masters):
@@ -62,7 +113,8 @@ class MasterAdamW:
     def tensors(self) -> list[Tensor]:
         """Everything it holds beside the parameters: masters and moments."""
         own = [m for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
-        return own + [t for state in self.inner.state.values() for t in state.values() if isinstance(t, Tensor)]
+        states = [self.inner_of(master).state.get(master, {}) for master in self.masters]
+        return own + [t for state in states for t in state.values() if isinstance(t, Tensor)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments, step counts and masters as flat tensors `<index>.<name>`, for safetensors."""
@@ -70,7 +122,7 @@ class MasterAdamW:
         for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
             if master is not parameter:
                 found[f"{index}.master"] = master.detach()
-            for name, value in self.inner.state.get(master, {}).items():
+            for name, value in self.inner_of(master).state.get(master, {}).items():
                 found[f"{index}.{name}"] = value
         return found
 
@@ -86,7 +138,17 @@ class MasterAdamW:
                     master.copy_(value)
             else:
                 place = value.device if name == "step" and master.device.type == "cpu" else master.device
-                self.inner.state[master][name] = value.to(place, copy=True)
+                self.inner_of(master).state[master][name] = value.to(place, copy=True)
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor | None:
+    """The norm of all gradients together, in float32 whatever they are: a scalar, None where there is no gradient. For
+    float32 the same, bit for bit, as `torch.nn.utils.get_total_norm`."""
+    if not gradients:
+        return None
+    norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
+    found: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), 2.0)
+    return found
 
 
 def learning_rate_at(step: int, total: int, peak: float, config: TrainingConfig) -> float:

@@ -31,6 +31,7 @@ class RunResult(BaseModel):
     `predicted_memory_bytes` is what the plan said of the longest batch before the first step (`spectune.plan`): terms,
     and `peak_allocated` and `peak_reserved` to hold against `train_allocated` and `train_reserved`;
     `memory_prediction_source` says how it came about, "none" where the base could not be described.
+    `gradient_checkpointing`: what was recomputed (false, "selective", true, "offload"), whatever the setting was.
     Decoding speeds are medians over rounds, their `_spread` is half the interquartile range; `inference_overhead_range`
     are the quartiles of the extra time over the rounds, as shares of the bare base's time in the same round.
     `retained_sha256`: of the passages that forgetting was measured on; `forgetting_by_passage`: nats, summed over each.
@@ -65,6 +66,7 @@ class RunResult(BaseModel):
     peak_memory_bytes: dict[str, int] = Field(default_factory=dict)
     predicted_memory_bytes: dict[str, int] = Field(default_factory=dict)
     memory_prediction_source: str | None = None
+    gradient_checkpointing: bool | str | None = None
     stopped_early: bool = False
     metrics: dict[str, float] = Field(default_factory=dict)
     forgetting_kl_nats_per_token: float | None = None

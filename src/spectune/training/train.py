@@ -14,7 +14,7 @@ from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
 from spectune.training.checkpoint import Progress, latest_checkpoint, read_state, restore
-from spectune.training.checkpointing import recomputing
+from spectune.training.checkpointing import memory_budget, recomputing
 from spectune.training.compiling import compiled, worth_compiling
 from spectune.training.config import TrainingConfig
 from spectune.training.display import Display
@@ -23,7 +23,7 @@ from spectune.training.environment import environment
 from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.memory import Predicted, check_memory, predict_memory
-from spectune.training.optimizer import MasterAdamW
+from spectune.training.optimizers import make_optimizer
 from spectune.training.prepare import DEFAULT_LENGTH, Prepared, prepare
 from spectune.training.result import RunResult
 from spectune.training.run_folder import RunFolder, check_folder, load_end
@@ -87,7 +87,7 @@ def train(
         )
     predicted = predict_memory(model, delta, prepared, config, world)
     check_memory(predicted, model, delta, config.memory_check)
-    optimizer = MasterAdamW(trained, config, prepared.learning_rate)
+    optimizer = make_optimizer(trained, config, prepared.learning_rate, world.size)
     progress, best = Progress(), None
     if folder is not None and config.resume and (checkpoint := latest_checkpoint(folder)) is not None:
         progress, recorded = read_state(checkpoint)
@@ -106,9 +106,11 @@ def train(
         tokenizer,
         prepared.rows,
     )
-    run.begin(prepared.encoded, environment(), origin or {})
+    run.begin(prepared.encoded, {**environment(), "gradient_checkpointing": predicted.checkpointing}, origin or {})
     total = total_steps(len(prepared.examples), config, world.size)
     _announce(out, delta, prepared, total, config)
+    if predicted.notice is not None:
+        out.print(predicted.notice, soft_wrap=True, highlight=False, markup=False)
     compiling = _compiles(out, model, delta, prepared, total, config)
     loop = Loop(
         model=model,
@@ -132,8 +134,8 @@ def train(
         # by name: whatever else is attached, or active, this delta is what is trained and validated
         with (
             route(model, delta.name),
-            recomputing(model, config.gradient_checkpointing),
-            compiled(model, delta.family, compiling),
+            compiled(model, delta.family, compiling, memory_budget=memory_budget(predicted.checkpointing)),
+            recomputing(model, predicted.checkpointing),
             Display(out, delta.method.label, total, progress.step) as display,
         ):
             stopped = loop.run(display)
@@ -142,6 +144,7 @@ def train(
         raise
     finally:
         model.train(False)
+        optimizer.close()
         run.close()
     if config.load_best_at_end and progress.best_step != progress.step:
         delta.load_training_state_dict(run.best)
@@ -225,6 +228,7 @@ def _result(run: RunFolder, prepared: Prepared, predicted: Predicted, stopped: b
         peak_memory_bytes=progress.peak_memory_bytes,
         predicted_memory_bytes=predicted.memory,
         memory_prediction_source=predicted.source,
+        gradient_checkpointing=predicted.checkpointing,
         stopped_early=stopped,
         folder=None if config.output_dir is None else str(config.output_dir),
     )

@@ -1,0 +1,165 @@
+"""Recomputation of blocks in backward: every block, all but its products, or every block with its input on the host.
+
+The whole call of a block is recomputed, hooks included, not its `forward` as transformers does: what a delta does with
+a block's output would be kept otherwise. The call is replaced at `nn.Module._compiled_call_impl`, where torch itself
+puts a compiled call, so a compiled block is recomputed as it is. FSDP2's own hooks run again in the recomputation, for
+which it is made ("module-hook-based activation checkpointing").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import Cache, PreTrainedModel
+
+from spectune.compute.offload import CudaTransfers, HostStates, Transfers
+from spectune.compute.selective import policy
+from spectune.deltas.registry import Registry
+from spectune.errors import ConfigError
+from spectune.families import describe
+
+log = logging.getLogger("spectune")
+
+#: nothing is recomputed; all but products and attention; every block; every block, its input in host memory
+Recomputation = bool | Literal["selective", "offload"]
+#: from the fastest to the leanest
+ORDER: tuple[Recomputation, ...] = (False, "selective", True, "offload")
+
+
+@contextlib.contextmanager
+def recomputing(model: PreTrainedModel, mode: Recomputation, *, transfers: Transfers | None = None) -> Iterator[None]:
+    """Recompute the blocks of `model` in training inside the `with`, and leave it as it was before.
+
+    Blocks that are to be compiled are compiled before this; then selective recomputation is the compiler's
+    (`spectune.training.checkpointing.memory_budget`), and nothing is done here.
+
+    Args:
+        transfers: copies for "offload" instead of those of the model's CUDA device.
+
+    Raises:
+        ConfigError: "offload" without a CUDA device.
+    """
+    if mode is False:
+        yield
+        return
+    on: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in on:  # by transformers' own means, inside of ours: once is enough
+        module.gradient_checkpointing = False
+    blocks = []
+    try:
+        blocks = recompute(model, mode, transfers=transfers)
+        yield
+    finally:
+        for block in blocks:
+            block.close()
+        for module in on:
+            module.gradient_checkpointing = True
+
+
+def recompute(
+    model: PreTrainedModel, mode: Recomputation, *, transfers: Transfers | None = None
+) -> list[RecomputedBlock]:
+    """The same until each of what is returned is closed."""
+    if mode is False:
+        return []
+    registry = Registry.of(model)
+    family = describe(model) if registry is None else registry.family
+    modules = dict(model.named_modules())
+    layers = [modules[layer.path] for layer in family.layers if layer.path in modules]
+    settings: dict[str, Any] = {}
+    if mode == "selective":
+        chosen = policy(family.hidden_size)
+        settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, chosen)
+        layers = [layer for layer in layers if layer._compiled_call_impl is None]
+    states = None
+    if mode == "offload":
+        states = HostStates(transfers or _transfers(model.device))
+    return [RecomputedBlock(model, layer, settings, states, last=layer is layers[-1]) for layer in layers]
+
+
+def _transfers(device: torch.device) -> Transfers:
+    modes("offload", device.type)
+    return CudaTransfers(device)
+
+
+def modes(wanted: Recomputation | Literal["auto"], device_type: str) -> tuple[Recomputation, ...]:
+    """What may be done on such a device, in the order in which it is tried: all of it for "auto", else what is wanted.
+
+    Raises:
+        ConfigError: "offload" is wanted, and block inputs are in host memory already.
+    """
+    if wanted == "offload" and device_type != "cuda":
+        raise ConfigError(
+            f"gradient_checkpointing=offload needs a CUDA device, and the model is on {device_type!r}, which has no "
+            "memory beside the host's. Use true (every block) or selective."
+        )
+    if wanted != "auto":
+        return (wanted,)
+    return ORDER if device_type == "cuda" else ORDER[:-1]
+
+
+class RecomputedBlock:
+    """Stands in for the call of one block of a model."""
+
+    def __init__(
+        self, model: nn.Module, layer: nn.Module, settings: dict[str, Any], states: HostStates | None, *, last: bool
+    ) -> None:
+        self.model, self.layer, self.settings, self.states, self.last = model, layer, settings, states, last
+        self.before = layer._compiled_call_impl
+        layer.__dict__["_compiled_call_impl"] = self
+
+    def close(self) -> None:
+        """The block's own call again."""
+        if self.layer.__dict__.get("_compiled_call_impl") is not self:
+            log.warning("a block was compiled while it was recomputed, which took its place: compile before that")
+            return
+        if self.before is None:
+            del self.layer.__dict__["_compiled_call_impl"]
+        else:
+            self.layer.__dict__["_compiled_call_impl"] = self.before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.before or self.layer._call_impl
+        if not (self.layer.training and torch.is_grad_enabled()):
+            return call(*args, **kwargs)
+        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            _say_cache()
+            return call(*args, **kwargs)
+        # the route as it lies over this pass, which is another by the time that backward runs
+        registry = Registry.of(self.model)
+        call = call if registry is None else registry.keeping_route(call)
+        place, hidden = _hidden_states(args, kwargs)
+        # what is recomputed may not hold its input beside the checkpoint, which may send it away
+        others = tuple(None if index == place else value for index, value in enumerate(args))
+        named = {name: value for name, value in kwargs.items() if name != place}
+
+        def again(states: Tensor) -> Any:
+            if isinstance(place, str):
+                return call(*others, **named, **{place: states})
+            return call(*others[:place], states, *others[place + 1 :], **named)
+
+        with contextlib.ExitStack() as stack:
+            if self.states is not None:
+                stack.enter_context(self.states.leaving(hidden, last=self.last))
+            return checkpoint(again, hidden, use_reentrant=False, **self.settings)
+
+
+@functools.cache
+def _say_cache() -> None:
+    log.warning("blocks that are given a cache are not recomputed: a second pass would write into it again")
+
+
+def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, Tensor]:
+    """The block's input: its first floating-point tensor, and where it stands."""
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, value in given:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return place, value
+    raise ConfigError("a block was called without hidden states: gradient_checkpointing=false runs it as it is")

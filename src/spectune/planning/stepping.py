@@ -1,0 +1,122 @@
+"""What the optimizer holds between steps, and what its step makes and frees, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+
+from torch import nn
+
+from spectune.compute.eight_bit import BLOCK, LEAST
+from spectune.compute.stepping import step_groups
+
+FLOAT = 4
+#: what is made or freed: a weight's `gradient`, its float32 `copy`, a `state` that stays, `codes` of one in eight bits
+Event = tuple[str, int]
+
+
+class Stepping:
+    """AdamW in one of its forms (the setting `optim`) over some weights.
+
+    Attributes:
+        masters: bytes of each float32 master of a weight of lower precision.
+        states: of everything else that stays between steps, in the order of making.
+    """
+
+    def __init__(self, trained: Sequence[nn.Parameter], optim: str) -> None:
+        self.optim = optim
+        self.masters = [FLOAT * p.numel() for p in trained if p.element_size() != FLOAT]
+        self.groups = _groups(trained, optim)
+        self.states = [size for group in self.groups for p in _matrices_first(group) for size in self._stays(p)]
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether weights are stepped in backward, where what a step makes is part of what backward does."""
+        return self.optim == "adamw_in_backward"
+
+    def events(self, *, first: bool) -> Iterator[Event]:
+        """The step after backward: a name and bytes, negative for what is freed.
+
+        Args:
+            first: states are made in this step.
+        """
+        if self.in_backward:
+            if first:
+                yield from (("state", size) for size in self.states)
+            return
+        for group in self.groups:
+            if not first:
+                for p in group:
+                    yield from self._decoding(p)
+            for p in group:
+                if p.element_size() != FLOAT:
+                    yield "copy", FLOAT * p.numel()
+                    yield "gradient", -p.numel() * p.element_size()
+            if first:
+                yield from (("state", size) for p in _matrices_first(group) for size in _moments(p))
+            for p in group:
+                yield ("gradient" if p.element_size() == FLOAT else "copy"), -FLOAT * p.numel()
+            for p in group:
+                yield from self._encoding(p)
+
+    def most(self, *, first: bool) -> int:
+        """Bytes by which the step takes more than there is before it, at most."""
+        return max(accumulate((size for _, size in self.events(first=first)), initial=0))
+
+    def _coded(self, parameter: nn.Parameter) -> bool:
+        return self.optim == "adamw_8bit" and parameter.numel() >= LEAST
+
+    def _stays(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return (FLOAT, *_codes(parameter), *_codes(parameter)) if self._coded(parameter) else _moments(parameter)
+
+    def _decoding(self, parameter: nn.Parameter) -> Iterator[Event]:
+        if not self._coded(parameter):
+            return
+        padded = FLOAT * _padded(parameter)
+        for _ in range(2):
+            yield from (("copy", padded), ("state", padded), ("copy", -padded))
+        for size in (*_codes(parameter), *_codes(parameter)):
+            yield "codes", -size
+
+    def _encoding(self, parameter: nn.Parameter) -> Iterator[Event]:
+        if not self._coded(parameter):
+            return
+        padded = FLOAT * _padded(parameter)
+        codes, scales = _codes(parameter)
+        for _ in range(2):
+            filled = padded if parameter.numel() % BLOCK else 0
+            if filled:
+                yield "copy", filled
+            yield from (("copy", padded), ("codes", scales), ("copy", -padded))
+            yield from (("copy", padded), ("copy", padded), ("codes", codes))
+            yield from (("copy", -padded), ("copy", -padded))
+            if filled:
+                yield "copy", -filled
+            yield "state", -FLOAT * parameter.numel()
+
+
+def _groups(trained: Sequence[nn.Parameter], optim: str) -> list[list[nn.Parameter]]:
+    """What is stepped together: float32 weights at once, others (in eight bits: all) in groups."""
+    whole = [] if optim == "adamw_8bit" else [p for p in trained if p.element_size() == FLOAT]
+    rest = [p for p in trained if optim == "adamw_8bit" or p.element_size() != FLOAT]
+    parts = step_groups([p.numel() for p in rest])
+    return [*([whole] if whole else []), *([rest[index] for index in part] for part in parts)]
+
+
+def _matrices_first(group: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """In the order in which the optimizer makes their states."""
+    return sorted(group, key=lambda p: p.dim() <= 1)
+
+
+def _moments(parameter: nn.Parameter) -> tuple[int, int, int]:
+    """The count of steps and two moments."""
+    return FLOAT, FLOAT * parameter.numel(), FLOAT * parameter.numel()
+
+
+def _padded(parameter: nn.Parameter) -> int:
+    return -(-parameter.numel() // BLOCK) * BLOCK
+
+
+def _codes(parameter: nn.Parameter) -> tuple[int, int]:
+    """Of one moment: a byte each, and a float32 scale for each block."""
+    return _padded(parameter), FLOAT * _padded(parameter) // BLOCK

@@ -1,0 +1,78 @@
+"""AdamW whose moments are kept in eight bits: 2 bytes a weight instead of 8.
+
+The step is `MasterAdamW`'s in float32; between steps the first moment and the root of the second are kept as codes
+(`spectune.compute.eight_bit`). The root, not the second moment itself: a small one would be rounded to none, and the
+step divided by nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spectune.compute.eight_bit import LEAST, codes_of, values_of
+from spectune.compute.stepping import step_groups
+from spectune.training.config import TrainingConfig
+from spectune.training.optimizer import MasterAdamW
+
+#: name of a moment -> whether it may be negative
+_MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
+
+
+class EightBitAdamW(MasterAdamW):
+    """`MasterAdamW` with moments of weights of at least 4,096 numbers in eight bits."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float) -> None:
+        super().__init__(parameters, config, learning_rate)
+        # float32 weights in groups too: their moments are decoded for the step
+        self.groups = step_groups([parameter.numel() for parameter in self.parameters])
+        #: number of a weight -> name of a moment -> codes and scales
+        self.codes: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+
+    @torch.no_grad()
+    def _step(self, members: Sequence[int], gradients: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
+        stepped = [index for index in members if gradients[index] is not None]
+        for index in stepped:
+            self._decode(index)
+        super()._step(members, gradients, max_norm, norm)
+        for index in stepped:
+            self._encode(index)
+
+    def _decode(self, index: int) -> None:
+        master = self.masters[index]
+        for name, (codes, scales) in self.codes.pop(index, {}).items():
+            values = values_of(codes, scales, master.shape, signed=_MOMENTS[name])
+            self.inner.state[master][name] = values if _MOMENTS[name] else values.square_()
+
+    def _encode(self, index: int) -> None:
+        master = self.masters[index]
+        if master.numel() < LEAST:
+            return
+        state = self.inner.state[master]
+        self.codes[index] = {}
+        for name, signed in _MOMENTS.items():
+            values = state.pop(name)
+            self.codes[index][name] = codes_of(values if signed else values.sqrt_(), signed=signed)
+            del values
+
+    def tensors(self) -> list[Tensor]:
+        coded = [part for moments in self.codes.values() for pair in moments.values() for part in pair]
+        return super().tensors() + coded
+
+    def state_dict(self) -> dict[str, Tensor]:
+        found = super().state_dict()
+        for index, moments in self.codes.items():
+            for name, (codes, scales) in moments.items():
+                found[f"{index}.{name}_codes"], found[f"{index}.{name}_scales"] = codes, scales
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict({key: value for key, value in state.items() if not key.endswith(("_codes", "_scales"))})
+        for key, codes in state.items():
+            if key.endswith("_codes"):
+                index, _, name = key.removesuffix("_codes").partition(".")
+                place = self.masters[int(index)].device
+                pair = codes.to(place, copy=True), state[f"{index}.{name}_scales"].to(place, copy=True)
+                self.codes.setdefault(int(index), {})[name] = pair
