@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import modeling_utils
 
+from spectune.compute.head import linear_head
+from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum
+
 #: a label that is not a target: prompt and padding
 IGNORED = -100
 
@@ -93,11 +96,43 @@ def labelled_logits(model: nn.Module, batch: Mapping[str, Any]) -> LabelledLogit
     return LabelledLogits(logits[keep], targets[keep], keep.nonzero()[:, 0])
 
 
-def labelled_loss_sum(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
-    """`causal_lm_loss_sum` of the model on a batch, without logits that no target needs. Same arguments as
-    `labelled_logits`, same result as `causal_lm_loss_sum(model(...).logits, labels)` up to float32 rounding."""
-    found = labelled_logits(model, batch)
-    return F.cross_entropy(found.logits.float(), found.targets, reduction="sum"), found.targets.numel()
+def labelled_loss_sum(model: nn.Module, batch: Mapping[str, Any], *, fuse: bool = False) -> tuple[Tensor, int]:
+    """`causal_lm_loss_sum` of the model on a batch, without logits that no target needs, and a chunk of them at a time.
+
+    Where the model's logits are a linear head's (see `linear_head`), the decoder is called and the head's loss is taken
+    in chunks (`linear_cross_entropy_sum`), so that the logits never exist at once. Where not, they come from
+    `labelled_logits`. Same arguments as that, same result as `causal_lm_loss_sum(model(...).logits, labels)` up to
+    rounding.
+
+    Args:
+        fuse: as `linear_cross_entropy_sum` has it; without effect on logits that exist.
+
+    Raises:
+        ValueError: the decoder gives hidden states for other positions than the batch has.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs.setdefault("use_cache", False)
+    head = linear_head(model, inputs)
+    if head is None:
+        found = labelled_logits(model, batch)
+        return F.cross_entropy(found.logits.float(), found.targets, reduction="sum"), found.targets.numel()
+    labels: Tensor = batch["labels"]
+    # before the decoder runs: how many there are is asked of the device, which has least to finish now
+    places = F.pad(target_mask(labels), (0, 1)).nonzero()
+    positions = places[:, 0] * labels.shape[1] + places[:, 1]
+    targets = labels.flatten().index_select(0, positions + 1)
+    hidden = head.hidden(inputs)
+    if hidden.shape[:2] != labels.shape:
+        raise ValueError(
+            f"the decoder of {type(model).__name__} gave hidden states for {list(hidden.shape[:2])} [batch, positions]; "
+            f"expected {list(labels.shape)}. Use causal_lm_loss_sum on the model's logits."
+        )
+    rows = hidden.flatten(0, 1).index_select(0, positions)
+    del hidden
+    loss = linear_cross_entropy_sum(
+        rows, head.weight, targets, head.bias, scale=head.scale, softcap=head.softcap, fuse=fuse
+    )
+    return loss, targets.numel()
 
 
 def head_selection(model: nn.Module) -> str:
