@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import modeling_utils
 
-from spectune.compute.head import linear_head
+from spectune.compute.head import LinearHead, linear_head
 from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum
 
 #: a label that is not a target: prompt and padding
@@ -76,8 +76,7 @@ def labelled_logits(model: nn.Module, batch: Mapping[str, Any]) -> LabelledLogit
     Args:
         batch: what the model takes (`input_ids`, `attention_mask`, ...) and `labels` `[batch, length]`.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    inputs.setdefault("use_cache", False)
+    inputs = _inputs(batch)
     labels: Tensor = batch["labels"]
     keep, targets = target_mask(labels), labels[:, 1:]
     positions = _positions_for_head(keep, head_selection(model))
@@ -110,8 +109,7 @@ def labelled_loss_sum(model: nn.Module, batch: Mapping[str, Any], *, fuse: bool 
     Raises:
         ValueError: the decoder gives hidden states for other positions than the batch has.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    inputs.setdefault("use_cache", False)
+    inputs = _inputs(batch)
     head = linear_head(model, inputs)
     if head is None:
         found = labelled_logits(model, batch)
@@ -133,6 +131,11 @@ def labelled_loss_sum(model: nn.Module, batch: Mapping[str, Any], *, fuse: bool 
         rows, head.weight, targets, head.bias, scale=head.scale, softcap=head.softcap, fuse=fuse
     )
     return loss, targets.numel()
+
+
+def find_head(model: nn.Module, batch: Mapping[str, Any]) -> LinearHead | None:
+    """What `labelled_loss_sum` finds out in its first call for a model and then keeps: see `linear_head`."""
+    return linear_head(model, _inputs(batch))
 
 
 def head_selection(model: nn.Module) -> str:
@@ -160,6 +163,10 @@ def _slice_takes_rows() -> bool:
         return False
     picked = function(torch.zeros(2, 3, 1), torch.tensor([[0], [2]]))
     return tuple(picked.shape) == (2, 1, 1)
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {"use_cache": False, **{name: value for name, value in batch.items() if name != "labels"}}
 
 
 def _positions_for_head(keep: Tensor, selection: str) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from spectune.compute.losses import labelled_logits, labelled_loss_sum
+from spectune.compute.losses import find_head, labelled_logits, labelled_loss_sum
 from spectune.deltas import Delta, Method
 from spectune.deltas.attach import place
 from spectune.families import Family
@@ -27,6 +27,8 @@ from spectune.planning.recorder import Record, Recorder, Shape
 #: it takes equal neighbours to see what a layer does to its neighbours' tensors
 FEW = 4
 REPEATED = 2
+#: of which it is found out how the model makes its logits
+_TINY = Shape(rows=1, length=2, targets=1, all_targets=1)
 
 
 @dataclass
@@ -101,12 +103,15 @@ def skeleton(
     return Skeleton(model, delta, len(family.layers), weights, trained, own, _kinds(model, delta, longest))
 
 
-def record_step(built: Skeleton, shape: Shape, device_type: str, *, accumulating: bool = False) -> Record:
+def record_step(
+    built: Skeleton, shape: Shape, device_type: str, *, accumulating: bool = False, fuse: bool = False
+) -> Record:
     """Record forward, loss and backward. Marks: `F<layer>` before a layer, `head` after the last one, `B<layer>` where
     backward comes to a layer. Gradients of what is trained are labelled, and never freed.
 
     Args:
         accumulating: gradients are there already and are added to; the record then leaves them out.
+        fuse: of the loss, as `labelled_loss_sum` has it.
     """
     model, trained = built.model, list(built.delta.parameters())
     there = []
@@ -117,8 +122,10 @@ def record_step(built: Skeleton, shape: Shape, device_type: str, *, accumulating
     recorder = _recorder(built, shape, there)
     record = recorder.record
     model.train()
+    with kernels_of(device_type), Recorder(_TINY, ()):  # asked once a model, before its first step: no part of any
+        find_head(model, _batch(_TINY))
     with kernels_of(device_type), recorder, _marked(recorder, built):
-        loss, _ = labelled_loss_sum(model, _batch(shape))
+        loss, _ = labelled_loss_sum(model, _batch(shape), fuse=fuse)
         recorder.backward = True
         torch.autograd.backward(loss / shape.all_targets)
         del loss
