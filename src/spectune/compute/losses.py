@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import modeling_utils
 
 from spectune.compute.head import LinearHead, linear_head
-from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum
+from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum, rows_of_a_chunk
 
 #: a label that is not a target: prompt and padding
 IGNORED = -100
@@ -95,7 +95,9 @@ def labelled_logits(model: nn.Module, batch: Mapping[str, Any]) -> LabelledLogit
     return LabelledLogits(logits[keep], targets[keep], keep.nonzero()[:, 0])
 
 
-def labelled_loss_sum(model: nn.Module, batch: Mapping[str, Any], *, fuse: bool = False) -> tuple[Tensor, int]:
+def labelled_loss_sum(
+    model: nn.Module, batch: Mapping[str, Any], *, fuse: bool = False, device_type: str | None = None
+) -> tuple[Tensor, int]:
     """`causal_lm_loss_sum` of the model on a batch, without logits that no target needs, and a chunk of them at a time.
 
     Where the model's logits are a linear head's (see `linear_head`), the decoder is called and the head's loss is taken
@@ -105,6 +107,7 @@ def labelled_loss_sum(model: nn.Module, batch: Mapping[str, Any], *, fuse: bool 
 
     Args:
         fuse: as `linear_cross_entropy_sum` has it; without effect on logits that exist.
+        device_type: whose chunks are taken, "cpu" or "cuda"; by default that of the batch (a planner's is on "meta").
 
     Raises:
         ValueError: the decoder gives hidden states for other positions than the batch has.
@@ -127,8 +130,9 @@ def labelled_loss_sum(model: nn.Module, batch: Mapping[str, Any], *, fuse: bool 
         )
     rows = hidden.flatten(0, 1).index_select(0, positions)
     del hidden
+    size = rows_of_a_chunk(rows.shape[0], head.weight.shape[0], device_type or rows.device.type)
     loss = linear_cross_entropy_sum(
-        rows, head.weight, targets, head.bias, scale=head.scale, softcap=head.softcap, fuse=fuse
+        rows, head.weight, targets, head.bias, scale=head.scale, softcap=head.softcap, chunk_rows=size, fuse=fuse
     )
     return loss, targets.numel()
 

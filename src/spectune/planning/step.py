@@ -125,7 +125,7 @@ def record_step(
     with kernels_of(device_type), Recorder(_TINY, ()):  # asked once a model, before its first step: no part of any
         find_head(model, _batch(_TINY))
     with kernels_of(device_type), recorder, _marked(recorder, built):
-        loss, _ = labelled_loss_sum(model, _batch(shape), fuse=fuse)
+        loss, _ = labelled_loss_sum(model, _batch(shape), fuse=fuse, device_type=device_type)
         recorder.backward = True
         torch.autograd.backward(loss / shape.all_targets)
         del loss
