@@ -1,7 +1,7 @@
 """From the logits of some rows to their losses and, in their place, the gradient by them: eager, and as one kernel.
 
-With `z = scale * logits`, and `y = softcap * tanh(z / softcap)` if there is a soft cap (`y = z` if not), the loss of a row
-with target t is `logsumexp(y) - y[t]`; its gradient by the logits is
+With `z = scale * logits`, and `y = softcap * tanh(z / softcap)` if there is a soft cap (`y = z` if not), the loss of a
+row with target t is `logsumexp(y) - y[t]`; its gradient by the logits is
 `(softmax(y) - onehot(t)) * (1 - tanh(z / softcap)^2) * scale`, the middle factor with a soft cap only.
 """
 
@@ -40,7 +40,7 @@ def chunk_loss(
         probabilities = torch.empty_like(logits, dtype=exact)
     expected = targets[:, None]
     torch.softmax(values, -1, dtype=exact, out=probabilities)
-    # the largest is 1 / sum(exp(y - max)): it gives the sum without another pass over exponentials, and cannot underflow
+    # the largest is 1 / sum(exp(y - max)): it gives the sum without a second pass of exponentials, and never underflows
     losses = values.amax(-1).to(exact) - values.gather(1, expected)[:, 0].to(exact) - probabilities.amax(-1).log_()
     if not with_gradient:
         return losses, probabilities

@@ -1,8 +1,8 @@
 """How a model makes logits of its decoder's output, found by running it once: so that a loss can do the same by itself.
 
 A loss that goes through the logits in chunks has to call the decoder in place of the model. What the model's own
-`forward` gives the decoder, and what it does to the head's output (scaling, soft caps), differs from type to type; it is
-read from the operations that a tiny batch goes through, not from names.
+`forward` gives the decoder, and what it does to the head's output (scaling, soft caps), differs from type to type; it
+is read from the operations that a tiny batch goes through, not from names.
 """
 
 from __future__ import annotations

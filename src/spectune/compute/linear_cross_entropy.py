@@ -18,13 +18,10 @@ from torch import Tensor
 from spectune.compute.chunk_gradient import chunk_loss, exact_dtype, fused_chunk_loss
 
 HALF = (torch.float16, torch.bfloat16)
-#: float32 logits of a chunk, in bytes. A GPU's products want many rows (below 1,024 of them the product with a large
-#: vocabulary no longer fills it); a CPU wants to find in its cache what it has just written
-_CHUNK_BYTES = {"cpu": 4 * 2**20}
-_CHUNK_BYTES_ELSEWHERE = 512 * 2**20
-#: but at least so many rows
-_CHUNK_ROWS = {"cpu": 64}
-_CHUNK_ROWS_ELSEWHERE = 1024
+#: float32 logits of a chunk, in bytes. A GPU's products want many rows; a CPU wants to find in its cache what it wrote
+_CHUNK_BYTES, _CHUNK_BYTES_ON_CPU = 512 * 2**20, 16 * 2**20
+#: but at least so many rows: below that, products with a large vocabulary are slow
+_CHUNK_ROWS, _CHUNK_ROWS_ON_CPU = 1024, 256
 #: rows of logits begin at multiples of so many elements: products are slow where they lie askew (GPT-2 has 50,257)
 _ALIGNED = 64
 #: elements that are multiplied in float32 at a time in backward
@@ -65,7 +62,7 @@ def linear_cross_entropy_sum(
         ValueError: shapes or dtypes do not belong together.
     """
     _check(hidden, weight, targets, bias)
-    rows = chunk_rows or rows_of_a_chunk(hidden.shape[0], weight.shape[0], hidden.device.type)
+    rows = chunk_rows or rows_of_a_chunk(hidden.shape[0], weight, hidden.device.type)
     # asked here, as autograd switches gradients off inside a Function
     on = torch.is_grad_enabled()
     wanted = tuple(on and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
@@ -76,10 +73,16 @@ def linear_cross_entropy_sum(
     return loss
 
 
-def rows_of_a_chunk(rows: int, vocabulary: int, device_type: str) -> int:
-    """How many of `rows` are taken at a time, at least 1: chunks of one size, as few as memory allows."""
-    fit = _CHUNK_BYTES.get(device_type, _CHUNK_BYTES_ELSEWHERE) // (4 * vocabulary)
-    most = max(fit, _CHUNK_ROWS.get(device_type, _CHUNK_ROWS_ELSEWHERE))
+def rows_of_a_chunk(rows: int, weight: Tensor, device_type: str) -> int:
+    """How many of `rows` are taken at a time, at least 1, for a head of this weight `[V, d]`: chunks of one size.
+
+    Where the weight is trained, at least d: a chunk's logits then take no more than the weight's float32 gradient, and
+    adding to that, which goes through all of it once a chunk, costs little beside the product.
+    """
+    on_cpu = device_type == "cpu"
+    vocabulary, width = weight.shape
+    fit = (_CHUNK_BYTES_ON_CPU if on_cpu else _CHUNK_BYTES) // (4 * vocabulary)
+    most = max(fit, _CHUNK_ROWS_ON_CPU if on_cpu else _CHUNK_ROWS, width if weight.requires_grad else 0)
     chunks = -(-rows // most)
     return -(-rows // chunks) if chunks else 1
 
@@ -183,8 +186,9 @@ def _times(gradient: Tensor, factor: Tensor) -> Tensor:
         return gradient * factor
     result = torch.empty_like(gradient)
     rows = max(1, _SCALED_AT_ONCE // max(1, gradient[:1].numel()))
-    for part, into in zip(gradient.split(rows), result.split(rows), strict=True):
-        torch.mul(part.float(), factor, out=into)
+    for begin in range(0, gradient.shape[0], rows):
+        here = slice(begin, begin + rows)
+        torch.mul(gradient[here].float(), factor, out=result[here])
     return result
 
 
@@ -197,6 +201,6 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
         )
     if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
         raise ValueError(
-            f"hidden is {hidden.dtype}, weight {weight.dtype}{'' if bias is None else f', bias {bias.dtype}'}; expected "
-            "one dtype: convert hidden to the weight's"
+            f"hidden is {hidden.dtype}, weight {weight.dtype}{'' if bias is None else f', bias {bias.dtype}'}; "
+            "expected one dtype: convert hidden to the weight's"
         )

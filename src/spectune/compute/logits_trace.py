@@ -49,7 +49,8 @@ class LogitsTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._calls = 0  # of the decoder that are under way: a hook of its own may run the model once more
         self._looking = False
         self._in_head = False
-        self._shape: Sequence[int] = ()
+        self._headed = False
+        self._positions: Sequence[int] = ()
         #: what the decoder's output, or the head's, has become so far
         self._now: Tensor | None = None
         self._before: list[Tensor] = []
@@ -67,7 +68,7 @@ class LogitsTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def finish(self, logits: Tensor) -> None:
         """Check that `logits`, the model's answer, are what the head's output has become."""
-        if not self._shape or self._now is not logits or logits.shape != self._shape:
+        if not self._headed or self._now is not logits or logits.shape[:-1] != self._positions:
             raise NotPlainError("its logits are not the head's output")
 
     def __enter__(self) -> Self:
@@ -102,13 +103,14 @@ class LogitsTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._calls:
             return
         self._now = last_hidden(output)
+        self._positions = self._now.shape[:-1]
         self._looking = True
         super().__enter__()  # type: ignore[no-untyped-call]
 
     def _head_begins(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._calls:
             return
-        if self._shape or not self._looking or args[0] is not self._now or args[0].shape[:2] != self._now.shape[:2]:
+        if self._headed or not args or args[0] is not self._now:
             raise NotPlainError("its head is not called with the decoder's output")
         self._in_head = True
 
@@ -116,7 +118,7 @@ class LogitsTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._calls:
             return
         self._in_head = False
-        self._now, self._before, self._shape = output, [], output.shape
+        self._now, self._before, self._headed = output, [], True
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -139,13 +141,13 @@ class LogitsTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         assert self._now is not None
         if func in _HARMLESS and result.numel() == self._now.numel():
             return
-        where = "after its head" if self._shape else "between decoder and head"
+        where = "after its head" if self._headed else "between decoder and head"
         number = _number(args, self._now)
-        if self._shape and func in _TIMES and number is not None:
+        if self._headed and func in _TIMES and number is not None:
             self._multiply(number)
-        elif self._shape and func in _OVER and number is not None and args[0] is self._now:
+        elif self._headed and func in _OVER and number is not None and args[0] is self._now:
             self._multiply(1.0 / number)
-        elif self._shape and func in _TANH and self._outer is None:
+        elif self._headed and func in _TANH and self._outer is None:
             self._outer = 1.0
         else:
             raise NotPlainError(f"{func} stands {where}")

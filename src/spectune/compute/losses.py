@@ -125,12 +125,12 @@ def labelled_loss_sum(
     hidden = head.hidden(inputs)
     if hidden.shape[:2] != labels.shape:
         raise ValueError(
-            f"the decoder of {type(model).__name__} gave hidden states for {list(hidden.shape[:2])} [batch, positions]; "
-            f"expected {list(labels.shape)}. Use causal_lm_loss_sum on the model's logits."
+            f"the decoder of {type(model).__name__} gave hidden states for {list(hidden.shape[:2])} [batch, "
+            f"positions]; expected {list(labels.shape)}. Use causal_lm_loss_sum on the model's logits."
         )
     rows = hidden.flatten(0, 1).index_select(0, positions)
     del hidden
-    size = rows_of_a_chunk(rows.shape[0], head.weight.shape[0], device_type or rows.device.type)
+    size = rows_of_a_chunk(rows.shape[0], head.weight, device_type or rows.device.type)
     loss = linear_cross_entropy_sum(
         rows, head.weight, targets, head.bias, scale=head.scale, softcap=head.softcap, chunk_rows=size, fuse=fuse
     )
