@@ -55,7 +55,7 @@ def test_loss_and_gradients_equal_those_of_all_logits_in_float64(
     exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias)]
     expected = plain(*exact, targets, scale, softcap)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert float(loss) == pytest.approx(float(expected), rel=of_loss)
+    assert loss.item() == pytest.approx(expected.item(), rel=of_loss)
     for ours, theirs in zip(found, torch.autograd.grad(expected / 7, exact), strict=True):
         assert ours.dtype == dtype
         assert error(ours, theirs) <= of_gradients
@@ -109,7 +109,7 @@ def test_losses_close_to_nothing_and_far_off_keep_their_digits() -> None:
             exact = hidden.detach().double().requires_grad_()
             expected = plain(exact, weight.double(), None, torch.tensor([target]), 1.0, None)
             gradient = torch.autograd.grad(expected, exact)[0]
-            assert float(loss) == pytest.approx(float(expected), abs=1.2e-7, rel=1e-6)  # a float32 beside 1
+            assert loss.item() == pytest.approx(expected.item(), abs=1.2e-7, rel=1e-6)  # a float32 beside 1
             torch.testing.assert_close(found.double(), gradient, atol=1.2e-7, rtol=1e-6)
 
 
@@ -137,7 +137,7 @@ def test_no_gradient_wanted_makes_none() -> None:
     with torch.no_grad():
         loss = linear_cross_entropy_sum(hidden, weight, targets, chunk_rows=8)
     assert not loss.requires_grad
-    assert float(loss) == pytest.approx(float(plain(hidden, weight, None, targets, 1.0, None)), rel=1e-6)
+    assert loss.item() == pytest.approx(plain(hidden, weight, None, targets, 1.0, None).item(), rel=1e-6)
     assert not linear_cross_entropy_sum(hidden.detach(), weight.detach(), targets).requires_grad
 
 
@@ -204,7 +204,7 @@ def test_compiled_chunks_give_the_same_without_compiling_again(
         compiled = counted
     with torch.no_grad():
         loss = linear_cross_entropy_sum(hidden, weight, targets, bias, scale=scale, softcap=softcap, fuse=True)
-    assert float(loss) == pytest.approx(float(plain(hidden, weight, bias, targets, scale, softcap)), rel=5e-3)
+    assert loss.item() == pytest.approx(plain(hidden, weight, bias, targets, scale, softcap).item(), rel=5e-3)
 
 
 def test_what_does_not_belong_together_is_named() -> None:
