@@ -16,6 +16,8 @@ from spectune.deltas.modules import DeltaModule
 from spectune.errors import ConfigError
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import plan
+from spectune.planning.recorder import Shape
+from spectune.planning.step import record_step, skeleton
 from tests.contract.families import FAMILIES, VOCABULARY
 from tests.planning.steps import batch, fake_peak, real_peak
 
@@ -40,6 +42,17 @@ def check(family: str, method: str, *, checkpointing: bool, shorter: int = 0) ->
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
 def test_every_method(family: str, method: str) -> None:
     check(family, method, checkpointing=False)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_step_that_is_recorded_has_the_chunked_loss(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a model makes its logits is found on the meta device too: no tensor is as large as those of all targets."""
+    monkeypatch.setattr("spectune.compute.linear_cross_entropy._CHUNK_BYTES_ON_CPU", 0)
+    built = skeleton(FAMILIES[family]().config, method_from_name("lora"), torch.float32, 60, checkpointing=False)
+    record = record_step(built, Shape(10, 60, 60, 600), "cpu")
+    made = {size for size, label in zip(record.sizes, record.labels, strict=True) if label == "logits"}
+    assert 4 * 200 * VOCABULARY in made  # probabilities of three chunks
+    assert 4 * 600 * VOCABULARY not in made
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
