@@ -65,5 +65,5 @@ def test_losses_and_gradients_are_equal_all_along_200_steps(method: Method, rate
     assert len(curve) == STEPS
     assert curve[-1] < 0.3 * curve[0]
     assert max(of_loss) <= 1e-5
-    # attention of this base is so sharp that float32 gradients of single weights are 10% off the float64 ones either way
+    # this base has attention so sharp that float32 gradients of some weights are 10% off the float64 ones either way
     assert max(of_gradient) <= 1e-2
