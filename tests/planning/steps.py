@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum
 from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import AllocationTracker
 from spectune.compute.offload import Transfers
@@ -82,13 +82,11 @@ def fake_peak(model: PreTrainedModel, delta: Delta, rows: int, length: int, *, c
 
 
 def _whole_rows_loss(model: PreTrainedModel, rows: int, length: int) -> torch.Tensor:
-    vocabulary = model.config.get_text_config().vocab_size
     ids: Any = torch.zeros(rows, length, dtype=torch.int64)
-    mask, labels = torch.ones_like(ids), torch.zeros_like(ids)
-    positions = (labels[:, 1:] != -100).to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
-    picked = torch.zeros(rows * (length - 1), dtype=torch.int64)
-    chosen = logits.reshape(-1, vocabulary)[picked]
-    targets = labels[:, 1:].reshape(-1)[picked]
-    del mask
-    return F.cross_entropy(chosen.float(), targets, reduction="sum")
+    mask = torch.ones_like(ids)
+    positions = torch.zeros(rows * (length - 1), dtype=torch.int64)
+    targets = torch.zeros_like(positions)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False)[0]
+    chosen = hidden.flatten(0, 1).index_select(0, positions)
+    del hidden, mask
+    return linear_cross_entropy_sum(chosen, model.get_output_embeddings().weight, targets)

@@ -21,6 +21,7 @@ from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import plan
 from spectune.planning.planner import Planner
 from spectune.planning.recorder import Shape
+from spectune.planning.step import record_step, skeleton
 from tests.contract.families import FAMILIES, VOCABULARY
 from tests.planning.steps import batch, fake_peak, real_peak
 from tests.support.transfers import LateTransfers
@@ -46,6 +47,17 @@ def check(family: str, method: str, *, checkpointing: Recomputation, shorter: in
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
 def test_every_method(family: str, method: str) -> None:
     check(family, method, checkpointing=False)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_step_that_is_recorded_has_the_chunked_loss(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a model makes its logits is found on the meta device too: no tensor is as large as those of all targets."""
+    monkeypatch.setattr("spectune.compute.linear_cross_entropy._CHUNK_BYTES_ON_CPU", 0)
+    built = skeleton(FAMILIES[family]().config, method_from_name("lora"), torch.float32, 60, checkpointing=False)
+    record = record_step(built, Shape(10, 60, 60, 600), "cpu")
+    made = {size for size, label in zip(record.sizes, record.labels, strict=True) if label == "logits"}
+    assert 4 * 200 * VOCABULARY in made  # probabilities of three chunks
+    assert 4 * 600 * VOCABULARY not in made
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -139,6 +151,8 @@ def test_formulas_against_a_tracker_over_fake_steps(family: str, monkeypatch: py
     for module in ("attach", "probe"):
         monkeypatch.setattr(sys.modules[f"spectune.deltas.{module}"], "can_run", lambda _: False)
     monkeypatch.setattr(DeltaModule, "to", lambda self, *_: self)  # they are where the model is, and cannot be moved
+    # values would tell that no row is packed; without them each layer gets a mask, for which keys are repeated
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_: None)
     errors = {}
     for method in BY_NAME.values():
         for checkpointing, length in ((False, 900), ("selective", 900), (True, 900), (False, 256)):

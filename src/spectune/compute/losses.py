@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import modeling_utils
 
+from spectune.compute.head import LinearHead, linear_head
+from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum, rows_of_a_chunk
+
 #: a label that is not a target: prompt and padding
 IGNORED = -100
 
@@ -73,8 +76,7 @@ def labelled_logits(model: nn.Module, batch: Mapping[str, Any]) -> LabelledLogit
     Args:
         batch: what the model takes (`input_ids`, `attention_mask`, ...) and `labels` `[batch, length]`.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    inputs.setdefault("use_cache", False)
+    inputs = _inputs(batch)
     labels: Tensor = batch["labels"]
     keep, targets = target_mask(labels), labels[:, 1:]
     positions = _positions_for_head(keep, head_selection(model))
@@ -93,11 +95,51 @@ def labelled_logits(model: nn.Module, batch: Mapping[str, Any]) -> LabelledLogit
     return LabelledLogits(logits[keep], targets[keep], keep.nonzero()[:, 0])
 
 
-def labelled_loss_sum(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
-    """`causal_lm_loss_sum` of the model on a batch, without logits that no target needs. Same arguments as
-    `labelled_logits`, same result as `causal_lm_loss_sum(model(...).logits, labels)` up to float32 rounding."""
-    found = labelled_logits(model, batch)
-    return F.cross_entropy(found.logits.float(), found.targets, reduction="sum"), found.targets.numel()
+def labelled_loss_sum(
+    model: nn.Module, batch: Mapping[str, Any], *, fuse: bool = False, device_type: str | None = None
+) -> tuple[Tensor, int]:
+    """`causal_lm_loss_sum` of the model on a batch, without logits that no target needs, and a chunk of them at a time.
+
+    Where the model's logits are a linear head's (see `linear_head`), the decoder is called and the head's loss is taken
+    in chunks (`linear_cross_entropy_sum`), so that the logits never exist at once. Where not, they come from
+    `labelled_logits`. Same arguments as that, same result as `causal_lm_loss_sum(model(...).logits, labels)` up to
+    rounding.
+
+    Args:
+        fuse: as `linear_cross_entropy_sum` has it; without effect on logits that exist.
+        device_type: whose chunks are taken, "cpu" or "cuda"; by default that of the batch (a planner's is on "meta").
+
+    Raises:
+        ValueError: the decoder gives hidden states for other positions than the batch has.
+    """
+    inputs = _inputs(batch)
+    head = linear_head(model, inputs)
+    if head is None:
+        found = labelled_logits(model, batch)
+        return F.cross_entropy(found.logits.float(), found.targets, reduction="sum"), found.targets.numel()
+    labels: Tensor = batch["labels"]
+    # before the decoder runs: how many there are is asked of the device, which has least to finish now
+    places = F.pad(target_mask(labels), (0, 1)).nonzero()
+    positions = places[:, 0] * labels.shape[1] + places[:, 1]
+    targets = labels.flatten().index_select(0, positions + 1)
+    hidden = head.hidden(inputs)
+    if hidden.shape[:2] != labels.shape:
+        raise ValueError(
+            f"the decoder of {type(model).__name__} gave hidden states for {list(hidden.shape[:2])} [batch, "
+            f"positions]; expected {list(labels.shape)}. Use causal_lm_loss_sum on the model's logits."
+        )
+    rows = hidden.flatten(0, 1).index_select(0, positions)
+    del hidden
+    size = rows_of_a_chunk(rows.shape[0], head.weight, device_type or rows.device.type)
+    loss = linear_cross_entropy_sum(
+        rows, head.weight, targets, head.bias, scale=head.scale, softcap=head.softcap, chunk_rows=size, fuse=fuse
+    )
+    return loss, targets.numel()
+
+
+def find_head(model: nn.Module, batch: Mapping[str, Any]) -> LinearHead | None:
+    """What `labelled_loss_sum` finds out in its first call for a model and then keeps: see `linear_head`."""
+    return linear_head(model, _inputs(batch))
 
 
 def head_selection(model: nn.Module) -> str:
@@ -125,6 +167,10 @@ def _slice_takes_rows() -> bool:
         return False
     picked = function(torch.zeros(2, 3, 1), torch.tensor([[0], [2]]))
     return tuple(picked.shape) == (2, 1, 1)
+
+
+def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {"use_cache": False, **{name: value for name, value in batch.items() if name != "labels"}}
 
 
 def _positions_for_head(keep: Tensor, selection: str) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from spectune.compute.losses import labelled_logits, labelled_loss_sum
+from spectune.compute.losses import find_head, labelled_logits, labelled_loss_sum
 from spectune.compute.offload import MetaTransfers
 from spectune.deltas import Delta, Method
 from spectune.deltas.attach import place
@@ -29,6 +29,8 @@ from spectune.planning.recorder import Record, Recorder, Shape
 #: it takes equal neighbours to see what a layer does to its neighbours' tensors
 FEW = 4
 REPEATED = 2
+#: of which it is found out how the model makes its logits
+_TINY = Shape(rows=1, length=2, targets=1, all_targets=1)
 
 
 @dataclass
@@ -111,7 +113,13 @@ def skeleton(base: PretrainedConfig | PreTrainedModel, method: Method, dtype: to
 
 
 def record_step(
-    built: Skeleton, shape: Shape, device_type: str, *, accumulating: bool = False, in_backward: bool = False
+    built: Skeleton,
+    shape: Shape,
+    device_type: str,
+    *,
+    accumulating: bool = False,
+    in_backward: bool = False,
+    fuse: bool = False,
 ) -> Record:
     """Record forward, loss and backward. Marks: `F<layer>` before a layer, `head` after the last one, `B<layer>` where
     backward comes to a layer. Gradients of what is trained are labelled, and never freed.
@@ -119,6 +127,7 @@ def record_step(
     Args:
         accumulating: gradients are there already and are added to; the record then leaves them out.
         in_backward: each weight is stepped as soon as its gradient is there, which then goes.
+        fuse: of the loss, as `labelled_loss_sum` has it.
     """
     model, trained = built.model, list(built.delta.parameters())
     there = []
@@ -130,8 +139,10 @@ def record_step(
     record = recorder.record
     model.train()
     steps = _stepped(recorder, trained) if in_backward else nullcontext()
+    with kernels_of(device_type), Recorder(_TINY, ()):  # asked once a model, before its first step: no part of any
+        find_head(model, _batch(_TINY))
     with kernels_of(device_type), recorder, _marked(recorder, built), steps:
-        loss, _ = labelled_loss_sum(model, _batch(shape))
+        loss, _ = labelled_loss_sum(model, _batch(shape), fuse=fuse, device_type=device_type)
         recorder.backward = True
         torch.autograd.backward(loss / shape.all_targets)
         del loss

@@ -1,0 +1,196 @@
+"""How a model makes logits of its decoder's output, found by running it once: so that a loss can do the same by itself.
+
+A loss that goes through the logits in chunks has to call the decoder in place of the model. What the model's own
+`forward` gives the decoder, and what it does to the head's output (scaling, soft caps), differs from type to type; it
+is read from the operations that a tiny batch goes through, not from names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectune.compute.logits_trace import LogitsTrace, NotPlainError, last_hidden
+
+log = logging.getLogger("spectune")
+
+#: tokens of a row that the model is run on
+_PROBED = 2
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class _Input:
+    """Stands for the batch's entry of this name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Way:
+    """From a batch to its logits: what the decoder is called with, and what is done to the head's output."""
+
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A model whose logits are `softcap * tanh(scale * z / softcap)`, or `scale * z` without a soft cap, of
+    `z = hidden @ weight.T + bias`.
+
+    Attributes:
+        weight: `[V, d]`, the head's own parameter.
+        bias: `[V]` or None.
+        scale, softcap: as `linear_cross_entropy_sum` takes them.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    _decoder: nn.Module
+    _way: _Way
+
+    def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The decoder's output `[batch, length, d]` for a batch without labels, in the head's dtype. The decoder is
+        called, hooks and all, as the model's own forward calls it."""
+
+        def filled(value: Any) -> Any:
+            return inputs[value.name] if isinstance(value, _Input) else value
+
+        args, kwargs = self._way.args, self._way.kwargs
+        output = self._decoder(*map(filled, args), **{name: filled(value) for name, value in kwargs})
+        return last_hidden(output).to(self.weight.dtype)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a model was found to do, or why it is not plain. Its modules weakly: a hook on the decoder may hold the
+    model, which would then hold itself."""
+
+    decoder: weakref.ref[nn.Module]
+    head: weakref.ref[nn.Module]
+    inputs: frozenset[str]
+    found: _Way | str
+
+
+#: the newest of each model
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+#: why a model's own forward is called, as last told
+_TOLD: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def linear_head(model: nn.Module, inputs: Mapping[str, Any]) -> LinearHead | None:
+    """How `model` makes its logits of a batch such as `inputs`; None where that is not a linear head on the decoder's
+    output, scaled or soft-capped by numbers, or where something listens in between: then the model's own forward is the
+    only way. The reason is logged once a model.
+
+    In its first call for a model (or for other names of inputs, or with another head) it runs the model on the first
+    two tokens of each row: eagerly, in evaluation mode, without gradients. Modes and random state are put back.
+
+    Args:
+        inputs: what the model takes, labels left out. Tensors begin with `[batch, length]`, or the answer is None.
+    """
+    try:
+        owner, decoder, head = _parts(model)
+        way = _way(owner, decoder, head, inputs)
+    except NotPlainError as error:
+        if _TOLD.get(model) != str(error):
+            _TOLD[model] = str(error)
+            log.info("%s: the loss is taken from its logits, all of them at once: %s", type(model).__name__, error)
+        return None
+    return LinearHead(head.weight, head.bias, way.scale, way.softcap, decoder, way)
+
+
+def _parts(model: nn.Module) -> tuple[PreTrainedModel, nn.Module, nn.Linear]:
+    """The model, its decoder and its head, if nothing keeps these two from being called by themselves."""
+    if not isinstance(model, PreTrainedModel):
+        raise NotPlainError("it is not a plain transformers model")
+    _check_unwatched(model, "the model")
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if decoder is None or decoder is model or head is None:
+        raise NotPlainError("it has no decoder or no head of its own")
+    # exactly a linear: quantised stand-ins and wrappers compute something else
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+        raise NotPlainError(f"its head is a {type(head).__name__}, not a linear with plain weights")
+    _check_unwatched(head, "its head")
+    if "deltas" in head._modules:
+        raise NotPlainError("a delta stands at its head")
+    return model, decoder, head
+
+
+def _check_unwatched(module: nn.Module, name: str) -> None:
+    """A module that is passed over must have nothing attached that would not be called then."""
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        raise NotPlainError(f"{name} has hooks")
+    if module._compiled_call_impl is not None:
+        raise NotPlainError(f"{name} is compiled as a whole")
+    if "forward" in module.__dict__:
+        raise NotPlainError(f"{name} has a forward of its own")
+
+
+def _way(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> _Way:
+    known = _KNOWN.get(model)
+    if known is None or (known.decoder(), known.head(), known.inputs) != (decoder, head, frozenset(inputs)):
+        try:
+            found: _Way | str = _probe(model, decoder, head, inputs)
+        except NotPlainError as error:
+            found = str(error)
+        known = _Known(weakref.ref(decoder), weakref.ref(head), frozenset(inputs), found)
+        _KNOWN[model] = known
+    if isinstance(known.found, str):
+        raise NotPlainError(known.found)
+    return known.found
+
+
+def _probe(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> _Way:
+    tiny, text = dict(inputs), inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            if value.shape[:2] != text.shape[:2]:
+                raise NotPlainError(f"{name} {list(value.shape)} has no entry for each token")
+            tiny[name] = value[:, :_PROBED]
+    trace = LogitsTrace(decoder, head)
+    with _undisturbed(model, text.device), trace:
+        trace.finish(model(**tiny).logits)
+    args = tuple(_named(value, tiny) for value in trace.args)
+    kwargs = tuple((name, _named(value, tiny)) for name, value in trace.kwargs.items())
+    return _Way(args, kwargs, trace.scale, trace.softcap)
+
+
+def _named(value: Any, inputs: Mapping[str, Any]) -> Any:
+    """What the decoder was given, for any batch: the batch's own entries by name, settings as they are."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    for name, given in inputs.items():
+        # numbers are the same object by accident
+        if value is given and not isinstance(value, int | float):
+            return _Input(name)
+    raise NotPlainError(f"its forward makes a {type(value).__name__} for its decoder")
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model may be run inside, and is afterwards as it was: modes, random state, what is compiled."""
+    training = [module for module in model.modules() if module.training]
+    devices = [device] if device.type == "cuda" else []
+    # compiled blocks would be compiled for two tokens, and then again for any number
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

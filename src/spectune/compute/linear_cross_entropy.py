@@ -1,0 +1,206 @@
+"""Cross entropy of a linear head, a chunk of rows at a time, so that the logits of all rows never exist.
+
+The gradient is made in the forward pass, while a chunk's probabilities are there: that of a row's hidden state is
+`(softmax(z) - onehot) W`, whose only unknown is the loss's own factor, by which backward multiplies. So nothing is
+computed twice, and a head that is not trained costs 4 d V operations a row (its own gradient as much again as one
+product). After Liger-Kernel (Hsu et al. 2024, arXiv 2410.10989, section 3.2), which forms its gradients likewise, in
+smaller chunks; Wijmans et al. 2024 (arXiv 2411.09009) keep no chunk at all and compute logits twice for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectune.compute.chunk_gradient import chunk_loss, exact_dtype, fused_chunk_loss
+
+HALF = (torch.float16, torch.bfloat16)
+#: float32 logits of a chunk, in bytes. A GPU's products want many rows; a CPU wants to find in its cache what it wrote
+_CHUNK_BYTES, _CHUNK_BYTES_ON_CPU = 512 * 2**20, 16 * 2**20
+#: but at least so many rows: below that, products with a large vocabulary are slow
+_CHUNK_ROWS, _CHUNK_ROWS_ON_CPU = 1024, 256
+#: rows of logits begin at multiples of so many elements: products are slow where they lie askew (GPT-2 has 50,257)
+_ALIGNED = 64
+#: elements that are multiplied in float32 at a time in backward
+_SCALED_AT_ONCE = 2**24
+
+
+def linear_cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
+    fuse: bool = False,
+) -> Tensor:
+    """Cross entropy of `z = hidden @ weight.T + bias` with `targets`, summed over rows.
+
+    Products run in the dtype of `hidden`, softmax in float32 (float64 where hidden is). The gradient of hidden is kept
+    in its dtype from forward to backward. Gradients of weight and bias, where wanted, are added up over chunks in
+    float32 and returned in their own dtype. Where no gradient is wanted none is made. There is no second derivative.
+
+    Args:
+        hidden: `[N, d]`; N may be 0.
+        weight: `[V, d]`, hidden's dtype.
+        targets: `[N]` int64, each in `[0, V)`.
+        bias: `[V]`, hidden's dtype.
+        scale: the logits are `scale * z`.
+        softcap: if given, they are `softcap * tanh(scale * z / softcap)` (Gemma 2, arXiv 2408.00118, section 2).
+        chunk_rows: rows at a time; by default as many as `rows_of_a_chunk` says.
+        fuse: compile what is done to a chunk's logits into one kernel (`torch.compile`, once a vocabulary).
+
+    Returns:
+        the sum in nats, a float32 scalar (float64 where hidden is); 0 for no rows.
+
+    Raises:
+        ValueError: shapes or dtypes do not belong together.
+    """
+    _check(hidden, weight, targets, bias)
+    rows = chunk_rows or rows_of_a_chunk(hidden.shape[0], weight, hidden.device.type)
+    # asked here, as autograd switches gradients off inside a Function
+    on = torch.is_grad_enabled()
+    wanted = tuple(on and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
+    settings = _Settings(scale, softcap, rows, fuse, wanted)
+    if not any(wanted):
+        return _loss_and_gradients(hidden, weight, bias, targets, settings)[0]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, settings)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def rows_of_a_chunk(rows: int, weight: Tensor, device_type: str) -> int:
+    """How many of `rows` are taken at a time, at least 1, for a head of this weight `[V, d]`: chunks of one size.
+
+    Where the weight is trained, at least d: a chunk's logits then take no more than the weight's float32 gradient, and
+    adding to that, which goes through all of it once a chunk, costs little beside the product.
+    """
+    on_cpu = device_type == "cpu"
+    vocabulary, width = weight.shape
+    fit = (_CHUNK_BYTES_ON_CPU if on_cpu else _CHUNK_BYTES) // (4 * vocabulary)
+    most = max(fit, _CHUNK_ROWS_ON_CPU if on_cpu else _CHUNK_ROWS, width if weight.requires_grad else 0)
+    chunks = -(-rows // most)
+    return -(-rows // chunks) if chunks else 1
+
+
+@dataclass(frozen=True)
+class _Settings:
+    scale: float
+    softcap: float | None
+    rows: int
+    fuse: bool
+    #: gradients of hidden, weight, bias
+    wanted: tuple[bool, ...]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
+    ) -> Tensor:
+        loss, gradients = _loss_and_gradients(hidden, weight, bias, targets, settings)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        # not in place: backward may come here again (retain_graph)
+        found = [None if gradient is None else _times(gradient, factor) for gradient in ctx.saved_tensors]
+        return (*found, None, None)
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss, and its gradients by hidden, weight and bias as far as they are wanted."""
+    exact, at_once = exact_dtype(hidden.dtype), min(settings.rows, hidden.shape[0])
+    loss = torch.zeros((), dtype=exact, device=hidden.device)
+    of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if settings.wanted[0] else None
+    of_weight = _Total(weight, hidden.shape[0] > at_once) if settings.wanted[1] else None
+    of_bias = None if bias is None or not settings.wanted[2] else torch.zeros_like(bias, dtype=exact)
+    # both are used for every chunk: fresh memory is slow on a CPU, and falls into pieces on a GPU
+    buffer = _aligned(at_once, weight.shape[0], hidden)
+    room = None if settings.fuse else torch.empty(at_once, weight.shape[0], dtype=exact, device=hidden.device)
+    for begin in range(0, hidden.shape[0], settings.rows):
+        here = slice(begin, begin + settings.rows)
+        rows, expected = hidden[here], targets[here]
+        logits = buffer[: rows.shape[0]]
+        if bias is None:
+            torch.mm(rows, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=logits)
+        losses, gradient = _losses_and_gradient(logits, expected, room, settings)
+        loss += losses.sum()
+        if of_hidden is not None:
+            torch.mm(gradient, weight, out=of_hidden[here])
+        if of_weight is not None:
+            of_weight.add_product(gradient.t(), rows)
+        if of_bias is not None:
+            of_bias += gradient.sum(0, dtype=exact)
+    made = (of_hidden, None if of_weight is None else of_weight.result(), of_bias)
+    return loss, [made[0], made[1], None if bias is None or of_bias is None else of_bias.to(bias.dtype)]
+
+
+def _losses_and_gradient(
+    logits: Tensor, targets: Tensor, room: Tensor | None, settings: _Settings
+) -> tuple[Tensor, Tensor]:
+    """Losses of a chunk's rows and the gradient by its logits, whose memory is used."""
+    with_gradient = any(settings.wanted)
+    if settings.fuse and logits.shape[0] > 1:
+        return fused_chunk_loss(logits, targets, settings.scale, settings.softcap, with_gradient), logits
+    space = None if room is None else room[: logits.shape[0]]
+    return chunk_loss(logits, targets, settings.scale, settings.softcap, space, with_gradient)
+
+
+def _aligned(rows: int, columns: int, like: Tensor) -> Tensor:
+    """`[rows, columns]`, not filled, each row at a round place of memory."""
+    return like.new_empty(rows, -(-columns // _ALIGNED) * _ALIGNED)[:, :columns]
+
+
+class _Total:
+    """The gradient of the weight, added up over chunks in float32 (float64); that of a single chunk needs no sum."""
+
+    def __init__(self, weight: Tensor, several: bool) -> None:
+        self.dtype = weight.dtype
+        self.sum = torch.zeros_like(weight, dtype=exact_dtype(weight.dtype) if several else weight.dtype)
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        if self.sum.dtype == left.dtype:
+            self.sum.addmm_(left, right)
+        else:
+            self.sum += left @ right
+
+    def result(self) -> Tensor:
+        return self.sum.to(self.dtype)
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """`gradient * factor`, a scalar tensor. Lower precision would round the factor first, and with it all gradients the
+    same way: so it is multiplied in float32, a part at a time."""
+    if gradient.dtype not in HALF:
+        return gradient * factor
+    result = torch.empty_like(gradient)
+    rows = max(1, _SCALED_AT_ONCE // max(1, gradient[:1].numel()))
+    for begin in range(0, gradient.shape[0], rows):
+        here = slice(begin, begin + rows)
+        torch.mul(gradient[here].float(), factor, out=result[here])
+    return result
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    shapes = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+    if not shapes or targets.shape != hidden.shape[:1] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"hidden is {list(hidden.shape)}, weight {list(weight.shape)}, targets {list(targets.shape)}"
+            f"{'' if bias is None else f', bias {list(bias.shape)}'}; expected [N, d], [V, d], [N] and, if any, [V]"
+        )
+    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
+        raise ValueError(
+            f"hidden is {hidden.dtype}, weight {weight.dtype}{'' if bias is None else f', bias {bias.dtype}'}; "
+            "expected one dtype: convert hidden to the weight's"
+        )
