@@ -20,6 +20,7 @@ from spectune.planning.room import free_memory
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
 from spectune.training.loop import MEMORY_STEPS
+from spectune.training.packing import Packing
 from spectune.training.prepare import Prepared
 
 log = logging.getLogger("spectune")
@@ -47,14 +48,19 @@ class Predicted:
 
 
 def predict_memory(
-    model: PreTrainedModel, delta: Delta, prepared: Prepared, config: TrainingConfig, world: World
+    model: PreTrainedModel,
+    delta: Delta,
+    prepared: Prepared,
+    config: TrainingConfig,
+    world: World,
+    packing: Packing | None = None,
 ) -> Predicted:
     """The plan of this run. Never raises: what keeps the planner from describing a base is logged, and keeps nobody
     from training it."""
     if config.memory_check == "off":
         return Predicted()
     try:
-        return _predicted(model, delta, prepared, config, world)
+        return _predicted(model, delta, prepared, config, world, packing or Packing())
     except Exception as error:
         log.warning("the memory of this run is not predicted: %s: %s", type(error).__name__, first_line(error))
         return Predicted(source="none")
@@ -87,9 +93,10 @@ def check_memory(predicted: Predicted, model: PreTrainedModel, delta: Delta, che
 
 
 def _predicted(
-    model: PreTrainedModel, delta: Delta, prepared: Prepared, config: TrainingConfig, world: World
+    model: PreTrainedModel, delta: Delta, prepared: Prepared, config: TrainingConfig, world: World, packing: Packing
 ) -> Predicted:
-    steps = [[shape_of(batch) for batch in step] for step in _first_steps(prepared.examples, config, world)]
+    found = _first_steps(prepared.examples, config, world, packing)
+    steps = [[shape_of(packs, packing) for packs in step] for step in found]
     first = steps[0][0]
     asked: dict[str, Any] = {
         "batch": first.rows,
@@ -102,7 +109,7 @@ def _predicted(
         "padded": first.padded,
     }
     if prepared.valid:
-        judged = shape_of(prepared.valid)
+        judged = shape_of([[row] for row in prepared.valid])
         asked["eval_batch"] = min(config.per_device_eval_batch_size, judged.rows)
         asked["eval_length"], asked["eval_targets"] = judged.length, judged.targets
     weights = sum(t.numel() * t.element_size() for t in model.parameters())
@@ -118,8 +125,10 @@ def _predicted(
     return _predictions[key]
 
 
-def _first_steps(examples: Sequence[Example], config: TrainingConfig, world: World) -> list[list[Sequence[Example]]]:
-    """The batches of the steps that are measured, as this process runs them; epoch 0 begins with the longest row. Of a
+def _first_steps(
+    examples: Sequence[Example], config: TrainingConfig, world: World, packing: Packing
+) -> list[list[list[list[Example]]]]:
+    """The batches (of packs of rows) of the steps that are measured, as this process runs them; epoch 0 begins with the longest row. Of a
     step's batches the first two: the others are no longer, and find gradients there as the second does."""
     lengths = [len(example.input_ids) for example in examples]
     size = config.per_device_train_batch_size * world.size
@@ -132,13 +141,20 @@ def _first_steps(examples: Sequence[Example], config: TrainingConfig, world: Wor
     )
     total = config.max_steps if config.max_steps > 0 else round(len(steps) * config.num_train_epochs)
     steps = (steps * MEMORY_STEPS if len(steps) == 1 else steps)[: max(1, min(MEMORY_STEPS, total))]
-    return [
-        [[examples[row] for row in world.share(rows) or rows] for rows in by_length(step, lengths, size)[:2]]
-        for step in steps
-    ]
+    found = []
+    for step in steps:
+        window = by_length(step, lengths, size)
+        mine = [batch for batch in packing.of_step(window, lengths, config, world) if batch]
+        # a process without rows of its own is taken to have the first ones
+        found.append(mine[:2] or [[[row] for row in window[0]]])
+    return [[[[examples[row] for row in pack] for pack in batch] for batch in step] for step in found]
 
 
-def shape_of(rows: Sequence[Example]) -> Shape:
-    """Of a batch of these rows."""
-    lengths, targets = [len(row.input_ids) for row in rows], [row.target_tokens for row in rows]
-    return Shape(len(rows), max(lengths), max(targets), sum(targets), padded=min(lengths) < max(lengths))
+def shape_of(packs: Sequence[Sequence[Example]], packing: Packing | None = None) -> Shape:
+    """Of a batch of these packs of rows, virtual tokens of all but one row of a pack included (the plan itself adds
+    them once). A mask takes memory where rows are padded, and in packs that have no kernel of their own."""
+    virtual = 0 if packing is None else packing.virtual
+    lengths = [sum(len(row.input_ids) for row in pack) + virtual * (len(pack) - 1) for pack in packs]
+    targets = [sum(row.target_tokens for row in pack) for pack in packs]
+    masked = min(lengths) < max(lengths) if packing is None or not packing.on else packing.kernel is None
+    return Shape(len(packs), max(lengths), max(targets), sum(targets), padded=masked)
