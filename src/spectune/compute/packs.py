@@ -141,5 +141,5 @@ class Pack:
                 source[row, new + count : new + count + length] = text
                 moved[row, text] = torch.arange(new + count, new + count + length)
                 old, new = old + length, new + count + length
-        pack = Pack(lengths, width, self.device, self.kernel)
-        return pack, source.to(self.device, non_blocking=True), moved.to(self.device, non_blocking=True)
+        longer = Pack(lengths, width, self.device, self.kernel)
+        return longer, source.to(self.device, non_blocking=True), moved.to(self.device, non_blocking=True)

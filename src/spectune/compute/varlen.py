@@ -65,8 +65,8 @@ def flash_by_document(
             key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
     # flash counts the tokens before the query's own
     settings["window_size"] = (-1 if window is None else window - 1, 0)
-    found: Tensor = varlen_attn(query, key, value, bounds_q, bounds_k, longest_q, longest_k, scale=scale, **settings)
-    return found
+    found = varlen_attn(query, key, value, bounds_q, bounds_k, longest_q, longest_k, scale=scale, **settings)
+    return found if isinstance(found, Tensor) else found[0]
 
 
 @functools.cache

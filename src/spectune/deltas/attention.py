@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from spectune.compute.masks import widen_mask
-from spectune.deltas import packed
+from spectune.deltas import packed_pass
 from spectune.deltas.modules import AttentionModule
 from spectune.deltas.sites import get
 from spectune.errors import ConfigError
@@ -108,8 +108,10 @@ def _with_prefix(
             registry.attention_calls[id(module)] = (key.detach(), value.detach())
         pack = registry.pack
         if pack is not None and attention_mask is None:  # the mask function left it to the kernel
-            found = packed.attend(pack, query, key, value, _prefix_of(module, registry), kwargs)
+            found = packed_pass.attend(pack, query, key, value, _prefix_of(module, registry), kwargs)
             if found is not None:
+                if registry.kernel_calls is not None:
+                    registry.kernel_calls.add(id(module))
                 return found
             attention_mask = pack.mask(kwargs.get("sliding_window"))
         key, value, attention_mask = _put_before(module, registry, query, key, value, attention_mask, kwargs)
@@ -200,9 +202,9 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor
 
 def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if now.pack is not None:
-        if now.pack.kernel is not None and packed.is_plain(kwargs):
+        if now.pack.kernel is not None and packed_pass.is_plain(kwargs):
             return None  # attention sees to it
-        return packed.mask_of(sdpa_mask, now.pack, kwargs)
+        return packed_pass.mask_of(sdpa_mask, now.pack, kwargs)
     if not now.causal_flag:  # a real mask: SDPA's causal flag is aligned to the top left
         kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
@@ -211,7 +213,7 @@ def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 def _eager_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if now.pack is not None:
-        return packed.mask_of(eager_mask, now.pack, kwargs)
+        return packed_pass.mask_of(eager_mask, now.pack, kwargs)
     mask: Tensor | None = eager_mask(*args, **kwargs)
     return mask
 

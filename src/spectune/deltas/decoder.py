@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from spectune.compute.masks import positions_from_mask
 from spectune.compute.packs import Pack
-from spectune.deltas import packed
+from spectune.deltas import packed_pass
 from spectune.deltas.modules import InputModule
 from spectune.deltas.rows import Rows
 from spectune.deltas.sites import get
@@ -183,7 +183,7 @@ class DecoderSite:
         rows.pack, rows.length = pack, pack.width
         registry.lay(rows)
         [prompt], [shift] = lead.prompts, lead.shifts
-        self._moved = packed.enter(self, call, rows, None if prompt is None else prompt(), shift)
+        self._moved = packed_pass.enter(self, call, rows, None if prompt is None else prompt(), shift)
         return call
 
     def puts_tokens_in(self) -> bool:

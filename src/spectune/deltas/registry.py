@@ -37,6 +37,8 @@ class Registry:
         self.copies = 1
         #: keys and values of each attention call by the module's id, while somebody is looking
         self.attention_calls: dict[int, tuple[Tensor, Tensor]] | None = None
+        #: attention modules that a packed batch's kernel served, by id, while somebody is looking
+        self.kernel_calls: set[int] | None = None
         self._routed: Route | None = None
         self._pinned: tuple[Route, Rows | None] | None = None
         self._rows: Rows | None = None

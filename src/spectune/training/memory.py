@@ -128,8 +128,9 @@ def _predicted(
 def _first_steps(
     examples: Sequence[Example], config: TrainingConfig, world: World, packing: Packing
 ) -> list[list[list[list[Example]]]]:
-    """The batches (of packs of rows) of the steps that are measured, as this process runs them; epoch 0 begins with the longest row. Of a
-    step's batches the first two: the others are no longer, and find gradients there as the second does."""
+    """The batches (of packs of rows) of the steps that are measured, as this process runs them; epoch 0 begins with the
+    longest row. Of a step's batches the first two: the others are no longer, and find gradients there as the second
+    does."""
     lengths = [len(example.input_ids) for example in examples]
     size = config.per_device_train_batch_size * world.size
     steps = batches(

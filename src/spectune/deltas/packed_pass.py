@@ -86,7 +86,7 @@ def is_plain(settings: dict[str, Any]) -> bool:
     function = settings.get("mask_function", causal_mask_function)
     if function is causal_mask_function:
         return True
-    return _made_of(function) == _made_of(sliding_window_causal_mask_function(1))
+    return bool(_made_of(function) == _made_of(sliding_window_causal_mask_function(1)))
 
 
 def _made_of(function: Any) -> Any:
@@ -135,4 +135,4 @@ def attend(
         )
     scale = settings.get("scaling")
     found = pack.kernel(q, k, v, pack.bounds, bounds_k, pack.longest_span, longest_k, scale=scale, window=window)
-    return found.unflatten(0, (query.shape[0], query.shape[2])), None
+    return found.view(query.shape[0], query.shape[2], *found.shape[1:]), None

@@ -113,6 +113,27 @@ def why_not_packed(model: PreTrainedModel, kernel: Kernel | None = None) -> str 
     )
 
 
+def kernel_serves(model: PreTrainedModel, kernel: Kernel) -> bool:
+    """Whether the kernel attends in every layer, as the model is trained. Where dropout, eager attention or windows
+    beside a prefix have masks made after all, long packs cost more than they save."""
+    registry = Registry.of(model)
+    device = token_embedding(model).weight.device
+    training = [module for module in model.modules() if not module.training]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        try:
+            model.train()
+            with packing(model, kernel):
+                assert registry is not None, "packing refuses a model without"
+                registry.kernel_calls = set()
+                _logits(model, [[torch.tensor([0, 1]), torch.tensor([1])]], device, as_documents=True)
+                return len(registry.kernel_calls) == len(registry.family.attentions)
+        finally:
+            for module in training:
+                module.training = False
+            if registry is not None:
+                registry.kernel_calls = None
+
+
 def _logits(
     model: PreTrainedModel, packs: list[list[Tensor]], device: torch.device, *, as_documents: bool = False
 ) -> Tensor:
@@ -120,13 +141,15 @@ def _logits(
     longest = max(sum(map(len, pack)) for pack in packs)
     ids = torch.stack([_filled(torch.cat(pack), longest, 0) for pack in packs]).to(device)
     if not as_documents:
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+        found: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+        return found
     numbers = [torch.cat([torch.full_like(text, n) for n, text in enumerate(pack)]) for pack in packs]
     positions = [torch.cat([torch.arange(len(text)) for text in pack]) for pack in packs]
     documents = torch.stack([_filled(row, longest, -1) for row in numbers])
     places = torch.stack([_filled(row, longest, 0) for row in positions]).to(device)
     with packed(model, documents):
-        return model(input_ids=ids, position_ids=places, use_cache=False).logits.float()
+        found = model(input_ids=ids, position_ids=places, use_cache=False).logits.float()
+    return found
 
 
 def _filled(row: Tensor, length: int, value: int) -> Tensor:
