@@ -9,8 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: `(query, key, value, bounds_q, bounds_k, longest_q, longest_k, *, scale, window)`; see `compute.varlen`
+#: `(query, key, value, queries, keys, *, scale, window)`, where the last two are `Spans`; see `compute.varlen`
 Kernel = Callable[..., Tensor]
+
+
+class Spans:
+    """Stretches of tokens that follow each other.
+
+    Attributes:
+        lengths: of each.
+        longest: of any.
+        bounds: where each begins and the last one ends, int32 `[stretches + 1]`.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths = tuple(lengths)
+        self.longest = max(self.lengths)
+        ends = torch.tensor([0, *self.lengths]).cumsum(0)
+        self.bounds = ends.to(torch.int32).to(device, non_blocking=True)
 
 
 class Pack:
@@ -32,9 +48,10 @@ class Pack:
         self.device = device
         self.kernel = kernel
         rest = [width - sum(pack) for pack in self.lengths]
-        #: with padding, in the order in which they stand in memory
-        self.spans = [(*pack, left) if left else pack for pack, left in zip(self.lengths, rest, strict=True)]
-        numbers = [torch.repeat_interleave(torch.tensor(span)) for span in self.spans]
+        spans = [(*pack, left) if left else pack for pack, left in zip(self.lengths, rest, strict=True)]
+        #: all packs' documents in a row, padding too
+        self._spans = [length for span in spans for length in span]
+        numbers = [torch.repeat_interleave(torch.tensor(span)) for span in spans]
         positions = [
             torch.cat([*(torch.arange(length) for length in pack), torch.zeros(left, dtype=torch.int64)])
             for pack, left in zip(self.lengths, rest, strict=True)
@@ -42,7 +59,7 @@ class Pack:
         self.documents = torch.stack(numbers).to(device, non_blocking=True)
         self.positions = torch.stack(positions).to(device, non_blocking=True)
         self._masks: dict[int | None, Tensor] = {}
-        self._leads: dict[int, tuple[Tensor, Tensor]] = {}
+        self._leads: dict[int, tuple[Tensor, Spans]] = {}
 
     @classmethod
     def of(cls, documents: Tensor, device: torch.device, kernel: Kernel | None = None) -> Pack:
@@ -70,33 +87,20 @@ class Pack:
         return max(max(pack, default=0) for pack in self.lengths)
 
     @cached_property
-    def bounds(self) -> Tensor:
-        """Where each document begins and the last one ends, all packs in a row, padding too: int32 `[spans + 1]`."""
-        return self._bounds([length for span in self.spans for length in span])
+    def spans(self) -> Spans:
+        """The documents of all packs in a row, padding too."""
+        return Spans(self._spans, self.device)
 
-    @cached_property
-    def longest_span(self) -> int:
-        return max(max(span) for span in self.spans)
-
-    def _bounds(self, lengths: list[int]) -> Tensor:
-        ends = torch.tensor([0, *lengths]).cumsum(0)
-        return ends.to(torch.int32).to(self.device, non_blocking=True)
-
-    def with_lead(self, count: int) -> tuple[Tensor, Tensor]:
-        """For `count` keys that stand before each document's own.
-
-        Returns:
-            indices into those keys followed by all packs' own, int64, so that each document has its keys together;
-            and the bounds of what they pick.
-        """
+    def with_lead(self, count: int) -> tuple[Tensor, Spans]:
+        """For `count` keys that stand before each document's own: indices, int64, into those keys followed by all
+        packs' own, so that each document has its keys together; and where they then stand."""
         if count not in self._leads:
             lead, start, picks = torch.arange(count), count, []
-            lengths = [length for span in self.spans for length in span]
-            for length in lengths:
+            for length in self._spans:
                 picks += [lead, torch.arange(start, start + length)]
                 start += length
             index = torch.cat(picks).to(self.device, non_blocking=True)
-            self._leads[count] = index, self._bounds([count + length for length in lengths])
+            self._leads[count] = index, Spans([count + length for length in self._spans], self.device)
         return self._leads[count]
 
     def within(self, mask_function: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spectune.compute.packs import Spans
+
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -23,10 +25,12 @@ def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether flash attention takes these `[..., dim]`: on CUDA from Ampere on, in 16 bits, one head size for keys and
     values, a multiple of 8, at most 256 (192 with gradients where shared memory is small: PyTorch's sdp_utils)."""
     dim = query.shape[-1]
-    if query.device.type != "cuda" or query.dtype not in FLASH_DTYPES or key.dtype != query.dtype:
+    if query.device.type not in ("cuda", "meta") or query.dtype not in FLASH_DTYPES or key.dtype != query.dtype:
         return False
     if dim % 8 or dim > 256 or value.shape[-1] != dim:
         return False
+    if query.device.type == "meta":  # the plan of a run that asks a CUDA device itself
+        return True
     capability = torch.cuda.get_device_capability(query.device)
     roomy = capability in ((8, 0), (9, 0), (10, 0), (10, 3))
     return capability >= (8, 0) and (dim <= 192 or roomy)
@@ -36,10 +40,8 @@ def flash_by_document(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bounds_q: Tensor,
-    bounds_k: Tensor,
-    longest_q: int,
-    longest_k: int,
+    queries: Spans,
+    keys: Spans,
     *,
     scale: float | None = None,
     window: int | None = None,
@@ -48,9 +50,7 @@ def flash_by_document(
 
     Args:
         query: `[tokens, heads, dim]`; key, value: `[keys, kv_heads, dim]`; what `flash_takes`.
-        bounds_q, bounds_k: int32 `[documents + 1]`, where each document's queries and keys begin, and where the last
-            one's end.
-        longest_q, longest_k: of any document.
+        queries, keys: of each document, in the same order.
         scale: of the scores; None is `dim ** -0.5`.
         window: how many keys a query sees, its own counted; None is all before it.
     """
@@ -65,7 +65,8 @@ def flash_by_document(
             key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
     # flash counts the tokens before the query's own
     settings["window_size"] = (-1 if window is None else window - 1, 0)
-    found = varlen_attn(query, key, value, bounds_q, bounds_k, longest_q, longest_k, scale=scale, **settings)
+    ends = queries.bounds, keys.bounds, queries.longest, keys.longest
+    found = varlen_attn(query, key, value, *ends, scale=scale, **settings)
     return found if isinstance(found, Tensor) else found[0]
 
 
@@ -80,22 +81,21 @@ def loop_by_document(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bounds_q: Tensor,
-    bounds_k: Tensor,
-    longest_q: int,
-    longest_k: int,
+    queries: Spans,
+    keys: Spans,
     *,
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
     """What `flash_by_document` computes, on any device and in any dtype: SDPA on one document after the other."""
-    del longest_q, longest_k
     found = []
-    starts_q, starts_k = bounds_q.tolist(), bounds_k.tolist()
-    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
-        q, k, v = (t.transpose(0, 1)[None] for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        square = q1 - q0 == k1 - k0 and (window is None or q1 - q0 <= window)
-        mask = None if square else _bottom_right(q1 - q0, k1 - k0, window, query.device)
+    sizes = (queries.lengths, keys.lengths, keys.lengths)
+    parts = (torch.split(t, list(size)) for t, size in zip((query, key, value), sizes, strict=True))
+    for part in zip(*parts, strict=True):
+        q, k, v = (t.transpose(0, 1)[None] for t in part)
+        count, seen = q.shape[2], k.shape[2]
+        square = count == seen and (window is None or count <= window)
+        mask = None if square else _bottom_right(count, seen, window, query.device)
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=square, scale=scale, enable_gqa=grouped)
         found.append(out[0].transpose(0, 1))

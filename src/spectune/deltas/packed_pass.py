@@ -125,14 +125,12 @@ def attend(
     ):
         return None
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
-    bounds_k, longest_k = pack.bounds, pack.longest_span
+    keys = pack.spans
     if prefix is not None:
-        index, bounds_k = pack.with_lead(prefix[0].shape[1])
-        longest_k += prefix[0].shape[1]
+        index, keys = pack.with_lead(prefix[0].shape[1])
         k, v = (
             torch.cat([lead.to(own.dtype).transpose(0, 1), own]).index_select(0, index)
             for lead, own in zip(prefix, (k, v), strict=True)
         )
-    scale = settings.get("scaling")
-    found = pack.kernel(q, k, v, pack.bounds, bounds_k, pack.longest_span, longest_k, scale=scale, window=window)
+    found = pack.kernel(q, k, v, pack.spans, keys, scale=settings.get("scaling"), window=window)
     return found.view(query.shape[0], query.shape[2], *found.shape[1:]), None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spectune.compute.losses import labelled_logits, labelled_loss_sum
-from spectune.deltas import Delta, Method
+from spectune.deltas import Delta, Method, packed, packing
 from spectune.deltas.attach import place
 from spectune.families import Family
 from spectune.planning.kernels import kernels_of
@@ -117,7 +117,7 @@ def record_step(built: Skeleton, shape: Shape, device_type: str, *, accumulating
     recorder = _recorder(built, shape, there)
     record = recorder.record
     model.train()
-    with kernels_of(device_type), recorder, _marked(recorder, built):
+    with kernels_of(device_type), _documents(built, shape), recorder, _marked(recorder, built):
         loss, _ = labelled_loss_sum(model, _batch(shape))
         recorder.backward = True
         torch.autograd.backward(loss / shape.all_targets)
@@ -147,11 +147,22 @@ def _recorder(built: Skeleton, shape: Shape, there: Iterable[Tensor] = ()) -> Re
     return Recorder(shape, [*built.model.parameters(), *built.model.buffers(), *built.delta.parameters(), *there])
 
 
+@contextmanager
+def _documents(built: Skeleton, shape: Shape) -> Iterator[None]:
+    """While inside, a batch of this shape is packed, if it is."""
+    if shape.documents is None:
+        yield
+        return
+    numbers = [[n for n, length in enumerate(pack) for _ in range(length)] for pack in shape.documents]
+    documents = torch.tensor([row + [-1] * (shape.length - len(row)) for row in numbers])
+    with packing(built.model, shape.kernel), packed(built.model, documents):
+        yield
+
+
 def _batch(shape: Shape) -> dict[str, Tensor]:
-    return {
-        name: torch.zeros(shape.rows, shape.length, dtype=torch.int64, device="meta")
-        for name in ("input_ids", "attention_mask", "labels")
-    }
+    names = ["input_ids", "labels", "attention_mask" if shape.documents is None else "position_ids"]
+    size = (shape.rows, shape.length)
+    return {name: torch.zeros(size, dtype=torch.int64, device="meta") for name in names}
 
 
 @contextmanager

@@ -180,9 +180,11 @@ class Loop:
             if not is_out_of_memory(error):
                 raise
             rows, length = batch["input_ids"].shape
+            # a batch of packs has at most the tokens of so many of the longest rows
+            what, size = ("packs", self.config.per_device_train_batch_size) if self.packing.on else ("rows", rows)
             raise OutOfMemoryError(
-                f"out of memory in step {self.progress.step + 1} with a batch of {rows} rows of {length} tokens. Try "
-                f"per_device_train_batch_size={max(1, rows // 2)} with gradient_accumulation_steps="
+                f"out of memory in step {self.progress.step + 1} with a batch of {rows} {what} of {length} tokens. Try "
+                f"per_device_train_batch_size={max(1, size // 2)} with gradient_accumulation_steps="
                 f"{2 * self.config.gradient_accumulation_steps}, a smaller max_length, or gradient_checkpointing=true."
             ) from error
         return loss_sum.detach()

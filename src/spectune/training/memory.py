@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -95,9 +95,10 @@ def check_memory(predicted: Predicted, model: PreTrainedModel, delta: Delta, che
 def _predicted(
     model: PreTrainedModel, delta: Delta, prepared: Prepared, config: TrainingConfig, world: World, packing: Packing
 ) -> Predicted:
-    found = _first_steps(prepared.examples, config, world, packing)
+    padded, found = (_first_steps(prepared.examples, config, world, how) for how in (Packing(), packing))
     steps = [[shape_of(packs, packing) for packs in step] for step in found]
-    first = steps[0][0]
+    # a pack's batch has no more tokens than the padded one: what is refused, and advised, is by that
+    first = shape_of(padded[0][0])
     asked: dict[str, Any] = {
         "batch": first.rows,
         "length": first.length,
@@ -152,10 +153,11 @@ def _first_steps(
 
 
 def shape_of(packs: Sequence[Sequence[Example]], packing: Packing | None = None) -> Shape:
-    """Of a batch of these packs of rows, virtual tokens of all but one row of a pack included (the plan itself adds
-    them once). A mask takes memory where rows are padded, and in packs that have no kernel of their own."""
-    virtual = 0 if packing is None else packing.virtual
-    lengths = [sum(len(row.input_ids) for row in pack) + virtual * (len(pack) - 1) for pack in packs]
+    """Of a batch of these packs of rows; without `packing`, of one row each."""
+    rows = [[len(row.input_ids) for row in pack] for pack in packs]
+    lengths = [sum(pack) for pack in rows]
     targets = [sum(row.target_tokens for row in pack) for pack in packs]
-    masked = min(lengths) < max(lengths) if packing is None or not packing.on else packing.kernel is None
-    return Shape(len(packs), max(lengths), max(targets), sum(targets), padded=masked)
+    found = Shape(len(packs), max(lengths), max(targets), sum(targets), padded=min(lengths) < max(lengths))
+    if packing is None or not packing.on:
+        return found
+    return replace(found, documents=tuple(map(tuple, rows)), kernel=packing.kernel)
