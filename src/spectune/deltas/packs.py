@@ -144,12 +144,15 @@ def _logits(
         found: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
         return found
     numbers = [torch.cat([torch.full_like(text, n) for n, text in enumerate(pack)]) for pack in packs]
-    positions = [torch.cat([torch.arange(len(text)) for text in pack]) for pack in packs]
     documents = torch.stack([_filled(row, longest, -1) for row in numbers])
-    places = torch.stack([_filled(row, longest, 0) for row in positions]).to(device)
+    places = torch.stack([_filled(_places(pack), longest, 0) for pack in packs]).to(device)
     with packed(model, documents):
         found = model(input_ids=ids, position_ids=places, use_cache=False).logits.float()
     return found
+
+
+def _places(pack: list[Tensor]) -> Tensor:
+    return torch.cat([torch.arange(len(text)) for text in pack])
 
 
 def _filled(row: Tensor, length: int, value: int) -> Tensor:
