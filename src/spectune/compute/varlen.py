@@ -25,7 +25,11 @@ def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether flash attention takes these `[..., dim]`: on CUDA from Ampere on, in 16 bits, one head size for keys and
     values, a multiple of 8, at most 256 (192 with gradients where shared memory is small: PyTorch's sdp_utils)."""
     dim = query.shape[-1]
-    if query.device.type not in ("cuda", "meta") or query.dtype not in FLASH_DTYPES or not key.dtype == value.dtype == query.dtype:
+    if (
+        query.device.type not in ("cuda", "meta")
+        or query.dtype not in FLASH_DTYPES
+        or not key.dtype == value.dtype == query.dtype
+    ):
         return False
     if dim % 8 or dim > 256 or value.shape[-1] != dim:
         return False
