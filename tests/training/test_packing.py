@@ -137,6 +137,8 @@ def test_auto_packs_where_it_saves_a_tenth() -> None:
     assert share_saved([20] * 16, config) == 0
     assert share_saved([20, 19] * 8, config) < packing_module.WORTH
     assert share_saved([60, 20, 19, 18] * 4, config) > packing_module.WORTH
+    # the seeds of a comparison do alike
+    assert len({share_saved([60, 20, 19, 18] * 4, settings(seed=seed)) for seed in range(5)}) == 1
     # one row in a step leaves nothing to share
     assert share_saved([60, 20, 19, 18] * 4, settings(per_device_train_batch_size=1)) == 0
     alike = [{"prompt": "name: Ada\n", "completion": "Ada lives in Leeds."}] * 12
