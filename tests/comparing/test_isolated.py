@@ -75,7 +75,8 @@ def test_every_step_is_on_the_longest_rows(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(loop, "labelled_loss_sum", seen)
     rows = [Row(f"r:{n}", prompt="a " * n, completion="b") for n in range(9)]
-    peaks = _measure(_job("spectune-tiny", "cpu", "float32", PrefixTuning(num_virtual_tokens=2), SMALL, rows))
+    padded = SMALL.model_copy(update={"packing": False})
+    peaks = _measure(_job("spectune-tiny", "cpu", "float32", PrefixTuning(num_virtual_tokens=2), padded, rows))
     assert len(shapes) == STEPS
     assert len(set(shapes)) == 1
     assert shapes[0][0] == 4

@@ -21,8 +21,9 @@ DEPTH = 5
 
 
 def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=DEPTH, n_head=4, n_positions=64, resid_pdrop=0.0,
-                                      embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0))  # fmt: skip
+    sizes = {"vocab_size": 60, "n_embd": 32, "n_layer": DEPTH, "n_head": 4, "n_positions": 64}
+    undropped = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **undropped, bos_token_id=0, eos_token_id=0))
 
 
 def llama() -> PreTrainedModel:

@@ -14,6 +14,7 @@ from rich.console import Console
 from spectune.methods import FullFineTuning, LoRA
 from spectune.training import RunResult, TrainingConfig, run_folder, train
 from spectune.training import loop as loop_module
+from spectune.training import packing as packing_module
 from tests.support import make_model, make_rows, make_tokenizer
 
 QUIET = Console(quiet=True)
@@ -42,7 +43,7 @@ def test_speed_is_without_data_validation_checkpoints_and_the_first_steps(
         monkeypatch.setattr(module, name, slow)
 
     monkeypatch.setattr(loop_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    taking(loop_module, "collate", 1000)
+    taking(packing_module, "collate", 1000)
     taking(loop_module, "row_losses", 1000)
     taking(run_folder, "save_checkpoint", 1000)
     taking(run_folder, "swap_best", 1000)
@@ -55,7 +56,8 @@ def test_speed_is_without_data_validation_checkpoints_and_the_first_steps(
         return real(self, window)
 
     monkeypatch.setattr(loop_module.Loop, "step", step)
-    result = run(LoRA(r=2), output_dir=tmp_path / "run", eval_steps=1, save_steps=2, gradient_accumulation_steps=2)
+    given = {"eval_steps": 1, "save_steps": 2, "gradient_accumulation_steps": 2, "packing": False}
+    result = run(LoRA(r=2), output_dir=tmp_path / "run", **given)
     assert now[0] > 10_000
     timed = counted[loop_module.MEMORY_STEPS :]
     assert result.train_tokens_per_second == pytest.approx(sum(timed) / (2 * len(timed)))

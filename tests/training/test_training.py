@@ -201,8 +201,10 @@ def test_out_of_memory_names_batch_and_length(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(loop_module, "labelled_loss_sum", full)
-    with pytest.raises(OutOfMemoryError, match=r"batch of 4 rows of \d+ tokens"):
-        run(LoRA(r=2), settings())
+    with pytest.raises(OutOfMemoryError, match=r"batch of 4 rows of \d+ tokens.*per_device_train_batch_size=2"):
+        run(LoRA(r=2), settings(packing=False))
+    with pytest.raises(OutOfMemoryError, match=r"batch of \d+ packs of \d+ tokens.*per_device_train_batch_size=2"):
+        run(LoRA(r=2), settings(packing=True))
 
 
 def test_early_stopping_and_the_best_delta_at_the_end() -> None:

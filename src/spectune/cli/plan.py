@@ -176,7 +176,7 @@ def _estimate(
         from spectune.training.memory import shape_of
 
         longest = sorted(examples, key=lambda example: -len(example.input_ids))[:rows]
-        shape = shape_of(longest)
+        shape = shape_of([[row] for row in longest])
         rows = shape.rows
         asked = {"length": min(shape.length, most or shape.length), "targets": shape.targets, "padded": shape.padded}
     return estimate_of(

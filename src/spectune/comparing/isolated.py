@@ -122,6 +122,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     from spectune.training.distribution import World
     from spectune.training.loop import Keeper, Loop
     from spectune.training.optimizers import make_optimizer
+    from spectune.training.packing import decide
     from spectune.training.prepare import prepare
     from spectune.training.train import pad_token_id
 
@@ -158,6 +159,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
             kept_state=lambda: "Nothing is kept.",
         ),
         world=World(),
+        packing=decide(model, delta, prepared.examples, config),
     )
     quiet = Console(file=io.StringIO())
     with (

@@ -30,6 +30,7 @@ from spectune.storage.strict_json import strict_json
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training.distribution import World
 from spectune.training.memory import check_memory, predict_memory
+from spectune.training.packing import decide
 from spectune.training.prepare import prepare
 
 #: a run on fewer rows is validated at so many points, and the best one counts
@@ -96,7 +97,8 @@ class Job:
         with self._attached(arm, self.config.seed) as delta:
             base = delta.base_fingerprint
             prepared = prepare(self.model, self.tokenizer, arm.method, self.train, self.valid, config, base)
-            predicted = predict_memory(self.model, delta, prepared, config, World())
+            packing = decide(self.model, delta, prepared.examples, config)
+            predicted = predict_memory(self.model, delta, prepared, config, World(), packing)
             check_memory(predicted, self.model, delta, config.memory_check)
 
     # -- search ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Rows from files, what of them is learned, and batches."""
 
-from spectune.data.batches import batches, by_length, collate
+from spectune.data.batches import batches, by_length, collate, collate_packs
 from spectune.data.encode import DataReport, Encoded, Example, encode, prompt_ids, render_mask
+from spectune.data.packing import best_fit, pack_step, places
 from spectune.data.rows import HELD_OUT, Row, load_rows, split_rows
 
 __all__ = [
@@ -11,10 +12,14 @@ __all__ = [
     "Example",
     "Row",
     "batches",
+    "best_fit",
     "by_length",
     "collate",
+    "collate_packs",
     "encode",
     "load_rows",
+    "pack_step",
+    "places",
     "prompt_ids",
     "render_mask",
     "split_rows",

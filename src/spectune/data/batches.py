@@ -42,6 +42,36 @@ def collate(
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def collate_packs(packs: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:
+    """`input_ids`, `labels`, `position_ids`, `documents`, each `[packs, length]` int64.
+
+    Documents stand one after the other, padding at the end. Positions begin at 0 in each document (padding has 0);
+    `documents` numbers them from 0 within each pack, -1 on padding. Labels are -100 on prompts, on padding and on each
+    document's first token, which nothing of its own document predicts.
+    """
+    longest = max(sum(len(example.input_ids) for example in pack) for pack in packs)
+    shape = (len(packs), longest)
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),
+        "labels": torch.full(shape, IGNORED, dtype=torch.int64),
+        "position_ids": torch.zeros(shape, dtype=torch.int64),
+        "documents": torch.full(shape, -1, dtype=torch.int64),
+    }
+    for i, pack in enumerate(packs):
+        start = 0
+        for number, example in enumerate(pack):
+            length = len(example.input_ids)
+            place = slice(start, start + length)
+            row = torch.tensor(example.input_ids)
+            learned = max(example.prompt_length, 1)
+            batch["input_ids"][i, place] = row
+            batch["labels"][i, start + learned : start + length] = row[learned:]
+            batch["position_ids"][i, place] = torch.arange(length)
+            batch["documents"][i, place] = number
+            start += length
+    return batch
+
+
 def batches(
     lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, group_by_length: bool = False
 ) -> list[list[int]]:

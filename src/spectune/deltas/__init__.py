@@ -5,6 +5,7 @@ from spectune.deltas.delta import Delta
 from spectune.deltas.merge import merge
 from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, Setting, Site
 from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule
+from spectune.deltas.packs import kernel_serves, packed, packing, why_not_packed
 from spectune.deltas.probe import cached_values, capture_keys_and_values
 from spectune.deltas.registry import Registry
 from spectune.deltas.routing import route
@@ -27,6 +28,10 @@ __all__ = [
     "cached_values",
     "capture_keys_and_values",
     "detach",
+    "kernel_serves",
     "merge",
+    "packed",
+    "packing",
     "route",
+    "why_not_packed",
 ]

@@ -1,4 +1,5 @@
-"""The attention function, registered with transformers, that puts learned keys and values before a layer's own.
+"""The attention function, registered with transformers, that puts learned keys and values before a layer's own, and
+keeps the documents of a packed batch apart.
 
 It works at the last moment, on the keys and values that attention is about to use: after rotary positions, after the
 cache. So gradient checkpointing, caches of any kind and `generate` need to know nothing of prefixes. A mask function
@@ -18,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from spectune.compute.masks import widen_mask
+from spectune.deltas import packed_pass
 from spectune.deltas.modules import AttentionModule
 from spectune.deltas.sites import get
 from spectune.errors import ConfigError
@@ -25,6 +27,7 @@ from spectune.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from spectune.compute.packs import Pack
     from spectune.deltas.registry import Registry
     from spectune.deltas.rows import Rows
 
@@ -32,8 +35,25 @@ SUPPORTED = ("eager", "sdpa")
 _PREFIX = "spectune_"
 
 
-def switch_on(model: PreTrainedModel) -> str:
-    """Set the model's attention to the function that knows prefixes; returns the plain name of what it had.
+class _Now:
+    """What the mask function has to know of the forward pass that runs; transformers gives it the config alone. Each
+    decoder's entry sets it, its exit clears it.
+
+    Attributes:
+        pack: the documents of a packed batch.
+        causal_flag: SDPA may be told that attention is causal, instead of given a mask: no keys stand in front.
+    """
+
+    pack: Pack | None = None
+    causal_flag: bool = False
+
+
+now = _Now()
+
+
+def switch_on(model: PreTrainedModel, what: str = "prefix tuning") -> str:
+    """Set the model's attention to the function that knows prefixes and packs; returns the plain name of what it had.
+    `what` needs it.
 
     Raises:
         ConfigError: the model's attention is neither eager nor SDPA, or the type has no exchangeable attention.
@@ -41,14 +61,15 @@ def switch_on(model: PreTrainedModel) -> str:
     before = implementation(model).removeprefix(_PREFIX)
     if before not in SUPPORTED:
         raise ConfigError(
-            f"prefix tuning works with eager and SDPA attention; this model uses {before!r}. "
+            f"{what} works with eager and SDPA attention; this model uses {before!r}. "
             "Call model.set_attn_implementation('sdpa') first."
         )
     model.set_attn_implementation(_PREFIX + before)
     if not is_on(model):
         raise ConfigError(
             f"{type(model).__name__} does not use transformers' attention interface, so keys and values cannot be put "
-            "before its own: prefix tuning is refused. Use another method (lora, adapter, prompt)."
+            f"before its own, nor documents told apart: {what} is refused."
+            + (" Use another method (lora, adapter, prompt)." if what == "prefix tuning" else "")
         )
     return before
 
@@ -85,9 +106,23 @@ def _with_prefix(
     if registry is not None:
         if registry.attention_calls is not None:
             registry.attention_calls[id(module)] = (key.detach(), value.detach())
+        pack = registry.pack
+        if pack is not None and attention_mask is None:  # the mask function left it to the kernel
+            found = packed_pass.attend(pack, query, key, value, _prefix_of(module, registry), kwargs)
+            if found is not None:
+                if registry.kernel_calls is not None:
+                    registry.kernel_calls.add(id(module))
+                return found
+            attention_mask = pack.mask(kwargs.get("sliding_window"))
         key, value, attention_mask = _put_before(module, registry, query, key, value, attention_mask, kwargs)
     result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
     return result
+
+
+def _prefix_of(module: nn.Module, registry: Registry) -> tuple[Tensor, Tensor] | None:
+    """The keys and values of the one delta of a packed batch."""
+    found = get(module, registry.current.name)
+    return found() if isinstance(found, AttentionModule) else None
 
 
 def _put_before(
@@ -141,6 +176,8 @@ def _within_window(
     boolean `[rows or batch, queries, longest]`."""
     device = query.device
     text = torch.arange(query.shape[2], device=device) + rows.seen - rows.lead
+    if rows.pack is not None:
+        text = rows.pack.positions
     here = text + torch.tensor(counts, device=device)[:, None]
     if rows.padding is not None:
         here = here - rows.padding
@@ -164,13 +201,24 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor
 
 
 def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    # always a real mask: SDPA's causal flag is aligned to the top left, wrong once keys stand in front
-    kwargs["allow_is_causal_skip"] = False
+    if now.pack is not None:
+        if now.pack.kernel is not None and packed_pass.is_plain(kwargs):
+            return None  # attention sees to it
+        return packed_pass.mask_of(sdpa_mask, now.pack, kwargs)
+    if not now.causal_flag:  # a real mask: SDPA's causal flag is aligned to the top left
+        kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
+    return mask
+
+
+def _eager_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    if now.pack is not None:
+        return packed_pass.mask_of(eager_mask, now.pack, kwargs)
+    mask: Tensor | None = eager_mask(*args, **kwargs)
     return mask
 
 
 AttentionInterface.register("spectune_sdpa", _sdpa)
 AttentionInterface.register("spectune_eager", _eager)
 AttentionMaskInterface.register("spectune_sdpa", _sdpa_mask)
-AttentionMaskInterface.register("spectune_eager", eager_mask)
+AttentionMaskInterface.register("spectune_eager", _eager_mask)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectune.compute.masks import positions_from_mask
+from spectune.compute.packs import Pack
+from spectune.deltas import packed_pass
 from spectune.deltas.modules import InputModule
 from spectune.deltas.rows import Rows
 from spectune.deltas.sites import get
@@ -81,6 +83,7 @@ class DecoderSite:
         self.signature = inspect.signature(decoder.forward)
         self.takes_positions = "position_ids" in self.signature.parameters
         self.to_cut = 0
+        self._moved: Tensor | None = None  # where each place of a packed text stands among virtual tokens
         self._holds: tuple[str | None, ...] = ()  # the route whose virtual tokens this pass puts into the cache
         self.handles = [
             decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
@@ -98,7 +101,7 @@ class DecoderSite:
 
     def enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: `[batch, text]` in, `[batch, virtual + text]` out, positions shifted."""
-        self.to_cut = 0
+        self.to_cut, self._moved = 0, None
         registry, route = self.registry, self.registry.current
         registry.keep_route_in_checkpoints()
         registry.keep_attention()
@@ -111,6 +114,9 @@ class DecoderSite:
         batch, length = text.shape[:2]
         seen = 0 if cache is None else cache.get_seq_length()
         first = bool(seen == 0)
+        pack = registry.pack_ahead
+        if pack is not None:
+            return (), self._enter_packed(call, pack, text, cache)
         rows = Rows(route, batch, copies=registry.copies) if route.per_row or registry.virtual_tokens else None
         # one entry for all rows where they are alike: no tensor is made then
         self._holds = rows.names if rows is not None and route.mixed else route.names[:1]
@@ -120,7 +126,7 @@ class DecoderSite:
         if rows is not None:
             before = lead.length if first else 0
             rows.length, rows.lead, rows.seen, rows.padding = length + before, before, seen_text, _padding(mask)
-            registry.lay(rows)
+        registry.lay(rows)
         if rows is None or not max(lead.shifts):
             return None
         self._check_mask(mask, seen_text, length, lead.length)
@@ -137,17 +143,48 @@ class DecoderSite:
 
     def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: hidden states of virtual tokens are cut off, so that any head sees text only."""
+        self.registry.left()
         cut, self.to_cut = self.to_cut, 0
-        if cut == 0:
+        moved, self._moved = self._moved, None
+        if cut == 0 and moved is None:
             return None
+
+        def text_of(states: Tensor) -> Tensor:
+            if moved is None:
+                return states[:, cut:]
+            return states[torch.arange(moved.shape[0], device=moved.device)[:, None], moved]
+
         for name in _CACHE_NAMES:  # a cache that the decoder made itself
             _check_cache(getattr(output, name, None), True, cut, self._holds)
         if isinstance(output, tuple):
-            return (output[0][:, cut:], *output[1:])
-        output.last_hidden_state = output.last_hidden_state[:, cut:]
+            return (text_of(output[0]), *output[1:])
+        output.last_hidden_state = text_of(output.last_hidden_state)
         if getattr(output, "hidden_states", None) is not None:
-            output.hidden_states = tuple(states[:, cut:] for states in output.hidden_states)
+            output.hidden_states = tuple(text_of(states) for states in output.hidden_states)
         return output
+
+    def _enter_packed(self, call: dict[str, Any], pack: Pack, text: Tensor, cache: Any) -> dict[str, Any]:
+        """The call of a packed batch, which is of one delta and of whole documents."""
+        registry, route = self.registry, self.registry.current
+        if route.mixed or cache is not None:
+            raise ConfigError(
+                "a packed batch goes with no cache"
+                if cache is not None
+                else f"the route gives rows of one batch different deltas ({', '.join(map(repr, route.names))}), and a "
+                "packed batch has documents of one delta only: route each delta's rows in a batch of their own"
+            )
+        if text.shape[:2] != pack.documents.shape:
+            raise ConfigError(
+                f"the batch is {list(text.shape[:2])}, `documents` are {list(pack.documents.shape)}: expected both to "
+                "be [packs, length]"
+            )
+        rows = Rows(route, text.shape[0])
+        lead = self._lead(rows.names[:1])
+        rows.pack, rows.length = pack, pack.width
+        registry.lay(rows)
+        [prompt], [shift] = lead.prompts, lead.shifts
+        self._moved = packed_pass.enter(self, call, rows, None if prompt is None else prompt(), shift)
+        return call
 
     def puts_tokens_in(self) -> bool:
         """Whether any row's delta has virtual tokens in the sequence itself."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectune.compute.packs import Kernel, Pack
 from spectune.deltas import attention
 from spectune.deltas.decoder import DecoderSite
 from spectune.deltas.rows import Route, Rows
@@ -36,9 +37,16 @@ class Registry:
         self.copies = 1
         #: keys and values of each attention call by the module's id, while somebody is looking
         self.attention_calls: dict[int, tuple[Tensor, Tensor]] | None = None
+        #: attention modules that a packed batch's kernel served, by id, while somebody is looking
+        self.kernel_calls: set[int] | None = None
         self._routed: Route | None = None
         self._pinned: tuple[Route, Rows | None] | None = None
         self._rows: Rows | None = None
+        #: the documents of the packed batch that the next forward passes are of
+        self.pack_ahead: Pack | None = None
+        #: packed batches may come; with the kernel for their attention
+        self.packs = False
+        self.kernel: Kernel | None = None
         self._positions_by_index: bool | None = None
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._attention_before: str | None = None
@@ -94,9 +102,23 @@ class Registry:
         """The most virtual tokens of any row's delta under the current route."""
         return max(0 if name is None else self.deltas[name].method.virtual_tokens for name in self.current.names)
 
-    def lay(self, rows: Rows) -> None:
+    def lay(self, rows: Rows | None) -> None:
         """Note how the current route lies over the batch of the forward pass that begins."""
         self._rows = rows
+        attention.now.pack = None if rows is None else rows.pack
+        # SDPA's causal flag is aligned to the top left: wrong once keys stand in front
+        attention.now.causal_flag = self._only_packing
+
+    def left(self) -> None:
+        """The forward pass is over: another model's masks are not of its documents."""
+        attention.now.pack = None
+
+    @property
+    def pack(self) -> Pack | None:
+        """The documents of the pass that runs, or is recomputed; None where it is not packed."""
+        if self._pinned is not None:
+            return None if self._pinned[1] is None else self._pinned[1].pack
+        return None if self._rows is None else self._rows.pack
 
     def rows(self, batch: int) -> Rows:
         """The current route over the batch of the forward pass that runs; `batch` is used where a part of the model
@@ -184,13 +206,45 @@ class Registry:
             hook.handle.remove()
             del self._outputs[path]
 
-    def open_attention(self, path: str) -> None:
+    def open_attention(self, path: str, what: str = "prefix tuning") -> None:
         """Let the attention module at `path` find its keys and values; the first one switches the model's attention
-        to the registered function that knows prefixes."""
+        to the registered function that knows prefixes and packs. `what` needs it, for the message of a refusal."""
         if self._attention_before is None:
-            self._attention_before = attention.switch_on(self.model)
+            self._attention_before = attention.switch_on(self.model, what)
         attention.listen(self.model.get_submodule(path), self)
         self._attention_users[path] = self._attention_users.get(path, 0) + 1
+
+    def open_packing(self, kernel: Kernel | None) -> None:
+        """Let every attention module know of packed batches, and the kernel that they are attended with.
+
+        Raises:
+            ConfigError: no attention was found, or it cannot be exchanged.
+        """
+        if self.packs:
+            raise ConfigError("packing is on already for this model")
+        if not self.family.attentions:
+            raise ConfigError(f"no attention was found in this {self.family.model_type} model")
+        opened = []
+        try:
+            for site in self.family.attentions:
+                self.open_attention(site.path, what="packing")
+                opened.append(site.path)
+        except BaseException:
+            for path in opened:
+                self.close_attention(path)
+            raise
+        self.packs, self.kernel = True, kernel
+
+    def close_packing(self) -> None:
+        self.packs, self.kernel = False, None
+        self.lay(None)
+        for site in self.family.attentions:
+            self.close_attention(site.path)
+
+    @property
+    def _only_packing(self) -> bool:
+        """Attention was exchanged for packed batches alone: no delta puts keys in front."""
+        return self.packs and all(users == 1 for users in self._attention_users.values())
 
     def keep_attention(self) -> None:
         """Switch again where somebody set another attention function after attach (or on another model that shares

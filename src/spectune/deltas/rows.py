@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from spectune.compute.packs import Pack
 from spectune.errors import ConfigError
 
 
@@ -46,6 +47,7 @@ class Rows:
         lead: places of this pass that stand before its text, for virtual tokens of any row.
         seen: text tokens in the cache before this pass.
         padding: padding tokens on the left of each row, `[batch, 1]`; None where there is no mask to tell.
+        pack: the documents of a packed batch, virtual tokens included; None for one document in each row.
     """
 
     def __init__(self, route: Route, batch: int, *, copies: int = 1) -> None:
@@ -72,6 +74,7 @@ class Rows:
         self.lead = 0
         self.seen = 0
         self.padding: Tensor | None = None
+        self.pack: Pack | None = None
         self.groups = tuple(
             (name, tuple(row for row, other in enumerate(names) if other == name))
             for name in dict.fromkeys(names)

@@ -33,6 +33,8 @@ class Shape:
         targets: tokens with a loss of the row that has most.
         all_targets: those of all rows.
         padded: some rows are shorter than others.
+        documents: tokens of the documents of each row, where it is a pack of them.
+        kernel: how these are attended (`compute.packs.Kernel`); None is by masks.
     """
 
     rows: int
@@ -40,6 +42,8 @@ class Shape:
     targets: int
     all_targets: int
     padded: bool = False
+    documents: tuple[tuple[int, ...], ...] | None = None
+    kernel: Any = None
 
 
 @dataclass
@@ -81,9 +85,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is aten._local_scalar_dense.default:
+        meta = isinstance(args[0], Tensor) and args[0].device.type == "meta" if args else False
+        if func is aten._local_scalar_dense.default and meta:
             return self._value(args[0])
-        if func is aten.nonzero.default:
+        if func is aten.nonzero.default and meta:
             result = args[0].new_empty(self._chosen(args[0]), args[0].dim(), dtype=torch.int64)
         elif func is aten._grouped_mm.default:  # experts; its meta kernel refuses float32, which CPU and CUDA take
             result = _grouped(*args[:3])

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spectune.compute.losses import find_head, labelled_logits, labelled_loss_sum
 from spectune.compute.offload import MetaTransfers
-from spectune.deltas import Delta, Method
+from spectune.deltas import Delta, Method, packed, packing
 from spectune.deltas.attach import place
 from spectune.deltas.checkpointing import Recomputation, recompute
 from spectune.families import Family
@@ -141,7 +141,7 @@ def record_step(
     steps = _stepped(recorder, trained) if in_backward else nullcontext()
     with kernels_of(device_type), Recorder(_TINY, ()):  # asked once a model, before its first step: no part of any
         find_head(model, _batch(_TINY))
-    with kernels_of(device_type), recorder, _marked(recorder, built), steps:
+    with kernels_of(device_type), _documents(built, shape), recorder, _marked(recorder, built), steps:
         loss, _ = labelled_loss_sum(model, _batch(shape), fuse=fuse, device_type=device_type)
         recorder.backward = True
         torch.autograd.backward(loss / shape.all_targets)
@@ -193,11 +193,22 @@ def _recorder(built: Skeleton, shape: Shape, there: Iterable[Tensor] = ()) -> Re
     return Recorder(shape, [*built.model.parameters(), *built.model.buffers(), *built.delta.parameters(), *there])
 
 
+@contextmanager
+def _documents(built: Skeleton, shape: Shape) -> Iterator[None]:
+    """While inside, a batch of this shape is packed, if it is."""
+    if shape.documents is None:
+        yield
+        return
+    numbers = [[n for n, length in enumerate(pack) for _ in range(length)] for pack in shape.documents]
+    documents = torch.tensor([row + [-1] * (shape.length - len(row)) for row in numbers])
+    with packing(built.model, shape.kernel), packed(built.model, documents):
+        yield
+
+
 def _batch(shape: Shape) -> dict[str, Tensor]:
-    return {
-        name: torch.zeros(shape.rows, shape.length, dtype=torch.int64, device="meta")
-        for name in ("input_ids", "attention_mask", "labels")
-    }
+    names = ["input_ids", "labels", "attention_mask" if shape.documents is None else "position_ids"]
+    size = (shape.rows, shape.length)
+    return {name: torch.zeros(size, dtype=torch.int64, device="meta") for name in names}
 
 
 @contextmanager

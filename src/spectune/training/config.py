@@ -32,6 +32,9 @@ class TrainingConfig(BaseModel):
         load_best_at_end: the delta ends as the best one of validation.
         group_by_length: draw rows of like length for the same step. Less padding, and a worse result: see
             docs/decisions.md for what it cost.
+        packing: rows of one step share sequences, best-fit, and none sees another: losses and gradients are those of
+            padded batches. "auto" packs where that leaves out a tenth of a step's tokens or more and the model can keep
+            documents apart; True refuses to begin where it cannot.
         gradient_checkpointing: recompute activations in backward instead of keeping them. "auto": only where the plan
             says that memory does not suffice without, and then the first that fits of "selective" (all but matrix
             products and attention is recomputed), True (every block), "offload" (every block, with its input in host
@@ -70,6 +73,7 @@ class TrainingConfig(BaseModel):
     early_stopping_patience: int | None = Field(None, ge=1)
     load_best_at_end: bool = True
     group_by_length: bool = False
+    packing: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool | Literal["auto", "selective", "offload"] = "auto"
     torch_compile: bool | Literal["auto"] = "auto"
     report_to: Literal["none", "tensorboard"] = "none"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import PeakMemory
-from spectune.data import Example, batches, by_length, collate
+from spectune.data import Example, batches, by_length
 from spectune.deltas import Delta
 from spectune.errors import DivergedError, InterruptedRun, OutOfMemoryError
 from spectune.evaluation import RowLosses, row_losses
@@ -25,6 +25,7 @@ from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.interrupt import Interrupts
 from spectune.training.optimizer import MasterAdamW, learning_rate_at
+from spectune.training.packing import Packing
 
 #: the first steps of a process do not count for speed; where memory is counted tensor by tensor, it is in these (they
 #: hold the longest batch)
@@ -58,6 +59,7 @@ class Loop:
     progress: Progress
     keeper: Keeper
     world: World
+    packing: Packing = field(default_factory=Packing)
     _validated_here: bool = field(default=False, init=False)
     _stretch: PeakMemory | None = field(default=None, init=False)
 
@@ -70,12 +72,11 @@ class Loop:
             DivergedError: loss or gradient is not finite.
         """
         now, config = self.progress, self.config
-        lengths = [len(example.input_ids) for example in self.train_examples]
         self.model.train()
         self._begin_stretch()
-        with Interrupts() as interrupts:
+        with Interrupts() as interrupts, self.packing.listening(self.model):
             while now.step < self.total_steps:
-                windows = self.windows(lengths, now.epoch)
+                windows = self.windows(self._lengths, now.epoch)
                 for window in windows[now.window :]:
                     loss = self.step(window)
                     display.step(loss, now.timed_tokens / now.timed_seconds if now.timed_seconds else 0.0)
@@ -122,8 +123,8 @@ class Loop:
         targets = sum(example.target_tokens for batch in members for example in batch)
         tokens = sum(len(example.input_ids) for batch in members for example in batch)
         # data are made ready before the clock starts: speed is that of computing
-        shares = [self.world.share(batch) for batch in members]
-        collated = [collate(share, self.pad_token_id) if share else None for share in shares]
+        shares = self.packing.of_step(window, self._lengths, config, self.world)
+        collated = [self._collated(share) if share else None for share in shares]
         first = now.step < self._first_step + MEMORY_STEPS
         memory = self._memory() if first and self._stretch is None else None
         rate = learning_rate_at(now.step, self.total_steps, self.learning_rate, config)
@@ -165,21 +166,26 @@ class Loop:
             self.keeper.log({**entry, "tokens": now.tokens, "seconds": now.seconds})
         return loss
 
+    def _collated(self, packs: list[list[int]]) -> dict[str, Tensor]:
+        return self.packing.collate([[self.train_examples[i] for i in pack] for pack in packs], self.pad_token_id)
+
     def backward(self, batch: Mapping[str, Tensor] | None, targets: int) -> Tensor:
         """Add the gradient of this process's share of a batch, which may be none. Returns its loss sum, detached."""
         if batch is None:
             return torch.zeros((), device=self.model.device)
         try:
-            placed = {name: tensor.to(self.model.device, non_blocking=True) for name, tensor in batch.items()}
-            loss_sum, _ = labelled_loss_sum(self.model, placed)
-            torch.autograd.backward(loss_sum / targets)
+            with self.packing.placed(self.model, batch) as placed:
+                loss_sum, _ = labelled_loss_sum(self.model, placed)
+                torch.autograd.backward(loss_sum / targets)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             rows, length = batch["input_ids"].shape
+            # a batch of packs has at most the tokens of so many of the longest rows
+            what, size = ("packs", self.config.per_device_train_batch_size) if self.packing.on else ("rows", rows)
             raise OutOfMemoryError(
-                f"out of memory in step {self.progress.step + 1} with a batch of {rows} rows of {length} tokens. Try "
-                f"per_device_train_batch_size={max(1, rows // 2)} with gradient_accumulation_steps="
+                f"out of memory in step {self.progress.step + 1} with a batch of {rows} {what} of {length} tokens. Try "
+                f"per_device_train_batch_size={max(1, size // 2)} with gradient_accumulation_steps="
                 f"{2 * self.config.gradient_accumulation_steps}, a smaller max_length, or gradient_checkpointing=true."
             ) from error
         return loss_sum.detach()
@@ -252,6 +258,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._first_step = self.progress.step
+        self._lengths = [len(example.input_ids) for example in self.train_examples]
         per_step = self.config.per_device_train_batch_size * self.world.size * self.config.gradient_accumulation_steps
         self._windows_per_epoch = math.ceil(len(self.train_examples) / per_step)
 

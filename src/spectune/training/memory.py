@@ -21,6 +21,7 @@ from spectune.training.checkpointing import WORDS, Recomputation, modes_of
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
 from spectune.training.loop import MEMORY_STEPS
+from spectune.training.packing import Packing
 from spectune.training.prepare import Prepared
 
 log = logging.getLogger("spectune")
@@ -52,7 +53,12 @@ class Predicted:
 
 
 def predict_memory(
-    model: PreTrainedModel, delta: Delta, prepared: Prepared, config: TrainingConfig, world: World
+    model: PreTrainedModel,
+    delta: Delta,
+    prepared: Prepared,
+    config: TrainingConfig,
+    world: World,
+    packing: Packing | None = None,
 ) -> Predicted:
     """The plan of this run, with the way of recomputation that it is to take. What keeps the planner from describing a
     base is logged, and keeps nobody from training it: nothing is recomputed then, unless the user said so.
@@ -66,12 +72,17 @@ def predict_memory(
     free = free_memory(model.device)
     room = 0 if free is None else _room(free, model, delta)
     try:
-        steps = [[shape_of(batch) for batch in step] for step in _first_steps(prepared.examples, config, world)]
+        how = packing or Packing()
+        # a pack's batch has no more tokens than the padded one: what is refused, and advised, is by that
+        first = shape_of(_first_steps(prepared.examples, config, world, Packing())[0][0])
+        steps = [
+            [shape_of(packs, how) for packs in step] for step in _first_steps(prepared.examples, config, world, how)
+        ]
         if free is None:
-            return _predicted(model, delta, prepared, config, steps, possible[0])
+            return _predicted(model, delta, prepared, config, first, steps, possible[0])
         found = cheapest_that_fits(
             possible,
-            lambda mode: _predicted(model, delta, prepared, config, steps, mode),
+            lambda mode: _predicted(model, delta, prepared, config, first, steps, mode),
             lambda predicted: _fits_well(predicted, room),
         )
     except Exception as error:
@@ -80,7 +91,7 @@ def predict_memory(
     if found.checkpointing == possible[0]:
         return found
     assert found.estimate is not None
-    plain = _predicted(model, delta, prepared, config, steps, possible[0]).estimate
+    plain = _predicted(model, delta, prepared, config, first, steps, possible[0]).estimate
     assert plain is not None
     notice = (
         f"gradient checkpointing: {WORDS[found.checkpointing]}: predicted {shown(found.estimate.peak_reserved)}, where "
@@ -143,10 +154,10 @@ def _predicted(
     delta: Delta,
     prepared: Prepared,
     config: TrainingConfig,
+    first: Shape,
     steps: list[list[Shape]],
     mode: Recomputation,
 ) -> Predicted:
-    first = steps[0][0]
     asked: dict[str, Any] = {
         "batch": first.rows,
         "length": first.length,
@@ -159,7 +170,7 @@ def _predicted(
         "padded": first.padded,
     }
     if prepared.valid:
-        judged = shape_of(prepared.valid)
+        judged = shape_of([[row] for row in prepared.valid])
         asked["eval_batch"] = min(config.per_device_eval_batch_size, judged.rows)
         asked["eval_length"], asked["eval_targets"] = judged.length, judged.targets
     weights = sum(t.numel() * t.element_size() for t in model.parameters())
@@ -175,9 +186,12 @@ def _predicted(
     return _predictions[key]
 
 
-def _first_steps(examples: Sequence[Example], config: TrainingConfig, world: World) -> list[list[Sequence[Example]]]:
-    """The batches of the steps that are measured, as this process runs them; epoch 0 begins with the longest row. Of a
-    step's batches the first two: the others are no longer, and find gradients there as the second does."""
+def _first_steps(
+    examples: Sequence[Example], config: TrainingConfig, world: World, packing: Packing
+) -> list[list[list[list[Example]]]]:
+    """The batches (of packs of rows) of the steps that are measured, as this process runs them; epoch 0 begins with the
+    longest row. Of a step's batches the first two: the others are no longer, and find gradients there as the second
+    does."""
     lengths = [len(example.input_ids) for example in examples]
     size = config.per_device_train_batch_size * world.size
     steps = batches(
@@ -189,13 +203,21 @@ def _first_steps(examples: Sequence[Example], config: TrainingConfig, world: Wor
     )
     total = config.max_steps if config.max_steps > 0 else round(len(steps) * config.num_train_epochs)
     steps = (steps * MEMORY_STEPS if len(steps) == 1 else steps)[: max(1, min(MEMORY_STEPS, total))]
-    return [
-        [[examples[row] for row in world.share(rows) or rows] for rows in by_length(step, lengths, size)[:2]]
-        for step in steps
-    ]
+    found = []
+    for step in steps:
+        window = by_length(step, lengths, size)
+        mine = [batch for batch in packing.of_step(window, lengths, config, world) if batch]
+        # a process without rows of its own is taken to have the first ones
+        found.append(mine[:2] or [[[row] for row in window[0]]])
+    return [[[[examples[row] for row in pack] for pack in batch] for batch in step] for step in found]
 
 
-def shape_of(rows: Sequence[Example]) -> Shape:
-    """Of a batch of these rows."""
-    lengths, targets = [len(row.input_ids) for row in rows], [row.target_tokens for row in rows]
-    return Shape(len(rows), max(lengths), max(targets), sum(targets), padded=min(lengths) < max(lengths))
+def shape_of(packs: Sequence[Sequence[Example]], packing: Packing | None = None) -> Shape:
+    """Of a batch of these packs of rows; without `packing`, of one row each."""
+    rows = [[len(row.input_ids) for row in pack] for pack in packs]
+    lengths = [sum(pack) for pack in rows]
+    targets = [sum(row.target_tokens for row in pack) for pack in packs]
+    found = Shape(len(packs), max(lengths), max(targets), sum(targets), padded=min(lengths) < max(lengths))
+    if packing is None or not packing.on:
+        return found
+    return replace(found, documents=tuple(map(tuple, rows)), kernel=packing.kernel)

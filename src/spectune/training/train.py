@@ -24,6 +24,7 @@ from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.memory import Predicted, check_memory, predict_memory
 from spectune.training.optimizers import make_optimizer
+from spectune.training.packing import Packing, decide
 from spectune.training.prepare import DEFAULT_LENGTH, Prepared, prepare
 from spectune.training.result import RunResult
 from spectune.training.run_folder import RunFolder, check_folder, load_end
@@ -85,7 +86,8 @@ def train(
             f"delta {delta.name!r} has no weight that may be trained: load it with "
             "spectune.load_delta(..., trainable=True), or set requires_grad on its parameters()"
         )
-    predicted = predict_memory(model, delta, prepared, config, world)
+    packing = decide(model, delta, prepared.examples, config)
+    predicted = predict_memory(model, delta, prepared, config, world, packing)
     check_memory(predicted, model, delta, config.memory_check)
     optimizer = make_optimizer(trained, config, prepared.learning_rate, world.size)
     progress, best = Progress(), None
@@ -108,7 +110,7 @@ def train(
     )
     run.begin(prepared.encoded, {**environment(), "gradient_checkpointing": predicted.checkpointing}, origin or {})
     total = total_steps(len(prepared.examples), config, world.size)
-    _announce(out, delta, prepared, total, config)
+    _announce(out, delta, prepared, total, config, packing)
     if predicted.notice is not None:
         out.print(predicted.notice, soft_wrap=True, highlight=False, markup=False)
     compiling = _compiles(out, model, delta, prepared, total, config)
@@ -125,6 +127,7 @@ def train(
         progress=progress,
         keeper=run.keeper(),
         world=world,
+        packing=packing,
     )
     try:
         if progress.base_valid_loss is None:
@@ -243,7 +246,9 @@ def total_steps(rows: int, config: TrainingConfig, processes: int) -> int:
     return max(1, round(per_epoch * config.num_train_epochs))
 
 
-def _announce(out: Console, delta: Delta, prepared: Prepared, total: int, config: TrainingConfig) -> None:
+def _announce(
+    out: Console, delta: Delta, prepared: Prepared, total: int, config: TrainingConfig, packing: Packing
+) -> None:
     trained, base = delta.num_trained_parameters(), delta.family.num_parameters
     lines = [
         f"{delta.method.label}: {trained:,} trainable of {base:,} weights ({100 * trained / base:.4g}%)",
@@ -254,6 +259,8 @@ def _announce(out: Console, delta: Delta, prepared: Prepared, total: int, config
     ]
     if (notice := delta.method.notice(delta.family)) is not None:
         lines.append(f"note: {notice}")
+    if packing.notice is not None:
+        lines.append(packing.notice)
     # nothing is cut or dropped in silence; data_report.json has every row
     summaries = [found.report.summary(part) for part, found in zip(("train", "valid"), prepared.encoded, strict=True)]
     lines += [f"{line} (see data_report.json)" for line in summaries if line]
