@@ -66,7 +66,7 @@ def free_folder(given: Path | None, default: Path) -> Path:
 
 def origin(settings: Settings) -> dict[str, str]:
     """Where base and data come from, for a run's config.yaml, so that `--config` of it is the same run again."""
-    keys = ("data", "valid", "test", "retain", "device", "dtype")
+    keys = ("data", "valid", "test", "retain", "device", "dtype", "base_precision")
     return {"model": settings.base, **{key: value for key in keys if (value := settings.text(key)) is not None}}
 
 
@@ -99,11 +99,13 @@ class Run:
     result: dict[str, Any]
     config: dict[str, Any]
 
-    def load(self, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(
+        self, device: str, dtype: str, base_precision: str | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base with the run's delta attached and active. Raises DataError where either is not to be had."""
         from spectune.storage import load, load_delta
 
-        model, tokenizer = load(self.base, device=device, dtype=dtype)
+        model, tokenizer = load(self.base, device=device, dtype=dtype, base_precision=base_precision)
         load_delta(model, self.delta_folder, name="run")
         return model, tokenizer
 

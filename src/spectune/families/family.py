@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from spectune.errors import ConfigError
 from spectune.families.modules import adds_its_bias_last, linear_shape
 from spectune.families.parts import Slice, inner_activation, projections
+from spectune.families.quantised import packed_away
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def describe(model: PreTrainedModel) -> Family:
         layers=layers,
         linears=linears,
         biases=_biases(model),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()) + packed_away(model),
         conv1d=bool(linears) and all(isinstance(model.get_submodule(t.path), Conv1D) for t in linears),
         position_table=_position_table(decoder, embedding, text),
         sliding_window=_sliding_window(text),

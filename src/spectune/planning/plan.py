@@ -11,13 +11,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.deltas import Method
 from spectune.errors import ConfigError
+from spectune.families import base_precision as base_precision_of
 from spectune.methods import method_from_name
 from spectune.planning.estimate import CUDA_CONTEXT, TERMS, Estimate
 from spectune.planning.planner import Planner
 from spectune.planning.recorder import Shape
 from spectune.planning.step import FEW
+from spectune.storage.base_precision import base_dtype, check_precision
 from spectune.storage.bases import load_config
-from spectune.storage.devices import resolve_dtype
 
 
 def plan(
@@ -27,6 +28,7 @@ def plan(
     length: int = 1024,
     *,
     dtype: str | torch.dtype | None = None,
+    base_precision: str | None = None,
     gradient_checkpointing: bool = False,
     gradient_accumulation_steps: int = 1,
     device: str | torch.device = "cuda",
@@ -44,6 +46,7 @@ def plan(
         method: a config such as `LoRA(r=16)`, or a name.
         batch, length: rows, and tokens of each; a method's virtual tokens come on top.
         dtype: of the base; None is what `load` takes on that device, or the loaded model's own.
+        base_precision: "fp8", "nf4", "int8", see `load`; None is the loaded model's own, else none.
         device: "cuda", "cpu" or "mps": which kernels run.
         targets: tokens with a loss of the row that has most; None is all but the first.
         all_targets: those of all rows; None is as many in each row.
@@ -64,14 +67,15 @@ def plan(
     config: Any = described.config if isinstance(described, PreTrainedModel) else described
     if isinstance(described, PreTrainedModel) and dtype is None:
         dtype = described.dtype
-    kind = resolve_dtype("auto" if dtype is None else dtype, place, getattr(config, "dtype", None))
+    precision = _precision(described, base_precision)
+    kind = base_dtype("auto" if dtype is None else dtype, place, getattr(config, "dtype", None), precision)
     context = context_of(config)
     room = None if context is None else context - method.virtual_tokens
     if room is not None and length > room:
         extra = f" and {method.virtual_tokens} virtual ones of {method.label}" if method.virtual_tokens else ""
         raise ConfigError(f"{length} tokens{extra}, but this base has {context} positions: at most {room} tokens")
     planner = Planner(
-        described, method, kind, place.type,
+        described, method, kind, place.type, base_precision=precision,
         checkpointing=gradient_checkpointing, accumulating=gradient_accumulation_steps > 1,
     )  # fmt: skip
     share = min(targets or length, length - 1) / (length - 1)
@@ -115,6 +119,16 @@ def plan(
         _first_steps=planner.first_steps,
         _room=room,
     )
+
+
+def _precision(described: Any, asked: str | None) -> str | None:
+    check_precision(asked)
+    if not isinstance(described, PreTrainedModel):
+        return asked
+    own = base_precision_of(described)
+    if asked not in (None, own):
+        raise ConfigError(f"base_precision = {asked}, and the model given was loaded with {own}: plan it by name")
+    return own
 
 
 def _name(base: str | Path | PretrainedConfig | PreTrainedModel) -> str:

@@ -44,8 +44,9 @@ class Planner:
         *,
         checkpointing: bool = False,
         accumulating: bool = False,
+        base_precision: str | None = None,
     ) -> None:
-        self.settings = (base, method, dtype, checkpointing)
+        self.settings = (base, method, dtype, checkpointing, base_precision)
         self.device_type = device_type
         self.accumulating = accumulating
         self._longest = 0
@@ -103,8 +104,8 @@ class Planner:
         """Anew where rows are longer than any before: sliding windows may make layers differ then."""
         if length <= self._longest and not whole:
             return
-        base, method, dtype, checkpointing = self.settings
-        self.built = skeleton(base, method, dtype, length, checkpointing)
+        base, method, dtype, checkpointing, precision = self.settings
+        self.built = skeleton(base, method, dtype, length, checkpointing, precision)
         self._longest = 2**62 if whole else length
         self.repeats = [] if whole else self.built.shorten()
 
