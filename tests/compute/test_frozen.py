@@ -237,6 +237,13 @@ def test_activations_that_the_model_casts_to_the_weights_dtype_are_refused() -> 
         layer(torch.randn(2, 32).to(layer.weight.dtype))
 
 
+@needs_bitsandbytes
+def test_nf4_decodes_rows_that_are_no_multiple_of_its_blocks() -> None:
+    weight = torch.randn(672, 224, generator=torch.Generator().manual_seed(0))
+    off = FrozenNf4Linear(weight, None).dequantised() - weight
+    assert float(off.norm() / weight.norm()) < 0.1
+
+
 # -- devices --------------------------------------------------------------------------------------------------------
 
 

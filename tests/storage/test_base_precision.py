@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import spectune
 from spectune import embedded
 from spectune.compute.frozen import FrozenLinear
-from spectune.data import encode, load_rows
+from spectune.data import collate, encode, load_rows
 from spectune.deltas import Delta, Method
 from spectune.errors import ConfigError
 from spectune.families import base_precision, describe, differences, fingerprint
@@ -34,8 +34,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "dora": {"r": 4},
 }
 FROZEN = [str(m.model_fields["name"].default) for m in METHODS if not m.trains_base]
-#: of the gradient of a delta over the quantised base with that over the float32 one, on spectune-tiny
-COSINE = {"fp8": 0.97, "int8": 0.995, "nf4": 0.9, "torchao": 0.995}
+#: least cosine of a delta's gradient over the quantised base with that over the float32 one: at random weights, where
+#: errors do not grow from layer to layer; and on spectune-tiny, where bfloat16 reaches 0.43 to 0.92
+RANDOM = {"fp8": 0.97, "int8": 0.999, "nf4": 0.9, "torchao": 0.999}
+TINY = {"fp8": 0.6, "int8": 0.95, "nf4": 0.5}
 
 
 def with_torchao(model: PreTrainedModel) -> None:
@@ -57,6 +59,25 @@ def quantised(model: PreTrainedModel, precision: str) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def plain() -> PreTrainedModel:
     return spectune.load("spectune-tiny")[0]
+
+
+@pytest.fixture(scope="module")
+def small() -> PreTrainedModel:
+    """GPT-2's structure at random weights, biases and norms away from zeros and ones."""
+    torch.manual_seed(7)
+    model = FAMILIES["gpt2"]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def small_batch() -> dict[str, Tensor]:
+    ids = torch.randint(1, 97, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
 def fresh(plain: PreTrainedModel, precision: str | None = None) -> PreTrainedModel:
@@ -83,14 +104,7 @@ def method(request: pytest.FixtureRequest) -> Method:
 @pytest.fixture(scope="module")
 def batch() -> dict[str, Tensor]:
     _, tokenizer = spectune.load("spectune-tiny")
-    examples = encode(load_rows(embedded.TRAIN)[:8], tokenizer, max_length=96).examples
-    longest = max(len(e.input_ids) for e in examples)
-    ids, labels, mask = (torch.full((len(examples), longest), value) for value in (0, -100, 0))
-    for number, example in enumerate(examples):
-        count = len(example.input_ids)
-        ids[number, :count], mask[number, :count] = torch.tensor(example.input_ids), 1
-        labels[number, :count] = torch.tensor(example.labels)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return collate(encode(load_rows(embedded.TRAIN)[:4], tokenizer, max_length=64).examples, pad_token_id=0)
 
 
 def moved(delta: Delta, size: float = 0.02) -> Delta:
@@ -125,64 +139,82 @@ def cosine(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def test_attach_train_and_detach(
-    plain: PreTrainedModel, precision: str, method: Method, batch: dict[str, Tensor]
+    small: PreTrainedModel, precision: str, method: Method, small_batch: dict[str, Tensor]
 ) -> None:
-    model = fresh(plain, precision)
+    model = fresh(small, precision)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    bare = logits(model, batch)
+    bare = logits(model, small_batch)
     delta = spectune.attach(model, method, "task", seed=3)
-    assert torch.equal(logits(model, batch), bare) == method.starts_at_identity
-    found = gradients(model, moved(delta), batch)
+    assert torch.equal(logits(model, small_batch), bare) == method.starts_at_identity
+    found = gradients(model, moved(delta), small_batch)
     silent = [name for name, grad in found.items() if not bool(grad.any())]
     assert silent == []
     base = [name for name, p in model.named_parameters() if ".deltas." not in name and p.grad is not None]
     assert base == []
-    assert not torch.equal(logits(model, batch), bare)
+    assert not torch.equal(logits(model, small_batch), bare)
     spectune.detach(model, "task")
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
-    assert torch.equal(logits(model, batch), bare)
+    assert torch.equal(logits(model, small_batch), bare)
 
 
+#: on the real base, which takes its time: fp8 with every method, the others with one of each kind of site
+ON_THE_REAL_BASE = [("fp8", name) for name in FROZEN] + [
+    pytest.param(p, name, marks=needs.get(p, ())) for p in ("int8", "nf4") for name in ("lora", "prefix", "prompt")
+]
+
+
+@pytest.mark.parametrize(("precision", "name"), ON_THE_REAL_BASE)
 def test_gradients_point_where_those_over_the_plain_base_do(
-    plain: PreTrainedModel, precision: str, method: Method, batch: dict[str, Tensor]
+    plain: PreTrainedModel, precision: str, name: str, batch: dict[str, Tensor]
 ) -> None:
+    method = method_from_name(name, **SMALL.get(name, {}))
     found = []
     for kind in (None, precision):
         model = fresh(plain, kind)
         found.append(gradients(model, moved(spectune.attach(model, method, "task", seed=3)), batch))
-    assert COSINE[precision] < cosine(*found) < 1 - 1e-9
+    assert TINY[precision] < cosine(*found) < 1 - 1e-9
+
+
+def test_gradients_at_random_weights_are_those_of_the_plain_base_nearly(
+    llama: PreTrainedModel, precision: str, method: Method, small_batch: dict[str, Tensor]
+) -> None:
+    found = []
+    for kind in (None, precision):
+        model = fresh(llama, kind)
+        found.append(gradients(model, moved(spectune.attach(model, method, "task", seed=3)), small_batch))
+    assert RANDOM[precision] < cosine(*found) < 1 - 1e-9
 
 
 def test_a_delta_goes_from_one_precision_to_the_other(
-    plain: PreTrainedModel, precision: str, method: Method, batch: dict[str, Tensor], tmp_path: Path
+    small: PreTrainedModel, precision: str, method: Method, small_batch: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    whole, few = fresh(plain), fresh(plain, precision)
+    whole, few = fresh(small), fresh(small, precision)
     moved(spectune.attach(whole, method, "a", seed=3)).save(tmp_path / "from-plain")
     there = spectune.load_delta(few, tmp_path / "from-plain", name="a")
     there.save(tmp_path / "from-few")
     back = spectune.load_delta(whole, tmp_path / "from-few", name="b")
     with spectune.route(whole, "a"):
-        first = logits(whole, batch)
+        first = logits(whole, small_batch)
     with spectune.route(whole, "b"):
-        assert torch.equal(logits(whole, batch), first)
+        assert torch.equal(logits(whole, small_batch), first)
     assert back.method == there.method
     saved = [(tmp_path / folder / "adapter_config.json").read_text() for folder in ("from-plain", "from-few")]
     assert saved[0] == saved[1], "what the base was stored in is no part of a delta"
-    again = fresh(plain, precision)
+    again = fresh(small, precision)
     spectune.load_delta(again, tmp_path / "from-few", name="a")
-    assert torch.equal(logits(again, batch), logits(few, batch))
+    assert torch.equal(logits(again, small_batch), logits(few, small_batch))
 
 
 def test_rows_of_a_mixed_batch_equal_their_solo_runs(
-    plain: PreTrainedModel, precision: str, method: Method, batch: dict[str, Tensor]
+    small: PreTrainedModel, precision: str, method: Method, small_batch: dict[str, Tensor]
 ) -> None:
-    model = fresh(plain, precision)
+    model = fresh(small, precision)
     moved(spectune.attach(model, method, "one", seed=3))
     moved(spectune.attach(model, LoRA(r=2), "two", seed=4))
-    ids = {key: value[:3] for key, value in batch.items()}
+    ids = {key: value[:3] for key, value in small_batch.items()}
     with spectune.route(model, ["one", None, "two"]):
         mixed = logits(model, ids)
     for row, name in enumerate(("one", None, "two")):
@@ -193,11 +225,18 @@ def test_rows_of_a_mixed_batch_equal_their_solo_runs(
         assert float((mixed[row] - alone)[real].norm() / alone[real].norm()) < (0.02 if precision == "fp8" else 1e-4)
 
 
-def test_it_is_trained_as_over_the_plain_base(plain: PreTrainedModel, precision: str, method: Method) -> None:
+@pytest.mark.parametrize(("precision", "name"), ON_THE_REAL_BASE)
+def test_it_is_trained_as_over_the_plain_base(plain: PreTrainedModel, precision: str, name: str) -> None:
+    method = method_from_name(name, **SMALL.get(name, {}))
     _, tokenizer = spectune.load("spectune-tiny")
-    rows, held_out = load_rows(embedded.TRAIN)[:64], load_rows(embedded.VALID)[:16]
+    rows, held_out = load_rows(embedded.TRAIN)[:32], load_rows(embedded.VALID)[:8]
     config = spectune.TrainingConfig(
-        max_steps=8, per_device_train_batch_size=8, memory_check="off", early_stopping_patience=None
+        learning_rate=method.default_learning_rate / 4,
+        max_steps=6,
+        max_length=96,
+        per_device_train_batch_size=4,
+        memory_check="off",
+        early_stopping_patience=None,
     )
     losses = []
     for kind in (None, precision):
@@ -206,16 +245,17 @@ def test_it_is_trained_as_over_the_plain_base(plain: PreTrainedModel, precision:
         assert result.valid_loss is not None
         losses.append((result.base_valid_loss, result.valid_loss))
     (plain_base, plain_end), (few_base, few_end) = losses
-    assert few_end < few_base - 0.5 * (plain_base - plain_end), "it learns what the other learns"
-    assert abs(few_end - plain_end) < {"fp8": 0.05, "int8": 0.02, "nf4": 0.25}[precision]
+    assert plain_end < plain_base - 0.05
+    assert few_base - few_end > 0.7 * (plain_base - plain_end), "it learns what the other learns"
+    assert few_end - plain_end < (few_base - plain_base) + 0.15, "it ends about as far away as it began"
 
 
 def test_generation_over_it_writes_what_repeated_forwards_write(
-    plain: PreTrainedModel, precision: str, batch: dict[str, Tensor]
+    small: PreTrainedModel, precision: str, small_batch: dict[str, Tensor]
 ) -> None:
-    model = fresh(plain, precision)
+    model = fresh(small, precision)
     moved(spectune.attach(model, LoRA(r=4), "task", seed=3))
-    ids = batch["input_ids"][:1, :12]
+    ids = small_batch["input_ids"][:1]
     written = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     for _ in range(written.shape[1] - ids.shape[1]):
         with torch.no_grad():
@@ -226,23 +266,23 @@ def test_generation_over_it_writes_what_repeated_forwards_write(
 # -- what it is -----------------------------------------------------------------------------------------------------
 
 
-def test_the_base_stays_itself(plain: PreTrainedModel, precision: str) -> None:
-    model = fresh(plain, precision)
-    family = describe(plain)
+def test_the_base_stays_itself(small: PreTrainedModel, precision: str) -> None:
+    model = fresh(small, precision)
+    family = describe(small)
     assert base_precision(model) == precision
-    assert base_precision(plain) is None
+    assert base_precision(small) is None
     assert describe(model).linears == family.linears
     assert describe(model).num_parameters == family.num_parameters
-    assert differences(fingerprint(plain, family), fingerprint(model, describe(model))) == []
+    assert differences(fingerprint(small, family), fingerprint(model, describe(model))) == []
     assert all(isinstance(model.get_submodule(linear.path), FrozenLinear) for linear in family.linears)
     inside = {linear.path + ".weight" for linear in family.linears}
-    for name, parameter in plain.named_parameters():
+    for name, parameter in small.named_parameters():
         if name not in inside:  # embeddings, norms, biases, head
             assert torch.equal(model.get_parameter(name), parameter)
-    sizes = [sum(t.numel() * t.element_size() for t in m.state_dict().values()) for m in (plain, model)]
+    sizes = [sum(t.numel() * t.element_size() for t in m.state_dict().values()) for m in (small, model)]
     weights = sum(linear.in_features * linear.out_features for linear in family.linears)
     saved = (sizes[0] - sizes[1]) / (4 * weights)
-    assert {"fp8": 0.74, "int8": 0.74, "nf4": 0.85}[precision] < saved < {"nf4": 0.875}.get(precision, 0.75)
+    assert 0.7 < saved < {"nf4": 0.875}.get(precision, 0.75)  # of four bytes; scales and codes weigh much in small ones
 
 
 def test_load_quantises_what_it_reads(precision: str, plain: PreTrainedModel, batch: dict[str, Tensor]) -> None:
@@ -288,13 +328,13 @@ def test_an_unknown_precision_is_refused() -> None:
         spectune.load("spectune-tiny", base_precision="fp4")
 
 
-def test_a_loaded_model_is_not_changed_behind_ones_back(plain: PreTrainedModel) -> None:
+def test_a_loaded_model_is_not_changed_behind_ones_back(small: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match=r"quantise that one with spectune\.storage\.quantise_base"):
-        spectune.load(plain, base_precision="fp8")
+        spectune.load(small, base_precision="fp8")
 
 
-def test_under_deltas_or_twice_is_refused(plain: PreTrainedModel) -> None:
-    model = fresh(plain)
+def test_under_deltas_or_twice_is_refused(small: PreTrainedModel) -> None:
+    model = fresh(small)
     spectune.attach(model, LoRA(r=2), "task")
     with pytest.raises(ConfigError, match=r"under its deltas \(task attached\): quantise first"):
         quantise_base(model, "fp8")
@@ -339,24 +379,24 @@ def test_linears_that_it_cannot_stand_in_for_are_refused(change: Callable[[nn.Li
     assert unchanged(model)
 
 
-def test_full_fine_tuning_over_it_is_refused(plain: PreTrainedModel, precision: str) -> None:
-    model = fresh(plain, precision)
-    with pytest.raises(ConfigError, match=r"20 of them are quantised .*without base_precision.*such as LoRA"):
+def test_full_fine_tuning_over_it_is_refused(small: PreTrainedModel, precision: str) -> None:
+    model = fresh(small, precision)
+    with pytest.raises(ConfigError, match=r"12 of them are quantised .*without base_precision.*such as LoRA"):
         spectune.attach(model, FullFineTuning(), "task")
     assert spectune.attach(model, LoRA(r=2), "task").name == "task", "nothing of it is left"
 
 
-def test_merging_over_it_is_refused_and_says_where_to(plain: PreTrainedModel, precision: str) -> None:
-    model = fresh(plain, precision)
+def test_merging_over_it_is_refused_and_says_where_to(small: PreTrainedModel, precision: str) -> None:
+    model = fresh(small, precision)
     spectune.attach(model, LoRA(r=2), "task")
     with pytest.raises(ConfigError, match=r"base is quantised \(.*no base_precision.*load_delta"):
         spectune.merge(model, "task")
 
 
 def test_saving_it_as_a_model_is_refused_with_and_without_deltas(
-    plain: PreTrainedModel, precision: str, tmp_path: Path
+    small: PreTrainedModel, precision: str, tmp_path: Path
 ) -> None:
-    model = fresh(plain, precision)
+    model = fresh(small, precision)
     words = rf"this base is in {precision}, which transformers could not read again"
     with pytest.raises(ConfigError, match=words):
         model.save_pretrained(tmp_path)
@@ -370,8 +410,8 @@ def test_saving_it_as_a_model_is_refused_with_and_without_deltas(
 
 
 @pytest.mark.skipif(HAS["bitsandbytes"], reason="bitsandbytes is installed")
-def test_nf4_without_bitsandbytes_says_what_to_install(plain: PreTrainedModel) -> None:
-    model = fresh(plain)
+def test_nf4_without_bitsandbytes_says_what_to_install(small: PreTrainedModel) -> None:
+    model = fresh(small)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes .*spectune\[quantised\]"):
         quantise_base(model, "nf4")
     assert unchanged(model)
@@ -399,7 +439,7 @@ def test_every_method_over_a_base_that_torchao_has_quantised(
         bare = logits(model, batch)
         delta = moved(spectune.attach(model, method, "task", seed=3))
         found.append(gradients(model, delta, batch))
-    assert cosine(*found) > COSINE["torchao"]
+    assert cosine(*found) > RANDOM["torchao"]
     assert base_precision(model) is None
     steps = torch.optim.SGD(list(delta.parameters()), lr=0.1)
     first = float(model(**batch).loss.detach())

@@ -23,18 +23,20 @@ class FrozenLinear(nn.Module):
         in_features, out_features: of the map, however the weight is packed.
         weight: the stored weight.
         bias: the base's own parameter `[out_features]`, in the base's dtype, or None.
+        transposed: the linear that it stands for stores its weight `[in_features, out_features]` (GPT-2's `Conv1D`).
     """
 
     #: as `base_precision` names it
     precision: ClassVar[str]
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, *, transposed: bool = False) -> None:
         """`weight`: `[out_features, in_features]`, floating point; it is quantised on its device and not kept."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         with torch.no_grad():
             self.weight = nn.Parameter(self.store(weight.detach()), requires_grad=False)
         self.bias = bias
+        self.transposed = transposed
 
     @abstractmethod
     def store(self, weight: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ def dense_weight(module: nn.Module) -> Tensor | None:
     return None
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear map's weight is `[in_features, out_features]` in the base, however it is stored here."""
+    return module.transposed if isinstance(module, FrozenLinear) else isinstance(module, Conv1D)
+
+
 def packed_away(model: PreTrainedModel) -> int:
     """Weights that a count of `numel` misses, because linears hold several in one number (4 bit)."""
     missed = 0

@@ -123,7 +123,8 @@ def _replace(model: PreTrainedModel, path: str, kind: type[FrozenLinear], device
         weight = weight.to(device)
         if bias is not None:
             bias = nn.Parameter(bias.detach().to(device), requires_grad=bias.requires_grad)
-    new = kind(weight.T.contiguous() if isinstance(old, Conv1D) else weight, bias)
+    transposed = isinstance(old, Conv1D)
+    new = kind(weight.T.contiguous() if transposed else weight, bias, transposed=transposed)
     setattr(parent, leaf, new.train(old.training))
 
 
