@@ -272,6 +272,7 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
     if estimates:
         first = estimates[0]
         title = f"{answer['model']}, {first.batch} rows of {first.length} tokens, {first.dtype} on {answer['device']}"
+        title += f", base in {first.base_precision}" if first.base_precision is not None else ""
         table = Table(title=title + (", checkpointing" if first.gradient_checkpointing else ""))
         table.add_column("method")
         for column in ("trainable", "share", *TERMS, "peak", "reserved"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from spectune.cli.console import note
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DataError
 
@@ -105,6 +106,9 @@ class Run:
         """The base with the run's delta attached and active. Raises DataError where either is not to be had."""
         from spectune.storage import load, load_delta
 
+        trained_over = self.config.get("base_precision")
+        if trained_over is not None and base_precision is None:
+            note(f"trained over the base in {trained_over}, and loaded on the base as it is")
         model, tokenizer = load(self.base, device=device, dtype=dtype, base_precision=base_precision)
         load_delta(model, self.delta_folder, name="run")
         return model, tokenizer

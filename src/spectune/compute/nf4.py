@@ -58,8 +58,8 @@ def _decoded(weight: Tensor, parts: tuple[Tensor, ...], shape: tuple[int, int], 
     absmax, nested_absmax, offset, nested_code = parts
     nested = functions.QuantState(absmax=nested_absmax, blocksize=SCALES_BLOCK, code=nested_code, dtype=torch.float32)
     state = functions.QuantState(
-        absmax=absmax, shape=torch.Size((1, shape[0] * shape[1])), dtype=dtype, blocksize=BLOCK, quant_type="nf4", offset=offset,
-        state2=nested,
+        absmax=absmax, shape=torch.Size((1, shape[0] * shape[1])), dtype=dtype, blocksize=BLOCK, quant_type="nf4",
+        offset=offset, state2=nested,
     )  # fmt: skip
     found: Tensor = functions.dequantize_4bit(weight, state)
     return found.reshape(shape)

@@ -118,6 +118,7 @@ def plan(
         _peaks=peaks,
         _first_steps=planner.first_steps,
         _room=room,
+        base_precision=precision,
     )
 
 
