@@ -10,7 +10,7 @@ import typer
 from spectune.cli import limits, options
 from spectune.cli.console import complain, note, print_json, work
 from spectune.cli.dry_run import asked, dry_run
-from spectune.cli.runs import origin, output_folder, resumed
+from spectune.cli.runs import NAMING, origin, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
 
@@ -79,6 +79,7 @@ def compare(
     dry: options.DryRun = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    base_precision: options.BasePrecision = None,
     skip_bad_rows: options.SkipBadRows = False,
     as_json: options.Json = False,
 ) -> None:
@@ -112,6 +113,7 @@ def compare(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "base_precision": base_precision,
         "skip_bad_rows": skip_bad_rows or None,
         "resume": resume or None,
     }
@@ -126,6 +128,8 @@ def compare(
         from spectune.methods import BY_NAME, SPECTRUM
 
         default = [str(method.model_fields["name"].default) for method in SPECTRUM] if quick else list(BY_NAME)
+        if settings.base_precision is not None:
+            default = _frozen(default, settings.base_precision, named=any(key in settings.given for key in NAMING))
         chosen = settings.methods(settings.method_names(default))
         if dry:
             answer = dry_run(chosen, settings, "compare", out)
@@ -142,6 +146,17 @@ def compare(
         print_json(answer)
     if failed:
         raise typer.Exit(SpectuneError.exit_code)
+
+
+def _frozen(names: list[str], precision: str, *, named: bool) -> list[str]:
+    """The methods that can train over a base in few bits; says what is left out, where the user named none."""
+    from spectune.methods import BY_NAME
+
+    kept = [name for name in names if not BY_NAME[name].trains_base]
+    if not named:
+        out = ", ".join(name for name in names if name not in kept)
+        note(f"base_precision {precision}: {out} trains the base's own weights and is left out")
+    return kept
 
 
 def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:
@@ -168,6 +183,7 @@ def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], 
             seed=wanted.seed,
             device=settings.device,
             dtype=settings.dtype,
+            base_precision=settings.base_precision,
             retain=settings.text("retain"),
             resume=wanted.resume,
             origin=origin(settings),

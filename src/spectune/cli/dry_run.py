@@ -46,7 +46,9 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
     found = []
     for number, method in enumerate(methods):
         # a base for each: what full fine-tuning has trained is not the base any more
-        model, tokenizer = load(settings.base, device=settings.device, dtype=settings.dtype)
+        model, tokenizer = load(
+            settings.base, device=settings.device, dtype=settings.dtype, base_precision=settings.base_precision
+        )
         if number == 0 and (retain := settings.text("retain")) is not None:
             retained_passages(model, tokenizer, retain, wanted.seed)
         if number == 0 and label == "compare":

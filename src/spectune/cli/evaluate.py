@@ -47,6 +47,7 @@ def evaluate(
     skip_bad_rows: options.SkipBadRows = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    base_precision: options.BasePrecision = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure a run on rows: loss, perplexity, and, where rows have references or choices, text metrics and accuracy.
@@ -70,7 +71,7 @@ def evaluate(
             harness.check_installed()
         rows, source = rows_to_judge(data, skip_bad_rows=skip_bad_rows)
         note(f"run: {found.folder}; rows: {source}")
-        base_model, tokenizer = found.load(device or "auto", dtype or "auto")
+        base_model, tokenizer = found.load(device or "auto", dtype or "auto", base_precision)
         separator = str(found.config.get("separator", ""))
         max_length = row_length(base_model, found.config.get("max_length"))
         encoded = encode(rows, tokenizer, max_length=max_length, separator=separator)

@@ -28,6 +28,7 @@ def generate(
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    base_precision: options.BasePrecision = None,
     as_json: options.Json = False,
 ) -> None:
     """Write a completion for each prompt, with the newest run or the one that --run names.
@@ -54,7 +55,7 @@ def generate(
         else:
             asked = _rows_with_prompts(rows_to_judge(data)[0], rows)
         note(f"run: {found.folder}")
-        base_model, tokenizer = found.load(device or "auto", dtype or "auto")
+        base_model, tokenizer = found.load(device or "auto", dtype or "auto", base_precision)
         separator = str(found.config.get("separator", ""))
         texts = generate_texts(
             base_model,

@@ -58,6 +58,10 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.", show
 Dtype = Annotated[
     str | None, typer.Option(help="auto, float32, bfloat16 or float16: what the base computes in.", show_default="auto")
 ]
+BasePrecision = Annotated[
+    str | None,
+    typer.Option(help="fp8, nf4 or int8: what the frozen base's weights are stored in.", show_default="as --dtype"),
+]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them in the report.")]
 Run = Annotated[
     Path | None,

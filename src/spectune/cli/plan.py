@@ -55,6 +55,7 @@ def plan(
         typer.Option(help="cpu, cuda or mps; it need not be there.", show_default="cuda with --memory, else auto"),
     ] = None,
     dtype: options.Dtype = None,
+    base_precision: options.BasePrecision = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what training will take of memory, by term and at its peak, from the base's config alone.
@@ -77,6 +78,7 @@ def plan(
         "methods": methods,
         "device": device,
         "dtype": dtype,
+        "base_precision": base_precision,
         "per_device_train_batch_size": batch,
         "max_length": length,
         "gradient_checkpointing": gradient_checkpointing or None,
@@ -184,6 +186,7 @@ def _estimate(
         method,
         rows,
         dtype=settings.text("dtype"),
+        base_precision=settings.base_precision,
         device=place,
         gradient_checkpointing=False if limit is None and auto else wanted.gradient_checkpointing,
         memory=limit,
@@ -249,7 +252,7 @@ def _timed(method: Method, settings: Settings, wanted: TrainingConfig, examples:
 
     # of an epoch the longest batch comes first, among the steps that are not timed
     rows = [example.row for example in examples]
-    model, tokenizer = load(settings.base, device="auto", dtype=settings.dtype)
+    model, tokenizer = load(settings.base, device="auto", dtype=settings.dtype, base_precision=settings.base_precision)
     delta = attach(model, method, "calibration", tokenizer=tokenizer)
     config = wanted.model_copy(
         update={"output_dir": None, "resume": False, "max_steps": CALIBRATION_STEPS, "report_to": "none"}
@@ -279,6 +282,7 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
     if estimates:
         first = estimates[0]
         title = f"{answer['model']}, {first.batch} rows of {first.length} tokens, {first.dtype} on {answer['device']}"
+        title += f", base in {first.base_precision}" if first.base_precision is not None else ""
         table = Table(title=title)
         table.add_column("method")
         recomputes = any(estimate.gradient_checkpointing for estimate in estimates)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from spectune.cli.console import note
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DataError
 
@@ -66,7 +67,7 @@ def free_folder(given: Path | None, default: Path) -> Path:
 
 def origin(settings: Settings) -> dict[str, str]:
     """Where base and data come from, for a run's config.yaml, so that `--config` of it is the same run again."""
-    keys = ("data", "valid", "test", "retain", "device", "dtype")
+    keys = ("data", "valid", "test", "retain", "device", "dtype", "base_precision")
     return {"model": settings.base, **{key: value for key in keys if (value := settings.text(key)) is not None}}
 
 
@@ -99,11 +100,16 @@ class Run:
     result: dict[str, Any]
     config: dict[str, Any]
 
-    def load(self, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(
+        self, device: str, dtype: str, base_precision: str | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base with the run's delta attached and active. Raises DataError where either is not to be had."""
         from spectune.storage import load, load_delta
 
-        model, tokenizer = load(self.base, device=device, dtype=dtype)
+        trained_over = self.config.get("base_precision")
+        if trained_over is not None and base_precision is None:
+            note(f"trained over the base in {trained_over}, and loaded on the base as it is")
+        model, tokenizer = load(self.base, device=device, dtype=dtype, base_precision=base_precision)
         load_delta(model, self.delta_folder, name="run")
         return model, tokenizer
 

@@ -32,6 +32,7 @@ SYNONYMS = {
 #: Keys of the command itself; everything else is the training's or a method's.
 RUN_KEYS = frozenset(
     {"model", "data", "valid", "test", "retain", "output_dir", "method", "methods", "device", "dtype"}
+    | {"base_precision"}
     # a comparison's
     | {"preset", "seeds", "fractions", "metric", "generate_rows"}
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
@@ -92,6 +93,11 @@ class Settings:
     def dtype(self) -> str:
         """The dtype's name, "auto" where it was left open."""
         return self.text("dtype") or "auto"
+
+    @property
+    def base_precision(self) -> str | None:
+        """What the frozen base's weights are stored in; None where they are in `dtype`."""
+        return self.text("base_precision")
 
     def text(self, key: str) -> str | None:
         """A key of the command itself that has to be text.

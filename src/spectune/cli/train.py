@@ -37,6 +37,7 @@ def train(
     dry: options.DryRun = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    base_precision: options.BasePrecision = None,
     skip_bad_rows: options.SkipBadRows = False,
     as_json: options.Json = False,
 ) -> None:
@@ -62,6 +63,7 @@ def train(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "base_precision": base_precision,
         "skip_bad_rows": skip_bad_rows or None,
         "resume": resume or None,
     }
@@ -86,8 +88,12 @@ def _train(method: Method, settings: Settings, out: Console) -> dict[str, Any]:
     rows, held_out, source = training_rows(
         settings.text("data"), settings.text("valid"), seed=wanted.seed, skip_bad_rows=wanted.skip_bad_rows
     )
-    model, tokenizer = load(settings.base, device=settings.device, dtype=settings.dtype)
+    model, tokenizer = load(
+        settings.base, device=settings.device, dtype=settings.dtype, base_precision=settings.base_precision
+    )
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
+    if settings.base_precision is not None:
+        place += f", frozen linears in {settings.base_precision}"
     note(f"base: {settings.base} ({place})\ndata: {source}\nfolder: {folder}")
     delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
     config = wanted.model_copy(update={"output_dir": folder})

@@ -26,6 +26,7 @@ from spectune.data import Encoded
 from spectune.deltas import Method, attached
 from spectune.errors import ConfigError, InterruptedRun
 from spectune.evaluation import row_losses
+from spectune.families import base_precision as precision_of
 from spectune.families import describe, fingerprint
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import reference_shares
@@ -61,6 +62,7 @@ def compare(
     seed: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    base_precision: str | None = None,
     retain: str | Path | None = None,
     resume: bool = False,
     origin: Mapping[str, Any] | None = None,
@@ -84,6 +86,7 @@ def compare(
         limits: of the user, for the recommendation; a resumption without any keeps those it began with.
         seed: of weights, data order and splits; default is the config's.
         output_dir: default is the config's, else a new temporary folder.
+        base_precision: what the frozen base's weights are stored in, see `spectune.load`.
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
         resume: go on in `output_dir`: runs that ended are not run again.
         origin: entries for config.yaml, the comparison's and each run's, see `train`.
@@ -112,7 +115,8 @@ def compare(
     arms = _arms(methods)
     settings = settings.model_copy(update={"seed": seed, "resume": False, "output_dir": None})
     rows = Rows.read(train_rows, valid_rows, test_rows, settings)
-    model, tokenizer = _base(base, tokenizer, device, dtype)
+    _check_frozen(arms, base_precision)
+    model, tokenizer = _base(base, tokenizer, device, dtype, base_precision)
     _check_base(model, preset, named=isinstance(base, str | Path))
     recorded = _recorded(model, settings, arms, asked, origin)
     settings = settings.model_copy(update={"max_length": _max_length(model, arms, settings, before)})
@@ -206,6 +210,15 @@ def _folder(given: str | Path | None, resume: bool) -> Path:
     return folder
 
 
+def _check_frozen(arms: Sequence[Arm], precision: str | None) -> None:
+    trained = [arm.name for arm in arms if arm.method.trains_base]
+    if precision is not None and trained:
+        raise ConfigError(
+            f"base_precision = {precision} is for methods that leave the base frozen, and {', '.join(trained)} trains "
+            "the base's own weights: leave it out of methods, or compare without base_precision"
+        )
+
+
 def _check_base(model: PreTrainedModel, preset: str, *, named: bool) -> None:
     if PRESETS[preset].own_process and not (named or base_name(model) == TINY):
         raise ConfigError(
@@ -238,10 +251,12 @@ def _conditions(
     """What all runs share, for `conditions.json`; `identity` is what their results depend on."""
     base = {
         "name": base_name(model),
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "total_parameters": describe(model).num_parameters,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    if (precision := precision_of(model)) is not None:
+        base["precision"] = precision
     return {
         "base": base,
         "fingerprint": fingerprint(model, describe(model)),
@@ -268,7 +283,7 @@ def _conditions(
         ],
         "identity": {
             **settings.model_dump(mode="json", exclude=NOT_SHARED),
-            "base": [base["name"], base["total_parameters"], base["dtype"]],
+            "base": [base["name"], base["total_parameters"], base["dtype"], *([precision] if precision else [])],
             **inputs.identity(),
             "passages_sha256": hashlib.sha256(repr(passages).encode()).hexdigest(),
         },
@@ -316,11 +331,15 @@ def _recorded(
 
 
 def _base(
-    base: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: str, dtype: str
+    base: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: str,
+    dtype: str,
+    precision: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if isinstance(base, PreTrainedModel) and tokenizer is not None:
+    if isinstance(base, PreTrainedModel) and tokenizer is not None and precision is None:
         return base, tokenizer
-    model, own = load(base, device=device, dtype=dtype)
+    model, own = load(base, device=device, dtype=dtype, base_precision=precision)
     return model, tokenizer or own
 
 

@@ -33,6 +33,8 @@ def train_memory_in_own_process(
     method: Method,
     config: TrainingConfig,
     train_rows: str | Path | Sequence[Row],
+    *,
+    base_precision: str | None = None,
 ) -> dict[str, int]:
     """Peak memory in bytes of training with this method, by phase and kind as in `RunResult.peak_memory_bytes`.
 
@@ -44,11 +46,13 @@ def train_memory_in_own_process(
         base_name: what `spectune.load` takes by name.
         config: "auto" recomputes nothing here.
         train_rows: a path, or rows.
+        base_precision: as in `spectune.load`.
 
     Raises:
         SpectuneError: what the child raised, of the same class; OutOfMemoryError also where the system killed it.
     """
     job = _job(base_name, device, dtype, method, config, train_rows)
+    job["base_precision"] = base_precision
     # the child imports the same spectune as this process, installed or not
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -130,7 +134,9 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     method = method_from_dict(job["method"])
     source = job["rows"] if isinstance(job["rows"], str) else [Row(**row) for row in job["rows"]]
     rows = load_rows(source, skip_bad_rows=config.skip_bad_rows)
-    model, tokenizer = load(job["base"], device=job["device"], dtype=job["dtype"])
+    model, tokenizer = load(
+        job["base"], device=job["device"], dtype=job["dtype"], base_precision=job.get("base_precision")
+    )
     torch.manual_seed(config.seed)
     delta = attach(model, method, "memory", tokenizer=tokenizer, seed=config.seed)
     prepared = prepare(model, tokenizer, method, rows, rows, config, delta.base_fingerprint)

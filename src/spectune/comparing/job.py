@@ -25,6 +25,7 @@ from spectune.data import DataReport, Encoded
 from spectune.deltas import Delta, Method, attach, attached, detach
 from spectune.errors import DataError, DivergedError
 from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, read_rows, write_rows
+from spectune.families import base_precision
 from spectune.storage import atomic_write_text
 from spectune.storage.strict_json import strict_json
 from spectune.training import RunResult, TrainingConfig, train
@@ -264,6 +265,7 @@ class Job:
                 delta.method,
                 config.model_copy(update={"output_dir": None, "resume": False}),
                 self.train.rows,
+                base_precision=base_precision(self.model),
             )
             found["peak_memory_bytes"] = {**found.get("peak_memory_bytes", {}), **alone}
         return found

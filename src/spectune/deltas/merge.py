@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.deltas.attach import attached
 from spectune.deltas.delta import Delta
 from spectune.deltas.difference import Difference, measure, own_rounding, tokens_to_measure_on
-from spectune.deltas.modules import DeltaModule, OutputModule
+from spectune.deltas.modules import OutputModule
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError
+from spectune.families import quantised_weights
 
 #: float32: the largest logit difference, as a share of the largest logit; a base whose own float32 logits are further
 #: than that from float64's is judged by twice its own rounding
@@ -25,7 +26,6 @@ FLOAT32_TOLERANCE = 1e-5
 #: lower precision: the mean difference, as a share of the delta's mean effect on the logits
 LOW_PRECISION_TOLERANCE = 0.01
 
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: places named in an error; the others are counted
 _NAMED = 5
 
@@ -141,21 +141,14 @@ def _take_everything_off(merged: PreTrainedModel) -> None:
 
 
 def _refuse_quantised(model: PreTrainedModel) -> None:
-    held = {
-        path: f"{type(parameter).__name__} of {parameter.dtype}"
-        for path, module in model.named_modules()
-        if not isinstance(module, DeltaModule)
-        for parameter in module.parameters(recurse=False)
-        # torchao's tensors say that they are floating point: their type tells
-        if type(parameter) is not nn.Parameter or parameter.dtype not in _PLAIN
-    }
+    held = quantised_weights(model)
     settings = getattr(model.config, "quantization_config", None)  # transformers takes it away with dequantize()
     if held or settings is not None:
         where = f"{_some(list(held))}: {next(iter(held.values()))}" if held else f"its config has {settings}"
         raise ConfigError(
             f"merging is refused: this base is quantised ({where}), and such weights cannot take a small change. "
-            "Load the base without quantisation, load the delta there (spectune.load_delta: its fingerprint still "
-            "matches), merge, and quantise the merged model."
+            "Load the base without quantisation (no base_precision), load the delta there (spectune.load_delta: its "
+            "fingerprint still matches), merge, and quantise the merged model."
         )
 
 

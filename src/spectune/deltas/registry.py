@@ -57,7 +57,9 @@ class Registry:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         setattr(model, _ATTRIBUTE, self)
-        # shadows the class's method on this instance; close() takes the shadow away again
+        # shadows the class's method on this instance; close() takes the shadow away again, down to what was there (a
+        # quantised base refuses by itself)
+        self._save_before = model.__dict__.get("save_pretrained")
         model.__dict__["save_pretrained"] = self._refuse_save_pretrained
 
     @staticmethod
@@ -77,6 +79,8 @@ class Registry:
             if not self._requires_grad[name]:
                 parameter.grad = None
         self.model.__dict__.pop("save_pretrained", None)
+        if self._save_before is not None:
+            self.model.__dict__["save_pretrained"] = self._save_before
         del self.model.__dict__[_ATTRIBUTE]
 
     # -- the route ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from spectune.families.family import (
 from spectune.families.fingerprint import differences, fingerprint
 from spectune.families.modules import linear_shape, token_embedding
 from spectune.families.parts import Slice
+from spectune.families.quantised import base_precision, dense_weight, quantised_weights
 
 __all__ = [
     "Attention",
@@ -22,10 +23,13 @@ __all__ = [
     "Layer",
     "Linear",
     "Slice",
+    "base_precision",
+    "dense_weight",
     "describe",
     "differences",
     "family_from_config",
     "fingerprint",
     "linear_shape",
+    "quantised_weights",
     "token_embedding",
 ]

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from spectune.errors import ConfigError
 from spectune.families.modules import adds_its_bias_last, linear_shape
 from spectune.families.parts import Slice, inner_activation, projections
+from spectune.families.quantised import is_transposed, packed_away
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Family:
     linears: tuple[Linear, ...]
     biases: tuple[Bias, ...]
     num_parameters: int
-    #: every linear is a `Conv1D`, whose weight is transposed (PEFT calls that fan_in_fan_out)
+    #: every linear is a `Conv1D`, or stands for one: its weight is transposed (PEFT calls that fan_in_fan_out)
     conv1d: bool
     #: rows of a learned table of absolute positions, None where positions are rotary or relative
     position_table: int | None
@@ -140,8 +140,8 @@ def describe(model: PreTrainedModel) -> Family:
         layers=layers,
         linears=linears,
         biases=_biases(model),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        conv1d=bool(linears) and all(isinstance(model.get_submodule(t.path), Conv1D) for t in linears),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()) + packed_away(model),
+        conv1d=bool(linears) and all(is_transposed(model.get_submodule(t.path)) for t in linears),
         position_table=_position_table(decoder, embedding, text),
         sliding_window=_sliding_window(text),
     )

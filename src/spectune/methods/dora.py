@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spectune.deltas import Delta, OutputModule, Setting, Site
 from spectune.errors import ConfigError
-from spectune.families import Family
+from spectune.families import Family, dense_weight
 from spectune.methods.lora import LoRA, LoRALayer, peft_fields, targets
 
 _MAGNITUDE = ".lora_magnitude_vector"
@@ -31,9 +31,10 @@ class DoRALayer(OutputModule):
         self.magnitude = nn.Parameter(torch.zeros(lora.lora_B.shape[0]))
 
     def placed_at(self, host: nn.Module) -> None:
-        if not isinstance(host.weight, nn.Parameter) or not host.weight.is_floating_point():
+        if dense_weight(host) is None:
             raise ConfigError(
-                f"DoRA reads the base's weights, and {type(host).__name__} holds quantised ones: use LoRA on this base"
+                f"DoRA reads the base's weights, and {type(host).__name__} holds quantised ones that spectune cannot "
+                "decode: use LoRA on this base"
             )
         self._host = [host]  # in a list: it is the model's child, not this module's
 
@@ -56,9 +57,8 @@ class DoRALayer(OutputModule):
         weight.data = (merged.T if isinstance(module, Conv1D) else merged).to(weight.dtype)
 
     def _weight(self) -> Tensor:
-        host = self._host[0]
-        weight: Tensor = getattr(host, "weight")  # noqa: B009 - mypy takes a module's attribute for a module
-        weight = weight.float().T if isinstance(host, Conv1D) else weight.float()
+        weight = dense_weight(self._host[0])
+        assert weight is not None, "placed_at has seen it"
         return weight + self.lora.scale * (self.lora.lora_B @ self.lora.lora_A)
 
 

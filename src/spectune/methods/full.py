@@ -18,7 +18,7 @@ from spectune.deltas import Delta, Method, Registry, Setting, Site
 from spectune.deltas.delta import check_tensors
 from spectune.deltas.weights import check_finite, need_weights, read_headers, read_weights
 from spectune.errors import ConfigError, DataError
-from spectune.families import Family
+from spectune.families import Family, quantised_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +55,14 @@ class FullFineTuning(Method):
         """The base's weights are the first weights."""
 
     def bind(self, model: PreTrainedModel, family: Family, name: str, *, keep_base: bool) -> Delta:
+        quantised = quantised_weights(model)
+        if quantised:
+            path, kind = next(iter(quantised.items()))
+            raise ConfigError(
+                f"{self.label} trains the base's own weights, and {len(quantised)} of them are quantised ({path}: "
+                f"{kind}), which take no gradient. Load the base without base_precision, or use a method that leaves "
+                "the base as it is, such as LoRA."
+            )
         return TunedBase(self, model, family, name, keep_base)
 
 

@@ -82,6 +82,8 @@ class Estimate:
     _first_steps: Callable[[Sequence[Sequence[Shape]]], tuple[int, int]] = field(repr=False, compare=False)
     #: tokens of a row that the base has positions for, less virtual ones
     _room: int | None = field(default=None, repr=False, compare=False)
+    #: what the frozen linears' weights are stored in; None: in `dtype`
+    base_precision: str | None = None
 
     @property
     def peak_moment(self) -> Moment:
@@ -146,8 +148,8 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         # fmt: off
-        names = ("model", "method", "batch", "length", "dtype", "device", "gradient_checkpointing", "optim",
-                 "trainable_parameters", "total_parameters", "context", "host", "validation", "source", "needed")
+        names = ("model", "method", "batch", "length", "dtype", "base_precision", "device", "gradient_checkpointing",
+                 "optim", "trainable_parameters", "total_parameters", "context", "host", "validation", "source", "needed")
         # fmt: on
         return {
             **{name: getattr(self, name) for name in names},
@@ -176,6 +178,10 @@ class Estimate:
                     found.append("optim=adamw_8bit keeps 2 bytes a weight of AdamW's moments instead of 8.")
             elif self.dtype == "float32":
                 found.append("A base in bfloat16 (--dtype bfloat16) takes half of it.")
+            elif self.base_precision is None:
+                found.append(
+                    "Fewer bits for the frozen base (--base-precision int8, fp8 or nf4) take half of it or less."
+                )
             else:
                 found.append("No setting makes the base smaller: take a smaller base, or a device with more memory.")
         if term in ("activations", "workspace") and (left := self._leaner_modes()):

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spectune.compute import fp8
+
 HALF = (torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager
 def kernels_of(device_type: str) -> Iterator[None]:
-    """Inside, attention and dropout on meta tensors keep what the kernels of "cuda" or "cpu" would. Tensors of any
-    other device go where they always go."""
+    """Inside, attention, dropout and fp8 products on meta tensors keep what the kernels of "cuda" or "cpu" would.
+    Tensors of any other device go where they always go."""
     attention, dropout = F.scaled_dot_product_attention, F.dropout
 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -40,10 +42,12 @@ def kernels_of(device_type: str) -> Iterator[None]:
             return kept
         return dropout(input, p, training, inplace)
 
-    F.scaled_dot_product_attention, F.dropout = attend, drop
+    products = fp8.meta_runs_as
+    F.scaled_dot_product_attention, F.dropout, fp8.meta_runs_as = attend, drop, device_type
     try:
         yield
     finally:
+        fp8.meta_runs_as = products
         F.scaled_dot_product_attention, F.dropout = attention, dropout
 
 

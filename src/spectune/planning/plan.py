@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from spectune.deltas import Method
 from spectune.deltas.checkpointing import Recomputation, modes
 from spectune.errors import ConfigError
+from spectune.families import base_precision as base_precision_of
 from spectune.methods import method_from_name
 from spectune.planning.estimate import CUDA_CONTEXT, TERMS, Estimate
 from spectune.planning.planner import Planner
@@ -20,8 +21,8 @@ from spectune.planning.recorder import Shape
 from spectune.planning.room import free_memory
 from spectune.planning.step import FEW
 from spectune.sizes import bytes_of
+from spectune.storage.base_precision import base_dtype, check_precision
 from spectune.storage.bases import load_config
-from spectune.storage.devices import resolve_dtype
 
 P = TypeVar("P")
 
@@ -33,6 +34,7 @@ def plan(
     length: int = 1024,
     *,
     dtype: str | torch.dtype | None = None,
+    base_precision: str | None = None,
     gradient_checkpointing: Recomputation | Literal["auto"] = False,
     memory: int | str | None = None,
     optim: str = "adamw_torch_fused",
@@ -52,6 +54,7 @@ def plan(
         method: a config such as `LoRA(r=16)`, or a name.
         batch, length: rows, and tokens of each; a method's virtual tokens come on top.
         dtype: of the base; None is what `load` takes on that device, or the loaded model's own.
+        base_precision: "fp8", "nf4", "int8", see `load`; None is the loaded model's own, else none.
         gradient_checkpointing: as in `TrainingConfig`; "auto" is the first of none, "selective", True and "offload"
             that fits into `memory`, and the last of them where none does.
         memory: bytes, or "24GiB", for "auto"; None is what is free on that device here, if anybody can tell.
@@ -94,6 +97,7 @@ def _plan(
     batch: int,
     length: int,
     dtype: str | torch.dtype | None,
+    base_precision: str | None,
     mode: Recomputation,
     optim: str,
     gradient_accumulation_steps: int,
@@ -115,14 +119,15 @@ def _plan(
     config: Any = described.config if isinstance(described, PreTrainedModel) else described
     if isinstance(described, PreTrainedModel) and dtype is None:
         dtype = described.dtype
-    kind = resolve_dtype("auto" if dtype is None else dtype, place, getattr(config, "dtype", None))
+    precision = _precision(described, base_precision)
+    kind = base_dtype("auto" if dtype is None else dtype, place, getattr(config, "dtype", None), precision)
     context = context_of(config)
     room = None if context is None else context - method.virtual_tokens
     if room is not None and length > room:
         extra = f" and {method.virtual_tokens} virtual ones of {method.label}" if method.virtual_tokens else ""
         raise ConfigError(f"{length} tokens{extra}, but this base has {context} positions: at most {room} tokens")
     planner = Planner(
-        described, method, kind, place.type,
+        described, method, kind, place.type, base_precision=precision,
         checkpointing=mode, optim=optim, accumulating=gradient_accumulation_steps > 1,
     )  # fmt: skip
     share = min(targets or length, length - 1) / (length - 1)
@@ -167,7 +172,18 @@ def _plan(
         _peaks=peaks,
         _first_steps=planner.first_steps,
         _room=room,
+        base_precision=precision,
     )
+
+
+def _precision(described: Any, asked: str | None) -> str | None:
+    check_precision(asked)
+    if not isinstance(described, PreTrainedModel):
+        return asked
+    own = base_precision_of(described)
+    if asked not in (None, own):
+        raise ConfigError(f"base_precision = {asked}, and the model given was loaded with {own}: plan it by name")
+    return own
 
 
 def _name(base: str | Path | PretrainedConfig | PreTrainedModel) -> str:

@@ -49,8 +49,10 @@ class Planner:
         checkpointing: Recomputation = False,
         accumulating: bool = False,
         optim: str = "adamw_torch_fused",
+        base_precision: str | None = None,
     ) -> None:
         self.settings = (base, method, dtype)
+        self.base_precision = base_precision
         self.checkpointing = checkpointing
         self.device_type = device_type
         self.accumulating = accumulating
@@ -112,7 +114,7 @@ class Planner:
         """Anew where rows are longer than any before: sliding windows may make layers differ then."""
         if length <= self._longest and not whole:
             return
-        self.built = skeleton(*self.settings, length)
+        self.built = skeleton(*self.settings, length, self.base_precision)
         self._longest = 2**62 if whole else length
         self.repeats = [] if whole else self.built.shorten()
         self.built.recompute(self.checkpointing)

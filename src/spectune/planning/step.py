@@ -24,6 +24,7 @@ from spectune.deltas.checkpointing import Recomputation, recompute
 from spectune.families import Family
 from spectune.planning.kernels import kernels_of
 from spectune.planning.recorder import Record, Recorder, Shape
+from spectune.storage.base_precision import quantise_base
 
 #: layers of a kind that run, and which of them stands for the rest: the first and the last of a model may differ, and
 #: it takes equal neighbours to see what a layer does to its neighbours' tensors
@@ -92,17 +93,26 @@ class Skeleton:
         return repeats
 
 
-def skeleton(base: PretrainedConfig | PreTrainedModel, method: Method, dtype: torch.dtype, longest: int) -> Skeleton:
+def skeleton(
+    base: PretrainedConfig | PreTrainedModel,
+    method: Method,
+    dtype: torch.dtype,
+    longest: int,
+    base_precision: str | None = None,
+) -> Skeleton:
     """Build base and delta without weights.
 
     Args:
         base: a config, or a loaded model: then its own class is built again, and the weights counted are its own.
+        base_precision: what its frozen linears are stored in, see `spectune.load`.
         longest: tokens of a row; layers with sliding windows differ from others where it is longer than the window.
 
     Raises:
         ConfigError: the method cannot act on this base.
     """
     model = _empty(base, dtype)
+    if base_precision is not None:
+        quantise_base(model, base_precision)
     weights = _bytes(base if isinstance(base, PreTrainedModel) else model)
     with torch.device("meta"):
         delta = place(model, method, "plan", fill=lambda _: None)

@@ -2,6 +2,7 @@
 
 from spectune.deltas import attach, detach, merge, route  # with this room imported, what attach gives can save itself
 from spectune.storage.atomic import atomic_folder, atomic_write_text
+from spectune.storage.base_precision import PRECISIONS, quantise_base
 from spectune.storage.bases import TINY, base_name, load, load_config, load_tokenizer
 from spectune.storage.delta_folder import load_delta, save_delta, stored_method
 from spectune.storage.devices import resolve_device, resolve_dtype
@@ -15,6 +16,7 @@ from spectune.storage.export import (
 )
 
 __all__ = [
+    "PRECISIONS",
     "TINY",
     "atomic_folder",
     "atomic_write_text",
@@ -29,6 +31,7 @@ __all__ = [
     "load_delta",
     "load_tokenizer",
     "merge",
+    "quantise_base",
     "resolve_device",
     "resolve_dtype",
     "route",

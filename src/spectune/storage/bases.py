@@ -14,8 +14,9 @@ from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import embedded
-from spectune.errors import DataError, first_line
-from spectune.storage.devices import resolve_device, resolve_dtype
+from spectune.errors import ConfigError, DataError, first_line
+from spectune.storage.base_precision import base_dtype, check_precision, quantise_base
+from spectune.storage.devices import resolve_device
 
 TINY = "spectune-tiny"
 #: seconds that the hub may take to answer at all
@@ -27,6 +28,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
+    base_precision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base and its tokenizer, in evaluation mode.
 
@@ -36,17 +38,31 @@ def load(
         device: "auto", "cpu", "cuda", "mps" or a torch device.
         dtype: "auto" is float32 on the CPU and the checkpoint's own type on CUDA; or "float32", "bfloat16",
             "float16", or a torch dtype.
+        base_precision: "fp8", "nf4" or "int8": the weights of the layers' linears are stored so, for methods that
+            leave the base frozen (see docs/quantised-bases.md); None leaves them in `dtype`. With fp8 or nf4 "auto" is
+            bfloat16 on CUDA. The weights are read to the host first and go to the device one by one.
 
     Raises:
+        ConfigError: a precision that this device or this base cannot take, or one for a model that is loaded already.
         DataError: the base cannot be found or read; says what to do.
     """
+    check_precision(base_precision)
     if isinstance(name, PreTrainedModel):
+        if base_precision is not None:
+            raise ConfigError(
+                f"base_precision = {base_precision} is for a base that is loaded by name, and a model was given: "
+                "quantise that one with spectune.storage.quantise_base(model, precision)"
+            )
         return name, _tokenizer(str(name.config._name_or_path))
     source = str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name)
     place = resolve_device(device)
     config = _read(source, lambda: AutoConfig.from_pretrained(source))
-    resolved = resolve_dtype(dtype, place, getattr(config, "dtype", None))
+    if base_precision is not None and getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"base_precision = {base_precision}: {source} is quantised already; leave base_precision out")
+    resolved = base_dtype(dtype, place, getattr(config, "dtype", None), base_precision)
     model = _read(source, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=resolved))
+    if base_precision is not None:
+        quantise_base(model, base_precision, device=place)
     return model.to(place).eval(), _tokenizer(source)
 
 

@@ -42,12 +42,14 @@ def identity_of(
     valid: Encoded,
     base: Mapping[str, Any],
     dtype: str,
+    base_precision: str | None = None,
 ) -> dict[str, Any]:
     """Settings, method, data and base of a run, as JSON would give it back.
 
     Args:
         base: the base's fingerprint, taken before training.
         dtype: what the base computes in, such as "float32".
+        base_precision: what its frozen linears are stored in, where that is another thing.
     """
     found = {
         **config.model_dump(mode="json", exclude=FREE),
@@ -56,6 +58,7 @@ def identity_of(
         "method": method.model_dump(mode="json"),
         "data_sha256": hashlib.sha256(f"{train.sha256} {valid.sha256}".encode()).hexdigest(),
         "dtype": dtype,
+        "base_precision": base_precision,
         "base": dict(base),
     }
     loaded: dict[str, Any] = json.loads(json.dumps(found))

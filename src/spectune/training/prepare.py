@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.data import Encoded, Example, Row, encode, load_rows, split_rows
 from spectune.deltas import Method
 from spectune.errors import ConfigError
+from spectune.families import base_precision
 from spectune.training.config import TrainingConfig
 from spectune.training.identity import identity_of
 
@@ -78,6 +79,7 @@ def prepare(
         valid=valid,
         base=base,
         dtype=str(model.dtype).removeprefix("torch."),
+        base_precision=base_precision(model),
     )
     return Prepared(rows, (train, valid), rate, length, identity)
 
