@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 BATCHES = 4
 #: ids come from the first so many of the vocabulary, so that there is something to learn from random tokens
 USED_IDS = 1024
+#: the plain name of PEFT's table of virtual tokens
+VIRTUAL = "prompt_encoder.embedding"
 #: of the loop, whatever the method: what is trained does not matter, that losses can be compared does
 RATES = {"full": 1e-5}
 RATE = 1e-3
@@ -28,13 +30,15 @@ def token_batches(rows: int, length: int, vocabulary: int) -> list[Tensor]:
 def fill(named: Iterable[tuple[str, nn.Parameter]]) -> None:
     """First weights of a delta, none of them a matrix of zeros: products with zeros take less power and run faster.
 
-    Every weight has a seed of its own, from its name without what PEFT adds: LoRA's matrices are then the same in
-    every system. What is not zero and not a LoRA `A` is left as its library made it.
+    Every weight has a seed of its own, from its name without what libraries add: LoRA's matrices are then the same in
+    every system, and so is the table of virtual tokens. Whatever else is not zero is left as its library made it.
     """
     for name, parameter in named:
         key = plain_name(name)
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        if key.endswith("lora_A"):
+        if key == VIRTUAL:
+            new = virtual_tokens(parameter.shape)
+        elif key.endswith("lora_A"):
             bound = parameter.shape[-1] ** -0.5
             new = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
         elif not parameter.any():
@@ -44,9 +48,15 @@ def fill(named: Iterable[tuple[str, nn.Parameter]]) -> None:
         parameter.copy_(new)
 
 
+def virtual_tokens(shape: Sequence[int]) -> Tensor:
+    """The table of prefix and prompt in PEFT's layout: `[tokens, width]`, normal, of a base's usual deviation."""
+    return torch.empty(tuple(shape)).normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+
+
 def plain_name(name: str) -> str:
     """`base_model.model.model.layers.0.q_proj.lora_A.default.weight` -> `model.layers.0.q_proj.lora_A`"""
-    return name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight")
+    plain = name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight")
+    return plain.replace(".lora.lora_", ".lora_")  # ours, inside DoRA
 
 
 class Watched:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.shapes import CONFIGS
 from transformers import PretrainedConfig
 
-from benchmarks.shapes import CONFIGS
 from spectune.methods import BY_NAME
 
 #: what PEFT has of our methods

@@ -7,11 +7,11 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pydantic import ValidationError
-
-from benchmarks.step_speed.data import BATCHES, RATE, RATES, Watched, fill
+from benchmarks.step_speed.data import BATCHES, RATE, RATES, Watched, fill, virtual_tokens
 from benchmarks.step_speed.grid import RefusedError
 from benchmarks.step_speed.setting import Setting
+from pydantic import ValidationError
+
 from spectune.data import Example
 from spectune.data.rows import Row
 from spectune.deltas import Delta, attach
@@ -51,7 +51,7 @@ def run(setting: Setting) -> dict[str, Any]:
     method = method_from_name(setting.case.method)
     delta = attach(model, method, "bench")
     if not method.trains_base:
-        fill(delta.named_parameters())
+        first_weights(delta)
     watched = Watched(delta.parameters())
     with our_step(model, delta, setting, config, rate, compiling) as step:
         setting.meter.begin()
@@ -59,6 +59,15 @@ def run(setting: Setting) -> dict[str, Any]:
         while not setting.meter.step(step(number % BATCHES)):
             number += 1
     return {"trained_parameters": delta.num_trained_parameters(), "changed": watched.changed()}
+
+
+def first_weights(delta: Delta) -> None:
+    """The weights that peers begin with, too: see `fill`. Virtual tokens come from PEFT's table."""
+    if delta.method.virtual_tokens:
+        _, tensors = delta.method.to_folder(delta.state_dict(), delta.family)
+        table = {name: virtual_tokens(tensor.shape) for name, tensor in tensors.items()}
+        delta.load_state_dict(delta.method.from_folder(table, delta.family))
+    fill(delta.named_parameters())
 
 
 @contextlib.contextmanager

@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
-
 from benchmarks.step_speed.data import RATE, RATES, Watched, fill
 from benchmarks.step_speed.grid import RefusedError
 from benchmarks.step_speed.setting import Setting
+from torch import nn
 
 #: graphs that a peer may compile of one function before it gives up: PEFT's prefix needs one for each layer
 MOST_GRAPHS = 256

@@ -12,11 +12,8 @@ from benchmarks.step_speed.grid import METHOD_ORDER, SYSTEMS
 GIB = 2**30
 #: largest relative difference of the first losses to the reference's, by compute dtype; beyond it a row is not valid
 TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}
-#: the same where the base is quantised, and where libraries begin at weights of their own
+#: the same where the base is quantised
 FP8_TOLERANCE = 5e-2
-OTHER_START_TOLERANCE = 5e-2
-#: methods whose first weights have no common names: their losses begin apart
-OWN_START = ("prefix", "prompt")
 #: which system's losses are the reference, the first that was measured
 REFERENCES = ("peft", "plain", "ours-eager")
 
@@ -102,6 +99,4 @@ class Results:
         pairs = zip(mine.done[0]["losses"], other.done[0]["losses"], strict=False)
         largest = max(abs(a - b) / abs(b) for a, b in pairs)
         tolerance = TOLERANCES[mine.done[0]["dtype"]]
-        if method in OWN_START:
-            tolerance = max(tolerance, OTHER_START_TOLERANCE)
         return largest, max(tolerance, FP8_TOLERANCE) if "fp8" in system else tolerance

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
-
 from benchmarks.shapes import build
 from benchmarks.step_speed.data import token_batches
 from benchmarks.step_speed.grid import Case, Shape, text_length
 from benchmarks.step_speed.meter import Meter
+from torch import Tensor
+from transformers import PretrainedConfig
+
 from spectune.compute.losses import IGNORED
 
 

@@ -6,14 +6,13 @@ import tempfile
 from typing import Any
 
 import torch
-from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback, TrainingArguments
-from transformers import Trainer as HFTrainer
-
 from benchmarks.step_speed.data import RATE, RATES, Watched
 from benchmarks.step_speed.grid import RefusedError
 from benchmarks.step_speed.peers import peft_model
 from benchmarks.step_speed.setting import Setting
+from torch.utils.data import SequentialSampler
+from transformers import Trainer as HFTrainer
+from transformers import TrainerCallback, TrainingArguments
 
 
 class _Trainer(HFTrainer):

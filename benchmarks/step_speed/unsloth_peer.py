@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from benchmarks.step_speed.data import fill
 from benchmarks.step_speed.grid import RefusedError
 from benchmarks.step_speed.setting import Setting

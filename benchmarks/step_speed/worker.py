@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from benchmarks.step_speed.grid import SHAPES, SYSTEMS, TINY, Case, RefusedError
 from benchmarks.step_speed.limit import flops_per_token
 from benchmarks.step_speed.setting import Setting
+
 from spectune.methods import BY_NAME
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "liger_kernel", "unsloth", "triton", "spectune")
