@@ -23,7 +23,7 @@ from pathlib import Path
 
 import benchmarks.step_speed as package
 from benchmarks.step_speed.driver import Plan
-from benchmarks.step_speed.grid import SHAPES, SYSTEMS, TINY, cases
+from benchmarks.step_speed.grid import REAL_SYSTEMS, SHAPES, SYSTEMS, TINY, cases, system
 from benchmarks.step_speed.table import page
 
 
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--peak-tflops", type=float, help="of bf16 matrix products; 790 on CUDA (H100, H200, measured)")
     parser.add_argument("--allocator", default="expandable_segments:False", help="PYTORCH_ALLOC_CONF, for all systems")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, a check of this script")
+    parser.add_argument("--real-data", action="store_true", help="rows as short as E2E's: packing, loss on completions")
     parser.add_argument("--list", action="store_true", help="print the cases in their order; measures nothing")
     parser.add_argument("--table", type=Path, help="write the page from --out; measures nothing")
     args = parser.parse_args()
@@ -51,10 +52,11 @@ def main() -> int:
         args.table.write_text(page([json.loads(x) for x in args.out.read_text().splitlines()]), encoding="utf-8")
         return 0
     found = cases(
-        TINY if args.tiny else SHAPES, args.device, names=args.shapes, systems=args.systems, methods=args.methods
-    )
+        TINY if args.tiny else SHAPES, args.device, names=args.shapes, systems=args.systems, methods=args.methods,
+        known_systems=REAL_SYSTEMS if args.real_data else SYSTEMS,
+    )  # fmt: skip
     if args.list:
-        print("\n".join(f"{case.shape}: {case.method}, {SYSTEMS[case.system].label}" for case in found))
+        print("\n".join(f"{case.shape}: {case.method}, {system(case.system).label}" for case in found))
         return 0
     plan = Plan(
         out=args.out.resolve(), device=args.device, repeats=2 if args.quick else args.repeats,

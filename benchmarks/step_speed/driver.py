@@ -160,7 +160,7 @@ def said(line: dict[str, Any]) -> str:
         return f"{head}  {line.get('refused') or line['failed']}"
     memory = line.get("peak_allocated", line.get("peak_resident", 0)) / 2**30
     share = ""
-    if line["peak_tflops"]:
+    if line["peak_tflops"] and "flops_per_token" in line:
         share = f" {line['tokens_per_second'] * line['flops_per_token'] / line['peak_tflops'] / 1e12:5.2f} of limit"
     return (
         f"{head} {line['tokens_per_second']:10,.0f} tokens/s{share} {memory:6.2f} GiB, compile "

@@ -56,6 +56,11 @@ class System:
     methods: tuple[str, ...]
     only_on: str | None = None
 
+    @property
+    def compiles(self) -> bool:
+        """Whether a measurement without a compiled graph is none of this system."""
+        return "compile" in self.label
+
 
 def _ours(what: str, tier: int, *, frozen_only: bool = False, only_on: str | None = None) -> System:
     names = tuple(n for n, m in BY_NAME.items() if not (frozen_only and m.trains_base))
@@ -67,6 +72,7 @@ SYSTEMS = {
     "unsloth": System("Unsloth", 0, ("lora",), "cuda"),
     "peft-liger-compiled": System("PEFT + Liger + per-block compile", 0, PEFT_METHODS, "cuda"),
     "ours-checkpointed": _ours("compiled, checkpointed", 1),
+    "ours-selective": _ours("compiled, selectively recomputed", 1),
     "ours-offload": _ours("compiled, checkpointed to host memory", 1, only_on="cuda"),
     "unsloth-checkpointed": System("Unsloth, its checkpointing", 1, ("lora",), "cuda"),
     "ours-fp8": _ours("compiled, fp8 base", 2, frozen_only=True, only_on="cuda"),
@@ -81,8 +87,23 @@ SYSTEMS = {
     "peft-trainer-checkpointed": System("PEFT + Trainer, checkpointed", 4, PEFT_METHODS),
     "plain-masters": System("plain loop, float32 weights under autocast", 4, ("full",)),
 }
+#: on rows as short as E2E's, of which only the completion is a target (`real_data.py`)
+REAL_SYSTEMS = {
+    "real-ours-packed": _ours("packed, loss on completions", 0),
+    "real-ours-padded": _ours("padded, loss on completions", 0),
+    "real-ours-padded-all": _ours("padded, every token a target", 0),
+    "real-peft": System("PEFT, plain loop, padded", 1, PEFT_METHODS),
+    "real-peft-compiled": System("PEFT + per-block compile, padded", 1, PEFT_METHODS, "cuda"),
+}
+#: rows of a batch of them
+REAL_ROWS = 32
 #: of several methods at one shape and tier, which come first
 METHOD_ORDER = ("lora", "prompt", "prefix", "dora", "ia3", "full", "adapter", "bitfit")
+
+
+def system(name: str) -> System:
+    """The system of a name, of either table."""
+    return (SYSTEMS | REAL_SYSTEMS)[name]
 
 
 @dataclass(frozen=True)
@@ -104,14 +125,20 @@ def text_length(shape: Shape, method: str) -> int:
 
 
 def cases(
-    shapes: dict[str, Shape], device: str, *, names: Iterable[str], systems: Iterable[str], methods: Iterable[str]
+    shapes: dict[str, Shape],
+    device: str,
+    *,
+    names: Iterable[str],
+    systems: Iterable[str],
+    methods: Iterable[str],
+    known_systems: dict[str, System] = SYSTEMS,
 ) -> list[Case]:
     """The cases asked for, the most important first: tier by tier within a shape, LoRA at the first shape above all.
 
     A shape that is for another kind of device is left out unless it is named.
     """
-    wanted, systems, methods = list(names), list(systems) or list(SYSTEMS), list(methods) or list(METHOD_ORDER)
-    for given, known in ((wanted, shapes), (systems, SYSTEMS), (methods, BY_NAME)):
+    wanted, systems, methods = list(names), list(systems) or list(known_systems), list(methods) or list(METHOD_ORDER)
+    for given, known in ((wanted, shapes), (systems, known_systems), (methods, BY_NAME)):
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise SystemExit(f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}")
@@ -121,12 +148,12 @@ def cases(
         for shape in chosen
         for system in systems
         for method in methods
-        if method in SYSTEMS[system].methods and SYSTEMS[system].only_on in (None, device)
+        if method in known_systems[system].methods and known_systems[system].only_on in (None, device)
     ]
     order: dict[str, Callable[[Case], Any]] = {
         "shape": lambda c: chosen.index(c.shape),
         "method": lambda c: METHOD_ORDER.index(c.method),
-        "tier": lambda c: SYSTEMS[c.system].tier,
+        "tier": lambda c: known_systems[c.system].tier,
     }
     # the first shape's LoRA to its end, then method after method
     return sorted(

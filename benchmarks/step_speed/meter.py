@@ -36,15 +36,18 @@ class Meter:
     def begin(self) -> None:
         self._seconds: list[float] = []
         self._compiled = [compilations()]
-        self._timed = 0
+        self._timed = self._tokens = self._targets = 0
         self._timing = False
         self._mark = self._now()
 
-    def step(self, loss: Tensor | float) -> bool:
+    def step(self, loss: Tensor | float, tokens: int | None = None, targets: int | None = None) -> bool:
+        """`tokens` of this step, where they differ from step to step, and how many of them had a loss."""
         if len(self.losses) < LOSSES:
             self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         if self._timing:
             self._timed += 1
+            self._tokens += self.tokens if tokens is None else tokens
+            self._targets += targets or 0
             if self._timed == self.steps:
                 self._finish()
             return self._timed == self.steps
@@ -81,11 +84,12 @@ class Meter:
             "timed_to": time.time(),
             "steps": self.steps,
             "step_seconds": each,
-            "tokens_per_second": self.tokens / each,
+            "tokens_per_second": self._tokens / seconds,
             # what the warm-up took beyond so many steps at full speed: compiling, loading kernels, tuning them
             "compile_seconds": max(0.0, self.found["warmup_seconds"] - self.found["warmup_steps"] * each),
             "recompiled_while_timed": compilations() - self._compiled[-1],
             "losses": [float(loss) for loss in self.losses],
+            **({"targets_per_second": self._targets / seconds} if self._targets else {}),
             **self._memory(),
         }
 

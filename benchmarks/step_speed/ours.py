@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.step_speed.data import BATCHES, RATE, RATES, Watched, fill, virtual_tokens
+from benchmarks.step_speed.data import RATE, RATES, Watched, fill, virtual_tokens
 from benchmarks.step_speed.grid import RefusedError
 from benchmarks.step_speed.setting import Setting
 from pydantic import ValidationError
@@ -27,6 +29,7 @@ from spectune.training.optimizer import MasterAdamW
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours-eager": {},
     "ours-compiled": {"torch_compile": True},
+    "ours-selective": {"torch_compile": True, "gradient_checkpointing": "selective"},
     "ours-checkpointed": {"torch_compile": True, "gradient_checkpointing": True},
     "ours-offload": {"torch_compile": True, "gradient_checkpointing": "offload"},
     "ours-fp8": {"torch_compile": True, "base_precision": "fp8"},
@@ -37,12 +40,39 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def run(setting: Setting) -> dict[str, Any]:
     """Train steps under the setting's meter. Returns what is known of the delta."""
+    prepared = prepare(setting, VARIANTS[setting.case.system])
+    examples = [Example(ids, 0, Row(origin="", text="")) for batch in setting.batches for ids in batch.tolist()]
+    windows = [[list(range(first, first + setting.rows))] for first in range(0, len(examples), setting.rows)]
+    with our_step(prepared, examples, setting.most_steps) as step:
+        setting.meter.begin()
+        for window in itertools.cycle(windows):
+            if setting.meter.step(step(window)):
+                break
+    return prepared.facts()
+
+
+@dataclass
+class Prepared:
+    """A base with a delta, and how it is to be trained."""
+
+    model: Any
+    delta: Delta
+    config: TrainingConfig
+    rate: float
+    compiling: Callable[[Any, Any], Any] | None
+    watched: Watched
+
+    def facts(self) -> dict[str, Any]:
+        return {"trained_parameters": self.delta.num_trained_parameters(), "changed": self.watched.changed()}
+
+
+def prepare(setting: Setting, wanted: dict[str, Any]) -> Prepared:
+    """Raises RefusedError, before anything is built, where this spectune lacks a part that is wanted."""
     rate = RATES.get(setting.case.method, RATE)
-    # each optional path is looked for before anything is built: without it the system is refused at once
-    variant = dict(VARIANTS[setting.case.system])
+    variant = {"gradient_checkpointing": False, **wanted}
     precision = variant.pop("base_precision", None)
     quantise = part("spectune.storage", "quantise_base") if precision else None
-    compiling = part("spectune.training.compiling", "compiled") if variant.get("torch_compile") else None
+    compiling = compiler(variant) if variant.get("torch_compile") else None
     config = configured(setting, rate, variant)
 
     model = setting.build()
@@ -52,13 +82,7 @@ def run(setting: Setting) -> dict[str, Any]:
     delta = attach(model, method, "bench")
     if not method.trains_base:
         first_weights(delta)
-    watched = Watched(delta.parameters())
-    with our_step(model, delta, setting, config, rate, compiling) as step:
-        setting.meter.begin()
-        number = 0
-        while not setting.meter.step(step(number % BATCHES)):
-            number += 1
-    return {"trained_parameters": delta.num_trained_parameters(), "changed": watched.changed()}
+    return Prepared(model, delta, config, rate, compiling, Watched(delta.parameters()))
 
 
 def first_weights(delta: Delta) -> None:
@@ -72,25 +96,32 @@ def first_weights(delta: Delta) -> None:
 
 @contextlib.contextmanager
 def our_step(
-    model: Any, delta: Delta, setting: Setting, config: TrainingConfig, rate: float, compiling: Any
-) -> Iterator[Callable[[int], float]]:
-    """A function that takes one optimizer step on the batch of a number and returns its loss."""
-    rows = setting.rows
-    examples = [
-        Example(ids, 0, Row(origin=f"row {number}", text=""))
-        for number, ids in enumerate(row for batch in setting.batches for row in batch.tolist())
-    ]
-    optimizer = MasterAdamW(list(delta.parameters()), config, rate)
+    prepared: Prepared, examples: Sequence[Example], most_steps: int, **extra: Any
+) -> Iterator[Callable[[list[list[int]]], float]]:
+    """Inside, a function that takes one optimizer step on the batches of a window (numbers of examples) and returns
+    its loss. `extra`: further fields of `Loop`."""
+    model, config, delta = prepared.model, prepared.config, prepared.delta
+    optimizer = MasterAdamW(list(delta.parameters()), config, prepared.rate)
     keeper = Keeper(lambda: None, lambda: None, lambda _: None, "", lambda: "")
     loop = Loop(
-        model, delta, optimizer, examples, [], 0, config, rate, setting.most_steps, Progress(), keeper, World()
+        model, delta, optimizer, examples, [], 0, config, prepared.rate, most_steps, Progress(), keeper, World(),
+        **extra,
     )  # fmt: skip
     model.train()
     with contextlib.ExitStack() as stack:
+        if prepared.compiling is not None:
+            stack.enter_context(prepared.compiling(model, delta.family))
         stack.enter_context(recomputing(model, config.gradient_checkpointing))
-        if compiling is not None:
-            stack.enter_context(compiling(model, delta.family, True))
-        yield lambda number: loop.step([list(range(number * rows, (number + 1) * rows))])
+        yield loop.step
+
+
+def compiler(variant: dict[str, Any]) -> Callable[[Any, Any], Any]:
+    """A context in which a model's blocks run compiled; selective recomputation is the compiler's part."""
+    compiled = part("spectune.training.compiling", "compiled")
+    if variant["gradient_checkpointing"] != "selective":
+        return lambda model, family: compiled(model, family, True)
+    budget = part("spectune.training.checkpointing", "memory_budget")("selective")
+    return lambda model, family: compiled(model, family, True, memory_budget=budget)
 
 
 def configured(setting: Setting, rate: float, variant: dict[str, Any]) -> TrainingConfig:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.step_speed.grid import METHOD_ORDER, SYSTEMS
+from benchmarks.step_speed.grid import METHOD_ORDER, REAL_SYSTEMS, SYSTEMS
 
 GIB = 2**30
 #: largest relative difference of the first losses to the reference's, by compute dtype; beyond it a row is not valid
@@ -16,6 +16,7 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}
 FP8_TOLERANCE = 5e-2
 #: which system's losses are the reference, the first that was measured
 REFERENCES = ("peft", "plain", "ours-eager")
+REAL_REFERENCES = ("real-peft", "real-ours-padded")
 
 
 @dataclass
@@ -49,7 +50,9 @@ class Measured:
     def share(self) -> float | None:
         """Of the physical limit."""
         line = self.done[0]
-        return self.speed * line["flops_per_token"] / (line["peak_tflops"] * 1e12) if line["peak_tflops"] else None
+        if not line["peak_tflops"] or "flops_per_token" not in line:
+            return None
+        return float(self.speed * line["flops_per_token"] / (line["peak_tflops"] * 1e12))
 
     def median(self, key: str) -> float:
         return statistics.median(line[key] for line in self.done)
@@ -70,7 +73,7 @@ class Results:
         found: dict[Key, list[dict[str, Any]]] = defaultdict(list)
         for line in lines:
             found[line["shape"], line["method"], line["system"]].append(line)
-        systems = list(SYSTEMS)
+        systems = [*SYSTEMS, *REAL_SYSTEMS]
         order = sorted(found, key=lambda k: (METHOD_ORDER.index(k[1]), systems.index(k[2])))
         self.cases = {key: Measured(found[key]) for key in order}
         self.shapes = list(dict.fromkeys(line["shape"] for line in lines))
@@ -89,12 +92,17 @@ class Results:
         """What a ratio is against: PEFT's fastest of the same method, for full fine-tuning the fastest plain loop."""
         return self.best(shape, method, "plain" if method == "full" else "peft")
 
+    def short(self) -> Results:
+        """What was measured on short rows."""
+        return Results([x for m in self.cases.values() for x in m.lines if x["system"] in REAL_SYSTEMS])
+
     def difference(self, shape: str, method: str, system: str) -> tuple[float, float] | None:
         """The largest relative difference of a case's first losses to the reference's, and what is tolerated. None for
-        the reference itself, or where there is none."""
-        reference = next((s for s in REFERENCES if self.get(shape, method, s)), None)
+        the reference itself, where there is none, and where other tokens are targets."""
+        known = REAL_REFERENCES if system in REAL_SYSTEMS else REFERENCES
+        reference = next((s for s in known if self.get(shape, method, s)), None)
         mine, other = self.get(shape, method, system), reference and self.get(shape, method, reference)
-        if mine is None or not other or reference == system:
+        if mine is None or not other or reference == system or system.endswith("-all"):
             return None
         pairs = zip(mine.done[0]["losses"], other.done[0]["losses"], strict=False)
         largest = max(abs(a - b) / abs(b) for a, b in pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.step_speed.grid import SHAPES, SYSTEMS, TINY
+from benchmarks.step_speed.grid import REAL_SYSTEMS, SHAPES, SYSTEMS, TINY
 from benchmarks.step_speed.results import Measured, Results
 from benchmarks.step_speed.targets import TARGETS
 
@@ -40,6 +40,7 @@ def page(lines: list[dict[str, Any]]) -> str:
             parts += ["| target | measured | |", "|---|---|---|", *checked, ""]
         for shape in results.shapes:
             parts += shape_table(results, shape)
+        parts += short_rows(results.short())
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -79,7 +80,9 @@ def valid(results: Results, key: tuple[str, str, str]) -> bool:
 
 
 def shape_table(results: Results, shape: str) -> list[str]:
-    keys = [key for key in results.cases if key[0] == shape]
+    keys = [key for key in results.cases if key[0] == shape and key[2] in SYSTEMS]
+    if not keys:
+        return []
     first = next((line for key in keys for line in results.cases[key].lines if "dtype" in line), {})
     size = (SHAPES | TINY).get(shape)
     batch = f"{first.get('rows', size.rows if size else '?')} x {size.length if size else '?'} tokens"
@@ -120,6 +123,42 @@ def row(results: Results, key: tuple[str, str, str], found: Measured) -> list[st
         f"{compiled:.0f} s" + ("" if all(done["settled"] for done in found.done) else ", not ended"),
         losses(results, key),
     ]
+
+
+SHORT = (
+    "Rows of random tokens as long as E2E's records and sentences, drawn as `spectune train` draws them; the same rows "
+    "in each step for all. Tokens/s are those of rows, padding is not counted; with a loss on completions, prompts "
+    "are not targets. On CUDA spectune's blocks are compiled."
+)
+
+
+def short_rows(results: Results) -> list[str]:
+    """What packing and the loss on completions add; nothing where it was not measured."""
+    if not results.cases:
+        return []
+    parts = ["### Short rows: packing, and the loss on completions", "", SHORT, ""]
+    parts += ["| shape | method | system | tokens/s | targets/s | spread | padding where padded | allocated | to PEFT, "
+              "plain loop | compile | losses |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for key, found in results.cases.items():
+        shape, method, name = key
+        head = f"| {shape}, {found.lines[0].get('rows', '?')} rows | {method} | {REAL_SYSTEMS[name].label} |"
+        if not found.done:
+            parts.append(f"{head} not measured: {cell(found.reason)} |" + " |" * 7)
+            continue
+        peft, size = results.get(shape, method, "real-peft"), found.gib("peak_allocated")
+        cells = [
+            f"{found.speed:,.0f}" + ("" if valid(results, key) else " (losses differ)"),
+            f"{found.median('targets_per_second'):,.0f}",
+            f"{100 * found.spread:.1f}% of {len(found.done)}" if found.spread is not None else "one run",
+            f"{100 * found.done[0]['padding_share']:.0f}%",
+            f"{size:.1f} GiB" if size is not None else "-",
+            f"{found.speed / peft.speed:.2f}" if peft is not None else "-",
+            f"{max(line['compile_seconds'] for line in found.done):.0f} s"
+            + ("" if all(line["settled"] for line in found.done) else ", not ended"),
+            "other targets" if name.endswith("-all") else losses(results, key),
+        ]
+        parts.append(f"{head} {' | '.join(cells)} |")
+    return [*parts, ""]
 
 
 def losses(results: Results, key: tuple[str, str, str]) -> str:

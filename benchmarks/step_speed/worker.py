@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.step_speed.grid import SHAPES, SYSTEMS, TINY, Case, RefusedError
+from benchmarks.step_speed.grid import REAL_ROWS, SHAPES, TINY, Case, RefusedError, system
 from benchmarks.step_speed.limit import flops_per_token
 from benchmarks.step_speed.setting import Setting
 
@@ -23,7 +23,8 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "liger_kernel", "unsl
 def measure(case: Case, device: str, warmup: int, steps: int, rows: int | None = None) -> dict[str, Any]:
     """The case's line: what was measured, or `refused` (a system says that it cannot) or `failed` (it tried)."""
     shape = (SHAPES | TINY)[case.shape]
-    shape = replace(shape, rows=rows or shape.rows)
+    real = case.system.startswith("real-")
+    shape = replace(shape, rows=rows or (REAL_ROWS if real else shape.rows))
     setting = Setting(case, shape, torch.device(device), warmup, steps)
     line: dict[str, Any] = {
         "rows": setting.rows,
@@ -42,21 +43,26 @@ def measure(case: Case, device: str, warmup: int, steps: int, rows: int | None =
         return {**line, "failed": f"{type(error).__name__}: {error}".strip()[:500]}
     if not facts["changed"]:
         return {**line, "failed": "no trained weight changed in any step"}
+    if system(case.system).compiles and not setting.meter.found["graphs"]:
+        return {**line, **setting.meter.found, "failed": "torch.compile made no graph"}
     flops = flops_per_token(
         setting.config, setting.length, facts["trained_parameters"], trains_base=BY_NAME[case.method].trains_base
     )
+    if real:  # rows of many lengths, not all of them through the head: the formula is for another thing
+        return {**line, **facts, **setting.meter.found}
     return {**line, **facts, **setting.meter.found, "flops_per_token": flops}
 
 
-def _module(system: str) -> Any:
+def _module(name: str) -> Any:
     """Where a system's `run` is."""
-    assert system in SYSTEMS
-    if system.startswith("ours"):
+    if name.startswith("real-"):
+        name = "real_data"
+    elif name.startswith("ours"):
         name = "ours"
-    elif system.startswith("unsloth"):
+    elif name.startswith("unsloth"):
         name = "unsloth_peer"
     else:
-        name = "trainer" if "trainer" in system else "peers"
+        name = "trainer" if "trainer" in name else "peers"
     return importlib.import_module(f"benchmarks.step_speed.{name}")
 
 

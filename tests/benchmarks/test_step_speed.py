@@ -15,6 +15,7 @@ from benchmarks.step_speed.driver import Plan
 from benchmarks.step_speed.grid import PEFT_METHODS, SHAPES, SYSTEMS, TINY, Case, cases, text_length
 from benchmarks.step_speed.limit import block_weights, flops_per_token, limit
 from benchmarks.step_speed.meter import Meter
+from benchmarks.step_speed.real_data import COMPLETIONS, PROMPTS, STEPS, rows_like_e2e, windows
 from benchmarks.step_speed.results import Results
 from benchmarks.step_speed.table import page
 from benchmarks.step_speed.targets import TARGETS, Floor, Ratio
@@ -26,7 +27,7 @@ from spectune.methods import BY_NAME
 CPU = torch.device("cpu")
 
 
-# -- the limit ----------------------------------------------------------------------------------------------------------
+# -- the limit ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_a_deltas_weights_count_six_times_and_recomputation_never() -> None:
     assert flops_per_token(config, 32, 1000, trains_base=False) == bare + 6000
 
 
-# -- what is measured ---------------------------------------------------------------------------------------------------
+# -- what is measured -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", PEFT_METHODS)
@@ -113,7 +114,41 @@ def test_virtual_tokens_come_off_where_positions_run_out() -> None:
     assert text_length(SHAPES["Llama-3-8B"], "prefix") == 2048
 
 
-# -- first weights ------------------------------------------------------------------------------------------------------
+def test_a_compiled_system_without_a_graph_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.step_speed import peers
+
+    monkeypatch.setattr(peers, "compile_blocks", lambda model: None)
+    line = measure(Case("tiny llama", "lora", "peft-compiled"), "cpu", 5, 5)
+    assert line["failed"] == "torch.compile made no graph"
+
+
+# -- short rows
+
+
+def test_lengths_are_those_of_the_distribution() -> None:
+    rows = rows_like_e2e(4000, 512, all_targets=False)
+    prompts = sorted(row.prompt_length for row in rows)
+    completions = sorted(row.target_tokens for row in rows)
+    assert [prompts[len(rows) * n // 10] for n in range(1, 10)] == pytest.approx(PROMPTS[1:-1], abs=1)
+    assert [completions[len(rows) * n // 10] for n in range(1, 10)] == pytest.approx(COMPLETIONS[1:-1], abs=1)
+    assert all(row.prompt_length + row.target_tokens == len(row.input_ids) for row in rows)
+    assert all(row.prompt_length == 0 for row in rows_like_e2e(10, 512, all_targets=True))
+
+
+def test_ours_and_peft_train_alike_on_padded_rows_and_only_rows_are_counted() -> None:
+    ours = measure(Case("tiny llama", "lora", "real-ours-padded"), "cpu", 5, 5, rows=8)
+    theirs = measure(Case("tiny llama", "lora", "real-peft"), "cpu", 5, 5, rows=8)
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    rows = rows_like_e2e(STEPS * 8, 512, all_targets=False)
+    timed = [rows[i] for batch in windows(rows, 8)[5:10] for i in batch]
+    tokens = sum(len(row.input_ids) for row in timed)
+    assert ours["tokens_per_second"] == pytest.approx(tokens / (5 * ours["step_seconds"]))
+    share = ours["targets_per_second"] / ours["tokens_per_second"]
+    assert share == pytest.approx(sum(row.target_tokens for row in timed) / tokens)
+    assert 0.05 < ours["padding_share"] < 0.5
+
+
+# -- first weights --------------------------------------------------------------------------------------------
 
 
 def test_no_matrix_of_zeros_and_the_same_weights_under_both_names() -> None:
@@ -128,7 +163,7 @@ def test_no_matrix_of_zeros_and_the_same_weights_under_both_names() -> None:
     assert plain_name("model.q.lora.lora_B") == "model.q.lora_B"
 
 
-# -- the clock ----------------------------------------------------------------------------------------------------------
+# -- the clock ------------------------------------------------------------------------------------------------
 
 
 def test_the_clock_starts_when_nothing_was_compiled_for_five_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +194,7 @@ def test_a_system_that_never_stops_compiling_is_timed_and_said(monkeypatch: pyte
     assert not clock.found["settled"]
 
 
-# -- order, budget ------------------------------------------------------------------------------------------------------
+# -- order, budget --------------------------------------------------------------------------------------------
 
 
 def test_the_most_important_cases_come_first() -> None:
@@ -228,7 +263,7 @@ def test_a_process_of_its_own_and_its_timeout(tmp_path: Path) -> None:
     assert second["failed"] == "not done after 0.1 s"
 
 
-# -- the page -----------------------------------------------------------------------------------------------------------
+# -- the page -------------------------------------------------------------------------------------------------
 
 
 def test_medians_spread_and_the_best_peer() -> None:
@@ -263,6 +298,15 @@ def test_what_failed_stands_in_the_table() -> None:
     failed = {key: value for key, value in a_line().items() if key not in ("tokens_per_second", "losses")}
     text = page([a_line(), {**failed, "system": "peft-trainer", "failed": "OutOfMemoryError: a | b\nc"}])
     assert "| lora | PEFT + Trainer | not measured: OutOfMemoryError: a \\| b c |" in text
+
+
+def test_short_rows_have_a_table_of_their_own() -> None:
+    fields = {"targets_per_second": 40.0, "padding_share": 0.25}
+    lines = [a_line(), a_line(200.0, system="real-peft", **fields), a_line(700.0, system="real-ours-packed", **fields)]
+    text = page(lines)
+    head = "| tiny gpt2, 2 rows | lora | spectune, packed, loss on completions"
+    assert f"{head} | 700 | 40 | one run | 25% | - | 3.50 | 1 s | 0% |" in text
+    assert text.count("### ") == 2
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:
