@@ -27,11 +27,13 @@ def run(setting: Setting) -> dict[str, Any]:
     model, _ = FastLanguageModel.from_pretrained(
         str(saved(setting)), max_seq_length=setting.length, dtype=setting.dtype, load_in_4bit=False
     )
+    named = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     model = FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=LINEARS, random_state=0,
+        model, r=16, lora_alpha=32, lora_dropout=0, bias="none", random_state=0,
+        target_modules=LINEARS if named.issuperset(LINEARS) else "all-linear",
         use_gradient_checkpointing="unsloth" if setting.case.system.endswith("checkpointed") else False,
     )  # fmt: skip
-    FastLanguageModel.for_training(model, use_gradient_checkpointing=setting.case.system.endswith("checkpointed"))
+    FastLanguageModel.for_training(model)
     fill((name, p) for name, p in model.named_parameters() if p.requires_grad)
     return plain_loop(model, setting)
 
