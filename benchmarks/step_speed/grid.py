@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from benchmarks.shapes import CONFIGS
 from transformers import PretrainedConfig
@@ -87,6 +86,8 @@ SYSTEMS = {
     "peft-trainer-checkpointed": System("PEFT + Trainer, checkpointed", 4, PEFT_METHODS),
     "plain-masters": System("plain loop, float32 weights under autocast", 4, ("full",)),
 }
+#: tiers of what is compared first of all, and of what every method is compared in
+FIRST_TIERS, MAIN_TIERS = 2, (0, 2)
 #: on rows as short as E2E's, of which only the completion is a target (`real_data.py`)
 REAL_SYSTEMS = {
     "real-ours-packed": _ours("packed, loss on completions", 0),
@@ -133,10 +134,7 @@ def cases(
     methods: Iterable[str],
     known_systems: dict[str, System] = SYSTEMS,
 ) -> list[Case]:
-    """The cases asked for, the most important first: tier by tier within a shape, LoRA at the first shape above all.
-
-    A shape that is for another kind of device is left out unless it is named.
-    """
+    """The cases asked for, the most important first. A shape for another kind of device is left out unless named."""
     wanted, systems, methods = list(names), list(systems) or list(known_systems), list(methods) or list(METHOD_ORDER)
     for given, known in ((wanted, shapes), (systems, known_systems), (methods, BY_NAME)):
         unknown = sorted(set(given) - set(known))
@@ -150,12 +148,13 @@ def cases(
         for method in methods
         if method in known_systems[system].methods and known_systems[system].only_on in (None, device)
     ]
-    order: dict[str, Callable[[Case], Any]] = {
-        "shape": lambda c: chosen.index(c.shape),
-        "method": lambda c: METHOD_ORDER.index(c.method),
-        "tier": lambda c: known_systems[c.system].tier,
-    }
-    # the first shape's LoRA to its end, then method after method
-    return sorted(
-        found, key=lambda c: (order["shape"](c), order["method"](c) > 0, order["tier"](c), order["method"](c))
-    )
+
+    def place(case: Case) -> tuple[int, ...]:
+        """The first shape's LoRA; then every method's fast ways, ours and others', shape by shape; then the rest."""
+        shape, method = chosen.index(case.shape), METHOD_ORDER.index(case.method)
+        tier = known_systems[case.system].tier
+        if shape == 0 and case.method == "lora" and tier <= FIRST_TIERS:
+            return 0, tier
+        return (1, shape, method, tier) if tier in MAIN_TIERS else (2, shape, tier, method)
+
+    return sorted(found, key=place)

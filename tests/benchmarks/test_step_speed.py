@@ -11,7 +11,7 @@ import pytest
 import torch
 from benchmarks.step_speed import meter as meter_module
 from benchmarks.step_speed.data import fill, plain_name
-from benchmarks.step_speed.driver import Plan
+from benchmarks.step_speed.driver import Plan, Watch
 from benchmarks.step_speed.grid import PEFT_METHODS, SHAPES, SYSTEMS, TINY, Case, cases, text_length
 from benchmarks.step_speed.limit import block_weights, flops_per_token, limit
 from benchmarks.step_speed.meter import Meter
@@ -205,8 +205,10 @@ def test_the_most_important_cases_come_first() -> None:
     assert {c.method for c in found if c.system.startswith("ours")} == set(BY_NAME)
     assert not any(c.shape.startswith("spectune-tiny") for c in found)
     assert len(set(found)) == len(found)
-    shapes = [c.shape for c in found]
-    assert shapes == sorted(shapes, key=list(SHAPES).index)
+    # every method's fast ways at every shape come before what is slower by design
+    slow = [number for number, c in enumerate(found) if c.method != "lora" and "checkpointed" in c.system]
+    fast = [number for number, c in enumerate(found) if c.system in ("ours-compiled", "peft-compiled", "ours-fp8")]
+    assert max(fast) < min(slow)
 
 
 def test_an_unknown_name_is_told() -> None:
@@ -263,6 +265,16 @@ def test_a_process_of_its_own_and_its_timeout(tmp_path: Path) -> None:
     assert second["failed"] == "not done after 0.1 s"
 
 
+def test_clocks_are_those_of_the_timed_stretch() -> None:
+    watch = Watch("cpu")
+    watch.samples = [(1.0, [345.0, 70.0, 30.0]), (2.0, [1900.0, 600.0, 50.0]), (2.5, [1980.0, 690.0, 55.0])]
+    watch.samples += [(2.7, [1980.0])]  # a line cut short
+    found = watch.between(1.5, 3.0)
+    assert found == {"sm_clock_mhz": 1940.0, "power_watts": 645.0, "temperature_celsius": 52.5}
+    assert watch.between(4.0, 5.0) == {}
+    assert watch.between(None, None) == {}
+
+
 # -- the page -------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +306,12 @@ def test_a_row_whose_losses_differ_is_marked() -> None:
     assert "2%, more than 0.1%" in text
 
 
+def test_a_row_of_ours_whose_losses_differ_meets_no_target() -> None:
+    fields = {"shape": "Llama-3-8B", "dtype": "bfloat16", "length": 2048}
+    lines = [a_line(1.0, **fields), a_line(26_000.0, system="ours-fp8", losses=[6.0, 5.5], **fields)]
+    assert "| 26,000 tokens/s | losses differ |" in page(lines)
+
+
 def test_what_failed_stands_in_the_table() -> None:
     failed = {key: value for key, value in a_line().items() if key not in ("tokens_per_second", "losses")}
     text = page([a_line(), {**failed, "system": "peft-trainer", "failed": "OutOfMemoryError: a | b\nc"}])
@@ -317,11 +335,11 @@ def test_targets_are_met_missed_or_not_measured() -> None:
         a_line(16_000.0, shape=shape, system="peft-compiled"),
     ]
     results = Results(lines)
-    assert Floor(shape, "lora", "ours-compiled", 18_000, 42).check(results) == ("18,500 tokens/s, 40.0 GiB", True)
+    assert Floor(shape, "lora", "ours-compiled", 18_000, 42).check(results)[:2] == ("18,500 tokens/s, 40.0 GiB", True)
     assert Floor(shape, "lora", "ours-compiled", 18_000, 39).check(results)[1] is False
     assert Ratio(shape, "lora", "ours-compiled", "unsloth", 1.0, leaner=True).check(results)[1] is True
-    assert Ratio(shape, "lora", "ours-compiled", "peft", 1.25).check(results)[1] is False
-    assert Floor(shape, "lora", "ours-fp8", 25_000).check(results) == ("not measured", None)
+    assert Ratio(shape, "lora", "ours-compiled", "peft*", 1.25).check(results).met is False
+    assert Floor(shape, "lora", "ours-fp8", 25_000).check(results)[:2] == ("not measured", None)
     text = page(lines)
     assert "| 18,500 tokens/s, 40.0 GiB | met |" in text
     assert "| 1.16 times PEFT + per-block compile | **missed** |" in text
@@ -330,11 +348,13 @@ def test_targets_are_met_missed_or_not_measured() -> None:
 def test_on_a_cpu_the_plain_loops_themselves_are_meant() -> None:
     fields = {"shape": "spectune-tiny", "length": 256}
     lines = [a_line(100.0, **fields), a_line(140.0, system="peft-compiled", **fields)]
-    lines += [a_line(160.0, system="ours-compiled", **fields)]
-    assert Ratio("spectune-tiny", "lora", "ours-compiled", "peft", 1.5).check(Results(lines))[1] is True
+    lines += [a_line(120.0, system="ours-compiled", **fields), a_line(160.0, system="ours-eager", **fields)]
+    target = next(t for t in TARGETS if isinstance(t, Ratio) and (t.shape, t.method) == ("spectune-tiny", "lora"))
+    assert target.check(Results(lines)) == ("1.60 times PEFT, plain loop", True, "ours-eager")
 
 
 def test_every_target_names_what_there_is() -> None:
     for target in TARGETS:
         assert target.shape in SHAPES
-        assert target.method in SYSTEMS[target.system].methods
+        assert target.text()
+        assert target.system == "ours-*" or target.method in SYSTEMS[target.system].methods
