@@ -81,6 +81,8 @@ SYSTEMS = {
     "plain-compiled": System("plain loop + per-block compile", 2, ("full",)),
     "ours-eager": _ours("eager", 3),
     "ours-fp8-checkpointed": _ours("compiled, fp8 base, checkpointed", 3, frozen_only=True, only_on="cuda"),
+    "ours-8bit": System("spectune, compiled, checkpointed, 8-bit AdamW", 3, ("full",)),
+    "ours-in-backward": System("spectune, compiled, checkpointed, AdamW in backward, no clipping", 3, ("full",)),
     "ours-eager-checkpointed": _ours("eager, checkpointed", 4),
     "peft-trainer": System("PEFT + Trainer", 4, PEFT_METHODS),
     "peft-trainer-checkpointed": System("PEFT + Trainer, checkpointed", 4, PEFT_METHODS),

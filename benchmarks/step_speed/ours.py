@@ -34,6 +34,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours-offload": {"torch_compile": True, "gradient_checkpointing": "offload"},
     "ours-fp8": {"torch_compile": True, "base_precision": "fp8"},
     "ours-fp8-checkpointed": {"torch_compile": True, "base_precision": "fp8", "gradient_checkpointing": True},
+    "ours-8bit": {"torch_compile": True, "gradient_checkpointing": True, "optim": "adamw_8bit"},
+    # steps as gradients come, so nothing can be clipped
+    "ours-in-backward": {
+        "torch_compile": True,
+        "gradient_checkpointing": True,
+        "optim": "adamw_in_backward",
+        "max_grad_norm": 0.0,
+    },
     "ours-eager-checkpointed": {"gradient_checkpointing": True},
 }
 
@@ -60,6 +68,7 @@ class Prepared:
     config: TrainingConfig
     rate: float
     compiling: Callable[[Any, Any], Any] | None
+    optimizer: Callable[..., MasterAdamW]
     watched: Watched
 
     def facts(self) -> dict[str, Any]:
@@ -73,6 +82,7 @@ def prepare(setting: Setting, wanted: dict[str, Any]) -> Prepared:
     precision = variant.pop("base_precision", None)
     quantise = part("spectune.storage", "quantise_base") if precision else None
     compiling = compiler(variant) if variant.get("torch_compile") else None
+    optimizer = part("spectune.training.optimizers", "make_optimizer") if "optim" in variant else MasterAdamW
     config = configured(setting, rate, variant)
 
     model = setting.build()
@@ -82,7 +92,7 @@ def prepare(setting: Setting, wanted: dict[str, Any]) -> Prepared:
     delta = attach(model, method, "bench")
     if not method.trains_base:
         first_weights(delta)
-    return Prepared(model, delta, config, rate, compiling, Watched(delta.parameters()))
+    return Prepared(model, delta, config, rate, compiling, optimizer, Watched(delta.parameters()))
 
 
 def first_weights(delta: Delta) -> None:
@@ -101,7 +111,7 @@ def our_step(
     """Inside, a function that takes one optimizer step on the batches of a window (numbers of examples) and returns
     its loss. `extra`: further fields of `Loop`."""
     model, config, delta = prepared.model, prepared.config, prepared.delta
-    optimizer = MasterAdamW(list(delta.parameters()), config, prepared.rate)
+    optimizer = prepared.optimizer(list(delta.parameters()), config, prepared.rate)
     keeper = Keeper(lambda: None, lambda: None, lambda _: None, "", lambda: "")
     loop = Loop(
         model, delta, optimizer, examples, [], 0, config, prepared.rate, most_steps, Progress(), keeper, World(),

@@ -12,10 +12,12 @@ import torch
 from benchmarks.step_speed import meter as meter_module
 from benchmarks.step_speed.data import fill, plain_name
 from benchmarks.step_speed.driver import Plan, Watch
-from benchmarks.step_speed.grid import PEFT_METHODS, SHAPES, SYSTEMS, TINY, Case, cases, text_length
+from benchmarks.step_speed.grid import PEFT_METHODS, REAL_SYSTEMS, SHAPES, SYSTEMS, TINY, Case, cases, text_length
 from benchmarks.step_speed.limit import block_weights, flops_per_token, limit
 from benchmarks.step_speed.meter import Meter
+from benchmarks.step_speed.ours import VARIANTS
 from benchmarks.step_speed.real_data import COMPLETIONS, PROMPTS, STEPS, rows_like_e2e, windows
+from benchmarks.step_speed.real_data import SYSTEMS as REAL_VARIANTS
 from benchmarks.step_speed.results import Results
 from benchmarks.step_speed.table import page
 from benchmarks.step_speed.targets import TARGETS, Floor, Ratio
@@ -209,6 +211,11 @@ def test_the_most_important_cases_come_first() -> None:
     slow = [number for number, c in enumerate(found) if c.method != "lora" and "checkpointed" in c.system]
     fast = [number for number, c in enumerate(found) if c.system in ("ours-compiled", "peft-compiled", "ours-fp8")]
     assert max(fast) < min(slow)
+
+
+def test_every_system_of_ours_has_its_settings() -> None:
+    assert set(VARIANTS) == {name for name in SYSTEMS if name.startswith("ours")}
+    assert set(REAL_VARIANTS) == {name for name in REAL_SYSTEMS if "ours" in name}
 
 
 def test_an_unknown_name_is_told() -> None:
