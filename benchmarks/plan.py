@@ -24,15 +24,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    OPTConfig,
-    PretrainedConfig,
-    Qwen3Config,
-)
+from shapes import CONFIGS, build
+from transformers import PretrainedConfig
 
 import spectune.training.loop as loop_module
 from spectune.data import Example
@@ -54,68 +47,19 @@ GIB = 2**30
 MEASURED_STEPS = 2
 #: name -> config, rows, lengths. Virtual tokens are taken off where positions run out
 SHAPES: dict[str, tuple[Callable[[], PretrainedConfig], int, tuple[int, int]]] = {
-    "GPT-2 124M": (GPT2Config, 16, (512, 1024)),
-    "Llama 1B": (
-        lambda: LlamaConfig(
-            vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-            num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True,
-        ),
-        6,
-        (1024, 2048),
-    ),
-    "Llama-3-8B": (
-        lambda: LlamaConfig(
-            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-            num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
-        ),
-        4,
-        (1024, 2048),
-    ),
-    "Qwen3 4B": (
-        lambda: Qwen3Config(
-            vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-            num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, tie_word_embeddings=True,
-        ),
-        4,
-        (1024, 2048),
-    ),
-    "OPT 1.3B": (
-        lambda: OPTConfig(
-            vocab_size=50272, hidden_size=2048, word_embed_proj_dim=2048, ffn_dim=8192, num_hidden_layers=24,
-            num_attention_heads=32, max_position_embeddings=2048,
-        ),
-        6,
-        (1024, 2048),
-    ),
-    "Gemma-3 1B": (
-        lambda: Gemma3TextConfig(
-            vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4,
-            num_key_value_heads=1, head_dim=256, sliding_window=512, max_position_embeddings=8192,
-        ),
-        4,
-        (1024, 2048),
-    ),
-}  # fmt: skip
+    "GPT-2 124M": (CONFIGS["GPT-2 124M"], 16, (512, 1024)),
+    "Llama 1B": (CONFIGS["Llama 1B"], 6, (1024, 2048)),
+    "Llama-3-8B": (CONFIGS["Llama-3-8B"], 4, (1024, 2048)),
+    "Qwen3 4B": (CONFIGS["Qwen3 4B"], 4, (1024, 2048)),
+    "OPT 1.3B": (CONFIGS["OPT 1.3B"], 6, (1024, 2048)),
+    "Gemma-3 1B": (CONFIGS["Gemma-3 1B"], 4, (1024, 2048)),
+}
 #: not looked at while the planner was made: other families, other kernels
 UNSEEN = ("OPT 1.3B", "Gemma-3 1B")
 TINY: dict[str, tuple[Callable[[], PretrainedConfig], int, tuple[int, int]]] = {
-    "tiny gpt2": (lambda: GPT2Config(vocab_size=512, n_embd=64, n_layer=6, n_head=4, n_positions=128), 4, (64, 128)),
-    "tiny llama": (
-        lambda: LlamaConfig(
-            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256,
-        ),
-        4,
-        (64, 128),
-    ),
-}  # fmt: skip
-
-
-def build(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model with random weights, made on the device."""
-    with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    return model
+    "tiny gpt2": (CONFIGS["tiny gpt2"], 4, (64, 128)),
+    "tiny llama": (CONFIGS["tiny llama"], 4, (64, 128)),
+}
 
 
 def examples(rows: int, length: int, vocabulary: int, *, padded: bool) -> list[Example]:
