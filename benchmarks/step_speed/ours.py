@@ -19,6 +19,7 @@ from spectune.data.rows import Row
 from spectune.deltas import Delta, attach
 from spectune.methods import method_from_name
 from spectune.training import TrainingConfig
+from spectune.training.captured import launch_bound
 from spectune.training.checkpoint import Progress
 from spectune.training.checkpointing import recomputing
 from spectune.training.distribution import World
@@ -113,9 +114,14 @@ def our_step(
     model, config, delta = prepared.model, prepared.config, prepared.delta
     optimizer = prepared.optimizer(list(delta.parameters()), config, prepared.rate)
     keeper = Keeper(lambda: None, lambda: None, lambda _: None, "", lambda: "")
+    compiling = prepared.compiling is not None
+    # graphs as `train` makes them: where launching is what takes time, and nothing is decided while a step runs
+    decides = "packing" in extra or config.gradient_checkpointing == "offload" or config.optim == "adamw_in_backward"
+    length = len(examples[0].input_ids)
+    small = launch_bound(delta, config.per_device_train_batch_size * length, length)
     loop = Loop(
         model, delta, optimizer, examples, [], 0, config, prepared.rate, most_steps, Progress(), keeper, World(),
-        **extra,
+        compiled=compiling, capture=compiling and model.device.type == "cuda" and small and not decides, **extra,
     )  # fmt: skip
     model.train()
     with contextlib.ExitStack() as stack:

@@ -28,6 +28,11 @@ def target_mask(labels: Tensor) -> Tensor:
     return labels[:, 1:] != IGNORED
 
 
+def target_positions(labels: Tensor) -> Tensor:
+    """The places that predict a target in `labels` `[batch, length]` laid out flat: int64 `[N]`, ascending."""
+    return F.pad(target_mask(labels), (0, 1)).flatten().nonzero()[:, 0]
+
+
 def causal_lm_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """Cross entropy summed over target tokens, computed in float32 whatever `logits` are.
 
@@ -106,6 +111,8 @@ def labelled_loss_sum(
     rounding.
 
     Args:
+        batch: as there; with `positions` (`target_positions` of the labels, on the labels' device), nothing is asked of
+            the device.
         fuse: as `linear_cross_entropy_sum` has it; without effect on logits that exist.
         device_type: whose chunks are taken, "cpu" or "cuda"; by default that of the batch (a planner's is on "meta").
 
@@ -119,8 +126,7 @@ def labelled_loss_sum(
         return F.cross_entropy(found.logits.float(), found.targets, reduction="sum"), found.targets.numel()
     labels: Tensor = batch["labels"]
     # before the decoder runs: how many there are is asked of the device, which has least to finish now
-    places = F.pad(target_mask(labels), (0, 1)).nonzero()
-    positions = places[:, 0] * labels.shape[1] + places[:, 1]
+    positions: Tensor = batch["positions"] if "positions" in batch else target_positions(labels)
     targets = labels.flatten().index_select(0, positions + 1)
     hidden = head.hidden(inputs)
     if hidden.shape[:2] != labels.shape:
@@ -170,7 +176,10 @@ def _slice_takes_rows() -> bool:
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {"use_cache": False, **{name: value for name, value in batch.items() if name != "labels"}}
+    return {
+        "use_cache": False,
+        **{name: value for name, value in batch.items() if name not in ("labels", "positions")},
+    }
 
 
 def _positions_for_head(keep: Tensor, selection: str) -> Tensor | None:

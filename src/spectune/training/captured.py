@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectune.deltas import Delta
 from spectune.errors import first_line
+from spectune.planning.flops import flops_per_token
 
 log = logging.getLogger("spectune")
 
@@ -23,6 +25,10 @@ log = logging.getLogger("spectune")
 WARM_UPS = 2
 #: graphs that are kept: each has memory of its own
 MOST_GRAPHS = 4
+
+#: of a compiled block: what a GPU computes, and what asking for its kernels takes on the host, forward and backward
+OPERATIONS_PER_SECOND = 4e14
+LAYER_SECONDS = 1.5e-3
 
 #: the loss sum of a batch on the device and its gradient by `divisor` (a scalar tensor): what is recorded
 Compute = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -110,12 +116,8 @@ class CapturedBackward:
             parameter.grad = gradient
 
 
-def launch_bound(operations: float, layers: int) -> bool:
-    """Whether asking for a step's kernels takes longer than running them: `operations` of a batch, forward and
-    backward, against some hundred kernels a layer."""
-    return operations / OPERATIONS_PER_SECOND < layers * LAYER_SECONDS
-
-
-#: of a compiled block: what a GPU computes, and what asking for its kernels takes on the host, forward and backward
-OPERATIONS_PER_SECOND = 4e14
-LAYER_SECONDS = 1.5e-3
+def launch_bound(delta: Delta, tokens: int, length: int) -> bool:
+    """Whether asking for a batch's kernels takes longer than running them: its operations, forward and backward,
+    against some hundred kernels a layer."""
+    operations = tokens * flops_per_token(delta.family, delta.method, length)
+    return operations / OPERATIONS_PER_SECOND < len(delta.family.layers) * LAYER_SECONDS

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
 from spectune.deltas import Method
@@ -95,7 +96,8 @@ def compiled(
 
 def _calls(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
+        # where tensors are counted one by one (on a CPU, in the first steps), the compiler would give up for good
+        if torch.is_grad_enabled() and _get_current_dispatch_mode() is None:
             return run(layer, args, kwargs)
         return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -107,8 +109,8 @@ def _settings(memory_budget: float) -> Iterator[None]:
     """The compiler's settings for training blocks.
 
     The partitioner's heuristics keep normed inputs and gated products for backward, as they would have to be written
-    to memory there to be multiplied. They are a third of what a Llama block keeps (19.3 of 13.5 d-units, see
-    docs/performance.md), and cost one pass to make again.
+    to memory there to be multiplied. They are a third of what a Llama block keeps, and cost one pass to make again (see
+    docs/performance.md).
     """
     import torch._dynamo as dynamo
     import torch._functorch.config as functorch

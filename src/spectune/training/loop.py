@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectune.compute.losses import labelled_loss_sum
+from spectune.compute.losses import labelled_loss_sum, target_positions
 from spectune.compute.memory import PeakMemory
 from spectune.data import Example, batches, by_length
 from spectune.deltas import Delta
 from spectune.errors import DivergedError, InterruptedRun, OutOfMemoryError
 from spectune.evaluation import RowLosses, row_losses
 from spectune.inference import is_out_of_memory, wait_for
+from spectune.training.captured import CapturedBackward
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
 from spectune.training.display import Display
@@ -60,6 +61,10 @@ class Loop:
     keeper: Keeper
     world: World
     packing: Packing = field(default_factory=Packing)
+    #: the blocks are compiled: then the loss is, too
+    compiled: bool = False
+    #: forward and backward are replayed as CUDA graphs where shapes repeat
+    capture: bool = False
     _validated_here: bool = field(default=False, init=False)
     _stretch: PeakMemory | None = field(default=None, init=False)
 
@@ -167,16 +172,22 @@ class Loop:
         return loss
 
     def _collated(self, packs: list[list[int]]) -> dict[str, Tensor]:
-        return self.packing.collate([[self.train_examples[i] for i in pack] for pack in packs], self.pad_token_id)
+        batch = self.packing.collate([[self.train_examples[i] for i in pack] for pack in packs], self.pad_token_id)
+        # made here, where asking costs nothing: on the device it would wait for what runs there
+        batch["positions"] = target_positions(batch["labels"])
+        if "attention_mask" in batch and bool(batch["attention_mask"].all()):
+            del batch["attention_mask"]  # one that hides nothing keeps attention from its fast kernels
+        return batch
 
     def backward(self, batch: Mapping[str, Tensor] | None, targets: int) -> Tensor:
         """Add the gradient of this process's share of a batch, which may be none. Returns its loss sum, detached."""
         if batch is None:
             return torch.zeros((), device=self.model.device)
         try:
+            if self._captured is not None:
+                return self._captured(batch, targets)
             with self.packing.placed(self.model, batch) as placed:
-                loss_sum, _ = labelled_loss_sum(self.model, placed)
-                torch.autograd.backward(loss_sum / targets)
+                return self._compute(placed, targets)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -188,6 +199,10 @@ class Loop:
                 f"per_device_train_batch_size={max(1, size // 2)} with gradient_accumulation_steps="
                 f"{2 * self.config.gradient_accumulation_steps}, a smaller max_length, or gradient_checkpointing=true."
             ) from error
+
+    def _compute(self, placed: Mapping[str, Tensor], divisor: float | Tensor) -> Tensor:
+        loss_sum, _ = labelled_loss_sum(self.model, placed, fuse=self.compiled)
+        torch.autograd.backward(loss_sum / divisor)
         return loss_sum.detach()
 
     def validate(self, display: Display) -> bool:
@@ -261,6 +276,9 @@ class Loop:
         self._lengths = [len(example.input_ids) for example in self.train_examples]
         per_step = self.config.per_device_train_batch_size * self.world.size * self.config.gradient_accumulation_steps
         self._windows_per_epoch = math.ceil(len(self.train_examples) / per_step)
+        self._captured = None
+        if self.capture:
+            self._captured = CapturedBackward(self._compute, list(self.delta.parameters()), self.model.device)
 
     def _memory(self) -> PeakMemory:
         return PeakMemory(self.model.device, baseline=[*self.model.parameters(), *self.optimizer.tensors()])

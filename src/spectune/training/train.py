@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
+from spectune.training.captured import launch_bound
 from spectune.training.checkpoint import Progress, latest_checkpoint, read_state, restore
 from spectune.training.checkpointing import memory_budget, recomputing
 from spectune.training.compiling import compiled, worth_compiling
@@ -108,12 +109,14 @@ def train(
         tokenizer,
         prepared.rows,
     )
-    run.begin(prepared.encoded, {**environment(), "gradient_checkpointing": predicted.checkpointing}, origin or {})
     total = total_steps(len(prepared.examples), config, world.size)
+    compiling = _compiles(model, delta, prepared, total, config)
+    chosen = {"gradient_checkpointing": predicted.checkpointing, "torch_compile": compiling}
+    run.begin(prepared.encoded, {**environment(), **chosen}, origin or {})
     _announce(out, delta, prepared, total, config, packing)
-    if predicted.notice is not None:
-        out.print(predicted.notice, soft_wrap=True, highlight=False, markup=False)
-    compiling = _compiles(out, model, delta, prepared, total, config)
+    for notice in (predicted.notice, _COMPILES if compiling else None):
+        if notice is not None:
+            out.print(notice, soft_wrap=True, highlight=False, markup=False)
     loop = Loop(
         model=model,
         delta=delta,
@@ -128,6 +131,8 @@ def train(
         keeper=run.keeper(),
         world=world,
         packing=packing,
+        compiled=compiling,
+        capture=compiling and _captures(model, delta, prepared, config, predicted, packing, world),
     )
     try:
         if progress.base_valid_loss is None:
@@ -159,23 +164,35 @@ def train(
     return result
 
 
-def _compiles(
-    out: Console, model: PreTrainedModel, delta: Delta, prepared: Prepared, total: int, config: TrainingConfig
-) -> bool:
-    """Whether this run's blocks are compiled; "auto" is said."""
+_COMPILES = "the blocks are compiled in the first step, which takes a minute or so (torch_compile=false: not)"
+
+
+def _compiles(model: PreTrainedModel, delta: Delta, prepared: Prepared, total: int, config: TrainingConfig) -> bool:
+    """Whether this run's blocks are compiled."""
     if config.torch_compile != "auto":
         return config.torch_compile
     rows = total * config.per_device_train_batch_size * config.gradient_accumulation_steps
     length = sum(len(example.input_ids) for example in prepared.examples) // len(prepared.examples)
-    worth = worth_compiling(
+    return worth_compiling(
         delta.family, delta.method, tokens=rows * length, steps=total, length=length, device_type=model.device.type
     )
-    if worth:
-        out.print(
-            "the blocks are compiled first, which this run is long enough to pay back (torch_compile=false: not)",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
-    return worth
+
+
+def _captures(
+    model: PreTrainedModel,
+    delta: Delta,
+    prepared: Prepared,
+    config: TrainingConfig,
+    predicted: Predicted,
+    packing: Packing,
+    world: World,
+) -> bool:
+    """Whether steps are CUDA graphs: where launching kernels is what takes time, and no part of a step is decided on
+    the host while it runs."""
+    length = sum(len(example.input_ids) for example in prepared.examples) // len(prepared.examples)
+    tokens = config.per_device_train_batch_size * length
+    decided = packing.on or predicted.checkpointing == "offload" or config.optim == "adamw_in_backward"
+    return model.device.type == "cuda" and world.size == 1 and not decided and launch_bound(delta, tokens, length)
 
 
 def _check_delta(model: PreTrainedModel, delta: Delta) -> None:
