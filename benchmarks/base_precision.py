@@ -193,19 +193,21 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def _rows(own: list[dict[str, Any]]) -> list[str]:
+    """Rows of one method: the plain base's first."""
     plain = {line["seed"]: line for line in own if line["precision"] == PLAIN}
     zero = plain[0]["valid_loss"]
+    seed = f"seed: {plain[1]['valid_loss'] - zero:+.4f}" if 1 in plain else ""
     rows = []
     for line in (plain[0], *(line for line in own if line["precision"] != PLAIN)):
-        near, exact = line.get("cosine_to_plain"), line["cosine_to_float32"]
-        seed = f"seed: {plain[1]['valid_loss'] - zero:+.4f}" if near is None and 1 in plain else ""
-        rows.append(
-            f"| {BY_NAME[line['method']].label} | {line['precision']} | {line['valid_loss']:.4f} | "
-            + (f"{line['valid_loss'] - zero:+.4f}" if near else seed)
-            + f" | {line['valid_loss_on_plain'] - zero:+.4f}" * bool(near) + " | " * (not near)
-            + (f" | {near['overall']:.4f} | {near['worst']:.4f}" if near else " |  | ")
-            + f" | {exact['overall']:.4f} | {line['base_bytes'] / 2**20:,.0f} |"
-        )  # fmt: skip
+        cells = [BY_NAME[line["method"]].label, line["precision"], f"{line['valid_loss']:.4f}"]
+        if line["precision"] == PLAIN:
+            cells += [seed, "", "", ""]
+        else:
+            near = line["cosine_to_plain"]
+            cells += [f"{line[key] - zero:+.4f}" for key in ("valid_loss", "valid_loss_on_plain")]
+            cells += [f"{near['overall']:.4f}", f"{near['worst']:.4f}"]
+        cells += [f"{line['cosine_to_float32']['overall']:.4f}", f"{line['base_bytes'] / 2**20:,.0f}"]
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
