@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
 from spectune.compute.losses import labelled_loss_sum, target_positions
@@ -201,7 +202,9 @@ class Loop:
             ) from error
 
     def _compute(self, placed: Mapping[str, Tensor], divisor: float | Tensor) -> Tensor:
-        loss_sum, _ = labelled_loss_sum(self.model, placed, fuse=self.compiled)
+        # where tensors are counted one by one nothing can be compiled
+        fuse = self.compiled and _get_current_dispatch_mode() is None
+        loss_sum, _ = labelled_loss_sum(self.model, placed, fuse=fuse)
         torch.autograd.backward(loss_sum / divisor)
         return loss_sum.detach()
 
