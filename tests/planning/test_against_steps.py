@@ -53,7 +53,7 @@ def test_every_method(family: str, method: str) -> None:
 def test_the_step_that_is_recorded_has_the_chunked_loss(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """How a model makes its logits is found on the meta device too: no tensor is as large as those of all targets."""
     monkeypatch.setattr("spectune.compute.linear_cross_entropy._CHUNK_BYTES_ON_CPU", 0)
-    built = skeleton(FAMILIES[family]().config, method_from_name("lora"), torch.float32, 60, checkpointing=False)
+    built = skeleton(FAMILIES[family]().config, method_from_name("lora"), torch.float32, 60)
     record = record_step(built, Shape(10, 60, 60, 600), "cpu")
     made = {size for size, label in zip(record.sizes, record.labels, strict=True) if label == "logits"}
     assert 4 * 200 * VOCABULARY in made  # probabilities of three chunks

@@ -56,7 +56,7 @@ def test_the_step_over_fp8_keeps_no_more_from_forward_to_backward() -> None:
     shape = Shape(2, 64, 63, 126)
     kept = []
     for precision in (None, "fp8"):
-        built = skeleton(config, LoRA(r=4), torch.bfloat16, 64, False, precision)
+        built = skeleton(config, LoRA(r=4), torch.bfloat16, 64, precision)
         record = record_step(built, shape, "cuda")
         cut = dict(record.marks)["head"]
         live: set[int] = set()

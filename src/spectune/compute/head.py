@@ -181,6 +181,18 @@ def _named(value: Any, inputs: Mapping[str, Any]) -> Any:
     raise NotPlainError(f"its forward makes a {type(value).__name__} for its decoder")
 
 
+class _Probing:
+    """Whether a model runs only to be asked for its head."""
+
+    now = False
+
+
+def probing() -> bool:
+    """Whether the model that runs is given two tokens to be asked for its head: what was said of the batch at hand (its
+    documents) does not hold for them."""
+    return _Probing.now
+
+
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The model may be run inside, and is afterwards as it was: modes, random state, what is compiled."""
@@ -189,8 +201,10 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     # compiled blocks would be compiled for two tokens, and then again for any number
     with torch.no_grad(), torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
         model.eval()
+        before, _Probing.now = _Probing.now, True
         try:
             yield
         finally:
+            _Probing.now = before
             for module in training:
                 module.training = True
