@@ -19,7 +19,6 @@ from spectune.data.rows import Row
 from spectune.deltas import Delta, attach
 from spectune.methods import method_from_name
 from spectune.training import TrainingConfig
-from spectune.training.captured import launch_bound
 from spectune.training.checkpoint import Progress
 from spectune.training.checkpointing import recomputing
 from spectune.training.distribution import World
@@ -115,13 +114,9 @@ def our_step(
     optimizer = prepared.optimizer(list(delta.parameters()), config, prepared.rate)
     keeper = Keeper(lambda: None, lambda: None, lambda _: None, "", lambda: "")
     compiling = prepared.compiling is not None
-    # graphs as `train` makes them: where launching is what takes time, and nothing is decided while a step runs
-    decides = "packing" in extra or config.gradient_checkpointing == "offload" or config.optim == "adamw_in_backward"
-    length = len(examples[0].input_ids)
-    small = launch_bound(delta, config.per_device_train_batch_size * length, length)
     loop = Loop(
         model, delta, optimizer, examples, [], 0, config, prepared.rate, most_steps, Progress(), keeper, World(),
-        compiled=compiling, capture=compiling and model.device.type == "cuda" and small and not decides, **extra,
+        compiled=compiling, **extra,
     )  # fmt: skip
     model.train()
     with contextlib.ExitStack() as stack:

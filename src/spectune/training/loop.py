@@ -20,7 +20,6 @@ from spectune.deltas import Delta
 from spectune.errors import DivergedError, InterruptedRun, OutOfMemoryError
 from spectune.evaluation import RowLosses, row_losses
 from spectune.inference import is_out_of_memory, wait_for
-from spectune.training.captured import CapturedBackward
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
 from spectune.training.display import Display
@@ -64,8 +63,6 @@ class Loop:
     packing: Packing = field(default_factory=Packing)
     #: the blocks are compiled: then the loss is, too
     compiled: bool = False
-    #: forward and backward are replayed as CUDA graphs where shapes repeat
-    capture: bool = False
     _validated_here: bool = field(default=False, init=False)
     _stretch: PeakMemory | None = field(default=None, init=False)
 
@@ -185,8 +182,6 @@ class Loop:
         if batch is None:
             return torch.zeros((), device=self.model.device)
         try:
-            if self._captured is not None:
-                return self._captured(batch, targets)
             with self.packing.placed(self.model, batch) as placed:
                 return self._compute(placed, targets)
         except (RuntimeError, MemoryError) as error:
@@ -201,7 +196,7 @@ class Loop:
                 f"{2 * self.config.gradient_accumulation_steps}, a smaller max_length, or gradient_checkpointing=true."
             ) from error
 
-    def _compute(self, placed: Mapping[str, Tensor], divisor: float | Tensor) -> Tensor:
+    def _compute(self, placed: Mapping[str, Tensor], divisor: int) -> Tensor:
         # where tensors are counted one by one nothing can be compiled
         fuse = self.compiled and _get_current_dispatch_mode() is None
         loss_sum, _ = labelled_loss_sum(self.model, placed, fuse=fuse)
@@ -279,9 +274,6 @@ class Loop:
         self._lengths = [len(example.input_ids) for example in self.train_examples]
         per_step = self.config.per_device_train_batch_size * self.world.size * self.config.gradient_accumulation_steps
         self._windows_per_epoch = math.ceil(len(self.train_examples) / per_step)
-        self._captured = None
-        if self.capture:
-            self._captured = CapturedBackward(self._compute, list(self.delta.parameters()), self.model.device)
 
     def _memory(self) -> PeakMemory:
         return PeakMemory(self.model.device, baseline=[*self.model.parameters(), *self.optimizer.tensors()])

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
-from spectune.training.captured import launch_bound
 from spectune.training.checkpoint import Progress, latest_checkpoint, read_state, restore
 from spectune.training.checkpointing import memory_budget, recomputing
 from spectune.training.compiling import compiled, worth_compiling
@@ -132,7 +131,6 @@ def train(
         world=world,
         packing=packing,
         compiled=compiling,
-        capture=compiling and _captures(model, delta, prepared, config, predicted, packing, world),
     )
     try:
         if progress.base_valid_loss is None:
@@ -176,23 +174,6 @@ def _compiles(model: PreTrainedModel, delta: Delta, prepared: Prepared, total: i
     return worth_compiling(
         delta.family, delta.method, tokens=rows * length, steps=total, length=length, device_type=model.device.type
     )
-
-
-def _captures(
-    model: PreTrainedModel,
-    delta: Delta,
-    prepared: Prepared,
-    config: TrainingConfig,
-    predicted: Predicted,
-    packing: Packing,
-    world: World,
-) -> bool:
-    """Whether steps are CUDA graphs: where launching kernels is what takes time, and no part of a step is decided on
-    the host while it runs."""
-    length = sum(len(example.input_ids) for example in prepared.examples) // len(prepared.examples)
-    tokens = config.per_device_train_batch_size * length
-    decided = packing.on or predicted.checkpointing == "offload" or config.optim == "adamw_in_backward"
-    return model.device.type == "cuda" and world.size == 1 and not decided and launch_bound(delta, tokens, length)
 
 
 def _check_delta(model: PreTrainedModel, delta: Delta) -> None:
