@@ -69,9 +69,9 @@ def test_every_step_is_on_the_longest_rows(monkeypatch: pytest.MonkeyPatch) -> N
     shapes: list[torch.Size] = []
     real = loop.labelled_loss_sum
 
-    def seen(model: Any, batch: Any) -> Any:
+    def seen(model: Any, batch: Any, **settings: Any) -> Any:
         shapes.append(batch["input_ids"].shape)
-        return real(model, batch)
+        return real(model, batch, **settings)
 
     monkeypatch.setattr(loop, "labelled_loss_sum", seen)
     rows = [Row(f"r:{n}", prompt="a " * n, completion="b") for n in range(9)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -145,14 +145,16 @@ def record_step(
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
             there.append(parameter.grad)
+    batch = _batch(shape)
+    batch["positions"] = torch.zeros(shape.all_targets, dtype=torch.int64, device="meta")
     recorder = _recorder(built, shape, there)
     record = recorder.record
     model.train()
     steps = _stepped(recorder, trained) if in_backward else nullcontext()
     with kernels_of(device_type), Recorder(_TINY, ()):  # asked once a model, before its first step: no part of any
-        find_head(model, _batch(_TINY))
+        find_head(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
     with kernels_of(device_type), _documents(built, shape), recorder, _marked(recorder, built), steps:
-        loss, _ = labelled_loss_sum(model, _batch(shape), fuse=fuse, device_type=device_type)
+        loss, _ = labelled_loss_sum(model, batch, fuse=fuse, device_type=device_type)
         recorder.backward = True
         torch.autograd.backward(loss / shape.all_targets)
         del loss
@@ -171,7 +173,7 @@ def record_validation(built: Skeleton, shape: Shape, device_type: str) -> Record
     recorder = _recorder(built, shape)
     built.model.train(False)
     with torch.no_grad(), kernels_of(device_type), recorder, _marked(recorder, built):
-        found = labelled_logits(built.model, _batch(shape))
+        found = labelled_logits(built.model, _batch(shape, training=False))
         losses = nn.functional.cross_entropy(found.logits.float(), found.targets, reduction="none")
         del found, losses
     return recorder.record
@@ -215,8 +217,13 @@ def _documents(built: Skeleton, shape: Shape) -> Iterator[None]:
         yield
 
 
-def _batch(shape: Shape) -> dict[str, Tensor]:
-    names = ["input_ids", "labels", "attention_mask" if shape.documents is None else "position_ids"]
+def _batch(shape: Shape, *, training: bool = True) -> dict[str, Tensor]:
+    """What the loop gives: no mask where it would hide nothing."""
+    names = ["input_ids", "labels"]
+    if shape.documents is not None:
+        names.append("position_ids")
+    elif shape.padded or not training:
+        names.append("attention_mask")
     size = (shape.rows, shape.length)
     return {name: torch.zeros(size, dtype=torch.int64, device="meta") for name in names}
 
