@@ -3,7 +3,6 @@
     python benchmarks/comparisons.py run --base BASES/gpt2-27m --data DATA --work WORK --workers 8 [--tasks e2e,trec]
     python benchmarks/comparisons.py pages --work WORK --out docs/results
     python benchmarks/comparisons.py archive --work WORK --out OUT                without weights, in pieces
-    python benchmarks/comparisons.py logs                                        pages from the logs alone
 
 `run` makes one comparison a task. The methods run at the same time, each in a process of its own with `spectune
 compare`, and their run folders are then put into one comparison: results do not depend on that, speed and memory do. So
@@ -17,9 +16,7 @@ import argparse
 import io
 import json
 import os
-import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -29,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from typing import Any
+
+from comparison_pages import write_page
 
 METHODS = ("full", "adapter", "prefix", "prompt", "lora", "bitfit", "dora", "ia3")
 
@@ -45,11 +44,14 @@ class Task:
     note: str = ""
 
 
+#: A backslash and an n. A line break was meant: the first runs were given it in quotes that YAML does not look into.
+#: Kept, as runs under other conditions are not put beside them.
+SEPARATOR = "\\n"
 COMMON = {"lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0, "max_grad_norm": 1.0}
 TASKS = {
     "e2e": Task(
         "E2E: sentences from records of a restaurant",
-        {**COMMON, "num_train_epochs": 1, "per_device_train_batch_size": 64, "separator": "\n", "max_length": 256},
+        {**COMMON, "num_train_epochs": 1, "per_device_train_batch_size": 64, "separator": SEPARATOR, "max_length": 256},
         generate_rows=630,
         fractions="100,300,1000,3000,10000,1",
         curve_methods=("full", "lora", "prompt"),
@@ -57,7 +59,7 @@ TASKS = {
     ),
     "trec": Task(
         "TREC: the type of a question, six labels",
-        {**COMMON, "num_train_epochs": 2, "per_device_train_batch_size": 32, "separator": "\n", "max_length": 128},
+        {**COMMON, "num_train_epochs": 2, "per_device_train_batch_size": 32, "separator": SEPARATOR, "max_length": 128},
         generate_rows=0,
         note="Judged on test.jsonl without the 9 prompts that are also in train.jsonl.",
     ),
@@ -94,7 +96,8 @@ def command(args: argparse.Namespace, name: str, files: dict[str, Path], folder:
     flags += ["--methods", methods, "--output-dir", folder, "--resume", "--dtype", args.dtype]
     flags += ["--generate-rows", task.generate_rows]
     for key, value in {**task.settings, "per_device_eval_batch_size": args.eval_batch}.items():
-        flags += ["--set", f"{key}={value!r}" if isinstance(value, str) else f"{key}={value}"]
+        # as JSON: YAML reads its strings as they are, and Python's with their backslashes
+        flags += ["--set", f"{key}={json.dumps(value)}"]
     if args.max_steps:
         flags += ["--set", f"max_steps={args.max_steps}"]
     return ["compare", *map(str, flags)]
@@ -207,97 +210,6 @@ def _order(path: Path) -> int:
     return METHODS.index(path.name)
 
 
-#: cost fields of a run: taken from the runs that had a GPU to themselves
-COST_FIELDS = (
-    "peak_memory_bytes",
-    "predicted_memory_bytes",
-    "memory_prediction_source",
-    "train_tokens_per_second",
-    "decode",
-    "inference_overhead_range",
-    "inference_overhead_merged_range",
-    "swap_seconds",
-    *(f"decode_tokens_per_second{which}{what}" for which in ("", "_base", "_merged") for what in ("", "_spread")),
-)
-
-
-def pages_of(args: argparse.Namespace, name: str) -> None:
-    """docs/results/<task>.md, .json and .html, from the results alone; rows and weights are not published."""
-    from spectune.comparing import Comparison
-    from spectune.comparing.advising.recommend import recommend
-    from spectune.reporting import write_reports
-    from spectune.reporting.tables import comparison_markdown
-
-    task, folder = TASKS[name], merge(args.work, name)
-    content = Comparison.from_runs(folder).content
-    files = (args.work / "costs").glob("*/comparison.json") if name == "e2e" else ()
-    alone = {cost["name"]: cost for file in files for cost in json.loads(file.read_text())["runs"]}
-    for found in content["runs"]:
-        cost = alone.get(found["name"], {})
-        found.update({field: cost.get(field, {} if field.endswith("memory_bytes") else None) for field in COST_FIELDS})
-        # minutes of a run among others say nothing: steps at the speed that was measured alone
-        found["train_seconds"] = found["train_tokens"] / cost["train_tokens_per_second"] if cost else None
-    content["recommendation"] = recommend(content)
-    write_reports(content, folder)
-    settings = ", ".join(f"{key} {value!r}" for key, value in task.settings.items())
-    environment = content["environment"]
-    versions = ", ".join(f"{package} {version}" for package, version in environment["packages"].items())
-    lines = [
-        f"# {task.title}",
-        "",
-        f"Base gpt2-27m, {content['data']['train_rows']:,} training rows, {content['data']['valid_rows']:,} for "
-        f"validation. {task.note} The same for every method: {settings}.",
-        "",
-        comparison_markdown(content).strip(),
-        "",
-        *data_curve(content),
-        *PUBLISHED.get(name, ()),
-        "## How it was measured",
-        "",
-        f"{environment['device']}, {content['base']['dtype']} with TF32 products, {versions}, spectune "
-        f"{environment['spectune']}. Losses and metrics: all methods at the same time, each in processes of its own. "
-        f"Memory and speed: {COST_STEPS} steps, one method after another with a GPU to itself; training time is the "
-        "steps at that speed. Made by `python benchmarks/comparisons.py run` and `pages`; "
-        f"[{name}.json]({name}.json) has the numbers.",
-        "",
-    ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
-    for found in content["runs"]:
-        found["forgetting_by_passage"] = None
-    (args.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    shutil.copy(folder / "report.html", args.out / f"{name}.html")
-
-
-def data_curve(content: dict[str, Any]) -> list[str]:
-    """Validation loss by method and number of rows; and how far the last weights are above the best ones."""
-    points = content["curves"]
-    if not points:
-        return []
-    counts = sorted({point["rows"] for point in points})
-    labels = {arm["name"]: arm["label"] for arm in content["arms"]}
-    head = "| method | " + " | ".join(f"{count:,} rows" for count in counts) + " |"
-    lines = ["## Validation loss by number of rows", "", head, "|---|" + "---:|" * len(counts)]
-    for arm in labels:
-        cells = []
-        for count in counts:
-            mine = [point for point in points if point["name"] == arm and point["rows"] == count]
-            if not mine:
-                cells.append("-")
-                continue
-            best = sum(point["valid_loss"] for point in mine) / len(mine)
-            last = sum(point["last_valid_loss"] for point in mine) / len(mine)
-            cells.append(f"{best:.3f}" + (f" (+{last - best:.3f})" if last - best > 0.0005 else ""))
-        lines.append(f"| {labels[arm]} | {' | '.join(cells)} |")
-    return [
-        *lines,
-        "",
-        "At the rate found on all rows; at most 20 passes over the rows and never more steps than with all of them; "
-        "validated five times, the best weights count. In brackets: how much higher the loss was after the last step.",
-        "",
-    ]
-
-
 #: what pages are made of; weights, figures and pages of the parts are not
 KEPT = (
     "comparison.json",
@@ -324,110 +236,6 @@ def archive(work: Path, out: Path, piece_bytes: int = 12 * 2**20) -> None:
         (out / f"work.tar.xz.{number:02d}").write_bytes(content[start : start + piece_bytes])
 
 
-def pages_from_logs(logs: Path, out: Path) -> None:
-    """docs/results/<task>.md from what the commands printed, where the folders of their runs are gone.
-
-    The final runs are there, seed by seed, and the rates; the losses of single rows are not, and so neither the paired
-    tests nor a verdict.
-    """
-    for name, task in TASKS.items():
-        (out / f"{name}.md").write_text(log_page(name, task, read_log(logs / f"{name}.txt")), encoding="utf-8")
-
-
-def read_log(path: Path) -> dict[str, dict[str, Any]]:
-    """What the commands of a task printed, by the methods' labels: `runs` (a dict of numbers for each seed), the rates
-    that were tried (`tried`, `low`, `high`, `best`, `edge`), and `forgetting` (mean, half its interval), if printed."""
-    found: dict[str, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if search := re.match(r"(.+?): best of (\d+) rates from (\S+) to (\S+) .*?: ([\d.e-]+)(;.*)$", line):
-            arm = found.setdefault(search[1], {"runs": []})
-            arm |= {"tried": int(search[2]), "low": search[3], "high": search[4], "best": float(search[5])}
-            arm["edge"] = next((side for side in ("low", "high") if f"it is the {side}est tried" in line), None)
-        elif seed := re.match(r"(.+?), seed (\d+): (.*?);", line):
-            values = dict(re.findall(r"(\w+) (-?[\d.e-]+)", seed[3]))
-            found.setdefault(seed[1], {"runs": []})["runs"].append({k: float(v) for k, v in values.items()})
-        elif cells := re.match(r"(\S.*?) {2,}\S+ +\S+%? +\S+ ±\S+ +\S+ +(\S+) ±(\S+)$", line):
-            found[cells[1]]["forgetting"] = (float(cells[2]), float(cells[3]))
-    return found
-
-
-def log_page(name: str, task: Task, found: dict[str, dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(key for arm in found.values() for run in arm["runs"] for key in run))
-    forgets = any("forgetting" in arm for arm in found.values())
-    head = ["method", "seeds", *(f"{key} (mean ± SD over seeds)" for key in names)]
-    head += ["forgetting (nats per token, 95%)"] if forgets else []
-    head += ["learning rate", "rates tried"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for label, arm in sorted(found.items(), key=lambda item: statistics.fmean(r["loss"] for r in item[1]["runs"])):
-        row = [label, str(len(arm["runs"]))]
-        for key in names:
-            values = [run[key] for run in arm["runs"]]
-            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            row.append(f"{statistics.fmean(values):.4g}{spread}")
-        if forgets:
-            row.append(f"{arm['forgetting'][0]:.2f} ± {arm['forgetting'][1]:.2f}" if "forgetting" in arm else "-")
-        row.append(f"{arm['best']:g}" + (f" (the {arm['edge']}est tried)" if arm["edge"] else ""))
-        row.append(f"{arm['tried']}, {arm['low']} to {arm['high']}")
-        lines.append(f"| {' | '.join(row)} |")
-    settings = ", ".join(f"{key} {value!r}" for key, value in {**task.settings, **LOGGED.get(name, {})}.items())
-    return "\n".join(
-        [
-            f"# {task.title}",
-            "",
-            "**Not the whole of it.** The folders of these runs were lost with the machine they ran on; what is here "
-            f"is what the commands printed ([logs/{name}.txt](logs/{name}.txt)). The losses of single rows are gone, "
-            "so there are no paired tests and no verdict here, and no speed or memory: the methods ran side by side.",
-            "",
-            f"Base gpt2-27m. {task.note} The same for every method: {settings}. Each method's learning rate by "
-            "successive halving on validation rows with other seeds, then final runs; loss in nats per target token, "
-            "on test rows.",
-            "",
-            *lines,
-            "",
-            *PUBLISHED.get(name, ()),
-            *READING.get(name, ()),
-            "Measured on two NVIDIA H100 80GB, float32 with TF32 products, torch 2.11.0, transformers 5.17.0. Made by "
-            "`python benchmarks/comparisons.py run` and `logs`.",
-            "",
-        ]
-    )
-
-
-#: what the logged runs had otherwise than TASKS has now
-LOGGED = {"trec": {"num_train_epochs": 4}, "instruct_rasbt": {"num_train_epochs": 3}}
-
-READING = {
-    "e2e": [
-        "What agrees: LoRA, DoRA and the adapter reach full fine-tuning's BLEU and ROUGE-L within the spread of seeds, "
-        "with 1.7% to 3.5% of the weights, though full fine-tuning's loss is clearly lower (in the papers LoRA is "
-        "above full fine-tuning in BLEU). What does not: prefix tuning, level with the others in the papers, is seven "
-        "BLEU behind here; on a base of 27M weights 20 virtual tokens do not carry the task, and prompt tuning, which "
-        "the papers find good only on very large models, is far behind, as they say.",
-        "",
-    ]
-}
-
-#: what the papers report of the same task on larger bases
-PUBLISHED = {
-    "e2e": [
-        "## Beside the published numbers",
-        "",
-        "GPT-2 medium (355M), BLEU and ROUGE-L on the same test set, as the LoRA paper's table 3 gives them (beam "
-        "search; its authors' recipe, run again by others, gave BLEU 68.7 to 68.9 for LoRA):",
-        "",
-        "| method | trained weights | BLEU | ROUGE-L |",
-        "|---|---:|---:|---:|",
-        "| full | 354.92M | 68.2 | 71.0 |",
-        "| adapter (Adapter-L) | 11.09M | 68.9 | 71.3 |",
-        "| adapter (Adapter-L) | 0.37M | 66.3 | 69.8 |",
-        "| adapter (Adapter-H) | 11.09M | 67.3 | 70.7 |",
-        "| prefix (PreLayer) | 0.35M | 69.7 | 71.4 |",
-        "| LoRA | 0.35M | 70.4 | 71.8 |",
-        "",
-    ]
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -450,21 +258,16 @@ def main() -> None:
     pack = commands.add_parser("archive")
     pack.add_argument("--work", type=Path, required=True)
     pack.add_argument("--out", type=Path, required=True)
-    logs = commands.add_parser("logs")
-    logs.add_argument("--logs", type=Path, default=Path("docs/results/logs"))
-    logs.add_argument("--out", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
     if args.command == "archive":
         archive(args.work, args.out)
-    elif args.command == "logs":
-        pages_from_logs(args.logs, args.out)
     elif args.command == "run":
         args.work.mkdir(parents=True, exist_ok=True)
         run(args)
     else:
         for name in TASKS:
             if (args.work / "parts" / name).is_dir():
-                pages_of(args, name)
+                write_page(name, TASKS[name], merge(args.work, name), args.work / "costs", COST_STEPS, args.out)
 
 
 if __name__ == "__main__":

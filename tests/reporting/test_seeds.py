@@ -13,6 +13,7 @@ from rich.console import Console
 from spectune.reporting import comparison_html, comparison_rows, comparison_table
 from spectune.reporting.spreadsheets import comparison_csv, runs_csv
 from spectune.reporting.tables import comparison_markdown
+from spectune.reporting.words import evidence
 from tests.reporting.sample import ARMS, HOSTILE, sample
 from tests.reporting.test_reporting import FULL, comparison, invented
 
@@ -110,6 +111,31 @@ def test_markdown_says_the_verdict_first_and_opens_no_tag() -> None:
     assert text.index("## What we would pick, and why") < text.index("## Quality")
     assert "<" not in text
     assert "`runs/lora/seed-0-ab12cd30/rows.jsonl`" in text
+
+
+def test_few_runs_are_named_and_many_by_their_folders() -> None:
+    case = sample()
+    names = [str(run["rows_file"]) for run in case["runs"]]
+    lora, full = ([name for name in names if name.startswith(f"runs/{arm}/")] for arm in ("lora", "full"))
+    assert evidence(lora, case) == ", ".join(f"`{name}`" for name in lora)
+    assert evidence([*lora, *full], case) == "6 runs in `runs/lora/`, `runs/full/`"
+    assert evidence([*lora, *full[:2]], case) == "5 runs in `runs/lora/` (3), `runs/full/` (2)"
+    assert evidence([*lora, "runs/full/seed-0-ab12cd30"], case) == "4 runs in `runs/lora/` (3), `runs/full/` (1)"
+    assert evidence([*names, names[0]], case) == f"all {len(names)} runs in `runs/`"
+
+
+def test_what_no_run_measured_has_no_column() -> None:
+    """Runs judged side by side have no times; `not mergeable` would be said of a method that merges."""
+    none = {"train_tokens_per_second": None, "train_seconds": None, "swap_seconds": None, "peak_memory_bytes": {},
+            "decode_tokens_per_second": None, "decode_tokens_per_second_merged": None}  # fmt: skip
+    case = comparison({**FULL, **none}, invented(**none))
+    case["data"]["generated_rows"] = 0
+    for text in (rendered(case, 200), comparison_markdown(case), comparison_html(case)):
+        for gone in ("not mergeable", "Training speed", "Swap", "Memory", "± is half the interquartile", "0 rows"):
+            assert gone not in text, gone
+        assert "10 tasks" in text
+    # measured of one method: the others have a mark
+    assert "| Full | - |" in comparison_markdown(comparison({**FULL, **none}, invented()))
 
 
 def test_a_label_cannot_speak_to_the_terminal_or_as_markup() -> None:

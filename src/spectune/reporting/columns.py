@@ -51,15 +51,15 @@ SEEDS = Column(
     lambda r: f"{r.seeds} of {r.seeds + r.seeds_failed}" if r.seeds_failed else str(r.seeds),
     lambda r: r.seeds,
 )
-MEMORY = Column("Memory", lambda r: units.size(r.train_memory_bytes), lambda r: r.train_memory_bytes)
+MEMORY = Column("Memory", lambda r: units.size(r.train_memory_bytes), lambda r: r.train_memory_bytes, optional=True)
 PREDICTED = Column("Predicted", lambda r: _predicted(r), lambda r: r.predicted_memory_bytes, optional=True)
-SPEED = Column("Training speed", lambda r: _speed(r), lambda r: r.train_tokens_per_second)
-TIME = Column("Time", lambda r: units.seconds(r.train_seconds), lambda r: r.train_seconds)
-OVERHEAD = Column("Inference overhead", lambda r: _overhead(r), lambda r: r.inference_overhead)
+SPEED = Column("Training speed", lambda r: _speed(r), lambda r: r.train_tokens_per_second, optional=True)
+TIME = Column("Time", lambda r: units.seconds(r.train_seconds), lambda r: r.train_seconds, optional=True)
+OVERHEAD = Column("Inference overhead", lambda r: _overhead(r), lambda r: r.inference_overhead, optional=True)
 OVERHEAD_16 = Column("At batch 16", lambda r: _overhead_16(r), lambda r: r.inference_overhead_16, optional=True)
 STORED = Column("Stored", lambda r: units.size(r.stored_bytes), lambda r: r.stored_bytes)
 TEN_TASKS = Column("10 tasks", lambda r: units.size(r.bytes_for_ten_tasks), lambda r: r.bytes_for_ten_tasks)
-SWAP = Column("Swap", lambda r: units.seconds(r.swap_seconds), lambda r: r.swap_seconds)
+SWAP = Column("Swap", lambda r: units.seconds(r.swap_seconds), lambda r: r.swap_seconds, optional=True)
 
 
 def loss_title(comparison: Mapping[str, Any]) -> str:
@@ -90,8 +90,8 @@ def overhead_columns(rows: Sequence[ComparisonRow]) -> list[Column]:
     return [METHOD, *_present([OVERHEAD, OVERHEAD_16], rows)]
 
 
-def storage_columns() -> list[Column]:
-    return [METHOD, STORED, TEN_TASKS, SWAP]
+def storage_columns(rows: Sequence[ComparisonRow]) -> list[Column]:
+    return [METHOD, *_present([STORED, TEN_TASKS, SWAP], rows)]
 
 
 def metric_title(name: str) -> str:
@@ -136,7 +136,7 @@ def _speed(row: ComparisonRow) -> str:
 
 def _overhead(row: ComparisonRow) -> str:
     return _both(
-        row.failed is not None,
+        row.inference_overhead is None and row.inference_overhead_merged is None,
         with_noise(row.inference_overhead, row.inference_overhead_noise),
         row.inference_overhead_merged,
         row.inference_overhead_merged_noise,

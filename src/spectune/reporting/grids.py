@@ -45,7 +45,7 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
     found = [_over_arms(quality, quality_columns(comparison, rows), rows)]
     found += [_metrics(comparison, rows)] if metric_names(rows) else []
     found.append(_over_arms("Cost of training", training_columns(comparison, rows), rows))
-    overheads, storage = overhead_columns(rows), storage_columns()
+    overheads, storage = overhead_columns(rows), storage_columns(rows)
     if len(overheads) == 2:
         found.append(_over_arms("Cost of serving", [*overheads, *storage[1:]], rows))
     else:  # too wide for one
@@ -67,7 +67,7 @@ def _over_arms(title: str, columns: Sequence[Column], rows: Sequence[ComparisonR
 
 def _metrics(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> Grid:
     count = comparison["data"].get("generated_rows")
-    where = "" if count is None else f" (generation: {count:,} rows)"
+    where = f" (generation: {count:,} rows)" if count else ""
     grid = _over_arms(f"Task metrics{where}", [METHOD, *metric_columns(rows)], rows)
     bare = comparison["base"].get("metrics") or {}
     if bare:

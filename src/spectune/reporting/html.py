@@ -21,7 +21,7 @@ def comparison_html(comparison: Mapping[str, Any]) -> str:
     """The verdict, and quality and cost as one plain table with a caption; all text is escaped."""
     rows = comparison_rows(comparison)
     columns = [*quality_columns(comparison, rows), *metric_columns(rows)]
-    columns += [*training_columns(comparison, rows)[1:], *overhead_columns(rows)[1:], *storage_columns()[1:]]
+    columns += [*training_columns(comparison, rows)[1:], *overhead_columns(rows)[1:], *storage_columns(rows)[1:]]
     head = "".join(f'<th scope="col">{escape(column.title)}</th>' for column in columns)
     head += '<th scope="col">Best for (rule of thumb)</th>'
     body = ""

@@ -168,9 +168,9 @@ def _row(
         speed_to_full=None if speed is None or not full_speed else speed / full_speed,
         train_seconds=_mean(runs, "train_seconds"),
         decode_tokens_per_second=_mean(runs, "decode_tokens_per_second"),
-        inference_overhead=_over(runs, lambda run: _overhead(run, base, "decode_tokens_per_second")),
+        inference_overhead=_over(runs, lambda run: _overhead(run, base)),
         inference_overhead_noise=_over(runs, lambda run: _noise(run.get("inference_overhead_range"))),
-        inference_overhead_merged=_over(runs, lambda run: _overhead(run, base, "decode_tokens_per_second_merged")),
+        inference_overhead_merged=_over(runs, lambda run: _overhead(run, base, "_merged")),
         inference_overhead_merged_noise=_over(runs, lambda run: _noise(run.get("inference_overhead_merged_range"))),
         stored_bytes=None if stored is None else round(stored),
         bytes_for_ten_tasks=None if stored is None else TASKS * round(stored),
@@ -233,9 +233,16 @@ def _batch_16(run: Mapping[str, Any]) -> Mapping[str, Any]:
     return (run.get("decode") or {}).get("16") or {}
 
 
-def _overhead(run: Mapping[str, Any], base: Mapping[str, Any], key: str) -> float | None:
-    """Extra time for each decoded token, as a share of the bare base's."""
-    bare, rate = run.get("decode_tokens_per_second_base") or base.get("decode_tokens_per_second"), run.get(key)
+def _overhead(run: Mapping[str, Any], base: Mapping[str, Any], which: str = "") -> float | None:
+    """Extra time for each decoded token at batch 1, as a share of the bare base's. `which`: "_merged" or nothing.
+
+    The median over rounds in which both were timed in turn, as its noise is; where that was not kept, of both speeds.
+    """
+    paired = ((run.get("decode") or {}).get("1") or {}).get(f"overhead{which}")
+    if paired is not None:
+        return float(paired)
+    bare = run.get("decode_tokens_per_second_base") or base.get("decode_tokens_per_second")
+    rate = run.get(f"decode_tokens_per_second{which}")
     return None if bare is None or rate is None else bare / rate - 1
 
 

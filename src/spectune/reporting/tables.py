@@ -14,6 +14,7 @@ from spectune.reporting.grids import Grid, grids
 from spectune.reporting.spreadsheets import comparison_csv
 from spectune.reporting.text import one_line
 from spectune.reporting.words import (
+    evidence,
     failure_lines,
     metric_sentences,
     notes,
@@ -52,7 +53,7 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     pick = recommendation_sentence(comparison)
     if pick is not None:
         reasons = [
-            f"- {_escaped(reason)}" + (f" ({', '.join(f'`{_escaped(run)}`' for run in runs)})" if runs else "")
+            f"- {_escaped(reason)}" + (f" ({_escaped(evidence(runs, comparison))})" if runs else "")
             for reason, runs in recommendation_reasons(comparison)
         ]
         lines += ["## What we would pick, and why", "", f"**{_escaped(pick)}**", "", *reasons, ""]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from spectune.reporting import units
 from spectune.reporting.arms import arm_labels, failures
 from spectune.reporting.columns import metric_title
-from spectune.reporting.rows import why_no_relative_performance
+from spectune.reporting.rows import MEMORY_KEY, why_no_relative_performance
 
 #: what the axes of the Pareto set are called
 AXES = {
@@ -18,6 +19,9 @@ AXES = {
     "inference_overhead": "inference overhead",
     "train_seconds": "training time",
 }
+
+#: runs behind a sentence that are named one by one: the seeds of an arm
+NAMED = 3
 
 
 def verdict_sentences(comparison: Mapping[str, Any]) -> list[str]:
@@ -49,6 +53,23 @@ def recommendation_reasons(comparison: Mapping[str, Any]) -> list[tuple[str, lis
         (str(reason["text"]), [str(run) for run in reason.get("runs") or ()])
         for reason in [*(found.get("reasons") or ()), *(found.get("excluded") or ())]
     ]
+
+
+def evidence(runs: Sequence[str], comparison: Mapping[str, Any]) -> str:
+    """The runs that prove a sentence, as Markdown: each by name where they are few, else the folders that hold them."""
+    runs = list(dict.fromkeys(runs))
+    if len(runs) <= NAMED:
+        return ", ".join(f"`{run}`" for run in runs)
+    if len(runs) == len(comparison["runs"]):
+        return f"all {len(runs)} runs in `runs/`"
+    counts: dict[str, int] = {}
+    for run in runs:
+        place = PurePosixPath(run)
+        folder = str((place.parent if place.suffix == ".jsonl" else place).parent)
+        counts[folder] = counts.get(folder, 0) + 1
+    same = len(set(counts.values())) == 1
+    folders = ", ".join(f"`{folder}/`" + ("" if same else f" ({count})") for folder, count in counts.items())
+    return f"{len(runs)} runs in {folders}"
 
 
 def recommendation_context(comparison: Mapping[str, Any]) -> list[str]:
@@ -105,10 +126,15 @@ def notes(comparison: Mapping[str, Any]) -> list[str]:
         + (f"; undefined here: {why}." if why else "; 0 is the bare base, 100 is full fine-tuning."),
         f"Losses are nats per target token on {_judged_rows(data)} rows. Forgetting: mean KL(base || tuned), nats "
         f"per token, on {data['retained_passages']} passages ({data['retained_from']}).",
-        f"Memory: peak of tensors in a training step ({base['device']}, {base['dtype']}). Inference overhead: time for "
-        "each decoded token at batch 1 against the bare base, unmerged / merged; ± is half the interquartile range "
-        "over rounds in which both were timed in turn.",
     ]
+    runs = comparison["runs"]
+    if any(run["peak_memory_bytes"].get(MEMORY_KEY) for run in runs):
+        found.append(f"Memory: peak of tensors in a training step ({base['device']}, {base['dtype']}).")
+    if any(run.get("decode_tokens_per_second") for run in runs):
+        found.append(
+            "Inference overhead: time for each decoded token at batch 1 against the bare base, unmerged / merged; ± is "
+            "half the interquartile range over rounds in which both were timed in turn."
+        )
     if not verdict.get("arms"):
         found.append(
             "One seed and one learning rate for each method: differences of a few per cent may be noise or tuning."

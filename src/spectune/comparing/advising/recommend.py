@@ -38,7 +38,8 @@ def recommend(content: Mapping[str, Any], limits: Limits | None = None) -> dict[
         content: a `comparison.json` with its `verdict`; old or partial ones too.
 
     Returns:
-        `limits, axes, pareto, pick, abstains, reasons, excluded`. Either `pick` or `abstains` (a sentence) is None.
+        `limits, axes, pareto, pick, abstains, reasons, excluded`. Either `pick` or `abstains` (a sentence) is None;
+        `axes` are those that were measured of some arm.
         Each reason and exclusion has `text` and `runs`: the files or folders, below the comparison's, that prove it.
     """
     limits = limits or Limits()
@@ -47,7 +48,7 @@ def recommend(content: Mapping[str, Any], limits: Limits | None = None) -> dict[
     quality = _Quality.of(found or {}, arms)
     answer: dict[str, Any] = {
         "limits": limits.model_dump(exclude_defaults=True),
-        "axes": list(AXES),
+        "axes": [axis for axis in AXES if not arms or any(getattr(arm, axis) is not None for arm in arms)],
         "pareto": [arm.name for arm in arms if not any(_dominates(other, arm, quality) for other in arms)],
         "pick": None,
         "abstains": None,

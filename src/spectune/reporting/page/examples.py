@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from spectune.reporting import units
@@ -76,7 +76,7 @@ def _example(number: int, row: int, tables: Mapping[str, Mapping[int, Mapping[st
     references = [clipped(str(reference), LONGEST) for reference in first.get("references") or ()]
     return Example(
         number,
-        str(first.get("origin") or f"row {row}"),
+        _place(str(first.get("origin") or f"row {row}")),
         clipped(str(first.get("prompt") or ""), LONGEST),
         references[:REFERENCES],
         max(0, len(references) - REFERENCES),
@@ -86,6 +86,11 @@ def _example(number: int, row: int, tables: Mapping[str, Mapping[int, Mapping[st
             if "prediction" in table.get(row, {})
         ],
     )
+
+
+def _place(origin: str) -> str:
+    """A file's name and line; its folder is that of the machine that ran."""
+    return PurePath(origin).name if PurePath(origin).is_absolute() else origin
 
 
 def _scores(row: Mapping[str, Any]) -> str:

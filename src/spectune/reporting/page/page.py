@@ -123,7 +123,7 @@ def _groups(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> lis
     return [
         ("Quality", [*quality, *metric_columns(rows)]),
         ("Training", [LEARNING_RATE, *training, SEEDS]),
-        ("Serving", [*overhead_columns(rows)[1:], *storage_columns()[1:]]),
+        ("Serving", [*overhead_columns(rows)[1:], *storage_columns(rows)[1:]]),
         ("Rule of thumb", [Column("Best for", lambda row: row.best_for)]),
     ]
 

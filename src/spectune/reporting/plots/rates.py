@@ -114,6 +114,7 @@ def _sentence(search: Mapping[str, Any]) -> str:
     if edge and "edge" not in text:
         text += f" It lies on the {edge} edge of the range."
     steps = [f"{rung:,}" for rung in sorted({trial["steps"] for trial in search["trials"] if trial.get("steps")})]
+    text = text if text.endswith(".") else f"{text}."
     return f"{text} Thin to thick: {joined(steps)} steps." if len(steps) > 1 else text
 
 

@@ -136,7 +136,9 @@ def log_axis(axis: Axis, values: Iterable[float]) -> None:
     set_scale = axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale
     set_scale("log")
     decades = math.log10(high / low)
-    subs = (1.0,) if decades > 2.2 else (1.0, 2.0, 5.0) if decades > 1.2 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    # beside each other numbers need more room than above each other
+    many, some = (1.6, 0.6) if axis is axis.axes.xaxis else (2.2, 1.2)
+    subs = (1.0,) if decades > many else (1.0, 2.0, 5.0) if decades > some else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
     axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
