@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +74,48 @@ def step_peak(width: int) -> int:
         peaks.append(tracker.peak_bytes)
     assert peaks[1] >= peaks[0] - 64  # the second step has optimizer state from its start
     return peaks[1]
+
+
+def _index(x: torch.Tensor) -> torch.Tensor:
+    return x[torch.arange(x.shape[0]) < 2]
+
+
+def _gather(x: torch.Tensor) -> torch.Tensor:
+    return x.gather(0, torch.zeros(2, x.shape[1], dtype=torch.int64))
+
+
+def _select(x: torch.Tensor) -> torch.Tensor:
+    return x.index_select(0, torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("take", [_index, _gather, _select])
+def test_backward_of_indexing_takes_what_it_takes_where_nobody_looks(take: Callable[[torch.Tensor], Any]) -> None:
+    """Under a dispatch mode autograd adds out of place, and would seem to take twice the memory."""
+    x = torch.zeros(256, 256, requires_grad=True)
+    size = 256 * KIB
+    loss = take(x).sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as plain:
+        loss.backward()
+    taken = itertools.accumulate(e.nbytes() for e in plain.profiler.kineto_results.events() if e.name() == "[memory]")
+    expected, x.grad = x.grad, None
+    loss = take(x).sum()
+    with AllocationTracker([x]) as tracker:
+        before = tracker.live_bytes
+        loss.backward()
+    assert size <= max(taken) < 1.1 * size  # of the operating system's own count
+    assert size <= tracker.peak_bytes - before < 1.1 * size
+    assert x.grad is not None
+    assert expected is not None
+    assert torch.equal(x.grad, expected)
+
+
+def test_out_of_place_counts_twice_where_it_is_asked_for() -> None:
+    x = torch.zeros(256)
+    index = torch.zeros(1, dtype=torch.int64)
+    with AllocationTracker([x, index]) as tracker:
+        y = x.index_add(0, index, torch.ones(1))
+    assert tracker.live_bytes == 2 * KIB + 8
+    assert (x[0], y[0]) == (0, 1)
 
 
 def test_a_training_step_gives_the_same_number_each_time() -> None:

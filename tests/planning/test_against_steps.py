@@ -9,7 +9,15 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
 from spectune.compute import offload
 from spectune.deltas import attach
@@ -107,6 +115,17 @@ def test_every_optimizer(method: str, optim: str, dtype: torch.dtype) -> None:
     estimate = plan(model, method, 1, 6, device="cpu", dtype=dtype, optim=optim)
     measured = real_peak(model, delta, batch(1, 6, VOCABULARY), checkpointing=False, optim=optim)
     assert estimate.peak_allocated == pytest.approx(measured, rel=0.02)
+
+
+def test_prompts_of_unlike_length_under_a_large_vocabulary() -> None:
+    """The gradient of the logits is larger than those that the loss is taken of: it decides the peak."""
+    inputs, learned = batch(8, LENGTH, 1000), torch.tensor([30, *[2] * 7])
+    inputs["labels"][torch.arange(LENGTH) < LENGTH - learned[:, None]] = -100
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20000, n_embd=16, n_head=2, n_layer=2, resid_pdrop=0.0,
+                                       embd_pdrop=0.0, attn_pdrop=0.0))  # fmt: skip
+    delta = attach(model, method_from_name("lora"))
+    estimate = plan(model, "lora", 8, LENGTH, device="cpu", targets=30, all_targets=int(learned.sum()))
+    assert estimate.peak_allocated == pytest.approx(real_peak(model, delta, inputs, checkpointing=False), rel=0.02)
 
 
 @pytest.mark.slow

@@ -20,6 +20,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+#: What backward does in place where nobody looks on, and out of place under a dispatch mode, which it takes for tensors
+#: that know no operation in place (torch/csrc/autograd/FunctionsManual.cpp: areAnyTensorSubclassLike): the gradients of
+#: indexing, gather and index_select, added into zeros made for them.
+ADDED_IN_PLACE = (
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.scatter_add.default,
+    torch.ops.aten.index_add.default,
+)
+
+
+def added_in_place(func: Any) -> bool:
+    """Whether an operation that a dispatch mode sees would have been in place on its first argument without the mode:
+    then its result takes no memory. In backward itself only, not in what is recomputed there."""
+    in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+    return in_backward and func in ADDED_IN_PLACE
+
 
 class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live tensors inside its `with`, forward and backward, and keeps the peak.
@@ -58,6 +74,12 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
+    def forget(self, tensor: Tensor) -> None:
+        """Count a tensor's memory no longer."""
+        known = self._live.pop(tensor.untyped_storage()._cdata, None)
+        if known is not None:
+            self.live_bytes -= known[1]
+
     def _freed(self, key: int) -> Callable[[Any], None]:
         tracker = weakref.ref(self)
 
@@ -80,6 +102,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, Tensor):
                 self.add(leaf)
         result = func(*args, **kwargs)
+        if added_in_place(func):
+            self.forget(args[0])
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)

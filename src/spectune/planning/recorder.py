@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from spectune.compute.memory import added_in_place
+
 aten = torch.ops.aten
 _BY_INDEX = (
     aten.index.Tensor,
@@ -92,6 +94,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = args[0].new_empty(self._chosen(args[0]), args[0].dim(), dtype=torch.int64)
         elif func is aten._grouped_mm.default:  # experts; its meta kernel refuses float32, which CPU and CUDA take
             result = _grouped(*args[:3])
+        elif added_in_place(func):
+            result = args[0]
         else:
             if func in _BY_INDEX:
                 args = (args[0], self._indices(args[1]), *args[2:])
