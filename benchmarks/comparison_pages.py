@@ -114,7 +114,9 @@ def _errors_of_memory(content: Mapping[str, Any]) -> str:
         return ""
     return (
         f"Predicted memory is {100 * min(errors):+.0f}% to {100 * max(errors):+.0f}% off: the planner took the "
-        "gradient of the logits to be made twice, and logits to be made of columns that hold no target. "
+        "gradient of the logits to be made twice, and logits to be made of columns that hold no target (without both, "
+        "the same planner is within 1%). And what was measured of prefix tuning, LoRA and DoRA holds, by all signs, a "
+        "merged copy of full fine-tuning's weights (0.11 GB), which ran before them in their process. "
     )
 
 

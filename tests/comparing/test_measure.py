@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,35 @@ def moved(method: Any, folder: Path) -> tuple[Any, Any, Delta]:
     if method.trains_base:
         tokenizer.save_pretrained(folder)
     return model, tokenizer, delta
+
+
+def test_no_merged_copy_is_there_while_memory_is_measured_or_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its modules hold each other: left to the collector, it was counted as memory of the method measured next."""
+    model, tokenizer, delta = moved(LoRA(r=2), tmp_path / "best")
+    copies: list[weakref.ref[Any]] = []
+    seen: list[int] = []
+    own_merged, own_peaks = module._merged, module._peaks
+
+    def merged(*args: Any) -> Any:
+        copy = own_merged(*args)
+        copies.append(weakref.ref(copy))
+        return copy
+
+    def peaks(*args: Any) -> Any:
+        seen.append(len(copies))
+        return own_peaks(*args)
+
+    monkeypatch.setattr(module, "_merged", merged)
+    monkeypatch.setattr(module, "_peaks", peaks)
+    gc.disable()
+    try:
+        module.measure(model, tokenizer, delta, tmp_path / "best", PASSAGES, batches=(1,))
+    finally:
+        gc.enable()
+    assert seen == [0]
+    assert [copy() for copy in copies] == [None]
 
 
 @pytest.mark.parametrize("method", [LoRA(r=2), BottleneckAdapter(bottleneck_dim=4), FullFineTuning()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import statistics
@@ -100,9 +101,12 @@ def measure(
     overhead is a ratio of neighbours, and how it differs between rounds is its noise.
     """
     found = forgetting(model, passages)
-    name, merged = delta.name, _merged(model, delta)
+    name = delta.name
     detach(model, name)
+    # before there is a merged copy, which is not the method's
     found["peak_memory_bytes"] = _peaks(model, tokenizer, folder, name, max(batches))
+    merged = _merged(model, load_delta(model, folder, name))
+    detach(model, name)
     rates = {batch: _Rates() for batch in batches}
     swaps = []
     for number in range(WARM_UPS + ROUNDS):
@@ -122,6 +126,8 @@ def measure(
             kept.tuned.append(tuned[batch])
             kept.base.append(base[batch])
             kept.merged += [] if merged is None else [whole[batch]]
+    del merged
+    gc.collect()  # a model's modules hold each other: it would lie there while the next method's memory is measured
     found["decode"] = {str(batch): kept.to_dict() for batch, kept in rates.items()}
     found["swap_seconds"] = statistics.median(swaps)
     return found | (_of_batch_1(rates[1]) if 1 in rates else {})
