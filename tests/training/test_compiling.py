@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spectune.compute.losses import labelled_loss_sum
@@ -15,7 +18,13 @@ from spectune.deltas import Delta, Method
 from spectune.families import describe
 from spectune.methods import METHODS, BottleneckAdapter, LoRA
 from spectune.storage import attach, detach
+from spectune.training import TrainingConfig, train
+from spectune.training import loop as loop_module
 from spectune.training.compiling import compiled, worth_compiling
+from tests.support import make_model, make_rows, make_tokenizer
+
+#: the package's `train` is the function
+train_module = import_module("spectune.training.train")
 
 DEPTH = 5
 
@@ -174,3 +183,19 @@ def test_a_run_is_compiled_where_that_pays() -> None:
     assert worth_compiling(family, LoRA(), **big, device_type="cuda")
     assert not worth_compiling(family, LoRA(), **big, device_type="cpu")
     assert not worth_compiling(family, LoRA(), tokens=10**4, steps=10, length=100, device_type="cuda")
+
+
+def test_a_run_that_counts_its_memory_is_compiled_all_the_same(
+    graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the first steps run under a dispatch mode; under one the compiler would give up on the blocks for good."""
+    monkeypatch.setattr(train_module, "compiled", partial(compiled, backend="aot_eager"))
+    monkeypatch.setattr(loop_module, "labelled_loss_sum", lambda model, batch, fuse: labelled_loss_sum(model, batch))
+    losses = []
+    for wanted in (False, True):
+        config = TrainingConfig(max_steps=6, learning_rate=1e-2, torch_compile=wanted, per_device_train_batch_size=4)
+        result = train(make_model(), make_tokenizer(), LoRA(r=4), make_rows(), make_rows(6), config,
+                       console=Console(quiet=True))  # fmt: skip
+        losses.append(result.valid_loss)
+        assert (graphs() > 0) == wanted
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
