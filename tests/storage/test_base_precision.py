@@ -430,6 +430,8 @@ def llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**sizes, **{k: v for k, v in TOKENS.items() if k not in SIZES})).eval()
 
 
+# not in the development environment, where transformers would import it, and its messages, with every model
+@pytest.mark.slow
 @needs["torchao"]
 def test_every_method_over_a_base_that_torchao_has_quantised(
     llama: PreTrainedModel, method: Method, tmp_path: Path

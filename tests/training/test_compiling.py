@@ -188,7 +188,7 @@ def test_a_run_is_compiled_where_that_pays() -> None:
 def test_a_run_that_counts_its_memory_is_compiled_all_the_same(
     graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU the first steps run under a dispatch mode; under one the compiler would give up on the blocks for good."""
+    """On a CPU the first steps run under a dispatch mode; under one the compiler gives up on the blocks for good."""
     monkeypatch.setattr(train_module, "compiled", partial(compiled, backend="aot_eager"))
     monkeypatch.setattr(loop_module, "labelled_loss_sum", lambda model, batch, fuse: labelled_loss_sum(model, batch))
     losses = []
