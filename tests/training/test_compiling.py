@@ -80,7 +80,7 @@ def steps(model: PreTrainedModel, delta: Delta, lengths: tuple[int, ...] = (12, 
     return losses, [p.grad.clone() for p in delta.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("make", [pytest.param(gpt2, marks=pytest.mark.slow), llama])
 @pytest.mark.parametrize("method", METHODS)
 def test_equals_eager_and_all_layers_share_a_graph(
     make: Callable[[], PreTrainedModel], method: type[Method], graphs: Callable[[], int]
