@@ -114,9 +114,9 @@ def test_what_is_not_finite_is_no_step(optim: str, dtype: torch.dtype, what: str
                 optimizer.step(RATE, 1.0, LOSS)
         found.append([p.detach().clone() for p in parameters])
     # moments in eight bits are coded once more, which may round them
-    room = 0.1 * RATE if optim == "adamw_8bit" else 0.0
+    room, rounding = (0.1 * RATE, 2.0**-7) if optim == "adamw_8bit" else (0.0, 0.0)
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.0, atol=room)
+        torch.testing.assert_close(one, other, rtol=rounding, atol=room)
 
 
 def test_groups_are_small_and_large_weights_come_last() -> None:
