@@ -134,7 +134,7 @@ def _loss_and_gradients(
         here = slice(begin, begin + settings.rows)
         rows, expected = hidden[here], targets[here]
         wide = buffer[: rows.shape[0]]
-        if bias is None:
+        if filled_bias is None:
             torch.mm(rows, weight.t(), out=wide)
         else:
             torch.addmm(filled_bias, rows, weight.t(), out=wide)
