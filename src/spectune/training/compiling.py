@@ -8,9 +8,12 @@ hooks are part of the block's call.
 from __future__ import annotations
 
 import contextlib
+import functools
+import sysconfig
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,14 +24,22 @@ from spectune.deltas import Method
 from spectune.families import Family
 from spectune.planning.flops import flops_per_token
 
-#: seconds that a device takes to compile the blocks of a model, about, and the share of a step that it saves; see
-#: docs/performance.md for both
-COMPILE_SECONDS = 60.0
-SAVED_SHARE = 0.2
-#: operations a second that training without the compiler reaches on such a device, and seconds that a layer takes at
-#: least, forward and backward, however small it is
-OPERATIONS_PER_SECOND = 3e14
-LAYER_SECONDS = 1.5e-3
+
+class _Device(NamedTuple):
+    """What compiling the blocks of a model takes and gives on a kind of device; see docs/performance.md.
+
+    `compile_seconds`: what it takes, about. `saved`: the share of a step that it saves. `operations`: that training
+    without the compiler reaches in a second (on a fast one: what is long there is long on any). `layer_seconds`: of
+    forward and backward, at least, however small a layer is.
+    """
+
+    compile_seconds: float
+    saved: float
+    operations: float
+    layer_seconds: float
+
+
+_DEVICES = {"cuda": _Device(60.0, 0.2, 3e14, 1.5e-3), "cpu": _Device(60.0, 0.1, 5e11, 0.0)}
 
 #: graphs of one run: kinds of layers, the first layer of each, and shapes before they are taken to vary
 MOST_GRAPHS = 64
@@ -42,14 +53,24 @@ def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, 
         tokens: of the whole run.
         length: of a row, on average.
     """
-    return (
-        device_type == "cuda" and _eager_seconds(family, method, tokens, steps, length) * SAVED_SHARE > COMPILE_SECONDS
-    )
+    device = _DEVICES.get(device_type)
+    if device is None or (device_type == "cpu" and not _compiler_there()):
+        return False
+    computed = tokens * flops_per_token(family, method, max(1, length)) / device.operations
+    eager_seconds = max(computed, steps * len(family.layers) * device.layer_seconds)
+    return eager_seconds * device.saved > device.compile_seconds
 
 
-def _eager_seconds(family: Family, method: Method, tokens: int, steps: int, length: int) -> float:
-    operations = tokens * flops_per_token(family, method, max(1, length))
-    return max(operations / OPERATIONS_PER_SECOND, steps * len(family.layers) * LAYER_SECONDS)
+@functools.cache
+def _compiler_there() -> bool:
+    """Whether there is what torch's compiler needs on a CPU: a C++ compiler (asked of torch) and Python's headers."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler()) and Path(sysconfig.get_path("include"), "Python.h").exists()
+    except (InvalidCxxCompiler, OSError):
+        return False
 
 
 def _block(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
