@@ -1,0 +1,108 @@
+"""One process a method, some of them at a time; one that dies is begun again without the run that it died of."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path as File
+from queue import Queue
+from typing import Any
+
+from benchmarks.parity.paths import PATHS
+from benchmarks.parity.task import Order
+
+ROOT = File(__file__).parents[2]
+#: what others are held against, made first
+FIRST = ("plain", "plain-attention", "plain-bf16")
+#: a second control, for the smallest change there is: with the method that most train with, and with all weights
+LAST_BIT = ("lora", "full")
+
+
+def runs_of(method: str, device: str, paths: list[str]) -> list[str]:
+    """All runs of one method, in the order in which they are made. `paths`: only these, beside what they need."""
+    chosen = [n for n, p in PATHS.items() if method in p.methods and device in p.devices and (not paths or n in paths)]
+    controls = ["plain-last-bit"] if method in LAST_BIT else []
+    tiers = sorted({PATHS[name].tier for name in chosen})
+    ordered = [name for tier in tiers for name in chosen if PATHS[name].tier == tier]
+    late = [name for name in ordered if PATHS[name].tier > 0]
+    return [*FIRST, *(name for name in ordered if name not in late), *controls, *late]
+
+
+@dataclass
+class Plan:
+    """What one call does.
+
+    Attributes:
+        until: seconds of `time.time()` after which no run is started.
+        gpus: workers take turns among so many.
+    """
+
+    out: File
+    order: Order
+    workers: int
+    gpus: int
+    until: float
+
+    def run(self, todo: dict[str, list[str]]) -> None:
+        places: Queue[int] = Queue()
+        for number in range(self.workers):
+            places.put(number % self.gpus)
+
+        def one(method: str) -> None:
+            place = places.get()
+            try:
+                self._method(method, todo[method], place)
+            finally:
+                places.put(place)
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            list(pool.map(one, [method for method, runs in todo.items() if runs]))
+
+    def _method(self, method: str, runs: list[str], gpu: int) -> None:
+        while runs and time.time() < self.until:
+            died = self._process(method, runs, gpu)
+            done = {line["path"] for line in read(self.out) if line["method"] == method}
+            if died is None:
+                return
+            runs = [name for name in runs if name != died and name not in done]
+
+    def _process(self, method: str, runs: list[str], gpu: int) -> str | None:
+        """Returns the run that a process died of, or after; None where it came to its end."""
+        with tempfile.TemporaryDirectory() as folder:
+            now = File(folder) / "now"
+            told = {"method": method, "runs": runs, "order": asdict(self.order), "until": self.until, "now": str(now),
+                    "out": str(self.out), "workers": self.workers}  # fmt: skip
+            command = [sys.executable, "-m", "benchmarks.parity", "--worker", json.dumps(told)]
+            with self.out.with_suffix(".log").open("a", encoding="utf-8") as log:
+                code = subprocess.run(command, env=self._environment(gpu), stderr=log, check=False).returncode
+            if code == 0:
+                return None
+            if not now.exists():
+                return ""
+            died = now.read_text(encoding="utf-8")
+        line = {"path": died, "method": method, **asdict(self.order), "device": self.order.device,
+                "failed": f"the process ended with {code}, see {self.out.with_suffix('.log').name}"}  # fmt: skip
+        with self.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{method:<8} {died:<24} {line['failed']}", flush=True)
+        return died
+
+    def _environment(self, gpu: int) -> dict[str, str]:
+        paths = [str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            **({"CUDA_VISIBLE_DEVICES": str(gpu)} if self.gpus > 1 else {}),
+        }
+
+
+def read(out: File) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.is_file() else []
