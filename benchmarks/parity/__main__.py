@@ -56,7 +56,8 @@ def main() -> int:
     done = {
         (line["method"], line["path"])
         for line in read(args.out)
-        if "free" in line and (line["steps"], line["held_steps"], line["rows"]) == (order.steps, order.held_steps, order.rows)
+        if "free" in line
+        and [line[key] for key in ("steps", "held_steps", "rows")] == [order.steps, order.held_steps, order.rows]
         and (line["device"] == "cpu") == (args.device == "cpu")
     }  # fmt: skip
     todo = {method: [run for run in runs if (method, run) not in done] for method, runs in todo.items()}

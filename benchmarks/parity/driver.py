@@ -14,6 +14,7 @@ from pathlib import Path as File
 from queue import Queue
 from typing import Any
 
+import torch
 from benchmarks.parity.paths import PATHS
 from benchmarks.parity.task import Order
 
@@ -27,11 +28,13 @@ LAST_BIT = ("lora", "full")
 def runs_of(method: str, device: str, paths: list[str]) -> list[str]:
     """All runs of one method, in the order in which they are made. `paths`: only these, beside what they need."""
     chosen = [n for n, p in PATHS.items() if method in p.methods and device in p.devices and (not paths or n in paths)]
+    low = any(PATHS[name].dtype_on(device) == torch.bfloat16 for name in chosen)
     controls = ["plain-last-bit"] if method in LAST_BIT else []
     tiers = sorted({PATHS[name].tier for name in chosen})
     ordered = [name for tier in tiers for name in chosen if PATHS[name].tier == tier]
     late = [name for name in ordered if PATHS[name].tier > 0]
-    return [*FIRST, *(name for name in ordered if name not in late), *controls, *late]
+    early = [name for name in ordered if name not in late]
+    return [*(name for name in FIRST if name != "plain-bf16" or low), *early, *controls, *late]
 
 
 @dataclass
@@ -100,6 +103,9 @@ class Plan:
             "PYTHONPATH": os.pathsep.join(paths),
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
+            # processes beside each other do not start a thread for every core each
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // self.workers)),
             **({"CUDA_VISIBLE_DEVICES": str(gpu)} if self.gpus > 1 else {}),
         }
 

@@ -139,10 +139,11 @@ PATHS: dict[str, Path] = {
 }
 #: paths that are not run with all methods, and why the others can be left out
 SUBSETS = (
-    "Recomputation wraps a block's call, whatever stands in it: run where a block holds its weights (LoRA), keys and values from "
-    "outside it (prefix), or is trained itself (full). Optimizers see tensors, not methods: the largest and a small set "
-    "of them. A base in few bits is a linear of another kind: run with a method that adds to its output (LoRA), one that "
-    "adds an offset (BitFit), and for fp8 one that does neither (prefix). Combinations with compiling: one method each."
+    "Not every path is run with every method. Recomputation wraps a block's call, whatever stands in it: run where "
+    "a block holds the trained weights beside its own (LoRA), is given keys and values (prefix), or is trained itself "
+    "(full). Optimizers see tensors, not methods: the largest set and a small one. A base in few bits is a "
+    "linear of another kind: a method that adds to its output (LoRA), one that adds an offset (BitFit), and for fp8 "
+    "one that does neither (prefix). Combinations with compiling: one or two methods each."
 )
 
 # -- tolerances, set before the runs -------------------------------------------------------------------------------

@@ -12,32 +12,42 @@ from benchmarks.parity.verdict import Check, checks
 Line = dict[str, Any]
 HEAD = "# Losses of the fast paths, and of a plain loop"
 ABOUT = (
-    "Made by `python -m benchmarks.parity` (see `--help`). A fast path is a run of `spectune.train`; the plain loop calls "
-    "the transformers model, takes torch's cross entropy of all logits, clips, and steps with `torch.optim.AdamW` over "
-    "float32 weights. Same base, rows, order, first weights and learning rates (each method's default, linear with "
-    "warm-up), loss on completions, no dropout.\n\n"
-    "`held`: steps at weights that the plain float32 loop passed through, against the plain loop in float64: the largest "
-    "difference of a loss in nats a token, the largest relative error of the whole gradient, its least cosine. `free`: "
-    "training from the first weights, against the plain loop in the path's dtype: the largest difference of a step's loss "
-    "among the first 20 and among all, the mean, and the validation loss less the plain one's. steps/s and memory "
-    "(allocated, in the free steps) are a side note: processes share the device.\n\n"
-    "Two runs that round differently part, and the more the longer they train: `attention` is the plain float32 loop with "
-    "another attention kernel, `last bit` the same begun one unit of the last place away, `bfloat16` the plain loop in "
-    "bfloat16, all against the plain float32 loop."
+    "Made by `python -m benchmarks.parity` (see `--help`). A fast path is a run of `spectune.train`; the plain loop "
+    "calls the transformers model, takes torch's cross entropy of all logits, clips, and steps with "
+    "`torch.optim.AdamW` over float32 weights. Same base, rows, order, first weights and learning rates (each method's "
+    "default, linear with warm-up), loss on completions, no dropout.\n\n"
+    "`held`: steps at weights that the plain float32 loop passed through, against the plain loop in float64: the "
+    "largest difference of a loss in nats a token, the largest relative error of the whole gradient, the least cosine "
+    "and that of the first step. `free`: training from the first weights, against the plain loop in the path's dtype: "
+    "the largest difference of a step's loss among the first 20 and among all, the mean, and the validation loss less "
+    "the plain one's. steps/s and memory (allocated, in the free steps) are a side note: processes share the device."
+    "\n\n"
+    "Two runs that round differently part, and the more the longer they train: `attention` is the plain float32 loop "
+    "with another attention kernel, `last bit` the same begun one unit of the last place away, `bfloat16` the plain "
+    "loop in bfloat16, all against the plain float32 loop."
 )
 
 
 def rules() -> str:
     return (
-        f"Tolerances. **Exact paths** (float32): held loss {paths.HELD_LOSS:g}, held gradient {paths.HELD_GRADIENT:g} and "
-        f"at most {paths.TIMES_PLAIN:g} times the plain float32 loop's own error; free: {paths.EARLY:g} in the first 20 "
-        f"steps, {paths.LATE:g} later, validation {paths.VALID:g}, or {paths.TIMES_CONTROL:g} times what another "
-        f"attention kernel does, if that is more. **bfloat16**: held, {paths.TIMES_BF16:g} times the plain bfloat16 loop's own errors (loss: "
-        f"at least {paths.BF16_LOSS:g}); free, {paths.TIMES_PARTED:g} times what plain bfloat16 parts from plain float32 "
-        f"(at least {paths.BF16_FREE:g}, validation {paths.BF16_VALID:g}). **Other mathematics** (8-bit moments, a base in "
-        "few bits): the cosine and the validation loss that stand with the path; and a base in int8 or NF4, held against "
-        "the plain loop over the weights that it stands for, as exact (float32) or as bfloat16 are."
+        f"Tolerances. **Exact paths** (float32): held loss {paths.HELD_LOSS:g}, held gradient {paths.HELD_GRADIENT:g} "
+        f"and at most {paths.TIMES_PLAIN:g} times the plain float32 loop's own error; free: {paths.EARLY:g} in the "
+        f"first 20 steps, {paths.LATE:g} later, validation {paths.VALID:g}, or {paths.TIMES_CONTROL:g} times what "
+        f"another attention kernel does, if that is more. **bfloat16**: held, {paths.TIMES_BF16:g} times the plain "
+        f"bfloat16 loop's own errors (loss: at least {paths.BF16_LOSS:g}); free, {paths.TIMES_PARTED:g} times what "
+        f"plain bfloat16 parts from plain float32 (at least {paths.BF16_FREE:g}, validation {paths.BF16_VALID:g}). "
+        "**Other mathematics**: " + "; ".join(_approximate()) + ". A base in int8 or NF4 is also held against the "
+        "plain loop over the weights that it stands for: within an exact path's gradient error in float32, within a "
+        "bfloat16 one's in bfloat16."
     )
+
+
+def _approximate() -> list[str]:
+    return [
+        f"{path.label}: cosine at least {path.cosine:g}, validation loss within {path.valid:g}"
+        for path in PATHS.values()
+        if path.kind == "approximate"
+    ]
 
 
 def page(lines: list[Line]) -> str:
@@ -70,15 +80,13 @@ def device_part(device: str, lines: list[Line]) -> list[str]:
         + (f" Not: {'; '.join(bad)}." if bad else ""),
         "",
     ]
-    parts += ["| method | plain run | held: loss | gradient | cosine | free: first 20 | all | mean | validation |",
-              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    parts += _head("method | plain run", [])
     names = {"plain": "float32", "plain-attention": "attention", "plain-last-bit": "last bit", "plain-bf16": "bfloat16"}
     for method in METHODS:
         for path, label in names.items():
             if (method, path) in found:
                 parts.append(f"| {method} | {label} | {' | '.join(figures(found[method, path]))} |")
-    parts += ["", "| path | method | held: loss | gradient | cosine | free: first 20 | all | mean | validation | steps/s | GiB | |",
-              "|---|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    parts += ["", *_head("path | method", ["steps/s", "GiB", ""])]
     kind = "cpu" if device == "cpu" else "cuda"
     for path in PATHS:
         for method in METHODS:
@@ -89,6 +97,12 @@ def device_part(device: str, lines: list[Line]) -> list[str]:
     missing = [f"{m} {p}" for m in METHODS for p in runs_of(m, kind, []) if p in PATHS and (m, p) not in found]
     parts += ["", f"Not run here: {', '.join(missing)}.", ""] if missing else [""]
     return parts
+
+
+def _head(first: str, last: list[str]) -> list[str]:
+    names = [first, "held: loss", "gradient", "cosine (first)", "free: first 20", "all", "mean", "validation", *last]
+    row = f"| {' | '.join(names)} |"
+    return [row, "|" + "---|" * (row.count("|") - 1)]
 
 
 def verdict(key: tuple[str, str], found: dict[tuple[str, str], Line]) -> tuple[str, str]:
@@ -117,7 +131,7 @@ def figures(line: Line) -> list[str]:
     decoded = line.get("held_decoded")
     at = ["", "", ""]
     if isinstance(held, dict):
-        at = [f"{held['loss']:.1e}", f"{held['error']:.1e}", f"{held['least_cosine']:.6f}"]
+        at = [f"{held['loss']:.1e}", f"{held['error']:.1e}", f"{held['least_cosine']:.6f} ({held['first_cosine']:.6f})"]
         if decoded:
             at[1] += f" ({decoded['error']:.1e} over the decoded base)"
     return [*at, f"{free['early']:.1e}", f"{free['largest']:.1e}", f"{free['mean']:.1e}", f"{free['valid']:+.1e}"]
