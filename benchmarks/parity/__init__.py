@@ -15,6 +15,6 @@ losses are held against the plain loop's; how far rounding alone makes two such 
 plain runs that attend with another kernel (`plain-attention`) or begin one unit of the last place away
 (`plain-last-bit`).
 
-One process a method; --workers of them share the GPU, so steps/s are a side note. One JSON line for each run, written
+Two processes a method; --workers of all share the GPU, so steps/s are a side note. One JSON line for each run, written
 at once; what --out has is not run again, what failed there is. --budget-seconds starts no new run after so many.
 """

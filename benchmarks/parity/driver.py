@@ -1,4 +1,4 @@
-"""One process a method, some of them at a time; one that dies is begun again without the run that it died of."""
+"""Two processes a method, some of all at a time; one that dies is begun again without the run that it died of."""
 
 from __future__ import annotations
 
@@ -30,11 +30,20 @@ def runs_of(method: str, device: str, paths: list[str]) -> list[str]:
     chosen = [n for n, p in PATHS.items() if method in p.methods and device in p.devices and (not paths or n in paths)]
     low = any(PATHS[name].dtype_on(device) == torch.bfloat16 for name in chosen)
     controls = ["plain-last-bit"] if method in LAST_BIT else []
-    tiers = sorted({PATHS[name].tier for name in chosen})
-    ordered = [name for tier in tiers for name in chosen if PATHS[name].tier == tier]
-    late = [name for name in ordered if PATHS[name].tier > 0]
-    early = [name for name in ordered if name not in late]
-    return [*(name for name in FIRST if name != "plain-bf16" or low), *early, *controls, *late]
+    ordered = sorted(chosen, key=lambda name: PATHS[name].tier)  # stable
+    first = [name for name in FIRST if name != "plain-bf16" or low]
+    return sorted([*first, *controls, *ordered], key=late)
+
+
+def jobs(todo: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
+    """Runs for one process each: a method's first ones, and its later ones, which make the plain runs once more."""
+    parts = {method: ([r for r in runs if not late(r)], [r for r in runs if late(r)]) for method, runs in todo.items()}
+    found = [(method, part[number]) for number in (0, 1) for method, part in parts.items()]
+    return [(method, runs) for method, runs in found if runs]
+
+
+def late(run: str) -> bool:
+    return run == "plain-last-bit" or (run in PATHS and PATHS[run].tier > 0)
 
 
 @dataclass
@@ -57,26 +66,33 @@ class Plan:
         for number in range(self.workers):
             places.put(number % self.gpus)
 
-        def one(method: str) -> None:
+        def one(job: tuple[str, list[str]]) -> None:
             place = places.get()
             try:
-                self._method(method, todo[method], place)
+                self._job(*job, place)
             finally:
                 places.put(place)
 
         with ThreadPoolExecutor(self.workers) as pool:
-            list(pool.map(one, [method for method, runs in todo.items() if runs]))
+            list(pool.map(one, jobs(todo)))
 
-    def _method(self, method: str, runs: list[str], gpu: int) -> None:
+    def _job(self, method: str, runs: list[str], gpu: int) -> None:
+        """Until all are done, failed ones included. A process that ends before it began a run is not begun again."""
         while runs and time.time() < self.until:
-            died = self._process(method, runs, gpu)
-            done = {line["path"] for line in read(self.out) if line["method"] == method}
-            if died is None:
+            size = self.out.stat().st_size if self.out.is_file() else 0
+            if self._process(method, runs, gpu):
                 return
-            runs = [name for name in runs if name != died and name not in done]
+            with self.out.open(encoding="utf-8") as file:
+                file.seek(size)
+                lines = [json.loads(line) for line in file]
+            new = {line["path"] for line in lines if line["method"] == method}
+            if not new & set(runs):
+                print(f"{method}: no run of {', '.join(runs)}; see {self.out.with_suffix('.log').name}", flush=True)
+                return
+            runs = [name for name in runs if name not in new]
 
-    def _process(self, method: str, runs: list[str], gpu: int) -> str | None:
-        """Returns the run that a process died of, or after; None where it came to its end."""
+    def _process(self, method: str, runs: list[str], gpu: int) -> bool:
+        """Whether it came to its end. The run that it died of gets a line."""
         with tempfile.TemporaryDirectory() as folder:
             now = File(folder) / "now"
             told = {"method": method, "runs": runs, "order": asdict(self.order), "until": self.until, "now": str(now),
@@ -84,17 +100,16 @@ class Plan:
             command = [sys.executable, "-m", "benchmarks.parity", "--worker", json.dumps(told)]
             with self.out.with_suffix(".log").open("a", encoding="utf-8") as log:
                 code = subprocess.run(command, env=self._environment(gpu), stderr=log, check=False).returncode
-            if code == 0:
-                return None
-            if not now.exists():
-                return ""
+            self.out.touch()
+            if code == 0 or not now.exists():
+                return code == 0
             died = now.read_text(encoding="utf-8")
         line = {"path": died, "method": method, **asdict(self.order), "device": self.order.device,
                 "failed": f"the process ended with {code}, see {self.out.with_suffix('.log').name}"}  # fmt: skip
         with self.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{method:<8} {died:<24} {line['failed']}", flush=True)
-        return died
+        return False
 
     def _environment(self, gpu: int) -> dict[str, str]:
         paths = [str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]

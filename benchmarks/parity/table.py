@@ -30,8 +30,8 @@ ABOUT = (
 
 def rules() -> str:
     return (
-        f"Tolerances. **Exact paths** (float32): held loss {paths.HELD_LOSS:g}, held gradient {paths.HELD_GRADIENT:g} "
-        f"and at most {paths.TIMES_PLAIN:g} times the plain float32 loop's own error; free: {paths.EARLY:g} in the "
+        f"Tolerances. **Exact paths** (float32): held loss {paths.HELD_LOSS:g}, held gradient "
+        f"{paths.TIMES_PLAIN:g} times the plain float32 loop's own error; free: {paths.EARLY:g} in the "
         f"first 20 steps, {paths.LATE:g} later, validation {paths.VALID:g}, or {paths.TIMES_CONTROL:g} times what "
         f"another attention kernel does, if that is more. **bfloat16**: held, {paths.TIMES_BF16:g} times the plain "
         f"bfloat16 loop's own errors (loss: at least {paths.BF16_LOSS:g}); free, {paths.TIMES_PARTED:g} times what "

@@ -47,11 +47,7 @@ def _exact(line: Line, plain: Line, control: Line) -> list[Check]:
     held, free, apart = line["held"], line["free"], control["free"]
     return [
         Check("loss at given weights", held["loss"], paths.HELD_LOSS),
-        Check(
-            "gradient at given weights",
-            held["error"],
-            min(paths.HELD_GRADIENT, max(1e-6, paths.TIMES_PLAIN * plain["held"]["error"])),
-        ),
+        Check("gradient at given weights", held["error"], _float32(plain)),
         Check("losses, first steps", free["early"], max(paths.EARLY, paths.TIMES_CONTROL * apart["early"])),
         Check("losses, all steps", free["largest"], max(paths.LATE, paths.TIMES_CONTROL * apart["largest"])),
         Check("validation loss", abs(free["valid"]), max(paths.VALID, paths.TIMES_CONTROL * abs(apart["valid"]))),
@@ -75,6 +71,11 @@ def _approximate(path: Path, line: Line, known: Mapping[str, Line]) -> list[Chec
     ]
     if path.decoded and "held_decoded" in line:
         plain = known["plain-bf16" if line["dtype"] == "bfloat16" else "plain"]
-        bound = paths.TIMES_BF16 * plain["held"]["error"] if line["dtype"] == "bfloat16" else paths.HELD_GRADIENT
+        bound = paths.TIMES_BF16 * plain["held"]["error"] if line["dtype"] == "bfloat16" else _float32(plain)
         found.append(Check("gradient over the decoded base", line["held_decoded"]["error"], bound))
     return found
+
+
+def _float32(plain: Line) -> float:
+    """The relative error of a float32 gradient that is tolerated."""
+    return max(paths.HELD_GRADIENT, paths.TIMES_PLAIN * plain["held"]["error"])

@@ -1,7 +1,8 @@
-"""All runs of one method, in this process: the plain ones, then the paths that were asked for."""
+"""Runs of one method in this process, one after another."""
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 import traceback
@@ -129,6 +130,7 @@ def main(told: dict[str, Any]) -> None:
         with File(told["out"]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         File(told["now"]).unlink()
+        gc.collect()  # models hold themselves: the next run's memory is its own
         print(said(line), flush=True)
         if device_lost:
             raise SystemExit(3)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from benchmarks.parity import compared, fast, plain, worker
-from benchmarks.parity.driver import runs_of
+from benchmarks.parity.driver import Plan, read, runs_of
 from benchmarks.parity.paths import METHODS, PATHS
 from benchmarks.parity.table import page
 from benchmarks.parity.task import Order, Task, method_of
 from benchmarks.parity.verdict import checks
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import spectune.storage.bases
 from spectune import embedded
 from spectune.methods import BY_NAME
 from spectune.training.in_backward import InBackwardAdamW
@@ -31,14 +35,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def references(data: str, method: str) -> worker.References:
-    order = Order("spectune-tiny", data, "cpu", STEPS, HELD, rows=2)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Random weights: the embedded base passes float32's rounding on until a tenth of its gradient is rounding."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = spectune.storage.bases.load_tokenizer("spectune-tiny")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 512, "initializer_range": 0.1}
+    config = GPT2Config(vocab_size=len(tokenizer), attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, **sizes)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def references(base: str, data: str, method: str) -> worker.References:
+    order = Order(base, data, "cpu", STEPS, HELD, rows=2)
     return worker.References(Task(order, method_of(method)))
 
 
 @pytest.fixture(scope="module")
-def lora(data: str) -> worker.References:
-    return references(data, "lora")
+def lora(base: str, data: str) -> worker.References:
+    return references(base, data, "lora")
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +75,12 @@ def test_exact_paths_are_the_plain_loop(lora: worker.References, known: dict[str
 def test_a_base_in_int8_is_the_plain_loop_over_its_decoded_weights(lora: worker.References) -> None:
     line = worker.measure(lora, "int8")
 
-    assert line["held_decoded"]["error"] < 1e-4 < line["held"]["error"]
+    assert 10 * line["held_decoded"]["error"] < line["held"]["error"]
 
 
 @pytest.mark.parametrize("method", ["full", "prompt"])
-def test_other_methods_follow_the_plain_loop(data: str, method: str) -> None:
-    own = references(data, method)
+def test_other_methods_follow_the_plain_loop(base: str, data: str, method: str) -> None:
+    own = references(base, data, method)
     found = {name: worker.measure(own, name) for name in ("plain", "plain-attention", "packed")}
 
     assert [c.name for c in checks(PATHS["packed"], found["packed"], found) if not c.holds] == []
@@ -130,6 +147,38 @@ def test_plain_runs_come_before_what_is_held_against_them_and_paths_are_named_ri
     assert "offload" not in runs_of("full", "cpu", [])
 
 
+def test_a_process_that_dies_of_a_run_is_begun_again_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dies = """
+import json, os, sys
+told = json.loads(sys.argv[-1])
+for name in told["runs"]:
+    open(told["now"], "w").write(name)
+    if name == "packed":
+        os._exit(9)
+    open(told["out"], "a").write(json.dumps({"path": name, "method": told["method"]}) + "\\n")
+    os.unlink(told["now"])
+"""
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{dies}' \"$@\"\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    out = tmp_path / "out.jsonl"
+    order = Order("b", "d", "cpu", STEPS, HELD, rows=2)
+
+    Plan(out, order, workers=1, gpus=1, until=time.time() + 60).run({"lora": ["plain", "packed", "eager", "int8"]})
+
+    lines = read(out)
+    assert [(line["path"], "failed" in line) for line in lines] == [
+        ("plain", False),
+        ("packed", True),
+        ("eager", False),
+        ("int8", False),
+    ]
+    assert "the process ended with 9" in capsys.readouterr().out
+
+
 def test_the_page_shows_passes_failures_and_what_was_not_run(tmp_path: Path) -> None:
     held = {"loss": 1e-6, "error": 1e-5, "first_cosine": 1.0, "least_cosine": 1.0}
     free = {"early": 1e-5, "largest": 1e-4, "mean": 1e-5, "valid": 1e-5}
@@ -148,4 +197,4 @@ def test_the_page_shows_passes_failures_and_what_was_not_run(tmp_path: Path) -> 
     assert "Not: lora packed; lora compiled; lora offload." in text
     assert "losses, first steps: 0.1, tolerated 0.0001" in text
     assert "CUDA error \\| here" in text
-    assert "Not run here: full eager" in text.replace("lora compiled-bf16, ", "") or "full eager" in text
+    assert "Not run here: lora compiled-bf16" in text
