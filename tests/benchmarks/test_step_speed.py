@@ -341,8 +341,8 @@ def test_short_rows_have_a_table_of_their_own() -> None:
     lines.append(a_line(50.0, shape="tiny llama", system="real-ours-packed", **fields))
     text = page(lines)
     first, second = text.index("tiny gpt2, 2 rows a step:"), text.index("tiny llama, 2 rows a step:")
-    memory = "- | 1.00 GiB resident"
-    row = f"| lora | spectune, packed, loss on completions | 700 | 40 | one run | 25% | {memory} | 2.00 | 3.50 | 1 s | 0% |"
+    memory, name = "- | 1.00 GiB resident", "spectune, packed, loss on completions"
+    row = f"| lora | {name} | 700 | 40 | one run | 25% | {memory} | 2.00 | 3.50 | 1 s | 0% |"
     assert first < text.index(row) < second
     assert f"| 50 | 40 | one run | 25% | {memory} | - | - | 1 s | reference |" in text[second:]
     assert text.count("### ") == 2
