@@ -19,8 +19,8 @@ class Spans:
     Attributes:
         lengths: of each.
         longest: of any.
-        most: no shorter than the longest: the next power of two, at least 16. Compiled code is made for each number that
-            it meets, and the longest document is another one in every batch.
+        most: no shorter than the longest: the next power of two, at least 16. Compiled code is made for each number
+            that it meets, and the longest document is another one in every batch.
         bounds: where each begins and the last one ends, int32 `[stretches + 1]`.
     """
 
