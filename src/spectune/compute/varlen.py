@@ -72,7 +72,8 @@ def flash_by_document(
     return found if isinstance(found, Tensor) else found[0]
 
 
-@torch.compiler.assume_constant_result  # a signature is nothing that a compiled block could look at
+# a signature is nothing that a compiled block could look at
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _groups_heads() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
