@@ -16,6 +16,7 @@ from torch import nn
 
 from spectune.data import Example, batches, by_length, collate
 from spectune.data.rows import Row
+from spectune.methods import BY_NAME
 
 #: deciles of the tokens of E2E's prompts and completions (every tenth training row, gpt2's tokenizer, end token
 #: included), and how the two go together
@@ -31,13 +32,15 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows_like_e2e(count: int, vocabulary: int, *, all_targets: bool) -> list[Example]:
-    """Rows of random tokens, as long as E2E's."""
+def rows_like_e2e(count: int, vocabulary: int, *, all_targets: bool, longest: int | None = None) -> list[Example]:
+    """Rows of random tokens, as long as E2E's; where a base has no room for `longest` tokens, prompts are shorter."""
     generator = torch.Generator().manual_seed(0)
     first, other = torch.randn(2, count, generator=generator)
     second = CORRELATION * first + (1 - CORRELATION**2) ** 0.5 * other
     lengths = [_quantile(PROMPTS, first), _quantile(COMPLETIONS, second)]
     top = min(vocabulary, USED_IDS)
+    if longest is not None:
+        lengths[0] = [min(p, longest - c) for p, c in zip(*lengths, strict=True)]
     return [
         Example(torch.randint(0, top, (p + c,), generator=generator).tolist(), 0 if all_targets else p, Row("", ""))
         for p, c in zip(*lengths, strict=True)
@@ -62,8 +65,11 @@ def run(setting: Setting) -> dict[str, Any]:
     """Steps under the setting's meter, which counts the tokens of rows, not their padding."""
     name = setting.case.system
     examples = rows_like_e2e(
-        STEPS * setting.rows, setting.config.vocab_size, all_targets=name.endswith("padded-all")
-    )  # fmt: skip
+        STEPS * setting.rows,
+        setting.config.vocab_size,
+        all_targets=name.endswith("padded-all"),
+        longest=setting.config.max_position_embeddings - BY_NAME[setting.case.method]().virtual_tokens,
+    )
     drawn = windows(examples, setting.rows)
     facts = _peft(setting, examples, drawn) if "peft" in name else _ours(setting, examples, drawn)
     lengths = [len(example.input_ids) for example in examples]

@@ -107,21 +107,14 @@ def row(results: Results, key: tuple[str, str, str], found: Measured) -> list[st
     length = "" if line["length"] == (SHAPES | TINY)[shape].length else f" ({line['length']} a row)"
     spread, share = found.spread, found.share
     peer = results.peer(shape, method)
-    sizes = [found.gib("peak_allocated"), found.gib("peak_reserved")]
-    if sizes == [None, None]:
-        resident = found.gib("peak_resident")
-        memory = ["-", f"{resident:.2f} GiB resident" if resident is not None else "-"]
-    else:
-        memory = [f"{size:.1f} GiB" if size is not None else "-" for size in sizes]
-    compiled = max(done["compile_seconds"] for done in found.done)
     return [
         f"{found.speed:,.0f}{length}" + ("" if valid(results, key) else " (losses differ)"),
         f"{100 * spread:.1f}% of {len(found.done)}" if spread is not None else "one run",
         f"{share:.2f}" if share is not None else "-",
-        *memory,
+        *memory(found),
         f"{found.speed / peer[1].speed:.2f}" if peer is not None else "-",
         f"{line['trained_parameters']:,}",
-        f"{compiled:.0f} s" + ("" if all(done["settled"] for done in found.done) else ", not ended"),
+        compiling(found),
         losses(results, key),
     ]
 
@@ -129,7 +122,7 @@ def row(results: Results, key: tuple[str, str, str], found: Measured) -> list[st
 SHORT = (
     "Rows of random tokens as long as E2E's records and sentences, drawn as `spectune train` draws them; the same rows "
     "in each step for all. Tokens/s are those of rows, padding is not counted; with a loss on completions, prompts "
-    "are not targets. On CUDA spectune's blocks are compiled."
+    "are not targets. The ratios are of tokens/s. On CUDA spectune's blocks are compiled."
 )
 
 
@@ -137,29 +130,54 @@ def short_rows(results: Results) -> list[str]:
     """What packing and the loss on completions add; nothing where it was not measured."""
     if not results.cases:
         return []
-    parts = ["### Short rows: packing, and the loss on completions", "", SHORT, ""]
-    parts += ["| shape | method | system | tokens/s | targets/s | spread | padding where padded | allocated | to PEFT, "
-              "plain loop | compile | losses |", "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for key, found in results.cases.items():
-        shape, method, name = key
-        head = f"| {shape}, {found.lines[0].get('rows', '?')} rows | {method} | {REAL_SYSTEMS[name].label} |"
-        if not found.done:
-            parts.append(f"{head} not measured: {cell(found.reason)} |" + " |" * 7)
+    parts = ["### Short rows: packing, and the loss on completions", "", SHORT]
+    for shape in results.shapes:
+        keys = [key for key in results.cases if key[0] == shape]
+        if not keys:
             continue
-        peft, size = results.get(shape, method, "real-peft"), found.gib("peak_allocated")
-        cells = [
-            f"{found.speed:,.0f}" + ("" if valid(results, key) else " (losses differ)"),
-            f"{found.median('targets_per_second'):,.0f}",
-            f"{100 * found.spread:.1f}% of {len(found.done)}" if found.spread is not None else "one run",
-            f"{100 * found.done[0]['padding_share']:.0f}%",
-            f"{size:.1f} GiB" if size is not None else "-",
-            f"{found.speed / peft.speed:.2f}" if peft is not None else "-",
-            f"{max(line['compile_seconds'] for line in found.done):.0f} s"
-            + ("" if all(line["settled"] for line in found.done) else ", not ended"),
-            "other targets" if name.endswith("-all") else losses(results, key),
+        rows = "/".join(dict.fromkeys(str(line.get("rows", "?")) for key in keys for line in results.cases[key].lines))
+        parts += [
+            "",
+            f"{shape}, {rows} rows a step:",
+            "",
+            "| method | system | tokens/s | targets/s | spread | padding where padded | allocated | reserved "
+            "| to every token a target, padded | to PEFT, plain loop | compile | losses |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
-        parts.append(f"{head} {' | '.join(cells)} |")
+        for key in keys:
+            found = results.cases[key]
+            cells = short_row(results, key, found) if found.done else [f"not measured: {cell(found.reason)}", *[""] * 9]
+            parts.append(f"| {key[1]} | {REAL_SYSTEMS[key[2]].label} | {' | '.join(cells)} |")
     return [*parts, ""]
+
+
+def short_row(results: Results, key: tuple[str, str, str], found: Measured) -> list[str]:
+    shape, method, name = key
+    others = [results.get(shape, method, other) for other in ("real-ours-padded-all", "real-peft")]
+    return [
+        f"{found.speed:,.0f}" + ("" if valid(results, key) else " (losses differ)"),
+        f"{found.median('targets_per_second'):,.0f}",
+        f"{100 * found.spread:.1f}% of {len(found.done)}" if found.spread is not None else "one run",
+        f"{100 * found.done[0]['padding_share']:.0f}%",
+        *memory(found),
+        *(f"{found.speed / other.speed:.2f}" if other is not None else "-" for other in others),
+        compiling(found),
+        "other targets" if name.endswith("-all") else losses(results, key),
+    ]
+
+
+def memory(found: Measured) -> list[str]:
+    """Allocated and reserved; where the device does not tell, what the process took."""
+    sizes = [found.gib("peak_allocated"), found.gib("peak_reserved")]
+    if sizes == [None, None]:
+        resident = found.gib("peak_resident")
+        return ["-", f"{resident:.2f} GiB resident" if resident is not None else "-"]
+    return [f"{size:.1f} GiB" if size is not None else "-" for size in sizes]
+
+
+def compiling(found: Measured) -> str:
+    seconds = max(line["compile_seconds"] for line in found.done)
+    return f"{seconds:.0f} s" + ("" if all(line["settled"] for line in found.done) else ", not ended")
 
 
 def losses(results: Results, key: tuple[str, str, str]) -> str:

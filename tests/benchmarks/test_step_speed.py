@@ -137,6 +137,15 @@ def test_lengths_are_those_of_the_distribution() -> None:
     assert all(row.prompt_length == 0 for row in rows_like_e2e(10, 512, all_targets=True))
 
 
+def test_prompts_are_cut_where_the_base_has_no_room_and_completions_are_not() -> None:
+    whole = rows_like_e2e(4000, 512, all_targets=False)
+    rows = rows_like_e2e(4000, 512, all_targets=False, longest=108)
+    assert max(len(row.input_ids) for row in whole) > 108 == max(len(row.input_ids) for row in rows)
+    assert [row.target_tokens for row in rows] == [row.target_tokens for row in whole]
+    line = measure(Case("tiny gpt2", "prompt", "real-ours-packed"), "cpu", 5, 5, rows=8)
+    assert line["tokens_per_second"] > 0
+
+
 def test_ours_and_peft_train_alike_on_padded_rows_and_only_rows_are_counted() -> None:
     ours = measure(Case("tiny llama", "lora", "real-ours-padded"), "cpu", 5, 5, rows=8)
     theirs = measure(Case("tiny llama", "lora", "real-peft"), "cpu", 5, 5, rows=8)
@@ -327,10 +336,15 @@ def test_what_failed_stands_in_the_table() -> None:
 
 def test_short_rows_have_a_table_of_their_own() -> None:
     fields = {"targets_per_second": 40.0, "padding_share": 0.25}
-    lines = [a_line(), a_line(200.0, system="real-peft", **fields), a_line(700.0, system="real-ours-packed", **fields)]
+    speeds = {"real-peft": 200.0, "real-ours-padded-all": 350.0, "real-ours-packed": 700.0}
+    lines = [a_line(), *(a_line(speed, system=system, **fields) for system, speed in speeds.items())]
+    lines.append(a_line(50.0, shape="tiny llama", system="real-ours-packed", **fields))
     text = page(lines)
-    head = "| tiny gpt2, 2 rows | lora | spectune, packed, loss on completions"
-    assert f"{head} | 700 | 40 | one run | 25% | - | 3.50 | 1 s | 0% |" in text
+    first, second = text.index("tiny gpt2, 2 rows a step:"), text.index("tiny llama, 2 rows a step:")
+    memory, name = "- | 1.00 GiB resident", "spectune, packed, loss on completions"
+    row = f"| lora | {name} | 700 | 40 | one run | 25% | {memory} | 2.00 | 3.50 | 1 s | 0% |"
+    assert first < text.index(row) < second
+    assert f"| 50 | 40 | one run | 25% | {memory} | - | - | 1 s | reference |" in text[second:]
     assert text.count("### ") == 2
 
 

@@ -19,12 +19,15 @@ class Spans:
     Attributes:
         lengths: of each.
         longest: of any.
+        most: no shorter than the longest: the next power of two, at least 16. Compiled code is made for each number
+            that it meets, and the longest document is another one in every batch.
         bounds: where each begins and the last one ends, int32 `[stretches + 1]`.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.lengths = tuple(lengths)
         self.longest = max(self.lengths)
+        self.most = max(16, 1 << (self.longest - 1).bit_length())
         ends = torch.tensor([0, *self.lengths]).cumsum(0)
         self.bounds = ends.to(torch.int32).to(device, non_blocking=True)
 
@@ -90,6 +93,12 @@ class Pack:
     def spans(self) -> Spans:
         """The documents of all packs in a row, padding too."""
         return Spans(self._spans, self.device)
+
+    def prepare(self, lead: int = 0) -> None:
+        """Make what the kernel needs, with `lead` keys before each document, now: not in a compiled block."""
+        if self.kernel is not None:
+            _ = self.with_lead(lead) if lead else None
+            _ = self.spans
 
     def with_lead(self, count: int) -> tuple[Tensor, Spans]:
         """For `count` keys that stand before each document's own: indices, int64, into those keys followed by all

@@ -8,7 +8,6 @@ sdp_utils and `CausalBias._dispatch` in torch/nn/attention/bias.py).
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -60,25 +59,25 @@ def flash_by_document(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    known = _arguments()
     settings: dict[str, Any] = {}
     if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in known:  # torch 2.11 has not
+        if _groups_heads():  # torch 2.11 does not
             settings["enable_gqa"] = True
         else:
             key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
     # flash counts the tokens before the query's own
     settings["window_size"] = (-1 if window is None else window - 1, 0)
-    ends = queries.bounds, keys.bounds, queries.longest, keys.longest
+    ends = queries.bounds, keys.bounds, queries.most, keys.most
     found = varlen_attn(query, key, value, *ends, scale=scale, **settings)
     return found if isinstance(found, Tensor) else found[0]
 
 
-@functools.cache
-def _arguments() -> frozenset[str]:
+# a signature is nothing that a compiled block could look at
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _groups_heads() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
-    return frozenset(inspect.signature(varlen_attn).parameters)
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def loop_by_document(

@@ -68,6 +68,7 @@ def enter(site: DecoderSite, call: dict[str, Any], rows: Rows, prompt: Tensor | 
             call["position_ids"] = pack.positions
     # all ones: whatever a model makes of its mask or its positions by itself, what our mask function says is added
     call["attention_mask"] = torch.ones(pack.documents.shape, dtype=torch.int64, device=pack.device)
+    pack.prepare(shift if prompt is None else 0)
     rows.pack, rows.length = pack, pack.width
     registry.lay(rows)
     return moved

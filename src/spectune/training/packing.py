@@ -93,7 +93,9 @@ def decide(model: PreTrainedModel, delta: Delta, examples: Sequence[Example], co
         return Packing()
     saved = share_saved(lengths, config, virtual_in_sequence(delta))
     reason = None
-    for kernel in kernels(model):
+    # a loop over documents is another graph for each batch
+    taken = [k for k in kernels(model) if not (k is loop_by_document and config.torch_compile is True)]
+    for kernel in taken:
         with route(model, delta.name):
             reason = why_not_packed(model, kernel)
             serves = reason is None and (kernel is None or kernel_serves(model, kernel))
