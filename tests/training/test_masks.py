@@ -1,4 +1,4 @@
-"""Masks in training's batches: none where padding stands on the right of a causal model's rows; what needs one has it."""
+"""Masks in training: none where padding stands on the right of a causal model's rows; what needs one has it."""
 
 from __future__ import annotations
 

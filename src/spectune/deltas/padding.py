@@ -60,8 +60,8 @@ def why_padding_is_told(model: PreTrainedModel) -> str | None:
     if off <= min(size * TOLERANCE.get(model.dtype, TOLERANCE_16_BITS), effect * _SHARE_OF_EFFECT):
         return None
     return (
-        f"real tokens' logits change by {off / size:.2g} of the largest where padding after them is not masked (another "
-        f"text before them makes {effect / size:.2g})"
+        f"real tokens' logits change by {off / size:.2g} of the largest where padding after them is not masked "
+        f"(another text before them makes {effect / size:.2g})"
     )
 
 

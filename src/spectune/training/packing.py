@@ -71,7 +71,7 @@ class Packing:
         return [list(world.share(batch)) for batch in found]
 
     def collate(self, packs: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:
-        """A batch, packed or padded, with no mask where none is needed: it would keep attention from its fast kernels."""
+        """A batch, packed or padded; without a mask where none is needed (it keeps attention from fast kernels)."""
         if self.on:
             return collate_packs(packs, pad_token_id)
         batch = collate([example for pack in packs for example in pack], pad_token_id)
