@@ -37,7 +37,7 @@ class GroupNarrowProducts(CustomGraphPass):
         while (rewrite := _next(graph)) is not None:
             rewrite()
             stable_topological_sort(graph)
-        graph.eliminate_dead_code()
+            graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,))
