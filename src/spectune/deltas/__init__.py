@@ -6,6 +6,7 @@ from spectune.deltas.merge import merge
 from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, Setting, Site
 from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule
 from spectune.deltas.packs import kernel_serves, packed, packing, why_not_packed
+from spectune.deltas.padding import why_padding_is_told
 from spectune.deltas.probe import cached_values, capture_keys_and_values
 from spectune.deltas.registry import Registry
 from spectune.deltas.routing import route
@@ -34,4 +35,5 @@ __all__ = [
     "packing",
     "route",
     "why_not_packed",
+    "why_padding_is_told",
 ]

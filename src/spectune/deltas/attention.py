@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from spectune.compute.masks import widen_mask
-from spectune.deltas import packed_pass
+from spectune.deltas import leading_keys, packed_pass
 from spectune.deltas.modules import AttentionModule
 from spectune.deltas.sites import get
 from spectune.errors import ConfigError
@@ -41,7 +41,8 @@ class _Now:
 
     Attributes:
         pack: the documents of a packed batch.
-        causal_flag: SDPA may be told that attention is causal, instead of given a mask: no keys stand in front.
+        causal_flag: SDPA may be told that attention is causal, instead of given a mask that hides nothing else: what
+            stands in front of the keys is the same for all rows.
     """
 
     pack: Pack | None = None
@@ -114,6 +115,10 @@ def _with_prefix(
                     registry.kernel_calls.add(id(module))
                 return found
             attention_mask = pack.mask(kwargs.get("sliding_window"))
+        if attention_mask is None and attend is sdpa_attention_forward and not registry.current.mixed:
+            one = get(module, registry.current.name)
+            if isinstance(one, AttentionModule) and leading_keys.fits(module, query, key, one.slides, kwargs):
+                return leading_keys.attend(attend, module, query, key, value, one(), kwargs)
         key, value, attention_mask = _put_before(module, registry, query, key, value, attention_mask, kwargs)
     result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
     return result
@@ -205,7 +210,7 @@ def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         if now.pack.kernel is not None and packed_pass.is_plain(kwargs):
             return None  # attention sees to it
         return packed_pass.mask_of(sdpa_mask, now.pack, kwargs)
-    if not now.causal_flag:  # a real mask: SDPA's causal flag is aligned to the top left
+    if not now.causal_flag:  # a real mask: prefixes of different lengths are hidden in it
         kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask

@@ -127,7 +127,7 @@ class DecoderSite:
         if rows is not None:
             before = lead.length if first else 0
             rows.length, rows.lead, rows.seen, rows.padding = length + before, before, seen_text, _padding(mask)
-        registry.lay(rows)
+        registry.lay(rows, static_cache=bool(getattr(cache, "is_compileable", False)))
         if rows is None or not max(lead.shifts):
             return None
         self._check_mask(mask, seen_text, length, lead.length)

@@ -14,14 +14,12 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 from spectune.compute.packs import Pack
 from spectune.compute.varlen import flash_by_document, flash_takes
+from spectune.deltas.leading_keys import BEYOND_KERNELS
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
     from spectune.deltas.decoder import DecoderSite
     from spectune.deltas.rows import Rows
-
-#: arguments of attention functions that no kernel for documents knows; where one is set, a mask is used
-_BEYOND_KERNELS = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
 def enter(site: DecoderSite, call: dict[str, Any], rows: Rows, prompt: Tensor | None, shift: int) -> Tensor | None:
@@ -119,7 +117,7 @@ def attend(
     if (
         pack.kernel is None
         or settings.get("dropout")
-        or any(settings.get(name) is not None for name in _BEYOND_KERNELS)
+        or any(settings.get(name) is not None for name in BEYOND_KERNELS)
         # a window would move past the prefix, which is seen from everywhere
         or (prefix is not None and window is not None)
         or (pack.kernel is flash_by_document and not flash_takes(query, key, value))

@@ -20,8 +20,8 @@ from spectune.errors import ConfigError, first_line
 from spectune.families import token_embedding
 
 #: how far logits of a document in a pack may be from its own, as a share of the largest
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_TOLERANCE_16_BITS = 4e-2
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+TOLERANCE_16_BITS = 4e-2
 #: and of what it would be if it saw the documents before it
 _SHARE_OF_LEAK = 0.2
 #: tokens of the documents of the probe; the first two change places with the last two
@@ -103,7 +103,7 @@ def why_not_packed(model: PreTrainedModel, kernel: Kernel | None = None) -> str 
     size = max(float(logits.abs().max()) for logits in alone)
     off = max(float((a - b).abs().max()) for a, b in pairs)
     leak = float((leaking - alone[1]).abs().max())
-    allowed = min(size * _TOLERANCE.get(model.dtype, _TOLERANCE_16_BITS), leak * _SHARE_OF_LEAK)
+    allowed = min(size * TOLERANCE.get(model.dtype, TOLERANCE_16_BITS), leak * _SHARE_OF_LEAK)
     if off <= allowed:
         return None
     return (

@@ -106,16 +106,19 @@ class Registry:
         """The most virtual tokens of any row's delta under the current route."""
         return max(0 if name is None else self.deltas[name].method.virtual_tokens for name in self.current.names)
 
-    def lay(self, rows: Rows | None) -> None:
-        """Note how the current route lies over the batch of the forward pass that begins."""
+    def lay(self, rows: Rows | None, *, static_cache: bool = False) -> None:
+        """Note how the current route lies over the batch of the forward pass that begins.
+
+        Args:
+            static_cache: keys come with places that are not filled yet.
+        """
         self._rows = rows
         attention.now.pack = None if rows is None else rows.pack
-        # SDPA's causal flag is aligned to the top left: wrong once keys stand in front
-        attention.now.causal_flag = self._only_packing
+        attention.now.causal_flag = self._only_packing or not (self.current.mixed or static_cache)
 
     def left(self) -> None:
-        """The forward pass is over: another model's masks are not of its documents."""
-        attention.now.pack = None
+        """The forward pass is over: another model's masks are not of its documents, nor of its route."""
+        attention.now.pack, attention.now.causal_flag = None, False
 
     @property
     def pack(self) -> Pack | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from spectune.compute.magnitude import scale_features
 from spectune.deltas import Delta, OutputModule, Setting, Site
 from spectune.errors import ConfigError
 from spectune.families import Family, dense_weight
@@ -39,16 +40,14 @@ class DoRALayer(OutputModule):
         self._host = [host]  # in a list: it is the model's child, not this module's
 
     def row_norms(self) -> Tensor:
-        """`||W0 + s B A||`, `[out_features]`, float32."""
-        norms: Tensor = torch.linalg.vector_norm(self._weight(), dim=1)
+        """`||W0 + s B A||`, `[out_features]`, float32, constant in the gradient."""
+        with torch.no_grad():
+            norms: Tensor = torch.linalg.vector_norm(self._weight(), dim=1)
         return norms
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        ratio = (self.magnitude / self.row_norms().detach()).to(y.dtype)
-        bias = getattr(self._host[0], "bias", None)
-        direction = y if bias is None else y - bias
-        out: Tensor = y + (ratio - 1) * direction + ratio * self.lora(x, torch.zeros_like(y))
-        return out
+        ratio = self.magnitude / self.row_norms()
+        return scale_features(y, self.lora.change(x), ratio, getattr(self._host[0], "bias", None))
 
     def merge_into(self, module: nn.Module) -> None:
         weight = module.weight

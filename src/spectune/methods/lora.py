@@ -44,9 +44,13 @@ class LoRALayer(OutputModule):
         self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        # scaled on the small side: what is as wide as `y` is then one product and one sum
+        return y + self.change(x)
+
+    def change(self, x: Tensor) -> Tensor:
+        """`scale * B A dropout(x)`, in the dtype of `x`."""
+        # scaled on the small side: what is as wide as the output is then one product and one sum
         low = F.linear(self.dropout(x), (self.lora_A * self.scale).to(x.dtype))
-        return y + F.linear(low, self.lora_B.to(x.dtype))
+        return F.linear(low, self.lora_B.to(x.dtype))
 
     def merge_into(self, module: nn.Module) -> None:
         weight = module.weight

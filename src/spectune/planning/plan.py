@@ -46,6 +46,7 @@ def plan(
     eval_batch: int | None = None,
     eval_length: int | None = None,
     eval_targets: int | None = None,
+    eval_padded: bool | None = None,
 ) -> Estimate:
     """Bytes of one training step by term, and its peak. No weights are read or made, and no device is needed.
 
@@ -64,7 +65,7 @@ def plan(
         all_targets: those of all rows; None is as many in each row.
         padded: some rows are shorter than others, so that attention has a mask.
         eval_batch: rows of a validation batch; None leaves validation out.
-        eval_length, eval_targets: of its rows; None is as in training.
+        eval_length, eval_targets, eval_padded: of its rows; None is as in training.
 
     Raises:
         ConfigError: a setting is wrong, the base has no room for that length, the method cannot act on this base, or
@@ -108,6 +109,7 @@ def _plan(
     eval_batch: int | None,
     eval_length: int | None,
     eval_targets: int | None,
+    eval_padded: bool | None,
 ) -> Estimate:
     """`plan`, with recomputation decided."""
     if batch < 1 or length < 2:
@@ -141,7 +143,8 @@ def _plan(
             return None
         longest = tokens if eval_length is None else min(eval_length, tokens)
         each = min(longest - 1, eval_targets or round(share * (longest - 1)))
-        return planner.validation(Shape(eval_batch, longest, each, eval_batch * each, padded))
+        masked = padded if eval_padded is None else eval_padded
+        return planner.validation(Shape(eval_batch, longest, each, eval_batch * each, masked))
 
     def peaks(rows: int, tokens: int) -> tuple[int, int]:
         return planner.peak(shape(rows, tokens)), judged(tokens) or 0

@@ -135,6 +135,9 @@ def _settings(memory_budget: float) -> Iterator[None]:
     """
     import torch._dynamo as dynamo
     import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
+    from spectune.compute.narrow_products import GroupNarrowProducts
 
     with (
         dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS),
@@ -144,5 +147,6 @@ def _settings(memory_budget: float) -> Iterator[None]:
             ban_recompute_long_fusible_chains=False,
             activation_memory_budget=memory_budget,
         ),
+        inductor.patch(post_grad_custom_pre_pass=GroupNarrowProducts()),
     ):
         yield

@@ -174,8 +174,6 @@ class Loop:
         batch = self.packing.collate([[self.train_examples[i] for i in pack] for pack in packs], self.pad_token_id)
         # made here, where asking costs nothing: on the device it would wait for what runs there
         batch["positions"] = target_positions(batch["labels"])
-        if "attention_mask" in batch and bool(batch["attention_mask"].all()):
-            del batch["attention_mask"]  # one that hides nothing keeps attention from its fast kernels
         return batch
 
     def backward(self, batch: Mapping[str, Tensor] | None, targets: int) -> Tensor:

@@ -78,20 +78,20 @@ def predict_memory(
         steps = [
             [shape_of(packs, how) for packs in step] for step in _first_steps(prepared.examples, config, world, how)
         ]
+
+        def predicted(mode: Recomputation) -> Predicted:
+            return _predicted(model, delta, prepared, config, first, steps, mode, masked=not how.untold)
+
         if free is None:
-            return _predicted(model, delta, prepared, config, first, steps, possible[0])
-        found = cheapest_that_fits(
-            possible,
-            lambda mode: _predicted(model, delta, prepared, config, first, steps, mode),
-            lambda predicted: _fits_well(predicted, room),
-        )
+            return predicted(possible[0])
+        found = cheapest_that_fits(possible, predicted, lambda made: _fits_well(made, room))
     except Exception as error:
         log.warning("the memory of this run is not predicted: %s: %s", type(error).__name__, first_line(error))
         return Predicted(source="none", checkpointing=possible[0])
     if found.checkpointing == possible[0]:
         return found
     assert found.estimate is not None
-    plain = _predicted(model, delta, prepared, config, first, steps, possible[0]).estimate
+    plain = predicted(possible[0]).estimate
     assert plain is not None
     notice = (
         f"gradient checkpointing: {WORDS[found.checkpointing]}: predicted {shown(found.estimate.peak_reserved)}, where "
@@ -157,7 +157,10 @@ def _predicted(
     first: Shape,
     steps: list[list[Shape]],
     mode: Recomputation,
+    *,
+    masked: bool,
 ) -> Predicted:
+    """`masked`: rows that are padded in training have an attention mask; in validation they always do."""
     asked: dict[str, Any] = {
         "batch": first.rows,
         "length": first.length,
@@ -167,7 +170,8 @@ def _predicted(
         "device": model.device.type,
         "targets": first.targets,
         "all_targets": first.all_targets,
-        "padded": first.padded,
+        "padded": first.padded and masked,
+        "eval_padded": first.padded,
     }
     if prepared.valid:
         judged = shape_of([[row] for row in prepared.valid])
@@ -213,11 +217,13 @@ def _first_steps(
 
 
 def shape_of(packs: Sequence[Sequence[Example]], packing: Packing | None = None) -> Shape:
-    """Of a batch of these packs of rows; without `packing`, of one row each."""
+    """Of a batch of these packs of rows; without `packing`, of one row each, with a mask where it is padded."""
     rows = [[len(row.input_ids) for row in pack] for pack in packs]
     lengths = [sum(pack) for pack in rows]
     targets = [sum(row.target_tokens for row in pack) for pack in packs]
-    found = Shape(len(packs), max(lengths), max(targets), sum(targets), padded=min(lengths) < max(lengths))
+    told = packing is None or not packing.untold
+    padded = told and min(lengths) < max(lengths)
+    found = Shape(len(packs), max(lengths), max(targets), sum(targets), padded=padded)
     if packing is None or not packing.on:
         return found
     return replace(found, documents=tuple(map(tuple, rows)), kernel=packing.kernel)

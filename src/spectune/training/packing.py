@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,21 @@ from transformers import PreTrainedModel
 from spectune.compute.packs import Kernel
 from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_document
 from spectune.data import Example, batches, by_length, collate, collate_packs, pack_step, places
-from spectune.deltas import Delta, InputSite, kernel_serves, packed, packing, route, why_not_packed
+from spectune.deltas import (
+    Delta,
+    InputSite,
+    kernel_serves,
+    packed,
+    packing,
+    route,
+    why_not_packed,
+    why_padding_is_told,
+)
 from spectune.errors import ConfigError
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
+
+log = logging.getLogger("spectune")
 
 #: `packing="auto"` packs where that leaves out so much of the tokens that are computed: below it, a step's time changes
 #: by less than it does from run to run, and each batch's shape would be another for it
@@ -32,12 +44,14 @@ class Packing:
         on: rows share sequences.
         kernel: attention for packs; None uses masks.
         virtual: virtual tokens that stand in the sequence before each row.
+        untold: padding needs no mask: it stands on the right, and the model is causal throughout.
         notice: a line for the user; None where there is nothing to say.
     """
 
     on: bool = False
     kernel: Kernel | None = None
     virtual: int = 0
+    untold: bool = False
     notice: str | None = None
 
     def of_step(
@@ -57,10 +71,13 @@ class Packing:
         return [list(world.share(batch)) for batch in found]
 
     def collate(self, packs: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:
-        """A batch, packed or padded."""
+        """A batch, packed or padded; without a mask where none is needed (it keeps attention from fast kernels)."""
         if self.on:
             return collate_packs(packs, pad_token_id)
-        return collate([example for pack in packs for example in pack], pad_token_id)
+        batch = collate([example for pack in packs for example in pack], pad_token_id)
+        if self.untold or bool(batch["attention_mask"].all()):
+            del batch["attention_mask"]
+        return batch
 
     @contextlib.contextmanager
     def listening(self, model: PreTrainedModel) -> Iterator[None]:
@@ -86,11 +103,9 @@ def decide(model: PreTrainedModel, delta: Delta, examples: Sequence[Example], co
     Raises:
         ConfigError: `packing` is True, and the model cannot keep documents apart.
     """
-    if config.packing is False:
-        return Packing()
     lengths = [len(example.input_ids) for example in examples]
-    if config.packing == "auto" and share_saved(lengths, config) < WORTH:
-        return Packing()
+    if config.packing is False or (config.packing == "auto" and share_saved(lengths, config) < WORTH):
+        return _padded(model, delta, lengths)
     saved = share_saved(lengths, config, virtual_in_sequence(delta))
     reason = None
     # a loop over documents is another graph for each batch
@@ -100,12 +115,22 @@ def decide(model: PreTrainedModel, delta: Delta, examples: Sequence[Example], co
             reason = why_not_packed(model, kernel)
             serves = reason is None and (kernel is None or kernel_serves(model, kernel))
         if serves:
-            return Packing(True, kernel, virtual_in_sequence(delta), _said(saved, kernel))
+            return Packing(True, kernel, virtual_in_sequence(delta), notice=_said(saved, kernel))
     if config.packing is True:
         raise ConfigError(f"packing is refused: {reason}. Leave it out (packing=false), or to spectune (packing=auto).")
-    return Packing(
-        notice=f"note: rows are padded, not packed, which computes {saved:.0%} more tokens than need be: {reason}"
-    )
+    notice = f"note: rows are padded, not packed, which computes {saved:.0%} more tokens than need be: {reason}"
+    return _padded(model, delta, lengths, notice)
+
+
+def _padded(model: PreTrainedModel, delta: Delta, lengths: Sequence[int], notice: str | None = None) -> Packing:
+    """Rows apart, padded. Whether padding is told decides about the speed alone, so only the log hears of it."""
+    if len(set(lengths)) == 1:
+        return Packing(notice=notice)
+    with route(model, delta.name):
+        reason = why_padding_is_told(model)
+    if reason is not None:
+        log.info("batches that are padded have an attention mask: %s", reason)
+    return Packing(untold=reason is None, notice=notice)
 
 
 def kernels(model: PreTrainedModel) -> list[Kernel | None]:

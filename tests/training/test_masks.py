@@ -1,0 +1,109 @@
+"""Masks in training: none where padding stands on the right of a causal model's rows; what needs one has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from spectune.deltas import Method, attached
+from spectune.methods import BitFit, FullFineTuning, LoRA, PrefixTuning, PromptTuning
+from spectune.training import RunResult, TrainingConfig, train
+from spectune.training import loop as loop_module
+from spectune.training import packing as packing_module
+from spectune.training.memory import shape_of
+from spectune.training.packing import Packing, decide
+from tests.support import make_model, make_rows, make_tokenizer
+
+METHODS: list[Method] = [
+    LoRA(r=2),
+    BitFit(),
+    FullFineTuning(),
+    PrefixTuning(num_virtual_tokens=4),
+    PromptTuning(num_virtual_tokens=4),
+]
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each training batch, whether it has a mask."""
+    seen: list[bool] = []
+    real = loop_module.labelled_loss_sum
+
+    def watched(model: Any, batch: Mapping[str, Tensor], **named: Any) -> Any:
+        seen.append("attention_mask" in batch)
+        return real(model, batch, **named)
+
+    monkeypatch.setattr(loop_module, "labelled_loss_sum", watched)
+    return seen
+
+
+def run(
+    method: Method, base: PreTrainedModel | None = None, rows: Any = None, **changes: Any
+) -> tuple[RunResult, dict[str, Tensor]]:
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-3} | changes
+    model = base or make_model()
+    given = make_rows() if rows is None else rows
+    result = train(model, make_tokenizer(), method, given, make_rows(6), TrainingConfig(packing=False, **settings))
+    return result, {name: t.clone() for name, t in attached(model)["default"].training_state_dict().items()}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_a_run_without_masks_is_the_one_with(
+    method: Method, masks: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untold, ours = run(method)
+    assert masks
+    assert not any(masks)
+    masks.clear()
+    monkeypatch.setattr(packing_module, "why_padding_is_told", lambda model: "the test says so")
+    told, theirs = run(method)
+    assert all(masks)
+    assert untold.train_loss == pytest.approx(told.train_loss, rel=1e-5)
+    assert untold.valid_loss == pytest.approx(told.valid_loss, rel=1e-4)
+    # Adam divides by the gradient's size: where that is rounding alone, so is the step
+    apart = [((ours[name] - tensor).abs() > 2e-5).float().mean().item() for name, tensor in theirs.items()]
+    assert max(apart) < 0.02
+
+
+def test_experts_are_told(masks: list[bool]) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    run(LoRA(r=2), MixtralForCausalLM(config))
+    assert all(masks)
+
+
+def test_rows_of_one_length_need_no_probe(masks: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: Any) -> str:
+        raise AssertionError("there is no padding")
+
+    monkeypatch.setattr(packing_module, "why_padding_is_told", refuse)
+    run(LoRA(r=2), rows=make_rows()[:1] * 8)
+    assert not any(masks)
+
+
+def test_a_plan_has_the_masks_that_the_run_has() -> None:
+    from spectune.data import encode, load_rows
+
+    examples = encode(load_rows(make_rows()), make_tokenizer(), max_length=64).examples
+    packs = [[example] for example in examples]
+    assert shape_of(packs).padded
+    assert not shape_of(packs, Packing(untold=True)).padded
+
+
+def test_what_was_decided_is_the_same_again() -> None:
+    from spectune.data import encode, load_rows
+    from spectune.storage import attach
+
+    model = make_model()
+    delta = attach(model, PromptTuning(num_virtual_tokens=4))
+    examples = encode(load_rows(make_rows()), make_tokenizer(), max_length=64).examples
+    config = TrainingConfig(packing=False)
+    assert decide(model, delta, examples, config) == decide(model, delta, examples, config) == Packing(untold=True)
