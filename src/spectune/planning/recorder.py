@@ -105,10 +105,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._true[result.untyped_storage()._cdata] = not self.shape.padded
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                self.see(leaf)
         return result
 
-    def _see(self, tensor: Tensor) -> None:
+    def see(self, tensor: Tensor, label: str | None = None) -> None:
+        """Note a tensor's memory, if it is not known yet, under that label or the one of the moment."""
         if tensor.device.type != "meta":
             return
         storage = tensor.untyped_storage()
@@ -117,7 +118,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         number = len(self.record.sizes)
         self.record.sizes.append(storage.nbytes())
-        self.record.labels.append(self._label_now())
+        self.record.labels.append(label or self._label_now())
         self.record.events.append(number)
         self._numbers[key] = number
         self._watched[key] = weakref.ref(storage, self._when_freed(key))
