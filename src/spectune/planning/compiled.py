@@ -20,29 +20,36 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from spectune.compute.compiler import block_of, compiler_settings
 from spectune.planning.fusion import Buffer, Schedule, Source, schedule
-from spectune.planning.kernels import scratch_of
+from spectune.planning.kernels import attend_as, scratch_of
 
 if TYPE_CHECKING:
     from spectune.planning.recorder import Recorder
 
 
 class CompiledBlocks:
-    """The compiled blocks of a model on the meta device. `recorder` is told of what they make while it is set.
-
-    Raises (when a block is called): whatever the compiler raises of a block that it cannot trace.
-    """
+    """The compiled blocks of a model on the meta device. Outside of `running`, and without gradients, they run as they
+    are. A block that the compiler cannot trace as a whole raises `torch._dynamo.exc.TorchDynamoException`."""
 
     def __init__(self, layers: Sequence[nn.Module], memory_budget: float) -> None:
+        #: told of what blocks make
         self.recorder: Recorder | None = None
         self.memory_budget = memory_budget
         self._run: Callable[..., Any] | None = None
+        # which kernel attention takes is asked of this machine: not to be traced
+        torch.compiler.allow_in_graph(attend_as)
         for layer in layers:
             layer.__dict__["_compiled_call_impl"] = self._calls(layer)
 
-    def begin(self, recorder: Recorder) -> None:
-        """A batch of another shape comes: graphs are made of it alone."""
+    @contextlib.contextmanager
+    def running(self, recorder: Recorder) -> Iterator[None]:
+        """Inside, layers run compiled, for one shape of a batch, and the recorder is told."""
+        # a graph that breaks would leave tensors between its parts that nobody tells of
+        self._run = torch.compile(block_of(), backend=_backend(self), dynamic=False, fullgraph=True)
         self.recorder = recorder
-        self._run = torch.compile(block_of(), backend=_backend(self), dynamic=False)
+        try:
+            yield
+        finally:
+            self.recorder = self._run = None
 
     def _calls(self, layer: nn.Module) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -53,6 +60,13 @@ class CompiledBlocks:
                 return self._run(layer, args, kwargs)
 
         return call
+
+
+def is_of_the_compiler(error: Exception) -> bool:
+    """Whether the compiler raised it of a block that it cannot trace."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
 
 
 @contextlib.contextmanager

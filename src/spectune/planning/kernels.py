@@ -34,7 +34,7 @@ def kernels_of(device_type: str) -> Iterator[None]:
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if query.device.type != "meta":
             return attention(query, *args, **kwargs)
-        return _attend(device_type, query, *args, **kwargs)
+        return attend_as(device_type, query, *args, **kwargs)
 
     def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         fused = device_type == "cuda" and training and 0 < p < 1 and input.device.type == "meta"
@@ -52,8 +52,7 @@ def kernels_of(device_type: str) -> Iterator[None]:
         F.scaled_dot_product_attention, F.dropout = attention, dropout
 
 
-@torch.compiler.allow_in_graph
-def _attend(
+def attend_as(
     device_type: str,
     query: Tensor,
     key: Tensor,
@@ -64,6 +63,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """`scaled_dot_product_attention` of meta tensors as the kernel that the device takes keeps it."""
     kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p)
     if kernel == "math":
         found: Tensor = torch.ops.aten._scaled_dot_product_attention_math(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.deltas import Method
 from spectune.deltas.checkpointing import Recomputation
+from spectune.errors import first_line
 from spectune.planning.allocator import Block, CachingAllocator
+from spectune.planning.compiled import is_of_the_compiler
 from spectune.planning.estimate import TERMS, Moment
 from spectune.planning.recorder import Record, Shape
 from spectune.planning.step import Skeleton, record_step, record_validation, skeleton
 from spectune.planning.stepping import Stepping
 from spectune.planning.timeline import NotAlikeError, deepened
+
+log = logging.getLogger("spectune")
 
 #: of cuBLAS, one for each thread that multiplies: forward's and backward's (aten/src/ATen/cuda/CublasHandlePool.cpp)
 CUBLAS_WORKSPACE = 4096 * 8 * 1024
@@ -47,6 +52,7 @@ class Planner:
         device_type: str,
         *,
         checkpointing: Recomputation = False,
+        compiled: bool = False,
         accumulating: bool = False,
         optim: str = "adamw_torch_fused",
         base_precision: str | None = None,
@@ -54,6 +60,7 @@ class Planner:
         self.settings = (base, method, dtype)
         self.base_precision = base_precision
         self.checkpointing = checkpointing
+        self.compiled = compiled
         self.device_type = device_type
         self.accumulating = accumulating
         self.optim = optim
@@ -100,6 +107,15 @@ class Planner:
         except NotAlikeError:
             self._build(shape.length, whole=True)
             return self._run(shape, training, accumulating)
+        except Exception as error:
+            if not self.compiled or not is_of_the_compiler(error):
+                raise
+            log.warning(
+                "the plan is of blocks that are not compiled, which takes more memory: the compiler cannot trace them "
+                "without weights (%s)", first_line(error),
+            )  # fmt: skip
+            self.compiled, self._longest = False, 0
+            return self._record(shape, training=training, accumulating=accumulating)
 
     def _run(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         if training:
@@ -117,7 +133,7 @@ class Planner:
         self.built = skeleton(*self.settings, length, self.base_precision)
         self._longest = 2**62 if whole else length
         self.repeats = [] if whole else self.built.shorten()
-        self.built.recompute(self.checkpointing)
+        self.built.run_layers_as(self.checkpointing, compiled=self.compiled)
 
 
 class _Stays:

@@ -59,9 +59,14 @@ def predict_memory(
     config: TrainingConfig,
     world: World,
     packing: Packing | None = None,
+    *,
+    compiling: bool = False,
 ) -> Predicted:
     """The plan of this run, with the way of recomputation that it is to take. What keeps the planner from describing a
     base is logged, and keeps nobody from training it: nothing is recomputed then, unless the user said so.
+
+    Args:
+        compiling: the run's blocks are compiled.
 
     Raises:
         ConfigError: block inputs are to go to host memory, and the model is not on a CUDA device.
@@ -79,10 +84,10 @@ def predict_memory(
             [shape_of(packs, how) for packs in step] for step in _first_steps(prepared.examples, config, world, how)
         ]
         if free is None:
-            return _predicted(model, delta, prepared, config, first, steps, possible[0])
+            return _predicted(model, delta, prepared, config, first, steps, possible[0], compiling)
         found = cheapest_that_fits(
             possible,
-            lambda mode: _predicted(model, delta, prepared, config, first, steps, mode),
+            lambda mode: _predicted(model, delta, prepared, config, first, steps, mode, compiling),
             lambda predicted: _fits_well(predicted, room),
         )
     except Exception as error:
@@ -91,7 +96,7 @@ def predict_memory(
     if found.checkpointing == possible[0]:
         return found
     assert found.estimate is not None
-    plain = _predicted(model, delta, prepared, config, first, steps, possible[0]).estimate
+    plain = _predicted(model, delta, prepared, config, first, steps, possible[0], compiling).estimate
     assert plain is not None
     notice = (
         f"gradient checkpointing: {WORDS[found.checkpointing]}: predicted {shown(found.estimate.peak_reserved)}, where "
@@ -157,22 +162,28 @@ def _predicted(
     first: Shape,
     steps: list[list[Shape]],
     mode: Recomputation,
+    compiling: bool,
 ) -> Predicted:
     asked: dict[str, Any] = {
         "batch": first.rows,
         "length": first.length,
         "gradient_checkpointing": mode,
+        # on a CPU a run's first steps, which hold its longest batch, are not compiled: tensors are counted in them
+        "torch_compile": compiling and model.device.type != "cpu",
         "optim": config.optim,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "device": model.device.type,
         "targets": first.targets,
         "all_targets": first.all_targets,
+        "columns": first.columns,
         "padded": first.padded,
     }
     if prepared.valid:
         judged = shape_of([[row] for row in prepared.valid])
         asked["eval_batch"] = min(config.per_device_eval_batch_size, judged.rows)
         asked["eval_length"], asked["eval_targets"] = judged.length, judged.targets
+        longest = sorted(prepared.valid, key=lambda row: -len(row.input_ids))[: asked["eval_batch"]]
+        asked["eval_columns"] = shape_of([[row] for row in longest]).columns
     weights = sum(t.numel() * t.element_size() for t in model.parameters())
     key = (type(model), model.config.to_json_string(), str(model.dtype), weights, delta.method, repr((asked, steps)))
     if key not in _predictions:
@@ -217,7 +228,22 @@ def shape_of(packs: Sequence[Sequence[Example]], packing: Packing | None = None)
     rows = [[len(row.input_ids) for row in pack] for pack in packs]
     lengths = [sum(pack) for pack in rows]
     targets = [sum(row.target_tokens for row in pack) for pack in packs]
-    found = Shape(len(packs), max(lengths), max(targets), sum(targets), padded=min(lengths) < max(lengths))
+    found = Shape(
+        len(packs), max(lengths), max(targets), sum(targets), padded=min(lengths) < max(lengths), columns=_columns(packs)
+    )
     if packing is None or not packing.on:
         return found
     return replace(found, documents=tuple(map(tuple, rows)), kernel=packing.kernel)
+
+
+def _columns(packs: Sequence[Sequence[Example]]) -> int:
+    """Places of a batch of such rows, packed one after the other or padded on the right, that predict a target of any
+    row."""
+    found: set[int] = set()
+    for pack in packs:
+        begin = 0
+        for row in pack:
+            length = len(row.input_ids)
+            found.update(range(begin + max(0, length - row.target_tokens - 1), begin + length - 1))
+            begin += length
+    return len(found)

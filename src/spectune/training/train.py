@@ -87,7 +87,9 @@ def train(
             "spectune.load_delta(..., trainable=True), or set requires_grad on its parameters()"
         )
     packing = decide(model, delta, prepared.examples, config)
-    predicted = predict_memory(model, delta, prepared, config, world, packing)
+    total = total_steps(len(prepared.examples), config, world.size)
+    compiling = _compiles(model, delta, prepared, total, config)
+    predicted = predict_memory(model, delta, prepared, config, world, packing, compiling=compiling)
     check_memory(predicted, model, delta, config.memory_check)
     optimizer = make_optimizer(trained, config, prepared.learning_rate, world.size)
     progress, best = Progress(), None
@@ -108,8 +110,6 @@ def train(
         tokenizer,
         prepared.rows,
     )
-    total = total_steps(len(prepared.examples), config, world.size)
-    compiling = _compiles(model, delta, prepared, total, config)
     chosen = {"gradient_checkpointing": predicted.checkpointing, "torch_compile": compiling}
     run.begin(prepared.encoded, {**environment(), **chosen}, origin or {})
     _announce(out, delta, prepared, total, config, packing)
