@@ -27,6 +27,8 @@ log = logging.getLogger("spectune")
 #: of cuBLAS, one for each thread that multiplies: forward's and backward's (aten/src/ATen/cuda/CublasHandlePool.cpp)
 CUBLAS_WORKSPACE = 4096 * 8 * 1024
 CUBLAS_WORKSPACE_BEFORE_HOPPER = (4096 * 2 + 16 * 8) * 1024
+#: records that are kept
+_KEPT = 4
 #: what an optimizer's step has made and not freed, by name and size
 Held = dict[tuple[str, int], list[Block]]
 
@@ -65,6 +67,8 @@ class Planner:
         self.accumulating = accumulating
         self.optim = optim
         self._longest = 0
+        #: the newest records, by what was asked
+        self._known: dict[tuple[Shape, bool, bool], Record] = {}
         self.built: Skeleton
         #: which of the layers that run stand for how many others; empty where all run
         self.repeats: list[tuple[int, int]]
@@ -102,6 +106,15 @@ class Planner:
 
     def _record(self, shape: Shape, *, training: bool = True, accumulating: bool = False) -> Record:
         self._build(shape.length)
+        asked = (shape, training, accumulating)
+        if asked not in self._known:
+            while len(self._known) >= _KEPT:
+                del self._known[next(iter(self._known))]
+            found = self._made(*asked)
+            self._known[asked] = found
+        return self._known[asked]
+
+    def _made(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         try:
             return deepened(self._run(shape, training, accumulating), self.repeats)
         except NotAlikeError:
@@ -115,7 +128,8 @@ class Planner:
                 "without weights (%s)", first_line(error),
             )  # fmt: skip
             self.compiled, self._longest = False, 0
-            return self._record(shape, training=training, accumulating=accumulating)
+            self._build(shape.length)
+            return self._made(shape, training, accumulating)
 
     def _run(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         if training:
@@ -130,6 +144,7 @@ class Planner:
         """Anew where rows are longer than any before: sliding windows may make layers differ then."""
         if length <= self._longest and not whole:
             return
+        self._known.clear()
         self.built = skeleton(*self.settings, length, self.base_precision)
         self._longest = 2**62 if whole else length
         self.repeats = [] if whole else self.built.shorten()

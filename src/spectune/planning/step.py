@@ -22,6 +22,7 @@ from spectune.compute.offload import MetaTransfers
 from spectune.deltas import Delta, Method, packed, packing
 from spectune.deltas.attach import place
 from spectune.deltas.checkpointing import Recomputation, recompute
+from spectune.deltas.registry import Registry
 from spectune.families import Family
 from spectune.planning.compiled import CompiledBlocks
 from spectune.planning.kernels import kernels_of
@@ -102,6 +103,10 @@ class Skeleton:
         for name, value in vars(text).items():  # what a config says of each layer
             if isinstance(value, list) and len(value) == self.depth:
                 setattr(text, name, [value[number] for number in kept])
+        if (registry := Registry.of(self.model)) is not None:  # packed batches are told to the attentions that are left
+            there = dict(self.model.named_modules())
+            left = tuple(layer for layer in self.family.layers if layer.path in there)
+            registry.family = replace(registry.family, layers=left)
         return repeats
 
 

@@ -164,12 +164,14 @@ def _predicted(
     mode: Recomputation,
     compiling: bool,
 ) -> Predicted:
+    on_cpu = model.device.type == "cpu"
     asked: dict[str, Any] = {
         "batch": first.rows,
         "length": first.length,
-        "gradient_checkpointing": mode,
-        # on a CPU a run's first steps, which hold its longest batch, are not compiled: tensors are counted in them
-        "torch_compile": compiling and model.device.type != "cpu",
+        # on a CPU a run's first steps, which hold its longest batch, are not compiled: tensors are counted in them. Nor
+        # does the compiler recompute in them what is left to it
+        "torch_compile": compiling and not on_cpu,
+        "gradient_checkpointing": False if compiling and on_cpu and mode == "selective" else mode,
         "optim": config.optim,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "device": model.device.type,
