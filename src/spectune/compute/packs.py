@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,6 +57,8 @@ class Pack:
         ]
         self.documents = torch.stack(numbers).to(device, non_blocking=True)
         self.positions = torch.stack(positions).to(device, non_blocking=True)
+        #: the documents of all packs in a row, padding too. Made here: compiled blocks ask for it
+        self.spans = Spans(self._spans, device)
         self._masks: dict[int | None, Tensor] = {}
         self._leads: dict[int, tuple[Tensor, Spans]] = {}
 
@@ -85,11 +86,6 @@ class Pack:
     def longest(self) -> int:
         """Tokens of the longest document."""
         return max(max(pack, default=0) for pack in self.lengths)
-
-    @cached_property
-    def spans(self) -> Spans:
-        """The documents of all packs in a row, padding too."""
-        return Spans(self._spans, self.device)
 
     def with_lead(self, count: int) -> tuple[Tensor, Spans]:
         """For `count` keys that stand before each document's own: indices, int64, into those keys followed by all
