@@ -68,6 +68,7 @@ def _ours(what: str, tier: int, *, frozen_only: bool = False, only_on: str | Non
 
 SYSTEMS = {
     "ours-compiled": _ours("compiled", 0),
+    "ours-graphs": _ours("compiled, CUDA graphs", 0, only_on="cuda"),
     "unsloth": System("Unsloth", 0, ("lora",), "cuda"),
     "peft-liger-compiled": System("PEFT + Liger + per-block compile", 0, PEFT_METHODS, "cuda"),
     "ours-checkpointed": _ours("compiled, checkpointed", 1),
@@ -80,6 +81,7 @@ SYSTEMS = {
     "plain": System("plain loop", 2, ("full",)),
     "plain-compiled": System("plain loop + per-block compile", 2, ("full",)),
     "ours-eager": _ours("eager", 3),
+    "ours-eager-graphs": _ours("eager, CUDA graphs", 3, only_on="cuda"),
     "ours-fp8-checkpointed": _ours("compiled, fp8 base, checkpointed", 3, frozen_only=True, only_on="cuda"),
     "ours-8bit": System("spectune, compiled, checkpointed, 8-bit AdamW", 3, ("full",)),
     "ours-in-backward": System("spectune, compiled, checkpointed, AdamW in backward, no clipping", 3, ("full",)),

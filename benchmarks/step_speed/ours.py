@@ -22,6 +22,7 @@ from spectune.training import TrainingConfig
 from spectune.training.checkpoint import Progress
 from spectune.training.checkpointing import recomputing
 from spectune.training.distribution import World
+from spectune.training.graphs import graphed
 from spectune.training.loop import Keeper, Loop
 from spectune.training.optimizer import MasterAdamW
 
@@ -29,6 +30,8 @@ from spectune.training.optimizer import MasterAdamW
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours-eager": {},
     "ours-compiled": {"torch_compile": True},
+    "ours-graphs": {"torch_compile": True, "cuda_graphs": True},
+    "ours-eager-graphs": {"cuda_graphs": True},
     "ours-selective": {"torch_compile": True, "gradient_checkpointing": "selective"},
     "ours-checkpointed": {"torch_compile": True, "gradient_checkpointing": True},
     "ours-offload": {"torch_compile": True, "gradient_checkpointing": "offload"},
@@ -123,6 +126,8 @@ def our_step(
         if prepared.compiling is not None:
             stack.enter_context(prepared.compiling(model, delta.family))
         stack.enter_context(recomputing(model, config.gradient_checkpointing))
+        if config.cuda_graphs is True:
+            stack.enter_context(graphed(model, delta.family, list(delta.parameters()), True))
         yield loop.step
 
 

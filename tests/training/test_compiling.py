@@ -18,7 +18,7 @@ from spectune.deltas import Delta, Method
 from spectune.families import describe
 from spectune.methods import METHODS, BottleneckAdapter, LoRA
 from spectune.storage import attach, detach
-from spectune.training import TrainingConfig, train
+from spectune.training import TrainingConfig, compiling, train
 from spectune.training import loop as loop_module
 from spectune.training.compiling import compiled, worth_compiling
 from tests.support import make_model, make_rows, make_tokenizer
@@ -181,8 +181,17 @@ def test_a_run_is_compiled_where_that_pays() -> None:
     family = describe(llama())
     big = {"tokens": 10**9, "steps": 10**6, "length": 100}
     assert worth_compiling(family, LoRA(), **big, device_type="cuda")
-    assert not worth_compiling(family, LoRA(), **big, device_type="cpu")
+    assert not worth_compiling(family, LoRA(), **big, device_type="mps")
     assert not worth_compiling(family, LoRA(), tokens=10**4, steps=10, length=100, device_type="cuda")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_long_runs_on_a_cpu_need_a_compiler(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_compiler_there", lambda: there)
+    family = describe(llama())
+    few = {"tokens": 10**6, "steps": 10**3, "length": 100}
+    assert worth_compiling(family, LoRA(), tokens=10**11, steps=10**6, length=100, device_type="cpu") is there
+    assert not worth_compiling(family, LoRA(), **few, device_type="cpu")
 
 
 def test_a_run_that_counts_its_memory_is_compiled_all_the_same(

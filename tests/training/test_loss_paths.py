@@ -58,7 +58,7 @@ def test_losses_and_gradients_are_equal_all_along_200_steps(method: Method, rate
             theirs = torch.cat([g.flatten() for g in torch.autograd.grad(expected / count, trained)])
             ours = torch.cat([p.grad.flatten() for p in trained])
             of_gradient.append(float((ours - theirs).norm() / theirs.norm()))
-        optimizer.step(learning_rate_at(step, STEPS, rate, config), config.max_grad_norm)
+        optimizer.step(learning_rate_at(step, STEPS, rate, config), config.max_grad_norm, loss.detach())
         curve.append(loss.item() / count)
     print(f"{method.name}: {curve[0]:.3f} -> {curve[-1]:.3f}; largest difference of losses {max(of_loss):.1e}, "
           f"of gradients {max(of_gradient):.1e}")  # fmt: skip

@@ -8,30 +8,38 @@ hooks are part of the block's call.
 from __future__ import annotations
 
 import contextlib
-import types
+import functools
+import sysconfig
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
+from spectune.compute.compiler import block_of, compiler_settings
 from spectune.deltas import Method
 from spectune.families import Family
 from spectune.planning.flops import flops_per_token
 
-#: seconds that a device takes to compile the blocks of a model, about, and the share of a step that it saves; see
-#: docs/performance.md for both
-COMPILE_SECONDS = 60.0
-SAVED_SHARE = 0.2
-#: operations a second that training without the compiler reaches on such a device, and seconds that a layer takes at
-#: least, forward and backward, however small it is
-OPERATIONS_PER_SECOND = 3e14
-LAYER_SECONDS = 1.5e-3
 
-#: graphs of one run: kinds of layers, the first layer of each, and shapes before they are taken to vary
-MOST_GRAPHS = 64
+class _Device(NamedTuple):
+    """What compiling the blocks of a model takes and gives on a kind of device; see docs/performance.md.
+
+    `compile_seconds`: what it takes, about. `saved`: the share of a step that it saves. `operations`: that training
+    without the compiler reaches in a second (on a fast one: what is long there is long on any). `layer_seconds`: of
+    forward and backward, at least, however small a layer is.
+    """
+
+    compile_seconds: float
+    saved: float
+    operations: float
+    layer_seconds: float
+
+
+_DEVICES = {"cuda": _Device(60.0, 0.2, 3e14, 1.5e-3), "cpu": _Device(60.0, 0.1, 5e11, 0.0)}
 
 
 def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
@@ -42,26 +50,24 @@ def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, 
         tokens: of the whole run.
         length: of a row, on average.
     """
-    return (
-        device_type == "cuda" and _eager_seconds(family, method, tokens, steps, length) * SAVED_SHARE > COMPILE_SECONDS
-    )
+    device = _DEVICES.get(device_type)
+    if device is None or (device_type == "cpu" and not _compiler_there()):
+        return False
+    computed = tokens * flops_per_token(family, method, max(1, length)) / device.operations
+    eager_seconds = max(computed, steps * len(family.layers) * device.layer_seconds)
+    return eager_seconds * device.saved > device.compile_seconds
 
 
-def _eager_seconds(family: Family, method: Method, tokens: int, steps: int, length: int) -> float:
-    operations = tokens * flops_per_token(family, method, max(1, length))
-    return max(operations / OPERATIONS_PER_SECOND, steps * len(family.layers) * LAYER_SECONDS)
+@functools.cache
+def _compiler_there() -> bool:
+    """Whether there is what torch's compiler needs on a CPU: a C++ compiler (asked of torch) and Python's headers."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
-
-def _block(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One layer with its hooks. What is compiled is this function, never the layer's own `forward`: compiled functions
-    are kept by their code, and all models of a type share that of `forward`."""
-    return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-
-def _own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own: what was compiled of another run is never looked at, and goes
-    when the run goes."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    try:
+        return bool(get_cpp_compiler()) and Path(sysconfig.get_path("include"), "Python.h").exists()
+    except (InvalidCxxCompiler, OSError):
+        return False
 
 
 @contextlib.contextmanager
@@ -82,12 +88,12 @@ def compiled(
     if not wanted:
         yield
         return
-    run = torch.compile(_own(_block), backend=backend)
+    run = torch.compile(block_of(), backend=backend)
     layers = [model.get_submodule(layer.path) for layer in family.layers]
     for layer in layers:
         layer.__dict__["_compiled_call_impl"] = _calls(layer, run)
     try:
-        with _settings(memory_budget):
+        with compiler_settings(memory_budget):
             yield
     finally:
         for layer in layers:
@@ -102,26 +108,3 @@ def _calls(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
         return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     return call
-
-
-@contextlib.contextmanager
-def _settings(memory_budget: float) -> Iterator[None]:
-    """The compiler's settings for training blocks.
-
-    The partitioner's heuristics keep normed inputs and gated products for backward, as they would have to be written
-    to memory there to be multiplied. They are a third of what a Llama block keeps, and cost one pass to make again (see
-    docs/performance.md).
-    """
-    import torch._dynamo as dynamo
-    import torch._functorch.config as functorch
-
-    with (
-        dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS),
-        functorch.patch(
-            ban_recompute_materialized_backward=False,
-            ban_recompute_used_far_apart=False,
-            ban_recompute_long_fusible_chains=False,
-            activation_memory_budget=memory_budget,
-        ),
-    ):
-        yield

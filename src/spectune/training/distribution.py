@@ -31,13 +31,13 @@ class World:
         """This process's part of a batch."""
         return items[self.rank :: self.size]
 
-    def sum(self, value: float, device: torch.device) -> float:
-        """The sum over processes of a number."""
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over processes of a number, in float64 where there are several."""
         if self.size == 1:
             return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
-        dist.all_reduce(tensor)
-        return float(tensor)
+        total = value.to(torch.float64, copy=True)
+        dist.all_reduce(total)
+        return total
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add up gradients in place; a parameter without one counts as zero."""

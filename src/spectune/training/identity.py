@@ -25,6 +25,7 @@ FREE = {
     "report_to",
     "memory_check",
     "gradient_checkpointing",  # the numbers are the same, bit for bit where a step's are
+    "cuda_graphs",
 }
 
 

@@ -39,7 +39,7 @@ class InBackwardAdamW(MasterAdamW):
             for group in inner.param_groups:
                 group["lr"] = learning_rate
 
-    def step(self, learning_rate: float, max_grad_norm: float) -> float:
+    def step(self, learning_rate: float, max_grad_norm: float, loss: Tensor | None = None) -> Tensor:
         """All is done: the norm of the gradients that were stepped. Weights whose gradient was not finite were not.
 
         Raises:
@@ -48,7 +48,8 @@ class InBackwardAdamW(MasterAdamW):
         if max_grad_norm:
             raise ConfigError(f"optim=adamw_in_backward cannot clip gradients (max_grad_norm={max_grad_norm:g}): set 0")
         norms, self._norms = self._norms, []
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        found: Tensor = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        return found
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -142,15 +142,16 @@ class Loop:
                 # they are spread over batches and processes
                 loss_sum += self.backward(batch, targets)
             self.world.sum_gradients(self.delta.parameters())
-            loss = self.world.sum(float(loss_sum), self.model.device) / targets
-            if not math.isfinite(loss):
-                self.optimizer.clear()
-                raise DivergedError(self._diverged(f"the loss is {loss} in step {now.step + 1}"))
-            norm = self.optimizer.step(rate, config.max_grad_norm)
-        if not math.isfinite(norm):
-            raise DivergedError(self._diverged(f"the gradient's norm is {norm} in step {now.step + 1}"))
+            total = self.world.sum(loss_sum)
+            found_norm = self.optimizer.step(rate, config.max_grad_norm, total)
+            # asked once all is under way: a device that waits for a question stands still
+            loss, norm = float(total) / targets, float(found_norm)
         wait_for(self.model.device)
         seconds = time.perf_counter() - begin
+        if not math.isfinite(loss):
+            raise DivergedError(self._diverged(f"the loss is {loss} in step {now.step + 1}"))
+        if not math.isfinite(norm):
+            raise DivergedError(self._diverged(f"the gradient's norm is {norm} in step {now.step + 1}"))
 
         now.step += 1
         now.window += 1

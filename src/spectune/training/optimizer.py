@@ -55,20 +55,29 @@ class MasterAdamW:
         """To be called before the backward pass of a step."""
 
     @torch.no_grad()
-    def step(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Clip by the norm of all gradients, step, clear the gradients. Returns the norm before clipping; a step with a
-        norm that is not finite is not taken."""
+    def step(self, learning_rate: float, max_grad_norm: float, loss: Tensor | None = None) -> Tensor:
+        """Clip by the norm of all gradients, step, clear the gradients.
+
+        Nothing here waits for the device: whether norm and loss are finite is asked there, by the kernel that steps.
+
+        Args:
+            loss: the step's, a scalar; None asks for the norm alone.
+
+        Returns:
+            the norm before clipping, a float32 scalar on the device of the gradients. Where it or the loss is not
+            finite the step was not taken.
+        """
         gradients = self.take_gradients()
         norm = global_norm([gradient for gradient in gradients if gradient is not None])
         if norm is None:
-            return 0.0
-        found = float(norm)
-        if math.isfinite(found):
-            for group in self.inner.param_groups:
-                group["lr"] = learning_rate
-            for members in self.groups:
-                self._step(members, gradients, max_grad_norm or math.inf, norm)
-        return found
+            return torch.zeros(())
+        for group in self.inner.param_groups:
+            group["lr"] = learning_rate
+        finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+        self.inner.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        for members in self.groups:
+            self._step(members, gradients, max_grad_norm or math.inf, norm)
+        return norm
 
     def take_gradients(self) -> list[Tensor | None]:
         """The gradients, which the weights have no more: `inner` steps what has one."""

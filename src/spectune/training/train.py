@@ -20,6 +20,7 @@ from spectune.training.config import TrainingConfig
 from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.environment import environment
+from spectune.training.graphs import graphed, records
 from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.memory import Predicted, check_memory, predict_memory
@@ -88,7 +89,8 @@ def train(
         )
     packing = decide(model, delta, prepared.examples, config)
     total = total_steps(len(prepared.examples), config, world.size)
-    compiling = _compiles(model, delta, prepared, total, config)
+    length = sum(len(example.input_ids) for example in prepared.examples) // len(prepared.examples)
+    compiling = _compiles(model, delta, length, total, config)
     predicted = predict_memory(model, delta, prepared, config, world, packing, compiling=compiling)
     check_memory(predicted, model, delta, config.memory_check)
     optimizer = make_optimizer(trained, config, prepared.learning_rate, world.size)
@@ -110,7 +112,13 @@ def train(
         tokenizer,
         prepared.rows,
     )
-    chosen = {"gradient_checkpointing": predicted.checkpointing, "torch_compile": compiling}
+    recording = records(
+        config, delta, tokens=config.per_device_train_batch_size * length, length=length, packs=packing.on,
+        recomputation=predicted.checkpointing,
+    )  # fmt: skip
+    chosen = {
+        "gradient_checkpointing": predicted.checkpointing, "torch_compile": compiling, "cuda_graphs": recording
+    }  # fmt: skip
     run.begin(prepared.encoded, {**environment(), **chosen}, origin or {})
     _announce(out, delta, prepared, total, config, packing)
     for notice in (predicted.notice, _COMPILES if compiling else None):
@@ -142,6 +150,7 @@ def train(
             route(model, delta.name),
             compiled(model, delta.family, compiling, memory_budget=memory_budget(predicted.checkpointing)),
             recomputing(model, predicted.checkpointing),
+            graphed(model, delta.family, trained, recording),
             Display(out, delta.method.label, total, progress.step) as display,
         ):
             stopped = loop.run(display)
@@ -165,12 +174,11 @@ def train(
 _COMPILES = "the blocks are compiled in the first step, which takes a minute or so (torch_compile=false: not)"
 
 
-def _compiles(model: PreTrainedModel, delta: Delta, prepared: Prepared, total: int, config: TrainingConfig) -> bool:
-    """Whether this run's blocks are compiled."""
+def _compiles(model: PreTrainedModel, delta: Delta, length: int, total: int, config: TrainingConfig) -> bool:
+    """Whether this run's blocks are compiled; `length` is that of a row, on average."""
     if config.torch_compile != "auto":
         return config.torch_compile
     rows = total * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    length = sum(len(example.input_ids) for example in prepared.examples) // len(prepared.examples)
     return worth_compiling(
         delta.family, delta.method, tokens=rows * length, steps=total, length=length, device_type=model.device.type
     )

@@ -1,0 +1,247 @@
+"""Decoder blocks as CUDA graphs: one request a block and direction, where Python asks for every kernel otherwise.
+
+On small models a GPU is done with a kernel before Python has asked for the next. A CUDA graph is recorded once and asks
+for all its kernels at once (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). What is recorded here are the
+blocks, forward and backward, one graph each: what stands before them (embeddings, masks) and after (the loss, whose
+size is another in every batch) makes decisions on the host, which no recording takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import TreeSpec, tree_flatten
+from transformers import PreTrainedModel
+
+from spectune.deltas import Delta, Method
+from spectune.deltas.checkpointing import Recomputation
+from spectune.errors import ConfigError, first_line
+from spectune.families import Family
+from spectune.planning.flops import flops_per_token
+from spectune.training.config import TrainingConfig
+from spectune.training.recorded import Call, CudaRecorder, RecordedBlock, Recorder, record, signature
+
+log = logging.getLogger("spectune")
+
+#: passes of a shape before it is noted and recorded: what is compiled is compiled by then
+WARM_UPS = 2
+#: shapes that are recorded: each has inputs and outputs of its own
+MOST_SHAPES = 8
+
+#: of a block: what a GPU computes, and what asking for its kernels takes on the host, forward and backward
+OPERATIONS_PER_SECOND = 4e14
+LAYER_SECONDS = 1.5e-3
+
+
+def launch_bound(family: Family, method: Method, *, tokens: int, length: int) -> bool:
+    """Whether asking a GPU for a batch's kernels takes longer than running them, so that graphs pay.
+
+    Args:
+        tokens: of a batch, padding included.
+        length: of a row.
+    """
+    operations = tokens * flops_per_token(family, method, max(1, length))
+    return operations / OPERATIONS_PER_SECOND < len(family.layers) * LAYER_SECONDS
+
+
+def records(
+    config: TrainingConfig, delta: Delta, *, tokens: int, length: int, packs: bool, recomputation: Recomputation
+) -> bool:
+    """Whether a run's blocks are recorded: `config.cuda_graphs`, or what "auto" stands for.
+
+    Args:
+        tokens, length: see `launch_bound`.
+        packs: rows share sequences: every batch has other documents, which a graph cannot follow.
+        recomputation: blocks run again in backward, which a graph does not do.
+
+    Raises:
+        ConfigError: graphs are asked for, and cannot be.
+    """
+    device = delta.model.device.type
+    if config.cuda_graphs == "auto":
+        possible = device == "cuda" and not packs and recomputation is False
+        return possible and launch_bound(delta.family, delta.method, tokens=tokens, length=length)
+    if not config.cuda_graphs:
+        return False
+    if device != "cuda":
+        raise ConfigError(f"cuda_graphs=true needs a CUDA device, the model is on {device!r}: leave it at auto")
+    if packs:
+        raise ConfigError("cuda_graphs=true and packing: every pack has other documents. Set packing=false")
+    if recomputation is not False:
+        raise ConfigError(
+            f"cuda_graphs=true and gradient_checkpointing={recomputation}: a recorded block keeps its activations. "
+            "Set gradient_checkpointing=false, or leave cuda_graphs at auto"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def graphed(
+    model: PreTrainedModel,
+    family: Family,
+    parameters: Sequence[nn.Parameter],
+    wanted: bool,
+    *,
+    recorder: Callable[[], Recorder] = CudaRecorder,
+) -> Iterator[None]:
+    """Inside the `with`, record the blocks for batches of shapes that come back, and replay them; leave the model as
+    it was.
+
+    A pass is forward through all blocks, then backward: a second forward pass before the first one's backward would
+    overwrite what that needs. Without gradients (validation) blocks run as they are. A shape that cannot be recorded,
+    or whose recording gives other results than the blocks, runs as before, and the log says so.
+
+    Args:
+        parameters: all that are trained.
+        wanted: False does nothing.
+        recorder: what records.
+
+    Enter it after `spectune.training.compiling.compiled`: the compiled blocks are recorded then.
+    """
+    if not wanted:
+        yield
+        return
+    layers = [model.get_submodule(layer.path) for layer in family.layers]
+    before = [layer.__dict__.get("_compiled_call_impl") for layer in layers]
+    plain = [call or layer._call_impl for call, layer in zip(before, layers, strict=True)]
+    blocks = _Blocks(plain, [p for p in parameters if p.requires_grad], recorder)
+    for index, layer in enumerate(layers):
+        layer.__dict__["_compiled_call_impl"] = partial(blocks.call, index)
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, before, strict=True):
+            layer.__dict__.pop("_compiled_call_impl", None)
+            if call is not None:
+                layer.__dict__["_compiled_call_impl"] = call
+
+
+class _Blocks:
+    """The blocks of a model, and their recordings by the shape of the first one's input."""
+
+    def __init__(
+        self, plain: list[Callable[..., Any]], parameters: list[nn.Parameter], recorder: Callable[[], Recorder]
+    ) -> None:
+        self.plain = plain
+        self.parameters = parameters
+        self.make_recorder = recorder
+        self.recorder: Recorder | None = None
+        self.seen: dict[Any, int] = {}
+        self.noted: dict[Any, _Notes] = {}
+        self.recorded: dict[Any, list[RecordedBlock] | None] = {}
+        self.shape: Any = None
+        self.notes: _Notes | None = None
+        self.replaying: list[RecordedBlock] | None = None
+
+    def call(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or _get_current_dispatch_mode() is not None:
+            return self.plain[index](*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        if index == 0:
+            self._begin(signature(leaves))
+        if self.replaying is not None and self.replaying[index].takes(leaves, spec):
+            return self._replay(index, leaves, args, kwargs)
+        output = self.plain[index](*args, **kwargs)
+        if self.notes is not None:
+            self.notes.add(index, leaves, spec, output)
+        return output
+
+    def _begin(self, shape: Any) -> None:
+        """Decide what this pass does: run, run and note its tensors, or replay. Record what the last pass noted."""
+        self.shape, self.notes, self.replaying = shape, None, None
+        if shape is None:
+            return
+        notes = self.noted.pop(shape, None)
+        if notes is not None:
+            notes.forget_the_pass()
+            self.recorded[shape] = self._record(notes) if len(notes.calls) == len(self.plain) else None
+        if shape in self.recorded:
+            self.replaying = self.recorded[shape]
+            if self.replaying is not None:
+                self.replaying[0].inputs.clear()
+            return
+        self.seen[shape] = self.seen.get(shape, 0) + 1
+        if self.seen[shape] > WARM_UPS and len(self.recorded) + len(self.noted) < MOST_SHAPES:
+            self.notes = self.noted[shape] = _Notes()
+
+    def _record(self, notes: _Notes) -> list[RecordedBlock] | None:
+        # one for all shapes: what lies between inputs and outputs shares its memory, as no two passes overlap
+        self.recorder = self.recorder or self.make_recorder()
+        try:
+            with _same_randomness(self.parameters[0].device):
+                return record(self.plain, notes.calls, self.parameters, self.recorder)
+        except RuntimeError as error:
+            log.warning("the blocks run without CUDA graphs for batches of this shape: %s", first_line(error))
+            return None
+
+    def _replay(self, index: int, leaves: list[Any], args: Any, kwargs: Any) -> Any:
+        assert self.replaying is not None
+        block = self.replaying[index]
+        if block.passes == 1:
+            # whatever a block reads besides its arguments and weights is as it was when it was recorded: look once,
+            # with the batch after that one, whether it makes a difference
+            with _same_randomness(self.parameters[0].device):
+                output = self.plain[index](*args, **kwargs)
+            with _same_randomness(self.parameters[0].device):
+                agrees = block.agrees(leaves, output)
+            if not agrees:
+                log.warning(
+                    "the blocks run without CUDA graphs for batches of this shape: block %d gives other results when "
+                    "it is replayed, so it reads something that changes from batch to batch", index,
+                )  # fmt: skip
+                self.recorded[self.shape] = self.replaying = None
+                return output
+        return block(leaves)
+
+
+@contextlib.contextmanager
+def _same_randomness(device: torch.device) -> Iterator[None]:
+    """Inside, random numbers that come after it once more."""
+    module = torch.get_device_module(device) if device.type == "cuda" else torch
+    state = module.get_rng_state()
+    try:
+        yield
+    finally:
+        module.set_rng_state(state)
+
+
+class _Notes:
+    """The calls of one pass: values of their tensors, and which tensor of a call is an output of which."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._copies: dict[int, Tensor] = {}
+        self._outputs: dict[int, tuple[int, int]] = {}
+        #: keeps what the numbers above stand for
+        self._alive: list[Any] = []
+
+    def add(self, index: int, leaves: list[Any], spec: TreeSpec, output: Any) -> None:
+        """A block's call; one that is out of order, or holds more than tensors and numbers, ends the notes."""
+        if index != len(self.calls) or signature(leaves) is None:
+            self.calls = []
+            return
+        chained = {n: self._outputs[id(leaf)] for n, leaf in enumerate(leaves) if id(leaf) in self._outputs}
+        kept = [None if n in chained else self._copy(leaf) for n, leaf in enumerate(leaves)]
+        self.calls.append(Call(kept, spec, chained, signature(leaves)))
+        for number, leaf in enumerate(tree_flatten(output)[0]):
+            if isinstance(leaf, Tensor):
+                self._outputs[id(leaf)] = (index, number)
+        self._alive.append((leaves, output))
+
+    def _copy(self, leaf: Any) -> Any:
+        """One copy of a tensor that several blocks are given (a mask, rotary positions)."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in self._copies:
+            self._copies[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        return self._copies[id(leaf)]
+
+    def forget_the_pass(self) -> None:
+        self._outputs, self._alive = {}, []

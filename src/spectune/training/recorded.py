@@ -1,0 +1,302 @@
+"""A pass through decoder blocks, recorded: forward of all blocks in their order, backward in the reverse.
+
+A recording reads and writes always the same memory. A block whose input is another block's output reads it where that
+one wrote it, and its gradient is written where the other's backward reads it: nothing is copied between them. As in
+`torch.cuda.make_graphed_callables`, which takes no keywords, no module with hooks, and copies in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+#: what a call may hold beside tensors: values that are recorded with it
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+#: by how much outputs may differ from those of the block itself, of their norm: kernels may be chosen anew
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+class Recorder(Protocol):
+    """What records one pass."""
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        """Run it as recordings will."""
+
+    def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+        """Its result, whose tensors keep their memory, and what writes it anew."""
+
+
+class CudaRecorder:
+    """CUDA graphs that share a memory pool, so they are to be replayed in the order in which they were recorded."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graphs' pool takes what the passes before had
+
+    def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = function()
+        return result, graph.replay
+
+
+@dataclass
+class Call:
+    """A block's arguments in one pass, laid out flat.
+
+    `leaves`: copies of tensors, and numbers. `chained`: leaves that are outputs of earlier blocks, as
+    (block, number of the output); their place in `leaves` holds None. `signature`: of the arguments as they came.
+    """
+
+    leaves: list[Any]
+    spec: TreeSpec
+    chained: dict[int, tuple[int, int]]
+    signature: Any
+
+
+def signature(leaves: Sequence[Any]) -> Any:
+    """What has to be the same for a recording to serve other arguments. None where they hold something else than
+    tensors and constants."""
+    found: list[tuple[Any, ...]] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            found.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad))
+        elif isinstance(leaf, _CONSTANTS):
+            found.append((type(leaf), leaf))
+        else:
+            return None
+    return tuple(found)
+
+
+def record(
+    plain: Sequence[Callable[..., Any]], calls: Sequence[Call], parameters: Sequence[nn.Parameter], recorder: Recorder
+) -> list[RecordedBlock]:
+    """Record all blocks.
+
+    Args:
+        plain: the blocks.
+        calls: their arguments in one pass.
+        parameters: all that are trained.
+
+    Raises:
+        RuntimeError: something cannot be recorded, or memory does not suffice.
+    """
+    inputs: dict[int, Tensor] = {}
+    blocks = [RecordedBlock(function, call, inputs) for function, call in zip(plain, calls, strict=True)]
+    recorder.warm_up(lambda: _warm_up(blocks, parameters))
+    for block in blocks:
+        block.take_inputs([earlier.outputs for earlier in blocks])
+        block.record_forward(recorder)
+    for index in range(len(blocks) - 1, -1, -1):
+        blocks[index].record_backward(recorder, _read_by(blocks[index + 1 :], index))
+    return blocks
+
+
+def _warm_up(blocks: Sequence[RecordedBlock], parameters: Sequence[nn.Parameter]) -> None:
+    """Every block once, forward and backward, which tells which parameters it uses."""
+    outputs: list[list[Any]] = []
+    for block in blocks:
+        block.take_inputs(outputs)
+        made = block.run()
+        ends = [leaf for leaf in made if _wants_gradient(leaf)]
+        starts = [leaf for leaf in block.leaves if _wants_gradient(leaf)]
+        if ends:
+            sums = [torch.ones_like(end) for end in ends]
+            found = torch.autograd.grad(ends, [*starts, *parameters], sums, allow_unused=True)[len(starts) :]
+            block.parameters = [p for p, gradient in zip(parameters, found, strict=True) if gradient is not None]
+        outputs.append([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in made])
+
+
+def _read_by(later: Sequence[RecordedBlock], index: int) -> dict[int, Tensor]:
+    """Of the outputs of block `index`, those that exactly one later block reads: number -> where their gradient is."""
+    found: dict[int, list[Tensor | None]] = {}
+    for block in later:
+        for leaf, (source, number) in block.call.chained.items():
+            if source == index:
+                found.setdefault(number, []).append(block.input_gradients.get(leaf))
+    return {number: places[0] for number, places in found.items() if len(places) == 1 and places[0] is not None}
+
+
+class RecordedBlock:
+    """One block's recording, called with the flat arguments of a call with its signature.
+
+    Attributes:
+        inputs: shared by all blocks of a pass: which tensor was copied into which place, by the place's `id`. To be
+            cleared before each pass.
+        passes: how many it was replayed in.
+    """
+
+    def __init__(self, function: Callable[..., Any], call: Call, inputs: dict[int, Tensor]) -> None:
+        self.function = function
+        self.call = call
+        self.inputs = inputs
+        self.passes = 0
+        self.parameters: list[nn.Parameter] = []
+        self.leaves: list[Any] = []
+        self.outputs: list[Any] = []
+        self.input_gradients: dict[int, Tensor] = {}
+        self._spec: TreeSpec | None = None
+        self._made: list[Any] = []  # with what autograd keeps of it
+        self._output_gradients: dict[int, Tensor] = {}
+        self._parameter_gradients: list[Tensor] = []
+        self._forward: Callable[[], None] = _nothing
+        self._backward: Callable[[], None] = _nothing
+
+    # -- recording -------------------------------------------------------------------------------------------------
+
+    def take_inputs(self, outputs: Sequence[Sequence[Any]]) -> None:
+        """The places of its arguments, given those of the outputs of earlier blocks."""
+        self.leaves = list(self.call.leaves)
+        for leaf, (block, number) in self.call.chained.items():
+            place = outputs[block][number]
+            if isinstance(place, Tensor):
+                place = place.detach().requires_grad_(self.call.signature[leaf][-1])
+            self.leaves[leaf] = place
+
+    def run(self) -> list[Any]:
+        """The block itself on these places; its outputs, flat."""
+        args, kwargs = tree_unflatten(self.leaves, self.call.spec)
+        made, self._spec = tree_flatten(self.function(*args, **kwargs))
+        return made
+
+    def record_forward(self, recorder: Recorder) -> None:
+        def forward() -> list[Any]:
+            self._made = self.run()
+            return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self._made]
+
+        self.outputs, self._forward = recorder.record(forward)
+        self._with_gradient = [n for n, leaf in enumerate(self._made) if _wants_gradient(leaf)]
+
+    def record_backward(self, recorder: Recorder, read_by: dict[int, Tensor]) -> None:
+        """`read_by`: where the gradients of outputs are that a later block's recording writes."""
+        numbers = self._with_gradient
+        if not numbers:
+            return
+        self._output_gradients = {n: read_by.get(n, torch.empty_like(self.outputs[n])) for n in numbers}
+        starts = {n: leaf for n, leaf in enumerate(self.leaves) if _wants_gradient(leaf)}
+
+        def backward() -> list[Any]:
+            made, self._made = self._made, []  # what autograd kept is free for the blocks before
+            return list(
+                torch.autograd.grad(
+                    [made[n] for n in numbers],
+                    [*starts.values(), *self.parameters],
+                    [self._output_gradients[n] for n in numbers],
+                    allow_unused=True,
+                )
+            )
+
+        found, self._backward = recorder.record(backward)
+        self.input_gradients = {n: g for n, g in zip(starts, found, strict=False) if g is not None}
+        self._parameter_gradients = found[len(starts) :]
+
+    # -- replaying -------------------------------------------------------------------------------------------------
+
+    def takes(self, leaves: Sequence[Any], spec: TreeSpec) -> bool:
+        """Whether the recording serves these arguments."""
+        if spec != self.call.spec or signature(leaves) != self.call.signature:
+            return False
+        # several blocks read one copy of a tensor that all were given
+        return all(
+            self.inputs.get(id(place), leaf) is leaf
+            for leaf, place in zip(leaves, self.leaves, strict=True)
+            if isinstance(leaf, Tensor)
+        )
+
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        self.passes += 1
+        starts = [leaf for leaf in leaves if _wants_gradient(leaf)]
+        self._put(leaves)
+        tensors = iter(_Replay.apply(self, *starts, *self.parameters))  # type: ignore[no-untyped-call]
+        made = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.outputs]
+        assert self._spec is not None
+        return tree_unflatten(made, self._spec)
+
+    def agrees(self, leaves: Sequence[Any], output: Any) -> bool:
+        """Whether a replay gives `output`, what the block itself gave for these arguments."""
+        self._put(leaves)
+        self._forward()
+        expected, spec = tree_flatten(output)
+        return spec == self._spec and all(
+            not isinstance(e, Tensor) or _close(e.detach(), o) for e, o in zip(expected, self.outputs, strict=True)
+        )
+
+    def _put(self, leaves: Sequence[Any]) -> None:
+        for leaf, place in zip(leaves, self.leaves, strict=True):
+            if isinstance(leaf, Tensor) and leaf.data_ptr() != place.data_ptr() and id(place) not in self.inputs:
+                place.detach().copy_(leaf.detach())
+                self.inputs[id(place)] = leaf
+
+    def replay_backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of the arguments that want one, then of the parameters: of memory that the next replay writes."""
+        for parameter, place in zip(self.parameters, self._parameter_gradients, strict=True):
+            # what an earlier batch of this step left stands where this one is written
+            if parameter.grad is not None and parameter.grad.data_ptr() == place.data_ptr():
+                parameter.grad = parameter.grad.clone()
+        for number, place in self._output_gradients.items():
+            gradient = gradients[self._number_of_tensor(number)]
+            if gradient.data_ptr() != place.data_ptr():
+                place.copy_(gradient)
+        self._backward()
+        starts = [n for n, leaf in enumerate(self.leaves) if _wants_gradient(leaf)]
+        found = [self.input_gradients.get(n) for n in starts] + list(self._parameter_gradients)
+        return [None if gradient is None else gradient.detach() for gradient in found]
+
+    def replay_forward(self) -> list[Tensor]:
+        self._forward()
+        return [leaf.detach() for leaf in self.outputs if isinstance(leaf, Tensor)]
+
+    def _number_of_tensor(self, number: int) -> int:
+        """Which of the tensors among the outputs output `number` is."""
+        return sum(isinstance(leaf, Tensor) for leaf in self.outputs[:number])
+
+    def without_gradient(self) -> list[int]:
+        """The tensors among the outputs that have none."""
+        return [
+            self._number_of_tensor(n)
+            for n, leaf in enumerate(self.outputs)
+            if isinstance(leaf, Tensor) and n not in self._with_gradient
+        ]
+
+
+class _Replay(torch.autograd.Function):
+    """A recorded block for autograd. The tensors given are those that get a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, block: RecordedBlock, *_: Tensor) -> tuple[Tensor, ...]:
+        ctx.block = block
+        made = block.replay_forward()
+        ctx.mark_non_differentiable(*(made[n] for n in block.without_gradient()))
+        return tuple(made)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *ctx.block.replay_backward(gradients))
+
+
+def _wants_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    if not expected.is_floating_point():
+        return bool(torch.equal(expected, found))
+    difference = (expected.double() - found.double()).norm()
+    return bool(difference <= _CLOSE.get(expected.dtype, 1e-4) * expected.double().norm())
+
+
+def _nothing() -> None: ...

@@ -1,0 +1,224 @@
+"""Recorded blocks give what blocks give. CUDA graphs need a GPU: here what is recorded is run again instead, into the
+same memory, which tries all but the recording itself (tests/cuda does that)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectune.compute.losses import labelled_loss_sum
+from spectune.deltas import Method
+from spectune.errors import ConfigError
+from spectune.methods import METHODS, BottleneckAdapter, FullFineTuning, LoRA
+from spectune.training import TrainingConfig
+from spectune.training.graphs import WARM_UPS, graphed, launch_bound, records
+from tests.training.test_compiling import built, gpt2, llama, undropped
+
+
+class Again:
+    """Runs what was recorded once more, and puts the results where the first ones are."""
+
+    replays = 0
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        function()
+
+    def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+        with torch.enable_grad():
+            places = function()
+
+        def replay() -> None:
+            type(self).replays += 1
+            with torch.enable_grad():
+                made = function()
+            for place, new in zip(places, made, strict=True):
+                if isinstance(place, Tensor):
+                    place.copy_(new)
+
+        return places, replay
+
+
+#: passes until all is recorded: noted in the one after the warm-ups, recorded in the next, proved in that after it
+BEFORE = WARM_UPS + 1
+
+
+def batches(count: int, length: int = 12) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(0, 60, (2, length), generator=generator) for _ in range(count)]
+    return [{"input_ids": i, "labels": i} for i in ids]
+
+
+def passes(model: Any, delta: Any, given: list[dict[str, Tensor]], every: int = 1) -> tuple[list[float], list[Tensor]]:
+    """Losses, and the gradients of all passes, cleared after `every`."""
+    losses, gradients = [], []
+    for number, batch in enumerate(given, start=1):
+        loss, _ = labelled_loss_sum(model, batch)
+        loss.backward()
+        losses.append(loss.item())
+        if number % every == 0:
+            for p in delta.parameters():
+                if p.grad is not None:
+                    gradients.append(p.grad.clone())
+                p.grad = None
+    return losses, gradients
+
+
+def check(make: Any, method: Method, given: list[dict[str, Tensor]], every: int = 1) -> int:
+    """Equal to the plain passes, bit for bit. Returns how many recordings were replayed."""
+    model, delta = built(make, method)
+    expected = passes(model, delta, given, every)
+    model, delta = built(make, method)
+    Again.replays = 0
+    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Again):
+        losses, gradients = passes(model, delta, given, every)
+    assert losses == expected[0]
+    assert len(gradients) == len(expected[1]) > 0
+    for one, other in zip(gradients, expected[1], strict=True):
+        assert torch.equal(one, other)
+    assert not any("_compiled_call_impl" in m.__dict__ for m in model.modules())
+    return Again.replays
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_plain_blocks(make: Any, method: type[Method]) -> None:
+    count = BEFORE + 3
+    replays = check(make, undropped(method), batches(count))
+    depth = 5
+    # of every pass that was replayed, all blocks forward and all but perhaps the first backward
+    assert replays >= 3 * (2 * depth - 1)
+
+
+def test_dropout_draws_what_it_would_draw() -> None:
+    """The pass in which a recording is proved draws its numbers twice, and goes on as if it had not."""
+    torch.manual_seed(5)
+    check_model, delta = built(llama, BottleneckAdapter(dropout=0.5, bottleneck_dim=8))
+    torch.manual_seed(5)
+    expected, _ = passes(check_model, delta, batches(BEFORE + 2))
+    model, delta = built(llama, BottleneckAdapter(dropout=0.5, bottleneck_dim=8))
+    torch.manual_seed(5)
+    Again.replays = 0
+    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Again):
+        found, _ = passes(model, delta, batches(BEFORE + 2))
+    assert Again.replays
+    assert found == expected
+
+
+def test_batches_of_a_step_add_up() -> None:
+    """What an earlier batch left stands where the next one writes."""
+    assert check(llama, LoRA(r=4), batches(BEFORE + 6), every=BEFORE + 6)
+    assert check(llama, FullFineTuning(), batches(BEFORE + 6), every=3)
+
+
+def test_shapes_take_turns_and_masks_are_read_anew() -> None:
+    given = []
+    for short, long in zip(batches(2 * BEFORE, 9), batches(2 * BEFORE, 14), strict=True):
+        mask = torch.ones_like(long["labels"])
+        mask[0, 14 - len(given) % 3 - 1 :] = 0
+        given += [short, {**long, "attention_mask": mask}]
+    assert check(llama, LoRA(r=4), given)
+
+
+def test_validation_in_between_is_plain() -> None:
+    model, delta = built(llama, LoRA(r=4))
+    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Again):
+        passes(model, delta, batches(BEFORE + 2))
+        before = Again.replays
+        with torch.no_grad():
+            model(**batches(1)[0])
+    assert Again.replays == before
+
+
+def test_what_changes_from_batch_to_batch_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    """A block that reads something besides its arguments cannot be recorded: the recording has the old value."""
+    box = {"shift": torch.zeros(())}
+
+    class Stale(Again):
+        def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+            then = box["shift"]
+
+            def as_then() -> list[Any]:
+                now, box["shift"] = box["shift"], then
+                try:
+                    return function()
+                finally:
+                    box["shift"] = now
+
+            return super().record(as_then)
+
+    def run(record: bool) -> list[float]:
+        model, delta = built(llama, LoRA(r=4))
+        layer = model.get_submodule(delta.family.layers[2].path)
+        layer.register_forward_hook(lambda _, __, y: y + box["shift"])
+        losses = []
+        with graphed(model, delta.family, list(delta.parameters()), record, recorder=Stale):
+            for number, batch in enumerate(batches(BEFORE + 3)):
+                box["shift"] = torch.tensor(0.1 * number)
+                losses += passes(model, delta, [batch])[0]
+        return losses
+
+    with caplog.at_level(logging.WARNING, logger="spectune"):
+        assert run(record=True) == run(record=False)
+    assert "block 2 gives other results" in caplog.text
+
+
+def test_a_failed_recording_says_so_and_runs_on(caplog: pytest.LogCaptureFixture) -> None:
+    class Fails(Again):
+        def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    model, delta = built(llama, LoRA(r=4))
+    expected = passes(model, delta, batches(BEFORE + 2))[0]
+    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Fails):
+        assert passes(model, delta, batches(BEFORE + 2))[0] == expected
+    assert "not permitted" in caplog.text
+
+
+def test_graphs_are_for_small_steps() -> None:
+    _, delta = built(llama, LoRA(r=4))
+    assert launch_bound(delta.family, delta.method, tokens=1000, length=100)
+    assert not launch_bound(delta.family, delta.method, tokens=10**10, length=100)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "packs", "recomputation", "message"),
+    [
+        (True, False, False, "needs a CUDA device, the model is on 'cpu'"),
+        ("auto", False, False, None),
+        (False, True, True, None),
+    ],
+)
+def test_without_cuda(wanted: Any, packs: bool, recomputation: Any, message: str | None) -> None:
+    _, delta = built(llama, LoRA(r=4))
+    config = TrainingConfig(cuda_graphs=wanted)
+
+    def asked() -> bool:
+        return records(config, delta, tokens=1000, length=100, packs=packs, recomputation=recomputation)
+
+    if message is None:
+        assert asked() is False
+    else:
+        with pytest.raises(ConfigError, match=message):
+            asked()
+
+
+@pytest.mark.parametrize(
+    ("packs", "recomputation", "message"),
+    [(True, False, "packing=false"), (False, "selective", "gradient_checkpointing=false"), (False, False, None)],
+)
+def test_on_cuda(packs: bool, recomputation: Any, message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, delta = built(llama, LoRA(r=4))
+    monkeypatch.setattr(type(delta.model), "device", torch.device("cuda"))
+    settings = {"tokens": 1000, "length": 100, "packs": packs, "recomputation": recomputation}
+    assert records(TrainingConfig(), delta, **settings) is (message is None)
+    if message is None:
+        assert records(TrainingConfig(cuda_graphs=True), delta, **settings)
+        assert not records(TrainingConfig(), delta, **{**settings, "tokens": 10**10})
+    else:
+        with pytest.raises(ConfigError, match=message):
+            records(TrainingConfig(cuda_graphs=True), delta, **settings)
