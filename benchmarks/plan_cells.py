@@ -17,7 +17,6 @@ from spectune.compute.varlen import flash_by_document, loop_by_document
 from spectune.data import Example
 from spectune.data.rows import Row
 from spectune.deltas import InputSite, Method
-from spectune.errors import ConfigError
 from spectune.families import family_from_config
 from spectune.methods import method_from_name
 from spectune.planning import plan
@@ -25,7 +24,6 @@ from spectune.training import TrainingConfig
 from spectune.training.distribution import World
 from spectune.training.memory import shape_of
 from spectune.training.packing import Packing
-
 
 #: steps whose peak is measured: the optimizer's states are made at the end of the first
 MEASURED_STEPS = 2
@@ -205,7 +203,7 @@ def predict(cell: Cell, device: str) -> dict[str, Any]:
             columns=whole.columns, padded=whole.padded,
         )  # fmt: skip
         measured = estimate.of_first_steps([shapes] * MEASURED_STEPS)
-    except (ConfigError, RuntimeError) as error:
+    except Exception as error:
         return {**found, "skipped": f"{type(error).__name__}: {error}"[:300]}
     peaks = {"peak_allocated": measured.peak_allocated, "peak_reserved": measured.peak_reserved}
     return {

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +181,7 @@ def _compile(loop: Loop, window: list[list[int]], device: torch.device) -> dict[
     return peak.result
 
 
-def work(
-    found: list[dict[str, Any]], device_name: str, out: Path, room: Room, lock: Any, deadline: float
-) -> None:
+def work(found: list[dict[str, Any]], device_name: str, out: Path, room: Room, lock: Any, deadline: float) -> None:
     """Measure one shape's predicted cells in order. Runs in a process of its own."""
     device = torch.device(device_name)
     holder: _Base = _Base(device)

@@ -26,7 +26,10 @@ def page(cells: list[dict[str, Any]], unseen: list[str]) -> str:
         "",
     ]
     head = ["cells", "allocated: median", "worst", "reserved: median", "worst"]
-    for by, title in (("predicted", "Predicted before the run"), ("replayed", "Predicted again, by the planner as it is now")):
+    for by, title in (
+        ("predicted", "Predicted before the run"),
+        ("replayed", "Predicted again, by the planner as it is now"),
+    ):
         chosen = [cell for cell in done if by in cell]
         if not chosen:
             continue
@@ -42,7 +45,8 @@ def page(cells: list[dict[str, Any]], unseen: list[str]) -> str:
             lines += [_line("all", chosen, by), ""]
     lines += ["## Every cell", ""]
     columns = ["shape", "method", "rows x tokens", "path", "predicted allocated", "measured", "error",
-               "predicted reserved", "measured", "error", "errors as predicted now", "reserved while compiling"]  # fmt: skip
+               "predicted reserved", "measured", "error", "errors as predicted now",
+               "reserved while compiling"]  # fmt: skip
     lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     return "\n".join([*lines, *(_row(cell) for cell in cells)]) + "\n"
 

@@ -36,7 +36,7 @@ class CompiledBlocks:
         self.memory_budget = memory_budget
         self._run: Callable[..., Any] | None = None
         # which kernel attention takes is asked of this machine: not to be traced
-        torch.compiler.allow_in_graph(attend_as)
+        torch.compiler.allow_in_graph(attend_as)  # type: ignore[no-untyped-call]
         for layer in layers:
             layer.__dict__["_compiled_call_impl"] = self._calls(layer)
 

@@ -151,8 +151,8 @@ class Estimate:
         """For JSON."""
         # fmt: off
         names = ("model", "method", "batch", "length", "dtype", "base_precision", "device", "gradient_checkpointing",
-                 "torch_compile", "optim", "trainable_parameters", "total_parameters", "context", "host", "validation", "source",
-                 "needed")
+                 "torch_compile", "optim", "trainable_parameters", "total_parameters", "context", "host",
+                 "validation", "source", "needed")
         # fmt: on
         return {
             **{name: getattr(self, name) for name in names},

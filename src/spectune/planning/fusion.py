@@ -23,7 +23,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-#: torch._inductor.config: realize_reads_threshold, _realize_opcount_threshold_default, _realize_acc_reads_threshold_default
+#: of torch._inductor.config: realize_reads_threshold, and the defaults of realize_opcount_threshold and
+#: realize_acc_reads_threshold
 REUSED_READS = 4
 REUSED_OPERATIONS = 30
 MOST_READS = 8
@@ -36,9 +37,10 @@ _VIEWS = {aten._unsafe_view.default, aten.reshape.default}
 #: computed where they are read, though they carry no tag that says so
 _POINTWISE = {
     "_to_copy", "arange", "cat", "clone", "constant_pad_nd", "convert_element_type", "copy", "empty", "empty_like",
-    "empty_strided", "embedding", "flip", "full", "full_like", "gather", "index", "index_select", "iota", "lift_fresh_copy", "new_empty",
-    "new_full", "new_ones", "new_zeros", "ones", "ones_like", "rand", "rand_like", "randn_like", "repeat", "roll", "scalar_tensor",
-    "select_scatter", "slice_scatter", "tril", "triu", "zeros", "zeros_like", "masked_fill", "where", "inductor_random",
+    "empty_strided", "embedding", "flip", "full", "full_like", "gather", "index", "index_select", "iota",
+    "lift_fresh_copy", "new_empty", "new_full", "new_ones", "new_zeros", "ones", "ones_like", "rand", "rand_like",
+    "randn_like", "repeat", "roll", "scalar_tensor", "select_scatter", "slice_scatter", "tril", "triu", "zeros",
+    "zeros_like", "masked_fill", "where", "inductor_random",
 }  # fmt: skip
 _REDUCTIONS = {
     "sum", "mean", "amax", "amin", "max", "min", "var", "var_mean", "std", "prod", "any", "all", "argmax", "argmin",
@@ -166,7 +168,7 @@ class _Kernels:
         target: Any = node.target
         if target is operator.getitem:
             found = self._known[node.args[0]]  # type: ignore[index]
-            return found[node.args[1]] if isinstance(found, list) else found
+            return found[int(str(node.args[1]))] if isinstance(found, list) else found
         value = node.meta.get("val")
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             return None
@@ -273,7 +275,7 @@ def _name(target: Any) -> str:
 def _is_view(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    if target in _VIEWS or target.namespace == "prims" and _name(target) == "broadcast_in_dim":
+    if target in _VIEWS or (target.namespace == "prims" and _name(target) == "broadcast_in_dim"):
         return True
     infos = [found.alias_info for found in target._schema.returns]
     return bool(infos) and all(info is not None and not info.is_write for info in infos)
@@ -431,7 +433,7 @@ class _Timeline:
         self._now = 0
         stay = {source.number if source.made else -source.number - 1
                 for source in kernels.outputs if isinstance(source, Source)}  # fmt: skip
-        last: dict[int, int] = {number: -1 for number in range(-kernels.inputs, 0)}
+        last: dict[int, int] = dict.fromkeys(range(-kernels.inputs, 0), -1)
         for place, group in enumerate(order):
             last |= dict.fromkeys((*group.reads, *group.writes), place)
         ends: dict[int, list[int]] = {}

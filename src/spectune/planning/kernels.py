@@ -107,7 +107,7 @@ def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(tensor) for tensor in inputs)
 
 
-@register_flop_formula(torch.ops.spectune.planned_attention)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.spectune.planned_attention)
 def _operations(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
     """Of attention's two products, as torch counts them for its own kernels: the compiler decides by it what to keep
     within a budget of memory."""

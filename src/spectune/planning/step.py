@@ -249,7 +249,7 @@ def _batch(shape: Shape, *, training: bool = True) -> dict[str, Tensor]:
 
 @contextmanager
 def _marked(recorder: Recorder, built: Skeleton) -> Iterator[None]:
-    """Mark where each layer begins, forward and backward: around its whole call, compiled or recomputed as it may be."""
+    """Mark where each layer begins, forward and backward: around its whole call, compiled or recomputed as it is."""
     before = [layer.__dict__.get("_compiled_call_impl") for layer in built.layers]
     last = len(before) - 1
 

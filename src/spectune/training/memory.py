@@ -230,9 +230,8 @@ def shape_of(packs: Sequence[Sequence[Example]], packing: Packing | None = None)
     rows = [[len(row.input_ids) for row in pack] for pack in packs]
     lengths = [sum(pack) for pack in rows]
     targets = [sum(row.target_tokens for row in pack) for pack in packs]
-    found = Shape(
-        len(packs), max(lengths), max(targets), sum(targets), padded=min(lengths) < max(lengths), columns=_columns(packs)
-    )
+    padded = min(lengths) < max(lengths)
+    found = Shape(len(packs), max(lengths), max(targets), sum(targets), padded, _columns(packs))
     if packing is None or not packing.on:
         return found
     return replace(found, documents=tuple(map(tuple, rows)), kernel=packing.kernel)
