@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,6 +60,8 @@ class Pack:
         ]
         self.documents = torch.stack(numbers).to(device, non_blocking=True)
         self.positions = torch.stack(positions).to(device, non_blocking=True)
+        #: the documents of all packs in a row, padding too. Made here: compiled blocks ask for it
+        self.spans = Spans(self._spans, device)
         self._masks: dict[int | None, Tensor] = {}
         self._leads: dict[int, tuple[Tensor, Spans]] = {}
 
@@ -89,16 +90,10 @@ class Pack:
         """Tokens of the longest document."""
         return max(max(pack, default=0) for pack in self.lengths)
 
-    @cached_property
-    def spans(self) -> Spans:
-        """The documents of all packs in a row, padding too."""
-        return Spans(self._spans, self.device)
-
     def prepare(self, lead: int = 0) -> None:
         """Make what the kernel needs, with `lead` keys before each document, now: not in a compiled block."""
-        if self.kernel is not None:
-            _ = self.with_lead(lead) if lead else None
-            _ = self.spans
+        if self.kernel is not None and lead:
+            self.with_lead(lead)
 
     def with_lead(self, count: int) -> tuple[Tensor, Spans]:
         """For `count` keys that stand before each document's own: indices, int64, into those keys followed by all

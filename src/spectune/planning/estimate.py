@@ -38,6 +38,7 @@ class Estimate:
     `moments`, after the allocator's rounding, and less than the sum of the terms.
 
     Attributes:
+        torch_compile: whether the step's blocks are compiled.
         weights: the base's and the delta's.
         gradients: of what is trained, with their float32 copies where the base has lower precision.
         optimizer: AdamW's two moments in float32, and float32 masters of weights of lower precision.
@@ -62,6 +63,7 @@ class Estimate:
     device: str
     gradient_checkpointing: Recomputation
     optim: str
+    torch_compile: bool
     trainable_parameters: int
     total_parameters: int
     weights: int
@@ -149,8 +151,8 @@ class Estimate:
         """For JSON."""
         # fmt: off
         names = ("model", "method", "batch", "length", "dtype", "base_precision", "device", "gradient_checkpointing",
-                 "optim", "trainable_parameters", "total_parameters", "context", "host", "validation", "source",
-                 "needed")
+                 "torch_compile", "optim", "trainable_parameters", "total_parameters", "context", "host",
+                 "validation", "source", "needed")
         # fmt: on
         return {
             **{name: getattr(self, name) for name in names},

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from spectune.compute import fp8
 
@@ -33,7 +34,7 @@ def kernels_of(device_type: str) -> Iterator[None]:
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if query.device.type != "meta":
             return attention(query, *args, **kwargs)
-        return _attend(device_type, query, *args, **kwargs)
+        return attend_as(device_type, query, *args, **kwargs)
 
     def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         fused = device_type == "cuda" and training and 0 < p < 1 and input.device.type == "meta"
@@ -51,7 +52,7 @@ def kernels_of(device_type: str) -> Iterator[None]:
         F.scaled_dot_product_attention, F.dropout = attention, dropout
 
 
-def _attend(
+def attend_as(
     device_type: str,
     query: Tensor,
     key: Tensor,
@@ -62,6 +63,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """`scaled_dot_product_attention` of meta tensors as the kernel that the device takes keeps it."""
     kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p)
     if kernel == "math":
         found: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
@@ -77,7 +79,7 @@ def _attend(
     return out
 
 
-def _outputs(query: Tensor, value: Tensor, kernel: str, dropout_p: float) -> tuple[Tensor, Tensor]:
+def _outputs(query: Tensor, key: Tensor, value: Tensor, kernel: str, dropout_p: float) -> tuple[Tensor, Tensor]:
     """Output and sums of exponentials. One operation, as the kernels are, for what decides by operations what to keep
     (selective recomputation)."""
     batch, heads, length, _ = query.shape
@@ -90,8 +92,38 @@ def _outputs(query: Tensor, value: Tensor, kernel: str, dropout_p: float) -> tup
 
 
 _LIBRARY: Any = torch.library.Library("spectune", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("planned_attention(Tensor query, Tensor value, str kernel, float dropout_p) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "planned_attention(Tensor query, Tensor key, Tensor value, str kernel, float dropout_p) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "planned_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, "
+    "str kernel) -> (Tensor, Tensor, Tensor)"
+)
 _LIBRARY.impl("planned_attention", _outputs, "Meta")
+_LIBRARY.impl("planned_attention_backward", lambda grad, query, key, value, *_: _gradients(query, key, value), "Meta")
+
+
+def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in inputs)
+
+
+@register_flop_formula(torch.ops.spectune.planned_attention)
+def _operations(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Of attention's two products, as torch counts them for its own kernels: the compiler decides by it what to keep
+    within a budget of memory."""
+    batch, heads, length, dim = query
+    return 2 * batch * heads * length * value[-2] * (dim + value[-1])
+
+
+def scratch_of(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what a kernel's backward takes and gives back."""
+    if kernel == "cpu-flash":
+        return []
+    shape = (*query.shape[:2], -(-query.shape[2] // 128) * 128)
+    found = [((*shape, query.shape[3]), torch.float32), (shape, torch.float32)]
+    if kernel == "flash" and key.shape[1] != query.shape[1]:  # gradients of each query's head, summed after
+        found += [((t.shape[0], query.shape[1], *t.shape[2:]), t.dtype) for t in (key, value)]
+    return found
 
 
 def kernel_for(
@@ -137,21 +169,16 @@ class _Fused(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: str, dropout_p: float
     ) -> Tensor:
         out: Tensor
-        out, sums = torch.ops.spectune.planned_attention(query, value, kernel, dropout_p)
+        out, sums = torch.ops.spectune.planned_attention(query, key, value, kernel, dropout_p)
         ctx.save_for_backward(query, key, value, mask, out, sums)
         ctx.kernel = kernel
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors[:3]
-        scratch = []
-        if ctx.kernel != "cpu-flash":
-            shape = (*query.shape[:2], -(-query.shape[2] // 128) * 128)
-            scratch = [query.new_empty(*shape, query.shape[3], dtype=torch.float32)]
-            scratch.append(query.new_empty(shape, dtype=torch.float32))
-        if ctx.kernel == "flash" and key.shape[1] != query.shape[1]:  # gradients of each query's head, summed after
-            scratch += [t.new_empty(t.shape[0], query.shape[1], *t.shape[2:]) for t in (key, value)]
-        grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        query, key, value, _, out, sums = ctx.saved_tensors
+        room = scratch_of(query, key, value, ctx.kernel)
+        scratch = [query.new_empty(shape, dtype=dtype) for shape, dtype in room]
+        grads = torch.ops.spectune.planned_attention_backward(grad, query, key, value, out, sums, ctx.kernel)
         del scratch
         return (*grads, None, None, None)

@@ -36,17 +36,20 @@ def plan(
     dtype: str | torch.dtype | None = None,
     base_precision: str | None = None,
     gradient_checkpointing: Recomputation | Literal["auto"] = False,
+    torch_compile: bool = False,
     memory: int | str | None = None,
     optim: str = "adamw_torch_fused",
     gradient_accumulation_steps: int = 1,
     device: str | torch.device = "cuda",
     targets: int | None = None,
     all_targets: int | None = None,
+    columns: int | None = None,
     padded: bool = False,
     eval_batch: int | None = None,
     eval_length: int | None = None,
     eval_targets: int | None = None,
     eval_padded: bool | None = None,
+    eval_columns: int | None = None,
 ) -> Estimate:
     """Bytes of one training step by term, and its peak. No weights are read or made, and no device is needed.
 
@@ -58,14 +61,18 @@ def plan(
         base_precision: "fp8", "nf4", "int8", see `load`; None is the loaded model's own, else none.
         gradient_checkpointing: as in `TrainingConfig`; "auto" is the first of none, "selective", True and "offload"
             that fits into `memory`, and the last of them where none does.
+        torch_compile: blocks are compiled. Whether a run compiles (`TrainingConfig`'s "auto") follows from its length,
+            which is not known here: `spectune plan --data` and `train` ask that.
         memory: bytes, or "24GiB", for "auto"; None is what is free on that device here, if anybody can tell.
         optim: as in `TrainingConfig`.
         device: "cuda", "cpu" or "mps": which kernels run.
         targets: tokens with a loss of the row that has most; None is all but the first.
         all_targets: those of all rows; None is as many in each row.
+        columns: places that predict a target in some row; None is all. It counts only where a model's head is no plain
+            linear and its `logits_to_keep` takes places that all rows share.
         padded: some rows are shorter than others, so that attention has a mask.
         eval_batch: rows of a validation batch; None leaves validation out.
-        eval_length, eval_targets, eval_padded: of its rows; None is as in training.
+        eval_length, eval_targets, eval_columns, eval_padded: of its rows; None is as in training, all columns.
 
     Raises:
         ConfigError: a setting is wrong, the base has no room for that length, the method cannot act on this base, or
@@ -100,16 +107,19 @@ def _plan(
     dtype: str | torch.dtype | None,
     base_precision: str | None,
     mode: Recomputation,
+    torch_compile: bool,
     optim: str,
     gradient_accumulation_steps: int,
     device: str | torch.device,
     targets: int | None,
     all_targets: int | None,
+    columns: int | None,
     padded: bool,
     eval_batch: int | None,
     eval_length: int | None,
     eval_targets: int | None,
     eval_padded: bool | None,
+    eval_columns: int | None,
 ) -> Estimate:
     """`plan`, with recomputation decided."""
     if batch < 1 or length < 2:
@@ -130,13 +140,13 @@ def _plan(
         raise ConfigError(f"{length} tokens{extra}, but this base has {context} positions: at most {room} tokens")
     planner = Planner(
         described, method, kind, place.type, base_precision=precision,
-        checkpointing=mode, optim=optim, accumulating=gradient_accumulation_steps > 1,
+        checkpointing=mode, compiled=torch_compile, optim=optim, accumulating=gradient_accumulation_steps > 1,
     )  # fmt: skip
     share = min(targets or length, length - 1) / (length - 1)
 
     def shape(rows: int, tokens: int) -> Shape:
         each = max(1, round(share * (tokens - 1)))
-        return Shape(rows, tokens, each, rows * each, padded)
+        return Shape(rows, tokens, each, rows * each, padded, _part(columns, length, tokens))
 
     def judged(tokens: int) -> int | None:
         if eval_batch is None:
@@ -144,7 +154,7 @@ def _plan(
         longest = tokens if eval_length is None else min(eval_length, tokens)
         each = min(longest - 1, eval_targets or round(share * (longest - 1)))
         masked = padded if eval_padded is None else eval_padded
-        return planner.validation(Shape(eval_batch, longest, each, eval_batch * each, masked))
+        return planner.validation(Shape(eval_batch, longest, each, eval_batch * each, masked, eval_columns))
 
     def peaks(rows: int, tokens: int) -> tuple[int, int]:
         return planner.peak(shape(rows, tokens)), judged(tokens) or 0
@@ -162,6 +172,7 @@ def _plan(
         device=place.type,
         gradient_checkpointing=mode,
         optim=optim,
+        torch_compile=planner.compiled,
         trainable_parameters=sum(parameter.numel() for parameter in built.trained),
         total_parameters=built.family.num_parameters,
         **{term: step.largest[term] for term in TERMS},
@@ -177,6 +188,11 @@ def _plan(
         _room=room,
         base_precision=precision,
     )
+
+
+def _part(columns: int | None, length: int, tokens: int) -> int | None:
+    """So many of the columns of rows of `length` tokens, where they are `tokens` long."""
+    return None if columns is None else max(1, round(columns * (tokens - 1) / (length - 1)))
 
 
 def _precision(described: Any, asked: str | None) -> str | None:

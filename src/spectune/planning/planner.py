@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +13,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.deltas import Method
 from spectune.deltas.checkpointing import Recomputation
+from spectune.errors import first_line
 from spectune.planning.allocator import Block, CachingAllocator
+from spectune.planning.compiled import is_of_the_compiler
 from spectune.planning.estimate import TERMS, Moment
 from spectune.planning.recorder import Record, Shape
 from spectune.planning.step import Skeleton, record_step, record_validation, skeleton
 from spectune.planning.stepping import Stepping
 from spectune.planning.timeline import NotAlikeError, deepened
 
+log = logging.getLogger("spectune")
+
 #: of cuBLAS, one for each thread that multiplies: forward's and backward's (aten/src/ATen/cuda/CublasHandlePool.cpp)
 CUBLAS_WORKSPACE = 4096 * 8 * 1024
 CUBLAS_WORKSPACE_BEFORE_HOPPER = (4096 * 2 + 16 * 8) * 1024
+#: records that are kept
+_KEPT = 4
 #: what an optimizer's step has made and not freed, by name and size
 Held = dict[tuple[str, int], list[Block]]
 
@@ -47,6 +54,7 @@ class Planner:
         device_type: str,
         *,
         checkpointing: Recomputation = False,
+        compiled: bool = False,
         accumulating: bool = False,
         optim: str = "adamw_torch_fused",
         base_precision: str | None = None,
@@ -54,10 +62,13 @@ class Planner:
         self.settings = (base, method, dtype)
         self.base_precision = base_precision
         self.checkpointing = checkpointing
+        self.compiled = compiled
         self.device_type = device_type
         self.accumulating = accumulating
         self.optim = optim
         self._longest = 0
+        #: the newest records, by what was asked
+        self._known: dict[tuple[Shape, bool, bool], Record] = {}
         self.built: Skeleton
         #: which of the layers that run stand for how many others; empty where all run
         self.repeats: list[tuple[int, int]]
@@ -95,11 +106,30 @@ class Planner:
 
     def _record(self, shape: Shape, *, training: bool = True, accumulating: bool = False) -> Record:
         self._build(shape.length)
+        asked = (shape, training, accumulating)
+        if asked not in self._known:
+            while len(self._known) >= _KEPT:
+                del self._known[next(iter(self._known))]
+            found = self._made(*asked)
+            self._known[asked] = found
+        return self._known[asked]
+
+    def _made(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         try:
             return deepened(self._run(shape, training, accumulating), self.repeats)
         except NotAlikeError:
             self._build(shape.length, whole=True)
             return self._run(shape, training, accumulating)
+        except Exception as error:
+            if not self.compiled or not is_of_the_compiler(error):
+                raise
+            log.warning(
+                "the plan is of blocks that are not compiled, which takes more memory: the compiler cannot trace them "
+                "without weights (%s)", first_line(error),
+            )  # fmt: skip
+            self.compiled, self._longest = False, 0
+            self._build(shape.length)
+            return self._made(shape, training, accumulating)
 
     def _run(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         if training:
@@ -114,10 +144,11 @@ class Planner:
         """Anew where rows are longer than any before: sliding windows may make layers differ then."""
         if length <= self._longest and not whole:
             return
+        self._known.clear()
         self.built = skeleton(*self.settings, length, self.base_precision)
         self._longest = 2**62 if whole else length
         self.repeats = [] if whole else self.built.shorten()
-        self.built.recompute(self.checkpointing)
+        self.built.run_layers_as(self.checkpointing, compiled=self.compiled)
 
 
 class _Stays:

@@ -35,6 +35,7 @@ class Shape:
         targets: tokens with a loss of the row that has most.
         all_targets: those of all rows.
         padded: some rows are shorter than others.
+        columns: places that predict a target in some row; None is all of them.
         documents: tokens of the documents of each row, where it is a pack of them.
         kernel: how these are attended (`compute.packs.Kernel`); None is by masks.
     """
@@ -44,6 +45,7 @@ class Shape:
     targets: int
     all_targets: int
     padded: bool = False
+    columns: int | None = None
     documents: tuple[tuple[int, ...], ...] | None = None
     kernel: Any = None
 
@@ -105,10 +107,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._true[result.untyped_storage()._cdata] = not self.shape.padded
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                self.see(leaf)
         return result
 
-    def _see(self, tensor: Tensor) -> None:
+    def see(self, tensor: Tensor, label: str | None = None) -> None:
+        """Note a tensor's memory, if it is not known yet, under that label or the one of the moment."""
         if tensor.device.type != "meta":
             return
         storage = tensor.untyped_storage()
@@ -117,7 +120,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         number = len(self.record.sizes)
         self.record.sizes.append(storage.nbytes())
-        self.record.labels.append(self._label_now())
+        self.record.labels.append(label or self._label_now())
         self.record.events.append(number)
         self._numbers[key] = number
         self._watched[key] = weakref.ref(storage, self._when_freed(key))
@@ -143,8 +146,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return 1.0 if tensor.is_floating_point() else self.shape.targets
 
     def _chosen(self, tensor: Tensor) -> int:
-        """How many entries of a mask are on: the targets of a mask of tokens, all of a mask of columns."""
-        return tensor.numel() if tensor.dim() == 1 else self.shape.all_targets
+        """How many entries of a mask are on: the targets of a mask of tokens, the columns with one of a mask of
+        columns."""
+        if tensor.dim() > 1:
+            return self.shape.all_targets
+        return tensor.numel() if self.shape.columns is None else min(tensor.numel(), self.shape.columns)
 
     def _indices(self, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Boolean indices as the numbers that the kernel makes of them."""

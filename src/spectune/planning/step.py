@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from spectune.compute.compiler import memory_budget
 from spectune.compute.losses import find_head, labelled_logits, labelled_loss_sum
 from spectune.compute.offload import MetaTransfers
 from spectune.deltas import Delta, Method, packed, packing
 from spectune.deltas.attach import place
 from spectune.deltas.checkpointing import Recomputation, recompute
+from spectune.deltas.registry import Registry
 from spectune.families import Family
+from spectune.planning.compiled import CompiledBlocks
 from spectune.planning.kernels import kernels_of
 from spectune.planning.recorder import Record, Recorder, Shape
 from spectune.storage.base_precision import quantise_base
@@ -52,10 +55,18 @@ class Skeleton:
 
     #: copies to host memory, where recomputation keeps blocks' inputs there
     transfers: MetaTransfers = field(default_factory=MetaTransfers)
+    #: where blocks are compiled
+    blocks: CompiledBlocks | None = None
 
     @property
     def family(self) -> Family:
         return self.delta.family
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Those that are left."""
+        modules = dict(self.model.named_modules())
+        return [modules[layer.path] for layer in self.family.layers if layer.path in modules]
 
     @property
     def host_bytes(self) -> int:
@@ -63,8 +74,10 @@ class Skeleton:
         run = len(self.model.get_submodule(self.family.layers[0].path.rpartition(".")[0]))  # type: ignore[arg-type]
         return self.transfers.host_bytes * (self.depth - 1) // max(1, run - 1)
 
-    def recompute(self, mode: Recomputation) -> None:
-        """Switch recomputation on, of the layers that are left."""
+    def run_layers_as(self, mode: Recomputation, *, compiled: bool) -> None:
+        """Compile the layers that are left, and switch their recomputation on, in that order as training does."""
+        if compiled:
+            self.blocks = CompiledBlocks(self.layers, memory_budget(mode == "selective"))
         self.transfers = MetaTransfers()
         recompute(self.model, mode, transfers=self.transfers)
 
@@ -90,6 +103,10 @@ class Skeleton:
         for name, value in vars(text).items():  # what a config says of each layer
             if isinstance(value, list) and len(value) == self.depth:
                 setattr(text, name, [value[number] for number in kept])
+        if (registry := Registry.of(self.model)) is not None:  # packed batches are told to the attentions that are left
+            there = dict(self.model.named_modules())
+            left = tuple(layer for layer in self.family.layers if layer.path in there)
+            registry.family = replace(registry.family, layers=left)
         return repeats
 
 
@@ -129,7 +146,6 @@ def record_step(
     *,
     accumulating: bool = False,
     in_backward: bool = False,
-    fuse: bool = False,
 ) -> Record:
     """Record forward, loss and backward. Marks: `F<layer>` before a layer, `head` after the last one, `B<layer>` where
     backward comes to a layer. Gradients of what is trained are labelled, and never freed.
@@ -137,7 +153,9 @@ def record_step(
     Args:
         accumulating: gradients are there already and are added to; the record then leaves them out.
         in_backward: each weight is stepped as soon as its gradient is there, which then goes.
-        fuse: of the loss, as `labelled_loss_sum` has it.
+
+    Raises:
+        torch._dynamo.exc.TorchDynamoException: layers are compiled, and the compiler cannot trace one as a whole.
     """
     model, trained = built.model, list(built.delta.parameters())
     there = []
@@ -153,8 +171,9 @@ def record_step(
     steps = _stepped(recorder, trained) if in_backward else nullcontext()
     with kernels_of(device_type), Recorder(_TINY, ()):  # asked once a model, before its first step: no part of any
         find_head(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
-    with kernels_of(device_type), _documents(built, shape), recorder, _marked(recorder, built), steps:
-        loss, _ = labelled_loss_sum(model, batch, fuse=fuse, device_type=device_type)
+    compiled = nullcontext() if built.blocks is None else built.blocks.running(recorder)
+    with kernels_of(device_type), _documents(built, shape), recorder, _marked(recorder, built), steps, compiled:
+        loss, _ = labelled_loss_sum(model, batch, fuse=built.blocks is not None, device_type=device_type)
         recorder.backward = True
         torch.autograd.backward(loss / shape.all_targets)
         del loss
@@ -230,45 +249,39 @@ def _batch(shape: Shape, *, training: bool = True) -> dict[str, Tensor]:
 
 @contextmanager
 def _marked(recorder: Recorder, built: Skeleton) -> Iterator[None]:
-    """Hooks that mark where each layer begins, forward and backward."""
-    handles = []
-    modules = dict(built.model.named_modules())
-    layers = [modules[layer.path] for layer in built.family.layers if layer.path in modules]
-    last = len(layers) - 1
-
-    def begins(index: int) -> Any:
-        def hook(*_: Any) -> None:
-            if not recorder.backward:
-                recorder.label = "activations"
-                recorder.mark(f"F{index}")
-
-        return hook
+    """Mark where each layer begins, forward and backward: around its whole call, compiled or recomputed as it is."""
+    before = [layer.__dict__.get("_compiled_call_impl") for layer in built.layers]
+    last = len(before) - 1
 
     def arrives(index: int) -> None:
         recorder.in_layers = True
         recorder.mark(f"B{index}")
 
-    def ends(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if recorder.backward:  # recomputed
-                return
+    def marking(index: int, call: Any) -> Any:
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            recorder.label = "activations"
+            recorder.mark(f"F{index}")
+            output = call(*args, **kwargs)
             if index == last:
                 recorder.label = "logits"
                 recorder.mark("head")
             out = output[0] if isinstance(output, tuple) else output
             if isinstance(out, Tensor) and out.requires_grad:
                 out.register_hook(lambda _: arrives(index))  # type: ignore[no-untyped-call]
+            return output
 
-        return hook
+        return marked
 
-    for index, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(begins(index)))
-        handles.append(layer.register_forward_hook(ends(index)))
     try:
+        for index, (layer, call) in enumerate(zip(built.layers, before, strict=True)):
+            layer.__dict__["_compiled_call_impl"] = marking(index, call or layer._call_impl)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer, call in zip(built.layers, before, strict=True):
+            if call is None:
+                layer.__dict__.pop("_compiled_call_impl", None)
+            else:
+                layer.__dict__["_compiled_call_impl"] = call
 
 
 def _empty(base: PretrainedConfig | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

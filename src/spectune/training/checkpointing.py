@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from spectune.compute import compiler
 from spectune.deltas.checkpointing import Recomputation, modes, recomputing
 
 __all__ = ["WORDS", "Recomputation", "memory_budget", "modes_of", "recomputing"]
@@ -33,10 +34,5 @@ def modes_of(model: PreTrainedModel, wanted: Any) -> tuple[Recomputation, ...]:
 
 
 def memory_budget(mode: Recomputation) -> float:
-    """What compiled blocks are given as `torch._functorch.config.activation_memory_budget`, from 0 (a block's input
-    alone is kept) to 1 (what the partitioner keeps by itself, recomputing pointwise operations where it is free).
-
-    Selective recomputation is the compiler's alone, so `recomputing` leaves compiled blocks to it; whole blocks are
-    recomputed around the compiled call, in which the budget is then nobody's.
-    """
-    return 0.5 if mode == "selective" else 1.0
+    """What compiled blocks are given of the compiler's budget: see `spectune.compute.compiler.memory_budget`."""
+    return compiler.memory_budget(selective=mode == "selective")

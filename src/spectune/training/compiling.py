@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sysconfig
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
+from spectune.compute.compiler import block_of, compiler_settings
 from spectune.deltas import Method
 from spectune.families import Family
 from spectune.planning.flops import flops_per_token
@@ -40,9 +40,6 @@ class _Device(NamedTuple):
 
 
 _DEVICES = {"cuda": _Device(60.0, 0.2, 3e14, 1.5e-3), "cpu": _Device(60.0, 0.1, 5e11, 0.0)}
-
-#: graphs of one run: kinds of layers, the first layer of each, and shapes before they are taken to vary
-MOST_GRAPHS = 64
 
 
 def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
@@ -73,18 +70,6 @@ def _compiler_there() -> bool:
         return False
 
 
-def _block(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One layer with its hooks. What is compiled is this function, never the layer's own `forward`: compiled functions
-    are kept by their code, and all models of a type share that of `forward`."""
-    return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-
-def _own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own: what was compiled of another run is never looked at, and goes
-    when the run goes."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-
-
 @contextlib.contextmanager
 def compiled(
     model: PreTrainedModel, family: Family, wanted: bool, *, backend: str = "inductor", memory_budget: float = 1.0
@@ -103,12 +88,12 @@ def compiled(
     if not wanted:
         yield
         return
-    run = torch.compile(_own(_block), backend=backend)
+    run = torch.compile(block_of(), backend=backend)
     layers = [model.get_submodule(layer.path) for layer in family.layers]
     for layer in layers:
         layer.__dict__["_compiled_call_impl"] = _calls(layer, run)
     try:
-        with _settings(memory_budget):
+        with compiler_settings(memory_budget):
             yield
     finally:
         for layer in layers:
@@ -123,30 +108,3 @@ def _calls(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
         return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     return call
-
-
-@contextlib.contextmanager
-def _settings(memory_budget: float) -> Iterator[None]:
-    """The compiler's settings for training blocks.
-
-    The partitioner's heuristics keep normed inputs and gated products for backward, as they would have to be written
-    to memory there to be multiplied. They are a third of what a Llama block keeps, and cost one pass to make again (see
-    docs/performance.md).
-    """
-    import torch._dynamo as dynamo
-    import torch._functorch.config as functorch
-    import torch._inductor.config as inductor
-
-    from spectune.compute.narrow_products import GroupNarrowProducts
-
-    with (
-        dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS),
-        functorch.patch(
-            ban_recompute_materialized_backward=False,
-            ban_recompute_used_far_apart=False,
-            ban_recompute_long_fusible_chains=False,
-            activation_memory_budget=memory_budget,
-        ),
-        inductor.patch(post_grad_custom_pre_pass=GroupNarrowProducts()),
-    ):
-        yield

@@ -59,9 +59,14 @@ def predict_memory(
     config: TrainingConfig,
     world: World,
     packing: Packing | None = None,
+    *,
+    compiling: bool = False,
 ) -> Predicted:
     """The plan of this run, with the way of recomputation that it is to take. What keeps the planner from describing a
     base is logged, and keeps nobody from training it: nothing is recomputed then, unless the user said so.
+
+    Args:
+        compiling: the run's blocks are compiled.
 
     Raises:
         ConfigError: block inputs are to go to host memory, and the model is not on a CUDA device.
@@ -80,7 +85,7 @@ def predict_memory(
         ]
 
         def predicted(mode: Recomputation) -> Predicted:
-            return _predicted(model, delta, prepared, config, first, steps, mode, masked=not how.untold)
+            return _predicted(model, delta, prepared, config, first, steps, mode, compiling, masked=not how.untold)
 
         if free is None:
             return predicted(possible[0])
@@ -157,19 +162,25 @@ def _predicted(
     first: Shape,
     steps: list[list[Shape]],
     mode: Recomputation,
+    compiling: bool,
     *,
     masked: bool,
 ) -> Predicted:
     """`masked`: rows that are padded in training have an attention mask; in validation they always do."""
+    on_cpu = model.device.type == "cpu"
     asked: dict[str, Any] = {
         "batch": first.rows,
         "length": first.length,
-        "gradient_checkpointing": mode,
+        # on a CPU a run's first steps, which hold its longest batch, are not compiled: tensors are counted in them. Nor
+        # does the compiler recompute in them what is left to it
+        "torch_compile": compiling and not on_cpu,
+        "gradient_checkpointing": False if compiling and on_cpu and mode == "selective" else mode,
         "optim": config.optim,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "device": model.device.type,
         "targets": first.targets,
         "all_targets": first.all_targets,
+        "columns": first.columns,
         "padded": first.padded and masked,
         "eval_padded": first.padded,
     }
@@ -177,6 +188,8 @@ def _predicted(
         judged = shape_of([[row] for row in prepared.valid])
         asked["eval_batch"] = min(config.per_device_eval_batch_size, judged.rows)
         asked["eval_length"], asked["eval_targets"] = judged.length, judged.targets
+        longest = sorted(prepared.valid, key=lambda row: -len(row.input_ids))[: asked["eval_batch"]]
+        asked["eval_columns"] = shape_of([[row] for row in longest]).columns
     weights = sum(t.numel() * t.element_size() for t in model.parameters())
     key = (type(model), model.config.to_json_string(), str(model.dtype), weights, delta.method, repr((asked, steps)))
     if key not in _predictions:
@@ -223,7 +236,20 @@ def shape_of(packs: Sequence[Sequence[Example]], packing: Packing | None = None)
     targets = [sum(row.target_tokens for row in pack) for pack in packs]
     told = packing is None or not packing.untold
     padded = told and min(lengths) < max(lengths)
-    found = Shape(len(packs), max(lengths), max(targets), sum(targets), padded=padded)
+    found = Shape(len(packs), max(lengths), max(targets), sum(targets), padded, _columns(packs))
     if packing is None or not packing.on:
         return found
     return replace(found, documents=tuple(map(tuple, rows)), kernel=packing.kernel)
+
+
+def _columns(packs: Sequence[Sequence[Example]]) -> int:
+    """Places of a batch of such rows, packed one after the other or padded on the right, that predict a target of any
+    row."""
+    found: set[int] = set()
+    for pack in packs:
+        begin = 0
+        for row in pack:
+            length = len(row.input_ids)
+            found.update(range(begin + max(0, length - row.target_tokens - 1), begin + length - 1))
+            begin += length
+    return len(found)

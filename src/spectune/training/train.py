@@ -88,7 +88,10 @@ def train(
             "spectune.load_delta(..., trainable=True), or set requires_grad on its parameters()"
         )
     packing = decide(model, delta, prepared.examples, config)
-    predicted = predict_memory(model, delta, prepared, config, world, packing)
+    total = total_steps(len(prepared.examples), config, world.size)
+    length = sum(len(example.input_ids) for example in prepared.examples) // len(prepared.examples)
+    compiling = _compiles(model, delta, length, total, config)
+    predicted = predict_memory(model, delta, prepared, config, world, packing, compiling=compiling)
     check_memory(predicted, model, delta, config.memory_check)
     optimizer = make_optimizer(trained, config, prepared.learning_rate, world.size)
     progress, best = Progress(), None
@@ -109,9 +112,6 @@ def train(
         tokenizer,
         prepared.rows,
     )
-    total = total_steps(len(prepared.examples), config, world.size)
-    length = sum(len(example.input_ids) for example in prepared.examples) // len(prepared.examples)
-    compiling = _compiles(model, delta, length, total, config)
     recording = records(
         config, delta, tokens=config.per_device_train_batch_size * length, length=length, packs=packing.on,
         recomputation=predicted.checkpointing,
