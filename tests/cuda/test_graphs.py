@@ -18,7 +18,7 @@ from spectune.training.compiling import compiled
 from spectune.training.graphs import graphed
 from tests.training.test_compiling import built, gpt2, llama, undropped
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:TensorFloat32")]
 PASSES = 8
 
 

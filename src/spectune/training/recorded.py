@@ -7,7 +7,9 @@ one wrote it, and its gradient is written where the other's backward reads it: n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +27,9 @@ _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.
 class Recorder(Protocol):
     """What records one pass."""
 
+    def running(self) -> AbstractContextManager[None]:
+        """All passes run inside it, those that are not recorded too."""
+
     def warm_up(self, function: Callable[[], None]) -> None:
         """Run it as recordings will."""
 
@@ -33,22 +38,37 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share a memory pool, so they are to be replayed in the order in which they were recorded."""
+    """CUDA graphs that share a memory pool, so they are to be replayed in the order in which they were recorded.
+
+    All passes run in the stream that is recorded: a parameter's gradient is added up in the stream of the first pass
+    that used it, and one that reaches out of the recording's stream cannot be recorded.
+    """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        outside = torch.cuda.current_stream()
+        torch.cuda.empty_cache()  # memory is kept by stream
+        self.stream.wait_stream(outside)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            outside.wait_stream(self.stream)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            function()
+        function()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graphs' pool takes what the passes before had
 
     def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = function()
         return result, graph.replay
 
