@@ -115,6 +115,7 @@ class Bare:
         positions: position_ids are given with a padded batch, as `generate` does.
         generates: what `generate` writes with its cache is what plain forward passes give; None where it has no
             `generate` that runs, `why` saying so.
+        unreached: its weights that a text gives no gradient.
     """
 
     padding: dict[str, float] = field(default_factory=dict)
@@ -122,6 +123,7 @@ class Bare:
     generates: bool | None = None
     why: str = ""
     parameters: int = 0
+    unreached: list[str] = field(default_factory=list)
 
 
 def measure(model_type: str) -> Bare:
@@ -135,8 +137,11 @@ def measure(model_type: str) -> Bare:
         first = logits(model, tokens(2, LENGTH))
         again = logits(model, tokens(2, LENGTH))
         model.train()
-        loss = model(input_ids=tokens(2, LENGTH), attention_mask=torch.ones(2, LENGTH).long(), use_cache=False).logits
-        loss.float().square().mean().backward()
+        ids = tokens(2, LENGTH)
+        scores = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        named = [(name, parameter.grad) for name, parameter in model.named_parameters()]
+        unreached = [name for name, gradient in named if gradient is None or not bool(gradient.any())]
         model.zero_grad(set_to_none=True)
         model.eval()
     except Exception as error:
@@ -147,7 +152,7 @@ def measure(model_type: str) -> Bare:
         raise BaseFailsError("its logits are not finite")
     if not torch.equal(first, again):
         raise BaseFailsError("two forward passes of one batch give different logits")
-    bare = Bare(parameters=sum(p.numel() for p in model.parameters()))
+    bare = Bare(parameters=sum(p.numel() for p in model.parameters()), unreached=unreached)
     changed = tokens(2, LENGTH)
     changed[:, -1] = 1
     if float((logits(model, changed) - first)[:, :-1].abs().max()) > PADDING:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.coverage.bases import PADDING, LENGTH, Bare, config_of, logits, make, padding_error, tokens, written
+from benchmarks.coverage.bases import LENGTH, PADDING, Bare, logits, make, padding_error, tokens, written
+from benchmarks.coverage.configs import tiny_config
 from spectune.compute.losses import labelled_loss_sum
 from spectune.deltas import Delta, Method
 from spectune.errors import SpectuneError
@@ -117,7 +118,7 @@ class _Run:
 
     def counts(self) -> str | None:
         """The plan's parameter counts against what is there."""
-        planned = count(config_of(self.model_type), self.method)
+        planned = count(tiny_config(self.model_type), self.method)
         stored = sum(t.numel() for t in self.delta.state_dict().values())
         trained = sum(p.numel() for p in self.delta.parameters())
         real = (stored, trained, self.bare.parameters)
@@ -144,7 +145,14 @@ class _Run:
             return f"two steps do not lower the loss at any rate: {'; '.join(tried)}"
         self.found.numbers["loss"] = tried[-1]
         still = [n for n, t in self.delta.training_state_dict().items() if torch.equal(t, first[n])]
-        self.found.numbers["still"] = still
+        if self.method.trains_base:
+            excused = [name for name in still if name in self.bare.unreached]
+            if excused:
+                self.found.as_base.append(f"{len(excused)} of {len(first)} tensors get no gradient from a text")
+        else:  # the user was told of them
+            told = [notice for notice in self.found.notices if "get no gradient" in notice]
+            excused = still if told and f" {len(still)} of its {len(first)} tensors" in told[0] else []
+        still = [name for name in still if name not in excused]
         if still:
             return f"{len(still)} of {len(first)} trained tensors did not move: {', '.join(still[:12])}"
         if not self.method.trains_base:

@@ -2,9 +2,10 @@
 
 from spectune.deltas.attach import attach, attached, detach
 from spectune.deltas.delta import Delta
+from spectune.deltas.embeddings import prove_reads_embeddings
 from spectune.deltas.merge import merge
-from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, Setting, Site
-from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule
+from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, ParameterSite, Setting, Site
+from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule, ParameterModule
 from spectune.deltas.packs import kernel_serves, packed, packing, why_not_packed
 from spectune.deltas.probe import cached_values, capture_keys_and_values
 from spectune.deltas.registry import Registry
@@ -20,6 +21,8 @@ __all__ = [
     "Method",
     "OutputModule",
     "OutputSite",
+    "ParameterModule",
+    "ParameterSite",
     "Registry",
     "Setting",
     "Site",
@@ -32,6 +35,7 @@ __all__ = [
     "merge",
     "packed",
     "packing",
+    "prove_reads_embeddings",
     "route",
     "why_not_packed",
 ]

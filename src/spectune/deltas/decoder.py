@@ -18,6 +18,7 @@ from spectune.compute.head import probing
 from spectune.compute.masks import positions_from_mask
 from spectune.compute.packs import Pack
 from spectune.deltas import packed_pass
+from spectune.deltas.around import Around
 from spectune.deltas.modules import InputModule
 from spectune.deltas.rows import Rows
 from spectune.deltas.sites import get
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from spectune.deltas.registry import Registry
 
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.2x calls it `cache`, earlier ones `past_key_values`
+#: what decoders without a cache are given of the passes before
+_OTHER_STATES = ("state", "mems", "past_buckets_states", "cache_params")
 _FILLED = "_spectune_filled"
+_LENGTH = "_spectune_length"
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,14 @@ class DecoderSite:
         self.signature = inspect.signature(decoder.forward)
         self.takes_positions = "position_ids" in self.signature.parameters
         self.to_cut = 0
+        self._through: int | None = None  # places that went through the decoder with this pass, virtual ones included
         self._moved: Tensor | None = None  # where each place of a packed text stands among virtual tokens
         self._holds: tuple[str | None, ...] = ()  # the route whose virtual tokens this pass puts into the cache
         self.handles = [
             decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
             decoder.register_forward_hook(self.leave),
         ]
+        self.around = Around(model, registry.family.decoder)
         self._masks_for_generate = _MasksForGenerate(self, getattr(model, "create_masks_for_generate", None))
         # `generate` asks the instance for this name before it makes masks for a static cache
         model.__dict__["create_masks_for_generate"] = self._masks_for_generate
@@ -98,6 +104,7 @@ class DecoderSite:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
+        self.around.close()
         self._model.__dict__.pop("create_masks_for_generate", None)
 
     def enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -112,9 +119,12 @@ class DecoderSite:
         text = ids if ids is not None else embeds
         if text is None:
             return None  # the base says itself what is missing
+        if self.registry.virtual_tokens:
+            mask = self.around.text_only(call, prompt=self.puts_tokens_in())
         batch, length = text.shape[:2]
-        seen = 0 if cache is None else cache.get_seq_length()
+        seen = 0 if cache is None else _seen(cache)
         first = bool(seen == 0)
+        self._through = None
         pack = None if probing() else registry.pack_ahead
         if pack is not None:
             return (), self._enter_packed(call, pack, text, cache)
@@ -128,8 +138,12 @@ class DecoderSite:
             before = lead.length if first else 0
             rows.length, rows.lead, rows.seen, rows.padding = length + before, before, seen_text, _padding(mask)
         registry.lay(rows)
+        if cache is not None or call.get("use_cache") is not False:
+            self._through = seen + length + (lead.length if first else 0)
+            _note_length(cache, self._through)
         if rows is None or not max(lead.shifts):
             return None
+        self._check_other_states(call, lead)
         self._check_mask(mask, seen_text, length, lead.length)
         self._check_context(mask, seen_text, length, lead)
 
@@ -145,6 +159,9 @@ class DecoderSite:
     def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: hidden states of virtual tokens are cut off, so that any head sees text only."""
         self.registry.left()
+        if self._through is not None:
+            for name in _CACHE_NAMES:  # a cache that the decoder made itself
+                _note_length(getattr(output, name, None), self._through)
         cut, self.to_cut = self.to_cut, 0
         moved, self._moved = self._moved, None
         if cut == 0 and moved is None:
@@ -245,6 +262,15 @@ class DecoderSite:
         self.to_cut = lead.length
         _make_room(cache, lead.length, call["inputs_embeds"].shape[1])
 
+    def _check_other_states(self, call: dict[str, Any], lead: _Lead) -> None:
+        """What a decoder carries from pass to pass some other way does not say how much text is in it."""
+        given = [name for name in _OTHER_STATES if call.get(name) is not None]
+        if given and lead.length:
+            raise ConfigError(
+                f"{type(self.decoder).__name__} carries its state in `{given[0]}`, which does not tell whether virtual "
+                "tokens went through it: prompt tuning works here with use_cache=False only"
+            )
+
     def _check_context(self, mask: Any, seen: Any, length: int, lead: _Lead) -> None:
         table = self.registry.family.position_table
         if table is None or not isinstance(seen, int) or seen + length + max(lead.shifts) <= table:
@@ -319,6 +345,19 @@ def _check_cache(cache: Any, first: bool, in_sequence: int, names: tuple[str | N
             f"this cache was filled under the route {_show(filled)} and the route is now {_show(names)}: the virtual "
             "tokens in it are not this route's. Use a cache for each route."
         )
+
+
+def _seen(cache: Any) -> Any:
+    """Places in a cache, virtual tokens included. Caches of state-space layers alone do not count them: we do."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return getattr(cache, _LENGTH, 0)
+
+
+def _note_length(cache: Any, length: Any) -> None:
+    if cache is not None and not any(hasattr(layer, "keys") for layer in getattr(cache, "layers", [])):
+        setattr(cache, _LENGTH, length)
 
 
 def _show(names: tuple[str | None, ...] | None) -> str:

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.deltas.attach import attached
-from spectune.deltas.delta import Delta
+from spectune.deltas.delta import Delta, host_path
 from spectune.deltas.difference import Difference, measure, own_rounding, tokens_to_measure_on
-from spectune.deltas.modules import OutputModule
+from spectune.deltas.modules import OutputModule, ParameterModule
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError
 from spectune.families import quantised_weights
@@ -98,8 +98,12 @@ def _write(merged: PreTrainedModel, delta: Delta) -> None:
     problems: dict[str, list[str]] = defaultdict(list)
     with torch.no_grad():
         for site, module in delta.sites:
-            assert isinstance(module, OutputModule), "a method that can merge acts after modules only"
             try:
+                if isinstance(module, ParameterModule):
+                    parameter = merged.get_parameter(site.path)
+                    parameter.data = module.changed(parameter.data)
+                    continue
+                assert isinstance(module, OutputModule), "a method that can merge acts after modules or on parameters"
                 module.merge_into(merged.get_submodule(site.path))
             except ConfigError as error:
                 problems[str(error)].append(site.path)
@@ -118,7 +122,7 @@ def _tied_weights(model: PreTrainedModel, delta: Delta) -> list[tuple[nn.Paramet
     """Weights at the delta's sites that other modules hold too, with the names of all that hold them."""
     owners: dict[int, list[str]] = defaultdict(list)
     weights: dict[int, nn.Parameter] = {}
-    at_sites = {site.path for site, _ in delta.sites}
+    at_sites = {host_path(site) for site, _ in delta.sites}
     wanted = set()
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):

@@ -46,7 +46,26 @@ class InputSite:
     hidden_size: int
 
 
-Site = OutputSite | AttentionSite | InputSite
+@dataclass(frozen=True)
+class ParameterSite:
+    """In place of a parameter of the base, while the layer that holds it runs: the delta's module makes the changed one
+    of it. For weights that are not used through a module's own output (state-space steps, convolutions, experts).
+
+    Attributes:
+        owner: path of the module that holds the parameter.
+        name: its name there.
+    """
+
+    owner: str
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def path(self) -> str:
+        return f"{self.owner}.{self.name}"
+
+
+Site = OutputSite | AttentionSite | InputSite | ParameterSite
 
 
 @dataclass
@@ -65,7 +84,9 @@ class Setting:
         """
         config = self.model.config.get_text_config()
         special = set(getattr(self.tokenizer, "all_special_ids", None) or [])
-        special |= {config.bos_token_id, config.eos_token_id, config.pad_token_id}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # some are lists, some types have none
+            given = getattr(config, name, None)
+            special |= set(given if isinstance(given, list | tuple) else [given])
         pool = [i for i in range(min(5000, self.family.vocab_size)) if i not in special]
         picks = torch.randint(0, len(pool), (count,), generator=self.generator)
         return [pool[int(pick)] for pick in picks]

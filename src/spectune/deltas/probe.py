@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ from transformers import PreTrainedModel
 from spectune.deltas.delta import Delta
 from spectune.deltas.method import AttentionSite, OutputSite
 from spectune.deltas.registry import Registry
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, SpectuneError, first_line
 from spectune.families import token_embedding
+
+log = logging.getLogger("spectune")
+#: places named in an error or a warning; the others are counted
+_NAMED = 5
 
 
 @contextlib.contextmanager
@@ -36,32 +41,46 @@ def can_run(model: nn.Module) -> bool:
 
 
 def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
-    """Run two tokens through the model and check that each of the delta's sites is reached.
+    """Run two tokens through the model and check that each of the delta's sites is reached, and gradients each weight.
+
+    Where the base does not call a module (it uses its parameters some other way), or with tensors of other widths
+    (groups apart), the delta changes the parameter in place of the output, if it can.
 
     Raises:
-        ConfigError: a module is never called (its weights are used some other way), or an attention module does not
-            go through the registered attention function; all of them are named.
+        ConfigError: a module is never called, an attention module does not go through the registered attention
+            function, or no gradient comes to any weight; all of them are named.
     """
     model = registry.model
     if not can_run(model):
         return  # nothing can be run; the first real forward fails loudly where a module is missing
-    wanted = {site.path: model.get_submodule(site.path) for site, _ in delta.sites if isinstance(site, OutputSite)}
-    called: set[str] = set()
-    handles = [module.register_forward_hook(lambda *_, path=path: called.add(path)) for path, module in wanted.items()]
+    with registry.routed(None):
+        calls = _calls(model, {s.path: s for s, _ in delta.sites if isinstance(s, OutputSite)})
+    outputs = [site for site, _ in delta.sites if isinstance(site, OutputSite)]
+    on_parameters = [s.path for s in outputs if not calls.get(s.path, False) and delta.act_on_parameter(s.path, registry)]
+    misfits = [s for s in outputs if calls.get(s.path) is False and s.path not in on_parameters]
+    if misfits:
+        raise ConfigError(
+            f"{delta.method.label} is refused: "
+            + "; ".join(f"{s.path} does not give tensors of {s.out_features} features" for s in misfits[:_NAMED])
+            + f" ({len(misfits)} in all): this {registry.family.model_type} model works on several streams or groups "
+            "there. Choose other targets or another placement, or another method."
+        )
     registry.attention_calls = {}
     try:
         _run(model, [0, 1])
         attended = set(registry.attention_calls)
     finally:
         registry.attention_calls = None
-        for handle in handles:
-            handle.remove()
-    silent = [path for path in wanted if path not in called]
+    silent = [s.path for s in outputs if s.path not in calls and s.path not in on_parameters]
+    silent = [path for path in silent if not registry.gathers_tokens(path)]  # an expert that two tokens did not go to
     deaf = [
         site.path
         for site, _ in delta.sites
         if isinstance(site, AttentionSite) and id(model.get_submodule(site.path)) not in attended
     ]
+    reached = _reached_by_gradients(registry, delta)
+    unused = {path for path in on_parameters if reached and not any(n.startswith(path + ".") for n in reached)}
+    silent += [path for path in on_parameters if path in unused and not registry.gathers_tokens(path)]
     if silent or deaf:
         lines = [f"{path}: is never called in a forward pass" for path in silent]
         lines += [f"{path}: does not use the attention function set by set_attn_implementation" for path in deaf]
@@ -70,6 +89,68 @@ def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
             + "\n".join(lines)
             + "\nChoose other targets, or another method."
         )
+    _tell_of_unreached(registry, delta, reached)
+
+
+def _calls(model: PreTrainedModel, wanted: dict[str, OutputSite]) -> dict[str, bool]:
+    """Which of the modules are called for two tokens, and whether with tensors of their sites' widths."""
+    found: dict[str, bool] = {}
+
+    def seen(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if type(output) in (tuple, list) else output
+            found[path] = isinstance(first, Tensor) and first.shape[-1:] == (wanted[path].out_features,)
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(seen(path)) for path in wanted]
+    try:
+        _run(model, [0, 1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _reached_by_gradients(registry: Registry, delta: Delta) -> set[str]:
+    """The delta's weights that the logits depend on in a differentiable way. Empty where it cannot be found out."""
+    named = dict(delta.named_parameters())
+    if delta.method.trains_base or not named:
+        return set()
+    model = registry.model
+    before = {name: p.requires_grad for name, p in named.items()}
+    for parameter in named.values():
+        parameter.requires_grad_(True)
+    try:
+        with evaluating(model), torch.enable_grad():
+            logits = _logits(model, [0, 1, 0, 1])
+            if not logits.requires_grad:
+                return set()
+            gradients = torch.autograd.grad(logits.float().sum(), list(named.values()), allow_unused=True)
+    finally:
+        for name, parameter in named.items():
+            parameter.requires_grad_(before[name])
+    return {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+
+
+def _tell_of_unreached(registry: Registry, delta: Delta, reached: set[str]) -> None:
+    names = [name for name, _ in delta.named_parameters()]
+    if delta.method.trains_base or not names:
+        return
+    label, kind = delta.method.label, registry.family.model_type
+    if not reached:
+        raise ConfigError(
+            f"{label} is refused: no gradient comes from the logits of this {kind} model to any of its weights (its own "
+            "code takes them off the graph), so nothing would be trained. Use full fine-tuning or another model."
+        )
+    still = [name for name in names if name not in reached and not registry.gathers_tokens(name.rpartition(".")[0])]
+    if still:
+        shown = ", ".join(still[:_NAMED]) + (f" and {len(still) - _NAMED} more" if len(still) > _NAMED else "")
+        log.warning(
+            "%s: %d of its %d tensors get no gradient from this %s model and stay as they are: what they change is only "
+            "which tokens or experts are chosen, or is not used for the logits (%s)",
+            label, len(still), len(names), kind, shown,
+        )  # fmt: skip
 
 
 def capture_keys_and_values(
@@ -150,5 +231,49 @@ def counts_padding(model: PreTrainedModel) -> bool:
 
 def _run(model: PreTrainedModel, ids: list[int]) -> None:
     with evaluating(model):
-        tokens = torch.tensor([ids], device=token_embedding(model).weight.device)
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        _logits(model, ids)
+
+
+def _logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Of one row, without cache.
+
+    Raises:
+        ConfigError: the model's own code fails on it with the delta that is on now, and without it does not.
+    """
+    tokens = torch.tensor([ids], device=token_embedding(model).weight.device)
+
+    def run() -> Tensor:
+        found: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        return found
+
+    registry = Registry.of(model)
+    name = None if registry is None else registry.current.name
+    try:
+        return run()
+    except (SpectuneError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if registry is None or name is None:
+            raise
+        if not _runs(registry, run):
+            raise
+        raise _refused(registry, name, error) from error
+
+
+def _runs(registry: Registry, run: Callable[[], Tensor]) -> bool:
+    """Whether the bare base runs."""
+    try:
+        with registry.routed(None):
+            run()
+    except Exception:
+        return False
+    return True
+
+
+def _refused(registry: Registry, name: str, error: Exception) -> ConfigError:
+    """The model's own code fails where a delta is on, and without it does not."""
+    kind = registry.family.model_type
+    return ConfigError(
+        f"{registry.deltas[name].method.label} is refused: this {kind} model's own code does not take it "
+        f"({type(error).__name__}: {first_line(error)}). The bare model runs. Use another method, such as LoRA."
+    )

@@ -50,6 +50,13 @@ class DoRALayer(OutputModule):
         out: Tensor = y + (ratio - 1) * direction + ratio * self.lora(x, torch.zeros_like(y))
         return out
 
+    acts_on = "weight"
+
+    def changed(self, parameter: Tensor) -> Tensor:
+        full = parameter.float() + self.lora.scale * (self.lora.lora_B @ self.lora.lora_A)
+        norms = torch.linalg.vector_norm(full, dim=1).detach()
+        return ((self.magnitude / norms)[:, None] * full).to(parameter.dtype)
+
     def merge_into(self, module: nn.Module) -> None:
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
