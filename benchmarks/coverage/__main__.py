@@ -12,7 +12,8 @@ from pathlib import Path
 
 from benchmarks.coverage.bases import all_types
 from benchmarks.coverage.checks import METHODS
-from benchmarks.coverage.driver import run
+from benchmarks.coverage.driver import read, run
+from benchmarks.coverage.page import write
 
 
 def main() -> None:
@@ -22,10 +23,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--out", type=Path, default=Path("coverage.jsonl"), help="results, one JSON object a line")
     parser.add_argument("--seconds", type=float, default=300, help="time limit for one type")
+    parser.add_argument("--page", type=Path, help="write the page of all results in --out, docs/coverage.md")
     args = parser.parse_args()
     types = args.types.split(",") if args.types else all_types()
     methods = args.methods.split(",") if args.methods else list(METHODS)
     run(types, methods, args.jobs, args.out, args.seconds)
+    if args.page is not None:
+        write(read(args.out), args.page)
 
 
 if __name__ == "__main__":

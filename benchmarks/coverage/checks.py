@@ -193,7 +193,8 @@ class _Run:
         with tempfile.TemporaryDirectory() as folder:
             self.delta.save(Path(folder) / "task")
             elsewhere = make(self.model_type)
-            load_delta(elsewhere, Path(folder) / "task", name="again")
+            # trainable, as the first one is: torch folds products of 4-D tensors, and rounds, by whether they need gradients
+            load_delta(elsewhere, Path(folder) / "task", name="again", trainable=True)
         got = logits(elsewhere, tokens(2, LENGTH))
         if torch.equal(got, expected):
             return None

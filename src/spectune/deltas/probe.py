@@ -93,7 +93,19 @@ def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
 
 
 def _calls(model: PreTrainedModel, wanted: dict[str, OutputSite]) -> dict[str, bool]:
-    """Which of the modules are called for two tokens, and whether with tensors of their sites' widths."""
+    """Which of the modules are called for two tokens, and whether with tensors of their sites' widths. Some are called
+    in evaluation and not in training: these count as not called."""
+    if not wanted:
+        return {}
+    found = _calls_now(model, wanted)
+    try:
+        in_training = _calls_now(model, wanted, training=True)
+    except Exception:  # some types want more than a text there; what trains them meets that itself
+        return found
+    return {path: fits for path, fits in found.items() if path in in_training}
+
+
+def _calls_now(model: PreTrainedModel, wanted: dict[str, OutputSite], *, training: bool = False) -> dict[str, bool]:
     found: dict[str, bool] = {}
 
     def seen(path: str) -> Any:
@@ -105,11 +117,27 @@ def _calls(model: PreTrainedModel, wanted: dict[str, OutputSite]) -> dict[str, b
 
     handles = [model.get_submodule(path).register_forward_hook(seen(path)) for path in wanted]
     try:
-        _run(model, [0, 1])
+        if training:
+            _run_in_training(model, [0, 1])
+        else:
+            _run(model, [0, 1])
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _run_in_training(model: PreTrainedModel, ids: list[int]) -> None:
+    """Without gradients; random state and modes are put back."""
+    still = [module for module in model.modules() if not module.training]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            model.train()
+            _logits(model, ids)
+        finally:
+            for module in still:
+                module.training = False
 
 
 def _reached_by_gradients(registry: Registry, delta: Delta) -> set[str]:

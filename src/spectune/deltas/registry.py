@@ -229,7 +229,10 @@ class Registry:
         """
         holder = self._holder(owner)
         if holder is None:
-            raise ConfigError(f"{owner}.{name} stands outside of the decoder: it cannot be changed for a forward pass")
+            raise ConfigError(
+                f"{owner}.{name} is refused: it is not what its module adds last, and stands outside of the decoder, so "
+                "that it cannot be changed for a forward pass. Use another method, such as LoRA."
+            )
         if holder not in self._parameters:
             self._parameters[holder] = ParameterHook(self, holder)
         self._parameters[holder].open(owner, name)

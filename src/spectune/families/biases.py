@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -9,6 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.families.modules import adds_its_bias_last, linear_shape
+
+
+#: a bias of this name is added to routing scores to balance the load: it only has a say in which experts are chosen, and
+#: no gradient comes to it (Wang et al. 2024, arXiv 2408.15664)
+_BALANCES = re.compile(r"correction_bias$|expert_bias$|balancing_bias(es)?$")
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,15 @@ class Bias:
 
 def biases_of(model: PreTrainedModel, decoder: str, head: str | None, beside: frozenset[str]) -> tuple[Bias, ...]:
     """Every parameter called a bias that text goes through: in the decoder, and in what holds the head. One that
-    several modules hold (a tied head's) is described where it is added last."""
+    several modules hold (a tied head's) is described where it is added last. Those that balance experts are left out."""
     inside = [decoder, *([head.split(".")[0]] if head else [])]
     owners: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         on_the_way = any(owner == part or owner.startswith(part + ".") for part in inside)
-        if leaf.endswith("bias") and on_the_way and owner not in beside and parameter.numel():
+        trained = leaf.endswith("bias") and not _BALANCES.search(leaf) and parameter.numel()
+        if trained and on_the_way and owner not in beside:
             owners[id(parameter)].append(name)
             tensors[id(parameter)] = parameter
     found = []

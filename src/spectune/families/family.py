@@ -28,6 +28,8 @@ class Linear:
     path: str
     in_features: int
     out_features: int
+    #: what it gives goes through a convolution over positions: an offset there would come out of padding too
+    convolved: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def describe(model: PreTrainedModel) -> Family:
     stacks = find_layers(decoder, text, model, names, beside)
     layers = _describe_layers(model, stacks, hidden, text, beside)
     linears = tuple(
-        Linear(f"{path}.{name}", *shape)
+        Linear(f"{path}.{name}", *shape, _is_convolved(model, f"{path}.{name}"))
         for path in stacks
         for name, module in model.get_submodule(path).named_modules()
         if (shape := linear_shape(module)) is not None and f"{path}.{name}" not in beside
@@ -142,7 +144,10 @@ def _describe_layers(
     model: PreTrainedModel, stacks: list[str], hidden: int, config: PretrainedConfig, beside: frozenset[str]
 ) -> tuple[Layer, ...]:
     modules = [
-        (f"{path}.{name}", layer) for path in stacks for name, layer in model.get_submodule(path).named_children()
+        (f"{path}.{name}", layer)
+        for path in stacks
+        for name, layer in model.get_submodule(path).named_children()
+        if f"{path}.{name}" not in beside
     ]
     names = [attention_names(layer, path, beside) for path, layer in modules]
     if not any(names):
@@ -154,6 +159,14 @@ def _describe_layers(
         )
         found.append(Layer(path, hidden, described, _feed_forward(layer, path, attentions, hidden, beside)))
     return tuple(found)
+
+
+def _is_convolved(model: PreTrainedModel, path: str) -> bool:
+    """It stands beside a convolution, and is not the last linear there."""
+    owner, _, leaf = path.rpartition(".")
+    children = dict(model.get_submodule(owner).named_children())
+    linears = [name for name, child in children.items() if linear_shape(child) is not None]
+    return any(isinstance(child, nn.Conv1d) for child in children.values()) and leaf != linears[-1]
 
 
 def _feed_forward(

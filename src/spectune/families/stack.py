@@ -11,6 +11,8 @@ from spectune.errors import ConfigError
 
 #: words in the names of modules that pictures and sound go through, beside the text
 _OTHER_SENSES = re.compile(r"vision|visual|image|pixel|audio|speech|video|multi_?modal")
+#: a module of this name gives numbers of tokens that attention is to look at, and nothing that a gradient comes through
+_CHOOSES_TOKENS = re.compile(r"^indexer$")
 #: words in the names of what a layer has for another model's states (cross-attention), or in their classes
 _FOR_OTHER_STATES = re.compile(r"cross_?att|encoder_att|crossattention", re.IGNORECASE)
 
@@ -18,7 +20,8 @@ _FOR_OTHER_STATES = re.compile(r"cross_?att|encoder_att|crossattention", re.IGNO
 def beside_text(model: PreTrainedModel) -> frozenset[str]:
     """Paths of modules that text alone does not go through, with all that is in them: models inside the model that
     have a config of another kind than the text's (vision towers), modules named after another sense, and
-    cross-attention to another model's states. Taken from names and types; what is built on it is proved by running."""
+    cross-attention to another model's states; and what chooses tokens by number, where no gradient comes. Taken from
+    names and types; what is built on it is proved by running."""
     kinds = {type(model.config), type(model.config.get_text_config())}
     found: set[str] = set()
     for path, module in model.named_modules():
@@ -27,7 +30,8 @@ def beside_text(model: PreTrainedModel) -> frozenset[str]:
             continue
         leaf = path.rpartition(".")[2]
         another = isinstance(module, PreTrainedModel) and type(module.config) not in kinds
-        if another or _OTHER_SENSES.search(leaf) or _for_other_states(leaf, module):
+        named = _OTHER_SENSES.search(leaf) or _CHOOSES_TOKENS.search(leaf) or _for_other_states(leaf, module)
+        if another or named:
             found.add(path)
     return frozenset(found)
 

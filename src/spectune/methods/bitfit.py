@@ -76,7 +76,8 @@ class BitFit(Method):
                 else ParameterSite(bias.path, bias.name, bias.shape)
                 for bias in family.biases
             ]
-        return [OutputSite(linear.path, linear.in_features, linear.out_features) for linear in family.linears]
+        free = [linear for linear in family.linears if not linear.convolved]
+        return [OutputSite(linear.path, linear.in_features, linear.out_features) for linear in free]
 
     def build(self, site: Site) -> Offset | BiasOffset:
         if isinstance(site, ParameterSite):
@@ -96,6 +97,6 @@ class BitFit(Method):
         if family.biases:
             return None
         return (
-            f"this {family.model_type} model has no biases: BitFit trains a new offset at each of its "
-            f"{len(family.linears)} linears (the head excepted)"
+            f"this {family.model_type} model has no biases: BitFit trains a new offset at each of "
+            f"{len(self.sites(family))} linears (the head excepted, and what goes through a convolution over positions)"
         )
