@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from benchmarks.coverage.configs import VOCABULARY, tiny_config
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from benchmarks.coverage.configs import VOCABULARY, tiny_config
 from spectune.inference.generate import generate_batch, plain_config
 
 #: logits of one row in a padded batch and alone (contract, point 3)
@@ -46,11 +46,8 @@ def make(model_type: str) -> PreTrainedModel:
     config = config_of(model_type)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(tiny_config(model_type))]
     torch.manual_seed(7)
-    model: PreTrainedModel
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        model = AutoModelForCausalLM.from_config(config)
-    else:
-        model = kind(config)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config) if known else kind(config)
     model = model.float().eval()
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():

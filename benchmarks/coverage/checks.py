@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.coverage.bases import LENGTH, PADDING, Bare, logits, make, padding_error, tokens, written
+from benchmarks.coverage.configs import tiny_config
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.coverage.bases import LENGTH, PADDING, Bare, logits, make, padding_error, tokens, written
-from benchmarks.coverage.configs import tiny_config
 from spectune.compute.losses import labelled_loss_sum
 from spectune.deltas import Delta, Method
 from spectune.errors import SpectuneError
@@ -193,7 +193,7 @@ class _Run:
         with tempfile.TemporaryDirectory() as folder:
             self.delta.save(Path(folder) / "task")
             elsewhere = make(self.model_type)
-            # trainable, as the first one is: torch folds products of 4-D tensors, and rounds, by whether they need gradients
+            # trainable, as the first one is: how torch folds products of 4-D tensors, and rounds, depends on that
             load_delta(elsewhere, Path(folder) / "task", name="again", trainable=True)
         got = logits(elsewhere, tokens(2, LENGTH))
         if torch.equal(got, expected):
@@ -244,7 +244,7 @@ def _state(model: PreTrainedModel) -> dict[str, Any]:
 
 def _restored(model: PreTrainedModel, before: dict[str, Any]) -> str | None:
     """What is not as it was, bit for bit."""
-    now = {name: t for name, t in model.state_dict().items()}
+    now = model.state_dict()
     if list(now) != list(before["tensors"]):
         return f"other tensors: {sorted(set(now) ^ set(before['tensors']))[:5]}"
     changed = [name for name, t in before["tensors"].items() if not torch.equal(t, now[name])]

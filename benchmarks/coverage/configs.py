@@ -12,9 +12,8 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
-
 from benchmarks.coverage.odd import ODD
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 VOCABULARY = 128
 CONTEXT = 64

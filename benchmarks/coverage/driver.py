@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-
 from benchmarks.coverage.bases import BaseFailsError, measure
 from benchmarks.coverage.checks import METHODS, check
 

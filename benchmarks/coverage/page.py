@@ -36,10 +36,10 @@ def _lines(rows: list[dict[str, Any]]) -> list[str]:
         "# Coverage",
         "",
         f"Every type of transformers' mapping of causal language models ({len(by_type)} in transformers "
-        f"{versions()['transformers']}), built tiny with random weights, with every method. Each cell that says *works* "
+        f"{versions()['transformers']}), built tiny with random weights, with every method. A cell that says *works* "
         "has passed all of: attach, with the base's logits bit for bit where the method starts there; two training "
-        "steps after which the loss on the same batch is lower and every weight has moved; save and load elsewhere with "
-        "the same logits, bit for bit; 4 tokens from `generate` equal to those of plain forward passes; left and right "
+        "steps after which the loss on the same batch is lower and every weight has moved; save, and load elsewhere "
+        "with the same logits, bit for bit; 4 tokens from `generate` equal to those of plain forward passes; left and right "
         "padding within 1e-4; detach, bit for bit; and parameter counts from the config alone equal to the real ones. "
         "What the bare base does not do by itself is not held against a method, which may not make it worse: a letter "
         "says so. A refusal comes at attach, before anything is trained, in words; a number says why.",

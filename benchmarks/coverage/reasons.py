@@ -19,7 +19,7 @@ REASONS = (
         r"does not use transformers' attention interface|does not use the attention function",
         "The type's attention is code of its own, which transformers' attention interface does not reach: learned keys "
         "and values cannot be put before its own.",
-        "A site inside that code for each type, or transformers writing it with the interface, as it did for the others.",
+        "A site inside that code for each type, or transformers writing it with the interface, as it did the others.",
     ),
     Reason(
         r"no attention was found",
@@ -35,8 +35,8 @@ REASONS = (
     ),
     Reason(
         r"does not give tensors of \d+ features",
-        "A block does not give one stream of hidden states (several streams side by side, reversible halves), so that an "
-        "adapter of the embeddings' width does not fit after it.",
+        "A block does not give one stream of hidden states (several streams side by side, reversible halves), so that "
+        "an adapter of the embeddings' width does not fit after it.",
         "An adapter for each stream. Other placements, and LoRA, act inside of the block.",
     ),
     Reason(
@@ -75,13 +75,13 @@ REASONS = (
     ),
     Reason(
         r"cannot be told",
-        "Which outputs make keys and values is not told by names and shapes (layers without attention, latent attention, "
-        "several projections).",
+        "Which outputs make keys and values is not told by names and shapes (layers without attention, latent "
+        "attention, several projections).",
         "Sites for the scaled vectors of each such layer; they are defined for keys, values and feed-forward only.",
     ),
     Reason(
         r"the values of layer \d+ are not the outputs",
-        "What attention uses as values is not a slice of a projection's outputs (fused head by head, normalised, gated).",
+        "What attention uses as values is no slice of a projection's outputs (fused head by head, normalised, gated).",
         "A permuted slice, found by running the model, where it is a permutation.",
     ),
     Reason(

@@ -35,8 +35,8 @@ class Around:
             handle.remove()
 
     def text_only(self, call: dict[str, Any], *, prompt: bool) -> Any:
-        """The mask that the text of a decoder's call has: the 2-D one that came from outside (or None), where a ready-made one
-        was made of it on the way. Positions made on the way are taken out, so that they count as not given.
+        """The mask that the text of a decoder's call has: the 2-D one that came from outside (or None), where a
+        ready-made one was made of it on the way. Positions made on the way are taken out, so that they count as not given.
 
         Args:
             call: of the decoder, by argument name; changed in place.

@@ -56,8 +56,8 @@ def prove_reads_embeddings(model: PreTrainedModel) -> None:
     if not off <= allowed:
         raise ConfigError(
             f"prompt tuning is refused: this {kind} model reads more from token ids than their embeddings (without ids "
-            f"its logits move by {off / max(size, 1e-30):.2g} of the largest), and virtual tokens have none. Use prefix "
-            "tuning or LoRA."
+            f"its logits move by {off / max(size, 1e-30):.2g} of the largest), and virtual tokens have none. Use "
+            "prefix tuning or LoRA."
         )
 
 

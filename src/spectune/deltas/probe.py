@@ -56,7 +56,9 @@ def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
     with registry.routed(None):
         calls = _calls(model, {s.path: s for s, _ in delta.sites if isinstance(s, OutputSite)})
     outputs = [site for site, _ in delta.sites if isinstance(site, OutputSite)]
-    on_parameters = [s.path for s in outputs if not calls.get(s.path, False) and delta.act_on_parameter(s.path, registry)]
+    on_parameters = [
+        s.path for s in outputs if not calls.get(s.path, False) and delta.act_on_parameter(s.path, registry)
+    ]
     misfits = [s for s in outputs if calls.get(s.path) is False and s.path not in on_parameters]
     if misfits:
         raise ConfigError(
@@ -168,15 +170,15 @@ def _tell_of_unreached(registry: Registry, delta: Delta, reached: set[str]) -> N
     label, kind = delta.method.label, registry.family.model_type
     if not reached:
         raise ConfigError(
-            f"{label} is refused: no gradient comes from the logits of this {kind} model to any of its weights (its own "
-            "code takes them off the graph), so nothing would be trained. Use full fine-tuning or another model."
+            f"{label} is refused: no gradient comes from the logits of this {kind} model to any of its weights (its "
+            "own code takes them off the graph), so nothing would be trained. Use full fine-tuning or another model."
         )
     still = [name for name in names if name not in reached and not registry.gathers_tokens(name.rpartition(".")[0])]
     if still:
         shown = ", ".join(still[:_NAMED]) + (f" and {len(still) - _NAMED} more" if len(still) > _NAMED else "")
         log.warning(
-            "%s: %d of its %d tensors get no gradient from this %s model and stay as they are: what they change is only "
-            "which tokens or experts are chosen, or is not used for the logits (%s)",
+            "%s: %d of its %d tensors get no gradient from this %s model and stay as they are: what they change is "
+            "only which tokens or experts are chosen, or is not used for the logits (%s)",
             label, len(still), len(names), kind, shown,
         )  # fmt: skip
 

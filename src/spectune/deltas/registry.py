@@ -230,8 +230,8 @@ class Registry:
         holder = self._holder(owner)
         if holder is None:
             raise ConfigError(
-                f"{owner}.{name} is refused: it is not what its module adds last, and stands outside of the decoder, so "
-                "that it cannot be changed for a forward pass. Use another method, such as LoRA."
+                f"{owner}.{name} is refused: it is not what its module adds last, and stands outside of the decoder, "
+                "so that it cannot be changed for a forward pass. Use another method, such as LoRA."
             )
         if holder not in self._parameters:
             self._parameters[holder] = ParameterHook(self, holder)

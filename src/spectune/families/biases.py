@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from spectune.families.modules import adds_its_bias_last, linear_shape
 
-
-#: a bias of this name is added to routing scores to balance the load: it only has a say in which experts are chosen, and
-#: no gradient comes to it (Wang et al. 2024, arXiv 2408.15664)
+#: a bias of this name is added to routing scores to balance the load: it only has a say in which experts are chosen,
+#: and no gradient comes to it (Wang et al. 2024, arXiv 2408.15664)
 _BALANCES = re.compile(r"correction_bias$|expert_bias$|balancing_bias(es)?$")
 
 
@@ -45,7 +44,8 @@ class Bias:
 
 def biases_of(model: PreTrainedModel, decoder: str, head: str | None, beside: frozenset[str]) -> tuple[Bias, ...]:
     """Every parameter called a bias that text goes through: in the decoder, and in what holds the head. One that
-    several modules hold (a tied head's) is described where it is added last. Those that balance experts are left out."""
+    several modules hold (a tied head's) is described where it is added last. Those that balance experts are not
+    among them."""
     inside = [decoder, *([head.split(".")[0]] if head else [])]
     owners: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, nn.Parameter] = {}

@@ -55,7 +55,8 @@ class DoRALayer(OutputModule):
     def changed(self, parameter: Tensor) -> Tensor:
         full = parameter.float() + self.lora.scale * (self.lora.lora_B @ self.lora.lora_A)
         norms = torch.linalg.vector_norm(full, dim=1).detach()
-        return ((self.magnitude / norms)[:, None] * full).to(parameter.dtype)
+        made: Tensor = ((self.magnitude / norms)[:, None] * full).to(parameter.dtype)
+        return made
 
     def merge_into(self, module: nn.Module) -> None:
         weight = module.weight
