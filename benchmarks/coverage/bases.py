@@ -12,10 +12,13 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from spectune.inference.generate import generate_batch, plain_config
+from spectune.inference.generate import plain_config
+from spectune.inference.modes import generation_defaults
 
 #: logits of one row in a padded batch and alone (contract, point 3)
 PADDING = 1e-4
+#: logits with a cache and without
+GENERATION = 1e-3
 NEW_TOKENS = 4
 #: of the rows of a batch (a multiple of the chunks that some types cut a text into)
 LENGTH = 12
@@ -95,12 +98,21 @@ def padding_error(model: PreTrainedModel, side: str, *, positions: bool) -> floa
     return max(float((a - b).abs().max()) if a.isfinite().all() else float("inf") for a, b in pairs)
 
 
-def written(model: PreTrainedModel) -> tuple[list[list[int]], list[list[int]]]:
-    """`NEW_TOKENS` tokens by `generate` with its cache, and by repeated plain forward passes."""
-    sequence = ids = tokens(2, 7)
-    for _ in range(NEW_TOKENS):
-        sequence = torch.cat([sequence, logits(model, sequence)[:, -1].argmax(-1)[:, None]], dim=1)
-    return generate_batch(model, ids.tolist(), plain_config(NEW_TOKENS, [], 0)), sequence[:, 7:].tolist()
+def generation_error(model: PreTrainedModel) -> float:
+    """The largest difference between the logits that `generate` has with its cache and those of a plain forward pass
+    over what it wrote. Infinite where it wrote another token than these say."""
+    ids = tokens(2, 7)
+    config = plain_config(NEW_TOKENS, [], 0, output_logits=True, return_dict_in_generate=True)
+    generate: Any = model.generate
+    with torch.no_grad(), generation_defaults(model):
+        out = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    cached = torch.stack(out.logits, dim=1)
+    plain = logits(model, out.sequences)[:, -NEW_TOKENS - 1 : -1]
+    error = float((cached - plain).abs().max())
+    top = plain.topk(2, dim=-1).values
+    tied = top[..., 0] - top[..., 1] <= 2 * error
+    same = (plain.argmax(-1) == out.sequences[:, -NEW_TOKENS:]) | tied
+    return error if bool(same.all()) and error == error else float("inf")
 
 
 @dataclass
@@ -110,14 +122,13 @@ class Bare:
     Attributes:
         padding: by side, as `padding_error` gives it, with positions given where that is better.
         positions: position_ids are given with a padded batch, as `generate` does.
-        generates: what `generate` writes with its cache is what plain forward passes give; None where it has no
-            `generate` that runs, `why` saying so.
+        generation: as `generation_error` gives it; None where `generate` does not run, `why` saying so.
         unreached: its weights that a text gives no gradient.
     """
 
     padding: dict[str, float] = field(default_factory=dict)
     positions: bool = False
-    generates: bool | None = None
+    generation: float | None = None
     why: str = ""
     parameters: int = 0
     unreached: list[str] = field(default_factory=list)
@@ -165,8 +176,7 @@ def measure(model_type: str) -> Bare:
         if max(given.values()) < max(bare.padding.values()):
             bare.padding, bare.positions = given, True
     try:
-        cached, plain = written(model)
-        bare.generates = cached == plain
+        bare.generation = generation_error(model)
     except Exception as error:
         bare.why = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return bare

@@ -12,7 +12,7 @@ from benchmarks.coverage.reasons import REASONS, sort
 
 #: a footnote for each thing that is so with the bare base too: how a result tells it, and what it says
 _NOTES = (
-    ("generate:", "as the base: its own cache, by itself, writes other tokens than plain forward passes, or fails"),
+    ("generate:", "as the base: its own cache, by itself, gives other logits than none, or fails"),
     ("padding on the left", "as the base: left padding, by itself, changes its logits (no `position_ids`, a state that "
      "runs over padding)"),
     ("padding on the right", "as the base: right padding, by itself, changes its logits"),
@@ -39,8 +39,9 @@ def _lines(rows: list[dict[str, Any]]) -> list[str]:
         f"{versions()['transformers']}), built tiny with random weights, with every method. A cell that says *works* "
         "has passed all of: attach, with the base's logits bit for bit where the method starts there; two training "
         "steps after which the loss on the same batch is lower and every weight has moved; save, and load elsewhere "
-        "with the same logits, bit for bit; 4 tokens from `generate` equal to those of plain forward passes; left and right "
-        "padding within 1e-4; detach, bit for bit; and parameter counts from the config alone equal to the real ones. "
+        "with the same logits, bit for bit; 4 tokens from `generate` equal to those of plain forward passes; left and "
+        "right padding within 1e-4; detach, bit for bit; and parameter counts from the config alone equal to the real "
+        "ones. "
         "What the bare base does not do by itself is not held against a method, which may not make it worse: a letter "
         "says so. A refusal comes at attach, before anything is trained, in words; a number says why.",
         "",

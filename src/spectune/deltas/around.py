@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 #: arguments that a text alone has
-_OF_TEXT = frozenset(
-    {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "labels"}
-)
+_OF_TEXT = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "logits_to_keep"})
 
 
 class Around:
@@ -36,7 +34,7 @@ class Around:
 
     def text_only(self, call: dict[str, Any], *, prompt: bool) -> Any:
         """The mask that the text of a decoder's call has: the 2-D one that came from outside (or None), where a
-        ready-made one was made of it on the way. Positions made on the way are taken out, so that they count as not given.
+        ready-made one was made of it on the way. Positions made on the way are taken out: they count as not given.
 
         Args:
             call: of the decoder, by argument name; changed in place.
