@@ -187,7 +187,7 @@ class _Run:
                 optimizer.zero_grad()
                 now = loss()
                 if step == 0:
-                    begin = float(now)
+                    begin = float(now.detach())
                 now.backward()
                 optimizer.step()
             with torch.no_grad():
