@@ -219,7 +219,13 @@ class _Run:
         if base == float("inf"):
             self.found.as_base.append("generate: with its cache it writes other tokens than without")
             return None
-        error = generation_error(self.model)
+        try:
+            error = generation_error(self.model)
+        except SpectuneError as refusal:
+            if base <= GENERATION:
+                raise
+            self.found.as_base.append(f"generate: {refusal}")
+            return None
         if error <= GENERATION:
             return None
         if base > GENERATION and error <= _FACTOR * base:

@@ -105,7 +105,6 @@ ODD: dict[str, dict[str, Any]] = {
         "pronunciation_embed_dim": 8,
     },
     "xlm": {"causal": True},
-    "xlnet": {"attn_type": "uni"},
     "xlstm": {"mode": "inference", "hidden_size": 64, "embedding_dim": 64, "autocast_kernel_dtype": "float32"},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

@@ -34,6 +34,11 @@ REASONS = (
         "Trained rows for virtual tokens in each of these tables.",
     ),
     Reason(
+        r"carries its state in",
+        "The decoder has no cache, and its state does not tell what went through it, virtual tokens among that.",
+        "A state that says what is in it.",
+    ),
+    Reason(
         r"does not give tensors of \d+ features",
         "A block does not give one stream of hidden states (several streams side by side, reversible halves), so that "
         "an adapter of the embeddings' width does not fit after it.",

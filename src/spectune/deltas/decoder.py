@@ -7,6 +7,7 @@ left over in front of the shorter ones is masked, so that distances within a row
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.2x calls it `cache`, earlier ones `past_key_values`
 #: what decoders without a cache are given of the passes before
 _OTHER_STATES = ("state", "mems", "past_buckets_states", "cache_params")
+#: what there is for each token and is made for virtual ones too
+_TOKEN_WISE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _FILLED = "_spectune_filled"
 _LENGTH = "_spectune_length"
 
@@ -246,10 +249,7 @@ class DecoderSite:
             call["attention_mask"] = F.pad(mask, (lead.length, 0)).masked_fill(virtual, 1)
         if not first:
             return
-        if call.get("token_type_ids") is not None:
-            raise ConfigError(
-                "token_type_ids do not go with prompt tuning: virtual tokens have no type. Leave them out."
-            )
+        _check_token_wise(call, text)
         embeds = call.get("inputs_embeds")
         if embeds is None:
             embeds = self._model.get_submodule(self.registry.family.embedding)(call["input_ids"])
@@ -345,6 +345,24 @@ def _check_cache(cache: Any, first: bool, in_sequence: int, names: tuple[str | N
             f"this cache was filled under the route {_show(filled)} and the route is now {_show(names)}: the virtual "
             "tokens in it are not this route's. Use a cache for each route."
         )
+
+
+def carries_other_state(names: Iterable[str]) -> str | None:
+    """The argument by which a decoder that has no cache carries its state from pass to pass; None where it has none."""
+    given = list(names)
+    if any(name in _CACHE_NAMES for name in given):
+        return None
+    return next((name for name in _OTHER_STATES if name in given), None)
+
+
+def _check_token_wise(call: dict[str, Any], text: int) -> None:
+    """What the decoder is given for each token of the text has no entry for virtual ones."""
+    for name, value in call.items():
+        if isinstance(value, Tensor) and name not in _TOKEN_WISE and value.dim() > 1 and value.shape[1] == text:
+            raise ConfigError(
+                f"{name} do not go with prompt tuning: they are given for each token of the text, and virtual tokens "
+                "have none. Leave them out."
+            )
 
 
 def _seen(cache: Any) -> Any:

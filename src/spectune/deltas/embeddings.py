@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectune.deltas.decoder import carries_other_state
 from spectune.deltas.probe import evaluating
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError, first_line
@@ -29,6 +30,12 @@ def prove_reads_embeddings(model: PreTrainedModel) -> None:
     """
     registry = Registry.of(model)
     assert registry is not None, "asked while a delta is attached"
+    state = carries_other_state(registry.decoder.signature.parameters)
+    if state is not None:
+        raise ConfigError(
+            f"prompt tuning is refused: this {registry.family.model_type} model carries its state in `{state}`, which "
+            "does not tell whether virtual tokens went through it. Use LoRA."
+        )
     device = token_embedding(model).weight.device
     ids = torch.tensor([[0, 2, 1, 2]], device=device)
     mask = torch.tensor([[0, 1, 1, 1]], device=device)

@@ -20,37 +20,42 @@ if TYPE_CHECKING:
 
 
 class ParameterHook:
-    """The pair of hooks around a layer (or the decoder) that put changed parameters in and take them out again."""
+    """Stands around the `forward` of a layer (or the decoder), puts changed parameters in and takes them out again,
+    whatever happens in between: torch's own hooks are not called where Ctrl-C comes up."""
 
     def __init__(self, registry: Registry, path: str) -> None:
         self.registry = registry
         self.path = path
+        self.running = 0  # calls of the layer that are not over
         self._users: dict[tuple[str, str], int] = {}
-        self._inside: list[contextlib.ExitStack] = []
-        host = registry.model.get_submodule(path)
-        self._handles = [
-            host.register_forward_pre_hook(self._enter),
-            host.register_forward_hook(self._leave, always_call=True),
-        ]
+        self._host: nn.Module = registry.model.get_submodule(path)
+        self._before = self._host.__dict__.get("forward")
+        self._forward: Any = self._host.forward
+        self._host.__dict__["forward"] = self._run
 
     def open(self, owner: str, name: str) -> None:
         self._users[owner, name] = self._users.get((owner, name), 0) + 1
 
     def close(self, owner: str, name: str) -> bool:
-        """The inverse of `open`; True once nobody is left and the hooks are gone."""
+        """The inverse of `open`; True once nobody is left and nothing is left of it."""
         self._users[owner, name] -= 1
         if self._users[owner, name] == 0:
             del self._users[owner, name]
         if self._users:
             return False
-        for handle in self._handles:
-            handle.remove()
+        if self._before is None:
+            self._host.__dict__.pop("forward", None)
+        else:
+            self._host.__dict__["forward"] = self._before
         return True
 
-    @property
-    def running(self) -> bool:
-        """Whether the layer runs now."""
-        return bool(self._inside)
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        with self.changed():
+            self.running += 1
+            try:
+                return self._forward(*args, **kwargs)
+            finally:
+                self.running -= 1
 
     @contextlib.contextmanager
     def changed(self) -> Iterator[None]:
@@ -84,15 +89,6 @@ class ParameterHook:
         made = found.changed(base)
         made._spectune_base = base  # type: ignore[attr-defined]
         return made
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        stack = contextlib.ExitStack()
-        stack.enter_context(self.changed())
-        self._inside.append(stack)
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._inside:  # none where the way in raised
-            self._inside.pop().close()
 
 
 def _module_at(module: nn.Module, delta: str | None, name: str) -> ParameterModule | OutputModule | None:

@@ -75,7 +75,9 @@ def cached_values(model: PreTrainedModel, watched: list[str]) -> tuple[dict[str,
             handle.remove()
     cache = getattr(out, "past_key_values", None) or getattr(out, "cache", None)
     layers = getattr(cache, "layers", [])
-    return seen, [layer.values[0].transpose(0, 1).flatten(1) for layer in layers if hasattr(layer, "values")]
+    return seen, [
+        layer.values[0].transpose(0, 1).flatten(1) for layer in layers if getattr(layer, "values", None) is not None
+    ]
 
 
 def counts_padding(model: PreTrainedModel) -> bool:
