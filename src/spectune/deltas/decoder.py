@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
     from spectune.deltas.registry import Registry
 
-_CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.2x calls it `cache`, earlier ones `past_key_values`
+#: transformers 5.2x calls it `cache`, earlier ones `past_key_values` or, of state-space layers alone, `cache_params`
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 #: what decoders without a cache are given of the passes before
-_OTHER_STATES = ("state", "mems", "past_buckets_states", "cache_params")
+_OTHER_STATES = ("state", "mems", "past_buckets_states")
 #: what there is for each token and is made for virtual ones too
 _TOKEN_WISE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _FILLED = "_spectune_filled"
@@ -369,7 +370,7 @@ def _seen(cache: Any) -> Any:
     """Places in a cache, virtual tokens included. Caches of state-space layers alone do not count them: we do."""
     try:
         return cache.get_seq_length()
-    except ValueError:
+    except (ValueError, AttributeError):
         return getattr(cache, _LENGTH, 0)
 
 
