@@ -8,6 +8,7 @@ from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite,
 from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule, ParameterModule
 from spectune.deltas.packs import kernel_serves, packed, packing, why_not_packed
 from spectune.deltas.probe import cached_values, capture_keys_and_values
+from spectune.deltas.proof import uncalled
 from spectune.deltas.registry import Registry
 from spectune.deltas.routing import route
 
@@ -37,5 +38,6 @@ __all__ = [
     "packing",
     "prove_reads_embeddings",
     "route",
+    "uncalled",
     "why_not_packed",
 ]

@@ -14,6 +14,7 @@ from spectune.deltas.method import AttentionSite, OutputSite
 from spectune.deltas.probe import can_run, evaluating, first_logits, run
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError, SpectuneError, first_line
+from spectune.families import Family
 
 log = logging.getLogger("spectune")
 #: places named in an error or a warning; the others are counted
@@ -40,7 +41,7 @@ def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
         s.path
         for s in outputs
         # an expert that two tokens did not go to is called by others
-        if (s.path in calls or not registry.gathers_tokens(s.path))
+        if (s.path in calls or not registry.family.gathers_tokens(s.path))
         and not calls.get(s.path, False)
         and delta.act_on_parameter(s.path, registry)
     ]
@@ -59,7 +60,9 @@ def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
     finally:
         registry.attention_calls = None
     silent = [s.path for s in outputs if s.path not in calls and s.path not in on_parameters]
-    silent = [path for path in silent if not registry.gathers_tokens(path)]  # an expert that two tokens did not go to
+    silent = [
+        path for path in silent if not registry.family.gathers_tokens(path)
+    ]  # an expert that two tokens did not go to
     deaf = [
         site.path
         for site, _ in delta.sites
@@ -68,7 +71,7 @@ def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
     reached = _reached_by_gradients(registry, delta)
     if reached:
         unused = [path for path in on_parameters if not any(name.startswith(path + ".") for name in reached)]
-        silent += [path for path in unused if not registry.gathers_tokens(path)]
+        silent += [path for path in unused if not registry.family.gathers_tokens(path)]
     if silent or deaf:
         lines = [f"{path}: is never called in a forward pass" for path in silent]
         lines += [f"{path}: does not use the attention function set by set_attn_implementation" for path in deaf]
@@ -78,6 +81,26 @@ def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
             + "\nChoose other targets, or another method."
         )
     _tell_of_unreached(registry, delta, reached)
+
+
+def uncalled(model: PreTrainedModel, family: Family) -> list[str]:
+    """Linears of the layers that two tokens do not call, in evaluation or not in training: the base uses their weights
+    some other way. Experts in a list are left out, which others may call. Empty where the model cannot be run as it is.
+    """
+    if not can_run(model):
+        return []
+    sites = {t.path: OutputSite(t.path, t.in_features, t.out_features) for t in family.linears}
+    try:
+        called = _calls(model, sites)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        log.warning(
+            "%s cannot be run on two tokens as it is loaded: whether it calls all of its linears is not known (%s)",
+            type(model).__name__, first_line(error),
+        )  # fmt: skip
+        return []
+    return [path for path in sites if path not in called and not family.gathers_tokens(path)]
 
 
 def _calls(model: PreTrainedModel, wanted: dict[str, OutputSite]) -> dict[str, bool]:
@@ -167,7 +190,9 @@ def _tell_of_unreached(registry: Registry, delta: Delta, reached: set[str] | Non
             f"{label} is refused: no gradient comes from the logits of this {kind} model to any of its weights (its "
             "own code takes them off the graph), so nothing would be trained. Use full fine-tuning or another model."
         )
-    still = [name for name in names if name not in reached and not registry.gathers_tokens(name.rpartition(".")[0])]
+    still = [
+        name for name in names if name not in reached and not registry.family.gathers_tokens(name.rpartition(".")[0])
+    ]
     if still:
         shown = ", ".join(still[:_NAMED]) + (f" and {len(still) - _NAMED} more" if len(still) > _NAMED else "")
         log.warning(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -160,11 +159,6 @@ class Registry:
     def in_use(self, name: str) -> bool:
         """Whether a `with route` that names the delta is in force."""
         return self._routed is not None and name in self._routed.names
-
-    def gathers_tokens(self, path: str) -> bool:
-        """Whether a module stands in a list inside its layer (experts): it is given tokens picked from any row."""
-        layer = next((layer.path for layer in self.family.layers if path.startswith(layer.path + ".")), None)
-        return layer is not None and re.search(r"\.\d+(\.|$)", path[len(layer) :]) is not None
 
     def positions_by_index(self) -> bool:
         """Whether the base itself counts padding as positions, where the caller gives none. Found out by running it

@@ -102,7 +102,7 @@ class OutputHook:
         acting = {name: get(module, name) for name, _ in rows.groups}
         if not any(acting.values()):
             return y
-        if y.dim() == 2 and self.registry.gathers_tokens(self.path):
+        if y.dim() == 2 and self.registry.family.gathers_tokens(self.path):
             raise ConfigError(
                 f"{self.path} stands among experts, which are given some tokens of any row: deltas at this place "
                 "cannot share a batch with others. Route each of them in a batch of its own."

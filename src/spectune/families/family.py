@@ -6,6 +6,7 @@ its layer's number and owns projections), so that a model type nobody here has h
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,11 @@ class Family:
     position_table: int | None
     #: tokens that some layers' attention reaches back at most, None where all see everything
     sliding_window: int | None = None
+
+    def gathers_tokens(self, path: str) -> bool:
+        """Whether a module stands in a list inside its layer (experts): it is given tokens picked from any row."""
+        layer = next((layer.path for layer in self.layers if path.startswith(layer.path + ".")), None)
+        return layer is not None and re.search(r"\.\d+(\.|$)", path[len(layer) :]) is not None
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
