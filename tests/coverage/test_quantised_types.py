@@ -11,8 +11,10 @@ from benchmarks.coverage.bases import LENGTH, BaseFailsError, all_types, logits,
 from benchmarks.coverage.bases import measure as bare
 from benchmarks.coverage.checks import METHODS
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.frozen import FrozenLinear
+from spectune.compute.losses import labelled_loss_sum
 from spectune.errors import ConfigError, SpectuneError
 from spectune.families import describe
 from spectune.storage import attach, detach, quantise_base
@@ -30,8 +32,7 @@ def quantised(model: PreTrainedModel) -> PreTrainedModel | None:
         stored = few.get_submodule(linear.path)
         if isinstance(stored, FrozenLinear):
             own = model.get_submodule(linear.path)
-            decoded = stored.dequantised()
-            own.weight.data = decoded if decoded.shape == own.weight.shape else decoded.T.contiguous()
+            own.weight.data = stored.dequantised().T.contiguous() if isinstance(own, Conv1D) else stored.dequantised()
     return few
 
 
@@ -51,7 +52,8 @@ def hold(model_type: str, cases: tuple[str, ...]) -> None:
             delta = attach(few, METHODS[case], case)
         except SpectuneError:
             continue  # as over the plain base: tests/coverage/test_types.py
-        few(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        labelled_loss_sum(few, batch)[0].backward()
         assert any(p.grad is not None and bool(p.grad.any()) for p in delta.parameters()), case
         detach(few, case)
         assert torch.equal(logits(few, ids), before), case

@@ -83,7 +83,14 @@ def quantise_base(model: PreTrainedModel, precision: str, *, device: torch.devic
             fp8.check_device(place, model.dtype)
         if precision == "nf4" and place.type != "meta":
             bitsandbytes_functions()
+    versions = {linear.path: model.get_submodule(linear.path).weight._version for linear in family.linears}
     used_by_weight = uncalled(model, family)
+    written = [path for path, version in versions.items() if model.get_submodule(path).weight._version != version]
+    if written:
+        raise ConfigError(
+            f"base_precision = {precision} is refused for this base: its own code writes into its weights when it goes "
+            f"from training to evaluation ({_some(written)}), which quantised ones cannot take. Load it without."
+        )
     linears = [linear for linear in family.linears if linear.path not in used_by_weight]
     _check_linears(model, linears, precision)
     for linear in linears:
