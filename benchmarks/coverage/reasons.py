@@ -23,9 +23,10 @@ REASONS = (
     ),
     Reason(
         r"no attention was found",
-        "There is no attention: state-space and recurrent layers only.",
-        "Nothing could: the method is about attention. LoRA, adapters and BitFit act on these types, and prompt tuning "
-        "where the table says so.",
+        "There is no attention in the layers, only states; or it stands beside them, or its projections are no "
+        "linears.",
+        "Where there are only states nothing could: the method is about attention. LoRA, adapters and BitFit act on "
+        "these types. For the others, a site inside their own code.",
     ),
     Reason(
         r"needs token ids|reads more from token ids",
@@ -67,7 +68,7 @@ REASONS = (
         "Bias entries for the prefix, put in by the type's own code.",
     ),
     Reason(
-        r"Prompt tuning is refused: .* own code does not take it",
+        r"Prompt tuning is refused: .* own code does not take it|do not go with prompt tuning",
         "The decoder takes something beside the embeddings that is as long as the text (streams that it predicts from, "
         "inputs for each layer, cut chunks), and has none for virtual tokens.",
         "Entries for virtual tokens in that input.",

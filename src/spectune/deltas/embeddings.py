@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectune.deltas.decoder import carries_other_state
+from spectune.deltas.method import plain_tokens
 from spectune.deltas.probe import evaluating
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError, first_line
@@ -22,8 +23,8 @@ _TOLERANCE_16_BITS = 2e-2
 
 
 def prove_reads_embeddings(model: PreTrainedModel) -> None:
-    """Run a left-padded text as token ids and as the embeddings of these, which must give the same logits, and as
-    embeddings of no token, which must run.
+    """Run a text as token ids and as the embeddings of these, which must give the same logits, and as embeddings of no
+    token, which must run.
 
     Raises:
         ConfigError: the decoder uses ids some other way too (hashes of them, tables of its own).
@@ -37,13 +38,15 @@ def prove_reads_embeddings(model: PreTrainedModel) -> None:
             "does not tell whether virtual tokens went through it. Use LoRA."
         )
     device = token_embedding(model).weight.device
-    ids = torch.tensor([[0, 2, 1, 2]], device=device)
-    mask = torch.tensor([[0, 1, 1, 1]], device=device)
+    # no special ones: some types number positions by which tokens are padding, as ids say, where no positions come
+    a, b, c = plain_tokens(model.config.get_text_config(), registry.family.vocab_size)[:3]
+    ids = torch.tensor([[a, c, b, c]], device=device)
+    mask = torch.ones_like(ids)
     kind = registry.family.model_type
 
     def logits() -> Tensor:
         found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return found[:, 1:].float()
+        return found.float()
 
     with registry.routed(None), evaluating(model):
         expected = logits()

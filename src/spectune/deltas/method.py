@@ -16,7 +16,7 @@ from spectune.errors import ConfigError
 from spectune.families import Attention, Family
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from spectune.deltas.delta import Delta
 
@@ -82,14 +82,21 @@ class Setting:
 
         Lester et al. 2021 sample from the 5,000 commonest; byte-pair ids rise as frequency falls.
         """
-        config = self.model.config.get_text_config()
         special = set(getattr(self.tokenizer, "all_special_ids", None) or [])
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # some are lists, some types have none
-            given = getattr(config, name, None)
-            special |= set(given if isinstance(given, list | tuple) else [given])
-        pool = [i for i in range(min(5000, self.family.vocab_size)) if i not in special]
+        pool = [
+            i for i in plain_tokens(self.model.config.get_text_config(), self.family.vocab_size) if i not in special
+        ]
         picks = torch.randint(0, len(pool), (count,), generator=self.generator)
         return [pool[int(pick)] for pick in picks]
+
+
+def plain_tokens(config: PretrainedConfig, vocabulary: int) -> list[int]:
+    """The first 5,000 ids, without those that the config says begin, end or fill up a text."""
+    special: set[int | None] = set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # some are lists, some types have none
+        given = getattr(config, name, None)
+        special |= set(given if isinstance(given, list | tuple) else [given])
+    return [token for token in range(min(5000, vocabulary)) if token not in special]
 
 
 class Method(BaseModel, ABC):

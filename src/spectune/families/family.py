@@ -99,8 +99,15 @@ def describe(model: PreTrainedModel) -> Family:
     """The parts of `model`, which may be on the meta device.
 
     Raises:
-        ConfigError: the model has no list of decoder layers or no token embeddings that can be recognised.
+        ConfigError: the model has no list of decoder layers or no token embeddings that can be recognised; or it is an
+            encoder-decoder.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{type(model).__name__} is an encoder-decoder: what it reads goes through another stack than what it "
+            "writes, and spectune is for models that go on with a text. Load its decoder alone, as AutoModelForCausalLM "
+            "does for types that have one, or a decoder-only model."
+        )
     text = model.config.get_text_config()
     names = {id(module): name for name, module in model.named_modules()}
     beside = beside_text(model)
