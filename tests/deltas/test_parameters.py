@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,41 @@ def test_lora_acts_in_training_where_the_base_calls_a_linear_in_evaluation_only(
         found = delta.module_at("model.layers.1.altup.correction_coefs")
         assert found.lora_B.grad is not None, training
         found.lora_B.grad = None
+
+
+def test_dropout_that_cannot_act_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="spectune"):
+        attach(mamba(), LoRA(r=2, lora_dropout=0.1), "task")
+    assert "dropout does not act at backbone.layers.0.mixer.dt_proj, backbone.layers.1.mixer.dt_proj" in caplog.text
+
+
+def test_weights_without_gradients_are_told_and_a_delta_of_nothing_else_is_refused(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base whose own code takes something off the graph."""
+    model = gpt_oss()
+    router = type(model.model.layers[0].mlp.router)
+    forward = router.forward
+
+    def without_gradients(self: torch.nn.Module, hidden: torch.Tensor) -> object:
+        with torch.no_grad():
+            return forward(self, hidden)
+
+    monkeypatch.setattr(router, "forward", without_gradients)
+    with caplog.at_level(logging.WARNING, logger="spectune"):
+        delta = attach(model, BitFit(), "task")
+    assert f"3 of its {len(list(delta.parameters()))} tensors get no gradient" in caplog.text
+    assert "model.layers.0.mlp.router.bias.offset" in caplog.text
+    detach(model, "task")
+    monkeypatch.setattr(type(model.model), "forward", torch.no_grad()(type(model.model).forward))
+    before = logits(model)
+    with pytest.raises(ConfigError, match="no gradient comes from the logits"):
+        attach(model, LoRA(r=2), "task")
+    assert torch.equal(logits(model), before)
+
+
+def test_in_inference_mode_gradients_are_not_asked_for() -> None:
+    model = gpt_oss()
+    with torch.inference_mode():
+        attach(model, LoRA(r=2), "task")
+        assert model(input_ids=tokens(1, 4)).logits.isfinite().all()

@@ -45,6 +45,16 @@ def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
         and not calls.get(s.path, False)
         and delta.act_on_parameter(s.path, registry)
     ]
+    with_dropout = [
+        path
+        for path in on_parameters
+        if any(isinstance(m, nn.Dropout) for m in delta.module_at(path).modules())  # type: ignore[union-attr]
+    ]
+    if with_dropout:
+        log.warning(
+            "%s: dropout does not act at %s: the base uses these weights without a call whose input could be dropped",
+            delta.method.label, _some(with_dropout),
+        )  # fmt: skip
     misfits = [s for s in outputs if calls.get(s.path) is False and s.path not in on_parameters]
     if misfits:
         raise ConfigError(
@@ -194,9 +204,13 @@ def _tell_of_unreached(registry: Registry, delta: Delta, reached: set[str] | Non
         name for name in names if name not in reached and not registry.family.gathers_tokens(name.rpartition(".")[0])
     ]
     if still:
-        shown = ", ".join(still[:_NAMED]) + (f" and {len(still) - _NAMED} more" if len(still) > _NAMED else "")
         log.warning(
             "%s: %d of its %d tensors get no gradient from this %s model and stay as they are: what they change is "
             "only which tokens or experts are chosen, or is not used for the logits (%s)",
-            label, len(still), len(names), kind, shown,
+            label, len(still), len(names), kind, _some(still),
         )  # fmt: skip
+
+
+def _some(paths: list[str]) -> str:
+    rest = len(paths) - _NAMED
+    return ", ".join(paths[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -105,8 +105,8 @@ def describe(model: PreTrainedModel) -> Family:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{type(model).__name__} is an encoder-decoder: what it reads goes through another stack than what it "
-            "writes, and spectune is for models that go on with a text. Load its decoder alone, as AutoModelForCausalLM "
-            "does for types that have one, or a decoder-only model."
+            "writes, and spectune is for models that go on with a text. Load its decoder alone, as "
+            "AutoModelForCausalLM does for types that have one, or a decoder-only model."
         )
     text = model.config.get_text_config()
     names = {id(module): name for name, module in model.named_modules()}
