@@ -250,3 +250,19 @@ def test_after_an_error_inside_a_mixed_forward_nothing_is_left(make_model: Make,
 
 def _fail(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_first_mixed_pass_is_noted_as_its_own(make_model: Make, family: str) -> None:
+    """How the base counts positions is found out by running it, in the first pass that asks for it: what that run
+    leaves behind is not this pass's."""
+    model = make_model()
+    attach(model, PromptTuning(num_virtual_tokens=3), "prompt")
+    move(attach(model, LoRA(r=2), "lora"))
+    ids, mask, _ = ragged(2, "left")
+    with torch.no_grad(), route(model, ["prompt", "lora"]):
+        first = model(input_ids=ids, attention_mask=mask, use_cache=True)
+        again = model(input_ids=ids, attention_mask=mask, use_cache=True)
+    assert torch.equal(first.logits, again.logits)
+    cache = getattr(first, "past_key_values", None) or first.cache
+    with route(model, "prompt"), pytest.raises(ConfigError, match=r"filled under the route \['prompt', 'lora'\]"):
+        model(input_ids=ids[:, :1], attention_mask=torch.ones(2, mask.shape[1] + 1).long(), past_key_values=cache)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     GptOssConfig,
@@ -19,10 +22,10 @@ from transformers import (
 
 from spectune.deltas import Delta, ParameterSite
 from spectune.errors import ConfigError
-from spectune.methods import BitFit, DoRA, LoRA
+from spectune.methods import BitFit, DoRA, LoRA, PromptTuning
 from spectune.storage import attach, detach, load_delta, merge, route
 from tests.contract.conftest import move, tokens
-from tests.contract.families import SIZES, TOKENS
+from tests.contract.families import SIZES, TOKENS, llama
 
 
 def mamba() -> PreTrainedModel:
@@ -249,3 +252,43 @@ def test_in_inference_mode_gradients_are_not_asked_for() -> None:
     with torch.inference_mode():
         attach(model, LoRA(r=2), "task")
         assert model(input_ids=tokens(1, 4)).logits.isfinite().all()
+
+
+def test_prompts_of_unlike_lengths_share_no_batch_where_padding_moves_the_answers() -> None:
+    """A decoder that numbers its positions by itself: a shorter row would be shifted by its neighbour's prompt."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "vocab_size": 97,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}  # fmt: skip
+    model = _filled(BartForCausalLM(BartConfig(**sizes)))
+    for name, method in (("a", PromptTuning(num_virtual_tokens=3)), ("b", PromptTuning(num_virtual_tokens=3))):
+        attach(model, method, name)
+    attach(model, LoRA(r=2), "lora")
+    with pytest.raises(ConfigError, match="prompts of unlike lengths"), route(model, ["a", "lora"]):
+        pass
+    with route(model, ["a", "b"]):
+        together = logits(model)
+    with route(model, "a"):
+        assert torch.allclose(together[0], logits(model)[0], atol=1e-5)
+    with route(model, ["lora", None]):
+        logits(model)
+
+
+def test_lora_at_a_linear_of_a_class_of_its_own_changes_its_weight() -> None:
+    """A router gives scores of the chosen experts, not its linear map: a low-rank change of the scores would be none of
+    the weight."""
+
+    class Scores(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).softmax(-1)
+
+    model = llama()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.__class__ = Scores
+    delta = attach(model, LoRA(r=2), "task")
+    move(delta, 0.3)
+    expected = logits(model)
+    by_hand = copy.deepcopy(model)
+    detach(by_hand, "task")
+    with torch.no_grad():
+        for site, module in delta.sites:
+            by_hand.get_submodule(site.path).weight.add_(module.lora_B @ module.lora_A * module.scale)
+    assert torch.allclose(logits(by_hand), expected, atol=1e-4)

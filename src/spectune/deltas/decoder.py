@@ -126,6 +126,10 @@ class DecoderSite:
         if self.registry.virtual_tokens:
             mask = self.around.text_only(call, prompt=self.puts_tokens_in())
         batch, length = text.shape[:2]
+        if self.takes_positions and call.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            counts = {0 if name is None else registry.deltas[name].method.virtual_tokens for name in route.names}
+            if 0 in counts and len(counts) > 1:
+                registry.positions_by_index()  # runs the model once: before anything is noted of this pass
         seen = 0 if cache is None else _seen(cache)
         first = bool(seen == 0)
         self._through = None

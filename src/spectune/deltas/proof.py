@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from spectune.deltas.delta import Delta
@@ -24,8 +25,8 @@ _NAMED = 5
 def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
     """Run two tokens through the model and check that each of the delta's sites is reached, and gradients each weight.
 
-    Where the base does not call a module (it uses its parameters some other way), or with tensors of other widths
-    (groups apart), the delta changes the parameter in place of the output, if it can.
+    Where the base does not call a module (it uses its parameters some other way), or where the output is not its linear
+    map (groups apart, a router's scores), the delta changes the parameter in place of the output, if it can.
 
     Raises:
         ConfigError: a module is never called, an attention module does not go through the registered attention
@@ -134,7 +135,8 @@ def _calls_now(model: PreTrainedModel, wanted: dict[str, OutputSite], *, trainin
     def seen(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if type(output) in (tuple, list) else output
-            found[path] = isinstance(first, Tensor) and first.shape[-1:] == (wanted[path].out_features,)
+            wide = isinstance(first, Tensor) and first.shape[-1:] == (wanted[path].out_features,)
+            found[path] = wide and _is_its_linear_map(module, args, first)
 
         return hook
 
@@ -148,6 +150,19 @@ def _calls_now(model: PreTrainedModel, wanted: dict[str, OutputSite], *, trainin
         for handle in handles:
             handle.remove()
     return found
+
+
+def _is_its_linear_map(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> bool:
+    """Whether what a linear gives is its linear map. One of a class of its own may give something that is made of it
+    (routers give scores of the chosen experts)."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return True
+    weight, bias, x = module.weight, module.bias, args[0] if args else None
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and isinstance(x, Tensor)
+    if not plain or x is None or x.shape[-1] != weight.shape[1]:
+        return True  # quantised ones are of classes of their own too, and linear maps
+    made = F.linear(x.to(weight.dtype), weight, bias)
+    return made.shape == output.shape and torch.allclose(made.float(), output.float(), rtol=1e-2, atol=1e-3)
 
 
 def _run_in_training(model: PreTrainedModel, ids: list[int]) -> None:

@@ -48,6 +48,8 @@ class Registry:
         self.packs = False
         self.kernel: Kernel | None = None
         self._positions_by_index: bool | None = None
+        #: how far rows move when prompts of unlike lengths share a batch, once it was asked for
+        self.prompts_mix: float | None = None
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._attention_before: str | None = None
         self._outputs: dict[str, OutputHook] = {}
