@@ -18,7 +18,7 @@ from spectune.families.attention import Attention, attention_names, attention_of
 from spectune.families.biases import Bias, biases_of
 from spectune.families.modules import linear_shape
 from spectune.families.parts import inner_activation
-from spectune.families.quantised import is_transposed, packed_away
+from spectune.families.quantised import is_plain, is_transposed, packed_away
 from spectune.families.stack import beside_text, find_decoder, find_layers
 
 
@@ -29,8 +29,9 @@ class Linear:
     path: str
     in_features: int
     out_features: int
-    #: what it gives goes through a convolution over positions: an offset there would come out of padding too
-    convolved: bool = False
+    #: an offset on its output is one of the linear map, and lets no padding through: not so where a convolution over
+    #: positions follows, or the output is something made of the map (a router's scores)
+    takes_offset: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def describe(model: PreTrainedModel) -> Family:
     stacks = find_layers(decoder, text, model, names, beside)
     layers = _describe_layers(model, stacks, hidden, text, beside)
     linears = tuple(
-        Linear(f"{path}.{name}", *shape, _is_convolved(model, f"{path}.{name}"))
+        Linear(f"{path}.{name}", *shape, _takes_offset(model, f"{path}.{name}"))
         for path in stacks
         for name, module in model.get_submodule(path).named_modules()
         if (shape := linear_shape(module)) is not None and f"{path}.{name}" not in beside
@@ -174,12 +175,16 @@ def _describe_layers(
     return tuple(found)
 
 
-def _is_convolved(model: PreTrainedModel, path: str) -> bool:
-    """It stands beside a convolution, and is not the last linear there."""
+def _takes_offset(model: PreTrainedModel, path: str) -> bool:
+    """Not a linear of a class of its own (quantised ones aside), nor one beside a convolution that is not the last
+    there."""
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and is_plain(module.weight):
+        return False
     owner, _, leaf = path.rpartition(".")
     children = dict(model.get_submodule(owner).named_children())
     linears = [name for name, child in children.items() if linear_shape(child) is not None]
-    return any(isinstance(child, nn.Conv1d) for child in children.values()) and leaf != linears[-1]
+    return leaf == linears[-1] or not any(isinstance(child, nn.Conv1d) for child in children.values())
 
 
 def _feed_forward(

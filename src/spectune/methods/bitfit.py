@@ -76,7 +76,7 @@ class BitFit(Method):
                 else ParameterSite(bias.path, bias.name, bias.shape)
                 for bias in family.biases
             ]
-        free = [linear for linear in family.linears if not linear.convolved]
+        free = [linear for linear in family.linears if linear.takes_offset]
         return [OutputSite(linear.path, linear.in_features, linear.out_features) for linear in free]
 
     def build(self, site: Site) -> Offset | BiasOffset:
@@ -98,5 +98,6 @@ class BitFit(Method):
             return None
         return (
             f"this {family.model_type} model has no biases: BitFit trains a new offset at each of "
-            f"{len(self.sites(family))} linears (the head excepted, and what goes through a convolution over positions)"
+            f"{len(self.sites(family))} linears (the head excepted, and those that a convolution follows or that give "
+            "scores)"
         )
