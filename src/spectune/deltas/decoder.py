@@ -7,7 +7,6 @@ left over in front of the shorter ones is masked, so that distances within a row
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from spectune.compute.masks import positions_from_mask
 from spectune.compute.packs import Pack
 from spectune.deltas import packed_pass
 from spectune.deltas.around import Around
+from spectune.deltas.caches import CACHE_NAMES, OTHER_STATES, check_cache, make_room, note_length, seen_in
 from spectune.deltas.modules import InputModule
 from spectune.deltas.rows import Rows
 from spectune.deltas.sites import get
@@ -30,14 +30,8 @@ if TYPE_CHECKING:
 
     from spectune.deltas.registry import Registry
 
-#: transformers 5.2x calls it `cache`, earlier ones `past_key_values` or, of state-space layers alone, `cache_params`
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-#: what decoders without a cache are given of the passes before
-_OTHER_STATES = ("state", "mems", "past_buckets_states")
 #: what there is for each token and is made for virtual ones too
 _TOKEN_WISE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-_FILLED = "_spectune_filled"
-_LENGTH = "_spectune_length"
 
 
 @dataclass(frozen=True)
@@ -119,7 +113,7 @@ class DecoderSite:
         registry.keep_attention()
         call = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
         ids, embeds, mask = call.get("input_ids"), call.get("inputs_embeds"), call.get("attention_mask")
-        cache = next((call[name] for name in _CACHE_NAMES if call.get(name) is not None), None)
+        cache = next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
         text = ids if ids is not None else embeds
         if text is None:
             return None  # the base says itself what is missing
@@ -130,7 +124,7 @@ class DecoderSite:
             counts = {0 if name is None else registry.deltas[name].method.virtual_tokens for name in route.names}
             if 0 in counts and len(counts) > 1:
                 registry.positions_by_index()  # runs the model once: before anything is noted of this pass
-        seen = 0 if cache is None else _seen(cache)
+        seen = 0 if cache is None else seen_in(cache)
         first = bool(seen == 0)
         self._through = None
         pack = None if probing() else registry.pack_ahead
@@ -140,7 +134,7 @@ class DecoderSite:
         # one entry for all rows where they are alike: no tensor is made then
         self._holds = rows.names if rows is not None and route.mixed else route.names[:1]
         lead = self._lead(self._holds)
-        _check_cache(cache, first, lead.length, self._holds)
+        check_cache(cache, first, lead.length, self._holds)
         seen_text = seen - lead.length if lead.length and not first else seen
         if rows is not None:
             before = lead.length if first else 0
@@ -148,7 +142,7 @@ class DecoderSite:
         registry.lay(rows)
         if cache is not None or call.get("use_cache") is not False:
             self._through = seen + length + (lead.length if first else 0)
-            _note_length(cache, self._through)
+            note_length(cache, self._through)
         if rows is None or not max(lead.shifts):
             return None
         self._check_other_states(call, lead)
@@ -168,8 +162,8 @@ class DecoderSite:
         """Forward hook: hidden states of virtual tokens are cut off, so that any head sees text only."""
         self.registry.left()
         if self._through is not None:
-            for name in _CACHE_NAMES:  # a cache that the decoder made itself
-                _note_length(getattr(output, name, None), self._through)
+            for name in CACHE_NAMES:  # a cache that the decoder made itself
+                note_length(getattr(output, name, None), self._through)
         cut, self.to_cut = self.to_cut, 0
         moved, self._moved = self._moved, None
         if cut == 0 and moved is None:
@@ -180,8 +174,8 @@ class DecoderSite:
                 return states[:, cut:]
             return states[torch.arange(moved.shape[0], device=moved.device)[:, None], moved]
 
-        for name in _CACHE_NAMES:  # a cache that the decoder made itself
-            _check_cache(getattr(output, name, None), True, cut, self._holds)
+        for name in CACHE_NAMES:  # a cache that the decoder made itself
+            check_cache(getattr(output, name, None), True, cut, self._holds)
         if isinstance(output, tuple):
             return (text_of(output[0]), *output[1:])
         output.last_hidden_state = text_of(output.last_hidden_state)
@@ -265,11 +259,11 @@ class DecoderSite:
         if self.takes_positions:
             call["position_ids"] = torch.where(virtual, places, F.pad(call["position_ids"], (lead.length, 0)))
         self.to_cut = lead.length
-        _make_room(cache, lead.length, call["inputs_embeds"].shape[1])
+        make_room(cache, lead.length, call["inputs_embeds"].shape[1])
 
     def _check_other_states(self, call: dict[str, Any], lead: _Lead) -> None:
         """What a decoder carries from pass to pass some other way does not say how much text is in it."""
-        given = [name for name in _OTHER_STATES if call.get(name) is not None]
+        given = [name for name in OTHER_STATES if call.get(name) is not None]
         if given and lead.length:
             raise ConfigError(
                 f"{type(self.decoder).__name__} carries its state in `{given[0]}`, which does not tell whether virtual "
@@ -330,36 +324,6 @@ def _padding(mask: Any) -> Tensor | None:
     return mask.long().cumsum(-1).eq(0).sum(-1, keepdim=True)
 
 
-def _check_cache(cache: Any, first: bool, in_sequence: int, names: tuple[str | None, ...]) -> None:
-    """A cache that holds virtual tokens belongs to the route that put them there: note it, and hold later calls to it.
-
-    Raises:
-        ConfigError: the cache was filled under another route, so that text and virtual tokens cannot be told apart.
-    """
-    if cache is None or torch.compiler.is_compiling():
-        return
-    filled = getattr(cache, _FILLED, None)
-    if first:
-        if in_sequence:
-            setattr(cache, _FILLED, names)
-        elif filled is not None:
-            delattr(cache, _FILLED)
-        return
-    if (filled is not None or in_sequence) and filled != names:
-        raise ConfigError(
-            f"this cache was filled under the route {_show(filled)} and the route is now {_show(names)}: the virtual "
-            "tokens in it are not this route's. Use a cache for each route."
-        )
-
-
-def carries_other_state(names: Iterable[str]) -> str | None:
-    """The argument by which a decoder that has no cache carries its state from pass to pass; None where it has none."""
-    given = list(names)
-    if any(name in _CACHE_NAMES for name in given):
-        return None
-    return next((name for name in _OTHER_STATES if name in given), None)
-
-
 def _check_token_wise(call: dict[str, Any], text: int) -> None:
     """What the decoder is given for each token of the text has no entry for virtual ones."""
     for name, value in call.items():
@@ -367,38 +331,4 @@ def _check_token_wise(call: dict[str, Any], text: int) -> None:
             raise ConfigError(
                 f"{name} do not go with prompt tuning: they are given for each token of the text, and virtual tokens "
                 "have none. Leave them out."
-            )
-
-
-def _seen(cache: Any) -> Any:
-    """Places in a cache, virtual tokens included. Caches of state-space layers alone do not count them: we do."""
-    try:
-        return cache.get_seq_length()
-    except (ValueError, AttributeError):
-        return getattr(cache, _LENGTH, 0)
-
-
-def _note_length(cache: Any, length: Any) -> None:
-    if cache is not None and not any(hasattr(layer, "keys") for layer in getattr(cache, "layers", [])):
-        setattr(cache, _LENGTH, length)
-
-
-def _show(names: tuple[str | None, ...] | None) -> str:
-    if names is None:
-        return "of no prompt"
-    return repr(names[0]) if len(names) == 1 else repr(list(names))
-
-
-def _make_room(cache: Any, extra: int, length: int) -> None:
-    """A static cache is as long as the text that `generate` was asked for: it needs `extra` more places."""
-    for layer in getattr(cache, "layers", []):
-        longest = getattr(layer, "max_cache_len", None)
-        if longest is None or getattr(layer, "is_sliding", False):
-            continue
-        if not getattr(layer, "is_initialized", True):
-            layer.max_cache_len = longest + extra
-        elif length > longest:
-            raise ConfigError(
-                f"the static cache has {longest} places, text and virtual tokens need {length}; "
-                f"make it at least {extra} longer than the text (max_cache_len)"
             )

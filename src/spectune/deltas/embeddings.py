@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectune.deltas.decoder import carries_other_state
+from spectune.deltas.caches import carries_other_state
 from spectune.deltas.method import plain_tokens
 from spectune.deltas.probe import evaluating
 from spectune.deltas.registry import Registry
