@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -67,7 +68,11 @@ def _measure(registry: Registry, longest: str | None) -> float:
         return found.float()
 
     whole = torch.ones_like(text)
-    with evaluating(model):
+    # these are no passes of a packed batch that may be at hand
+    pack, registry.pack_ahead = registry.pack_ahead, None
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, registry, "pack_ahead", pack)
+        stack.enter_context(evaluating(model))
         with registry.routed(None):
             alone = logits(text, whole)[0]
             behind_padding = logits(padded, mask, **given)[0, 2:]
