@@ -14,6 +14,7 @@ from spectune.errors import ConfigError
 from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from spectune.storage import attach, detach, route
 from tests.contract.conftest import CASES, move, padded, refusal, tokens
+from tests.contract.families import FAMILIES
 
 Make = Callable[[], PreTrainedModel]
 
@@ -250,3 +251,16 @@ def test_after_an_error_inside_a_mixed_forward_nothing_is_left(make_model: Make,
 
 def _fail(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_first_mixed_pass_is_noted_as_its_own() -> None:
+    """How the base counts positions is found out by running it, in the first pass that asks for it: what that run
+    leaves behind is not this pass's. Where a window reaches a prefix, the padding of each row counts."""
+    model = FAMILIES["gemma3"]().eval()
+    attach(model, PrefixTuning(num_virtual_tokens=3, sliding=True), "prefix")
+    move(attach(model, LoRA(r=2), "lora"))
+    ids, mask, _ = ragged(2, "left")
+    with torch.no_grad(), route(model, ["prefix", "lora"]):
+        first = model(input_ids=ids, attention_mask=mask).logits
+        again = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(first, again)

@@ -120,7 +120,7 @@ def _parts(model: nn.Module) -> tuple[PreTrainedModel, nn.Module, nn.Linear]:
     _check_unwatched(model, "the model")
     decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if decoder is None or decoder is model or head is None:
+    if decoder is None or decoder is model or decoder is head or head is None:
         raise NotPlainError("it has no decoder or no head of its own")
     # exactly a linear: quantised stand-ins and wrappers compute something else
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:

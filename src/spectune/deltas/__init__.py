@@ -2,12 +2,14 @@
 
 from spectune.deltas.attach import attach, attached, detach
 from spectune.deltas.delta import Delta
+from spectune.deltas.embeddings import prove_reads_embeddings
 from spectune.deltas.merge import merge
-from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, Setting, Site
-from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule
+from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, ParameterSite, Setting, Site
+from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule, ParameterModule
 from spectune.deltas.packs import kernel_serves, packed, packing, why_not_packed
 from spectune.deltas.padding import why_padding_is_told
 from spectune.deltas.probe import cached_values, capture_keys_and_values
+from spectune.deltas.proof import uncalled
 from spectune.deltas.registry import Registry
 from spectune.deltas.routing import route
 
@@ -21,6 +23,8 @@ __all__ = [
     "Method",
     "OutputModule",
     "OutputSite",
+    "ParameterModule",
+    "ParameterSite",
     "Registry",
     "Setting",
     "Site",
@@ -33,7 +37,9 @@ __all__ = [
     "merge",
     "packed",
     "packing",
+    "prove_reads_embeddings",
     "route",
+    "uncalled",
     "why_not_packed",
     "why_padding_is_told",
 ]

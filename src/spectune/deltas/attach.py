@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.deltas.delta import Delta
 from spectune.deltas.method import Method, Setting
-from spectune.deltas.probe import can_run, evaluating, prove_that_sites_fire
+from spectune.deltas.probe import can_run, evaluating
+from spectune.deltas.proof import prove_that_sites_fire
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError
 

@@ -18,6 +18,8 @@ from spectune.compute.head import probing
 from spectune.compute.masks import positions_from_mask
 from spectune.compute.packs import Pack
 from spectune.deltas import packed_pass
+from spectune.deltas.around import Around
+from spectune.deltas.caches import CACHE_NAMES, OTHER_STATES, check_cache, make_room, note_length, seen_in
 from spectune.deltas.modules import InputModule
 from spectune.deltas.rows import Rows
 from spectune.deltas.sites import get
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
     from spectune.deltas.registry import Registry
 
-_CACHE_NAMES = ("cache", "past_key_values")  # transformers 5.2x calls it `cache`, earlier ones `past_key_values`
-_FILLED = "_spectune_filled"
+#: what there is for each token and is made for virtual ones too
+_TOKEN_WISE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,14 @@ class DecoderSite:
         self.signature = inspect.signature(decoder.forward)
         self.takes_positions = "position_ids" in self.signature.parameters
         self.to_cut = 0
+        self._through: int | None = None  # places that went through the decoder with this pass, virtual ones included
         self._moved: Tensor | None = None  # where each place of a packed text stands among virtual tokens
         self._holds: tuple[str | None, ...] = ()  # the route whose virtual tokens this pass puts into the cache
         self.handles = [
             decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
             decoder.register_forward_hook(self.leave),
         ]
+        self.around = Around(model, registry.family.decoder)
         self._masks_for_generate = _MasksForGenerate(self, getattr(model, "create_masks_for_generate", None))
         # `generate` asks the instance for this name before it makes masks for a static cache
         model.__dict__["create_masks_for_generate"] = self._masks_for_generate
@@ -98,6 +102,7 @@ class DecoderSite:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
+        self.around.close()
         self._model.__dict__.pop("create_masks_for_generate", None)
 
     def enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,13 +113,20 @@ class DecoderSite:
         registry.keep_attention()
         call = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
         ids, embeds, mask = call.get("input_ids"), call.get("inputs_embeds"), call.get("attention_mask")
-        cache = next((call[name] for name in _CACHE_NAMES if call.get(name) is not None), None)
+        cache = next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
         text = ids if ids is not None else embeds
         if text is None:
             return None  # the base says itself what is missing
+        if self.registry.virtual_tokens:
+            mask = self.around.text_only(call, prompt=self.puts_tokens_in())
         batch, length = text.shape[:2]
-        seen = 0 if cache is None else cache.get_seq_length()
+        if self.takes_positions and call.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            counts = {0 if name is None else registry.deltas[name].method.virtual_tokens for name in route.names}
+            if 0 in counts and len(counts) > 1:
+                registry.positions_by_index()  # runs the model once: before anything is noted of this pass
+        seen = 0 if cache is None else seen_in(cache)
         first = bool(seen == 0)
+        self._through = None
         pack = None if probing() else registry.pack_ahead
         if pack is not None:
             return (), self._enter_packed(call, pack, text, cache)
@@ -122,14 +134,18 @@ class DecoderSite:
         # one entry for all rows where they are alike: no tensor is made then
         self._holds = rows.names if rows is not None and route.mixed else route.names[:1]
         lead = self._lead(self._holds)
-        _check_cache(cache, first, lead.length, self._holds)
+        check_cache(cache, first, lead.length, self._holds)
         seen_text = seen - lead.length if lead.length and not first else seen
         if rows is not None:
             before = lead.length if first else 0
             rows.length, rows.lead, rows.seen, rows.padding = length + before, before, seen_text, _padding(mask)
         registry.lay(rows, static_cache=bool(getattr(cache, "is_compileable", False)))
+        if cache is not None or call.get("use_cache") is not False:
+            self._through = seen + length + (lead.length if first else 0)
+            note_length(cache, self._through)
         if rows is None or not max(lead.shifts):
             return None
+        self._check_other_states(call, lead)
         self._check_mask(mask, seen_text, length, lead.length)
         self._check_context(mask, seen_text, length, lead)
 
@@ -145,6 +161,9 @@ class DecoderSite:
     def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: hidden states of virtual tokens are cut off, so that any head sees text only."""
         self.registry.left()
+        if self._through is not None:
+            for name in CACHE_NAMES:  # a cache that the decoder made itself
+                note_length(getattr(output, name, None), self._through)
         cut, self.to_cut = self.to_cut, 0
         moved, self._moved = self._moved, None
         if cut == 0 and moved is None:
@@ -155,8 +174,8 @@ class DecoderSite:
                 return states[:, cut:]
             return states[torch.arange(moved.shape[0], device=moved.device)[:, None], moved]
 
-        for name in _CACHE_NAMES:  # a cache that the decoder made itself
-            _check_cache(getattr(output, name, None), True, cut, self._holds)
+        for name in CACHE_NAMES:  # a cache that the decoder made itself
+            check_cache(getattr(output, name, None), True, cut, self._holds)
         if isinstance(output, tuple):
             return (text_of(output[0]), *output[1:])
         output.last_hidden_state = text_of(output.last_hidden_state)
@@ -229,10 +248,7 @@ class DecoderSite:
             call["attention_mask"] = F.pad(mask, (lead.length, 0)).masked_fill(virtual, 1)
         if not first:
             return
-        if call.get("token_type_ids") is not None:
-            raise ConfigError(
-                "token_type_ids do not go with prompt tuning: virtual tokens have no type. Leave them out."
-            )
+        _check_token_wise(call, text)
         embeds = call.get("inputs_embeds")
         if embeds is None:
             embeds = self._model.get_submodule(self.registry.family.embedding)(call["input_ids"])
@@ -243,7 +259,16 @@ class DecoderSite:
         if self.takes_positions:
             call["position_ids"] = torch.where(virtual, places, F.pad(call["position_ids"], (lead.length, 0)))
         self.to_cut = lead.length
-        _make_room(cache, lead.length, call["inputs_embeds"].shape[1])
+        make_room(cache, lead.length, call["inputs_embeds"].shape[1])
+
+    def _check_other_states(self, call: dict[str, Any], lead: _Lead) -> None:
+        """What a decoder carries from pass to pass some other way does not say how much text is in it."""
+        given = [name for name in OTHER_STATES if call.get(name) is not None]
+        if given and lead.length:
+            raise ConfigError(
+                f"{type(self.decoder).__name__} carries its state in `{given[0]}`, which does not tell whether virtual "
+                "tokens went through it: prompt tuning works here with use_cache=False only"
+            )
 
     def _check_context(self, mask: Any, seen: Any, length: int, lead: _Lead) -> None:
         table = self.registry.family.position_table
@@ -299,44 +324,11 @@ def _padding(mask: Any) -> Tensor | None:
     return mask.long().cumsum(-1).eq(0).sum(-1, keepdim=True)
 
 
-def _check_cache(cache: Any, first: bool, in_sequence: int, names: tuple[str | None, ...]) -> None:
-    """A cache that holds virtual tokens belongs to the route that put them there: note it, and hold later calls to it.
-
-    Raises:
-        ConfigError: the cache was filled under another route, so that text and virtual tokens cannot be told apart.
-    """
-    if cache is None or torch.compiler.is_compiling():
-        return
-    filled = getattr(cache, _FILLED, None)
-    if first:
-        if in_sequence:
-            setattr(cache, _FILLED, names)
-        elif filled is not None:
-            delattr(cache, _FILLED)
-        return
-    if (filled is not None or in_sequence) and filled != names:
-        raise ConfigError(
-            f"this cache was filled under the route {_show(filled)} and the route is now {_show(names)}: the virtual "
-            "tokens in it are not this route's. Use a cache for each route."
-        )
-
-
-def _show(names: tuple[str | None, ...] | None) -> str:
-    if names is None:
-        return "of no prompt"
-    return repr(names[0]) if len(names) == 1 else repr(list(names))
-
-
-def _make_room(cache: Any, extra: int, length: int) -> None:
-    """A static cache is as long as the text that `generate` was asked for: it needs `extra` more places."""
-    for layer in getattr(cache, "layers", []):
-        longest = getattr(layer, "max_cache_len", None)
-        if longest is None or getattr(layer, "is_sliding", False):
-            continue
-        if not getattr(layer, "is_initialized", True):
-            layer.max_cache_len = longest + extra
-        elif length > longest:
+def _check_token_wise(call: dict[str, Any], text: int) -> None:
+    """What the decoder is given for each token of the text has no entry for virtual ones."""
+    for name, value in call.items():
+        if isinstance(value, Tensor) and name not in _TOKEN_WISE and value.dim() > 1 and value.shape[1] == text:
             raise ConfigError(
-                f"the static cache has {longest} places, text and virtual tokens need {length}; "
-                f"make it at least {extra} longer than the text (max_cache_len)"
+                f"{name} do not go with prompt tuning: they are given for each token of the text, and virtual tokens "
+                "have none. Leave them out."
             )

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spectune.deltas import sites
-from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, Setting, Site
-from spectune.deltas.modules import DeltaModule
+from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, ParameterSite, Setting, Site
+from spectune.deltas.modules import DeltaModule, OutputModule
 from spectune.deltas.weights import FLOATS, check_finite, read_headers, read_weights
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family, fingerprint
@@ -49,6 +49,8 @@ class Delta:
         self.base_fingerprint = fingerprint(model, family)
         self.shared: nn.Module | None = None
         self._modules: dict[str, tuple[Site, DeltaModule]] = {}
+        #: output sites whose host's parameter is changed in place of its output, and which one
+        self._on_parameters: dict[str, str] = {}
 
     # -- what it holds ----------------------------------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class Delta:
         """Build the modules and put them at their sites."""
         self.shared = self.method.build_shared(self.family)
         for site in self.method.sites(self.family):
-            host = self.model.get_submodule(site.path)
+            host = self.model.get_submodule(host_path(site))
             module = self.method.build(site)
             if self.shared is not None:
                 module.use_shared(self.shared)
@@ -188,10 +190,12 @@ class Delta:
                     registry.open_output(site.path)
                 case AttentionSite():
                     registry.open_attention(site.path)
+                case ParameterSite():
+                    registry.open_parameter(site.owner, site.name)
                 case InputSite():
                     pass  # the decoder's hooks are there from the first attach
             self._modules[site.path] = (site, module)
-            sites.put(host, self.name, module)
+            sites.put(host, self.name, module, _part(site))
         if self.shared is not None:
             # a child of the decoder, so that `model.to` and `parameters()` see it
             decoder = self.model.get_submodule(self.family.decoder)
@@ -206,17 +210,36 @@ class Delta:
     def close(self, registry: Registry) -> None:
         """Take the modules away."""
         for path, (site, _) in self._modules.items():
-            sites.take(self.model.get_submodule(path), self.name)
+            sites.take(self.model.get_submodule(host_path(site)), self.name, _part(site))
             match site:
+                case OutputSite() if path in self._on_parameters:
+                    registry.close_parameter(path, self._on_parameters[path])
                 case OutputSite():
                     registry.close_output(path)
                 case AttentionSite():
                     registry.close_attention(path)
+                case ParameterSite():
+                    registry.close_parameter(site.owner, site.name)
                 case InputSite():
                     pass
         if self.shared is not None:
             sites.take_shared(self.model.get_submodule(self.family.decoder), self.name)
         self._modules = {}
+        self._on_parameters = {}
+
+    def act_on_parameter(self, path: str, registry: Registry) -> bool:
+        """Let the module at an output site change the host's parameter in place of its output. False if it cannot."""
+        module, host = self._modules[path][1], self.model.get_submodule(path)
+        name = module.acts_on if isinstance(module, OutputModule) else None
+        parameter = None if name is None else getattr(host, name, None)
+        if name is None or not isinstance(parameter, nn.Parameter) or not parameter.is_floating_point():
+            return False
+        if not registry.can_hold(path):
+            return False
+        registry.close_output(path)
+        registry.open_parameter(path, name)
+        self._on_parameters[path] = name
+        return True
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
@@ -225,6 +248,15 @@ class Delta:
 
     def __repr__(self) -> str:
         return f"Delta({self.name!r}, {self.method!r}, {self.num_parameters():,} parameters)"
+
+
+def host_path(site: Site) -> str:
+    """The path of the module that a site's module is a child of."""
+    return site.owner if isinstance(site, ParameterSite) else site.path
+
+
+def _part(site: Site) -> str:
+    return site.name if isinstance(site, ParameterSite) else ""
 
 
 def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:

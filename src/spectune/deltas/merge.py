@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.deltas.attach import attached
-from spectune.deltas.delta import Delta
+from spectune.deltas.delta import Delta, host_path
 from spectune.deltas.difference import Difference, measure, own_rounding, tokens_to_measure_on
-from spectune.deltas.modules import OutputModule
+from spectune.deltas.modules import OutputModule, ParameterModule
 from spectune.deltas.registry import Registry
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, first_line
 from spectune.families import quantised_weights
 
 #: float32: the largest logit difference, as a share of the largest logit; a base whose own float32 logits are further
@@ -26,6 +27,7 @@ FLOAT32_TOLERANCE = 1e-5
 #: lower precision: the mean difference, as a share of the delta's mean effect on the logits
 LOW_PRECISION_TOLERANCE = 0.01
 
+log = logging.getLogger("spectune")
 #: places named in an error; the others are counted
 _NAMED = 5
 
@@ -78,7 +80,7 @@ def merge_and_measure(
     _refuse_quantised(model)
     compared = check and not method.trains_base
     found = tokens_to_measure_on(model, rows, tokenizer) if compared else None  # before the copy: it may refuse
-    merged = copy.deepcopy(model)
+    merged = _copied(model)
     _write(merged, attached(merged)[name])
     _take_everything_off(merged)
     if found is None:
@@ -86,9 +88,30 @@ def merge_and_measure(
     difference = measure(model, merged, name, *found)
     if _exact(merged) and not difference.largest <= FLOAT32_TOLERANCE * difference.largest_logit:
         # a base may round its own logits by more than that (spectune-tiny does): only then is it worth the memory
-        difference = replace(difference, own_rounding=own_rounding(model, name, found[0]))
+        difference = replace(difference, own_rounding=_own_rounding(model, name, found[0]))
     _judge(difference, merged, name)
     return merged, difference
+
+
+def _copied(model: PreTrainedModel) -> PreTrainedModel:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"this {type(model).__name__} cannot be copied, and merging goes into a copy: {first_line(error)}. Some "
+            "types keep tensors of their last forward pass: run it once under torch.no_grad(), then merge."
+        ) from error
+
+
+def _own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> float | None:
+    """None where the base does not run in float64 (products over experts that have no such kernel)."""
+    try:
+        return own_rounding(model, name, rows)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except RuntimeError as error:
+        log.info("%s is not judged by its own rounding: it does not run in float64 (%s)", name, first_line(error))
+        return None
 
 
 def _write(merged: PreTrainedModel, delta: Delta) -> None:
@@ -98,8 +121,12 @@ def _write(merged: PreTrainedModel, delta: Delta) -> None:
     problems: dict[str, list[str]] = defaultdict(list)
     with torch.no_grad():
         for site, module in delta.sites:
-            assert isinstance(module, OutputModule), "a method that can merge acts after modules only"
             try:
+                if isinstance(module, ParameterModule):
+                    parameter = merged.get_parameter(site.path)
+                    parameter.data = module.changed(parameter.data)
+                    continue
+                assert isinstance(module, OutputModule), "a method that can merge acts after modules or on parameters"
                 module.merge_into(merged.get_submodule(site.path))
             except ConfigError as error:
                 problems[str(error)].append(site.path)
@@ -118,7 +145,7 @@ def _tied_weights(model: PreTrainedModel, delta: Delta) -> list[tuple[nn.Paramet
     """Weights at the delta's sites that other modules hold too, with the names of all that hold them."""
     owners: dict[int, list[str]] = defaultdict(list)
     weights: dict[int, nn.Parameter] = {}
-    at_sites = {site.path for site, _ in delta.sites}
+    at_sites = {host_path(site) for site, _ in delta.sites}
     wanted = set()
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):

@@ -16,7 +16,7 @@ from spectune.errors import ConfigError
 from spectune.families import Attention, Family
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from spectune.deltas.delta import Delta
 
@@ -46,7 +46,26 @@ class InputSite:
     hidden_size: int
 
 
-Site = OutputSite | AttentionSite | InputSite
+@dataclass(frozen=True)
+class ParameterSite:
+    """In place of a parameter of the base, while the layer that holds it runs: the delta's module makes the changed one
+    of it. For weights that are not used through a module's own output (state-space steps, convolutions, experts).
+
+    Attributes:
+        owner: path of the module that holds the parameter.
+        name: its name there.
+    """
+
+    owner: str
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def path(self) -> str:
+        return f"{self.owner}.{self.name}"
+
+
+Site = OutputSite | AttentionSite | InputSite | ParameterSite
 
 
 @dataclass
@@ -63,12 +82,21 @@ class Setting:
 
         Lester et al. 2021 sample from the 5,000 commonest; byte-pair ids rise as frequency falls.
         """
-        config = self.model.config.get_text_config()
         special = set(getattr(self.tokenizer, "all_special_ids", None) or [])
-        special |= {config.bos_token_id, config.eos_token_id, config.pad_token_id}
-        pool = [i for i in range(min(5000, self.family.vocab_size)) if i not in special]
+        pool = [
+            i for i in plain_tokens(self.model.config.get_text_config(), self.family.vocab_size) if i not in special
+        ]
         picks = torch.randint(0, len(pool), (count,), generator=self.generator)
         return [pool[int(pick)] for pick in picks]
+
+
+def plain_tokens(config: PretrainedConfig, vocabulary: int) -> list[int]:
+    """The first 5,000 ids, without those that the config says begin, end or fill up a text."""
+    special: set[int | None] = set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # some are lists, some types have none
+        given = getattr(config, name, None)
+        special |= set(given if isinstance(given, list | tuple) else [given])
+    return [token for token in range(min(5000, vocabulary)) if token not in special]
 
 
 class Method(BaseModel, ABC):

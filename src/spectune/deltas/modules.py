@@ -43,8 +43,25 @@ class OutputModule(DeltaModule):
         """`x`: `[..., in_features]`, `y`: `[..., out_features]`, both in the base's dtype; returns `y`'s like."""
         raise NotImplementedError
 
+    #: the host's parameter that the same change can be made to in place of its output, see `changed`; None where it
+    #: cannot
+    acts_on: str | None = None
+
+    def changed(self, parameter: Tensor) -> Tensor:
+        """The host's parameter `acts_on` with this change in it, for hosts whose parameters are used without their
+        being called."""
+        raise NotImplementedError
+
     def merge_into(self, module: nn.Module) -> None:
         """Write the delta into the base module's own weights, if the method can."""
+        raise NotImplementedError
+
+
+class ParameterModule(DeltaModule):
+    """Acts on a parameter of the base: the parameter in, the changed one out."""
+
+    def changed(self, parameter: Tensor) -> Tensor:
+        """`parameter` as the base has it; returns a tensor of its shape and dtype, the base's own left as it is."""
         raise NotImplementedError
 
 

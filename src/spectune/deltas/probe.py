@@ -1,19 +1,17 @@
-"""Looking at a base by running it: does every site of a delta fire, and which keys and values does text make?"""
+"""Looking at a base by running it: which keys and values text makes, how it counts positions."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectune.deltas.delta import Delta
-from spectune.deltas.method import AttentionSite, OutputSite
 from spectune.deltas.registry import Registry
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, SpectuneError, first_line
 from spectune.families import token_embedding
 
 
@@ -35,43 +33,6 @@ def can_run(model: nn.Module) -> bool:
     return not any(parameter.device.type == "meta" for parameter in model.parameters())
 
 
-def prove_that_sites_fire(registry: Registry, delta: Delta) -> None:
-    """Run two tokens through the model and check that each of the delta's sites is reached.
-
-    Raises:
-        ConfigError: a module is never called (its weights are used some other way), or an attention module does not
-            go through the registered attention function; all of them are named.
-    """
-    model = registry.model
-    if not can_run(model):
-        return  # nothing can be run; the first real forward fails loudly where a module is missing
-    wanted = {site.path: model.get_submodule(site.path) for site, _ in delta.sites if isinstance(site, OutputSite)}
-    called: set[str] = set()
-    handles = [module.register_forward_hook(lambda *_, path=path: called.add(path)) for path, module in wanted.items()]
-    registry.attention_calls = {}
-    try:
-        _run(model, [0, 1])
-        attended = set(registry.attention_calls)
-    finally:
-        registry.attention_calls = None
-        for handle in handles:
-            handle.remove()
-    silent = [path for path in wanted if path not in called]
-    deaf = [
-        site.path
-        for site, _ in delta.sites
-        if isinstance(site, AttentionSite) and id(model.get_submodule(site.path)) not in attended
-    ]
-    if silent or deaf:
-        lines = [f"{path}: is never called in a forward pass" for path in silent]
-        lines += [f"{path}: does not use the attention function set by set_attn_implementation" for path in deaf]
-        raise ConfigError(
-            f"{delta.method.label} would not act on every site of this {registry.family.model_type} model:\n"
-            + "\n".join(lines)
-            + "\nChoose other targets, or another method."
-        )
-
-
 def capture_keys_and_values(
     model: PreTrainedModel, paths: list[str], ids: list[int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -84,7 +45,7 @@ def capture_keys_and_values(
     registry.attention_calls = {}
     try:
         with registry.routed(None):
-            _run(model, ids)
+            run(model, ids)
         calls = registry.attention_calls
     finally:
         registry.attention_calls = None
@@ -114,7 +75,9 @@ def cached_values(model: PreTrainedModel, watched: list[str]) -> tuple[dict[str,
             handle.remove()
     cache = getattr(out, "past_key_values", None) or getattr(out, "cache", None)
     layers = getattr(cache, "layers", [])
-    return seen, [layer.values[0].transpose(0, 1).flatten(1) for layer in layers if hasattr(layer, "values")]
+    return seen, [
+        layer.values[0].transpose(0, 1).flatten(1) for layer in layers if getattr(layer, "values", None) is not None
+    ]
 
 
 def counts_padding(model: PreTrainedModel) -> bool:
@@ -148,7 +111,51 @@ def counts_padding(model: PreTrainedModel) -> bool:
     )
 
 
-def _run(model: PreTrainedModel, ids: list[int]) -> None:
+def run(model: PreTrainedModel, ids: list[int]) -> None:
     with evaluating(model):
-        tokens = torch.tensor([ids], device=token_embedding(model).weight.device)
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        first_logits(model, ids)
+
+
+def first_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Of one row, without cache.
+
+    Raises:
+        ConfigError: the model's own code fails on it with the delta that is on now, and without it does not.
+    """
+    tokens = torch.tensor([ids], device=token_embedding(model).weight.device)
+
+    def forward() -> Tensor:
+        found: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        return found
+
+    registry = Registry.of(model)
+    name = None if registry is None else registry.current.name
+    try:
+        return forward()
+    except (SpectuneError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if registry is None or name is None:
+            raise
+        if not _runs(registry, forward):
+            raise
+        raise _refused(registry, name, error) from error
+
+
+def _runs(registry: Registry, forward: Callable[[], Tensor]) -> bool:
+    """Whether the bare base runs."""
+    try:
+        with registry.routed(None):
+            forward()
+    except Exception:
+        return False
+    return True
+
+
+def _refused(registry: Registry, name: str, error: Exception) -> ConfigError:
+    """The model's own code fails where a delta is on, and without it does not."""
+    kind = registry.family.model_type
+    return ConfigError(
+        f"{registry.deltas[name].method.label} is refused: this {kind} model's own code does not take it "
+        f"({type(error).__name__}: {first_line(error)}). The bare model runs. Use another method, such as LoRA."
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from spectune.compute.packs import Kernel, Pack
 from spectune.deltas import attention
 from spectune.deltas.decoder import DecoderSite
+from spectune.deltas.parameters import ParameterHook
 from spectune.deltas.rows import Route, Rows
 from spectune.deltas.sites import OutputHook
 from spectune.errors import ConfigError
@@ -48,9 +48,12 @@ class Registry:
         self.packs = False
         self.kernel: Kernel | None = None
         self._positions_by_index: bool | None = None
+        #: how far rows move when prompts of unlike lengths share a batch, once it was asked for
+        self.prompts_mix: float | None = None
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._attention_before: str | None = None
         self._outputs: dict[str, OutputHook] = {}
+        self._parameters: dict[str, ParameterHook] = {}
         self._attention_users: dict[str, int] = {}
         self._checkpoints: list[tuple[nn.Module, Any]] = []
         self.decoder = DecoderSite(self, model)
@@ -162,11 +165,6 @@ class Registry:
         """Whether a `with route` that names the delta is in force."""
         return self._routed is not None and name in self._routed.names
 
-    def gathers_tokens(self, path: str) -> bool:
-        """Whether a module stands in a list inside its layer (experts): it is given tokens picked from any row."""
-        layer = next((layer.path for layer in self.family.layers if path.startswith(layer.path + ".")), None)
-        return layer is not None and re.search(r"\.\d+(\.|$)", path[len(layer) :]) is not None
-
     def positions_by_index(self) -> bool:
         """Whether the base itself counts padding as positions, where the caller gives none. Found out by running it
         once, and kept."""
@@ -181,9 +179,14 @@ class Registry:
         route = self.current
         # as laid over this pass's batch, which is another by the time that backward runs
         rows = self.captured(route)
+        # the layers that run now: their hooks stand outside of a function that is called again
+        holding = [hook for hook in self._parameters.values() if hook.running]
 
         def in_route(*inputs: Any, **named: Any) -> Any:
-            with self.pinned(route, rows):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.pinned(route, rows))
+                for hook in holding:
+                    stack.enter_context(hook.changed())
                 return function(*inputs, **named)
 
         return in_route
@@ -212,6 +215,37 @@ class Registry:
         if hook.users == 0:
             hook.handle.remove()
             del self._outputs[path]
+
+    def can_hold(self, owner: str) -> bool:
+        """Whether parameters of the module at `owner` can be changed while something runs that holds it."""
+        return self._holder(owner) is not None
+
+    def open_parameter(self, owner: str, name: str) -> None:
+        """Let deltas change the parameter `name` of the module at `owner`, while the layer around it runs.
+
+        Raises:
+            ConfigError: it stands outside of the decoder.
+        """
+        holder = self._holder(owner)
+        if holder is None:
+            raise ConfigError(
+                f"{owner}.{name} is refused: it is not what its module adds last, and stands outside of the decoder, "
+                "so that it cannot be changed for a forward pass. Use another method, such as LoRA."
+            )
+        if holder not in self._parameters:
+            self._parameters[holder] = ParameterHook(self, holder)
+        self._parameters[holder].open(owner, name)
+
+    def close_parameter(self, owner: str, name: str) -> None:
+        holder = self._holder(owner)
+        assert holder is not None, "it was opened"
+        if self._parameters[holder].close(owner, name):
+            del self._parameters[holder]
+
+    def _holder(self, owner: str) -> str | None:
+        """The layer around a module, else the decoder; None outside of both."""
+        around = [layer.path for layer in self.family.layers] + [self.family.decoder]
+        return next((path for path in around if owner == path or owner.startswith(path + ".")), None)
 
     def open_attention(self, path: str, what: str = "prefix tuning") -> None:
         """Let the attention module at `path` find its keys and values; the first one switches the model's attention

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from spectune.deltas.mixing import prove_prompts_mix
 from spectune.deltas.registry import Registry
 from spectune.deltas.rows import Route
 from spectune.errors import ConfigError
@@ -30,7 +31,8 @@ def route(model: nn.Module, names: Names) -> Iterator[None]:
 
     Raises:
         ConfigError: a name that is not attached; a fully tuned base in a batch with others, or the bare base under one
-            of which no copy was kept; and, from the model, a batch with another number of rows.
+            of which no copy was kept; prompts of unlike lengths in one batch, on a base whose rows do not stay
+            themselves then; and, from the model, a batch with another number of rows.
     """
     registry = Registry.of(model)
     wanted = [names] if names is None or isinstance(names, str) else list(names)
@@ -39,6 +41,7 @@ def route(model: nn.Module, names: Names) -> Iterator[None]:
     if registry is None:
         yield
         return
+    prove_prompts_mix(registry, wanted)
     chosen = Route(wanted, per_row=not (names is None or isinstance(names, str)))
     with contextlib.ExitStack() as stack:
         for name, delta in attached.items():

@@ -22,9 +22,14 @@ def key_of(name: str) -> str:
     return "@" + name.replace(".", ":")
 
 
-def put(module: nn.Module, name: str, delta_module: DeltaModule) -> None:
-    """Make `delta_module` a child of `module` under the delta's name."""
-    _children(module)[key_of(name)] = delta_module
+def put(module: nn.Module, name: str, delta_module: DeltaModule, part: str = "") -> None:
+    """Make `delta_module` a child of `module` under the delta's name. `part`: the parameter that it acts on, where it
+    does not act after the module."""
+    _children(module)[_key(name, part)] = delta_module
+
+
+def _key(name: str, part: str) -> str:
+    return f"{key_of(name)}#{part}" if part else key_of(name)
 
 
 def _children(module: nn.Module) -> nn.ModuleDict:
@@ -38,18 +43,18 @@ def _children(module: nn.Module) -> nn.ModuleDict:
     return children
 
 
-def get(module: nn.Module, name: str | None) -> DeltaModule | None:
+def get(module: nn.Module, name: str | None, part: str = "") -> DeltaModule | None:
     """The delta's module at this place, None where it has none."""
     deltas = module._modules.get("deltas")
     if name is None or deltas is None:
         return None
-    found = deltas._modules.get(key_of(name))
+    found = deltas._modules.get(_key(name, part))
     return found if isinstance(found, DeltaModule) else None
 
 
-def take(module: nn.Module, name: str) -> None:
+def take(module: nn.Module, name: str, part: str = "") -> None:
     """The inverse of `put`; the last one out leaves no trace."""
-    _take(module, key_of(name))
+    _take(module, _key(name, part))
 
 
 def _take(module: nn.Module, key: str) -> None:
@@ -80,7 +85,8 @@ class OutputHook:
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         route = self.registry.current
-        y = output[0] if isinstance(output, tuple) else output
+        several = type(output) in (tuple, list)
+        y = output[0] if several else output
         if route.mixed:
             changed = self._by_row(module, _input(args, kwargs), y)
         else:
@@ -88,7 +94,7 @@ class OutputHook:
             if not isinstance(delta_module, OutputModule):
                 return None
             changed = delta_module(_input(args, kwargs), y)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        return type(output)((changed, *output[1:])) if several else changed
 
     def _by_row(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Each delta on its own rows, one after the other."""
@@ -96,7 +102,7 @@ class OutputHook:
         acting = {name: get(module, name) for name, _ in rows.groups}
         if not any(acting.values()):
             return y
-        if y.dim() == 2 and self.registry.gathers_tokens(self.path):
+        if y.dim() == 2 and self.registry.family.gathers_tokens(self.path):
             raise ConfigError(
                 f"{self.path} stands among experts, which are given some tokens of any row: deltas at this place "
                 "cannot share a batch with others. Route each of them in a batch of its own."

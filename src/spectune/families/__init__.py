@@ -1,8 +1,8 @@
 """What is known of model architectures, found by structure: no table of model names."""
 
+from spectune.families.attention import Attention
+from spectune.families.biases import Bias
 from spectune.families.family import (
-    Attention,
-    Bias,
     Family,
     FeedForward,
     Layer,

@@ -6,6 +6,7 @@ its layer's number and owns projections), so that a model type nobody here has h
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spectune.errors import ConfigError
-from spectune.families.modules import adds_its_bias_last, linear_shape
-from spectune.families.parts import Slice, inner_activation, projections
-from spectune.families.quantised import is_transposed, packed_away
+from spectune.families.attention import Attention, attention_names, attention_of
+from spectune.families.biases import Bias, biases_of
+from spectune.families.modules import linear_shape
+from spectune.families.parts import inner_activation
+from spectune.families.quantised import is_plain, is_transposed, packed_away
+from spectune.families.stack import beside_text, find_decoder, find_layers
 
 
 @dataclass(frozen=True)
@@ -25,24 +29,9 @@ class Linear:
     path: str
     in_features: int
     out_features: int
-
-
-@dataclass(frozen=True)
-class Attention:
-    """A self-attention module. Keys are `[batch, kv_heads, length, key_dim]`, values end in `value_dim`.
-
-    `keys` and `values`: the outputs of its linears that they are made of, as names and shapes tell (fused projections
-    are taken to be queries, keys, values one after the other); None where they do not tell.
-    """
-
-    path: str
-    layer: int
-    hidden_size: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    keys: Slice | None = None
-    values: Slice | None = None
+    #: an offset on its output is one of the linear map, and lets no padding through: not so where a convolution over
+    #: positions follows, or the output is something made of the map (a router's scores)
+    takes_offset: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,21 +52,17 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer (a transformer block)."""
+    """One decoder layer (a transformer block). Some have more than one attention, state-space layers have none."""
 
     path: str
     hidden_size: int
-    attention: Attention | None
+    attentions: tuple[Attention, ...]
     feed_forward: FeedForward | None
 
-
-@dataclass(frozen=True)
-class Bias:
-    """A trainable bias vector of the base and the module whose output it is added to."""
-
-    path: str
-    size: int
-    additive: bool
+    @property
+    def attention(self) -> Attention | None:
+        """The first one."""
+        return self.attentions[0] if self.attentions else None
 
 
 @dataclass(frozen=True)
@@ -101,45 +86,60 @@ class Family:
     #: tokens that some layers' attention reaches back at most, None where all see everything
     sliding_window: int | None = None
 
+    def gathers_tokens(self, path: str) -> bool:
+        """Whether a module stands in a list inside its layer (experts): it is given tokens picked from any row."""
+        layer = next((layer.path for layer in self.layers if path.startswith(layer.path + ".")), None)
+        return layer is not None and re.search(r"\.\d+(\.|$)", path[len(layer) :]) is not None
+
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        return tuple(layer.attention for layer in self.layers if layer.attention is not None)
+        return tuple(attention for layer in self.layers for attention in layer.attentions)
 
 
 def describe(model: PreTrainedModel) -> Family:
     """The parts of `model`, which may be on the meta device.
 
     Raises:
-        ConfigError: the model has no list of decoder layers or no token embeddings that can be recognised.
+        ConfigError: the model has no list of decoder layers or no token embeddings that can be recognised; or it is an
+            encoder-decoder.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{type(model).__name__} is an encoder-decoder: what it reads goes through another stack than what it "
+            "writes, and spectune is for models that go on with a text. Load its decoder alone, as "
+            "AutoModelForCausalLM does for types that have one, or a decoder-only model."
+        )
     text = model.config.get_text_config()
     names = {id(module): name for name, module in model.named_modules()}
-    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-    stack = _layer_stack(decoder, int(text.num_hidden_layers), type(model).__name__)
+    beside = beside_text(model)
+    decoder = find_decoder(model, names, beside)
     embedding = model.get_input_embeddings()
-    if embedding is None or id(embedding) not in names:
-        raise ConfigError(f"{type(model).__name__}: no token embeddings were found (get_input_embeddings() gave none)")
+    if embedding is None or id(embedding) not in names or not hasattr(embedding, "weight"):
+        raise ConfigError(
+            f"{type(model).__name__}: no table of token embeddings was found (get_input_embeddings() gave "
+            f"{type(embedding).__name__}); spectune needs a model of one stream of tokens"
+        )
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    hidden = int(getattr(embedding, "embedding_dim", text.hidden_size))
-    stack_path = names[id(stack)]
-    layers = tuple(
-        _describe_layer(module, f"{stack_path}.{index}", index, hidden, text) for index, module in enumerate(stack)
-    )
+    hidden = int(getattr(embedding, "embedding_dim", None) or text.hidden_size)
+    stacks = find_layers(decoder, text, model, names, beside)
+    layers = _describe_layers(model, stacks, hidden, text, beside)
     linears = tuple(
-        Linear(f"{stack_path}.{name}", *shape)
-        for name, module in stack.named_modules()
-        if (shape := linear_shape(module)) is not None
+        Linear(f"{path}.{name}", *shape, _takes_offset(model, f"{path}.{name}"))
+        for path in stacks
+        for name, module in model.get_submodule(path).named_modules()
+        if (shape := linear_shape(module)) is not None and f"{path}.{name}" not in beside
     )
+    head_path = names.get(id(head)) if head is not None else None
     return Family(
         model_type=str(model.config.model_type),
         decoder=names[id(decoder)],
         embedding=names[id(embedding)],
-        head=names.get(id(head)) if head is not None else None,
+        head=head_path,
         hidden_size=hidden,
         vocab_size=int(getattr(embedding, "num_embeddings", text.vocab_size)),
         layers=layers,
         linears=linears,
-        biases=_biases(model),
+        biases=biases_of(model, names[id(decoder)], head_path, beside),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()) + packed_away(model),
         conv1d=bool(linears) and all(is_transposed(model.get_submodule(t.path)) for t in linears),
         position_table=_position_table(decoder, embedding, text),
@@ -154,49 +154,50 @@ def family_from_config(config: PretrainedConfig) -> Family:
     return describe(model)
 
 
-def _layer_stack(decoder: nn.Module, depth: int, model_name: str) -> nn.ModuleList:
-    """The list of decoder layers: of all module lists as long as the config says, the one with most weights."""
-    stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not stacks:
-        raise ConfigError(
-            f"{model_name}: no list of {depth} decoder layers was found (num_hidden_layers = {depth}); "
-            "spectune needs a decoder whose layers stand in one torch.nn.ModuleList"
+def _describe_layers(
+    model: PreTrainedModel, stacks: list[str], hidden: int, config: PretrainedConfig, beside: frozenset[str]
+) -> tuple[Layer, ...]:
+    modules = [
+        (f"{path}.{name}", layer)
+        for path in stacks
+        for name, layer in model.get_submodule(path).named_children()
+        if f"{path}.{name}" not in beside
+    ]
+    names = [attention_names(layer, path, beside) for path, layer in modules]
+    if not any(names):
+        names = [attention_names(layer, path, beside, by_class=True) for path, layer in modules]
+    found = []
+    for index, ((path, layer), attentions) in enumerate(zip(modules, names, strict=True)):
+        described = tuple(
+            attention_of(layer.get_submodule(name), f"{path}.{name}", index, hidden, config) for name in attentions
         )
-    return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
+        found.append(Layer(path, hidden, described, _feed_forward(layer, path, attentions, hidden, beside)))
+    return tuple(found)
 
 
-def _describe_layer(layer: nn.Module, path: str, index: int, hidden: int, config: PretrainedConfig) -> Layer:
-    attention_name = _attention_name(layer)
-    attention = None
-    if attention_name is not None:
-        module = layer.get_submodule(attention_name)
-        heads = int(config.num_attention_heads)
-        key_dim = int(getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or hidden // heads)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        whole_path = f"{path}.{attention_name}"
-        keys, values = projections(module, whole_path, heads * key_dim, kv_heads * key_dim)
-        attention = Attention(whole_path, index, hidden, kv_heads, key_dim, key_dim, keys, values)
-    return Layer(path, hidden, attention, _feed_forward(layer, path, attention_name, hidden))
+def _takes_offset(model: PreTrainedModel, path: str) -> bool:
+    """Not a linear of a class of its own (quantised ones aside), nor one beside a convolution that is not the last
+    there."""
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and is_plain(module.weight):
+        return False
+    owner, _, leaf = path.rpartition(".")
+    children = dict(model.get_submodule(owner).named_children())
+    linears = [name for name, child in children.items() if linear_shape(child) is not None]
+    return leaf == linears[-1] or not any(isinstance(child, nn.Conv1d) for child in children.values())
 
 
-def _attention_name(layer: nn.Module) -> str | None:
-    """Attention is the module that knows its layer's number and directly owns projections."""
-    name: str
-    for name, module in layer.named_modules():
-        owns_projections = any(linear_shape(child) is not None for child in module.children())
-        if name and hasattr(module, "layer_idx") and hasattr(module, "is_causal") and owns_projections:
-            return name
-    return None
-
-
-def _feed_forward(layer: nn.Module, path: str, attention_name: str | None, hidden: int) -> FeedForward | None:
+def _feed_forward(
+    layer: nn.Module, path: str, attentions: list[str], hidden: int, beside: frozenset[str]
+) -> FeedForward | None:
     """Feed-forward is the heaviest other child of the layer; or the layer's own linears, in their order."""
-    attention_child = attention_name.split(".")[0] if attention_name else None
+    taken = {name.split(".")[0] for name in attentions}
     weights = {
         name: sum(p.numel() for p in child.parameters())
         for name, child in layer.named_children()
-        if name != attention_child and linear_shape(child) is None and any(p.dim() > 1 for p in child.parameters())
-    }
+        if name not in taken and f"{path}.{name}" not in beside
+        and linear_shape(child) is None and any(p.dim() > 1 for p in child.parameters())
+    }  # fmt: skip
     if weights:
         name = max(weights, key=lambda name: weights[name])
         activation, inner = inner_activation(layer.get_submodule(name))
@@ -206,16 +207,6 @@ def _feed_forward(layer: nn.Module, path: str, attention_name: str | None, hidde
         return None
     activation, inner = inner_activation(layer)
     return FeedForward(f"{path}.{own[-1]}", hidden, False, activation and f"{path}.{activation}", inner)
-
-
-def _biases(model: nn.Module) -> tuple[Bias, ...]:
-    found = []
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if leaf.endswith("bias"):
-            module = model.get_submodule(owner)
-            found.append(Bias(owner, parameter.numel(), leaf == "bias" and adds_its_bias_last(module)))
-    return tuple(found)
 
 
 def _position_table(decoder: nn.Module, embedding: nn.Module, config: PretrainedConfig) -> int | None:

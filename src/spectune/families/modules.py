@@ -18,9 +18,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(in_features, int) and isinstance(out_features, int) and hasattr(module, "weight"):
-        return in_features, out_features
-    return None
+    weight = getattr(module, "weight", None)
+    if not isinstance(in_features, int) or not isinstance(out_features, int) or weight is None:
+        return None
+    if isinstance(weight, nn.Parameter) and weight.dim() > 2:  # one map for each expert
+        return None
+    return in_features, out_features
 
 
 def token_embedding(model: PreTrainedModel) -> nn.Embedding:

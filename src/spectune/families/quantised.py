@@ -31,7 +31,7 @@ def quantised_weights(model: nn.Module) -> dict[str, str]:
         for path, module in model.named_modules()
         if ".deltas." not in f".{path}."
         for parameter in module.parameters(recurse=False)
-        if not _is_plain(parameter)
+        if not is_plain(parameter)
     }
 
 
@@ -43,7 +43,7 @@ def dense_weight(module: nn.Module) -> Tensor | None:
     weight: Any = module.weight
     if not isinstance(weight, Tensor):
         return None
-    if _is_plain(weight):
+    if is_plain(weight):
         return weight.float().T if isinstance(module, Conv1D) else weight.float()
     if type(weight).dequantize is not Tensor.dequantize:  # torchao's
         decoded: Tensor = weight.dequantize()
@@ -67,10 +67,11 @@ def packed_away(model: PreTrainedModel) -> int:
     missed = 0
     for module in model.modules():
         shape = linear_shape(module)
-        if shape is not None and isinstance(module.weight, nn.Parameter) and not _is_plain(module.weight):
+        if shape is not None and isinstance(module.weight, nn.Parameter) and not is_plain(module.weight):
             missed += shape[0] * shape[1] - module.weight.numel()
     return missed
 
 
-def _is_plain(weight: Tensor) -> bool:
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is stored as it is: of a floating type, and of torch's own class."""
     return type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN

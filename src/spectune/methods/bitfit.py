@@ -3,7 +3,8 @@
 Ben Zaken et al. 2022, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
 arXiv 2106.10199. What is trained and stored here is an offset for each bias, `y + delta`: the same function and the
 same gradient as training the bias itself, but the base stays as it is. A base with no bias at all (Llama) gets
-offsets at its linears, the head excepted, and the user is told.
+offsets at its linears, the head excepted, and the user is told. A bias that is not the last thing added to its module's
+output (convolutions, state-space steps, experts, routers) is changed in its own place while its layer runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from spectune.deltas import Delta, Method, OutputModule, OutputSite, Setting, Site
+from spectune.deltas import Delta, Method, OutputModule, OutputSite, ParameterModule, ParameterSite, Setting, Site
 from spectune.errors import ConfigError
 from spectune.families import Family
 
@@ -24,6 +25,11 @@ class Offset(OutputModule):
     def __init__(self, site: OutputSite) -> None:
         super().__init__()
         self.offset = nn.Parameter(torch.zeros(site.out_features))
+
+    acts_on = "bias"
+
+    def changed(self, parameter: Tensor) -> Tensor:
+        return parameter + self.offset.to(parameter.dtype)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.offset.to(y.dtype)
@@ -36,6 +42,17 @@ class Offset(OutputModule):
                 "Keep the delta attached."
             )
         bias.data = (bias.float() + self.offset.to(bias.device)).to(bias.dtype)
+
+
+class BiasOffset(ParameterModule):
+    """`bias + offset` in the bias's own place: `offset` has the bias's shape, zero at the start."""
+
+    def __init__(self, site: ParameterSite) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(site.shape))
+
+    def changed(self, parameter: Tensor) -> Tensor:
+        return parameter + self.offset.to(parameter.dtype)
 
 
 class BitFit(Method):
@@ -52,21 +69,25 @@ class BitFit(Method):
     can_merge: ClassVar[bool] = True
 
     def sites(self, family: Family) -> list[Site]:
-        out_of_reach = [bias.path for bias in family.biases if not bias.additive]
-        if out_of_reach:
-            raise ConfigError(
-                "BitFit is refused: these biases are used in a way that an offset on a module's output does not "
-                f"reproduce: {', '.join(out_of_reach)}. Use LoRA or adapters."
-            )
         if family.biases:
-            return [OutputSite(bias.path, bias.size, bias.size) for bias in family.biases]
-        return [OutputSite(linear.path, linear.in_features, linear.out_features) for linear in family.linears]
+            return [
+                OutputSite(bias.path, bias.size, bias.size)
+                if bias.additive
+                else ParameterSite(bias.path, bias.name, bias.shape)
+                for bias in family.biases
+            ]
+        free = [linear for linear in family.linears if linear.takes_offset]
+        return [OutputSite(linear.path, linear.in_features, linear.out_features) for linear in free]
 
-    def build(self, site: Site) -> Offset:
+    def build(self, site: Site) -> Offset | BiasOffset:
+        if isinstance(site, ParameterSite):
+            return BiasOffset(site)
         assert isinstance(site, OutputSite)
         return Offset(site)
 
     def num_parameters(self, family: Family) -> int:
+        if family.biases:
+            return sum(bias.size for bias in family.biases)
         return sum(site.out_features for site in self.sites(family) if isinstance(site, OutputSite))
 
     def initialise(self, delta: Delta, setting: Setting) -> None:
@@ -76,6 +97,7 @@ class BitFit(Method):
         if family.biases:
             return None
         return (
-            f"this {family.model_type} model has no biases: BitFit trains a new offset at each of its "
-            f"{len(family.linears)} linears (the head excepted)"
+            f"this {family.model_type} model has no biases: BitFit trains a new offset at each of "
+            f"{len(self.sites(family))} linears (the head excepted, and those that a convolution follows or that give "
+            "scores)"
         )

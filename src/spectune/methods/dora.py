@@ -49,6 +49,14 @@ class DoRALayer(OutputModule):
         ratio = self.magnitude / self.row_norms()
         return scale_features(y, self.lora.change(x), ratio, getattr(self._host[0], "bias", None))
 
+    acts_on = "weight"
+
+    def changed(self, parameter: Tensor) -> Tensor:
+        full = parameter.float() + self.lora.scale * (self.lora.lora_B @ self.lora.lora_A)
+        norms = torch.linalg.vector_norm(full, dim=1).detach()
+        made: Tensor = ((self.magnitude / norms)[:, None] * full).to(parameter.dtype)
+        return made
+
     def merge_into(self, module: nn.Module) -> None:
         weight = module.weight
         assert isinstance(weight, nn.Parameter)

@@ -130,21 +130,31 @@ class TunedBase(Delta):
         return files
 
     def check_files(self, folder: Path) -> None:
-        headers, own = read_headers(self.weight_files(folder)), self.training_state_dict()
+        own = self.training_state_dict()
+        headers = self._without_buffers(read_headers(self.weight_files(folder)))
         if _in_another_layout(headers, own):
-            _check_same_size(headers, own, folder)
+            _check_same_size(headers, own, sum(buffer.numel() for buffer in self._buffers().values()), folder)
         else:
             check_tensors(own, headers, f"the model in {folder}")
 
     def read_files(self, folder: Path) -> None:
         """Load a transformers folder's weights into the base."""
         own, what = self.training_state_dict(), f"the model in {folder}"
-        state: Mapping[str, Tensor] = read_weights(self.weight_files(folder))
+        state: Mapping[str, Tensor] = self._without_buffers(read_weights(self.weight_files(folder)))
         if _in_another_layout(state, own):
             state = self._converted(folder)
         check_tensors(own, state, what)
         check_finite(state, {name: own[name].dtype for name in state}, what)
         self._write(state)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """What a transformers folder holds beside the weights; nothing trains it, so that the base has the same."""
+        own = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in own}
+
+    def _without_buffers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        buffers = self._buffers()
+        return {name: tensor for name, tensor in state.items() if name not in buffers}
 
     def _converted(self, folder: Path) -> dict[str, Tensor]:
         """By transformers itself: it stores some types otherwise than it holds them (each expert by itself, a head
@@ -162,7 +172,8 @@ def _in_another_layout(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     return len(set(state) & set(own)) < len(own) and not set(state) <= set(own)
 
 
-def _check_same_size(headers: Mapping[str, Tensor], own: Mapping[str, Tensor], folder: Path) -> None:
+def _check_same_size(headers: Mapping[str, Tensor], own: Mapping[str, Tensor], buffers: int, folder: Path) -> None:
+    """`buffers`: numbers in the model's buffers, which another layout may hold under other names."""
     stored, held = (sum(t.numel() for t in tensors.values()) for tensors in (headers, own))
-    if stored != held:
+    if not held <= stored <= held + buffers:
         check_tensors(own, headers, f"the model in {folder}")

@@ -30,6 +30,8 @@ Number = TypeVar("Number", int, float)
 class LoRALayer(OutputModule):
     """`y + scale * B A dropout(x)` at one linear map."""
 
+    acts_on = "weight"
+
     def __init__(self, site: OutputSite, r: int, scale: float, dropout: float) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(r, site.in_features))
@@ -51,6 +53,10 @@ class LoRALayer(OutputModule):
         # scaled on the small side: what is as wide as the output is then one product and one sum
         low = F.linear(self.dropout(x), (self.lora_A * self.scale).to(x.dtype))
         return F.linear(low, self.lora_B.to(x.dtype))
+
+    def changed(self, parameter: Tensor) -> Tensor:
+        change = (self.lora_B @ self.lora_A) * self.scale
+        return parameter + change.to(parameter.dtype)
 
     def merge_into(self, module: nn.Module) -> None:
         weight = module.weight

@@ -127,6 +127,15 @@ class PrefixTuning(Method):
     def num_parameters(self, family: Family) -> int:
         return sum(self.num_virtual_tokens * a.kv_heads * (a.key_dim + a.value_dim) for a in family.attentions)
 
+    def notice(self, family: Family) -> str | None:
+        without = sum(not layer.attentions for layer in family.layers)
+        if not without:
+            return None
+        return (
+            f"{without} of {len(family.layers)} layers of this {family.model_type} model have no attention: the prefix "
+            "acts in the others"
+        )
+
     def num_trained_parameters(self, family: Family) -> int:
         if not self.prefix_projection:
             return self.num_parameters(family)

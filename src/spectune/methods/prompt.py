@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, InputModule, InputSite, Method, Setting, Site
+from spectune.deltas import Delta, InputModule, InputSite, Method, Setting, Site, prove_reads_embeddings
 from spectune.errors import ConfigError
 from spectune.families import Family, token_embedding
 
@@ -84,6 +85,10 @@ class PromptTuning(Method):
         ids = self._text_ids(setting) if self.init == "text" else setting.common_tokens(shape[0])
         table = torch.tensor(ids, device=embeddings.weight.device)
         module.prompt_embeddings.copy_(embeddings(table).float())
+
+    def prove(self, delta: Delta, model: PreTrainedModel) -> None:
+        """The decoder must read embeddings, and nothing but them."""
+        prove_reads_embeddings(model)
 
     def _text_ids(self, setting: Setting) -> list[int]:
         if setting.tokenizer is None:

@@ -16,9 +16,9 @@ from spectune.compute.fp8 import FrozenFp8Linear
 from spectune.compute.frozen import FrozenLinear
 from spectune.compute.int8 import FrozenInt8Linear
 from spectune.compute.nf4 import FrozenNf4Linear, bitsandbytes_functions
-from spectune.deltas import attached
+from spectune.deltas import attached, uncalled
 from spectune.errors import ConfigError
-from spectune.families import Family, describe, quantised_weights
+from spectune.families import Family, Linear, describe, quantised_weights
 from spectune.storage.devices import resolve_dtype
 
 log = logging.getLogger("spectune")
@@ -52,9 +52,10 @@ def base_dtype(
 def quantise_base(model: PreTrainedModel, precision: str, *, device: torch.device | None = None) -> None:
     """Replace every linear inside the layers by one whose frozen weight is stored in `precision`, in place.
 
-    Embeddings, norms, biases and the head stay as they are, and so do experts that are 3-D parameters (which is
-    logged). Each weight is freed before the next one is quantised. The fingerprint stays that of the base, so deltas
-    go from one precision to another.
+    Embeddings, norms, biases and the head stay as they are, and so do experts that are 3-D parameters, and linears
+    whose weights the base uses without calling them, as a run of two tokens shows (both are logged). Each weight is
+    freed before the next one is quantised. The fingerprint stays that of the base, so deltas go from one precision to
+    another.
 
     Args:
         model: a base without deltas, not compiled, in the dtype it is to compute in.
@@ -82,17 +83,31 @@ def quantise_base(model: PreTrainedModel, precision: str, *, device: torch.devic
             fp8.check_device(place, model.dtype)
         if precision == "nf4" and place.type != "meta":
             bitsandbytes_functions()
-    _check_linears(model, family, precision)
-    for linear in family.linears:
+    versions = {linear.path: model.get_submodule(linear.path).weight._version for linear in family.linears}
+    used_by_weight = uncalled(model, family)
+    written = [path for path, version in versions.items() if model.get_submodule(path).weight._version != version]
+    if written:
+        raise ConfigError(
+            f"base_precision = {precision} is refused for this base: its own code writes into its weights when it goes "
+            f"from training to evaluation ({_some(written)}), which quantised ones cannot take. Load it without."
+        )
+    linears = [linear for linear in family.linears if linear.path not in used_by_weight]
+    _check_linears(model, linears, precision)
+    for linear in linears:
         _replace(model, linear.path, KINDS[precision], device)
     _tell_of_experts(model, family, precision)
+    if used_by_weight:
+        log.warning(
+            "base_precision = %s: these linears' weights are used without their being called, and stay in %s: %s",
+            precision, model.dtype, _some(used_by_weight),
+        )  # fmt: skip
     # transformers would write tensors that it cannot read again
     model.__dict__["save_pretrained"] = partial(_refuse_save_pretrained, precision)
 
 
-def _check_linears(model: PreTrainedModel, family: Family, precision: str) -> None:
+def _check_linears(model: PreTrainedModel, linears: list[Linear], precision: str) -> None:
     problems: dict[str, list[str]] = {}
-    for linear in family.linears:
+    for linear in linears:
         module = model.get_submodule(linear.path)
         reason = None
         if type(module) not in (nn.Linear, Conv1D):
@@ -106,7 +121,7 @@ def _check_linears(model: PreTrainedModel, family: Family, precision: str) -> No
             )
         if reason is not None:
             problems.setdefault(reason, []).append(linear.path)
-    if not family.linears:
+    if not linears:
         problems["no linear was found inside its layers"] = [type(model).__name__]
     if problems:
         lines = [f"{_some(paths)}: {reason}" for reason, paths in problems.items()]

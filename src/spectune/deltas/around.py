@@ -1,0 +1,67 @@
+"""What is around the decoder: a model that takes pictures or sound beside the text makes masks and positions itself."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+#: arguments that a text alone has
+_OF_TEXT = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "logits_to_keep"})
+
+
+class Around:
+    """Remembers what the module around the decoder was called with, while it runs: the 2-D mask, and whether positions
+    were given. Nothing where the decoder stands in the model itself."""
+
+    def __init__(self, model: PreTrainedModel, decoder: str) -> None:
+        self._call: dict[str, Any] | None = None
+        self._handles = []
+        path = decoder.split(".")[0]
+        if path != decoder:
+            module = model.get_submodule(path)
+            self._names = list(inspect.signature(module.forward).parameters)
+            self._handles = [
+                module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                module.register_forward_hook(self._leave, always_call=True),
+            ]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def text_only(self, call: dict[str, Any], *, prompt: bool) -> Any:
+        """The mask that the text of a decoder's call has: the 2-D one that came from outside (or None), where a
+        ready-made one was made of it on the way. Positions made on the way are taken out: they count as not given.
+
+        Args:
+            call: of the decoder, by argument name; changed in place.
+            prompt: virtual tokens go into the sequence: then the 2-D mask takes the ready-made one's place, which has
+                none for them. Not where something beside text came along, which may have a say in the mask.
+        """
+        mask = call.get("attention_mask")
+        if self._call is None:
+            return mask
+        outer, made = self._call.get("attention_mask"), call.get("position_ids")
+        if self._call.get("position_ids") is None and isinstance(made, Tensor) and made.dim() == 2:
+            call["position_ids"] = None
+        if _is_2d(mask) or not (outer is None or _is_2d(outer)):
+            return mask
+        if prompt and mask is not None:
+            beside = [n for n, v in self._call.items() if isinstance(v, Tensor) and n not in _OF_TEXT]
+            if beside:
+                return mask
+            call["attention_mask"] = outer
+        return outer
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call = {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._call = None
+
+
+def _is_2d(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
