@@ -37,9 +37,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, help="3 by default")
     parser.add_argument("--warmup", type=int, default=10, help="steps at least; until 5 in a row compile nothing")
     parser.add_argument("--steps", type=int, default=30, help="timed steps")
-    parser.add_argument(
-        "--quick", action="store_true", help="5 steps of warm-up at least, 10 timed, 2 repeats unless said"
-    )
+    parser.add_argument("--quick", action="store_true", help="at least 5 warm-up and 10 timed steps, 2 repeats")
     parser.add_argument("--rows", type=int, help="another batch size than the shape's")
     parser.add_argument("--budget-seconds", type=float, help="start nothing new after so many")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one measurement")

@@ -134,8 +134,6 @@ class _Blocks:
         # one for all shapes: what lies between inputs and outputs shares its memory, as no two passes overlap
         self.recorder = recorder
         self.works = True
-        #: where recordings put the gradients of parameters
-        self.places: set[int] = set()
         self.seen: dict[Any, int] = {}
         self.noted: dict[Any, _Notes] = {}
         self.recorded: dict[Any, list[RecordedBlock] | None] = {}
@@ -169,29 +167,19 @@ class _Blocks:
             self.replaying = self.recorded[shape]
             if self.replaying is not None:
                 self.replaying[0].inputs.clear()
-                self._keep_gradients()
             return
         self.seen[shape] = self.seen.get(shape, 0) + 1
         if self.works and self.seen[shape] > WARM_UPS and len(self.recorded) + len(self.noted) < MOST_SHAPES:
             self.notes = self.noted[shape] = _Notes()
 
-    def _keep_gradients(self) -> None:
-        """Copy the gradients that an earlier batch of this step left in a recording's memory: a replay writes there,
-        that of another shape too, as they share what is free between passes."""
-        for parameter in self.parameters:
-            if parameter.grad is not None and parameter.grad.data_ptr() in self.places:
-                parameter.grad = parameter.grad.clone()
-
     def _record(self, notes: _Notes) -> list[RecordedBlock] | None:
         try:
             with _same_randomness(self.parameters[0].device):
-                blocks = record(self.plain, notes.calls, self.parameters, self.recorder)
+                return record(self.plain, notes.calls, self.parameters, self.recorder)
         except RuntimeError as error:
             log.warning("the blocks run without CUDA graphs: %s", first_line(error))
             self.works = False  # what was begun in the recorder's pool cannot be taken back
             return None
-        self.places |= {gradient.data_ptr() for block in blocks for gradient in block.parameter_gradients}
-        return blocks
 
     def _replay(self, index: int, leaves: list[Any], args: Any, kwargs: Any) -> Any:
         assert self.replaying is not None

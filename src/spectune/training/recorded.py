@@ -157,7 +157,6 @@ class RecordedBlock:
         inputs: shared by all blocks of a pass: which tensor was copied into which place, by the place's `id`. To be
             cleared before each pass.
         passes: how many it was replayed in.
-        parameter_gradients: where a replay puts those of `parameters`.
     """
 
     def __init__(self, function: Callable[..., Any], call: Call, inputs: dict[int, Tensor]) -> None:
@@ -172,7 +171,7 @@ class RecordedBlock:
         self._spec: TreeSpec | None = None
         self._made: list[Any] = []  # with what autograd keeps of it
         self._output_gradients: dict[int, Tensor] = {}
-        self.parameter_gradients: list[Tensor] = []
+        self._parameter_gradients: list[Tensor] = []
         self._forward: Callable[[], None] = _nothing
         self._backward: Callable[[], None] = _nothing
 
@@ -222,7 +221,7 @@ class RecordedBlock:
 
         found, self._backward = recorder.record(backward)
         self.input_gradients = {n: g for n, g in zip(starts, found, strict=False) if g is not None}
-        self.parameter_gradients = found[len(starts) :]
+        self._parameter_gradients = found[len(starts) :]
 
     # -- replaying -------------------------------------------------------------------------------------------------
 
@@ -262,15 +261,17 @@ class RecordedBlock:
                 self.inputs[id(place)] = leaf
 
     def replay_backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of the arguments that want one, then of the parameters: of memory that the next replay writes."""
+        """Gradients of the arguments that want one, in memory that the next replay writes, then copies of those of the
+        parameters: they stay until the optimizer takes them, and other replays may come before."""
         for number, place in self._output_gradients.items():
             gradient = gradients[self._number_of_tensor(number)]
             if gradient.data_ptr() != place.data_ptr():
                 place.copy_(gradient)
         self._backward()
         starts = [n for n, leaf in enumerate(self.leaves) if _wants_gradient(leaf)]
-        found = [self.input_gradients.get(n) for n in starts] + list(self.parameter_gradients)
-        return [None if gradient is None else gradient.detach() for gradient in found]
+        found = [self.input_gradients.get(n) for n in starts]
+        passed = [None if gradient is None else gradient.detach() for gradient in found]
+        return [*passed, *(gradient.clone() for gradient in self._parameter_gradients)]
 
     def replay_forward(self) -> list[Tensor]:
         self._forward()
