@@ -165,7 +165,8 @@ def training_config(cell: Cell) -> TrainingConfig:
 def packing_of(cell: Cell, device: str) -> Packing:
     """What `decide` comes to, without a model to ask."""
     if cell.batch != "packed":
-        return Packing()
+        # these models are causal throughout, and rows are padded on the right: training finds that no mask is needed
+        return Packing(untold=cell.batch == "padded")
     method = method_of(cell)
     sites = method.sites(family_from_config(config_of(cell.shape)))
     kernel = flash_by_document if device == "cuda" else loop_by_document
@@ -195,7 +196,7 @@ def predict(cell: Cell, device: str) -> dict[str, Any]:
     mode = False if cell.compiled and not compiled and cell.checkpointing == "selective" else cell.checkpointing
     try:
         config, method, shapes = config_of(cell.shape), method_of(cell), shapes_of(cell, device)
-        whole = shape_of([[row] for row in examples(cell)])
+        whole = shape_of([[row] for row in examples(cell)], Packing(untold=packing_of(cell, device).untold))
         estimate = plan(
             config, method, whole.rows, whole.length, dtype=dtype, base_precision=cell.base_precision,
             gradient_checkpointing=mode, torch_compile=compiled,

@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 
 from spectune.compute import fp8
+from spectune.compute.compiler import compiler_settings
 from spectune.compute.fp8 import FrozenFp8Linear, quantise_rows
 from spectune.compute.frozen import FrozenLinear
 from spectune.compute.int8 import FrozenInt8Linear
@@ -196,6 +202,40 @@ def test_compiled_equals_eager_without_a_break(kind: type[FrozenLinear]) -> None
         found.append((y.detach(), given.grad))
     assert torch.allclose(found[0][0], found[1][0], atol=1e-6)
     assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_block_keeps_no_decoded_weight_for_backward(kind: type[FrozenLinear], budget: float) -> None:
+    torch._dynamo.reset()
+    block = nn.Sequential(kind(torch.randn(48, 64), None), nn.GELU(), kind(torch.randn(64, 48), None))
+    kept: list[Tensor] = []
+    decodes = {"forward": 0, "backward": 0}
+
+    def compiler(name: str) -> Callable[..., object]:
+        def compile_graph(graph: fx.GraphModule, _: object) -> object:
+            if name == "forward":
+                [returned] = graph.graph.find_nodes(op="output")
+                kept.extend(node.meta["val"] for node in returned.args[0])  # type: ignore[union-attr]
+            decodes[name] = sum("decode" in str(node.target) for node in graph.graph.nodes)
+            return make_boxed_func(graph.forward)
+
+        return compile_graph
+
+    backend = aot_autograd(
+        fw_compiler=compiler("forward"), bw_compiler=compiler("backward"),
+        partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+        decompositions=select_decomp_table(),
+    )  # fmt: skip
+    with compiler_settings(budget):
+        x = torch.randn(7, 64, requires_grad=True)
+        torch.compile(block, backend=backend, fullgraph=True)(x).sin().sum().backward()
+    assert x.grad is not None
+    assert kept
+    decoded = [t for t in kept if t.is_floating_point() and t.element_size() > 1 and t.numel() == 48 * 64]
+    assert decoded == []
+    if kind is FrozenNf4Linear:
+        assert decodes == {"forward": 2, "backward": 2}
 
 
 @pytest.mark.slow

@@ -209,6 +209,17 @@ def test_codes_are_close(count: int, signed: bool) -> None:
                        torch.zeros(count))  # fmt: skip
 
 
+def test_decoding_takes_eight_bytes_a_number() -> None:
+    values = torch.randn(2**18)
+    codes, scales = codes_of(values, signed=True)
+    values_of(codes, scales, values.shape, signed=True)  # its levels are made once
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        found = values_of(codes, scales, values.shape, signed=True)
+    assert found.shape == values.shape
+    made = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    assert made <= 8.01 * values.numel()  # int32 codes and float32 values, no int64 indices
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eight_bit_moments_step_nearly_as_full_ones(dtype: torch.dtype) -> None:
     parameters = weights(dtype)

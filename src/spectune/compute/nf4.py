@@ -47,15 +47,26 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Context, *gradients: Tensor) -> Gradients:
         [grad] = gradients
         weight, *parts = ctx.saved_tensors
-        dx = like(rows_of(grad) @ _decoded(weight, tuple(parts), ctx.shape, grad.dtype), grad)
+        rows = rows_of(grad)
+        dx = like(rows @ _decoded(weight, tuple(parts), ctx.shape, grad.dtype, after=rows), grad)
         return (dx, *(None for _ in range(2 + len(parts))))
 
 
-def _decoded(weight: Tensor, parts: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    if weight.is_meta:
-        return weight.new_empty(shape, dtype=dtype)
+def _decoded(
+    weight: Tensor, parts: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype, after: Tensor | None = None
+) -> Tensor:
+    """The weight `[out, in]` in `dtype`. Backward names its incoming gradient as `after`: no number depends on it, but
+    to the compiler, which makes equal operations one and keeps what that gives from forward to backward, this is
+    another operation than forward's, and one of backward alone."""
+    found: Tensor = torch.ops.spectune.nf4_decode(weight, *parts, shape, dtype, after)
+    return found
+
+
+def _decode(
+    weight: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, nested_code: Tensor,
+    shape: list[int], dtype: torch.dtype, after: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     functions = bitsandbytes_functions()
-    absmax, nested_absmax, offset, nested_code = parts
     nested = functions.QuantState(absmax=nested_absmax, blocksize=SCALES_BLOCK, code=nested_code, dtype=torch.float32)
     state = functions.QuantState(
         absmax=absmax, shape=torch.Size((1, shape[0] * shape[1])), dtype=dtype, blocksize=BLOCK, quant_type="nf4",
@@ -63,6 +74,23 @@ def _decoded(weight: Tensor, parts: tuple[Tensor, ...], shape: tuple[int, int], 
     )  # fmt: skip
     found: Tensor = functions.dequantize_4bit(weight, state)
     return found.reshape(shape)
+
+
+def _decode_meta(
+    weight: Tensor, absmax: Tensor, nested_absmax: Tensor, offset: Tensor, nested_code: Tensor,
+    shape: list[int], dtype: torch.dtype, after: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return weight.new_empty(shape, dtype=dtype)
+
+
+# one operation to the compiler, which would otherwise see those of bitsandbytes
+_LIBRARY: Any = torch.library.Library("spectune", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "nf4_decode(Tensor weight, Tensor absmax, Tensor nested_absmax, Tensor offset, Tensor nested_code, SymInt[] shape, "
+    "ScalarType dtype, Tensor? after=None) -> Tensor"
+)
+_LIBRARY.impl("nf4_decode", _decode, "CompositeExplicitAutograd")
+_LIBRARY.impl("nf4_decode", _decode_meta, "Meta")
 
 
 class FrozenNf4Linear(FrozenLinear):

@@ -145,8 +145,8 @@ class _Kernels:
         self.kernels: list[_Kernel] = []
         self.outputs: list[Any] = []
         self.inputs = 0
-        #: bytes of inputs that may be written over: what forward kept for backward
-        self.donated: dict[int, int] = {}
+        #: inputs that may be written over: what forward kept for backward
+        self.donated: dict[int, Buffer] = {}
         self._scratch = scratch
         self._known: dict[fx.Node, Any] = {}
 
@@ -155,7 +155,7 @@ class _Kernels:
             self.inputs += 1
             self._known[node] = _Base(-self.inputs)
             if isinstance(value := node.meta.get("val"), Tensor) and not node.name.startswith(_NOT_DONATED):
-                self.donated[-self.inputs] = value.numel() * value.element_size()
+                self.donated[-self.inputs] = Buffer(-self.inputs, value.numel(), value.dtype)
         elif node.op == "get_attr":
             self._known[node] = _Base(None, _Lazy(torch.empty(0, device="meta"), frozenset(), 0))
         elif node.op == "output":
@@ -376,6 +376,18 @@ def _reaches(groups: Sequence[_Kernel], start: _Kernel, end: _Kernel) -> bool:
     return False
 
 
+def _above(kernel: _Kernel, others: Sequence[_Kernel]) -> list[_Kernel]:
+    """Those of the others whose results this one is made of."""
+    found: list[_Kernel] = []
+    ahead = [kernel]
+    while ahead:
+        here = ahead.pop()
+        more = [other for other in others if other.writes & here.reads and other not in found]
+        found += more
+        ahead += more
+    return found
+
+
 def _by_need(groups: Sequence[_Kernel]) -> list[_Kernel]:
     """In the order of the graph, each after what it reads."""
     maker = {number: group for group in groups for number in group.writes}
@@ -428,6 +440,7 @@ class _Timeline:
     def __init__(self, kernels: _Kernels, order: Sequence[_Kernel], lets_go: bool) -> None:
         self.steps: list[tuple[str, int]] = []
         self.peak = 0
+        self._kernels = kernels
         self._buffers = kernels.buffers
         self._donated = kernels.donated if lets_go else {}
         self._now = 0
@@ -452,16 +465,32 @@ class _Timeline:
                 self.peak = max(self.peak, self._now + group.scratch)
             self._drop([number for number in over if number not in written_over])
 
-    def _written_over(self, group: _Kernel, over: Iterable[int]) -> list[int]:
-        """What the kernel reads for the last time and writes its results over: buffers of the same size."""
-        sizes = [self._buffers[number].bytes for number in group.writes]
-        found = []
-        for number in over:
-            size = self._buffers[number].bytes if number >= 0 else self._donated.get(number)
-            if number not in group.writes and size in sizes:
-                sizes.remove(size)
-                found.append(number)
+    def _written_over(self, group: _Kernel, over: Sequence[int]) -> list[int]:
+        """What the kernel reads for the last time and writes its results over: buffers of the same size and dtype.
+
+        It is decided for each of the kernels that were fused by itself, as it would be without fusion: two that are
+        independent and read the same cannot write over it (a gated feed-forward's gradients of gate and up).
+        """
+        parts = [self._kernels.kernels[member] for member in sorted(group.members)]
+        found: list[int] = []
+        for part in parts:
+            above = _above(part, parts)
+            free = [
+                number
+                for number in sorted(part.reads)
+                if number in over
+                and not any(number in other.reads for other in parts if other is not part and other not in above)
+            ]
+            for made in sorted(part.writes & group.writes):
+                like = next((n for n in free if n not in found and self._alike(n, made)), None)
+                if like is not None:
+                    found.append(like)
         return found
+
+    def _alike(self, read: int, made: int) -> bool:
+        there = self._buffers[read] if read >= 0 else self._donated.get(read)
+        wanted = self._buffers[made]
+        return there is not None and (there.elements, there.dtype) == (wanted.elements, wanted.dtype)
 
     def _drop(self, numbers: Iterable[int]) -> None:
         for number in numbers:
