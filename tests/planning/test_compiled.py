@@ -98,8 +98,16 @@ def kept_by_blocks(model: PreTrainedModel, method: str, backend: str, checkpoint
     return sum(found)
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "prefix", "bitfit"])
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        *((llama, method) for method in ("lora", "full", "prefix", "bitfit")),
+        (gpt2, "lora"),
+        (gpt2, "full"),
+        pytest.param(gpt2, "prefix", marks=pytest.mark.slow),
+        pytest.param(gpt2, "bitfit", marks=pytest.mark.slow),
+    ],
+)
 def test_a_block_keeps_what_the_plan_says(make: Callable[[], PreTrainedModel], method: str) -> None:
     planned = kept_by_plan(make(), method, False)
     assert planned == kept_by_blocks(make(), method, PARTITIONED, False)
