@@ -39,6 +39,10 @@ class Estimate:
 
     Attributes:
         torch_compile: whether the step's blocks are compiled.
+        cuda_graphs: whether they are recorded.
+        recordings: bytes that recordings of one shape of a batch keep between steps, in the terms and peaks above all
+            else: copies of arguments and blocks' outputs (activations), gradients of these (workspace) and of weights
+            (gradients). Torch counts as allocated what a step makes inside of blocks only until it is recorded.
         weights: the base's and the delta's.
         gradients: of what is trained, with their float32 copies where the base has lower precision.
         optimizer: AdamW's two moments in float32, and float32 masters of weights of lower precision.
@@ -64,6 +68,8 @@ class Estimate:
     gradient_checkpointing: Recomputation
     optim: str
     torch_compile: bool
+    cuda_graphs: bool
+    recordings: int
     trainable_parameters: int
     total_parameters: int
     weights: int
@@ -151,7 +157,8 @@ class Estimate:
         """For JSON."""
         # fmt: off
         names = ("model", "method", "batch", "length", "dtype", "base_precision", "device", "gradient_checkpointing",
-                 "torch_compile", "optim", "trainable_parameters", "total_parameters", "context", "host",
+                 "torch_compile", "cuda_graphs", "recordings", "optim",
+                 "trainable_parameters", "total_parameters", "context", "host",
                  "validation", "source", "needed")
         # fmt: on
         return {

@@ -18,6 +18,7 @@ from spectune.planning.allocator import Block, CachingAllocator
 from spectune.planning.compiled import is_of_the_compiler
 from spectune.planning.estimate import TERMS, Moment
 from spectune.planning.recorder import Record, Shape
+from spectune.planning.recordings import Static, apart, static_of
 from spectune.planning.step import Skeleton, record_step, record_validation, skeleton
 from spectune.planning.stepping import Stepping
 from spectune.planning.timeline import NotAlikeError, deepened
@@ -55,6 +56,7 @@ class Planner:
         *,
         checkpointing: Recomputation = False,
         compiled: bool = False,
+        recorded: bool = False,
         accumulating: bool = False,
         optim: str = "adamw_torch_fused",
         base_precision: str | None = None,
@@ -63,10 +65,13 @@ class Planner:
         self.base_precision = base_precision
         self.checkpointing = checkpointing
         self.compiled = compiled
+        self.recorded = recorded
         self.device_type = device_type
         self.accumulating = accumulating
         self.optim = optim
         self._longest = 0
+        #: bytes that recordings hold of the device between steps
+        self._held = 0
         #: the newest records, by what was asked
         self._known: dict[tuple[Shape, bool, bool], Record] = {}
         self.built: Skeleton
@@ -99,10 +104,16 @@ class Planner:
         record = self._record(shape, accumulating=self.accumulating)
         return max(m.total for m in self._stays().moments(record, accumulating=self.accumulating))
 
+    def recordings(self, shape: Shape) -> int:
+        """Bytes that recordings of this batch's blocks keep between steps; 0 where none are made."""
+        static = self._record(shape).static
+        return 0 if static is None else int(static.bytes)
+
     def validation(self, shape: Shape) -> int:
-        """Bytes of tensors at the peak of a validation batch, weights and the optimizer's states among them."""
+        """Bytes of tensors at the peak of a validation batch, weights and the optimizer's states among them, and what
+        recordings of the newest step hold."""
         record = self._record(shape, training=False)
-        return sum(self._stays().terms.values()) + max(_live(record))
+        return sum(self._stays().terms.values()) + self._held + max(_live(record))
 
     def _record(self, shape: Shape, *, training: bool = True, accumulating: bool = False) -> Record:
         self._build(shape.length)
@@ -116,10 +127,11 @@ class Planner:
 
     def _made(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         try:
-            return deepened(self._run(shape, training, accumulating), self.repeats)
+            record = self._run(shape, training, accumulating)
+            found = deepened(record, self.repeats)
         except NotAlikeError:
             self._build(shape.length, whole=True)
-            return self._run(shape, training, accumulating)
+            record = found = self._run(shape, training, accumulating)
         except Exception as error:
             if not self.compiled or not is_of_the_compiler(error):
                 raise
@@ -130,11 +142,18 @@ class Planner:
             self.compiled, self._longest = False, 0
             self._build(shape.length)
             return self._made(shape, training, accumulating)
+        if self.recorded and training:
+            found.static = static_of(self.built.calls, record, self.repeats, self.built.in_blocks)
+            self._held = sum(found.static.new) + apart(found)[0]
+        return found
 
     def _run(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         if training:
             in_backward = Stepping([], self.optim).in_backward
-            return record_step(self.built, shape, self.device_type, accumulating=accumulating, in_backward=in_backward)
+            return record_step(
+                self.built, shape, self.device_type, accumulating=accumulating, in_backward=in_backward,
+                recorded=self.recorded,
+            )  # fmt: skip
         return record_validation(self.built, shape, self.device_type)
 
     def _stays(self) -> _Stays:
@@ -172,14 +191,20 @@ class _Stays:
         head = dict(record.marks).get("head", len(record.events))
         backward = _begin_of_backward(record)
         there = {"gradients": self.gradients} if accumulating else {}
+        during, between = (
+            {} if record.static is None else record.static.terms(between=between) for between in (False, True)
+        )
         cuts = (("forward", 0, head), ("loss", head, backward), ("backward", backward, len(record.events)))
         found = []
         for name, begin, end in cuts:
             at = max(range(begin, end + 1), key=live.__getitem__)
-            found.append(self._moment(name, _by_label(record, at), there))
+            found.append(self._moment(name, _by_label(record, at), there, during))
         # in the optimizer nothing but gradients is left, and float32 copies of some of them
         left = _by_label(record, len(record.events)).get("gradients", 0)
-        return [*found, self._moment("optimizer", {"gradients": left + self.stepping.most(first=False)}, there)]
+        return [
+            *found,
+            self._moment("optimizer", {"gradients": left + self.stepping.most(first=False)}, there, between),
+        ]
 
     def _moment(self, name: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(name, {term: sum(part.get(term, 0) for part in (self.terms, *parts)) for term in TERMS})
@@ -192,7 +217,8 @@ class _Stays:
         for records in steps:
             stays = self.terms["weights"] + sum(self.stepping.masters) + states
             for number, record in enumerate(records):
-                peak = max(peak, stays + (self.gradients if number else 0) + max(_live(record)))
+                kept = 0 if record.static is None else sum(record.static.new)
+                peak = max(peak, stays + (self.gradients if number else 0) + kept + max(_live(record)))
             left = _by_label(records[0], len(records[0].events)).get("gradients", 0)
             peak = max(peak, stays + left + self.stepping.most(first=not states))
             states = sum(self.stepping.states)
@@ -204,6 +230,9 @@ class _Stays:
         for size in (*self.weights, *self.stepping.masters):
             allocator.take(size)
         held: Held = defaultdict(list)
+        static = steps[0][0].static
+        for size in static.new if static is not None else ():
+            allocator.take(size)
         for number, records in enumerate(steps):
             blocks: dict[tuple[int, int], Block] = {}
             for batch, record in enumerate(records):
@@ -212,6 +241,8 @@ class _Stays:
                 for index, event in enumerate(record.events):
                     if index in products:
                         allocator.take(self.workspace)
+                    if record.kept(event):
+                        continue
                     if event >= 0:
                         blocks[batch, event] = allocator.take(record.sizes[event])
                     else:
@@ -222,7 +253,18 @@ class _Stays:
             for (name, _), rest in held.items():
                 while name == "gradient" and rest:
                     allocator.give(rest.pop())
-        return allocator.peak_allocated, allocator.reserved
+        if static is None:
+            return allocator.peak_allocated, allocator.reserved
+        return allocator.peak_allocated, max(allocator.reserved, self._with_a_pool(steps, static))
+
+    def _with_a_pool(self, steps: Sequence[Sequence[Record]], static: Static) -> int:
+        """Bytes of the device once blocks are replayed: what is made outside of them has no use of their memory."""
+        peaks = [apart(record) for record in {id(record): record for records in steps for record in records}.values()]
+        inside, outside = max(pool for pool, _ in peaks), max(rest for _, rest in peaks)
+        left = _by_label(steps[0][0], len(steps[0][0].events)).get("gradients", 0)
+        accumulated = self.gradients if any(len(records) > 1 for records in steps) else 0
+        outside = max(outside, left + self.stepping.most(first=False)) + accumulated
+        return sum((*self.terms.values(), *static.new, inside, outside))
 
 
 def _play_step(allocator: CachingAllocator, events: Iterable[tuple[str, int]], held: Held) -> None:
@@ -241,12 +283,12 @@ def _begin_of_backward(record: Record) -> int:
 
 def _live(record: Record) -> list[int]:
     """Bytes after 0, 1, 2, ... events."""
-    return list(accumulate((_signed(record, event) for event in record.events), initial=0))
+    return list(accumulate(map(record.signed, record.events), initial=0))
 
 
 def _by_label(record: Record, until: int) -> dict[str, int]:
     """Bytes by label after `until` events."""
-    return _summed((record.labels[max(e, ~e)], _signed(record, e)) for e in record.events[:until])
+    return _summed((record.labels[max(e, ~e)], record.signed(e)) for e in record.events[:until])
 
 
 def _summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
@@ -254,10 +296,6 @@ def _summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
     for name, size in pairs:
         found[name] = found.get(name, 0) + size
     return found
-
-
-def _signed(record: Record, event: int) -> int:
-    return record.sizes[event] if event >= 0 else -record.sizes[~event]
 
 
 def _cublas() -> int:

@@ -27,6 +27,10 @@ _BY_INDEX = (
 )
 
 
+#: label of gradients that recordings of blocks keep: they are not among what a step makes
+KEPT = "recorded"
+
+
 @dataclass(frozen=True)
 class Shape:
     """A batch of `rows` of at most `length` tokens.
@@ -61,6 +65,18 @@ class Record:
     labels: list[str] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     marks: list[tuple[str, int]] = field(default_factory=list)
+    #: what recordings of the blocks keep, where they are recorded (`planning.recordings.Static`)
+    static: Any = None
+
+    def signed(self, event: int) -> int:
+        """Bytes made (above 0) or freed; none of what recordings keep all the time."""
+        if self.kept(event):
+            return 0
+        return self.sizes[event] if event >= 0 else -self.sizes[~event]
+
+    def kept(self, event: int) -> bool:
+        """Whether it is of what recordings keep all the time."""
+        return self.static is not None and self.labels[max(event, ~event)] == KEPT
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
