@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
 from spectune.training.checkpoint import Progress, latest_checkpoint, read_state, restore
-from spectune.training.checkpointing import memory_budget, recomputing
+from spectune.training.checkpointing import memory_budget, modes_of, recomputing
 from spectune.training.compiling import compiled, compiles
 from spectune.training.config import TrainingConfig
 from spectune.training.display import Display
@@ -91,7 +92,13 @@ def train(
     total = total_steps(len(prepared.examples), config, world.size)
     length = sum(len(example.input_ids) for example in prepared.examples) // len(prepared.examples)
     compiling = compiles(config, delta.family, delta.method, length=length, steps=total, device_type=model.device.type)
-    predicted = predict_memory(model, delta, prepared, config, world, packing, compiling=compiling)
+    recording_with = partial(
+        records, config, delta, tokens=config.per_device_train_batch_size * length, length=length, packs=packing.on
+    )
+    predicted = predict_memory(
+        model, delta, prepared, config, world, packing, compiling=compiling,
+        recording=recording_with(recomputation=modes_of(model, config.gradient_checkpointing)[0]),
+    )  # fmt: skip
     check_memory(predicted, model, delta, config.memory_check)
     optimizer = make_optimizer(trained, config, prepared.learning_rate, world.size)
     progress, best = Progress(), None
@@ -112,10 +119,7 @@ def train(
         tokenizer,
         prepared.rows,
     )
-    recording = records(
-        config, delta, tokens=config.per_device_train_batch_size * length, length=length, packs=packing.on,
-        recomputation=predicted.checkpointing,
-    )  # fmt: skip
+    recording = recording_with(recomputation=predicted.checkpointing)
     chosen = {
         "gradient_checkpointing": predicted.checkpointing, "torch_compile": compiling, "cuda_graphs": recording
     }  # fmt: skip
