@@ -110,7 +110,7 @@ def _plan(
     from spectune.sizes import bytes_of
     from spectune.storage.bases import load_config
     from spectune.storage.devices import resolve_device
-    from spectune.training.prepare import room_for_rows
+    from spectune.training.prepare import DEFAULT_LENGTH, room_for_rows
 
     wanted = settings.training()
     name = settings.text("device") or ("cuda" if memory is not None else "auto")
@@ -122,8 +122,6 @@ def _plan(
     context = context_of(base)
     rooms = [] if context is None else [context - method.virtual_tokens for method in methods]
     most = min((room for room in rooms if room >= 2), default=None)
-    from spectune.training.prepare import DEFAULT_LENGTH
-
     longest = wanted.max_length or min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
     run = PlannedRun.of(wanted, base, place, longest, examples)
     estimates: list[tuple[Method, Estimate]] = []

@@ -53,7 +53,8 @@ class Estimate:
         peak_reserved: what torch's allocator holds of the device (on a CPU: the same as `peak_allocated`).
         context: what the process takes of a CUDA device beside that; in none of the other figures.
         host: bytes of pinned host memory for blocks' inputs (`gradient_checkpointing="offload"`).
-        validation: peak of tensors of a validation batch; None where it was not asked for.
+        validation: peak of tensors of a validation batch, with all memory of blocks' recordings; None where it was not
+            asked for.
         moments: forward, loss (both ways), backward, optimizer.
         source: "trace": a few layers of each kind were recorded, of the model's own code without weights, and repeated;
             "full trace": all layers were, as they differ.
