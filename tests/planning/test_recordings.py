@@ -150,6 +150,17 @@ def test_terms_and_peaks_have_what_stays() -> None:
     assert more.recordings - graphs.recordings == pytest.approx(2 * DEPTH * hidden + hidden, rel=0.05)
 
 
+def test_compiled_blocks_are_recorded_as_others_are() -> None:
+    """What stands around a block is the same; what it keeps inside is the compiler's matter."""
+    planned = partial(plan, llama().config, "lora", 4, 64, dtype="bfloat16", torch_compile=True)
+    eager = plan(llama().config, "lora", 4, 64, dtype="bfloat16", cuda_graphs=True)
+    plain, graphs = planned(), planned(cuda_graphs=True)
+    assert graphs.torch_compile
+    assert graphs.recordings == eager.recordings
+    assert 0 < graphs.peak_allocated - plain.peak_allocated <= graphs.recordings
+    assert graphs.peak_allocated < eager.peak_allocated
+
+
 def test_validation_comes_on_top_of_what_recordings_hold() -> None:
     planned = partial(plan, llama().config, "lora", 8, 64, dtype="bfloat16", eval_batch=8)
     plain, graphs = planned(cuda_graphs=False), planned(cuda_graphs=True)
