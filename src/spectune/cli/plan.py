@@ -63,13 +63,14 @@ def plan(
 
     No weights are downloaded or read. Exit code 4 if what was asked for does not fit; the largest batch and length that
     do are then named. Terms are each one's own largest value; the peak is that of the moment where they are largest
-    together.
+    together. Whether blocks are compiled follows from the run's length, where --data or max_steps say it.
 
     \b
     Examples:
       spectune plan
       spectune plan --model meta-llama/Llama-3.1-8B --method lora --memory 24GiB --gradient-checkpointing
       spectune plan --model gpt2 --methods full,lora --batch 16 --length 512 --set lora.r=64 --json
+      spectune plan --method lora --memory 80GiB --set torch_compile=true
       spectune plan --data train.jsonl --calibrate
     """
     flags = {

@@ -201,6 +201,11 @@ class Estimate:
                 f"gradient_checkpointing={setting} keeps less of them and recomputes the rest"
                 + ("." if self.gradient_checkpointing else f", as much as it takes ({', '.join(left)}).")
             )
+        if self.recordings:
+            found.append(
+                f"cuda_graphs=false keeps no recordings of blocks ({shown(self.recordings)}), and their memory is free "
+                "for all else between steps."
+            )
         if term in ("activations", "workspace", "logits") and self.batch > 1 and (rows := self.largest_batch(memory)):
             found.append(f"per_device_train_batch_size={rows} with gradient_accumulation_steps learns the same.")
         return found
