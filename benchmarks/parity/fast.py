@@ -41,9 +41,9 @@ class Holding:
         if self.inner is not None:
             self.inner.begin(rate)
 
-    def step(self, rate: float, max_grad_norm: float) -> float:
+    def step(self, rate: float, max_grad_norm: float, loss: Tensor) -> Tensor:
         if self.inner is not None:
-            norm = float(self.inner.step(rate, max_grad_norm))
+            norm: Tensor = self.inner.step(rate, max_grad_norm, loss)
             if torch.cuda.is_available():
                 self.peak = torch.cuda.max_memory_allocated()
             return norm
@@ -56,7 +56,7 @@ class Holding:
             self.inner = self.make()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-        return 0.0
+        return torch.zeros(())
 
     def clear(self) -> None:
         for _, parameter in self.delta.named_parameters():
@@ -115,7 +115,8 @@ def run(task: Task, path: Path, states: Sequence[State], truth: Sequence[At], de
     if path.precision is not None:
         decoded.learn(model)
     delta = task.attach(model)
-    _check_first(delta, states[0])
+    # a prefix begins with keys and values of the base, which another precision makes another way
+    delta.load_training_state_dict(states[0])
     found: tuple[list[Near], list[Near]] = ([], [])
     before = compilations()
 
@@ -171,9 +172,3 @@ def held(delta: Delta, states: Sequence[State], judge: Judge) -> Iterator[list[H
         yield made
     finally:
         module.make_optimizer = make
-
-
-def _check_first(delta: Delta, first: State) -> None:
-    for name, parameter in delta.named_parameters():
-        if not torch.equal(parameter.detach().cpu(), first[name].to(parameter.dtype)):
-            raise RuntimeError(f"{name} does not begin where the plain loop began")

@@ -34,10 +34,10 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="*", default=[], help=f"of the device, by default: {', '.join(SHAPES)}")
     parser.add_argument("--systems", nargs="*", default=[], help=f"all by default: {', '.join(SYSTEMS)}")
     parser.add_argument("--methods", nargs="*", default=[], help="all by default")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="3 by default")
     parser.add_argument("--warmup", type=int, default=10, help="steps at least; until 5 in a row compile nothing")
     parser.add_argument("--steps", type=int, default=30, help="timed steps")
-    parser.add_argument("--quick", action="store_true", help="5 steps of warm-up at least, 10 timed, 2 repeats")
+    parser.add_argument("--quick", action="store_true", help="at least 5 warm-up and 10 timed steps, 2 repeats")
     parser.add_argument("--rows", type=int, help="another batch size than the shape's")
     parser.add_argument("--budget-seconds", type=float, help="start nothing new after so many")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one measurement")
@@ -59,7 +59,7 @@ def main() -> int:
         print("\n".join(f"{case.shape}: {case.method}, {system(case.system).label}" for case in found))
         return 0
     plan = Plan(
-        out=args.out.resolve(), device=args.device, repeats=2 if args.quick else args.repeats,
+        out=args.out.resolve(), device=args.device, repeats=args.repeats or (2 if args.quick else 3),
         warmup=5 if args.quick else args.warmup, steps=10 if args.quick else args.steps, budget=args.budget_seconds,
         timeout=args.timeout, peak_tflops=args.peak_tflops or (790.0 if args.device == "cuda" else None),
         allocator=args.allocator, rows=args.rows,

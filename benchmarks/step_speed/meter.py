@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectune.compute.memory import recorded_bytes
+
 #: losses kept for the check that systems compute the same
 LOSSES = 20
 
@@ -99,7 +101,8 @@ class Meter:
             return {"peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         free, total = torch.cuda.mem_get_info()
         return {
-            "peak_allocated": torch.cuda.max_memory_allocated(),
+            "peak_allocated": torch.cuda.max_memory_allocated() + recorded_bytes(self.device),
+            "recorded_bytes": recorded_bytes(self.device),
             "peak_reserved": torch.cuda.max_memory_reserved(),
             "device_used": total - free,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ class Again:
     """Runs what was recorded once more, and puts the results where the first ones are."""
 
     replays = 0
+
+    def running(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def warm_up(self, function: Callable[[], None]) -> None:
         function()
@@ -113,6 +117,12 @@ def test_batches_of_a_step_add_up() -> None:
     """What an earlier batch left stands where the next one writes."""
     assert check(llama, LoRA(r=4), batches(BEFORE + 6), every=BEFORE + 6)
     assert check(llama, FullFineTuning(), batches(BEFORE + 6), every=3)
+
+
+def test_batches_of_several_shapes_add_up() -> None:
+    given = [b for pair in zip(batches(BEFORE + 3, 9), batches(BEFORE + 3, 14), strict=True) for b in pair]
+    assert check(llama, LoRA(r=4), given, every=4)
+    assert check(gpt2, FullFineTuning(), given, every=6)
 
 
 def test_shapes_take_turns_and_masks_are_read_anew() -> None:

@@ -39,7 +39,8 @@ def chunk_loss(
     if probabilities is None:
         probabilities = torch.empty_like(logits, dtype=exact)
     expected = targets[:, None]
-    torch.softmax(values, -1, dtype=exact, out=probabilities)
+    # from one type to another, softmax would make a copy of its own beside
+    torch.softmax(values if values.dtype == exact else probabilities.copy_(values), -1, out=probabilities)
     # the largest is 1 / sum(exp(y - max)): it gives the sum without a second pass of exponentials, and never underflows
     losses = values.amax(-1).to(exact) - values.gather(1, expected)[:, 0].to(exact) - probabilities.amax(-1).log_()
     if not with_gradient:
@@ -59,7 +60,8 @@ def fused_chunk_loss(
     """The same by compiled code, which reads the logits twice and writes their gradient over them (with
     `with_gradient`); nothing else is made but the losses. At least 2 rows: the compiler takes 1 for a case of its own.
     """
-    if logits.is_meta:  # a trace of memory: compiled code does not run there
+    if logits.is_meta:  # a trace of memory: compiled code does not run there; it writes the gradient in two places
+        _ = logits.new_empty(logits.shape) if with_gradient else None
         return logits.new_empty(logits.shape[0], dtype=exact_dtype(logits.dtype))
     # one graph for any number of rows: the labelled ones are as many as each batch has
     torch._dynamo.mark_dynamic(logits, 0)

@@ -156,7 +156,7 @@ def _put_before(
     keys, values = (torch.stack([filled.get(name, none)[side] for name in names]) for side in (0, 1))
 
     # which token of its prefix stands at each place, `[rows or 1, longest]`; negative where there is none
-    place = torch.arange(longest, device=key.device) - (longest - torch.tensor(counts, device=key.device)[:, None])
+    place = torch.arange(longest, device=key.device) - (longest - _column(counts, key.device))
     visible = (place >= 0)[:, None].expand(-1, query.shape[2], -1)
     window = settings.get("sliding_window")
     slides = [name in prefixes and prefixes[name].slides for name in names]
@@ -183,11 +183,18 @@ def _within_window(
     text = torch.arange(query.shape[2], device=device) + rows.seen - rows.lead
     if rows.pack is not None:
         text = rows.pack.positions
-    here = text + torch.tensor(counts, device=device)[:, None]
+    here = text + _column(counts, device)
     if rows.padding is not None:
         here = here - rows.padding
     reached = place[:, None] > here[..., None] - window
-    return reached | ~torch.tensor(slides, device=device)[:, None, None]
+    return reached | ~_column(slides, device)[..., None]
+
+
+def _column(values: list[int] | list[bool], device: torch.device) -> Tensor:
+    """`[rows or 1, 1]`. One for all where all are alike: it is made on the device, and copied nowhere."""
+    if len(set(values)) == 1:
+        return torch.full((1, 1), values[0], device=device)
+    return torch.tensor(values, device=device)[:, None]
 
 
 def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

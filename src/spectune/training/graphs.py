@@ -128,11 +128,13 @@ def graphed(
     layers = [model.get_submodule(layer.path) for layer in family.layers]
     before = [layer.__dict__.get("_compiled_call_impl") for layer in layers]
     plain = [call or layer._call_impl for call, layer in zip(before, layers, strict=True)]
-    blocks = _Blocks(plain, [p for p in parameters if p.requires_grad], recorder)
+    made = recorder()
+    blocks = _Blocks(plain, [p for p in parameters if p.requires_grad], made)
     for index, layer in enumerate(layers):
         layer.__dict__["_compiled_call_impl"] = partial(blocks.call, index)
     try:
-        yield
+        with made.running():
+            yield
     finally:
         for layer, call in zip(layers, before, strict=True):
             layer.__dict__.pop("_compiled_call_impl", None)
@@ -143,13 +145,12 @@ def graphed(
 class _Blocks:
     """The blocks of a model, and their recordings by the shape of the first one's input."""
 
-    def __init__(
-        self, plain: list[Callable[..., Any]], parameters: list[nn.Parameter], recorder: Callable[[], Recorder]
-    ) -> None:
+    def __init__(self, plain: list[Callable[..., Any]], parameters: list[nn.Parameter], recorder: Recorder) -> None:
         self.plain = plain
         self.parameters = parameters
-        self.make_recorder = recorder
-        self.recorder: Recorder | None = None
+        # one for all shapes: what lies between inputs and outputs shares its memory, as no two passes overlap
+        self.recorder = recorder
+        self.works = True
         self.seen: dict[Any, int] = {}
         self.noted: dict[Any, _Notes] = {}
         self.recorded: dict[Any, list[RecordedBlock] | None] = {}
@@ -185,17 +186,16 @@ class _Blocks:
                 self.replaying[0].inputs.clear()
             return
         self.seen[shape] = self.seen.get(shape, 0) + 1
-        if self.seen[shape] > WARM_UPS and len(self.recorded) + len(self.noted) < MOST_SHAPES:
+        if self.works and self.seen[shape] > WARM_UPS and len(self.recorded) + len(self.noted) < MOST_SHAPES:
             self.notes = self.noted[shape] = _Notes()
 
     def _record(self, notes: _Notes) -> list[RecordedBlock] | None:
-        # one for all shapes: what lies between inputs and outputs shares its memory, as no two passes overlap
-        self.recorder = self.recorder or self.make_recorder()
         try:
             with _same_randomness(self.parameters[0].device):
                 return record(self.plain, notes.calls, self.parameters, self.recorder)
         except RuntimeError as error:
-            log.warning("the blocks run without CUDA graphs for batches of this shape: %s", first_line(error))
+            log.warning("the blocks run without CUDA graphs: %s", first_line(error))
+            self.works = False  # what was begun in the recorder's pool cannot be taken back
             return None
 
     def _replay(self, index: int, leaves: list[Any], args: Any, kwargs: Any) -> Any:

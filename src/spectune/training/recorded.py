@@ -7,7 +7,9 @@ one wrote it, and its gradient is written where the other's backward reads it: n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +27,9 @@ _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.
 class Recorder(Protocol):
     """What records one pass."""
 
+    def running(self) -> AbstractContextManager[None]:
+        """All passes run inside it, those that are not recorded too."""
+
     def warm_up(self, function: Callable[[], None]) -> None:
         """Run it as recordings will."""
 
@@ -33,22 +38,37 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """CUDA graphs that share a memory pool, so they are to be replayed in the order in which they were recorded."""
+    """CUDA graphs that share a memory pool, so they are to be replayed in the order in which they were recorded.
+
+    All passes run in the stream that is recorded: a parameter's gradient is added up in the stream of the first pass
+    that used it, and one that reaches out of the recording's stream cannot be recorded.
+    """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        outside = torch.cuda.current_stream()
+        torch.cuda.empty_cache()  # memory is kept by stream
+        self.stream.wait_stream(outside)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            outside.wait_stream(self.stream)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            function()
+        function()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graphs' pool takes what the passes before had
 
     def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = function()
         return result, graph.replay
 
@@ -241,19 +261,17 @@ class RecordedBlock:
                 self.inputs[id(place)] = leaf
 
     def replay_backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of the arguments that want one, then of the parameters: of memory that the next replay writes."""
-        for parameter, place in zip(self.parameters, self._parameter_gradients, strict=True):
-            # what an earlier batch of this step left stands where this one is written
-            if parameter.grad is not None and parameter.grad.data_ptr() == place.data_ptr():
-                parameter.grad = parameter.grad.clone()
+        """Gradients of the arguments that want one, in memory that the next replay writes, then copies of those of the
+        parameters: they stay until the optimizer takes them, and other replays may come before."""
         for number, place in self._output_gradients.items():
             gradient = gradients[self._number_of_tensor(number)]
             if gradient.data_ptr() != place.data_ptr():
                 place.copy_(gradient)
         self._backward()
         starts = [n for n, leaf in enumerate(self.leaves) if _wants_gradient(leaf)]
-        found = [self.input_gradients.get(n) for n in starts] + list(self._parameter_gradients)
-        return [None if gradient is None else gradient.detach() for gradient in found]
+        found = [self.input_gradients.get(n) for n in starts]
+        passed = [None if gradient is None else gradient.detach() for gradient in found]
+        return [*passed, *(gradient.clone() for gradient in self._parameter_gradients)]
 
     def replay_forward(self) -> list[Tensor]:
         self._forward()
