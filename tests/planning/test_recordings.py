@@ -126,7 +126,7 @@ def test_recording_makes_no_more_at_once_than_is_planned() -> None:
     planner = Planner(gpt2(), FullFineTuning(), torch.float32, "cpu", recorded=True)
     found = planner._record(SHAPE)
     most = tracker.peak_bytes - before
-    planned = sum(found.static.new) + apart(found)[0]
+    planned = sum(found.static.new) + max(apart(found)[0])
     assert most <= 1.02 * planned
     assert most > sum(there.values())
 
@@ -136,13 +136,15 @@ def test_terms_and_peaks_have_what_stays() -> None:
     plain, graphs = (plan(base, "lora", **asked, cuda_graphs=wanted) for wanted in (False, True))
     assert (plain.cuda_graphs, graphs.cuda_graphs) == (False, True)
     assert plain.recordings == 0
-    new = graphs.peak_allocated - plain.peak_allocated
+    record = Planner(base, LoRA(), torch.bfloat16, "cuda", recorded=True)._record(Shape(8, 128, 127, 8 * 127))
+    new, inside = sum(record.static.new), max(apart(record)[0])
     assert 0 < new <= graphs.recordings
+    # whatever moment it is, recordings are there and all memory that blocks take in any
     for before, after in zip(plain.moments, graphs.moments, strict=True):
-        assert 0 < after.total - before.total <= graphs.recordings
-    # between steps all of it is there; gradients of weights count once
-    assert graphs.moments[-1].total - plain.moments[-1].total == graphs.recordings - 4 * plain.trainable_parameters
-    assert graphs.peak_reserved >= plain.peak_reserved + new - 2**21
+        assert 0 < after.total - before.total <= new + inside
+    assert graphs.moments[-1].total - plain.moments[-1].total == new + inside
+    assert plain.peak_allocated + new - 2**16 <= graphs.peak_allocated <= plain.peak_allocated + new + inside
+    assert graphs.peak_reserved >= plain.peak_reserved
     assert graphs.to_dict()["recordings"] == graphs.recordings
     assert graphs._peaks(8, 128)[0] == max(moment.total for moment in graphs.moments)
     more = plan(base, "lora", **{**asked, "batch": 16}, cuda_graphs=True)
@@ -157,8 +159,7 @@ def test_compiled_blocks_are_recorded_as_others_are() -> None:
     plain, graphs = planned(), planned(cuda_graphs=True)
     assert graphs.torch_compile
     assert graphs.recordings == eager.recordings
-    assert 0 < graphs.peak_allocated - plain.peak_allocated <= graphs.recordings
-    assert graphs.peak_allocated < eager.peak_allocated
+    assert plain.peak_allocated < graphs.peak_allocated < eager.peak_allocated
 
 
 def test_validation_comes_on_top_of_what_recordings_hold() -> None:
@@ -170,16 +171,14 @@ def test_validation_comes_on_top_of_what_recordings_hold() -> None:
     assert graphs.validation - plain.validation > graphs.recordings
 
 
-def test_gradients_of_weights_are_there_once() -> None:
-    """Of a base that is trained in blocks alone they stay, and are made no second time."""
+def test_gradients_of_weights_stay_and_are_copied() -> None:
     base = gpt2().config
     plain, graphs = (plan(base, "full", 2, 32, cuda_graphs=wanted) for wanted in (False, True))
     before, after = (next(m for m in e.moments if m.name == "forward") for e in (plain, graphs))
+    in_blocks = 4 * sum(p.numel() for p in gpt2().get_decoder().h.parameters())  # type: ignore[no-untyped-call]
     assert before.terms["gradients"] == 0
-    weights = after.terms["gradients"]
-    in_blocks = sum(p.numel() for layer in gpt2().transformer.h for p in layer.parameters())  # type: ignore[union-attr]
-    assert weights == 4 * in_blocks
-    assert graphs.gradients <= plain.gradients + 2**16
+    assert after.terms["gradients"] == in_blocks
+    assert graphs.gradients - plain.gradients == in_blocks
 
 
 def test_recomputation_records_nothing_and_no_other_device_can() -> None:

@@ -42,7 +42,7 @@ class Estimate:
         cuda_graphs: whether they are recorded.
         recordings: bytes that recordings of one shape of a batch keep between steps, in the terms and peaks above all
             else: copies of arguments and blocks' outputs (activations), gradients of these (workspace) and of weights
-            (gradients). Torch counts as allocated what a step makes inside of blocks only until it is recorded.
+            (gradients). What a step makes inside of blocks is there all the time then, as workspace where it is idle.
         weights: the base's and the delta's.
         gradients: of what is trained, with their float32 copies where the base has lower precision.
         optimizer: AdamW's two moments in float32, and float32 masters of weights of lower precision.

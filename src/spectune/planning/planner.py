@@ -144,16 +144,13 @@ class Planner:
             return self._made(shape, training, accumulating)
         if self.recorded and training:
             found.static = static_of(self.built.calls, record, self.repeats, self.built.in_blocks)
-            self._held = sum(found.static.new) + apart(found)[0]
+            self._held = sum(found.static.new) + max(apart(found)[0])
         return found
 
     def _run(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         if training:
             in_backward = Stepping([], self.optim).in_backward
-            return record_step(
-                self.built, shape, self.device_type, accumulating=accumulating, in_backward=in_backward,
-                recorded=self.recorded,
-            )  # fmt: skip
+            return record_step(self.built, shape, self.device_type, accumulating=accumulating, in_backward=in_backward)
         return record_validation(self.built, shape, self.device_type)
 
     def _stays(self) -> _Stays:
@@ -186,39 +183,45 @@ class _Stays:
         }
 
     def moments(self, record: Record, *, accumulating: bool) -> list[Moment]:
-        """The parts of a step; `accumulating`: the record is of a batch that finds gradients there."""
-        live = _live(record)
+        """The parts of a step; `accumulating`: the record is of a batch that finds gradients there. Where blocks are
+        recorded, all memory of what they make is theirs at any time."""
+        static, inside, live = record.static, [0] * (len(record.events) + 1), _live(record)
+        if static is not None:
+            inside, live = apart(record)
+        most, kept = max(inside), {} if static is None else static.terms()
         head = dict(record.marks).get("head", len(record.events))
         backward = _begin_of_backward(record)
         there = {"gradients": self.gradients} if accumulating else {}
-        during, between = (
-            {} if record.static is None else record.static.terms(between=between) for between in (False, True)
-        )
         cuts = (("forward", 0, head), ("loss", head, backward), ("backward", backward, len(record.events)))
         found = []
         for name, begin, end in cuts:
             at = max(range(begin, end + 1), key=live.__getitem__)
-            found.append(self._moment(name, _by_label(record, at), there, during))
+            idle = {"workspace": most - inside[at]}
+            found.append(self._moment(name, _by_label(record, at), there, kept, idle))
         # in the optimizer nothing but gradients is left, and float32 copies of some of them
         left = _by_label(record, len(record.events)).get("gradients", 0)
-        return [
-            *found,
-            self._moment("optimizer", {"gradients": left + self.stepping.most(first=False)}, there, between),
-        ]
+        taken = {"gradients": left + self.stepping.most(first=False), "workspace": most}
+        return [*found, self._moment("optimizer", taken, there, kept)]
 
     def _moment(self, name: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(name, {term: sum(part.get(term, 0) for part in (self.terms, *parts)) for term in TERMS})
 
     def peaks(self, steps: Sequence[Sequence[Record]]) -> tuple[int, int]:
         """Allocated and reserved of some steps, one record a batch; the optimizer's states are made in the first."""
-        if self.cuda:
-            return self._played(steps)
+        found = self._played(steps) if self.cuda else self._counted(steps)
+        static = steps[0][0].static
+        if static is None:
+            return found
+        replayed = self._with_a_pool(steps, static)
+        return max(found[0], replayed), max(found[1], replayed)
+
+    def _counted(self, steps: Sequence[Sequence[Record]]) -> tuple[int, int]:
+        """Of tensors alone."""
         peak, states = 0, 0
         for records in steps:
             stays = self.terms["weights"] + sum(self.stepping.masters) + states
             for number, record in enumerate(records):
-                kept = 0 if record.static is None else sum(record.static.new)
-                peak = max(peak, stays + (self.gradients if number else 0) + kept + max(_live(record)))
+                peak = max(peak, stays + (self.gradients if number else 0) + max(_live(record)))
             left = _by_label(records[0], len(records[0].events)).get("gradients", 0)
             peak = max(peak, stays + left + self.stepping.most(first=not states))
             states = sum(self.stepping.states)
@@ -241,8 +244,6 @@ class _Stays:
                 for index, event in enumerate(record.events):
                     if index in products:
                         allocator.take(self.workspace)
-                    if record.kept(event):
-                        continue
                     if event >= 0:
                         blocks[batch, event] = allocator.take(record.sizes[event])
                     else:
@@ -253,14 +254,12 @@ class _Stays:
             for (name, _), rest in held.items():
                 while name == "gradient" and rest:
                     allocator.give(rest.pop())
-        if static is None:
-            return allocator.peak_allocated, allocator.reserved
-        return allocator.peak_allocated, max(allocator.reserved, self._with_a_pool(steps, static))
+        return allocator.peak_allocated, allocator.reserved
 
     def _with_a_pool(self, steps: Sequence[Sequence[Record]], static: Static) -> int:
         """Bytes of the device once blocks are replayed: what is made outside of them has no use of their memory."""
-        peaks = [apart(record) for record in {id(record): record for records in steps for record in records}.values()]
-        inside, outside = max(pool for pool, _ in peaks), max(rest for _, rest in peaks)
+        parts = [apart(record) for record in {id(record): record for records in steps for record in records}.values()]
+        inside, outside = (max(max(part[number]) for part in parts) for number in (0, 1))
         left = _by_label(steps[0][0], len(steps[0][0].events)).get("gradients", 0)
         accumulated = self.gradients if any(len(records) > 1 for records in steps) else 0
         outside = max(outside, left + self.stepping.most(first=False)) + accumulated

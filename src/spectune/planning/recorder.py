@@ -27,10 +27,6 @@ _BY_INDEX = (
 )
 
 
-#: label of gradients that recordings of blocks keep: they are not among what a step makes
-KEPT = "recorded"
-
-
 @dataclass(frozen=True)
 class Shape:
     """A batch of `rows` of at most `length` tokens.
@@ -69,14 +65,8 @@ class Record:
     static: Any = None
 
     def signed(self, event: int) -> int:
-        """Bytes made (above 0) or freed; none of what recordings keep all the time."""
-        if self.kept(event):
-            return 0
+        """Bytes made (above 0) or freed."""
         return self.sizes[event] if event >= 0 else -self.sizes[~event]
-
-    def kept(self, event: int) -> bool:
-        """Whether it is of what recordings keep all the time."""
-        return self.static is not None and self.labels[max(event, ~event)] == KEPT
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

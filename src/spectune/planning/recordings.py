@@ -80,14 +80,13 @@ class Static:
         """Bytes of each tensor that is there beside what a step keeps from forward to backward."""
         return [*self.arguments, *self.unsaved, *self.hidden, *self.weights]
 
-    def terms(self, *, between: bool) -> dict[str, int]:
-        """Bytes by term of what a step of blocks that are not recorded would not have there.
-
-        Args:
-            between: steps, where nothing is kept from forward to backward.
-        """
-        kept = sum(self.arguments) + sum(self.outputs if between else self.unsaved)
-        return {"activations": kept, "workspace": sum(self.hidden), "gradients": sum(self.weights)}
+    def terms(self) -> dict[str, int]:
+        """`new` by term."""
+        return {
+            "activations": sum(self.arguments) + sum(self.unsaved),
+            "workspace": sum(self.hidden),
+            "gradients": sum(self.weights),
+        }
 
 
 def static_of(calls: Calls, record: Record, repeats: Sequence[tuple[int, int]], weights: Sequence[int]) -> Static:
@@ -103,9 +102,10 @@ def static_of(calls: Calls, record: Record, repeats: Sequence[tuple[int, int]], 
     return Static(calls.copies, _spread(calls.outputs, repeats), _spread(unsaved, repeats), hidden, list(weights))
 
 
-def apart(record: Record) -> tuple[int, int]:
-    """Peaks in bytes of what a step makes inside of blocks, and of all else: memory of the graphs' pool is nobody
-    else's, so that the two add up whenever they are."""
+def apart(record: Record) -> tuple[list[int], list[int]]:
+    """Bytes of what a step makes inside of blocks, and of all else, after 0, 1, 2, ... events. Blocks' memory is the
+    graphs' and nobody else's, so that the first's peak and the second add up at any time. Gradients of weights are
+    copied out of the recordings' memory."""
     marks = dict(record.marks)
     begin, head = marks["F0"], marks["head"]
     backward = min((at for name, at in record.marks if name[0] == "B"), default=len(record.events))
@@ -114,7 +114,7 @@ def apart(record: Record) -> tuple[int, int]:
         if event >= 0 and (begin <= at < head or at >= backward) and record.labels[event] != "gradients":
             pool.add(event)
     inside, outside = (
-        max(accumulate((record.signed(e) for e in record.events if (max(e, ~e) in pool) is own), initial=0))
+        list(accumulate((record.signed(e) if (max(e, ~e) in pool) is own else 0 for e in record.events), initial=0))
         for own in (True, False)
     )
     return inside, outside

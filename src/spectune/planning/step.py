@@ -26,7 +26,7 @@ from spectune.deltas.registry import Registry
 from spectune.families import Family
 from spectune.planning.compiled import CompiledBlocks
 from spectune.planning.kernels import kernels_of
-from spectune.planning.recorder import KEPT, Record, Recorder, Shape
+from spectune.planning.recorder import Record, Recorder, Shape
 from spectune.planning.recordings import Calls
 from spectune.storage.base_precision import quantise_base
 
@@ -155,7 +155,6 @@ def record_step(
     *,
     accumulating: bool = False,
     in_backward: bool = False,
-    recorded: bool = False,
 ) -> Record:
     """Record forward, loss and backward. Marks: `F<layer>` before a layer, `head` after the last one, `B<layer>` where
     backward comes to a layer. Gradients of what is trained are labelled, and never freed.
@@ -163,7 +162,6 @@ def record_step(
     Args:
         accumulating: gradients are there already and are added to; the record then leaves them out.
         in_backward: each weight is stepped as soon as its gradient is there, which then goes.
-        recorded: blocks are recorded as CUDA graphs, which keep their weights' gradients: labelled so.
 
     Raises:
         torch._dynamo.exc.TorchDynamoException: layers are compiled, and the compiler cannot trace one as a whole.
@@ -180,7 +178,6 @@ def record_step(
     record = recorder.record
     model.train()
     built.calls = Calls()
-    inside = {id(p) for layer in built.layers for p in layer.parameters()} if recorded else set()
     steps = _stepped(recorder, trained) if in_backward else nullcontext()
     with kernels_of(device_type), Recorder(_TINY, ()):  # asked once a model, before its first step: no part of any
         find_head(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
@@ -192,7 +189,7 @@ def record_step(
         del loss
         for parameter in trained:
             if parameter.grad is not None and (number := recorder.number_of(parameter.grad)) is not None:
-                record.labels[number] = KEPT if id(parameter) in inside else "gradients"
+                record.labels[number] = "gradients"
         events = len(record.events)
     for parameter in trained:
         parameter.grad = None
