@@ -52,6 +52,7 @@ class Cell:
         rows, length: of the batch, whole rows; "packed" and "padded" rows are shorter by their number.
         batch: "whole"; "labelled" (the last quarter of each row has a loss); "padded"; "packed" (documents of many
             lengths in one sequence).
+        recorded: blocks are recorded as CUDA graphs, and replayed in the last of the steps.
     """
 
     shape: str
@@ -62,11 +63,14 @@ class Cell:
     batch: str = "whole"
     optim: str = "adamw_torch_fused"
     short: bool = False
+    recorded: bool = False
 
     @property
     def path(self) -> str:
         """What is special about it, in words."""
         parts = ["compiled" if self.compiled else "eager"]
+        if self.recorded:
+            parts.append("recorded")
         if self.checkpointing:
             parts.append({True: "every block"}.get(self.checkpointing, str(self.checkpointing)))  # type: ignore[call-overload]
         parts += [part for part in (self.base_precision, None if self.batch == "whole" else self.batch) if part]
@@ -110,6 +114,9 @@ _ORDER: tuple[dict[str, Any], ...] = (
     {"method": "dora", "compiled": True},
     {"method": "full", "checkpointing": True, "short": True},
     {"method": "lora", "compiled": True, "short": True},
+    {"method": "lora", "compiled": True, "recorded": True},
+    {"method": "lora", "recorded": True, "short": True},
+    {"method": "full", "compiled": True, "recorded": True, "short": True},
 )
 
 
@@ -156,7 +163,7 @@ def _lengths(batch: str, rows: int, length: int) -> list[int]:
 
 def training_config(cell: Cell) -> TrainingConfig:
     return TrainingConfig(
-        per_device_train_batch_size=size_of(cell)[0], gradient_checkpointing=cell.checkpointing, max_steps=4,
+        per_device_train_batch_size=size_of(cell)[0], gradient_checkpointing=cell.checkpointing, max_steps=8,
         torch_compile=cell.compiled, packing=cell.batch == "packed", optim=cell.optim, learning_rate=1e-6,
         max_grad_norm=0.0 if cell.optim == "adamw_in_backward" else 1.0,
     )  # fmt: skip
@@ -165,11 +172,11 @@ def training_config(cell: Cell) -> TrainingConfig:
 def packing_of(cell: Cell, device: str) -> Packing:
     """What `decide` comes to, without a model to ask."""
     if cell.batch != "packed":
-        # these models are causal throughout, and rows are padded on the right: training finds that no mask is needed
-        return Packing(untold=cell.batch == "padded")
+        # all these bases are causal throughout and without experts: padding on their right is not told
+        return Packing(untold=True)
     method = method_of(cell)
     sites = method.sites(family_from_config(config_of(cell.shape)))
-    kernel = flash_by_document if device == "cuda" else loop_by_document
+    kernel = flash_by_document if device == "cuda" else None if cell.compiled else loop_by_document
     config = config_of(cell.shape)
     if any(getattr(config, name, 0.0) for name in ("attn_pdrop", "attention_dropout")):
         kernel = None  # dropout has masks made after all
@@ -199,7 +206,7 @@ def predict(cell: Cell, device: str) -> dict[str, Any]:
         whole = shape_of([[row] for row in examples(cell)], Packing(untold=packing_of(cell, device).untold))
         estimate = plan(
             config, method, whole.rows, whole.length, dtype=dtype, base_precision=cell.base_precision,
-            gradient_checkpointing=mode, torch_compile=compiled,
+            gradient_checkpointing=mode, torch_compile=compiled, cuda_graphs=cell.recorded and device == "cuda",
             optim=cell.optim, device=device, targets=whole.targets, all_targets=whole.all_targets,
             columns=whole.columns, padded=whole.padded,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from spectune.training.checkpoint import Progress
 from spectune.training.checkpointing import memory_budget, recomputing
 from spectune.training.compiling import compiled
 from spectune.training.distribution import World
+from spectune.training.graphs import WARM_UPS, graphed
 from spectune.training.loop import Keeper, Loop
 from spectune.training.optimizers import make_optimizer
 from spectune.training.packing import decide
@@ -121,7 +122,8 @@ def clean(device: torch.device) -> None:
 
 
 def measure(model: Any, cell: Cell, device: torch.device) -> dict[str, Any]:
-    """Steps of the training loop on the cell's one batch: peaks of the first two, moments of the third.
+    """Steps of the training loop on the cell's one batch: peaks of the first two, moments of the third. Where blocks
+    are recorded, peaks are of all steps until they are replayed, and moments of one more.
 
     What is compiled is compiled before, in a forward and backward pass of its own, whose memory is noted apart: while
     it compiles, the compiler tries kernels out on memory of its own.
@@ -134,7 +136,7 @@ def measure(model: Any, cell: Cell, device: torch.device) -> dict[str, Any]:
     progress = Progress()
     loop = Loop(
         model=model, delta=delta, optimizer=optimizer, train_examples=rows, valid_examples=[], pad_token_id=0,
-        config=config, learning_rate=1e-6, total_steps=4, progress=progress,
+        config=config, learning_rate=1e-6, total_steps=8, progress=progress,
         keeper=Keeper(lambda: None, lambda: None, lambda _: None, "", lambda: ""), world=World(), packing=packing,
         compiled=cell.compiled,
     )  # fmt: skip
@@ -148,6 +150,7 @@ def measure(model: Any, cell: Cell, device: torch.device) -> dict[str, Any]:
             compiled(model, delta.family, cell.compiled, memory_budget=budget),
             recomputing(model, cell.checkpointing),  # type: ignore[arg-type]
             packing.listening(model),
+            graphed(model, delta.family, trained, cell.recorded and device.type == "cuda"),
         ):
             if cell.compiled and device.type == "cuda":
                 found["while_compiling"] = _compile(loop, window, device)
@@ -155,6 +158,13 @@ def measure(model: Any, cell: Cell, device: torch.device) -> dict[str, Any]:
             clean(device)
             loop.step(window)
             loop.step(window)
+            if cell.recorded:
+                with PeakMemory(device, count_tensors=False) as peak:
+                    for _ in range(WARM_UPS + 1):  # noted, recorded, proved
+                        loop.step(window)
+                for kind, size in peak.result.items():
+                    peaks = progress.peak_memory_bytes
+                    peaks[f"train_{kind}"] = max(size, peaks.get(f"train_{kind}", 0))
             moments = Moments(device)
             with contextlib.nullcontext(set[str]()) if cell.compiled else attention_kernels() as kernels:
                 if device.type == "cuda":  # elsewhere there is nothing to look at but the first steps
@@ -167,6 +177,7 @@ def measure(model: Any, cell: Cell, device: torch.device) -> dict[str, Any]:
         "measured_moments": moments.found,
         "attention": sorted(kernels),
         "packed_by": getattr(packing.kernel, "__name__", None),
+        "padding_untold": packing.untold,
         "seconds": time.perf_counter() - begin,
         "graphs": int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if cell.compiled else 0,
     }

@@ -206,18 +206,16 @@ def test_through_flash_attention(monkeypatch: pytest.MonkeyPatch, model: PreTrai
         nonlocal calls
         calls += 1
         queries, keys = (Spans(bounds.diff().tolist(), bounds.device) for bounds in (cu_seq_q, cu_seq_k))
-        assert (queries.longest, keys.longest) == (max_q, max_k)
+        assert (queries.most, keys.most) == (max_q, max_k)
         window = None if window_size == (-1, 0) else window_size[0] + 1
         return loop_by_document(query, key, value, queries, keys, scale=scale, window=window)
 
     monkeypatch.setattr(torch_varlen, "varlen_attn", stand_in)
     monkeypatch.setattr(packed_pass, "flash_takes", lambda *_: True)
-    varlen._arguments.cache_clear()
     move(put_on(model, CASES[case]))
     rows = examples()
     batch = collate_packs([[rows[i] for i in pack] for pack in PACKS], 0)
     assert_same(gradients(model, batch, varlen.flash_by_document), gradients(model, collate(rows, 0)))
-    varlen._arguments.cache_clear()
     windows = sum(kind == "sliding_attention" for kind in getattr(model.config, "layer_types", None) or [])
     layers = model.config.num_hidden_layers
     assert calls == (layers - windows if case == "prefix" else layers)

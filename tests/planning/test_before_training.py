@@ -16,6 +16,8 @@ from spectune.methods import LoRA, method_from_name
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training import memory as memory_module
 from spectune.training.checkpointing import recomputing
+from spectune.training.distribution import World
+from spectune.training.prepare import prepare
 from tests.support import make_model, make_rows, make_tokenizer
 
 
@@ -89,6 +91,27 @@ def test_a_base_that_cannot_be_described_is_trained_all_the_same(
     assert result.memory_prediction_source == "none"
     assert result.predicted_memory_bytes == {}
     assert "not predicted: RuntimeError: no kernel for this" in caplog.text
+
+
+def test_recordings_are_planned_unless_something_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded on a CUDA device is refused here: how the plan is asked shows it."""
+    asked: list[tuple[Any, Any]] = []
+    real = memory_module.plan
+
+    def watched(*given: Any, **settings: Any) -> Any:
+        asked.append((settings["gradient_checkpointing"], settings["cuda_graphs"]))
+        return real(*given, **{**settings, "cuda_graphs": False})
+
+    monkeypatch.setattr(memory_module, "plan", watched)
+    monkeypatch.setattr(memory_module, "_predictions", {})
+    monkeypatch.setattr(memory_module, "free_memory", lambda device: 1)
+    model, tokenizer, rows, config = make_model(), make_tokenizer(), make_rows(24), TrainingConfig()
+    delta = attach(model, LoRA(r=3), tokenizer=tokenizer)
+    prepared = prepare(model, tokenizer, delta.method, rows, rows[:4], config, delta.base_fingerprint)
+    found = memory_module.predict_memory(model, delta, prepared, config, World(), recording=True)
+    assert asked == [(False, True), ("selective", False), (True, False)]
+    assert found.checkpointing is True
+    assert found.notice is not None
 
 
 def test_the_check_may_change_when_a_run_goes_on(tmp_path: Path) -> None:

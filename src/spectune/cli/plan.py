@@ -9,6 +9,7 @@ import typer
 from spectune.cli import options
 from spectune.cli.console import complain, note, print_json, work
 from spectune.cli.inputs import rows_to_train
+from spectune.cli.plan_run import PlannedRun
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DoesNotFitError
 
@@ -62,13 +63,14 @@ def plan(
 
     No weights are downloaded or read. Exit code 4 if what was asked for does not fit; the largest batch and length that
     do are then named. Terms are each one's own largest value; the peak is that of the moment where they are largest
-    together.
+    together. Whether blocks are compiled follows from the run's length, where --data or max_steps say it.
 
     \b
     Examples:
       spectune plan
       spectune plan --model meta-llama/Llama-3.1-8B --method lora --memory 24GiB --gradient-checkpointing
       spectune plan --model gpt2 --methods full,lora --batch 16 --length 512 --set lora.r=64 --json
+      spectune plan --method lora --memory 80GiB --set torch_compile=true
       spectune plan --data train.jsonl --calibrate
     """
     flags = {
@@ -109,7 +111,7 @@ def _plan(
     from spectune.sizes import bytes_of
     from spectune.storage.bases import load_config
     from spectune.storage.devices import resolve_device
-    from spectune.training.prepare import room_for_rows
+    from spectune.training.prepare import DEFAULT_LENGTH, room_for_rows
 
     wanted = settings.training()
     name = settings.text("device") or ("cuda" if memory is not None else "auto")
@@ -121,13 +123,15 @@ def _plan(
     context = context_of(base)
     rooms = [] if context is None else [context - method.virtual_tokens for method in methods]
     most = min((room for room in rooms if room >= 2), default=None)
+    longest = wanted.max_length or min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
+    run = PlannedRun.of(wanted, base, place, longest, examples)
     estimates: list[tuple[Method, Estimate]] = []
     refused = []
     for method in methods:
         try:
             if context is not None:
                 room_for_rows(context, method)
-            estimates.append((method, _estimate(base, method, settings, wanted, place, most, examples, limit)))
+            estimates.append((method, _estimate(base, method, settings, run, most, examples, limit)))
         except ConfigError as error:
             if named:
                 raise
@@ -135,7 +139,8 @@ def _plan(
     estimates.sort(key=lambda pair: pair[1].trainable_parameters)
     entries, misfits = [], []
     for method, estimate in estimates:
-        entry = {**estimate.to_dict(), "model": settings.base, "label": method.label, "fits": None}
+        entry = {**estimate.to_dict(), "model": settings.base, "label": method.label, "fits": None,
+                 "torch_compile": run.compiles(method)}  # fmt: skip
         if limit is not None:
             entry["fits"] = estimate.fits(limit)
             if not entry["fits"] and named:
@@ -148,13 +153,15 @@ def _plan(
         entries.append(entry)
     if not named and limit is not None and entries and not any(entry["fits"] for entry in entries):
         misfits.append(f"no method fits into {shown(limit)}; name one with --method for what would")
-    answer: dict[str, Any] = {"model": settings.base, "device": place, "memory": limit, "methods": entries,
-                              "refused": refused}  # fmt: skip
+    answer: dict[str, Any] = {"model": settings.base, "device": place, "memory": limit, "steps": run.steps,
+                              "methods": entries, "refused": refused}  # fmt: skip
     if examples is not None:
         answer["data"] = _described(examples, settings, wanted, [e for _, e in estimates], methods, base)
     if calibrate:
         answer["calibration"] = [_timed(method, settings, wanted, examples or []) for method, _ in estimates]
     _print(out, answer, [e for _, e in estimates])
+    for line in run.said(estimates):
+        note(line)
     return answer, misfits
 
 
@@ -162,17 +169,17 @@ def _estimate(
     base: Any,
     method: Method,
     settings: Settings,
-    wanted: TrainingConfig,
-    place: str,
+    run: PlannedRun,
     most: int | None,
     examples: list[Example] | None,
     limit: int | None,
 ) -> Estimate:
     from spectune.planning.plan import plan as estimate_of
-    from spectune.training.prepare import DEFAULT_LENGTH
 
-    auto = wanted.gradient_checkpointing == "auto"
-    asked: dict[str, Any] = {"length": wanted.max_length or min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)}
+    wanted = run.config
+    asked: dict[str, Any] = {"length": run.longest, **run.planned(method)}
+    if limit is None and asked["gradient_checkpointing"] == "auto":
+        asked["gradient_checkpointing"] = False
     rows = wanted.per_device_train_batch_size
     if examples is not None:
         from spectune.training.memory import shape_of
@@ -180,15 +187,15 @@ def _estimate(
         longest = sorted(examples, key=lambda example: -len(example.input_ids))[:rows]
         shape = shape_of([[row] for row in longest])
         rows = shape.rows
-        asked = {"length": min(shape.length, most or shape.length), "targets": shape.targets, "padded": shape.padded}
+        asked |= {"length": min(shape.length, most or shape.length), "targets": shape.targets, "padded": shape.padded,
+                  "columns": shape.columns}  # fmt: skip
     return estimate_of(
         base,
         method,
         rows,
         dtype=settings.text("dtype"),
         base_precision=settings.base_precision,
-        device=place,
-        gradient_checkpointing=False if limit is None and auto else wanted.gradient_checkpointing,
+        device=run.place,
         memory=limit,
         optim=wanted.optim,
         gradient_accumulation_steps=wanted.gradient_accumulation_steps,
@@ -288,6 +295,9 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
         recomputes = any(estimate.gradient_checkpointing for estimate in estimates)
         if recomputes:
             table.add_column("checkpointing")
+        compiled = [bool(entry["torch_compile"]) for entry in answer["methods"]]
+        if any(compiled):
+            table.add_column("compiled")
         for column in ("trainable", "share", *TERMS, "peak", "reserved"):
             table.add_column(column, justify="right")
         table.add_column("at the peak")
@@ -297,6 +307,7 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
             table.add_row(
                 estimate.method,
                 *([_shown_mode(estimate.gradient_checkpointing)] if recomputes else []),
+                *(["yes" if entry["torch_compile"] else "no"] if any(compiled) else []),
                 f"{estimate.trainable_parameters:,}",
                 f"{100 * share:.3g}%",
                 *(shown(getattr(estimate, term)) for term in TERMS),

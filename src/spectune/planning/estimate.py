@@ -39,6 +39,10 @@ class Estimate:
 
     Attributes:
         torch_compile: whether the step's blocks are compiled.
+        cuda_graphs: whether they are recorded.
+        recordings: bytes that recordings of one shape of a batch keep between steps, in the terms and peaks above all
+            else: copies of arguments and blocks' outputs (activations), gradients of these (workspace) and of weights
+            (gradients). What a step makes inside of blocks is there all the time then, as workspace where it is idle.
         weights: the base's and the delta's.
         gradients: of what is trained, with their float32 copies where the base has lower precision.
         optimizer: AdamW's two moments in float32, and float32 masters of weights of lower precision.
@@ -49,7 +53,8 @@ class Estimate:
         peak_reserved: what torch's allocator holds of the device (on a CPU: the same as `peak_allocated`).
         context: what the process takes of a CUDA device beside that; in none of the other figures.
         host: bytes of pinned host memory for blocks' inputs (`gradient_checkpointing="offload"`).
-        validation: peak of tensors of a validation batch; None where it was not asked for.
+        validation: peak of tensors of a validation batch, with all memory of blocks' recordings; None where it was not
+            asked for.
         moments: forward, loss (both ways), backward, optimizer.
         source: "trace": a few layers of each kind were recorded, of the model's own code without weights, and repeated;
             "full trace": all layers were, as they differ.
@@ -64,6 +69,8 @@ class Estimate:
     gradient_checkpointing: Recomputation
     optim: str
     torch_compile: bool
+    cuda_graphs: bool
+    recordings: int
     trainable_parameters: int
     total_parameters: int
     weights: int
@@ -151,7 +158,8 @@ class Estimate:
         """For JSON."""
         # fmt: off
         names = ("model", "method", "batch", "length", "dtype", "base_precision", "device", "gradient_checkpointing",
-                 "torch_compile", "optim", "trainable_parameters", "total_parameters", "context", "host",
+                 "torch_compile", "cuda_graphs", "recordings", "optim",
+                 "trainable_parameters", "total_parameters", "context", "host",
                  "validation", "source", "needed")
         # fmt: on
         return {
@@ -192,6 +200,11 @@ class Estimate:
             found.append(
                 f"gradient_checkpointing={setting} keeps less of them and recomputes the rest"
                 + ("." if self.gradient_checkpointing else f", as much as it takes ({', '.join(left)}).")
+            )
+        if self.recordings:
+            found.append(
+                f"cuda_graphs=false keeps no recordings of blocks ({shown(self.recordings)}), and their memory is free "
+                "for all else between steps."
             )
         if term in ("activations", "workspace", "logits") and self.batch > 1 and (rows := self.largest_batch(memory)):
             found.append(f"per_device_train_batch_size={rows} with gradient_accumulation_steps learns the same.")

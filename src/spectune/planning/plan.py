@@ -37,6 +37,7 @@ def plan(
     base_precision: str | None = None,
     gradient_checkpointing: Recomputation | Literal["auto"] = False,
     torch_compile: bool = False,
+    cuda_graphs: bool = False,
     memory: int | str | None = None,
     optim: str = "adamw_torch_fused",
     gradient_accumulation_steps: int = 1,
@@ -63,6 +64,8 @@ def plan(
             that fits into `memory`, and the last of them where none does.
         torch_compile: blocks are compiled. Whether a run compiles (`TrainingConfig`'s "auto") follows from its length,
             which is not known here: `spectune plan --data` and `train` ask that.
+        cuda_graphs: blocks are recorded, where nothing is recomputed. What the recordings of one shape of a batch keep
+            from step to step is added (`spectune.planning.recordings`).
         memory: bytes, or "24GiB", for "auto"; None is what is free on that device here, if anybody can tell.
         optim: as in `TrainingConfig`.
         device: "cuda", "cpu" or "mps": which kernels run.
@@ -108,6 +111,7 @@ def _plan(
     base_precision: str | None,
     mode: Recomputation,
     torch_compile: bool,
+    cuda_graphs: bool,
     optim: str,
     gradient_accumulation_steps: int,
     device: str | torch.device,
@@ -124,6 +128,8 @@ def _plan(
     """`plan`, with recomputation decided."""
     if batch < 1 or length < 2:
         raise ConfigError(f"batch = {batch}, length = {length}: at least 1 row of 2 tokens is needed")
+    if cuda_graphs and torch.device(device).type != "cuda":
+        raise ConfigError(f"cuda_graphs = True on {device}: CUDA graphs need a CUDA device, leave them out")
     method = method_from_name(method) if isinstance(method, str) else method
     place = torch.device(device)
     name = _name(base)
@@ -140,7 +146,8 @@ def _plan(
         raise ConfigError(f"{length} tokens{extra}, but this base has {context} positions: at most {room} tokens")
     planner = Planner(
         described, method, kind, place.type, base_precision=precision,
-        checkpointing=mode, compiled=torch_compile, optim=optim, accumulating=gradient_accumulation_steps > 1,
+        checkpointing=mode, compiled=torch_compile, recorded=cuda_graphs and mode is False,
+        optim=optim, accumulating=gradient_accumulation_steps > 1,
     )  # fmt: skip
     share = min(targets or length, length - 1) / (length - 1)
 
@@ -173,6 +180,8 @@ def _plan(
         gradient_checkpointing=mode,
         optim=optim,
         torch_compile=planner.compiled,
+        cuda_graphs=planner.recorded,
+        recordings=planner.recordings(asked),
         trainable_parameters=sum(parameter.numel() for parameter in built.trained),
         total_parameters=built.family.num_parameters,
         **{term: step.largest[term] for term in TERMS},

@@ -18,6 +18,7 @@ from spectune.planning.allocator import Block, CachingAllocator
 from spectune.planning.compiled import is_of_the_compiler
 from spectune.planning.estimate import TERMS, Moment
 from spectune.planning.recorder import Record, Shape
+from spectune.planning.recordings import Static, apart, static_of
 from spectune.planning.step import Skeleton, record_step, record_validation, skeleton
 from spectune.planning.stepping import Stepping
 from spectune.planning.timeline import NotAlikeError, deepened
@@ -55,6 +56,7 @@ class Planner:
         *,
         checkpointing: Recomputation = False,
         compiled: bool = False,
+        recorded: bool = False,
         accumulating: bool = False,
         optim: str = "adamw_torch_fused",
         base_precision: str | None = None,
@@ -63,10 +65,13 @@ class Planner:
         self.base_precision = base_precision
         self.checkpointing = checkpointing
         self.compiled = compiled
+        self.recorded = recorded
         self.device_type = device_type
         self.accumulating = accumulating
         self.optim = optim
         self._longest = 0
+        #: bytes that recordings hold of the device between steps
+        self._held = 0
         #: the newest records, by what was asked
         self._known: dict[tuple[Shape, bool, bool], Record] = {}
         self.built: Skeleton
@@ -99,10 +104,16 @@ class Planner:
         record = self._record(shape, accumulating=self.accumulating)
         return max(m.total for m in self._stays().moments(record, accumulating=self.accumulating))
 
+    def recordings(self, shape: Shape) -> int:
+        """Bytes that recordings of this batch's blocks keep between steps; 0 where none are made."""
+        static = self._record(shape).static
+        return 0 if static is None else int(static.bytes)
+
     def validation(self, shape: Shape) -> int:
-        """Bytes of tensors at the peak of a validation batch, weights and the optimizer's states among them."""
+        """Bytes of tensors at the peak of a validation batch, weights and the optimizer's states among them, and what
+        recordings of the newest step hold."""
         record = self._record(shape, training=False)
-        return sum(self._stays().terms.values()) + max(_live(record))
+        return sum(self._stays().terms.values()) + self._held + max(_live(record))
 
     def _record(self, shape: Shape, *, training: bool = True, accumulating: bool = False) -> Record:
         self._build(shape.length)
@@ -116,10 +127,11 @@ class Planner:
 
     def _made(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         try:
-            return deepened(self._run(shape, training, accumulating), self.repeats)
+            record = self._run(shape, training, accumulating)
+            found = deepened(record, self.repeats)
         except NotAlikeError:
             self._build(shape.length, whole=True)
-            return self._run(shape, training, accumulating)
+            record = found = self._run(shape, training, accumulating)
         except Exception as error:
             if not self.compiled or not is_of_the_compiler(error):
                 raise
@@ -130,6 +142,10 @@ class Planner:
             self.compiled, self._longest = False, 0
             self._build(shape.length)
             return self._made(shape, training, accumulating)
+        if self.recorded and training:
+            found.static = static_of(self.built.calls, record, self.repeats, self.built.in_blocks)
+            self._held = sum(found.static.new) + max(apart(found)[0])
+        return found
 
     def _run(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         if training:
@@ -167,8 +183,12 @@ class _Stays:
         }
 
     def moments(self, record: Record, *, accumulating: bool) -> list[Moment]:
-        """The parts of a step; `accumulating`: the record is of a batch that finds gradients there."""
-        live = _live(record)
+        """The parts of a step; `accumulating`: the record is of a batch that finds gradients there. Where blocks are
+        recorded, all memory of what they make is theirs at any time."""
+        static, inside, live = record.static, [0] * (len(record.events) + 1), _live(record)
+        if static is not None:
+            inside, live = apart(record)
+        most, kept = max(inside), {} if static is None else static.terms()
         head = dict(record.marks).get("head", len(record.events))
         backward = _begin_of_backward(record)
         there = {"gradients": self.gradients} if accumulating else {}
@@ -176,18 +196,27 @@ class _Stays:
         found = []
         for name, begin, end in cuts:
             at = max(range(begin, end + 1), key=live.__getitem__)
-            found.append(self._moment(name, _by_label(record, at), there))
+            idle = {"workspace": most - inside[at]}
+            found.append(self._moment(name, _by_label(record, at), there, kept, idle))
         # in the optimizer nothing but gradients is left, and float32 copies of some of them
         left = _by_label(record, len(record.events)).get("gradients", 0)
-        return [*found, self._moment("optimizer", {"gradients": left + self.stepping.most(first=False)}, there)]
+        taken = {"gradients": left + self.stepping.most(first=False), "workspace": most}
+        return [*found, self._moment("optimizer", taken, there, kept)]
 
     def _moment(self, name: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(name, {term: sum(part.get(term, 0) for part in (self.terms, *parts)) for term in TERMS})
 
     def peaks(self, steps: Sequence[Sequence[Record]]) -> tuple[int, int]:
         """Allocated and reserved of some steps, one record a batch; the optimizer's states are made in the first."""
-        if self.cuda:
-            return self._played(steps)
+        found = self._played(steps) if self.cuda else self._counted(steps)
+        static = steps[0][0].static
+        if static is None:
+            return found
+        replayed = self._with_a_pool(steps, static)
+        return max(found[0], replayed), max(found[1], replayed)
+
+    def _counted(self, steps: Sequence[Sequence[Record]]) -> tuple[int, int]:
+        """Of tensors alone."""
         peak, states = 0, 0
         for records in steps:
             stays = self.terms["weights"] + sum(self.stepping.masters) + states
@@ -204,6 +233,9 @@ class _Stays:
         for size in (*self.weights, *self.stepping.masters):
             allocator.take(size)
         held: Held = defaultdict(list)
+        static = steps[0][0].static
+        for size in static.new if static is not None else ():
+            allocator.take(size)
         for number, records in enumerate(steps):
             blocks: dict[tuple[int, int], Block] = {}
             for batch, record in enumerate(records):
@@ -224,6 +256,15 @@ class _Stays:
                     allocator.give(rest.pop())
         return allocator.peak_allocated, allocator.reserved
 
+    def _with_a_pool(self, steps: Sequence[Sequence[Record]], static: Static) -> int:
+        """Bytes of the device once blocks are replayed: what is made outside of them has no use of their memory."""
+        parts = [apart(record) for record in {id(record): record for records in steps for record in records}.values()]
+        inside, outside = (max(max(part[number]) for part in parts) for number in (0, 1))
+        left = _by_label(steps[0][0], len(steps[0][0].events)).get("gradients", 0)
+        accumulated = self.gradients if any(len(records) > 1 for records in steps) else 0
+        outside = max(outside, left + self.stepping.most(first=False)) + accumulated
+        return sum((*self.terms.values(), *static.new, inside, outside))
+
 
 def _play_step(allocator: CachingAllocator, events: Iterable[tuple[str, int]], held: Held) -> None:
     """The optimizer's step. What is freed is told from others of its name by its size alone."""
@@ -241,12 +282,12 @@ def _begin_of_backward(record: Record) -> int:
 
 def _live(record: Record) -> list[int]:
     """Bytes after 0, 1, 2, ... events."""
-    return list(accumulate((_signed(record, event) for event in record.events), initial=0))
+    return list(accumulate(map(record.signed, record.events), initial=0))
 
 
 def _by_label(record: Record, until: int) -> dict[str, int]:
     """Bytes by label after `until` events."""
-    return _summed((record.labels[max(e, ~e)], _signed(record, e)) for e in record.events[:until])
+    return _summed((record.labels[max(e, ~e)], record.signed(e)) for e in record.events[:until])
 
 
 def _summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
@@ -254,10 +295,6 @@ def _summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
     for name, size in pairs:
         found[name] = found.get(name, 0) + size
     return found
-
-
-def _signed(record: Record, event: int) -> int:
-    return record.sizes[event] if event >= 0 else -record.sizes[~event]
 
 
 def _cublas() -> int:

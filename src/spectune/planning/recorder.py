@@ -61,6 +61,12 @@ class Record:
     labels: list[str] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     marks: list[tuple[str, int]] = field(default_factory=list)
+    #: what recordings of the blocks keep, where they are recorded (`planning.recordings.Static`)
+    static: Any = None
+
+    def signed(self, event: int) -> int:
+        """Bytes made (above 0) or freed."""
+        return self.sizes[event] if event >= 0 else -self.sizes[~event]
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

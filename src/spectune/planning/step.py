@@ -27,6 +27,7 @@ from spectune.families import Family
 from spectune.planning.compiled import CompiledBlocks
 from spectune.planning.kernels import kernels_of
 from spectune.planning.recorder import Record, Recorder, Shape
+from spectune.planning.recordings import Calls
 from spectune.storage.base_precision import quantise_base
 
 #: layers of a kind that run, and which of them stands for the rest: the first and the last of a model may differ, and
@@ -57,6 +58,10 @@ class Skeleton:
     transfers: MetaTransfers = field(default_factory=MetaTransfers)
     #: where blocks are compiled
     blocks: CompiledBlocks | None = None
+    #: bytes of gradients of weights that stand inside of layers, at full depth
+    in_blocks: list[int] = field(default_factory=list)
+    #: of the last step that was recorded
+    calls: Calls = field(default_factory=Calls)
 
     @property
     def family(self) -> Family:
@@ -136,7 +141,11 @@ def skeleton(
     own = [] if method.trains_base else [p.numel() * p.element_size() for p in delta.parameters()]
     trained = list(delta.parameters())
     family = delta.family
-    return Skeleton(model, delta, len(family.layers), weights, trained, own, _kinds(model, delta, longest))
+    inside = {id(p) for layer in family.layers for p in model.get_submodule(layer.path).parameters()}
+    in_blocks = [p.numel() * p.element_size() for p in trained if id(p) in inside]
+    return Skeleton(
+        model, delta, len(family.layers), weights, trained, own, _kinds(model, delta, longest), in_blocks=in_blocks
+    )
 
 
 def record_step(
@@ -168,6 +177,7 @@ def record_step(
     recorder = _recorder(built, shape, there)
     record = recorder.record
     model.train()
+    built.calls = Calls()
     steps = _stepped(recorder, trained) if in_backward else nullcontext()
     with kernels_of(device_type), Recorder(_TINY, ()):  # asked once a model, before its first step: no part of any
         find_head(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
@@ -262,6 +272,8 @@ def _marked(recorder: Recorder, built: Skeleton) -> Iterator[None]:
             recorder.label = "activations"
             recorder.mark(f"F{index}")
             output = call(*args, **kwargs)
+            if torch.is_grad_enabled():
+                built.calls.note(recorder, (args, kwargs), output)
             if index == last:
                 recorder.label = "logits"
                 recorder.mark("head")

@@ -23,6 +23,7 @@ from spectune.compute.compiler import block_of, compiler_settings
 from spectune.deltas import Method
 from spectune.families import Family
 from spectune.planning.flops import flops_per_token
+from spectune.training.config import TrainingConfig
 
 
 class _Device(NamedTuple):
@@ -56,6 +57,20 @@ def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, 
     computed = tokens * flops_per_token(family, method, max(1, length)) / device.operations
     eager_seconds = max(computed, steps * len(family.layers) * device.layer_seconds)
     return eager_seconds * device.saved > device.compile_seconds
+
+
+def compiles(
+    config: TrainingConfig, family: Family, method: Method, *, length: int, steps: int, device_type: str
+) -> bool:
+    """Whether the blocks of a run of so many steps are compiled: `config.torch_compile`, or what "auto" stands for.
+
+    Args:
+        length: of a row, on average.
+    """
+    if config.torch_compile != "auto":
+        return config.torch_compile
+    rows = steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return worth_compiling(family, method, tokens=rows * length, steps=steps, length=length, device_type=device_type)
 
 
 @functools.cache

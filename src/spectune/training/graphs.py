@@ -64,10 +64,27 @@ def records(
     Raises:
         ConfigError: graphs are asked for, and cannot be.
     """
-    device = delta.model.device.type
+    return records_on(
+        delta.model.device.type, config, delta.family, delta.method, tokens=tokens, length=length, packs=packs,
+        recomputation=recomputation,
+    )  # fmt: skip
+
+
+def records_on(
+    device: str,
+    config: TrainingConfig,
+    family: Family,
+    method: Method,
+    *,
+    tokens: int,
+    length: int,
+    packs: bool,
+    recomputation: Recomputation,
+) -> bool:
+    """`records` for a kind of device, which need not be there."""
     if config.cuda_graphs == "auto":
         possible = device == "cuda" and not packs and recomputation is False
-        return possible and launch_bound(delta.family, delta.method, tokens=tokens, length=length)
+        return possible and launch_bound(family, method, tokens=tokens, length=length)
     if not config.cuda_graphs:
         return False
     if device != "cuda":

@@ -61,12 +61,14 @@ def predict_memory(
     packing: Packing | None = None,
     *,
     compiling: bool = False,
+    recording: bool = False,
 ) -> Predicted:
     """The plan of this run, with the way of recomputation that it is to take. What keeps the planner from describing a
     base is logged, and keeps nobody from training it: nothing is recomputed then, unless the user said so.
 
     Args:
         compiling: the run's blocks are compiled.
+        recording: they are recorded as CUDA graphs, unless something is recomputed.
 
     Raises:
         ConfigError: block inputs are to go to host memory, and the model is not on a CUDA device.
@@ -85,7 +87,8 @@ def predict_memory(
         ]
 
         def predicted(mode: Recomputation) -> Predicted:
-            return _predicted(model, delta, prepared, config, first, steps, mode, compiling, masked=not how.untold)
+            return _predicted(model, delta, prepared, config, first, steps, mode, compiling, recording,
+                              masked=not how.untold)  # fmt: skip
 
         if free is None:
             return predicted(possible[0])
@@ -163,6 +166,7 @@ def _predicted(
     steps: list[list[Shape]],
     mode: Recomputation,
     compiling: bool,
+    recording: bool,
     *,
     masked: bool,
 ) -> Predicted:
@@ -174,6 +178,7 @@ def _predicted(
         # on a CPU a run's first steps, which hold its longest batch, are not compiled: tensors are counted in them. Nor
         # does the compiler recompute in them what is left to it
         "torch_compile": compiling and not on_cpu,
+        "cuda_graphs": recording and mode is False,
         "gradient_checkpointing": False if compiling and on_cpu and mode == "selective" else mode,
         "optim": config.optim,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,

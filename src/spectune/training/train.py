@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
 from spectune.training.checkpoint import Progress, latest_checkpoint, read_state, restore
-from spectune.training.checkpointing import memory_budget, recomputing
-from spectune.training.compiling import compiled, worth_compiling
+from spectune.training.checkpointing import memory_budget, modes_of, recomputing
+from spectune.training.compiling import compiled, compiles
 from spectune.training.config import TrainingConfig
 from spectune.training.display import Display
 from spectune.training.distribution import World
@@ -90,8 +91,14 @@ def train(
     packing = decide(model, delta, prepared.examples, config)
     total = total_steps(len(prepared.examples), config, world.size)
     length = sum(len(example.input_ids) for example in prepared.examples) // len(prepared.examples)
-    compiling = _compiles(model, delta, length, total, config)
-    predicted = predict_memory(model, delta, prepared, config, world, packing, compiling=compiling)
+    compiling = compiles(config, delta.family, delta.method, length=length, steps=total, device_type=model.device.type)
+    recording_with = partial(
+        records, config, delta, tokens=config.per_device_train_batch_size * length, length=length, packs=packing.on
+    )
+    predicted = predict_memory(
+        model, delta, prepared, config, world, packing, compiling=compiling,
+        recording=recording_with(recomputation=modes_of(model, config.gradient_checkpointing)[0]),
+    )  # fmt: skip
     check_memory(predicted, model, delta, config.memory_check)
     optimizer = make_optimizer(trained, config, prepared.learning_rate, world.size)
     progress, best = Progress(), None
@@ -112,10 +119,7 @@ def train(
         tokenizer,
         prepared.rows,
     )
-    recording = records(
-        config, delta, tokens=config.per_device_train_batch_size * length, length=length, packs=packing.on,
-        recomputation=predicted.checkpointing,
-    )  # fmt: skip
+    recording = recording_with(recomputation=predicted.checkpointing)
     chosen = {
         "gradient_checkpointing": predicted.checkpointing, "torch_compile": compiling, "cuda_graphs": recording
     }  # fmt: skip
@@ -172,16 +176,6 @@ def train(
 
 
 _COMPILES = "the blocks are compiled in the first step, which takes a minute or so (torch_compile=false: not)"
-
-
-def _compiles(model: PreTrainedModel, delta: Delta, length: int, total: int, config: TrainingConfig) -> bool:
-    """Whether this run's blocks are compiled; `length` is that of a row, on average."""
-    if config.torch_compile != "auto":
-        return config.torch_compile
-    rows = total * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return worth_compiling(
-        delta.family, delta.method, tokens=rows * length, steps=total, length=length, device_type=model.device.type
-    )
 
 
 def _check_delta(model: PreTrainedModel, delta: Delta) -> None:

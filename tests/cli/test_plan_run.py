@@ -1,0 +1,144 @@
+"""`spectune plan` on runs that compile their blocks and record them: what is asked for, and what "auto" comes to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectune.cli.plan_run import PlannedRun
+from spectune.data import Example
+from spectune.data.rows import Row
+from spectune.errors import ConfigError
+from spectune.families import family_from_config
+from spectune.methods import LoRA
+from spectune.storage.bases import load_config
+from spectune.training import TrainingConfig
+from spectune.training.compiling import worth_compiling
+from spectune.training.graphs import launch_bound
+
+Spectune = Callable[..., Any]
+ON_CUDA = ("plan", "--method", "lora", "--memory", "24GiB", "--length", "128")
+#: two layers, so that a run of some thousand steps does not pay a compiler's time back, and one of a million does
+MANY = 1_000_000
+
+
+def answer(spectune: Spectune, *arguments: object) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The answer, its one method, and what was said."""
+    result = spectune(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    [planned] = found["methods"]
+    return found, planned, result.stderr
+
+
+def test_compiled_blocks_are_planned_where_they_are_asked_for(spectune: Spectune, base: Path) -> None:
+    asked = (*ON_CUDA, "--model", base, "--set", "cuda_graphs=false")
+    found = {wanted: answer(spectune, *asked, "--set", f"torch_compile={wanted}") for wanted in ("true", "false")}
+    compiled, eager = found["true"][1], found["false"][1]
+    assert (compiled["torch_compile"], eager["torch_compile"]) == (True, False)
+    assert compiled["activations"] < eager["activations"]
+    assert compiled["peak_allocated"] < eager["peak_allocated"]
+    assert "torch_compile" not in found["true"][2] + found["false"][2]
+
+
+def test_the_table_says_who_is_compiled(spectune: Spectune, base: Path) -> None:
+    asked = (*ON_CUDA, "--model", base)
+    assert "compiled" in spectune(*asked, "--set", "torch_compile=true").stdout
+    assert "compiled" not in spectune(*asked).stdout
+
+
+def test_without_a_number_of_steps_it_is_said_what_is_planned(spectune: Spectune, base: Path) -> None:
+    found, planned, said = answer(spectune, *ON_CUDA, "--model", base)
+    assert planned["torch_compile"] is False
+    assert found["steps"] is None
+    assert "torch_compile=auto: blocks are planned without the compiler" in said
+    assert "max_steps=N" in said
+
+
+@pytest.mark.parametrize(("steps", "compiled"), [(50, False), (MANY, True)])
+def test_auto_follows_the_run_s_steps(spectune: Spectune, base: Path, rows: Path, steps: int, compiled: bool) -> None:
+    found, planned, said = answer(
+        spectune, *ON_CUDA[:-2], "--model", base, "--data", rows, "--set", f"max_steps={steps}"
+    )
+    assert planned["torch_compile"] is compiled
+    assert found["steps"] == steps
+    assert f"torch_compile=auto: {str(compiled).lower()}, for a run of {steps:,} steps" in said
+
+
+def test_steps_follow_from_rows_and_epochs(spectune: Spectune, base: Path, rows: Path) -> None:
+    asked = ("--model", base, "--data", rows, "--batch", "5", "--set", "num_train_epochs=4")
+    found, planned, _ = answer(spectune, *ON_CUDA[:-2], *asked)
+    assert found["steps"] == 4 * found["data"]["steps_per_epoch"] == 12
+    assert planned["torch_compile"] is False
+
+
+def test_on_a_cpu_the_first_steps_are_planned(spectune: Spectune, base: Path) -> None:
+    asked = ("plan", "--method", "lora", "--device", "cpu", "--model", base, "--length", "64")
+    _, eager, _ = answer(spectune, *asked, "--set", "torch_compile=false")
+    _, planned, said = answer(spectune, *asked, "--set", "torch_compile=true")
+    assert planned["torch_compile"] is True
+    assert planned["peak_allocated"] == eager["peak_allocated"]
+    assert "on a CPU the first steps" in said
+    # what the compiler recomputes is kept in those steps
+    _, selective, _ = answer(
+        spectune, *asked, "--set", "torch_compile=true", "--set", "gradient_checkpointing=selective"
+    )
+    assert selective["peak_allocated"] == eager["peak_allocated"]
+
+
+def test_recorded_blocks_keep_memory_and_it_is_said(spectune: Spectune, base: Path) -> None:
+    asked = (*ON_CUDA, "--model", base)
+    _, graphs, said = answer(spectune, *asked)
+    _, plain, quiet = answer(spectune, *asked, "--set", "cuda_graphs=false")
+    assert (graphs["cuda_graphs"], plain["cuda_graphs"]) == (True, False)
+    assert graphs["recordings"] > plain["recordings"] == 0
+    assert graphs["peak_allocated"] > plain["peak_allocated"]
+    assert graphs["peak_reserved"] >= plain["peak_reserved"]
+    assert "cuda_graphs=auto: blocks are recorded for lora" in said
+    assert "cuda_graphs" not in quiet
+    _, lean, _ = answer(spectune, *asked, "--gradient-checkpointing")
+    assert (lean["cuda_graphs"], lean["recordings"]) == (False, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--device", "cpu", "--set", "cuda_graphs=true"], "needs a CUDA device"),
+        (["--device", "cuda", "--set", "cuda_graphs=true", "--set", "packing=true"], "packing=false"),
+        (["--device", "cuda", "--set", "cuda_graphs=true", "--gradient-checkpointing"], "gradient_checkpointing=false"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_as_training_does(
+    spectune: Spectune, arguments: list[str], says: str
+) -> None:
+    result = spectune("plan", "--method", "lora", *arguments)
+    assert result.exit_code == 2
+    assert says in result.stderr
+
+
+def example(length: int) -> Example:
+    return Example(list(range(length)), 0, Row(origin="row", text=""))
+
+
+def test_a_run_is_judged_by_the_rows_it_has() -> None:
+    config, base, method = TrainingConfig(per_device_train_batch_size=2), load_config("spectune-tiny"), LoRA()
+    family = family_from_config(base)
+    alike = [example(100)] * 10
+    run = PlannedRun.of(config, base, "cuda", 512, alike)
+    assert (run.length, run.longest, run.steps, run.packs) == (100, 100, 15, False)
+    assert run.records(method) is launch_bound(family, method, tokens=200, length=100)
+    assert run.compiles(method) is worth_compiling(
+        family, method, tokens=3000, steps=15, length=100, device_type="cuda"
+    )
+    unlike = PlannedRun.of(config, base, "cuda", 512, [*alike, *[example(5)] * 10])
+    assert unlike.packs
+    assert not unlike.records(method)
+    untold = PlannedRun.of(config, base, "cuda", 512, None)
+    assert (untold.length, untold.longest, untold.steps, untold.packs) == (512, 512, None, False)
+    with pytest.raises(ConfigError, match="packing=false"):
+        PlannedRun.of(config.model_copy(update={"cuda_graphs": True}), base, "cuda", 512, [*alike, *[example(5)] * 10]
+                      ).records(method)  # fmt: skip

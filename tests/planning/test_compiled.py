@@ -1,0 +1,126 @@
+"""What compiled blocks keep for backward: the plan against blocks that the compiler really compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from spectune.deltas import attach
+from spectune.methods import method_from_name
+from spectune.planning.planner import Planner
+from spectune.planning.recorder import Record, Shape
+from spectune.training.checkpointing import memory_budget
+from spectune.training.compiling import _compiler_there, compiled
+
+ROWS, LENGTH = 4, 40
+SHAPE = Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1))
+#: inductor's decompositions and the partitioner that it has, without its kernels
+PARTITIONED = "aot_eager_decomp_partition"
+
+
+def gpt2(layers: int = 3) -> PreTrainedModel:
+    sizes = {"vocab_size": 60, "n_embd": 64, "n_layer": layers, "n_head": 4, "n_positions": 128}
+    undropped = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **undropped, bos_token_id=0, eos_token_id=0))
+
+
+def llama(layers: int = 3) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
+                                        num_attention_heads=4, num_key_value_heads=2))  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def alive(record: Record, until: int) -> set[int]:
+    found: set[int] = set()
+    for event in record.events[:until]:
+        (found.add if event >= 0 else found.discard)(max(event, ~event))
+    return found
+
+
+def kept_by_plan(model: PreTrainedModel, method: str, checkpointing: Any) -> int:
+    """Bytes that the second block makes and that are there when the last one is done."""
+    planner = Planner(model, method_from_name(method), torch.float32, "cpu", checkpointing=checkpointing, compiled=True)
+    record = planner._record(SHAPE)
+    assert planner.compiled, "the compiler could not trace a block"
+    marks = dict(record.marks)
+    made = {event for event in record.events[marks["F1"] : marks["F2"]] if event >= 0}
+    return sum(record.sizes[number] for number in made & alive(record, marks["head"]))
+
+
+def kept_by_blocks(model: PreTrainedModel, method: str, backend: str, checkpointing: Any) -> int:
+    """Bytes that autograd is given to keep by the second block, and that nobody had before, its output among them."""
+    delta = attach(model, method_from_name(method))
+    model.train()
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *delta.parameters()]}
+    held, found, inside = [], [], [False]
+
+    def note(tensor: Tensor, counts: bool) -> Tensor:
+        held.append(tensor)  # or its place in memory is another's soon
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            if counts:
+                found.append(storage.nbytes())
+        return tensor
+
+    with compiled(model, delta.family, True, backend=backend, memory_budget=memory_budget(checkpointing)):
+        layer = model.get_submodule(delta.family.layers[1].path)
+        call = layer.__dict__["_compiled_call_impl"]
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor):
+                    note(leaf, counts=False)
+            inside[0] = True
+            output = call(*args, **kwargs)
+            inside[0] = False
+            for leaf in tree_leaves(output):
+                note(leaf, counts=True)
+            return output
+
+        layer.__dict__["_compiled_call_impl"] = watched
+        ids = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % 60
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: note(t, inside[0]), lambda t: t):
+            model(input_ids=ids, use_cache=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    return sum(found)
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        *((llama, method) for method in ("lora", "full", "prefix", "bitfit")),
+        (gpt2, "lora"),
+        (gpt2, "full"),
+        pytest.param(gpt2, "prefix", marks=pytest.mark.slow),
+        pytest.param(gpt2, "bitfit", marks=pytest.mark.slow),
+    ],
+)
+def test_a_block_keeps_what_the_plan_says(make: Callable[[], PreTrainedModel], method: str) -> None:
+    planned = kept_by_plan(make(), method, False)
+    assert planned == kept_by_blocks(make(), method, PARTITIONED, False)
+
+
+@pytest.mark.parametrize("make", [pytest.param(gpt2, marks=pytest.mark.slow), llama])
+def test_within_a_budget_too(make: Callable[[], PreTrainedModel]) -> None:
+    planned = kept_by_plan(make(), "lora", "selective")
+    assert planned == kept_by_blocks(make(), "lora", PARTITIONED, "selective")
+    assert planned < kept_by_plan(make(), "lora", False)
+
+
+@pytest.mark.skipif(not _compiler_there(), reason="compiles kernels for the CPU")
+def test_inductor_itself_keeps_as_much() -> None:
+    """It puts narrow products beside each other, which are then views of one tensor, of as many bytes."""
+    assert kept_by_plan(llama(), "lora", False) == kept_by_blocks(llama(), "lora", "inductor", False)

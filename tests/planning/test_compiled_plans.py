@@ -1,0 +1,76 @@
+"""Plans of compiled blocks, as a whole: consistent, at full depth from a few layers, and said where there is none."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from spectune.methods import method_from_name
+from spectune.planning import plan
+from spectune.planning.planner import Planner
+from tests.planning.test_compiled import LENGTH, ROWS, SHAPE, fresh_compiler, llama
+
+__all__ = ["fresh_compiler"]
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_few_layers_stand_for_many(method: str) -> None:
+    short, whole = (Planner(llama(7), method_from_name(method), torch.bfloat16, "cuda", compiled=True) for _ in "12")
+    whole._build(LENGTH, whole=True)
+    assert short.peak(SHAPE) == whole.peak(SHAPE)
+    assert short.step(SHAPE).peak_reserved == whole.step(SHAPE).peak_reserved
+    assert short.compiled
+    assert whole.compiled
+    assert short.repeats
+    assert not whole.repeats
+
+
+def test_compiled_blocks_take_less_and_recomputed_ones_keep_their_input() -> None:
+    base = llama(6).config
+    asked: dict[str, Any] = {"batch": 8, "length": 512, "dtype": "bfloat16", "targets": 8}
+    eager, fast, lean = (
+        plan(base, "lora", **asked, torch_compile=compiled, gradient_checkpointing=mode)
+        for compiled, mode in ((False, False), (True, False), (True, True))
+    )
+    assert (eager.torch_compile, fast.torch_compile, lean.torch_compile) == (False, True, True)
+    assert eager.peak_allocated > fast.peak_allocated > lean.peak_allocated
+    deeper = plan(llama(12).config, "lora", **asked, torch_compile=True, gradient_checkpointing=True)
+    assert (deeper.activations - lean.activations) / 6 == pytest.approx(2 * 8 * 512 * 64, rel=0.02)
+
+
+def test_what_the_compiler_cannot_trace_is_planned_as_it_is_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Breaks(LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp.register_forward_hook(self._breaks)
+
+        @staticmethod
+        def _breaks(module: Any, args: Any, output: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return output
+
+    model = Breaks(llama().config)
+    with caplog.at_level(logging.WARNING, logger="spectune"):
+        found = plan(model, "lora", ROWS, LENGTH, device="cpu", torch_compile=True)
+    assert not found.torch_compile
+    assert "the plan is of blocks that are not compiled" in caplog.text
+    plain = plan(model, "lora", ROWS, LENGTH, device="cpu")
+    assert found.peak_allocated == plain.peak_allocated
+
+
+def test_a_plan_leaves_the_compiler_s_settings_and_the_process_alone() -> None:
+    import torch._functorch.config as functorch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    before = functorch.activation_memory_budget, functorch.ban_recompute_used_far_apart, FakeTensorMode.__init__
+    model = llama()
+    plan(model, "lora", ROWS, LENGTH, device="cpu", torch_compile=True, gradient_checkpointing="selective")
+    after = functorch.activation_memory_budget, functorch.ban_recompute_used_far_apart, FakeTensorMode.__init__
+    assert after == before
+    assert not any("_compiled_call_impl" in module.__dict__ for module in model.modules())

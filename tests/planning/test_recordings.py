@@ -1,0 +1,188 @@
+"""What recorded blocks keep: the plan against recordings that are made on the CPU by what stands for CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectune.compute.losses import labelled_loss_sum
+from spectune.compute.memory import AllocationTracker
+from spectune.deltas import Delta, attach
+from spectune.errors import ConfigError
+from spectune.methods import BitFit, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
+from spectune.planning import plan
+from spectune.planning.planner import Planner
+from spectune.planning.recorder import Shape
+from spectune.planning.recordings import apart
+from spectune.training.graphs import WARM_UPS, graphed
+from spectune.training.recorded import RecordedBlock, record
+from tests.planning.steps import batch
+from tests.training.test_compiling import DEPTH, gpt2, llama
+from tests.training.test_graphs import Again
+
+ROWS, LENGTH = 3, 20
+SHAPE = Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1))
+HIDDEN = 4 * ROWS * LENGTH * 32
+
+
+def recorded(model: PreTrainedModel, delta: Delta, inputs: dict[str, Tensor]) -> list[RecordedBlock]:
+    """The blocks' recordings after some passes, one of them replayed."""
+    model.train()
+    trained = [p for p in delta.parameters() if p.requires_grad]
+    with graphed(model, delta.family, trained, True, recorder=Again):
+        blocks: Any = model.get_submodule(delta.family.layers[0].path).__dict__["_compiled_call_impl"].func.__self__
+        for _ in range(WARM_UPS + 2):
+            loss, _ = labelled_loss_sum(model, inputs)
+            loss.backward()  # type: ignore[no-untyped-call]
+            for parameter in trained:
+                parameter.grad = None
+        [found] = blocks.recorded.values()
+    assert found is not None, "the blocks were not recorded"
+    return list(found)
+
+
+def places(blocks: list[RecordedBlock]) -> dict[str, int]:
+    """Bytes of what recordings hold, each place in memory once, by what it is for."""
+    seen: set[int] = set()
+
+    def count(tensors: Any) -> int:
+        total = 0
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in seen:
+                seen.add(tensor.untyped_storage().data_ptr())
+                total += tensor.untyped_storage().nbytes()
+        return total
+
+    return {
+        "outputs": sum(count(block.outputs) for block in blocks),
+        "arguments": sum(count(block.leaves) for block in blocks),
+        "hidden": sum(count([*block.input_gradients.values(), *block._output_gradients.values()]) for block in blocks),
+        "weights": sum(count(block._parameter_gradients) for block in blocks),
+    }
+
+
+@pytest.mark.parametrize("method", [LoRA(), FullFineTuning(), PrefixTuning(), BitFit(), PromptTuning()], ids=str)
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_what_stays_is_what_is_planned(make: Callable[[], PreTrainedModel], method: Method) -> None:
+    model = make()
+    length = min(LENGTH, 64 - method.virtual_tokens)
+    planner = Planner(model, method, torch.float32, "cpu", recorded=True)
+    static = planner._record(Shape(ROWS, length, length - 1, ROWS * (length - 1))).static
+    found = places(recorded(model, attach(model, method), batch(ROWS, length, 60)))
+    assert found["outputs"] == sum(static.outputs)
+    assert found["arguments"] == sum(static.arguments)
+    assert found["hidden"] == sum(static.hidden)
+    assert found["weights"] == sum(static.weights)
+    assert static.bytes == sum(found.values())
+
+
+def test_by_hand() -> None:
+    """Of LoRA on a frozen base: the first block's input has no gradient, the last one's output has."""
+    delta = attach(llama(), LoRA(r=4))
+    planner = Planner(llama(), LoRA(r=4), torch.float32, "cpu", recorded=True)
+    static = planner._record(SHAPE).static
+    assert planner.repeats, "few layers stand for all"
+    assert sorted(static.outputs) == [HIDDEN] * DEPTH
+    assert sorted(static.hidden) == [HIDDEN] * DEPTH
+    assert sum(static.weights) == 4 * delta.num_parameters()
+    rotary, positions = 4 * LENGTH * 8, 8 * LENGTH
+    assert sum(static.arguments) - HIDDEN - 2 * rotary in (0, positions, 2 * positions)
+
+
+def test_a_mask_is_copied_once() -> None:
+    whole, padded = (
+        Planner(gpt2(), LoRA(), torch.float32, "cpu", recorded=True)
+        ._record(Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1), padded))
+        .static
+        for padded in (False, True)
+    )
+    model = gpt2()
+    found = places(recorded(model, attach(model, LoRA()), batch(ROWS, LENGTH, 60, shorter=5)))
+    assert found["arguments"] == sum(padded.arguments)
+    assert sum(padded.arguments) - sum(whole.arguments) == ROWS * LENGTH * LENGTH
+
+
+def test_recording_makes_no_more_at_once_than_is_planned() -> None:
+    """While blocks are recorded one after the other, by a tracker that sees each tensor: what a step keeps from forward
+    to backward, what recordings keep, and what one block's backward takes."""
+    model = gpt2()
+    delta = attach(model, FullFineTuning())
+    trained = list(delta.parameters())
+    blocks = recorded(model, delta, batch(ROWS, LENGTH, 60))
+    plain, calls = [b.function for b in blocks], [b.call for b in blocks]
+    with AllocationTracker([*model.parameters(), *model.buffers()]) as tracker:
+        before = tracker.live_bytes
+        again = record(plain, calls, trained, Again())
+    made = tracker.live_bytes - before
+    there = places(again)
+    # positions are an argument that no block here reads
+    assert sum(there.values()) - made == 8 * LENGTH
+    planner = Planner(gpt2(), FullFineTuning(), torch.float32, "cpu", recorded=True)
+    found = planner._record(SHAPE)
+    most = tracker.peak_bytes - before
+    planned = sum(found.static.new) + max(apart(found)[0])
+    assert most <= 1.02 * planned
+    assert most > sum(there.values())
+
+
+def test_terms_and_peaks_have_what_stays() -> None:
+    base, asked = llama().config, {"batch": 8, "length": 128, "dtype": "bfloat16"}
+    plain, graphs = (plan(base, "lora", **asked, cuda_graphs=wanted) for wanted in (False, True))
+    assert (plain.cuda_graphs, graphs.cuda_graphs) == (False, True)
+    assert plain.recordings == 0
+    record = Planner(base, LoRA(), torch.bfloat16, "cuda", recorded=True)._record(Shape(8, 128, 127, 8 * 127))
+    new, inside = sum(record.static.new), max(apart(record)[0])
+    assert 0 < new <= graphs.recordings
+    # whatever moment it is, recordings are there and all memory that blocks take in any
+    for before, after in zip(plain.moments, graphs.moments, strict=True):
+        assert 0 < after.total - before.total <= new + inside
+    assert graphs.moments[-1].total - plain.moments[-1].total == new + inside
+    assert plain.peak_allocated + new - 2**16 <= graphs.peak_allocated <= plain.peak_allocated + new + inside
+    assert graphs.peak_reserved >= plain.peak_reserved
+    assert graphs.to_dict()["recordings"] == graphs.recordings
+    assert graphs._peaks(8, 128)[0] == max(moment.total for moment in graphs.moments)
+    more = plan(base, "lora", **{**asked, "batch": 16}, cuda_graphs=True)
+    hidden = 2 * 8 * 128 * 32
+    assert more.recordings - graphs.recordings == pytest.approx(2 * DEPTH * hidden + hidden, rel=0.05)
+
+
+def test_compiled_blocks_are_recorded_as_others_are() -> None:
+    """What stands around a block is the same; what it keeps inside is the compiler's matter."""
+    planned = partial(plan, llama().config, "lora", 4, 64, dtype="bfloat16", torch_compile=True)
+    eager = plan(llama().config, "lora", 4, 64, dtype="bfloat16", cuda_graphs=True)
+    plain, graphs = planned(), planned(cuda_graphs=True)
+    assert graphs.torch_compile
+    assert graphs.recordings == eager.recordings
+    assert plain.peak_allocated < graphs.peak_allocated < eager.peak_allocated
+
+
+def test_validation_comes_on_top_of_what_recordings_hold() -> None:
+    planned = partial(plan, llama().config, "lora", 8, 64, dtype="bfloat16", eval_batch=8)
+    plain, graphs = planned(cuda_graphs=False), planned(cuda_graphs=True)
+    assert plain.validation is not None
+    assert graphs.validation is not None
+    # the pool has what a step makes, too
+    assert graphs.validation - plain.validation > graphs.recordings
+
+
+def test_gradients_of_weights_stay_and_are_copied() -> None:
+    base = gpt2().config
+    plain, graphs = (plan(base, "full", 2, 32, cuda_graphs=wanted) for wanted in (False, True))
+    before, after = (next(m for m in e.moments if m.name == "forward") for e in (plain, graphs))
+    in_blocks = 4 * sum(p.numel() for p in gpt2().get_decoder().h.parameters())  # type: ignore[no-untyped-call]
+    assert before.terms["gradients"] == 0
+    assert after.terms["gradients"] == in_blocks
+    assert graphs.gradients - plain.gradients == in_blocks
+
+
+def test_recomputation_records_nothing_and_no_other_device_can() -> None:
+    found = plan(llama().config, "lora", 2, 32, cuda_graphs=True, gradient_checkpointing=True)
+    assert (found.cuda_graphs, found.recordings) == (False, 0)
+    with pytest.raises(ConfigError, match="need a CUDA device"):
+        plan(llama().config, "lora", 2, 32, device="cpu", cuda_graphs=True)
