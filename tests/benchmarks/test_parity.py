@@ -119,7 +119,7 @@ def test_held_steps_do_not_move_the_weights_and_the_free_run_begins_at_the_first
         batch, _ = task.batch(task.steps()[0])
         plain.loss_sum(delta.model, batch).backward()
         assert made == []  # nothing steps in backward yet
-        holding.step(1e-3, 0.0)
+        holding.step(1e-3, 0.0, torch.zeros(()))
         own = dict(delta.named_parameters())
         assert all(torch.equal(own[name].detach(), state[name]) for name in state)
     assert seen == [0, 1]

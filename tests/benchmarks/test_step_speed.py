@@ -210,8 +210,8 @@ def test_a_system_that_never_stops_compiling_is_timed_and_said(monkeypatch: pyte
 
 def test_the_most_important_cases_come_first() -> None:
     found = cases(SHAPES, "cuda", names=[], systems=[], methods=[])
-    assert [(c.shape, c.method, c.system) for c in found[:3]] == [
-        ("Llama-3-8B", "lora", system) for system in ("ours-compiled", "unsloth", "peft-liger-compiled")
+    assert [(c.shape, c.method, c.system) for c in found[:4]] == [
+        ("Llama-3-8B", "lora", name) for name in ("ours-compiled", "ours-graphs", "unsloth", "peft-liger-compiled")
     ]
     assert {c.method for c in found if c.system.startswith("ours")} == set(BY_NAME)
     assert not any(c.shape.startswith("spectune-tiny") for c in found)

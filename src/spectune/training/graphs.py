@@ -192,11 +192,15 @@ class _Blocks:
     def _record(self, notes: _Notes) -> list[RecordedBlock] | None:
         try:
             with _same_randomness(self.parameters[0].device):
-                return record(self.plain, notes.calls, self.parameters, self.recorder)
+                blocks = record(self.plain, notes.calls, self.parameters, self.recorder)
         except RuntimeError as error:
             log.warning("the blocks run without CUDA graphs: %s", first_line(error))
             self.works = False  # what was begun in the recorder's pool cannot be taken back
             return None
+        if self.parameters[0].device.type == "cuda":
+            # what replays hold is counted beside the allocator's peak, which passes before should not have set
+            torch.cuda.reset_peak_memory_stats(self.parameters[0].device)
+        return blocks
 
     def _replay(self, index: int, leaves: list[Any], args: Any, kwargs: Any) -> Any:
         assert self.replaying is not None
