@@ -1,4 +1,4 @@
-"""The core: the contract of methods and deltas, the three kinds of site, routing, attach and detach."""
+"""The core: the contract of methods and deltas, the four kinds of site, routing, attach and detach."""
 
 from spectune.deltas.attach import attach, attached, detach
 from spectune.deltas.delta import Delta
