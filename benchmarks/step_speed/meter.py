@@ -100,9 +100,10 @@ class Meter:
             # the whole process, from its start: a CPU's allocator keeps no peak that could be set back
             return {"peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         free, total = torch.cuda.mem_get_info()
+        recorded = recorded_bytes(self.device)
         return {
-            "peak_allocated": torch.cuda.max_memory_allocated() + recorded_bytes(self.device),
-            "recorded_bytes": recorded_bytes(self.device),
+            "peak_allocated": torch.cuda.max_memory_allocated() + recorded,
+            "recorded_bytes": recorded,
             "peak_reserved": torch.cuda.max_memory_reserved(),
             "device_used": total - free,
         }

@@ -11,21 +11,14 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from spectune.deltas import Method, attached
-from spectune.methods import BitFit, FullFineTuning, LoRA, PrefixTuning, PromptTuning
+from spectune.methods import LoRA, PromptTuning
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training import loop as loop_module
 from spectune.training import packing as packing_module
 from spectune.training.memory import shape_of
 from spectune.training.packing import Packing, decide
 from tests.support import make_model, make_rows, make_tokenizer
-
-METHODS: list[Method] = [
-    LoRA(r=2),
-    BitFit(),
-    FullFineTuning(),
-    PrefixTuning(num_virtual_tokens=4),
-    PromptTuning(num_virtual_tokens=4),
-]
+from tests.training.test_packing import METHODS
 
 
 @pytest.fixture

@@ -51,8 +51,6 @@ class Pack:
         self.kernel = kernel
         rest = [width - sum(pack) for pack in self.lengths]
         spans = [(*pack, left) if left else pack for pack, left in zip(self.lengths, rest, strict=True)]
-        #: all packs' documents in a row, padding too
-        self._spans = [length for span in spans for length in span]
         numbers = [torch.repeat_interleave(torch.tensor(span)) for span in spans]
         positions = [
             torch.cat([*(torch.arange(length) for length in pack), torch.zeros(left, dtype=torch.int64)])
@@ -61,7 +59,7 @@ class Pack:
         self.documents = torch.stack(numbers).to(device, non_blocking=True)
         self.positions = torch.stack(positions).to(device, non_blocking=True)
         #: the documents of all packs in a row, padding too. Made here: compiled blocks ask for it
-        self.spans = Spans(self._spans, device)
+        self.spans = Spans([length for span in spans for length in span], device)
         self._masks: dict[int | None, Tensor] = {}
         self._leads: dict[int, tuple[Tensor, Spans]] = {}
 
@@ -100,11 +98,11 @@ class Pack:
         packs' own, so that each document has its keys together; and where they then stand."""
         if count not in self._leads:
             lead, start, picks = torch.arange(count), count, []
-            for length in self._spans:
+            for length in self.spans.lengths:
                 picks += [lead, torch.arange(start, start + length)]
                 start += length
             index = torch.cat(picks).to(self.device, non_blocking=True)
-            self._leads[count] = index, Spans([count + length for length in self._spans], self.device)
+            self._leads[count] = index, Spans([count + length for length in self.spans.lengths], self.device)
         return self._leads[count]
 
     def within(self, mask_function: Callable[..., Any]) -> Callable[..., Any]:

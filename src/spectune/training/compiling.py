@@ -25,6 +25,9 @@ from spectune.families import Family
 from spectune.planning.flops import flops_per_token
 from spectune.training.config import TrainingConfig
 
+#: that a layer takes on a GPU at least, forward and backward, however small it is: asking for its kernels
+LAYER_SECONDS = 1.5e-3
+
 
 class _Device(NamedTuple):
     """What compiling the blocks of a model takes and gives on a kind of device; see docs/performance.md.
@@ -40,7 +43,7 @@ class _Device(NamedTuple):
     layer_seconds: float
 
 
-_DEVICES = {"cuda": _Device(60.0, 0.2, 3e14, 1.5e-3), "cpu": _Device(60.0, 0.1, 5e11, 0.0)}
+_DEVICES = {"cuda": _Device(60.0, 0.2, 3e14, LAYER_SECONDS), "cpu": _Device(60.0, 0.1, 5e11, 0.0)}
 
 
 def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:

@@ -25,6 +25,7 @@ from spectune.deltas.checkpointing import Recomputation
 from spectune.errors import ConfigError, first_line
 from spectune.families import Family
 from spectune.planning.flops import flops_per_token
+from spectune.training.compiling import LAYER_SECONDS
 from spectune.training.config import TrainingConfig
 from spectune.training.recorded import Call, CudaRecorder, RecordedBlock, Recorder, record, signature
 
@@ -35,9 +36,8 @@ WARM_UPS = 2
 #: shapes that are recorded: each has inputs and outputs of its own
 MOST_SHAPES = 8
 
-#: of a block: what a GPU computes, and what asking for its kernels takes on the host, forward and backward
+#: what a GPU computes of a block's operations; what asking for its kernels takes is `LAYER_SECONDS`
 OPERATIONS_PER_SECOND = 4e14
-LAYER_SECONDS = 1.5e-3
 
 
 def launch_bound(family: Family, method: Method, *, tokens: int, length: int) -> bool:
@@ -245,12 +245,13 @@ class _Notes:
 
     def add(self, index: int, leaves: list[Any], spec: TreeSpec, output: Any) -> None:
         """A block's call; one that is out of order, or holds more than tensors and numbers, ends the notes."""
-        if index != len(self.calls) or signature(leaves) is None:
+        found = signature(leaves)
+        if index != len(self.calls) or found is None:
             self.calls = []
             return
         chained = {n: self._outputs[id(leaf)] for n, leaf in enumerate(leaves) if id(leaf) in self._outputs}
         kept = [None if n in chained else self._copy(leaf) for n, leaf in enumerate(leaves)]
-        self.calls.append(Call(kept, spec, chained, signature(leaves)))
+        self.calls.append(Call(kept, spec, chained, found))
         for number, leaf in enumerate(tree_flatten(output)[0]):
             if isinstance(leaf, Tensor):
                 self._outputs[id(leaf)] = (index, number)

@@ -170,6 +170,9 @@ class RecordedBlock:
         self.input_gradients: dict[int, Tensor] = {}
         self._spec: TreeSpec | None = None
         self._made: list[Any] = []  # with what autograd keeps of it
+        #: numbers of the outputs that are tensors, and of the arguments that get a gradient
+        self._tensors: list[int] = []
+        self._starts: list[int] = []
         self._output_gradients: dict[int, Tensor] = {}
         self._parameter_gradients: list[Tensor] = []
         self._forward: Callable[[], None] = _nothing
@@ -198,30 +201,30 @@ class RecordedBlock:
             return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self._made]
 
         self.outputs, self._forward = recorder.record(forward)
-        self._with_gradient = [n for n, leaf in enumerate(self._made) if _wants_gradient(leaf)]
+        self._tensors = [n for n, leaf in enumerate(self._made) if isinstance(leaf, Tensor)]
 
     def record_backward(self, recorder: Recorder, read_by: dict[int, Tensor]) -> None:
         """`read_by`: where the gradients of outputs are that a later block's recording writes."""
-        numbers = self._with_gradient
+        numbers = [n for n in self._tensors if self._made[n].requires_grad]
         if not numbers:
             return
         self._output_gradients = {n: read_by.get(n, torch.empty_like(self.outputs[n])) for n in numbers}
-        starts = {n: leaf for n, leaf in enumerate(self.leaves) if _wants_gradient(leaf)}
+        self._starts = [n for n, leaf in enumerate(self.leaves) if _wants_gradient(leaf)]
 
         def backward() -> list[Any]:
             made, self._made = self._made, []  # what autograd kept is free for the blocks before
             return list(
                 torch.autograd.grad(
                     [made[n] for n in numbers],
-                    [*starts.values(), *self.parameters],
+                    [*(self.leaves[n] for n in self._starts), *self.parameters],
                     [self._output_gradients[n] for n in numbers],
                     allow_unused=True,
                 )
             )
 
         found, self._backward = recorder.record(backward)
-        self.input_gradients = {n: g for n, g in zip(starts, found, strict=False) if g is not None}
-        self._parameter_gradients = found[len(starts) :]
+        self.input_gradients = {n: g for n, g in zip(self._starts, found, strict=False) if g is not None}
+        self._parameter_gradients = found[len(self._starts) :]
 
     # -- replaying -------------------------------------------------------------------------------------------------
 
@@ -263,31 +266,22 @@ class RecordedBlock:
     def replay_backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of the arguments that want one, in memory that the next replay writes, then copies of those of the
         parameters: they stay until the optimizer takes them, and other replays may come before."""
-        for number, place in self._output_gradients.items():
-            gradient = gradients[self._number_of_tensor(number)]
-            if gradient.data_ptr() != place.data_ptr():
+        for number, gradient in zip(self._tensors, gradients, strict=True):
+            place = self._output_gradients.get(number)
+            if place is not None and gradient.data_ptr() != place.data_ptr():
                 place.copy_(gradient)
         self._backward()
-        starts = [n for n, leaf in enumerate(self.leaves) if _wants_gradient(leaf)]
-        found = [self.input_gradients.get(n) for n in starts]
+        found = [self.input_gradients.get(n) for n in self._starts]
         passed = [None if gradient is None else gradient.detach() for gradient in found]
         return [*passed, *(gradient.clone() for gradient in self._parameter_gradients)]
 
     def replay_forward(self) -> list[Tensor]:
         self._forward()
-        return [leaf.detach() for leaf in self.outputs if isinstance(leaf, Tensor)]
+        return [self.outputs[n].detach() for n in self._tensors]
 
-    def _number_of_tensor(self, number: int) -> int:
-        """Which of the tensors among the outputs output `number` is."""
-        return sum(isinstance(leaf, Tensor) for leaf in self.outputs[:number])
-
-    def without_gradient(self) -> list[int]:
-        """The tensors among the outputs that have none."""
-        return [
-            self._number_of_tensor(n)
-            for n, leaf in enumerate(self.outputs)
-            if isinstance(leaf, Tensor) and n not in self._with_gradient
-        ]
+    def without_gradient(self, made: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the outputs `made` that have none."""
+        return [tensor for n, tensor in zip(self._tensors, made, strict=True) if n not in self._output_gradients]
 
 
 class _Replay(torch.autograd.Function):
@@ -297,7 +291,7 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, block: RecordedBlock, *_: Tensor) -> tuple[Tensor, ...]:
         ctx.block = block
         made = block.replay_forward()
-        ctx.mark_non_differentiable(*(made[n] for n in block.without_gradient()))
+        ctx.mark_non_differentiable(*block.without_gradient(made))
         return tuple(made)
 
     @staticmethod
