@@ -71,7 +71,7 @@ class Meter:
             "warmup_steps": len(self._seconds),
             "warmup_seconds": sum(self._seconds),
             "settled": self._warm(),
-            "graphs": self._compiled[-1],
+            "graphs": self._compiled[-1] - self._compiled[0],
         }
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
