@@ -76,6 +76,7 @@ SYSTEMS = {
     "ours-offload": _ours("compiled, checkpointed to host memory", 1, only_on="cuda"),
     "unsloth-checkpointed": System("Unsloth, its checkpointing", 1, ("lora",), "cuda"),
     "ours-fp8": _ours("compiled, fp8 base", 2, frozen_only=True, only_on="cuda"),
+    "ours-fp8-graphs": _ours("compiled, fp8 base, CUDA graphs", 2, frozen_only=True, only_on="cuda"),
     "peft-compiled": System("PEFT + per-block compile", 2, PEFT_METHODS),
     "peft": System("PEFT, plain loop", 2, PEFT_METHODS),
     "plain": System("plain loop", 2, ("full",)),

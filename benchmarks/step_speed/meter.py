@@ -42,9 +42,10 @@ class Meter:
         self._timing = False
         self._mark = self._now()
 
-    def step(self, loss: Tensor | float, tokens: int | None = None, targets: int | None = None) -> bool:
-        """`tokens` of this step, where they differ from step to step, and how many of them had a loss."""
-        if len(self.losses) < LOSSES:
+    def step(self, loss: Tensor | float | None, tokens: int | None = None, targets: int | None = None) -> bool:
+        """`tokens` of this step, where they differ from step to step, and how many of them had a loss. `loss` is of
+        this step or the one before; None: none is known yet."""
+        if loss is not None and len(self.losses) < LOSSES:
             self.losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         if self._timing:
             self._timed += 1

@@ -1,4 +1,4 @@
-"""spectune's own training step: `Loop.step` with `MasterAdamW`, as `spectune train` runs it."""
+"""spectune's own training step: `Loop.ahead` with `MasterAdamW`, as `spectune train` runs it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours-checkpointed": {"torch_compile": True, "gradient_checkpointing": True},
     "ours-offload": {"torch_compile": True, "gradient_checkpointing": "offload"},
     "ours-fp8": {"torch_compile": True, "base_precision": "fp8"},
+    "ours-fp8-graphs": {"torch_compile": True, "base_precision": "fp8", "cuda_graphs": True},
     "ours-fp8-checkpointed": {"torch_compile": True, "base_precision": "fp8", "gradient_checkpointing": True},
     "ours-8bit": {"torch_compile": True, "gradient_checkpointing": True, "optim": "adamw_8bit"},
     # steps as gradients come, so nothing can be clipped
@@ -110,9 +111,9 @@ def first_weights(delta: Delta) -> None:
 @contextlib.contextmanager
 def our_step(
     prepared: Prepared, examples: Sequence[Example], most_steps: int, **extra: Any
-) -> Iterator[Callable[[list[list[int]]], float]]:
+) -> Iterator[Callable[[list[list[int]]], float | None]]:
     """Inside, a function that takes one optimizer step on the batches of a window (numbers of examples) and returns
-    its loss. `extra`: further fields of `Loop`."""
+    the loss of the last one that was finished: on CUDA the one before. `extra`: further fields of `Loop`."""
     model, config, delta = prepared.model, prepared.config, prepared.delta
     optimizer = prepared.optimizer(list(delta.parameters()), config, prepared.rate)
     keeper = Keeper(lambda: None, lambda: None, lambda _: None, "", lambda: "")
@@ -128,7 +129,7 @@ def our_step(
         stack.enter_context(recomputing(model, config.gradient_checkpointing))
         if config.cuda_graphs is True:
             stack.enter_context(graphed(model, delta.family, list(delta.parameters()), True))
-        yield loop.step
+        yield loop.ahead
 
 
 def compiler(variant: dict[str, Any]) -> Callable[[Any, Any], Any]:

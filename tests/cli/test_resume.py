@@ -19,16 +19,16 @@ QUICK = ("--set", "max_steps=2", "--device", "cpu")
 def test_train_goes_on_with_base_data_method_and_settings_of_the_folder(
     spectune: Spectune, base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = loop_module.Loop.step
+    begin = loop_module.Loop.begin
 
-    def stopping(self: Any, window: Any) -> float:
+    def stopping(self: Any, window: Any) -> None:
         if self.progress.step == 3:
             raise KeyboardInterrupt
-        return step(self, window)
+        begin(self, window)
 
     command = ("train", "--model", base, "--data", rows, "--method", "bitfit", "--seed", "3", "--output-dir", "out")
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module.Loop, "step", stopping)
+        patch.setattr(loop_module.Loop, "begin", stopping)
         assert spectune(*command, "--set", "max_steps=4", "--set", "save_steps=1").exit_code == 130
     before = Path("out/config.yaml").read_text()
     refused = spectune("train", "--resume", "--output-dir", "out", "--model", "spectune-tiny")

@@ -49,13 +49,13 @@ def test_speed_is_without_data_validation_checkpoints_and_the_first_steps(
     taking(run_folder, "swap_best", 1000)
     taking(loop_module, "labelled_loss_sum", 1)
     counted: list[int] = []
-    real = loop_module.Loop.step
+    real = loop_module.Loop.begin
 
-    def step(self: Any, window: Any) -> float:
+    def begin(self: Any, window: Any) -> None:
         counted.append(sum(len(self.train_examples[i].input_ids) for batch in window for i in batch))
-        return real(self, window)
+        real(self, window)
 
-    monkeypatch.setattr(loop_module.Loop, "step", step)
+    monkeypatch.setattr(loop_module.Loop, "begin", begin)
     given = {"eval_steps": 1, "save_steps": 2, "gradient_accumulation_steps": 2, "packing": False}
     result = run(LoRA(r=2), output_dir=tmp_path / "run", **given)
     assert now[0] > 10_000

@@ -111,16 +111,16 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(
 ) -> None:
     config = settings(gradient_accumulation_steps=2, packing=True)
     _, whole, _ = run(method, config.model_copy(update={"output_dir": tmp_path / "whole"}))
-    step = loop_module.Loop.step
+    finish = loop_module.Loop.finish
 
-    def interrupted(self: Any, window: Any) -> float:
-        loss = step(self, window)
+    def interrupted(self: Any) -> float:
+        loss = finish(self)
         if self.progress.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return loss
 
     parts = config.model_copy(update={"output_dir": tmp_path / "parts"})
-    monkeypatch.setattr(loop_module.Loop, "step", interrupted)
+    monkeypatch.setattr(loop_module.Loop, "finish", interrupted)
     with pytest.raises(InterruptedRun, match="--resume"):
         run(method, parts)
     monkeypatch.undo()

@@ -80,17 +80,17 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(
     config = settings(gradient_accumulation_steps=2, lr_scheduler_type="cosine")
     _, whole = run(method, config.model_copy(update={"output_dir": tmp_path / "whole"}), dropout=0.1)
 
-    step = loop_module.Loop.step
+    finish = loop_module.Loop.finish
     stop_at = 4  # in the middle of the second epoch
 
-    def interrupted(self: Any, window: Any) -> float:
-        loss = step(self, window)
+    def interrupted(self: Any) -> float:
+        loss = finish(self)
         if self.progress.step == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
         return loss
 
     parts = config.model_copy(update={"output_dir": tmp_path / "parts"})
-    monkeypatch.setattr(loop_module.Loop, "step", interrupted)
+    monkeypatch.setattr(loop_module.Loop, "finish", interrupted)
     with pytest.raises(InterruptedRun, match="--resume"):
         run(method, parts, dropout=0.1)
     monkeypatch.undo()

@@ -1,9 +1,15 @@
-"""The loop. There is one, and it knows no method: it trains whatever `delta.parameters()` gives."""
+"""The loop. There is one, and it knows no method: it trains whatever `delta.parameters()` gives.
+
+On a CUDA device one step is under way while the host makes the next one ready: a device that waits for the host stands
+still, for a fifth of a step of a small model. What a step gave is looked at before anything is done with it
+(validation, checkpoints, the end of an epoch), so a run comes to the same as one that waits for every step.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +26,7 @@ from spectune.deltas import Delta
 from spectune.errors import DivergedError, InterruptedRun, OutOfMemoryError
 from spectune.evaluation import RowLosses, row_losses
 from spectune.inference import is_out_of_memory, wait_for
+from spectune.training.answer import Answer
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
 from spectune.training.display import Display
@@ -45,6 +52,24 @@ class Keeper:
 
 
 @dataclass
+class _Step:
+    """An optimizer step that the device was given.
+
+    Attributes:
+        answer: its loss sum and the gradient's norm.
+        began: when the host was done with the data.
+        memory: what was allocated, where tensors are counted; None otherwise.
+    """
+
+    answer: Answer
+    targets: int
+    tokens: int
+    rate: float
+    began: float
+    memory: PeakMemory | None
+
+
+@dataclass
 class Loop:
     """One run of training."""
 
@@ -63,6 +88,13 @@ class Loop:
     packing: Packing = field(default_factory=Packing)
     #: the blocks are compiled: then the loss is, too
     compiled: bool = False
+    _lengths: list[int] = field(default_factory=list, init=False)
+    _under_way: deque[_Step] = field(default_factory=deque, init=False)
+    #: steps that may be under way while the host goes on
+    _ahead: int = field(default=0, init=False)
+    #: 0 behind a step that was taken, NaN behind one that was not; None where none is begun behind another
+    _behind: Tensor | None = field(default=None, init=False)
+    _last_end: float = field(default=0.0, init=False)
     _validated_here: bool = field(default=False, init=False)
     _stretch: PeakMemory | None = field(default=None, init=False)
 
@@ -80,23 +112,25 @@ class Loop:
         with Interrupts() as interrupts, self.packing.listening(self.model):
             while now.step < self.total_steps:
                 windows = self.windows(self._lengths, now.epoch)
-                for window in windows[now.window :]:
-                    loss = self.step(window)
-                    display.step(loss, now.timed_tokens / now.timed_seconds if now.timed_seconds else 0.0)
-                    last = now.step == self.total_steps
-                    epoch_ends = now.window == len(windows)
-                    stop = False
-                    if self.due(config.eval_steps, epoch_ends or last):
-                        stop = self.validate(display)
+                for place, window in enumerate(windows[now.window :], now.window + 1):
+                    self.begin(window)
+                    step, epoch_ends = now.step + len(self._under_way), place == len(windows)
+                    last = step == self.total_steps
+                    validates = self._due(config.eval_steps, step, epoch_ends or last)
+                    saves = self._due(config.save_steps, step, epoch_ends or last)
+                    asked = validates or saves or epoch_ends or last or interrupts.requested is not None
+                    self._settle(0 if asked else self._ahead, display)
+                    stop = self.validate(display) if validates else False
                     if epoch_ends or last or stop:
                         now.last_epoch_loss = now.epoch_loss / max(1, now.epoch_targets)
                     if epoch_ends:
                         now.epoch, now.window, now.epoch_loss, now.epoch_targets = now.epoch + 1, 0, 0.0, 0
-                    if self.due(config.save_steps, epoch_ends or last) and not (last or stop):
+                    if saves and not (last or stop):
                         self.keeper.checkpoint()
                     if stop:
                         return True
                     if interrupts.requested:
+                        self._settle(0, display)
                         self.keeper.checkpoint()
                         raise InterruptedRun(
                             f"{interrupts.requested} after step {now.step} of {self.total_steps}. "
@@ -120,20 +154,26 @@ class Loop:
         return [by_length(rows, lengths, size) for rows in steps]
 
     def step(self, window: list[list[int]]) -> float:
-        """One optimizer step over some batches. Returns the mean loss over their target tokens."""
-        now, config = self.progress, self.config
+        """One optimizer step over some batches, from its begin to its end. Returns the mean loss over their target
+        tokens."""
+        self.begin(window)
+        return self.finish()
+
+    def begin(self, window: list[list[int]]) -> None:
+        """Give the device one optimizer step over some batches. Nothing here waits for it."""
+        config, number = self.config, self.progress.step + len(self._under_way)
         members = [[self.train_examples[i] for i in batch] for batch in window]
         targets = sum(example.target_tokens for batch in members for example in batch)
         tokens = sum(len(example.input_ids) for batch in members for example in batch)
         # data are made ready before the clock starts: speed is that of computing
         shares = self.packing.of_step(window, self._lengths, config, self.world)
         collated = [self._collated(share) if share else None for share in shares]
-        first = now.step < self._first_step + MEMORY_STEPS
-        memory = self._memory() if first and self._stretch is None else None
-        rate = learning_rate_at(now.step, self.total_steps, self.learning_rate, config)
+        memory = self._memory() if self._is_first(number) and self._stretch is None else None
+        rate = learning_rate_at(number, self.total_steps, self.learning_rate, config)
 
-        wait_for(self.model.device)
-        begin = time.perf_counter()
+        if not self._under_way:
+            wait_for(self.model.device)
+        began = time.perf_counter()
         with memory or _nothing():
             self.optimizer.begin(rate)
             loss_sum = torch.zeros((), device=self.model.device)
@@ -143,32 +183,64 @@ class Loop:
                 loss_sum += self.backward(batch, targets)
             self.world.sum_gradients(self.delta.parameters())
             total = self.world.sum(loss_sum)
-            found_norm = self.optimizer.step(rate, config.max_grad_norm, total)
-            # asked once all is under way: a device that waits for a question stands still
-            loss, norm = float(total) / targets, float(found_norm)
-        wait_for(self.model.device)
-        seconds = time.perf_counter() - begin
+            # a step behind one that was not taken is not taken either: 0 * inf is no number
+            asked = total if self._behind is None else total + self._behind
+            norm = self.optimizer.step(rate, config.max_grad_norm, asked)
+            self._behind = 0.0 * (asked + norm.to(asked.device)) if self._ahead else None
+            answer = Answer(total, norm)
+        self._under_way.append(_Step(answer, targets, tokens, rate, began, memory))
+
+    def finish(self) -> float:
+        """Look at what the oldest step under way gave. Returns its mean loss.
+
+        Raises:
+            DivergedError: its loss or gradient is not finite. It was not taken then, nor any after it.
+        """
+        now, step = self.progress, self._under_way.popleft()
+        total, norm = step.answer.values()
+        if not self._under_way:
+            wait_for(self.model.device)
+        ended = time.perf_counter()
+        # behind another step it began when that one ended
+        seconds, self._last_end = ended - max(step.began, self._last_end), ended
+        loss = total / step.targets
         if not math.isfinite(loss):
             raise DivergedError(self._diverged(f"the loss is {loss} in step {now.step + 1}"))
         if not math.isfinite(norm):
             raise DivergedError(self._diverged(f"the gradient's norm is {norm} in step {now.step + 1}"))
 
+        if not self._is_first(now.step):
+            now.timed_tokens += step.tokens
+            now.timed_seconds += seconds
         now.step += 1
         now.window += 1
-        now.tokens += tokens
-        now.targets += targets
-        now.epoch_loss += loss * targets
-        now.epoch_targets += targets
+        now.tokens += step.tokens
+        now.targets += step.targets
+        now.epoch_loss += loss * step.targets
+        now.epoch_targets += step.targets
         now.seconds += seconds
-        if memory is not None:
-            self._keep_peak("train", memory)
-        if not first:
-            now.timed_tokens += tokens
-            now.timed_seconds += seconds
-        if now.step % (config.logging_steps or 1) == 0:
-            entry = {"step": now.step, "epoch": now.epoch, "loss": loss, "learning_rate": rate, "grad_norm": norm}
+        if step.memory is not None:
+            self._keep_peak("train", step.memory)
+        if now.step % (self.config.logging_steps or 1) == 0:
+            entry = {"step": now.step, "epoch": now.epoch, "loss": loss, "learning_rate": step.rate, "grad_norm": norm}
             self.keeper.log({**entry, "tokens": now.tokens, "seconds": now.seconds})
         return loss
+
+    def ahead(self, window: list[list[int]]) -> float | None:
+        """One more step, as a run takes it: begin it, then finish what is more than may be under way. Returns the loss
+        of the last one that was finished, if any was."""
+        self.begin(window)
+        return self.finish() if len(self._under_way) > self._ahead else None
+
+    def _settle(self, left: int, display: Display) -> None:
+        """Finish steps until so many are left under way."""
+        now = self.progress
+        while len(self._under_way) > left:
+            loss = self.finish()
+            display.step(loss, now.timed_tokens / now.timed_seconds if now.timed_seconds else 0.0)
+
+    def _is_first(self, step: int) -> bool:
+        return step < self._first_step + MEMORY_STEPS
 
     def _collated(self, packs: list[list[int]]) -> dict[str, Tensor]:
         batch = self.packing.collate([[self.train_examples[i] for i in pack] for pack in packs], self.pad_token_id)
@@ -188,9 +260,10 @@ class Loop:
                 raise
             rows, length = batch["input_ids"].shape
             # a batch of packs has at most the tokens of so many of the longest rows
+            step = self.progress.step + len(self._under_way) + 1
             what, size = ("packs", self.config.per_device_train_batch_size) if self.packing.on else ("rows", rows)
             raise OutOfMemoryError(
-                f"out of memory in step {self.progress.step + 1} with a batch of {rows} {what} of {length} tokens. Try "
+                f"out of memory in step {step} with a batch of {rows} {what} of {length} tokens. Try "
                 f"per_device_train_batch_size={max(1, size // 2)} with gradient_accumulation_steps="
                 f"{2 * self.config.gradient_accumulation_steps}, a smaller max_length, or gradient_checkpointing=true."
             ) from error
@@ -263,13 +336,12 @@ class Loop:
         for kind, size in memory.result.items():
             peaks[f"{phase}_{kind}"] = max(size, peaks.get(f"{phase}_{kind}", 0))
 
-    def due(self, every: int | None, epoch_ends: bool) -> bool:
-        return (
-            epoch_ends if every is None else self.progress.step % every == 0 or self.progress.step == self.total_steps
-        )
+    def _due(self, every: int | None, step: int, epoch_ends: bool) -> bool:
+        return epoch_ends if every is None else step % every == 0 or step == self.total_steps
 
     def __post_init__(self) -> None:
         self._first_step = self.progress.step
+        self._ahead = steps_ahead(self.model.device)
         self._lengths = [len(example.input_ids) for example in self.train_examples]
         per_step = self.config.per_device_train_batch_size * self.world.size * self.config.gradient_accumulation_steps
         self._windows_per_epoch = math.ceil(len(self.train_examples) / per_step)
@@ -282,6 +354,11 @@ class Loop:
             f"{what} (learning rate {self.learning_rate:g}). "
             f"{self.keeper.kept_state()} Try a smaller learning_rate, more warmup_steps or a smaller max_grad_norm."
         )
+
+
+def steps_ahead(device: torch.device) -> int:
+    """Steps that may be under way on a device while the host makes the next one ready."""
+    return 1 if device.type == "cuda" else 0
 
 
 def _keeps_its_peak(device: torch.device) -> bool:
