@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, masking_utils
 
+from spectune.compute.masks import OneTextRows
 from spectune.deltas import Method, attached
 from spectune.methods import LoRA, PromptTuning
 from spectune.training import RunResult, TrainingConfig, train
@@ -100,3 +101,35 @@ def test_what_was_decided_is_the_same_again() -> None:
     examples = encode(load_rows(make_rows()), make_tokenizer(), max_length=64).examples
     config = TrainingConfig(packing=False)
     assert decide(model, delta, examples, config) == decide(model, delta, examples, config) == Packing(untold=True)
+
+
+def test_whether_rows_hold_several_texts_is_asked_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question that waits for the device, in every step of a run without masks."""
+    asked: list[torch.Size] = []
+    real = masking_utils.find_packed_sequence_indices
+
+    def counting(position_ids: Tensor) -> Tensor | None:
+        asked.append(position_ids.shape)
+        return real(position_ids)
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", counting)
+    monkeypatch.setattr(loop_module.Loop, "validate", lambda *_: False)
+    result, _ = run(LoRA(r=2), rows=[{"prompt": "a", "completion": "bc"}] * 12, num_train_epochs=3, max_steps=-1)
+    assert result.steps == 9
+    assert asked
+    # before the first step the base is validated and the model looked at, not through the loop
+    steps = [shape for shape in asked if shape == asked[-1]]
+    assert len(steps) < result.steps
+    assert masking_utils.find_packed_sequence_indices is counting
+
+
+def test_rows_that_hold_several_texts_are_found_in_every_pass() -> None:
+    rows = OneTextRows()
+    alone, packs = torch.arange(4)[None], torch.tensor([[0, 1, 0, 1]])
+    for _ in range(2):
+        with rows.passes():
+            found = masking_utils.find_packed_sequence_indices(packs)
+        assert found is not None
+        assert found.tolist() == [[0, 0, 1, 1]]
+    with rows.passes():
+        assert masking_utils.find_packed_sequence_indices(alone) is None

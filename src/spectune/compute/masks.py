@@ -1,9 +1,13 @@
-"""Masks and positions when something stands before the text."""
+"""Masks and positions when something stands before the text, and what transformers asks of positions."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 
 def widen_mask(mask: Tensor | None, query_length: int, text_keys: int, lead: Tensor) -> Tensor:
@@ -35,3 +39,33 @@ def widen_mask(mask: Tensor | None, query_length: int, text_keys: int, lead: Ten
 def positions_from_mask(mask: Tensor, length: int) -> Tensor:
     """Positions `[batch, length]` (int64) of the last `length` tokens: the running count of real tokens, from 0."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+class OneTextRows:
+    """Rows of one text each, whose positions a model makes by itself.
+
+    Without a mask transformers looks in every pass whether positions begin anew within a row (several texts in one
+    sequence), and waits for the device to say so. Here the answer follows from the shape, and is asked once for each.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[torch.Size] = set()
+
+    @contextlib.contextmanager
+    def passes(self) -> Iterator[None]:
+        """Inside, forward passes are over such rows, and give no positions."""
+        ask = masking_utils.find_packed_sequence_indices
+
+        def find(position_ids: Tensor) -> Tensor | None:
+            if position_ids.shape in self._known:
+                return None
+            found: Tensor | None = ask(position_ids)
+            if found is None:
+                self._known.add(position_ids.shape)
+            return found
+
+        masking_utils.find_packed_sequence_indices = find
+        try:
+            yield
+        finally:
+            masking_utils.find_packed_sequence_indices = ask

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectune.compute.masks import OneTextRows
 from spectune.compute.packs import Kernel
 from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_document
 from spectune.data import Example, batches, by_length, collate, collate_packs, pack_step, places
@@ -53,6 +54,7 @@ class Packing:
     virtual: int = 0
     untold: bool = False
     notice: str | None = None
+    _rows: OneTextRows = field(default_factory=OneTextRows, repr=False, compare=False)
 
     def of_step(
         self, window: Sequence[Sequence[int]], lengths: Sequence[int], config: TrainingConfig, world: World
@@ -88,7 +90,7 @@ class Packing:
     @contextlib.contextmanager
     def placed(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """What the loss takes of a batch, on the model's device; inside, the model knows its documents."""
-        with packed(model, batch.get("documents")):
+        with packed(model, batch.get("documents")) if self.on else self._rows.passes():
             yield {
                 name: tensor.to(model.device, non_blocking=True)
                 for name, tensor in batch.items()

@@ -174,7 +174,9 @@ class RecordedBlock:
         self._tensors: list[int] = []
         self._starts: list[int] = []
         self._output_gradients: dict[int, Tensor] = {}
+        #: those of the parameters, in a row for each dtype, and the numbers of those that stand there
         self._parameter_gradients: list[Tensor] = []
+        self._members: list[list[int]] = []
         self._forward: Callable[[], None] = _nothing
         self._backward: Callable[[], None] = _nothing
 
@@ -210,17 +212,19 @@ class RecordedBlock:
             return
         self._output_gradients = {n: read_by.get(n, torch.empty_like(self.outputs[n])) for n in numbers}
         self._starts = [n for n, leaf in enumerate(self.leaves) if _wants_gradient(leaf)]
+        self._members = _by_dtype(self.parameters)
 
         def backward() -> list[Any]:
             made, self._made = self._made, []  # what autograd kept is free for the blocks before
-            return list(
-                torch.autograd.grad(
-                    [made[n] for n in numbers],
-                    [*(self.leaves[n] for n in self._starts), *self.parameters],
-                    [self._output_gradients[n] for n in numbers],
-                    allow_unused=True,
-                )
+            found = torch.autograd.grad(
+                [made[n] for n in numbers],
+                [*(self.leaves[n] for n in self._starts), *self.parameters],
+                [self._output_gradients[n] for n in numbers],
+                allow_unused=True,
             )
+            own = found[len(self._starts) :]
+            rows = [torch.cat([own[n].flatten() for n in members]) for members in self._members]
+            return [*found[: len(self._starts)], *rows]
 
         found, self._backward = recorder.record(backward)
         self.input_gradients = {n: g for n, g in zip(self._starts, found, strict=False) if g is not None}
@@ -273,7 +277,11 @@ class RecordedBlock:
         self._backward()
         found = [self.input_gradients.get(n) for n in self._starts]
         passed = [None if gradient is None else gradient.detach() for gradient in found]
-        return [*passed, *(gradient.clone() for gradient in self._parameter_gradients)]
+        copies: dict[int, Tensor] = {}
+        for members, row in zip(self._members, self._parameter_gradients, strict=True):
+            parts = torch.split(row.clone(), [self.parameters[n].numel() for n in members])
+            copies |= {n: part.view(self.parameters[n].shape) for n, part in zip(members, parts, strict=True)}
+        return [*passed, *(copies[n] for n in range(len(self.parameters)))]
 
     def replay_forward(self) -> list[Tensor]:
         self._forward()
@@ -298,6 +306,14 @@ class _Replay(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *ctx.block.replay_backward(gradients))
+
+
+def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[int]]:
+    """Numbers of the parameters of each dtype."""
+    found: dict[torch.dtype, list[int]] = {}
+    for number, parameter in enumerate(parameters):
+        found.setdefault(parameter.dtype, []).append(number)
+    return list(found.values())
 
 
 def _wants_gradient(leaf: Any) -> bool:
