@@ -20,10 +20,12 @@ class Near:
     Attributes:
         cosine: of the two.
         error: the norm of their difference over the norm of the reference.
+        norm: of the reference.
     """
 
     cosine: float
     error: float
+    norm: float
 
 
 def near(gradient: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Near:
@@ -39,7 +41,8 @@ def near(gradient: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Nea
         other += float(b.square().sum())
         apart += float((a - b).square().sum())
     norms = (own * other) ** 0.5
-    return Near(product / norms if norms else 0.0, (apart / other) ** 0.5 if other else float(apart > 0))
+    error = (apart / other) ** 0.5 if other else float(apart > 0)
+    return Near(product / norms if norms else 0.0, error, other**0.5)
 
 
 def held_steps(losses: Sequence[float], gradients: Sequence[Near], reference: Sequence[float]) -> dict[str, Any]:
@@ -49,7 +52,15 @@ def held_steps(losses: Sequence[float], gradients: Sequence[Near], reference: Se
         "first_cosine": gradients[0].cosine,
         "least_cosine": min(one.cosine for one in gradients),
         "error": max(one.error for one in gradients),
+        "errors": [one.error for one in gradients],
+        "pooled": _pooled(gradients),
     }
+
+
+def _pooled(gradients: Sequence[Near]) -> float:
+    """The error of all gradients as if they were one."""
+    size = sum(one.norm**2 for one in gradients)
+    return (sum((one.error * one.norm) ** 2 for one in gradients) / size) ** 0.5 if size else 0.0
 
 
 def free_steps(losses: Sequence[float], valid: float, reference: Sequence[float], other: float) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from benchmarks.parity.task import Order
 ROOT = File(__file__).parents[2]
 #: what others are held against, made first
 FIRST = ("plain", "plain-attention", "plain-bf16")
-#: a second control, for the smallest change there is: with the method that most train with, and with all weights
+#: a second control, for the smallest change there is: with the method that most train with, and with all weights; in
+#: bfloat16 with all methods
 LAST_BIT = ("lora", "full")
 
 
@@ -32,6 +33,8 @@ def runs_of(method: str, device: str, paths: list[str]) -> list[str]:
     controls = ["plain-last-bit"] if method in LAST_BIT else []
     ordered = sorted(chosen, key=lambda name: PATHS[name].tier)  # stable
     first = [name for name in FIRST if name != "plain-bf16" or low]
+    if any(PATHS[name].kind == "rounding" for name in chosen):
+        controls.append("plain-bf16-last-bit")
     return sorted([*first, *controls, *ordered], key=late)
 
 
@@ -43,7 +46,7 @@ def jobs(todo: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
 
 
 def late(run: str) -> bool:
-    return run == "plain-last-bit" or (run in PATHS and PATHS[run].tier > 0)
+    return run.endswith("last-bit") or (run in PATHS and PATHS[run].tier > 0)
 
 
 @dataclass

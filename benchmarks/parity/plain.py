@@ -48,14 +48,14 @@ def free_run(
 
     Args:
         clip: the norm that gradients are clipped to; 0 leaves them.
-        last_bit: begin with every trained weight moved by one unit of its last place, up or down.
+        last_bit: begin with every trained weight, in float32, moved by one unit of its last place, up or down.
     """
     model = task.load(dtype, attention=attention)
     delta = task.attach(model)
-    if last_bit:
-        _nudge(dict(delta.named_parameters()))
     named = {name: p for name, p in delta.named_parameters() if p.requires_grad}
     masters = {n: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for n, p in named.items()}
+    if last_bit:
+        _nudge(masters)
     config, rate = task.config(), task.method.default_learning_rate
     optimizer = torch.optim.AdamW(
         masters.values(),

@@ -17,14 +17,15 @@ ABOUT = (
     "`torch.optim.AdamW` over float32 weights. Same base, rows, order, first weights and learning rates (each method's "
     "default, linear with warm-up), loss on completions, no dropout.\n\n"
     "`held`: steps at weights that the plain float32 loop passed through, against the plain loop in float64: the "
-    "largest difference of a loss in nats a token, the largest relative error of the whole gradient, the least cosine "
-    "and that of the first step. `free`: training from the first weights, against the plain loop in the path's dtype: "
-    "the largest difference of a step's loss among the first 20 and among all, the mean, and the validation loss less "
-    "the plain one's. steps/s and memory (allocated, in the free steps) are a side note: processes share the device."
+    "largest difference of a loss in nats a token, the relative error of the whole gradient (of all held steps "
+    "together, and the largest of one), the least cosine and that of the first step. `free`: training from the first "
+    "weights, against the plain loop in the path's dtype: the largest difference of a step's loss among the first 20 "
+    "and among all, the mean, and the validation loss less the plain one's. steps/s and memory (allocated, in the free "
+    "steps) are a side note: processes share the device."
     "\n\n"
     "Two runs that round differently part, and the more the longer they train: `attention` is the plain float32 loop "
     "with another attention kernel, `last bit` the same begun one unit of the last place away, `bfloat16` the plain "
-    "loop in bfloat16, all against the plain float32 loop."
+    "loop in bfloat16, all against the plain float32 loop; `bfloat16, last bit` is against the plain bfloat16 loop."
 )
 
 
@@ -34,8 +35,11 @@ def rules() -> str:
         f"{paths.TIMES_PLAIN:g} times the plain float32 loop's own error; free: {paths.EARLY:g} in the "
         f"first 20 steps, {paths.LATE:g} later, validation {paths.VALID:g}, or {paths.TIMES_CONTROL:g} times what "
         f"another attention kernel does, if that is more. **bfloat16**: held, {paths.TIMES_BF16:g} times the plain "
-        f"bfloat16 loop's own errors (loss: at least {paths.BF16_LOSS:g}); free, {paths.TIMES_PARTED:g} times what "
-        f"plain bfloat16 parts from plain float32 (at least {paths.BF16_FREE:g}, validation {paths.BF16_VALID:g}). "
+        f"bfloat16 loop's own errors (loss: at least {paths.BF16_LOSS:g}; gradients: of all held steps together, as "
+        "the largest of a few is a draw: the plain loop's own goes up and down by a factor of three from weights to "
+        f"weights); free, {paths.TIMES_PARTED:g} times what plain bfloat16 parts from plain float32, or from itself "
+        f"begun one unit of the last place away, if that is more (at least {paths.BF16_FREE:g}, validation "
+        f"{paths.BF16_VALID:g}). "
         "**Other mathematics**: " + "; ".join(_approximate()) + ". A base in int8 or NF4 is also held against the "
         "plain loop over the weights that it stands for: within an exact path's gradient error in float32, within a "
         "bfloat16 one's in bfloat16."
@@ -81,7 +85,10 @@ def device_part(device: str, lines: list[Line]) -> list[str]:
         "",
     ]
     parts += _head("method | plain run", [])
-    names = {"plain": "float32", "plain-attention": "attention", "plain-last-bit": "last bit", "plain-bf16": "bfloat16"}
+    names = {
+        "plain": "float32", "plain-attention": "attention", "plain-last-bit": "last bit", "plain-bf16": "bfloat16",
+        "plain-bf16-last-bit": "bfloat16, last bit",
+    }  # fmt: skip
     for method in METHODS:
         for path, label in names.items():
             if (method, path) in found:
@@ -131,9 +138,10 @@ def figures(line: Line) -> list[str]:
     decoded = line.get("held_decoded")
     at = ["", "", ""]
     if isinstance(held, dict):
-        at = [f"{held['loss']:.1e}", f"{held['error']:.1e}", f"{held['least_cosine']:.6f} ({held['first_cosine']:.6f})"]
+        gradient = f"{held['pooled']:.1e} ({held['error']:.1e})"
+        at = [f"{held['loss']:.1e}", gradient, f"{held['least_cosine']:.6f} ({held['first_cosine']:.6f})"]
         if decoded:
-            at[1] += f" ({decoded['error']:.1e} over the decoded base)"
+            at[1] += f"; over the decoded base {decoded['pooled']:.1e} ({decoded['error']:.1e})"
     return [*at, f"{free['early']:.1e}", f"{free['largest']:.1e}", f"{free['mean']:.1e}", f"{free['valid']:+.1e}"]
 
 

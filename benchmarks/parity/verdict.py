@@ -39,7 +39,7 @@ def checks(path: Path, line: Line, known: Mapping[str, Line]) -> list[Check]:
     if path.kind == "exact":
         return _exact(line, known["plain"], known["plain-attention"])
     if path.kind == "rounding":
-        return _rounding(line, known["plain-bf16"])
+        return _rounding(line, known["plain-bf16"], known["plain-bf16-last-bit"])
     return _approximate(path, line, known)
 
 
@@ -54,13 +54,15 @@ def _exact(line: Line, plain: Line, control: Line) -> list[Check]:
     ]
 
 
-def _rounding(line: Line, plain: Line) -> list[Check]:
-    held, free, own, parted = line["held"], line["free"], plain["held"], plain["free"]
+def _rounding(line: Line, plain: Line, control: Line) -> list[Check]:
+    held, free, own = line["held"], line["free"], plain["held"]
+    draws = [plain["free"], control["free"]]
+    parted = {name: max(abs(draw[name]) for draw in draws) for name in ("largest", "valid")}
     return [
         Check("loss at given weights", held["loss"], paths.TIMES_BF16 * max(paths.BF16_LOSS, own["loss"])),
-        Check("gradient at given weights", held["error"], paths.TIMES_BF16 * own["error"]),
+        Check("gradients at given weights", held["pooled"], paths.TIMES_BF16 * own["pooled"]),
         Check("losses, all steps", free["largest"], max(paths.BF16_FREE, paths.TIMES_PARTED * parted["largest"])),
-        Check("validation loss", abs(free["valid"]), max(paths.BF16_VALID, paths.TIMES_PARTED * abs(parted["valid"]))),
+        Check("validation loss", abs(free["valid"]), max(paths.BF16_VALID, paths.TIMES_PARTED * parted["valid"])),
     ]
 
 
@@ -71,8 +73,11 @@ def _approximate(path: Path, line: Line, known: Mapping[str, Line]) -> list[Chec
     ]
     if path.decoded and "held_decoded" in line:
         plain = known["plain-bf16" if line["dtype"] == "bfloat16" else "plain"]
-        bound = paths.TIMES_BF16 * plain["held"]["error"] if line["dtype"] == "bfloat16" else _float32(plain)
-        found.append(Check("gradient over the decoded base", line["held_decoded"]["error"], bound))
+        if line["dtype"] == "bfloat16":
+            value, bound = line["held_decoded"]["pooled"], paths.TIMES_BF16 * plain["held"]["pooled"]
+        else:
+            value, bound = line["held_decoded"]["error"], _float32(plain)
+        found.append(Check("gradients over the decoded base", value, bound))
     return found
 
 

@@ -23,10 +23,11 @@ from spectune.errors import ConfigError
 from spectune.training.environment import environment
 
 PLAIN, PLAIN_BF16 = "plain", "plain-bf16"
-#: plain runs that differ from the plain loop in rounding alone
-CONTROLS: dict[str, dict[str, Any]] = {
-    "plain-last-bit": {"last_bit": True},
-    "plain-attention": {"attention": "eager"},
+#: plain runs that differ from the plain loop of their dtype in rounding alone
+CONTROLS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "plain-last-bit": (torch.float32, {"last_bit": True}),
+    "plain-attention": (torch.float32, {"attention": "eager"}),
+    "plain-bf16-last-bit": (torch.bfloat16, {"last_bit": True}),
 }
 
 
@@ -70,10 +71,8 @@ def measure(references: References, name: str) -> dict[str, Any]:
         apart = compared.free_steps(run.losses, run.valid, exact.losses, exact.valid)
         return {"losses": run.losses, "valid_loss": run.valid, "held": references.own_held(dtype), "free": apart}
     if name in CONTROLS:
-        run, exact = (
-            plain.free_run(task, torch.float32, clip=1.0, **CONTROLS[name]),
-            references.free(torch.float32, 1.0),
-        )
+        dtype, settings = CONTROLS[name]
+        run, exact = plain.free_run(task, dtype, clip=1.0, **settings), references.free(dtype, 1.0)
         apart = compared.free_steps(run.losses, run.valid, exact.losses, exact.valid)
         return {"losses": run.losses, "valid_loss": run.valid, "free": apart}
     return _path(references, PATHS[name])

@@ -119,6 +119,8 @@ class Watch:
     def __enter__(self) -> Watch:
         if self.wanted:
             command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits", "-lms", "500"]
+            if (gpus := os.environ.get("CUDA_VISIBLE_DEVICES", "")).isdecimal():
+                command += ["--id", gpus]  # of several, the one that measures
             try:
                 self.process = subprocess.Popen(
                     command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1

@@ -131,10 +131,17 @@ def test_gradients_are_compared_as_a_whole() -> None:
     reference = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
     turned = {"a": torch.tensor([3.0, 5.0]), "b": torch.tensor([4.0])}
 
-    assert compared.near(reference, reference) == compared.Near(pytest.approx(1.0), 0.0)
-    assert compared.near(turned, reference) == compared.Near(pytest.approx(2**-0.5), pytest.approx(1.0))
+    assert compared.near(reference, reference) == compared.Near(pytest.approx(1.0), 0.0, 5.0)
+    assert compared.near(turned, reference) == compared.Near(pytest.approx(2**-0.5), pytest.approx(1.0), 5.0)
     with pytest.raises(ValueError, match="other tensors"):
         compared.near({"a": turned["a"]}, reference)
+
+
+def test_errors_of_several_gradients_weigh_by_their_sizes() -> None:
+    small, large = compared.Near(1.0, 1.0, 3.0), compared.Near(1.0, 0.5, 4.0)
+
+    assert compared.held_steps([0.0], [small], [0.0])["pooled"] == 1.0
+    assert compared.held_steps([0, 0], [small, large], [0, 0])["pooled"] == pytest.approx((13 / 25) ** 0.5)
 
 
 def test_plain_runs_come_before_what_is_held_against_them_and_paths_are_named_right() -> None:
@@ -180,7 +187,7 @@ for name in told["runs"]:
 
 
 def test_the_page_shows_passes_failures_and_what_was_not_run(tmp_path: Path) -> None:
-    held = {"loss": 1e-6, "error": 1e-5, "first_cosine": 1.0, "least_cosine": 1.0}
+    held = {"loss": 1e-6, "error": 1e-5, "pooled": 1e-5, "first_cosine": 1.0, "least_cosine": 1.0}
     free = {"early": 1e-5, "largest": 1e-4, "mean": 1e-5, "valid": 1e-5}
     environment = {"packages": {"torch": "2.11"}, "spectune": "0"}
     common = {"method": "lora", "device": "GPU", "base": "b", "data": "d", "steps": 200, "held_steps": 8, "rows": 16}
