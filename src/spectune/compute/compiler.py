@@ -48,6 +48,7 @@ def compiler_settings(memory_budget: float) -> Iterator[None]:
     import torch._inductor.config as inductor
 
     from spectune.compute.narrow_products import GroupNarrowProducts
+    from spectune.compute.partition import Partition
 
     with (
         dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS),
@@ -57,6 +58,6 @@ def compiler_settings(memory_budget: float) -> Iterator[None]:
             ban_recompute_long_fusible_chains=False,
             activation_memory_budget=memory_budget,
         ),
-        inductor.patch(post_grad_custom_pre_pass=GroupNarrowProducts()),
+        inductor.patch(post_grad_custom_pre_pass=GroupNarrowProducts(), custom_partitioner_fn=Partition()),
     ):
         yield
