@@ -206,8 +206,8 @@ def predict(cell: Cell, device: str) -> dict[str, Any]:
         estimate = plan(
             config, method, whole.rows, whole.length, dtype=dtype, base_precision=cell.base_precision,
             gradient_checkpointing=cell.checkpointing, torch_compile=compiled,
-            cuda_graphs=cell.recorded and device == "cuda", optim=cell.optim, device=device, targets=whole.targets, all_targets=whole.all_targets,
-            columns=whole.columns, padded=whole.padded,
+            cuda_graphs=cell.recorded and device == "cuda", optim=cell.optim, device=device, targets=whole.targets,
+            all_targets=whole.all_targets, columns=whole.columns, padded=whole.padded,
         )  # fmt: skip
         measured = estimate.of_first_steps([shapes] * MEASURED_STEPS)
     except Exception as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from spectune.compute import partition
 from spectune.compute.compiler import block_of, compiler_settings
 from spectune.compute.memory import AllocationTracker
 from spectune.deltas import Method, attach, route
@@ -206,6 +207,12 @@ def test_nothing_is_drawn_twice(attention: bool) -> None:
     wanted = dropping(1.0, attention, Cut())
     for budget in (memory_budget("selective"), 0.1, memory_budget(True)):
         equal(dropping(budget, attention, Cut()), wanted)
+
+
+def test_a_partitioner_that_would_draw_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "LEAST_BUDGET", 0.0)  # at which marks do not count
+    with pytest.raises(RuntimeError, match="in backward again, which makes gradients wrong"):
+        dropping(0.0, False, Cut())
 
 
 @pytest.mark.skipif(not _compiler_there(), reason="makes kernels for the CPU")

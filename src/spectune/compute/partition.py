@@ -8,6 +8,7 @@ weights is a kernel that draws, and its output is kept.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -30,10 +31,13 @@ class Partition(CustomPartitionerFn):
         return get_hash_for_files((__file__,))
 
 
-def partition(graph: fx.GraphModule, inputs: Any, **settings: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+def partition(
+    graph: fx.GraphModule, inputs: Any, *, seeded: Container[Any] = (), **settings: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Cut a joint graph within the budget that is set (`torch._functorch.config.activation_memory_budget`).
 
     Args:
+        seeded: operations that will draw from a number that is kept, and so may be made again.
         inputs, settings: as `torch._functorch.partitioners.min_cut_rematerialization_partition` takes them.
 
     Returns:
@@ -46,17 +50,21 @@ def partition(graph: fx.GraphModule, inputs: Any, **settings: Any) -> tuple[fx.G
 
     drawn = [node for node in graph.graph.nodes if draws(node)]
     for node in drawn:
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        if node.target not in seeded:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     budget = functorch.activation_memory_budget
     with functorch.patch(activation_memory_budget=max(budget, LEAST_BUDGET) if drawn else budget):
         forward, backward = min_cut_rematerialization_partition(graph, inputs, **settings)
-    once = {node.name for node in forward.graph.nodes if draws(node)}
-    if twice := [node.name for node in backward.graph.nodes if draws(node) and node.name in once]:
+    if twice := _drawn(forward, seeded) & _drawn(backward, seeded):
         raise RuntimeError(
-            f"torch {torch.__version__} would draw {', '.join(twice)} in backward again, which makes gradients wrong: "
-            "set gradient_checkpointing=false, or torch_compile=false"
+            f"torch {torch.__version__} would draw {', '.join(sorted(twice))} in backward again, which makes gradients "
+            "wrong: set gradient_checkpointing=false, or torch_compile=false"
         )
     return forward, backward
+
+
+def _drawn(graph: fx.GraphModule, seeded: Container[Any]) -> set[str]:
+    return {node.name for node in graph.graph.nodes if draws(node) and node.target not in seeded}
 
 
 def draws(node: fx.Node) -> bool:

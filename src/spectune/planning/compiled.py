@@ -103,8 +103,10 @@ def _backend(blocks: CompiledBlocks) -> Any:
     from spectune.compute.partition import partition
 
     def cut(graph: fx.GraphModule, inputs: Any, **settings: Any) -> Any:
-        # without inductor's passes over the joint graph: they replace whatever returns tensors without memory
-        return partition(graph, inputs, compiler="inductor", **settings)
+        # without inductor's passes over the joint graph: they replace whatever returns tensors without memory. One of
+        # them would make these from a number each
+        seeded = (torch.ops.aten.rand.default, torch.ops.aten.randn.default)
+        return partition(graph, inputs, seeded=seeded, compiler="inductor", **settings)
 
     def compiler(backward: bool) -> Callable[..., Any]:
         def compile_graph(graph: fx.GraphModule, _: Any) -> Any:
