@@ -40,9 +40,11 @@ def gradients(
     prepare: Callable[[Any], None] = lambda model: None,
     **inputs: Any,
 ) -> list[Tensor]:
-    """Loss and gradients in float64, backward outside of everything. `mode`: None is not compiled."""
+    """Loss and gradients, backward outside of everything. `mode`: None is not compiled. In float64, but for experts,
+    whose product there is none of in it."""
     torch.manual_seed(0)
-    model = make().double()
+    model = make()
+    model = model if model.config.model_type == "mixtral" else model.double()
     delta = attach(model, method, "trained")
     prepare(model)
     move(delta)
@@ -62,9 +64,13 @@ def gradients(
 
 
 def equal(found: list[Tensor], wanted: list[Tensor]) -> None:
+    rounding = 1e-6 if wanted[0].dtype == torch.float64 else 1e-4
     assert len(found) == len(wanted) > 1
     for one, other in zip(found, wanted, strict=True):  # a delta's weights are float32
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))
+        # gradients of keys' biases are nothing but rounding
+        torch.testing.assert_close(
+            one, other, rtol=rounding, atol=rounding * float(other.abs().max()) + 1e-9 * rounding
+        )
 
 
 #: one of each method; the others are behind `-m slow`, and so are all other families
