@@ -200,15 +200,14 @@ def predict(cell: Cell, device: str) -> dict[str, Any]:
     begin = time.perf_counter()
     # on a CPU tensors are counted in steps that are not compiled, as `train` plans them
     compiled = cell.compiled and device != "cpu"
-    mode = False if cell.compiled and not compiled and cell.checkpointing == "selective" else cell.checkpointing
     try:
         config, method, shapes = config_of(cell.shape), method_of(cell), shapes_of(cell, device)
         whole = shape_of([[row] for row in examples(cell)], Packing(untold=packing_of(cell, device).untold))
         estimate = plan(
             config, method, whole.rows, whole.length, dtype=dtype, base_precision=cell.base_precision,
-            gradient_checkpointing=mode, torch_compile=compiled, cuda_graphs=cell.recorded and device == "cuda",
-            optim=cell.optim, device=device, targets=whole.targets, all_targets=whole.all_targets,
-            columns=whole.columns, padded=whole.padded,
+            gradient_checkpointing=cell.checkpointing, torch_compile=compiled,
+            cuda_graphs=cell.recorded and device == "cuda", optim=cell.optim, device=device, targets=whole.targets,
+            all_targets=whole.all_targets, columns=whole.columns, padded=whole.padded,
         )  # fmt: skip
         measured = estimate.of_first_steps([shapes] * MEASURED_STEPS)
     except Exception as error:

@@ -118,6 +118,13 @@ PATHS: dict[str, Path] = {
         ("lora",),
         tier=2,
     ),
+    "checkpointed-compiled-bf16": Path(
+        "gradient_checkpointing true, compiled, bfloat16",
+        {**COMPILED, "gradient_checkpointing": True},
+        "rounding",
+        ("lora",),
+        tier=2,
+    ),
     "offload-compiled-bf16": Path(
         "block inputs in host memory, compiled, bfloat16",
         {**COMPILED, "gradient_checkpointing": "offload"},

@@ -133,11 +133,9 @@ def our_step(
 
 
 def compiler(variant: dict[str, Any]) -> Callable[[Any, Any], Any]:
-    """A context in which a model's blocks run compiled; selective recomputation is the compiler's part."""
+    """A context in which a model's blocks run compiled, with the budget of the variant's recomputation."""
     compiled = part("spectune.training.compiling", "compiled")
-    if variant["gradient_checkpointing"] != "selective":
-        return lambda model, family: compiled(model, family, True)
-    budget = part("spectune.training.checkpointing", "memory_budget")("selective")
+    budget = part("spectune.training.checkpointing", "memory_budget")(variant["gradient_checkpointing"])
     return lambda model, family: compiled(model, family, True, memory_budget=budget)
 
 

@@ -91,7 +91,7 @@ def test_groups_that_need_each_other_are_not_both_made() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [1.0, 0.5])
+@pytest.mark.parametrize("checkpointing", [1.0, 0.5, 0.0])
 def test_in_blocks_that_inductor_compiles(checkpointing: float) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=128, hidden_size=256, num_hidden_layers=3, num_attention_heads=8,

@@ -115,9 +115,10 @@ def test_a_block_keeps_what_the_plan_says(make: Callable[[], PreTrainedModel], m
 
 @pytest.mark.parametrize("make", [pytest.param(gpt2, marks=pytest.mark.slow), llama])
 def test_within_a_budget_too(make: Callable[[], PreTrainedModel]) -> None:
-    planned = kept_by_plan(make(), "lora", "selective")
-    assert planned == kept_by_blocks(make(), "lora", PARTITIONED, "selective")
-    assert planned < kept_by_plan(make(), "lora", False)
+    kept = [kept_by_plan(make(), "lora", mode) for mode in (False, "selective", True)]
+    for planned, mode in zip(kept[1:], ("selective", True), strict=True):
+        assert planned == kept_by_blocks(make(), "lora", PARTITIONED, mode)
+    assert kept[0] > kept[1] > kept[2] == ROWS * LENGTH * 64 * 4  # the next block's input alone
 
 
 @pytest.mark.skipif(not _compiler_there(), reason="compiles kernels for the CPU")

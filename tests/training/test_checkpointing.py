@@ -119,7 +119,7 @@ def test_a_run_may_go_on_in_another_way_and_its_numbers_do_not_change(method: st
 
 
 def test_what_the_compiler_is_told() -> None:
-    assert [memory_budget(mode) for mode in (False, "selective", True, "offload")] == [1.0, 0.5, 1.0, 1.0]
+    assert [memory_budget(mode) for mode in (False, "selective", True, "offload")] == [1.0, 0.5, 0.0, 1.0]
 
 
 def test_settings_are_checked() -> None:

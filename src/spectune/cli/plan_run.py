@@ -70,13 +70,11 @@ class PlannedRun:
 
     def planned(self, method: Method) -> dict[str, Any]:
         """`plan`'s arguments. On a CPU a run's first steps, which hold its longest batch, are not compiled, as tensors
-        are counted in them; nor does the compiler recompute in them what is left to it. So that is planned."""
-        compiling, mode = self.compiles(method), self.config.gradient_checkpointing
-        later = compiling and self.place == "cpu"
+        are counted in them. So that is planned."""
         return {
-            "torch_compile": compiling and not later,
+            "torch_compile": self.compiles(method) and self.place != "cpu",
             "cuda_graphs": self.records(method),
-            "gradient_checkpointing": False if later and mode == "selective" else mode,
+            "gradient_checkpointing": self.config.gradient_checkpointing,
         }
 
     def said(self, estimates: Sequence[tuple[Method, Estimate]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import types
 from collections.abc import Callable, Iterator
@@ -25,14 +26,31 @@ def block_of() -> Callable[..., Any]:
     return types.FunctionType(_block.__code__.replace(), _block.__globals__, _block.__name__)
 
 
-def memory_budget(selective: bool) -> float:
-    """What compiled blocks are given as `torch._functorch.config.activation_memory_budget`, from 0 (a block's input
-    alone is kept) to 1 (what the partitioner keeps by itself, recomputing pointwise operations where it is free).
+class CompiledCall(abc.ABC):
+    """What stands in for the call of a layer that is compiled, at `nn.Module._compiled_call_impl`."""
 
-    Selective recomputation is the compiler's alone; whole blocks are recomputed around the compiled call, in which the
-    budget is then nobody's.
+    #: what its graphs were given, see `memory_budget`
+    memory_budget: float
+
+    @abc.abstractmethod
+    def compiles(self) -> bool:
+        """Whether a call now is compiled. Otherwise the layer runs as it is."""
+
+    @abc.abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.__call__`."""
+
+
+def memory_budget(mode: bool | str) -> float:
+    """What compiled blocks are given as `torch._functorch.config.activation_memory_budget`, from 0 (a block's inputs
+    alone are kept) to 1 (what the partitioner keeps by itself, recomputing pointwise operations where it is free).
+
+    Args:
+        mode: of recomputation, as `TrainingConfig.gradient_checkpointing` names it. "selective" and True are the
+            compiler's: it makes again what backward needs, and fuses it. With "offload" blocks are recomputed from
+            outside, as that is where their inputs go away, and the budget is nobody's.
     """
-    return 0.5 if selective else 1.0
+    return {"selective": 0.5, True: 0.0}.get(mode, 1.0)
 
 
 @contextlib.contextmanager
@@ -48,6 +66,7 @@ def compiler_settings(memory_budget: float) -> Iterator[None]:
     import torch._inductor.config as inductor
 
     from spectune.compute.narrow_products import GroupNarrowProducts
+    from spectune.compute.partition import Partition
 
     with (
         dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS),
@@ -57,6 +76,6 @@ def compiler_settings(memory_budget: float) -> Iterator[None]:
             ban_recompute_long_fusible_chains=False,
             activation_memory_budget=memory_budget,
         ),
-        inductor.patch(post_grad_custom_pre_pass=GroupNarrowProducts()),
+        inductor.patch(post_grad_custom_pre_pass=GroupNarrowProducts(), custom_partitioner_fn=Partition()),
     ):
         yield

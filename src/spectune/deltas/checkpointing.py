@@ -2,8 +2,13 @@
 
 The whole call of a block is recomputed, hooks included, not its `forward` as transformers does: what a delta does with
 a block's output would be kept otherwise. The call is replaced at `nn.Module._compiled_call_impl`, where torch itself
-puts a compiled call, so a compiled block is recomputed as it is. FSDP2's own hooks run again in the recomputation, for
-which it is made ("module-hook-based activation checkpointing").
+puts a compiled call. FSDP2's own hooks run again in the recomputation, for which it is made ("module-hook-based
+activation checkpointing").
+
+A block that spectune has compiled recomputes within its graph, and is left alone while it runs compiled: its backward
+makes again what it needs, where the whole block would be run here, its last product too. What is drawn at random is the
+same there (`spectune.compute.partition`), and routes and caches are those of the forward pass. Only "offload" is around
+a compiled call, because the block's input goes away outside of it.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import Cache, PreTrainedModel
 
+from spectune.compute.compiler import CompiledCall
 from spectune.compute.offload import CudaTransfers, HostStates, Transfers
 from spectune.compute.selective import policy
 from spectune.deltas.registry import Registry
@@ -37,8 +43,8 @@ ORDER: tuple[Recomputation, ...] = (False, "selective", True, "offload")
 def recomputing(model: PreTrainedModel, mode: Recomputation, *, transfers: Transfers | None = None) -> Iterator[None]:
     """Recompute the blocks of `model` in training inside the `with`, and leave it as it was before.
 
-    Blocks that are to be compiled are compiled before this; then selective recomputation is the compiler's
-    (`spectune.training.checkpointing.memory_budget`), and nothing is done here.
+    Blocks that are to be compiled are compiled before this, with the mode's `memory_budget`
+    (`spectune.training.checkpointing`).
 
     Args:
         transfers: copies for "offload" instead of those of the model's CUDA device.
@@ -77,7 +83,8 @@ def recompute(
     if mode == "selective":
         chosen = policy(family.hidden_size)
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, chosen)
-        layers = [layer for layer in layers if layer._compiled_call_impl is None]
+        # the policy sees nothing of what others have compiled
+        layers = [layer for layer in layers if isinstance(layer._compiled_call_impl, CompiledCall | None)]
     states = None
     if mode == "offload":
         states = HostStates(transfers or _transfers(model.device))
@@ -113,6 +120,8 @@ class RecomputedBlock:
     ) -> None:
         self.model, self.layer, self.settings, self.states, self.last = model, layer, settings, states, last
         self.before = layer._compiled_call_impl
+        #: the compiled call, where it is the one that recomputes
+        self.within = _recomputes(self.before) if states is None else None
         layer.__dict__["_compiled_call_impl"] = self
 
     def close(self) -> None:
@@ -129,6 +138,10 @@ class RecomputedBlock:
         call = self.before or self.layer._call_impl
         if not (self.layer.training and torch.is_grad_enabled()):
             return call(*args, **kwargs)
+        if self.within is not None:
+            if self.within.compiles():
+                return self.within(*args, **kwargs)
+            call = self.layer._call_impl  # the second time too, though it might be compiled by then
         if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             _say_cache()
             return call(*args, **kwargs)
@@ -149,6 +162,10 @@ class RecomputedBlock:
             if self.states is not None:
                 stack.enter_context(self.states.leaving(hidden, last=self.last))
             return checkpoint(again, hidden, use_reentrant=False, **self.settings)
+
+
+def _recomputes(call: Any) -> CompiledCall | None:
+    return call if isinstance(call, CompiledCall) and call.memory_budget < 1 else None
 
 
 @functools.cache

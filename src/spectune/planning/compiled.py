@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from spectune.compute.compiler import block_of, compiler_settings
+from spectune.compute.compiler import CompiledCall, block_of, compiler_settings
 from spectune.planning.fusion import Buffer, Schedule, Source, schedule
 from spectune.planning.kernels import attend_as, scratch_of
 
@@ -34,32 +34,40 @@ class CompiledBlocks:
         #: told of what blocks make
         self.recorder: Recorder | None = None
         self.memory_budget = memory_budget
-        self._run: Callable[..., Any] | None = None
+        self.run: Callable[..., Any] | None = None
         # which kernel attention takes is asked of this machine: not to be traced
         torch.compiler.allow_in_graph(attend_as)  # type: ignore[no-untyped-call]
         for layer in layers:
-            layer.__dict__["_compiled_call_impl"] = self._calls(layer)
+            layer.__dict__["_compiled_call_impl"] = _Call(self, layer)
 
     @contextlib.contextmanager
     def running(self, recorder: Recorder) -> Iterator[None]:
         """Inside, layers run compiled, for one shape of a batch, and the recorder is told."""
         # a graph that breaks would leave tensors between its parts that nobody tells of
-        self._run = torch.compile(block_of(), backend=_backend(self), dynamic=False, fullgraph=True)
+        self.run = torch.compile(block_of(), backend=_backend(self), dynamic=False, fullgraph=True)
         self.recorder = recorder
         try:
             yield
         finally:
-            self.recorder = self._run = None
+            self.recorder = self.run = None
 
-    def _calls(self, layer: nn.Module) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self._run is None or not torch.is_grad_enabled():
-                return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-            # what is made in here tells of itself; the compiler traces nothing under a mode
-            with _disable_current_modes(), compiler_settings(self.memory_budget), _constants():
-                return self._run(layer, args, kwargs)
 
-        return call
+class _Call(CompiledCall):
+    """The call of one layer."""
+
+    def __init__(self, blocks: CompiledBlocks, layer: nn.Module) -> None:
+        self.blocks, self.layer, self.memory_budget = blocks, layer, blocks.memory_budget
+
+    def compiles(self) -> bool:
+        return self.blocks.run is not None and torch.is_grad_enabled()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.compiles():
+            return self.layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        assert self.blocks.run is not None
+        # what is made in here tells of itself; the compiler traces nothing under a mode
+        with _disable_current_modes(), compiler_settings(self.memory_budget), _constants():
+            return self.blocks.run(self.layer, args, kwargs)
 
 
 def is_of_the_compiler(error: Exception) -> bool:
@@ -90,12 +98,15 @@ def _constants() -> Iterator[None]:
 def _backend(blocks: CompiledBlocks) -> Any:
     """A backend of `torch.compile` like inductor's down to the two graphs, with callables that only take memory."""
     from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
-    def partition(graph: fx.GraphModule, inputs: Any, **settings: Any) -> Any:
-        # without inductor's passes over the joint graph: they replace whatever returns tensors without memory
-        return min_cut_rematerialization_partition(graph, inputs, compiler="inductor", **settings)
+    from spectune.compute.partition import partition
+
+    def cut(graph: fx.GraphModule, inputs: Any, **settings: Any) -> Any:
+        # without inductor's passes over the joint graph: they replace whatever returns tensors without memory. One of
+        # them would make these from a number each
+        seeded = (torch.ops.aten.rand.default, torch.ops.aten.randn.default)
+        return partition(graph, inputs, seeded=seeded, compiler="inductor", **settings)
 
     def compiler(backward: bool) -> Callable[..., Any]:
         def compile_graph(graph: fx.GraphModule, _: Any) -> Any:
@@ -106,7 +117,7 @@ def _backend(blocks: CompiledBlocks) -> Any:
     return aot_autograd(
         fw_compiler=compiler(False),
         bw_compiler=compiler(True),
-        partition_fn=partition,
+        partition_fn=cut,
         decompositions=select_decomp_table(),
     )
 

@@ -93,7 +93,8 @@ def _outputs(query: Tensor, key: Tensor, value: Tensor, kernel: str, dropout_p: 
 
 _LIBRARY: Any = torch.library.Library("spectune", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "planned_attention(Tensor query, Tensor key, Tensor value, str kernel, float dropout_p) -> (Tensor, Tensor)"
+    "planned_attention(Tensor query, Tensor key, Tensor value, str kernel, float dropout_p) -> (Tensor, Tensor)",
+    tags=(torch.Tag.nondeterministic_seeded,),  # as torch's own have
 )
 _LIBRARY.define(
     "planned_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, "

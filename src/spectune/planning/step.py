@@ -82,7 +82,7 @@ class Skeleton:
     def run_layers_as(self, mode: Recomputation, *, compiled: bool) -> None:
         """Compile the layers that are left, and switch their recomputation on, in that order as training does."""
         if compiled:
-            self.blocks = CompiledBlocks(self.layers, memory_budget(mode == "selective"))
+            self.blocks = CompiledBlocks(self.layers, memory_budget(mode))
         self.transfers = MetaTransfers()
         recompute(self.model, mode, transfers=self.transfers)
 

@@ -35,4 +35,4 @@ def modes_of(model: PreTrainedModel, wanted: Any) -> tuple[Recomputation, ...]:
 
 def memory_budget(mode: Recomputation) -> float:
     """What compiled blocks are given of the compiler's budget: see `spectune.compute.compiler.memory_budget`."""
-    return compiler.memory_budget(selective=mode == "selective")
+    return compiler.memory_budget(mode)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
-from spectune.compute.compiler import block_of, compiler_settings
+from spectune.compute.compiler import CompiledCall, block_of, compiler_settings
 from spectune.deltas import Method
 from spectune.families import Family
 from spectune.planning.flops import flops_per_token
@@ -90,7 +90,12 @@ def _compiler_there() -> bool:
 
 @contextlib.contextmanager
 def compiled(
-    model: PreTrainedModel, family: Family, wanted: bool, *, backend: str = "inductor", memory_budget: float = 1.0
+    model: PreTrainedModel,
+    family: Family,
+    wanted: bool,
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    memory_budget: float = 1.0,
 ) -> Iterator[None]:
     """Inside the `with`, run each decoder block compiled while gradients are wanted; leave the model as it was.
 
@@ -101,7 +106,8 @@ def compiled(
         wanted: False does nothing.
         backend: of `torch.compile`.
         memory_budget: 1 keeps what a product or attention gave and recomputes what is cheap (norms, activations,
-            casts); below 1 the compiler recomputes products too, until a block keeps about that share of it.
+            casts); below 1 the compiler recomputes products too, until a block keeps about that share of it. See
+            `spectune.training.checkpointing.memory_budget`; `recomputing` is to be entered after this.
     """
     if not wanted:
         yield
@@ -109,7 +115,7 @@ def compiled(
     run = torch.compile(block_of(), backend=backend)
     layers = [model.get_submodule(layer.path) for layer in family.layers]
     for layer in layers:
-        layer.__dict__["_compiled_call_impl"] = _calls(layer, run)
+        layer.__dict__["_compiled_call_impl"] = _Compiled(layer, run, memory_budget)
     try:
         with compiler_settings(memory_budget):
             yield
@@ -118,11 +124,17 @@ def compiled(
             layer.__dict__.pop("_compiled_call_impl", None)
 
 
-def _calls(layer: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # where tensors are counted one by one (on a CPU, in the first steps), the compiler would give up for good
-        if torch.is_grad_enabled() and _get_current_dispatch_mode() is None:
-            return run(layer, args, kwargs)
-        return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+class _Compiled(CompiledCall):
+    """The call of one layer, compiled while gradients are wanted."""
 
-    return call
+    def __init__(self, layer: nn.Module, run: Callable[..., Any], memory_budget: float) -> None:
+        self.layer, self.run, self.memory_budget = layer, run, memory_budget
+
+    def compiles(self) -> bool:
+        # where tensors are counted one by one (on a CPU, in the first steps), the compiler would give up for good
+        return torch.is_grad_enabled() and _get_current_dispatch_mode() is None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.compiles():
+            return self.run(self.layer, args, kwargs)
+        return self.layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]

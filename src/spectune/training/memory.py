@@ -175,11 +175,10 @@ def _predicted(
     asked: dict[str, Any] = {
         "batch": first.rows,
         "length": first.length,
-        # on a CPU a run's first steps, which hold its longest batch, are not compiled: tensors are counted in them. Nor
-        # does the compiler recompute in them what is left to it
+        # on a CPU a run's first steps, which hold its longest batch, are not compiled: tensors are counted in them
         "torch_compile": compiling and not on_cpu,
         "cuda_graphs": recording and mode is False,
-        "gradient_checkpointing": False if compiling and on_cpu and mode == "selective" else mode,
+        "gradient_checkpointing": mode,
         "optim": config.optim,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "device": model.device.type,
