@@ -16,7 +16,10 @@ from spectune.training import loop as loop_module
 from tests.support import make_model, make_rows, make_tokenizer
 from tests.training.test_compiling import undropped
 
-pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:TensorFloat32")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:Synchronization debug mode"),
+]
 
 
 def run(method: type[Method], **changes: Any) -> tuple[list[float], dict[str, Tensor]]:

@@ -133,3 +133,13 @@ def test_rows_that_hold_several_texts_are_found_in_every_pass() -> None:
         assert found.tolist() == [[0, 0, 1, 1]]
     with rows.passes():
         assert masking_utils.find_packed_sequence_indices(alone) is None
+
+
+def test_padding_without_a_mask_is_not_looked_for() -> None:
+    model = make_model()
+    model.config.pad_token_id = 0
+    rows = OneTextRows()
+    with rows.passes():
+        model.warn_if_padding_and_no_attention_mask(None, None)  # would index the tokens
+    with pytest.raises(TypeError):
+        model.warn_if_padding_and_no_attention_mask(None, None)

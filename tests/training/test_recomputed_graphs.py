@@ -100,7 +100,8 @@ def test_frozen_lower_blocks() -> None:
     equal(gradients(llama, LoRA(r=2), True, prepare=freeze_lower_blocks), wanted)
 
 
-@pytest.mark.parametrize("method", [LoRA(r=2), pytest.param(PromptTuning(), marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [LoRA(r=2), PromptTuning()])
 def test_rows_of_several_deltas(method: Method) -> None:
     rows = ["trained", None, "other"]
     equal(gradients(llama, method, True, rows=rows), gradients(llama, method, None, rows=rows))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 
 def widen_mask(mask: Tensor | None, query_length: int, text_keys: int, lead: Tensor) -> Tensor:
@@ -42,10 +42,11 @@ def positions_from_mask(mask: Tensor, length: int) -> Tensor:
 
 
 class OneTextRows:
-    """Rows of one text each, whose positions a model makes by itself.
+    """Rows of one text each, whose positions a model makes by itself, and whose padding needs no mask.
 
     Without a mask transformers looks in every pass whether positions begin anew within a row (several texts in one
     sequence), and waits for the device to say so. Here the answer follows from the shape, and is asked once for each.
+    Some types also look for padding, to warn of it, and wait for that.
     """
 
     def __init__(self) -> None:
@@ -64,8 +65,11 @@ class OneTextRows:
                 self._known.add(position_ids.shape)
             return found
 
+        warn = PreTrainedModel.warn_if_padding_and_no_attention_mask
         masking_utils.find_packed_sequence_indices = find
+        PreTrainedModel.warn_if_padding_and_no_attention_mask = lambda *_, **__: None  # type: ignore[method-assign]
         try:
             yield
         finally:
             masking_utils.find_packed_sequence_indices = ask
+            PreTrainedModel.warn_if_padding_and_no_attention_mask = warn  # type: ignore[method-assign]

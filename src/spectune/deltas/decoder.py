@@ -51,7 +51,7 @@ class _Lead:
         return max(self.lengths)
 
     def shift(self, device: torch.device) -> int | Tensor:
-        return self.shifts[0] if len(self.shifts) == 1 else torch.tensor(self.shifts, device=device)[:, None]
+        return _column(self.shifts, device)
 
     def places(self, text: int, padding: Tensor | None, device: torch.device) -> Tensor:
         """Which virtual token stands at each place: `[batch or 1, length + text]`, negative where it is
@@ -61,8 +61,8 @@ class _Lead:
         the left: sliding windows and ALiBi count places, and see the same distances whatever the padding.
         """
         first = self.length + (0 if padding is None else padding)
-        count = torch.tensor(self.lengths, device=device)[:, None]
-        place = torch.arange(self.length + text, device=device) - (first - count)
+        count = _column(self.lengths, device)
+        place = torch.arange(self.length + text, device=device)[None] - (first - count)
         return place.masked_fill(place >= count, -1)
 
     def embeddings(self, like: Tensor) -> Tensor:
@@ -74,6 +74,13 @@ class _Lead:
         }
         none = like.new_zeros(self.length, like.shape[-1])
         return torch.stack([made.get(id(prompt), none) for prompt in self.prompts])
+
+
+def _column(numbers: tuple[int, ...], device: torch.device) -> int | Tensor:
+    """One for each row, `[rows, 1]`; all alike as they are. Nothing waits for the device."""
+    if len(numbers) == 1:
+        return numbers[0]
+    return torch.tensor(numbers).to(device, non_blocking=True)[:, None]
 
 
 class DecoderSite:
