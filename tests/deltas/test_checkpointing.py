@@ -19,7 +19,7 @@ from spectune.errors import ConfigError
 from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA, PromptTuning
 from tests.contract.conftest import CASES, move, tokens
 from tests.contract.families import FAMILIES, gpt2, llama
-from tests.support import make_model
+from tests.support import checkpointed_by_transformers, make_model
 from tests.support.transfers import LateTransfers
 
 MODES: tuple[Recomputation, ...] = ("selective", True, "offload")
@@ -214,7 +214,7 @@ def test_what_needs_a_gpu_is_refused_without_one() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_left_behind(mode: Recomputation) -> None:
     model = make_model()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointed_by_transformers(model)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     attach(model, LoRA(r=2))
     with recomputing(model, mode, transfers=LateTransfers()):

@@ -44,6 +44,12 @@ def make_tokenizer(*, bos: bool = False, chat: bool = False) -> PreTrainedTokeni
     return tokenizer
 
 
+def checkpointed_by_transformers(model: PreTrainedModel) -> None:
+    """Switch on transformers' own checkpointing, whose name changed in 5.24."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def make_model(*, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A GPT-2 of two layers for that tokenizer."""
     torch.manual_seed(1)

@@ -17,7 +17,7 @@ from spectune.planning.estimate import Estimate
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training import memory as memory_module
 from spectune.training.checkpointing import memory_budget
-from tests.support import make_model, make_rows, make_tokenizer
+from tests.support import checkpointed_by_transformers, make_model, make_rows, make_tokenizer
 
 
 def run(method: Any = "lora", model: Any = None, **settings: Any) -> tuple[RunResult, str]:
@@ -88,7 +88,7 @@ def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run()[0].gradient_checkpointing is False
     assert run(memory_check="off")[0].gradient_checkpointing is False
     model = make_model()
-    model.activation_checkpointing_enable({"use_reentrant": False})  # the user's own wish
+    checkpointed_by_transformers(model)  # the user's own wish
     assert run(model=model)[0].gradient_checkpointing is True
     with pytest.raises(ConfigError, match="offload needs a CUDA device"):
         run(gradient_checkpointing="offload")

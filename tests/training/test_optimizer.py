@@ -209,6 +209,7 @@ def test_codes_are_close(count: int, signed: bool) -> None:
                        torch.zeros(count))  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11
 def test_decoding_takes_eight_bytes_a_number() -> None:
     values = torch.randn(2**18)
     codes, scales = codes_of(values, signed=True)

@@ -19,7 +19,7 @@ from spectune.storage import attach, load, load_delta
 from spectune.storage.strict_json import strict_json
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training import loop as loop_module
-from tests.support import make_model, make_rows, make_tokenizer
+from tests.support import checkpointed_by_transformers, make_model, make_rows, make_tokenizer
 
 QUIET = Console(quiet=True)
 
@@ -189,7 +189,7 @@ def test_gradient_checkpointing_ends_with_the_run(recwarn: pytest.WarningsRecord
     for before in (False, True):
         model = make_model()
         if before:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpointed_by_transformers(model)
         run(LoRA(r=2), settings(gradient_checkpointing=True), model)
         flags = [m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         assert flags

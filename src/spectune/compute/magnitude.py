@@ -36,10 +36,10 @@ class _ScaleFeatures(torch.autograd.Function):
         # in float32 until the end: near 1 a ratio of 16 bits would move in steps of 0.4%
         if bias is None:
             z = y + change
-            out = (z * ratio).to(y.dtype)
+            out = _cast(z * ratio, y.dtype)
         else:
             z = y - bias.to(y.dtype) + change
-            out = (z * (ratio - 1)).add_(y).add_(change).to(y.dtype)
+            out = _cast((z * (ratio - 1)).add_(y) + change, y.dtype)
         ctx.save_for_backward(out if bias is None else z, ratio)
         ctx.plain = bias is None
         return out
@@ -56,3 +56,9 @@ class _ScaleFeatures(torch.autograd.Function):
                 total = torch.where(ratio == 0, 0.0, total / ratio)
         wanted = ctx.needs_input_grad
         return below if wanted[0] else None, below if wanted[1] else None, total, None
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where there is nothing to cast, `to` gives back the tensor itself, as operations in place do: compiled by torch
+    2.11, the output of a `forward` that ends with such a one has no gradient, without a word."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

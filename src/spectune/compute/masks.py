@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -45,24 +46,26 @@ class OneTextRows:
     """Rows of one text each, whose positions a model makes by itself, and whose padding needs no mask.
 
     Without a mask transformers looks in every pass whether positions begin anew within a row (several texts in one
-    sequence), and waits for the device to say so. Here the answer follows from the shape, and is asked once for each.
-    Some types also look for padding, to warn of it, and wait for that.
+    sequence), and waits for the device to say so. Such positions are counted the same way in every batch: the first one
+    is looked at for all. Some types also look for padding, to warn of it, and wait for that.
     """
 
     def __init__(self) -> None:
-        self._known: set[torch.Size] = set()
+        #: which of a pass's questions, by number, were answered with no
+        self._known: set[int] = set()
 
     @contextlib.contextmanager
     def passes(self) -> Iterator[None]:
-        """Inside, forward passes are over such rows, and give no positions."""
-        ask = masking_utils.find_packed_sequence_indices
+        """Inside, there is one forward pass, over such rows, which is given no positions."""
+        ask, numbers = masking_utils.find_packed_sequence_indices, itertools.count()
 
         def find(position_ids: Tensor) -> Tensor | None:
-            if position_ids.shape in self._known:
+            number = next(numbers)
+            if number in self._known:
                 return None
             found: Tensor | None = ask(position_ids)
             if found is None:
-                self._known.add(position_ids.shape)
+                self._known.add(number)
             return found
 
         warn = PreTrainedModel.warn_if_padding_and_no_attention_mask
