@@ -12,11 +12,12 @@ from benchmarks.step_speed.grid import METHOD_ORDER, REAL_SYSTEMS, SYSTEMS
 GIB = 2**30
 #: largest relative difference of the first losses to the reference's, by compute dtype; beyond it a row is not valid
 TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-2}
-#: the same where the base is quantised
-FP8_TOLERANCE = 5e-2
+#: the same for the first loss alone, where the base is quantised: from then on it learns these random tokens in another
+#: way. What it comes to on real rows is `benchmarks.parity`'s to say
+FP8_TOLERANCE = 1e-2
 #: which system's losses are the reference: the first that was measured. Full fine-tuning: with float32 weights, which
 #: a plain loop on bf16 weights lacks (small steps round to none)
-REFERENCES = ("peft", "plain-masters", "ours-eager", "plain")
+REFERENCES = ("peft", "plain-masters", "peft-compiled", "peft-liger-compiled", "ours-eager", "plain")
 REAL_REFERENCES = ("real-peft", "real-ours-padded")
 
 
@@ -66,6 +67,15 @@ class Measured:
         return max(sizes) / GIB if sizes else None
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Of losses, relative: the `largest`, and what is `judged` by a tolerance."""
+
+    largest: float
+    judged: float
+    tolerance: float
+
+
 Key = tuple[str, str, str]
 
 
@@ -99,15 +109,20 @@ class Results:
         """What was measured on short rows."""
         return Results([x for m in self.cases.values() for x in m.lines if x["system"] in REAL_SYSTEMS])
 
-    def difference(self, shape: str, method: str, system: str) -> tuple[float, float] | None:
-        """The largest relative difference of a case's first losses to the reference's, and what is tolerated. None for
-        the reference itself, where there is none, and where other tokens are targets."""
+    def reference(self, shape: str, method: str, system: str) -> str | None:
+        """The system whose losses those of a case are held against; None where none was measured."""
         known = REAL_REFERENCES if system in REAL_SYSTEMS else REFERENCES
-        reference = next((s for s in known if self.get(shape, method, s)), None)
+        return next((s for s in known if self.get(shape, method, s)), None)
+
+    def difference(self, shape: str, method: str, system: str) -> Difference | None:
+        """How far a case's first losses are from the reference's. None for the reference itself, where there is none,
+        and where other tokens are targets."""
+        reference = self.reference(shape, method, system)
         mine, other = self.get(shape, method, system), reference and self.get(shape, method, reference)
         if mine is None or not other or reference == system or system.endswith("-all"):
             return None
         pairs = zip(mine.done[0]["losses"], other.done[0]["losses"], strict=False)
-        largest = max(abs(a - b) / abs(b) for a, b in pairs)
-        tolerance = TOLERANCES[mine.done[0]["dtype"]]
-        return largest, max(tolerance, FP8_TOLERANCE) if "fp8" in system else tolerance
+        apart = [abs(a - b) / abs(b) for a, b in pairs]
+        if "fp8" in system:
+            return Difference(max(apart), apart[0], FP8_TOLERANCE)
+        return Difference(max(apart), max(apart), TOLERANCES[mine.done[0]["dtype"]])
