@@ -18,17 +18,17 @@ class Answer:
 
     def __init__(self, *scalars: Tensor) -> None:
         device = scalars[0].device
-        # float64 holds whatever they are
-        together = torch.stack([scalar.detach().to(device, torch.float64) for scalar in scalars])
         self._made: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            # only into pinned memory is a copy made behind the host's back
-            self._host = torch.empty(len(scalars), dtype=torch.float64, pin_memory=True)
-            self._host.copy_(together, non_blocking=True)
-            self._made = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._made.record(torch.cuda.current_stream(device))
-        else:
-            self._host = together
+        # float64 holds whatever they are
+        if device.type != "cuda":
+            self._host = torch.stack([scalar.detach().cpu().double() for scalar in scalars])
+            return
+        together = torch.stack([scalar.detach().to(device, torch.float64) for scalar in scalars])
+        # only into pinned memory is a copy made behind the host's back
+        self._host = torch.empty(len(scalars), dtype=torch.float64, pin_memory=True)
+        self._host.copy_(together, non_blocking=True)
+        self._made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._made.record(torch.cuda.current_stream(device))
 
     def values(self) -> list[float]:
         """The numbers, in their order, as soon as they are there."""
