@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -28,6 +29,19 @@ def test_few_layers_stand_for_many(method: str) -> None:
     assert whole.compiled
     assert short.repeats
     assert not whole.repeats
+
+
+def test_a_plan_does_not_depend_on_when_garbage_is_collected() -> None:
+    """What tracing leaves behind held a block's positions until the collector came by, or did not."""
+    before, peaks = gc.get_threshold(), set()
+    try:
+        for often in ((0, 0, 0), (50, 2, 2), before):
+            gc.set_threshold(*often)
+            torch._dynamo.reset()
+            peaks.add(Planner(llama(), method_from_name("lora"), torch.bfloat16, "cuda", compiled=True).peak(SHAPE))
+    finally:
+        gc.set_threshold(*before)
+    assert len(peaks) == 1
 
 
 def test_compiled_blocks_take_less_and_recomputed_ones_keep_their_input() -> None:

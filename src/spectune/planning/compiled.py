@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ class _Call(CompiledCall):
             return self.layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         assert self.blocks.run is not None
         # what is made in here tells of itself; the compiler traces nothing under a mode
-        with _disable_current_modes(), compiler_settings(self.memory_budget), _constants():
+        with _disable_current_modes(), compiler_settings(self.memory_budget), _constants(), _no_leftovers():
             return self.blocks.run(self.layer, args, kwargs)
 
 
@@ -93,6 +94,20 @@ def _constants() -> Iterator[None]:
         yield
     finally:
         mode.__init__ = original
+
+
+@contextlib.contextmanager
+def _no_leftovers() -> Iterator[None]:
+    """Afterwards nothing of a trace is left: its cycles hold what a block was called with, and would go when Python's
+    collector comes by. It does not come by inside, so that they are still young at the end."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect(1)
+        if collects:
+            gc.enable()
 
 
 def _backend(blocks: CompiledBlocks) -> Any:
