@@ -57,10 +57,10 @@ def test_batches_of_other_documents_share_a_graph(monkeypatch: pytest.MonkeyPatc
             logits: Tensor = model(input_ids=ids, position_ids=places, use_cache=False).logits
         return logits.square().mean()
 
-    # longest documents of 11 to 44 tokens, which are bounded by 16 and 64
+    # longest documents of 11 to 44 tokens
     batches = [[30, 41, 9], [40, 23], [7, 8, 9, 10, 11], [33, 2, 44], [38, 19], [6, 5, 9, 3], [36, 39, 2]]
     graphs, compiled_losses = [], []
-    with packing(model, flash_by_document):
+    with packing(model, flash_by_document, longest=44):
         losses = [float(loss(lengths).detach()) for lengths in batches]
         with compiled(model, delta.family, True, backend="eager"):
             for lengths in batches:
@@ -71,7 +71,8 @@ def test_batches_of_other_documents_share_a_graph(monkeypatch: pytest.MonkeyPatc
 
     assert compiled_losses == pytest.approx(losses, rel=1e-5)
     assert not counters["graph_break"]
-    assert len(set(graphs[2:])) == 1, graphs
+    # the second batch has other sizes, which are then taken to vary
+    assert len(set(graphs[1:])) == 1, graphs
 
 
 def test_a_compiled_run_on_a_cpu_packs_by_masks() -> None:

@@ -18,15 +18,15 @@ class Spans:
     Attributes:
         lengths: of each.
         longest: of any.
-        most: no shorter than the longest: the next power of two, at least 16. Compiled code is made for each number
-            that it meets, and the longest document is another one in every batch.
+        most: no shorter than the longest, nor than `at_least`: the next power of two, at least 16. Compiled code is
+            made for each number that it meets, and the longest document is another one in every batch.
         bounds: where each begins and the last one ends, int32 `[stretches + 1]`.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device, at_least: int = 0) -> None:
         self.lengths = tuple(lengths)
         self.longest = max(self.lengths)
-        self.most = max(16, 1 << (self.longest - 1).bit_length())
+        self.most = max(16, 1 << (max(self.longest, at_least) - 1).bit_length())
         ends = torch.tensor([0, *self.lengths]).cumsum(0)
         self.bounds = ends.to(torch.int32).to(device, non_blocking=True)
 
@@ -40,15 +40,22 @@ class Pack:
         documents: the number of the document at each place, `[packs, width]` int64, padding's last.
         positions: its place within its document, `[packs, width]` int64; 0 on padding.
         kernel: attention over documents of various lengths, None where masks are to be used.
+        at_least: tokens of the longest document of all batches, if it is known; see `Spans.most`.
     """
 
     def __init__(
-        self, lengths: Sequence[Sequence[int]], width: int, device: torch.device, kernel: Kernel | None = None
+        self,
+        lengths: Sequence[Sequence[int]],
+        width: int,
+        device: torch.device,
+        kernel: Kernel | None = None,
+        at_least: int = 0,
     ) -> None:
         self.lengths = tuple(tuple(pack) for pack in lengths)
         self.width = width
         self.device = device
         self.kernel = kernel
+        self.at_least = at_least
         rest = [width - sum(pack) for pack in self.lengths]
         spans = [(*pack, left) if left else pack for pack, left in zip(self.lengths, rest, strict=True)]
         numbers = [torch.repeat_interleave(torch.tensor(span)) for span in spans]
@@ -59,12 +66,12 @@ class Pack:
         self.documents = torch.stack(numbers).to(device, non_blocking=True)
         self.positions = torch.stack(positions).to(device, non_blocking=True)
         #: the documents of all packs in a row, padding too. Made here: compiled blocks ask for it
-        self.spans = Spans([length for span in spans for length in span], device)
+        self.spans = Spans([length for span in spans for length in span], device, at_least)
         self._masks: dict[int | None, Tensor] = {}
         self._leads: dict[int, tuple[Tensor, Spans]] = {}
 
     @classmethod
-    def of(cls, documents: Tensor, device: torch.device, kernel: Kernel | None = None) -> Pack:
+    def of(cls, documents: Tensor, device: torch.device, kernel: Kernel | None = None, at_least: int = 0) -> Pack:
         """From the number of each token's document, `[packs, width]` int64, -1 for padding at the end of a pack.
 
         Raises:
@@ -81,7 +88,7 @@ class Pack:
                     f"got {row.tolist()}"
                 )
             lengths.append(counts[real].tolist())
-        return cls(lengths, host.shape[1], device, kernel)
+        return cls(lengths, host.shape[1], device, kernel, at_least)
 
     @property
     def longest(self) -> int:
@@ -102,7 +109,8 @@ class Pack:
                 picks += [lead, torch.arange(start, start + length)]
                 start += length
             index = torch.cat(picks).to(self.device, non_blocking=True)
-            self._leads[count] = index, Spans([count + length for length in self.spans.lengths], self.device)
+            lengths = [count + length for length in self.spans.lengths]
+            self._leads[count] = index, Spans(lengths, self.device, count + self.at_least)
         return self._leads[count]
 
     def within(self, mask_function: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,5 +155,5 @@ class Pack:
                 source[row, new + count : new + count + length] = text
                 moved[row, text] = torch.arange(new + count, new + count + length)
                 old, new = old + length, new + count + length
-        longer = Pack(lengths, width, self.device, self.kernel)
+        longer = Pack(lengths, width, self.device, self.kernel, count + self.at_least)
         return longer, source.to(self.device, non_blocking=True), moved.to(self.device, non_blocking=True)

@@ -29,11 +29,13 @@ _PROBE = (5, 4)
 
 
 @contextlib.contextmanager
-def packing(model: PreTrainedModel, kernel: Kernel | None = None) -> Iterator[None]:
+def packing(model: PreTrainedModel, kernel: Kernel | None = None, longest: int = 0) -> Iterator[None]:
     """While inside, the model can be given packed batches with `packed`; batches without are as ever.
 
     Args:
         kernel: attention over documents of various lengths (`compute.varlen`); None uses masks.
+        longest: tokens of the longest document of all batches, if it is known: compiled blocks then serve them all,
+            and not those alone whose longest document is about as long.
 
     Raises:
         ConfigError: nothing is attached, no attention was found, or attention cannot be exchanged.
@@ -41,7 +43,7 @@ def packing(model: PreTrainedModel, kernel: Kernel | None = None) -> Iterator[No
     registry = Registry.of(model)
     if registry is None:
         raise ConfigError("packing needs an attached delta: it acts through spectune's attention functions")
-    registry.open_packing(kernel)
+    registry.open_packing(kernel, longest)
     try:
         yield
     finally:
@@ -65,7 +67,7 @@ def packed(model: PreTrainedModel, documents: Tensor | None) -> Iterator[None]:
         return
     if registry is None or not registry.packs:
         raise ConfigError("a packed batch needs `with packing(model)` around it")
-    registry.pack_ahead = Pack.of(documents, model.device, registry.kernel)
+    registry.pack_ahead = Pack.of(documents, model.device, registry.kernel, registry.longest)
     try:
         yield
     finally:

@@ -47,6 +47,7 @@ class Registry:
         #: packed batches may come; with the kernel for their attention
         self.packs = False
         self.kernel: Kernel | None = None
+        self.longest = 0
         self._positions_by_index: bool | None = None
         #: how far rows move when prompts of unlike lengths share a batch, once it was asked for
         self.prompts_mix: float | None = None
@@ -255,8 +256,9 @@ class Registry:
         attention.listen(self.model.get_submodule(path), self)
         self._attention_users[path] = self._attention_users.get(path, 0) + 1
 
-    def open_packing(self, kernel: Kernel | None) -> None:
-        """Let every attention module know of packed batches, and the kernel that they are attended with.
+    def open_packing(self, kernel: Kernel | None, longest: int = 0) -> None:
+        """Let every attention module know of packed batches, the kernel that they are attended with, and the tokens
+        of the longest document of all batches (0: not known).
 
         Raises:
             ConfigError: no attention was found, or it cannot be exchanged.
@@ -274,10 +276,10 @@ class Registry:
             for path in opened:
                 self.close_attention(path)
             raise
-        self.packs, self.kernel = True, kernel
+        self.packs, self.kernel, self.longest = True, kernel, longest
 
     def close_packing(self) -> None:
-        self.packs, self.kernel = False, None
+        self.packs, self.kernel, self.longest = False, None, 0
         self.lay(None)
         for site in self.family.attentions:
             self.close_attention(site.path)

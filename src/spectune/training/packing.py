@@ -35,6 +35,9 @@ log = logging.getLogger("spectune")
 WORTH = 0.1
 #: steps of the first epoch that are looked at for it
 _LOOKED_AT = 200
+#: tokens of rows up to which compiled blocks have one graph for documents of any length. The kernel is started for
+#: each document as if it were the longest: far beyond that, starting for nothing would cost more than another graph
+ONE_GRAPH = 1024
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Packing:
         on: rows share sequences.
         kernel: attention for packs; None uses masks.
         virtual: virtual tokens that stand in the sequence before each row.
+        longest: tokens of the longest row, of those that one compiled graph is to serve.
         untold: padding needs no mask: it stands on the right, and the model is causal throughout.
         notice: a line for the user; None where there is nothing to say.
     """
@@ -52,6 +56,7 @@ class Packing:
     on: bool = False
     kernel: Kernel | None = None
     virtual: int = 0
+    longest: int = 0
     untold: bool = False
     notice: str | None = None
     _rows: OneTextRows = field(default_factory=OneTextRows, repr=False, compare=False)
@@ -84,7 +89,7 @@ class Packing:
     @contextlib.contextmanager
     def listening(self, model: PreTrainedModel) -> Iterator[None]:
         """While inside, the model takes this run's batches."""
-        with packing(model, self.kernel) if self.on else contextlib.nullcontext():
+        with packing(model, self.kernel, self.longest) if self.on else contextlib.nullcontext():
             yield
 
     @contextlib.contextmanager
@@ -117,7 +122,9 @@ def decide(model: PreTrainedModel, delta: Delta, examples: Sequence[Example], co
             reason = why_not_packed(model, kernel)
             serves = reason is None and (kernel is None or kernel_serves(model, kernel))
         if serves:
-            return Packing(True, kernel, virtual_in_sequence(delta), notice=_said(saved, kernel))
+            return Packing(
+                True, kernel, virtual_in_sequence(delta), min(max(lengths), ONE_GRAPH), notice=_said(saved, kernel)
+            )
     if config.packing is True:
         raise ConfigError(f"packing is refused: {reason}. Leave it out (packing=false), or to spectune (packing=auto).")
     notice = f"note: rows are padded, not packed, which computes {saved:.0%} more tokens than need be: {reason}"
