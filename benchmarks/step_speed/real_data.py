@@ -14,9 +14,11 @@ from benchmarks.step_speed.peers import compile_blocks, peft_model
 from benchmarks.step_speed.setting import Setting
 from torch import nn
 
+from spectune.compute.cudnn import cudnn_attention
 from spectune.data import Example, batches, by_length, collate
 from spectune.data.rows import Row
 from spectune.methods import BY_NAME
+from spectune.training.attention import takes_cudnn
 
 #: deciles of the tokens of E2E's prompts and completions (every tenth training row, gpt2's tokenizer, end token
 #: included), and how the two go together
@@ -85,7 +87,13 @@ def _ours(setting: Setting, examples: list[Example], drawn: list[list[int]]) -> 
     decide = ours.part("spectune.training.packing", "decide") if packs else None
     prepared = ours.prepare(setting, variant)
     extra = {"packing": decide(prepared.model, prepared.delta, examples, prepared.config)} if decide else {}
-    with ours.our_step(prepared, examples, setting.most_steps, **extra) as step, _listening(extra, prepared.model):
+    lengths = [len(example.input_ids) for example in examples]
+    cudnn = takes_cudnn(prepared.delta.family, lengths, STEPS, prepared.config, packs=bool(packs))
+    with (
+        cudnn_attention(cudnn),
+        ours.our_step(prepared, examples, setting.most_steps, **extra) as step,
+        _listening(extra, prepared.model),
+    ):
         setting.meter.begin()
         for batch in itertools.cycle(drawn):
             if setting.meter.step(step([batch]), *_counts(examples, batch)):

@@ -174,6 +174,7 @@ def _estimate(
     examples: list[Example] | None,
     limit: int | None,
 ) -> Estimate:
+    from spectune.compute.cudnn import cudnn_attention
     from spectune.planning.plan import plan as estimate_of
 
     wanted = run.config
@@ -189,19 +190,20 @@ def _estimate(
         rows = shape.rows
         asked |= {"length": min(shape.length, most or shape.length), "targets": shape.targets, "padded": shape.padded,
                   "columns": shape.columns}  # fmt: skip
-    return estimate_of(
-        base,
-        method,
-        rows,
-        dtype=settings.text("dtype"),
-        base_precision=settings.base_precision,
-        device=run.place,
-        memory=limit,
-        optim=wanted.optim,
-        gradient_accumulation_steps=wanted.gradient_accumulation_steps,
-        eval_batch=wanted.per_device_eval_batch_size,
-        **asked,
-    )
+    with cudnn_attention(run.cudnn):
+        return estimate_of(
+            base,
+            method,
+            rows,
+            dtype=settings.text("dtype"),
+            base_precision=settings.base_precision,
+            device=run.place,
+            memory=limit,
+            optim=wanted.optim,
+            gradient_accumulation_steps=wanted.gradient_accumulation_steps,
+            eval_batch=wanted.per_device_eval_batch_size,
+            **asked,
+        )
 
 
 def _examples(settings: Settings, wanted: TrainingConfig, base: Any) -> list[Example]:

@@ -24,6 +24,7 @@ class PlannedRun:
         longest: tokens of a row of the batch that is planned.
         steps: optimizer steps; None where nobody says how many.
         packs: rows share sequences, as far as that is known.
+        cudnn: steps may take cuDNN's attention, where the device has it.
     """
 
     config: TrainingConfig
@@ -33,21 +34,25 @@ class PlannedRun:
     longest: int
     steps: int | None
     packs: bool
+    cudnn: bool
 
     @classmethod
     def of(cls, config: TrainingConfig, base: Any, place: str, longest: int, examples: Sequence[Example] | None) -> Any:
         """The run on these rows, or where there are none, on as many rows of `longest` tokens as the settings say."""
         from spectune.families import family_from_config
+        from spectune.training.attention import takes_cudnn
         from spectune.training.packing import WORTH, share_saved
         from spectune.training.train import total_steps
 
+        family, cudnn = family_from_config(base), True
         length, steps, packs = longest, config.max_steps if config.max_steps > 0 else None, config.packing is True
         if examples:
             lengths = [len(example.input_ids) for example in examples]
             length, longest = sum(lengths) // len(lengths), max(lengths)
             steps = total_steps(len(lengths), config, 1)
             packs = packs or (config.packing == "auto" and share_saved(lengths, config) >= WORTH)
-        return cls(config, family_from_config(base), place, length, longest, steps, packs)
+            cudnn = takes_cudnn(family, lengths, steps, config, packs=packs)
+        return cls(config, family, place, length, longest, steps, packs, cudnn)
 
     def compiles(self, method: Method) -> bool:
         """Whether its blocks are compiled. A run of unknown length is taken to be short where "auto" decides."""

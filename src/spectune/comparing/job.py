@@ -29,6 +29,7 @@ from spectune.families import base_precision
 from spectune.storage import atomic_write_text
 from spectune.storage.strict_json import strict_json
 from spectune.training import RunResult, TrainingConfig, train
+from spectune.training.attention import takes_cudnn
 from spectune.training.distribution import World
 from spectune.training.memory import check_memory, predict_memory
 from spectune.training.packing import decide
@@ -99,7 +100,9 @@ class Job:
             base = delta.base_fingerprint
             prepared = prepare(self.model, self.tokenizer, arm.method, self.train, self.valid, config, base)
             packing = decide(self.model, delta, prepared.examples, config)
-            predicted = predict_memory(self.model, delta, prepared, config, World(), packing)
+            lengths = [len(example.input_ids) for example in prepared.examples]
+            cudnn = takes_cudnn(delta.family, lengths, self.final_steps, config, packs=packing.on)
+            predicted = predict_memory(self.model, delta, prepared, config, World(), packing, cudnn=cudnn)
             check_memory(predicted, self.model, delta, config.memory_check)
 
     # -- search ---------------------------------------------------------------------------------------------------

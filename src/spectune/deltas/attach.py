@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectune.compute.evaluating import evaluating
 from spectune.deltas.delta import Delta
 from spectune.deltas.method import Method, Setting
-from spectune.deltas.probe import can_run, evaluating
+from spectune.deltas.probe import can_run
 from spectune.deltas.proof import prove_that_sites_fire
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectune.compute.evaluating import evaluating
 from spectune.deltas.modules import DeltaModule
-from spectune.deltas.probe import evaluating
 from spectune.deltas.routing import route
 from spectune.errors import ConfigError
 from spectune.families import token_embedding

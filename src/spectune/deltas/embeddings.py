@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectune.compute.evaluating import evaluating
 from spectune.deltas.caches import carries_other_state
 from spectune.deltas.method import plain_tokens
-from spectune.deltas.probe import evaluating
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError, first_line
 from spectune.families import token_embedding

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectune.compute.evaluating import evaluating
 from spectune.deltas.method import plain_tokens
 from spectune.deltas.modules import InputModule
-from spectune.deltas.probe import can_run, evaluating
+from spectune.deltas.probe import can_run
 from spectune.deltas.registry import Registry
 from spectune.deltas.rows import Route
 from spectune.deltas.sites import get

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectune.compute.evaluating import evaluating
 from spectune.deltas.packs import TOLERANCE, TOLERANCE_16_BITS
-from spectune.deltas.probe import evaluating
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError, first_line
 from spectune.families import Family, token_embedding

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from spectune.compute.cudnn import cudnn_attention
+from spectune.compute.evaluating import evaluating
 from spectune.deltas.delta import Delta
 from spectune.deltas.method import AttentionSite, OutputSite
-from spectune.deltas.probe import can_run, evaluating, first_logits, run
+from spectune.deltas.probe import can_run, first_logits, run
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError, SpectuneError, first_line
 from spectune.families import Family
@@ -169,7 +171,7 @@ def _run_in_training(model: PreTrainedModel, ids: list[int]) -> None:
     """Without gradients; random state and modes are put back."""
     still = [module for module in model.modules() if not module.training]
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), cudnn_attention(False):
         try:
             model.train()
             first_logits(model, ids)

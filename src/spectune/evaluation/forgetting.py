@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from spectune.compute.evaluating import evaluating
 from spectune.deltas import Registry, route
 from spectune.errors import ConfigError, DataError
-from spectune.inference import context_length, evaluating, generate_ids
+from spectune.inference import context_length, generate_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from spectune.compute.evaluating import evaluating
 from spectune.errors import ConfigError
 from spectune.inference.generate import context_length, generate_batch, plain_config, stop_ids
-from spectune.inference.modes import evaluating, wait_for
+from spectune.inference.modes import wait_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

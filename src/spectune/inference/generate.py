@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from spectune.compute.evaluating import evaluating
 from spectune.deltas import Registry
 from spectune.errors import ConfigError
 from spectune.families import describe
-from spectune.inference.modes import evaluating, generation_defaults, seeded
+from spectune.inference.modes import generation_defaults, seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 
+from spectune.compute.evaluating import evaluating
 from spectune.compute.losses import LabelledLogits, labelled_logits
 from spectune.data import Example, Row, collate, encode
 from spectune.errors import DataError
-from spectune.inference.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""States that are taken for a while and given back exactly: evaluation mode, the random state, generation defaults."""
+"""States that are taken for a while and given back exactly: the random state, generation defaults."""
 
 from __future__ import annotations
 
@@ -8,27 +8,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradient inside; afterwards each module is in the mode it was in.
-
-    Not `torch.inference_mode`: a buffer that a model renews inside it could not be used in training any more.
-    """
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in in_training:
-            module.training = True
 
 
 @contextlib.contextmanager

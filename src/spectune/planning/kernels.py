@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from spectune.compute import fp8
+from spectune.compute.cudnn import cudnn_allowed
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -130,14 +131,16 @@ def scratch_of(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> list[t
 def kernel_for(
     device_type: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0
 ) -> str:
-    """The kernel that torch takes: "cudnn", "flash", "efficient", "cpu-flash" or "math"."""
+    """The kernel that torch takes: "cudnn" (inside of `compute.cudnn.cudnn_attention(False)`: never), "flash",
+    "efficient", "cpu-flash" or "math"."""
     dims = {query.shape[-1], value.shape[-1]}
     if device_type == "cpu":
         return "cpu-flash" if dropout == 0 and len(dims) == 1 else "math"
     if device_type != "cuda":
         return "math"
     half = query.dtype in HALF
-    if half and max(dims) <= cudnn_head_limit() and all(dim % 8 == 0 for dim in dims):
+    cudnn = cudnn_allowed() and max(dims) <= cudnn_head_limit()
+    if half and cudnn and all(dim % 8 == 0 for dim in dims):
         return "cudnn"
     if half and mask is None and len(dims) == 1 and max(dims) <= 256:
         return "flash"

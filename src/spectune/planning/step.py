@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from spectune.compute.compiler import memory_budget
+from spectune.compute.evaluating import evaluating
 from spectune.compute.losses import find_head, labelled_logits, labelled_loss_sum
 from spectune.compute.offload import MetaTransfers
 from spectune.deltas import Delta, Method, packed, packing
@@ -200,8 +201,7 @@ def record_step(
 def record_validation(built: Skeleton, shape: Shape, device_type: str) -> Record:
     """Record the loss of a batch without gradients, as validation takes it. Marks as in `record_step`, forward only."""
     recorder = _recorder(built, shape)
-    built.model.train(False)
-    with torch.no_grad(), kernels_of(device_type), recorder, _marked(recorder, built):
+    with evaluating(built.model), kernels_of(device_type), recorder, _marked(recorder, built):
         found = labelled_logits(built.model, _batch(shape, training=False))
         losses = nn.functional.cross_entropy(found.logits.float(), found.targets, reduction="none")
         del found, losses

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from spectune.compute.cudnn import cudnn_allowed, cudnn_attention
 from spectune.data import Example, batches, by_length
 from spectune.deltas import Delta
 from spectune.errors import DoesNotFitError, first_line
@@ -60,6 +61,7 @@ def predict_memory(
     world: World,
     packing: Packing | None = None,
     *,
+    cudnn: bool = True,
     compiling: bool = False,
     recording: bool = False,
 ) -> Predicted:
@@ -67,6 +69,7 @@ def predict_memory(
     base is logged, and keeps nobody from training it: nothing is recomputed then, unless the user said so.
 
     Args:
+        cudnn: the run's steps may take cuDNN's attention (`takes_cudnn`).
         compiling: the run's blocks are compiled.
         recording: they are recorded as CUDA graphs, unless something is recomputed.
 
@@ -87,8 +90,9 @@ def predict_memory(
         ]
 
         def predicted(mode: Recomputation) -> Predicted:
-            return _predicted(model, delta, prepared, config, first, steps, mode, compiling, recording,
-                              masked=not how.untold)  # fmt: skip
+            with cudnn_attention(cudnn):
+                return _predicted(model, delta, prepared, config, first, steps, mode, compiling, recording,
+                                  masked=not how.untold)  # fmt: skip
 
         if free is None:
             return predicted(possible[0])
@@ -195,7 +199,8 @@ def _predicted(
         longest = sorted(prepared.valid, key=lambda row: -len(row.input_ids))[: asked["eval_batch"]]
         asked["eval_columns"] = shape_of([[row] for row in longest]).columns
     weights = sum(t.numel() * t.element_size() for t in model.parameters())
-    key = (type(model), model.config.to_json_string(), str(model.dtype), weights, delta.method, repr((asked, steps)))
+    asking = repr((asked, steps, cudnn_allowed()))
+    key = (type(model), model.config.to_json_string(), str(model.dtype), weights, delta.method, asking)
     if key not in _predictions:
         # a search runs the same steps at many rates
         while len(_predictions) >= _KEPT:

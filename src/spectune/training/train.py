@@ -11,9 +11,11 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectune.compute.cudnn import cudnn_attention
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
+from spectune.training.attention import takes_cudnn
 from spectune.training.checkpoint import Progress, latest_checkpoint, read_state, restore
 from spectune.training.checkpointing import memory_budget, modes_of, recomputing
 from spectune.training.compiling import compiled, compiles
@@ -90,13 +92,15 @@ def train(
         )
     packing = decide(model, delta, prepared.examples, config)
     total = total_steps(len(prepared.examples), config, world.size)
-    length = sum(len(example.input_ids) for example in prepared.examples) // len(prepared.examples)
+    lengths = [len(example.input_ids) for example in prepared.examples]
+    length = sum(lengths) // len(lengths)
     compiling = compiles(config, delta.family, delta.method, length=length, steps=total, device_type=model.device.type)
     recording_with = partial(
         records, config, delta, tokens=config.per_device_train_batch_size * length, length=length, packs=packing.on
     )
+    cudnn = takes_cudnn(delta.family, lengths, total, config, packs=packing.on)
     predicted = predict_memory(
-        model, delta, prepared, config, world, packing, compiling=compiling,
+        model, delta, prepared, config, world, packing, cudnn=cudnn, compiling=compiling,
         recording=recording_with(recomputation=modes_of(model, config.gradient_checkpointing)[0]),
     )  # fmt: skip
     check_memory(predicted, model, delta, config.memory_check)
@@ -152,6 +156,7 @@ def train(
         # by name: whatever else is attached, or active, this delta is what is trained and validated
         with (
             route(model, delta.name),
+            cudnn_attention(cudnn),
             compiled(model, delta.family, compiling, memory_budget=memory_budget(predicted.checkpointing)),
             recomputing(model, predicted.checkpointing),
             graphed(model, delta.family, trained, recording),
