@@ -19,7 +19,7 @@ from spectune.compute.masks import positions_from_mask
 from spectune.compute.packs import Pack
 from spectune.deltas import packed_pass
 from spectune.deltas.around import Around
-from spectune.deltas.caches import CACHE_NAMES, OTHER_STATES, check_cache, make_room, note_length, seen_in
+from spectune.deltas.caches import CACHE_NAMES, OTHER_STATES, caches_in, check_cache, make_room, note_length, seen_in
 from spectune.deltas.modules import InputModule
 from spectune.deltas.rows import Rows
 from spectune.deltas.sites import get
@@ -169,8 +169,8 @@ class DecoderSite:
         """Forward hook: hidden states of virtual tokens are cut off, so that any head sees text only."""
         self.registry.left()
         if self._through is not None:
-            for name in CACHE_NAMES:  # a cache that the decoder made itself
-                note_length(getattr(output, name, None), self._through)
+            for cache in caches_in(output):  # that the decoder may have made itself
+                note_length(cache, self._through)
         cut, self.to_cut = self.to_cut, 0
         moved, self._moved = self._moved, None
         if cut == 0 and moved is None:
@@ -181,8 +181,8 @@ class DecoderSite:
                 return states[:, cut:]
             return states[torch.arange(moved.shape[0], device=moved.device)[:, None], moved]
 
-        for name in CACHE_NAMES:  # a cache that the decoder made itself
-            check_cache(getattr(output, name, None), True, cut, self._holds)
+        for cache in caches_in(output):
+            check_cache(cache, True, cut, self._holds)
         if isinstance(output, tuple):
             return (text_of(output[0]), *output[1:])
         output.last_hidden_state = text_of(output.last_hidden_state)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
+from spectune.deltas.caches import caches_in
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError, SpectuneError, first_line
 from spectune.families import token_embedding
@@ -60,8 +61,7 @@ def cached_values(model: PreTrainedModel, watched: list[str]) -> tuple[dict[str,
     finally:
         for handle in handles:
             handle.remove()
-    cache = getattr(out, "past_key_values", None) or getattr(out, "cache", None)
-    layers = getattr(cache, "layers", [])
+    layers = [layer for cache in caches_in(out) for layer in getattr(cache, "layers", [])]
     return seen, [
         layer.values[0].transpose(0, 1).flatten(1) for layer in layers if getattr(layer, "values", None) is not None
     ]
