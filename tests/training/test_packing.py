@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, LlamaConfig
 
 from spectune.compute.varlen import loop_by_document
 from spectune.data import by_length
 from spectune.deltas import Method, attached
 from spectune.errors import ConfigError, InterruptedRun
+from spectune.families import family_from_config
 from spectune.methods import BitFit, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training import loop as loop_module
@@ -146,6 +147,18 @@ def test_auto_packs_where_it_saves_a_tenth() -> None:
     assert "rows are packed (attention document by document)" in run(LoRA(r=2), config)[2]
     assert "rows are packed (masks)" in run(LoRA(r=2), config, dropout=0.1)[2]
     assert "packed" not in run(LoRA(r=2), settings(max_steps=1, packing=False))[2]
+
+
+def test_auto_pads_on_a_gpu_that_waits_to_be_asked_for_kernels() -> None:
+    lengths, config = [120, 40, 38, 36] * 8, settings(max_steps=1, per_device_train_batch_size=16)
+    small = family_from_config(GPT2Config())
+    large = family_from_config(LlamaConfig(num_key_value_heads=8))
+    assert packing_module.wanted(small, lengths, config, "cpu")
+    assert not packing_module.wanted(small, lengths, config, "cuda")
+    assert packing_module.wanted(large, lengths, config, "cuda")
+    assert not packing_module.wanted(large, [40] * 32, config, "cuda")
+    always = settings(max_steps=1, packing=True)
+    assert packing_module.wanted(small, lengths, always, "cuda")
 
 
 def test_a_base_that_cannot_keep_documents_apart_is_padded_and_it_is_said() -> None:

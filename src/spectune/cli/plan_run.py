@@ -41,7 +41,7 @@ class PlannedRun:
         """The run on these rows, or where there are none, on as many rows of `longest` tokens as the settings say."""
         from spectune.families import family_from_config
         from spectune.training.attention import takes_cudnn
-        from spectune.training.packing import WORTH, share_saved
+        from spectune.training.packing import wanted
         from spectune.training.train import total_steps
 
         family, cudnn = family_from_config(base), True
@@ -50,7 +50,7 @@ class PlannedRun:
             lengths = [len(example.input_ids) for example in examples]
             length, longest = sum(lengths) // len(lengths), max(lengths)
             steps = total_steps(len(lengths), config, 1)
-            packs = packs or (config.packing == "auto" and share_saved(lengths, config) >= WORTH)
+            packs = wanted(family, lengths, config, place)
             cudnn = takes_cudnn(family, lengths, steps, config, packs=packs)
         return cls(config, family, place, length, longest, steps, packs, cudnn)
 

@@ -25,8 +25,11 @@ from spectune.deltas import (
     why_padding_is_told,
 )
 from spectune.errors import ConfigError
+from spectune.families import Family
+from spectune.methods import LoRA
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
+from spectune.training.graphs import launch_bound
 
 log = logging.getLogger("spectune")
 
@@ -111,7 +114,7 @@ def decide(model: PreTrainedModel, delta: Delta, examples: Sequence[Example], co
         ConfigError: `packing` is True, and the model cannot keep documents apart.
     """
     lengths = [len(example.input_ids) for example in examples]
-    if config.packing is False or (config.packing == "auto" and share_saved(lengths, config) < WORTH):
+    if not wanted(delta.family, lengths, config, model.device.type):
         return _padded(model, delta, lengths)
     saved = share_saved(lengths, config, virtual_in_sequence(delta))
     reason = None
@@ -129,6 +132,24 @@ def decide(model: PreTrainedModel, delta: Delta, examples: Sequence[Example], co
         raise ConfigError(f"packing is refused: {reason}. Leave it out (packing=false), or to spectune (packing=auto).")
     notice = f"note: rows are padded, not packed, which computes {saved:.0%} more tokens than need be: {reason}"
     return _padded(model, delta, lengths, notice)
+
+
+def wanted(family: Family, lengths: Sequence[int], config: TrainingConfig, device_type: str) -> bool:
+    """`config.packing`, or whether "auto" would pack these rows on such a device, if the model can be given packs. The
+    same for all methods.
+
+    Args:
+        lengths: tokens of the training rows.
+    """
+    if config.packing != "auto":
+        return config.packing
+    saved = share_saved(lengths, config)
+    if saved < WORTH:
+        return False
+    mean = sum(lengths) / len(lengths)
+    tokens = round(config.per_device_train_batch_size * mean / (1 - saved))
+    # where the device waits to be asked for kernels, fewer tokens make a step no shorter
+    return device_type != "cuda" or not launch_bound(family, LoRA(), tokens=tokens, length=round(mean))
 
 
 def _padded(model: PreTrainedModel, delta: Delta, lengths: Sequence[int], notice: str | None = None) -> Packing:
