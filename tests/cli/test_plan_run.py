@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from spectune.cli.plan_run import PlannedRun
 from spectune.data import Example
@@ -135,11 +136,15 @@ def test_a_run_is_judged_by_the_rows_it_has() -> None:
     assert run.compiles(method) is worth_compiling(
         family, method, tokens=3000, steps=15, length=100, device_type="cuda"
     )
-    unlike = PlannedRun.of(config, base, "cuda", 512, [*alike, *[example(5)] * 10])
+    rows = [*alike, *[example(5)] * 10]
+    assert PlannedRun.of(config, base, "cpu", 512, rows).packs
+    # a GPU waits for the host here, with padding and without
+    assert not PlannedRun.of(config, base, "cuda", 512, rows).packs
+    large, many = LlamaConfig(), TrainingConfig(per_device_train_batch_size=64)
+    unlike = PlannedRun.of(many, large, "cuda", 512, rows * 10)
     assert unlike.packs
     assert not unlike.records(method)
     untold = PlannedRun.of(config, base, "cuda", 512, None)
     assert (untold.length, untold.longest, untold.steps, untold.packs) == (512, 512, None, False)
     with pytest.raises(ConfigError, match="packing=false"):
-        PlannedRun.of(config.model_copy(update={"cuda_graphs": True}), base, "cuda", 512, [*alike, *[example(5)] * 10]
-                      ).records(method)  # fmt: skip
+        PlannedRun.of(many.model_copy(update={"cuda_graphs": True}), large, "cuda", 512, rows * 10).records(method)

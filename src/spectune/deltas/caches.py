@@ -20,7 +20,8 @@ _LENGTH = "_spectune_length"
 def caches_in(output: Any) -> list[Any]:
     """The caches that a model gives back. Where it has the new name, the old ones warn."""
     names = CACHE_NAMES[:1] if hasattr(output, CACHE_NAMES[0]) else CACHE_NAMES[1:]
-    return [cache for name in names if (cache := getattr(output, name, None)) is not None]
+    caches = [getattr(output, name, None) for name in names]
+    return [cache for cache in caches if cache is not None]
 
 
 def check_cache(cache: Any, first: bool, in_sequence: int, names: tuple[str | None, ...]) -> None:
