@@ -1,4 +1,7 @@
-"""How a model runs where nothing is trained."""
+"""How a model runs where nothing is trained: no gradient, and no kernel that is made for each new shape.
+
+Not `torch.inference_mode`: a buffer that a model renews inside it could not be used in training any more.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,26 @@ from spectune.compute.cudnn import cudnn_attention
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, no gradient, and no kernel that is made for each new shape; afterwards each module is in the mode it
-    was in, as callers may mix them.
+    """No dropout inside; afterwards each module is in the mode it was in, as callers may mix them."""
+    with _in_mode(model, training=False):
+        yield
 
-    Not `torch.inference_mode`: a buffer that a model renews inside it could not be used in training any more.
-    """
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
+
+@contextlib.contextmanager
+def rehearsing(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """As in training, dropout and all; afterwards modes and random state, the device's too, are what they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _in_mode(model, training=True):
+        yield
+
+
+@contextlib.contextmanager
+def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    others = [module for module in model.modules() if module.training is not training]
     try:
+        model.train(training)
         with torch.no_grad(), cudnn_attention(False):
             yield
     finally:
-        for module in in_training:
-            module.training = True
+        for module in others:
+            module.training = not training

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectune.compute.evaluating import evaluating
 from spectune.compute.logits_trace import LogitsTrace, NotPlainError, last_hidden
 
 log = logging.getLogger("spectune")
@@ -196,15 +197,11 @@ def probing() -> bool:
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The model may be run inside, and is afterwards as it was: modes, random state, what is compiled."""
-    training = [module for module in model.modules() if module.training]
     devices = [device] if device.type == "cuda" else []
     # compiled blocks would be compiled for two tokens, and then again for any number
-    with torch.no_grad(), torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
-        model.eval()
+    with evaluating(model), torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
         before, _Probing.now = _Probing.now, True
         try:
             yield
         finally:
             _Probing.now = before
-            for module in training:
-                module.training = True

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectune.compute.cudnn import cudnn_attention
-from spectune.compute.evaluating import evaluating
+from spectune.compute.evaluating import evaluating, rehearsing
 from spectune.compute.packs import Kernel, Pack
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError, first_line
@@ -121,20 +120,14 @@ def kernel_serves(model: PreTrainedModel, kernel: Kernel) -> bool:
     beside a prefix have masks made after all, long packs cost more than they save."""
     registry = Registry.of(model)
     device = token_embedding(model).weight.device
-    training = [module for module in model.modules() if not module.training]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+    with rehearsing(model, device), packing(model, kernel):
+        assert registry is not None, "packing refuses a model without"
+        registry.kernel_calls = set()
         try:
-            model.train()
-            with packing(model, kernel), cudnn_attention(False):
-                assert registry is not None, "packing refuses a model without"
-                registry.kernel_calls = set()
-                _logits(model, [[torch.tensor([0, 1]), torch.tensor([1])]], device, as_documents=True)
-                return len(registry.kernel_calls) == len(registry.family.attentions)
+            _logits(model, [[torch.tensor([0, 1]), torch.tensor([1])]], device, as_documents=True)
+            return len(registry.kernel_calls) == len(registry.family.attentions)
         finally:
-            for module in training:
-                module.training = False
-            if registry is not None:
-                registry.kernel_calls = None
+            registry.kernel_calls = None
 
 
 def _logits(

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from spectune.compute.cudnn import cudnn_attention
-from spectune.compute.evaluating import evaluating
+from spectune.compute.evaluating import evaluating, rehearsing
 from spectune.deltas.delta import Delta
 from spectune.deltas.method import AttentionSite, OutputSite
 from spectune.deltas.probe import can_run, first_logits, run
@@ -145,7 +144,8 @@ def _calls_now(model: PreTrainedModel, wanted: dict[str, OutputSite], *, trainin
     handles = [model.get_submodule(path).register_forward_hook(seen(path)) for path in wanted]
     try:
         if training:
-            _run_in_training(model, [0, 1])
+            with rehearsing(model, model.device):
+                first_logits(model, [0, 1])
         else:
             run(model, [0, 1])
     finally:
@@ -165,19 +165,6 @@ def _is_its_linear_map(module: nn.Module, args: tuple[Any, ...], output: Tensor)
         return True  # quantised ones are of classes of their own too, and linear maps
     made = F.linear(x.to(weight.dtype), weight, bias)
     return made.shape == output.shape and torch.allclose(made.float(), output.float(), rtol=1e-2, atol=1e-3)
-
-
-def _run_in_training(model: PreTrainedModel, ids: list[int]) -> None:
-    """Without gradients; random state and modes are put back."""
-    still = [module for module in model.modules() if not module.training]
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), cudnn_attention(False):
-        try:
-            model.train()
-            first_logits(model, ids)
-        finally:
-            for module in still:
-                module.training = False
 
 
 def _reached_by_gradients(registry: Registry, delta: Delta) -> set[str] | None:

@@ -44,7 +44,7 @@ class Registry:
         self._rows: Rows | None = None
         #: the documents of the packed batch that the next forward passes are of
         self.pack_ahead: Pack | None = None
-        #: packed batches may come; with the kernel for their attention
+        #: packed batches may come; with the kernel for their attention, and the tokens of the longest document of all
         self.packs = False
         self.kernel: Kernel | None = None
         self.longest = 0
