@@ -16,15 +16,15 @@ from plan_cells import Cell, config_of, examples, method_of, needed, training_co
 from shapes import build
 
 import spectune.training.loop as loop_module
+from spectune.blocks.compile import compiled
+from spectune.blocks.cuda_graphs import WARM_UPS, graphed
 from spectune.compute.memory import PeakMemory
 from spectune.deltas import attach, detach
 from spectune.planning.estimate import CUDA_CONTEXT
 from spectune.storage.base_precision import quantise_base
 from spectune.training.checkpoint import Progress
 from spectune.training.checkpointing import memory_budget, recomputing
-from spectune.training.compiling import compiled
 from spectune.training.distribution import World
-from spectune.training.graphs import WARM_UPS, graphed
 from spectune.training.loop import Keeper, Loop
 from spectune.training.optimizers import make_optimizer
 from spectune.training.packing import decide

@@ -14,6 +14,7 @@ from benchmarks.step_speed.grid import RefusedError
 from benchmarks.step_speed.setting import Setting
 from pydantic import ValidationError
 
+from spectune.blocks.cuda_graphs import graphed
 from spectune.data import Example
 from spectune.data.rows import Row
 from spectune.deltas import Delta, attach
@@ -22,7 +23,6 @@ from spectune.training import TrainingConfig
 from spectune.training.checkpoint import Progress
 from spectune.training.checkpointing import recomputing
 from spectune.training.distribution import World
-from spectune.training.graphs import graphed
 from spectune.training.loop import Keeper, Loop
 from spectune.training.optimizer import MasterAdamW
 
@@ -134,7 +134,7 @@ def our_step(
 
 def compiler(variant: dict[str, Any]) -> Callable[[Any, Any], Any]:
     """A context in which a model's blocks run compiled, with the budget of the variant's recomputation."""
-    compiled = part("spectune.training.compiling", "compiled")
+    compiled = part("spectune.blocks.compile", "compiled")
     budget = part("spectune.training.checkpointing", "memory_budget")(variant["gradient_checkpointing"])
     return lambda model, family: compiled(model, family, True, memory_budget=budget)
 

@@ -18,8 +18,7 @@ from spectune.families import family_from_config
 from spectune.methods import LoRA
 from spectune.storage.bases import load_config
 from spectune.training import TrainingConfig
-from spectune.training.compiling import worth_compiling
-from spectune.training.graphs import launch_bound
+from spectune.training.execution import launch_bound, worth_compiling
 
 Spectune = Callable[..., Any]
 ON_CUDA = ("plan", "--method", "lora", "--memory", "24GiB", "--length", "128")

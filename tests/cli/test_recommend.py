@@ -14,8 +14,8 @@ from tests.comparing.invented import invent
 from spectune.cli.limits import share as fraction
 from spectune.comparing.judging.verdict import verdict
 from spectune.errors import ConfigError
+from spectune.files.strict_json import strict_json
 from spectune.sizes import bytes_of as size
-from spectune.storage.strict_json import strict_json
 
 LEVELS = {"full": 1.0, "lora": 1.0, "adapter": 1.002, "bitfit": 1.06}
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spectune.compute.narrow_products import GroupNarrowProducts
+from spectune.blocks.compile import compiled
+from spectune.blocks.narrow_products import GroupNarrowProducts
 from spectune.methods import LoRA
 from spectune.storage import attach
-from spectune.training.compiling import compiled
 
 MM = torch.ops.aten.mm.default
 T, D, R = 12, 80, 4

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectune.blocks.compile import compiled
+from spectune.blocks.cuda_graphs import graphed
 from spectune.compute.losses import labelled_loss_sum
 from spectune.deltas import Method
 from spectune.methods import METHODS, BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning
-from spectune.training.compiling import compiled
-from spectune.training.graphs import graphed
 from tests.training.test_compiling import built, gpt2, llama, undropped
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:TensorFloat32")]

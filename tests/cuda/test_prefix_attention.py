@@ -12,12 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from spectune.blocks.compile import compiled
 from spectune.compute.losses import labelled_loss_sum
 from spectune.data import Example, Row, collate
 from spectune.deltas import Method, leading_keys, why_padding_is_told
 from spectune.methods import LoRA, PrefixTuning, PromptTuning
 from spectune.storage import attach
-from spectune.training.compiling import compiled
 
 pytestmark = pytest.mark.cuda
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectune.compute import offload
+from spectune.blocks import offload
+from spectune.blocks.recompute import Recomputation, recomputing
+from spectune.blocks.selective import worth_keeping
 from spectune.compute.memory import AllocationTracker
-from spectune.compute.selective import worth_keeping
 from spectune.deltas import attach, detach, route
-from spectune.deltas.checkpointing import Recomputation, recomputing
 from spectune.errors import ConfigError
 from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA, PromptTuning
 from tests.contract.conftest import CASES, move, tokens

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from spectune.blocks.compile import compiled
 from spectune.deltas import leading_keys, route
 from spectune.methods import LoRA, PrefixTuning
 from spectune.storage import attach
 from spectune.training.checkpointing import recomputing
-from spectune.training.compiling import compiled
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from spectune.blocks.offload import Transfers
+from spectune.blocks.recompute import Recomputation
 from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum
 from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import AllocationTracker
-from spectune.compute.offload import Transfers
 from spectune.deltas import Delta
-from spectune.deltas.checkpointing import Recomputation
 from spectune.training import TrainingConfig
 from spectune.training.checkpointing import recomputing
 from spectune.training.optimizer import MasterAdamW

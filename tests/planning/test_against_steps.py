@@ -19,10 +19,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from spectune.blocks.recompute import Recomputation
 from spectune.compute import offload
 from spectune.deltas import attach
 from spectune.deltas.attach import place
-from spectune.deltas.checkpointing import Recomputation
 from spectune.deltas.modules import DeltaModule
 from spectune.errors import ConfigError
 from spectune.methods import BY_NAME, method_from_name

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from spectune.blocks.compile import compiled
 from spectune.deltas import attach
 from spectune.methods import method_from_name
 from spectune.planning.planner import Planner
 from spectune.planning.recorder import Record, Shape
 from spectune.training.checkpointing import memory_budget
-from spectune.training.compiling import _compiler_there, compiled
+from spectune.training.execution import _compiler_there
 
 ROWS, LENGTH = 4, 40
 SHAPE = Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, LlamaConfig
 
 import spectune
-from spectune.deltas.checkpointing import ORDER
+from spectune.blocks.recompute import ORDER
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from spectune.planning import plan

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectune.blocks.cuda_graphs import WARM_UPS, graphed
+from spectune.blocks.graphed_block import RecordedBlock, record
 from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import AllocationTracker
 from spectune.deltas import Delta, attach
@@ -20,8 +22,6 @@ from spectune.planning import plan
 from spectune.planning.planner import Planner
 from spectune.planning.recorder import Shape
 from spectune.planning.recordings import apart
-from spectune.training.graphs import WARM_UPS, graphed
-from spectune.training.recorded import RecordedBlock, record
 from tests.planning.steps import batch
 from tests.training.test_compiling import DEPTH, gpt2, llama
 from tests.training.test_graphs import Again

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from torch.nn.attention import varlen as torch_varlen
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from spectune.blocks.compile import compiled
 from spectune.compute.varlen import flash_by_document, loop_by_document
 from spectune.data import Example
 from spectune.data.rows import Row
 from spectune.deltas import attach, packed, packed_pass, packing
 from spectune.methods import method_from_name
 from spectune.training import TrainingConfig
-from spectune.training.compiling import compiled
 from spectune.training.packing import decide
 
 

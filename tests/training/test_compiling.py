@@ -13,14 +13,15 @@ import torch
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from spectune.blocks.compile import compiled
 from spectune.compute.losses import labelled_loss_sum
 from spectune.deltas import Delta, Method
 from spectune.families import describe
 from spectune.methods import METHODS, BottleneckAdapter, DoRA, LoRA
 from spectune.storage import attach, detach
-from spectune.training import TrainingConfig, compiling, train
+from spectune.training import TrainingConfig, execution, train
 from spectune.training import loop as loop_module
-from spectune.training.compiling import compiled, worth_compiling
+from spectune.training.execution import worth_compiling
 from tests.support import make_model, make_rows, make_tokenizer
 
 #: the package's `train` is the function
@@ -190,7 +191,7 @@ def test_a_run_is_compiled_where_that_pays() -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_long_runs_on_a_cpu_need_a_compiler(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_compiler_there", lambda: there)
+    monkeypatch.setattr(execution, "_compiler_there", lambda: there)
     family = describe(llama())
     few = {"tokens": 10**6, "steps": 10**3, "length": 100}
     assert worth_compiling(family, LoRA(), tokens=10**11, steps=10**6, length=100, device_type="cpu") is there

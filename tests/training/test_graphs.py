@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectune.blocks.cuda_graphs import WARM_UPS, graphed
 from spectune.compute.losses import labelled_loss_sum
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.methods import METHODS, BottleneckAdapter, FullFineTuning, LoRA
 from spectune.training import TrainingConfig
-from spectune.training.graphs import WARM_UPS, graphed, launch_bound, records
+from spectune.training.execution import launch_bound, records
 from tests.training.test_compiling import built, gpt2, llama, undropped
 
 

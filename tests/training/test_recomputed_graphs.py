@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from spectune.blocks.compile import compiled
+from spectune.blocks.compiler import block_of, compiler_settings
+from spectune.blocks.recompute import Recomputation, recomputing
 from spectune.compute import partition
-from spectune.compute.compiler import block_of, compiler_settings
 from spectune.compute.memory import AllocationTracker
 from spectune.deltas import Method, attach, route
-from spectune.deltas.checkpointing import Recomputation, recomputing
 from spectune.methods import FullFineTuning, LoRA, PromptTuning
 from spectune.training.checkpointing import memory_budget
-from spectune.training.compiling import _compiler_there, compiled
+from spectune.training.execution import _compiler_there
 from tests.contract.conftest import CASES, move, refusal, tokens
 from tests.contract.families import FAMILIES, gpt2, llama
 from tests.support.graphs import Cut

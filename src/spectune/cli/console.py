@@ -43,7 +43,7 @@ def note(message: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print one JSON object. Numbers that are not finite become null: JSON has no word for them."""
-    from spectune.storage.strict_json import finite  # its room imports torch: here, when a command has run
+    from spectune.files.strict_json import finite  # its room imports torch: here, when a command has run
 
     typer.echo(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str))
 

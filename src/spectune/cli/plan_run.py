@@ -56,7 +56,7 @@ class PlannedRun:
 
     def compiles(self, method: Method) -> bool:
         """Whether its blocks are compiled. A run of unknown length is taken to be short where "auto" decides."""
-        from spectune.training.compiling import compiles
+        from spectune.training.execution import compiles
 
         return compiles(self.config, self.family, method, length=self.length, steps=self.steps or 0,
                         device_type=self.place)  # fmt: skip
@@ -67,7 +67,7 @@ class PlannedRun:
         Raises:
             ConfigError: they cannot be, and are to be.
         """
-        from spectune.training.graphs import records_on
+        from spectune.training.execution import records_on
 
         tokens, mode = self.config.per_device_train_batch_size * self.length, self.config.gradient_checkpointing
         return records_on(self.place, self.config, self.family, method, tokens=tokens, length=self.length,

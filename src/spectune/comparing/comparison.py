@@ -10,9 +10,9 @@ from typing import Any
 from spectune.comparing.advising.limits import Limits
 from spectune.comparing.assemble import assemble
 from spectune.errors import DataError
+from spectune.files.strict_json import strict_json
 from spectune.reporting import comparison_figure, comparison_html, comparison_table, write_reports
 from spectune.storage import atomic_write_text
-from spectune.storage.strict_json import strict_json
 
 FILE = "comparison.json"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from spectune.errors import DataError
 from spectune.families import differences
+from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_write_text
-from spectune.storage.strict_json import strict_json
 from spectune.training.identity import OtherRunError
 
 FILE = "conditions.json"

@@ -26,8 +26,8 @@ from spectune.deltas import Delta, Method, attach, attached, detach
 from spectune.errors import DataError, DivergedError
 from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, read_rows, write_rows
 from spectune.families import base_precision
+from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_write_text
-from spectune.storage.strict_json import strict_json
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training.attention import takes_cudnn
 from spectune.training.distribution import World

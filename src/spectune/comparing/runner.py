@@ -14,8 +14,8 @@ from spectune.comparing.job import FAILED, Arm, Job
 from spectune.comparing.schedule import Schedule
 from spectune.comparing.search import Trial, successive_halving
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError
+from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_write_text
-from spectune.storage.strict_json import strict_json
 
 log = logging.getLogger("spectune")
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from spectune.deltas import sites
 from spectune.deltas.method import AttentionSite, InputSite, Method, OutputSite, ParameterSite, Setting, Site
 from spectune.deltas.modules import DeltaModule, OutputModule
-from spectune.deltas.weights import FLOATS, check_finite, read_headers, read_weights
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family, fingerprint
+from spectune.files.weights import FLOATS, check_finite, read_headers, read_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

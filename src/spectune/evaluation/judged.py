@@ -11,8 +11,8 @@ from typing import Any
 
 from spectune.errors import DataError
 from spectune.evaluation.corpus import corpus_score
+from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_write_text
-from spectune.storage.strict_json import strict_json
 
 
 @dataclass(frozen=True, slots=True)

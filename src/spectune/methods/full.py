@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from spectune.deltas import Delta, Method, Registry, Setting, Site
 from spectune.deltas.delta import check_tensors
-from spectune.deltas.weights import check_finite, need_weights, read_headers, read_weights
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family, quantised_weights
+from spectune.files.weights import check_finite, need_weights, read_headers, read_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

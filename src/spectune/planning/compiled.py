@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from spectune.compute.compiler import CompiledCall, block_of, compiler_settings
+from spectune.blocks.compiler import CompiledCall, block_of, compiler_settings
 from spectune.planning.fusion import Buffer, Schedule, Source, schedule
 from spectune.planning.kernels import attend_as, scratch_of
 
@@ -115,7 +115,7 @@ def _backend(blocks: CompiledBlocks) -> Any:
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table
 
-    from spectune.compute.partition import partition
+    from spectune.blocks.partition import partition
 
     def cut(graph: fx.GraphModule, inputs: Any, **settings: Any) -> Any:
         # without inductor's passes over the joint graph: they replace whatever returns tensors without memory. One of

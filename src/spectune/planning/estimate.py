@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from spectune.deltas.checkpointing import ORDER, Recomputation
+from spectune.blocks.recompute import ORDER, Recomputation
 from spectune.planning.recorder import Shape
 from spectune.sizes import bytes_of
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from spectune.blocks.recompute import Recomputation, modes
 from spectune.deltas import Method
-from spectune.deltas.checkpointing import Recomputation, modes
 from spectune.errors import ConfigError
 from spectune.families import base_precision as base_precision_of
 from spectune.methods import method_from_name

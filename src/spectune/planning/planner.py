@@ -11,8 +11,8 @@ from itertools import accumulate
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from spectune.blocks.recompute import Recomputation
 from spectune.deltas import Method
-from spectune.deltas.checkpointing import Recomputation
 from spectune.errors import first_line
 from spectune.planning.allocator import Block, CachingAllocator
 from spectune.planning.compiled import is_of_the_compiler

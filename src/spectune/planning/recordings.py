@@ -1,8 +1,8 @@
 """What recorded blocks (CUDA graphs) keep from step to step, beside what a step makes and frees.
 
-After `spectune.training.recorded`. A recording reads and writes always the same memory: a copy of each argument that no
-block made; each block's outputs, where the next one reads them; gradients of what a block is given and of its weights.
-What lies between is a step's, and lives in the graphs' own pool, where nothing else may lie in the meantime.
+After `spectune.blocks.graphed_block`. A recording reads and writes always the same memory: a copy of each argument that
+no block made; each block's outputs, where the next one reads them; gradients of what a block is given and of its
+weights. What lies between is a step's, and lives in the graphs' own pool, where nothing else may lie meanwhile.
 """
 
 from __future__ import annotations

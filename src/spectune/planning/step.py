@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from spectune.compute.compiler import memory_budget
+from spectune.blocks.compiler import memory_budget
+from spectune.blocks.offload import MetaTransfers
+from spectune.blocks.recompute import Recomputation, recompute
 from spectune.compute.evaluating import evaluating
 from spectune.compute.losses import find_head, labelled_logits, labelled_loss_sum
-from spectune.compute.offload import MetaTransfers
 from spectune.deltas import Delta, Method, packed, packing
 from spectune.deltas.attach import place
-from spectune.deltas.checkpointing import Recomputation, recompute
 from spectune.deltas.registry import Registry
 from spectune.families import Family
 from spectune.planning.compiled import CompiledBlocks

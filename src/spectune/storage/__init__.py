@@ -1,7 +1,7 @@
 """Bases and delta folders on disk."""
 
 from spectune.deltas import attach, detach, merge, route  # with this room imported, what attach gives can save itself
-from spectune.storage.atomic import atomic_folder, atomic_write_text
+from spectune.files.atomic import atomic_folder, atomic_write_text
 from spectune.storage.base_precision import PRECISIONS, quantise_base
 from spectune.storage.bases import TINY, base_name, load, load_config, load_tokenizer
 from spectune.storage.delta_folder import load_delta, save_delta, stored_method

@@ -21,8 +21,8 @@ from spectune.deltas.attach import place
 from spectune.deltas.delta import CONFIG_FILE
 from spectune.errors import DataError, SpectuneError, first_line
 from spectune.families import describe, differences
+from spectune.files.atomic import atomic_folder
 from spectune.methods import METHODS
-from spectune.storage.atomic import atomic_folder
 from spectune.storage.bases import base_name
 from spectune.storage.manifest import (
     FORMAT,

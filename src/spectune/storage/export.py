@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.deltas import Delta, InputModule
 from spectune.deltas.delta import CONFIG_FILE
 from spectune.errors import ConfigError
-from spectune.storage.atomic import atomic_folder
+from spectune.files.atomic import atomic_folder
 from spectune.storage.delta_folder import name_base
 from spectune.storage.manifest import OUR_FILE
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectune.deltas import Method
-from spectune.deltas.weights import need_weights, plain_file
 from spectune.errors import DataError, SpectuneError
+from spectune.files.weights import need_weights, plain_file
 from spectune.methods import method_from_dict
 
 FORMAT = 1

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from spectune.deltas import Delta
 from spectune.errors import DataError
+from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_folder
-from spectune.storage.strict_json import strict_json
 from spectune.training.optimizer import MasterAdamW
 
 KEPT = 2

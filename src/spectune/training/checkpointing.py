@@ -1,4 +1,4 @@
-"""Gradient (activation) checkpointing: which way of it a run takes. How it is done: `spectune.deltas.checkpointing`."""
+"""Gradient (activation) checkpointing: which way of it a run takes. How it is done: `spectune.blocks.recompute`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from spectune.compute import compiler
-from spectune.deltas.checkpointing import Recomputation, modes, recomputing
+from spectune.blocks import compiler
+from spectune.blocks.recompute import Recomputation, modes, recomputing
 
 __all__ = ["WORDS", "Recomputation", "memory_budget", "modes_of", "recomputing"]
 
@@ -34,5 +34,5 @@ def modes_of(model: PreTrainedModel, wanted: Any) -> tuple[Recomputation, ...]:
 
 
 def memory_budget(mode: Recomputation) -> float:
-    """What compiled blocks are given of the compiler's budget: see `spectune.compute.compiler.memory_budget`."""
+    """What compiled blocks are given of the compiler's budget: see `spectune.blocks.compiler.memory_budget`."""
     return compiler.memory_budget(mode)

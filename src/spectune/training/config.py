@@ -39,12 +39,12 @@ class TrainingConfig(BaseModel):
             says that memory does not suffice without, and then the first that fits of "selective" (all but matrix
             products and attention is recomputed), True (every block), "offload" (every block, with its input in host
             memory: CUDA only). False never does. A run's numbers do not depend on it.
-        torch_compile: compile the decoder's blocks (`spectune.training.compiling`); "auto" does where
+        torch_compile: compile the decoder's blocks (`spectune.blocks.compile`); "auto" does where
             the run is long enough to pay the compiler's time back (CUDA; a CPU where there is a C++ compiler), and says
             so.
         cuda_graphs: record the blocks of batches whose shape comes back, and replay them
-            (`spectune.training.graphs`); "auto" does on CUDA where a step is so small that asking for its kernels takes
-            longer than running them. Not with packs or recomputation.
+            (`spectune.blocks.cuda_graphs`); "auto" does on CUDA where a step is so small that asking for its kernels
+            takes longer than running them. Not with packs or recomputation.
         resume: go on from `output_dir`.
         memory_check: before the first step, where the plan says that memory does not suffice: "refuse" to begin,
             "warn" and begin, or "off" (nothing is predicted).

@@ -29,7 +29,7 @@ from spectune.families import Family
 from spectune.methods import LoRA
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
-from spectune.training.graphs import launch_bound
+from spectune.training.execution import launch_bound
 
 log = logging.getLogger("spectune")
 

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectune.errors import DataError
+from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_write_text
-from spectune.storage.strict_json import strict_json
 
 
 class RunResult(BaseModel):

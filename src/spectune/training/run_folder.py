@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from spectune.data import Encoded, Row
 from spectune.deltas import Delta
 from spectune.errors import ConfigError, DataError
+from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_write_text
-from spectune.storage.strict_json import strict_json
 from spectune.training.checkpoint import TRAINING_FILE, Progress, save_checkpoint, swap_best
 from spectune.training.config import TrainingConfig
 from spectune.training.identity import write_identity

@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectune.blocks.compile import compiled
+from spectune.blocks.cuda_graphs import graphed
 from spectune.compute.cudnn import cudnn_attention
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
@@ -18,12 +20,11 @@ from spectune.evaluation import perplexity
 from spectune.training.attention import takes_cudnn
 from spectune.training.checkpoint import Progress, latest_checkpoint, read_state, restore
 from spectune.training.checkpointing import memory_budget, modes_of, recomputing
-from spectune.training.compiling import compiled, compiles
 from spectune.training.config import TrainingConfig
 from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.environment import environment
-from spectune.training.graphs import graphed, records
+from spectune.training.execution import compiles, records
 from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.memory import Predicted, check_memory, predict_memory

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from spectune.comparing.advising.limits import Limits
 from spectune.comparing.advising.recommend import AXES, recommend
 from spectune.comparing.judging.verdict import verdict
-from spectune.storage.strict_json import strict_json
+from spectune.files.strict_json import strict_json
 from tests.comparing.invented import invent
 
 SIX = {"full": 1.0, "lora": 1.0, "adapter": 1.002, "prefix": 1.04, "bitfit": 1.06, "prompt": 1.12}

@@ -20,14 +20,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, Method
-from spectune.deltas.checkpointing import Recomputation
-from spectune.errors import ConfigError, first_line
+from spectune.blocks.graphed_block import Call, CudaRecorder, RecordedBlock, Recorder, record, signature
+from spectune.errors import first_line
 from spectune.families import Family
-from spectune.planning.flops import flops_per_token
-from spectune.training.compiling import LAYER_SECONDS
-from spectune.training.config import TrainingConfig
-from spectune.training.recorded import Call, CudaRecorder, RecordedBlock, Recorder, record, signature
 
 log = logging.getLogger("spectune")
 
@@ -35,68 +30,6 @@ log = logging.getLogger("spectune")
 WARM_UPS = 2
 #: shapes that are recorded: each has inputs and outputs of its own
 MOST_SHAPES = 8
-
-#: what a GPU computes of a block's operations; what asking for its kernels takes is `LAYER_SECONDS`
-OPERATIONS_PER_SECOND = 4e14
-
-
-def launch_bound(family: Family, method: Method, *, tokens: int, length: int) -> bool:
-    """Whether asking a GPU for a batch's kernels takes longer than running them, so that graphs pay.
-
-    Args:
-        tokens: of a batch, padding included.
-        length: of a row.
-    """
-    operations = tokens * flops_per_token(family, method, max(1, length))
-    return operations / OPERATIONS_PER_SECOND < len(family.layers) * LAYER_SECONDS
-
-
-def records(
-    config: TrainingConfig, delta: Delta, *, tokens: int, length: int, packs: bool, recomputation: Recomputation
-) -> bool:
-    """Whether a run's blocks are recorded: `config.cuda_graphs`, or what "auto" stands for.
-
-    Args:
-        tokens, length: see `launch_bound`.
-        packs: rows share sequences: every batch has other documents, which a graph cannot follow.
-        recomputation: blocks run again in backward, which a graph does not do.
-
-    Raises:
-        ConfigError: graphs are asked for, and cannot be.
-    """
-    return records_on(
-        delta.model.device.type, config, delta.family, delta.method, tokens=tokens, length=length, packs=packs,
-        recomputation=recomputation,
-    )  # fmt: skip
-
-
-def records_on(
-    device: str,
-    config: TrainingConfig,
-    family: Family,
-    method: Method,
-    *,
-    tokens: int,
-    length: int,
-    packs: bool,
-    recomputation: Recomputation,
-) -> bool:
-    """`records` for a kind of device, which need not be there."""
-    if config.cuda_graphs == "auto":
-        possible = device == "cuda" and not packs and recomputation is False
-        return possible and launch_bound(family, method, tokens=tokens, length=length)
-    if not config.cuda_graphs:
-        return False
-    if device != "cuda":
-        raise ConfigError(f"cuda_graphs=true needs a CUDA device, the model is on {device!r}: leave it at auto")
-    if packs:
-        raise ConfigError("cuda_graphs=true and packing: every pack has other documents. Set packing=false")
-    if recomputation is not False:
-        raise ConfigError(
-            f"cuda_graphs=true and gradient_checkpointing={recomputation}: a recorded block keeps its activations. "
-            "Set gradient_checkpointing=false, or leave cuda_graphs at auto"
-        )
-    return True
 
 
 @contextlib.contextmanager
@@ -120,7 +53,7 @@ def graphed(
         wanted: False does nothing.
         recorder: what records.
 
-    Enter it after `spectune.training.compiling.compiled`: the compiled blocks are recorded then.
+    Enter it after `spectune.blocks.compile.compiled`: the compiled blocks are recorded then.
     """
     if not wanted:
         yield

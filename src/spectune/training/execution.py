@@ -1,26 +1,15 @@
-"""Compiled decoder blocks for as long as a run takes: each block is one graph, all blocks of a kind share it.
-
-The whole model as one graph would take minutes to compile and gain little more; a block is compiled once for each kind
-(twice where nothing below the first block is trained, whose input then needs no gradient). Deltas stand inside: their
-hooks are part of the block's call.
-"""
+"""How a run is executed: what is compiled, captured and recomputed, and which attention kernel serves."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sysconfig
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-from transformers import PreTrainedModel
-
-from spectune.compute.compiler import CompiledCall, block_of, compiler_settings
-from spectune.deltas import Method
+from spectune.blocks.recompute import Recomputation
+from spectune.deltas import Delta, Method
+from spectune.errors import ConfigError
 from spectune.families import Family
 from spectune.planning.flops import flops_per_token
 from spectune.training.config import TrainingConfig
@@ -88,53 +77,64 @@ def _compiler_there() -> bool:
         return False
 
 
-@contextlib.contextmanager
-def compiled(
-    model: PreTrainedModel,
-    family: Family,
-    wanted: bool,
-    *,
-    backend: str | Callable[..., Any] = "inductor",
-    memory_budget: float = 1.0,
-) -> Iterator[None]:
-    """Inside the `with`, run each decoder block compiled while gradients are wanted; leave the model as it was.
+#: what a GPU computes of a block's operations; what asking for its kernels takes is `LAYER_SECONDS`
+OPERATIONS_PER_SECOND = 4e14
 
-    Without gradients (validation, generation) blocks run as they are: their shapes vary, and they would be compiled
-    once more.
+
+def launch_bound(family: Family, method: Method, *, tokens: int, length: int) -> bool:
+    """Whether asking a GPU for a batch's kernels takes longer than running them, so that graphs pay.
 
     Args:
-        wanted: False does nothing.
-        backend: of `torch.compile`.
-        memory_budget: 1 keeps what a product or attention gave and recomputes what is cheap (norms, activations,
-            casts); below 1 the compiler recomputes products too, until a block keeps about that share of it. See
-            `spectune.training.checkpointing.memory_budget`; `recomputing` is to be entered after this.
+        tokens: of a batch, padding included.
+        length: of a row.
     """
-    if not wanted:
-        yield
-        return
-    run = torch.compile(block_of(), backend=backend)
-    layers = [model.get_submodule(layer.path) for layer in family.layers]
-    for layer in layers:
-        layer.__dict__["_compiled_call_impl"] = _Compiled(layer, run, memory_budget)
-    try:
-        with compiler_settings(memory_budget):
-            yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("_compiled_call_impl", None)
+    operations = tokens * flops_per_token(family, method, max(1, length))
+    return operations / OPERATIONS_PER_SECOND < len(family.layers) * LAYER_SECONDS
 
 
-class _Compiled(CompiledCall):
-    """The call of one layer, compiled while gradients are wanted."""
+def records(
+    config: TrainingConfig, delta: Delta, *, tokens: int, length: int, packs: bool, recomputation: Recomputation
+) -> bool:
+    """Whether a run's blocks are recorded: `config.cuda_graphs`, or what "auto" stands for.
 
-    def __init__(self, layer: nn.Module, run: Callable[..., Any], memory_budget: float) -> None:
-        self.layer, self.run, self.memory_budget = layer, run, memory_budget
+    Args:
+        tokens, length: see `launch_bound`.
+        packs: rows share sequences: every batch has other documents, which a graph cannot follow.
+        recomputation: blocks run again in backward, which a graph does not do.
 
-    def compiles(self) -> bool:
-        # where tensors are counted one by one (on a CPU, in the first steps), the compiler would give up for good
-        return torch.is_grad_enabled() and _get_current_dispatch_mode() is None
+    Raises:
+        ConfigError: graphs are asked for, and cannot be.
+    """
+    return records_on(
+        delta.model.device.type, config, delta.family, delta.method, tokens=tokens, length=length, packs=packs,
+        recomputation=recomputation,
+    )  # fmt: skip
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.compiles():
-            return self.run(self.layer, args, kwargs)
-        return self.layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+def records_on(
+    device: str,
+    config: TrainingConfig,
+    family: Family,
+    method: Method,
+    *,
+    tokens: int,
+    length: int,
+    packs: bool,
+    recomputation: Recomputation,
+) -> bool:
+    """`records` for a kind of device, which need not be there."""
+    if config.cuda_graphs == "auto":
+        possible = device == "cuda" and not packs and recomputation is False
+        return possible and launch_bound(family, method, tokens=tokens, length=length)
+    if not config.cuda_graphs:
+        return False
+    if device != "cuda":
+        raise ConfigError(f"cuda_graphs=true needs a CUDA device, the model is on {device!r}: leave it at auto")
+    if packs:
+        raise ConfigError("cuda_graphs=true and packing: every pack has other documents. Set packing=false")
+    if recomputation is not False:
+        raise ConfigError(
+            f"cuda_graphs=true and gradient_checkpointing={recomputation}: a recorded block keeps its activations. "
+            "Set gradient_checkpointing=false, or leave cuda_graphs at auto"
+        )
+    return True

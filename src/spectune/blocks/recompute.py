@@ -7,7 +7,7 @@ activation checkpointing").
 
 A block that spectune has compiled recomputes within its graph, and is left alone while it runs compiled: its backward
 makes again what it needs, where the whole block would be run here, its last product too. What is drawn at random is the
-same there (`spectune.compute.partition`), and routes and caches are those of the forward pass. Only "offload" is around
+same there (`spectune.blocks.partition`), and routes and caches are those of the forward pass. Only "offload" is around
 a compiled call, because the block's input goes away outside of it.
 """
 
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import Cache, PreTrainedModel
 
-from spectune.compute.compiler import CompiledCall
-from spectune.compute.offload import CudaTransfers, HostStates, Transfers
-from spectune.compute.selective import policy
+from spectune.blocks.compiler import CompiledCall
+from spectune.blocks.offload import CudaTransfers, HostStates, Transfers
+from spectune.blocks.selective import policy
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError
 from spectune.families import describe

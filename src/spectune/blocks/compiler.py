@@ -65,8 +65,8 @@ def compiler_settings(memory_budget: float) -> Iterator[None]:
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
-    from spectune.compute.narrow_products import GroupNarrowProducts
-    from spectune.compute.partition import Partition
+    from spectune.blocks.narrow_products import GroupNarrowProducts
+    from spectune.blocks.partition import Partition
 
     with (
         dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS),

@@ -1,0 +1,1 @@
+"""Everything that exchanges a decoder block's call: compiling, recomputation, CUDA graphs, offload."""
