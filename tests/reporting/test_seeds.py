@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spectune.reporting import comparison_html, comparison_rows, comparison_table
+from spectune.reporting import arm_results, comparison_html, comparison_table
 from spectune.reporting.spreadsheets import comparison_csv, runs_csv
 from spectune.reporting.tables import comparison_markdown
 from spectune.reporting.words import evidence
@@ -19,7 +19,7 @@ from tests.reporting.test_reporting import FULL, comparison, invented
 
 
 def rows_of(case: dict[str, Any]) -> dict[str, Any]:
-    return {row.name: row for row in comparison_rows(case)}
+    return {row.name: row for row in arm_results(case)}
 
 
 def test_numbers_are_means_over_the_seeds_and_the_peak_is_the_largest() -> None:

@@ -161,7 +161,7 @@ def _frozen(names: list[str], precision: str, *, named: bool) -> list[str]:
 
 def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:
     from spectune import comparing, embedded
-    from spectune.comparing.advising.limits import Limits
+    from spectune.results import Limits
 
     wanted = settings.training()
     folder = output_folder(settings.text("output_dir"), "compare", resume=wanted.resume)

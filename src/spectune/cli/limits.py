@@ -12,7 +12,7 @@ from spectune.errors import ConfigError
 from spectune.sizes import bytes_of
 
 if TYPE_CHECKING:
-    from spectune.comparing.advising.limits import Limits
+    from spectune.results import Limits
 
 MaxMemory = Annotated[str | None, typer.Option(help="The most memory that training may take, such as 24GiB.")]
 MaxLatencyOverhead = Annotated[
@@ -38,7 +38,7 @@ def given(
     Raises:
         ConfigError: a size or a share that cannot be read.
     """
-    from spectune.comparing.advising.limits import Limits
+    from spectune.results import Limits
 
     return Limits(**fields(max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality))
 
@@ -50,7 +50,7 @@ def fields(
     max_stored_bytes: str | None,
     min_quality: float | None,
 ) -> dict[str, Any]:
-    """The limits that were given, by the names of `spectune.comparing.advising.limits.Limits`.
+    """The limits that were given, by the names of `spectune.results.Limits`.
 
     Raises:
         ConfigError: a size or a share that cannot be read.

@@ -10,7 +10,7 @@ import typer
 from spectune.cli import limits, options
 from spectune.cli.console import note, print_json, say, work
 from spectune.cli.runs import RUNS, find_comparison
-from spectune.errors import ConfigError, DataError
+from spectune.errors import ConfigError
 from spectune.sizes import bytes_of
 
 if TYPE_CHECKING:
@@ -103,23 +103,20 @@ def _flags(keys: dict[str, Any]) -> str:
 
 
 def _measured(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    from spectune.comparing import Comparison
-    from spectune.comparing.advising.limits import Limits
     from spectune.comparing.advising.recommend import recommend
     from spectune.comparing.judging.verdict import verdict
+    from spectune.results import ComparisonResult, Limits
 
-    content = Comparison.load(folder).content
-    if not isinstance(content, dict):
-        raise DataError(f"{folder / COMPARISON} holds no object; expected what `spectune compare` writes")
-    if not content.get("verdict"):  # a comparison from before there were verdicts
-        content = {**content, "verdict": verdict(content, folder)}
-    if not wanted:  # those that the comparison was made with
-        wanted = (content.get("recommendation") or {}).get("limits") or {}
-    return {**recommend(content, Limits(**wanted)), "verdict": content["verdict"].get("sentences", [])}
+    result = ComparisonResult.load(folder)
+    result.verdict = result.verdict or verdict(result, folder)  # none in files from before there were verdicts
+    made_with = None if result.recommendation is None else result.recommendation.limits
+    found = recommend(result, Limits(**wanted) if wanted else made_with)
+    return {**found.to_dict(), "verdict": result.verdict.sentences}
 
 
 def _guide(asked: dict[str, Any]) -> dict[str, Any]:
-    from spectune.comparing.advising.guide import Answers, guide
+    from spectune.comparing.advising.guide import guide
+    from spectune.comparing.advising.rules_of_thumb import Answers
 
     return guide(Answers(**asked))
 

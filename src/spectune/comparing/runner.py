@@ -10,12 +10,15 @@ from pathlib import Path
 from rich.console import Console
 
 from spectune.comparing.budget import Budget, duration
-from spectune.comparing.job import FAILED, Arm, Job
+from spectune.comparing.final_runs import FinalRuns
+from spectune.comparing.job import FAILED, Arm, Job, note_failure
 from spectune.comparing.schedule import Schedule
-from spectune.comparing.search import Trial, successive_halving
+from spectune.comparing.search import successive_halving
+from spectune.comparing.short_runs import on_fewer, step_seconds, trial
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError
+from spectune.files.atomic import atomic_write_text
 from spectune.files.strict_json import strict_json
-from spectune.storage import atomic_write_text
+from spectune.results.comparison_file import Trial
 
 log = logging.getLogger("spectune")
 
@@ -29,6 +32,7 @@ class Runner:
     """Everything that a comparison runs."""
 
     job: Job
+    final_runs: FinalRuns
     schedule: Schedule
     arms: Sequence[Arm]
     console: Console | None
@@ -72,7 +76,7 @@ class Runner:
         if self._all_there():
             return
         try:
-            self.budget.step_seconds = self.job.calibrate(left[0])
+            self.budget.step_seconds = step_seconds(self.job, left[0])
         except InterruptedRun:
             raise
         except SpectuneError:
@@ -135,7 +139,7 @@ class Runner:
         return found.best
 
     def _trial(self, arm: Arm, rate: float, steps: int) -> Trial:
-        found, seconds = self.job.trial(arm, rate, steps)
+        found, seconds = trial(self.job, arm, rate, steps)
         self.budget.ended(arm.name, steps, seconds)
         return found
 
@@ -144,11 +148,11 @@ class Runner:
         timed = False  # of the first seed that does not fail
         for seed in self.schedule.seeds:
             try:
-                result, seconds = self.job.final(arm, rate, steps, seed, timed=not timed)
+                result, seconds = self.final_runs.run(arm, rate, seed, timed=not timed)
             except InterruptedRun:
                 raise
             except SpectuneError as error:
-                folder = self.job.final_folder(arm, rate, steps, seed)
+                folder = self.final_runs.folder(arm, rate, seed)
                 if isinstance(error, OutOfMemoryError | DoesNotFitError | ConfigError):
                     # another seed changes nothing
                     raise self._given_up(folder, arm, rate, seed, str(error)) from None
@@ -168,7 +172,7 @@ class Runner:
                 continue  # a final run is that point
             for seed in self.schedule.curve_seeds:
                 try:
-                    _, seconds = self.job.on_fewer(arm, rate, rows, steps, seed)
+                    _, seconds = on_fewer(self.job, arm, rate, rows, steps, seed)
                 except InterruptedRun:
                     raise
                 except SpectuneError as error:
@@ -182,7 +186,7 @@ class Runner:
     def _failed(
         self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str, *, given_up: bool = False
     ) -> None:
-        self.job.failed(folder, arm, rate, seed, reason, given_up=given_up)
+        note_failure(folder, arm, rate, seed, reason, given_up=given_up)
         if self.console is None:  # who gave a console tells of failures in their own words
             log.warning("%s failed: %s", arm.name, reason)
 

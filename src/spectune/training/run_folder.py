@@ -19,13 +19,13 @@ from spectune.data import Encoded, Row
 from spectune.deltas import Delta
 from spectune.errors import ConfigError, DataError
 from spectune.files.strict_json import strict_json
+from spectune.results.run import RunResult
 from spectune.storage import atomic_write_text
 from spectune.training.checkpoint import TRAINING_FILE, Progress, save_checkpoint, swap_best
 from spectune.training.config import TrainingConfig
 from spectune.training.identity import write_identity
 from spectune.training.loop import Keeper
 from spectune.training.optimizer import MasterAdamW
-from spectune.training.result import RunResult
 
 #: the weights at the end, where best/ does not hold them as they were trained
 END_FILE = "end.safetensors"

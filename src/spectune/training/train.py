@@ -17,6 +17,7 @@ from spectune.compute.cudnn import cudnn_attention
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
+from spectune.results.run import RunResult
 from spectune.training.attention import takes_cudnn
 from spectune.training.checkpoint import Progress, latest_checkpoint, read_state, restore
 from spectune.training.checkpointing import memory_budget, modes_of, recomputing
@@ -31,7 +32,6 @@ from spectune.training.memory import Predicted, check_memory, predict_memory
 from spectune.training.optimizers import make_optimizer
 from spectune.training.packing import Packing, decide
 from spectune.training.prepare import DEFAULT_LENGTH, Prepared, prepare
-from spectune.training.result import RunResult
 from spectune.training.run_folder import RunFolder, check_folder, load_end
 
 __all__ = ["DEFAULT_LENGTH", "train"]

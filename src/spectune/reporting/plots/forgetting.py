@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from spectune.reporting import units
 from spectune.reporting.columns import loss_title
 from spectune.reporting.plots.labels import Labelled, label_points
 from spectune.reporting.plots.style import Plot, looks, loss_axis, loss_words, new_axes, new_figure, pad
-from spectune.reporting.rows import comparison_rows
+from spectune.results.arm_result import arm_results
+from spectune.results.comparison_file import ComparisonResult
 
 
-def forgetting_plot(comparison: Mapping[str, Any]) -> Plot | None:
+def forgetting_plot(comparison: ComparisonResult) -> Plot | None:
     placed = [
         (row, row.loss, row.forgetting_kl_nats_per_token)
-        for row in comparison_rows(comparison)
+        for row in arm_results(comparison)
         if row.loss is not None and row.forgetting_kl_nats_per_token is not None
     ]
     placed = [entry for entry in placed if all(map(math.isfinite, entry[1:]))]
@@ -34,12 +33,7 @@ def forgetting_plot(comparison: Mapping[str, Any]) -> Plot | None:
     points = []
     for row, x, y in placed:
         seen = look[row.name]
-        across = None if row.loss_low is None or row.loss_high is None else (row.loss_low, row.loss_high)
-        up = (
-            None
-            if row.forgetting_low is None or row.forgetting_high is None
-            else (row.forgetting_low, row.forgetting_high)
-        )
+        across, up = row.loss_interval, row.forgetting_interval
         if across is not None:
             axes.plot(across, (y, y), color=seen.colour, linewidth=1.1, zorder=2.5)
         if up is not None:

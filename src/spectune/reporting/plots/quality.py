@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 
@@ -25,95 +25,109 @@ from spectune.reporting.plots.style import (
     new_figure,
     pad,
 )
-from spectune.reporting.rows import ComparisonRow, comparison_rows
+from spectune.results.arm_result import ArmResult, arm_results, undominated
+from spectune.results.comparison_file import ComparisonResult
 
-Number = Callable[[ComparisonRow], float | None]
+#: an arm, its cost and its loss
+Placed = tuple[ArmResult, float, float]
 
 
-def quality_plots(comparison: Mapping[str, Any]) -> list[Plot]:
-    rows = [row for row in comparison_rows(comparison) if row.loss is not None and math.isfinite(row.loss)]
-    look, loss = looks(comparison), loss_title(comparison)
-    device = comparison["base"]["device"]
-    made = [
-        _against(
+@dataclass(frozen=True)
+class Cost:
+    """What the loss is drawn against: its value of an arm (None: not drawn) and how the table writes it."""
+
+    name: str
+    title: str
+    axis: str
+    value: Callable[[ArmResult], float | None]
+    text: Callable[[float], str]
+    log: bool = False
+
+
+def quality_plots(comparison: ComparisonResult) -> list[Plot]:
+    device = comparison.base.device
+    costs = (
+        Cost(
             "quality-and-share",
             "Quality against trainable share",
             "trainable weights, % of the base (log)",
-            rows,
-            look,
-            loss,
-            loss_words(comparison),
             lambda row: None if row.trainable_share is None else 100 * row.trainable_share,
             lambda value: units.percent(value / 100),
             log=True,
         ),
-        _against(
+        Cost(
             "quality-and-memory",
             "Quality against memory in training",
             f"peak memory of tensors in training, MB ({device})",
-            rows,
-            look,
-            loss,
-            loss_words(comparison),
             lambda row: None if row.train_memory_bytes is None else row.train_memory_bytes / 1e6,
             lambda value: units.size(1e6 * value),
         ),
-        _against(
+        Cost(
             "quality-and-time",
             "Quality against training time",
             f"training time of one run, s ({device})",
-            rows,
-            look,
-            loss,
-            loss_words(comparison),
             lambda row: row.train_seconds,
             units.seconds,
         ),
-    ]
-    return [plot for plot in made if plot is not None]
+    )
+    rows = [(row, row.loss) for row in arm_results(comparison) if row.loss is not None and math.isfinite(row.loss)]
+    made = []
+    for cost in costs:
+        placed = [(row, x, loss) for row, loss in rows if (x := cost.value(row)) is not None and x > 0]
+        if len(placed) > 1:
+            made.append(_against(cost, placed, comparison))
+    return made
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats in one coordinate without losing in the other; less is better."""
-    return [i for i, (x, y) in enumerate(points) if not any(u <= x and v <= y and (u, v) != (x, y) for u, v in points)]
-
-
-def _against(
-    name: str,
-    title: str,
-    x_label: str,
-    rows: Sequence[ComparisonRow],
-    look: Mapping[str, Look],
-    loss: str,
-    loss_name: str,
-    cost: Number,
-    text: Callable[[float], str],
-    *,
-    log: bool = False,
-) -> Plot | None:
-    placed = [(row, x, row.loss) for row in rows if (x := cost(row)) is not None and x > 0 and row.loss is not None]
-    if len(placed) < 2:
-        return None
-    figure = new_figure()
+def _against(cost: Cost, placed: Sequence[Placed], comparison: ComparisonResult) -> Plot:
+    figure, look = new_figure(), looks(comparison)
     axes = new_axes(figure, left=0.62, right=0.12, bottom=0.52)
     xs, ys = [x for _, x, _ in placed], [y for _, _, y in placed]
     ends = [bound for row, _, _ in placed for bound in (row.loss_low, row.loss_high) if bound is not None]
-    if log or max(xs) > 20 * min(xs):
+    if cost.log or max(xs) > 20 * min(xs):
         log_axis(axes.xaxis, xs)
-    loss_axis(axes.yaxis, [*ys, *ends], loss_name)
+    loss_axis(axes.yaxis, [*ys, *ends], loss_words(comparison))
     pad(axes, xs, [*ys, *ends])
-    front = pareto([(x, y) for _, x, y in placed])
-    line = _front(axes, sorted((placed[i][1], placed[i][2]) for i in front))
+    front = undominated(placed, _dominates)
+    axes.set_xlabel(cost.axis)
+    _draw(axes, placed, front, look)
+    bars = "; bars are intervals of the loss" if ends else ""
+    return Plot(
+        cost.name,
+        cost.title,
+        f"Filled points lie on the Pareto front (the stepped line): nothing is better in both. Lower and further "
+        f"left is better{bars}.",
+        figure,
+        ["Method", cost.axis.partition(",")[0].capitalize(), loss_title(comparison), "On the front"],
+        [
+            [
+                look[row.name].label,
+                cost.text(x),
+                units.with_interval(y, row.loss_low, row.loss_high),
+                "yes" if (row, x, y) in front else "no",
+            ]
+            for row, x, y in placed
+        ],
+    )
+
+
+def _dominates(one: Placed, other: Placed) -> bool:
+    """Whether `one` is as good in cost and loss, and better in one of them."""
+    (_, x, y), (_, u, v) = one, other
+    return x <= u and y <= v and (x, y) != (u, v)
+
+
+def _draw(axes: Axes, placed: Sequence[Placed], front: Sequence[Placed], look: Mapping[str, Look]) -> None:
+    """The points with their intervals, the front, the word "better" where it has room, and the labels."""
+    corners = _front(axes, sorted((x, y) for _, x, y in front))
     points = []
-    for index, (row, x, y) in enumerate(placed):
+    for row, x, y in placed:
         seen = look[row.name]
-        interval = None if row.loss_low is None or row.loss_high is None else (row.loss_low, row.loss_high)
-        if interval is not None:
-            axes.plot([x, x], interval, color=seen.colour, linewidth=1.1, zorder=2.5)
-        fill = seen.colour if index in front else PAPER
+        if row.loss_interval is not None:
+            axes.plot([x, x], row.loss_interval, color=seen.colour, linewidth=1.1, zorder=2.5)
+        fill = seen.colour if (row, x, y) in front else PAPER
         axes.plot(x, y, seen.marker, color=seen.colour, markerfacecolor=fill, markersize=6, markeredgewidth=1.2)
-        points.append(Labelled(x, y, seen.label, y_range=interval))
-    axes.set_xlabel(x_label)
+        points.append(Labelled(x, y, seen.label, y_range=row.loss_interval))
     if not _corner_taken(axes, points):
         axes.annotate(
             "better",
@@ -125,25 +139,7 @@ def _against(
             color=MUTED,
             arrowprops={"arrowstyle": "->", "color": MUTED, "linewidth": 0.7},
         )
-    label_points(axes, points, line)
-    bars = "; bars are intervals of the loss" if ends else ""
-    return Plot(
-        name,
-        title,
-        f"Filled points lie on the Pareto front (the stepped line): nothing is better in both. Lower and further "
-        f"left is better{bars}.",
-        figure,
-        ["Method", x_label.partition(",")[0].capitalize(), loss, "On the front"],
-        [
-            [
-                look[row.name].label,
-                text(x),
-                units.with_interval(y, row.loss_low, row.loss_high),
-                "yes" if index in front else "no",
-            ]
-            for index, (row, x, y) in enumerate(placed)
-        ],
-    )
+    label_points(axes, points, corners)
 
 
 def _front(axes: Axes, front: list[tuple[float, float]]) -> list[tuple[float, float]]:
