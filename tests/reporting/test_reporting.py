@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spectune.reporting import (
+from spectune.reporting import units
+from tests.reporting.from_content import (
     arm_results,
+    comparison_csv,
     comparison_figure,
     comparison_html,
+    comparison_markdown,
     comparison_table,
-    units,
     write_reports,
 )
-from spectune.reporting.tables import comparison_csv, comparison_markdown
 
 
 def invented(**changes: Any) -> dict[str, Any]:

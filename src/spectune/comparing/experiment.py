@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.comparing import conditions
 from spectune.comparing.comparison import Comparison
 from spectune.comparing.conditions import RecordedConditions
-from spectune.comparing.encoded_inputs import Inputs, Rows
 from spectune.comparing.final_runs import FinalRuns
+from spectune.comparing.inputs import Inputs, Rows
 from spectune.comparing.job import Arm, Job
 from spectune.comparing.measure import retained_passages
 from spectune.comparing.presets import PRESETS

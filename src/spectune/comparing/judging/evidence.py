@@ -200,7 +200,8 @@ def _forgetting(
     arms: dict[str, list[Array]] = {}
     for ((arm, _), title), values in lists.items():
         if len(values) == size:
-            arms.setdefault(arm, []).append(np.column_stack([np.array(values, dtype=np.float64), tokens]).astype(np.float64))
+            sums = np.column_stack([np.array(values, dtype=np.float64), tokens])
+            arms.setdefault(arm, []).append(sums.astype(np.float64))
         else:
             problems.append(f"{title} is left out of forgetting: {len(values)} passages, the others have {size}.")
     return Evidence({arm: np.stack(seeds) for arm, seeds in arms.items()}, ratio, size, size)
