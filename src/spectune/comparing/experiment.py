@@ -6,7 +6,6 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.comparing import conditions
 from spectune.comparing.comparison import Comparison
 from spectune.comparing.conditions import RecordedConditions
-from spectune.comparing.final_runs import FinalRuns
+from spectune.comparing.final_runs import base_rows, judge_base
 from spectune.comparing.inputs import Inputs, Rows
 from spectune.comparing.job import Arm, Job
 from spectune.comparing.measure import retained_passages
@@ -101,123 +100,89 @@ def compare(
     inputs = Inputs.of(rows, tokenizer, settings, metric=metric, generate_rows=generate_rows)
     virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
     passages = retained_passages(model, tokenizer, retain, settings.seed, virtual_tokens=virtual_tokens)
-    rows_and_targets = len(inputs.train.examples), sum(example.target_tokens for example in inputs.train.examples)
-    schedule = Schedule.of(PRESETS[preset], settings, *rows_and_targets, seeds=seeds, fractions=fractions)
-    experiment = _Experiment(folder, model, tokenizer, arms, settings, inputs, passages, schedule, origin, console)
-    experiment.begin(before, limits, retain, recorded)
-    return experiment.carry_out()
+    schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, seeds=seeds, fractions=fractions)
+    found = _conditions(model, arms, settings, inputs, passages, schedule, retain)
+    _check_before(before, found, limits, folder)
+    job = Job(folder, model, tokenizer, arms, settings, inputs, passages, schedule, found, origin, console)
+    return _carry_out(job, recorded)
 
 
-@dataclass
-class _Experiment:
-    """A comparison whose settings are known to be right."""
+def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
+    """Make all runs that are not there yet, and the comparison from all of them. `recorded`: for config.yaml."""
+    folder, base = job.folder, job.conditions.base
+    if not (folder / "config.yaml").is_file():  # what a resumption goes on with stays as it was
+        atomic_write_text(folder / "config.yaml", yaml.safe_dump(dict(recorded), sort_keys=False))
+    if job.inputs.notice:
+        job.print(job.inputs.notice)
+    try:
+        if base.valid_loss is None:
+            size = job.config.per_device_eval_batch_size
+            losses = row_losses(job.model, job.inputs.valid.examples, pad_token_id(job.tokenizer), size)
+            base.valid_loss = losses.mean_per_token
+        if base.judged_loss is None or not base_rows(job).is_file():
+            base.judged_loss, base.metrics = judge_base(job)
+        conditions.write(folder, job.conditions)
+        Runner(job).run()
+    except InterruptedRun as stop:  # what it says is of one run
+        raise InterruptedRun(
+            f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
+        ) from stop
+    comparison = Comparison.from_runs(folder)
+    comparison.save()
+    return comparison
 
-    folder: Path
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    arms: Sequence[Arm]
-    settings: TrainingConfig
-    inputs: Inputs
-    passages: list[list[int]]
-    schedule: Schedule
-    origin: Mapping[str, Any] | None
-    console: Console | None
-    conditions: RecordedConditions = field(init=False)
 
-    def begin(
-        self,
-        before: RecordedConditions | None,
-        limits: Limits | None,
-        retain: str | Path | None,
-        recorded: Mapping[str, Any],
-    ) -> None:
-        """Write the conditions and the config, after checking that they are those of an earlier call (`before`)."""
-        self.conditions = found = self._conditions(retain)
-        if limits is None and before is not None:
-            limits = before.limits
-        found.limits = limits or Limits()
-        if before is not None:
-            conditions.check(before, found, self.folder)
-            found.base = Base(**{**found.base.to_dict(), **before.base.to_dict()})
-            if before.metric_code not in (None, found.metric_code):
-                _forget_rows(self.folder)
-        conditions.write(self.folder, found)
-        config_file = self.folder / "config.yaml"
-        if not config_file.is_file():  # what a resumption goes on with stays as it was
-            atomic_write_text(config_file, yaml.safe_dump(dict(recorded), sort_keys=False))
-        if self.inputs.notice:
-            out = self.console or Console()
-            out.print(self.inputs.notice, soft_wrap=True, highlight=False, markup=False)
+def _check_before(
+    before: RecordedConditions | None, found: RecordedConditions, limits: Limits | None, folder: Path
+) -> None:
+    """Check that the conditions are those of an earlier call (`before`), take over what it measured of the base, and
+    write them."""
+    found.limits = limits or (before.limits if before is not None else Limits())
+    if before is not None:
+        conditions.check(before, found, folder)
+        found.base = Base(**{**found.base.to_dict(), **before.base.to_dict()})
+        if before.metric_code not in (None, found.metric_code):
+            _forget_rows(folder)
+    conditions.write(folder, found)
 
-    def carry_out(self) -> Comparison:
-        """Make all runs that are not there yet, and the comparison from all of them."""
-        base, inputs = self.conditions.base, self.inputs
-        try:
-            if base.valid_loss is None:
-                base.valid_loss = self._base_valid_loss()
-            job = Job(
-                folder=self.folder,
-                model=self.model,
-                tokenizer=self.tokenizer,
-                train=inputs.train,
-                valid=inputs.valid,
-                config=self.settings,
-                identity=self.conditions.identity,
-                base_valid_loss=base.valid_loss,
-                final_steps=self.schedule.final_steps,
-                origin=self.origin,
-                console=self.console,
-            )
-            own_process = self.schedule.preset.own_process
-            final_runs = FinalRuns(job, inputs.task, inputs.rows.judged_on, self.passages, own_process)
-            if base.judged_loss is None or not final_runs.base_rows.is_file():
-                base.judged_loss, metrics = final_runs.judge_base()
-                base.metrics = dict(metrics)
-            conditions.write(self.folder, self.conditions)
-            Runner(job, final_runs, self.schedule, self.arms, self.console).run()
-        except InterruptedRun as stop:  # what it says is of one run
-            raise InterruptedRun(
-                f"the comparison is in {self.folder}. To go on: the same command with --output-dir {self.folder} "
-                "--resume"
-            ) from stop
-        comparison = Comparison.from_runs(self.folder)
-        comparison.save()
-        return comparison
 
-    def _base_valid_loss(self) -> float:
-        size = self.settings.per_device_eval_batch_size
-        return row_losses(self.model, self.inputs.valid.examples, pad_token_id(self.tokenizer), size).mean_per_token
-
-    def _conditions(self, retain: str | Path | None) -> RecordedConditions:
-        """What all runs share; `identity` is what their results depend on."""
-        model, inputs, settings = self.model, self.inputs, self.settings
-        name, family, dtype = base_name(model), describe(model), str(model.dtype).removeprefix("torch.")
-        base = {"name": name, "total_parameters": family.num_parameters, "device": str(model.device), "dtype": dtype}
-        if (precision := precision_of(model)) is not None:
-            base["precision"] = precision
-        passages = {
-            "retained_passages": len(self.passages),
-            "retained_tokens": sum(map(len, self.passages)),
-            "retained_from": str(retain) if retain is not None else "sampled from the base at temperature 1",
-            "target_tokens_per_step": self.schedule.target_tokens_per_step,
-        }
-        return RecordedConditions(
-            base=Base(**base),
-            fingerprint=fingerprint(model, family),
-            data=Data(**inputs.describe(), **passages),
-            settings=settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
-            preset=self.schedule.record(len(inputs.valid.examples)),
-            environment=environment(),
-            scale=reference_shares([arm.method for arm in self.arms]),
-            arms=[arm.record() for arm in self.arms],
-            identity={
-                **settings.model_dump(mode="json", exclude=NOT_SHARED),
-                "base": [name, family.num_parameters, dtype, *([precision] if precision else [])],
-                **inputs.identity(),
-                "passages_sha256": hashlib.sha256(repr(self.passages).encode()).hexdigest(),
-            },
-            metric_code=[metric.code_sha256 for metric in inputs.task.custom],
-        )
+def _conditions(
+    model: PreTrainedModel,
+    arms: Sequence[Arm],
+    settings: TrainingConfig,
+    inputs: Inputs,
+    passages: list[list[int]],
+    schedule: Schedule,
+    retain: str | Path | None,
+) -> RecordedConditions:
+    """What all runs share; `identity` is what their results depend on."""
+    name, family, dtype = base_name(model), describe(model), str(model.dtype).removeprefix("torch.")
+    base = {"name": name, "total_parameters": family.num_parameters, "device": str(model.device), "dtype": dtype}
+    if (precision := precision_of(model)) is not None:
+        base["precision"] = precision
+    return RecordedConditions(
+        base=Base(**base),
+        fingerprint=fingerprint(model, family),
+        data=Data(
+            **inputs.describe(),
+            retained_passages=len(passages),
+            retained_tokens=sum(map(len, passages)),
+            retained_from=str(retain) if retain is not None else "sampled from the base at temperature 1",
+            target_tokens_per_step=schedule.target_tokens_per_step,
+        ),
+        settings=settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
+        preset=schedule.record(len(inputs.valid.examples)),
+        environment=environment(),
+        scale=reference_shares([arm.method for arm in arms]),
+        arms=[arm.record() for arm in arms],
+        identity={
+            **settings.model_dump(mode="json", exclude=NOT_SHARED),
+            "base": [name, family.num_parameters, dtype, *([precision] if precision else [])],
+            **inputs.identity(),
+            "passages_sha256": hashlib.sha256(repr(passages).encode()).hexdigest(),
+        },
+        metric_code=[metric.code_sha256 for metric in inputs.task.custom],
+    )
 
 
 def check_settings(

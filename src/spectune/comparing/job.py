@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.comparing.conditions import run_key
+from spectune.comparing.conditions import RecordedConditions, run_key
+from spectune.comparing.inputs import Inputs
+from spectune.comparing.schedule import Schedule
 from spectune.data import DataReport, Encoded
 from spectune.deltas import Delta, Method, attach, attached, detach
 from spectune.files.atomic import atomic_write_text
@@ -58,20 +60,21 @@ class Job:
     """What all runs share.
 
     Attributes:
-        identity: everything that a result depends on beside method, rate, steps, seed and rows.
-        final_steps: of the final runs.
+        config: of every run but for its rate, steps and seed.
+        passages: token ids of the text on which forgetting is measured.
+        origin: entries for each run's config.yaml.
         console: where final runs show their progress.
     """
 
     folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    train: Encoded
-    valid: Encoded
+    arms: Sequence[Arm]
     config: TrainingConfig
-    identity: Mapping[str, Any]
-    base_valid_loss: float
-    final_steps: int
+    inputs: Inputs
+    passages: list[list[int]]
+    schedule: Schedule
+    conditions: RecordedConditions
     origin: Mapping[str, Any] | None
     console: Console | None
 
@@ -80,21 +83,23 @@ class Job:
         config = self.config.model_copy(update={"learning_rate": arm.method.default_learning_rate})
         with self.attached(arm, self.config.seed) as delta:
             base = delta.base_fingerprint
-            prepared = prepare(self.model, self.tokenizer, arm.method, self.train, self.valid, config, base)
+            prepared = prepare(
+                self.model, self.tokenizer, arm.method, self.inputs.train, self.inputs.valid, config, base
+            )
             packing = decide(self.model, delta, prepared.examples, config)
             lengths = [len(example.input_ids) for example in prepared.examples]
-            cudnn = takes_cudnn(delta.family, lengths, self.final_steps, config, packs=packing.on)
+            cudnn = takes_cudnn(delta.family, lengths, self.schedule.final_steps, config, packs=packing.on)
             predicted = predict_memory(self.model, delta, prepared, config, World(), packing, cudnn=cudnn)
             check_memory(predicted, self.model, delta, config.memory_check)
 
     def key(self, arm: Arm, rate: float, steps: int, seed: int, rows: int | None = None) -> str:
-        return run_key(self.identity, arm.method.model_dump(mode="json"), rate, steps, seed, rows)
+        return run_key(self.conditions.identity, arm.method.model_dump(mode="json"), rate, steps, seed, rows)
 
     def config_of(self, rate: float, steps: int, seed: int, **more: Any) -> TrainingConfig:
         fixed = {"learning_rate": rate, "max_steps": steps, "seed": seed, "output_dir": None, "resume": False}
-        if self.config.warmup_steps >= 1 and steps < self.final_steps:
+        if self.config.warmup_steps >= 1 and steps < self.schedule.final_steps:
             # steps of a final run: a trial warms up for the same share of its own, else it would never reach its rate
-            fixed["warmup_steps"] = max(1, round(self.config.warmup_steps * steps / self.final_steps))
+            fixed["warmup_steps"] = max(1, round(self.config.warmup_steps * steps / self.schedule.final_steps))
         return self.config.model_copy(update={**fixed, **more})
 
     def run(
@@ -110,8 +115,11 @@ class Job:
             config,
             origin=self.origin,
             console=console,
-            base_valid_loss=self.base_valid_loss,
+            base_valid_loss=self.conditions.base.valid_loss,
         )
+
+    def print(self, line: str) -> None:
+        (self.console or Console()).print(line, soft_wrap=True, highlight=False, markup=False)
 
     @contextlib.contextmanager
     def attached(self, arm: Arm, seed: int) -> Iterator[Delta]:

@@ -42,7 +42,7 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
     config = job.config_of(rate, steps, seed, eval_steps=steps)
     reason, loss, targets = None, None, 0
     try:
-        result = _run(job, arm, config, job.train, subset(job.valid, SEARCH_ROWS, job.config.seed))
+        result = _run(job, arm, config, job.inputs.train, subset(job.inputs.valid, SEARCH_ROWS, job.config.seed))
         loss, targets = result.valid_loss, result.target_tokens
     except DivergedError as error:
         reason = str(error).split(". ", 1)[0]
@@ -56,7 +56,7 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
 def step_seconds(job: Job, arm: Arm, steps: int = 2) -> float:
     """Seconds of a training step of this arm, of a run that is thrown away."""
     config = job.config_of(1e-6, steps, job.config.seed, eval_steps=steps)
-    return _run(job, arm, config, job.train, subset(job.valid, 1, 0)).train_seconds / steps
+    return _run(job, arm, config, job.inputs.train, subset(job.inputs.valid, 1, 0)).train_seconds / steps
 
 
 def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) -> tuple[CurvePoint, float | None]:
@@ -68,7 +68,7 @@ def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) 
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
-    result = _run(job, arm, config, subset(job.train, rows, job.config.seed), job.valid)
+    result = _run(job, arm, config, subset(job.inputs.train, rows, job.config.seed), job.inputs.valid)
     point = curve_point(result, arm.name, rows)
     _save(path, point)
     return point, time.perf_counter() - begin

@@ -165,10 +165,11 @@ def _pairs(
     steps = np.empty(len(p))
     steps[np.argsort(p, kind="stable")] = len(p) - np.minimum(np.arange(len(p)), found.sum())
     reaches = student_t.isf((1 - confidence) / steps / 2, degrees_of) * errors
-    numbers = np.column_stack([differences, differences - reaches, differences + reaches, p, adjusted]).tolist()
+    effect_sizes = [float(effect) if np.isfinite(effect) else None for effect in effects]
+    columns = [column.tolist() for column in (differences, differences - reaches, differences + reaches, p, adjusted)]
     return [
-        PairEstimate(names[a], names[b], *values, float(effect) if np.isfinite(effect) else None)
-        for (a, b), values, effect in zip(indices, numbers, effects, strict=True)
+        PairEstimate(names[a], names[b], *numbers)
+        for (a, b), *numbers in zip(indices, *columns, effect_sizes, strict=True)
     ]
 
 
