@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # a function named like its file comes from the file: from the room, mypy takes it for the module
     from spectune.comparing import Comparison as Comparison
-    from spectune.comparing import compare as compare
+    from spectune.comparing.experiment import compare as compare
     from spectune.deltas import Delta as Delta
     from spectune.deltas import Method as Method
     from spectune.errors import ConfigError as ConfigError

@@ -55,8 +55,8 @@ MEMORY = Column("Memory", lambda r: units.size(r.train_memory_bytes), lambda r: 
 PREDICTED = Column("Predicted", lambda r: _predicted(r), lambda r: r.predicted_memory_bytes, optional=True)
 SPEED = Column("Training speed", lambda r: _speed(r), lambda r: r.train_tokens_per_second, optional=True)
 TIME = Column("Time", lambda r: units.seconds(r.train_seconds), lambda r: r.train_seconds, optional=True)
-OVERHEAD = Column("Inference overhead", lambda r: _overhead(r), lambda r: r.inference_overhead, optional=True)
-OVERHEAD_16 = Column("At batch 16", lambda r: _overhead_16(r), lambda r: r.inference_overhead_16, optional=True)
+OVERHEAD = Column("Inference overhead", lambda r: _overhead(r, ""), lambda r: r.inference_overhead, optional=True)
+OVERHEAD_16 = Column("At batch 16", lambda r: _overhead(r, "_16"), lambda r: r.inference_overhead_16, optional=True)
 STORED = Column("Stored", lambda r: units.size(r.stored_bytes), lambda r: r.stored_bytes)
 TEN_TASKS = Column("10 tasks", lambda r: units.size(r.bytes_for_ten_tasks), lambda r: r.bytes_for_ten_tasks)
 SWAP = Column("Swap", lambda r: units.seconds(r.swap_seconds), lambda r: r.swap_seconds, optional=True)
@@ -134,28 +134,17 @@ def _speed(row: ArmResult) -> str:
     return f"{units.count(row.train_tokens_per_second)} tok/s{ratio}"
 
 
-def _overhead(row: ArmResult) -> str:
-    return _both(
-        row.inference_overhead is None and row.inference_overhead_merged is None,
-        with_noise(row.inference_overhead, row.inference_overhead_noise),
-        row.inference_overhead_merged,
-        row.inference_overhead_merged_noise,
-    )
+def _overhead(row: ArmResult, batch: str) -> str:
+    """Unmerged / merged; of a batch of one row ("") or of sixteen ("_16")."""
 
+    def of(kind: str) -> tuple[float | None, float | None]:
+        name = f"inference_overhead{batch}{kind}"
+        return getattr(row, name), getattr(row, f"{name}_noise")
 
-def _overhead_16(row: ArmResult) -> str:
-    return _both(
-        row.inference_overhead_16 is None,
-        with_noise(row.inference_overhead_16, row.inference_overhead_16_noise),
-        row.inference_overhead_16_merged,
-        row.inference_overhead_16_merged_noise,
-    )
-
-
-def _both(missing: bool, tuned: str, merged: float | None, noise: float | None) -> str:
-    if missing:
+    tuned, merged = of(""), of("_merged")
+    if tuned[0] is None and (batch or merged[0] is None):
         return units.MISSING
-    return f"{tuned} / not mergeable" if merged is None else f"{tuned} / {with_noise(merged, noise)}"
+    return f"{with_noise(*tuned)} / {'not mergeable' if merged[0] is None else with_noise(*merged)}"
 
 
 def with_noise(overhead: float | None, noise: float | None) -> str:

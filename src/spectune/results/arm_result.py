@@ -16,6 +16,17 @@ MEMORY_KEY = "train_allocated"
 #: the prediction of the same
 PREDICTED_KEY = "peak_allocated"
 TASKS = 10
+#: fields that are as in the first run of an arm, and those that are means over its runs
+OF_FIRST = ("trainable_parameters", "stored_parameters", "learning_rate", "memory_prediction_source")
+MEANS = (
+    "train_loss",
+    "valid_loss",
+    "forgetting_kl_nats_per_token",
+    "train_tokens_per_second",
+    "train_seconds",
+    "decode_tokens_per_second",
+    "swap_seconds",
+)
 T = TypeVar("T")
 
 
@@ -99,10 +110,9 @@ def arm_results(comparison: ComparisonResult) -> list[ArmResult]:
             best_for=runs[0].best_for,
             seeds=len(runs),
             seeds_failed=failed.count(name),
-            **_weights(runs),
+            **_plain(runs),
             **_quality(runs, full, comparison),
-            **_training(runs, full),
-            **_overheads(runs, comparison),
+            **_costs(runs, full, comparison),
         )
         for name, runs in runs_by_arm.items()
     ]
@@ -213,16 +223,16 @@ def _loss(runs: Sequence[ComparedRun], comparison: ComparisonResult) -> float | 
     return mean(run.loss for run in runs) if judged is None else judged
 
 
-def _weights(runs: Sequence[ComparedRun]) -> dict[str, Any]:
+def _plain(runs: Sequence[ComparedRun]) -> dict[str, Any]:
+    """Fields that are as in the first run, and means over all."""
     first, stored = runs[0], mean(run.stored_bytes for run in runs)
     trained, total = first.trainable_parameters, first.total_parameters
     return {
-        "trainable_parameters": trained,
+        **{name: getattr(first, name) for name in OF_FIRST},
+        **{name: mean(getattr(run, name) for run in runs) for name in MEANS},
         "trainable_share": trained / total if trained is not None and total else None,
-        "stored_parameters": first.stored_parameters,
         "stored_bytes": None if stored is None else round(stored),
         "bytes_for_ten_tasks": None if stored is None else TASKS * round(stored),
-        "swap_seconds": mean(run.swap_seconds for run in runs),
     }
 
 
@@ -237,15 +247,12 @@ def _quality(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], compariso
     by_metric = {} if verdict is None else {m: verdict.metrics[m].arm(name) for m in metrics if m in verdict.metrics}
     intervals = {metric: _interval(arm.low, arm.high) for metric, arm in by_metric.items()}
     return {
-        "train_loss": mean(run.train_loss for run in runs),
-        "valid_loss": valid,
         "valid_perplexity": runs[0].valid_perplexity if len(runs) == 1 or valid is None else _exp(valid),
         "relative_performance": relative_performance(base_loss(comparison), _loss(full, comparison), loss),
         "loss": loss,
         "loss_low": judged.low,
         "loss_high": judged.high,
         "loss_seed_sd": judged.seed_sd,
-        "forgetting_kl_nats_per_token": mean(run.forgetting_kl_nats_per_token for run in runs),
         "forgetting_low": forgetting.low,
         "forgetting_high": forgetting.high,
         "metrics": metrics,
@@ -253,23 +260,15 @@ def _quality(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], compariso
     }
 
 
-def _training(runs: Sequence[ComparedRun], full: Sequence[ComparedRun]) -> dict[str, Any]:
+def _costs(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], comparison: ComparisonResult) -> dict[str, Any]:
     speed, full_speed = (mean(run.train_tokens_per_second for run in of) for of in (runs, full))
     peaks = [peak for run in runs if (peak := run.peak_memory_bytes.get(MEMORY_KEY))]
     predicted = [peak for run in runs if (peak := run.predicted_memory_bytes.get(PREDICTED_KEY))]
-    return {
-        "learning_rate": runs[0].learning_rate,
+    found: dict[str, Any] = {
         "train_memory_bytes": max(peaks, default=None),
         "predicted_memory_bytes": predicted[0] if predicted else None,
-        "memory_prediction_source": runs[0].memory_prediction_source,
-        "train_tokens_per_second": speed,
         "speed_to_full": None if speed is None or not full_speed else speed / full_speed,
-        "train_seconds": mean(run.train_seconds for run in runs),
     }
-
-
-def _overheads(runs: Sequence[ComparedRun], comparison: ComparisonResult) -> dict[str, Any]:
-    found: dict[str, Any] = {"decode_tokens_per_second": mean(run.decode_tokens_per_second for run in runs)}
     for batch, at in ((1, ""), (16, "_16")):
         for merged, kind in ((False, ""), (True, "_merged")):
             measured = [overhead(run, comparison, batch, merged=merged) for run in runs]

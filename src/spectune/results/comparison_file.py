@@ -13,7 +13,7 @@ from spectune.errors import DataError
 from spectune.files.atomic import atomic_write_text
 from spectune.files.strict_json import strict_json
 from spectune.results.recommendation import Recommendation
-from spectune.results.record import Record
+from spectune.results.record import Record, first_problem
 from spectune.results.run import RunRecord
 from spectune.results.verdict_record import Verdict
 
@@ -285,7 +285,4 @@ class ComparisonResult(Conditions):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            first, *others = error.errors(include_url=False, include_input=False)
-            more = f", and {len(others)} more like it" if others else ""
-            place = ".".join(map(str, first["loc"]))
-            raise DataError(f"{path} cannot be read as a comparison ({place}: {first['msg']}{more})") from error
+            raise DataError(f"{path} cannot be read as a comparison ({first_problem(error)})") from error

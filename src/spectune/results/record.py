@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class Record(BaseModel):
@@ -27,3 +27,11 @@ class Record(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The content for a JSON file: what was read or set, no defaults."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+
+def first_problem(error: ValidationError) -> str:
+    """What is wrong with a file's content, on one line: the first place, and how many more there are."""
+    first, *others = error.errors(include_url=False, include_input=False)
+    place = ".".join(map(str, first["loc"]))
+    more = f", and {len(others)} more like it" if others else ""
+    return f"{place}: {first['msg']}{more}" if place else f"{first['msg']}{more}"

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from spectune.errors import DataError
 from spectune.files.atomic import atomic_write_text
 from spectune.files.strict_json import strict_json
-from spectune.results.record import Record
+from spectune.results.record import Record, first_problem
 
 
 class RunRecord(Record):
@@ -132,13 +132,9 @@ class RunResult(RunRecord):
         try:
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except ValidationError as error:
-            first, *others = error.errors(include_url=False, include_input=False)
-            place = ".".join(map(str, first["loc"]))
-            reason = f"{place}: {first['msg']}" if place else first["msg"]
-            more = f", and {len(others)} more like it" if others else ""
             raise DataError(
-                f"{path} is not a run's result ({reason}{more}). Remove it and resume: the run goes on from its last "
-                "checkpoint."
+                f"{path} is not a run's result ({first_problem(error)}). Remove it and resume: the run goes on from "
+                "its last checkpoint."
             ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read as a run's result: {error}") from error
