@@ -1,10 +1,10 @@
-"""Quality against what it costs: loss by trainable share, memory and time, each with its Pareto front."""
+"""Quality against what it costs: trainable share, memory and time, each with its Pareto front; and forgetting."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -25,11 +25,12 @@ from spectune.reporting.plots.style import (
     new_figure,
     pad,
 )
-from spectune.results.arm_result import ArmResult, arm_results, undominated
+from spectune.results.arm_result import ArmResult, arm_results, is_finite, undominated
 from spectune.results.comparison_file import ComparisonResult
 
 #: an arm, its cost and its loss
 Placed = tuple[ArmResult, float, float]
+Interval = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def quality_plots(comparison: ComparisonResult) -> list[Plot]:
             units.seconds,
         ),
     )
-    rows = [(row, row.loss) for row in arm_results(comparison) if row.loss is not None and math.isfinite(row.loss)]
+    rows = [(row, row.loss) for row in arm_results(comparison) if is_finite(row.loss)]
     made = []
     for cost in costs:
         placed = [(row, x, loss) for row, loss in rows if (x := cost.value(row)) is not None and x > 0]
@@ -117,17 +118,60 @@ def _dominates(one: Placed, other: Placed) -> bool:
     return x <= u and y <= v and (x, y) != (u, v)
 
 
+def forgetting_plot(comparison: ComparisonResult) -> Plot | None:
+    """How far the arms have moved from the base on other text, against their losses."""
+    found = [(row, row.loss, row.forgetting_kl_nats_per_token) for row in arm_results(comparison)]
+    placed = [(row, x, y) for row, x, y in found if is_finite(x) and is_finite(y)]
+    if len(placed) < 2:
+        return None
+    figure, look = new_figure(), looks(comparison)
+    axes = new_axes(figure, left=0.55, right=0.12, bottom=0.52)
+    x_ends = [end for row, _, _ in placed for end in (row.loss_low, row.loss_high) if end is not None]
+    y_ends = [end for row, _, _ in placed for end in (row.forgetting_low, row.forgetting_high) if end is not None]
+    xs, ys = [*(x for _, x, _ in placed), *x_ends], [*(y for _, _, y in placed), *y_ends]
+    loss_axis(axes.xaxis, xs, loss_words(comparison))
+    pad(axes, xs, [0.0, *ys])
+    axes.set_ylim(bottom=0)
+    points = [_point(axes, x, y, look[row.name], row.loss_interval, row.forgetting_interval) for row, x, y in placed]
+    axes.set_ylabel("forgetting, KL to the base, nats per token")
+    label_points(axes, points)
+    bars = "; bars are intervals" if x_ends or y_ends else ""
+    return Plot(
+        "forgetting-and-quality",
+        "Forgetting against quality",
+        f"How far each model has moved from the base on text that it was not tuned on. Lower left is better{bars}.",
+        figure,
+        ["Method", loss_title(comparison), "Forgetting"],
+        [
+            [
+                look[row.name].label,
+                units.with_interval(x, row.loss_low, row.loss_high),
+                units.with_interval(y, row.forgetting_low, row.forgetting_high),
+            ]
+            for row, x, y in placed
+        ],
+    )
+
+
+def _point(axes: Axes, x: float, y: float, look: Look, across: Interval, up: Interval, **marker: Any) -> Labelled:
+    """Draw a point with its intervals."""
+    if across is not None:
+        axes.plot(across, (y, y), color=look.colour, linewidth=1.1, zorder=2.5)
+    if up is not None:
+        axes.plot((x, x), up, color=look.colour, linewidth=1.1, zorder=2.5)
+    axes.plot(x, y, look.marker, color=look.colour, markersize=6, **marker)
+    return Labelled(x, y, look.label, across, up)
+
+
 def _draw(axes: Axes, placed: Sequence[Placed], front: Sequence[Placed], look: Mapping[str, Look]) -> None:
     """The points with their intervals, the front, the word "better" where it has room, and the labels."""
     corners = _front(axes, sorted((x, y) for _, x, y in front))
     points = []
     for row, x, y in placed:
         seen = look[row.name]
-        if row.loss_interval is not None:
-            axes.plot([x, x], row.loss_interval, color=seen.colour, linewidth=1.1, zorder=2.5)
         fill = seen.colour if (row, x, y) in front else PAPER
-        axes.plot(x, y, seen.marker, color=seen.colour, markerfacecolor=fill, markersize=6, markeredgewidth=1.2)
-        points.append(Labelled(x, y, seen.label, y_range=row.loss_interval))
+        marker = {"markerfacecolor": fill, "markeredgewidth": 1.2}
+        points.append(_point(axes, x, y, seen, None, row.loss_interval, **marker))
     if not _corner_taken(axes, points):
         axes.annotate(
             "better",
