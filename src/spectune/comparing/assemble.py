@@ -11,11 +11,12 @@ from typing import TypeVar
 from spectune.comparing import conditions
 from spectune.comparing.advising.recommend import recommend
 from spectune.comparing.conditions import RecordedConditions
+from spectune.comparing.final_runs import measured
 from spectune.comparing.job import FAILED, FailureNote
 from spectune.comparing.judging.verdict import verdict
 from spectune.comparing.short_runs import curve_point
 from spectune.errors import DataError
-from spectune.results import ComparedRun, ComparisonResult, Limits, RunResult
+from spectune.results import ComparedRun, ComparisonResult, Limits
 from spectune.results.comparison_file import FORMAT_VERSION, Arm, CurvePoint, Failure, Missing, Search
 from spectune.results.record import Record
 
@@ -70,7 +71,7 @@ def _add_arm(result: ComparisonResult, folder: Path, found: RecordedConditions, 
     failures = [_read(folder / "search" / arm.name / FAILED, FailureNote)]
     for seed in found.preset.seeds:
         place = _final_folder(folder, found, arm, rate, seed)
-        run = None if place is None else _measured(place)
+        run = None if place is None else measured(place)
         if run is not None:
             runs.append(ComparedRun(**run.model_dump(mode="json"), label=arm.label, best_for=arm.best_for))
         elif place is not None and (failure := _read(place / FAILED, FailureNote)) is not None:
@@ -98,15 +99,6 @@ def _final_folder(folder: Path, found: RecordedConditions, arm: Arm, rate: float
     return folder / conditions.final_place(arm.name, seed, key)
 
 
-def _measured(folder: Path) -> RunResult | None:
-    """The run in a folder, if it has been measured."""
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
-    run = RunResult.load(path)
-    return run if run.key is not None else None
-
-
 def _curve(folder: Path, found: RecordedConditions, arm: Arm, rate: float | None) -> Iterator[CurvePoint]:
     """The points of an arm's data curve; final runs are those with all rows."""
     if rate is None:
@@ -115,7 +107,7 @@ def _curve(folder: Path, found: RecordedConditions, arm: Arm, rate: float | None
         for seed in found.preset.seeds:
             if rows == found.data.train_examples:
                 place = _final_folder(folder, found, arm, rate, seed)
-                run = None if place is None else _measured(place)
+                run = None if place is None else measured(place)
                 point = None if run is None else curve_point(run, arm.name, rows)
             else:
                 key = conditions.run_key(found.identity, arm.settings, rate, steps, seed, rows)

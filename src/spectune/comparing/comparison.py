@@ -1,4 +1,4 @@
-"""What a comparison found: shows itself as a table and a figure, and lies on disk as JSON, CSV and Markdown."""
+"""The results of a comparison: shown as a table and a figure, saved as JSON, CSV, Markdown and a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Comparison:
     """The results of one comparison.
 
     Attributes:
-        folder: where it lies, with `runs/`, `comparison.json`, `.csv`, `.md` and the figure.
+        folder: its folder, with `runs/`, `comparison.json`, `.csv`, `.md` and the figure.
         result: what `comparison.json` holds, typed.
     """
 

@@ -1,4 +1,4 @@
-"""What all runs of a comparison share, and where each of them lies: `conditions.json` and the keys of run folders."""
+"""What all runs of a comparison share, and the folder of each: `conditions.json` and the keys of run folders."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def run_key(
 
 
 def final_place(arm: str, seed: int, key: str) -> Path:
-    """Where a final run lies, in its comparison's folder."""
+    """The folder of a final run, within its comparison's."""
     return Path("runs") / arm / f"seed-{seed}-{key}"
 
 
 def curve_place(arm: str, rows: int, seed: int, key: str) -> Path:
-    """Where a run on fewer rows lies, in its comparison's folder."""
+    """The folder of a run on fewer rows, within its comparison's."""
     return Path("curve") / arm / f"{rows}-seed-{seed}-{key}"
 
 

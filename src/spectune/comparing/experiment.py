@@ -42,7 +42,7 @@ from spectune.training.train import pad_token_id
 GENERATE_ROWS = 64
 #: settings that no result depends on (speed and memory do on recomputation), and the one that differs between its runs
 NOT_SHARED = (FREE - {"gradient_checkpointing"}) | {"learning_rate"}
-#: what a folder holds where something else than a comparison that can be gone on with lies in it
+#: files of a folder that is no comparison which can be resumed
 OF_OTHER_RUNS = ("comparison.json", "result.json", "identity.json", "runs")
 
 
@@ -188,7 +188,7 @@ def _conditions(
 def check_settings(
     *, preset: str, seeds: int | None, fractions: Sequence[float], metric: str, generate_rows: int
 ) -> None:
-    """What can be said of a comparison's own settings before anything is read. Raises ConfigError."""
+    """Check a comparison's own settings, before anything is read. Raises ConfigError."""
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r}; expected one of {', '.join(PRESETS)}")
     if seeds is not None and seeds < 1:

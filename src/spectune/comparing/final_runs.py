@@ -31,14 +31,14 @@ def final_run(job: Job, arm: Arm, rate: float, seed: int, *, timed: bool) -> tup
     """Train, or take what a finished run left, and measure what has not been measured; with `timed` decoding
     speeds as well, which do not depend on the seed. And the seconds it took; None where nothing was left to do."""
     folder = final_folder(job, arm, rate, seed)
-    if (done := _measured(folder)) is not None:
+    if (done := _with_rows(folder)) is not None:
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, job.schedule.final_steps, seed, output_dir=folder, resume=True)
     with job.attached(arm, seed) as delta:
         result = job.run(delta, config, job.inputs.train, job.inputs.valid, job.console)
         (folder / FAILED).unlink(missing_ok=True)
-        # memory is measured as the run had it: what "auto" came to here is no matter of choice there
+        # memory is measured as the run was: what "auto" chose here is not chosen again there
         same = config.model_copy(update={"gradient_checkpointing": result.gradient_checkpointing or False})
         found = _judged(job, folder) | _costs(job, delta, folder, same, timed)
     key = folder.name.rsplit("-", 1)[-1]
@@ -78,7 +78,8 @@ def _judged(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def _costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig, timed: bool) -> dict[str, Any]:
-    """Forgetting for every seed; speed, swapping and, where asked for, memory apart for one of them."""
+    """Forgetting for every seed; for one of them (`timed`) speed, swapping and, with the preset's `own_process`, memory
+    in a process of its own."""
     if not timed:
         return forgetting(job.model, job.passages)
     found = measure(job.model, job.tokenizer, delta, folder / "best", job.passages)
@@ -96,16 +97,20 @@ def _costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig, timed: 
     return found
 
 
-def _measured(folder: Path) -> RunResult | None:
-    """The result of a run that has been trained and measured; of a run whose rows are gone or damaged, None: they are
-    made anew from its weights."""
+def measured(folder: Path) -> RunResult | None:
+    """The result of a run that has been trained and measured. Raises DataError where it is damaged."""
     path = folder / "result.json"
-    if not path.is_file():
+    found = RunResult.load(path) if path.is_file() else None
+    return None if found is None or found.key is None else found
+
+
+def _with_rows(folder: Path) -> RunResult | None:
+    """The same; None, too, for a run whose rows are gone or damaged: they are made anew from its weights."""
+    found = measured(folder)
+    if found is None:
         return None
-    found = RunResult.load(path)
     try:
         loss = judged_loss(read_rows(folder / "rows.jsonl"))
     except DataError:
         return None
-    whole = found.judged_loss is None or math.isclose(loss, found.judged_loss)
-    return found if found.key is not None and whole else None
+    return found if found.judged_loss is None or math.isclose(loss, found.judged_loss) else None

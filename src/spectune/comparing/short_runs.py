@@ -32,7 +32,7 @@ R = TypeVar("R", bound=Record)
 
 
 def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | None]:
-    """One rate for so many steps, and the seconds it took; None where it lay in its folder already."""
+    """One rate for so many steps, and the seconds it took; None where an earlier call had made it."""
     seed = job.config.seed + SEARCH_SEED
     label = f"{rate:g}-{steps}-{job.key(arm, rate, steps, seed)}"
     path = job.folder / "search" / arm.name / label / "result.json"

@@ -54,7 +54,7 @@ def curve(folder: Path, run: ComparedRun) -> Curve | None:
 
 
 def run_folder(folder: Path, run: ComparedRun) -> Path | None:
-    """Where a run lies now: beside its rows, or under `runs/` if the comparison has been moved since."""
+    """The folder of a run now: beside its rows, or under `runs/` if the comparison has been moved since."""
     places = [PurePosixPath(run.rows_file).parent] if run.rows_file else []
     if moved := under_runs(run):
         places.append(moved)

@@ -22,7 +22,7 @@ TRAINED_BYTES, FROZEN_BYTES = 16, 2
 
 
 class Answers(BaseModel):
-    """What the user said of the task. None and False are "not said".
+    """The user's answers about the task. None and False are "not answered".
 
     Attributes:
         rows: training rows.

@@ -1,4 +1,4 @@
-"""What it takes to repeat a comparison: commands, settings, versions, and what each single run came to."""
+"""What it takes to repeat a comparison: commands, settings, versions, and the results of each run."""
 
 from __future__ import annotations
 
