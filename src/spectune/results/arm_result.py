@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeGuard, TypeVar
 
 from spectune.results.comparison_file import ComparedRun, ComparisonResult, Decoding
-from spectune.results.verdict_record import Judgement
+from spectune.results.verdict_record import Judgement, Verdict
 
 FULL = "full"
 #: the peak that is compared between methods: tensors, which do not depend on what the process did before
@@ -237,14 +237,13 @@ def _plain(runs: Sequence[ComparedRun]) -> dict[str, Any]:
 
 
 def _quality(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], comparison: ComparisonResult) -> dict[str, Any]:
-    verdict, name = comparison.verdict, runs[0].name
-    judged = (verdict or Judgement()).arm(name)
-    forgetting = ((verdict and verdict.forgetting) or Judgement()).arm(name)
+    verdict, name = comparison.verdict or Verdict(), runs[0].name
+    judged, forgetting = verdict.arm(name), (verdict.forgetting or Judgement()).arm(name)
     valid, loss = mean(run.valid_loss for run in runs), _loss(runs, comparison)
     names = dict.fromkeys(metric for run in runs for metric in run.metrics)
     means = {metric: mean(run.metrics.get(metric) for run in runs) for metric in names}
     metrics = {metric: value for metric, value in means.items() if value is not None}
-    by_metric = {} if verdict is None else {m: verdict.metrics[m].arm(name) for m in metrics if m in verdict.metrics}
+    by_metric = {metric: verdict.metrics.get(metric, Judgement()).arm(name) for metric in metrics}
     intervals = {metric: _interval(arm.low, arm.high) for metric, arm in by_metric.items()}
     return {
         "valid_perplexity": runs[0].valid_perplexity if len(runs) == 1 or valid is None else _exp(valid),

@@ -32,7 +32,6 @@ class Candidate:
 
     name: str
     label: str
-    method: str
     runs: tuple[str, ...]
     judged_loss: float | None
     relative_performance: float | None
@@ -67,7 +66,6 @@ def candidates(comparison: ComparisonResult, limits: Limits) -> list[Candidate]:
             Candidate(
                 name=arm.name,
                 label=named(runs[0].label or arm.name, arm.method),
-                method=arm.method,
                 runs=tuple(run.place for run in runs),
                 judged_loss=arm.loss if is_finite(arm.loss) else None,
                 relative_performance=arm.relative_performance,
