@@ -1,8 +1,9 @@
-"""Which delta each row of a batch uses: the route as it was asked for, and laid over one batch."""
+"""Which delta each row of a batch uses: the route as it was asked for, and how it lies over one batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,61 +32,66 @@ class Route:
         assert not self.mixed, "a mixed route has no single name"
         return self.names[0]
 
-    def __repr__(self) -> str:
-        return f"Route({list(self.names) if self.per_row else self.names[0]!r})"
+    def over(self, batch: int, copies: int = 1) -> tuple[str | None, ...]:
+        """The delta of each of `batch` rows.
 
-
-class Rows:
-    """A route over one batch, as it is while one forward pass runs.
-
-    Attributes:
-        route: where it comes from.
-        names: the delta of each row, `batch` of them.
-        groups: each delta of the batch with its rows' indices; the bare base's rows are in none.
-        length: tokens of a row in this pass, virtual ones included; None where that is not known (a part of the model
-            was called by itself).
-        lead: places of this pass that stand before its text, for virtual tokens of any row.
-        seen: text tokens in the cache before this pass.
-        padding: padding tokens on the left of each row, `[batch, 1]`; None where there is no mask to tell.
-        pack: the documents of a packed batch, virtual tokens included; None for one document in each row.
-    """
-
-    def __init__(self, route: Route, batch: int, *, copies: int = 1) -> None:
-        """
         Args:
             copies: rows that generation makes of each row (beams, return sequences), next to each other.
 
         Raises:
             ConfigError: the route names another number of rows.
         """
-        names = route.names if route.per_row else route.names * batch
-        if route.per_row:
-            names = tuple(name for name in names for _ in range(copies))
+        if not self.per_row:
+            return self.names * batch
+        names = tuple(name for name in self.names for _ in range(copies))
         if len(names) != batch:
             raise ConfigError(
-                f"the route names a delta for each of {len(route.names)} rows"
+                f"the route names a delta for each of {len(self.names)} rows"
                 + (f", {copies} copies each," if copies > 1 else "")
                 + f" and this batch has {batch} rows; give one name (or None) for each row, or a single one for all"
             )
-        self.route = route
-        self.names = names
-        # the decoder's entry writes these down, once it knows what stands before the text
-        self.length: int | None = None
-        self.lead = 0
-        self.seen = 0
-        self.padding: Tensor | None = None
-        self.pack: Pack | None = None
-        self.groups = tuple(
-            (name, tuple(row for row, other in enumerate(names) if other == name))
-            for name in dict.fromkeys(names)
+        return names
+
+    def __repr__(self) -> str:
+        return f"Route({list(self.names) if self.per_row else self.names[0]!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class BatchLayout:
+    """A route over the batch of one forward pass. It is frozen: recomputation uses the one of its forward pass.
+
+    Attributes:
+        route: where it comes from.
+        names: the delta of each row.
+        length: tokens of a row in this pass, virtual ones included; None where that is not known (a part of the model
+            was called by itself).
+        virtual: places of this pass that stand before its text, for virtual tokens of any row.
+        seen: text tokens in the cache before this pass.
+        padding: padding tokens on the left of each row, `[batch, 1]` int64; None where no mask says so.
+        pack: the documents of a packed batch, virtual tokens included; None for one document in each row.
+    """
+
+    route: Route
+    names: tuple[str | None, ...]
+    length: int | None = None
+    virtual: int = 0
+    seen: int = 0
+    padding: Tensor | None = None
+    pack: Pack | None = None
+
+    def groups(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Each delta of the batch with its rows' indices; the bare base's rows are in none."""
+        return [
+            (name, tuple(row for row, other in enumerate(self.names) if other == name))
+            for name in dict.fromkeys(self.names)
             if name is not None
-        )
+        ]
 
     def picks(self, rows: tuple[int, ...], tensor: Tensor, path: str) -> Tensor:
         """Indices along the first dimension of `tensor` that belong to `rows`: int64, on its device.
 
         Args:
-            tensor: `[batch, ...]` or `[batch * length, features]`.
+            tensor: `[batch, ...]` or `[batch * length, features]`, the output of the module at `path`.
 
         Raises:
             ConfigError: it is neither, so that rows cannot be told apart.

@@ -1,12 +1,9 @@
-"""What a forward pass over a packed batch does otherwise: at the decoder's entry, in masks and in attention.
-
-What stands before a document (virtual tokens, a prefix) stands before each of them.
-"""
+"""Attention over a packed batch: each document sees itself and what stands before it, a prefix before each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,62 +11,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 from spectune.compute.packs import Pack
 from spectune.compute.varlen import flash_by_document, flash_takes
-from spectune.deltas.leading_keys import BEYOND_KERNELS
-from spectune.errors import ConfigError
-
-if TYPE_CHECKING:
-    from spectune.deltas.decoder import DecoderSite
-    from spectune.deltas.rows import Rows
-
-
-def enter(site: DecoderSite, call: dict[str, Any], rows: Rows, prompt: Tensor | None, shift: int) -> Tensor | None:
-    """Make a decoder's call that of a packed batch, in place.
-
-    Args:
-        call: by argument name.
-        rows: with the pack of the text; it is given the one with virtual tokens.
-        prompt: embeddings that go before each document, `[virtual tokens, hidden]`.
-        shift: how far positions move.
-
-    Returns:
-        with a prompt, where each place of the text stands now, `[packs, length]`.
-    """
-    registry, pack = site.registry, rows.pack
-    assert pack is not None
-    if call.get("attention_mask") is not None:
-        raise ConfigError("a packed batch has no attention mask: `documents` say what is padding")
-    positions = call.get("position_ids")
-    if site.takes_positions:
-        call["position_ids"] = (pack.positions if positions is None else positions) + shift
-    table = registry.family.position_table
-    if table is not None and shift and pack.longest + shift > table:
-        raise ConfigError(
-            f"a document of {pack.longest} tokens and {shift} virtual ones need {pack.longest + shift} positions; this "
-            f"base has {table}. Use at most {table - shift} text tokens, or fewer virtual ones."
-        )
-    moved = None
-    if prompt is not None:
-        if call.get("token_type_ids") is not None:
-            raise ConfigError(
-                "token_type_ids do not go with prompt tuning: virtual tokens have no type. Leave them out."
-            )
-        pack, source, moved = pack.grown(prompt.shape[0])
-        embeds = call.get("inputs_embeds")
-        if embeds is None:
-            embeds = registry.model.get_submodule(registry.family.embedding)(call["input_ids"])
-        prompt = prompt.to(dtype=embeds.dtype, device=embeds.device)
-        row = torch.arange(embeds.shape[0], device=embeds.device)[:, None]
-        text, virtual = embeds[row, source.clamp(min=0)], prompt[(-1 - source).clamp(min=0)]
-        call["input_ids"] = None
-        call["inputs_embeds"] = torch.where((source < 0)[..., None], virtual, text)
-        if site.takes_positions:
-            call["position_ids"] = pack.positions
-    # all ones: whatever a model makes of its mask or its positions by itself, what our mask function says is added
-    call["attention_mask"] = torch.ones(pack.documents.shape, dtype=torch.int64, device=pack.device)
-    pack.prepare(shift if prompt is None else 0)
-    rows.pack, rows.length = pack, pack.width
-    registry.lay(rows)
-    return moved
+from spectune.deltas.hooks.prefix_kernel import BEYOND_KERNELS
 
 
 def mask_of(make: Callable[..., Tensor | None], pack: Pack, settings: dict[str, Any]) -> Tensor | None:

@@ -9,6 +9,7 @@ is registered too: without one, transformers passes no mask at all to a custom a
 from __future__ import annotations
 
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,37 +20,30 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from spectune.compute.masks import widen_mask
-from spectune.deltas import leading_keys, packed_pass
+from spectune.compute.packs import Pack
+from spectune.deltas.forward_state import ForwardState
+from spectune.deltas.hooks import packed_attention, prefix_kernel
+from spectune.deltas.layout import BatchLayout
 from spectune.deltas.modules import AttentionModule
-from spectune.deltas.sites import get
+from spectune.deltas.slots import get
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from spectune.compute.packs import Pack
-    from spectune.deltas.registry import Registry
-    from spectune.deltas.rows import Rows
-
 SUPPORTED = ("eager", "sdpa")
 _PREFIX = "spectune_"
 
 
-class _Now:
-    """What the mask function has to know of the forward pass that runs; transformers gives it the config alone. Each
-    decoder's entry sets it, its exit clears it.
+class _Running(threading.local):
+    """The model whose forward pass runs on this thread. transformers asks a mask function of no model: the decoder's
+    entry says which one it is, and its exit takes that back."""
 
-    Attributes:
-        pack: the documents of a packed batch.
-        causal_flag: SDPA may be told that attention is causal, instead of given a mask that hides nothing else: what
-            stands in front of the keys is the same for all rows.
-    """
-
-    pack: Pack | None = None
-    causal_flag: bool = False
+    def __init__(self) -> None:
+        self.state: ForwardState | None = None
 
 
-now = _Now()
+running = _Running()
 
 
 def switch_on(model: PreTrainedModel, what: str = "prefix tuning") -> str:
@@ -85,13 +79,13 @@ def is_on(model: PreTrainedModel) -> bool:
     return implementation(model).startswith(_PREFIX)
 
 
-def listen(module: nn.Module, registry: Registry) -> None:
-    """Let an attention module's function know the model's registry."""
-    module._spectune_registry = registry  # type: ignore[assignment]
+def listen(module: nn.Module, state: ForwardState) -> None:
+    """Let an attention module's function find the forward state of its model."""
+    module._spectune_state = state  # type: ignore[assignment]
 
 
 def stop_listening(module: nn.Module) -> None:
-    module.__dict__.pop("_spectune_registry", None)
+    module.__dict__.pop("_spectune_state", None)
 
 
 def _with_prefix(
@@ -103,36 +97,37 @@ def _with_prefix(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    registry = module.__dict__.get("_spectune_registry")
-    if registry is not None:
-        if registry.attention_calls is not None:
-            registry.attention_calls[id(module)] = (key.detach(), value.detach())
-        pack = registry.pack
+    """An attention function: `attend` with each row's prefix before the keys, and documents kept apart."""
+    state: ForwardState | None = module.__dict__.get("_spectune_state")
+    if state is not None:
+        if state.thread.attention_calls is not None:
+            state.thread.attention_calls[id(module)] = (key.detach(), value.detach())
+        pack = state.pack
         if pack is not None and attention_mask is None:  # the mask function left it to the kernel
-            found = packed_pass.attend(pack, query, key, value, _prefix_of(module, registry), kwargs)
+            found = packed_attention.attend(pack, query, key, value, _prefix_of(module, state), kwargs)
             if found is not None:
-                if registry.kernel_calls is not None:
-                    registry.kernel_calls.add(id(module))
+                if state.thread.kernel_calls is not None:
+                    state.thread.kernel_calls.add(id(module))
                 return found
             attention_mask = pack.mask(kwargs.get("sliding_window"))
-        if attention_mask is None and attend is sdpa_attention_forward and not registry.current.mixed:
-            one = get(module, registry.current.name)
-            if isinstance(one, AttentionModule) and leading_keys.fits(module, query, key, one.slides, kwargs):
-                return leading_keys.attend(attend, module, query, key, value, one(), kwargs)
-        key, value, attention_mask = _put_before(module, registry, query, key, value, attention_mask, kwargs)
+        if attention_mask is None and attend is sdpa_attention_forward and not state.current.mixed:
+            one = get(module, state.current.name)
+            if isinstance(one, AttentionModule) and prefix_kernel.fits(module, query, key, one.slides, kwargs):
+                return prefix_kernel.attend(attend, module, query, key, value, one(), kwargs)
+        key, value, attention_mask = _put_before(module, state, query, key, value, attention_mask, kwargs)
     result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
     return result
 
 
-def _prefix_of(module: nn.Module, registry: Registry) -> tuple[Tensor, Tensor] | None:
+def _prefix_of(module: nn.Module, state: ForwardState) -> tuple[Tensor, Tensor] | None:
     """The keys and values of the one delta of a packed batch."""
-    found = get(module, registry.current.name)
+    found = get(module, state.current.name)
     return found() if isinstance(found, AttentionModule) else None
 
 
 def _put_before(
     module: nn.Module,
-    registry: Registry,
+    state: ForwardState,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -140,9 +135,8 @@ def _put_before(
     settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys, values and mask with each row's prefix in front. Shorter prefixes are filled up with hidden places."""
-    route = registry.current
-    rows = registry.rows(key.shape[0]) if route.mixed else None
-    names = route.names[:1] if rows is None else rows.names
+    route = state.current
+    names = state.layout_of(key.shape[0]).names if route.mixed else route.names[:1]
     found = {name: get(module, name) for name in dict.fromkeys(names)}
     prefixes = {name: prefix for name, prefix in found.items() if isinstance(prefix, AttentionModule)}
     if not prefixes:
@@ -161,7 +155,7 @@ def _put_before(
     window = settings.get("sliding_window")
     slides = [name in prefixes and prefixes[name].slides for name in names]
     if window is not None and any(slides):
-        visible = visible & _within_window(registry.rows(batch), place, counts, slides, query, window)
+        visible = visible & _within_window(state.layout_of(batch), place, counts, slides, query, window)
     mask = widen_mask(mask, query.shape[2], key.shape[2], visible[:, None])
     key = torch.cat([keys.expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([values.expand(batch, -1, -1, -1), value], dim=2)
@@ -175,17 +169,17 @@ def _filled(prefix: Tensor, like: Tensor, longest: int) -> Tensor:
 
 
 def _within_window(
-    rows: Rows, place: Tensor, counts: list[int], slides: list[bool], query: Tensor, window: int
+    layout: BatchLayout, place: Tensor, counts: list[int], slides: list[bool], query: Tensor, window: int
 ) -> Tensor:
     """Where a sliding window reaches the prefix counted as the first tokens of the sequence, right before the text:
     boolean `[rows or batch, queries, longest]`."""
     device = query.device
-    text = torch.arange(query.shape[2], device=device) + rows.seen - rows.lead
-    if rows.pack is not None:
-        text = rows.pack.positions
+    text = torch.arange(query.shape[2], device=device) + layout.seen - layout.virtual
+    if layout.pack is not None:
+        text = layout.pack.positions
     here = text + _column(counts, device)
-    if rows.padding is not None:
-        here = here - rows.padding
+    if layout.padding is not None:
+        here = here - layout.padding
     reached = place[:, None] > here[..., None] - window
     return reached | ~_column(slides, device)[..., None]
 
@@ -212,20 +206,27 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor
     return _with_prefix(own, module, *args, **kwargs)
 
 
+def _pack() -> Pack | None:
+    """The documents of the pass that runs on this thread."""
+    return None if running.state is None else running.state.pack
+
+
 def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    if now.pack is not None:
-        if now.pack.kernel is not None and packed_pass.is_plain(kwargs):
-            return None  # attention sees to it
-        return packed_pass.mask_of(sdpa_mask, now.pack, kwargs)
-    if not now.causal_flag:  # a real mask: prefixes of different lengths are hidden in it
-        kwargs["allow_is_causal_skip"] = False
+    pack = _pack()
+    if pack is not None:
+        if pack.kernel is not None and packed_attention.is_plain(kwargs):
+            return None  # attention keeps the documents apart
+        return packed_attention.mask_of(sdpa_mask, pack, kwargs)
+    if running.state is None or not running.state.thread.causal_flag:
+        kwargs["allow_is_causal_skip"] = False  # a real mask: prefixes of different lengths are hidden in it
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
 
 
 def _eager_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    if now.pack is not None:
-        return packed_pass.mask_of(eager_mask, now.pack, kwargs)
+    pack = _pack()
+    if pack is not None:
+        return packed_attention.mask_of(eager_mask, pack, kwargs)
     mask: Tensor | None = eager_mask(*args, **kwargs)
     return mask
 

@@ -1,23 +1,36 @@
-"""What is around the decoder: a model that takes pictures or sound beside the text makes masks and positions itself."""
+"""The call of the model around the decoder: one that takes pictures or sound beside the text makes masks and positions
+itself.
+"""
 
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectune.deltas.hooks.virtual_tokens import is_2d
+
 #: arguments that a text alone has
 _OF_TEXT = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "logits_to_keep"})
 
 
-class Around:
-    """Remembers what the module around the decoder was called with, while it runs: the 2-D mask, and whether positions
+class _Arguments(threading.local):
+    def __init__(self) -> None:
+        self.by_name: dict[str, Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Arguments, ()
+
+
+class OuterCall:
+    """Arguments of the wrapper's forward that contains the decoder, while it runs: the 2-D mask, and whether positions
     were given. Nothing where the decoder stands in the model itself."""
 
     def __init__(self, model: PreTrainedModel, decoder: str) -> None:
-        self._call: dict[str, Any] | None = None
+        self._arguments = _Arguments()
         self._handles = []
         path = decoder.split(".")[0]
         if path != decoder:
@@ -42,26 +55,23 @@ class Around:
                 none for them. Not where something beside text came along, which may have a say in the mask.
         """
         mask = call.get("attention_mask")
-        if self._call is None:
+        outside = self._arguments.by_name
+        if outside is None:
             return mask
-        outer, made = self._call.get("attention_mask"), call.get("position_ids")
-        if self._call.get("position_ids") is None and isinstance(made, Tensor) and made.dim() == 2:
+        outer, made = outside.get("attention_mask"), call.get("position_ids")
+        if outside.get("position_ids") is None and isinstance(made, Tensor) and made.dim() == 2:
             call["position_ids"] = None
-        if _is_2d(mask) or not (outer is None or _is_2d(outer)):
+        if is_2d(mask) or not (outer is None or is_2d(outer)):
             return mask
         if prompt and mask is not None:
-            beside = [n for n, v in self._call.items() if isinstance(v, Tensor) and n not in _OF_TEXT]
+            beside = [n for n, v in outside.items() if isinstance(v, Tensor) and n not in _OF_TEXT]
             if beside:
                 return mask
             call["attention_mask"] = outer
         return outer
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self._arguments.by_name = {**dict(zip(self._names, args, strict=False)), **kwargs}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._call = None
-
-
-def _is_2d(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 2
+        self._arguments.by_name = None
