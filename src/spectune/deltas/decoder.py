@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectune.compute.head import probing
+from spectune.compute.head import is_probing_head
 from spectune.compute.masks import positions_from_mask
 from spectune.compute.packs import Pack
 from spectune.deltas import packed_pass
@@ -134,7 +134,7 @@ class DecoderSite:
         seen = 0 if cache is None else seen_in(cache)
         first = bool(seen == 0)
         self._through = None
-        pack = None if probing() else registry.pack_ahead
+        pack = None if is_probing_head() else registry.pack_ahead
         if pack is not None:
             return (), self._enter_packed(call, pack, text, cache)
         rows = Rows(route, batch, copies=registry.copies) if route.per_row or registry.virtual_tokens else None
