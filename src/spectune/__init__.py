@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from spectune.version import __version__
 
 if TYPE_CHECKING:  # a function named like its file comes from the file: from the room, mypy takes it for the module
     from spectune.comparing import Comparison as Comparison

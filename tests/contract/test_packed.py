@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.varlen import loop_by_document
 from spectune.data import Example, Row, collate, collate_packs
 from spectune.deltas import Method, attached, kernel_serves, packed, packing, route, why_not_packed
 from spectune.errors import ConfigError
 from spectune.methods import LoRA, PrefixTuning, PromptTuning
+from spectune.objectives import CAUSAL_LM
 from spectune.training.checkpointing import recomputing
 from tests.contract.conftest import CASES, move, put_on
 from tests.contract.families import FAMILIES, VOCABULARY
@@ -49,10 +49,10 @@ def gradients(model: PreTrainedModel, batch: dict[str, Tensor], kernel: Any = No
         parameter.grad = None
     documents = batch.pop("documents", None)
     if documents is None:
-        loss, count = labelled_loss_sum(model, batch)
+        loss, count = CAUSAL_LM.loss_sum(model, batch)
     else:
         with packing(model, kernel), packed(model, documents):
-            loss, count = labelled_loss_sum(model, batch)
+            loss, count = CAUSAL_LM.loss_sum(model, batch)
     (loss / count).backward()
     return float(loss.detach()), {name: p.grad for name, p in delta.named_parameters() if p.grad is not None}
 
@@ -96,7 +96,7 @@ def test_recomputed_too(model: PreTrainedModel, case: str, how: tuple[str, Any])
         for packs in both:
             batch = collate_packs([[rows[i] for i in pack] for pack in packs], 0)
             with packed(model, batch.pop("documents")):
-                loss, targets = labelled_loss_sum(model, batch)
+                loss, targets = CAUSAL_LM.loss_sum(model, batch)
             losses.append(loss)
             count += targets
         for loss in losses:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from spectune.compute.losses import labelled_loss_sum
 from spectune.data import Example, Row, collate
 from spectune.deltas import Method, attached, why_padding_is_told
 from spectune.errors import ConfigError
 from spectune.methods import LoRA
+from spectune.objectives import CAUSAL_LM
 from spectune.storage import attach
 from tests.contract.conftest import CASES, move, put_on
 from tests.contract.families import SIZES, TOKENS, VOCABULARY
@@ -34,7 +34,7 @@ def gradients(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[float,
     delta = attached(model)["task"]
     for parameter in delta.parameters():
         parameter.grad = None
-    loss, count = labelled_loss_sum(model, inputs)
+    loss, count = CAUSAL_LM.loss_sum(model, inputs)
     (loss / count).backward()
     return float(loss.detach()), {name: p.grad for name, p in delta.named_parameters() if p.grad is not None}
 

@@ -13,10 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spectune.blocks.compile import compiled
-from spectune.compute.losses import labelled_loss_sum
 from spectune.data import Example, Row, collate
 from spectune.deltas import Method, leading_keys, why_padding_is_told
 from spectune.methods import LoRA, PrefixTuning, PromptTuning
+from spectune.objectives import CAUSAL_LM
 from spectune.storage import attach
 
 pytestmark = pytest.mark.cuda
@@ -121,7 +121,7 @@ def step(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[float, Tenso
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = None
-    loss, count = labelled_loss_sum(model, batch)
+    loss, count = CAUSAL_LM.loss_sum(model, batch)
     (loss / count).backward()
     return float(loss.detach()) / count, torch.cat([p.grad.float().flatten() for p in trained if p.grad is not None])
 

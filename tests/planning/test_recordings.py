@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from spectune.blocks.cuda_graphs import WARM_UPS, graphed
 from spectune.blocks.graphed_block import RecordedBlock, record
-from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import AllocationTracker
 from spectune.deltas import Delta, attach
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
+from spectune.objectives import CAUSAL_LM
 from spectune.planning import plan
 from spectune.planning.planner import Planner
 from spectune.planning.recorder import Shape
@@ -38,7 +38,7 @@ def recorded(model: PreTrainedModel, delta: Delta, inputs: dict[str, Tensor]) ->
     with graphed(model, delta.family, trained, True, recorder=Again):
         blocks: Any = model.get_submodule(delta.family.layers[0].path).__dict__["_compiled_call_impl"].func.__self__
         for _ in range(WARM_UPS + 2):
-            loss, _ = labelled_loss_sum(model, inputs)
+            loss, _ = CAUSAL_LM.loss_sum(model, inputs)
             loss.backward()  # type: ignore[no-untyped-call]
             for parameter in trained:
                 parameter.grad = None

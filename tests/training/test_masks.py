@@ -13,6 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, mas
 from spectune.compute.masks import OneTextRows
 from spectune.deltas import Method, attached
 from spectune.methods import LoRA, PromptTuning
+from spectune.objectives import CAUSAL_LM
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training import loop as loop_module
 from spectune.training import packing as packing_module
@@ -26,13 +27,13 @@ from tests.training.test_packing import METHODS
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each training batch, whether it has a mask."""
     seen: list[bool] = []
-    real = loop_module.labelled_loss_sum
+    real = CAUSAL_LM.loss_sum
 
     def watched(model: Any, batch: Mapping[str, Tensor], **named: Any) -> Any:
         seen.append("attention_mask" in batch)
         return real(model, batch, **named)
 
-    monkeypatch.setattr(loop_module, "labelled_loss_sum", watched)
+    monkeypatch.setattr(CAUSAL_LM, "loss_sum", watched)
     return seen
 
 

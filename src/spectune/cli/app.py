@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from spectune import __version__
 from spectune.cli.compare import compare
 from spectune.cli.console import complain
 from spectune.cli.env import env
@@ -24,6 +23,7 @@ from spectune.cli.report import report
 from spectune.cli.train import train
 from spectune.cli.validate import validate
 from spectune.errors import InterruptedRun, SpectuneError
+from spectune.version import __version__
 
 
 class Commands(TyperGroup):

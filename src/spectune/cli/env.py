@@ -10,9 +10,9 @@ from typing import Any
 
 import typer
 
-from spectune import __version__
 from spectune.cli import options
 from spectune.cli.console import print_json, work
+from spectune.version import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "pydantic", "numpy", "scipy")
 VARIABLES = (

@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.errors import ConfigError
 from spectune.families.attention import Attention, attention_names, attention_of
@@ -20,6 +19,7 @@ from spectune.families.modules import linear_shape
 from spectune.families.parts import inner_activation
 from spectune.families.quantised import is_plain, is_transposed, packed_away
 from spectune.families.stack import beside_text, find_decoder, find_layers
+from spectune.objectives import CAUSAL_LM
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,7 @@ def describe(model: PreTrainedModel) -> Family:
 
 def family_from_config(config: PretrainedConfig) -> Family:
     """The same from a config alone: the model is built on the meta device, no weight is made or read."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    return describe(model)
+    return describe(CAUSAL_LM.empty_model(config))
 
 
 def _describe_layers(

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from spectune.compute.evaluating import evaluating
-from spectune.compute.losses import LabelledLogits, labelled_logits
-from spectune.data import Example, Row, collate, encode
+from spectune.data import Example, Row, encode
 from spectune.errors import DataError
+from spectune.objectives import CAUSAL_LM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,9 +29,9 @@ def row_loss_sums(
     sums = [0.0] * len(examples)
     counts = [0] * len(examples)
     with evaluating(model):
-        for members, found in _logits(model, examples, pad_token_id, batch_size):
-            losses = F.cross_entropy(found.logits.float(), found.targets, reduction="none")
-            for row, loss in zip(found.rows.tolist(), losses.tolist(), strict=True):
+        for members, batch in _batches(model, examples, pad_token_id, batch_size):
+            found = CAUSAL_LM.token_losses(model, batch)
+            for row, loss in zip(found.rows.tolist(), found.losses.tolist(), strict=True):
                 sums[members[row]] += loss
                 counts[members[row]] += 1
     return sums, counts
@@ -43,7 +44,8 @@ def target_likelihoods(
     sums = [0.0] * len(examples)
     greedy = [True] * len(examples)
     with evaluating(model):
-        for members, found in _logits(model, examples, pad_token_id, batch_size):
+        for members, batch in _batches(model, examples, pad_token_id, batch_size):
+            found = CAUSAL_LM.labelled_logits(model, batch)
             losses = F.cross_entropy(found.logits.float(), found.targets, reduction="none")
             likeliest = found.logits.argmax(-1) == found.targets
             for row, loss, is_likeliest in zip(found.rows.tolist(), losses.tolist(), likeliest.tolist(), strict=True):
@@ -52,15 +54,15 @@ def target_likelihoods(
     return list(zip(sums, greedy, strict=True))
 
 
-def _logits(
+def _batches(
     model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, batch_size: int
-) -> Iterator[tuple[list[int], LabelledLogits]]:
-    """Batch by batch the places of its examples and the logits of its targets."""
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Batches on the model's device, the longest examples first, each with the indices of its examples."""
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
-        batch = collate([examples[index] for index in members], pad_token_id)
-        yield members, labelled_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        batch = CAUSAL_LM.collate([examples[index] for index in members], pad_token_id)
+        yield members, {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.blocks.compiler import memory_budget
 from spectune.blocks.offload import MetaTransfers
 from spectune.blocks.recompute import Recomputation, recompute
 from spectune.compute.evaluating import evaluating
-from spectune.compute.losses import find_head, labelled_logits, labelled_loss_sum
 from spectune.deltas import Delta, Method, packed, packing
 from spectune.deltas.attach import place
 from spectune.deltas.registry import Registry
 from spectune.families import Family
+from spectune.objectives import CAUSAL_LM
 from spectune.planning.compiled import CompiledBlocks
 from spectune.planning.kernels import kernels_of
 from spectune.planning.recorder import Record, Recorder, Shape
@@ -181,10 +181,10 @@ def record_step(
     built.calls = Calls()
     steps = _stepped(recorder, trained) if in_backward else nullcontext()
     with kernels_of(device_type), Recorder(_TINY, ()):  # asked once a model, before its first step: no part of any
-        find_head(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
+        CAUSAL_LM.prepare(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
     compiled = nullcontext() if built.blocks is None else built.blocks.running(recorder)
     with kernels_of(device_type), _documents(built, shape), recorder, _marked(recorder, built), steps, compiled:
-        loss, _ = labelled_loss_sum(model, batch, fuse=built.blocks is not None, device_type=device_type)
+        loss, _ = CAUSAL_LM.loss_sum(model, batch, fuse=built.blocks is not None, device_type=device_type)
         recorder.backward = True
         torch.autograd.backward(loss / shape.all_targets)
         del loss
@@ -202,9 +202,7 @@ def record_validation(built: Skeleton, shape: Shape, device_type: str) -> Record
     """Record the loss of a batch without gradients, as validation takes it. Marks as in `record_step`, forward only."""
     recorder = _recorder(built, shape)
     with evaluating(built.model), kernels_of(device_type), recorder, _marked(recorder, built):
-        found = labelled_logits(built.model, _batch(shape, training=False))
-        losses = nn.functional.cross_entropy(found.logits.float(), found.targets, reduction="none")
-        del found, losses
+        CAUSAL_LM.token_losses(built.model, _batch(shape, training=False))
     return recorder.record
 
 
@@ -306,7 +304,7 @@ def _empty(base: PretrainedConfig | PreTrainedModel, dtype: torch.dtype) -> PreT
             text._attn_implementation = str(text._attn_implementation).removeprefix("spectune_")
             model: Any = type(base)._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
         else:
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(base), dtype=dtype)  # type: ignore[no-untyped-call]
+            model = CAUSAL_LM.empty_model(copy.deepcopy(base), dtype=dtype)
     built: PreTrainedModel = model
     return built
 

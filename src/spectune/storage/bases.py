@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import embedded
 from spectune.errors import ConfigError, DataError, first_line
+from spectune.objectives import CAUSAL_LM
 from spectune.storage.base_precision import base_dtype, check_precision, quantise_base
 from spectune.storage.devices import resolve_device
 
@@ -60,7 +61,7 @@ def load(
     if base_precision is not None and getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"base_precision = {base_precision}: {source} is quantised already; leave base_precision out")
     resolved = base_dtype(dtype, place, getattr(config, "dtype", None), base_precision)
-    model = _read(source, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=resolved))
+    model = _read(source, lambda: CAUSAL_LM.auto_class.from_pretrained(source, dtype=resolved))
     if base_precision is not None:
         quantise_base(model, base_precision, device=place)
     return model.to(place).eval(), _tokenizer(source)

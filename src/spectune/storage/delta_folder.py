@@ -15,7 +15,6 @@ import transformers
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-import spectune
 from spectune.deltas import Delta, Method, Registry
 from spectune.deltas.attach import place
 from spectune.deltas.delta import CONFIG_FILE
@@ -34,6 +33,7 @@ from spectune.storage.manifest import (
     read_json,
     read_manifest,
 )
+from spectune.version import __version__
 
 #: the keys of PEFT's configs that are read here, and what they have to be: pydantic would take `true` for the number 1
 _PEFT_TYPES: dict[str, tuple[type, ...]] = {
@@ -65,7 +65,7 @@ def save_delta(delta: Delta, folder: str | Path) -> Path:
             "text_positions_start_at": delta.method.virtual_tokens,
             "parameters": delta.num_parameters(),
             "versions": {
-                "spectune": spectune.__version__,
+                "spectune": __version__,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-import spectune
+from spectune.version import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "datasets", "numpy")
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "datas
 def environment() -> dict[str, Any]:
     """What a reader needs to judge or repeat a measurement."""
     return {
-        "spectune": spectune.__version__,
+        "spectune": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
-from spectune.compute.losses import labelled_loss_sum, target_positions
 from spectune.compute.memory import PeakMemory
 from spectune.data import Example, batches, by_length
 from spectune.deltas import Delta
 from spectune.errors import DivergedError, InterruptedRun, OutOfMemoryError
 from spectune.evaluation import RowLosses, row_losses
 from spectune.inference import is_out_of_memory, wait_for
+from spectune.objectives import CAUSAL_LM
 from spectune.training.answer import Answer
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
@@ -245,7 +245,7 @@ class Loop:
     def _collated(self, packs: list[list[int]]) -> dict[str, Tensor]:
         batch = self.packing.collate([[self.train_examples[i] for i in pack] for pack in packs], self.pad_token_id)
         # made here, where asking costs nothing: on the device it would wait for what runs there
-        batch["positions"] = target_positions(batch["labels"])
+        CAUSAL_LM.precompute(batch)
         return batch
 
     def backward(self, batch: Mapping[str, Tensor] | None, targets: int) -> Tensor:
@@ -271,7 +271,7 @@ class Loop:
     def _compute(self, placed: Mapping[str, Tensor], divisor: int) -> Tensor:
         # where tensors are counted one by one nothing can be compiled
         fuse = self.compiled and _get_current_dispatch_mode() is None
-        loss_sum, _ = labelled_loss_sum(self.model, placed, fuse=fuse)
+        loss_sum, _ = CAUSAL_LM.loss_sum(self.model, placed, fuse=fuse)
         torch.autograd.backward(loss_sum / divisor)
         return loss_sum.detach()
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from spectune.compute.masks import OneTextRows
 from spectune.compute.packs import Kernel
 from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_document
-from spectune.data import Example, batches, by_length, collate, collate_packs, pack_step, places
+from spectune.data import Example, batches, by_length, pack_step, places
 from spectune.deltas import (
     Delta,
     InputSite,
@@ -27,6 +27,7 @@ from spectune.deltas import (
 from spectune.errors import ConfigError
 from spectune.families import Family
 from spectune.methods import LoRA
+from spectune.objectives import CAUSAL_LM
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
 from spectune.training.execution import launch_bound
@@ -83,8 +84,8 @@ class Packing:
     def collate(self, packs: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:
         """A batch, packed or padded; without a mask where none is needed (it keeps attention from fast kernels)."""
         if self.on:
-            return collate_packs(packs, pad_token_id)
-        batch = collate([example for pack in packs for example in pack], pad_token_id)
+            return CAUSAL_LM.collate_packs(packs, pad_token_id)
+        batch = CAUSAL_LM.collate([example for pack in packs for example in pack], pad_token_id)
         if self.untold or bool(batch["attention_mask"].all()):
             del batch["attention_mask"]
         return batch

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from spectune.compute import losses
-from spectune.compute.losses import causal_lm_loss_sum, labelled_logits, labelled_loss_sum
+from spectune.objectives import CAUSAL_LM, causal_lm
+from spectune.objectives.causal_lm import causal_lm_loss_sum
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -109,9 +109,9 @@ def test_labelled_positions_give_the_loss_and_gradients_of_all_logits(
     make: type, selection: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make()
-    if losses.head_selection(model) != "row" and selection == "row":
+    if causal_lm.head_selection(model) != "row" and selection == "row":
         pytest.skip("this transformers picks positions for all rows together")
-    monkeypatch.setattr(losses, "head_selection", lambda _: selection)
+    monkeypatch.setattr(causal_lm, "head_selection", lambda _: selection)
     data = batch()
     full = model(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits
     expected, expected_count = causal_lm_loss_sum(full, data["labels"])
@@ -119,14 +119,14 @@ def test_labelled_positions_give_the_loss_and_gradients_of_all_logits(
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
 
-    found = labelled_logits(model, data)
+    found = CAUSAL_LM.labelled_logits(model, data)
     keep = data["labels"][:, 1:] != -100
     # matrix products of other shapes may round the last bit otherwise
     torch.testing.assert_close(found.logits, full[:, :-1][keep], atol=1e-6, rtol=0)
     assert found.targets.tolist() == data["labels"][:, 1:][keep].tolist()
     assert found.rows.tolist() == [0] * 5 + [1] * 4 + [2] * 2
 
-    loss, count = labelled_loss_sum(model, data)
+    loss, count = CAUSAL_LM.loss_sum(model, data)
     loss.backward()
     assert count == expected_count
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -139,15 +139,15 @@ def test_the_head_runs_on_fewer_positions(make: type) -> None:
     model = make()
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[:2]))
-    labelled_loss_sum(model, batch())
+    CAUSAL_LM.loss_sum(model, batch())
     rows, columns = seen[0]
-    assert (rows, columns) == (3, 5 if losses.head_selection(model) == "row" else 7)
+    assert (rows, columns) == (3, 5 if causal_lm.head_selection(model) == "row" else 7)
 
 
 def test_a_batch_without_targets_goes_through_the_model() -> None:
     data = batch()
     data["labels"] = torch.full_like(data["labels"], -100)
-    loss, count = labelled_loss_sum(gpt2(), data)
+    loss, count = CAUSAL_LM.loss_sum(gpt2(), data)
     assert (loss.item(), count) == (0.0, 0)
 
 
@@ -172,14 +172,14 @@ def test_models_without_the_argument_or_deaf_to_it_are_run_in_full() -> None:
     data = batch()
     data.pop("attention_mask")
     expected = causal_lm_loss_sum(Headless()(data["input_ids"]).logits, data["labels"])
-    assert losses.head_selection(Headless()) == "none"
-    assert losses.head_selection(Ignores()) == "column"
-    assert labelled_loss_sum(Headless(), data) == expected
-    assert labelled_loss_sum(Ignores(), data) == expected
+    assert causal_lm.head_selection(Headless()) == "none"
+    assert causal_lm.head_selection(Ignores()) == "column"
+    assert CAUSAL_LM.loss_sum(Headless(), data) == expected
+    assert CAUSAL_LM.loss_sum(Ignores(), data) == expected
 
 
 def test_an_argument_that_means_something_else_is_an_error() -> None:
     data = batch()
     data.pop("attention_mask")
     with pytest.raises(ValueError, match="Strange gave logits for"):
-        labelled_loss_sum(Strange(), data)
+        CAUSAL_LM.loss_sum(Strange(), data)
