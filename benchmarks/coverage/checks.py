@@ -31,7 +31,7 @@ from benchmarks.coverage.configs import tiny_config
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, Method
+from spectune.deltas import Delta, Method, attach, detach
 from spectune.errors import SpectuneError
 from spectune.methods import (
     IA3,
@@ -45,7 +45,7 @@ from spectune.methods import (
 )
 from spectune.objectives import CAUSAL_LM
 from spectune.planning.counts import count
-from spectune.storage import attach, detach, load_delta
+from spectune.storage import load_delta
 
 METHODS: dict[str, Method] = {
     "full": FullFineTuning(),

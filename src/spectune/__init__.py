@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # a function named like its file comes from the file: from th
     from spectune.comparing.compare import compare as compare
     from spectune.deltas import Delta as Delta
     from spectune.deltas import Method as Method
+    from spectune.deltas.attach import attach as attach
+    from spectune.deltas.attach import detach as detach
+    from spectune.deltas.merge import merge as merge
+    from spectune.deltas.routing import route as route
     from spectune.errors import ConfigError as ConfigError
     from spectune.errors import DataError as DataError
     from spectune.errors import DivergedError as DivergedError
@@ -37,12 +41,8 @@ if TYPE_CHECKING:  # a function named like its file comes from the file: from th
     from spectune.methods import method_from_name as method_from_name
     from spectune.planning import Estimate as Estimate
     from spectune.planning.plan import plan as plan
-    from spectune.storage import attach as attach
-    from spectune.storage import detach as detach
     from spectune.storage import load as load
     from spectune.storage import load_delta as load_delta
-    from spectune.storage import merge as merge
-    from spectune.storage import route as route
     from spectune.training import RunResult as RunResult
     from spectune.training import TrainingConfig as TrainingConfig
     from spectune.training.train import train as train
@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # a function named like its file comes from the file: from th
 # room -> its public names; `tests/test_public_api.py` holds this table and the imports above together.
 _PUBLIC: dict[str, tuple[str, ...]] = {
     "comparing": ("Comparison", "compare"),
-    "deltas": ("Delta", "Method"),
+    "deltas": ("Delta", "Method", "attach", "detach", "merge", "route"),
     "errors": (
         "ConfigError",
         "DataError",
@@ -71,7 +71,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "method_from_name",
     ),
     "planning": ("Estimate", "plan"),
-    "storage": ("attach", "detach", "load", "load_delta", "merge", "route"),
+    "storage": ("load", "load_delta"),
     "training": ("RunResult", "TrainingConfig", "train"),
 }
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from spectune.comparing import measure as module
-from spectune.deltas import Delta, attached
+from spectune.deltas import Delta, attach, attached
 from spectune.evaluation import forgetting_kl
 from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA
-from spectune.storage import attach
 from spectune.training import RunResult
 from tests.support import make_model, make_tokenizer
 

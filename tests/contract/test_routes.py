@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, Method
+from spectune.deltas import Delta, Method, attach, detach, route
 from spectune.errors import ConfigError
 from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
-from spectune.storage import attach, detach, route
 from tests.contract.conftest import CASES, move, padded, refusal, tokens
 from tests.contract.families import FAMILIES
 

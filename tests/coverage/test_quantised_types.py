@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.frozen import FrozenLinear
+from spectune.deltas import attach, detach
 from spectune.errors import ConfigError, SpectuneError
 from spectune.families import describe
 from spectune.objectives import CAUSAL_LM
-from spectune.storage import attach, detach, quantise_base
+from spectune.storage import quantise_base
 
 
 def quantised(model: PreTrainedModel) -> PreTrainedModel | None:

@@ -14,10 +14,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spectune.blocks.compile import compiled
 from spectune.data import Example, Row, collate
-from spectune.deltas import Method, leading_keys, why_padding_is_told
+from spectune.deltas import Method, attach, leading_keys, why_mask_is_needed
 from spectune.methods import LoRA, PrefixTuning, PromptTuning
 from spectune.objectives import CAUSAL_LM
-from spectune.storage import attach
 
 pytestmark = pytest.mark.cuda
 
@@ -160,7 +159,7 @@ def test_a_step_in_compiled_blocks_is_that_of_a_dense_mask_in_float32(make: Call
 def test_padding_on_the_right_needs_no_mask(make: Callable[[], PreTrainedModel], method: Method) -> None:
     model = make().to(torch.bfloat16)
     attach(model, method, "task")
-    assert why_padding_is_told(model) is None
+    assert why_mask_is_needed(model) is None
     batch = rows(256, 31, 130)
     told = step(model, batch)
     del batch["attention_mask"]

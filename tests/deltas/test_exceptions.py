@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from spectune.deltas import Delta, Method, attached
+from spectune.deltas import Delta, Method, attach, attached, detach, route
 from spectune.errors import ConfigError
 from spectune.methods import METHODS, LoRA, PrefixTuning
-from spectune.storage import attach, detach, load_delta, route
+from spectune.storage import load_delta
 from tests.contract.conftest import CASES, move, put_on, tokens
 from tests.contract.families import gpt2, llama
 

@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from spectune.deltas import Delta, ParameterSite
+from spectune.deltas import Delta, ParameterSite, attach, detach, merge, route
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, DoRA, LoRA, PromptTuning
-from spectune.storage import attach, detach, load_delta, merge, route
+from spectune.storage import load_delta
 from tests.contract.conftest import move, tokens
 from tests.contract.families import SIZES, TOKENS, llama
 

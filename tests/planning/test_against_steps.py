@@ -21,8 +21,7 @@ from transformers import (
 
 from spectune.blocks.recompute import Recomputation
 from spectune.compute import offload
-from spectune.deltas import attach
-from spectune.deltas.attach import place
+from spectune.deltas import attach, place
 from spectune.deltas.modules import DeltaModule
 from spectune.errors import ConfigError
 from spectune.methods import BY_NAME, method_from_name

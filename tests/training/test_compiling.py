@@ -14,11 +14,10 @@ from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spectune.blocks.compile import compiled
-from spectune.deltas import Delta, Method
+from spectune.deltas import Delta, Method, attach, detach
 from spectune.families import describe
 from spectune.methods import METHODS, BottleneckAdapter, DoRA, LoRA
 from spectune.objectives import CAUSAL_LM
-from spectune.storage import attach, detach
 from spectune.training import TrainingConfig, execution, train
 from spectune.training.execution import worth_compiling
 from tests.support import make_model, make_rows, make_tokenizer

@@ -55,7 +55,7 @@ def test_a_run_without_masks_is_the_one_with(
     assert masks
     assert not any(masks)
     masks.clear()
-    monkeypatch.setattr(packing_module, "why_padding_is_told", lambda model: "the test says so")
+    monkeypatch.setattr(packing_module, "why_mask_is_needed", lambda model: "the test says so")
     told, theirs = run(method)
     assert all(masks)
     assert untold.train_loss == pytest.approx(told.train_loss, rel=1e-5)
@@ -79,7 +79,7 @@ def test_rows_of_one_length_need_no_probe(masks: list[bool], monkeypatch: pytest
     def refuse(model: Any) -> str:
         raise AssertionError("there is no padding")
 
-    monkeypatch.setattr(packing_module, "why_padding_is_told", refuse)
+    monkeypatch.setattr(packing_module, "why_mask_is_needed", refuse)
     run(LoRA(r=2), rows=make_rows()[:1] * 8)
     assert not any(masks)
 
@@ -95,7 +95,7 @@ def test_a_plan_has_the_masks_that_the_run_has() -> None:
 
 def test_what_was_decided_is_the_same_again() -> None:
     from spectune.data import encode, load_rows
-    from spectune.storage import attach
+    from spectune.deltas import attach
 
     model = make_model()
     delta = attach(model, PromptTuning(num_virtual_tokens=4))

@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from spectune.deltas import Method, attached
+from spectune.deltas import Method, attach, attached
 from spectune.errors import ConfigError, DivergedError, InterruptedRun, OutOfMemoryError
 from spectune.methods import METHODS, BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from spectune.objectives import CAUSAL_LM
-from spectune.storage import attach, load_delta
+from spectune.storage import load_delta
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training import loop as loop_module
 from spectune.training.optimizer import MasterAdamW, learning_rate_at

@@ -92,7 +92,7 @@ def say_where(answer: dict[str, Any], out: Console) -> None:
 
 def _merge(found: Run, folder: Path, data: str | None, device: str, dtype: str, out: Console) -> dict[str, Any]:
     from spectune.data import encode
-    from spectune.deltas.merge import merge_and_measure
+    from spectune.deltas import merge_and_measure
     from spectune.storage import write_model
 
     rows, source = rows_to_measure(data, found.config)

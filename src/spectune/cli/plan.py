@@ -256,7 +256,8 @@ def _timed(method: Method, settings: Settings, wanted: TrainingConfig, examples:
     """A few real steps of the training loop on this machine: seconds for an epoch of the data, without validation."""
     from rich.console import Console
 
-    from spectune.storage import attach, load
+    from spectune.deltas import attach
+    from spectune.storage import load
     from spectune.training import train
 
     # of an epoch the longest batch comes first, among the steps that are not timed

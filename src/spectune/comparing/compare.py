@@ -23,14 +23,14 @@ from spectune.comparing.presets import PRESETS
 from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import Schedule
 from spectune.data import Encoded
-from spectune.deltas import Method, attached
+from spectune.deltas import Method, attached, base_name
 from spectune.errors import ConfigError, InterruptedRun
 from spectune.evaluation import row_losses
 from spectune.families import base_precision as precision_of
 from spectune.families import describe, fingerprint
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import reference_shares
-from spectune.storage import TINY, atomic_write_text, base_name, load
+from spectune.storage import TINY, atomic_write_text, load
 from spectune.training import TrainingConfig, environment
 from spectune.training.identity import FREE
 from spectune.training.prepare import max_length

@@ -117,9 +117,9 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     from rich.console import Console
 
     from spectune.data import batches, load_rows
-    from spectune.deltas import route
+    from spectune.deltas import attach, route
     from spectune.methods import method_from_dict
-    from spectune.storage import attach, load
+    from spectune.storage import load
     from spectune.training.checkpoint import Progress
     from spectune.training.checkpointing import modes_of, recomputing
     from spectune.training.display import Display

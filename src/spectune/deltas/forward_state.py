@@ -123,7 +123,7 @@ class ForwardState:
         return None if layout is None else layout.pack
 
     def layout_of(self, batch: int) -> BatchLayout:
-        """The layout of the pass that runs; `batch` rows are laid out where a part of the model was called by itself."""
+        """The layout of the pass that runs; of `batch` rows where a part of the model was called by itself."""
         layout = self.layout
         if layout is not None:
             return layout

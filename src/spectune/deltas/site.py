@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spectune.families import Attention
 
@@ -20,7 +20,7 @@ class OutputSite:
     path: str
     in_features: int
     out_features: int
-    on: str | None = None
+    on: str | None = field(default=None, kw_only=True)
 
     @property
     def host(self) -> str:

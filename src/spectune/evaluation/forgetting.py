@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spectune.compute.evaluating import evaluating
-from spectune.deltas import Registry, route
+from spectune.deltas import Attachment, route
 from spectune.errors import ConfigError, DataError
 from spectune.inference import context_length, generate_ids
 
@@ -80,7 +80,7 @@ def forgetting_kl(model: PreTrainedModel, passages: Sequence[Sequence[int]], bat
 
 def passage_kls(model: PreTrainedModel, passages: Sequence[Sequence[int]], batch_size: int = 8) -> list[float]:
     """The same for each passage, summed over its positions (nats), in the order given."""
-    if Registry.of(model) is None:
+    if Attachment.of(model) is None:
         raise ConfigError("forgetting compares a delta with its base, and nothing is attached to this model")
     if not passages or any(len(passage) == 0 for passage in passages):
         raise DataError(f"{len(passages)} passages, of which some or all are empty; expected token ids in each")

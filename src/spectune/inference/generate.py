@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from spectune.compute.evaluating import evaluating
-from spectune.deltas import Registry
+from spectune.deltas import Attachment
 from spectune.errors import ConfigError
 from spectune.families import describe
 from spectune.inference.modes import generation_defaults, seeded
@@ -107,12 +107,12 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 def context_length(model: PreTrainedModel) -> int | None:
     """The most text tokens that the model takes now: its table of positions, or what its config says it was made
     for, less the virtual tokens of the current delta. None where nothing limits it."""
-    registry = Registry.of(model)
-    family = describe(model) if registry is None else registry.family
+    attachment = Attachment.of(model)
+    family = describe(model) if attachment is None else attachment.family
     limit = family.position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    return limit - (0 if registry is None else registry.virtual_tokens)
+    return limit - (0 if attachment is None else attachment.state.most_virtual_tokens)
 
 
 def _rooms(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:

@@ -9,12 +9,22 @@ output (convolutions, state-space steps, experts, routers) is changed in its own
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from spectune.deltas import Delta, Method, OutputModule, OutputSite, ParameterModule, ParameterSite, Setting, Site
+from spectune.deltas import (
+    DeltaModule,
+    InitContext,
+    Method,
+    OutputModule,
+    OutputSite,
+    ParameterModule,
+    ParameterSite,
+    Site,
+)
 from spectune.errors import ConfigError
 from spectune.families import Family
 
@@ -90,7 +100,7 @@ class BitFit(Method):
             return sum(bias.size for bias in family.biases)
         return sum(site.out_features for site in self.sites(family) if isinstance(site, OutputSite))
 
-    def initialise(self, delta: Delta, setting: Setting) -> None:
+    def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         """Offsets are zero from the start."""
 
     def notice(self, family: Family) -> str | None:

@@ -20,9 +20,7 @@ from spectune.blocks.compiler import memory_budget
 from spectune.blocks.offload import MetaTransfers
 from spectune.blocks.recompute import Recomputation, recompute
 from spectune.compute.evaluating import evaluating
-from spectune.deltas import Delta, Method, packed, packing
-from spectune.deltas.attach import place
-from spectune.deltas.registry import Registry
+from spectune.deltas import Attachment, Delta, Method, packed, packing, place
 from spectune.families import Family
 from spectune.objectives import CAUSAL_LM
 from spectune.planning.compiled import CompiledBlocks
@@ -109,10 +107,12 @@ class Skeleton:
         for name, value in vars(text).items():  # what a config says of each layer
             if isinstance(value, list) and len(value) == self.depth:
                 setattr(text, name, [value[number] for number in kept])
-        if (registry := Registry.of(self.model)) is not None:  # packed batches are told to the attentions that are left
+        if (
+            attachment := Attachment.of(self.model)
+        ) is not None:  # packed batches are told to the attentions that are left
             there = dict(self.model.named_modules())
             left = tuple(layer for layer in self.family.layers if layer.path in there)
-            registry.family = replace(registry.family, layers=left)
+            attachment.family = replace(attachment.family, layers=left)
         return repeats
 
 

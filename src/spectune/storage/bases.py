@@ -19,7 +19,7 @@ from spectune.objectives import CAUSAL_LM
 from spectune.storage.base_precision import base_dtype, check_precision, quantise_base
 from spectune.storage.devices import resolve_device
 
-TINY = "spectune-tiny"
+TINY = embedded.NAME
 #: seconds that the hub may take to answer at all
 PATIENCE = 5
 
@@ -65,12 +65,6 @@ def load(
     if base_precision is not None:
         quantise_base(model, base_precision, device=place)
     return model.to(place).eval(), _tokenizer(source)
-
-
-def base_name(model: PreTrainedModel) -> str:
-    """What the base was loaded as; the embedded one by its own name, which holds on every machine."""
-    name = str(model.config._name_or_path)
-    return TINY if name and Path(name) == Path(embedded.MODEL_FOLDER) else name
 
 
 def load_config(name: str | Path) -> Any:

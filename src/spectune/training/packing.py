@@ -21,8 +21,8 @@ from spectune.deltas import (
     packed,
     packing,
     route,
+    why_mask_is_needed,
     why_not_packed,
-    why_padding_is_told,
 )
 from spectune.errors import ConfigError
 from spectune.families import Family
@@ -158,7 +158,7 @@ def _padded(model: PreTrainedModel, delta: Delta, lengths: Sequence[int], notice
     if len(set(lengths)) == 1:
         return Packing(notice=notice)
     with route(model, delta.name):
-        reason = why_padding_is_told(model)
+        reason = why_mask_is_needed(model)
     if reason is not None:
         log.info("batches that are padded have an attention mask: %s", reason)
     return Packing(untold=reason is None, notice=notice)

@@ -51,7 +51,7 @@ def load_end(folder: Path, delta: Delta) -> None:
     """Give an attached delta the weights that a finished run ended with. Raises DataError where they are gone."""
     end = folder / END_FILE
     if not end.is_file():
-        delta.read_files(folder / "best")
+        delta.files.read(folder / "best")
         return
     try:
         state = load_file(end)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from spectune.compute.head import probing
+from spectune.compute.head import is_probing_head
 from spectune.compute.masks import positions_from_mask
 from spectune.compute.packs import Pack
 from spectune.deltas.forward_state import ForwardState
@@ -114,7 +114,7 @@ class DecoderHook:
         if self.state.most_virtual_tokens:
             mask = self.outer_call.text_only(call, prompt=self.puts_tokens_in())
         cache = next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
-        pack = None if probing() else self.state.thread.pack_ahead
+        pack = None if is_probing_head() else self.state.thread.pack_ahead
         if pack is not None:
             return (), self._enter_packed(call, pack, text, cache)
         if self.takes_positions and call.get("position_ids") is None and is_2d(mask):

@@ -31,9 +31,7 @@ def check_packed_context(pack: Pack, virtual: int, context: int | None) -> None:
         )
 
 
-def put_before_documents(
-    call: dict[str, Any], pack: Pack, prompt: Tensor, embedding: nn.Module
-) -> tuple[Pack, Tensor]:
+def put_before_documents(call: dict[str, Any], pack: Pack, prompt: Tensor, embedding: nn.Module) -> tuple[Pack, Tensor]:
     """Put virtual tokens before each document of a decoder's call, in place.
 
     Args:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 _FUNCTION = "_gradient_checkpointing_func"
+#: makes of a function one that runs with what is in force now, whenever it is called
+Keeping = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class CheckpointHook:
@@ -18,10 +20,10 @@ class CheckpointHook:
 
     Args:
         modules: those of the base that transformers can checkpoint.
-        keeping: makes of a function one that runs with the pass that runs now, whenever it is called.
+        keeping: see `Keeping`.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], keeping: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], keeping: Keeping) -> None:
         self.modules = [module for module in modules if hasattr(module, "gradient_checkpointing")]
         self.keeping = keeping
 
@@ -44,7 +46,7 @@ class CheckpointHook:
 class _KeepingCheckpoint:
     """A checkpoint function that remembers what was in force when the forward pass ran."""
 
-    def __init__(self, original: Callable[..., Any], keeping: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def __init__(self, original: Callable[..., Any], keeping: Keeping) -> None:
         self.original, self.keeping = original, keeping
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,77 +1,21 @@
-"""Packed batches: several documents in one sequence, none of which sees another.
-
-The model's attention is told of the documents through the attention and mask functions that `attention.py` registers.
-Whether a model listens is proved by running it, not known by its type: see `why_not_packed`.
-"""
+"""Whether a model keeps the documents of packed batches apart, proved by running it."""
 
 from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating, rehearsing
-from spectune.compute.packs import Kernel, Pack
-from spectune.deltas.registry import Registry
-from spectune.errors import ConfigError, first_line
+from spectune.compute.packs import Kernel
+from spectune.deltas.attachment import Attachment
+from spectune.deltas.packing import packed, packing
+from spectune.deltas.probes.agreement import agree, apart
+from spectune.errors import first_line
 from spectune.families import token_embedding
 
-#: how far logits of a document in a pack may be from its own, as a share of the largest
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-TOLERANCE_16_BITS = 6e-2
-#: and of what it would be if it saw the documents before it
-_SHARE_OF_LEAK = 0.2
 #: tokens of the documents of the probe; the first two change places with the last two
 _PROBE = (5, 4)
-
-
-@contextlib.contextmanager
-def packing(model: PreTrainedModel, kernel: Kernel | None = None, longest: int = 0) -> Iterator[None]:
-    """While inside, the model can be given packed batches with `packed`; batches without are as ever.
-
-    Args:
-        kernel: attention over documents of various lengths (`compute.varlen`); None uses masks.
-        longest: tokens of the longest document of all batches, if it is known: compiled blocks then serve them all,
-            and not those alone whose longest document is about as long.
-
-    Raises:
-        ConfigError: nothing is attached, no attention was found, or attention cannot be exchanged.
-    """
-    registry = Registry.of(model)
-    if registry is None:
-        raise ConfigError("packing needs an attached delta: it acts through spectune's attention functions")
-    registry.open_packing(kernel, longest)
-    try:
-        yield
-    finally:
-        registry.close_packing()
-
-
-@contextlib.contextmanager
-def packed(model: PreTrainedModel, documents: Tensor | None) -> Iterator[None]:
-    """The forward passes inside are of one packed batch. Call the model with its `input_ids` and `position_ids`, which
-    begin at 0 in each document, and no attention mask. Backward may be called outside.
-
-    Args:
-        documents: the number of each token's document, `[packs, length]` int64, -1 on padding; None changes nothing.
-
-    Raises:
-        ConfigError: outside of `packing`. ValueError: documents in pieces, or padding before the end.
-    """
-    registry = Registry.of(model)
-    if documents is None:
-        yield
-        return
-    if registry is None or not registry.packs:
-        raise ConfigError("a packed batch needs `with packing(model)` around it")
-    registry.pack_ahead = Pack.of(documents, model.device, registry.kernel, registry.longest)
-    try:
-        yield
-    finally:
-        registry.pack_ahead = None
 
 
 def why_not_packed(model: PreTrainedModel, kernel: Kernel | None = None) -> str | None:
@@ -103,10 +47,8 @@ def why_not_packed(model: PreTrainedModel, kernel: Kernel | None = None) -> str 
         (together[2, :second], alone[3]),
     ]
     size = max(float(logits.abs().max()) for logits in alone)
-    off = max(float((a - b).abs().max()) for a, b in pairs)
-    leak = float((leaking - alone[1]).abs().max())
-    allowed = min(size * TOLERANCE.get(model.dtype, TOLERANCE_16_BITS), leak * _SHARE_OF_LEAK)
-    if off <= allowed:
+    off, leak = apart(pairs), apart([(leaking, alone[1])])
+    if agree(model, off, size, leak):
         return None
     return (
         f"a document's logits in a pack differ from its own by {off / size:.2g} of the largest: this "
@@ -118,16 +60,17 @@ def why_not_packed(model: PreTrainedModel, kernel: Kernel | None = None) -> str 
 def kernel_serves(model: PreTrainedModel, kernel: Kernel) -> bool:
     """Whether the kernel attends in every layer, as the model is trained. Where dropout, eager attention or windows
     beside a prefix have masks made after all, long packs cost more than they save."""
-    registry = Registry.of(model)
+    attachment = Attachment.of(model)
     device = token_embedding(model).weight.device
     with rehearsing(model, device), packing(model, kernel):
-        assert registry is not None, "packing refuses a model without"
-        registry.kernel_calls = set()
+        assert attachment is not None, "packing refuses a model without"
+        thread = attachment.state.thread
+        thread.kernel_calls = set()
         try:
             _logits(model, [[torch.tensor([0, 1]), torch.tensor([1])]], device, as_documents=True)
-            return len(registry.kernel_calls) == len(registry.family.attentions)
+            return len(thread.kernel_calls) == len(attachment.family.attentions)
         finally:
-            registry.kernel_calls = None
+            thread.kernel_calls = None
 
 
 def _logits(

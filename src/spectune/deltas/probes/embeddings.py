@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
-from spectune.deltas.caches import carries_other_state
+from spectune.deltas.attachment import Attachment
+from spectune.deltas.hooks.caches import carries_other_state
 from spectune.deltas.method import plain_tokens
-from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError, first_line
 from spectune.families import token_embedding
 
@@ -29,31 +29,31 @@ def prove_reads_embeddings(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: the decoder uses ids some other way too (hashes of them, tables of its own).
     """
-    registry = Registry.of(model)
-    assert registry is not None, "asked while a delta is attached"
-    state = carries_other_state(registry.decoder.signature.parameters)
+    attachment = Attachment.of(model)
+    assert attachment is not None, "asked while a delta is attached"
+    state = carries_other_state(attachment.decoder.signature.parameters)
     if state is not None:
         raise ConfigError(
-            f"prompt tuning is refused: this {registry.family.model_type} model carries its state in `{state}`, which "
-            "does not tell whether virtual tokens went through it. Use LoRA."
+            f"prompt tuning is refused: this {attachment.family.model_type} model carries its state in `{state}`, "
+            "which does not tell whether virtual tokens went through it. Use LoRA."
         )
     device = token_embedding(model).weight.device
     # no special ones: some types number positions by which tokens are padding, as ids say, where no positions come
-    a, b, c = plain_tokens(model.config.get_text_config(), registry.family.vocab_size)[:3]
+    a, b, c = plain_tokens(model.config.get_text_config(), attachment.family.vocab_size)[:3]
     ids = torch.tensor([[a, c, b, c]], device=device)
     mask = torch.ones_like(ids)
-    kind = registry.family.model_type
+    kind = attachment.family.model_type
 
     def logits() -> Tensor:
         found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return found.float()
 
-    with registry.routed(None), evaluating(model):
+    with attachment.state.routed(None), evaluating(model):
         expected = logits()
         try:
-            with _as_embeddings(registry, noise=0.0):
+            with _as_embeddings(attachment, noise=0.0):
                 got = logits()
-            with _as_embeddings(registry, noise=0.1):
+            with _as_embeddings(attachment, noise=0.1):
                 logits()
         except Exception as error:
             raise ConfigError(
@@ -72,18 +72,18 @@ def prove_reads_embeddings(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _as_embeddings(registry: Registry, noise: float) -> Iterator[None]:
+def _as_embeddings(attachment: Attachment, noise: float) -> Iterator[None]:
     """The decoder is given the embeddings of its text, moved by `noise` of their spread, in place of ids, and a plain
     2-D mask in place of one made of it on the way: as it is given virtual tokens."""
-    decoder = registry.model.get_submodule(registry.family.decoder)
+    decoder = attachment.model.get_submodule(attachment.family.decoder)
     names = list(inspect.signature(decoder.forward).parameters)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = {**dict(zip(names, args, strict=False)), **kwargs}
-        registry.decoder.around.text_only(call, prompt=True)
+        attachment.decoder.outer_call.text_only(call, prompt=True)
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         if embeds is None:
-            embeds = token_embedding(registry.model)(ids)
+            embeds = token_embedding(attachment.model)(ids)
         call["input_ids"] = None
         call["inputs_embeds"] = embeds + noise * embeds.float().std().to(embeds.dtype)
         return (), call

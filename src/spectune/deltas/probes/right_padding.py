@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
-from spectune.deltas.packs import TOLERANCE, TOLERANCE_16_BITS
-from spectune.deltas.registry import Registry
+from spectune.deltas.attachment import Attachment
+from spectune.deltas.probes.agreement import agree, apart
 from spectune.errors import ConfigError, first_line
 from spectune.families import Family, token_embedding
 
 #: tokens of the padded rows of the probe, and of its longest row
 _TEXT, _LENGTH = 5, 9
-#: how far off a real token may be, as a share of what another text before it does to it
-_SHARE_OF_EFFECT = 0.2
 
 
-def why_padding_is_told(model: PreTrainedModel) -> str | None:
+def why_mask_is_needed(model: PreTrainedModel) -> str | None:
     """Why the model, as it is routed now, needs the attention mask of rows that are padded on the right; None where
     its real tokens come out the same without.
 
@@ -35,10 +33,10 @@ def why_padding_is_told(model: PreTrainedModel) -> str | None:
     Raises:
         ConfigError: nothing is attached.
     """
-    registry = Registry.of(model)
-    if registry is None:
+    attachment = Attachment.of(model)
+    if attachment is None:
         raise ConfigError("whether padding needs a mask is asked of a model with an attached delta")
-    if _has_experts(model, registry.family):
+    if _has_experts(model, attachment.family):
         return "its layers have experts, which may count the padding"
     embedding = token_embedding(model).weight
     generator = torch.Generator().manual_seed(0)
@@ -50,14 +48,14 @@ def why_padding_is_told(model: PreTrainedModel) -> str | None:
     ids, mask = ids.to(embedding.device), mask.to(embedding.device)
     try:
         with evaluating(model):
-            told = _logits(model, ids, mask)
-            untold = _logits(model, ids, None)
+            masked = _logits(model, ids, mask)
+            unmasked = _logits(model, ids, None)
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
-    size = float(told.abs().max())
-    off = max(_apart(told[1:], untold[1:]), _apart(untold[1], untold[2]))
-    effect = _apart(untold[1, -1], untold[3, -1])
-    if off <= min(size * TOLERANCE.get(model.dtype, TOLERANCE_16_BITS), effect * _SHARE_OF_EFFECT):
+    size = float(masked.abs().max())
+    off = apart([(masked[1:], unmasked[1:]), (unmasked[1], unmasked[2])])
+    effect = apart([(unmasked[1, -1], unmasked[3, -1])])
+    if agree(model, off, size, effect):
         return None
     return (
         f"real tokens' logits change by {off / size:.2g} of the largest where padding after them is not masked "
@@ -66,13 +64,9 @@ def why_padding_is_told(model: PreTrainedModel) -> str | None:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Of the first `_TEXT` tokens of each row, float32."""
+    """Logits of the first `_TEXT` tokens of each row, `[rows, tokens, vocabulary]` float32."""
     found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return found[:, :_TEXT].float()
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
 
 
 def _has_experts(model: PreTrainedModel, family: Family) -> bool:

@@ -1,4 +1,4 @@
-"""Looking at a base by running it: which keys and values text makes, how it counts positions."""
+"""Running a base on a few tokens: which keys and values text makes, how it counts positions."""
 
 from __future__ import annotations
 
@@ -10,33 +10,89 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
-from spectune.deltas.caches import caches_in
-from spectune.deltas.registry import Registry
+from spectune.deltas.attachment import Attachment
+from spectune.deltas.forward_state import ForwardState
+from spectune.deltas.hooks.caches import caches_in
 from spectune.errors import ConfigError, SpectuneError, first_line
 from spectune.families import token_embedding
 
 
 def can_run(model: nn.Module) -> bool:
-    """Whether the model has weights to run with: none stands on the meta device."""
-    return not any(parameter.device.type == "meta" for parameter in model.parameters())
+    """Whether the base has weights to run with: none stands on the meta device."""
+    attachment = Attachment.of(model)
+    modules = model.modules() if attachment is None else attachment.base_modules
+    return not any(p.device.type == "meta" for module in modules for p in module.parameters(recurse=False))
+
+
+def run(model: PreTrainedModel, ids: list[int]) -> None:
+    """Run the model on one row of token ids, in evaluation mode."""
+    with evaluating(model):
+        first_logits(model, ids)
+
+
+def first_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Logits `[1, len(ids), vocabulary]` of one row, without cache.
+
+    Raises:
+        ConfigError: the model's own code fails on it with the delta that is on now, and without it does not.
+    """
+    tokens = torch.tensor([ids], device=token_embedding(model).weight.device)
+
+    def forward() -> Tensor:
+        logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        return logits
+
+    attachment = Attachment.of(model)
+    name = None if attachment is None else attachment.state.current.name
+    try:
+        return forward()
+    except (SpectuneError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if attachment is None or name is None or not _runs_bare(attachment, forward):
+            raise
+        raise ConfigError(
+            f"{attachment.deltas[name].method.label} is refused: this {attachment.family.model_type} model's own code "
+            f"does not take it ({type(error).__name__}: {first_line(error)}). The bare model runs. Use another method, "
+            "such as LoRA."
+        ) from error
+
+
+def _runs_bare(attachment: Attachment, forward: Callable[[], Tensor]) -> bool:
+    if attachment.tuned is not None:
+        return False  # it is the base: what fails is the model's own
+    try:
+        with attachment.state.routed(None):
+            forward()
+    except Exception:
+        return False
+    return True
+
+
+def attention_calls(model: PreTrainedModel, ids: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values `[1, kv_heads, len(ids), dim]` that each open attention module uses for one row under the current
+    route, by the module's id: taken where attention uses them, after rotary positions."""
+    attachment = Attachment.of(model)
+    assert attachment is not None, "attention modules are open only while something is attached"
+    thread = attachment.state.thread
+    calls: dict[int, tuple[Tensor, Tensor]] = {}
+    thread.attention_calls = calls
+    try:
+        run(model, ids)
+    finally:
+        thread.attention_calls = None
+    return calls
 
 
 def capture_keys_and_values(
     model: PreTrainedModel, paths: list[str], ids: list[int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The keys and values `[kv_heads, len(ids), dim]` that the bare base makes of a text, for each attention module.
-
-    They are taken where attention uses them, after rotary positions. The modules must be open attention sites.
-    """
-    registry = Registry.of(model)
-    assert registry is not None, "capture is called from initialise, when the model has a registry"
-    registry.attention_calls = {}
-    try:
-        with registry.routed(None):
-            run(model, ids)
-        calls = registry.attention_calls
-    finally:
-        registry.attention_calls = None
+    """The keys and values `[kv_heads, len(ids), dim]` float32 that the bare base makes of a text, for each attention
+    module at `paths`, which must be open attention sites."""
+    attachment = Attachment.of(model)
+    assert attachment is not None, "capture is called from initialise, when something is attached"
+    with attachment.state.routed(None):
+        calls = attention_calls(model, ids)
     modules = {path: model.get_submodule(path) for path in paths}
     return {
         path: (calls[id(module)][0][0].float(), calls[id(module)][1][0].float())
@@ -67,19 +123,17 @@ def cached_values(model: PreTrainedModel, watched: list[str]) -> tuple[dict[str,
     ]
 
 
-def counts_padding(model: PreTrainedModel) -> bool:
+def counts_padding(model: PreTrainedModel, state: ForwardState) -> bool:
     """Whether the bare base's own positions, where the caller gives none, are the index in the batch, padding counted
     (True), or the count of real tokens (False).
 
     Raises:
         ConfigError: neither; then a caller must give position_ids.
     """
-    registry = Registry.of(model)
-    assert registry is not None, "asked by the decoder's hook, when the model has a registry"
     device = token_embedding(model).weight.device
     ids = torch.tensor([[1, 2, 3]], device=device)
     mask = torch.tensor([[0, 1, 1]], device=device)
-    with registry.routed(None), evaluating(model):
+    with state.routed(None), evaluating(model):
         own, index, count = (
             model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits[:, -1].float()
             for given in (
@@ -95,54 +149,4 @@ def counts_padding(model: PreTrainedModel) -> bool:
     raise ConfigError(
         f"{type(model).__name__} numbers the positions of a left-padded batch in a way of its own: give position_ids "
         "where rows with virtual tokens share a left-padded batch with others"
-    )
-
-
-def run(model: PreTrainedModel, ids: list[int]) -> None:
-    with evaluating(model):
-        first_logits(model, ids)
-
-
-def first_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Of one row, without cache.
-
-    Raises:
-        ConfigError: the model's own code fails on it with the delta that is on now, and without it does not.
-    """
-    tokens = torch.tensor([ids], device=token_embedding(model).weight.device)
-
-    def forward() -> Tensor:
-        found: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
-        return found
-
-    registry = Registry.of(model)
-    name = None if registry is None else registry.current.name
-    try:
-        return forward()
-    except (SpectuneError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        if registry is None or name is None:
-            raise
-        if not _runs(registry, forward):
-            raise
-        raise _refused(registry, name, error) from error
-
-
-def _runs(registry: Registry, forward: Callable[[], Tensor]) -> bool:
-    """Whether the bare base runs."""
-    try:
-        with registry.routed(None):
-            forward()
-    except Exception:
-        return False
-    return True
-
-
-def _refused(registry: Registry, name: str, error: Exception) -> ConfigError:
-    """The model's own code fails where a delta is on, and without it does not."""
-    kind = registry.family.model_type
-    return ConfigError(
-        f"{registry.deltas[name].method.label} is refused: this {kind} model's own code does not take it "
-        f"({type(error).__name__}: {first_line(error)}). The bare model runs. Use another method, such as LoRA."
     )
