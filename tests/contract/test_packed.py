@@ -128,19 +128,20 @@ def test_the_probe_finds_that_documents_are_kept_apart(model: PreTrainedModel, m
 
 
 def test_the_probe_finds_a_leak(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
-    from spectune.deltas import packed_pass, packs
+    from spectune.deltas.hooks import packed_attention
+    from spectune.deltas.probes import documents
 
     put_on(model, LoRA(r=2))
 
     def deaf(make: Any, pack: Any, settings: dict[str, Any]) -> Any:
         return make(**{**settings, "allow_is_causal_skip": False})
 
-    monkeypatch.setattr(packed_pass, "mask_of", deaf)
+    monkeypatch.setattr(packed_attention, "mask_of", deaf)
     assert "does not keep documents apart" in (why_not_packed(model) or "")
     monkeypatch.undo()
     assert why_not_packed(model) is None
     # positions that go on from one document to the next
-    monkeypatch.setattr(packs, "_places", lambda pack: torch.arange(sum(map(len, pack))))
+    monkeypatch.setattr(documents, "_places", lambda pack: torch.arange(sum(map(len, pack))))
     assert (why_not_packed(model) is None) == (model.config.model_type not in ("gpt2", "opt"))  # a table of positions
 
 
@@ -195,7 +196,7 @@ def test_through_flash_attention(monkeypatch: pytest.MonkeyPatch, model: PreTrai
 
     from spectune.compute import varlen
     from spectune.compute.packs import Spans
-    from spectune.deltas import packed_pass
+    from spectune.deltas.hooks import packed_attention
 
     calls = 0
 
@@ -211,7 +212,7 @@ def test_through_flash_attention(monkeypatch: pytest.MonkeyPatch, model: PreTrai
         return loop_by_document(query, key, value, queries, keys, scale=scale, window=window)
 
     monkeypatch.setattr(torch_varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr(packed_pass, "flash_takes", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "flash_takes", lambda *_: True)
     move(put_on(model, CASES[case]))
     rows = examples()
     batch = collate_packs([[rows[i] for i in pack] for pack in PACKS], 0)

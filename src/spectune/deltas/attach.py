@@ -69,7 +69,7 @@ def place(
         attachment.add(delta, settled_sites(attachment, method))
         if method.trains_base:
             prove_that_sites_fire(attachment, delta)  # before its weights are written over
-        with attachment.state.routed(None), evaluating(model, _modules(attachment, delta)):
+        with attachment.state.routed(None), evaluating(model, attachment.base_modules):
             fill(delta)
         if not method.trains_base:
             _prove(attachment, delta)
@@ -110,11 +110,6 @@ def _prove(attachment: Attachment, delta: Delta) -> None:
         attachment.proved[key] = True
     with attachment.state.routed(delta.name):
         prove_that_sites_fire(attachment, delta)
-
-
-def _modules(attachment: Attachment, delta: Delta) -> list[nn.Module]:
-    """The modules of the base and of one delta."""
-    return [*attachment.base_modules, *(m for _, module in delta.sites for m in module.modules())]
 
 
 def detach(model: PreTrainedModel, name: str) -> None:

@@ -124,6 +124,14 @@ class Attachment:
         if not self.deltas:
             self.close()
 
+    def modules_in_force(self) -> list[nn.Module]:
+        """The modules that a forward pass runs now: the base's, and those of the deltas of the current route."""
+        found = list(self.base_modules)
+        for name in dict.fromkeys(self.state.current.names):
+            if name is not None:
+                found += [part for _, module in self.deltas[name].sites for part in module.modules()]
+        return found
+
     def counts_padding(self) -> bool:
         """Whether the base itself counts padding as positions, where the caller gives none."""
         if "counts padding" not in self.proved:

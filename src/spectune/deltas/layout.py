@@ -20,6 +20,8 @@ class Route:
         self.per_row = per_row
         #: rows of one batch differ
         self.mixed = any(name != self.names[0] for name in self.names)
+        #: no row has a delta
+        self.bare = not any(self.names) and None in self.names
 
     @classmethod
     def of(cls, name: str | None) -> Route:

@@ -159,8 +159,11 @@ def _take_everything_off(merged: PreTrainedModel) -> None:
     """All deltas, hooks and attributes of ours: what is left is a model that knows nothing of spectune."""
     attachment = Attachment.of(merged)
     assert attachment is not None, "the copy of a model with deltas has an attachment"
+    if attachment.tuned is not None:  # what trained the base is in its weights already
+        attachment.deltas.clear()
+        attachment.close()
     for delta in list(attachment.deltas.values()):
-        attachment.remove(delta, undo=True)  # what trained the base is in its weights already
+        attachment.remove(delta)
 
 
 def _refuse_quantised(model: PreTrainedModel) -> None:

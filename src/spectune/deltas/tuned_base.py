@@ -65,7 +65,7 @@ class TunedBase(Delta):
             parameter.requires_grad_(True)
 
     def take_off(self, closed: Callable[[Site], None], *, undo: bool = False) -> None:
-        if not undo:  # an attach that failed has trained nothing
+        if self._kept is not None or not undo:  # an attach that failed has trained nothing
             _write(self.model, self._base("to be able to detach, attach with keep_base=True (or load the base again)"))
         for parameter in self.model.parameters():
             parameter.grad = None

@@ -107,9 +107,8 @@ class Skeleton:
         for name, value in vars(text).items():  # what a config says of each layer
             if isinstance(value, list) and len(value) == self.depth:
                 setattr(text, name, [value[number] for number in kept])
-        if (
-            attachment := Attachment.of(self.model)
-        ) is not None:  # packed batches are told to the attentions that are left
+        attachment = Attachment.of(self.model)
+        if attachment is not None:  # packing acts in the attentions that are left
             there = dict(self.model.named_modules())
             left = tuple(layer for layer in self.family.layers if layer.path in there)
             attachment.family = replace(attachment.family, layers=left)

@@ -110,11 +110,13 @@ def _with_prefix(
                     state.thread.kernel_calls.add(id(module))
                 return found
             attention_mask = pack.mask(kwargs.get("sliding_window"))
-        if attention_mask is None and attend is sdpa_attention_forward and not state.current.mixed:
-            one = get(module, state.current.name)
+        route = state.current
+        if attention_mask is None and attend is sdpa_attention_forward and not route.mixed:
+            one = get(module, route.name)
             if isinstance(one, AttentionModule) and prefix_kernel.fits(module, query, key, one.slides, kwargs):
                 return prefix_kernel.attend(attend, module, query, key, value, one(), kwargs)
-        key, value, attention_mask = _put_before(module, state, query, key, value, attention_mask, kwargs)
+        if not route.bare:
+            key, value, attention_mask = _put_before(module, state, query, key, value, attention_mask, kwargs)
     result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
     return result
 

@@ -29,6 +29,8 @@ class OutputHook:
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: the module's output, changed."""
         route = self.state.current
+        if route.bare:
+            return None
         several = type(output) in (tuple, list)
         y = output[0] if several else output
         if route.mixed:

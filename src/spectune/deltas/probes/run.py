@@ -26,7 +26,8 @@ def can_run(model: nn.Module) -> bool:
 
 def run(model: PreTrainedModel, ids: list[int]) -> None:
     """Run the model on one row of token ids, in evaluation mode."""
-    with evaluating(model):
+    attachment = Attachment.of(model)
+    with evaluating(model, None if attachment is None else attachment.modules_in_force()):
         first_logits(model, ids)
 
 

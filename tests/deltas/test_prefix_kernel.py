@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spectune.blocks.compile import compiled
-from spectune.deltas import attach, leading_keys, route
+from spectune.deltas import attach, route
+from spectune.deltas.hooks import prefix_kernel
 from spectune.methods import LoRA, PrefixTuning
 from spectune.training.checkpointing import recomputing
 
@@ -96,7 +97,7 @@ def test_it_is_a_softmax_over_the_prefix_and_the_text_so_far(
     query, key, value, *prefix = tensors
     weights = torch.randn(2, text, many, 8, generator=generator, dtype=torch.float64)
 
-    found, _ = leading_keys.attend(
+    found, _ = prefix_kernel.attend(
         sdpa_attention_forward, Host(many // few), query, key, value, (prefix[0], prefix[1]), {"scaling": scale}
     )
     keys, values = (
