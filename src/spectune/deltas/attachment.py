@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from spectune.deltas.delta import Delta
 from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks.decoder import DecoderHook
-from spectune.deltas.hooks.generation import GenerationHook
+from spectune.deltas.hooks.model_methods import ModelMethods
 from spectune.deltas.hooks.transformers_checkpoint import CheckpointHook
 from spectune.deltas.layout import Route
 from spectune.deltas.open_sites import OpenSites
@@ -35,7 +35,6 @@ class Attachment:
         state: what is in force now.
         sites: the hooks.
         proved: what probes have found of the base, by what they asked; asked once for all deltas.
-        packing: packed batches may come.
     """
 
     def __init__(self, model: PreTrainedModel, counts_padding: Callable[[PreTrainedModel, ForwardState], bool]) -> None:
@@ -44,7 +43,6 @@ class Attachment:
         self.deltas: dict[str, Delta] = {}
         self.state = ForwardState()
         self.proved: dict[Any, Any] = {}
-        self.packing = False
         self.base_modules = list(model.modules())
         self._counts_padding = counts_padding
         self._requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -54,15 +52,11 @@ class Attachment:
         self.decoder = DecoderHook(
             model, self.family, self.state, before_pass=before_pass, counts_padding=self.counts_padding
         )
-        generation = GenerationHook(model, self.state, self.decoder.puts_tokens_in)
-        self._hooks: tuple[CheckpointHook | DecoderHook | GenerationHook, ...] = (checkpoints, self.decoder, generation)
+        methods = ModelMethods(model, self.state, self.decoder.puts_tokens_in, self._refuse_save_pretrained)
+        self._hooks: tuple[CheckpointHook | DecoderHook | ModelMethods, ...] = (checkpoints, self.decoder, methods)
         for parameter, _ in self._requires_grad:
             parameter.requires_grad_(False)
         setattr(model, _ATTRIBUTE, self)
-        # shadows the class's method on this instance; close() takes the shadow away again, down to what was there (a
-        # quantised base refuses by itself)
-        self._save_before = model.__dict__.get("save_pretrained")
-        model.__dict__["save_pretrained"] = self._refuse_save_pretrained
 
     @staticmethod
     def of(model: nn.Module) -> Attachment | None:
@@ -79,9 +73,6 @@ class Attachment:
             parameter.requires_grad_(trainable)
             if not trainable:
                 parameter.grad = None
-        self.model.__dict__.pop("save_pretrained", None)
-        if self._save_before is not None:
-            self.model.__dict__["save_pretrained"] = self._save_before
         del self.model.__dict__[_ATTRIBUTE]
 
     @property

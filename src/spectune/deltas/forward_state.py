@@ -83,7 +83,8 @@ class ForwardState:
     Attributes:
         active: the route outside of any `with route`: the newest delta, alone.
         virtual_tokens: by delta, where it has any.
-        kernel: attention over the documents of packed batches; None uses masks.
+        packing: packed batches may come.
+        kernel: attention over their documents; None uses masks.
         longest: tokens of the longest document of all packed batches (0: not known).
         has_prefixes: some attached delta puts keys before the text's.
         thread: of the pass that runs.
@@ -92,6 +93,7 @@ class ForwardState:
     def __init__(self) -> None:
         self.active = Route.of(None)
         self.virtual_tokens: dict[str | None, int] = {}
+        self.packing = False
         self.kernel: Kernel | None = None
         self.longest = 0
         self.has_prefixes = False

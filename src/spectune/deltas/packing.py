@@ -32,7 +32,7 @@ def packing(model: PreTrainedModel, kernel: Kernel | None = None, longest: int =
     attachment = Attachment.of(model)
     if attachment is None:
         raise ConfigError("packing needs an attached delta: it acts through spectune's attention functions")
-    if attachment.packing:
+    if attachment.state.packing:
         raise ConfigError("packing is on already for this model")
     family, state = attachment.family, attachment.state
     if not family.attentions:
@@ -41,11 +41,11 @@ def packing(model: PreTrainedModel, kernel: Kernel | None = None, longest: int =
         for site in family.attentions:
             attachment.sites.open_attention(site.path, "packing")
             stack.callback(attachment.sites.close_attention, site.path)
-        attachment.packing, state.kernel, state.longest = True, kernel, longest
+        state.packing, state.kernel, state.longest = True, kernel, longest
         try:
             yield
         finally:
-            attachment.packing, state.kernel, state.longest = False, None, 0
+            state.packing, state.kernel, state.longest = False, None, 0
             state.begin_pass(None, causal_flag=False)
 
 
@@ -64,7 +64,7 @@ def packed(model: PreTrainedModel, documents: Tensor | None) -> Iterator[None]:
         yield
         return
     attachment = Attachment.of(model)
-    if attachment is None or not attachment.packing:
+    if attachment is None or not attachment.state.packing:
         raise ConfigError("a packed batch needs `with packing(model)` around it")
     state = attachment.state
     state.thread.pack_ahead = Pack.of(documents, model.device, state.kernel, state.longest)

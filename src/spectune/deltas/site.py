@@ -8,50 +8,43 @@ from spectune.families import Attention
 
 
 @dataclass(frozen=True)
-class OutputSite:
+class _AtModule:
+    """A place at the module at `path`."""
+
+    path: str
+
+    @property
+    def host(self) -> str:
+        """The path of the module that the delta's module is a child of."""
+        return self.path
+
+
+@dataclass(frozen=True)
+class OutputSite(_AtModule):
     """After a module: the delta's module sees its input and output and returns a new output.
 
     Attributes:
-        path: of the module.
         on: the module's parameter that is changed instead of its output (`OutputModule.acts_on`), where the base uses
             the parameter without calling the module, or the output is more than the linear map; else None.
     """
 
-    path: str
     in_features: int
     out_features: int
     on: str | None = field(default=None, kw_only=True)
 
-    @property
-    def host(self) -> str:
-        """The path of the module that the delta's module is a child of."""
-        return self.path
-
 
 @dataclass(frozen=True)
-class AttentionSite:
+class AttentionSite(_AtModule):
     """Inside attention: the delta's module supplies keys and values that stand before the layer's own."""
 
-    path: str
     attention: Attention
-
-    @property
-    def host(self) -> str:
-        """The path of the module that the delta's module is a child of."""
-        return self.path
 
 
 @dataclass(frozen=True)
-class InputSite:
+class InputSite(_AtModule):
     """The sequence itself: the delta's module supplies embeddings that stand before the text at the decoder's entry."""
 
-    path: str
     hidden_size: int
-
-    @property
-    def host(self) -> str:
-        """The path of the module that the delta's module is a child of."""
-        return self.path
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,13 @@ def settled_sites(attachment: Attachment, method: Method) -> list[Site]:
     if not can_run(attachment.model):
         return sites  # nothing can be run; the first real forward fails loudly where a module is missing
     calls = calls_of(attachment, [site for site in sites if isinstance(site, OutputSite)])
-    settled = [
-        _at_parameter(site, method, attachment) if isinstance(site, OutputSite) and _acts_elsewhere(site, calls,
-        attachment.family) else site for site in sites
-    ]  # fmt: skip
-    return settled
+    return [
+        _at_parameter(site, method, attachment)
+        # an expert that two tokens did not go to is called by others
+        if isinstance(site, OutputSite) and not calls.get(site, attachment.family.gathers_tokens(site.path))
+        else site
+        for site in sites
+    ]
 
 
 def calls_of(attachment: Attachment, sites: Sequence[OutputSite]) -> dict[OutputSite, bool]:
@@ -81,11 +83,6 @@ def some(paths: Sequence[str]) -> str:
     """The first few, and how many more there are."""
     rest = len(paths) - NAMED
     return ", ".join(paths[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _acts_elsewhere(site: OutputSite, calls: dict[OutputSite, bool], family: Family) -> bool:
-    # an expert that two tokens did not go to is called by others
-    return not calls.get(site, family.gathers_tokens(site.path))
 
 
 def _at_parameter(site: OutputSite, method: Method, attachment: Attachment) -> OutputSite:
