@@ -12,6 +12,8 @@ from spectune.cli.inputs import rows_to_judge, run_on
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from spectune.data import Row
 
 
@@ -48,7 +50,7 @@ def generate(
     found = run_on(run, model)
     with work(as_json=as_json) as out:
         from spectune.data import prompt_ids
-        from spectune.inference import generate_texts
+        from spectune.inference import Sampling, generate_texts
 
         if prompts:
             asked = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)]
@@ -56,27 +58,23 @@ def generate(
             asked = _rows_with_prompts(rows_to_judge(data)[0], rows)
         note(f"run: {found.folder}")
         base_model, tokenizer = found.load(device or "auto", dtype or "auto", base_precision)
-        separator = str(found.config.get("separator", ""))
-        texts = generate_texts(
-            base_model,
-            tokenizer,
-            [prompt_ids(row, tokenizer, separator) for row in asked],
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed or 0,
-        )
+        asked_ids = [prompt_ids(row, tokenizer, found.separator) for row in asked]
+        sampling = Sampling(seed=seed or 0, temperature=temperature, top_p=top_p) if do_sample else None
+        texts = generate_texts(base_model, tokenizer, asked_ids, max_new_tokens=max_new_tokens, sampling=sampling)
         written = [_record(row, text) for row, text in zip(asked, texts, strict=True)]
         if not as_json:
-            for record in written:
-                say(out, record["prompt"], style="dim")
-                say(out, record["completion"].strip())
-                if record["references"]:
-                    say(out, f"reference: {record['references'][0]}", style="dim italic")
-                out.print()
+            _print(out, written)
     if as_json:
         print_json({"run": str(found.folder), "base": found.base, "outputs": written})
+
+
+def _print(out: Console, written: list[dict[str, Any]]) -> None:
+    for record in written:
+        say(out, record["prompt"], style="dim")
+        say(out, record["completion"].strip())
+        if record["references"]:
+            say(out, f"reference: {record['references'][0]}", style="dim italic")
+        out.print()
 
 
 def _row_of(typed: str, number: int, config: dict[str, Any]) -> Row:

@@ -98,7 +98,7 @@ def _merge(found: Run, folder: Path, data: str | None, device: str, dtype: str, 
     rows, source = rows_to_measure(data, found.config)
     model, tokenizer = found.load(device, dtype)
     max_length = row_length(model, found.config.get("max_length"))
-    encoded = encode(rows, tokenizer, max_length=max_length, separator=str(found.config.get("separator", "")))
+    encoded = encode(rows, tokenizer, max_length=max_length, separator=found.separator)
     merged, difference = merge_and_measure(model, "run", rows=encoded.examples, tokenizer=tokenizer)
     write_model(merged, tokenizer, folder)
     if difference is None:

@@ -100,6 +100,11 @@ class Run:
     result: dict[str, Any]
     config: dict[str, Any]
 
+    @property
+    def separator(self) -> str:
+        """What stood between prompt and completion in training."""
+        return str(self.config.get("separator", ""))
+
     def load(
         self, device: str, dtype: str, base_precision: str | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -180,7 +180,7 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: 
         trace.finish(model(**tiny).logits)
     args = tuple(_named(value, tiny) for value in trace.args)
     kwargs = tuple((name, _named(value, tiny)) for name, value in trace.kwargs.items())
-    return HeadRecipe(args, kwargs, trace.scale, trace.softcap)
+    return HeadRecipe(args, kwargs, trace.scaling.scale, trace.scaling.outer)
 
 
 def _named(value: Any, inputs: Mapping[str, Any]) -> Any:

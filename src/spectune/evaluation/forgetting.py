@@ -18,7 +18,7 @@ from torch import Tensor
 from spectune.compute.evaluating import evaluating
 from spectune.deltas import Registry, route
 from spectune.errors import ConfigError, DataError
-from spectune.inference import context_length, generate_ids
+from spectune.inference import Sampling, context_length, generate_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,11 +55,7 @@ def sample_passages(
             [[start]] * count,
             max_new_tokens=length - 1,
             batch_size=batch_size,
-            seed=seed,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            sampling=Sampling(seed=seed),
         )
     return [[start, *ids] for ids in drawn]
 

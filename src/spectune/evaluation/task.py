@@ -63,7 +63,7 @@ class Task:
             rows: those to judge on.
             train_rows: only looked at to find out whether the answers are a few labels.
             metric: names out of loss, exact_match, rouge_l, bleu, chrf, accuracy, or import paths of functions (see
-                `spectune.evaluation.custom`), parted by commas. The loss is always taken.
+                `spectune.evaluation.custom`), comma-separated. The loss is always taken.
             generate_rows: how many rows are written at most: of more, that many at even distances, the first among
                 them, so that sorted data is met everywhere; no draw, the same for every model.
             max_new_tokens: of a written row.
@@ -81,44 +81,18 @@ class Task:
                 f"generate_rows = {generate_rows}, batch_size = {batch_size}, max_new_tokens = {max_new_tokens}; "
                 "expected at least 0, 1 and 1"
             )
-        names, custom = _metrics(metric)
-        auto = not names and not custom
-        # a row of its own each: the same object given twice is two rows
-        own = [dataclasses.replace(row) for row in rows]
-        choices: tuple[str, ...] = ()
-        if (auto or "accuracy" in names) and not any(row.choices for row in own):
-            choices = inferred_choices(train_rows or (() if auto else own), own)
-            if choices:
-                own = [dataclasses.replace(row, choices=choices, label=answer_of(row)) for row in own]
-        choosable = [i for i, row in enumerate(own) if row.choices and row.label is not None and asks(row)]
-        writable = [i for i, row in enumerate(own) if asks(row) and references_of(row)]
-        text: tuple[str, ...]
-        if auto:
-            chosen = set(choosable)
-            writable = [i for i in writable if i not in chosen]
-            text = TEXT_METRICS
-        else:
-            text = tuple(name for name in TEXT_METRICS if name in names)
-            choosable = choosable if "accuracy" in names else []
-            if "accuracy" in names and not choosable:
-                raise DataError(
-                    "metric accuracy: no row has a prompt, choices and a label, and the answers are not a few short "
-                    "texts over and over; expected `choices` (a list) and `label` in the rows"
-                )
-            if not (text or custom):
-                writable = []
-            elif generate_rows == 0:
-                raise ConfigError(f"metric {metric}: needs written rows, and generate_rows is 0")
-            elif not writable:
-                raise DataError(f"metric {metric}: no row has a prompt and references or an answer to compare with")
+        wanted = _wanted(metric)
+        own, choices = _with_choices(rows, train_rows, wanted)
+        to_choose = _choosable(own, wanted)
+        writable = _writable(own, wanted, to_choose, generate_rows)
         to_write = _evenly(writable, generate_rows)
         return cls(
             rows=tuple(own),
-            to_choose=tuple(choosable),
+            to_choose=tuple(to_choose),
             to_write=tuple(to_write),
             writable=len(writable),
-            text_metrics=text if to_write else (),
-            custom=custom if to_write else (),
+            text_metrics=wanted.text if to_write else (),
+            custom=wanted.custom if to_write else (),
             choices=choices,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -173,11 +147,21 @@ class Task:
         }
 
 
-def _metrics(metric: str | None) -> tuple[tuple[str, ...], tuple[CustomMetric, ...]]:
-    """Names and functions of what was asked for; neither where it is "auto"."""
+@dataclass(frozen=True)
+class _Wanted:
+    """The metrics that `metric` names; `auto`: whatever the rows can give."""
+
+    metric: str | None
+    text: tuple[str, ...]
+    accuracy: bool
+    custom: tuple[CustomMetric, ...]
+    auto: bool = False
+
+
+def _wanted(metric: str | None) -> _Wanted:
     words = [word.strip() for word in (metric or "auto").split(",") if word.strip()]
     if words == ["auto"]:
-        return (), ()
+        return _Wanted(metric, TEXT_METRICS, True, (), auto=True)
     names: list[str] = []
     custom: list[CustomMetric] = []
     for word in words:
@@ -198,7 +182,48 @@ def _metrics(metric: str | None) -> tuple[tuple[str, ...], tuple[CustomMetric, .
     twice = [one.source for one in custom if taken.count(one.name) > 1]
     if twice:
         raise ConfigError(f"metric {', '.join(twice)}: the function's name is taken by another metric; rename it")
-    return tuple(names), tuple(custom)
+    return _Wanted(metric, tuple(name for name in TEXT_METRICS if name in names), "accuracy" in names, tuple(custom))
+
+
+def _with_choices(rows: Sequence[Row], train_rows: Sequence[Row], wanted: _Wanted) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows, with the choices that were inferred where none has any; and these choices."""
+    # a row of its own each: the same object given twice is two rows
+    own = [dataclasses.replace(row) for row in rows]
+    if not wanted.accuracy or any(row.choices for row in own):
+        return own, ()
+    choices = inferred_choices(train_rows or (() if wanted.auto else own), own)
+    if choices:
+        own = [dataclasses.replace(row, choices=choices, label=answer_of(row)) for row in own]
+    return own, choices
+
+
+def _choosable(rows: Sequence[Row], wanted: _Wanted) -> list[int]:
+    """Places of the rows that are chosen for. Raises DataError where accuracy was named and there are none."""
+    if not wanted.accuracy:
+        return []
+    found = [place for place, row in enumerate(rows) if row.choices and row.label is not None and asks(row)]
+    if not found and not wanted.auto:
+        raise DataError(
+            "metric accuracy: no row has a prompt, choices and a label, and the answers are not a few short "
+            "texts over and over; expected `choices` (a list) and `label` in the rows"
+        )
+    return found
+
+
+def _writable(rows: Sequence[Row], wanted: _Wanted, chosen: Sequence[int], generate_rows: int) -> list[int]:
+    """Places of the rows that can be written, by default those that are not chosen for. Raises ConfigError or DataError
+    where metrics of written rows were named and none may or can be written."""
+    found = [place for place, row in enumerate(rows) if asks(row) and references_of(row)]
+    if wanted.auto:
+        taken = set(chosen)
+        return [place for place in found if place not in taken]
+    if not (wanted.text or wanted.custom):
+        return []
+    if generate_rows == 0:
+        raise ConfigError(f"metric {wanted.metric}: needs written rows, and generate_rows is 0")
+    if not found:
+        raise DataError(f"metric {wanted.metric}: no row has a prompt and references or an answer to compare with")
+    return found
 
 
 def _evenly(places: Sequence[int], count: int) -> list[int]:
