@@ -9,9 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectune.data import batches, by_length, collate, encode, load_rows, prompt_ids, render_mask, split_rows
-from spectune.data.encode import Example
-from spectune.data.rows import Row
+from spectune.data import (
+    Example,
+    Row,
+    batches,
+    by_length,
+    collate,
+    encode,
+    load_rows,
+    prompt_ids,
+    render_mask,
+    split_rows,
+)
 from spectune.errors import ConfigError, DataError
 from tests.support import make_rows, make_tokenizer
 

@@ -11,7 +11,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_json, say, work
-from spectune.cli.inputs import note_losses, row_length, rows_to_judge, run_on
+from spectune.cli.input_rows import note_losses, row_length, rows_to_judge, run_on
 
 if TYPE_CHECKING:
     from rich.console import Console

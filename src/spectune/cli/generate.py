@@ -8,7 +8,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_json, say, work
-from spectune.cli.inputs import rows_to_judge, run_on
+from spectune.cli.input_rows import rows_to_judge, run_on
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _print(out: Console, written: list[dict[str, Any]]) -> None:
 def _row_of(typed: str, number: int, config: dict[str, Any]) -> Row:
     """A typed prompt as a row of the shape that the run was trained on (`row_shape` and `prompt_ends_with`)."""
     from spectune.data import Row
-    from spectune.data.rows import unencodable
+    from spectune.data.loading import unencodable
 
     origin, shape = f"prompt {number}", config.get("row_shape")
     if (wrong := unencodable(typed)) is not None:

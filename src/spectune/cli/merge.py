@@ -9,7 +9,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_json, work
-from spectune.cli.inputs import row_length, rows_to_measure
+from spectune.cli.input_rows import row_length, rows_to_measure
 from spectune.cli.runs import Run, find_run, free_folder
 from spectune.errors import ConfigError
 

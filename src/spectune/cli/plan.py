@@ -8,7 +8,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import complain, note, print_json, work
-from spectune.cli.inputs import rows_to_train
+from spectune.cli.input_rows import rows_to_train
 from spectune.cli.plan_run import PlannedRun
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DoesNotFitError

@@ -8,7 +8,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import print_json, say, work
-from spectune.cli.inputs import note_losses, row_length, rows_to_train
+from spectune.cli.input_rows import note_losses, row_length, rows_to_train
 from spectune.cli.settings import Settings
 
 if TYPE_CHECKING:

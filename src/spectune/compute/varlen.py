@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spectune.compute.packs import Spans
+from spectune.compute.pack_layout import Spans
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 

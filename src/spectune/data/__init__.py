@@ -1,9 +1,9 @@
 """Rows from files, what of them is learned, and batches."""
 
-from spectune.data.batches import batches, by_length, collate, collate_packs
-from spectune.data.encode import DataReport, Encoded, Example, encode, prompt_ids, render_mask
-from spectune.data.packing import best_fit, pack_step, places
-from spectune.data.rows import HELD_OUT, Row, load_rows, split_rows
+from spectune.data.batching import batches, by_length, collate, collate_packs
+from spectune.data.bin_packing import best_fit, pack_step, places
+from spectune.data.encoding import DataReport, Encoded, Example, encode, prompt_ids, render_mask
+from spectune.data.loading import HELD_OUT, Row, load_rows, split_rows
 
 __all__ = [
     "HELD_OUT",

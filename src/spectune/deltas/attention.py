@@ -27,7 +27,7 @@ from spectune.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from spectune.compute.packs import Pack
+    from spectune.compute.pack_layout import Pack
     from spectune.deltas.registry import Registry
     from spectune.deltas.rows import Rows
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from spectune.compute.head import is_probing_head
 from spectune.compute.masks import positions_from_mask
-from spectune.compute.packs import Pack
+from spectune.compute.pack_layout import Pack
 from spectune.deltas import packed_pass
 from spectune.deltas.around import Around
 from spectune.deltas.caches import CACHE_NAMES, OTHER_STATES, caches_in, check_cache, make_room, note_length, seen_in

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from spectune.compute.packs import Pack
+from spectune.compute.pack_layout import Pack
 from spectune.compute.varlen import flash_by_document, flash_takes
 from spectune.deltas.leading_keys import BEYOND_KERNELS
 from spectune.errors import ConfigError

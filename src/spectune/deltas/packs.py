@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating, rehearsing
-from spectune.compute.packs import Kernel, Pack
+from spectune.compute.pack_layout import Kernel, Pack
 from spectune.deltas.registry import Registry
 from spectune.errors import ConfigError, first_line
 from spectune.families import token_embedding

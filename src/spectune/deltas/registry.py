@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectune.compute.packs import Kernel, Pack
+from spectune.compute.pack_layout import Kernel, Pack
 from spectune.deltas import attention
 from spectune.deltas.decoder import DecoderSite
 from spectune.deltas.parameters import ParameterHook

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from spectune.compute.packs import Pack
+from spectune.compute.pack_layout import Pack
 from spectune.errors import ConfigError
 
 

@@ -2,8 +2,8 @@
 
 from spectune.evaluation.corpus import CORPUS_METRICS, corpus_score, corpus_scores, corpus_statistics
 from spectune.evaluation.custom import CustomMetric, load_metric
-from spectune.evaluation.forgetting import forgetting_kl, passage_kls, sample_passages
-from spectune.evaluation.judge import judge
+from spectune.evaluation.divergence import forgetting_kl, passage_kls, sample_passages
+from spectune.evaluation.judge_rows import judge
 from spectune.evaluation.judged import JudgedRow, corpus_metrics, judged_loss, read_rows, write_rows
 from spectune.evaluation.losses import RowLosses, row_losses
 from spectune.evaluation.metrics import (

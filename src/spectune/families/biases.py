@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectune.families.modules import adds_its_bias_last, linear_shape
+from spectune.families.module_kinds import adds_its_bias_last, linear_shape
 
 #: a bias of this name is added to routing scores to balance the load: it only has a say in which experts are chosen,
 #: and no gradient comes to it (Wang et al. 2024, arXiv 2408.15664)

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.errors import ConfigError
-from spectune.families.attention import Attention, attention_names, attention_of
 from spectune.families.biases import Bias, biases_of
-from spectune.families.modules import linear_shape
+from spectune.families.module_kinds import linear_shape
 from spectune.families.parts import inner_activation
 from spectune.families.quantised import is_plain, is_transposed, packed_away
+from spectune.families.self_attention import Attention, attention_names, attention_of
 from spectune.families.stack import beside_text, find_decoder, find_layers
 from spectune.objectives import CAUSAL_LM
 
@@ -31,7 +31,7 @@ class Linear:
     out_features: int
     #: an offset on its output is one of the linear map, and lets no padding through: not so where a convolution over
     #: positions follows, or the output is something made of the map (a router's scores)
-    takes_offset: bool = True
+    bias_equivalent: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def describe(model: PreTrainedModel) -> Family:
     stacks = find_layers(decoder, text, model, names, beside)
     layers = _describe_layers(model, stacks, hidden, text, beside)
     linears = tuple(
-        Linear(f"{path}.{name}", *shape, _takes_offset(model, f"{path}.{name}"))
+        Linear(f"{path}.{name}", *shape, _bias_equivalent(model, f"{path}.{name}"))
         for path in stacks
         for name, module in model.get_submodule(path).named_modules()
         if (shape := linear_shape(module)) is not None and f"{path}.{name}" not in beside
@@ -173,7 +173,7 @@ def _describe_layers(
     return tuple(found)
 
 
-def _takes_offset(model: PreTrainedModel, path: str) -> bool:
+def _bias_equivalent(model: PreTrainedModel, path: str) -> bool:
     """Not a linear of a class of its own (quantised ones aside), nor one beside a convolution that is not the last
     there."""
     module = model.get_submodule(path)

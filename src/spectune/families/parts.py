@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.activations import ACT2CLS
 
-from spectune.families.modules import linear_shape
+from spectune.families.module_kinds import linear_shape
 
 # some entries are a class with its arguments
 _ACTIVATIONS: tuple[Any, ...] = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.frozen import FrozenLinear
-from spectune.families.modules import linear_shape
+from spectune.families.module_kinds import linear_shape
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -76,7 +76,7 @@ class BitFit(Method):
                 else ParameterSite(bias.path, bias.name, bias.shape)
                 for bias in family.biases
             ]
-        free = [linear for linear in family.linears if linear.takes_offset]
+        free = [linear for linear in family.linears if linear.bias_equivalent]
         return [OutputSite(linear.path, linear.in_features, linear.out_features) for linear in free]
 
     def build(self, site: Site) -> Offset | BiasOffset:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, modeling_utils
 from spectune.compute.head import linear_head
 from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum, rows_of_a_chunk
 from spectune.data import Example, collate, collate_packs
-from spectune.data.batches import IGNORED
+from spectune.data.batching import IGNORED
 from spectune.objectives.objective import Objective, TokenLosses
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from spectune.data.rows import Row, Rows
+from spectune.data.loading import Row, Rows
 from spectune.errors import ConfigError, DataError
 
 

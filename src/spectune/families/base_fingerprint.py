@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.families.family import Family
-from spectune.families.modules import is_norm
+from spectune.families.module_kinds import is_norm
 
 #: bfloat16 keeps 8 bits: a rounded weight is within 2^-8 of the original
 TOLERANCE = 2.0**-7

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from spectune.families.modules import linear_shape
+from spectune.families.module_kinds import linear_shape
 from spectune.families.parts import Slice, projections
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectune.data.encode import Example
+from spectune.data.encoding import Example
 from spectune.errors import ConfigError
 
 IGNORED = -100
