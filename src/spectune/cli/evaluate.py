@@ -45,13 +45,15 @@ LmEvalLimit = Annotated[
 def evaluate(
     run: options.Run = None,
     model: options.BaseOfRun = None,
-    data: Annotated[str | None, typer.Option(help="Rows to judge on.", show_default="the embedded test rows")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to evaluate on.", show_default="the embedded test rows")
+    ] = None,
     metric: Metric = "auto",
     generate_rows: Annotated[
-        int, typer.Option(min=0, help="Rows to write a completion for, to compare with their references; 0: none.")
+        int, typer.Option(min=0, help="Rows to generate completions for and compare with their references; 0: none.")
     ] = 100,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens a written row may get.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens for each row.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 16,
     lm_eval_tasks: LmEvalTasks = None,
     lm_eval_include: LmEvalInclude = None,
     lm_eval_limit: LmEvalLimit = None,

@@ -21,19 +21,21 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.", show_default="a few test rows")] = None,
     run: options.Run = None,
     model: options.BaseOfRun = None,
-    data: Annotated[str | None, typer.Option(help="Take the prompts from a file's rows.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows of --data.")] = 5,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens a row may get.")] = 64,
-    do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens; without it the likeliest.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of --do-sample.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of --do-sample.")] = 1.0,
+    data: Annotated[str | None, typer.Option(help="Take the prompts from the rows of a file.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows of --data.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens for each prompt.")] = 64,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Sample tokens; the default is greedy decoding.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Temperature for --do-sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus probability for --do-sample.")] = 1.0,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a completion for each prompt, with the newest run or the one that --run names.
+    """Generate a completion for each prompt, with the newest run or the one that --run names.
 
     A prompt goes to the model exactly as a training row's prompt did: with the run's separator and
     the line end that all its training prompts end with, or as a user's message in the chat template.

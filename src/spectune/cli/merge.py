@@ -28,18 +28,20 @@ def merge(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Rows to compare merged and unmerged on.",
+            help="Rows to compare the merged and the unmerged model on.",
             show_default="the run's validation rows, or the embedded test rows",
         ),
     ] = None,
     device: options.Device = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="auto, float32, bfloat16 or float16: what is merged and written.", show_default=DTYPE),
+        typer.Option(
+            help="auto, float32, bfloat16 or float16: dtype of the merge and of the written model.", show_default=DTYPE
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a run's delta into its base: a transformers folder with the tokenizer, which needs no spectune to load.
+    """Merge a run's delta into its base: a transformers folder with the tokenizer, which loads without spectune.
 
     The merged model's logits are compared with the unmerged one's, on rows, and it is refused where they differ by
     more than rounding. LoRA and BitFit can be merged; a fully tuned base is copied.

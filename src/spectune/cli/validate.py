@@ -23,13 +23,13 @@ def validate(
     model: options.Model = None,
     config: options.Config = None,
     assignments: options.Set = None,
-    show: Annotated[int, typer.Option(min=0, help="Rows to show with their mask.")] = 3,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show with their loss mask.")] = 3,
     skip_bad_rows: options.SkipBadRows = False,
     as_json: options.Json = False,
 ) -> None:
-    """Check a data file against a base's tokenizer, report on every row, and show the mask of a few.
+    """Check a data file against a base's tokenizer, report on every row, and show the loss mask of a few.
 
-    The loss is taken on what stands after `target`, which must end with the end-of-text token. All bad rows are listed
+    The loss is computed on the text after `target`, which must end with the end-of-text token. All bad rows are listed
     at once with file:line; exit code 3.
 
     \b
