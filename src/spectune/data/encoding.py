@@ -184,13 +184,6 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, separator: str = ""
     return _ids(row, tokenizer, separator)[0]
 
 
-def render_mask(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The row as text, what is learned between `[[` and `]]`: a proof of the mask to look at."""
-    before = tokenizer.decode(example.input_ids[: example.prompt_length])
-    learned = tokenizer.decode(example.input_ids[example.prompt_length :])
-    return f"{before}[[{learned}]]"
-
-
 def _ids(row: Row, tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[list[int], list[int]]:
     """Prompt ids and target ids, EOS at the end of the latter."""
     eos = [int(tokenizer.eos_token_id)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spectune import inference
-from spectune.data import Example, Row, encode, prompt_ids
+from spectune.data import Example, Row, encode, pad_token_id, prompt_ids
 from spectune.errors import ConfigError, DataError, first_line
 from spectune.inference import Sampling, context_length, halving, target_likelihoods
 
@@ -142,9 +142,8 @@ class HarnessModel:
         )
 
     def _likelihoods(self, examples: Sequence[Example]) -> list[tuple[float, bool]]:
-        pad = self.tokenizer.pad_token_id
         return halving(
-            lambda size: target_likelihoods(self.model, examples, pad if isinstance(pad, int) else 0, size),
+            lambda size: target_likelihoods(self.model, examples, pad_token_id(self.tokenizer), size),
             self.batch_size,
             f"taking the likelihood of {len(examples)} texts",
         )

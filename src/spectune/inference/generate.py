@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from spectune.compute.evaluating import evaluating
+from spectune.data import pad_token_id, padded
 from spectune.deltas import Registry
 from spectune.errors import ConfigError
 from spectune.families import describe
@@ -54,13 +54,12 @@ def generate_texts(
         ConfigError: an empty prompt, or one that leaves no room in the base's context.
     """
     stops = stop_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id
     found = generate_ids(
         model,
         prompts_ids,
         max_new_tokens=max_new_tokens,
         stops=stops,
-        pad_token_id=pad if isinstance(pad, int) else next(iter(stops), 0),
+        pad_token_id=pad_token_id(tokenizer),
         batch_size=batch_size,
         sampling=sampling,
     )
@@ -166,19 +165,12 @@ def generate_batch(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, **more: Any
 ) -> list[list[int]]:
     """New ids of one batch, what stands after a stop token included."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), int(config.pad_token_id or 0), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    device = model.device
+    batch = padded(prompts, int(config.pad_token_id or 0), padding_side="left")
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     generate: Any = model.generate
     with generation_defaults(model):
-        out: Tensor = generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, **more
-        )
-    new: list[list[int]] = out[:, longest:].tolist()
+        out: Tensor = generate(**inputs, generation_config=config, **more)
+    new: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
     return new
 
 
