@@ -179,8 +179,7 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, separator: str = ""
     if row.text is not None:
         return _plain(row.text, tokenizer)
     if row.messages is not None:
-        answered = row.messages[-1].get("role") == "assistant"
-        return _template(tokenizer, row.messages[:-1] if answered else row.messages, generation=True)
+        return _template(tokenizer, row.asked, generation=True)
     return _ids(row, tokenizer, separator)[0]
 
 

@@ -44,6 +44,16 @@ class Row:
     choices: tuple[str, ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def answered(self) -> bool:
+        """Whether a chat ends with the assistant's answer."""
+        return bool(self.messages) and self.messages[-1].get("role") == "assistant"  # type: ignore[index]
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """The messages of a chat before its answer."""
+        return (self.messages or [])[: -1 if self.answered else None]
+
 
 class Rows(list[Row]):
     """Rows, and what was left out under `--skip-bad-rows`."""

@@ -126,6 +126,5 @@ def _unfit(row: Row) -> str | None:
 def _with_completion(row: Row, choice: str) -> Row:
     """The row as a training row that was answered with `choice`."""
     if row.messages:
-        asked = row.messages[:-1] if row.messages[-1].get("role") == "assistant" else row.messages
-        return dataclasses.replace(row, messages=[*asked, {"role": "assistant", "content": choice}])
+        return dataclasses.replace(row, messages=[*row.asked, {"role": "assistant", "content": choice}])
     return dataclasses.replace(row, completion=choice)
