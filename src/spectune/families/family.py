@@ -29,8 +29,8 @@ class Linear:
     path: str
     in_features: int
     out_features: int
-    #: an offset on its output is one of the linear map, and lets no padding through: not so where a convolution over
-    #: positions follows, or the output is something made of the map (a router's scores)
+    #: adding a vector to the output equals adding a bias, and changes nothing at padding: not so where a convolution
+    #: over positions follows, or the output is computed from the map (a router's scores)
     bias_equivalent: bool = True
 
 
@@ -174,8 +174,8 @@ def _describe_layers(
 
 
 def _bias_equivalent(model: PreTrainedModel, path: str) -> bool:
-    """Not a linear of a class of its own (quantised ones aside), nor one beside a convolution that is not the last
-    there."""
+    """See `Linear.bias_equivalent`: false for subclasses of `nn.Linear` with a forward of their own (quantised ones
+    excepted), and beside a convolution for all linears but the last."""
     module = model.get_submodule(path)
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and is_plain(module.weight):
         return False
