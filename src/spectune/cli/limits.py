@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spectune.errors import ConfigError
 from spectune.sizes import bytes_of
+
+if TYPE_CHECKING:
+    from spectune.comparing.advising.limits import Limits
 
 MaxMemory = Annotated[str | None, typer.Option(help="Limit on training memory, such as 24GiB.")]
 MaxLatencyOverhead = Annotated[
@@ -25,6 +28,23 @@ MinQuality = Annotated[
 ]
 
 
+def given(
+    max_memory: str | None,
+    max_latency_overhead: str | None,
+    tenants: int | None,
+    max_stored_bytes: str | None,
+    min_quality: float | None,
+) -> Limits:
+    """The flags as limits.
+
+    Raises:
+        ConfigError: a size or a share that cannot be read.
+    """
+    from spectune.comparing.advising.limits import Limits
+
+    return Limits(**fields(max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality))
+
+
 def fields(
     max_memory: str | None,
     max_latency_overhead: str | None,
@@ -32,7 +52,7 @@ def fields(
     max_stored_bytes: str | None,
     min_quality: float | None,
 ) -> dict[str, Any]:
-    """The limits among the flags, by the names of `spectune.comparing.advising.limits.Limits`.
+    """The limits that were given, by the names of `spectune.comparing.advising.limits.Limits`.
 
     Raises:
         ConfigError: a size or a share that cannot be read.

@@ -40,11 +40,10 @@ def report(
             f"there is no comparison under {RUNS.absolute()}. `spectune compare` makes one; or name its folder."
         )
     given = (max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality)
+    wanted = limits.given(*given) if any(value is not None for value in given) else None
     with work(as_json=as_json) as out:
         from spectune.comparing import Comparison
-        from spectune.comparing.advising.limits import Limits
 
-        wanted = Limits(**limits.fields(*given)) if any(value is not None for value in given) else None
         comparison = Comparison.from_runs(found, wanted)
         comparison.save()
         out.print(comparison.table())
