@@ -22,7 +22,7 @@ from spectune.comparing.measure import retained_passages
 from spectune.comparing.presets import PRESETS
 from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import Schedule
-from spectune.data import Encoded, pad_token_id
+from spectune.data import Encoded
 from spectune.deltas import Method, attached
 from spectune.errors import ConfigError, InterruptedRun
 from spectune.evaluation import row_losses
@@ -34,6 +34,7 @@ from spectune.storage import TINY, atomic_write_text, base_name, load
 from spectune.training import TrainingConfig, environment
 from spectune.training.identity import FREE
 from spectune.training.prepare import max_length
+from spectune.training.train import pad_token_id
 
 GENERATE_ROWS = 64
 #: settings that no result depends on (speed and memory do on recomputation), and the one that differs between its runs

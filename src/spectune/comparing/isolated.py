@@ -116,7 +116,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     import torch
     from rich.console import Console
 
-    from spectune.data import batches, load_rows, pad_token_id
+    from spectune.data import batches, load_rows
     from spectune.deltas import route
     from spectune.methods import method_from_dict
     from spectune.storage import attach, load
@@ -128,6 +128,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     from spectune.training.optimizers import make_optimizer
     from spectune.training.packing import decide
     from spectune.training.prepare import prepare
+    from spectune.training.train import pad_token_id
 
     config = TrainingConfig(**job["config"])
     method = method_from_dict(job["method"])

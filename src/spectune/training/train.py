@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.blocks.compile import compiled
 from spectune.blocks.cuda_graphs import graphed
 from spectune.compute.cudnn import cudnn_attention
-from spectune.data import pad_token_id
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
@@ -273,3 +272,9 @@ def _announce(
     lines += [f"{line} (see data_report.json)" for line in summaries if line]
     for line in lines:
         out.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands where a row has no token; it is masked, so any id will do."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad or 0)
