@@ -87,7 +87,7 @@ def write_merged(
 
 
 def say_where(answer: dict[str, Any], out: Console) -> None:
-    """Where a folder went and how it is loaded."""
+    """Print where the folder was written and how to load it."""
     out.print(f"written to {answer['folder']}", soft_wrap=True, markup=False)
     out.print(answer["load"], soft_wrap=True, markup=False)
 

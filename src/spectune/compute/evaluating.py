@@ -16,14 +16,15 @@ from spectune.compute.cudnn import cudnn_attention
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; afterwards each module is in the mode it was in, as callers may mix them."""
+    """Run `model` in evaluation mode and without gradients inside. Afterwards each module is in the mode it was in."""
     with _in_mode(model, training=False):
         yield
 
 
 @contextlib.contextmanager
 def rehearsing(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """As in training, dropout and all; afterwards modes and random state, the device's too, are what they were."""
+    """Run `model` in training mode, dropout included, and without gradients inside. Afterwards modes and random state
+    (the device's too) are restored."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _in_mode(model, training=True):
         yield

@@ -28,7 +28,7 @@ _TANH = (aten.tanh.default, aten.tanh_.default)
 
 
 class NotPlainError(Exception):
-    """The logits are not a linear map of the decoder's output with scaling or soft caps; says why."""
+    """The logits are not a linear map of the decoder's output with scaling or soft caps; the message is the reason."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Scaling:
 
     @property
     def scale(self) -> float:
-        """As `linear_cross_entropy_sum` takes it; `outer` is its soft cap."""
+        """The `scale` of `linear_cross_entropy_sum`, whose `softcap` is `outer`."""
         return self.inner if self.outer is None else self.inner * self.outer
 
     def multiply(self, number: float) -> None:

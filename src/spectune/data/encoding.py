@@ -1,4 +1,4 @@
-"""From rows to token ids and what of them is learned.
+"""Encode rows: token ids, and which of them have a loss.
 
 The target is the completion and its EOS, by position, never by token id: bases that pad with EOS learn it all the
 same. The prompt's ids are the ones that generation gets.

@@ -19,7 +19,7 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _KEYS = ("text", "prompt", "completion", "messages", "instruction", "output", "conversations")
 _EXPECTED = "expected text, prompt + completion, messages, instruction + output (alpaca), or conversations (sharegpt)"
 _ALPACA = "Below is an instruction that describes a task"
-#: the share of the rows that is held out for validation where nobody says
+#: the default share of the rows that is held out for validation
 HELD_OUT = 0.1
 _LISTED = 50
 #: lists and objects within each other: what is deeper is no row, and would end in Python's own recursion limit

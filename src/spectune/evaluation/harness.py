@@ -26,14 +26,14 @@ NEW_TOKENS = 256
 
 
 class Request(Protocol):
-    """What the harness asks: an `Instance`, of which only this is looked at."""
+    """A request of the harness (its `Instance`), of which only this is used."""
 
     @property
     def args(self) -> tuple[Any, ...]: ...
 
 
 def check_installed() -> None:
-    """Raises ConfigError, with the command that installs it, where lm-eval is not there."""
+    """Raise ConfigError, with the command that installs it, if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval-harness is not installed: pip install 'spectune[lm-eval]'")
 
@@ -181,7 +181,7 @@ class HarnessModel:
 
     @property
     def _start(self) -> int:
-        """Stands before a text without context: BOS, or EOS where there is none."""
+        """The id that begins a text without context: BOS, or EOS if the tokenizer has no BOS."""
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if not isinstance(start, int):
             raise ConfigError("the tokenizer has neither a BOS nor an EOS token to begin a text with")

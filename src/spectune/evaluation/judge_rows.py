@@ -14,7 +14,7 @@ from spectune.evaluation.corpus import CORPUS_METRICS, corpus_statistics
 from spectune.evaluation.judged import JudgedRow
 from spectune.evaluation.losses import row_losses
 from spectune.evaluation.metrics import exact_match, rouge_l
-from spectune.evaluation.references import asks, prompt_of, references_of
+from spectune.evaluation.references import has_prompt, prompt_of, references_of
 from spectune.evaluation.task import Task
 from spectune.inference import choice_log_likelihoods, context_length, halving
 
@@ -77,7 +77,7 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
             target_tokens=targets[place],
             metrics=metrics.get(place, {}),
             statistics=statistics.get(place, {}),
-            prompt=prompt_of(task.rows[place]) if asks(task.rows[place]) else None,
+            prompt=prompt_of(task.rows[place]) if has_prompt(task.rows[place]) else None,
             prediction=predictions.get(place),
             references=_wanted(task, place),
         )
@@ -90,7 +90,7 @@ def _wanted(task: Task, place: int) -> tuple[str, ...]:
     row = task.rows[place]
     if place in task.to_choose and place not in task.to_write:
         return (str(row.label),)
-    return references_of(row) if asks(row) else ()
+    return references_of(row) if has_prompt(row) else ()
 
 
 def _check_room(model: PreTrainedModel, encoded: Encoded, length: int) -> None:

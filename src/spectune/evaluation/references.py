@@ -1,11 +1,11 @@
-"""What a row asks, what it is answered with, and what a written answer is compared with."""
+"""The prompt of a row, its own answer, and the references that a written answer is compared with."""
 
 from __future__ import annotations
 
 from spectune.data import Row
 
 
-def asks(row: Row) -> bool:
+def has_prompt(row: Row) -> bool:
     """Whether the row has a prompt to answer; a `text` row has none."""
     return bool(row.prompt) or bool(row.messages)
 

@@ -13,7 +13,7 @@ from spectune.errors import ConfigError, DataError
 from spectune.evaluation.choices import inferred_choices
 from spectune.evaluation.corpus import CORPUS_METRICS
 from spectune.evaluation.custom import CustomMetric, load_metric
-from spectune.evaluation.references import answer_of, asks, references_of
+from spectune.evaluation.references import answer_of, has_prompt, references_of
 
 #: of what a model wrote, in the order of tables
 TEXT_METRICS = ("exact_match", "rouge_l", *CORPUS_METRICS)
@@ -22,7 +22,7 @@ METRICS = ("loss", *TEXT_METRICS, "accuracy")
 
 @dataclass(frozen=True)
 class Task:
-    """Made by `Task.of`. The loss is taken of every row; some are written, some chosen.
+    """What is measured of which rows; made by `Task.of`. Every row has a loss; some are written, some chosen.
 
     `to_write` and `to_choose` are places in `rows`. Where choices were inferred, the rows here have them, and their
     answer as the label. `max_new_tokens` None: a quarter more than the longest reference, at most 256.
@@ -72,7 +72,7 @@ class Task:
 
         Raises:
             ConfigError: an unknown metric, or one that needs written rows where none may be written.
-            DataError: no rows, or a metric that was asked for and that no row can give.
+            DataError: no rows, or a metric named that no row can give.
         """
         if not rows:
             raise DataError("no rows to judge on; expected at least one")
@@ -201,7 +201,7 @@ def _choosable(rows: Sequence[Row], wanted: _Wanted) -> list[int]:
     """Places of the rows that are chosen for. Raises DataError where accuracy was named and there are none."""
     if not wanted.accuracy:
         return []
-    found = [place for place, row in enumerate(rows) if row.choices and row.label is not None and asks(row)]
+    found = [place for place, row in enumerate(rows) if row.choices and row.label is not None and has_prompt(row)]
     if not found and not wanted.auto:
         raise DataError(
             "metric accuracy: no row has a prompt, choices and a label, and the answers are not a few short "
@@ -213,7 +213,7 @@ def _choosable(rows: Sequence[Row], wanted: _Wanted) -> list[int]:
 def _writable(rows: Sequence[Row], wanted: _Wanted, chosen: Sequence[int], generate_rows: int) -> list[int]:
     """Places of the rows that can be written, by default those that are not chosen for. Raises ConfigError or DataError
     where metrics of written rows were named and none may or can be written."""
-    found = [place for place, row in enumerate(rows) if asks(row) and references_of(row)]
+    found = [place for place, row in enumerate(rows) if has_prompt(row) and references_of(row)]
     if wanted.auto:
         taken = set(chosen)
         return [place for place in found if place not in taken]

@@ -71,7 +71,7 @@ def _bias(model: nn.Module, name: str, shape: tuple[int, ...]) -> Bias:
 
 
 def _plain(module: nn.Module) -> bool:
-    """A linear whose output is as wide as its bias: one that maps groups apart (a subclass of its own) is not told."""
+    """Whether a linear's output is as wide as its bias: not so where a subclass maps groups separately."""
     shape = linear_shape(module)
     bias = getattr(module, "bias", None)
     return shape is None or bias is None or bias.numel() == shape[1]

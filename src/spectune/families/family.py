@@ -1,6 +1,6 @@
 """The parts of a causal language model: decoder, layers, attention, feed-forward, linears, embeddings, head.
 
-Everything is found by what a module *is* and where it stands (a list as long as the config says, a module that knows
+Everything is found by what a module *is* and where it is (a list as long as the config says, a module that knows
 its layer's number and owns projections), so that a model type nobody here has heard of is described the same way.
 """
 
@@ -87,7 +87,7 @@ class Family:
     sliding_window: int | None = None
 
     def gathers_tokens(self, path: str) -> bool:
-        """Whether a module stands in a list inside its layer (experts): it is given tokens picked from any row."""
+        """Whether the module at `path` is in a list inside its layer (experts): its input is tokens of any rows."""
         layer = next((layer.path for layer in self.layers if path.startswith(layer.path + ".")), None)
         return layer is not None and re.search(r"\.\d+(\.|$)", path[len(layer) :]) is not None
 
@@ -148,7 +148,7 @@ def describe(model: PreTrainedModel) -> Family:
 
 
 def family_from_config(config: PretrainedConfig) -> Family:
-    """The same from a config alone: the model is built on the meta device, no weight is made or read."""
+    """The parts of the model that `config` describes. It is built on the meta device: no weight is made or read."""
     return describe(CAUSAL_LM.empty_model(config))
 
 

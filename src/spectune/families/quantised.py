@@ -73,5 +73,5 @@ def packed_away(model: PreTrainedModel) -> int:
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether a weight is stored as it is: of a floating type, and of torch's own class."""
+    """Whether a weight is not quantised: of a floating type, and of torch's own class."""
     return type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN

@@ -79,8 +79,8 @@ def generate_ids(
     """The new token ids of each prompt, in the order given; the stop token is not among them.
 
     Args:
-        stops: ids that end a row; with none, every row is as long as asked for.
-        pad_token_id: stands where a row has no token; masked, so any id will do, a stop token's too.
+        stops: ids that end a row; with none, every row has `max_new_tokens`.
+        pad_token_id: fills places without a token; it is masked, so any id will do, a stop token's too.
         sampling: as in `generate_texts`.
 
     Raises:
@@ -153,7 +153,7 @@ def _batches(lengths: Sequence[int], rooms: Sequence[int], batch_size: int) -> l
 
 
 def plain_config(new_tokens: int, stops: Sequence[int], pad_token_id: int, **more: Any) -> GenerationConfig:
-    """Greedy with the KV cache, unless `more` says otherwise; nothing is left to a checkpoint's defaults."""
+    """A generation config: greedy with the KV cache unless `more` overrides it, without a checkpoint's defaults."""
     fields: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True, **more}
     fields.update(max_new_tokens=new_tokens, eos_token_id=list(stops) or None, pad_token_id=pad_token_id)
     make: Any = GenerationConfig  # untyped in transformers

@@ -49,7 +49,7 @@ def method_from_name(name: str, **fields: Any) -> Method:
 
 
 def method_from_dict(fields: dict[str, Any]) -> Method:
-    """The inverse of `method.model_dump()`: the field `name` says which method it is."""
+    """The inverse of `method.model_dump()`: the field `name` selects the method."""
     rest = dict(fields)
     return method_from_name(str(rest.pop("name", "")), **rest)
 
