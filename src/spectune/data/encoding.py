@@ -52,23 +52,18 @@ class DataReport:
     bad: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        lists: dict[str, list[Any]] = {"cut": self.cut, "split": self.split, "dropped": self.dropped, "bad": self.bad}
         return {
             "rows": self.rows,
             "kept": self.kept,
             "examples": self.examples,
-            "cut": len(self.cut),
-            "split": len(self.split),
-            "dropped": len(self.dropped),
-            "bad": len(self.bad),
+            **{name: len(rows) for name, rows in lists.items()},
             "tokens": self.tokens,
             "target_tokens": self.target_tokens,
             "tokens_lost": sum(entry["tokens_lost"] for entry in self.cut),
             "longest_row_tokens": self.longest,
             "rows_that_end_with_eos": self.ends_with_eos,
-            "cut_rows": self.cut,
-            "split_rows": self.split,
-            "dropped_rows": self.dropped,
-            "bad_rows": self.bad,
+            **{f"{name}_rows": rows for name, rows in lists.items()},
         }
 
     def summary(self, name: str = "data") -> str:

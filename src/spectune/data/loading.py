@@ -204,12 +204,8 @@ def _messages(value: Any, key: str, role_key: str, text_key: str) -> list[dict[s
             role = _ROLES[role]
         elif not isinstance(role, str):
             raise _ProblemError(f"{key}[{number}] has no role; expected system, user or assistant")
-        more = {name: part for name, part in message.items() if part is not None}
-        found.append(
-            {**more, "role": role, "content": message[text_key]}
-            if key == "messages"
-            else {"role": role, "content": message[text_key]}
-        )
+        more = {name: part for name, part in message.items() if part is not None} if key == "messages" else {}
+        found.append({**more, "role": role, "content": message[text_key]})
     if found[-1]["role"] != "assistant":
         raise _ProblemError(
             f"{key} ends with {found[-1]['role']!r}; expected an assistant message, which is what is learned"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spectune.data import Row
-from spectune.errors import ConfigError, DataError
+from spectune.errors import ConfigError, DataError, did_you_mean
 from spectune.evaluation.choices import inferred_choices
 from spectune.evaluation.corpus import CORPUS_METRICS
 from spectune.evaluation.custom import CustomMetric, load_metric
@@ -170,11 +169,9 @@ def _wanted(metric: str | None) -> _Wanted:
         elif word in METRICS:
             names.append(word)
         else:
-            near = difflib.get_close_matches(word, METRICS, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(
-                f"metric {word!r}{hint}: expected auto alone, or some of {', '.join(METRICS)}, package.module:function "
-                "or file.py:function"
+                f"metric {word!r}{did_you_mean(word, METRICS)}: expected auto alone, or some of {', '.join(METRICS)}, "
+                "package.module:function or file.py:function"
             )
     if not words:
         raise ConfigError(f"metric {metric!r} names none; expected auto, or some of {', '.join(METRICS)}")
