@@ -27,13 +27,7 @@ def export(
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder to write.", show_default="export-<format>/ in the run's folder")
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows to compare the models on, for merged.",
-            show_default="the run's validation rows, or the embedded test rows",
-        ),
-    ] = None,
+    data: options.ComparedOn = None,
     device: options.Device = None,
     dtype: Annotated[
         str | None,

@@ -25,13 +25,7 @@ def merge(
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder to write.", show_default="merged/ in the run's folder")
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows to compare the merged and the unmerged model on.",
-            show_default="the run's validation rows, or the embedded test rows",
-        ),
-    ] = None,
+    data: options.ComparedOn = None,
     device: options.Device = None,
     dtype: Annotated[
         str | None,

@@ -65,6 +65,14 @@ BasePrecision = Annotated[
     typer.Option(help="fp8, nf4 or int8: storage precision of the frozen base's weights.", show_default="as --dtype"),
 ]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows and count them in the report.")]
+ComparedOn = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Rows to compare the merged and the unmerged model on.",
+        show_default="the run's validation rows, or the embedded test rows",
+    ),
+]
 Run = Annotated[
     Path | None,
     typer.Option("--run", help="A run's folder, or a saved delta's.", show_default="the newest under runs/"),
