@@ -14,8 +14,7 @@ from shapes import CONFIGS
 from transformers import PretrainedConfig
 
 from spectune.compute.varlen import flash_by_document, loop_by_document
-from spectune.data import Example
-from spectune.data.rows import Row
+from spectune.data import Example, Row
 from spectune.deltas import InputSite, Method
 from spectune.families import family_from_config
 from spectune.methods import method_from_name

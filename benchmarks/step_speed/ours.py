@@ -15,8 +15,7 @@ from benchmarks.step_speed.setting import Setting
 from pydantic import ValidationError
 
 from spectune.blocks.cuda_graphs import graphed
-from spectune.data import Example
-from spectune.data.rows import Row
+from spectune.data import Example, Row
 from spectune.deltas import Delta, attach
 from spectune.methods import method_from_name
 from spectune.training import TrainingConfig

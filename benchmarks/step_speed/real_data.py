@@ -15,8 +15,7 @@ from benchmarks.step_speed.setting import Setting
 from torch import nn
 
 from spectune.compute.cudnn import cudnn_attention
-from spectune.data import Example, batches, by_length, collate
-from spectune.data.rows import Row
+from spectune.data import Example, Row, batches, by_length, collate
 from spectune.methods import BY_NAME
 from spectune.training.attention import takes_cudnn
 

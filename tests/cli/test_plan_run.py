@@ -11,8 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from spectune.cli.plan_run import PlannedRun
-from spectune.data import Example
-from spectune.data.rows import Row
+from spectune.data import Example, Row
 from spectune.errors import ConfigError
 from spectune.families import family_from_config
 from spectune.methods import LoRA

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import logging
+import pickle
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -385,6 +386,17 @@ def test_a_model_on_the_meta_device_is_read_too() -> None:
         head = linear_head(model, {**given, "use_cache": False})
     assert head is not None
     assert head.softcap == 2.0
+
+
+def test_what_is_known_of_a_model_is_neither_copied_nor_pickled_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    linear_head(model, inputs())
+    calls = watch_logits(model, monkeypatch)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        found = linear_head(other, inputs())
+        assert found is not None
+        assert found.weight is other.get_output_embeddings().weight
+    assert len(calls) == 2
 
 
 def test_models_are_not_kept_alive() -> None:

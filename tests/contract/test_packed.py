@@ -195,7 +195,7 @@ def test_through_flash_attention(monkeypatch: pytest.MonkeyPatch, model: PreTrai
     from torch.nn.attention import varlen as torch_varlen
 
     from spectune.compute import varlen
-    from spectune.compute.packs import Spans
+    from spectune.compute.pack_layout import Spans
     from spectune.deltas.hooks import packed_attention
 
     calls = 0

@@ -183,3 +183,27 @@ def test_an_argument_that_means_something_else_is_an_error() -> None:
     data.pop("attention_mask")
     with pytest.raises(ValueError, match="Strange gave logits for"):
         CAUSAL_LM.loss_sum(Strange(), data)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_losses_of_tokens_add_up_to_the_sum_and_name_their_rows(make: type) -> None:
+    model, data = make(), batch()
+    found = CAUSAL_LM.token_losses(model, data)
+    loss, count = CAUSAL_LM.loss_sum(model, data)
+    assert found.losses.shape == found.rows.shape == (count,)
+    assert found.losses.sum().item() == pytest.approx(loss.item(), rel=1e-6)
+    assert found.rows.tolist() == [0] * 5 + [1] * 4 + [2] * 2
+
+
+def test_what_is_computed_ahead_changes_nothing() -> None:
+    model, data = llama(), batch()
+    expected = CAUSAL_LM.loss_sum(model, data)
+    CAUSAL_LM.precompute(data)
+    assert CAUSAL_LM.loss_sum(model, data) == expected
+    assert set(data) == {"input_ids", "attention_mask", "labels", "positions"}
+
+
+def test_an_empty_model_has_the_head_and_no_weights() -> None:
+    model = CAUSAL_LM.empty_model(llama().config, dtype=torch.bfloat16)
+    assert type(model) is LlamaForCausalLM
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from spectune.compute.varlen import loop_by_document
-from spectune.data import Example
-from spectune.data.rows import Row
+from spectune.data import Example, Row
 from spectune.deltas import attach
 from spectune.methods import method_from_name
 from spectune.objectives import causal_lm

@@ -12,8 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from spectune.blocks.compile import compiled
 from spectune.compute.varlen import flash_by_document, loop_by_document
-from spectune.data import Example
-from spectune.data.rows import Row
+from spectune.data import Example, Row
 from spectune.deltas import attach, packed, packing
 from spectune.deltas.hooks import packed_attention
 from spectune.methods import method_from_name

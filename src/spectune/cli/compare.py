@@ -30,11 +30,11 @@ def compare(
     valid: options.Valid = None,
     methods: Annotated[
         str | None,
-        typer.Option(help=f"Methods, parted by commas: {options.method_names()}.", show_default="all of them"),
+        typer.Option(help=f"Methods, comma-separated: {options.method_names()}.", show_default="all of them"),
     ] = None,
     test: Annotated[
         str | None,
-        typer.Option(help="Rows that final runs are judged on.", show_default="the validation rows"),
+        typer.Option(help="Rows that final runs are evaluated on.", show_default="the validation rows"),
     ] = None,
     quick: Annotated[
         bool,
@@ -42,7 +42,7 @@ def compare(
     ] = False,
     thorough: Annotated[
         bool,
-        typer.Option("--thorough", help="Twice the search, 5 seeds, every memory figure in a process of its own."),
+        typer.Option("--thorough", help="Twice the search, 5 seeds, each memory figure measured in its own process."),
     ] = False,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Final runs of each method.", show_default="3; 1 with --quick")
@@ -54,13 +54,13 @@ def compare(
     metric: Annotated[
         str | None,
         typer.Option(
-            help="loss, exact_match, rouge_l, bleu, chrf, accuracy, or package.module:function; parted by commas.",
+            help="loss, exact_match, rouge_l, bleu, chrf, accuracy, or package.module:function; comma-separated.",
             show_default="by what the rows have",
         ),
     ] = None,
     generate_rows: Annotated[
         int | None,
-        typer.Option(min=0, help="Judged rows that every final run writes a completion for.", show_default="64"),
+        typer.Option(min=0, help="Rows that every final run generates completions for.", show_default="64"),
     ] = None,
     max_memory: limits.MaxMemory = None,
     max_latency_overhead: limits.MaxLatencyOverhead = None,
@@ -83,7 +83,7 @@ def compare(
     skip_bad_rows: options.SkipBadRows = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure methods side by side on the same rows, and say which differ.
+    """Measure methods side by side on the same rows, and report which differ.
 
     Each method gets the same budget: a search for its learning rate, then final runs with several seeds. What is
     measured: loss, metrics of what it writes, forgetting, memory, speed, bytes on disk; with intervals, a verdict that

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectune.cli.console import note
-from spectune.cli.inputs import row_length, training_rows
+from spectune.cli.input_rows import row_length, training_rows
 from spectune.cli.runs import output_folder
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import complain, note, print_json, work
-from spectune.cli.inputs import rows_to_train
+from spectune.cli.input_rows import rows_to_train
 from spectune.cli.plan_run import PlannedRun
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DoesNotFitError
@@ -30,9 +30,9 @@ def plan(
     method: Annotated[
         str | None, typer.Option(help=f"One of {options.method_names()}.", show_default="all of them, as a table")
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="Some of them, parted by commas.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Several methods, comma-separated.")] = None,
     memory: Annotated[
-        str | None, typer.Option(help="Memory of the device: 24GiB, 80GB.", show_default="what is free here")
+        str | None, typer.Option(help="Memory of the device, such as 24GiB or 80GB.", show_default="what is free here")
     ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Rows: per_device_train_batch_size.", show_default="8")
@@ -44,22 +44,25 @@ def plan(
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of keeping them.")
     ] = False,
     data: Annotated[
-        str | None, typer.Option(help="Training rows: their longest batch is planned, their steps are counted.")
+        str | None, typer.Option(help="Training rows: the plan takes their longest batch and their number of steps.")
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Load the base and time a few steps here: seconds for an epoch.")
+        bool,
+        typer.Option("--calibrate", help="Load the base and time a few steps on this machine: seconds for an epoch."),
     ] = False,
     config: options.Config = None,
     assignments: options.Set = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda or mps; it need not be there.", show_default="cuda with --memory, else auto"),
+        typer.Option(
+            help="cpu, cuda or mps; it need not be on this machine.", show_default="cuda with --memory, else auto"
+        ),
     ] = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say what training will take of memory, by term and at its peak, from the base's config alone.
+    """Predict the memory that training needs, by term and at its peak, from the base's config alone.
 
     No weights are downloaded or read. Exit code 4 if what was asked for does not fit; the largest batch and length that
     do are then named. Terms are each one's own largest value; the peak is that of the moment where they are largest

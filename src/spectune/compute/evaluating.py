@@ -16,7 +16,7 @@ from spectune.compute.cudnn import cudnn_attention
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
-    """No dropout inside; afterwards each module is in the mode it was in, as callers may mix them.
+    """Run `model` in evaluation mode and without gradients inside. Afterwards each module is in the mode it was in.
 
     Args:
         modules: those of the model that will run; None is all of them.
@@ -27,7 +27,8 @@ def evaluating(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> 
 
 @contextlib.contextmanager
 def rehearsing(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """As in training, dropout and all; afterwards modes and random state, the device's too, are what they were."""
+    """Run `model` in training mode, dropout included, and without gradients inside. Afterwards modes and random state
+    (the device's too) are restored."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _in_mode(model.modules(), training=True):
         yield

@@ -30,14 +30,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True)
 class _Input:
-    """Stands for the batch's entry of this name."""
+    """A placeholder for the batch's entry of this name."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class HeadRecipe:
-    """From a batch to its logits: what the decoder is called with, and what is done to the head's output."""
+    """How logits are made of a batch: the decoder's arguments, and what is done to the head's output."""
 
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
@@ -180,7 +180,7 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: 
         trace.finish(model(**tiny).logits)
     args = tuple(_named(value, tiny) for value in trace.args)
     kwargs = tuple((name, _named(value, tiny)) for name, value in trace.kwargs.items())
-    return HeadRecipe(args, kwargs, trace.scale, trace.softcap)
+    return HeadRecipe(args, kwargs, trace.scaling.scale, trace.scaling.outer)
 
 
 def _named(value: Any, inputs: Mapping[str, Any]) -> Any:

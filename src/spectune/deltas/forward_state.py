@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectune.compute.packs import Kernel, Pack
+from spectune.compute.pack_layout import Kernel, Pack
 from spectune.deltas.layout import BatchLayout, Route
 
 

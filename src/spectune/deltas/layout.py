@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectune.compute.packs import Pack
+from spectune.compute.pack_layout import Pack
 from spectune.errors import ConfigError
 
 

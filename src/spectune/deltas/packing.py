@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectune.compute.packs import Kernel, Pack
+from spectune.compute.pack_layout import Kernel, Pack
 from spectune.deltas.attachment import Attachment
 from spectune.errors import ConfigError
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spectune.compute.evaluating import evaluating
-from spectune.data import Example, Row, encode
+from spectune.data import Example, Row, encode, pad_token_id
 from spectune.errors import DataError
 from spectune.objectives import CAUSAL_LM
 
@@ -79,12 +79,6 @@ class ChoiceScores:
         """Index of the likeliest choice; the first of equals."""
         return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
 
-    @property
-    def best_per_token(self) -> int:
-        """Index of the choice that is likeliest per token, which does not favour short ones."""
-        means = [total / max(count, 1) for total, count in zip(self.log_likelihoods, self.target_tokens, strict=True)]
-        return max(range(len(means)), key=means.__getitem__)
-
 
 def choice_log_likelihoods(
     model: PreTrainedModel,
@@ -112,8 +106,7 @@ def choice_log_likelihoods(
     examples = encode(completed, tokenizer, max_length=max_length, separator=separator).examples
     if len(examples) != len(completed):
         raise DataError(f"{len(completed) - len(examples)} of {len(completed)} choices could not be encoded")
-    pad = tokenizer.pad_token_id
-    sums, counts = row_loss_sums(model, examples, pad if isinstance(pad, int) else 0, batch_size)
+    sums, counts = row_loss_sums(model, examples, pad_token_id(tokenizer), batch_size)
     scores, start = [], 0
     for row in rows:
         end = start + len(row.choices)
@@ -133,6 +126,5 @@ def _unfit(row: Row) -> str | None:
 def _with_completion(row: Row, choice: str) -> Row:
     """The row as a training row that was answered with `choice`."""
     if row.messages:
-        asked = row.messages[:-1] if row.messages[-1].get("role") == "assistant" else row.messages
-        return dataclasses.replace(row, messages=[*asked, {"role": "assistant", "content": choice}])
+        return dataclasses.replace(row, messages=[*row.asked, {"role": "assistant", "content": choice}])
     return dataclasses.replace(row, completion=choice)

@@ -3,8 +3,8 @@
 Ben Zaken et al. 2022, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
 arXiv 2106.10199. What is trained and stored here is an offset for each bias, `y + delta`: the same function and the
 same gradient as training the bias itself, but the base stays as it is. A base with no bias at all (Llama) gets
-offsets at its linears, the head excepted, and the user is told. A bias that is not the last thing added to its module's
-output (convolutions, state-space steps, experts, routers) is changed in its own place while its layer runs.
+offsets at its linears, the head excepted, with a notice to the user. A bias that is not the last thing added to its
+module's output (convolutions, state-space steps, experts, routers) is changed in its own place while its layer runs.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class BitFit(Method):
                 else ParameterSite(bias.path, bias.name, bias.shape)
                 for bias in family.biases
             ]
-        free = [linear for linear in family.linears if linear.takes_offset]
+        free = [linear for linear in family.linears if linear.bias_equivalent]
         return [OutputSite(linear.path, linear.in_features, linear.out_features) for linear in free]
 
     def build(self, site: Site) -> Offset | BiasOffset:

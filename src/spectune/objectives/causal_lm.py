@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, modeling_utils
 from spectune.compute.head import linear_head
 from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum, rows_of_a_chunk
 from spectune.data import Example, collate, collate_packs
-from spectune.data.batches import IGNORED
+from spectune.data.batching import IGNORED
 from spectune.objectives.objective import Objective, TokenLosses
 
 
@@ -99,7 +99,7 @@ class CausalLM(Objective):
 
         Args:
             batch: as `labelled_logits` takes it; with `positions` (from `precompute`, on the labels' device) nothing
-                is asked of the device.
+                is read back from the device.
             fuse: as `linear_cross_entropy_sum` has it; without effect on logits that exist.
             device_type: whose chunks are taken; by default those of the batch's device.
 
@@ -112,7 +112,7 @@ class CausalLM(Objective):
             found = self.labelled_logits(model, batch)
             return F.cross_entropy(found.logits.float(), found.targets, reduction="sum"), found.targets.numel()
         labels: Tensor = batch["labels"]
-        # before the decoder runs: how many there are is asked of the device, which has least to finish now
+        # before the decoder runs: their number is read back from the device, which has least to finish now
         positions: Tensor = batch["positions"] if "positions" in batch else target_positions(labels)
         targets = labels.flatten().index_select(0, positions + 1)
         hidden = head.hidden(inputs)
@@ -150,7 +150,7 @@ class CausalLM(Objective):
         if positions is not None:
             inputs["logits_to_keep"] = positions
         logits = model(**inputs).logits
-        if logits.shape[:2] == labels.shape:  # all of them: not asked for fewer, or the model did not listen
+        if logits.shape[:2] == labels.shape:  # all positions: nothing was selected, or the model ignores the argument
             logits = logits[:, :-1]
         elif positions is not None:
             keep, targets = _select(keep, positions), _select(targets, positions)
@@ -167,14 +167,14 @@ CAUSAL_LM = CausalLM()
 
 
 def head_selection(model: nn.Module) -> str:
-    """How the model can be told which positions its head is wanted at.
+    """How the model's `logits_to_keep` selects the positions that its head runs on.
 
     Returns:
         "row": an index tensor `[batch, positions]`, each row its own (newer transformers, through its
         `slice_logits_to_keep`); "column": an index tensor `[positions]` that all rows share, as transformers documents
         `logits_to_keep`; "none": the model has no such argument.
     """
-    # a model compiled or wrapped for several devices is asked for the one inside
+    # the model inside a compiled one, or one wrapped for several devices
     inner = getattr(model, "_orig_mod", getattr(model, "module", model))
     forward = inspect.unwrap(type(inner).forward)
     if "logits_to_keep" not in inspect.signature(forward).parameters:
@@ -185,7 +185,7 @@ def head_selection(model: nn.Module) -> str:
 
 @functools.cache
 def _slice_takes_rows() -> bool:
-    """Whether transformers' own slicing function picks positions for each row, asked of the function itself."""
+    """Whether transformers' own slicing function selects positions row by row, found by calling it."""
     function = getattr(modeling_utils, "slice_logits_to_keep", None)
     if function is None:
         return False

@@ -37,7 +37,7 @@ class Shape:
         padded: some rows are shorter than others.
         columns: places that predict a target in some row; None is all of them.
         documents: tokens of the documents of each row, where it is a pack of them.
-        kernel: how these are attended (`compute.packs.Kernel`); None is by masks.
+        kernel: how these are attended (`compute.pack_layout.Kernel`); None is by masks.
     """
 
     rows: int

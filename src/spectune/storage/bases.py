@@ -45,7 +45,7 @@ def load(
 
     Raises:
         ConfigError: a precision that this device or this base cannot take, or one for a model that is loaded already.
-        DataError: the base cannot be found or read; says what to do.
+        DataError: the base cannot be found or read; the message lists what to do.
     """
     check_precision(base_precision)
     if isinstance(name, PreTrainedModel):

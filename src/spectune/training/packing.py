@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.compute.masks import OneTextRows
-from spectune.compute.packs import Kernel
+from spectune.compute.pack_layout import Kernel
 from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_document
 from spectune.data import Example, batches, by_length, pack_step, places
 from spectune.deltas import (

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from spectune.compute.masks import widen_mask
-from spectune.compute.packs import Pack
+from spectune.compute.pack_layout import Pack
 from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks import packed_attention, prefix_kernel
 from spectune.deltas.layout import BatchLayout

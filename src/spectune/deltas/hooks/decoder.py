@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from spectune.compute.head import is_probing_head
 from spectune.compute.masks import positions_from_mask
-from spectune.compute.packs import Pack
+from spectune.compute.pack_layout import Pack
 from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks.attention_function import running
 from spectune.deltas.hooks.caches import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from spectune.compute.packs import Pack
+from spectune.compute.pack_layout import Pack
 from spectune.compute.varlen import flash_by_document, flash_takes
 from spectune.deltas.hooks.prefix_kernel import BEYOND_KERNELS
 

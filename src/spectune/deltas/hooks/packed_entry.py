@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectune.compute.packs import Pack
+from spectune.compute.pack_layout import Pack
 from spectune.errors import ConfigError
 
 

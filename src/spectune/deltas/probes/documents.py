@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating, rehearsing
-from spectune.compute.packs import Kernel
+from spectune.compute.pack_layout import Kernel
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.packing import packed, packing
 from spectune.deltas.probes.agreement import agree, apart

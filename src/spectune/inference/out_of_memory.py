@@ -1,4 +1,4 @@
-"""Memory that runs out without gradient: the batch is halved and done again, and that is said."""
+"""Retry inference with half the batch where memory runs out, and log it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ _SIGNS = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or Python says that memory, the device's or the host's, did not suffice."""
+    """Whether torch or Python raised this error because the device's or the host's memory ran out."""
     if isinstance(error, RuntimeError):
         return any(sign in str(error) for sign in _SIGNS)
     return isinstance(error, MemoryError)
 
 
 def halving(work: Callable[[int], T], batch_size: int, doing: str) -> T:
-    """`work(batch_size)`; where memory runs out, all of it again with half the rows, down to one. Each try is logged.
+    """Call `work(batch_size)`, and again with half the batch size each time that memory runs out, down to one row.
+    Each retry is logged.
 
     Args:
-        doing: what it is, after "out of memory while": "writing 64 rows".
+        doing: describes the work after "out of memory while", such as "writing 64 rows".
 
     Raises:
         OutOfMemoryError: one row at a time is too much.

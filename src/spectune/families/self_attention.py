@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from spectune.families.modules import linear_shape
+from spectune.families.module_kinds import linear_shape
 from spectune.families.parts import Slice, projections
 
 
@@ -59,7 +59,7 @@ def _owns_projections(module: nn.Module) -> bool:
 
 
 def attention_of(module: nn.Module, path: str, layer: int, hidden: int, config: PretrainedConfig) -> Attention:
-    """Sizes as the module itself says, where it does: layers may differ; else the config's."""
+    """The sizes of an attention module: its own attributes if it has them, as layers may differ; else the config's."""
     heads = _number(module, "num_heads", "num_attention_heads") or _number(config, "num_attention_heads") or 1
     groups = _number(module, "num_key_value_groups")
     kv_heads = heads // groups if groups else _number(module, "num_key_value_heads", "num_kv_heads")

@@ -72,7 +72,7 @@ class Pack:
 
     @classmethod
     def of(cls, documents: Tensor, device: torch.device, kernel: Kernel | None = None, at_least: int = 0) -> Pack:
-        """From the number of each token's document, `[packs, width]` int64, -1 for padding at the end of a pack.
+        """A pack from the number of each token's document, `[packs, width]` int64, -1 for padding at the end of a pack.
 
         Raises:
             ValueError: a document's tokens are not next to each other, or padding stands before some.
@@ -126,8 +126,8 @@ class Pack:
         return inside
 
     def mask(self, window: int | None = None) -> Tensor:
-        """Who sees whom, boolean `[packs, 1, width, width]`: causal within documents, at most `window` tokens back,
-        the token itself counted. Made once."""
+        """The boolean attention mask `[packs, 1, width, width]`: causal within documents, at most `window` tokens back
+        (itself counted). Made once."""
         if window not in self._masks:
             same = self.documents[:, :, None] == self.documents[:, None, :]
             back = self.positions[:, :, None] - self.positions[:, None, :]
@@ -136,7 +136,7 @@ class Pack:
         return self._masks[window]
 
     def grown(self, count: int) -> tuple[Pack, Tensor, Tensor]:
-        """With `count` virtual tokens before each document.
+        """The pack with `count` virtual tokens before each document.
 
         Returns:
             the longer pack; for each of its places where its token comes from, `[packs, longer width]` int64 (a place

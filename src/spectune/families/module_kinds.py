@@ -39,5 +39,5 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def adds_its_bias_last(module: nn.Module) -> bool:
-    """Whether an offset on the module's output is the same as one on its `bias`: true of linears and norms."""
+    """Whether adding a vector to the module's output equals adding it to its `bias`: true of linears and norms."""
     return linear_shape(module) is not None or is_norm(module)

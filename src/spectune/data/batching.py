@@ -7,13 +7,36 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from spectune.data.encode import Example
+from spectune.data.encoding import Example
 from spectune.errors import ConfigError
 
 IGNORED = -100
 #: examples are sorted by length within groups of so many batches
 GROUP = 50
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands where a row has no token; it is masked, so any id will do."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad or 0)
+
+
+def padded(
+    rows: Sequence[Sequence[int]], pad_token_id: int, *, padding_side: str = "right", pad_to_multiple_of: int = 1
+) -> dict[str, Tensor]:
+    """Token ids as `input_ids` and `attention_mask`, each `[batch, length]` int64."""
+    if padding_side not in ("left", "right"):
+        raise ConfigError(f"padding_side = {padding_side!r}: expected 'left' or 'right'")
+    longest = -(-max(map(len, rows)) // pad_to_multiple_of) * pad_to_multiple_of
+    ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if padding_side == "right" else slice(longest - len(row), longest)
+        ids[i, place] = torch.tensor(row, dtype=torch.int64)
+        mask[i, place] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def collate(
@@ -23,23 +46,13 @@ def collate(
 
     Labels are -100 on prompts and padding, by position: a target that happens to be the padding token stays one.
     """
-    if padding_side not in ("left", "right"):
-        raise ConfigError(f"padding_side = {padding_side!r}: expected 'left' or 'right'")
-    longest = max(len(example.input_ids) for example in examples)
-    longest = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
-    shape = (len(examples), longest)
-    ids = torch.full(shape, pad_token_id, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    for i, example in enumerate(examples):
-        length = len(example.input_ids)
-        start = 0 if padding_side == "right" else longest - length
-        row = torch.tensor(example.input_ids)
-        ids[i, start : start + length] = row
-        mask[i, start : start + length] = 1
-        learned = max(example.prompt_length, 1)  # a sequence's first token has nothing before it
-        labels[i, start + learned : start + length] = row[learned:]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    rows = [example.input_ids for example in examples]
+    batch = padded(rows, pad_token_id, padding_side=padding_side, pad_to_multiple_of=pad_to_multiple_of)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+    for row, mask, example in zip(labels, batch["attention_mask"], examples, strict=True):
+        start = int(mask.argmax())
+        row[start : start + max(example.prompt_length, 1)] = IGNORED  # nothing stands before a sequence's first token
+    return batch | {"labels": labels}
 
 
 def collate_packs(packs: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from spectune import inference
-from spectune.data import Encoded, Row, encode, prompt_ids
+from spectune.data import Encoded, Row, encode, pad_token_id, prompt_ids
 from spectune.errors import ConfigError
 from spectune.evaluation.corpus import CORPUS_METRICS, corpus_statistics
 from spectune.evaluation.judged import JudgedRow
 from spectune.evaluation.losses import row_losses
-from spectune.evaluation.metrics import exact_match_of_row, rouge_l_of_row
-from spectune.evaluation.references import asks, prompt_of, references_of
+from spectune.evaluation.metrics import exact_match, rouge_l
+from spectune.evaluation.references import has_prompt, prompt_of, references_of
 from spectune.evaluation.task import Task
 from spectune.inference import choice_log_likelihoods, context_length, halving
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("spectune")
 
 MOST_NEW_TOKENS = 256
-_OF_ROW = {"exact_match": exact_match_of_row, "rouge_l": rouge_l_of_row}
+_OF_ROW = {"exact_match": exact_match, "rouge_l": rouge_l}
 
 
 def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[JudgedRow]:
@@ -41,8 +41,7 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
     """
     encoded = encode(task.rows, tokenizer, max_length=task.max_length, separator=task.separator)
     _check_room(model, encoded, task.max_length)
-    pad = tokenizer.pad_token_id
-    losses = row_losses(model, encoded.examples, pad if isinstance(pad, int) else 0, task.batch_size)
+    losses = row_losses(model, encoded.examples, pad_token_id(tokenizer), task.batch_size)
     place_of = {id(row): place for place, row in enumerate(task.rows)}
     sums: dict[int, list[float]] = {}
     targets: dict[int, int] = {}
@@ -78,7 +77,7 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
             target_tokens=targets[place],
             metrics=metrics.get(place, {}),
             statistics=statistics.get(place, {}),
-            prompt=prompt_of(task.rows[place]) if asks(task.rows[place]) else None,
+            prompt=prompt_of(task.rows[place]) if has_prompt(task.rows[place]) else None,
             prediction=predictions.get(place),
             references=_wanted(task, place),
         )
@@ -91,7 +90,7 @@ def _wanted(task: Task, place: int) -> tuple[str, ...]:
     row = task.rows[place]
     if place in task.to_choose and place not in task.to_write:
         return (str(row.label),)
-    return references_of(row) if asks(row) else ()
+    return references_of(row) if has_prompt(row) else ()
 
 
 def _check_room(model: PreTrainedModel, encoded: Encoded, length: int) -> None:

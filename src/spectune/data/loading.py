@@ -19,7 +19,7 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _KEYS = ("text", "prompt", "completion", "messages", "instruction", "output", "conversations")
 _EXPECTED = "expected text, prompt + completion, messages, instruction + output (alpaca), or conversations (sharegpt)"
 _ALPACA = "Below is an instruction that describes a task"
-#: the share of the rows that is held out for validation where nobody says
+#: the default share of the rows that is held out for validation
 HELD_OUT = 0.1
 _LISTED = 50
 #: lists and objects within each other: what is deeper is no row, and would end in Python's own recursion limit
@@ -43,6 +43,16 @@ class Row:
     label: str | None = None
     choices: tuple[str, ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def answered(self) -> bool:
+        """Whether a chat ends with the assistant's answer."""
+        return bool(self.messages) and self.messages[-1].get("role") == "assistant"  # type: ignore[index]
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """The messages of a chat before its answer."""
+        return (self.messages or [])[: -1 if self.answered else None]
 
 
 class Rows(list[Row]):
@@ -194,12 +204,8 @@ def _messages(value: Any, key: str, role_key: str, text_key: str) -> list[dict[s
             role = _ROLES[role]
         elif not isinstance(role, str):
             raise _ProblemError(f"{key}[{number}] has no role; expected system, user or assistant")
-        more = {name: part for name, part in message.items() if part is not None}
-        found.append(
-            {**more, "role": role, "content": message[text_key]}
-            if key == "messages"
-            else {"role": role, "content": message[text_key]}
-        )
+        more = {name: part for name, part in message.items() if part is not None} if key == "messages" else {}
+        found.append({**more, "role": role, "content": message[text_key]})
     if found[-1]["role"] != "assistant":
         raise _ProblemError(
             f"{key} ends with {found[-1]['role']!r}; expected an assistant message, which is what is learned"

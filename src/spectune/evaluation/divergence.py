@@ -8,17 +8,16 @@ what the base could do, and so holds for every base.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from spectune.compute.evaluating import evaluating
+from spectune.data import padded
 from spectune.deltas import Attachment, route
 from spectune.errors import ConfigError, DataError
-from spectune.inference import context_length, generate_ids
+from spectune.inference import Sampling, context_length, generate_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,17 +54,13 @@ def sample_passages(
             [[start]] * count,
             max_new_tokens=length - 1,
             batch_size=batch_size,
-            seed=seed,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            sampling=Sampling(seed=seed),
         )
     return [[start, *ids] for ids in drawn]
 
 
-def forgetting_kl(model: PreTrainedModel, passages: Sequence[Sequence[int]], batch_size: int = 8) -> float:
-    """Mean KL(base || current delta) over all positions of all passages, in nats per token, in float32.
+def passage_kls(model: PreTrainedModel, passages: Sequence[Sequence[int]], batch_size: int = 8) -> list[float]:
+    """KL(base || current delta) of each passage, summed over its positions (nats, in float32), in the order given.
 
     Exactly 0 for a method that starts at its base, until its first step. The bare base is reached by
     `route(model, None)`; a fully tuned model must have been attached with `keep_base=True`.
@@ -74,12 +69,6 @@ def forgetting_kl(model: PreTrainedModel, passages: Sequence[Sequence[int]], bat
         ConfigError: nothing is attached, or no copy of the base was kept.
         DataError: no passage, or an empty one.
     """
-    sums = passage_kls(model, passages, batch_size)
-    return math.fsum(sums) / sum(len(passage) for passage in passages)
-
-
-def passage_kls(model: PreTrainedModel, passages: Sequence[Sequence[int]], batch_size: int = 8) -> list[float]:
-    """The same for each passage, summed over its positions (nats), in the order given."""
     if Attachment.of(model) is None:
         raise ConfigError("forgetting compares a delta with its base, and nothing is attached to this model")
     if not passages or any(len(passage) == 0 for passage in passages):
@@ -88,7 +77,7 @@ def passage_kls(model: PreTrainedModel, passages: Sequence[Sequence[int]], batch
     with evaluating(model):
         for start in range(0, len(passages), batch_size):
             batch = passages[start : start + batch_size]
-            inputs = _right_padded(batch, model.device)
+            inputs = {name: tensor.to(model.device) for name, tensor in padded(batch, 0).items()}
             with route(model, None):
                 base = model(**inputs, use_cache=False).logits
             tuned = model(**inputs, use_cache=False).logits
@@ -105,13 +94,3 @@ def _kl_sum(base: Tensor, tuned: Tensor) -> float:
     terms = (p * (log_p - log_q)).masked_fill(p == 0, 0.0)  # 0 log 0 = 0, for vocabularies that mask entries
     # KL is never negative; what rounding leaves below zero is none
     return max(float(terms.sum(-1).cpu().double().sum()), 0.0)
-
-
-def _right_padded(passages: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    longest = max(len(passage) for passage in passages)
-    ids = torch.zeros(len(passages), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, passage in enumerate(passages):
-        ids[row, : len(passage)] = torch.tensor(passage)
-        mask[row, : len(passage)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

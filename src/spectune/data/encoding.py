@@ -1,4 +1,4 @@
-"""From rows to token ids and what of them is learned.
+"""Encode rows: token ids, and which of them have a loss.
 
 The target is the completion and its EOS, by position, never by token id: bases that pad with EOS learn it all the
 same. The prompt's ids are the ones that generation gets.
@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from spectune.data.rows import Row, Rows
+from spectune.data.loading import Row, Rows
 from spectune.errors import ConfigError, DataError
 
 
@@ -52,23 +52,18 @@ class DataReport:
     bad: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        lists: dict[str, list[Any]] = {"cut": self.cut, "split": self.split, "dropped": self.dropped, "bad": self.bad}
         return {
             "rows": self.rows,
             "kept": self.kept,
             "examples": self.examples,
-            "cut": len(self.cut),
-            "split": len(self.split),
-            "dropped": len(self.dropped),
-            "bad": len(self.bad),
+            **{name: len(rows) for name, rows in lists.items()},
             "tokens": self.tokens,
             "target_tokens": self.target_tokens,
             "tokens_lost": sum(entry["tokens_lost"] for entry in self.cut),
             "longest_row_tokens": self.longest,
             "rows_that_end_with_eos": self.ends_with_eos,
-            "cut_rows": self.cut,
-            "split_rows": self.split,
-            "dropped_rows": self.dropped,
-            "bad_rows": self.bad,
+            **{f"{name}_rows": rows for name, rows in lists.items()},
         }
 
     def summary(self, name: str = "data") -> str:
@@ -179,16 +174,8 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, separator: str = ""
     if row.text is not None:
         return _plain(row.text, tokenizer)
     if row.messages is not None:
-        answered = row.messages[-1].get("role") == "assistant"
-        return _template(tokenizer, row.messages[:-1] if answered else row.messages, generation=True)
+        return _template(tokenizer, row.asked, generation=True)
     return _ids(row, tokenizer, separator)[0]
-
-
-def render_mask(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The row as text, what is learned between `[[` and `]]`: a proof of the mask to look at."""
-    before = tokenizer.decode(example.input_ids[: example.prompt_length])
-    learned = tokenizer.decode(example.input_ids[example.prompt_length :])
-    return f"{before}[[{learned}]]"
 
 
 def _ids(row: Row, tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.families.family import Family
-from spectune.families.modules import is_norm
+from spectune.families.module_kinds import is_norm
 
 #: bfloat16 keeps 8 bits: a rounded weight is within 2^-8 of the original
 TOLERANCE = 2.0**-7
@@ -37,7 +37,7 @@ def fingerprint(model: PreTrainedModel, family: Family) -> dict[str, Any]:
 
 
 def differences(stored: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """What tells the two bases apart, one line each; empty where they are the same base."""
+    """The differences between two bases' fingerprints, one line each; empty for the same base."""
     if stored["parts_sha256"] != here["parts_sha256"]:
         return [
             f"the base's parts differ: it was trained on a {stored['model_type']} base with other names or shapes, "
