@@ -146,7 +146,7 @@ def test_a_step_in_compiled_blocks_is_that_of_a_dense_mask_in_float32(make: Call
     with sdpa_kernel(KERNELS["whichever"]):
         eager = step(model, batch)
         torch._dynamo.reset()
-        with compiled(model, delta.family, True):
+        with compiled(model, delta.family):
             fast = step(model, batch)
             before = torch._dynamo.utils.counters["frames"]["ok"]
             again = step(model, batch)

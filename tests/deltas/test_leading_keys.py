@@ -235,7 +235,7 @@ def test_compiled_it_is_one_graph_without_a_mask() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    with compiled(model, delta.family, True, backend=backend):
+    with compiled(model, delta.family, backend=backend):
         found = gradients(model)
     # the first block's input needs no gradient: two graphs, each with the whole block's attention
     assert [len(nodes) for nodes in graphs] == [1] * len(graphs)

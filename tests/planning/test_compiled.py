@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from spectune.blocks.compile import compiled
+from spectune.blocks.call import Wrapper, wrapped
+from spectune.blocks.compile import compiled, memory_budget
 from spectune.deltas import attach
 from spectune.methods import method_from_name
 from spectune.planning.planner import Planner
 from spectune.planning.recorder import Record, Shape
-from spectune.training.checkpointing import memory_budget
 from spectune.training.execution import _compiler_there
 
 ROWS, LENGTH = 4, 40
@@ -76,10 +76,7 @@ def kept_by_blocks(model: PreTrainedModel, method: str, backend: str, checkpoint
                 found.append(storage.nbytes())
         return tensor
 
-    with compiled(model, delta.family, True, backend=backend, memory_budget=memory_budget(checkpointing)):
-        layer = model.get_submodule(delta.family.layers[1].path)
-        call = layer.__dict__["_compiled_call_impl"]
-
+    def watching(_: int, layer: nn.Module, call: Any) -> Any:
         def watched(*args: Any, **kwargs: Any) -> Any:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor):
@@ -91,7 +88,13 @@ def kept_by_blocks(model: PreTrainedModel, method: str, backend: str, checkpoint
                 note(leaf, counts=True)
             return output
 
-        layer.__dict__["_compiled_call_impl"] = watched
+        return watched
+
+    second = model.get_submodule(delta.family.layers[1].path)
+    with (
+        compiled(model, delta.family, backend=backend, memory_budget=memory_budget(checkpointing)),
+        wrapped([second], Wrapper.MARKED, watching),
+    ):
         ids = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % 60
         with torch.autograd.graph.saved_tensors_hooks(lambda t: note(t, inside[0]), lambda t: t):
             model(input_ids=ids, use_cache=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.blocks.cuda_graphs import WARM_UPS, graphed
-from spectune.blocks.graphed_block import RecordedBlock, record
+from spectune.blocks.graphed_block import GraphedBlock, capture_blocks
 from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import AllocationTracker
 from spectune.deltas import Delta, attach
@@ -31,23 +31,25 @@ SHAPE = Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1))
 HIDDEN = 4 * ROWS * LENGTH * 32
 
 
-def recorded(model: PreTrainedModel, delta: Delta, inputs: dict[str, Tensor]) -> list[RecordedBlock]:
+def recorded(model: PreTrainedModel, delta: Delta, inputs: dict[str, Tensor]) -> list[GraphedBlock]:
     """The blocks' recordings after some passes, one of them replayed."""
     model.train()
     trained = [p for p in delta.parameters() if p.requires_grad]
-    with graphed(model, delta.family, trained, True, recorder=Again):
-        blocks: Any = model.get_submodule(delta.family.layers[0].path).__dict__["_compiled_call_impl"].func.__self__
+    with graphed(model, delta.family, trained, capture=Again):
+        blocks: Any = (
+            model.get_submodule(delta.family.layers[0].path).__dict__["_compiled_call_impl"].call.func.__self__
+        )
         for _ in range(WARM_UPS + 2):
             loss, _ = labelled_loss_sum(model, inputs)
             loss.backward()  # type: ignore[no-untyped-call]
             for parameter in trained:
                 parameter.grad = None
-        [found] = blocks.recorded.values()
+        [found] = blocks.captured.values()
     assert found is not None, "the blocks were not recorded"
     return list(found)
 
 
-def places(blocks: list[RecordedBlock]) -> dict[str, int]:
+def places(blocks: list[GraphedBlock]) -> dict[str, int]:
     """Bytes of what recordings hold, each place in memory once, by what it is for."""
     seen: set[int] = set()
 
@@ -62,8 +64,10 @@ def places(blocks: list[RecordedBlock]) -> dict[str, int]:
     return {
         "outputs": sum(count(block.outputs) for block in blocks),
         "arguments": sum(count(block.leaves) for block in blocks),
-        "hidden": sum(count([*block.input_gradients.values(), *block._output_gradients.values()]) for block in blocks),
-        "weights": sum(count(block._parameter_gradients) for block in blocks),
+        "hidden": sum(
+            count([*block.gradients.of_inputs.values(), *block.gradients.of_outputs.values()]) for block in blocks
+        ),
+        "weights": sum(count(block.gradients.of_parameters) for block in blocks),
     }
 
 
@@ -118,7 +122,7 @@ def test_recording_makes_no_more_at_once_than_is_planned() -> None:
     plain, calls = [b.function for b in blocks], [b.call for b in blocks]
     with AllocationTracker([*model.parameters(), *model.buffers()]) as tracker:
         before = tracker.live_bytes
-        again = record(plain, calls, trained, Again())
+        again = capture_blocks(plain, calls, trained, Again())
     made = tracker.live_bytes - before
     there = places(again)
     # positions are an argument that no block here reads

@@ -62,7 +62,7 @@ def test_batches_of_other_documents_share_a_graph(monkeypatch: pytest.MonkeyPatc
     graphs, compiled_losses = [], []
     with packing(model, flash_by_document, longest=44):
         losses = [float(loss(lengths).detach()) for lengths in batches]
-        with compiled(model, delta.family, True, backend="eager"):
+        with compiled(model, delta.family, backend="eager"):
             for lengths in batches:
                 found = loss(lengths)
                 found.backward()

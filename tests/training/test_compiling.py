@@ -88,7 +88,7 @@ def test_equals_eager_and_all_layers_share_a_graph(
 ) -> None:
     expected = steps(*built(make, undropped(method)))
     model, delta = built(make, undropped(method))
-    with compiled(model, delta.family, True, backend="aot_eager"):
+    with compiled(model, delta.family, backend="aot_eager"):
         found = steps(model, delta)
         # the first layer's input may have no gradient: a graph of its own
         assert 1 <= graphs() <= 2, "one graph for each layer, or none"
@@ -104,7 +104,7 @@ def test_equals_eager_and_all_layers_share_a_graph(
 def test_no_method_breaks_a_graph(graphs: Callable[[], int]) -> None:
     for method in METHODS:
         model, delta = built(llama, undropped(method))
-        with compiled(model, delta.family, True, backend="aot_eager"):
+        with compiled(model, delta.family, backend="aot_eager"):
             steps(model, delta)
     assert not torch._dynamo.utils.counters["graph_break"]
 
@@ -114,12 +114,12 @@ def test_one_model_after_another_is_right() -> None:
     torch.manual_seed(0)
     bare = llama().train()
     ids = torch.arange(12)[None]
-    with compiled(bare, describe(bare), True, backend="aot_eager"):
+    with compiled(bare, describe(bare), backend="aot_eager"):
         before = bare(input_ids=ids, use_cache=False).logits
     for method in (LoRA(), LoRA(r=4)):
         model, delta = built(llama, method)
         eager = model(input_ids=ids, use_cache=False).logits
-        with compiled(model, delta.family, True, backend="aot_eager"):
+        with compiled(model, delta.family, backend="aot_eager"):
             found = model(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-5)
         assert float((found - before).detach().abs().max()) > 1e-3
@@ -128,7 +128,7 @@ def test_one_model_after_another_is_right() -> None:
 def test_lengths_may_vary_without_a_graph_for_each(graphs: Callable[[], int]) -> None:
     model, delta = built(llama, LoRA())
     lengths = (12, 14, 9, 11, 17, 8, 21, 30, 10, 13)
-    with compiled(model, delta.family, True, backend="aot_eager"):
+    with compiled(model, delta.family, backend="aot_eager"):
         found = steps(model, delta, lengths)
         assert graphs() <= 4
     model, delta = built(llama, LoRA())
@@ -137,7 +137,7 @@ def test_lengths_may_vary_without_a_graph_for_each(graphs: Callable[[], int]) ->
 
 def test_leaves_nothing_behind(graphs: Callable[[], int]) -> None:
     model, delta = built(llama, LoRA())
-    with pytest.raises(ZeroDivisionError), compiled(model, delta.family, True, backend="aot_eager"):
+    with pytest.raises(ZeroDivisionError), compiled(model, delta.family, backend="aot_eager"):
         raise ZeroDivisionError
     steps(model, delta)
     assert graphs() == 0
@@ -147,7 +147,7 @@ def test_leaves_nothing_behind(graphs: Callable[[], int]) -> None:
 
 def test_runs_as_it_is_without_gradients(graphs: Callable[[], int]) -> None:
     model, delta = built(llama, LoRA())
-    with compiled(model, delta.family, True, backend="aot_eager"), torch.no_grad():
+    with compiled(model, delta.family, backend="aot_eager"), torch.no_grad():
         model(input_ids=torch.arange(12)[None])
     assert graphs() == 0
 
@@ -169,7 +169,7 @@ def test_keeps_less_than_eager_steps_do() -> None:
             return tensor
 
         with (
-            compiled(model, delta.family, wanted, backend="aot_eager_decomp_partition") if wanted else nullcontext(),
+            compiled(model, delta.family, backend="aot_eager_decomp_partition") if wanted else nullcontext(),
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         ):
             decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]

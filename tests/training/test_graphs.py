@@ -33,7 +33,7 @@ class Again:
     def warm_up(self, function: Callable[[], None]) -> None:
         function()
 
-    def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+    def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
         with torch.enable_grad():
             places = function()
 
@@ -79,7 +79,7 @@ def check(make: Any, method: Method, given: list[dict[str, Tensor]], every: int 
     expected = passes(model, delta, given, every)
     model, delta = built(make, method)
     Again.replays = 0
-    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Again):
+    with graphed(model, delta.family, list(delta.parameters()), capture=Again):
         losses, gradients = passes(model, delta, given, every)
     assert losses == expected[0]
     assert len(gradients) == len(expected[1]) > 0
@@ -108,7 +108,7 @@ def test_dropout_draws_what_it_would_draw() -> None:
     model, delta = built(llama, BottleneckAdapter(dropout=0.5, bottleneck_dim=8))
     torch.manual_seed(5)
     Again.replays = 0
-    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Again):
+    with graphed(model, delta.family, list(delta.parameters()), capture=Again):
         found, _ = passes(model, delta, batches(BEFORE + 2))
     assert Again.replays
     assert found == expected
@@ -137,7 +137,7 @@ def test_shapes_take_turns_and_masks_are_read_anew() -> None:
 
 def test_validation_in_between_is_plain() -> None:
     model, delta = built(llama, LoRA(r=4))
-    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Again):
+    with graphed(model, delta.family, list(delta.parameters()), capture=Again):
         passes(model, delta, batches(BEFORE + 2))
         before = Again.replays
         with torch.no_grad():
@@ -150,7 +150,7 @@ def test_what_changes_from_batch_to_batch_is_noticed(caplog: pytest.LogCaptureFi
     box = {"shift": torch.zeros(())}
 
     class Stale(Again):
-        def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+        def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
             then = box["shift"]
 
             def as_then() -> list[Any]:
@@ -160,14 +160,15 @@ def test_what_changes_from_batch_to_batch_is_noticed(caplog: pytest.LogCaptureFi
                 finally:
                     box["shift"] = now
 
-            return super().record(as_then)
+            return super().capture(as_then)
 
     def run(record: bool) -> list[float]:
         model, delta = built(llama, LoRA(r=4))
         layer = model.get_submodule(delta.family.layers[2].path)
         layer.register_forward_hook(lambda _, __, y: y + box["shift"])
         losses = []
-        with graphed(model, delta.family, list(delta.parameters()), record, recorder=Stale):
+        blocks = graphed(model, delta.family, list(delta.parameters()), capture=Stale) if record else nullcontext()
+        with blocks:
             for number, batch in enumerate(batches(BEFORE + 3)):
                 box["shift"] = torch.tensor(0.1 * number)
                 losses += passes(model, delta, [batch])[0]
@@ -180,12 +181,12 @@ def test_what_changes_from_batch_to_batch_is_noticed(caplog: pytest.LogCaptureFi
 
 def test_a_failed_recording_says_so_and_runs_on(caplog: pytest.LogCaptureFixture) -> None:
     class Fails(Again):
-        def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+        def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     model, delta = built(llama, LoRA(r=4))
     expected = passes(model, delta, batches(BEFORE + 2))[0]
-    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Fails):
+    with graphed(model, delta.family, list(delta.parameters()), capture=Fails):
         assert passes(model, delta, batches(BEFORE + 2))[0] == expected
     assert "not permitted" in caplog.text
 

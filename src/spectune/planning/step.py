@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from spectune.blocks.compiler import memory_budget
+from spectune.blocks.call import Wrapper, wrapped
+from spectune.blocks.compile import memory_budget
 from spectune.blocks.offload import MetaTransfers
 from spectune.blocks.recompute import Recomputation, recompute
 from spectune.compute.evaluating import evaluating
@@ -260,8 +261,7 @@ def _batch(shape: Shape, *, training: bool = True) -> dict[str, Tensor]:
 @contextmanager
 def _marked(recorder: Recorder, built: Skeleton) -> Iterator[None]:
     """Mark where each layer begins, forward and backward: around its whole call, compiled or recomputed as it is."""
-    before = [layer.__dict__.get("_compiled_call_impl") for layer in built.layers]
-    last = len(before) - 1
+    last = len(built.layers) - 1
 
     def arrives(index: int) -> None:
         recorder.in_layers = True
@@ -284,16 +284,8 @@ def _marked(recorder: Recorder, built: Skeleton) -> Iterator[None]:
 
         return marked
 
-    try:
-        for index, (layer, call) in enumerate(zip(built.layers, before, strict=True)):
-            layer.__dict__["_compiled_call_impl"] = marking(index, call or layer._call_impl)
+    with wrapped(built.layers, Wrapper.MARKED, lambda index, layer, inner: marking(index, inner)):
         yield
-    finally:
-        for layer, call in zip(built.layers, before, strict=True):
-            if call is None:
-                layer.__dict__.pop("_compiled_call_impl", None)
-            else:
-                layer.__dict__["_compiled_call_impl"] = call
 
 
 def _empty(base: PretrainedConfig | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

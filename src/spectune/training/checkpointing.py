@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from spectune.blocks import compiler
+from spectune.blocks import compile as compiler
 from spectune.blocks.recompute import Recomputation, modes, recomputing
 
 __all__ = ["WORDS", "Recomputation", "memory_budget", "modes_of", "recomputing"]
@@ -34,5 +34,5 @@ def modes_of(model: PreTrainedModel, wanted: Any) -> tuple[Recomputation, ...]:
 
 
 def memory_budget(mode: Recomputation) -> float:
-    """What compiled blocks are given of the compiler's budget: see `spectune.blocks.compiler.memory_budget`."""
+    """What compiled blocks are given of the compiler's budget: see `spectune.blocks.compile.memory_budget`."""
     return compiler.memory_budget(mode)

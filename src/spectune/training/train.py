@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -158,9 +159,11 @@ def train(
         with (
             route(model, delta.name),
             cudnn_attention(cudnn),
-            compiled(model, delta.family, compiling, memory_budget=memory_budget(predicted.checkpointing)),
+            compiled(model, delta.family, memory_budget=memory_budget(predicted.checkpointing))
+            if compiling
+            else nullcontext(),
             recomputing(model, predicted.checkpointing),
-            graphed(model, delta.family, trained, recording),
+            graphed(model, delta.family, trained) if recording else nullcontext(),
             Display(out, delta.method.label, total, progress.step) as display,
         ):
             stopped = loop.run(display)
