@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # a function named like its file comes from the file: from th
     from spectune.storage import route as route
     from spectune.training import RunResult as RunResult
     from spectune.training import TrainingConfig as TrainingConfig
-    from spectune.training.train import train as train
+    from spectune.training.trainer import train as train
 
 # room -> its public names; `tests/test_public_api.py` holds this table and the imports above together.
 _PUBLIC: dict[str, tuple[str, ...]] = {

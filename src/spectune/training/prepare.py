@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,21 @@ def prepare(
         base_precision=base_precision(model),
     )
     return Prepared(rows, (train, valid), rate, length, identity)
+
+
+def total_steps(rows: int, config: TrainingConfig, processes: int = 1) -> int:
+    """Optimizer steps of a run on so many examples."""
+    if config.max_steps > 0:
+        return config.max_steps
+    batch_count = math.ceil(rows / (config.per_device_train_batch_size * processes))
+    per_epoch = math.ceil(batch_count / config.gradient_accumulation_steps)
+    return max(1, round(per_epoch * config.num_train_epochs))
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands where a row has no token; it is masked, so any id will do."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad or 0)
 
 
 def room_for_rows(positions: int, method: Method) -> int:
