@@ -12,10 +12,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spectune.blocks.compile import compiled
+from spectune.blocks.execution import Execution
 from spectune.deltas import attach
 from spectune.methods import method_from_name
 from spectune.planning.planner import Planner
-from spectune.planning.recorder import Record, Shape
+from spectune.planning.recorder import Record
+from spectune.planning.shape import Shape
+from spectune.planning.workload import Workload
 from spectune.training.checkpointing import memory_budget
 from spectune.training.execution import _compiler_there
 
@@ -52,9 +55,12 @@ def alive(record: Record, until: int) -> set[int]:
 
 def kept_by_plan(model: PreTrainedModel, method: str, checkpointing: Any) -> int:
     """Bytes that the second block makes and that are there when the last one is done."""
-    planner = Planner(model, method_from_name(method), torch.float32, "cpu", checkpointing=checkpointing, compiled=True)
+    planner = Planner(
+        Workload.of(model, method_from_name(method), torch.float32, "cpu"),
+        Execution(recomputation=checkpointing, compiled=True),
+    )
     record = planner._record(SHAPE)
-    assert planner.compiled, "the compiler could not trace a block"
+    assert planner.execution.compiled, "the compiler could not trace a block"
     marks = dict(record.marks)
     made = {event for event in record.events[marks["F1"] : marks["F2"]] if event >= 0}
     return sum(record.sizes[number] for number in made & alive(record, marks["head"]))

@@ -106,8 +106,8 @@ def _plan(
 ) -> tuple[dict[str, Any], list[str]]:
     """What is printed, and a sentence for each method asked for that does not fit."""
     from spectune.planning.estimate import shown
-    from spectune.planning.plan import context_of
     from spectune.planning.room import free_memory
+    from spectune.planning.workload import context_of
     from spectune.sizes import bytes_of
     from spectune.storage.bases import load_config
     from spectune.storage.devices import resolve_device
@@ -174,41 +174,37 @@ def _estimate(
     examples: list[Example] | None,
     limit: int | None,
 ) -> Estimate:
-    from spectune.compute.cudnn import cudnn_attention
-    from spectune.planning.plan import plan as estimate_of
+    from spectune.planning import Shape
+    from spectune.planning import plan as estimate_of
 
     wanted = run.config
-    asked: dict[str, Any] = {"length": run.longest, **run.planned(method)}
-    if limit is None and asked["gradient_checkpointing"] == "auto":
-        asked["gradient_checkpointing"] = False
-    rows = wanted.per_device_train_batch_size
+    shape = Shape.whole(wanted.per_device_train_batch_size, run.longest)
     if examples is not None:
         from spectune.training.memory import shape_of
 
-        longest = sorted(examples, key=lambda example: -len(example.input_ids))[:rows]
+        longest = sorted(examples, key=lambda example: -len(example.input_ids))[: shape.rows]
         shape = shape_of([[row] for row in longest])
-        rows = shape.rows
-        asked |= {"length": min(shape.length, most or shape.length), "targets": shape.targets, "padded": shape.padded,
-                  "columns": shape.columns}  # fmt: skip
-    with cudnn_attention(run.cudnn):
-        return estimate_of(
-            base,
-            method,
-            rows,
-            dtype=settings.text("dtype"),
-            base_precision=settings.base_precision,
-            device=run.place,
-            memory=limit,
-            optim=wanted.optim,
-            gradient_accumulation_steps=wanted.gradient_accumulation_steps,
-            eval_batch=wanted.per_device_eval_batch_size,
-            **asked,
-        )
+        shape = shape.cut(most or shape.length)
+    mode = wanted.gradient_checkpointing
+    return estimate_of(
+        base,
+        method,
+        shape,
+        validation=wanted.per_device_eval_batch_size,
+        execution=run.execution(method),
+        gradient_checkpointing=False if limit is None and mode == "auto" else mode,
+        dtype=settings.text("dtype"),
+        base_precision=settings.base_precision,
+        device=run.place,
+        memory=limit,
+        optim=wanted.optim,
+        gradient_accumulation_steps=wanted.gradient_accumulation_steps,
+    )
 
 
 def _examples(settings: Settings, wanted: TrainingConfig, base: Any) -> list[Example]:
     from spectune.data import encode
-    from spectune.planning.plan import context_of
+    from spectune.planning.workload import context_of
     from spectune.storage.bases import load_tokenizer
     from spectune.training.prepare import DEFAULT_LENGTH
 
@@ -286,7 +282,8 @@ def _shown_mode(mode: bool | str) -> str:
 def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> None:
     from rich.table import Table
 
-    from spectune.planning.estimate import TERMS, shown
+    from spectune.planning.estimate import shown
+    from spectune.planning.moments import TERMS
 
     if estimates:
         first = estimates[0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spectune.blocks.execution import Execution
     from spectune.data import Example
     from spectune.deltas import Method
     from spectune.families import Family
@@ -73,14 +74,16 @@ class PlannedRun:
         return records_on(self.place, self.config, self.family, method, tokens=tokens, length=self.length,
                           packs=self.packs, recomputation=False if mode == "auto" else mode)  # fmt: skip
 
-    def planned(self, method: Method) -> dict[str, Any]:
-        """`plan`'s arguments. On a CPU a run's first steps, which hold its longest batch, are not compiled, as tensors
-        are counted in them. So that is planned."""
-        return {
-            "torch_compile": self.compiles(method) and self.place != "cpu",
-            "cuda_graphs": self.records(method),
-            "gradient_checkpointing": self.config.gradient_checkpointing,
-        }
+    def execution(self, method: Method) -> Execution:
+        """How its blocks run, recomputation aside. On a CPU a run's first steps, which hold its longest batch, are not
+        compiled, as tensors are counted in them. So that is planned.
+
+        Raises:
+            ConfigError: they cannot be captured as CUDA graphs, and are to be.
+        """
+        from spectune.blocks.execution import Execution
+
+        return Execution(self.compiles(method) and self.place != "cpu", self.records(method), cudnn=self.cudnn)
 
     def said(self, estimates: Sequence[tuple[Method, Estimate]]) -> list[str]:
         """Lines on what "auto" came to, and why."""

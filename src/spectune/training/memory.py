@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from spectune.compute.cudnn import cudnn_allowed, cudnn_attention
+from spectune.blocks.execution import Execution
+from spectune.compute.cudnn import cudnn_allowed
 from spectune.data import Example, batches, by_length
 from spectune.deltas import Delta
 from spectune.errors import DoesNotFitError, first_line
 from spectune.planning.estimate import Estimate, shown
-from spectune.planning.plan import cheapest_that_fits, plan
-from spectune.planning.recorder import Shape
+from spectune.planning.memory_plan import cheapest_that_fits, plan
 from spectune.planning.room import free_memory
+from spectune.planning.shape import Shape
 from spectune.training.checkpointing import WORDS, Recomputation, modes_of
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
@@ -90,9 +90,9 @@ def predict_memory(
         ]
 
         def predicted(mode: Recomputation) -> Predicted:
-            with cudnn_attention(cudnn):
-                return _predicted(model, delta, prepared, config, first, steps, mode, compiling, recording,
-                                  masked=not how.untold)  # fmt: skip
+            # on a CPU a run's first steps, which hold its longest batch, are not compiled: tensors are counted in them
+            execution = Execution(compiling and model.device.type != "cpu", recording and mode is False, mode, cudnn)
+            return _predicted(model, delta, prepared, config, first, steps, execution, masked=not how.untold)
 
         if free is None:
             return predicted(possible[0])
@@ -168,37 +168,20 @@ def _predicted(
     config: TrainingConfig,
     first: Shape,
     steps: list[list[Shape]],
-    mode: Recomputation,
-    compiling: bool,
-    recording: bool,
+    execution: Execution,
     *,
     masked: bool,
 ) -> Predicted:
     """`masked`: rows that are padded in training have an attention mask; in validation they always do."""
-    on_cpu = model.device.type == "cpu"
-    asked: dict[str, Any] = {
-        "batch": first.rows,
-        "length": first.length,
-        # on a CPU a run's first steps, which hold its longest batch, are not compiled: tensors are counted in them
-        "torch_compile": compiling and not on_cpu,
-        "cuda_graphs": recording and mode is False,
-        "gradient_checkpointing": mode,
-        "optim": config.optim,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "device": model.device.type,
-        "targets": first.targets,
-        "all_targets": first.all_targets,
-        "columns": first.columns,
-        "padded": first.padded and masked,
-        "eval_padded": first.padded,
-    }
+    shape, validation = replace(first, padded=first.padded and masked), None
     if prepared.valid:
         judged = shape_of([[row] for row in prepared.valid])
-        asked["eval_batch"] = min(config.per_device_eval_batch_size, judged.rows)
-        asked["eval_length"], asked["eval_targets"] = judged.length, judged.targets
-        longest = sorted(prepared.valid, key=lambda row: -len(row.input_ids))[: asked["eval_batch"]]
-        asked["eval_columns"] = shape_of([[row] for row in longest]).columns
+        rows = min(config.per_device_eval_batch_size, judged.rows)
+        longest = sorted(prepared.valid, key=lambda row: -len(row.input_ids))[:rows]
+        columns = shape_of([[row] for row in longest]).columns
+        validation = Shape(rows, judged.length, judged.targets, rows * judged.targets, first.padded, columns)
     weights = sum(t.numel() * t.element_size() for t in model.parameters())
+    asked = (shape, validation, execution, config.optim, config.gradient_accumulation_steps, model.device.type)
     asking = repr((asked, steps, cudnn_allowed()))
     key = (type(model), model.config.to_json_string(), str(model.dtype), weights, delta.method, asking)
     if key not in _predictions:
@@ -206,9 +189,11 @@ def _predicted(
         while len(_predictions) >= _KEPT:
             del _predictions[next(iter(_predictions))]
         with torch.random.fork_rng(devices=[]):
-            estimate = plan(model, delta.method, **asked)
+            estimate = plan(model, delta.method, shape, validation=validation, execution=execution, optim=config.optim,
+                            gradient_accumulation_steps=config.gradient_accumulation_steps,
+                            device=model.device.type)  # fmt: skip
             memory = estimate.of_first_steps(steps).memory()
-        _predictions[key] = Predicted(estimate, memory, estimate.source, mode)
+        _predictions[key] = Predicted(estimate, memory, estimate.source, execution.recomputation)
     return _predictions[key]
 
 
