@@ -13,6 +13,7 @@ import transformers
 from shapes import CONFIGS
 from transformers import PretrainedConfig
 
+from spectune.blocks.execution import Execution
 from spectune.compute.varlen import flash_by_document, loop_by_document
 from spectune.data import Example
 from spectune.data.rows import Row
@@ -203,12 +204,9 @@ def predict(cell: Cell, device: str) -> dict[str, Any]:
     try:
         config, method, shapes = config_of(cell.shape), method_of(cell), shapes_of(cell, device)
         whole = shape_of([[row] for row in examples(cell)], Packing(untold=packing_of(cell, device).untold))
-        estimate = plan(
-            config, method, whole.rows, whole.length, dtype=dtype, base_precision=cell.base_precision,
-            gradient_checkpointing=cell.checkpointing, torch_compile=compiled,
-            cuda_graphs=cell.recorded and device == "cuda", optim=cell.optim, device=device, targets=whole.targets,
-            all_targets=whole.all_targets, columns=whole.columns, padded=whole.padded,
-        )  # fmt: skip
+        execution = Execution(compiled, cell.recorded and device == "cuda", cell.checkpointing)  # type: ignore[arg-type]
+        estimate = plan(config, method, whole, execution=execution, dtype=dtype, base_precision=cell.base_precision,
+                        optim=cell.optim, device=device)  # fmt: skip
         measured = estimate.of_first_steps([shapes] * MEASURED_STEPS)
     except Exception as error:
         return {**found, "skipped": f"{type(error).__name__}: {error}"[:300]}

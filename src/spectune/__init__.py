@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # a function named like its file comes from the file: from th
     from spectune.methods import PromptTuning as PromptTuning
     from spectune.methods import method_from_name as method_from_name
     from spectune.planning import Estimate as Estimate
-    from spectune.planning.plan import plan as plan
+    from spectune.planning.memory_plan import plan as plan
     from spectune.storage import attach as attach
     from spectune.storage import detach as detach
     from spectune.storage import load as load

@@ -36,7 +36,8 @@ import spectune
 from spectune.compute import losses
 from spectune.compute.head import LinearHead, linear_head
 from spectune.compute.losses import causal_lm_loss_sum, labelled_loss_sum
-from spectune.planning.recorder import Recorder, Shape
+from spectune.planning.recorder import Recorder
+from spectune.planning.shape import Shape
 
 V = 37
 SIZES: dict[str, Any] = {

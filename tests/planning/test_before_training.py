@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,9 @@ def test_recordings_are_planned_unless_something_is_recomputed(monkeypatch: pyte
     real = memory_module.plan
 
     def watched(*given: Any, **settings: Any) -> Any:
-        asked.append((settings["gradient_checkpointing"], settings["cuda_graphs"]))
-        return real(*given, **{**settings, "cuda_graphs": False})
+        execution = settings["execution"]
+        asked.append((execution.recomputation, execution.graphs))
+        return real(*given, **{**settings, "execution": replace(execution, graphs=False)})
 
     monkeypatch.setattr(memory_module, "plan", watched)
     monkeypatch.setattr(memory_module, "_predictions", {})

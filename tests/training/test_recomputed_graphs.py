@@ -18,7 +18,7 @@ from spectune.blocks.recompute import Recomputation, recomputing
 from spectune.compute.memory import AllocationTracker
 from spectune.deltas import Delta, Method, attach, route
 from spectune.methods import FullFineTuning, LoRA, PromptTuning
-from spectune.training.execution import _compiler_there
+from spectune.training.decisions import has_cpu_compiler
 from tests.contract.conftest import CASES, move, refusal, tokens
 from tests.contract.families import FAMILIES, gpt2, llama
 from tests.support.graphs import Cut
@@ -230,7 +230,7 @@ def test_a_partitioner_that_would_draw_twice_is_refused(monkeypatch: pytest.Monk
         dropping(0.0, False, Cut())
 
 
-@pytest.mark.skipif(not _compiler_there(), reason="makes kernels for the CPU")
+@pytest.mark.skipif(not has_cpu_compiler(), reason="makes kernels for the CPU")
 @pytest.mark.parametrize(
     ("mode", "attention"),
     [("selective", True), pytest.param(True, True, marks=SLOW), (True, False)],

@@ -7,7 +7,7 @@ import logging
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from spectune.families import Family
 from spectune.methods import LoRA
 from spectune.planning.flops import flops_per_token
 from spectune.training.config import TrainingConfig
+from spectune.training.prepare import Prepared, total_steps
 
 log = logging.getLogger("spectune")
 
@@ -87,6 +88,15 @@ def decide(
         cudnn=takes_cudnn(family, lengths, steps or 0, config, packs=packing.on),
         packing=packing,
     ).because("packing", why_packing)
+
+
+def decide_run(delta: Delta, prepared: Prepared, config: TrainingConfig, processes: int = 1) -> Execution:
+    """How a run of an attached delta on these rows is executed, as far as memory has no say in it. Raises as
+    `decide`."""
+    lengths = [len(example.input_ids) for example in prepared.examples]
+    steps = total_steps(len(lengths), config, processes)
+    device_type = delta.model.device.type
+    return decide(config, delta.family, delta.method, lengths, device_type, steps=steps, delta=delta)
 
 
 def possible_modes(

@@ -1,8 +1,8 @@
 """AdamW whose moments are kept in eight bits: 2 bytes a weight instead of 8.
 
 The step is `MasterAdamW`'s in float32; between steps the first moment and the root of the second are kept as codes
-(`spectune.compute.dynamic_codes`). The root, not the second moment itself: a small one would be rounded to none, and the
-step divided by nothing.
+(`spectune.compute.dynamic_codes`). The root, not the second moment itself: a small one would be rounded to none, and
+the step divided by nothing.
 """
 
 from __future__ import annotations

@@ -27,9 +27,7 @@ class Peaks:
         found: bytes, from before a run was interrupted too.
     """
 
-    def __init__(
-        self, device: torch.device, baseline: Callable[[], Sequence[Tensor]], found: dict[str, int]
-    ) -> None:
+    def __init__(self, device: torch.device, baseline: Callable[[], Sequence[Tensor]], found: dict[str, int]) -> None:
         self.device, self.baseline, self.found = device, baseline, found
         self._stretch: PeakMemory | None = None
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.blocks.execution import Execution, Packing
 from spectune.blocks.recompute import Recomputation
-from spectune.compute.cudnn import cudnn_allowed, cudnn_attention
+from spectune.compute.cudnn import cudnn_allowed
 from spectune.data import Example
-from spectune.deltas import Delta, Method
+from spectune.deltas import Delta
 from spectune.errors import DoesNotFitError, first_line
+from spectune.families import family_from_config
 from spectune.planning.estimate import Estimate, shown
-from spectune.planning.plan import cheapest_that_fits, plan
-from spectune.planning.recorder import Shape
+from spectune.planning.memory_plan import cheapest_that_fits
+from spectune.planning.memory_plan import estimate as estimate_of
 from spectune.planning.room import free_memory
+from spectune.planning.shape import Shape
+from spectune.planning.workload import Workload
 from spectune.training.batching import Batches
 from spectune.training.config import TrainingConfig
-from spectune.training.decisions import possible_modes
+from spectune.training.decisions import decide, decide_run, possible_modes
 from spectune.training.distribution import World
 from spectune.training.peaks import MEMORY_STEPS
-from spectune.training.prepare import Prepared
+from spectune.training.prepare import Prepared, steps_of_run
 
 log = logging.getLogger("spectune")
 
@@ -46,25 +48,30 @@ class PlannedBatches:
         longest: the longest of training, padded: a pack's batch has no more tokens, so what is refused, and advised, is
             by that.
         steps: of the first steps, which are measured, as this process runs them.
-        validation: the longest of validation; None where there is none.
+        validation: the longest of validation, or rows of one that is as long as training's; None where there is none.
     """
 
     longest: Shape
     steps: tuple[tuple[Shape, ...], ...]
-    validation: Shape | None
+    validation: Shape | int | None
 
     @classmethod
-    def of(cls, prepared: Prepared, config: TrainingConfig, packing: Packing, world: World) -> PlannedBatches:
+    def of(
+        cls,
+        examples: Sequence[Example],
+        valid: Sequence[Example],
+        config: TrainingConfig,
+        packing: Packing,
+        world: World,
+    ) -> PlannedBatches:
         """Of a run on these rows."""
-        examples = prepared.examples
         [[first, *_], *_] = _first_steps(examples, config, world, Packing())
         longest = shape_of(first)
         steps = tuple(
-            tuple(shape_of(packs, packing) for packs in step)
-            for step in _first_steps(examples, config, world, packing)
+            tuple(shape_of(packs, packing) for packs in step) for step in _first_steps(examples, config, world, packing)
         )
-        return cls(replace(longest, padded=longest.padded and not packing.mask_free), steps,
-                   _validation(prepared.valid, config, padded=longest.padded))  # fmt: skip
+        validation = _validation(valid, config, padded=longest.padded)
+        return cls(replace(longest, padded=longest.padded and not packing.mask_free), steps, validation)
 
 
 @dataclass(frozen=True)
@@ -93,61 +100,17 @@ class Predictions:
     def __init__(self) -> None:
         self._known: dict[object, tuple[Estimate, dict[str, int]]] = {}
 
-    def of(
-        self, model: PreTrainedModel, method: Method, found: PlannedBatches, execution: Execution, config: TrainingConfig
-    ) -> tuple[Estimate, dict[str, int]]:
-        """The estimate of a run on this model, and its terms with the peaks of the first steps."""
-        weights = sum(t.numel() * t.element_size() for t in model.parameters())
-        key = (
-            type(model), model.config.to_json_string(), model.dtype, model.device.type, weights, method, found,
-            execution, config.optim, config.gradient_accumulation_steps, cudnn_allowed(),
-        )  # fmt: skip
+    def of(self, workload: Workload, found: PlannedBatches, execution: Execution) -> tuple[Estimate, dict[str, int]]:
+        """The estimate of a run, and its terms with the peaks of the first steps."""
+        known = replace(workload, config=None), workload.config.to_json_string()  # type: ignore[arg-type]
+        key = (*known, found, execution, cudnn_allowed())
         if key not in self._known:
             while len(self._known) >= self.kept:
                 del self._known[next(iter(self._known))]
             with torch.random.fork_rng(devices=[]):
-                estimate = estimate_of(model, method, found, execution, config, model.device.type)
+                estimate = estimate_of(workload, found.longest, found.validation, execution)
                 self._known[key] = estimate, estimate.of_first_steps(found.steps).memory()
         return self._known[key]
-
-
-def estimate_of(
-    base: PretrainedConfig | PreTrainedModel,
-    method: Method,
-    found: PlannedBatches,
-    execution: Execution,
-    config: TrainingConfig,
-    device_type: str,
-    *,
-    dtype: str | None = None,
-    base_precision: str | None = None,
-) -> Estimate:
-    """The plan of a run: of a loaded model, or of a base's config with its `dtype` and `base_precision`."""
-    how, first, judged = execution.of_first_steps(device_type), found.longest, found.validation
-    evaluated = {} if judged is None else {
-        "eval_batch": judged.rows, "eval_length": judged.length, "eval_targets": judged.targets,
-        "eval_columns": judged.columns, "eval_padded": judged.padded,
-    }  # fmt: skip
-    with cudnn_attention(how.cudnn):
-        return plan(
-            base,
-            method,
-            first.rows,
-            first.length,
-            dtype=dtype,
-            base_precision=base_precision,
-            gradient_checkpointing=how.recomputation,
-            torch_compile=how.compiled,
-            cuda_graphs=how.graphs,
-            optim=config.optim,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            device=device_type,
-            targets=first.targets,
-            all_targets=first.all_targets,
-            columns=first.columns,
-            padded=first.padded,
-            **evaluated,
-        )
 
 
 def predict(
@@ -155,30 +118,38 @@ def predict(
     prepared: Prepared,
     config: TrainingConfig,
     world: World,
-    execution: Execution,
     known: Predictions | None = None,
+    decided_as: TrainingConfig | None = None,
 ) -> Prediction:
-    """The plan of this run, with the recomputation that it takes to fit. What keeps the planner from describing a base
-    is logged, and keeps nobody from training it: then the first of what may be recomputed stands.
+    """How this run is executed, with the recomputation that it takes to fit, and what it takes then. What keeps the
+    planner from describing a base is logged, and keeps nobody from training it: then the first of what may be
+    recomputed stands.
 
     Args:
         known: plans that were made before, and are kept.
+        decided_as: settings of the run that this one stands for; the config's own by default.
+
+    Raises:
+        ConfigError: as `decide`.
     """
-    model = delta.model
-    possible = possible_modes(config, model.device.type, model)
+    model, method = delta.model, delta.method
+    execution = decide_run(delta, prepared, decided_as or config, world.size)
     if config.memory_check == "off":
         return Prediction(execution)
+    possible = possible_modes(config, model.device.type, model)
     free, known = free_memory(model.device), known or Predictions()
     try:
-        found = PlannedBatches.of(prepared, config, execution.packing, world)
+        found = PlannedBatches.of(prepared.examples, prepared.valid, config, execution.packing, world)
+        workload = Workload.of(model, method, None, model.device, optim=config.optim,
+                               accumulates=config.gradient_accumulation_steps > 1)  # fmt: skip
 
         def planned(mode: Recomputation) -> Prediction:
             how = execution.recomputing(mode)
-            estimate, memory = known.of(model, delta.method, found, how, config)
+            estimate, memory = known.of(workload, found, how.of_first_steps(model.device.type))
             return Prediction(how, estimate, memory, estimate.source)
 
         first = planned(possible[0])
-        if free is None or first.estimate is None:
+        if free is None:
             return first
         room = _room(free, delta)
         best = cheapest_that_fits(possible, planned, lambda made: _fits_well(made.estimate, room))
@@ -186,6 +157,44 @@ def predict(
         log.warning("the memory of this run is not predicted: %s: %s", type(error).__name__, first_line(error))
         return Prediction(execution, source="none")
     return best if best.execution.recomputation == possible[0] else _with_reason(best, first, room)
+
+
+def plan_unloaded(
+    workload: Workload,
+    config: TrainingConfig,
+    examples: Sequence[Example],
+    valid: Sequence[Example],
+    *,
+    length: int,
+    limit: int | None,
+) -> tuple[Execution, Estimate]:
+    """The same of a base that is not loaded: what only the model can tell is taken to be so (see `decide`).
+
+    Args:
+        examples, valid: rows of training and of validation; without any, batches of rows of `length` tokens are
+            planned.
+        limit: bytes of the device, all of them free; without, nothing is recomputed that the config does not ask for.
+
+    Raises:
+        ConfigError: as `decide` and `spectune.planning.plan`.
+    """
+    device = workload.device
+    lengths = [len(example.input_ids) for example in examples] or [length]
+    steps = steps_of_run(examples, config)
+    execution = decide(config, family_from_config(workload.config), workload.method, lengths, device, steps=steps)
+    batch, judged = Shape.whole(config.per_device_train_batch_size, length), config.per_device_eval_batch_size
+    found = PlannedBatches(batch, (), judged)
+    if examples:
+        found = PlannedBatches.of(examples, valid, config, execution.packing, World())
+
+    def planned(mode: Recomputation) -> tuple[Execution, Estimate]:
+        how = execution.recomputing(mode)
+        return how, estimate_of(workload, found.longest, found.validation, how.of_first_steps(device))
+
+    possible = possible_modes(config, device, None)
+    if limit is None:
+        return planned(possible[0])
+    return cheapest_that_fits(possible, planned, lambda pair: pair[1].fits(limit))
 
 
 def _with_reason(best: Prediction, first: Prediction, room: int) -> Prediction:

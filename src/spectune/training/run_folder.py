@@ -164,7 +164,8 @@ class RunFolder:
 
     def _checkpoint(self) -> None:
         if self.folder is not None:
-            save_checkpoint(self.folder, self.run.progress, self.run.delta, self.run.optimizer, self.best, self.identity)
+            run = self.run
+            save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
 
     def _keep_best(self) -> None:
         self.best = self._copy()
@@ -185,10 +186,8 @@ class RunFolder:
         assert self.folder is not None
         path = self.folder / "metrics.jsonl"
         if path.is_file():
-            lines = [
-                line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.run.progress.step
-            ]
-            atomic_write_text(path, "".join(line + "\n" for line in lines))
+            last, lines = self.run.progress.step, path.read_text(encoding="utf-8").splitlines()
+            atomic_write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= last))
         self._metrics = path.open("a", encoding="utf-8")
 
     def _resume_hint(self) -> str:

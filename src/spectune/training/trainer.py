@@ -18,7 +18,7 @@ from spectune.evaluation import perplexity
 from spectune.training.batching import Batches
 from spectune.training.checkpoint import Progress, latest_checkpoint, read_state, restore
 from spectune.training.config import TrainingConfig
-from spectune.training.decisions import check_graphs, decide
+from spectune.training.decisions import check_graphs
 from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.environment import environment
@@ -47,6 +47,7 @@ def train(
     console: Console | None = None,
     base_valid_loss: float | None = None,
     predictions: Predictions | None = None,
+    rehearsed: TrainingConfig | None = None,
 ) -> RunResult:
     """Train one method (attached as `name`) or an attached delta; the delta ends as the best of validation.
 
@@ -58,6 +59,7 @@ def train(
         console: where to print; default is standard output.
         base_valid_loss: the bare base's loss on the validation rows, where it is known already.
         predictions: what was planned of earlier runs, for callers that train many on one base.
+        rehearsed: settings of a longer run that this one stands for: steps are executed as that one's would be.
 
     Raises:
         ConfigError, DataError: bad settings or data, a delta that is not of this model or that nothing may be trained
@@ -74,17 +76,15 @@ def train(
     if finished is not None:
         return _as_it_ended(finished, delta, prepared, config, out)
     trained = trained_parameters(delta)
-    predicted = predict(delta, prepared, config, world, decided(delta, prepared, config, world), predictions)
+    predicted = predict(delta, prepared, config, world, predictions, rehearsed)
     check_memory(predicted, delta, config.memory_check)
     execution = predicted.execution
     if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
         check_graphs(model.device.type, execution.packing.on, execution.recomputation)
     run, folder = _begun(delta, tokenizer, trained, prepared, execution, config, world, out)
-    if base_valid_loss is not None and run.progress.base_valid_loss is None:
-        run.progress.base_valid_loss = base_valid_loss
     folder.begin(prepared.encoded, {**environment(), **_chosen(execution)}, origin or {})
     _announce(out, run, prepared, execution)
-    stopped = _driven(Loop(run, execution), folder, out)
+    stopped = _driven(Loop(run, execution), folder, out, base_valid_loss)
     if config.load_best_at_end and run.progress.best_step != run.progress.step:
         delta.load_training_state_dict(folder.best)
     folder.keep_end()
@@ -93,14 +93,6 @@ def train(
     if folder.folder is not None:
         result.save(folder.folder / "result.json")
     return result
-
-
-def decided(delta: Delta, prepared: Prepared, config: TrainingConfig, world: World) -> Execution:
-    """How a run of an attached delta on these rows is executed, as far as memory has no say in it. Raises as `decide`."""
-    lengths = [len(example.input_ids) for example in prepared.examples]
-    steps = total_steps(len(lengths), config, world.size)
-    device_type = delta.model.device.type
-    return decide(config, delta.family, delta.method, lengths, device_type, steps=steps, delta=delta)
 
 
 def trained_parameters(delta: Delta) -> list[nn.Parameter]:
@@ -165,12 +157,12 @@ def _begun(
     return run, RunFolder(folder if world.leads else None, run, best, prepared, tokenizer)
 
 
-def _driven(loop: Loop, folder: RunFolder, out: Console) -> bool:
+def _driven(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
     """The run to its end. Returns whether that came early because validation stopped improving."""
     run = loop.run
     try:
         if run.progress.base_valid_loss is None:
-            run.progress.base_valid_loss = _base_loss(loop)
+            run.progress.base_valid_loss = _base_loss(loop) if base_valid_loss is None else base_valid_loss
         with Display(out, run.delta.method.label, run.total_steps, run.progress.step) as display:
             return loop.drive(display)
     except DivergedError:
