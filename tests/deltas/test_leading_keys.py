@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spectune.blocks.compile import compiled
+from spectune.blocks.recompute import recomputing
 from spectune.deltas import leading_keys, route
 from spectune.methods import LoRA, PrefixTuning
 from spectune.storage import attach
-from spectune.training.checkpointing import recomputing
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

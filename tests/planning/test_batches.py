@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
-from spectune.blocks.execution import Execution
+from spectune.blocks.execution import Execution, Packing
 from spectune.compute import losses
 from spectune.compute.varlen import loop_by_document
 from spectune.data import Example
@@ -23,8 +23,7 @@ from spectune.planning.planner import Planner
 from spectune.planning.shape import Shape
 from spectune.planning.workload import Workload
 from spectune.training import TrainingConfig, train
-from spectune.training.memory import shape_of
-from spectune.training.packing import Packing
+from spectune.training.prediction import shape_of
 from tests.contract.families import VOCABULARY, llama
 from tests.planning.steps import real_peak
 from tests.support import make_rows, make_tokenizer

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,19 +12,17 @@ import torch
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from spectune.blocks import execution
 from spectune.blocks.compile import compiled
 from spectune.compute.losses import labelled_loss_sum
 from spectune.deltas import Delta, Method
 from spectune.families import describe
 from spectune.methods import METHODS, BottleneckAdapter, DoRA, LoRA
 from spectune.storage import attach, detach
-from spectune.training import TrainingConfig, execution, train
+from spectune.training import TrainingConfig, decisions, train
 from spectune.training import loop as loop_module
-from spectune.training.execution import worth_compiling
+from spectune.training.decisions import worth_compiling
 from tests.support import make_model, make_rows, make_tokenizer
-
-#: the package's `train` is the function
-train_module = import_module("spectune.training.train")
 
 DEPTH = 5
 
@@ -191,7 +188,7 @@ def test_a_run_is_compiled_where_that_pays() -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_long_runs_on_a_cpu_need_a_compiler(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "_compiler_there", lambda: there)
+    monkeypatch.setattr(decisions, "has_cpu_compiler", lambda: there)
     family = describe(llama())
     few = {"tokens": 10**6, "steps": 10**3, "length": 100}
     assert worth_compiling(family, LoRA(), tokens=10**11, steps=10**6, length=100, device_type="cpu") is there
@@ -202,7 +199,7 @@ def test_a_run_that_counts_its_memory_is_compiled_all_the_same(
     graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU the first steps run under a dispatch mode; under one the compiler gives up on the blocks for good."""
-    monkeypatch.setattr(train_module, "compiled", partial(compiled, backend="aot_eager"))
+    monkeypatch.setattr(execution, "compiled", partial(compiled, backend="aot_eager"))
     monkeypatch.setattr(loop_module, "labelled_loss_sum", lambda model, batch, fuse: labelled_loss_sum(model, batch))
     losses = []
     for wanted in (False, True):

@@ -16,9 +16,10 @@ from spectune.blocks.cuda_graphs import WARM_UPS, graphed
 from spectune.compute.losses import labelled_loss_sum
 from spectune.deltas import Method
 from spectune.errors import ConfigError
+from spectune.families import describe
 from spectune.methods import METHODS, BottleneckAdapter, FullFineTuning, LoRA
 from spectune.training import TrainingConfig
-from spectune.training.execution import launch_bound, records
+from spectune.training.decisions import decide, launch_bound
 from tests.training.test_compiling import built, gpt2, llama, undropped
 
 
@@ -197,40 +198,41 @@ def test_graphs_are_for_small_steps() -> None:
     assert not launch_bound(delta.family, delta.method, tokens=10**10, length=100)
 
 
+def decided(device_type: str, **settings: Any) -> bool:
+    """Whether a run of this model on rows of 100 tokens captures its blocks."""
+    config = TrainingConfig(**{"per_device_train_batch_size": 10, **settings})
+    return decide(config, describe(llama()), LoRA(r=4), [100], device_type, steps=3).graphs
+
+
 @pytest.mark.parametrize(
-    ("wanted", "packs", "recomputation", "message"),
+    ("settings", "message"),
     [
-        (True, False, False, "needs a CUDA device, the model is on 'cpu'"),
-        ("auto", False, False, None),
-        (False, True, True, None),
+        ({"cuda_graphs": True}, "needs a CUDA device, the model is on 'cpu'"),
+        ({}, None),
+        ({"cuda_graphs": False, "packing": True, "gradient_checkpointing": True}, None),
     ],
 )
-def test_without_cuda(wanted: Any, packs: bool, recomputation: Any, message: str | None) -> None:
-    _, delta = built(llama, LoRA(r=4))
-    config = TrainingConfig(cuda_graphs=wanted)
-
-    def asked() -> bool:
-        return records(config, delta, tokens=1000, length=100, packs=packs, recomputation=recomputation)
-
+def test_without_cuda(settings: dict[str, Any], message: str | None) -> None:
     if message is None:
-        assert asked() is False
+        assert decided("cpu", **settings) is False
     else:
         with pytest.raises(ConfigError, match=message):
-            asked()
+            decided("cpu", **settings)
 
 
 @pytest.mark.parametrize(
-    ("packs", "recomputation", "message"),
-    [(True, False, "packing=false"), (False, "selective", "gradient_checkpointing=false"), (False, False, None)],
+    ("settings", "message"),
+    [
+        ({"packing": True}, "packing=false"),
+        ({"gradient_checkpointing": "selective"}, "gradient_checkpointing=false"),
+        ({}, None),
+    ],
 )
-def test_on_cuda(packs: bool, recomputation: Any, message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, delta = built(llama, LoRA(r=4))
-    monkeypatch.setattr(type(delta.model), "device", torch.device("cuda"))
-    settings = {"tokens": 1000, "length": 100, "packs": packs, "recomputation": recomputation}
-    assert records(TrainingConfig(), delta, **settings) is (message is None)
+def test_on_cuda(settings: dict[str, Any], message: str | None) -> None:
+    assert decided("cuda", **settings) is (message is None)
     if message is None:
-        assert records(TrainingConfig(cuda_graphs=True), delta, **settings)
-        assert not records(TrainingConfig(), delta, **{**settings, "tokens": 10**10})
+        assert decided("cuda", cuda_graphs=True)
+        assert not decided("cuda", per_device_train_batch_size=10**8)
     else:
         with pytest.raises(ConfigError, match=message):
-            records(TrainingConfig(cuda_graphs=True), delta, **settings)
+            decided("cuda", cuda_graphs=True, **settings)

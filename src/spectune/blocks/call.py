@@ -77,17 +77,15 @@ def wrap(layers: Sequence[nn.Module], wrapper: Wrapper, make: Make) -> list[Bloc
     Raises:
         RuntimeError: something that belongs inside of, or in the place of, what is there already.
     """
-    for layer in layers:
-        there = layer.__dict__.get(_PLACE)
-        if isinstance(there, BlockCall) and there.wrapper >= wrapper:
-            raise RuntimeError(
-                f"a block is {there.wrapper.name.lower()} already and cannot be {wrapper.name.lower()} after that: "
-                f"the order is {', '.join(each.name.lower() for each in Wrapper)}, each once"
-            )
     done: list[BlockCall] = []
     try:
         for index, layer in enumerate(layers):
             before = layer.__dict__.get(_PLACE)
+            if isinstance(before, BlockCall) and before.wrapper >= wrapper:
+                raise RuntimeError(
+                    f"a block is {before.wrapper.name.lower()} already and cannot be {wrapper.name.lower()} after "
+                    f"that: the order is {', '.join(each.name.lower() for each in Wrapper)}, each once"
+                )
             call = make(index, layer, call_of(layer) or layer._call_impl)
             done.append(BlockCall(layer, wrapper, call, before))
             layer.__dict__[_PLACE] = done[-1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -150,15 +151,9 @@ class _Blocks:
         return block(leaves)
 
 
-@contextlib.contextmanager
-def _same_randomness(device: torch.device) -> Iterator[None]:
+def _same_randomness(device: torch.device) -> AbstractContextManager[None]:
     """Inside, random numbers that come after it once more."""
-    module = torch.get_device_module(device) if device.type == "cuda" else torch
-    state = module.get_rng_state()
-    try:
-        yield
-    finally:
-        module.set_rng_state(state)
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 class CaptureTrace:

@@ -71,21 +71,24 @@ def decide(
         ConfigError: a setting asks for what cannot be: packs on a model that cannot keep documents apart, CUDA graphs
             of another device, with packs or with recomputation, block inputs in host memory of another device.
     """
-    length = sum(lengths) // len(lengths)
+    length, rows = sum(lengths) // len(lengths), config.per_device_train_batch_size
     packing, why_packing = _packing(config, family, lengths, device_type, delta)
     mode = possible_modes(config, device_type, None if delta is None else delta.model)[0]
     if config.cuda_graphs is True:
         check_graphs(device_type, packing.on, mode)
     graphs = bool(config.cuda_graphs)
     if config.cuda_graphs == "auto":
-        tokens = config.per_device_train_batch_size * length
         possible = device_type == "cuda" and not packing.on and mode is False
-        graphs = possible and launch_bound(family, method, tokens=tokens, length=length)
+        graphs = possible and launch_bound(family, method, tokens=rows * length, length=length)
+    compiled, steps = config.torch_compile is True, steps or 0
+    if config.torch_compile == "auto":
+        tokens = steps * rows * config.gradient_accumulation_steps * length
+        compiled = worth_compiling(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
     return Execution(
-        compiled=compiles(config, family, method, length=length, steps=steps or 0, device_type=device_type),
+        compiled=compiled,
         graphs=graphs,
         recomputation=mode,
-        cudnn=takes_cudnn(family, lengths, steps or 0, config, packs=packing.on),
+        cudnn=takes_cudnn(family, lengths, steps, config, packs=packing.on),
         packing=packing,
     ).because("packing", why_packing)
 
@@ -134,20 +137,6 @@ class _Device(NamedTuple):
 
 
 _DEVICES = {"cuda": _Device(60.0, 0.2, 3e14, LAUNCH_SECONDS_PER_LAYER), "cpu": _Device(60.0, 0.1, 5e11, 0.0)}
-
-
-def compiles(
-    config: TrainingConfig, family: Family, method: Method, *, length: int, steps: int, device_type: str
-) -> bool:
-    """Whether the blocks of a run of so many steps are compiled: `config.torch_compile`, or what "auto" stands for.
-
-    Args:
-        length: of a row, on average.
-    """
-    if config.torch_compile != "auto":
-        return config.torch_compile
-    rows = steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return worth_compiling(family, method, tokens=rows * length, steps=steps, length=length, device_type=device_type)
 
 
 def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
@@ -251,7 +240,7 @@ def _packing(
     if delta is None:
         return Packing(True), "rows are packed if the model keeps documents apart, which the run proves when it begins"
     model, reason = delta.model, None
-    virtual = virtual_in_sequence(delta)
+    virtual = virtual_in_sequence(delta.method, family)
     saved = share_saved(lengths, config, virtual)
     # a loop over documents is another graph for each batch
     taken = [
@@ -309,9 +298,9 @@ def kernels(device_type: str, dtype: torch.dtype) -> list[Kernel | None]:
     return [flash_by_document, None] if device_type == "cuda" and dtype in FLASH_DTYPES else [None]
 
 
-def virtual_in_sequence(delta: Delta) -> int:
+def virtual_in_sequence(method: Method, family: Family) -> int:
     """Virtual tokens that take a place in the sequence itself; a prefix takes none."""
-    return delta.method.virtual_tokens if any(isinstance(site, InputSite) for site, _ in delta.sites) else 0
+    return method.virtual_tokens if any(isinstance(site, InputSite) for site in method.sites(family)) else 0
 
 
 def share_saved(lengths: Sequence[int], config: TrainingConfig, virtual: int = 0) -> float:

@@ -115,8 +115,18 @@ def _attached(
 ) -> Delta:
     if not isinstance(method_or_delta, Delta):
         return attach(model, method_or_delta, name, tokenizer=tokenizer, seed=seed)
-    _check_delta(model, method_or_delta)
-    return method_or_delta
+    delta = method_or_delta
+    if delta.model is not model:
+        raise ConfigError(
+            f"delta {delta.name!r} is attached to another model than the one given: pass delta.model, or attach its "
+            "method to this model"
+        )
+    if attached(model).get(delta.name) is not delta:
+        raise ConfigError(
+            f"delta {delta.name!r} is not attached to the model any more (attached are: "
+            f"{', '.join(attached(model)) or 'none'}): attach or load it again, and train what that returns"
+        )
+    return delta
 
 
 def _as_it_ended(
@@ -181,19 +191,6 @@ def _chosen(execution: Execution) -> dict[str, Any]:
         "torch_compile": execution.compiled,
         "cuda_graphs": execution.graphs,
     }
-
-
-def _check_delta(model: PreTrainedModel, delta: Delta) -> None:
-    if delta.model is not model:
-        raise ConfigError(
-            f"delta {delta.name!r} is attached to another model than the one given: pass delta.model, or attach its "
-            "method to this model"
-        )
-    if attached(model).get(delta.name) is not delta:
-        raise ConfigError(
-            f"delta {delta.name!r} is not attached to the model any more (attached are: "
-            f"{', '.join(attached(model)) or 'none'}): attach or load it again, and train what that returns"
-        )
 
 
 def _base_loss(loop: Loop) -> float:
