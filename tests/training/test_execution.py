@@ -76,10 +76,10 @@ class Routes:
 
     def comparison(self) -> Prediction:
         model, tokenizer = load(str(self.files["base"]), device="cpu")
-        parts = [encode(load_rows(self.files[name]), tokenizer, max_length=64) for name in ("train", "valid")]
+        parts = [encode(load_rows(self.files[name]), tokenizer, max_length=56) for name in ("train", "valid")]
         unused: Any = None
         # an arm is checked before its rate and steps are chosen: the comparison's config has neither
-        config = self.config.model_copy(update={"max_steps": -1, "max_length": 64})
+        config = self.config.model_copy(update={"max_steps": -1})
         checked = Job(
             Path(), model, tokenizer, *parts, unused, "valid", [], config, {}, 1.0, STEPS, False, None, QUIET
         )  # fmt: skip
@@ -142,7 +142,8 @@ def value(found: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
 def test_the_plan_of_an_arm_is_the_plan_of_its_run_by_every_route(
     method: type[Method], settings: dict[str, Any], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = {"max_steps": STEPS, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    common = {"max_steps": STEPS, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4,
+              "max_length": 56}  # fmt: skip
     routes = Routes(small(method), {**common, **settings}, files, monkeypatch)
     run = routes.train()
     assert run.estimate is not None
@@ -164,7 +165,8 @@ def test_what_memory_asks_for_is_recomputed_by_every_route(
 ) -> None:
     from spectune.training import prediction
 
-    common = {"max_steps": STEPS, "per_device_train_batch_size": 4, "packing": False, "memory_check": "warn"}
+    common = {"max_steps": STEPS, "per_device_train_batch_size": 4, "packing": False, "max_length": 56,
+              "memory_check": "warn"}  # fmt: skip
     routes = Routes(LoRA(), common, files, monkeypatch)
     monkeypatch.setattr(prediction, "free_memory", lambda device: 1)
     run = routes.train()
