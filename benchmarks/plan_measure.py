@@ -27,8 +27,7 @@ from spectune.training.decisions import decide
 from spectune.training.distribution import World
 from spectune.training.loop import Loop
 from spectune.training.optimizers import make_optimizer
-from spectune.training.run_state import RunState
-from spectune.training.trainer import trained_parameters
+from spectune.training.run_state import RunState, trained_parameters
 
 #: of what is predicted: other processes are let onto the device only where so much more is free
 MARGIN = 1.1

@@ -57,6 +57,11 @@ class Execution:
     packing: Packing = field(default_factory=Packing)
     reasons: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
+    def settings(self) -> dict[str, bool | str]:
+        """What settings of `TrainingConfig` came to."""
+        return {"gradient_checkpointing": self.recomputation, "torch_compile": self.compiled,
+                "cuda_graphs": self.graphs}  # fmt: skip
+
     def reason(self, setting: str) -> str | None:
         """Why a setting of `TrainingConfig` came to what it is; None where there is nothing to say."""
         return dict(self.reasons).get(setting)

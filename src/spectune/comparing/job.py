@@ -98,7 +98,7 @@ class Job:
         with self._attached(arm, config.seed) as delta:
             base = delta.base_fingerprint
             prepared = prepare(self.model, self.tokenizer, arm.method, self.train, self.valid, config, base)
-            check_memory(predict(delta, prepared, config, World(), self.predictions), delta, config.memory_check)
+            check_memory(predict(delta, prepared, World(), self.predictions), delta, config.memory_check)
 
     # -- search ---------------------------------------------------------------------------------------------------
 

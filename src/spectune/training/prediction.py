@@ -116,7 +116,6 @@ class Predictions:
 def predict(
     delta: Delta,
     prepared: Prepared,
-    config: TrainingConfig,
     world: World,
     known: Predictions | None = None,
     decided_as: TrainingConfig | None = None,
@@ -132,15 +131,15 @@ def predict(
     Raises:
         ConfigError: as `decide`.
     """
-    model, method = delta.model, delta.method
-    execution = decide_run(delta, prepared, decided_as or config, world.size)
+    model, config = delta.model, prepared.config
+    execution = decide_run(delta, prepared, world.size, decided_as)
     if config.memory_check == "off":
         return Prediction(execution)
     possible = possible_modes(config, model.device.type, model)
     free, known = free_memory(model.device), known or Predictions()
     try:
         found = PlannedBatches.of(prepared.examples, prepared.valid, config, execution.packing, world)
-        workload = Workload.of(model, method, None, model.device, optim=config.optim,
+        workload = Workload.of(model, delta.method, None, model.device, optim=config.optim,
                                accumulates=config.gradient_accumulation_steps > 1)  # fmt: skip
 
         def planned(mode: Recomputation) -> Prediction:

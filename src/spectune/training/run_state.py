@@ -6,13 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
+from spectune.blocks.execution import Packing
 from spectune.data import Example
 from spectune.deltas import Delta
-from spectune.errors import DivergedError
+from spectune.errors import ConfigError, DivergedError
 from spectune.training.batching import Batches
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
+from spectune.training.distribution import World
 from spectune.training.optimizer import MasterAdamW, learning_rate_at
+from spectune.training.optimizers import make_optimizer
+from spectune.training.prepare import Prepared, total_steps
 
 
 @dataclass
@@ -49,6 +55,19 @@ class RunState:
     total_steps: int
     progress: Progress = field(default_factory=Progress)
     keeper: Keeper = field(default_factory=Keeper.of_nothing)
+
+    @classmethod
+    def of(cls, delta: Delta, prepared: Prepared, packing: Packing, world: World) -> RunState:
+        """A run at its start.
+
+        Raises:
+            ConfigError: nothing of the delta may be trained, or the optimizer cannot do what is configured.
+        """
+        config, rate, trained = prepared.config, prepared.learning_rate, trained_parameters(delta)
+        batches = Batches(prepared.examples, config, packing, world, prepared.pad_token_id)
+        optimizer = make_optimizer(trained, config, rate, world.size)
+        total = total_steps(len(prepared.examples), config, world.size)
+        return cls(delta, optimizer, batches, prepared.valid, config, rate, total)
 
     def rate_at(self, step: int) -> float:
         """The learning rate of step `step`, from 0."""
@@ -105,3 +124,14 @@ class RunState:
             f"{what} (learning rate {self.learning_rate:g}). "
             f"{self.keeper.kept_state()} Try a smaller learning_rate, more warmup_steps or a smaller max_grad_norm."
         )
+
+
+def trained_parameters(delta: Delta) -> list[nn.Parameter]:
+    """The weights that a run trains. Raises ConfigError where there is none."""
+    trained = [parameter for parameter in delta.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError(
+            f"delta {delta.name!r} has no weight that may be trained: load it with "
+            "spectune.load_delta(..., trainable=True), or set requires_grad on its parameters()"
+        )
+    return trained
