@@ -329,8 +329,8 @@ def _decisions(config: TrainingConfig, arms: Sequence[Arm], steps: int | None, d
         )
     if captured := [arm.method.name for arm in arms if arm.estimate.cuda_graphs]:
         lines.append(
-            f"cuda_graphs={str(config.cuda_graphs).lower()}: blocks are recorded for {', '.join(captured)}. Planned is what "
-            "the recordings of one shape of a batch keep; each further shape that comes back keeps its own"
+            f"cuda_graphs={str(config.cuda_graphs).lower()}: blocks are recorded for {', '.join(captured)}. Planned is "
+            "what the recordings of one shape of a batch keep; each further shape that comes back keeps its own"
         )
     reasons = dict.fromkeys(arm.execution.reason("packing") for arm in arms)
     return [*lines, *(f"packing={str(config.packing).lower()}: {reason}" for reason in reasons if reason is not None)]
