@@ -36,7 +36,7 @@ from spectune.methods import BY_NAME, METHODS, method_from_name
 from spectune.objectives import CAUSAL_LM
 from spectune.storage import PRECISIONS
 from spectune.training.environment import environment
-from spectune.training.train import pad_token_id
+from spectune.training.prepare import pad_token_id
 
 PLAIN = "plain"
 FROZEN = [str(m.model_fields["name"].default) for m in METHODS if not m.trains_base]

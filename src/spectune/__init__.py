@@ -40,12 +40,12 @@ if TYPE_CHECKING:  # a function named like its file comes from the file: from th
     from spectune.methods import PromptTuning as PromptTuning
     from spectune.methods import method_from_name as method_from_name
     from spectune.planning import Estimate as Estimate
-    from spectune.planning.plan import plan as plan
+    from spectune.planning.memory_plan import plan as plan
     from spectune.storage import load as load
     from spectune.storage import load_delta as load_delta
     from spectune.training import RunResult as RunResult
     from spectune.training import TrainingConfig as TrainingConfig
-    from spectune.training.train import train as train
+    from spectune.training.trainer import train as train
 
 # room -> its public names; `tests/test_public_api.py` holds this table and the imports above together.
 _PUBLIC: dict[str, tuple[str, ...]] = {

@@ -22,7 +22,7 @@ def test_train_goes_on_with_base_data_method_and_settings_of_the_folder(
     begin = loop_module.Loop.begin
 
     def stopping(self: Any, window: Any) -> None:
-        if self.progress.step == 3:
+        if self.run.progress.step == 3:
             raise KeyboardInterrupt
         begin(self, window)
 

@@ -285,7 +285,7 @@ def test_where_every_rate_diverges_the_method_fails_and_the_others_go_on(
 
 
 def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectune.training import memory
+    from spectune.training import prediction
 
     module = sys.modules["spectune.comparing.job"]
     checked = SIX_STEPS.model_copy(update={"memory_check": "refuse"})
@@ -297,16 +297,16 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(module, "train", train)
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "free_memory", lambda device: 1000)
+        patch.setattr(prediction, "free_memory", lambda device: 1000)
         with pytest.raises(DoesNotFitError, match="BitFit with a batch of 4 rows"):
             run(tmp_path / "c", methods=["bitfit"], config=checked)
     assert trained == []
     real = module.check_memory
 
-    def only_lora(predicted: Any, model: Any, delta: Any, check: str) -> None:
+    def only_lora(predicted: Any, delta: Any, check: str) -> None:
         if delta.method.name == "lora":
             raise DoesNotFitError("LoRA does not fit")
-        real(predicted, model, delta, check)
+        real(predicted, delta, check)
 
     monkeypatch.setattr(module, "check_memory", only_lora)
     found = run(tmp_path / "d", methods=[LoRA(r=2), "bitfit"], config=checked)
@@ -335,12 +335,12 @@ def test_the_time_is_told_by_a_method_that_fits(
     module = sys.modules["spectune.comparing.job"]
     real = module.train
 
-    def check(predicted: Any, model: Any, delta: Any, check: str) -> None:
+    def check(predicted: Any, delta: Any, check: str) -> None:
         if delta.method.name == "lora":
             raise DoesNotFitError("LoRA does not fit")
 
     def train(model: Any, tokenizer: Any, delta: Any, *args: Any, **kwargs: Any) -> Any:
-        check(None, model, delta, "")
+        check(None, delta, "")
         return real(model, tokenizer, delta, *args, **kwargs)
 
     monkeypatch.setattr(module, "check_memory", check)

@@ -37,7 +37,8 @@ import spectune
 from spectune.compute.head import LinearHead, linear_head
 from spectune.objectives import CAUSAL_LM
 from spectune.objectives.causal_lm import causal_lm_loss_sum
-from spectune.planning.recorder import Recorder, Shape
+from spectune.planning.recorder import Recorder
+from spectune.planning.shape import Shape
 
 V = 37
 SIZES: dict[str, Any] = {

@@ -112,7 +112,7 @@ def test_in_blocks_that_inductor_compiles(checkpointing: float) -> None:
 
     wanted = step()
     torch._dynamo.reset()
-    with compiled(model, delta.family, True, memory_budget=checkpointing):
+    with compiled(model, delta.family, memory_budget=checkpointing):
         found = step()
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-4)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM, PreTrainedModel
 
+from spectune.blocks.recompute import recomputing
 from spectune.compute.varlen import loop_by_document
 from spectune.data import Example, Row, collate, collate_packs
 from spectune.deltas import Method, attached, kernel_serves, packed, packing, route, why_not_packed
 from spectune.errors import ConfigError
 from spectune.methods import LoRA, PrefixTuning, PromptTuning
 from spectune.objectives import CAUSAL_LM
-from spectune.training.checkpointing import recomputing
 from tests.contract.conftest import CASES, move, put_on
 from tests.contract.families import FAMILIES, VOCABULARY
 

@@ -50,8 +50,10 @@ def passes(
     model.cuda().to(dtype)
     losses, gradients = [], []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(compiled(model, delta.family, compiling))
-        stack.enter_context(graphed(model, delta.family, list(delta.parameters()), record))
+        if compiling:
+            stack.enter_context(compiled(model, delta.family))
+        if record:
+            stack.enter_context(graphed(model, delta.family, list(delta.parameters())))
         for number, batch in enumerate(batches(masked) * 2, start=1):
             loss, _ = CAUSAL_LM.loss_sum(model, batch)
             loss.backward()
@@ -104,7 +106,7 @@ def test_dropout_draws_anew_in_every_replay(caplog: pytest.LogCaptureFixture) ->
     model, delta = built(llama, BottleneckAdapter(dropout=0.5, bottleneck_dim=8))
     model.cuda()
     batch = batches(masked=False)[1]
-    with graphed(model, delta.family, list(delta.parameters()), True):
+    with graphed(model, delta.family, list(delta.parameters())):
         losses = []
         for _ in range(PASSES):
             loss, _ = CAUSAL_LM.loss_sum(model, batch)

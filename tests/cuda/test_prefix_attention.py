@@ -14,7 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spectune.blocks.compile import compiled
 from spectune.data import Example, Row, collate
-from spectune.deltas import Method, attach, leading_keys, why_mask_is_needed
+from spectune.deltas import Method, attach, why_mask_is_needed
+from spectune.deltas.hooks import prefix_kernel
 from spectune.methods import LoRA, PrefixTuning, PromptTuning
 from spectune.objectives import CAUSAL_LM
 
@@ -80,7 +81,7 @@ def test_output_and_gradients(kv_heads: int, count: int, dim: int, kernel: str, 
 
     def ours(query: Tensor, key: Tensor, value: Tensor, lead_key: Tensor, lead_value: Tensor) -> Tensor:
         lead, host = (lead_key, lead_value), Host(HEADS // kv_heads)
-        return leading_keys.attend(sdpa_attention_forward, host, query, key, value, lead, {})[0]
+        return prefix_kernel.attend(sdpa_attention_forward, host, query, key, value, lead, {})[0]
 
     torch._dynamo.reset()
     function = torch.compile(ours, fullgraph=True) if run == "compiled" else ours
@@ -145,7 +146,7 @@ def test_a_step_in_compiled_blocks_is_that_of_a_dense_mask_in_float32(make: Call
     with sdpa_kernel(KERNELS["whichever"]):
         eager = step(model, batch)
         torch._dynamo.reset()
-        with compiled(model, delta.family, True):
+        with compiled(model, delta.family):
             fast = step(model, batch)
             before = torch._dynamo.utils.counters["frames"]["ok"]
             again = step(model, batch)

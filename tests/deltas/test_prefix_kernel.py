@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spectune.blocks.compile import compiled
+from spectune.blocks.recompute import recomputing
 from spectune.deltas import attach, route
 from spectune.deltas.hooks import prefix_kernel
 from spectune.methods import LoRA, PrefixTuning
-from spectune.training.checkpointing import recomputing
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -235,7 +235,7 @@ def test_compiled_it_is_one_graph_without_a_mask() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    with compiled(model, delta.family, True, backend=backend):
+    with compiled(model, delta.family, backend=backend):
         found = gradients(model)
     # the first block's input needs no gradient: two graphs, each with the whole block's attention
     assert [len(nodes) for nodes in graphs] == [1] * len(graphs)

@@ -9,13 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from spectune.blocks.offload import Transfers
-from spectune.blocks.recompute import Recomputation
+from spectune.blocks.recompute import Recomputation, recomputing
 from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum
 from spectune.compute.memory import AllocationTracker
 from spectune.deltas import Delta
 from spectune.objectives import CAUSAL_LM
 from spectune.training import TrainingConfig
-from spectune.training.checkpointing import recomputing
 from spectune.training.optimizer import MasterAdamW
 from spectune.training.optimizers import make_optimizer
 

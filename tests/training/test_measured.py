@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from spectune.methods import FullFineTuning, LoRA
-from spectune.objectives import CAUSAL_LM, CausalLM
-from spectune.training import RunResult, TrainingConfig, run_folder, train
+from spectune.objectives import CAUSAL_LM
+from spectune.training import RunResult, TrainingConfig, batching, peaks, run_folder, train
 from spectune.training import loop as loop_module
 from tests.support import make_model, make_rows, make_tokenizer
 
@@ -43,7 +43,7 @@ def test_speed_is_without_data_validation_checkpoints_and_the_first_steps(
         monkeypatch.setattr(owner, name, slow)
 
     monkeypatch.setattr(loop_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    taking(CAUSAL_LM, "collate", 1000)
+    taking(batching, "collate", 1000)
     taking(loop_module, "row_losses", 1000)
     taking(run_folder, "save_checkpoint", 1000)
     taking(run_folder, "swap_best", 1000)
@@ -52,7 +52,7 @@ def test_speed_is_without_data_validation_checkpoints_and_the_first_steps(
     real = loop_module.Loop.begin
 
     def begin(self: Any, window: Any) -> None:
-        counted.append(sum(len(self.train_examples[i].input_ids) for batch in window for i in batch))
+        counted.append(sum(len(self.batches.examples[i].input_ids) for batch in window for i in batch))
         real(self, window)
 
     monkeypatch.setattr(loop_module.Loop, "begin", begin)
@@ -148,11 +148,10 @@ def test_on_cuda_all_steps_are_measured_and_validation_is_not_among_them(monkeyp
 
         monkeypatch.setattr(owner, name, grown)
 
-    monkeypatch.setattr(loop_module, "CAUSAL_LM", objective := CausalLM())
-    using(objective, "loss_sum", 100)
-    using(loop_module, "row_losses", 500)
-    monkeypatch.setattr(loop_module, "PeakMemory", Fake)
-    monkeypatch.setattr(loop_module, "_keeps_its_peak", lambda device: True)
+    using("labelled_loss_sum", 100)
+    using("row_losses", 500)
+    monkeypatch.setattr(peaks, "PeakMemory", Fake)
+    monkeypatch.setattr(peaks, "counts_tensors", lambda device_type: False)
     result = run(LoRA(r=2), max_steps=4, eval_steps=2)
     step, valid = "loss_sum", "row_losses"
     assert events == [

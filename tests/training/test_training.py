@@ -86,7 +86,7 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(
 
     def interrupted(self: Any) -> float:
         loss = finish(self)
-        if self.progress.step == stop_at:
+        if self.run.progress.step == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
         return loss
 
@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_the_best_is_kept(
 
     def poisoned(self: Any, examples: Any, targets: int) -> torch.Tensor:
         loss = step(self, examples, targets)
-        return loss * float("nan") if self.progress.step == 7 else loss
+        return loss * float("nan") if self.run.progress.step == 7 else loss
 
     monkeypatch.setattr(loop_module.Loop, "backward", poisoned)
     with pytest.raises(DivergedError, match=r"step 8 .* of step 6, is kept"):

@@ -33,8 +33,7 @@ from spectune.planning import reference_shares
 from spectune.storage import TINY, atomic_write_text, load
 from spectune.training import TrainingConfig, environment
 from spectune.training.identity import FREE
-from spectune.training.prepare import max_length
-from spectune.training.train import pad_token_id
+from spectune.training.prepare import max_length, pad_token_id
 
 GENERATE_ROWS = 64
 #: settings that no result depends on (speed and memory do on recomputation), and the one that differs between its runs

@@ -29,10 +29,8 @@ from spectune.families import base_precision
 from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_write_text
 from spectune.training import RunResult, TrainingConfig, train
-from spectune.training.attention import takes_cudnn
 from spectune.training.distribution import World
-from spectune.training.memory import check_memory, predict_memory
-from spectune.training.packing import decide
+from spectune.training.prediction import Predictions, check_memory, predict
 from spectune.training.prepare import prepare
 
 #: a run on fewer rows is validated at so many points, and the best one counts
@@ -89,21 +87,18 @@ class Job:
     origin: Mapping[str, Any] | None
     console: Console | None
     search_valid: Encoded = field(init=False)
+    predictions: Predictions = field(default_factory=Predictions, init=False)
 
     def __post_init__(self) -> None:
         self.search_valid = subset(self.valid, SEARCH_ROWS, self.config.seed)
 
     def check_memory(self, arm: Arm) -> None:
         """Raise DoesNotFitError where the plan says that an arm's longest batch does not fit."""
-        config = self.config.model_copy(update={"learning_rate": arm.method.default_learning_rate})
-        with self._attached(arm, self.config.seed) as delta:
+        config = self._config(arm.method.default_learning_rate, self.final_steps, self.config.seed)
+        with self._attached(arm, config.seed) as delta:
             base = delta.base_fingerprint
             prepared = prepare(self.model, self.tokenizer, arm.method, self.train, self.valid, config, base)
-            packing = decide(self.model, delta, prepared.examples, config)
-            lengths = [len(example.input_ids) for example in prepared.examples]
-            cudnn = takes_cudnn(delta.family, lengths, self.final_steps, config, packs=packing.on)
-            predicted = predict_memory(self.model, delta, prepared, config, World(), packing, cudnn=cudnn)
-            check_memory(predicted, self.model, delta, config.memory_check)
+            check_memory(predict(delta, prepared, World(), self.predictions), delta, config.memory_check)
 
     # -- search ---------------------------------------------------------------------------------------------------
 
@@ -156,6 +151,7 @@ class Job:
                 origin=self.origin,
                 console=self.console,
                 base_valid_loss=self.base_valid_loss,
+                predictions=self.predictions,
             )
             (folder / FAILED).unlink(missing_ok=True)
             # memory is measured as the run had it: what "auto" came to here is no matter of choice there
@@ -228,6 +224,7 @@ class Job:
                 config,
                 console=QUIET,
                 base_valid_loss=self.base_valid_loss,
+                predictions=self.predictions,
             )
 
     @contextlib.contextmanager

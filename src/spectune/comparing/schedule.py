@@ -9,7 +9,7 @@ from typing import Any
 from spectune.comparing.presets import Preset
 from spectune.errors import ConfigError
 from spectune.training import TrainingConfig
-from spectune.training.train import total_steps
+from spectune.training.prepare import total_steps
 
 #: validation rows that a trial of the search is judged on
 SEARCH_ROWS = 512

@@ -1,4 +1,4 @@
-"""Numbers that a device is asked for while it goes on working."""
+"""Numbers copied from a device while it goes on working."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-class Answer:
-    """Scalars on their way to the host.
+class AsyncScalars:
+    """Scalars copied to the host without blocking the stream.
 
-    A plain `float(tensor)` comes at the end of all that the device was given by then, which may be the next step
-    already. Here they are copied behind what makes them, and only that is waited for.
+    A plain `float(tensor)` waits for all that was launched by then, which may be the next step already. Here they are
+    copied behind what makes them, and only that is waited for.
 
     Args:
         scalars: of any number type, on any devices; the copy follows the first one's current stream.
@@ -18,7 +18,7 @@ class Answer:
 
     def __init__(self, *scalars: Tensor) -> None:
         device = scalars[0].device
-        self._made: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
         # float64 holds whatever they are
         if device.type != "cuda":
             self._host = torch.stack([scalar.detach().cpu().double() for scalar in scalars])
@@ -27,12 +27,12 @@ class Answer:
         # only into pinned memory is a copy made behind the host's back
         self._host = torch.empty(len(scalars), dtype=torch.float64, pin_memory=True)
         self._host.copy_(together, non_blocking=True)
-        self._made = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._made.record(torch.cuda.current_stream(device))
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record(torch.cuda.current_stream(device))
 
     def values(self) -> list[float]:
         """The numbers, in their order, as soon as they are there."""
-        if self._made is not None:
-            self._made.synchronize()
-        found: list[float] = self._host.tolist()
-        return found
+        if self._copied is not None:
+            self._copied.synchronize()
+        numbers: list[float] = self._host.tolist()
+        return numbers

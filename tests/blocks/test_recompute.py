@@ -273,12 +273,13 @@ def test_blocks_that_torch_compiles(mode: Recomputation) -> None:
             torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
 
 
-def test_what_takes_its_place_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_takes_its_place_is_an_error() -> None:
     model = make_model()
-    with recomputing(model, True):
-        for module in model.modules():
-            module.__dict__.pop("_compiled_call_impl", None)
-    assert "took its place: compile before that" in caplog.text
+    checkpointed_by_transformers(model)
+    layers = model.get_decoder().layers
+    with pytest.raises(RuntimeError, match="took its place: compile before that"), recomputing(model, True):
+        layers[0].compile(backend="eager")
+    assert all(m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing"))
 
 
 def test_a_cache_is_never_written_twice() -> None:
