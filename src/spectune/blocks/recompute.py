@@ -75,8 +75,8 @@ def _recomputed(
     model: PreTrainedModel, mode: Recomputation, transfers: Transfers | None
 ) -> tuple[Sequence[nn.Module], Wrapper, Make]:
     """What `wrap` takes."""
-    registry = Attachment.of(model)
-    family = describe(model) if registry is None else registry.family
+    attachment = Attachment.of(model)
+    family = describe(model) if attachment is None else attachment.family
     layers = decoder_blocks(model, family)
     settings: dict[str, Any] = {}
     if mode == "selective":
