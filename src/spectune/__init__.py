@@ -17,7 +17,7 @@ from spectune.version import __version__
 
 if TYPE_CHECKING:  # a function named like its file comes from the file: from the room, mypy takes it for the module
     from spectune.comparing import Comparison as Comparison
-    from spectune.comparing.compare import compare as compare
+    from spectune.comparing.experiment import compare as compare
     from spectune.deltas import Delta as Delta
     from spectune.deltas import Method as Method
     from spectune.deltas.attach import attach as attach
@@ -41,9 +41,9 @@ if TYPE_CHECKING:  # a function named like its file comes from the file: from th
     from spectune.methods import method_from_name as method_from_name
     from spectune.planning import Estimate as Estimate
     from spectune.planning.memory_plan import plan as plan
+    from spectune.results import RunResult as RunResult
     from spectune.storage import load as load
     from spectune.storage import load_delta as load_delta
-    from spectune.training import RunResult as RunResult
     from spectune.training import TrainingConfig as TrainingConfig
     from spectune.training.trainer import train as train
 
@@ -71,8 +71,9 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "method_from_name",
     ),
     "planning": ("Estimate", "plan"),
+    "results": ("RunResult",),
     "storage": ("load", "load_delta"),
-    "training": ("RunResult", "TrainingConfig", "train"),
+    "training": ("TrainingConfig", "train"),
 }
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}
 

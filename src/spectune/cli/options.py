@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import pkgutil
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +16,20 @@ def method_names() -> str:
     room = importlib.util.find_spec("spectune.methods")
     places = room.submodule_search_locations if room is not None else None
     return ", ".join(module.name for module in pkgutil.iter_modules(places))
+
+
+#: flags of the command itself; all others are settings, of the same name
+OWN = {"config", "assignments", "dry", "as_json"}
+
+
+def flags(context: typer.Context, own: Collection[str] = ()) -> dict[str, Any]:
+    """The command's flags as `Settings.collect` takes them: None where one was not given, a switch that is off too.
+
+    Args:
+        own: further flags that are no settings.
+    """
+    given = {name: value for name, value in context.params.items() if name not in OWN and name not in own}
+    return {name: None if value is False else value for name, value in given.items()}
 
 
 Model = Annotated[

@@ -14,6 +14,7 @@ from spectune.blocks.execution import Execution
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
+from spectune.results.run import RunResult
 from spectune.training.checkpoint import latest_checkpoint, read_state, restore
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import check_graphs
@@ -24,7 +25,6 @@ from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
 from spectune.training.prepare import Prepared, prepare
-from spectune.training.result import RunResult
 from spectune.training.run_folder import RunFolder, check_folder, load_end
 from spectune.training.run_state import RunState, trained_parameters
 

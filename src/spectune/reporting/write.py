@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
+from spectune.files.atomic import atomic_write_bytes
 from spectune.reporting.page import comparison_page
 from spectune.reporting.plots import comparison_figure, comparison_plots, style
 from spectune.reporting.spreadsheets import comparison_csv, runs_csv
 from spectune.reporting.tables import comparison_markdown
+from spectune.results.comparison_file import ComparisonResult
 
 FIGURE = "shares-and-performance"
 PLOTS = "plots"
 DPI = 160
 
 
-def write_reports(comparison: Mapping[str, Any], folder: str | Path) -> list[Path]:
+def write_reports(comparison: ComparisonResult, folder: str | Path) -> list[Path]:
     """Write everything that is made from a comparison and from what its runs left in the folder. Returns the paths.
 
     `comparison.csv` (a line an arm), `runs.csv` (a line a run), `comparison.md`, `report.html` (one file that needs
@@ -49,7 +47,9 @@ def write_reports(comparison: Mapping[str, Any], folder: str | Path) -> list[Pat
             contents[f"{FIGURE}.{kind}"] = _saved(figure, kind)
     page = comparison_page(comparison, folder, [(plot, svg.decode()) for plot, svg in drawn])
     contents["report.html"] = _bytes(page)
-    return [_write(folder / name, content) for name, content in contents.items()]
+    for name, content in contents.items():
+        atomic_write_bytes(folder / name, content)
+    return [folder / name for name in contents]
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
@@ -61,19 +61,3 @@ def _saved(figure: Figure, kind: str) -> bytes:
 
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "replace")
-
-
-def _write(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path

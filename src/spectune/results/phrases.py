@@ -9,7 +9,12 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 def listed(names: Sequence[str]) -> str:
     """`a, b and c`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def sentence(text: str) -> str:
+    """Capital letter first, a full stop last. Names such as "LoRA" stay."""
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def number_word(number: int) -> str:
@@ -17,7 +22,7 @@ def number_word(number: int) -> str:
 
 
 def share(value: float) -> str:
-    """A share as per cent with two digits that count: 0.0134 -> 1.3%, 0.123 -> 12%."""
+    """A share as per cent with two significant digits: 0.0134 -> 1.3%, 0.123 -> 12%."""
     hundred = 100 * value
     if hundred == 0 or hundred >= 10:
         return f"{hundred:.0f}%"

@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectune.comparing.judging.order import groups, reduction, transitive
+from spectune.comparing.judging.partial_order import groups, reduction, transitive
 
 NAMES = list("abcdefg")
 

@@ -14,23 +14,26 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.comparing import conditions
-from spectune.comparing.advising.limits import Limits
 from spectune.comparing.comparison import Comparison
+from spectune.comparing.conditions import RecordedConditions
+from spectune.comparing.final_runs import base_rows, judge_base
 from spectune.comparing.inputs import Inputs, Rows
 from spectune.comparing.job import Arm, Job
 from spectune.comparing.measure import retained_passages
 from spectune.comparing.presets import PRESETS
 from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import Schedule
-from spectune.data import Encoded
 from spectune.deltas import Method, attached, base_name
 from spectune.errors import ConfigError, InterruptedRun
 from spectune.evaluation import row_losses
 from spectune.families import base_precision as precision_of
 from spectune.families import describe, fingerprint
+from spectune.files.atomic import atomic_write_text
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import reference_shares
-from spectune.storage import TINY, atomic_write_text, load
+from spectune.results import Limits
+from spectune.results.comparison_file import Base, Data
+from spectune.storage import TINY, load
 from spectune.training import TrainingConfig, environment
 from spectune.training.identity import FREE
 from spectune.training.prepare import max_length, pad_token_id
@@ -43,30 +46,14 @@ OF_OTHER_RUNS = ("comparison.json", "result.json", "identity.json", "runs")
 
 
 def compare(
-    base: str | Path | PreTrainedModel,
-    train_rows: Any,
-    valid_rows: Any = None,
-    *,
-    test_rows: Any = None,
-    methods: Sequence[str | Method] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    output_dir: str | Path | None = None,
-    config: TrainingConfig | None = None,
-    preset: str = "default",
-    seeds: int | None = None,
-    fractions: Sequence[float] = (),
-    metric: str = "auto",
-    generate_rows: int = GENERATE_ROWS,
-    limits: Limits | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    base_precision: str | None = None,
-    retain: str | Path | None = None,
-    resume: bool = False,
-    origin: Mapping[str, Any] | None = None,
-    console: Console | None = None,
-) -> Comparison:
+    base: str | Path | PreTrainedModel, train_rows: Any, valid_rows: Any = None, *, test_rows: Any = None,
+    methods: Sequence[str | Method] | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+    output_dir: str | Path | None = None, config: TrainingConfig | None = None, preset: str = "default",
+    seeds: int | None = None, fractions: Sequence[float] = (), metric: str = "auto",
+    generate_rows: int = GENERATE_ROWS, limits: Limits | None = None, seed: int | None = None, device: str = "auto",
+    dtype: str = "auto", base_precision: str | None = None, retain: str | Path | None = None, resume: bool = False,
+    origin: Mapping[str, Any] | None = None, console: Console | None = None,
+) -> Comparison:  # fmt: skip
     """Search each method's learning rate, train it with several seeds, measure all alike, and say what differs.
 
     Args:
@@ -99,72 +86,42 @@ def compare(
 
     A run that fails stays in the result with its reason, and the others go on.
     """
-    settings = config or TrainingConfig()
-    seed = settings.seed if seed is None else seed
-    folder = _folder(output_dir if output_dir is not None else settings.output_dir, resume or settings.resume)
-    before = conditions.read(folder) if (folder / conditions.FILE).is_file() else None
-    asked: dict[str, Any] = {
-        "preset": preset,
-        "seeds": seeds,
-        "fractions": list(fractions),
-        "metric": metric,
-        "generate_rows": generate_rows,
-    }
-    check_settings(**asked)
-    arms = _arms(methods)
-    settings = settings.model_copy(update={"seed": seed, "resume": False, "output_dir": None})
+    own: dict[str, Any] = {"preset": preset, "seeds": seeds, "fractions": list(fractions), "metric": metric}
+    own["generate_rows"] = generate_rows
+    check_settings(**own)
+    settings, folder, before = _begin(config, seed, output_dir, resume)
+    arms = _arms(methods, base_precision)
     rows = Rows.read(train_rows, valid_rows, test_rows, settings)
-    _check_frozen(arms, base_precision)
     model, tokenizer = _base(base, tokenizer, device, dtype, base_precision)
     _check_base(model, preset, named=isinstance(base, str | Path))
-    recorded = _recorded(model, settings, arms, asked, origin)
+    recorded = _recorded(model, settings, arms, own, origin)
     settings = settings.model_copy(update={"max_length": _max_length(model, arms, settings, before)})
     inputs = Inputs.of(rows, tokenizer, settings, metric=metric, generate_rows=generate_rows)
     virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
-    passages = retained_passages(model, tokenizer, retain, seed, virtual_tokens=virtual_tokens)
-    targets = sum(example.target_tokens for example in inputs.train.examples)
-    schedule = Schedule.of(
-        PRESETS[preset], settings, len(inputs.train.examples), targets, seeds=seeds, fractions=fractions
-    )
+    passages = retained_passages(model, tokenizer, retain, settings.seed, virtual_tokens=virtual_tokens)
+    schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, seeds=seeds, fractions=fractions)
     found = _conditions(model, arms, settings, inputs, passages, schedule, retain)
-    if limits is None and before is not None:
-        limits = Limits(**before["limits"])
-    found["limits"] = (limits or Limits()).model_dump(mode="json", exclude_none=True)
-    if before is not None:
-        conditions.check(before, found, folder)
-        found["base"] = {**found["base"], **before["base"]}
-        if before.get("metric_code", found["metric_code"]) != found["metric_code"]:
-            _forget_rows(folder)
-    conditions.write(folder, found)
-    config_file = folder / "config.yaml"
-    if not config_file.is_file():  # what a resumption goes on with stays as it was
-        atomic_write_text(config_file, yaml.safe_dump(recorded, sort_keys=False))
-    if inputs.notice:
-        (console or Console()).print(inputs.notice, soft_wrap=True, highlight=False, markup=False)
+    _check_before(before, found, limits, folder)
+    job = Job(folder, model, tokenizer, arms, settings, inputs, passages, schedule, found, origin, console)
+    return _carry_out(job, recorded)
 
+
+def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
+    """Make all runs that are not there yet, and the comparison from all of them. `recorded`: for config.yaml."""
+    folder, base = job.folder, job.conditions.base
+    if not (folder / "config.yaml").is_file():  # what a resumption goes on with stays as it was
+        atomic_write_text(folder / "config.yaml", yaml.safe_dump(dict(recorded), sort_keys=False))
+    if job.inputs.notice:
+        job.print(job.inputs.notice)
     try:
-        job = Job(
-            folder=folder,
-            model=model,
-            tokenizer=tokenizer,
-            train=inputs.train,
-            valid=inputs.valid,
-            task=inputs.task,
-            judged_on=rows.judged_on,
-            passages=passages,
-            config=settings,
-            identity=found["identity"],
-            base_valid_loss=_base_valid_loss(found["base"], model, tokenizer, inputs.valid, settings),
-            final_steps=schedule.final_steps,
-            own_process=schedule.preset.own_process,
-            origin=origin,
-            console=console,
-        )
-        if "judged_loss" not in found["base"] or not job.base_rows.is_file():
-            found["base"] |= job.judge_base()
-        found["base"]["valid_loss"] = job.base_valid_loss
-        conditions.write(folder, found)
-        Runner(job, schedule, arms, console).run()
+        if base.valid_loss is None:
+            size = job.config.per_device_eval_batch_size
+            losses = row_losses(job.model, job.inputs.valid.examples, pad_token_id(job.tokenizer), size)
+            base.valid_loss = losses.mean_per_token
+        if base.judged_loss is None or not base_rows(job).is_file():
+            base.judged_loss, base.metrics = judge_base(job)
+        conditions.write(folder, job.conditions)
+        Runner(job).run()
     except InterruptedRun as stop:  # what it says is of one run
         raise InterruptedRun(
             f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
@@ -172,6 +129,59 @@ def compare(
     comparison = Comparison.from_runs(folder)
     comparison.save()
     return comparison
+
+
+def _check_before(
+    before: RecordedConditions | None, found: RecordedConditions, limits: Limits | None, folder: Path
+) -> None:
+    """Check that the conditions are those of an earlier call (`before`), take over what it measured of the base, and
+    write them."""
+    found.limits = limits or (before.limits if before is not None else Limits())
+    if before is not None:
+        conditions.check(before, found, folder)
+        found.base = Base(**{**found.base.to_dict(), **before.base.to_dict()})
+        if before.metric_code not in (None, found.metric_code):
+            _forget_rows(folder)
+    conditions.write(folder, found)
+
+
+def _conditions(
+    model: PreTrainedModel,
+    arms: Sequence[Arm],
+    settings: TrainingConfig,
+    inputs: Inputs,
+    passages: list[list[int]],
+    schedule: Schedule,
+    retain: str | Path | None,
+) -> RecordedConditions:
+    """What all runs share; `identity` is what their results depend on."""
+    name, family, dtype = base_name(model), describe(model), str(model.dtype).removeprefix("torch.")
+    base = {"name": name, "total_parameters": family.num_parameters, "device": str(model.device), "dtype": dtype}
+    if (precision := precision_of(model)) is not None:
+        base["precision"] = precision
+    return RecordedConditions(
+        base=Base(**base),
+        fingerprint=fingerprint(model, family),
+        data=Data(
+            **inputs.describe(),
+            retained_passages=len(passages),
+            retained_tokens=sum(map(len, passages)),
+            retained_from=str(retain) if retain is not None else "sampled from the base at temperature 1",
+            target_tokens_per_step=schedule.target_tokens_per_step,
+        ),
+        settings=settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
+        preset=schedule.record(len(inputs.valid.examples)),
+        environment=environment(),
+        scale=reference_shares([arm.method for arm in arms]),
+        arms=[arm.record() for arm in arms],
+        identity={
+            **settings.model_dump(mode="json", exclude=NOT_SHARED),
+            "base": [name, family.num_parameters, dtype, *([precision] if precision else [])],
+            **inputs.identity(),
+            "passages_sha256": hashlib.sha256(repr(passages).encode()).hexdigest(),
+        },
+        metric_code=[metric.code_sha256 for metric in inputs.task.custom],
+    )
 
 
 def check_settings(
@@ -192,6 +202,17 @@ def check_settings(
         )
 
 
+def _begin(
+    config: TrainingConfig | None, seed: int | None, output_dir: str | Path | None, resume: bool
+) -> tuple[TrainingConfig, Path, RecordedConditions | None]:
+    """The settings of all runs, the folder, and the conditions of an earlier call that lie in it."""
+    settings = config or TrainingConfig()
+    folder = _folder(output_dir if output_dir is not None else settings.output_dir, resume or settings.resume)
+    before = conditions.read(folder) if (folder / conditions.FILE).is_file() else None
+    seed = settings.seed if seed is None else seed
+    return settings.model_copy(update={"seed": seed, "resume": False, "output_dir": None}), folder, before
+
+
 def _folder(given: str | Path | None, resume: bool) -> Path:
     if resume and given is None:
         raise ConfigError("resume needs an output_dir: there is nothing to go on from")
@@ -209,15 +230,6 @@ def _folder(given: str | Path | None, resume: bool) -> Path:
     return folder
 
 
-def _check_frozen(arms: Sequence[Arm], precision: str | None) -> None:
-    trained = [arm.name for arm in arms if arm.method.trains_base]
-    if precision is not None and trained:
-        raise ConfigError(
-            f"base_precision = {precision} is for methods that leave the base frozen, and {', '.join(trained)} trains "
-            "the base's own weights: leave it out of methods, or compare without base_precision"
-        )
-
-
 def _check_base(model: PreTrainedModel, preset: str, *, named: bool) -> None:
     if PRESETS[preset].own_process and not (named or base_name(model) == TINY):
         raise ConfigError(
@@ -228,67 +240,14 @@ def _check_base(model: PreTrainedModel, preset: str, *, named: bool) -> None:
 
 
 def _max_length(
-    model: PreTrainedModel, arms: Sequence[Arm], settings: TrainingConfig, before: Mapping[str, Any] | None
+    model: PreTrainedModel, arms: Sequence[Arm], settings: TrainingConfig, before: RecordedConditions | None
 ) -> int:
     """The same tokens of every row for all: as many as the method with the most virtual tokens leaves room for; where
     a comparison goes on with other methods, as many as it began with, if they leave room for that."""
     length = min(max_length(model, arm.method, settings) for arm in arms)
     if before is None or settings.max_length is not None:
         return length
-    return min(length, int(before["identity"]["max_length"]))
-
-
-def _conditions(
-    model: PreTrainedModel,
-    arms: Sequence[Arm],
-    settings: TrainingConfig,
-    inputs: Inputs,
-    passages: list[list[int]],
-    schedule: Schedule,
-    retain: str | Path | None,
-) -> dict[str, Any]:
-    """What all runs share, for `conditions.json`; `identity` is what their results depend on."""
-    base = {
-        "name": base_name(model),
-        "total_parameters": describe(model).num_parameters,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    if (precision := precision_of(model)) is not None:
-        base["precision"] = precision
-    return {
-        "base": base,
-        "fingerprint": fingerprint(model, describe(model)),
-        "data": {
-            **inputs.describe(),
-            "retained_passages": len(passages),
-            "retained_tokens": sum(map(len, passages)),
-            "retained_from": str(retain) if retain is not None else "sampled from the base at temperature 1",
-            "target_tokens_per_step": schedule.target_tokens_per_step,
-        },
-        "settings": settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
-        "preset": schedule.to_dict(len(inputs.valid.examples)),
-        "environment": environment(),
-        "scale": reference_shares([arm.method for arm in arms]),
-        "arms": [
-            {
-                "name": arm.name,
-                "method": arm.method.name,
-                "label": arm.method.label,
-                "best_for": arm.method.best_for,
-                "settings": arm.method.model_dump(mode="json"),
-            }
-            for arm in arms
-        ],
-        "identity": {
-            **settings.model_dump(mode="json", exclude=NOT_SHARED),
-            "base": [base["name"], base["total_parameters"], base["dtype"], *([precision] if precision else [])],
-            **inputs.identity(),
-            "passages_sha256": hashlib.sha256(repr(passages).encode()).hexdigest(),
-        },
-        # no part of the identity: where it has changed, runs are judged again, and not trained again
-        "metric_code": [metric.code_sha256 for metric in inputs.task.custom],
-    }
+    return min(length, int(before.identity["max_length"]))
 
 
 def _forget_rows(folder: Path) -> None:
@@ -297,25 +256,11 @@ def _forget_rows(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _base_valid_loss(
-    known: Mapping[str, Any],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    valid: Encoded,
-    settings: TrainingConfig,
-) -> float:
-    if "valid_loss" in known:
-        return float(known["valid_loss"])
-    return row_losses(
-        model, valid.examples, pad_token_id(tokenizer), settings.per_device_eval_batch_size
-    ).mean_per_token
-
-
 def _recorded(
     model: PreTrainedModel,
     settings: TrainingConfig,
     arms: Sequence[Arm],
-    asked: Mapping[str, Any],
+    own: Mapping[str, Any],
     origin: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The comparison's config.yaml: what `--resume` reads where the command line says nothing."""
@@ -323,7 +268,7 @@ def _recorded(
         "model": str(model.config._name_or_path),
         **(origin or {}),
         "methods": [arm.method.name for arm in arms],
-        **{key: value for key, value in asked.items() if value not in (None, [])},
+        **{key: value for key, value in own.items() if value not in (None, [])},
         **settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
         **{arm.method.name: arm.method.model_dump(mode="json", exclude={"name"}) for arm in arms},
     }
@@ -342,7 +287,7 @@ def _base(
     return model, tokenizer or own
 
 
-def _arms(methods: Sequence[str | Method] | None) -> list[Arm]:
+def _arms(methods: Sequence[str | Method] | None, precision: str | None) -> list[Arm]:
     """Each method under a name for its runs: its own, with a number where one comes twice."""
     wanted: Sequence[str | Method] = methods if methods is not None else list(BY_NAME)
     if not wanted:
@@ -352,4 +297,10 @@ def _arms(methods: Sequence[str | Method] | None) -> list[Arm]:
         method = method_from_name(given) if isinstance(given, str) else given
         same = sum(arm.method.name == method.name for arm in arms)
         arms.append(Arm(method.name if same == 0 else f"{method.name}-{same + 1}", method))
+    trained = [arm.name for arm in arms if arm.method.trains_base]
+    if precision is not None and trained:
+        raise ConfigError(
+            f"base_precision = {precision} is for methods that leave the base frozen, and {', '.join(trained)} trains "
+            "the base's own weights: leave it out of methods, or compare without base_precision"
+        )
     return arms
