@@ -13,17 +13,18 @@ import transformers
 from shapes import CONFIGS
 from transformers import PretrainedConfig
 
+from spectune.blocks.execution import Execution, Packing
 from spectune.compute.varlen import flash_by_document, loop_by_document
-from spectune.data import Example
-from spectune.data.rows import Row
-from spectune.deltas import InputSite, Method
+from spectune.data import Example, Row
+from spectune.deltas import Method
 from spectune.families import family_from_config
 from spectune.methods import method_from_name
 from spectune.planning import plan
 from spectune.training import TrainingConfig
+from spectune.training.batching import Batches
+from spectune.training.decisions import virtual_in_sequence
 from spectune.training.distribution import World
-from spectune.training.memory import shape_of
-from spectune.training.packing import Packing
+from spectune.training.prediction import shape_of
 
 #: steps whose peak is measured: the optimizer's states are made at the end of the first
 MEASURED_STEPS = 2
@@ -173,22 +174,19 @@ def packing_of(cell: Cell, device: str) -> Packing:
     """What `decide` comes to, without a model to ask."""
     if cell.batch != "packed":
         # all these bases are causal throughout and without experts: padding on their right is not told
-        return Packing(untold=True)
-    method = method_of(cell)
-    sites = method.sites(family_from_config(config_of(cell.shape)))
+        return Packing(mask_free=True)
     kernel = flash_by_document if device == "cuda" else None if cell.compiled else loop_by_document
     config = config_of(cell.shape)
     if any(getattr(config, name, 0.0) for name in ("attn_pdrop", "attention_dropout")):
         kernel = None  # dropout has masks made after all
-    virtual = method.virtual_tokens if any(isinstance(site, InputSite) for site in sites) else 0
-    return Packing(True, kernel, virtual)
+    return Packing(True, kernel, virtual_in_sequence(method_of(cell), family_from_config(config)))
 
 
 def shapes_of(cell: Cell, device: str) -> list[Any]:
     """What the planner is told of each batch of the step."""
     rows, how = examples(cell), packing_of(cell, device)
     window = [list(range(len(rows)))]
-    batches = how.of_step(window, [len(row.input_ids) for row in rows], training_config(cell), World())
+    batches = Batches(rows, training_config(cell), how, World()).of_step(window)
     return [shape_of([[rows[i] for i in pack] for pack in batch], how) for batch in batches]
 
 
@@ -202,13 +200,10 @@ def predict(cell: Cell, device: str) -> dict[str, Any]:
     compiled = cell.compiled and device != "cpu"
     try:
         config, method, shapes = config_of(cell.shape), method_of(cell), shapes_of(cell, device)
-        whole = shape_of([[row] for row in examples(cell)], Packing(untold=packing_of(cell, device).untold))
-        estimate = plan(
-            config, method, whole.rows, whole.length, dtype=dtype, base_precision=cell.base_precision,
-            gradient_checkpointing=cell.checkpointing, torch_compile=compiled,
-            cuda_graphs=cell.recorded and device == "cuda", optim=cell.optim, device=device, targets=whole.targets,
-            all_targets=whole.all_targets, columns=whole.columns, padded=whole.padded,
-        )  # fmt: skip
+        whole = shape_of([[row] for row in examples(cell)], Packing(mask_free=packing_of(cell, device).mask_free))
+        execution = Execution(compiled, cell.recorded and device == "cuda", cell.checkpointing)  # type: ignore[arg-type]
+        estimate = plan(config, method, whole, execution=execution, dtype=dtype, base_precision=cell.base_precision,
+                        optim=cell.optim, device=device)  # fmt: skip
         measured = estimate.of_first_steps([shapes] * MEASURED_STEPS)
     except Exception as error:
         return {**found, "skipped": f"{type(error).__name__}: {error}"[:300]}

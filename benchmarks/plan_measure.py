@@ -7,6 +7,7 @@ import gc
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,18 @@ import transformers
 from plan_cells import Cell, config_of, examples, method_of, needed, training_config
 from shapes import build
 
-import spectune.training.loop as loop_module
-from spectune.blocks.compile import compiled
-from spectune.blocks.cuda_graphs import WARM_UPS, graphed
+from spectune.blocks.cuda_graphs import WARM_UPS
 from spectune.compute.memory import PeakMemory
 from spectune.deltas import attach, detach
+from spectune.objectives import CAUSAL_LM
 from spectune.planning.estimate import CUDA_CONTEXT
 from spectune.storage.base_precision import quantise_base
-from spectune.training.checkpoint import Progress
-from spectune.training.checkpointing import memory_budget, recomputing
+from spectune.training.batching import Batches
+from spectune.training.decisions import decide
 from spectune.training.distribution import World
-from spectune.training.loop import Keeper, Loop
+from spectune.training.loop import Loop
 from spectune.training.optimizers import make_optimizer
-from spectune.training.packing import decide
+from spectune.training.run_state import RunState, trained_parameters
 
 #: of what is predicted: other processes are let onto the device only where so much more is free
 MARGIN = 1.1
@@ -71,7 +71,7 @@ class Moments:
             torch.cuda.reset_peak_memory_stats()
 
     def watch(self, loop: Loop, window: list[list[int]]) -> None:
-        loss, step = loop_module.labelled_loss_sum, loop.optimizer.step
+        loss, step = CAUSAL_LM.loss_sum, loop.run.optimizer.step
 
         def noted_loss(*args: Any, **kwargs: Any) -> Any:
             found = loss(*args, **kwargs)
@@ -84,14 +84,14 @@ class Moments:
             self.note("optimizer")
             return found
 
-        loop_module.labelled_loss_sum = noted_loss
-        loop.optimizer.step = noted_step  # type: ignore[method-assign]
+        CAUSAL_LM.loss_sum = noted_loss
+        loop.run.optimizer.step = noted_step  # type: ignore[method-assign]
         try:
             self.note("begin")
             loop.step(window)
         finally:
-            loop_module.labelled_loss_sum = loss
-            del loop.optimizer.step
+            CAUSAL_LM.loss_sum = loss
+            del loop.run.optimizer.step
 
 
 @contextlib.contextmanager
@@ -130,28 +130,19 @@ def measure(model: Any, cell: Cell, device: torch.device) -> dict[str, Any]:
     """
     config, rows = training_config(cell), examples(cell)
     delta = attach(model, method_of(cell), "bench")
-    packing = decide(model, delta, rows, config)
-    trained = [parameter for parameter in delta.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(trained, config, 1e-6)
-    progress = Progress()
-    loop = Loop(
-        model=model, delta=delta, optimizer=optimizer, train_examples=rows, valid_examples=[], pad_token_id=0,
-        config=config, learning_rate=1e-6, total_steps=8, progress=progress,
-        keeper=Keeper(lambda: None, lambda: None, lambda _: None, "", lambda: ""), world=World(), packing=packing,
-        compiled=cell.compiled,
-    )  # fmt: skip
+    decided = decide(config, delta.family, delta.method, [len(row.input_ids) for row in rows], device.type,
+                     steps=8, delta=delta)  # fmt: skip
+    execution = replace(decided, compiled=cell.compiled, graphs=cell.recorded and device.type == "cuda", cudnn=True)
+    packing = execution.packing
+    optimizer = make_optimizer(trained_parameters(delta), config, 1e-6)
+    batches = Batches(rows, config, packing, World())
+    run = RunState(delta, optimizer, batches, [], config, 1e-6, total_steps=8)
+    loop, progress = Loop(run, execution), run.progress
     window = [list(range(len(rows)))]
-    model.train()
-    budget = memory_budget(config.gradient_checkpointing)  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     begin = time.perf_counter()
     try:
-        with (
-            compiled(model, delta.family, cell.compiled, memory_budget=budget),
-            recomputing(model, cell.checkpointing),  # type: ignore[arg-type]
-            packing.listening(model),
-            graphed(model, delta.family, trained, cell.recorded and device.type == "cuda"),
-        ):
+        with loop.running():
             if cell.compiled and device.type == "cuda":
                 found["while_compiling"] = _compile(loop, window, device)
                 found["compile_seconds"] = time.perf_counter() - begin
@@ -160,7 +151,7 @@ def measure(model: Any, cell: Cell, device: torch.device) -> dict[str, Any]:
             loop.step(window)
             if cell.recorded:
                 with PeakMemory(device, count_tensors=False) as peak:
-                    for _ in range(WARM_UPS + 1):  # noted, recorded, proved
+                    for _ in range(WARM_UPS + 1):  # traced, captured, proved
                         loop.step(window)
                 for kind, size in peak.result.items():
                     peaks = progress.peak_memory_bytes
@@ -177,7 +168,7 @@ def measure(model: Any, cell: Cell, device: torch.device) -> dict[str, Any]:
         "measured_moments": moments.found,
         "attention": sorted(kernels),
         "packed_by": getattr(packing.kernel, "__name__", None),
-        "padding_untold": packing.untold,
+        "padding_untold": packing.mask_free,
         "seconds": time.perf_counter() - begin,
         "graphs": int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if cell.compiled else 0,
     }
@@ -185,10 +176,9 @@ def measure(model: Any, cell: Cell, device: torch.device) -> dict[str, Any]:
 
 def _compile(loop: Loop, window: list[list[int]], device: torch.device) -> dict[str, int]:
     with PeakMemory(device) as peak:
-        shares = loop.packing.of_step(window, loop._lengths, loop.config, loop.world)
-        for share in shares:
-            loop.backward(loop._collated([list(pack) for pack in share]), 1)
-        loop.optimizer.clear()
+        for packs in loop.batches.of_step(window):
+            loop.backward(loop.batches.collate(packs), 1)
+        loop.run.optimizer.clear()
     return peak.result
 
 

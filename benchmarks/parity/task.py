@@ -14,7 +14,7 @@ from spectune.data import Encoded, batches, by_length, collate, encode, load_row
 from spectune.deltas import Delta, attach
 from spectune.methods import BottleneckAdapter, method_from_name
 from spectune.storage.bases import load_tokenizer
-from spectune.training.train import pad_token_id
+from spectune.training.prepare import pad_token_id
 
 #: tokens of a row at most; between prompt and completion
 LENGTH, SEPARATOR = 256, "\n"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectune.compute.memory import recorded_bytes
+from spectune.compute.memory import graph_pool_bytes
 
 #: losses kept for the check that systems compute the same
 LOSSES = 20
@@ -101,7 +101,7 @@ class Meter:
             # the whole process, from its start: a CPU's allocator keeps no peak that could be set back
             return {"peak_resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         free, total = torch.cuda.mem_get_info()
-        recorded = recorded_bytes(self.device)
+        recorded = graph_pool_bytes(self.device)
         return {
             "peak_allocated": torch.cuda.max_memory_allocated() + recorded,
             "recorded_bytes": recorded,

@@ -14,17 +14,16 @@ from benchmarks.step_speed.grid import RefusedError
 from benchmarks.step_speed.setting import Setting
 from pydantic import ValidationError
 
-from spectune.blocks.cuda_graphs import graphed
-from spectune.data import Example
-from spectune.data.rows import Row
+from spectune.blocks.execution import Execution, Packing
+from spectune.data import Example, Row
 from spectune.deltas import Delta, attach
 from spectune.methods import method_from_name
 from spectune.training import TrainingConfig
-from spectune.training.checkpoint import Progress
-from spectune.training.checkpointing import recomputing
+from spectune.training.batching import Batches
 from spectune.training.distribution import World
-from spectune.training.loop import Keeper, Loop
+from spectune.training.loop import Loop
 from spectune.training.optimizer import MasterAdamW
+from spectune.training.run_state import RunState
 
 #: what each system sets of `TrainingConfig`; `base_precision` is applied to the base before the delta is attached
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -71,7 +70,6 @@ class Prepared:
     delta: Delta
     config: TrainingConfig
     rate: float
-    compiling: Callable[[Any, Any], Any] | None
     optimizer: Callable[..., MasterAdamW]
     watched: Watched
 
@@ -85,7 +83,6 @@ def prepare(setting: Setting, wanted: dict[str, Any]) -> Prepared:
     variant = {"gradient_checkpointing": False, **wanted}
     precision = variant.pop("base_precision", None)
     quantise = part("spectune.storage", "quantise_base") if precision else None
-    compiling = compiler(variant) if variant.get("torch_compile") else None
     optimizer = part("spectune.training.optimizers", "make_optimizer") if "optim" in variant else MasterAdamW
     config = configured(setting, rate, variant)
 
@@ -96,7 +93,7 @@ def prepare(setting: Setting, wanted: dict[str, Any]) -> Prepared:
     delta = attach(model, method, "bench")
     if not method.trains_base:
         first_weights(delta)
-    return Prepared(model, delta, config, rate, compiling, optimizer, Watched(delta.parameters()))
+    return Prepared(model, delta, config, rate, optimizer, Watched(delta.parameters()))
 
 
 def first_weights(delta: Delta) -> None:
@@ -110,33 +107,28 @@ def first_weights(delta: Delta) -> None:
 
 @contextlib.contextmanager
 def our_step(
-    prepared: Prepared, examples: Sequence[Example], most_steps: int, **extra: Any
+    prepared: Prepared,
+    examples: Sequence[Example],
+    most_steps: int,
+    *,
+    packing: Packing | None = None,
+    cudnn: bool = True,
 ) -> Iterator[Callable[[list[list[int]]], float | None]]:
     """Inside, a function that takes one optimizer step on the batches of a window (numbers of examples) and returns
-    the loss of the last one that was finished: on CUDA the one before. `extra`: further fields of `Loop`."""
-    model, config, delta = prepared.model, prepared.config, prepared.delta
+    the loss of the last one that was finished: on CUDA the one before."""
+    config, delta = prepared.config, prepared.delta
+    execution = Execution(
+        config.torch_compile is True,
+        config.cuda_graphs is True,
+        config.gradient_checkpointing,  # type: ignore[arg-type]
+        cudnn,
+        packing or Packing(),
+    )
     optimizer = prepared.optimizer(list(delta.parameters()), config, prepared.rate)
-    keeper = Keeper(lambda: None, lambda: None, lambda _: None, "", lambda: "")
-    compiling = prepared.compiling is not None
-    loop = Loop(
-        model, delta, optimizer, examples, [], 0, config, prepared.rate, most_steps, Progress(), keeper, World(),
-        compiled=compiling, **extra,
-    )  # fmt: skip
-    model.train()
-    with contextlib.ExitStack() as stack:
-        if prepared.compiling is not None:
-            stack.enter_context(prepared.compiling(model, delta.family))
-        stack.enter_context(recomputing(model, config.gradient_checkpointing))
-        if config.cuda_graphs is True:
-            stack.enter_context(graphed(model, delta.family, list(delta.parameters()), True))
+    batches = Batches(examples, config, execution.packing, World())
+    loop = Loop(RunState(delta, optimizer, batches, [], config, prepared.rate, most_steps), execution)
+    with loop.running():
         yield loop.ahead
-
-
-def compiler(variant: dict[str, Any]) -> Callable[[Any, Any], Any]:
-    """A context in which a model's blocks run compiled, with the budget of the variant's recomputation."""
-    compiled = part("spectune.blocks.compile", "compiled")
-    budget = part("spectune.training.checkpointing", "memory_budget")(variant["gradient_checkpointing"])
-    return lambda model, family: compiled(model, family, True, memory_budget=budget)
 
 
 def configured(setting: Setting, rate: float, variant: dict[str, Any]) -> TrainingConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 from typing import Any
@@ -14,11 +13,9 @@ from benchmarks.step_speed.peers import compile_blocks, peft_model
 from benchmarks.step_speed.setting import Setting
 from torch import nn
 
-from spectune.compute.cudnn import cudnn_attention
-from spectune.data import Example, batches, by_length, collate
-from spectune.data.rows import Row
+from spectune.data import Example, Row, batches, by_length, collate
 from spectune.methods import BY_NAME
-from spectune.training.attention import takes_cudnn
+from spectune.training.decisions import decide
 
 #: deciles of the tokens of E2E's prompts and completions (every tenth training row, gpt2's tokenizer, end token
 #: included), and how the two go together
@@ -80,30 +77,20 @@ def run(setting: Setting) -> dict[str, Any]:
 
 
 def _ours(setting: Setting, examples: list[Example], drawn: list[list[int]]) -> dict[str, Any]:
-    variant = {**SYSTEMS[setting.case.system]}
+    variant = {"packing": False, **SYSTEMS[setting.case.system]}
     if setting.device.type == "cuda":
         variant["torch_compile"] = True
-    packs = variant.get("packing")
-    decide = ours.part("spectune.training.packing", "decide") if packs else None
     prepared = ours.prepare(setting, variant)
-    extra = {"packing": decide(prepared.model, prepared.delta, examples, prepared.config)} if decide else {}
+    delta, config = prepared.delta, prepared.config
     lengths = [len(example.input_ids) for example in examples]
-    cudnn = takes_cudnn(prepared.delta.family, lengths, STEPS, prepared.config, packs=bool(packs))
-    with (
-        cudnn_attention(cudnn),
-        ours.our_step(prepared, examples, setting.most_steps, **extra) as step,
-        _listening(extra, prepared.model),
-    ):
+    how = decide(config, delta.family, delta.method, lengths, setting.device.type, steps=STEPS, delta=delta)
+    packing = how.packing if config.packing is True else None
+    with ours.our_step(prepared, examples, setting.most_steps, packing=packing, cudnn=how.cudnn) as step:
         setting.meter.begin()
         for batch in itertools.cycle(drawn):
             if setting.meter.step(step([batch]), *_counts(examples, batch)):
                 break
     return prepared.facts()
-
-
-def _listening(extra: dict[str, Any], model: Any) -> Any:
-    """What `Loop.run` enters around its steps where rows are packed."""
-    return extra["packing"].listening(model) if extra else contextlib.nullcontext()
 
 
 def _peft(setting: Setting, examples: list[Example], drawn: list[list[int]]) -> dict[str, Any]:

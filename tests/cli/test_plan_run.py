@@ -8,17 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
-
-from spectune.cli.plan_run import PlannedRun
-from spectune.data import Example
-from spectune.data.rows import Row
-from spectune.errors import ConfigError
-from spectune.families import family_from_config
-from spectune.methods import LoRA
-from spectune.storage.bases import load_config
-from spectune.training import TrainingConfig
-from spectune.training.execution import launch_bound, worth_compiling
 
 Spectune = Callable[..., Any]
 ON_CUDA = ("plan", "--method", "lora", "--memory", "24GiB", "--length", "128")
@@ -119,31 +108,3 @@ def test_what_cannot_be_recorded_is_refused_as_training_does(
     result = spectune("plan", "--method", "lora", *arguments)
     assert result.exit_code == 2
     assert says in result.stderr
-
-
-def example(length: int) -> Example:
-    return Example(list(range(length)), 0, Row(origin="row", text=""))
-
-
-def test_a_run_is_judged_by_the_rows_it_has() -> None:
-    config, base, method = TrainingConfig(per_device_train_batch_size=2), load_config("spectune-tiny"), LoRA()
-    family = family_from_config(base)
-    alike = [example(100)] * 10
-    run = PlannedRun.of(config, base, "cuda", 512, alike)
-    assert (run.length, run.longest, run.steps, run.packs) == (100, 100, 15, False)
-    assert run.records(method) is launch_bound(family, method, tokens=200, length=100)
-    assert run.compiles(method) is worth_compiling(
-        family, method, tokens=3000, steps=15, length=100, device_type="cuda"
-    )
-    rows = [*alike, *[example(5)] * 10]
-    assert PlannedRun.of(config, base, "cpu", 512, rows).packs
-    # a GPU waits for the host here, with padding and without
-    assert not PlannedRun.of(config, base, "cuda", 512, rows).packs
-    large, many = LlamaConfig(), TrainingConfig(per_device_train_batch_size=64)
-    unlike = PlannedRun.of(many, large, "cuda", 512, rows * 10)
-    assert unlike.packs
-    assert not unlike.records(method)
-    untold = PlannedRun.of(config, base, "cuda", 512, None)
-    assert (untold.length, untold.longest, untold.steps, untold.packs) == (512, 512, None, False)
-    with pytest.raises(ConfigError, match="packing=false"):
-        PlannedRun.of(many.model_copy(update={"cuda_graphs": True}), large, "cuda", 512, rows * 10).records(method)

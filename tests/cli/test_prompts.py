@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from spectune import embedded
 from spectune.cli.app import build_app
-from spectune.data import load_rows
+from spectune.data import Example, load_rows
 
 Spectune = Callable[..., Any]
 QUICK = ("--set", "max_steps=1", "--device", "cpu")
@@ -181,11 +181,11 @@ def test_a_dry_run_evaluates_a_few_windows_of_a_long_text(
 ) -> None:
     import spectune.training as training
 
-    seen: list[list[str]] = []
+    seen: list[list[Example]] = []
     original = training.train
 
     def train(model: Any, tokenizer: Any, delta: Any, rows: Any, held_out: Any, *more: Any, **named: Any) -> Any:
-        seen.append([row.text for row in held_out])
+        seen.append(held_out.examples)
         return original(model, tokenizer, delta, rows, held_out, *more, **named)
 
     monkeypatch.setattr(training, "train", train)
@@ -193,7 +193,9 @@ def test_a_dry_run_evaluates_a_few_windows_of_a_long_text(
     path.write_text("once upon a time " * 300)
     result = spectune("train", "--model", base, "--data", path, "--valid", path, "--dry-run", "--device", "cpu")
     assert result.exit_code == 0, result.stderr
-    assert max(len(text) for texts in seen for text in texts) <= 160
+    [few] = seen
+    assert len(few) == 16
+    assert max(len(example.input_ids) for example in few) <= 160
 
 
 @pytest.mark.parametrize("command", ["generate", "eval"])

@@ -282,7 +282,7 @@ def test_where_every_rate_diverges_the_method_fails_and_the_others_go_on(
 
 
 def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectune.training import memory
+    from spectune.training import prediction
 
     checked = SIX_STEPS.model_copy(update={"memory_check": "refuse"})
     trained: list[str] = []
@@ -293,16 +293,16 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(job, "train", train)
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "free_memory", lambda device: 1000)
+        patch.setattr(prediction, "free_memory", lambda device: 1000)
         with pytest.raises(DoesNotFitError, match="BitFit with a batch of 4 rows"):
             run(tmp_path / "c", methods=["bitfit"], config=checked)
     assert trained == []
     real = job.check_memory
 
-    def only_lora(predicted: Any, model: Any, delta: Any, check: str) -> None:
+    def only_lora(predicted: Any, delta: Any, check: str) -> None:
         if delta.method.name == "lora":
             raise DoesNotFitError("LoRA does not fit")
-        real(predicted, model, delta, check)
+        real(predicted, delta, check)
 
     monkeypatch.setattr(job, "check_memory", only_lora)
     found = run(tmp_path / "d", methods=[LoRA(r=2), "bitfit"], config=checked)
@@ -330,12 +330,12 @@ def test_the_time_is_told_by_a_method_that_fits(
 ) -> None:
     real = job.train
 
-    def check(predicted: Any, model: Any, delta: Any, check: str) -> None:
+    def check(predicted: Any, delta: Any, check: str) -> None:
         if delta.method.name == "lora":
             raise DoesNotFitError("LoRA does not fit")
 
     def train(model: Any, tokenizer: Any, delta: Any, *args: Any, **kwargs: Any) -> Any:
-        check(None, model, delta, "")
+        check(None, delta, "")
         return real(model, tokenizer, delta, *args, **kwargs)
 
     monkeypatch.setattr(job, "check_memory", check)

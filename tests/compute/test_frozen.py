@@ -15,7 +15,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
-from spectune.blocks.compiler import compiler_settings
+from spectune.blocks.compile import compiler_settings
 from spectune.compute import fp8
 from spectune.compute.fp8 import FrozenFp8Linear, quantise_rows
 from spectune.compute.frozen import FrozenLinear

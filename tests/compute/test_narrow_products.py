@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spectune.blocks.compile import compiled
 from spectune.blocks.narrow_products import GroupNarrowProducts
+from spectune.deltas import attach
 from spectune.methods import LoRA
-from spectune.storage import attach
 
 MM = torch.ops.aten.mm.default
 T, D, R = 12, 80, 4
@@ -112,7 +112,7 @@ def test_in_blocks_that_inductor_compiles(checkpointing: float) -> None:
 
     wanted = step()
     torch._dynamo.reset()
-    with compiled(model, delta.family, True, memory_budget=checkpointing):
+    with compiled(model, delta.family, memory_budget=checkpointing):
         found = step()
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-4)

@@ -13,7 +13,7 @@ from spectune.deltas import Method
 from spectune.methods import METHODS
 from spectune.training import TrainingConfig, train
 from spectune.training import loop as loop_module
-from spectune.training.packing import Packing
+from spectune.training.batching import Batches
 from tests.support import make_model, make_rows, make_tokenizer
 from tests.training.test_compiling import fresh_compiler, undropped
 
@@ -43,9 +43,9 @@ def losses_and_graphs(method: type[Method], patch: pytest.MonkeyPatch, **changes
 def test_packs_lose_nothing_and_share_graphs(method: type[Method], monkeypatch: pytest.MonkeyPatch) -> None:
     padded = losses_and_graphs(method, monkeypatch, packing=False)
     kernels: list[Any] = []
-    listening = Packing.listening
+    listening = Batches.listening
     monkeypatch.setattr(
-        Packing, "listening", lambda self, model: (kernels.append(self.kernel), listening(self, model))[1]
+        Batches, "listening", lambda self, model: (kernels.append(self.packing.kernel), listening(self, model))[1]
     )
     counters.clear()
     packed = losses_and_graphs(method, monkeypatch, packing=True, torch_compile=True)

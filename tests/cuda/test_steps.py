@@ -46,7 +46,7 @@ def test_a_step_asks_nothing(method: type[Method], monkeypatch: pytest.MonkeyPat
 
     def watched(self: Any, window: Any) -> None:
         # the first steps make what is made once
-        torch.cuda.set_sync_debug_mode("error" if self.progress.step >= 2 else "default")
+        torch.cuda.set_sync_debug_mode("error" if self.run.progress.step >= 2 else "default")
         try:
             begin(self, window)
         finally:

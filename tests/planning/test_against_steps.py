@@ -19,17 +19,18 @@ from transformers import (
     Qwen3Config,
 )
 
+from spectune.blocks import offload
+from spectune.blocks.execution import Execution
 from spectune.blocks.recompute import Recomputation
-from spectune.compute import offload
-from spectune.deltas import attach
-from spectune.deltas.attach import place
+from spectune.deltas import attach, place
 from spectune.deltas.modules import DeltaModule
 from spectune.errors import ConfigError
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import plan
 from spectune.planning.planner import Planner
-from spectune.planning.recorder import Shape
+from spectune.planning.shape import Shape
 from spectune.planning.step import record_step, skeleton
+from spectune.planning.workload import Workload
 from tests.contract.families import FAMILIES, VOCABULARY
 from tests.planning.steps import batch, fake_peak, real_peak
 from tests.support.transfers import LateTransfers
@@ -45,8 +46,8 @@ def check(family: str, method: str, *, checkpointing: Recomputation, shorter: in
         delta = attach(model, method_from_name(method))
     except ConfigError:
         pytest.skip("the method refuses this family")
-    estimate = plan(model, method, ROWS, LENGTH, device="cpu", gradient_checkpointing=checkpointing,
-                    padded=shorter > 0, all_targets=targets)  # fmt: skip
+    shape = Shape(ROWS, LENGTH, LENGTH - 1, targets, padded=shorter > 0)
+    estimate = plan(model, method, shape, device="cpu", gradient_checkpointing=checkpointing)
     measured = real_peak(model, delta, inputs, checkpointing=checkpointing)
     assert estimate.peak_allocated == pytest.approx(measured, rel=0.02)
 
@@ -61,8 +62,8 @@ def test_every_method(family: str, method: str) -> None:
 def test_the_step_that_is_recorded_has_the_chunked_loss(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """How a model makes its logits is found on the meta device too: no tensor is as large as those of all targets."""
     monkeypatch.setattr("spectune.compute.linear_cross_entropy._CHUNK_BYTES_ON_CPU", 0)
-    built = skeleton(FAMILIES[family]().config, method_from_name("lora"), torch.float32, 60)
-    record = record_step(built, Shape(10, 60, 60, 600), "cpu")
+    built = skeleton(Workload.of(FAMILIES[family]().config, "lora", torch.float32, "cpu"), 60)
+    record = record_step(built, Shape(10, 60, 60, 600))
     made = {size for size, label in zip(record.sizes, record.labels, strict=True) if label == "logits"}
     assert 4 * 200 * VOCABULARY in made  # probabilities of three chunks
     assert 4 * 600 * VOCABULARY not in made
@@ -90,7 +91,7 @@ def test_block_inputs_in_host_memory(family: str, method: str, monkeypatch: pyte
     monkeypatch.setattr(offload.HostStates.__init__, "__defaults__", (0,))
     model = FAMILIES[family]()
     delta = attach(model, method_from_name(method))
-    planner = Planner(model, method_from_name(method), torch.float32, "cpu", checkpointing="offload")
+    planner = Planner(Workload.of(model, method, device="cpu"), Execution(recomputation="offload"))
     predicted = planner.step(Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1))).peak_allocated
     transfers = LateTransfers()
     measured = real_peak(model, delta, batch(ROWS, LENGTH, VOCABULARY), checkpointing="offload", transfers=transfers)
@@ -124,7 +125,7 @@ def test_prompts_of_unlike_length_under_a_large_vocabulary() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20000, n_embd=16, n_head=2, n_layer=2, resid_pdrop=0.0,
                                        embd_pdrop=0.0, attn_pdrop=0.0))  # fmt: skip
     delta = attach(model, method_from_name("lora"))
-    estimate = plan(model, "lora", 8, LENGTH, device="cpu", targets=30, all_targets=int(learned.sum()))
+    estimate = plan(model, "lora", Shape(8, LENGTH, 30, int(learned.sum())), device="cpu")
     assert estimate.peak_allocated == pytest.approx(real_peak(model, delta, inputs, checkpointing=False), rel=0.02)
 
 

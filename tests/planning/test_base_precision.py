@@ -12,8 +12,9 @@ import spectune
 from spectune.compute.fp8 import FrozenFp8Linear
 from spectune.errors import ConfigError
 from spectune.methods import FullFineTuning, LoRA
-from spectune.planning.recorder import Shape
+from spectune.planning.shape import Shape
 from spectune.planning.step import record_step, skeleton
+from spectune.planning.workload import Workload
 from spectune.storage import PRECISIONS, load_config
 
 needs = {"nf4": pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="NF4 needs bitsandbytes")}
@@ -56,8 +57,8 @@ def test_the_step_over_fp8_keeps_no_more_from_forward_to_backward() -> None:
     shape = Shape(2, 64, 63, 126)
     kept = []
     for precision in (None, "fp8"):
-        built = skeleton(config, LoRA(r=4), torch.bfloat16, 64, precision)
-        record = record_step(built, shape, "cuda")
+        built = skeleton(Workload.of(config, LoRA(r=4), torch.bfloat16, base_precision=precision), 64)
+        record = record_step(built, shape)
         cut = dict(record.marks)["head"]
         live: set[int] = set()
         for event in record.events[:cut]:

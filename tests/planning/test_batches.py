@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,18 +11,18 @@ from rich.console import Console
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
-from spectune.compute import losses
+from spectune.blocks.execution import Execution, Packing
 from spectune.compute.varlen import loop_by_document
-from spectune.data import Example
-from spectune.data.rows import Row
+from spectune.data import Example, Row
 from spectune.deltas import attach
 from spectune.methods import method_from_name
+from spectune.objectives import causal_lm
 from spectune.planning import plan
 from spectune.planning.planner import Planner
-from spectune.planning.recorder import Shape
+from spectune.planning.shape import Shape
+from spectune.planning.workload import Workload
 from spectune.training import TrainingConfig, train
-from spectune.training.memory import shape_of
-from spectune.training.packing import Packing
+from spectune.training.prediction import shape_of
 from tests.contract.families import VOCABULARY, llama
 from tests.planning.steps import real_peak
 from tests.support import make_rows, make_tokenizer
@@ -63,21 +64,21 @@ def test_columns_that_hold_a_target(columns: int) -> None:
     model = bent()
     delta = attach(model, method_from_name("lora"))
     batch = learned_batch(columns)
-    assert losses.head_selection(model) == "column"
+    assert causal_lm.head_selection(model) == "column"
     measured = real_peak(model, delta, batch, checkpointing=False)
-    asked: dict[str, Any] = {"device": "cpu", "targets": LEARNED}
-    estimate = plan(model, "lora", ROWS, LENGTH, **asked, columns=columns)
+    shape = Shape(ROWS, LENGTH, LEARNED, ROWS * LEARNED, columns=columns)
+    estimate = plan(model, "lora", shape, device="cpu")
     assert estimate.peak_allocated == pytest.approx(measured, rel=0.02)
-    fewer, all_of_them = (plan(model, "lora", ROWS, LENGTH, **asked, columns=n) for n in (columns - 4, None))
+    fewer, all_of_them = (plan(model, "lora", replace(shape, columns=n), device="cpu") for n in (columns - 4, None))
     assert fewer.logits < estimate.logits < all_of_them.logits
 
 
 def test_more_tokens_have_more_columns() -> None:
     model = bent()
-    estimate = plan(model, "lora", ROWS, LENGTH // 2, device="cpu", targets=4, columns=8)
-    longer = plan(model, "lora", ROWS, LENGTH, device="cpu", targets=8, columns=16)
+    estimate = plan(model, "lora", Shape(ROWS, LENGTH // 2, 4, 4 * ROWS, columns=8), device="cpu")
+    longer = plan(model, "lora", Shape(ROWS, LENGTH, 8, 8 * ROWS, columns=16), device="cpu")
     # the share of targets and columns stays; both are rounded
-    assert estimate._peaks(ROWS, LENGTH)[0] == pytest.approx(longer.peak_allocated, rel=0.01)
+    assert estimate.question.peaks(ROWS, LENGTH)[0] == pytest.approx(longer.peak_allocated, rel=0.01)
 
 
 def row(length: int, learned: int) -> Example:
@@ -92,7 +93,7 @@ def test_the_columns_of_a_batch_are_those_of_its_labels(padded: bool) -> None:
         end = len(example.input_ids)
         labels[number, end - example.target_tokens : end] = 1
     shape = shape_of([[example] for example in rows])
-    assert shape.columns == int(losses.target_mask(labels).any(0).sum())
+    assert shape.columns == int(causal_lm.target_mask(labels).any(0).sum())
     assert (shape.targets, shape.all_targets, shape.padded) == (4, 8, padded)
 
 
@@ -102,7 +103,7 @@ def test_the_columns_of_packs_are_counted_where_their_documents_lie() -> None:
     labels[0, [3, 4, 8]] = 1
     labels[1, [5, 6, 7]] = 1
     shape = shape_of(packs, Packing(True, loop_by_document))
-    assert shape.columns == int(losses.target_mask(labels).any(0).sum())
+    assert shape.columns == int(causal_lm.target_mask(labels).any(0).sum())
     assert shape.documents == ((5, 4), (8,))
     assert shape.kernel is loop_by_document
 
@@ -113,7 +114,9 @@ def test_packs_in_a_deep_model_from_few_layers(method: str, kernel: Any) -> None
     config = llama().config
     config.num_hidden_layers = 7
     packs = Shape(2, 40, 38, 74, documents=((25, 15), (20, 10, 8)), kernel=kernel)
-    short, whole = (Planner(config, method_from_name(method), torch.float32, "cpu") for _ in "12")
+    short, whole = (
+        Planner(Workload.of(config, method_from_name(method), torch.float32, "cpu"), Execution()) for _ in "12"
+    )
     whole._build(packs.length, whole=True)
     assert short.peak(packs) == whole.peak(packs)
     assert short.repeats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from spectune.blocks.execution import Execution
+from spectune.blocks.recompute import recomputing
 from spectune.deltas import attach
 from spectune.errors import DoesNotFitError
 from spectune.methods import LoRA, method_from_name
-from spectune.training import RunResult, TrainingConfig, train
-from spectune.training import memory as memory_module
-from spectune.training.checkpointing import recomputing
+from spectune.training import RunResult, TrainingConfig, prediction, train
+from spectune.training.decisions import decide_run
 from spectune.training.distribution import World
 from spectune.training.prepare import prepare
 from tests.support import make_model, make_rows, make_tokenizer
@@ -54,7 +56,7 @@ def test_the_prediction_stands_beside_what_was_measured(method: str, settings: d
 def test_a_run_that_does_not_fit_is_refused_before_its_first_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(memory_module, "free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(prediction, "free_memory", lambda device: 2_000_000)
     with pytest.raises(DoesNotFitError) as error:
         run(LoRA(r=3), output_dir=tmp_path / "run")
     assert error.value.exit_code == 4
@@ -85,8 +87,7 @@ def test_a_base_that_cannot_be_described_is_trained_all_the_same(
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("no kernel for this\nand more")
 
-    monkeypatch.setattr(memory_module, "plan", fails)
-    monkeypatch.setattr(memory_module, "_predictions", {})
+    monkeypatch.setattr(prediction, "estimate_of", fails)
     result = run(LoRA(r=5))
     assert result.memory_prediction_source == "none"
     assert result.predicted_memory_bytes == {}
@@ -96,22 +97,24 @@ def test_a_base_that_cannot_be_described_is_trained_all_the_same(
 def test_recordings_are_planned_unless_something_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is recorded on a CUDA device is refused here: how the plan is asked shows it."""
     asked: list[tuple[Any, Any]] = []
-    real = memory_module.plan
+    real = prediction.estimate_of
 
-    def watched(*given: Any, **settings: Any) -> Any:
-        asked.append((settings["gradient_checkpointing"], settings["cuda_graphs"]))
-        return real(*given, **{**settings, "cuda_graphs": False})
+    def watched(workload: Any, shape: Any, validation: Any, execution: Execution) -> Any:
+        asked.append((execution.recomputation, execution.graphs))
+        return real(workload, shape, validation, replace(execution, graphs=False))
 
-    monkeypatch.setattr(memory_module, "plan", watched)
-    monkeypatch.setattr(memory_module, "_predictions", {})
-    monkeypatch.setattr(memory_module, "free_memory", lambda device: 1)
+    monkeypatch.setattr(prediction, "estimate_of", watched)
+    monkeypatch.setattr(prediction, "free_memory", lambda device: 1)
     model, tokenizer, rows, config = make_model(), make_tokenizer(), make_rows(24), TrainingConfig()
     delta = attach(model, LoRA(r=3), tokenizer=tokenizer)
     prepared = prepare(model, tokenizer, delta.method, rows, rows[:4], config, delta.base_fingerprint)
-    found = memory_module.predict_memory(model, delta, prepared, config, World(), recording=True)
+    with_graphs = replace(decide_run(delta, prepared), graphs=True)
+    monkeypatch.setattr(prediction, "decide_run", lambda *_: with_graphs)
+    found = prediction.predict(delta, prepared, World())
     assert asked == [(False, True), ("selective", False), (True, False)]
-    assert found.checkpointing is True
-    assert found.notice is not None
+    assert found.execution.recomputation is True
+    assert found.execution.graphs is False
+    assert found.execution.reason("gradient_checkpointing") is not None
 
 
 def test_the_check_may_change_when_a_run_goes_on(tmp_path: Path) -> None:

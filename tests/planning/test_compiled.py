@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from spectune.blocks.compile import compiled
+from spectune.blocks.call import Wrapper, wrapped
+from spectune.blocks.compile import compiled, memory_budget
+from spectune.blocks.execution import Execution
 from spectune.deltas import attach
 from spectune.methods import method_from_name
 from spectune.planning.planner import Planner
-from spectune.planning.recorder import Record, Shape
-from spectune.training.checkpointing import memory_budget
-from spectune.training.execution import _compiler_there
+from spectune.planning.recorder import Record
+from spectune.planning.shape import Shape
+from spectune.planning.workload import Workload
+from spectune.training.decisions import has_cpu_compiler
 
 ROWS, LENGTH = 4, 40
 SHAPE = Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1))
@@ -52,9 +55,12 @@ def alive(record: Record, until: int) -> set[int]:
 
 def kept_by_plan(model: PreTrainedModel, method: str, checkpointing: Any) -> int:
     """Bytes that the second block makes and that are there when the last one is done."""
-    planner = Planner(model, method_from_name(method), torch.float32, "cpu", checkpointing=checkpointing, compiled=True)
+    planner = Planner(
+        Workload.of(model, method_from_name(method), torch.float32, "cpu"),
+        Execution(recomputation=checkpointing, compiled=True),
+    )
     record = planner._record(SHAPE)
-    assert planner.compiled, "the compiler could not trace a block"
+    assert planner.execution.compiled, "the compiler could not trace a block"
     marks = dict(record.marks)
     made = {event for event in record.events[marks["F1"] : marks["F2"]] if event >= 0}
     return sum(record.sizes[number] for number in made & alive(record, marks["head"]))
@@ -76,10 +82,7 @@ def kept_by_blocks(model: PreTrainedModel, method: str, backend: str, checkpoint
                 found.append(storage.nbytes())
         return tensor
 
-    with compiled(model, delta.family, True, backend=backend, memory_budget=memory_budget(checkpointing)):
-        layer = model.get_submodule(delta.family.layers[1].path)
-        call = layer.__dict__["_compiled_call_impl"]
-
+    def watching(_: int, layer: nn.Module, call: Any) -> Any:
         def watched(*args: Any, **kwargs: Any) -> Any:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor):
@@ -91,7 +94,13 @@ def kept_by_blocks(model: PreTrainedModel, method: str, backend: str, checkpoint
                 note(leaf, counts=True)
             return output
 
-        layer.__dict__["_compiled_call_impl"] = watched
+        return watched
+
+    second = model.get_submodule(delta.family.layers[1].path)
+    with (
+        compiled(model, delta.family, backend=backend, memory_budget=memory_budget(checkpointing)),
+        wrapped([second], Wrapper.MARKED, watching),
+    ):
         ids = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) % 60
         with torch.autograd.graph.saved_tensors_hooks(lambda t: note(t, inside[0]), lambda t: t):
             model(input_ids=ids, use_cache=False)
@@ -122,7 +131,7 @@ def test_within_a_budget_too(make: Callable[[], PreTrainedModel]) -> None:
     assert kept[0] > kept[1] > kept[2] == ROWS * LENGTH * 64 * 4  # the next block's input alone
 
 
-@pytest.mark.skipif(not _compiler_there(), reason="compiles kernels for the CPU")
+@pytest.mark.skipif(not has_cpu_compiler(), reason="compiles kernels for the CPU")
 def test_inductor_itself_keeps_as_much() -> None:
     """It puts narrow products beside each other, which are then views of one tensor, of as many bytes."""
     assert kept_by_plan(llama(), "lora", False) == kept_by_blocks(llama(), "lora", "inductor", False)

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from spectune.blocks.execution import Execution
 from spectune.methods import method_from_name
 from spectune.planning import plan
 from spectune.planning.planner import Planner
+from spectune.planning.shape import Shape
+from spectune.planning.workload import Workload
 from tests.planning.test_compiled import LENGTH, ROWS, SHAPE, fresh_compiler, llama
 
 __all__ = ["fresh_compiler"]
@@ -21,12 +24,15 @@ __all__ = ["fresh_compiler"]
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
 def test_few_layers_stand_for_many(method: str) -> None:
-    short, whole = (Planner(llama(7), method_from_name(method), torch.bfloat16, "cuda", compiled=True) for _ in "12")
+    short, whole = (
+        Planner(Workload.of(llama(7), method_from_name(method), torch.bfloat16, "cuda"), Execution(compiled=True))
+        for _ in "12"
+    )
     whole._build(LENGTH, whole=True)
     assert short.peak(SHAPE) == whole.peak(SHAPE)
     assert short.step(SHAPE).peak_reserved == whole.step(SHAPE).peak_reserved
-    assert short.compiled
-    assert whole.compiled
+    assert short.execution.compiled
+    assert whole.execution.compiled
     assert short.repeats
     assert not whole.repeats
 
@@ -38,7 +44,11 @@ def test_a_plan_does_not_depend_on_when_garbage_is_collected() -> None:
         for often in ((0, 0, 0), (50, 2, 2), before):
             gc.set_threshold(*often)
             torch._dynamo.reset()
-            peaks.add(Planner(llama(), method_from_name("lora"), torch.bfloat16, "cuda", compiled=True).peak(SHAPE))
+            peaks.add(
+                Planner(
+                    Workload.of(llama(), method_from_name("lora"), torch.bfloat16, "cuda"), Execution(compiled=True)
+                ).peak(SHAPE)
+            )
     finally:
         gc.set_threshold(*before)
     assert len(peaks) == 1
@@ -46,7 +56,7 @@ def test_a_plan_does_not_depend_on_when_garbage_is_collected() -> None:
 
 def test_compiled_blocks_take_less_and_recomputed_ones_keep_their_input() -> None:
     base = llama(6).config
-    asked: dict[str, Any] = {"batch": 8, "length": 512, "dtype": "bfloat16", "targets": 8}
+    asked: dict[str, Any] = {"batch": Shape(8, 512, 8, 64), "dtype": "bfloat16"}
     eager, fast, lean = (
         plan(base, "lora", **asked, torch_compile=compiled, gradient_checkpointing=mode)
         for compiled, mode in ((False, False), (True, False), (True, True))

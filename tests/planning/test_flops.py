@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from spectune.blocks.recompute import recomputing
 from spectune.deltas import attach
 from spectune.families import describe
 from spectune.methods import method_from_name
 from spectune.planning.flops import flops_per_token
-from spectune.training.checkpointing import recomputing
 
 ROWS, LENGTH = 2, 16
 CONFIG = LlamaConfig(

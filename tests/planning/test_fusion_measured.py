@@ -18,7 +18,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from spectune.blocks.compiler import compiler_settings
+from spectune.blocks.compile import compiler_settings
 from spectune.planning.fusion import Schedule, schedule
 
 TOKENS, WIDTH, INNER, RANK = 64, 128, 512, 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, LlamaConfig
 
 import spectune
+from spectune.blocks.execution import Execution
 from spectune.blocks.recompute import ORDER
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
@@ -19,8 +21,9 @@ from spectune.planning import plan
 from spectune.planning.estimate import TERMS, Estimate, shown
 from spectune.planning.kernels import cudnn_head_limit, kernel_for
 from spectune.planning.planner import Planner
-from spectune.planning.recorder import Shape
 from spectune.planning.room import free_memory
+from spectune.planning.shape import Shape
+from spectune.planning.workload import Workload
 from spectune.sizes import bytes_of
 from tests.contract.families import gemma3, llama
 
@@ -34,6 +37,11 @@ LLAMA = LlamaConfig(
     tie_word_embeddings=False,
 )
 GIB = 2**30
+
+
+def learned(rows: int, length: int, targets: int) -> Shape:
+    """Rows in which so many tokens have a loss."""
+    return Shape(rows, length, targets, rows * targets)
 
 
 def test_states_by_hand() -> None:
@@ -132,7 +140,7 @@ def test_block_inputs_in_host_memory_do_not_add_up() -> None:
 
 
 def test_forms_of_recomputation_keep_less_and_auto_takes_the_first_that_fits() -> None:
-    asked: dict[str, Any] = {"batch": 8, "length": 1024, "dtype": "bfloat16", "targets": 16}
+    asked: dict[str, Any] = {"batch": learned(8, 1024, 16), "dtype": "bfloat16"}
     config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 24})
     found = [plan(config, "lora", **asked, gradient_checkpointing=mode) for mode in ORDER]
     needs = [estimate.needed for estimate in found]
@@ -153,8 +161,10 @@ def test_more_rows_more_tokens_and_masks_take_more() -> None:
     small = plan(LLAMA, "prefix", 2, 64)
     assert small.peak_allocated < plan(LLAMA, "prefix", 4, 64).peak_allocated
     assert small.peak_allocated < plan(LLAMA, "prefix", 2, 128).peak_allocated
-    assert small.logits > plan(LLAMA, "prefix", 2, 64, targets=8).logits
-    padded, whole = (plan(LLAMA, "lora", 4, 256, dtype="bfloat16", padded=p) for p in (True, False))
+    assert small.logits > plan(LLAMA, "prefix", learned(2, 64, 8)).logits
+    padded, whole = (
+        plan(LLAMA, "lora", replace(Shape.whole(4, 256), padded=p), dtype="bfloat16") for p in (True, False)
+    )
     assert padded.activations > whole.activations
     # a batch that finds gradients there has them beside its activations
     once, again = (plan(LLAMA, "full", 2, 64, gradient_accumulation_steps=n) for n in (1, 2))
@@ -188,8 +198,8 @@ def test_layers_of_two_kinds_are_both_recorded() -> None:
     config.num_hidden_layers = 12
     config.layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * 4
     for method in (FullFineTuning(), LoRA(), PromptTuning()):
-        short = Planner(config, method, torch.bfloat16, "cuda")
-        whole = Planner(config, method, torch.bfloat16, "cuda")
+        short = Planner(Workload.of(config, method, torch.bfloat16, "cuda"), Execution())
+        whole = Planner(Workload.of(config, method, torch.bfloat16, "cuda"), Execution())
         shape = Shape(2, 40, 39, 78)
         whole._build(40, whole=True)
         assert short.peak(shape) == whole.peak(shape)
@@ -230,12 +240,12 @@ def test_fits_and_its_inverse() -> None:
         ("lora", {"batch": 32, "length": 512, "device": "cpu"}, "(selective, true)."),
         (
             "lora",
-            {"batch": 64, "length": 512, "targets": 8, "gradient_checkpointing": "selective"},
+            {"batch": Shape(64, 512, 8, 64 * 8), "gradient_checkpointing": "selective"},
             "gradient_checkpointing=true or offload keeps",
         ),
         ("lora", {"batch": 32, "length": 512, "gradient_checkpointing": True}, "per_device_train_batch_size="),
         ("lora", {"batch": 32, "length": 512, "cuda_graphs": True}, "cuda_graphs=false keeps no recordings"),
-        ("lora", {"batch": 1, "length": 16, "eval_batch": 64, "eval_length": 512}, "per_device_eval_batch_size"),
+        ("lora", {"batch": 1, "length": 16, "validation": Shape.whole(64, 512)}, "per_device_eval_batch_size"),
         ("lora", {"batch": 1, "length": 16, "dtype": "float32", "device": "cpu"}, "bfloat16"),
     ],
 )

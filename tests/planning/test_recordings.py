@@ -12,16 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.blocks.cuda_graphs import WARM_UPS, graphed
-from spectune.blocks.graphed_block import RecordedBlock, record
-from spectune.compute.losses import labelled_loss_sum
+from spectune.blocks.execution import Execution
+from spectune.blocks.graphed_block import GraphedBlock, capture_blocks
 from spectune.compute.memory import AllocationTracker
 from spectune.deltas import Delta, attach
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
+from spectune.objectives import CAUSAL_LM
 from spectune.planning import plan
 from spectune.planning.planner import Planner
-from spectune.planning.recorder import Shape
 from spectune.planning.recordings import apart
+from spectune.planning.shape import Shape
+from spectune.planning.workload import Workload
 from tests.planning.steps import batch
 from tests.training.test_compiling import DEPTH, gpt2, llama
 from tests.training.test_graphs import Again
@@ -31,23 +33,25 @@ SHAPE = Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1))
 HIDDEN = 4 * ROWS * LENGTH * 32
 
 
-def recorded(model: PreTrainedModel, delta: Delta, inputs: dict[str, Tensor]) -> list[RecordedBlock]:
+def recorded(model: PreTrainedModel, delta: Delta, inputs: dict[str, Tensor]) -> list[GraphedBlock]:
     """The blocks' recordings after some passes, one of them replayed."""
     model.train()
     trained = [p for p in delta.parameters() if p.requires_grad]
-    with graphed(model, delta.family, trained, True, recorder=Again):
-        blocks: Any = model.get_submodule(delta.family.layers[0].path).__dict__["_compiled_call_impl"].func.__self__
+    with graphed(model, delta.family, trained, capture=Again):
+        blocks: Any = (
+            model.get_submodule(delta.family.layers[0].path).__dict__["_compiled_call_impl"].call.func.__self__
+        )
         for _ in range(WARM_UPS + 2):
-            loss, _ = labelled_loss_sum(model, inputs)
+            loss, _ = CAUSAL_LM.loss_sum(model, inputs)
             loss.backward()  # type: ignore[no-untyped-call]
             for parameter in trained:
                 parameter.grad = None
-        [found] = blocks.recorded.values()
+        [found] = blocks.captured.values()
     assert found is not None, "the blocks were not recorded"
     return list(found)
 
 
-def places(blocks: list[RecordedBlock]) -> dict[str, int]:
+def places(blocks: list[GraphedBlock]) -> dict[str, int]:
     """Bytes of what recordings hold, each place in memory once, by what it is for."""
     seen: set[int] = set()
 
@@ -62,8 +66,10 @@ def places(blocks: list[RecordedBlock]) -> dict[str, int]:
     return {
         "outputs": sum(count(block.outputs) for block in blocks),
         "arguments": sum(count(block.leaves) for block in blocks),
-        "hidden": sum(count([*block.input_gradients.values(), *block._output_gradients.values()]) for block in blocks),
-        "weights": sum(count(block._parameter_gradients) for block in blocks),
+        "hidden": sum(
+            count([*block.gradients.of_inputs.values(), *block.gradients.of_outputs.values()]) for block in blocks
+        ),
+        "weights": sum(count(block.gradients.of_parameters) for block in blocks),
     }
 
 
@@ -72,7 +78,7 @@ def places(blocks: list[RecordedBlock]) -> dict[str, int]:
 def test_what_stays_is_what_is_planned(make: Callable[[], PreTrainedModel], method: Method) -> None:
     model = make()
     length = min(LENGTH, 64 - method.virtual_tokens)
-    planner = Planner(model, method, torch.float32, "cpu", recorded=True)
+    planner = Planner(Workload.of(model, method, torch.float32, "cpu"), Execution(graphs=True))
     static = planner._record(Shape(ROWS, length, length - 1, ROWS * (length - 1))).static
     found = places(recorded(model, attach(model, method), batch(ROWS, length, 60)))
     assert found["outputs"] == sum(static.outputs)
@@ -85,7 +91,7 @@ def test_what_stays_is_what_is_planned(make: Callable[[], PreTrainedModel], meth
 def test_by_hand() -> None:
     """Of LoRA on a frozen base: the first block's input has no gradient, the last one's output has."""
     delta = attach(llama(), LoRA(r=4))
-    planner = Planner(llama(), LoRA(r=4), torch.float32, "cpu", recorded=True)
+    planner = Planner(Workload.of(llama(), LoRA(r=4), torch.float32, "cpu"), Execution(graphs=True))
     static = planner._record(SHAPE).static
     assert planner.repeats, "few layers stand for all"
     assert sorted(static.outputs) == [HIDDEN] * DEPTH
@@ -97,7 +103,7 @@ def test_by_hand() -> None:
 
 def test_a_mask_is_copied_once() -> None:
     whole, padded = (
-        Planner(gpt2(), LoRA(), torch.float32, "cpu", recorded=True)
+        Planner(Workload.of(gpt2(), LoRA(), torch.float32, "cpu"), Execution(graphs=True))
         ._record(Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1), padded))
         .static
         for padded in (False, True)
@@ -118,12 +124,12 @@ def test_recording_makes_no_more_at_once_than_is_planned() -> None:
     plain, calls = [b.function for b in blocks], [b.call for b in blocks]
     with AllocationTracker([*model.parameters(), *model.buffers()]) as tracker:
         before = tracker.live_bytes
-        again = record(plain, calls, trained, Again())
+        again = capture_blocks(plain, calls, trained, Again())
     made = tracker.live_bytes - before
     there = places(again)
     # positions are an argument that no block here reads
     assert sum(there.values()) - made == 8 * LENGTH
-    planner = Planner(gpt2(), FullFineTuning(), torch.float32, "cpu", recorded=True)
+    planner = Planner(Workload.of(gpt2(), FullFineTuning(), torch.float32, "cpu"), Execution(graphs=True))
     found = planner._record(SHAPE)
     most = tracker.peak_bytes - before
     planned = sum(found.static.new) + max(apart(found)[0])
@@ -136,7 +142,9 @@ def test_terms_and_peaks_have_what_stays() -> None:
     plain, graphs = (plan(base, "lora", **asked, cuda_graphs=wanted) for wanted in (False, True))
     assert (plain.cuda_graphs, graphs.cuda_graphs) == (False, True)
     assert plain.recordings == 0
-    record = Planner(base, LoRA(), torch.bfloat16, "cuda", recorded=True)._record(Shape(8, 128, 127, 8 * 127))
+    record = Planner(Workload.of(base, LoRA(), torch.bfloat16, "cuda"), Execution(graphs=True))._record(
+        Shape(8, 128, 127, 8 * 127)
+    )
     new, inside = sum(record.static.new), max(apart(record)[0])
     assert 0 < new <= graphs.recordings
     # whatever moment it is, recordings are there and all memory that blocks take in any
@@ -146,7 +154,7 @@ def test_terms_and_peaks_have_what_stays() -> None:
     assert plain.peak_allocated + new - 2**16 <= graphs.peak_allocated <= plain.peak_allocated + new + inside
     assert graphs.peak_reserved >= plain.peak_reserved
     assert graphs.to_dict()["recordings"] == graphs.recordings
-    assert graphs._peaks(8, 128)[0] == max(moment.total for moment in graphs.moments)
+    assert graphs.question.peaks(8, 128)[0] == max(moment.total for moment in graphs.moments)
     more = plan(base, "lora", **{**asked, "batch": 16}, cuda_graphs=True)
     hidden = 2 * 8 * 128 * 32
     assert more.recordings - graphs.recordings == pytest.approx(2 * DEPTH * hidden + hidden, rel=0.05)
@@ -163,7 +171,7 @@ def test_compiled_blocks_are_recorded_as_others_are() -> None:
 
 
 def test_validation_comes_on_top_of_what_recordings_hold() -> None:
-    planned = partial(plan, llama().config, "lora", 8, 64, dtype="bfloat16", eval_batch=8)
+    planned = partial(plan, llama().config, "lora", 8, 64, dtype="bfloat16", validation=8)
     plain, graphs = planned(cuda_graphs=False), planned(cuda_graphs=True)
     assert plain.validation is not None
     assert graphs.validation is not None

@@ -17,7 +17,7 @@ from spectune.errors import DivergedError, InterruptedRun
 from spectune.methods import FullFineTuning, LoRA
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training import loop as loop_module
-from spectune.training.answer import Answer
+from spectune.training.async_scalars import AsyncScalars
 from spectune.training.run_folder import RunFolder
 from tests.support import make_model, make_rows, make_tokenizer
 
@@ -50,7 +50,7 @@ def most(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counting(self: Any, window: Any) -> None:
         begin(self, window)
-        found[0] = max(found[0], len(self._under_way))
+        found[0] = max(found[0], len(self._in_flight))
 
     monkeypatch.setattr(loop_module.Loop, "begin", counting)
     return found
@@ -80,7 +80,7 @@ def test_stopped_while_one_is_under_way(where: str, tmp_path: Path, monkeypatch:
 
     def interrupted(self: Any, *given: Any) -> Any:
         found = step(self, *given)
-        if self.progress.step == 1:
+        if self.run.progress.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return found
 
@@ -101,13 +101,13 @@ def test_nothing_is_stepped_behind_a_step_that_diverged(ahead: int, monkeypatch:
     backward, seen, kept = loop_module.Loop.backward, list[Weights](), list[Weights]()
 
     def poisoned(self: Any, batch: Any, targets: int) -> torch.Tensor:
-        seen.append({name: t.clone() for name, t in self.delta.training_state_dict().items()})
+        seen.append({name: t.clone() for name, t in self.run.delta.training_state_dict().items()})
         loss = backward(self, batch, targets)
         return loss * float("nan") if len(seen) == 3 else loss
 
     monkeypatch.setattr(loop_module.Loop, "backward", poisoned)
     # the weights as they are when the run is given up, before it goes back to its best
-    monkeypatch.setattr(RunFolder, "go_back", lambda self: kept.append(self.delta.training_state_dict()))
+    monkeypatch.setattr(RunFolder, "go_back", lambda self: kept.append(self.run.delta.training_state_dict()))
     with pytest.raises(DivergedError, match="the loss is nan in step 3"):
         run(LoRA(r=2), settings())
     assert len(seen) == 3 + ahead
@@ -115,6 +115,6 @@ def test_nothing_is_stepped_behind_a_step_that_diverged(ahead: int, monkeypatch:
     assert all(torch.equal(tensor, seen[2][name]) for name, tensor in kept[0].items())
 
 
-def test_an_answer_is_as_exact_as_what_was_asked() -> None:
+def test_scalars_are_copied_exactly() -> None:
     numbers = [torch.tensor(1 / 3), torch.tensor(1e-300, dtype=torch.float64), torch.tensor(float("inf"))]
-    assert Answer(*numbers).values() == [float(number) for number in numbers]
+    assert AsyncScalars(*numbers).values() == [float(number) for number in numbers]

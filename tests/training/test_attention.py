@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ from spectune.compute.evaluating import evaluating
 from spectune.families import family_from_config
 from spectune.methods import LoRA
 from spectune.planning.kernels import kernel_for
-from spectune.training import TrainingConfig, train
-from spectune.training.attention import takes_cudnn
+from spectune.training import TrainingConfig, decisions, train
+from spectune.training.decisions import takes_cudnn
 from spectune.training.loop import Loop
 from tests.support import make_model, make_rows, make_tokenizer
 
@@ -72,7 +71,7 @@ def test_steps_take_what_was_decided_and_validation_never_does(taken: bool, monk
             seen.add((module.training, cudnn_allowed()))
 
     model.register_forward_pre_hook(look, with_kwargs=True)
-    monkeypatch.setattr(sys.modules["spectune.training.train"], "takes_cudnn", lambda *_, **__: taken)
+    monkeypatch.setattr(decisions, "takes_cudnn", lambda *_, **__: taken)
     train(model, make_tokenizer(), LoRA(), make_rows(), make_rows(6), TrainingConfig(max_steps=2),
           console=Console(quiet=True))  # fmt: skip
     assert {allowed for training, allowed in seen if training} == {taken}

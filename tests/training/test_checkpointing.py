@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from spectune.blocks.compile import memory_budget
 from spectune.errors import ConfigError, DoesNotFitError
 from spectune.families import describe
 from spectune.methods import LoRA, method_from_name
 from spectune.planning.estimate import Estimate
-from spectune.training import RunResult, TrainingConfig, train
-from spectune.training import memory as memory_module
-from spectune.training.checkpointing import memory_budget
+from spectune.training import RunResult, TrainingConfig, prediction, train
 from tests.support import checkpointed_by_transformers, make_model, make_rows, make_tokenizer
 
 
@@ -33,15 +32,14 @@ def run(method: Any = "lora", model: Any = None, **settings: Any) -> tuple[RunRe
 def needs(monkeypatch: pytest.MonkeyPatch) -> dict[Any, int]:
     """What each mode is predicted to take of the run above, weights included."""
     found: dict[Any, int] = {}
-    plan = memory_module.plan
+    estimate_of = prediction.estimate_of
 
     def noting(*args: Any, **kwargs: Any) -> Estimate:
-        estimate = plan(*args, **kwargs)
+        estimate = estimate_of(*args, **kwargs)
         found[estimate.gradient_checkpointing] = max(estimate.peak_reserved, int(1.03 * estimate.peak_allocated))
         return estimate
 
-    monkeypatch.setattr(memory_module, "_predictions", {})
-    monkeypatch.setattr(memory_module, "plan", noting)
+    monkeypatch.setattr(prediction, "estimate_of", noting)
     for mode in (False, "selective", True):
         run(gradient_checkpointing=mode, max_steps=1)
     return found
@@ -54,7 +52,7 @@ def test_auto_takes_the_first_that_fits_and_says_so(monkeypatch: pytest.MonkeyPa
     weights = sum(p.numel() * 4 for p in model.parameters()) + LoRA().num_parameters(describe(model)) * 4
     losses = set()
     for mode, need in needed.items():
-        monkeypatch.setattr(memory_module, "free_memory", lambda _, need=need: need + 16 - weights)
+        monkeypatch.setattr(prediction, "free_memory", lambda _, need=need: need + 16 - weights)
         folder = tmp_path / str(mode)
         result, printed = run(output_dir=folder)
         assert result.gradient_checkpointing == mode
@@ -71,7 +69,7 @@ def test_auto_takes_the_first_that_fits_and_says_so(monkeypatch: pytest.MonkeyPa
         )
         losses.add((result.train_loss, result.valid_loss))
     assert len(losses) == 1
-    monkeypatch.setattr(memory_module, "free_memory", lambda _: int(0.9 * needed[True]) - weights)
+    monkeypatch.setattr(prediction, "free_memory", lambda _: int(0.9 * needed[True]) - weights)
     with pytest.raises(DoesNotFitError, match=r"\(every block is recomputed \(true\)\)") as error:
         run()
     assert "gradient_checkpointing=" not in str(error.value)  # all was tried
@@ -80,7 +78,7 @@ def test_auto_takes_the_first_that_fits_and_says_so(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_module, "free_memory", lambda _: 2**40)
+    monkeypatch.setattr(prediction, "free_memory", lambda _: 2**40)
     for mode in (False, "selective", True):
         result, printed = run(gradient_checkpointing=mode)
         assert result.gradient_checkpointing == mode
@@ -97,8 +95,7 @@ def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_planned_recomputes_nothing_by_itself(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(memory_module, "plan", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(memory_module, "_predictions", {})
+    monkeypatch.setattr(prediction, "estimate_of", lambda *_, **__: 1 / 0)
     assert run()[0].gradient_checkpointing is False
     assert run(gradient_checkpointing=True)[0].gradient_checkpointing is True
     assert "not predicted" in caplog.text

@@ -12,12 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from spectune.blocks.compile import compiled
 from spectune.compute.varlen import flash_by_document, loop_by_document
-from spectune.data import Example
-from spectune.data.rows import Row
-from spectune.deltas import attach, packed, packed_pass, packing
+from spectune.deltas import attach, packed, packing
+from spectune.deltas.hooks import packed_attention
 from spectune.methods import method_from_name
 from spectune.training import TrainingConfig
-from spectune.training.packing import decide
+from spectune.training.decisions import decide
 
 
 def documented(
@@ -40,7 +39,7 @@ def documented(
 @pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
 def test_batches_of_other_documents_share_a_graph(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr(torch_varlen, "varlen_attn", documented)
-    monkeypatch.setattr(packed_pass, "flash_takes", lambda *tensors: True)
+    monkeypatch.setattr(packed_attention, "flash_takes", lambda *tensors: True)
     torch.manual_seed(0)
     sizes = {"n_layer": 3, "n_embd": 16, "n_head": 2, "n_positions": 128, "vocab_size": 50}
     model = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)).train()
@@ -62,7 +61,7 @@ def test_batches_of_other_documents_share_a_graph(monkeypatch: pytest.MonkeyPatc
     graphs, compiled_losses = [], []
     with packing(model, flash_by_document, longest=44):
         losses = [float(loss(lengths).detach()) for lengths in batches]
-        with compiled(model, delta.family, True, backend="eager"):
+        with compiled(model, delta.family, backend="eager"):
             for lengths in batches:
                 found = loss(lengths)
                 found.backward()
@@ -79,7 +78,8 @@ def test_a_compiled_run_on_a_cpu_packs_by_masks() -> None:
     sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64, "vocab_size": 50}
     model = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
     delta = attach(model, method_from_name("bitfit"), "task")
-    examples = [Example(list(range(1, length + 1)), 0, Row("", "")) for length in (3, 9, 20, 4)]
+    lengths = [3, 9, 20, 4]
     for compiling, kernel in ((False, loop_by_document), (True, None)):
         config = TrainingConfig(packing=True, torch_compile=compiling)
-        assert decide(model, delta, examples, config).kernel is kernel
+        found = decide(config, delta.family, delta.method, lengths, "cpu", steps=1, delta=delta)
+        assert found.packing.kernel is kernel

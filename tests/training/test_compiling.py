@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,19 +12,15 @@ import torch
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from spectune.blocks import execution
 from spectune.blocks.compile import compiled
-from spectune.compute.losses import labelled_loss_sum
-from spectune.deltas import Delta, Method
+from spectune.deltas import Delta, Method, attach, detach
 from spectune.families import describe
 from spectune.methods import METHODS, BottleneckAdapter, DoRA, LoRA
-from spectune.storage import attach, detach
-from spectune.training import TrainingConfig, execution, train
-from spectune.training import loop as loop_module
-from spectune.training.execution import worth_compiling
+from spectune.objectives import CAUSAL_LM
+from spectune.training import TrainingConfig, decisions, train
+from spectune.training.decisions import worth_compiling
 from tests.support import make_model, make_rows, make_tokenizer
-
-#: the package's `train` is the function
-train_module = import_module("spectune.training.train")
 
 DEPTH = 5
 
@@ -75,7 +70,7 @@ def steps(model: PreTrainedModel, delta: Delta, lengths: tuple[int, ...] = (12, 
     losses = []
     for length in lengths:
         ids = torch.arange(2 * length).reshape(2, length) % 60
-        loss, _ = labelled_loss_sum(model, {"input_ids": ids, "labels": ids})
+        loss, _ = CAUSAL_LM.loss_sum(model, {"input_ids": ids, "labels": ids})
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.item())
     return losses, [p.grad.clone() for p in delta.parameters() if p.grad is not None]
@@ -88,7 +83,7 @@ def test_equals_eager_and_all_layers_share_a_graph(
 ) -> None:
     expected = steps(*built(make, undropped(method)))
     model, delta = built(make, undropped(method))
-    with compiled(model, delta.family, True, backend="aot_eager"):
+    with compiled(model, delta.family, backend="aot_eager"):
         found = steps(model, delta)
         # the first layer's input may have no gradient: a graph of its own
         assert 1 <= graphs() <= 2, "one graph for each layer, or none"
@@ -104,7 +99,7 @@ def test_equals_eager_and_all_layers_share_a_graph(
 def test_no_method_breaks_a_graph(graphs: Callable[[], int]) -> None:
     for method in METHODS:
         model, delta = built(llama, undropped(method))
-        with compiled(model, delta.family, True, backend="aot_eager"):
+        with compiled(model, delta.family, backend="aot_eager"):
             steps(model, delta)
     assert not torch._dynamo.utils.counters["graph_break"]
 
@@ -114,12 +109,12 @@ def test_one_model_after_another_is_right() -> None:
     torch.manual_seed(0)
     bare = llama().train()
     ids = torch.arange(12)[None]
-    with compiled(bare, describe(bare), True, backend="aot_eager"):
+    with compiled(bare, describe(bare), backend="aot_eager"):
         before = bare(input_ids=ids, use_cache=False).logits
     for method in (LoRA(), LoRA(r=4)):
         model, delta = built(llama, method)
         eager = model(input_ids=ids, use_cache=False).logits
-        with compiled(model, delta.family, True, backend="aot_eager"):
+        with compiled(model, delta.family, backend="aot_eager"):
             found = model(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-5)
         assert float((found - before).detach().abs().max()) > 1e-3
@@ -128,7 +123,7 @@ def test_one_model_after_another_is_right() -> None:
 def test_lengths_may_vary_without_a_graph_for_each(graphs: Callable[[], int]) -> None:
     model, delta = built(llama, LoRA())
     lengths = (12, 14, 9, 11, 17, 8, 21, 30, 10, 13)
-    with compiled(model, delta.family, True, backend="aot_eager"):
+    with compiled(model, delta.family, backend="aot_eager"):
         found = steps(model, delta, lengths)
         assert graphs() <= 4
     model, delta = built(llama, LoRA())
@@ -137,7 +132,7 @@ def test_lengths_may_vary_without_a_graph_for_each(graphs: Callable[[], int]) ->
 
 def test_leaves_nothing_behind(graphs: Callable[[], int]) -> None:
     model, delta = built(llama, LoRA())
-    with pytest.raises(ZeroDivisionError), compiled(model, delta.family, True, backend="aot_eager"):
+    with pytest.raises(ZeroDivisionError), compiled(model, delta.family, backend="aot_eager"):
         raise ZeroDivisionError
     steps(model, delta)
     assert graphs() == 0
@@ -147,7 +142,7 @@ def test_leaves_nothing_behind(graphs: Callable[[], int]) -> None:
 
 def test_runs_as_it_is_without_gradients(graphs: Callable[[], int]) -> None:
     model, delta = built(llama, LoRA())
-    with compiled(model, delta.family, True, backend="aot_eager"), torch.no_grad():
+    with compiled(model, delta.family, backend="aot_eager"), torch.no_grad():
         model(input_ids=torch.arange(12)[None])
     assert graphs() == 0
 
@@ -169,7 +164,7 @@ def test_keeps_less_than_eager_steps_do() -> None:
             return tensor
 
         with (
-            compiled(model, delta.family, wanted, backend="aot_eager_decomp_partition") if wanted else nullcontext(),
+            compiled(model, delta.family, backend="aot_eager_decomp_partition") if wanted else nullcontext(),
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         ):
             decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
@@ -191,7 +186,7 @@ def test_a_run_is_compiled_where_that_pays() -> None:
 
 @pytest.mark.parametrize("there", [True, False])
 def test_long_runs_on_a_cpu_need_a_compiler(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "_compiler_there", lambda: there)
+    monkeypatch.setattr(decisions, "has_cpu_compiler", lambda: there)
     family = describe(llama())
     few = {"tokens": 10**6, "steps": 10**3, "length": 100}
     assert worth_compiling(family, LoRA(), tokens=10**11, steps=10**6, length=100, device_type="cpu") is there
@@ -202,8 +197,9 @@ def test_a_run_that_counts_its_memory_is_compiled_all_the_same(
     graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU the first steps run under a dispatch mode; under one the compiler gives up on the blocks for good."""
-    monkeypatch.setattr(train_module, "compiled", partial(compiled, backend="aot_eager"))
-    monkeypatch.setattr(loop_module, "labelled_loss_sum", lambda model, batch, fuse: labelled_loss_sum(model, batch))
+    monkeypatch.setattr(execution, "compiled", partial(compiled, backend="aot_eager"))
+    loss_sum = CAUSAL_LM.loss_sum
+    monkeypatch.setattr(CAUSAL_LM, "loss_sum", lambda model, batch, fuse: loss_sum(model, batch))
     losses = []
     for wanted in (False, True):
         config = TrainingConfig(max_steps=6, learning_rate=1e-2, torch_compile=wanted, per_device_train_batch_size=4)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from spectune.blocks.cuda_graphs import WARM_UPS, graphed
-from spectune.compute.losses import labelled_loss_sum
 from spectune.deltas import Method
 from spectune.errors import ConfigError
+from spectune.families import describe
 from spectune.methods import METHODS, BottleneckAdapter, FullFineTuning, LoRA
+from spectune.objectives import CAUSAL_LM
 from spectune.training import TrainingConfig
-from spectune.training.execution import launch_bound, records
+from spectune.training.decisions import decide, launch_bound
 from tests.training.test_compiling import built, gpt2, llama, undropped
 
 
@@ -33,7 +34,7 @@ class Again:
     def warm_up(self, function: Callable[[], None]) -> None:
         function()
 
-    def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+    def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
         with torch.enable_grad():
             places = function()
 
@@ -62,7 +63,7 @@ def passes(model: Any, delta: Any, given: list[dict[str, Tensor]], every: int = 
     """Losses, and the gradients of all passes, cleared after `every`."""
     losses, gradients = [], []
     for number, batch in enumerate(given, start=1):
-        loss, _ = labelled_loss_sum(model, batch)
+        loss, _ = CAUSAL_LM.loss_sum(model, batch)
         loss.backward()
         losses.append(loss.item())
         if number % every == 0:
@@ -79,7 +80,7 @@ def check(make: Any, method: Method, given: list[dict[str, Tensor]], every: int 
     expected = passes(model, delta, given, every)
     model, delta = built(make, method)
     Again.replays = 0
-    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Again):
+    with graphed(model, delta.family, list(delta.parameters()), capture=Again):
         losses, gradients = passes(model, delta, given, every)
     assert losses == expected[0]
     assert len(gradients) == len(expected[1]) > 0
@@ -108,7 +109,7 @@ def test_dropout_draws_what_it_would_draw() -> None:
     model, delta = built(llama, BottleneckAdapter(dropout=0.5, bottleneck_dim=8))
     torch.manual_seed(5)
     Again.replays = 0
-    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Again):
+    with graphed(model, delta.family, list(delta.parameters()), capture=Again):
         found, _ = passes(model, delta, batches(BEFORE + 2))
     assert Again.replays
     assert found == expected
@@ -137,7 +138,7 @@ def test_shapes_take_turns_and_masks_are_read_anew() -> None:
 
 def test_validation_in_between_is_plain() -> None:
     model, delta = built(llama, LoRA(r=4))
-    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Again):
+    with graphed(model, delta.family, list(delta.parameters()), capture=Again):
         passes(model, delta, batches(BEFORE + 2))
         before = Again.replays
         with torch.no_grad():
@@ -150,7 +151,7 @@ def test_what_changes_from_batch_to_batch_is_noticed(caplog: pytest.LogCaptureFi
     box = {"shift": torch.zeros(())}
 
     class Stale(Again):
-        def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+        def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
             then = box["shift"]
 
             def as_then() -> list[Any]:
@@ -160,14 +161,15 @@ def test_what_changes_from_batch_to_batch_is_noticed(caplog: pytest.LogCaptureFi
                 finally:
                     box["shift"] = now
 
-            return super().record(as_then)
+            return super().capture(as_then)
 
     def run(record: bool) -> list[float]:
         model, delta = built(llama, LoRA(r=4))
         layer = model.get_submodule(delta.family.layers[2].path)
         layer.register_forward_hook(lambda _, __, y: y + box["shift"])
         losses = []
-        with graphed(model, delta.family, list(delta.parameters()), record, recorder=Stale):
+        blocks = graphed(model, delta.family, list(delta.parameters()), capture=Stale) if record else nullcontext()
+        with blocks:
             for number, batch in enumerate(batches(BEFORE + 3)):
                 box["shift"] = torch.tensor(0.1 * number)
                 losses += passes(model, delta, [batch])[0]
@@ -180,12 +182,12 @@ def test_what_changes_from_batch_to_batch_is_noticed(caplog: pytest.LogCaptureFi
 
 def test_a_failed_recording_says_so_and_runs_on(caplog: pytest.LogCaptureFixture) -> None:
     class Fails(Again):
-        def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+        def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     model, delta = built(llama, LoRA(r=4))
     expected = passes(model, delta, batches(BEFORE + 2))[0]
-    with graphed(model, delta.family, list(delta.parameters()), True, recorder=Fails):
+    with graphed(model, delta.family, list(delta.parameters()), capture=Fails):
         assert passes(model, delta, batches(BEFORE + 2))[0] == expected
     assert "not permitted" in caplog.text
 
@@ -196,40 +198,41 @@ def test_graphs_are_for_small_steps() -> None:
     assert not launch_bound(delta.family, delta.method, tokens=10**10, length=100)
 
 
+def decided(device_type: str, **settings: Any) -> bool:
+    """Whether a run of this model on rows of 100 tokens captures its blocks."""
+    config = TrainingConfig(**{"per_device_train_batch_size": 10, **settings})
+    return decide(config, describe(llama()), LoRA(r=4), [100], device_type, steps=3).graphs
+
+
 @pytest.mark.parametrize(
-    ("wanted", "packs", "recomputation", "message"),
+    ("settings", "message"),
     [
-        (True, False, False, "needs a CUDA device, the model is on 'cpu'"),
-        ("auto", False, False, None),
-        (False, True, True, None),
+        ({"cuda_graphs": True}, "needs a CUDA device, the model is on 'cpu'"),
+        ({}, None),
+        ({"cuda_graphs": False, "packing": True, "gradient_checkpointing": True}, None),
     ],
 )
-def test_without_cuda(wanted: Any, packs: bool, recomputation: Any, message: str | None) -> None:
-    _, delta = built(llama, LoRA(r=4))
-    config = TrainingConfig(cuda_graphs=wanted)
-
-    def asked() -> bool:
-        return records(config, delta, tokens=1000, length=100, packs=packs, recomputation=recomputation)
-
+def test_without_cuda(settings: dict[str, Any], message: str | None) -> None:
     if message is None:
-        assert asked() is False
+        assert decided("cpu", **settings) is False
     else:
         with pytest.raises(ConfigError, match=message):
-            asked()
+            decided("cpu", **settings)
 
 
 @pytest.mark.parametrize(
-    ("packs", "recomputation", "message"),
-    [(True, False, "packing=false"), (False, "selective", "gradient_checkpointing=false"), (False, False, None)],
+    ("settings", "message"),
+    [
+        ({"packing": True}, "packing=false"),
+        ({"gradient_checkpointing": "selective"}, "gradient_checkpointing=false"),
+        ({}, None),
+    ],
 )
-def test_on_cuda(packs: bool, recomputation: Any, message: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, delta = built(llama, LoRA(r=4))
-    monkeypatch.setattr(type(delta.model), "device", torch.device("cuda"))
-    settings = {"tokens": 1000, "length": 100, "packs": packs, "recomputation": recomputation}
-    assert records(TrainingConfig(), delta, **settings) is (message is None)
+def test_on_cuda(settings: dict[str, Any], message: str | None) -> None:
+    assert decided("cuda", **settings) is (message is None)
     if message is None:
-        assert records(TrainingConfig(cuda_graphs=True), delta, **settings)
-        assert not records(TrainingConfig(), delta, **{**settings, "tokens": 10**10})
+        assert decided("cuda", cuda_graphs=True)
+        assert not decided("cuda", per_device_train_batch_size=10**8)
     else:
         with pytest.raises(ConfigError, match=message):
-            records(TrainingConfig(cuda_graphs=True), delta, **settings)
+            decided("cuda", cuda_graphs=True, **settings)

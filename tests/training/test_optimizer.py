@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectune.compute.eight_bit import BLOCK, codes_of, values_of
+from spectune.compute.dynamic_codes import BLOCK, codes_of, values_of
 from spectune.compute.memory import AllocationTracker
-from spectune.compute.stepping import GROUP_BYTES, step_groups
+from spectune.compute.step_groups import GROUP_BYTES, step_groups
 from spectune.errors import ConfigError
 from spectune.methods import FullFineTuning
 from spectune.training import RunResult, TrainingConfig, train

@@ -12,17 +12,18 @@ import torch
 from rich.console import Console
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, LlamaConfig
 
+from spectune.blocks.execution import Packing
 from spectune.compute.varlen import loop_by_document
-from spectune.data import by_length
+from spectune.data import Example, Row, by_length
 from spectune.deltas import Method, attached
 from spectune.errors import ConfigError, InterruptedRun
 from spectune.families import family_from_config
 from spectune.methods import BitFit, FullFineTuning, LoRA, PrefixTuning, PromptTuning
-from spectune.training import RunResult, TrainingConfig, train
+from spectune.training import RunResult, TrainingConfig, decisions, train
 from spectune.training import loop as loop_module
-from spectune.training import packing as packing_module
+from spectune.training.batching import Batches
+from spectune.training.decisions import share_saved
 from spectune.training.distribution import World
-from spectune.training.packing import Packing, share_saved
 from tests.support import make_model, make_rows, make_tokenizer
 
 METHODS: list[Method] = [
@@ -75,16 +76,16 @@ def test_a_packed_run_is_the_padded_one(method: Method, accumulate: int) -> None
 
 def test_a_step_has_the_rows_that_it_has_without(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[bool, list[list[int]]] = {True: [], False: []}
-    of_step = Packing.of_step
+    of_step = Batches.of_step
 
-    def watched(self: Packing, window: Any, *args: Any) -> Any:
-        found = of_step(self, window, *args)
+    def watched(self: Batches, window: Any) -> Any:
+        found = of_step(self, window)
         rows = sorted(row for batch in found for pack in batch for row in pack)
         assert rows == sorted(row for batch in window for row in batch)
-        seen[self.on].append(rows)
+        seen[self.packing.on].append(rows)
         return found
 
-    monkeypatch.setattr(Packing, "of_step", watched)
+    monkeypatch.setattr(Batches, "of_step", watched)
     for packing in (True, False):
         config = settings(gradient_accumulation_steps=2, packing=packing, memory_check="off")
         run(LoRA(r=2), config)
@@ -94,6 +95,7 @@ def test_a_step_has_the_rows_that_it_has_without(monkeypatch: pytest.MonkeyPatch
 
 def test_processes_share_a_step_s_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [60, 12, 31, 7, 22, 18, 9, 40, 5, 11]
+    examples = [Example(list(range(length)), 0, Row("", "")) for length in lengths]
     window = by_length(range(10), lengths, 4)
     config = settings(per_device_train_batch_size=2)
     for kernel in (None, loop_by_document):
@@ -101,7 +103,7 @@ def test_processes_share_a_step_s_packs(monkeypatch: pytest.MonkeyPatch) -> None
         for rank in range(2):
             world = World()
             world.size, world.rank = 2, rank
-            found.append(Packing(True, kernel).of_step(window, lengths, config, world))
+            found.append(Batches(examples, config, Packing(True, kernel), world).of_step(window))
         assert len(found[0]) == len(found[1])
         assert sorted(row for own in found for batch in own for pack in batch for row in pack) == list(range(10))
 
@@ -116,7 +118,7 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(
 
     def interrupted(self: Any) -> float:
         loss = finish(self)
-        if self.progress.step == 4:
+        if self.run.progress.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return loss
 
@@ -136,8 +138,8 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(
 def test_auto_packs_where_it_saves_a_tenth() -> None:
     config = settings(max_steps=1)
     assert share_saved([20] * 16, config) == 0
-    assert share_saved([20, 19] * 8, config) < packing_module.WORTH
-    assert share_saved([60, 20, 19, 18] * 4, config) > packing_module.WORTH
+    assert share_saved([20, 19] * 8, config) < decisions.WORTH
+    assert share_saved([60, 20, 19, 18] * 4, config) > decisions.WORTH
     # the seeds of a comparison do alike
     assert len({share_saved([60, 20, 19, 18] * 4, settings(seed=seed)) for seed in range(5)}) == 1
     # one row in a step leaves nothing to share
@@ -153,12 +155,12 @@ def test_auto_pads_on_a_gpu_that_waits_to_be_asked_for_kernels() -> None:
     lengths, config = [120, 40, 38, 36] * 8, settings(max_steps=1, per_device_train_batch_size=16)
     small = family_from_config(GPT2Config())
     large = family_from_config(LlamaConfig(num_key_value_heads=8))
-    assert packing_module.wanted(small, lengths, config, "cpu")
-    assert not packing_module.wanted(small, lengths, config, "cuda")
-    assert packing_module.wanted(large, lengths, config, "cuda")
-    assert not packing_module.wanted(large, [40] * 32, config, "cuda")
+    assert decisions.wants_packs(small, lengths, config, "cpu")
+    assert not decisions.wants_packs(small, lengths, config, "cuda")
+    assert decisions.wants_packs(large, lengths, config, "cuda")
+    assert not decisions.wants_packs(large, [40] * 32, config, "cuda")
     always = settings(max_steps=1, packing=True)
-    assert packing_module.wanted(small, lengths, always, "cuda")
+    assert decisions.wants_packs(small, lengths, always, "cuda")
 
 
 def test_a_base_that_cannot_keep_documents_apart_is_padded_and_it_is_said() -> None:
@@ -185,7 +187,7 @@ def test_a_kernel_that_fails_leaves_masks(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("no kernel image for this device")
 
-    monkeypatch.setattr(packing_module, "kernels", lambda model: [broken, None])
+    monkeypatch.setattr(decisions, "kernels", lambda *_: [broken, None])
     result, _, text = run(LoRA(r=2), settings(max_steps=2, packing=True))
     assert "rows are packed (masks)" in text
     assert result.steps == 2

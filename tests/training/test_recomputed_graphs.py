@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
+from transformers import PreTrainedModel
 
-from spectune.blocks.compile import compiled
-from spectune.blocks.compiler import block_of, compiler_settings
+from spectune.blocks import partition
+from spectune.blocks.compile import block_of, compiled, compiler_settings, memory_budget
 from spectune.blocks.recompute import Recomputation, recomputing
-from spectune.compute import partition
 from spectune.compute.memory import AllocationTracker
-from spectune.deltas import Method, attach, route
+from spectune.deltas import Delta, Method, attach, route
 from spectune.methods import FullFineTuning, LoRA, PromptTuning
-from spectune.training.checkpointing import memory_budget
-from spectune.training.execution import _compiler_there
+from spectune.training.decisions import has_cpu_compiler
 from tests.contract.conftest import CASES, move, refusal, tokens
 from tests.contract.families import FAMILIES, gpt2, llama
 from tests.support.graphs import Cut
@@ -55,13 +55,20 @@ def gradients(
     ids = tokens(3, 9)
     torch.manual_seed(1)
     with (
-        compiled(model, delta.family, mode is not None, backend=backend or Cut(), memory_budget=memory_budget(mode)),
+        blocks(model, delta, mode, backend or Cut()),
         recomputing(model, mode or False),
         route(model, rows),
     ):
         loss = model(input_ids=ids, labels=ids, **{"use_cache": False, **inputs}).loss
     loss.backward()
     return [loss.detach(), *(p.grad for p in delta.parameters() if p.grad is not None)]
+
+
+def blocks(model: PreTrainedModel, delta: Delta, mode: Any, backend: Any) -> AbstractContextManager[None]:
+    """Compiled for a mode of recomputation; as they are for None."""
+    if mode is None:
+        return nullcontext()
+    return compiled(model, delta.family, backend=backend, memory_budget=memory_budget(mode))
 
 
 def equal(found: list[Tensor], wanted: list[Tensor]) -> None:
@@ -138,7 +145,7 @@ def kept_while_counted(mode: Recomputation) -> int:
         delta = attach(model, LoRA(r=2))
         model.train()
         with (
-            compiled(model, delta.family, True, backend=Cut(), memory_budget=memory_budget(mode)),
+            compiled(model, delta.family, backend=Cut(), memory_budget=memory_budget(mode)),
             recomputing(model, mode),
             AllocationTracker(model.parameters()) as tracker,
         ):
@@ -164,7 +171,7 @@ def test_a_pass_that_was_counted_may_go_back_when_blocks_compile() -> None:
         move(delta)
         model.train()
         with (
-            compiled(model, delta.family, mode is not None, backend=Cut(), memory_budget=memory_budget(mode)),  # type: ignore[arg-type]
+            blocks(model, delta, mode, Cut()),
             recomputing(model, mode or False),  # type: ignore[arg-type]
         ):
             with AllocationTracker(model.parameters()):
@@ -223,7 +230,7 @@ def test_a_partitioner_that_would_draw_twice_is_refused(monkeypatch: pytest.Monk
         dropping(0.0, False, Cut())
 
 
-@pytest.mark.skipif(not _compiler_there(), reason="makes kernels for the CPU")
+@pytest.mark.skipif(not has_cpu_compiler(), reason="makes kernels for the CPU")
 @pytest.mark.parametrize(
     ("mode", "attention"),
     [("selective", True), pytest.param(True, True, marks=SLOW), (True, False)],

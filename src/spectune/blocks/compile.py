@@ -7,7 +7,9 @@ hooks are part of the block's call.
 
 from __future__ import annotations
 
+import abc
 import contextlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,15 +18,23 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
-from spectune.blocks.compiler import CompiledCall, block_of, compiler_settings
+from spectune.blocks.call import Wrapper, decoder_blocks, wrapped
 from spectune.families import Family
+
+#: graphs of one run: kinds of layers, the first layer of each, and shapes before they are taken to vary
+MOST_GRAPHS = 64
+
+
+def can_compile_now() -> bool:
+    """Whether what is called now may be compiled: not while tensors are counted one by one (on a CPU in a run's first
+    steps, `compute.memory.AllocationTracker`), which the compiler cannot trace, and would give up for good."""
+    return _get_current_dispatch_mode() is None
 
 
 @contextlib.contextmanager
 def compiled(
     model: PreTrainedModel,
     family: Family,
-    wanted: bool,
     *,
     backend: str | Callable[..., Any] = "inductor",
     memory_budget: float = 1.0,
@@ -35,38 +45,109 @@ def compiled(
     once more.
 
     Args:
-        wanted: False does nothing.
         backend: of `torch.compile`.
         memory_budget: 1 keeps what a product or attention gave and recomputes what is cheap (norms, activations,
             casts); below 1 the compiler recomputes products too, until a block keeps about that share of it. See
-            `spectune.training.checkpointing.memory_budget`; `recomputing` is to be entered after this.
+            `memory_budget`.
     """
-    if not wanted:
-        yield
-        return
     run = torch.compile(block_of(), backend=backend)
-    layers = [model.get_submodule(layer.path) for layer in family.layers]
-    for layer in layers:
-        layer.__dict__["_compiled_call_impl"] = _Compiled(layer, run, memory_budget)
-    try:
-        with compiler_settings(memory_budget):
-            yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("_compiled_call_impl", None)
+    with (
+        wrapped(
+            decoder_blocks(model, family),
+            Wrapper.COMPILED,
+            lambda _, layer, inner: _Compiled(layer, run, memory_budget),
+        ),
+        compiler_settings(memory_budget),
+    ):
+        yield
+
+
+class CompiledCall(abc.ABC):
+    """The call of a block that spectune compiles.
+
+    Args:
+        memory_budget: what its graphs are given, see `memory_budget`.
+    """
+
+    def __init__(self, layer: nn.Module, memory_budget: float) -> None:
+        self.layer, self.memory_budget = layer, memory_budget
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.__call__`."""
+        if self.compiles():
+            return self.run(args, kwargs)
+        return self.layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    @abc.abstractmethod
+    def compiles(self) -> bool:
+        """Whether a call now is compiled. Otherwise the block runs as it is."""
+
+    @abc.abstractmethod
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's output from its compiled graph."""
 
 
 class _Compiled(CompiledCall):
-    """The call of one layer, compiled while gradients are wanted."""
+    """A block's call, compiled while gradients are wanted."""
 
-    def __init__(self, layer: nn.Module, run: Callable[..., Any], memory_budget: float) -> None:
-        self.layer, self.run, self.memory_budget = layer, run, memory_budget
+    def __init__(self, layer: nn.Module, block: Callable[..., Any], memory_budget: float) -> None:
+        super().__init__(layer, memory_budget)
+        self.block = block
 
     def compiles(self) -> bool:
-        # where tensors are counted one by one (on a CPU, in the first steps), the compiler would give up for good
-        return torch.is_grad_enabled() and _get_current_dispatch_mode() is None
+        return torch.is_grad_enabled() and can_compile_now()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.compiles():
-            return self.run(self.layer, args, kwargs)
-        return self.layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.block(self.layer, args, kwargs)
+
+
+def _block(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One layer with its hooks. What is compiled is this function, never the layer's own `forward`: compiled functions
+    are kept by their code, and all models of a type share that of `forward`."""
+    return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def block_of() -> Callable[..., Any]:
+    """`block(layer, args, kwargs)`, the same function each time with a code object of its own: what was compiled of
+    another run is never looked at, and goes when the run goes."""
+    return types.FunctionType(_block.__code__.replace(), _block.__globals__, _block.__name__)
+
+
+def memory_budget(mode: bool | str) -> float:
+    """What compiled blocks are given as `torch._functorch.config.activation_memory_budget`, from 0 (a block's inputs
+    alone are kept) to 1 (what the partitioner keeps by itself, recomputing pointwise operations where it is free).
+
+    Args:
+        mode: of recomputation, as `TrainingConfig.gradient_checkpointing` names it. "selective" and True are the
+            compiler's: it makes again what backward needs, and fuses it. With "offload" blocks are recomputed from
+            outside, as that is where their inputs go away, and the budget is ignored.
+    """
+    return {"selective": 0.5, True: 0.0}.get(mode, 1.0)
+
+
+@contextlib.contextmanager
+def compiler_settings(memory_budget: float) -> Iterator[None]:
+    """The compiler's settings for training blocks.
+
+    The partitioner's heuristics keep normed inputs and gated products for backward, as they would have to be written
+    to memory there to be multiplied. They are a third of what a Llama block keeps, and cost one pass to make again (see
+    docs/performance.md).
+    """
+    import torch._dynamo as dynamo
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
+    from spectune.blocks.narrow_products import GroupNarrowProducts
+    from spectune.blocks.partition import Partition
+
+    with (
+        dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=MOST_GRAPHS),
+        functorch.patch(
+            ban_recompute_materialized_backward=False,
+            ban_recompute_used_far_apart=False,
+            ban_recompute_long_fusible_chains=False,
+            activation_memory_budget=memory_budget,
+        ),
+        inductor.patch(post_grad_custom_pre_pass=GroupNarrowProducts(), custom_partitioner_fn=Partition()),
+    ):
+        yield

@@ -1,9 +1,9 @@
-"""Decoder blocks as CUDA graphs: one request a block and direction, where Python asks for every kernel otherwise.
+"""Decoder blocks as CUDA graphs: one launch a block and direction, where Python launches every kernel otherwise.
 
-On small models a GPU is done with a kernel before Python has asked for the next. A CUDA graph is recorded once and asks
-for all its kernels at once (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). What is recorded here are the
-blocks, forward and backward, one graph each: what stands before them (embeddings, masks) and after (the loss, whose
-size is another in every batch) makes decisions on the host, which no recording takes.
+On small models a GPU is done with a kernel before Python has launched the next. A CUDA graph is captured once and
+launches all its kernels at once (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). What is captured here
+are the blocks, forward and backward, one graph each: what stands before them (embeddings, masks) and after (the loss,
+whose size is another in every batch) makes decisions on the host, which no capture takes.
 """
 
 from __future__ import annotations
@@ -11,24 +11,33 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import TreeSpec, tree_flatten
 from transformers import PreTrainedModel
 
-from spectune.blocks.graphed_block import Call, CudaRecorder, RecordedBlock, Recorder, record, signature
+from spectune.blocks.call import Call, Wrapper, decoder_blocks, wrapped
+from spectune.blocks.compile import can_compile_now
+from spectune.blocks.graphed_block import (
+    Capture,
+    CudaCapture,
+    GraphedBlock,
+    TracedCall,
+    capture_blocks,
+    signature,
+)
 from spectune.errors import first_line
 from spectune.families import Family
 
 log = logging.getLogger("spectune")
 
-#: passes of a shape before it is noted and recorded: what is compiled is compiled by then
+#: passes of a shape before it is traced and captured: what is compiled is compiled by then
 WARM_UPS = 2
-#: shapes that are recorded: each has inputs and outputs of its own
+#: shapes that are captured: each has inputs and outputs of its own
 MOST_SHAPES = 8
 
 
@@ -37,62 +46,49 @@ def graphed(
     model: PreTrainedModel,
     family: Family,
     parameters: Sequence[nn.Parameter],
-    wanted: bool,
     *,
-    recorder: Callable[[], Recorder] = CudaRecorder,
+    capture: Callable[[], Capture] = CudaCapture,
 ) -> Iterator[None]:
-    """Inside the `with`, record the blocks for batches of shapes that come back, and replay them; leave the model as
+    """Inside the `with`, capture the blocks for batches of shapes that come back, and replay them; leave the model as
     it was.
 
     A pass is forward through all blocks, then backward: a second forward pass before the first one's backward would
-    overwrite what that needs. Without gradients (validation) blocks run as they are. A shape that cannot be recorded,
-    or whose recording gives other results than the blocks, runs as before, and the log says so.
+    overwrite what that needs. Without gradients (validation) blocks run as they are. A shape that cannot be captured,
+    or whose replay gives other results than the blocks, runs as before, and the log says so.
 
     Args:
         parameters: all that are trained.
-        wanted: False does nothing.
-        recorder: what records.
-
-    Enter it after `spectune.blocks.compile.compiled`: the compiled blocks are recorded then.
+        capture: what captures.
     """
-    if not wanted:
+    made = capture()
+    blocks = _Blocks([p for p in parameters if p.requires_grad], made)
+    with wrapped(decoder_blocks(model, family), Wrapper.CAPTURED, blocks.of), made.running():
         yield
-        return
-    layers = [model.get_submodule(layer.path) for layer in family.layers]
-    before = [layer.__dict__.get("_compiled_call_impl") for layer in layers]
-    plain = [call or layer._call_impl for call, layer in zip(before, layers, strict=True)]
-    made = recorder()
-    blocks = _Blocks(plain, [p for p in parameters if p.requires_grad], made)
-    for index, layer in enumerate(layers):
-        layer.__dict__["_compiled_call_impl"] = partial(blocks.call, index)
-    try:
-        with made.running():
-            yield
-    finally:
-        for layer, call in zip(layers, before, strict=True):
-            layer.__dict__.pop("_compiled_call_impl", None)
-            if call is not None:
-                layer.__dict__["_compiled_call_impl"] = call
 
 
 class _Blocks:
-    """The blocks of a model, and their recordings by the shape of the first one's input."""
+    """The blocks of a model, and their graphs by the shape of the first one's input."""
 
-    def __init__(self, plain: list[Callable[..., Any]], parameters: list[nn.Parameter], recorder: Recorder) -> None:
-        self.plain = plain
+    def __init__(self, parameters: list[nn.Parameter], capture: Capture) -> None:
+        self.plain: list[Call] = []
         self.parameters = parameters
         # one for all shapes: what lies between inputs and outputs shares its memory, as no two passes overlap
-        self.recorder = recorder
+        self.capture = capture
         self.works = True
         self.seen: dict[Any, int] = {}
-        self.noted: dict[Any, _Notes] = {}
-        self.recorded: dict[Any, list[RecordedBlock] | None] = {}
+        self.traces: dict[Any, CaptureTrace] = {}
+        self.captured: dict[Any, list[GraphedBlock] | None] = {}
         self.shape: Any = None
-        self.notes: _Notes | None = None
-        self.replaying: list[RecordedBlock] | None = None
+        self.trace: CaptureTrace | None = None
+        self.replaying: list[GraphedBlock] | None = None
+
+    def of(self, index: int, layer: nn.Module, inner: Call) -> Call:
+        """The call of one more block."""
+        self.plain.append(inner)
+        return partial(self.call, index)
 
     def call(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or _get_current_dispatch_mode() is not None:
+        if not torch.is_grad_enabled() or not can_compile_now():
             return self.plain[index](*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         if index == 0:
@@ -100,35 +96,35 @@ class _Blocks:
         if self.replaying is not None and self.replaying[index].takes(leaves, spec):
             return self._replay(index, leaves, args, kwargs)
         output = self.plain[index](*args, **kwargs)
-        if self.notes is not None:
-            self.notes.add(index, leaves, spec, output)
+        if self.trace is not None:
+            self.trace.add(index, leaves, spec, output)
         return output
 
     def _begin(self, shape: Any) -> None:
-        """Decide what this pass does: run, run and note its tensors, or replay. Record what the last pass noted."""
-        self.shape, self.notes, self.replaying = shape, None, None
+        """Decide what this pass does: run, run and be traced, or replay. Capture what the last pass traced."""
+        self.shape, self.trace, self.replaying = shape, None, None
         if shape is None:
             return
-        notes = self.noted.pop(shape, None)
-        if notes is not None:
-            notes.forget_the_pass()
-            self.recorded[shape] = self._record(notes) if len(notes.calls) == len(self.plain) else None
-        if shape in self.recorded:
-            self.replaying = self.recorded[shape]
+        trace = self.traces.pop(shape, None)
+        if trace is not None:
+            trace.forget_the_pass()
+            self.captured[shape] = self._captured(trace) if len(trace.calls) == len(self.plain) else None
+        if shape in self.captured:
+            self.replaying = self.captured[shape]
             if self.replaying is not None:
                 self.replaying[0].inputs.clear()
             return
         self.seen[shape] = self.seen.get(shape, 0) + 1
-        if self.works and self.seen[shape] > WARM_UPS and len(self.recorded) + len(self.noted) < MOST_SHAPES:
-            self.notes = self.noted[shape] = _Notes()
+        if self.works and self.seen[shape] > WARM_UPS and len(self.captured) + len(self.traces) < MOST_SHAPES:
+            self.trace = self.traces[shape] = CaptureTrace()
 
-    def _record(self, notes: _Notes) -> list[RecordedBlock] | None:
+    def _captured(self, trace: CaptureTrace) -> list[GraphedBlock] | None:
         try:
             with _same_randomness(self.parameters[0].device):
-                blocks = record(self.plain, notes.calls, self.parameters, self.recorder)
+                blocks = capture_blocks(self.plain, trace.calls, self.parameters, self.capture)
         except RuntimeError as error:
             log.warning("the blocks run without CUDA graphs: %s", first_line(error))
-            self.works = False  # what was begun in the recorder's pool cannot be taken back
+            self.works = False  # what was begun in the graphs' pool cannot be taken back
             return None
         if self.parameters[0].device.type == "cuda":
             # what replays hold is counted beside the allocator's peak, which passes before should not have set
@@ -139,7 +135,7 @@ class _Blocks:
         assert self.replaying is not None
         block = self.replaying[index]
         if block.passes == 1:
-            # whatever a block reads besides its arguments and weights is as it was when it was recorded: look once,
+            # whatever a block reads besides its arguments and weights is as it was when it was captured: look once,
             # with the batch after that one, whether it makes a difference
             with _same_randomness(self.parameters[0].device):
                 output = self.plain[index](*args, **kwargs)
@@ -150,41 +146,35 @@ class _Blocks:
                     "the blocks run without CUDA graphs for batches of this shape: block %d gives other results when "
                     "it is replayed, so it reads something that changes from batch to batch", index,
                 )  # fmt: skip
-                self.recorded[self.shape] = self.replaying = None
+                self.captured[self.shape] = self.replaying = None
                 return output
         return block(leaves)
 
 
-@contextlib.contextmanager
-def _same_randomness(device: torch.device) -> Iterator[None]:
+def _same_randomness(device: torch.device) -> AbstractContextManager[None]:
     """Inside, random numbers that come after it once more."""
-    module = torch.get_device_module(device) if device.type == "cuda" else torch
-    state = module.get_rng_state()
-    try:
-        yield
-    finally:
-        module.set_rng_state(state)
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-class _Notes:
+class CaptureTrace:
     """The calls of one pass: values of their tensors, and which tensor of a call is an output of which."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[TracedCall] = []
         self._copies: dict[int, Tensor] = {}
         self._outputs: dict[int, tuple[int, int]] = {}
         #: keeps what the numbers above stand for
         self._alive: list[Any] = []
 
     def add(self, index: int, leaves: list[Any], spec: TreeSpec, output: Any) -> None:
-        """A block's call; one that is out of order, or holds more than tensors and numbers, ends the notes."""
+        """A block's call; one that is out of order, or holds more than tensors and numbers, ends the trace."""
         found = signature(leaves)
         if index != len(self.calls) or found is None:
             self.calls = []
             return
         chained = {n: self._outputs[id(leaf)] for n, leaf in enumerate(leaves) if id(leaf) in self._outputs}
         kept = [None if n in chained else self._copy(leaf) for n, leaf in enumerate(leaves)]
-        self.calls.append(Call(kept, spec, chained, found))
+        self.calls.append(TracedCall(kept, spec, chained, found))
         for number, leaf in enumerate(tree_flatten(output)[0]):
             if isinstance(leaf, Tensor):
                 self._outputs[id(leaf)] = (index, number)

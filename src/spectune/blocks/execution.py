@@ -2,25 +2,108 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from spectune.blocks.recompute import Recomputation
+from spectune.blocks.compile import compiled, memory_budget
+from spectune.blocks.cuda_graphs import graphed
+from spectune.blocks.graphed_block import Capture, CudaCapture
+from spectune.blocks.offload import Transfers
+from spectune.blocks.recompute import Recomputation, recomputing
+from spectune.compute.cudnn import cudnn_attention
+from spectune.compute.memory import counts_tensors
+from spectune.compute.pack_layout import Kernel
+from spectune.deltas import Delta
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the rows of a step become batches.
+
+    Attributes:
+        on: rows share sequences.
+        kernel: attention for packs; None uses masks.
+        virtual: virtual tokens that stand in the sequence before each row.
+        longest: tokens of the longest row, of those that one compiled graph is to serve.
+        mask_free: padding needs no mask: it stands on the right, and the model is causal throughout.
+    """
+
+    on: bool = False
+    kernel: Kernel | None = None
+    virtual: int = 0
+    longest: int = 0
+    mask_free: bool = False
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the decoder blocks of a run are executed.
+    """How the steps of a run are executed. The numbers of a run do not depend on it, but for rounding.
 
     Attributes:
-        compiled: blocks run through torch.compile.
-        graphs: blocks are captured as CUDA graphs and replayed.
+        compiled: decoder blocks run through torch.compile.
+        graphs: decoder blocks are captured as CUDA graphs and replayed; not where anything is recomputed.
         recomputation: what backward computes again instead of keeping it.
         cudnn: attention may take cuDNN's kernels, where the device has them.
-        reasons: why, a sentence for each decision that was not the user's.
+        packing: how rows become batches.
+        reasons: why, a sentence by the setting's name, where there is something to say.
     """
 
     compiled: bool = False
     graphs: bool = False
     recomputation: Recomputation = False
     cudnn: bool = True
-    reasons: tuple[str, ...] = ()
+    packing: Packing = field(default_factory=Packing)
+    reasons: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+
+    def settings(self) -> dict[str, bool | str]:
+        """What settings of `TrainingConfig` came to."""
+        return {"gradient_checkpointing": self.recomputation, "torch_compile": self.compiled,
+                "cuda_graphs": self.graphs}  # fmt: skip
+
+    def reason(self, setting: str) -> str | None:
+        """Why a setting of `TrainingConfig` came to what it is; None where there is nothing to say."""
+        return dict(self.reasons).get(setting)
+
+    def because(self, setting: str, reason: str | None) -> Execution:
+        """With one more reason, if there is one."""
+        return self if reason is None else replace(self, reasons=(*self.reasons, (setting, reason)))
+
+    def recomputing(self, mode: Recomputation) -> Execution:
+        """The same with another recomputation; graphs keep their activations, so they go with none alone."""
+        return replace(self, recomputation=mode, graphs=self.graphs and mode is False)
+
+    def of_first_steps(self, device_type: str) -> Execution:
+        """The same as a run's first steps are executed, which hold its longest batch: not compiled where tensors are
+        counted in them (`spectune.blocks.compile.can_compile_now`)."""
+        return replace(self, compiled=self.compiled and not counts_tensors(device_type))
+
+    @contextlib.contextmanager
+    def applied(
+        self,
+        delta: Delta,
+        *,
+        backend: str | Callable[..., Any] = "inductor",
+        capture: Callable[[], Capture] = CudaCapture,
+        transfers: Transfers | None = None,
+    ) -> Iterator[None]:
+        """Inside the `with`, the model of an attached delta trains like this; after it, it is as it was.
+
+        Args:
+            backend: of `torch.compile`.
+            capture, transfers: what captures graphs, and what copies block inputs to host memory and back.
+
+        Raises:
+            ConfigError: block inputs are to go to host memory, and the model is not on a CUDA device.
+        """
+        model, family = delta.model, delta.family
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(cudnn_attention(self.cudnn))
+            if self.compiled:
+                budget = memory_budget(self.recomputation)
+                stack.enter_context(compiled(model, family, backend=backend, memory_budget=budget))
+            stack.enter_context(recomputing(model, self.recomputation, transfers=transfers))
+            if self.graphs:
+                stack.enter_context(graphed(model, family, list(delta.parameters()), capture=capture))
+            yield

@@ -1,7 +1,7 @@
-"""A pass through decoder blocks, recorded: forward of all blocks in their order, backward in the reverse.
+"""A pass through decoder blocks, captured: forward of all blocks in their order, backward in the reverse.
 
-A recording reads and writes always the same memory. A block whose input is another block's output reads it where that
-one wrote it, and its gradient is written where the other's backward reads it: nothing is copied between them. As in
+A graph reads and writes always the same memory. A block whose input is another block's output reads it where that one
+wrote it, and its gradient is written where the other's backward reads it: nothing is copied between them. As in
 `torch.cuda.make_graphed_callables`, which takes no keywords, no module with hooks, and copies in between.
 """
 
@@ -10,38 +10,38 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-#: what a call may hold beside tensors: values that are recorded with it
+#: what a call may hold beside tensors: values that are captured with it
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 #: by how much outputs may differ from those of the block itself, of their norm: kernels may be chosen anew
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
-class Recorder(Protocol):
-    """What records one pass."""
+class Capture(Protocol):
+    """What captures the blocks of one model."""
 
     def running(self) -> AbstractContextManager[None]:
-        """All passes run inside it, those that are not recorded too."""
+        """All passes run inside it, those that are not captured too."""
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        """Run it as recordings will."""
+        """Run it as it will be captured."""
 
-    def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
-        """Its result, whose tensors keep their memory, and what writes it anew."""
+    def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+        """Its result, whose tensors keep their memory, and the replay, which writes it anew."""
 
 
-class CudaRecorder:
-    """CUDA graphs that share a memory pool, so they are to be replayed in the order in which they were recorded.
+class CudaCapture:
+    """CUDA graphs that share a memory pool, so they are to be replayed in the order in which they were captured.
 
-    All passes run in the stream that is recorded: a parameter's gradient is added up in the stream of the first pass
-    that used it, and one that reaches out of the recording's stream cannot be recorded.
+    All passes run in the stream of the capture: a parameter's gradient is added up in the stream of the first pass
+    that used it, and one that reaches out of the capture's stream cannot be captured.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class CudaRecorder:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graphs' pool takes what the passes before had
 
-    def record(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+    def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = function()
@@ -74,7 +74,7 @@ class CudaRecorder:
 
 
 @dataclass
-class Call:
+class TracedCall:
     """A block's arguments in one pass, laid out flat.
 
     `leaves`: copies of tensors, and numbers. `chained`: leaves that are outputs of earlier blocks, as
@@ -88,8 +88,8 @@ class Call:
 
 
 def signature(leaves: Sequence[Any]) -> Any:
-    """What has to be the same for a recording to serve other arguments. None where they hold something else than
-    tensors and constants."""
+    """What has to be the same for a graph to serve other arguments. None where they hold something else than tensors
+    and constants."""
     found: list[tuple[Any, ...]] = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
@@ -101,10 +101,13 @@ def signature(leaves: Sequence[Any]) -> Any:
     return tuple(found)
 
 
-def record(
-    plain: Sequence[Callable[..., Any]], calls: Sequence[Call], parameters: Sequence[nn.Parameter], recorder: Recorder
-) -> list[RecordedBlock]:
-    """Record all blocks.
+def capture_blocks(
+    plain: Sequence[Callable[..., Any]],
+    calls: Sequence[TracedCall],
+    parameters: Sequence[nn.Parameter],
+    capture: Capture,
+) -> list[GraphedBlock]:
+    """Capture all blocks.
 
     Args:
         plain: the blocks.
@@ -112,20 +115,20 @@ def record(
         parameters: all that are trained.
 
     Raises:
-        RuntimeError: something cannot be recorded, or memory does not suffice.
+        RuntimeError: something cannot be captured, or memory does not suffice.
     """
     inputs: dict[int, Tensor] = {}
-    blocks = [RecordedBlock(function, call, inputs) for function, call in zip(plain, calls, strict=True)]
-    recorder.warm_up(lambda: _warm_up(blocks, parameters))
+    blocks = [GraphedBlock(function, call, inputs) for function, call in zip(plain, calls, strict=True)]
+    capture.warm_up(lambda: _warm_up(blocks, parameters))
     for block in blocks:
         block.take_inputs([earlier.outputs for earlier in blocks])
-        block.record_forward(recorder)
+        block.capture_forward(capture)
     for index in range(len(blocks) - 1, -1, -1):
-        blocks[index].record_backward(recorder, _read_by(blocks[index + 1 :], index))
+        blocks[index].capture_backward(capture, _read_by(blocks[index + 1 :], index))
     return blocks
 
 
-def _warm_up(blocks: Sequence[RecordedBlock], parameters: Sequence[nn.Parameter]) -> None:
+def _warm_up(blocks: Sequence[GraphedBlock], parameters: Sequence[nn.Parameter]) -> None:
     """Every block once, forward and backward, which tells which parameters it uses."""
     outputs: list[list[Any]] = []
     for block in blocks:
@@ -140,26 +143,58 @@ def _warm_up(blocks: Sequence[RecordedBlock], parameters: Sequence[nn.Parameter]
         outputs.append([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in made])
 
 
-def _read_by(later: Sequence[RecordedBlock], index: int) -> dict[int, Tensor]:
+def _read_by(later: Sequence[GraphedBlock], index: int) -> dict[int, Tensor]:
     """Of the outputs of block `index`, those that exactly one later block reads: number -> where their gradient is."""
     found: dict[int, list[Tensor | None]] = {}
     for block in later:
         for leaf, (source, number) in block.call.chained.items():
             if source == index:
-                found.setdefault(number, []).append(block.input_gradients.get(leaf))
+                found.setdefault(number, []).append(block.gradients.of_inputs.get(leaf))
     return {number: places[0] for number, places in found.items() if len(places) == 1 and places[0] is not None}
 
 
-class RecordedBlock:
-    """One block's recording, called with the flat arguments of a call with its signature.
+def _nothing() -> None: ...
+
+
+@dataclass
+class Gradients:
+    """A block's captured backward: where it reads and writes gradients.
+
+    Attributes:
+        starts: numbers of the arguments that get a gradient.
+        of_inputs, of_outputs: by the number of an argument and of an output.
+        members: numbers of the block's parameters of each dtype.
+        of_parameters: theirs, in a row for each dtype.
+        replay: writes all of them but the outputs' anew.
+    """
+
+    starts: list[int] = field(default_factory=list)
+    of_inputs: dict[int, Tensor] = field(default_factory=dict)
+    of_outputs: dict[int, Tensor] = field(default_factory=dict)
+    members: list[list[int]] = field(default_factory=list)
+    of_parameters: list[Tensor] = field(default_factory=list)
+    replay: Callable[[], None] = _nothing
+
+    def copies(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """Of the parameters' gradients: they stay until the optimizer takes them, and other replays may come before."""
+        copies: dict[int, Tensor] = {}
+        for members, row in zip(self.members, self.of_parameters, strict=True):
+            parts = torch.split(row.clone(), [parameters[n].numel() for n in members])
+            copies |= {n: part.view(parameters[n].shape) for n, part in zip(members, parts, strict=True)}
+        return [copies[n] for n in range(len(parameters))]
+
+
+class GraphedBlock:
+    """One block's graphs, called with the flat arguments of a call with its signature.
 
     Attributes:
         inputs: shared by all blocks of a pass: which tensor was copied into which place, by the place's `id`. To be
             cleared before each pass.
         passes: how many it was replayed in.
+        gradients: backward; empty where no output has a gradient.
     """
 
-    def __init__(self, function: Callable[..., Any], call: Call, inputs: dict[int, Tensor]) -> None:
+    def __init__(self, function: Callable[..., Any], call: TracedCall, inputs: dict[int, Tensor]) -> None:
         self.function = function
         self.call = call
         self.inputs = inputs
@@ -167,20 +202,14 @@ class RecordedBlock:
         self.parameters: list[nn.Parameter] = []
         self.leaves: list[Any] = []
         self.outputs: list[Any] = []
-        self.input_gradients: dict[int, Tensor] = {}
+        self.gradients = Gradients()
         self._spec: TreeSpec | None = None
         self._made: list[Any] = []  # with what autograd keeps of it
-        #: numbers of the outputs that are tensors, and of the arguments that get a gradient
+        #: numbers of the outputs that are tensors
         self._tensors: list[int] = []
-        self._starts: list[int] = []
-        self._output_gradients: dict[int, Tensor] = {}
-        #: those of the parameters, in a row for each dtype, and the numbers of those that stand there
-        self._parameter_gradients: list[Tensor] = []
-        self._members: list[list[int]] = []
-        self._forward: Callable[[], None] = _nothing
-        self._backward: Callable[[], None] = _nothing
+        self._replay_forward: Callable[[], None] = _nothing
 
-    # -- recording -------------------------------------------------------------------------------------------------
+    # -- capture ---------------------------------------------------------------------------------------------------
 
     def take_inputs(self, outputs: Sequence[Sequence[Any]]) -> None:
         """The places of its arguments, given those of the outputs of earlier blocks."""
@@ -197,43 +226,43 @@ class RecordedBlock:
         made, self._spec = tree_flatten(self.function(*args, **kwargs))
         return made
 
-    def record_forward(self, recorder: Recorder) -> None:
+    def capture_forward(self, capture: Capture) -> None:
         def forward() -> list[Any]:
             self._made = self.run()
             return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self._made]
 
-        self.outputs, self._forward = recorder.record(forward)
+        self.outputs, self._replay_forward = capture.capture(forward)
         self._tensors = [n for n, leaf in enumerate(self._made) if isinstance(leaf, Tensor)]
 
-    def record_backward(self, recorder: Recorder, read_by: dict[int, Tensor]) -> None:
-        """`read_by`: where the gradients of outputs are that a later block's recording writes."""
+    def capture_backward(self, capture: Capture, read_by: dict[int, Tensor]) -> None:
+        """`read_by`: where the gradients of outputs are that a later block's backward writes."""
         numbers = [n for n in self._tensors if self._made[n].requires_grad]
         if not numbers:
             return
-        self._output_gradients = {n: read_by.get(n, torch.empty_like(self.outputs[n])) for n in numbers}
-        self._starts = [n for n, leaf in enumerate(self.leaves) if _wants_gradient(leaf)]
-        self._members = _by_dtype(self.parameters)
+        outputs = {n: read_by.get(n, torch.empty_like(self.outputs[n])) for n in numbers}
+        starts = [n for n, leaf in enumerate(self.leaves) if _wants_gradient(leaf)]
+        groups = _by_dtype(self.parameters)
 
         def backward() -> list[Any]:
             made, self._made = self._made, []  # what autograd kept is free for the blocks before
             found = torch.autograd.grad(
                 [made[n] for n in numbers],
-                [*(self.leaves[n] for n in self._starts), *self.parameters],
-                [self._output_gradients[n] for n in numbers],
+                [*(self.leaves[n] for n in starts), *self.parameters],
+                [outputs[n] for n in numbers],
                 allow_unused=True,
             )
-            own = found[len(self._starts) :]
-            rows = [torch.cat([own[n].flatten() for n in members]) for members in self._members]
-            return [*found[: len(self._starts)], *rows]
+            own = found[len(starts) :]
+            rows = [torch.cat([own[n].flatten() for n in members]) for members in groups]
+            return [*found[: len(starts)], *rows]
 
-        found, self._backward = recorder.record(backward)
-        self.input_gradients = {n: g for n, g in zip(self._starts, found, strict=False) if g is not None}
-        self._parameter_gradients = found[len(self._starts) :]
+        found, replay = capture.capture(backward)
+        inputs = {n: gradient for n, gradient in zip(starts, found, strict=False) if gradient is not None}
+        self.gradients = Gradients(starts, inputs, outputs, groups, found[len(starts) :], replay)
 
-    # -- replaying -------------------------------------------------------------------------------------------------
+    # -- replay ----------------------------------------------------------------------------------------------------
 
     def takes(self, leaves: Sequence[Any], spec: TreeSpec) -> bool:
-        """Whether the recording serves these arguments."""
+        """Whether the graphs serve these arguments."""
         if spec != self.call.spec or signature(leaves) != self.call.signature:
             return False
         # several blocks read one copy of a tensor that all were given
@@ -255,7 +284,7 @@ class RecordedBlock:
     def agrees(self, leaves: Sequence[Any], output: Any) -> bool:
         """Whether a replay gives `output`, what the block itself gave for these arguments."""
         self._put(leaves)
-        self._forward()
+        self._replay_forward()
         expected, spec = tree_flatten(output)
         return spec == self._spec and all(
             not isinstance(e, Tensor) or _close(e.detach(), o) for e, o in zip(expected, self.outputs, strict=True)
@@ -269,34 +298,31 @@ class RecordedBlock:
 
     def replay_backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of the arguments that want one, in memory that the next replay writes, then copies of those of the
-        parameters: they stay until the optimizer takes them, and other replays may come before."""
+        parameters."""
+        own = self.gradients
         for number, gradient in zip(self._tensors, gradients, strict=True):
-            place = self._output_gradients.get(number)
+            place = own.of_outputs.get(number)
             if place is not None and gradient.data_ptr() != place.data_ptr():
                 place.copy_(gradient)
-        self._backward()
-        found = [self.input_gradients.get(n) for n in self._starts]
+        own.replay()
+        found = [own.of_inputs.get(n) for n in own.starts]
         passed = [None if gradient is None else gradient.detach() for gradient in found]
-        copies: dict[int, Tensor] = {}
-        for members, row in zip(self._members, self._parameter_gradients, strict=True):
-            parts = torch.split(row.clone(), [self.parameters[n].numel() for n in members])
-            copies |= {n: part.view(self.parameters[n].shape) for n, part in zip(members, parts, strict=True)}
-        return [*passed, *(copies[n] for n in range(len(self.parameters)))]
+        return [*passed, *own.copies(self.parameters)]
 
     def replay_forward(self) -> list[Tensor]:
-        self._forward()
+        self._replay_forward()
         return [self.outputs[n].detach() for n in self._tensors]
 
     def without_gradient(self, made: Sequence[Tensor]) -> list[Tensor]:
         """Those of the outputs `made` that have none."""
-        return [tensor for n, tensor in zip(self._tensors, made, strict=True) if n not in self._output_gradients]
+        return [tensor for n, tensor in zip(self._tensors, made, strict=True) if n not in self.gradients.of_outputs]
 
 
 class _Replay(torch.autograd.Function):
-    """A recorded block for autograd. The tensors given are those that get a gradient."""
+    """A graphed block for autograd. The tensors given are those that get a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, block: RecordedBlock, *_: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, block: GraphedBlock, *_: Tensor) -> tuple[Tensor, ...]:
         ctx.block = block
         made = block.replay_forward()
         ctx.mark_non_differentiable(*block.without_gradient(made))
@@ -325,6 +351,3 @@ def _close(expected: Tensor, found: Tensor) -> bool:
         return bool(torch.equal(expected, found))
     difference = (expected.double() - found.double()).norm()
     return bool(difference <= _CLOSE.get(expected.dtype, 1e-4) * expected.double().norm())
-
-
-def _nothing() -> None: ...

@@ -17,6 +17,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
+from spectune.blocks.selective import argument_of
+
 #: a budget of none keeps a block's inputs alone, whatever is marked; with this one marks count
 LEAST_BUDGET = 1e-9
 
@@ -72,8 +74,4 @@ def draws(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
-    for place, argument in enumerate(target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
-            return bool(given != 0.0)
-    return True
+    return bool(argument_of(target._schema, "dropout_p", node.args, node.kwargs) != 0.0)

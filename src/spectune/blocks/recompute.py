@@ -1,9 +1,8 @@
 """Recomputation of blocks in backward: every block, all but its products, or every block with its input on the host.
 
 The whole call of a block is recomputed, hooks included, not its `forward` as transformers does: what a delta does with
-a block's output would be kept otherwise. The call is replaced at `nn.Module._compiled_call_impl`, where torch itself
-puts a compiled call. FSDP2's own hooks run again in the recomputation, for which it is made ("module-hook-based
-activation checkpointing").
+a block's output would be kept otherwise. FSDP2's own hooks run again in the recomputation, for which it is made
+("module-hook-based activation checkpointing").
 
 A block that spectune has compiled recomputes within its graph, and is left alone while it runs compiled: its backward
 makes again what it needs, where the whole block would be run here, its last product too. What is drawn at random is the
@@ -16,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import Cache, PreTrainedModel
 
-from spectune.blocks.compiler import CompiledCall
+from spectune.blocks.call import BlockCall, Call, Make, Wrapper, call_of, decoder_blocks, wrap, wrapped
+from spectune.blocks.compile import CompiledCall
 from spectune.blocks.offload import CudaTransfers, HostStates, Transfers
 from spectune.blocks.selective import policy
-from spectune.deltas.registry import Registry
+from spectune.deltas import Attachment
 from spectune.errors import ConfigError
 from spectune.families import describe
 
@@ -44,7 +44,7 @@ def recomputing(model: PreTrainedModel, mode: Recomputation, *, transfers: Trans
     """Recompute the blocks of `model` in training inside the `with`, and leave it as it was before.
 
     Blocks that are to be compiled are compiled before this, with the mode's `memory_budget`
-    (`spectune.training.checkpointing`).
+    (`spectune.blocks.compile`).
 
     Args:
         transfers: copies for "offload" instead of those of the model's CUDA device.
@@ -58,37 +58,40 @@ def recomputing(model: PreTrainedModel, mode: Recomputation, *, transfers: Trans
     on: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in on:  # by transformers' own means, inside of ours: once is enough
         module.gradient_checkpointing = False
-    blocks = []
     try:
-        blocks = recompute(model, mode, transfers=transfers)
-        yield
+        with wrapped(*_recomputed(model, mode, transfers)):
+            yield
     finally:
-        for block in blocks:
-            block.close()
         for module in on:
             module.gradient_checkpointing = True
 
 
-def recompute(
-    model: PreTrainedModel, mode: Recomputation, *, transfers: Transfers | None = None
-) -> list[RecomputedBlock]:
-    """The same until each of what is returned is closed."""
-    if mode is False:
-        return []
-    registry = Registry.of(model)
-    family = describe(model) if registry is None else registry.family
-    modules = dict(model.named_modules())
-    layers = [modules[layer.path] for layer in family.layers if layer.path in modules]
+def recompute(model: PreTrainedModel, mode: Recomputation, *, transfers: Transfers | None = None) -> list[BlockCall]:
+    """The same for good, of a model that is thrown away, or until `spectune.blocks.call.unwrap`."""
+    return [] if mode is False else wrap(*_recomputed(model, mode, transfers))
+
+
+def _recomputed(
+    model: PreTrainedModel, mode: Recomputation, transfers: Transfers | None
+) -> tuple[Sequence[nn.Module], Wrapper, Make]:
+    """What `wrap` takes."""
+    attachment = Attachment.of(model)
+    family = describe(model) if attachment is None else attachment.family
+    layers = decoder_blocks(model, family)
     settings: dict[str, Any] = {}
     if mode == "selective":
         chosen = policy(family.hidden_size)
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, chosen)
         # the policy sees nothing of what others have compiled
-        layers = [layer for layer in layers if isinstance(layer._compiled_call_impl, CompiledCall | None)]
+        layers = [layer for layer in layers if isinstance(call_of(layer), CompiledCall | None)]
     states = None
     if mode == "offload":
         states = HostStates(transfers or _transfers(model.device))
-    return [RecomputedBlock(model, layer, settings, states, last=layer is layers[-1]) for layer in layers]
+
+    def make(index: int, layer: nn.Module, inner: Call) -> Call:
+        return _RecomputedCall(model, layer, inner, settings, states, last=index == len(layers) - 1)
+
+    return layers, Wrapper.RECOMPUTED, make
 
 
 def _transfers(device: torch.device) -> Transfers:
@@ -112,42 +115,44 @@ def modes(wanted: Recomputation | Literal["auto"], device_type: str) -> tuple[Re
     return ORDER if device_type == "cuda" else ORDER[:-1]
 
 
-class RecomputedBlock:
-    """Stands in for the call of one block of a model."""
+class _RecomputedCall:
+    """The call of one block of a model, which runs again in backward.
+
+    Args:
+        inner: the call that runs, and runs again.
+        settings: of `torch.utils.checkpoint.checkpoint`.
+        states: where the inputs of blocks go meanwhile; None leaves them on the device.
+        last: no block comes after this one.
+    """
 
     def __init__(
-        self, model: nn.Module, layer: nn.Module, settings: dict[str, Any], states: HostStates | None, *, last: bool
+        self,
+        model: nn.Module,
+        layer: nn.Module,
+        inner: Call,
+        settings: dict[str, Any],
+        states: HostStates | None,
+        *,
+        last: bool,
     ) -> None:
-        self.model, self.layer, self.settings, self.states, self.last = model, layer, settings, states, last
-        self.before = layer._compiled_call_impl
-        #: the compiled call, where it is the one that recomputes
-        self.within = _recomputes(self.before) if states is None else None
-        layer.__dict__["_compiled_call_impl"] = self
-
-    def close(self) -> None:
-        """The block's own call again."""
-        if self.layer.__dict__.get("_compiled_call_impl") is not self:
-            log.warning("a block was compiled while it was recomputed, which took its place: compile before that")
-            return
-        if self.before is None:
-            del self.layer.__dict__["_compiled_call_impl"]
-        else:
-            self.layer.__dict__["_compiled_call_impl"] = self.before
+        self.model, self.layer, self.inner, self.settings = model, layer, inner, settings
+        self.states, self.last = states, last
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.before or self.layer._call_impl
+        call = self.inner
         if not (self.layer.training and torch.is_grad_enabled()):
             return call(*args, **kwargs)
-        if self.within is not None:
-            if self.within.compiles():
-                return self.within(*args, **kwargs)
+        if self.states is None and isinstance(call, CompiledCall) and call.memory_budget < 1:
+            # the compiled graph recomputes by itself
+            if call.compiles():
+                return call(*args, **kwargs)
             call = self.layer._call_impl  # the second time too, though it might be compiled by then
         if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             _say_cache()
             return call(*args, **kwargs)
         # the route as it lies over this pass, which is another by the time that backward runs
-        registry = Registry.of(self.model)
-        call = call if registry is None else registry.keeping_route(call)
+        attachment = Attachment.of(self.model)
+        call = call if attachment is None else attachment.keeping_pass(call)
         place, hidden = _hidden_states(args, kwargs)
         # what is recomputed may not hold its input beside the checkpoint, which may send it away
         others = tuple(None if index == place else value for index, value in enumerate(args))
@@ -162,10 +167,6 @@ class RecomputedBlock:
             if self.states is not None:
                 stack.enter_context(self.states.leaving(hidden, last=self.last))
             return checkpoint(again, hidden, use_reentrant=False, **self.settings)
-
-
-def _recomputes(call: Any) -> CompiledCall | None:
-    return call if isinstance(call, CompiledCall) and call.memory_budget < 1 else None
 
 
 @functools.cache

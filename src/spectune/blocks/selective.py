@@ -68,7 +68,7 @@ def worth_keeping(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
         return bool(first.shape[-1] >= least) and not _scores(first, second)
     if schema.name in _ATTENTION or schema.name.startswith(f"{OWN}::"):
         # what draws random numbers is done again, so that what draws after it draws the same
-        return not _argument(schema, "dropout_p", args, kwargs)
+        return not argument_of(schema, "dropout_p", args, kwargs)
     return False
 
 
@@ -79,7 +79,7 @@ def _scores(first: Tensor, second: Tensor) -> bool:
     return first.shape[0] * first.shape[1] * second.shape[2] > max(first.numel(), second.numel())
 
 
-def _argument(schema: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def argument_of(schema: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation's argument by name, its default where it was not given; None where it has none of that name."""
     for place, argument in enumerate(schema.arguments):
         if argument.name == name:

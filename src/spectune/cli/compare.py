@@ -93,7 +93,7 @@ def compare(
     skip_bad_rows: options.SkipBadRows = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure methods side by side on the same rows, and say which differ.
+    """Measure methods side by side on the same rows, and report which differ.
 
     Each method gets the same budget: a search for its learning rate, then final runs with several seeds. What is
     measured: loss, metrics of what it writes, forgetting, memory, speed, bytes on disk; with intervals, a verdict that

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectune.cli.console import note
-from spectune.cli.inputs import row_length, training_rows
+from spectune.cli.input_rows import row_length, training_rows
 from spectune.cli.runs import output_folder
 
 if TYPE_CHECKING:
@@ -15,12 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from spectune.cli.settings import Settings
-    from spectune.data import Example, Row
+    from spectune.data import Row
     from spectune.deltas import Method
 
 
 def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Console) -> dict[str, Any]:
-    """Run one step of each method with the loop that trains, without a folder.
+    """Train each method for one step, executed as its run would be, without a folder.
 
     The longest batch comes first in an epoch, so one step shows whether memory suffices. Of the validation rows all
     are read and encoded, and the longest are evaluated.
@@ -31,9 +30,10 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
     from spectune import training
     from spectune.comparing.experiment import check_settings
     from spectune.comparing.measure import retained_passages
-    from spectune.data import encode
+    from spectune.data import Encoded, encode
     from spectune.deltas import attach
     from spectune.storage import load
+    from spectune.training.prepare import max_length
 
     wanted = settings.training()
     if label == "compare":
@@ -54,13 +54,15 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
         if number == 0 and label == "compare":
             _check_judging(settings, rows, held_out, tokenizer, row_length(model, wanted.max_length))
         delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
-        # reads all validation rows; of these the longest are evaluated
-        length = row_length(model, wanted.max_length)
-        encoded = encode(held_out, tokenizer, max_length=length, separator=wanted.separator)
-        longest = sorted(encoded.examples, key=lambda example: -len(example.input_ids))
-        few = [_alone(example, tokenizer) for example in longest[: wanted.per_device_eval_batch_size]]
+        length = max_length(model, method, wanted)
+        train, valid = (
+            encode(part, tokenizer, max_length=length, separator=wanted.separator) for part in (rows, held_out)
+        )
+        # all validation rows are read; of these the longest are evaluated
+        longest = sorted(valid.examples, key=lambda example: -len(example.input_ids))
+        few = Encoded(longest[: wanted.per_device_eval_batch_size], valid.report)
         step = wanted.model_copy(update={"output_dir": None, "resume": False, "max_steps": 1})
-        result = training.train(model, tokenizer, delta, rows, few, step, console=out)
+        result = training.train(model, tokenizer, delta, train, few, step, console=out, rehearsed=wanted)
         found.append(result.model_dump(mode="json", exclude={"folder", "stored_bytes"}))
         peak = result.peak_memory_bytes.get("train_allocated")
         note(f"  loss {result.train_loss:.4f}" + (f", {peak / 2**20:,.0f} MiB of tensors at the peak" if peak else ""))
@@ -93,10 +95,3 @@ def _check_judging(
     encode(judged, tokenizer, max_length=length, separator=wanted.separator)
     how = asked(settings)
     Task.of(judged, train_rows=rows, metric=how["metric"], generate_rows=how["generate_rows"], max_length=length)
-
-
-def _alone(example: Example, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """The row of an example; of a long text, which is many examples, that window alone."""
-    if example.row.text is None:
-        return example.row
-    return dataclasses.replace(example.row, text=str(tokenizer.decode(example.input_ids, skip_special_tokens=True)))

@@ -11,15 +11,17 @@ import typer
 from spectune.errors import ConfigError
 from spectune.sizes import bytes_of
 
-MaxMemory = Annotated[str | None, typer.Option(help="The most memory that training may take, such as 24GiB.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Limit on training memory, such as 24GiB.")]
 MaxLatencyOverhead = Annotated[
-    str | None, typer.Option(help="The most extra time a decoded token may take against the bare base: 0.1 or 10%.")
+    str | None, typer.Option(help="Limit on extra decoding time per token, relative to the bare base: 0.1 or 10%.")
 ]
-Tenants = Annotated[int | None, typer.Option(min=1, help="Tasks that one base serves at a time.", show_default="1")]
-MaxStoredBytes = Annotated[str | None, typer.Option(help="The most bytes on disk of all tenants' weights: 2GB.")]
+Tenants = Annotated[
+    int | None, typer.Option(min=1, help="Tasks that one base serves at the same time.", show_default="1")
+]
+MaxStoredBytes = Annotated[str | None, typer.Option(help="Limit on disk space for all tenants' weights, such as 2GB.")]
 MinQuality = Annotated[
     float | None,
-    typer.Option(help="The least relative performance: 0 is the bare base, 100 is full fine-tuning."),
+    typer.Option(help="Minimum relative performance: 0 is the bare base, 100 is full fine-tuning."),
 ]
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spectune.cli import options
 from spectune.cli.console import complain, note, print_json, work
-from spectune.cli.inputs import rows_to_train
-from spectune.cli.plan_run import PlannedRun
+from spectune.cli.input_rows import rows_to_train, training_rows
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DoesNotFitError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
-    from spectune.data import Example
+    from spectune.blocks.execution import Execution
+    from spectune.data import Example, Row
     from spectune.deltas import Method
     from spectune.planning import Estimate
     from spectune.training import TrainingConfig
@@ -24,42 +28,49 @@ if TYPE_CHECKING:
 #: steps of a calibration: two that are not timed (they warm up), and those that are
 CALIBRATION_STEPS = 6
 
+OneMethod = Annotated[
+    str | None, typer.Option(help=f"One of {options.method_names()}.", show_default="all of them, as a table")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="Memory of the device: 24GiB, 80GB.", show_default="what is free here")
+]
+Batch = Annotated[int | None, typer.Option(min=1, help="Rows: per_device_train_batch_size.", show_default="8")]
+Length = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of a row: max_length.", show_default="the base's, at most 1,024")
+]
+Recompute = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of keeping them.")
+]
+Data = Annotated[
+    str | None, typer.Option(help="Training rows: their longest batch is planned, their steps are counted.")
+]
+Calibrate = Annotated[
+    bool, typer.Option("--calibrate", help="Load the base and time a few steps here: seconds for an epoch.")
+]
+AnyDevice = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or mps; it need not be there.", show_default="cuda with --memory, else auto"),
+]
+
 
 def plan(
     model: options.Model = None,
-    method: Annotated[
-        str | None, typer.Option(help=f"One of {options.method_names()}.", show_default="all of them, as a table")
-    ] = None,
-    methods: Annotated[str | None, typer.Option(help="Some of them, parted by commas.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Memory of the device: 24GiB, 80GB.", show_default="what is free here")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows: per_device_train_batch_size.", show_default="8")
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a row: max_length.", show_default="the base's, at most 1,024")
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of keeping them.")
-    ] = False,
-    data: Annotated[
-        str | None, typer.Option(help="Training rows: their longest batch is planned, their steps are counted.")
-    ] = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Load the base and time a few steps here: seconds for an epoch.")
-    ] = False,
+    method: OneMethod = None,
+    methods: Annotated[str | None, typer.Option(help="Some of them, comma-separated.")] = None,
+    memory: Memory = None,
+    batch: Batch = None,
+    length: Length = None,
+    gradient_checkpointing: Recompute = False,
+    data: Data = None,
+    calibrate: Calibrate = False,
     config: options.Config = None,
     assignments: options.Set = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda or mps; it need not be there.", show_default="cuda with --memory, else auto"),
-    ] = None,
+    device: AnyDevice = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say what training will take of memory, by term and at its peak, from the base's config alone.
+    """Predict the memory that training needs, by term and at its peak, from the base's config alone.
 
     No weights are downloaded or read. Exit code 4 if what was asked for does not fit; the largest batch and length that
     do are then named. Terms are each one's own largest value; the peak is that of the moment where they are largest
@@ -74,26 +85,19 @@ def plan(
       spectune plan --data train.jsonl --calibrate
     """
     flags = {
-        "model": model,
-        "data": data,
-        "method": method,
-        "methods": methods,
-        "device": device,
-        "dtype": dtype,
-        "base_precision": base_precision,
-        "per_device_train_batch_size": batch,
-        "max_length": length,
+        "model": model, "data": data, "method": method, "methods": methods, "device": device, "dtype": dtype,
+        "base_precision": base_precision, "per_device_train_batch_size": batch, "max_length": length,
         "gradient_checkpointing": gradient_checkpointing or None,
-    }
+    }  # fmt: skip
     settings = Settings.collect(config, assignments, flags)
     with work(as_json=as_json) as out:
         from spectune.methods import BY_NAME
 
         if method is not None and methods is not None:
             raise ConfigError("--method and --methods: expected one of them, or neither")
-        asked = settings.method_names([])
-        chosen = settings.methods(asked or list(BY_NAME))
-        answer, misfits = _plan(chosen, settings, memory, out, named=bool(asked), calibrate=calibrate)
+        named = settings.method_names([])
+        chosen = settings.methods(named or list(BY_NAME))
+        answer, misfits = _plan(chosen, settings, memory, out, named=bool(named), calibrate=calibrate)
     if as_json:
         print_json(answer)
     if misfits:
@@ -101,169 +105,194 @@ def plan(
         raise typer.Exit(DoesNotFitError.exit_code)
 
 
+@dataclass(frozen=True)
+class Arm:
+    """A method with the plan of its run."""
+
+    method: Method
+    execution: Execution
+    estimate: Estimate
+
+    def entry(self, model: str, limit: int | None, *, named: bool) -> dict[str, Any]:
+        """For JSON. `named`: what would fit is worked out where it does not."""
+        found = {**self.estimate.to_dict(), "model": model, "label": self.method.label, "fits": None,
+                 "torch_compile": self.execution.compiled}  # fmt: skip
+        if limit is not None:
+            found["fits"] = self.estimate.fits(limit)
+            if not found["fits"] and named:
+                found["largest_batch"] = self.estimate.largest_batch(limit)
+                found["largest_length"] = self.estimate.largest_length(limit)
+                found["advice"] = f"{self.estimate.advice(limit)} {self.estimate.most(limit)}"
+        return found
+
+
+@dataclass
+class Plans:
+    """What is the same for the plans of all methods.
+
+    Attributes:
+        positions: of the base; None where there is no limit.
+        device: kind of device.
+        limit: bytes of it; None where nobody knows.
+        length: tokens of a row, where there are no rows; it leaves room for the virtual tokens of every method.
+        rows: training and validation rows; None where there are none.
+    """
+
+    settings: Settings
+    config: TrainingConfig
+    base: Any
+    positions: int | None
+    device: str
+    limit: int | None
+    length: int
+    rows: tuple[list[Row], list[Row]] | None
+    _encoded: dict[int, tuple[list[Example], list[Example]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, methods: Sequence[Method], settings: Settings, memory: str | None, *, needs_rows: bool) -> Plans:
+        """From the command's flags; `needs_rows`: the embedded rows are taken where there is no --data."""
+        from spectune.planning.room import free_memory
+        from spectune.planning.workload import context_of
+        from spectune.sizes import bytes_of
+        from spectune.storage.bases import load_config
+        from spectune.storage.devices import resolve_device
+        from spectune.training.prepare import DEFAULT_LENGTH
+
+        config = settings.training()
+        name = settings.text("device") or ("cuda" if memory is not None else "auto")
+        device = str(resolve_device(name)) if name == "auto" else name
+        limit = free_memory(device) if memory is None else bytes_of(memory, "--memory")
+        base = load_config(settings.base)
+        positions = context_of(base)
+        rooms = [] if positions is None else [positions - method.virtual_tokens for method in methods]
+        most = min((room for room in rooms if room >= 2), default=positions or DEFAULT_LENGTH)
+        length = config.max_length or min(DEFAULT_LENGTH, most)
+        rows = _rows(settings, config) if needs_rows or settings.text("data") is not None else None
+        return cls(settings, config, base, positions, device, limit, length, rows)
+
+    def arm(self, method: Method) -> Arm:
+        """The plan of a run with this method, as the run itself would plan it.
+
+        Raises:
+            ConfigError: there is no room for rows, or the method or a setting does not go with the base.
+        """
+        from spectune.planning.workload import Workload
+        from spectune.training.prediction import plan_unloaded
+        from spectune.training.prepare import row_tokens
+
+        settings, config = self.settings, self.config
+        train, valid = self.encoded(row_tokens(self.positions, method, config))
+        workload = Workload.of(
+            self.base, method, settings.text("dtype"), self.device, base_precision=settings.base_precision,
+            optim=config.optim, accumulates=config.gradient_accumulation_steps > 1,
+        )  # fmt: skip
+        return Arm(method, *plan_unloaded(workload, config, train, valid, length=self.length, limit=self.limit))
+
+    def encoded(self, length: int) -> tuple[list[Example], list[Example]]:
+        """Training and validation rows of at most so many tokens; empty where there are none."""
+        from spectune.data import encode
+        from spectune.storage.bases import load_tokenizer
+
+        if self.rows is None:
+            return [], []
+        if length not in self._encoded:
+            tokenizer, separator = load_tokenizer(self.settings.base), self.config.separator
+            train, valid = (encode(part, tokenizer, max_length=length, separator=separator) for part in self.rows)
+            self._encoded[length] = train.examples, valid.examples
+        return self._encoded[length]
+
+    def examples(self) -> list[Example]:
+        """All rows."""
+        return [example for part in self.encoded(self.length) for example in part]
+
+
 def _plan(
     methods: list[Method], settings: Settings, memory: str | None, out: Console, *, named: bool, calibrate: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """What is printed, and a sentence for each method asked for that does not fit."""
     from spectune.planning.estimate import shown
-    from spectune.planning.plan import context_of
-    from spectune.planning.room import free_memory
-    from spectune.sizes import bytes_of
-    from spectune.storage.bases import load_config
-    from spectune.storage.devices import resolve_device
-    from spectune.training.prepare import DEFAULT_LENGTH, room_for_rows
+    from spectune.training.prepare import steps_of_run
 
-    wanted = settings.training()
-    name = settings.text("device") or ("cuda" if memory is not None else "auto")
-    place = str(resolve_device(name)) if name == "auto" else name
-    limit = free_memory(place) if memory is None else bytes_of(memory, "--memory")
-    base = load_config(settings.base)
-    examples = _examples(settings, wanted, base) if settings.text("data") is not None or calibrate else None
-    # one length for all, which leaves room for the virtual tokens of each
-    context = context_of(base)
-    rooms = [] if context is None else [context - method.virtual_tokens for method in methods]
-    most = min((room for room in rooms if room >= 2), default=None)
-    longest = wanted.max_length or min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
-    run = PlannedRun.of(wanted, base, place, longest, examples)
-    estimates: list[tuple[Method, Estimate]] = []
-    refused = []
+    plans = Plans.of(methods, settings, memory, needs_rows=calibrate)
+    limit, arms, refused = plans.limit, list[Arm](), []
     for method in methods:
         try:
-            if context is not None:
-                room_for_rows(context, method)
-            estimates.append((method, _estimate(base, method, settings, run, most, examples, limit)))
+            arms.append(plans.arm(method))
         except ConfigError as error:
             if named:
                 raise
             refused.append({"method": method.name, "reason": str(error)})
-    estimates.sort(key=lambda pair: pair[1].trainable_parameters)
-    entries, misfits = [], []
-    for method, estimate in estimates:
-        entry = {**estimate.to_dict(), "model": settings.base, "label": method.label, "fits": None,
-                 "torch_compile": run.compiles(method)}  # fmt: skip
-        if limit is not None:
-            entry["fits"] = estimate.fits(limit)
-            if not entry["fits"] and named:
-                entry["largest_batch"] = estimate.largest_batch(limit)
-                entry["largest_length"] = estimate.largest_length(limit)
-                entry["advice"] = f"{estimate.advice(limit)} {estimate.most(limit)}"
-                misfits.append(
-                    f"{method.label} needs {shown(estimate.needed)}, there is {shown(limit)}. {entry['advice']}"
-                )
-        entries.append(entry)
+    arms.sort(key=lambda arm: arm.estimate.trainable_parameters)
+    entries = [arm.entry(settings.base, limit, named=named) for arm in arms]
+    misfits = [
+        f"{entry['label']} needs {shown(entry['needed'])}, there is {shown(limit or 0)}. {entry['advice']}"
+        for entry in entries
+        if "advice" in entry
+    ]
     if not named and limit is not None and entries and not any(entry["fits"] for entry in entries):
         misfits.append(f"no method fits into {shown(limit)}; name one with --method for what would")
-    answer: dict[str, Any] = {"model": settings.base, "device": place, "memory": limit, "steps": run.steps,
+    steps = steps_of_run(plans.encoded(plans.length)[0], plans.config)
+    answer: dict[str, Any] = {"model": settings.base, "device": plans.device, "memory": limit, "steps": steps,
                               "methods": entries, "refused": refused}  # fmt: skip
-    if examples is not None:
-        answer["data"] = _described(examples, settings, wanted, [e for _, e in estimates], methods, base)
+    if plans.rows is not None:
+        answer["data"] = _described(plans, arms)
     if calibrate:
-        answer["calibration"] = [_timed(method, settings, wanted, examples or []) for method, _ in estimates]
-    _print(out, answer, [e for _, e in estimates])
-    for line in run.said(estimates):
+        answer["calibration"] = [_timed(arm.method, plans) for arm in arms]
+    _print(out, answer, [arm.estimate for arm in arms])
+    for line in _decisions(plans.config, arms, steps, plans.device):
         note(line)
     return answer, misfits
 
 
-def _estimate(
-    base: Any,
-    method: Method,
-    settings: Settings,
-    run: PlannedRun,
-    most: int | None,
-    examples: list[Example] | None,
-    limit: int | None,
-) -> Estimate:
-    from spectune.compute.cudnn import cudnn_attention
-    from spectune.planning.plan import plan as estimate_of
-
-    wanted = run.config
-    asked: dict[str, Any] = {"length": run.longest, **run.planned(method)}
-    if limit is None and asked["gradient_checkpointing"] == "auto":
-        asked["gradient_checkpointing"] = False
-    rows = wanted.per_device_train_batch_size
-    if examples is not None:
-        from spectune.training.memory import shape_of
-
-        longest = sorted(examples, key=lambda example: -len(example.input_ids))[:rows]
-        shape = shape_of([[row] for row in longest])
-        rows = shape.rows
-        asked |= {"length": min(shape.length, most or shape.length), "targets": shape.targets, "padded": shape.padded,
-                  "columns": shape.columns}  # fmt: skip
-    with cudnn_attention(run.cudnn):
-        return estimate_of(
-            base,
-            method,
-            rows,
-            dtype=settings.text("dtype"),
-            base_precision=settings.base_precision,
-            device=run.place,
-            memory=limit,
-            optim=wanted.optim,
-            gradient_accumulation_steps=wanted.gradient_accumulation_steps,
-            eval_batch=wanted.per_device_eval_batch_size,
-            **asked,
-        )
+def _rows(settings: Settings, config: TrainingConfig) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and to validate on, as a run takes them; none of the latter where there is but one."""
+    data, valid = settings.text("data"), settings.text("valid")
+    if valid is None and data is not None:
+        rows, _ = rows_to_train(data, skip_bad_rows=config.skip_bad_rows)
+        if len(rows) < 2:
+            return rows, []
+    train, held_out, _ = training_rows(data, valid, seed=config.seed, skip_bad_rows=config.skip_bad_rows)
+    return train, held_out
 
 
-def _examples(settings: Settings, wanted: TrainingConfig, base: Any) -> list[Example]:
-    from spectune.data import encode
-    from spectune.planning.plan import context_of
-    from spectune.storage.bases import load_tokenizer
-    from spectune.training.prepare import DEFAULT_LENGTH
-
-    rows, _ = rows_to_train(settings.text("data"), skip_bad_rows=wanted.skip_bad_rows)
-    longest = wanted.max_length or min(DEFAULT_LENGTH, context_of(base) or DEFAULT_LENGTH)
-    tokenizer = load_tokenizer(settings.base)
-    return encode(rows, tokenizer, max_length=longest, separator=wanted.separator).examples
-
-
-def _described(
-    examples: list[Example],
-    settings: Settings,
-    wanted: TrainingConfig,
-    estimates: list[Estimate],
-    methods: list[Method],
-    base: Any,
-) -> dict[str, Any]:
-    """Rows, tokens, steps and operations of an epoch."""
+def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
+    """Rows, tokens, steps and operations of an epoch of all rows."""
     from spectune.families import family_from_config
     from spectune.planning.flops import flops_per_token
 
+    examples, config, family = plans.examples(), plans.config, family_from_config(plans.base)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     tokens = sum(len(example.input_ids) for example in examples)
-    rows = wanted.per_device_train_batch_size * wanted.gradient_accumulation_steps
-    family = family_from_config(base)
-    by_name = {method.name: method for method in methods}
     mean = max(1, tokens // len(examples))
-    work_of = {
-        estimate.method: tokens
-        * flops_per_token(
-            family, by_name[estimate.method], mean, checkpointing=estimate.gradient_checkpointing in (True, "offload")
-        )
-        for estimate in estimates
+    flops = {
+        arm.method.name: tokens
+        * flops_per_token(family, arm.method, mean, checkpointing=arm.execution.recomputation in (True, "offload"))
+        for arm in arms
     }
     return {
-        "source": settings.text("data") or "the embedded training rows",
+        "source": plans.settings.text("data") or "the embedded training rows",
         "rows": len(examples),
         "tokens": tokens,
         "longest_row_tokens": max(len(example.input_ids) for example in examples),
-        "steps_per_epoch": -(-len(examples) // rows),
-        "flops_per_epoch": work_of,
+        "steps_per_epoch": math.ceil(len(examples) / rows),
+        "flops_per_epoch": flops,
     }
 
 
-def _timed(method: Method, settings: Settings, wanted: TrainingConfig, examples: list[Example]) -> dict[str, Any]:
+def _timed(method: Method, plans: Plans) -> dict[str, Any]:
     """A few real steps of the training loop on this machine: seconds for an epoch of the data, without validation."""
     from rich.console import Console
 
-    from spectune.storage import attach, load
+    from spectune.deltas import attach
+    from spectune.storage import load
     from spectune.training import train
 
+    settings, examples = plans.settings, plans.examples()
     # of an epoch the longest batch comes first, among the steps that are not timed
     rows = [example.row for example in examples]
     model, tokenizer = load(settings.base, device="auto", dtype=settings.dtype, base_precision=settings.base_precision)
     delta = attach(model, method, "calibration", tokenizer=tokenizer)
-    config = wanted.model_copy(
+    config = plans.config.model_copy(
         update={"output_dir": None, "resume": False, "max_steps": CALIBRATION_STEPS, "report_to": "none"}
     )
     result = train(model, tokenizer, delta, rows, rows[:1], config, console=Console(quiet=True))
@@ -279,6 +308,35 @@ def _timed(method: Method, settings: Settings, wanted: TrainingConfig, examples:
     }
 
 
+def _decisions(config: TrainingConfig, arms: Sequence[Arm], steps: int | None, device: str) -> list[str]:
+    """Lines on what "auto" came to, and why."""
+    compiled = [arm.method.name for arm in arms if arm.execution.compiled]
+    lines = []
+    if config.torch_compile == "auto":
+        if steps is None:
+            lines.append(
+                "torch_compile=auto: blocks are planned without the compiler, as nothing says how long the run is. "
+                "--data or --set max_steps=N says it, --set torch_compile=true plans compiled blocks"
+            )
+        elif len(compiled) in (0, len(arms)):
+            lines.append(f"torch_compile=auto: {str(bool(compiled)).lower()}, for a run of {steps:,} steps")
+        else:
+            lines.append(
+                f"torch_compile=auto: true for {', '.join(compiled)}, false for the others, in a run of {steps:,} steps"
+            )
+    if compiled and device == "cpu":
+        lines.append(
+            "on a CPU the first steps, which hold the longest batch, run without the compiler: they are planned"
+        )
+    if captured := [arm.method.name for arm in arms if arm.estimate.cuda_graphs]:
+        lines.append(
+            f"cuda_graphs={str(config.cuda_graphs).lower()}: blocks are recorded for {', '.join(captured)}. Planned is "
+            "what the recordings of one shape of a batch keep; each further shape that comes back keeps its own"
+        )
+    reasons = dict.fromkeys(arm.execution.reason("packing") for arm in arms)
+    return [*lines, *(f"packing={str(config.packing).lower()}: {reason}" for reason in reasons if reason is not None)]
+
+
 def _shown_mode(mode: bool | str) -> str:
     return mode if isinstance(mode, str) else "every block" if mode else "none"
 
@@ -286,7 +344,8 @@ def _shown_mode(mode: bool | str) -> str:
 def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> None:
     from rich.table import Table
 
-    from spectune.planning.estimate import TERMS, shown
+    from spectune.planning.estimate import shown
+    from spectune.planning.moments import TERMS
 
     if estimates:
         first = estimates[0]

@@ -36,11 +36,11 @@ def recommend(
     compute: Annotated[str | None, typer.Option(help="Guide: low, medium, high, or memory such as 24GiB.")] = None,
     must_merge: Annotated[bool, typer.Option("--must-merge", help="Guide: the result must be plain weights.")] = False,
     keep_base: Annotated[bool, typer.Option("--keep-base", help="Guide: the base must stay as it is.")] = False,
-    fast_iteration: Annotated[bool, typer.Option("--fast-iteration", help="Guide: results soon.")] = False,
+    fast_iteration: Annotated[bool, typer.Option("--fast-iteration", help="Guide: quick results matter most.")] = False,
     max_quality: Annotated[bool, typer.Option("--max-quality", help="Guide: the lowest loss, at any cost.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Say which method to take, and why.
+    """Recommend a method, with the reasons.
 
     From a comparison: the cheapest within your limits that is not worse than the best within noise, with the runs that
     prove each sentence; or what the evidence leaves open. Without a limit those count that the comparison was made

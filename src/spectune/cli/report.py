@@ -25,9 +25,9 @@ def report(
     min_quality: limits.MinQuality = None,
     as_json: options.Json = False,
 ) -> None:
-    """Put a comparison together again from its runs: verdict, recommendation, table, page and plots.
+    """Rebuild a comparison from its runs: verdict, recommendation, table, page and plots.
 
-    Of a comparison that was interrupted it shows what is there. Limits given here replace those it was made with.
+    An interrupted comparison is shown as far as it went. Limits given here replace those it was made with.
 
     \b
     Examples:

@@ -23,7 +23,7 @@ from spectune.comparing.measure import retained_passages
 from spectune.comparing.presets import PRESETS
 from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import Schedule
-from spectune.deltas import Method, attached
+from spectune.deltas import Method, attached, base_name
 from spectune.errors import ConfigError, InterruptedRun
 from spectune.evaluation import row_losses
 from spectune.families import base_precision as precision_of
@@ -33,11 +33,10 @@ from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import reference_shares
 from spectune.results import Limits
 from spectune.results.comparison_file import Base, Data
-from spectune.storage import TINY, base_name, load
+from spectune.storage import TINY, load
 from spectune.training import TrainingConfig, environment
 from spectune.training.identity import FREE
-from spectune.training.prepare import max_length
-from spectune.training.train import pad_token_id
+from spectune.training.prepare import max_length, pad_token_id
 
 GENERATE_ROWS = 64
 #: settings that no result depends on (speed and memory do on recomputation), and the one that differs between its runs

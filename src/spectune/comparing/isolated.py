@@ -1,8 +1,8 @@
 """Memory of training in a process of its own: no other run's leftovers, no cache of another's allocator.
 
 The parent hands the job as JSON to `python -m spectune.comparing.isolated` and gets the peaks back as JSON. The child
-runs the real loop for a few steps, each of them on the batch with the longest rows: from the second on the optimizer's
-state is there as well, so this is the peak that a long run comes to.
+runs the real loop for a few steps, executed as the run's are, each of them on the batch with the longest rows: from the
+second on the optimizer's state is there as well, so this is the peak of a long run.
 """
 
 from __future__ import annotations
@@ -13,14 +13,30 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+
 from spectune import errors
-from spectune.data import Row
-from spectune.deltas import Method
+from spectune.blocks.cuda_graphs import WARM_UPS
+from spectune.blocks.execution import Execution
+from spectune.data import DataReport, Encoded, Row, load_rows
+from spectune.deltas import Method, attach
 from spectune.errors import OutOfMemoryError, SpectuneError, first_line
+from spectune.inference import is_out_of_memory
+from spectune.methods import method_from_dict
+from spectune.storage import load
 from spectune.training import TrainingConfig
+from spectune.training.batching import Batches
+from spectune.training.decisions import decide_run
+from spectune.training.display import Display
+from spectune.training.distribution import World
+from spectune.training.loop import Loop
+from spectune.training.prepare import Prepared, prepare
+from spectune.training.run_state import RunState
 
 #: optimizer steps; in the second the optimizer's state is there
 STEPS = 2
@@ -110,28 +126,8 @@ def _error(name: str, message: str) -> SpectuneError:
 
 
 def _measure(job: dict[str, Any]) -> dict[str, int]:
-    """The child's work."""
-    import io
-
-    import torch
-    from rich.console import Console
-
-    from spectune.data import batches, load_rows
-    from spectune.deltas import route
-    from spectune.methods import method_from_dict
-    from spectune.storage import attach, load
-    from spectune.training.checkpoint import Progress
-    from spectune.training.checkpointing import modes_of, recomputing
-    from spectune.training.display import Display
-    from spectune.training.distribution import World
-    from spectune.training.loop import Keeper, Loop
-    from spectune.training.optimizers import make_optimizer
-    from spectune.training.packing import decide
-    from spectune.training.prepare import prepare
-    from spectune.training.train import pad_token_id
-
-    config = TrainingConfig(**job["config"])
-    method = method_from_dict(job["method"])
+    """The child's work: the run's own steps, executed as the run's are."""
+    config, method = TrainingConfig(**job["config"]), method_from_dict(job["method"])
     source = job["rows"] if isinstance(job["rows"], str) else [Row(**row) for row in job["rows"]]
     rows = load_rows(source, skip_bad_rows=config.skip_bad_rows)
     model, tokenizer = load(
@@ -140,41 +136,24 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     torch.manual_seed(config.seed)
     delta = attach(model, method, "memory", tokenizer=tokenizer, seed=config.seed)
     prepared = prepare(model, tokenizer, method, rows, rows, config, delta.base_fingerprint)
-    lengths = [len(example.input_ids) for example in prepared.examples]
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    [first, *_] = batches(lengths, size, seed=config.seed, epoch=0, group_by_length=config.group_by_length)
-    longest = [prepared.examples[i] for i in first]
-    by_length = sorted(prepared.examples, key=lambda example: -len(example.input_ids))
-    trained = [parameter for parameter in delta.parameters() if parameter.requires_grad]
-    loop = Loop(
-        model=model,
-        delta=delta,
-        optimizer=make_optimizer(trained, config, prepared.learning_rate),
-        train_examples=longest,
-        valid_examples=by_length[: config.per_device_eval_batch_size],
-        pad_token_id=pad_token_id(tokenizer),
-        config=config.model_copy(update={"eval_steps": None, "save_steps": None, "early_stopping_patience": None}),
-        learning_rate=prepared.learning_rate,
-        total_steps=STEPS,
-        progress=Progress(),
-        keeper=Keeper(
-            checkpoint=lambda: None,
-            keep_best=lambda: None,
-            log=lambda _: None,
-            resume_hint="",
-            kept_state=lambda: "Nothing is kept.",
-        ),
-        world=World(),
-        packing=decide(model, delta, prepared.examples, config),
-    )
-    quiet = Console(file=io.StringIO())
-    with (
-        route(model, delta.name),
-        recomputing(model, modes_of(model, config.gradient_checkpointing)[0]),
-        Display(quiet, method.label, STEPS, 0) as display,
-    ):
-        loop.run(display)
-    return loop.progress.peak_memory_bytes
+    execution = decide_run(delta, prepared)
+    run = RunState.of(delta, _of_longest_rows(prepared, execution), execution.packing, World())
+    with Display(Console(quiet=True), method.label, run.total_steps, 0) as display:
+        Loop(run, execution).drive(display)
+    return run.progress.peak_memory_bytes
+
+
+def _of_longest_rows(prepared: Prepared, execution: Execution) -> Prepared:
+    """A run all of whose steps are its first one, which holds the longest row, validated on its longest rows."""
+    examples, config = prepared.examples, prepared.config
+    [first, *_] = Batches(examples, config, execution.packing, World()).windows(0)
+    by_length = sorted(examples, key=lambda example: -len(example.input_ids))
+    parts = [examples[row] for batch in first for row in batch], by_length[: config.per_device_eval_batch_size]
+    # until blocks are traced, captured and replayed
+    steps = STEPS + (WARM_UPS + 1 if execution.graphs else 0)
+    changes = {"max_steps": steps, "eval_steps": None, "save_steps": None, "early_stopping_patience": None}
+    train, valid = (Encoded(part, DataReport()) for part in parts)
+    return replace(prepared, config=config.model_copy(update=changes), encoded=(train, valid))
 
 
 def _main() -> None:
@@ -185,8 +164,6 @@ def _main() -> None:
         except SpectuneError as error:
             answer = {"error": type(error).__name__, "message": str(error)}
         except Exception as error:  # whatever it is, the parent has to be told
-            from spectune.inference import is_out_of_memory
-
             kind = OutOfMemoryError if is_out_of_memory(error) else SpectuneError
             answer = {"error": kind.__name__, "message": f"{type(error).__name__}: {first_line(error)}"}
     sys.stdout.write(json.dumps(answer) + "\n")

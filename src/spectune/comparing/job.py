@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,8 @@ from spectune.results import RunResult
 from spectune.results import comparison_file as results
 from spectune.results.comparison_file import Failure
 from spectune.training import TrainingConfig, train
-from spectune.training.attention import takes_cudnn
 from spectune.training.distribution import World
-from spectune.training.memory import check_memory, predict_memory
-from spectune.training.packing import decide
+from spectune.training.prediction import Predictions, check_memory, predict
 from spectune.training.prepare import prepare
 
 #: in the folder of a run, or of a search, that failed
@@ -77,20 +75,15 @@ class Job:
     conditions: RecordedConditions
     origin: Mapping[str, Any] | None
     console: Console | None
+    predictions: Predictions = field(default_factory=Predictions, init=False)
 
     def check_memory(self, arm: Arm) -> None:
         """Raise DoesNotFitError where the plan says that an arm's longest batch does not fit."""
-        config = self.config.model_copy(update={"learning_rate": arm.method.default_learning_rate})
-        with self.attached(arm, self.config.seed) as delta:
-            base = delta.base_fingerprint
-            prepared = prepare(
-                self.model, self.tokenizer, arm.method, self.inputs.train, self.inputs.valid, config, base
-            )
-            packing = decide(self.model, delta, prepared.examples, config)
-            lengths = [len(example.input_ids) for example in prepared.examples]
-            cudnn = takes_cudnn(delta.family, lengths, self.schedule.final_steps, config, packs=packing.on)
-            predicted = predict_memory(self.model, delta, prepared, config, World(), packing, cudnn=cudnn)
-            check_memory(predicted, self.model, delta, config.memory_check)
+        config = self.config_of(arm.method.default_learning_rate, self.schedule.final_steps, self.config.seed)
+        with self.attached(arm, config.seed) as delta:
+            base, rows = delta.base_fingerprint, self.inputs
+            prepared = prepare(self.model, self.tokenizer, arm.method, rows.train, rows.valid, config, base)
+            check_memory(predict(delta, prepared, World(), self.predictions), delta, config.memory_check)
 
     def key(self, arm: Arm, rate: float, steps: int, seed: int, rows: int | None = None) -> str:
         return run_key(self.conditions.identity, arm.method.model_dump(mode="json"), rate, steps, seed, rows)
@@ -116,6 +109,7 @@ class Job:
             origin=self.origin,
             console=console,
             base_valid_loss=self.conditions.base.valid_loss,
+            predictions=self.predictions,
         )
 
     def print(self, line: str) -> None:

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import embedded
 from spectune.compute.memory import PeakMemory
-from spectune.deltas import Delta, detach, merge
+from spectune.deltas import Delta, base_name, detach, merge
 from spectune.errors import ConfigError, DataError
 from spectune.evaluation import passage_kls, sample_passages
 from spectune.inference import context_length, decode_tokens_per_second, wait_for
-from spectune.storage import TINY, base_name, load_delta
+from spectune.storage import TINY, load_delta
 
 PASSAGES = 64
 PASSAGE_TOKENS = 128

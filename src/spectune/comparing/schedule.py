@@ -9,7 +9,7 @@ from spectune.comparing.presets import Preset
 from spectune.errors import ConfigError
 from spectune.results import comparison_file as results
 from spectune.training import TrainingConfig
-from spectune.training.train import total_steps
+from spectune.training.prepare import total_steps
 
 #: validation rows that a trial of the search is judged on
 SEARCH_ROWS = 512

@@ -30,6 +30,12 @@ ADDED_IN_PLACE = (
 )
 
 
+def counts_tensors(device_type: str) -> bool:
+    """Whether memory on such a device is measured by counting tensors one by one: CUDA's allocator keeps its peak at no
+    cost, elsewhere there is none that does."""
+    return device_type != "cuda"
+
+
 def added_in_place(func: Any) -> bool:
     """Whether an operation that a dispatch mode sees would have been in place on its first argument without the mode:
     then its result takes no memory. In backward itself only, not in what is recomputed there."""
@@ -140,7 +146,7 @@ class PeakMemory:
         self.device = torch.device(device)
         self.result: dict[str, int] = {}
         self._tracker: AllocationTracker | None = None
-        if count_tensors and self.device.type != "cuda":
+        if count_tensors and counts_tensors(self.device.type):
             self._tracker = AllocationTracker(baseline, self.device.type)
         self._resident = ResidentPeak() if self.device.type == "cpu" else None
         self._stack = contextlib.ExitStack()
@@ -161,7 +167,7 @@ class PeakMemory:
         self._stack.close()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.result["allocated"] = int(torch.cuda.max_memory_allocated(self.device)) + recorded_bytes(self.device)
+            self.result["allocated"] = int(torch.cuda.max_memory_allocated(self.device)) + graph_pool_bytes(self.device)
             self.result["reserved"] = int(torch.cuda.max_memory_reserved(self.device))
         if self._tracker is not None:
             self.result["allocated"] = self._tracker.peak_bytes
@@ -172,9 +178,9 @@ class PeakMemory:
             self.result.update(self._resident.result)
 
 
-def recorded_bytes(device: torch.device) -> int:
-    """What CUDA graphs hold on a device for the tensors that are made and freed within a replay, in bytes: the
-    allocator counts those as allocated while they are recorded, and never again."""
+def graph_pool_bytes(device: torch.device) -> int:
+    """Bytes that CUDA graphs hold on a device for the tensors that are made and freed within a replay: the allocator
+    counts those as allocated while they are captured, and never again."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return sum(
         segment["total_size"] - segment["allocated_size"]

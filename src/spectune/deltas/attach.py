@@ -11,12 +11,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.compute.evaluating import evaluating
-from spectune.deltas.delta import Delta
-from spectune.deltas.method import Method, Setting
-from spectune.deltas.probe import can_run
-from spectune.deltas.proof import prove_that_sites_fire
-from spectune.deltas.registry import Registry
+from spectune.deltas.attachment import Attachment
+from spectune.deltas.delta import Delta, ModuleDelta
+from spectune.deltas.method import InitContext, Method
+from spectune.deltas.probes.run import can_run, counts_padding
+from spectune.deltas.probes.sites import prove_that_sites_fire
+from spectune.deltas.probes.survey import settled_sites
+from spectune.deltas.tuned_base import TunedBase
 from spectune.errors import ConfigError
+from spectune.families import describe, fingerprint
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -45,9 +48,10 @@ def attach(
     """
 
     def first_weights(delta: Delta) -> None:
+        shared = delta.shared if isinstance(delta, ModuleDelta) else None
         generator = torch.Generator().manual_seed(seed)
-        with evaluating(model):
-            delta.initialise(Setting(model, delta.family, generator, tokenizer))
+        with torch.no_grad():
+            method.initialise(delta.sites, InitContext(model, delta.family, generator, tokenizer, shared))
 
     return place(model, method, name, keep_base=keep_base, fill=first_weights)
 
@@ -58,58 +62,83 @@ def place(
     """Attach with weights that `fill` writes: first ones, or a stored delta's. All or nothing."""
     _check(model, method, name)
     make_hooks_visible_to_the_compiler()
-    registry = Registry.of(model) or Registry(model)
+    attachment = Attachment.of(model) or Attachment(model, counts_padding)
     delta = None
     try:
-        delta = method.bind(model, registry.family, name, keep_base=keep_base)
-        registry.deltas[name] = delta
-        delta.open(registry)
-        with registry.routed(None):
+        delta = unplaced(model, method, name, keep_base=keep_base)
+        attachment.add(delta, settled_sites(attachment, method))
+        if method.trains_base:
+            prove_that_sites_fire(attachment, delta)  # before its weights are written over
+        with attachment.state.routed(None), evaluating(model, attachment.base_modules):
             fill(delta)
-            if can_run(model):
-                method.prove(delta, model)
-        with registry.routed(name):
-            prove_that_sites_fire(registry, delta)
+        if not method.trains_base:
+            _prove(attachment, delta)
     except BaseException:
-        if delta is not None:
-            delta.close(registry)
-        registry.deltas.pop(name, None)
-        if not registry.deltas:
-            registry.close()
+        if delta is not None and name in attachment.deltas:
+            attachment.remove(delta, undo=True)
+        elif not attachment.deltas:
+            attachment.close()
         raise
-    registry.active = name
+    attachment.active = name
     return delta
+
+
+def unplaced(model: PreTrainedModel, method: Method, name: str, *, keep_base: bool = False) -> Delta:
+    """The delta of this method on `model`, not on it yet: it knows what is stored.
+
+    Raises:
+        ConfigError: `keep_base` of a method that leaves the base as it is, or a base that cannot be trained.
+    """
+    attachment = Attachment.of(model)
+    family = describe(model) if attachment is None else attachment.family
+    base = fingerprint(model, family) if attachment is None else attachment.base_fingerprint
+    if method.trains_base:
+        return TunedBase(method, model, family, name, base, keep_base=keep_base)
+    if keep_base:
+        raise ConfigError(
+            f"keep_base=True is for methods that train the base itself; {method.label} leaves it as it is. Drop it."
+        )
+    return ModuleDelta(method, model, family, name, base)
+
+
+def _prove(attachment: Attachment, delta: Delta) -> None:
+    """What `sites` took from names and shapes, and that each site is reached."""
+    method, key = delta.method, ("base", type(delta.method))
+    if key not in attachment.proved and can_run(attachment.model):
+        with attachment.state.routed(None):
+            method.prove(attachment.model, attachment.family)
+        attachment.proved[key] = True
+    with attachment.state.routed(delta.name):
+        prove_that_sites_fire(attachment, delta)
 
 
 def detach(model: PreTrainedModel, name: str) -> None:
     """Take delta `name` off. The base is bit for bit what it was, `requires_grad` included; if the delta was the
-    active one, the bare base is active now.
+    active one, the bare base is active now. What was added to the model since stays.
 
     Raises:
-        ConfigError: no such delta; or a fully tuned base of which no copy was kept (`attach(..., keep_base=True)`).
+        ConfigError: no such delta; one that a `with route` names, in any thread; or a fully tuned base of which no copy
+            was kept (`attach(..., keep_base=True)`).
     """
-    registry = Registry.of(model)
-    if registry is None or name not in registry.deltas:
-        known = ", ".join(repr(known) for known in registry.deltas) if registry else "none"
+    attachment = Attachment.of(model)
+    if attachment is None or name not in attachment.deltas:
+        known = ", ".join(repr(known) for known in attached(model)) or "none"
         raise ConfigError(f"no delta {name!r} is attached; attached are: {known}")
-    if registry.in_use(name):
+    if attachment.state.in_use(name):
         raise ConfigError(f"delta {name!r} is in use by a `with spectune.route(...)`: detach it outside of that")
-    registry.deltas[name].close(registry)
-    del registry.deltas[name]
-    if registry.active == name:
-        registry.active = None
-    if not registry.deltas:
-        registry.close()
+    attachment.remove(attachment.deltas[name])
 
 
 def attached(model: nn.Module) -> dict[str, Delta]:
     """The deltas on a model by name, in the order of attachment; empty where there are none."""
-    registry = Registry.of(model)
-    return {} if registry is None else dict(registry.deltas)
+    attachment = Attachment.of(model)
+    return {} if attachment is None else dict(attachment.deltas)
 
 
 def _check(model: PreTrainedModel, method: Method, name: str) -> None:
-    if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in model.modules()):
+    attachment = Attachment.of(model)
+    modules = model.modules() if attachment is None else attachment.base_modules
+    if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in modules):
         raise ConfigError(
             "the model is compiled already: hooks added now would be ignored in silence. "
             "Attach first, compile after (torch.compile or model.compile())."
@@ -120,13 +149,13 @@ def _check(model: PreTrainedModel, method: Method, name: str) -> None:
         raise ConfigError(f"expected a method such as spectune.LoRA(r=16), got {method!r}")
     if not _NAME.fullmatch(name):
         raise ConfigError(f"a delta's name has letters, digits, '_', '.', '-' only; got {name!r}")
-    others = attached(model)
+    others = {} if attachment is None else attachment.deltas
     if name in others:
         raise ConfigError(f"a delta named {name!r} is attached already; choose another name or detach it first")
-    tuned = [other for other, delta in others.items() if delta.method.trains_base]
-    if tuned:
+    if attachment is not None and attachment.tuned is not None:
         raise ConfigError(
-            f"the base is fully tuned as {tuned[0]!r}; no other delta can stand beside it. Detach it first."
+            f"the base is fully tuned as {attachment.tuned.name!r}; no other delta can stand beside it. Detach it "
+            "first."
         )
     if method.trains_base and others:
         raise ConfigError(

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.deltas.attach import attached
-from spectune.deltas.delta import Delta, host_path
+from spectune.deltas.attachment import Attachment
+from spectune.deltas.delta import Delta
 from spectune.deltas.difference import Difference, measure, own_rounding, tokens_to_measure_on
 from spectune.deltas.modules import OutputModule, ParameterModule
-from spectune.deltas.registry import Registry
+from spectune.deltas.probes.survey import some
 from spectune.errors import ConfigError, first_line
 from spectune.families import quantised_weights
 
@@ -28,8 +29,6 @@ FLOAT32_TOLERANCE = 1e-5
 LOW_PRECISION_TOLERANCE = 0.01
 
 log = logging.getLogger("spectune")
-#: places named in an error; the others are counted
-_NAMED = 5
 
 
 def merge(
@@ -131,7 +130,7 @@ def _write(merged: PreTrainedModel, delta: Delta) -> None:
             except ConfigError as error:
                 problems[str(error)].append(site.path)
     if problems:
-        raise ConfigError("\n".join(f"{_some(paths)}: {reason}" for reason, paths in problems.items()))
+        raise ConfigError("\n".join(f"{some(paths)}: {reason}" for reason, paths in problems.items()))
     for (weight, old), (_, owners) in zip(before, tied, strict=True):
         if not torch.equal(weight, old):
             raise ConfigError(
@@ -145,7 +144,7 @@ def _tied_weights(model: PreTrainedModel, delta: Delta) -> list[tuple[nn.Paramet
     """Weights at the delta's sites that other modules hold too, with the names of all that hold them."""
     owners: dict[int, list[str]] = defaultdict(list)
     weights: dict[int, nn.Parameter] = {}
-    at_sites = {host_path(site) for site, _ in delta.sites}
+    at_sites = {site.host for site, _ in delta.sites}
     wanted = set()
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -158,20 +157,20 @@ def _tied_weights(model: PreTrainedModel, delta: Delta) -> list[tuple[nn.Paramet
 
 def _take_everything_off(merged: PreTrainedModel) -> None:
     """All deltas, hooks and attributes of ours: what is left is a model that knows nothing of spectune."""
-    registry = Registry.of(merged)
-    assert registry is not None, "the copy of a model with deltas has a registry"
-    for other in registry.deltas.values():
-        if not other.method.trains_base:  # what trained the base is in its weights already
-            other.close(registry)
-    registry.deltas.clear()
-    registry.close()
+    attachment = Attachment.of(merged)
+    assert attachment is not None, "the copy of a model with deltas has an attachment"
+    if attachment.tuned is not None:  # what trained the base is in its weights already
+        attachment.deltas.clear()
+        attachment.close()
+    for delta in list(attachment.deltas.values()):
+        attachment.remove(delta)
 
 
 def _refuse_quantised(model: PreTrainedModel) -> None:
     held = quantised_weights(model)
     settings = getattr(model.config, "quantization_config", None)  # transformers takes it away with dequantize()
     if held or settings is not None:
-        where = f"{_some(list(held))}: {next(iter(held.values()))}" if held else f"its config has {settings}"
+        where = f"{some(list(held))}: {next(iter(held.values()))}" if held else f"its config has {settings}"
         raise ConfigError(
             f"merging is refused: this base is quantised ({where}), and such weights cannot take a small change. "
             "Load the base without quantisation (no base_precision), load the delta there (spectune.load_delta: its "
@@ -202,8 +201,3 @@ def _judge(difference: Difference, merged: PreTrainedModel, name: str) -> None:
             f"delta's own effect is {difference.mean_effect:.3g} (at most {LOW_PRECISION_TOLERANCE:.0%} of it is "
             f"allowed), measured on {difference.measured_on}. Load the base with dtype float32 and merge there."
         )
-
-
-def _some(paths: list[str]) -> str:
-    rest = len(paths) - _NAMED
-    return ", ".join(paths[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

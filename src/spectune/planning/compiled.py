@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from spectune.blocks.compiler import CompiledCall, block_of, compiler_settings
+from spectune.blocks.call import Wrapper, wrap
+from spectune.blocks.compile import CompiledCall, block_of, compiler_settings
 from spectune.planning.fusion import Buffer, Schedule, Source, schedule
 from spectune.planning.kernels import attend_as, scratch_of
 
@@ -38,8 +39,7 @@ class CompiledBlocks:
         self.run: Callable[..., Any] | None = None
         # which kernel attention takes is asked of this machine: not to be traced
         torch.compiler.allow_in_graph(attend_as)  # type: ignore[no-untyped-call]
-        for layer in layers:
-            layer.__dict__["_compiled_call_impl"] = _Call(self, layer)
+        wrap(layers, Wrapper.COMPILED, lambda _, layer, inner: _Call(self, layer))
 
     @contextlib.contextmanager
     def running(self, recorder: Recorder) -> Iterator[None]:
@@ -57,14 +57,13 @@ class _Call(CompiledCall):
     """The call of one layer."""
 
     def __init__(self, blocks: CompiledBlocks, layer: nn.Module) -> None:
-        self.blocks, self.layer, self.memory_budget = blocks, layer, blocks.memory_budget
+        super().__init__(layer, blocks.memory_budget)
+        self.blocks = blocks
 
     def compiles(self) -> bool:
         return self.blocks.run is not None and torch.is_grad_enabled()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.compiles():
-            return self.layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.blocks.run is not None
         # what is made in here tells of itself; the compiler traces nothing under a mode
         with _disable_current_modes(), compiler_settings(self.memory_budget), _constants(), _no_leftovers():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spectune.blocks.recompute import ORDER, Recomputation
-from spectune.planning.recorder import Shape
+from spectune.planning.moments import TERMS, Moment
+from spectune.planning.planner import Planner
+from spectune.planning.shape import Shape
+from spectune.planning.step import FEW
 from spectune.sizes import bytes_of
 
-TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 #: what a process holds of a CUDA device beside torch's allocator: the driver's context, kernels, handles
 CUDA_CONTEXT = 600 * 2**20
 #: rows of a batch beyond which nobody asks
@@ -19,15 +21,63 @@ _MOST_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
-class Moment:
-    """One part of a step where it is largest: bytes by term, all at once."""
+class Question:
+    """What an estimate answers: it can be asked again of batches of other sizes.
 
-    name: str
-    terms: Mapping[str, int]
+    Attributes:
+        validation: a validation batch, or rows of one that is as long as training's; None leaves it out.
+    """
 
-    @property
-    def total(self) -> int:
-        return sum(self.terms.values())
+    planner: Planner
+    shape: Shape
+    validation: int | Shape | None = None
+
+    def answer(self) -> Estimate:
+        """The plan of the batch."""
+        planner, shape, workload = self.planner, self.shape, self.planner.workload
+        step, validation = planner.step(shape), self._validation(shape)
+        built = planner.built
+        return Estimate(
+            model=workload.name,
+            method=workload.method.name,
+            batch=shape.rows,
+            length=shape.length,
+            dtype=str(workload.dtype).removeprefix("torch."),
+            base_precision=workload.base_precision,
+            device=workload.device,
+            gradient_checkpointing=planner.execution.recomputation,
+            optim=workload.optim,
+            torch_compile=planner.execution.compiled,
+            cuda_graphs=planner.graphs,
+            recordings=planner.recordings(shape),
+            trainable_parameters=sum(parameter.numel() for parameter in built.trained),
+            total_parameters=built.family.num_parameters,
+            **step.largest,
+            peak_allocated=step.peak_allocated,
+            peak_reserved=step.peak_reserved,
+            context=CUDA_CONTEXT if workload.device == "cuda" else 0,
+            host=built.host_bytes,
+            validation=validation,
+            moments=step.moments,
+            source="trace" if planner.repeats or built.depth <= FEW else "full trace",
+            question=self,
+        )
+
+    def peaks(self, rows: int, length: int) -> tuple[int, int]:
+        """Peaks of tensors in training and in validation for a batch of another size, quick."""
+        shape = self.shape.resized(rows, length)
+        return self.planner.peak(shape), self._validation(shape) or 0
+
+    def _validation(self, shape: Shape) -> int | None:
+        """The peak of the validation batch beside a training batch of this shape."""
+        if self.validation is None:
+            return None
+        if isinstance(self.validation, int):
+            like = self.shape.resized(self.validation, shape.length)
+            return self.planner.validation(replace(like, columns=None))
+        # where training's rows are cut, so are these
+        cut = shape.length < self.shape.length
+        return self.planner.validation(self.validation.cut(shape.length) if cut else self.validation)
 
 
 @dataclass(frozen=True)
@@ -38,6 +88,8 @@ class Estimate:
     `moments`, after the allocator's rounding, and less than the sum of the terms.
 
     Attributes:
+        dtype: of the base's weights.
+        base_precision: what the frozen linears' weights are stored in; None: in `dtype`.
         torch_compile: whether the step's blocks are compiled.
         cuda_graphs: whether they are recorded.
         recordings: bytes that recordings of one shape of a batch keep between steps, in the terms and peaks above all
@@ -56,6 +108,7 @@ class Estimate:
         validation: peak of tensors of a validation batch, with all memory of blocks' recordings; None where it was not
             asked for.
         moments: forward, loss (both ways), backward, optimizer.
+        question: what was asked, to be asked of other batches: no part of the value.
         source: "trace": a few layers of each kind were recorded, of the model's own code without weights, and repeated;
             "full trace": all layers were, as they differ.
     """
@@ -65,6 +118,7 @@ class Estimate:
     batch: int
     length: int
     dtype: str
+    base_precision: str | None
     device: str
     gradient_checkpointing: Recomputation
     optim: str
@@ -86,13 +140,7 @@ class Estimate:
     validation: int | None
     moments: tuple[Moment, ...]
     source: str
-    #: peaks of tensors in training and validation for another batch and length, quick
-    _peaks: Callable[[int, int], tuple[int, int]] = field(repr=False, compare=False)
-    _first_steps: Callable[[Sequence[Sequence[Shape]]], tuple[int, int]] = field(repr=False, compare=False)
-    #: tokens of a row that the base has positions for, less virtual ones
-    _room: int | None = field(default=None, repr=False, compare=False)
-    #: what the frozen linears' weights are stored in; None: in `dtype`
-    base_precision: str | None = None
+    question: Question = field(repr=False, compare=False)
 
     @property
     def peak_moment(self) -> Moment:
@@ -114,7 +162,7 @@ class Estimate:
 
     def largest_length(self, memory: int | str) -> int:
         """The most tokens of a row that fit with this batch, at most what the base has positions for; 0 for none."""
-        most = _MOST_TOKENS if self._room is None else self._room
+        most = self.question.planner.workload.max_length or _MOST_TOKENS
         return _largest(lambda tokens: self._needed(self.batch, tokens), bytes_of(memory), 2, self.length, most)
 
     def advice(self, memory: int | str) -> str:
@@ -151,7 +199,7 @@ class Estimate:
     def of_first_steps(self, steps: Sequence[Sequence[Shape]]) -> Estimate:
         """The same with the peaks of a run's first steps, each of some batches: what a run measures of itself. The
         optimizer's states are not there before the end of the first, which holds the longest batch."""
-        allocated, reserved = self._first_steps(steps)
+        allocated, reserved = self.question.planner.first_steps(steps)
         return replace(self, peak_allocated=allocated, peak_reserved=reserved)
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,7 +218,7 @@ class Estimate:
         }
 
     def _needed(self, rows: int, tokens: int) -> int:
-        training, validation = self._peaks(rows, tokens)
+        training, validation = self.question.peaks(rows, tokens)
         # the allocator's share is taken to stay what it is here
         held = training * self.peak_reserved / max(moment.total for moment in self.moments)
         return max(int(held), validation) + self.context

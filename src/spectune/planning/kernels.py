@@ -27,15 +27,27 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager
-def kernels_of(device_type: str) -> Iterator[None]:
+def kernels_of(device_type: str, *, cudnn: bool = True) -> Iterator[None]:
     """Inside, attention, dropout and fp8 products on meta tensors keep what the kernels of "cuda" or "cpu" would.
-    Tensors of any other device go where they always go."""
+    Tensors of any other device go where they always go.
+
+    Args:
+        cudnn: attention may take cuDNN's kernels.
+    """
     attention, dropout = F.scaled_dot_product_attention, F.dropout
 
-    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **rest: Any,
+    ) -> Tensor:
         if query.device.type != "meta":
-            return attention(query, *args, **kwargs)
-        return attend_as(device_type, query, *args, **kwargs)
+            return attention(query, key, value, attn_mask, dropout_p, is_causal, **rest)
+        return attend_as(device_type, cudnn, query, key, value, attn_mask, dropout_p, is_causal=is_causal, **rest)
 
     def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         fused = device_type == "cuda" and training and 0 < p < 1 and input.device.type == "meta"
@@ -45,7 +57,7 @@ def kernels_of(device_type: str) -> Iterator[None]:
         return dropout(input, p, training, inplace)
 
     products = fp8.meta_runs_as
-    F.scaled_dot_product_attention, F.dropout, fp8.meta_runs_as = attend, drop, device_type
+    F.scaled_dot_product_attention, F.dropout, fp8.meta_runs_as = attend, drop, device_type  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -55,20 +67,24 @@ def kernels_of(device_type: str) -> Iterator[None]:
 
 def attend_as(
     device_type: str,
+    cudnn: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    **rest: Any,
 ) -> Tensor:
-    """`scaled_dot_product_attention` of meta tensors as the kernel that the device takes keeps it."""
-    kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p)
+    """`scaled_dot_product_attention` of meta tensors, with what the kernel that the device takes keeps.
+
+    Args:
+        cudnn: it may be cuDNN's.
+        rest: the arguments that count for the plain path alone.
+    """
+    kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p, cudnn=cudnn)
     if kernel == "math":
         found: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, attn_mask, dropout_p, **rest
         )[0]
         return found
     if attn_mask is not None:
@@ -129,9 +145,16 @@ def scratch_of(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> list[t
 
 
 def kernel_for(
-    device_type: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0
+    device_type: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    *,
+    cudnn: bool = True,
 ) -> str:
-    """The kernel that torch takes: "cudnn" (inside of `compute.cudnn.cudnn_attention(False)`: never), "flash",
+    """The kernel that torch takes: "cudnn" (only if `cudnn`, and never where the user has switched it off), "flash",
     "efficient", "cpu-flash" or "math"."""
     dims = {query.shape[-1], value.shape[-1]}
     if device_type == "cpu":
@@ -139,7 +162,7 @@ def kernel_for(
     if device_type != "cuda":
         return "math"
     half = query.dtype in HALF
-    cudnn = cudnn_allowed() and max(dims) <= cudnn_head_limit()
+    cudnn = cudnn and cudnn_allowed() and max(dims) <= cudnn_head_limit()
     if half and cudnn and all(dim % 8 == 0 for dim in dims):
         return "cudnn"
     if half and mask is None and len(dims) == 1 and max(dims) <= 256:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
-from spectune.blocks.recompute import Recomputation
-from spectune.deltas import Method
+from spectune.blocks.execution import Execution
 from spectune.errors import first_line
 from spectune.planning.allocator import Block, CachingAllocator
 from spectune.planning.compiled import is_of_the_compiler
-from spectune.planning.estimate import TERMS, Moment
-from spectune.planning.recorder import Record, Shape
+from spectune.planning.moments import TERMS, Moment
+from spectune.planning.recorder import Record
 from spectune.planning.recordings import Static, apart, static_of
+from spectune.planning.shape import Shape
 from spectune.planning.step import Skeleton, record_step, record_validation, skeleton
 from spectune.planning.stepping import Stepping
 from spectune.planning.timeline import NotAlikeError, deepened
+from spectune.planning.workload import Workload
 
 log = logging.getLogger("spectune")
 
@@ -47,28 +47,9 @@ class Step:
 class Planner:
     """Builds base and method once, without weights; records a step for each batch that it is asked of."""
 
-    def __init__(
-        self,
-        base: PretrainedConfig | PreTrainedModel,
-        method: Method,
-        dtype: torch.dtype,
-        device_type: str,
-        *,
-        checkpointing: Recomputation = False,
-        compiled: bool = False,
-        recorded: bool = False,
-        accumulating: bool = False,
-        optim: str = "adamw_torch_fused",
-        base_precision: str | None = None,
-    ) -> None:
-        self.settings = (base, method, dtype)
-        self.base_precision = base_precision
-        self.checkpointing = checkpointing
-        self.compiled = compiled
-        self.recorded = recorded
-        self.device_type = device_type
-        self.accumulating = accumulating
-        self.optim = optim
+    def __init__(self, workload: Workload, execution: Execution) -> None:
+        self.workload = workload
+        self.execution = execution
         self._longest = 0
         #: bytes that recordings hold of the device between steps
         self._held = 0
@@ -78,12 +59,21 @@ class Planner:
         #: which of the layers that run stand for how many others; empty where all run
         self.repeats: list[tuple[int, int]]
 
+    def __reduce__(self) -> tuple[type[Planner], tuple[Workload, Execution]]:
+        """A copy builds and records anew."""
+        return Planner, (self.workload, self.execution)
+
+    @property
+    def graphs(self) -> bool:
+        """Blocks are captured as CUDA graphs: where none runs again in backward."""
+        return self.execution.graphs and self.execution.recomputation is False
+
     def step(self, shape: Shape) -> Step:
         """The memory of a training step while the optimizer's states are there."""
         first = self._record(shape)
-        records = [first, self._record(shape, accumulating=True)] if self.accumulating else [first]
+        records = [first, self._record(shape, accumulating=True)] if self.workload.accumulates else [first]
         stays = self._stays()
-        moments = stays.moments(records[-1], accumulating=self.accumulating)
+        moments = stays.moments(records[-1], accumulating=self.workload.accumulates)
         largest = {term: max(moment.terms[term] for moment in moments) for term in TERMS}
         allocated, reserved = stays.peaks([records, records])
         return Step(tuple(moments), largest, allocated, reserved)
@@ -101,8 +91,8 @@ class Planner:
 
     def peak(self, shape: Shape) -> int:
         """The peak of a step's tensors in bytes, not rounded: quick."""
-        record = self._record(shape, accumulating=self.accumulating)
-        return max(m.total for m in self._stays().moments(record, accumulating=self.accumulating))
+        record = self._record(shape, accumulating=self.workload.accumulates)
+        return max(m.total for m in self._stays().moments(record, accumulating=self.workload.accumulates))
 
     def recordings(self, shape: Shape) -> int:
         """Bytes that recordings of this batch's blocks keep between steps; 0 where none are made."""
@@ -133,47 +123,46 @@ class Planner:
             self._build(shape.length, whole=True)
             record = found = self._run(shape, training, accumulating)
         except Exception as error:
-            if not self.compiled or not is_of_the_compiler(error):
+            if not self.execution.compiled or not is_of_the_compiler(error):
                 raise
             log.warning(
                 "the plan is of blocks that are not compiled, which takes more memory: the compiler cannot trace them "
                 "without weights (%s)", first_line(error),
             )  # fmt: skip
-            self.compiled, self._longest = False, 0
+            self.execution, self._longest = replace(self.execution, compiled=False), 0
             self._build(shape.length)
             return self._made(shape, training, accumulating)
-        if self.recorded and training:
+        if self.graphs and training:
             found.static = static_of(self.built.calls, record, self.repeats, self.built.in_blocks)
             self._held = sum(found.static.new) + max(apart(found)[0])
         return found
 
     def _run(self, shape: Shape, training: bool, accumulating: bool) -> Record:
         if training:
-            in_backward = Stepping([], self.optim).in_backward
-            return record_step(self.built, shape, self.device_type, accumulating=accumulating, in_backward=in_backward)
-        return record_validation(self.built, shape, self.device_type)
+            return record_step(self.built, shape, accumulating=accumulating)
+        return record_validation(self.built, shape)
 
     def _stays(self) -> _Stays:
-        return _Stays(self.built, self.device_type, self.optim)
+        return _Stays(self.built)
 
     def _build(self, length: int, *, whole: bool = False) -> None:
         """Anew where rows are longer than any before: sliding windows may make layers differ then."""
         if length <= self._longest and not whole:
             return
         self._known.clear()
-        self.built = skeleton(*self.settings, length, self.base_precision)
+        self.built = skeleton(self.workload, length)
         self._longest = 2**62 if whole else length
         self.repeats = [] if whole else self.built.shorten()
-        self.built.run_layers_as(self.checkpointing, compiled=self.compiled)
+        self.built.run_layers_as(self.execution)
 
 
 class _Stays:
     """What is in memory whatever a step does, and sums of it with what records say of steps."""
 
-    def __init__(self, built: Skeleton, device_type: str, optim: str) -> None:
-        self.cuda = device_type == "cuda"
+    def __init__(self, built: Skeleton) -> None:
+        self.cuda = built.workload.device == "cuda"
         self.weights = [*built.weights, *built.delta_weights]
-        self.stepping = Stepping(built.trained, optim)
+        self.stepping = Stepping(built.trained, built.workload.optim)
         self.gradients = sum(p.numel() * p.element_size() for p in built.trained)
         self.workspace = _cublas() if self.cuda else 0
         self.terms = {

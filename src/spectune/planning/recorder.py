@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spectune.compute.memory import added_in_place
+from spectune.planning.shape import Shape
 
 aten = torch.ops.aten
 _BY_INDEX = (
@@ -25,29 +26,6 @@ _BY_INDEX = (
     aten.index_put_.default,
     aten._index_put_impl_.default,
 )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A batch of `rows` of at most `length` tokens.
-
-    Attributes:
-        targets: tokens with a loss of the row that has most.
-        all_targets: those of all rows.
-        padded: some rows are shorter than others.
-        columns: places that predict a target in some row; None is all of them.
-        documents: tokens of the documents of each row, where it is a pack of them.
-        kernel: how these are attended (`compute.packs.Kernel`); None is by masks.
-    """
-
-    rows: int
-    length: int
-    targets: int
-    all_targets: int
-    padded: bool = False
-    columns: int | None = None
-    documents: tuple[tuple[int, ...], ...] | None = None
-    kernel: Any = None
 
 
 @dataclass

@@ -6,29 +6,32 @@ autograd's backward, recomputation where checkpointing is on. Only a few layers 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from spectune.blocks.compiler import memory_budget
+from spectune.blocks.call import Wrapper, wrapped
+from spectune.blocks.compile import memory_budget
+from spectune.blocks.execution import Execution
 from spectune.blocks.offload import MetaTransfers
-from spectune.blocks.recompute import Recomputation, recompute
+from spectune.blocks.recompute import recompute
 from spectune.compute.evaluating import evaluating
-from spectune.compute.losses import find_head, labelled_logits, labelled_loss_sum
-from spectune.deltas import Delta, Method, packed, packing
-from spectune.deltas.attach import place
-from spectune.deltas.registry import Registry
+from spectune.deltas import Attachment, Delta, packed, packing, place
 from spectune.families import Family
+from spectune.objectives import CAUSAL_LM
 from spectune.planning.compiled import CompiledBlocks
 from spectune.planning.kernels import kernels_of
-from spectune.planning.recorder import Record, Recorder, Shape
+from spectune.planning.recorder import Record, Recorder
 from spectune.planning.recordings import Calls
+from spectune.planning.shape import Shape
+from spectune.planning.stepping import Stepping
+from spectune.planning.workload import Workload, tensor_bytes
 from spectune.storage.base_precision import quantise_base
 
 #: layers of a kind that run, and which of them stands for the rest: the first and the last of a model may differ, and
@@ -43,6 +46,7 @@ _TINY = Shape(rows=1, length=2, targets=1, all_targets=1)
 class Skeleton:
     """A base and a method's delta without weights, on the meta device, at full depth until `shorten`."""
 
+    workload: Workload
     model: PreTrainedModel
     delta: Delta
     depth: int
@@ -55,6 +59,7 @@ class Skeleton:
     #: numbers of the layers of each kind, in the order of their first ones
     kinds: list[list[int]]
 
+    execution: Execution = field(default_factory=Execution)
     #: copies to host memory, where recomputation keeps blocks' inputs there
     transfers: MetaTransfers = field(default_factory=MetaTransfers)
     #: where blocks are compiled
@@ -80,12 +85,13 @@ class Skeleton:
         run = len(self.model.get_submodule(self.family.layers[0].path.rpartition(".")[0]))  # type: ignore[arg-type]
         return self.transfers.host_bytes * (self.depth - 1) // max(1, run - 1)
 
-    def run_layers_as(self, mode: Recomputation, *, compiled: bool) -> None:
+    def run_layers_as(self, execution: Execution) -> None:
         """Compile the layers that are left, and switch their recomputation on, in that order as training does."""
-        if compiled:
-            self.blocks = CompiledBlocks(self.layers, memory_budget(mode))
+        self.execution = execution
+        if execution.compiled:
+            self.blocks = CompiledBlocks(self.layers, memory_budget(execution.recomputation))
         self.transfers = MetaTransfers()
-        recompute(self.model, mode, transfers=self.transfers)
+        recompute(self.model, execution.recomputation, transfers=self.transfers)
 
     def shorten(self) -> list[tuple[int, int]]:
         """Cut the model to a few layers of each kind. Returns which of those stand for others, and for how many: none
@@ -109,34 +115,27 @@ class Skeleton:
         for name, value in vars(text).items():  # what a config says of each layer
             if isinstance(value, list) and len(value) == self.depth:
                 setattr(text, name, [value[number] for number in kept])
-        if (registry := Registry.of(self.model)) is not None:  # packed batches are told to the attentions that are left
+        attachment = Attachment.of(self.model)
+        if attachment is not None:  # packing acts in the attentions that are left
             there = dict(self.model.named_modules())
             left = tuple(layer for layer in self.family.layers if layer.path in there)
-            registry.family = replace(registry.family, layers=left)
+            attachment.family = replace(attachment.family, layers=left)
         return repeats
 
 
-def skeleton(
-    base: PretrainedConfig | PreTrainedModel,
-    method: Method,
-    dtype: torch.dtype,
-    longest: int,
-    base_precision: str | None = None,
-) -> Skeleton:
+def skeleton(workload: Workload, longest: int) -> Skeleton:
     """Build base and delta without weights.
 
     Args:
-        base: a config, or a loaded model: then its own class is built again, and the weights counted are its own.
-        base_precision: what its frozen linears are stored in, see `spectune.load`.
         longest: tokens of a row; layers with sliding windows differ from others where it is longer than the window.
 
     Raises:
         ConfigError: the method cannot act on this base.
     """
-    model = _empty(base, dtype)
-    if base_precision is not None:
-        quantise_base(model, base_precision)
-    weights = _bytes(base if isinstance(base, PreTrainedModel) else model)
+    model, method = workload.model(), workload.method
+    if workload.base_precision is not None:
+        quantise_base(model, workload.base_precision)
+    weights = list(workload.weights or tensor_bytes(model))
     with torch.device("meta"):
         delta = place(model, method, "plan", fill=lambda _: None)
     own = [] if method.trains_base else [p.numel() * p.element_size() for p in delta.parameters()]
@@ -144,30 +143,22 @@ def skeleton(
     family = delta.family
     inside = {id(p) for layer in family.layers for p in model.get_submodule(layer.path).parameters()}
     in_blocks = [p.numel() * p.element_size() for p in trained if id(p) in inside]
-    return Skeleton(
-        model, delta, len(family.layers), weights, trained, own, _kinds(model, delta, longest), in_blocks=in_blocks
-    )
+    kinds = _kinds(model, delta, longest)
+    return Skeleton(workload, model, delta, len(family.layers), weights, trained, own, kinds, in_blocks=in_blocks)
 
 
-def record_step(
-    built: Skeleton,
-    shape: Shape,
-    device_type: str,
-    *,
-    accumulating: bool = False,
-    in_backward: bool = False,
-) -> Record:
+def record_step(built: Skeleton, shape: Shape, *, accumulating: bool = False) -> Record:
     """Record forward, loss and backward. Marks: `F<layer>` before a layer, `head` after the last one, `B<layer>` where
     backward comes to a layer. Gradients of what is trained are labelled, and never freed.
 
     Args:
         accumulating: gradients are there already and are added to; the record then leaves them out.
-        in_backward: each weight is stepped as soon as its gradient is there, which then goes.
 
     Raises:
         torch._dynamo.exc.TorchDynamoException: layers are compiled, and the compiler cannot trace one as a whole.
     """
     model, trained = built.model, list(built.delta.parameters())
+    device, kernels = built.workload.device, partial(kernels_of, built.workload.device, cudnn=built.execution.cudnn)
     there = []
     if accumulating:
         for parameter in trained:
@@ -179,12 +170,13 @@ def record_step(
     record = recorder.record
     model.train()
     built.calls = Calls()
-    steps = _stepped(recorder, trained) if in_backward else nullcontext()
-    with kernels_of(device_type), Recorder(_TINY, ()):  # asked once a model, before its first step: no part of any
-        find_head(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
+    stepped = Stepping([], built.workload.optim).in_backward
+    steps = _stepped(recorder, trained) if stepped else nullcontext()
+    with kernels(), Recorder(_TINY, ()):  # asked once a model, before its first step: no part of any
+        CAUSAL_LM.prepare(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
     compiled = nullcontext() if built.blocks is None else built.blocks.running(recorder)
-    with kernels_of(device_type), _documents(built, shape), recorder, _marked(recorder, built), steps, compiled:
-        loss, _ = labelled_loss_sum(model, batch, fuse=built.blocks is not None, device_type=device_type)
+    with kernels(), _documents(built, shape), recorder, _marked(recorder, built), steps, compiled:
+        loss, _ = CAUSAL_LM.loss_sum(model, batch, fuse=built.blocks is not None, device_type=device)
         recorder.backward = True
         torch.autograd.backward(loss / shape.all_targets)
         del loss
@@ -198,13 +190,11 @@ def record_step(
     return record
 
 
-def record_validation(built: Skeleton, shape: Shape, device_type: str) -> Record:
+def record_validation(built: Skeleton, shape: Shape) -> Record:
     """Record the loss of a batch without gradients, as validation takes it. Marks as in `record_step`, forward only."""
-    recorder = _recorder(built, shape)
-    with evaluating(built.model), kernels_of(device_type), recorder, _marked(recorder, built):
-        found = labelled_logits(built.model, _batch(shape, training=False))
-        losses = nn.functional.cross_entropy(found.logits.float(), found.targets, reduction="none")
-        del found, losses
+    recorder, kernels = _recorder(built, shape), kernels_of(built.workload.device, cudnn=built.execution.cudnn)
+    with evaluating(built.model), kernels, recorder, _marked(recorder, built):
+        CAUSAL_LM.token_losses(built.model, _batch(shape, training=False))
     return recorder.record
 
 
@@ -260,8 +250,7 @@ def _batch(shape: Shape, *, training: bool = True) -> dict[str, Tensor]:
 @contextmanager
 def _marked(recorder: Recorder, built: Skeleton) -> Iterator[None]:
     """Mark where each layer begins, forward and backward: around its whole call, compiled or recomputed as it is."""
-    before = [layer.__dict__.get("_compiled_call_impl") for layer in built.layers]
-    last = len(before) - 1
+    last = len(built.layers) - 1
 
     def arrives(index: int) -> None:
         recorder.in_layers = True
@@ -284,38 +273,8 @@ def _marked(recorder: Recorder, built: Skeleton) -> Iterator[None]:
 
         return marked
 
-    try:
-        for index, (layer, call) in enumerate(zip(built.layers, before, strict=True)):
-            layer.__dict__["_compiled_call_impl"] = marking(index, call or layer._call_impl)
+    with wrapped(built.layers, Wrapper.MARKED, lambda index, layer, inner: marking(index, inner)):
         yield
-    finally:
-        for layer, call in zip(built.layers, before, strict=True):
-            if call is None:
-                layer.__dict__.pop("_compiled_call_impl", None)
-            else:
-                layer.__dict__["_compiled_call_impl"] = call
-
-
-def _empty(base: PretrainedConfig | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device. A config is copied: setting an attention function writes into it."""
-    with torch.device("meta"):
-        if isinstance(base, PreTrainedModel):
-            config = copy.deepcopy(base.config)
-            # under a prefix the model has our attention's name, which `place` sets again
-            text = config.get_text_config()
-            text._attn_implementation = str(text._attn_implementation).removeprefix("spectune_")
-            model: Any = type(base)._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-        else:
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(base), dtype=dtype)  # type: ignore[no-untyped-call]
-    built: PreTrainedModel = model
-    return built
-
-
-def _bytes(model: nn.Module) -> list[int]:
-    """Bytes of each tensor of the base, a delta's weights left out."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for n, t in named if ".deltas." not in f".{n}"}
-    return list(storages.values())
 
 
 def _kinds(model: PreTrainedModel, delta: Delta, longest: int) -> list[list[int]]:

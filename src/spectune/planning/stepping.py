@@ -7,8 +7,8 @@ from itertools import accumulate
 
 from torch import nn
 
-from spectune.compute.eight_bit import BLOCK, LEAST
-from spectune.compute.stepping import step_groups
+from spectune.compute.dynamic_codes import BLOCK, LEAST
+from spectune.compute.step_groups import step_groups
 
 FLOAT = 4
 #: what is made or freed: a weight's `gradient`, its float32 `copy`, a `state` that stays, `codes` of one in eight bits

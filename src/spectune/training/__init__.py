@@ -3,6 +3,6 @@
 from spectune.results.run import RunResult
 from spectune.training.config import TrainingConfig
 from spectune.training.environment import environment
-from spectune.training.train import train
+from spectune.training.trainer import train
 
 __all__ = ["RunResult", "TrainingConfig", "environment", "train"]

@@ -1,8 +1,8 @@
 """AdamW whose moments are kept in eight bits: 2 bytes a weight instead of 8.
 
 The step is `MasterAdamW`'s in float32; between steps the first moment and the root of the second are kept as codes
-(`spectune.compute.eight_bit`). The root, not the second moment itself: a small one would be rounded to none, and the
-step divided by nothing.
+(`spectune.compute.dynamic_codes`). The root, not the second moment itself: a small one would be rounded to none, and
+the step divided by nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spectune.compute.eight_bit import LEAST, codes_of, values_of
-from spectune.compute.stepping import step_groups
+from spectune.compute.dynamic_codes import LEAST, codes_of, values_of
+from spectune.compute.step_groups import step_groups
 from spectune.training.config import TrainingConfig
 from spectune.training.optimizer import MasterAdamW
 

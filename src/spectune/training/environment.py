@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-import spectune
+from spectune.version import __version__, installed_version
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "datasets", "numpy")
 
@@ -16,18 +15,11 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "datas
 def environment() -> dict[str, Any]:
     """What a reader needs to judge or repeat a measurement."""
     return {
-        "spectune": spectune.__version__,
+        "spectune": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "packages": {name: found for name in PACKAGES if (found := installed_version(name)) is not None},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

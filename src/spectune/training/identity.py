@@ -39,8 +39,7 @@ def identity_of(
     *,
     learning_rate: float,
     max_length: int,
-    train: Encoded,
-    valid: Encoded,
+    encoded: tuple[Encoded, Encoded],
     base: Mapping[str, Any],
     dtype: str,
     base_precision: str | None = None,
@@ -48,10 +47,12 @@ def identity_of(
     """Settings, method, data and base of a run, as JSON would give it back.
 
     Args:
+        encoded: training and validation rows.
         base: the base's fingerprint, taken before training.
         dtype: what the base computes in, such as "float32".
         base_precision: what its frozen linears are stored in, where that is another thing.
     """
+    train, valid = encoded
     found = {
         **config.model_dump(mode="json", exclude=FREE),
         "learning_rate": learning_rate,

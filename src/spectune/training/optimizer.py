@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spectune.compute.stepping import step_groups
+from spectune.compute.step_groups import step_groups
 from spectune.errors import DataError
 from spectune.training.config import TrainingConfig
 
@@ -22,8 +22,8 @@ class MasterAdamW:
     """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101); vectors have no weight decay.
 
     Beside 2 bytes of a bfloat16 weight and 2 of its gradient it holds 12: master and two moments. In the step,
-    gradients are cast in groups (`spectune.compute.stepping`), each of which is stepped and cleared before the next is
-    cast.
+    gradients are cast in groups (`spectune.compute.step_groups`), each of which is stepped and cleared before the next
+    is cast.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float) -> None:

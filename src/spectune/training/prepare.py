@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from spectune.data import Encoded, Example, Row, encode, load_rows, split_rows
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import base_precision
+from spectune.planning.workload import context_of
 from spectune.training.config import TrainingConfig
 from spectune.training.identity import identity_of
 
@@ -21,13 +23,16 @@ DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training and validation rows as token ids, and what follows from settings, method and base."""
+    """What a run trains on: training and validation rows as token ids, settings, and what follows from them, method and
+    base."""
 
+    config: TrainingConfig
     rows: list[Row]
     encoded: tuple[Encoded, Encoded]
     learning_rate: float
     max_length: int
     identity: dict[str, Any]
+    pad_token_id: int
 
     @property
     def examples(self) -> list[Example]:
@@ -75,13 +80,32 @@ def prepare(
         method,
         learning_rate=rate,
         max_length=length,
-        train=train,
-        valid=valid,
+        encoded=(train, valid),
         base=base,
         dtype=str(model.dtype).removeprefix("torch."),
         base_precision=base_precision(model),
     )
-    return Prepared(rows, (train, valid), rate, length, identity)
+    return Prepared(config, rows, (train, valid), rate, length, identity, pad_token_id(tokenizer))
+
+
+def total_steps(rows: int, config: TrainingConfig, processes: int = 1) -> int:
+    """Optimizer steps of a run on so many examples."""
+    if config.max_steps > 0:
+        return config.max_steps
+    batch_count = math.ceil(rows / (config.per_device_train_batch_size * processes))
+    per_epoch = math.ceil(batch_count / config.gradient_accumulation_steps)
+    return max(1, round(per_epoch * config.num_train_epochs))
+
+
+def steps_of_run(examples: Sequence[Example], config: TrainingConfig) -> int | None:
+    """`total_steps`; None where there are no examples, and nobody says how many steps."""
+    return total_steps(len(examples), config) if examples or config.max_steps > 0 else None
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands where a row has no token; it is masked, so any id will do."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad or 0)
 
 
 def room_for_rows(positions: int, method: Method) -> int:
@@ -96,18 +120,25 @@ def room_for_rows(positions: int, method: Method) -> int:
 
 
 def max_length(model: PreTrainedModel, method: Method, config: TrainingConfig) -> int:
+    """`row_tokens` of a loaded model."""
+    return row_tokens(context_of(model.config), method, config)
+
+
+def row_tokens(positions: int | None, method: Method, config: TrainingConfig) -> int:
     """Tokens of a row: as configured, else what the base has room for beside the method's virtual tokens.
+
+    Args:
+        positions: of the base; None where there is no limit.
 
     Raises:
         ConfigError: more is configured than the base has room for.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = None if context is None else room_for_rows(int(context), method)
+    room = None if positions is None else room_for_rows(positions, method)
     if config.max_length is None:
         return min(DEFAULT_LENGTH, room) if room is not None else DEFAULT_LENGTH
     if room is not None and config.max_length > room:
         raise ConfigError(
-            f"max_length = {config.max_length}, but this base has {context} positions"
+            f"max_length = {config.max_length}, but this base has {positions} positions"
             + (f", {method.virtual_tokens} of which {method.label} takes" if method.virtual_tokens else "")
             + f": at most {room}"
         )

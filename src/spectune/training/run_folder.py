@@ -21,11 +21,10 @@ from spectune.errors import ConfigError, DataError
 from spectune.files.strict_json import strict_json
 from spectune.results.run import RunResult
 from spectune.storage import atomic_write_text
-from spectune.training.checkpoint import TRAINING_FILE, Progress, save_checkpoint, swap_best
-from spectune.training.config import TrainingConfig
+from spectune.training.checkpoint import TRAINING_FILE, save_checkpoint, swap_best
 from spectune.training.identity import write_identity
-from spectune.training.loop import Keeper
-from spectune.training.optimizer import MasterAdamW
+from spectune.training.prepare import Prepared
+from spectune.training.run_state import Keeper, RunState
 
 #: the weights at the end, where best/ does not hold them as they were trained
 END_FILE = "end.safetensors"
@@ -51,7 +50,7 @@ def load_end(folder: Path, delta: Delta) -> None:
     """Give an attached delta the weights that a finished run ended with. Raises DataError where they are gone."""
     end = folder / END_FILE
     if not end.is_file():
-        delta.read_files(folder / "best")
+        delta.files.read(folder / "best")
         return
     try:
         state = load_file(end)
@@ -89,31 +88,23 @@ class RunFolder:
     def __init__(
         self,
         folder: Path | None,
-        delta: Delta,
-        optimizer: MasterAdamW,
-        progress: Progress,
+        run: RunState,
         best: dict[str, Tensor] | None,
-        identity: dict[str, Any],
-        config: TrainingConfig,
+        prepared: Prepared,
         tokenizer: PreTrainedTokenizerBase,
-        rows: Sequence[Row],
     ) -> None:
-        self.folder = folder
-        self.delta = delta
-        self.optimizer = optimizer
-        self.progress = progress
+        self.folder, self.run, self.tokenizer = folder, run, tokenizer
         #: the weights of the lowest validation loss so far; before the first validation those of the start
         self.best = best if best is not None else self._copy()
-        self.identity = identity
-        self.config = config
-        self.tokenizer = tokenizer
+        self.identity = prepared.identity
         self.training = {
-            "separator": config.separator,
-            "max_length": identity["max_length"],
-            **described(rows),
+            "separator": run.config.separator,
+            "max_length": self.identity["max_length"],
+            **described(prepared.rows),
         }
         self._metrics: Any = None
         self._board: Any = None
+        run.keeper = Keeper(self._checkpoint, self._keep_best, self._log, self._resume_hint(), self._kept_state)
 
     def begin(self, encoded: Sequence[Encoded], machine: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
         """Write what is known before training: settings, identity, machine, where every row went.
@@ -122,10 +113,10 @@ class RunFolder:
         """
         if self.folder is None:
             return
-        if self.config.report_to == "tensorboard":
+        if self.run.config.report_to == "tensorboard":
             self._board = _tensorboard(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.progress.step == 0:
+        if self.run.progress.step == 0:
             write_identity(self.folder, self.identity)
             atomic_write_text(self.folder / "config.yaml", yaml.safe_dump(self._settings(origin), sort_keys=False))
         atomic_write_text(self.folder / "environment.json", strict_json(dict(machine)) + "\n")
@@ -133,19 +124,16 @@ class RunFolder:
         atomic_write_text(self.folder / "data_report.json", strict_json(report) + "\n")
         self._open_metrics()
 
-    def keeper(self) -> Keeper:
-        return Keeper(self._checkpoint, self._keep_best, self._log, self._resume_hint(), self._kept_state)
-
     def go_back(self) -> None:
         """After a divergence: give the delta its best weights again, or its first ones, and keep those in `best/`."""
-        self.delta.load_training_state_dict(self.best)
-        if self.folder is not None and self.progress.best_step is None:
-            swap_best(self.folder, self.delta, 0, self.tokenizer, self.training)
+        self.run.delta.load_training_state_dict(self.best)
+        if self.folder is not None and self.run.progress.best_step is None:
+            swap_best(self.folder, self.run.delta, 0, self.tokenizer, self.training)
 
     def keep_end(self) -> None:
         """Keep the weights as they are now, if those in `best/` are other ones or folded."""
-        other = self.progress.best_step != self.progress.step and not self.config.load_best_at_end
-        if self.folder is not None and (other or self.delta.method.as_stored() != self.delta.method):
+        other = self.run.progress.best_step != self.run.progress.step and not self.run.config.load_best_at_end
+        if self.folder is not None and (other or self.run.delta.method.as_stored() != self.run.delta.method):
             temporary = self.folder / f".{END_FILE}.{os.getpid()}"
             save_file({name: t.contiguous() for name, t in self._copy().items()}, temporary)
             os.replace(temporary, self.folder / END_FILE)
@@ -163,25 +151,26 @@ class RunFolder:
 
     def _settings(self, origin: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            "model": str(self.delta.model.config._name_or_path),
+            "model": str(self.run.delta.model.config._name_or_path),
             **origin,
-            "method": self.delta.method.model_dump(mode="json"),
-            **self.config.model_dump(mode="json", exclude={"resume", "output_dir"}),
+            "method": self.run.delta.method.model_dump(mode="json"),
+            **self.run.config.model_dump(mode="json", exclude={"resume", "output_dir"}),
             "learning_rate": self.identity["learning_rate"],
             **self.training,
         }
 
     def _copy(self) -> dict[str, Tensor]:
-        return {name: t.detach().cpu().clone() for name, t in self.delta.training_state_dict().items()}
+        return {name: t.detach().cpu().clone() for name, t in self.run.delta.training_state_dict().items()}
 
     def _checkpoint(self) -> None:
         if self.folder is not None:
-            save_checkpoint(self.folder, self.progress, self.delta, self.optimizer, self.best, self.identity)
+            run = self.run
+            save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
 
     def _keep_best(self) -> None:
         self.best = self._copy()
         if self.folder is not None:
-            swap_best(self.folder, self.delta, self.progress.step, self.tokenizer, self.training)
+            swap_best(self.folder, self.run.delta, self.run.progress.step, self.tokenizer, self.training)
 
     def _log(self, entry: dict[str, Any]) -> None:
         if self._metrics is not None:
@@ -197,25 +186,23 @@ class RunFolder:
         assert self.folder is not None
         path = self.folder / "metrics.jsonl"
         if path.is_file():
-            lines = [
-                line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= self.progress.step
-            ]
-            atomic_write_text(path, "".join(line + "\n" for line in lines))
+            last, lines = self.run.progress.step, path.read_text(encoding="utf-8").splitlines()
+            atomic_write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= last))
         self._metrics = path.open("a", encoding="utf-8")
 
     def _resume_hint(self) -> str:
-        if self.config.output_dir is None:
+        if self.run.config.output_dir is None:
             return "Nothing was written, because the run has no output_dir."
         return (
-            f"A checkpoint is in {self.config.output_dir}. To go on: the same command with "
-            f"--output-dir {self.config.output_dir} --resume"
+            f"A checkpoint is in {self.run.config.output_dir}. To go on: the same command with "
+            f"--output-dir {self.run.config.output_dir} --resume"
         )
 
     def _kept_state(self) -> str:
         where = f" in {self.folder / 'best'}" if self.folder is not None else ""
-        if self.progress.best_step is None:
+        if self.run.progress.best_step is None:
             return f"No validation had been passed: the weights of the start (step 0) are kept{where}."
-        return f"The last good state, of step {self.progress.best_step}, is kept{where}."
+        return f"The last good state, of step {self.run.progress.best_step}, is kept{where}."
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,321 @@
+"""How a run is to be executed: decided here, once, from what is the same whenever the same run is asked for."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from spectune.blocks.execution import Execution, Packing
+from spectune.blocks.recompute import Recomputation, modes
+from spectune.compute.pack_layout import Kernel
+from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_document
+from spectune.data import batches, by_length, pack_step, places
+from spectune.deltas import Delta, InputSite, Method, kernel_serves, route, why_mask_is_needed, why_not_packed
+from spectune.errors import ConfigError
+from spectune.families import Family
+from spectune.methods import LoRA
+from spectune.planning.flops import flops_per_token
+from spectune.training.config import TrainingConfig
+from spectune.training.prepare import Prepared, total_steps
+
+log = logging.getLogger("spectune")
+
+#: kernel-launch overhead of a layer on a GPU, forward and backward: a layer takes no less, however small it is
+LAUNCH_SECONDS_PER_LAYER = 1.5e-3
+#: what a GPU computes of a block's operations
+OPERATIONS_PER_SECOND = 4e14
+#: `packing="auto"` packs where that leaves out so much of the tokens that are computed: below it, a step's time changes
+#: by less than it does from run to run, and each batch's shape would be another for it
+WORTH = 0.1
+#: steps of the first epoch that are looked at for it
+_LOOKED_AT = 200
+#: tokens of rows up to which compiled blocks have one graph for documents of any length. The kernel is started for
+#: each document as if it were the longest: far beyond that, starting for nothing would cost more than another graph
+ONE_GRAPH = 1024
+#: of cuDNN for a shape of batch that it has not met, forward and backward; see docs/performance.md
+PLAN_SECONDS = 0.12
+#: by which it is ahead of flash attention for each operation: 400 and 215 TFLOP/s on rows of 2,048 (H200)
+_SAVED = 1 / 215e12 - 1 / 400e12
+#: rows up to so many tokens gain nothing
+_SHORT = 512
+
+
+def decide(
+    config: TrainingConfig,
+    family: Family,
+    method: Method,
+    lengths: Sequence[int],
+    device_type: str,
+    *,
+    steps: int | None,
+    delta: Delta | None = None,
+) -> Execution:
+    """How a run is executed. Follows from the arguments alone, never from a clock or what is free: a run that goes on
+    from a checkpoint decides as it did before, and so does its plan. Recomputation is the first of what may be done
+    (`possible_modes`); what memory asks for beyond it is decided by `spectune.training.prediction`.
+
+    Args:
+        lengths: tokens of the training rows; of one row as long as the longest where there are none yet.
+        steps: optimizer steps of the whole run; None, where nobody says how many, is taken to be few.
+        delta: the method attached to its model. Without it nothing is proved by running the model, and what only the
+            model can tell is taken to be so.
+
+    Raises:
+        ConfigError: a setting asks for what cannot be: packs on a model that cannot keep documents apart, CUDA graphs
+            of another device, with packs or with recomputation, block inputs in host memory of another device.
+    """
+    length, rows = sum(lengths) // len(lengths), config.per_device_train_batch_size
+    packing, why_packing = _packing(config, family, lengths, device_type, delta)
+    mode = possible_modes(config, device_type, None if delta is None else delta.model)[0]
+    if config.cuda_graphs is True:
+        check_graphs(device_type, packing.on, mode)
+    graphs = bool(config.cuda_graphs)
+    if config.cuda_graphs == "auto":
+        possible = device_type == "cuda" and not packing.on and mode is False
+        graphs = possible and launch_bound(family, method, tokens=rows * length, length=length)
+    compiled, steps = config.torch_compile is True, steps or 0
+    if config.torch_compile == "auto":
+        tokens = steps * rows * config.gradient_accumulation_steps * length
+        compiled = worth_compiling(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
+    return Execution(
+        compiled=compiled,
+        graphs=graphs,
+        recomputation=mode,
+        cudnn=takes_cudnn(family, lengths, steps, config, packs=packing.on),
+        packing=packing,
+    ).because("packing", why_packing)
+
+
+def decide_run(delta: Delta, prepared: Prepared, processes: int = 1, config: TrainingConfig | None = None) -> Execution:
+    """How a run of an attached delta is executed, as far as memory has no say in it; raises as `decide`. With `config`:
+    as if the run had these settings."""
+    lengths, config = [len(example.input_ids) for example in prepared.examples], config or prepared.config
+    steps = total_steps(len(lengths), config, processes)
+    device_type = delta.model.device.type
+    return decide(config, delta.family, delta.method, lengths, device_type, steps=steps, delta=delta)
+
+
+def possible_modes(
+    config: TrainingConfig, device_type: str, model: PreTrainedModel | None
+) -> tuple[Recomputation, ...]:
+    """What a run may recompute, in the order in which it is tried: what is wanted, or all for "auto".
+
+    A model on which the user has switched transformers' own checkpointing on is recomputed at least block by block.
+
+    Raises:
+        ConfigError: "offload" on a model that is not on a CUDA device.
+    """
+    wanted = config.gradient_checkpointing
+    found = modes(wanted, device_type)
+    if model is None or not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return found
+    return found[found.index(True) :] if wanted == "auto" else (True,) if wanted is False else found
+
+
+# -- compiled blocks --------------------------------------------------------------------------------------------------
+
+
+class _Device(NamedTuple):
+    """What compiling the blocks of a model takes and gives on a kind of device; see docs/performance.md.
+
+    `compile_seconds`: what it takes, about. `saved`: the share of a step that it saves. `operations`: that training
+    without the compiler reaches in a second (on a fast one: what is long there is long on any). `layer_seconds`: of
+    forward and backward, at least, however small a layer is.
+    """
+
+    compile_seconds: float
+    saved: float
+    operations: float
+    layer_seconds: float
+
+
+_DEVICES = {"cuda": _Device(60.0, 0.2, 3e14, LAUNCH_SECONDS_PER_LAYER), "cpu": _Device(60.0, 0.1, 5e11, 0.0)}
+
+
+def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
+    """Whether a run is so long that compiling saves more time than it takes.
+
+    Args:
+        tokens: of the whole run.
+        length: of a row, on average.
+    """
+    device = _DEVICES.get(device_type)
+    if device is None or (device_type == "cpu" and not has_cpu_compiler()):
+        return False
+    computed = tokens * flops_per_token(family, method, max(1, length)) / device.operations
+    eager_seconds = max(computed, steps * len(family.layers) * device.layer_seconds)
+    return eager_seconds * device.saved > device.compile_seconds
+
+
+@functools.cache
+def has_cpu_compiler() -> bool:
+    """Whether there is what torch's compiler needs on a CPU: a C++ compiler (asked of torch) and Python's headers."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler()) and Path(sysconfig.get_path("include"), "Python.h").exists()
+    except (InvalidCxxCompiler, OSError):
+        return False
+
+
+# -- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def launch_bound(family: Family, method: Method, *, tokens: int, length: int) -> bool:
+    """Whether launching a batch's kernels on a GPU takes longer than running them, so that graphs pay.
+
+    Args:
+        tokens: of a batch, padding included.
+        length: of a row.
+    """
+    operations = tokens * flops_per_token(family, method, max(1, length))
+    return operations / OPERATIONS_PER_SECOND < len(family.layers) * LAUNCH_SECONDS_PER_LAYER
+
+
+def check_graphs(device_type: str, packs: bool, mode: Recomputation) -> None:
+    """Raises ConfigError where blocks are to be captured as CUDA graphs and cannot be.
+
+    Args:
+        packs: rows share sequences: every batch has other documents, which a graph cannot follow.
+        mode: what is recomputed: blocks run again in backward, which a graph does not do.
+    """
+    if device_type != "cuda":
+        raise ConfigError(f"cuda_graphs=true needs a CUDA device, the model is on {device_type!r}: leave it at auto")
+    if packs:
+        raise ConfigError("cuda_graphs=true and packing: every pack has other documents. Set packing=false")
+    if mode is not False:
+        raise ConfigError(
+            f"cuda_graphs=true and gradient_checkpointing={mode}: a recorded block keeps its activations. "
+            "Set gradient_checkpointing=false, or leave cuda_graphs at auto"
+        )
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: TrainingConfig, *, packs: bool) -> bool:
+    """Whether a run's steps take cuDNN's attention on CUDA: where it saves more than its plans take.
+
+    Args:
+        lengths: tokens of the training rows.
+        steps: of the whole run.
+        packs: rows share sequences; no two batches are alike then, and on CUDA another kernel attends.
+    """
+    shapes = len(set(lengths))
+    if shapes == 1:
+        return True
+    mean = sum(lengths) / len(lengths)
+    if packs or mean <= _SHORT:
+        return False
+    batch_count = steps * config.gradient_accumulation_steps
+    # causal, forward and backward: 3.5 times two products of which a half is masked
+    operations = 7 * mean * sum(attention.hidden_size for attention in family.attentions)
+    saved = batch_count * config.per_device_train_batch_size * mean * operations * _SAVED
+    return saved > min(shapes, batch_count) * PLAN_SECONDS
+
+
+# -- packs and padding ------------------------------------------------------------------------------------------------
+
+
+def _packing(
+    config: TrainingConfig, family: Family, lengths: Sequence[int], device_type: str, delta: Delta | None
+) -> tuple[Packing, str | None]:
+    """Whether this run packs, and a line on why. The same for the same rows, settings and model, so that a resumed run
+    does as before; and whatever the seed and the method's virtual tokens, so that the runs of a comparison do alike.
+
+    Raises:
+        ConfigError: `packing` is True, and the model cannot keep documents apart.
+    """
+    padded = len(set(lengths)) > 1
+    if not wants_packs(family, lengths, config, device_type):
+        return Packing(mask_free=padded and (delta is None or _needs_no_mask(delta))), None
+    if delta is None:
+        return Packing(True), "rows are packed if the model keeps documents apart, which the run proves when it begins"
+    model, reason = delta.model, None
+    virtual = virtual_in_sequence(delta.method, family)
+    saved = share_saved(lengths, config, virtual)
+    # a loop over documents is another graph for each batch
+    taken = [
+        kernel
+        for kernel in kernels(device_type, model.dtype)
+        if not (kernel is loop_by_document and config.torch_compile is True)
+    ]
+    for kernel in taken:
+        with route(model, delta.name):
+            reason = why_not_packed(model, kernel)
+            serves = reason is None and (kernel is None or kernel_serves(model, kernel))
+        if serves:
+            how = "masks" if kernel is None else "attention document by document"
+            found = Packing(True, kernel, virtual, min(max(lengths), ONE_GRAPH))
+            return found, f"rows are packed ({how}): {saved:.0%} fewer tokens to compute than padded"
+    if config.packing is True:
+        raise ConfigError(f"packing is refused: {reason}. Leave it out (packing=false), or to spectune (packing=auto).")
+    notice = f"note: rows are padded, not packed, which computes {saved:.0%} more tokens than need be: {reason}"
+    return Packing(mask_free=padded and _needs_no_mask(delta)), notice
+
+
+def wants_packs(family: Family, lengths: Sequence[int], config: TrainingConfig, device_type: str) -> bool:
+    """`config.packing`, or whether "auto" would pack these rows on such a device, if the model can be given packs. The
+    same for all methods.
+
+    Args:
+        lengths: tokens of the training rows.
+    """
+    if config.packing != "auto":
+        return config.packing
+    saved = share_saved(lengths, config)
+    if saved < WORTH:
+        return False
+    mean = sum(lengths) / len(lengths)
+    tokens = round(config.per_device_train_batch_size * mean / (1 - saved))
+    # where kernels are launched more slowly than they run, fewer tokens make a step no shorter
+    return device_type != "cuda" or not launch_bound(family, LoRA(), tokens=tokens, length=round(mean))
+
+
+def _needs_no_mask(delta: Delta) -> bool:
+    """Whether rows that are padded on the right need no mask. That decides about the speed alone, so only the log hears
+    of it."""
+    with route(delta.model, delta.name):
+        reason = why_mask_is_needed(delta.model)
+    if reason is not None:
+        log.info("batches that are padded have an attention mask: %s", reason)
+    return reason is None
+
+
+def kernels(device_type: str, dtype: torch.dtype) -> list[Kernel | None]:
+    """Ways to attend within packs on such a device, the fastest first; None is by masks. On one CPU core a loop over
+    documents was 1.1 to 1.35 times as fast as masks (docs/decisions.md)."""
+    if device_type == "cpu":
+        return [loop_by_document, None]
+    return [flash_by_document, None] if device_type == "cuda" and dtype in FLASH_DTYPES else [None]
+
+
+def virtual_in_sequence(method: Method, family: Family) -> int:
+    """Virtual tokens that take a place in the sequence itself; a prefix takes none."""
+    return method.virtual_tokens if any(isinstance(site, InputSite) for site in method.sites(family)) else 0
+
+
+def share_saved(lengths: Sequence[int], config: TrainingConfig, virtual: int = 0) -> float:
+    """The share of the tokens of padded batches that short packs leave out, in some steps of an epoch in any order."""
+    size = config.per_device_train_batch_size
+    steps = batches(
+        lengths,
+        size * config.gradient_accumulation_steps,
+        seed=0,
+        epoch=0,
+        group_by_length=config.group_by_length,
+    )
+    padded = in_packs = 0
+    sizes = [length + virtual for length in lengths]
+    for rows in steps[:_LOOKED_AT]:
+        padded += sum(places([[row] for row in batch], sizes) for batch in by_length(rows, lengths, size))
+        in_packs += sum(places(batch, sizes) for batch in pack_step(rows, lengths, size, extra=virtual))
+    return 1 - in_packs / padded

@@ -1,0 +1,310 @@
+"""What a run will take of memory, said before its first step; refused where it does not fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from spectune.blocks.execution import Execution, Packing
+from spectune.blocks.recompute import Recomputation
+from spectune.compute.cudnn import cudnn_allowed
+from spectune.data import Example
+from spectune.deltas import Delta
+from spectune.errors import DoesNotFitError, first_line
+from spectune.families import family_from_config
+from spectune.planning.estimate import Estimate, shown
+from spectune.planning.memory_plan import cheapest_that_fits
+from spectune.planning.memory_plan import estimate as estimate_of
+from spectune.planning.room import free_memory
+from spectune.planning.shape import Shape
+from spectune.planning.workload import Workload
+from spectune.training.batching import Batches
+from spectune.training.config import TrainingConfig
+from spectune.training.decisions import decide, decide_run, possible_modes
+from spectune.training.distribution import World
+from spectune.training.peaks import MEMORY_STEPS
+from spectune.training.prepare import Prepared, steps_of_run
+
+log = logging.getLogger("spectune")
+
+WORDS: dict[Recomputation, str] = {
+    False: "nothing is recomputed",
+    "selective": "all but matrix products and attention is recomputed (selective)",
+    True: "every block is recomputed (true)",
+    "offload": "every block is recomputed, its input kept in host memory (offload)",
+}
+#: a run is refused where its tensors alone, with this margin for the prediction's error, are more than there is
+MARGIN = 1.03
+
+
+@dataclass(frozen=True)
+class PlannedBatches:
+    """The batches that a run's memory follows from.
+
+    Attributes:
+        longest: the longest of training, padded: a pack's batch has no more tokens, so what is refused, and advised, is
+            by that.
+        steps: of the first steps, which are measured, as this process runs them.
+        validation: the longest of validation, or rows of one that is as long as training's; None where there is none.
+    """
+
+    longest: Shape
+    steps: tuple[tuple[Shape, ...], ...]
+    validation: Shape | int | None
+
+    @classmethod
+    def of(
+        cls,
+        examples: Sequence[Example],
+        valid: Sequence[Example],
+        config: TrainingConfig,
+        packing: Packing,
+        world: World,
+    ) -> PlannedBatches:
+        """Of a run on these rows."""
+        [[first, *_], *_] = _first_steps(examples, config, world, Packing())
+        longest = shape_of(first)
+        steps = tuple(
+            tuple(shape_of(packs, packing) for packs in step) for step in _first_steps(examples, config, world, packing)
+        )
+        validation = _validation(valid, config, padded=longest.padded)
+        return cls(replace(longest, padded=longest.padded and not packing.mask_free), steps, validation)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How a run is executed, and what it will take of memory.
+
+    Attributes:
+        execution: with the recomputation that it takes to fit.
+        estimate: of its longest batch, with the optimizer's states: the most that the run takes.
+        memory: terms, and the peaks of the first steps, which are what is measured.
+        source: "trace" or "full trace" as the estimate says, "none" where the base could not be described, None where
+            nobody wants it.
+    """
+
+    execution: Execution
+    estimate: Estimate | None = None
+    memory: dict[str, int] = field(default_factory=dict)
+    source: str | None = None
+
+
+class Predictions:
+    """The newest plans of runs: a search runs the same steps at many rates."""
+
+    kept = 8
+
+    def __init__(self) -> None:
+        self._known: dict[object, tuple[Estimate, dict[str, int]]] = {}
+
+    def of(self, workload: Workload, found: PlannedBatches, execution: Execution) -> tuple[Estimate, dict[str, int]]:
+        """The estimate of a run, and its terms with the peaks of the first steps."""
+        known = replace(workload, config=None), workload.config.to_json_string()  # type: ignore[arg-type]
+        key = (*known, found, execution, cudnn_allowed())
+        if key not in self._known:
+            while len(self._known) >= self.kept:
+                del self._known[next(iter(self._known))]
+            with torch.random.fork_rng(devices=[]):
+                estimate = estimate_of(workload, found.longest, found.validation, execution)
+                self._known[key] = estimate, estimate.of_first_steps(found.steps).memory()
+        return self._known[key]
+
+
+def predict(
+    delta: Delta,
+    prepared: Prepared,
+    world: World,
+    known: Predictions | None = None,
+    decided_as: TrainingConfig | None = None,
+) -> Prediction:
+    """How this run is executed, with the recomputation that it takes to fit, and what it takes then. What keeps the
+    planner from describing a base is logged, and keeps nobody from training it: then the first of what may be
+    recomputed stands.
+
+    Args:
+        known: plans that were made before, and are kept.
+        decided_as: settings of the run that this one stands for; the config's own by default.
+
+    Raises:
+        ConfigError: as `decide`.
+    """
+    model, config = delta.model, prepared.config
+    execution = decide_run(delta, prepared, world.size, decided_as)
+    if config.memory_check == "off":
+        return Prediction(execution)
+    possible = possible_modes(config, model.device.type, model)
+    free, known = free_memory(model.device), known or Predictions()
+    try:
+        found = PlannedBatches.of(prepared.examples, prepared.valid, config, execution.packing, world)
+        workload = Workload.of(model, delta.method, None, model.device, optim=config.optim,
+                               accumulates=config.gradient_accumulation_steps > 1)  # fmt: skip
+
+        def planned(mode: Recomputation) -> Prediction:
+            how = execution.recomputing(mode)
+            estimate, memory = known.of(workload, found, how.of_first_steps(model.device.type))
+            return Prediction(how, estimate, memory, estimate.source)
+
+        first = planned(possible[0])
+        if free is None:
+            return first
+        room = _room(free, delta)
+        best = cheapest_that_fits(possible, planned, lambda made: _fits_well(made.estimate, room))
+    except Exception as error:
+        log.warning("the memory of this run is not predicted: %s: %s", type(error).__name__, first_line(error))
+        return Prediction(execution, source="none")
+    return best if best.execution.recomputation == possible[0] else _with_reason(best, first, room)
+
+
+def plan_unloaded(
+    workload: Workload,
+    config: TrainingConfig,
+    examples: Sequence[Example],
+    valid: Sequence[Example],
+    *,
+    length: int,
+    limit: int | None,
+) -> tuple[Execution, Estimate]:
+    """The same of a base that is not loaded: what only the model can tell is taken to be so (see `decide`).
+
+    Args:
+        examples, valid: rows of training and of validation; without any, batches of rows of `length` tokens are
+            planned.
+        limit: bytes of the device, all of them free; without, nothing is recomputed that the config does not ask for.
+
+    Raises:
+        ConfigError: as `decide` and `spectune.planning.plan`.
+    """
+    device = workload.device
+    lengths = [len(example.input_ids) for example in examples] or [length]
+    steps = steps_of_run(examples, config)
+    execution = decide(config, family_from_config(workload.config), workload.method, lengths, device, steps=steps)
+    batch, judged = Shape.whole(config.per_device_train_batch_size, length), config.per_device_eval_batch_size
+    found = PlannedBatches(batch, (), judged)
+    if examples:
+        found = PlannedBatches.of(examples, valid, config, execution.packing, World())
+
+    def planned(mode: Recomputation) -> tuple[Execution, Estimate]:
+        how = execution.recomputing(mode)
+        return how, estimate_of(workload, found.longest, found.validation, how.of_first_steps(device))
+
+    possible = possible_modes(config, device, None)
+    if limit is None:
+        return planned(possible[0])
+    return cheapest_that_fits(possible, planned, lambda pair: pair[1].fits(limit))
+
+
+def _with_reason(best: Prediction, first: Prediction, room: int) -> Prediction:
+    """With a sentence on why `best` recomputes more than `first` would."""
+    assert best.estimate is not None
+    assert first.estimate is not None
+    reason = (
+        f"gradient checkpointing: {WORDS[best.execution.recomputation]}: predicted "
+        f"{shown(best.estimate.peak_reserved)}, where {shown(first.estimate.peak_reserved)} would be taken if "
+        f"{WORDS[first.execution.recomputation]}, and {shown(room)} is free"
+    )
+    if best.estimate.host:
+        reason += f"; {shown(best.estimate.host)} of host memory"
+    return replace(best, execution=best.execution.because("gradient_checkpointing", reason))
+
+
+def check_memory(predicted: Prediction, delta: Delta, check: str) -> None:
+    """Compare with what is free on the model's device.
+
+    Raises:
+        DoesNotFitError: it does not fit, and `check` is "refuse".
+    """
+    estimate, free = predicted.estimate, free_memory(delta.model.device)
+    if estimate is None or free is None:
+        return
+    room, least = _room(free, delta), _least(estimate)
+    if least * MARGIN <= room and _host_suffices(estimate):
+        return
+    # the context is the process's and was taken before
+    memory = int(room / MARGIN) + estimate.context
+    message = (
+        f"{delta.method.label} with a batch of {estimate.batch} rows of {estimate.length} tokens is predicted to take "
+        f"{shown(least)} of memory ({WORDS[estimate.gradient_checkpointing]}), and {shown(room)} is free for it. "
+        + (f"It takes {shown(estimate.host)} of host memory too. " if estimate.host else "")
+        + f"{estimate.advice(memory)} {estimate.most(memory)} memory_check=warn tries it all the same."
+    )
+    if check == "refuse":
+        raise DoesNotFitError(message)
+    log.warning("%s", message)
+
+
+def _fits_well(estimate: Estimate | None, room: int) -> bool:
+    """Whether there is room for what the allocator holds too (`check_memory` refuses only where tensors alone are too
+    many): recomputing costs less than running out of memory. For block inputs, host memory has to suffice."""
+    assert estimate is not None
+    return max(estimate.peak_reserved, int(MARGIN * _least(estimate))) <= room and _host_suffices(estimate)
+
+
+def _host_suffices(estimate: Estimate) -> bool:
+    free = free_memory("cpu") if estimate.host else None
+    return free is None or estimate.host <= free
+
+
+def _least(estimate: Estimate) -> int:
+    return max(estimate.peak_allocated, estimate.validation or 0)
+
+
+def _room(free: int, delta: Delta) -> int:
+    """Bytes for the run: the model is there already, and so is what the plan counts as its weights."""
+    return free + sum(t.numel() * t.element_size() for t in {*delta.model.parameters(), *delta.parameters()})
+
+
+def _first_steps(
+    examples: Sequence[Example], config: TrainingConfig, world: World, packing: Packing
+) -> list[list[list[list[Example]]]]:
+    """The batches (of packs of rows) of the steps that are measured, as this process runs them; epoch 0 begins with the
+    longest row. Of a step's batches the first two: the others are no longer, and find gradients there as the second
+    does."""
+    batches = Batches(examples, config, packing, world)
+    windows = batches.windows(0)
+    total = config.max_steps if config.max_steps > 0 else round(len(windows) * config.num_train_epochs)
+    windows = (windows * MEMORY_STEPS if len(windows) == 1 else windows)[: max(1, min(MEMORY_STEPS, total))]
+    found = []
+    for window in windows:
+        mine = [batch for batch in batches.of_step(window) if batch]
+        # a process without rows of its own is taken to have the first ones
+        found.append(mine[:2] or [[[row] for row in window[0]]])
+    return [[[[examples[row] for row in pack] for pack in batch] for batch in step] for step in found]
+
+
+def _validation(valid: Sequence[Example], config: TrainingConfig, *, padded: bool) -> Shape | None:
+    """The longest batch of validation, whose rows always have a mask where they are padded."""
+    if not valid:
+        return None
+    whole = shape_of([[row] for row in valid])
+    rows = min(config.per_device_eval_batch_size, whole.rows)
+    longest = shape_of([[row] for row in sorted(valid, key=lambda row: -len(row.input_ids))[:rows]])
+    return Shape(rows, whole.length, whole.targets, rows * whole.targets, padded, longest.columns)
+
+
+def shape_of(packs: Sequence[Sequence[Example]], packing: Packing | None = None) -> Shape:
+    """Of a batch of these packs of rows; without `packing`, of one row each, with a mask where it is padded."""
+    rows = [[len(row.input_ids) for row in pack] for pack in packs]
+    lengths = [sum(pack) for pack in rows]
+    targets = [sum(row.target_tokens for row in pack) for pack in packs]
+    masked = packing is None or not packing.mask_free
+    padded = masked and min(lengths) < max(lengths)
+    found = Shape(len(packs), max(lengths), max(targets), sum(targets), padded, _columns(packs))
+    if packing is None or not packing.on:
+        return found
+    return replace(found, documents=tuple(map(tuple, rows)), kernel=packing.kernel)
+
+
+def _columns(packs: Sequence[Sequence[Example]]) -> int:
+    """Places of a batch of such rows, packed one after the other or padded on the right, that predict a target of any
+    row."""
+    found: set[int] = set()
+    for pack in packs:
+        begin = 0
+        for row in pack:
+            length = len(row.input_ids)
+            found.update(range(begin + max(0, length - row.target_tokens - 1), begin + length - 1))
+            begin += length
+    return len(found)

@@ -1,0 +1,137 @@
+"""One run: what it trains, on what, by which schedule, where it stands, and what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from spectune.blocks.execution import Packing
+from spectune.data import Example
+from spectune.deltas import Delta
+from spectune.errors import ConfigError, DivergedError
+from spectune.training.batching import Batches
+from spectune.training.checkpoint import Progress
+from spectune.training.config import TrainingConfig
+from spectune.training.distribution import World
+from spectune.training.optimizer import MasterAdamW, learning_rate_at
+from spectune.training.optimizers import make_optimizer
+from spectune.training.prepare import Prepared, total_steps
+
+
+@dataclass
+class Keeper:
+    """What a run keeps as it goes, in memory or on disk."""
+
+    checkpoint: Callable[[], None]
+    keep_best: Callable[[], None]
+    log: Callable[[dict[str, Any]], None]
+    resume_hint: str
+    kept_state: Callable[[], str]
+
+    @classmethod
+    def of_nothing(cls) -> Keeper:
+        """Keeps nothing."""
+        return cls(lambda: None, lambda: None, lambda _: None, "", lambda: "Nothing is kept.")
+
+
+@dataclass
+class RunState:
+    """A run between two steps.
+
+    Attributes:
+        batches: the training rows, in batches.
+        total_steps: optimizer steps of the whole run.
+    """
+
+    delta: Delta
+    optimizer: MasterAdamW
+    batches: Batches
+    valid_examples: Sequence[Example]
+    config: TrainingConfig
+    learning_rate: float
+    total_steps: int
+    progress: Progress = field(default_factory=Progress)
+    keeper: Keeper = field(default_factory=Keeper.of_nothing)
+
+    @classmethod
+    def of(cls, delta: Delta, prepared: Prepared, packing: Packing, world: World) -> RunState:
+        """A run at its start.
+
+        Raises:
+            ConfigError: nothing of the delta may be trained, or the optimizer cannot do what is configured.
+        """
+        config, rate, trained = prepared.config, prepared.learning_rate, trained_parameters(delta)
+        batches = Batches(prepared.examples, config, packing, world, prepared.pad_token_id)
+        optimizer = make_optimizer(trained, config, rate, world.size)
+        total = total_steps(len(prepared.examples), config, world.size)
+        return cls(delta, optimizer, batches, prepared.valid, config, rate, total)
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of step `step`, from 0."""
+        return learning_rate_at(step, self.total_steps, self.learning_rate, self.config)
+
+    def took_step(self, loss: float, norm: float, *, rate: float, tokens: int, targets: int, seconds: float) -> None:
+        """Count a step, and log it."""
+        now = self.progress
+        now.step += 1
+        now.window += 1
+        now.tokens += tokens
+        now.targets += targets
+        now.epoch_loss += loss * targets
+        now.epoch_targets += targets
+        now.seconds += seconds
+        if now.step % (self.config.logging_steps or 1) == 0:
+            entry = {"step": now.step, "epoch": now.epoch, "loss": loss, "learning_rate": rate, "grad_norm": norm}
+            self.keeper.log({**entry, "tokens": now.tokens, "seconds": now.seconds})
+
+    def validated(self, valid_loss: float, steps_per_epoch: int) -> str:
+        """Keep the best. Returns a line that says what was found."""
+        now = self.progress
+        train_loss = now.epoch_loss / max(1, now.epoch_targets)
+        now.valid_loss = valid_loss
+        best = now.best_loss is None or valid_loss < now.best_loss
+        if best:
+            now.best_loss, now.best_step, now.without_improvement = valid_loss, now.step, 0
+            self.keeper.keep_best()
+        else:
+            now.without_improvement += 1
+        self.keeper.log({"step": now.step, "epoch": now.epoch, "train_loss": train_loss, "valid_loss": valid_loss})
+        return (
+            f"step {now.step} of {self.total_steps} (epoch {now.epoch + now.window / steps_per_epoch:.2f}): "
+            f"training loss {train_loss:.4f}, validation loss {valid_loss:.4f}, "
+            + ("best so far, saved" if best else f"not better than {now.best_loss:.4f} of step {now.best_step}")
+        )
+
+    @property
+    def has_stopped_improving(self) -> bool:
+        """Whether so many validations as the config says brought nothing better."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.progress.without_improvement >= patience
+
+    def end_epoch(self, *, whole: bool) -> None:
+        """Keep the mean loss of the epoch, or of what there was of it; `whole`: and begin the next."""
+        now = self.progress
+        now.last_epoch_loss = now.epoch_loss / max(1, now.epoch_targets)
+        if whole:
+            now.epoch, now.window, now.epoch_loss, now.epoch_targets = now.epoch + 1, 0, 0.0, 0
+
+    def diverged(self, what: str) -> DivergedError:
+        """The error that says what is not finite, what is kept, and what to try."""
+        return DivergedError(
+            f"{what} (learning rate {self.learning_rate:g}). "
+            f"{self.keeper.kept_state()} Try a smaller learning_rate, more warmup_steps or a smaller max_grad_norm."
+        )
+
+
+def trained_parameters(delta: Delta) -> list[nn.Parameter]:
+    """The weights that a run trains. Raises ConfigError where there is none."""
+    trained = [parameter for parameter in delta.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError(
+            f"delta {delta.name!r} has no weight that may be trained: load it with "
+            "spectune.load_delta(..., trainable=True), or set requires_grad on its parameters()"
+        )
+    return trained

@@ -1,0 +1,232 @@
+"""`train`: from rows and a method to a trained delta, a folder and a result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spectune.blocks.execution import Execution
+from spectune.deltas import Delta, Method, attach, attached, route
+from spectune.errors import ConfigError, DivergedError
+from spectune.evaluation import perplexity
+from spectune.results.run import RunResult
+from spectune.training.checkpoint import latest_checkpoint, read_state, restore
+from spectune.training.config import TrainingConfig
+from spectune.training.decisions import check_graphs
+from spectune.training.display import Display
+from spectune.training.distribution import World
+from spectune.training.environment import environment
+from spectune.training.identity import check_identity, read_identity
+from spectune.training.loop import Loop
+from spectune.training.prediction import Prediction, Predictions, check_memory, predict
+from spectune.training.prepare import Prepared, prepare
+from spectune.training.run_folder import RunFolder, check_folder, load_end
+from spectune.training.run_state import RunState, trained_parameters
+
+_COMPILES = "the blocks are compiled in the first step, which takes a minute or so (torch_compile=false: not)"
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method_or_delta: Method | Delta,
+    train_rows: Any,
+    valid_rows: Any = None,
+    config: TrainingConfig | None = None,
+    *,
+    name: str = "default",
+    origin: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+    base_valid_loss: float | None = None,
+    predictions: Predictions | None = None,
+    rehearsed: TrainingConfig | None = None,
+) -> RunResult:
+    """Train one method (attached as `name`) or an attached delta; the delta ends as the best of validation.
+
+    Args:
+        train_rows, valid_rows: what `spectune.data.load_rows` takes: paths, lists of dicts, `datasets` objects.
+            Without `valid_rows` a seeded tenth of the training rows is held out.
+        config: see `TrainingConfig`; with an `output_dir` everything is written there.
+        origin: entries for config.yaml that say where base and data came from (model, data, valid, device, dtype).
+        console: where to print; default is standard output.
+        base_valid_loss: the bare base's loss on the validation rows, where it is known already.
+        predictions: what was planned of earlier runs, for callers that train many on one base.
+        rehearsed: settings of a longer run that this one stands for: steps are executed as that one's would be.
+
+    Raises:
+        ConfigError, DataError: bad settings or data, a delta that is not of this model or that nothing may be trained
+            of, or a run to resume that had other settings, data or base; nothing was trained.
+        DoesNotFitError: the plan says that the run does not fit into memory, and `memory_check` is "refuse".
+        InterruptedRun, OutOfMemoryError, DivergedError: see `spectune.errors`.
+    """
+    config, world = config or TrainingConfig(), World()
+    out = (console or Console()) if world.leads else Console(quiet=True)
+    finished = check_folder(config.output_dir, config.resume)
+    torch.manual_seed(config.seed)
+    delta = _attached(model, tokenizer, method_or_delta, name, config.seed)
+    prepared = prepare(model, tokenizer, delta.method, train_rows, valid_rows, config, delta.base_fingerprint)
+    if finished is not None:
+        return _as_it_ended(finished, delta, prepared, out)
+    trained_parameters(delta)
+    predicted = predict(delta, prepared, world, predictions, rehearsed)
+    check_memory(predicted, delta, config.memory_check)
+    execution = predicted.execution
+    if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
+        check_graphs(model.device.type, execution.packing.on, execution.recomputation)
+    run, folder = _begun(delta, tokenizer, prepared, execution, world, out)
+    folder.begin(prepared.encoded, {**environment(), **execution.settings()}, origin or {})
+    _announce(out, run, prepared, execution)
+    stopped = _driven(Loop(run, execution), folder, out, base_valid_loss)
+    if config.load_best_at_end and run.progress.best_step != run.progress.step:
+        delta.load_training_state_dict(folder.best)
+    folder.keep_end()
+    world.barrier()
+    result = _result(folder, prepared, predicted, stopped)
+    if folder.folder is not None:
+        result.save(folder.folder / "result.json")
+    return result
+
+
+def _attached(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method_or_delta: Method | Delta,
+    name: str,
+    seed: int,
+) -> Delta:
+    if not isinstance(method_or_delta, Delta):
+        return attach(model, method_or_delta, name, tokenizer=tokenizer, seed=seed)
+    delta = method_or_delta
+    if delta.model is not model:
+        raise ConfigError(
+            f"delta {delta.name!r} is attached to another model than the one given: pass delta.model, or attach its "
+            "method to this model"
+        )
+    if attached(model).get(delta.name) is not delta:
+        raise ConfigError(
+            f"delta {delta.name!r} is not attached to the model any more (attached are: "
+            f"{', '.join(attached(model)) or 'none'}): attach or load it again, and train what that returns"
+        )
+    return delta
+
+
+def _as_it_ended(finished: RunResult, delta: Delta, prepared: Prepared, out: Console) -> RunResult:
+    """Of a run that was finished before: its weights and its result."""
+    folder = prepared.config.output_dir
+    assert folder is not None
+    check_identity(read_identity(folder), prepared.identity, folder, "finished run")
+    load_end(folder, delta)
+    out.print(f"the run in {folder} is finished already: nothing to do", soft_wrap=True, highlight=False)
+    return finished
+
+
+def _begun(
+    delta: Delta,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    execution: Execution,
+    world: World,
+    out: Console,
+) -> tuple[RunState, RunFolder]:
+    """The run at its start, or where its newest checkpoint is; and what it keeps."""
+    run = RunState.of(delta, prepared, execution.packing, world)
+    folder, best = prepared.config.output_dir, None
+    if folder is not None and prepared.config.resume and (checkpoint := latest_checkpoint(folder)) is not None:
+        run.progress, recorded = read_state(checkpoint)
+        check_identity(recorded, prepared.identity, checkpoint, "checkpoint")
+        best = restore(checkpoint, delta, run.optimizer)
+        out.print(f"going on from {checkpoint}", soft_wrap=True, highlight=False)
+    return run, RunFolder(folder if world.leads else None, run, best, prepared, tokenizer)
+
+
+def _driven(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
+    """The run to its end. Returns whether that came early because validation stopped improving."""
+    run = loop.run
+    try:
+        if run.progress.base_valid_loss is None:
+            run.progress.base_valid_loss = _base_loss(loop) if base_valid_loss is None else base_valid_loss
+        with Display(out, run.delta.method.label, run.total_steps, run.progress.step) as display:
+            return loop.drive(display)
+    except DivergedError:
+        folder.go_back()
+        raise
+    finally:
+        loop.model.train(False)
+        run.optimizer.close()
+        folder.close()
+
+
+def _base_loss(loop: Loop) -> float:
+    delta = loop.run.delta
+    # full fine-tuning is at its base until the first step; all others leave the base as it is
+    with route(loop.model, delta.name if delta.method.trains_base else None):
+        loss = loop.valid_loss()
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the validation loss of the bare base is {loss}, before any step: nothing was trained. Try another dtype "
+            "(float32 or bfloat16), and look at the base and the data."
+        )
+    return loss
+
+
+def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stopped: bool) -> RunResult:
+    delta, progress, config = folder.run.delta, folder.run.progress, folder.run.config
+    valid_loss = progress.best_loss if config.load_best_at_end else progress.valid_loss
+    return RunResult(
+        method=delta.method.name,
+        name=delta.name,
+        settings=delta.method.model_dump(mode="json"),
+        seed=config.seed,
+        learning_rate=prepared.learning_rate,
+        trainable_parameters=delta.num_trained_parameters(),
+        stored_parameters=delta.num_parameters(),
+        total_parameters=delta.family.num_parameters,
+        stored_bytes=folder.stored_bytes(),
+        steps=progress.step,
+        best_step=progress.best_step,
+        train_tokens=progress.tokens,
+        target_tokens=progress.targets,
+        train_loss=progress.last_epoch_loss,
+        valid_loss=valid_loss,
+        last_valid_loss=progress.valid_loss,
+        base_valid_loss=progress.base_valid_loss,
+        valid_perplexity=None if valid_loss is None else perplexity(valid_loss),
+        train_tokens_per_second=(progress.timed_tokens or progress.tokens)
+        / (progress.timed_seconds or progress.seconds),
+        train_seconds=progress.seconds,
+        peak_memory_bytes=progress.peak_memory_bytes,
+        predicted_memory_bytes=predicted.memory,
+        memory_prediction_source=predicted.source,
+        gradient_checkpointing=predicted.execution.recomputation,
+        stopped_early=stopped,
+        folder=None if config.output_dir is None else str(config.output_dir),
+    )
+
+
+def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execution) -> None:
+    delta, config = run.delta, run.config
+    trained, base = delta.num_trained_parameters(), delta.family.num_parameters
+    lines = [
+        f"{delta.method.label}: {trained:,} trainable of {base:,} weights ({100 * trained / base:.4g}%)",
+        f"{run.total_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps} rows, "
+        f"{len(prepared.examples):,} rows to train on, {len(prepared.valid):,} to validate, learning rate "
+        f"{prepared.learning_rate:g}"
+        + ("" if config.learning_rate else f" (default; {delta.method.default_learning_rate_source})"),
+    ]
+    if (notice := delta.method.notice(delta.family)) is not None:
+        lines.append(f"note: {notice}")
+    # nothing is cut or dropped in silence; data_report.json has every row
+    summaries = [found.report.summary(part) for part, found in zip(("train", "valid"), prepared.encoded, strict=True)]
+    told = [
+        execution.reason("packing"),
+        *(f"{line} (see data_report.json)" for line in summaries if line),
+        execution.reason("gradient_checkpointing"),
+        _COMPILES if execution.compiled else None,
+    ]
+    for line in [*lines, *(line for line in told if line is not None)]:
+        out.print(line, soft_wrap=True, highlight=False, markup=False)
