@@ -7,6 +7,7 @@ import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,8 +83,11 @@ class Routes:
         unused: Any = None
         # an arm is checked before its rate and steps are chosen: the comparison's config has neither
         config = self.config.model_copy(update={"max_steps": -1})
+        rows: Any = SimpleNamespace(train=parts[0], valid=parts[1])
+        schedule: Any = SimpleNamespace(final_steps=STEPS)
         checked = Job(
-            Path(), model, tokenizer, *parts, unused, "valid", [], config, {}, 1.0, STEPS, False, None, QUIET
+            Path(), model, tokenizer, arms=[], config=config, inputs=rows, passages=[], schedule=schedule,
+            conditions=unused, origin=None, console=QUIET,
         )  # fmt: skip
         checked.check_memory(Arm("arm", self.method))
         return self.predicted.pop()

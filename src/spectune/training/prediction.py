@@ -21,12 +21,12 @@ from spectune.planning.memory_plan import cheapest_that_fits
 from spectune.planning.memory_plan import estimate as estimate_of
 from spectune.planning.shape import Shape
 from spectune.planning.workload import Workload
-from spectune.training.batching import Batches
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import decide, decide_run, possible_modes
 from spectune.training.distribution import World
 from spectune.training.peaks import MEMORY_STEPS
 from spectune.training.prepare import Prepared, steps_of_run
+from spectune.training.step_batches import Batches
 
 log = logging.getLogger("spectune")
 

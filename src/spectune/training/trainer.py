@@ -20,9 +20,9 @@ from spectune.training.config import TrainingConfig
 from spectune.training.decisions import check_graphs
 from spectune.training.display import Display
 from spectune.training.distribution import World
-from spectune.training.environment import environment
 from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
+from spectune.training.machine import environment
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
 from spectune.training.prepare import Prepared, prepare
 from spectune.training.run_folder import RunFolder, check_folder, load_end
