@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from spectune.reporting.plots.curves import data_plot, learning_plot
+from spectune.reporting.plots.drawing import Plot, style
 from spectune.reporting.plots.order import difference_plot, order_plot
 from spectune.reporting.plots.rates import rate_plots
 from spectune.reporting.plots.shares import comparison_figure
-from spectune.reporting.plots.style import Plot, style
 from spectune.reporting.plots.trade_offs import forgetting_plot, quality_plots
 from spectune.results.comparison_file import ComparisonResult
 

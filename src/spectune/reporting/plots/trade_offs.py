@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 
 from spectune.reporting import units
 from spectune.reporting.columns import loss_title
-from spectune.reporting.plots.labels import Labelled, label_points
-from spectune.reporting.plots.style import (
+from spectune.reporting.plots.drawing import (
     INK,
     MUTED,
     PAPER,
@@ -25,6 +24,7 @@ from spectune.reporting.plots.style import (
     new_figure,
     pad,
 )
+from spectune.reporting.plots.labels import Labelled, label_points
 from spectune.results.arm_result import ArmResult, arm_results, is_finite, undominated
 from spectune.results.comparison_file import ComparisonResult
 
