@@ -35,7 +35,7 @@ from spectune.evaluation import row_losses
 from spectune.methods import BY_NAME, METHODS, method_from_name
 from spectune.objectives import CAUSAL_LM
 from spectune.storage import PRECISIONS
-from spectune.training.environment import environment
+from spectune.training.machine import environment
 from spectune.training.prepare import pad_token_id
 
 PLAIN = "plain"

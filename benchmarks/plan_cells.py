@@ -21,10 +21,10 @@ from spectune.families import family_from_config
 from spectune.methods import method_from_name
 from spectune.planning import plan
 from spectune.training import TrainingConfig
-from spectune.training.batching import Batches
 from spectune.training.decisions import virtual_in_sequence
 from spectune.training.distribution import World
 from spectune.training.prediction import shape_of
+from spectune.training.step_batches import Batches
 
 #: steps whose peak is measured: the optimizer's states are made at the end of the first
 MEASURED_STEPS = 2

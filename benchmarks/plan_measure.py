@@ -22,12 +22,12 @@ from spectune.deltas import attach, detach
 from spectune.objectives import CAUSAL_LM
 from spectune.planning.estimate import CUDA_CONTEXT
 from spectune.storage.base_precision import quantise_base
-from spectune.training.batching import Batches
 from spectune.training.decisions import decide
 from spectune.training.distribution import World
 from spectune.training.loop import Loop
 from spectune.training.optimizers import make_optimizer
 from spectune.training.run_state import RunState, trained_parameters
+from spectune.training.step_batches import Batches
 
 #: of what is predicted: other processes are let onto the device only where so much more is free
 MARGIN = 1.1

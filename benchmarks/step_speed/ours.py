@@ -19,11 +19,11 @@ from spectune.data import Example, Row
 from spectune.deltas import Delta, attach
 from spectune.methods import method_from_name
 from spectune.training import TrainingConfig
-from spectune.training.batching import Batches
 from spectune.training.distribution import World
 from spectune.training.loop import Loop
 from spectune.training.optimizer import MasterAdamW
 from spectune.training.run_state import RunState
+from spectune.training.step_batches import Batches
 
 #: what each system sets of `TrainingConfig`; `base_precision` is applied to the base before the delta is attached
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -20,9 +20,9 @@ if TYPE_CHECKING:  # a function named like its file comes from the file: from th
     from spectune.comparing.experiment import compare as compare
     from spectune.deltas import Delta as Delta
     from spectune.deltas import Method as Method
-    from spectune.deltas.attach import attach as attach
-    from spectune.deltas.attach import detach as detach
-    from spectune.deltas.merge import merge as merge
+    from spectune.deltas.attaching import attach as attach
+    from spectune.deltas.attaching import detach as detach
+    from spectune.deltas.merging import merge as merge
     from spectune.deltas.routing import route as route
     from spectune.errors import ConfigError as ConfigError
     from spectune.errors import DataError as DataError

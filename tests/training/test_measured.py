@@ -13,7 +13,8 @@ from rich.console import Console
 
 from spectune.methods import FullFineTuning, LoRA
 from spectune.objectives import CAUSAL_LM
-from spectune.training import RunResult, TrainingConfig, batching, peaks, run_folder, train
+from spectune.objectives.causal_lm import CausalLM
+from spectune.training import RunResult, TrainingConfig, peaks, run_folder, step_batches, train
 from spectune.training import loop as loop_module
 from tests.support import make_model, make_rows, make_tokenizer
 
@@ -43,7 +44,7 @@ def test_speed_is_without_data_validation_checkpoints_and_the_first_steps(
         monkeypatch.setattr(owner, name, slow)
 
     monkeypatch.setattr(loop_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    taking(batching, "collate", 1000)
+    taking(step_batches, "collate", 1000)
     taking(loop_module, "row_losses", 1000)
     taking(run_folder, "save_checkpoint", 1000)
     taking(run_folder, "swap_best", 1000)
@@ -148,8 +149,9 @@ def test_on_cuda_all_steps_are_measured_and_validation_is_not_among_them(monkeyp
 
         monkeypatch.setattr(owner, name, grown)
 
-    using("labelled_loss_sum", 100)
-    using("row_losses", 500)
+    monkeypatch.setattr(loop_module, "CAUSAL_LM", objective := CausalLM())
+    using(objective, "loss_sum", 100)
+    using(loop_module, "row_losses", 500)
     monkeypatch.setattr(peaks, "PeakMemory", Fake)
     monkeypatch.setattr(peaks, "counts_tensors", lambda device_type: False)
     result = run(LoRA(r=2), max_steps=4, eval_steps=2)

@@ -30,13 +30,13 @@ from spectune.inference import is_out_of_memory
 from spectune.methods import method_from_dict
 from spectune.storage import load
 from spectune.training import TrainingConfig
-from spectune.training.batching import Batches
 from spectune.training.decisions import decide_run
 from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.loop import Loop
 from spectune.training.prepare import Prepared, prepare
 from spectune.training.run_state import RunState
+from spectune.training.step_batches import Batches
 
 #: optimizer steps; in the second the optimizer's state is there
 STEPS = 2

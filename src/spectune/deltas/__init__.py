@@ -9,24 +9,24 @@ Each file imports only files that stand above it here:
     hooks/                  what acts inside a forward pass
     folder, delta           one delta, and its files
     open_sites, attachment  the deltas of one model
-    packing                 packed batches
+    packed_batches          several documents in one sequence
     probes/                 what is proved by running the base
     tuned_base              full fine-tuning's delta
-    attach, routing, merge  the verbs
+    attaching, routing, merging  the verbs
 """
 
-from spectune.deltas.attach import attach, attached, detach, place, unplaced
+from spectune.deltas.attaching import attach, attached, detach, place, unplaced
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
 from spectune.deltas.folder import base_name
-from spectune.deltas.merge import merge, merge_and_measure
+from spectune.deltas.merging import merge, merge_and_measure
 from spectune.deltas.method import InitContext, Method
 from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule, ParameterModule
-from spectune.deltas.packing import packed, packing
+from spectune.deltas.packed_batches import packed, packing
+from spectune.deltas.probes.base_runs import cached_values, capture_keys_and_values
 from spectune.deltas.probes.documents import kernel_serves, why_not_packed
 from spectune.deltas.probes.embeddings import prove_reads_embeddings
 from spectune.deltas.probes.right_padding import why_mask_is_needed
-from spectune.deltas.probes.run import cached_values, capture_keys_and_values
 from spectune.deltas.probes.survey import uncalled
 from spectune.deltas.routing import route
 from spectune.deltas.site import AttentionSite, InputSite, OutputSite, ParameterSite, Site

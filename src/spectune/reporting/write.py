@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from spectune.files.atomic import atomic_write_bytes
 from spectune.reporting.page import comparison_page
-from spectune.reporting.plots import comparison_figure, comparison_plots, style
+from spectune.reporting.plots import comparison_figure, comparison_plots
+from spectune.reporting.plots.style import style
 from spectune.reporting.spreadsheets import comparison_csv, runs_csv
 from spectune.reporting.tables import comparison_markdown
 from spectune.results.comparison_file import ComparisonResult

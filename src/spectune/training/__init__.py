@@ -2,7 +2,7 @@
 
 from spectune.results.run_result import RunResult
 from spectune.training.config import TrainingConfig
-from spectune.training.environment import environment
+from spectune.training.machine import environment
 from spectune.training.trainer import train
 
 __all__ = ["RunResult", "TrainingConfig", "environment", "train"]

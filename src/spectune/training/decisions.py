@@ -7,7 +7,6 @@ import logging
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +30,11 @@ log = logging.getLogger("spectune")
 LAUNCH_SECONDS_PER_LAYER = 1.5e-3
 #: what a GPU computes of a block's operations
 OPERATIONS_PER_SECOND = 4e14
+#: what it takes to compile the blocks of a model, about; see docs/performance.md
+COMPILE_SECONDS = 60.0
+#: kind of device -> the share of a step that compiling saves, and the operations that training without it reaches in a
+#: second (on a fast device: what is long there is long on any)
+_COMPILING = {"cuda": (0.2, 3e14), "cpu": (0.1, 5e11)}
 #: `packing="auto"` packs where that leaves out so much of the tokens that are computed: below it, a step's time changes
 #: by less than it does from run to run, and each batch's shape would be another for it
 WORTH = 0.1
@@ -122,23 +126,6 @@ def possible_modes(
 # -- compiled blocks --------------------------------------------------------------------------------------------------
 
 
-class _Device(NamedTuple):
-    """What compiling the blocks of a model takes and gives on a kind of device; see docs/performance.md.
-
-    `compile_seconds`: what it takes, about. `saved`: the share of a step that it saves. `operations`: that training
-    without the compiler reaches in a second (on a fast one: what is long there is long on any). `layer_seconds`: of
-    forward and backward, at least, however small a layer is.
-    """
-
-    compile_seconds: float
-    saved: float
-    operations: float
-    layer_seconds: float
-
-
-_DEVICES = {"cuda": _Device(60.0, 0.2, 3e14, LAUNCH_SECONDS_PER_LAYER), "cpu": _Device(60.0, 0.1, 5e11, 0.0)}
-
-
 def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
     """Whether a run is so long that compiling saves more time than it takes.
 
@@ -146,12 +133,13 @@ def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, 
         tokens: of the whole run.
         length: of a row, on average.
     """
-    device = _DEVICES.get(device_type)
-    if device is None or (device_type == "cpu" and not has_cpu_compiler()):
+    if device_type not in _COMPILING or (device_type == "cpu" and not has_cpu_compiler()):
         return False
-    computed = tokens * flops_per_token(family, method, max(1, length)) / device.operations
-    eager_seconds = max(computed, steps * len(family.layers) * device.layer_seconds)
-    return eager_seconds * device.saved > device.compile_seconds
+    saved, operations_per_second = _COMPILING[device_type]
+    seconds = tokens * flops_per_token(family, method, max(1, length)) / operations_per_second
+    if device_type == "cuda":
+        seconds = max(seconds, steps * len(family.layers) * LAUNCH_SECONDS_PER_LAYER)
+    return seconds * saved > COMPILE_SECONDS
 
 
 @functools.cache

@@ -63,10 +63,9 @@ class Loop:
         self.run, self.execution = run, execution
         self.model, self.batches, self.world = run.delta.model, run.batches, run.batches.world
         self.max_in_flight = steps_ahead(self.model.device)
+        model, optimizer = self.model, run.optimizer  # not the loop itself: no circle keeps the optimizer's memory
         self.peaks = Peaks(
-            self.model.device,
-            lambda: [*self.model.parameters(), *run.optimizer.tensors()],
-            run.progress.peak_memory_bytes,
+            model.device, lambda: [*model.parameters(), *optimizer.tensors()], run.progress.peak_memory_bytes
         )
         self._first_step = run.progress.step
         self._in_flight: deque[_Step] = deque()

@@ -15,18 +15,18 @@ from spectune.data import Example
 from spectune.deltas import Delta
 from spectune.errors import DoesNotFitError, first_line
 from spectune.families import family_from_config
+from spectune.planning.device_memory import free_memory
 from spectune.planning.estimate import Estimate, shown
 from spectune.planning.memory_plan import cheapest_that_fits
 from spectune.planning.memory_plan import estimate as estimate_of
-from spectune.planning.room import free_memory
 from spectune.planning.shape import Shape
 from spectune.planning.workload import Workload
-from spectune.training.batching import Batches
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import decide, decide_run, possible_modes
 from spectune.training.distribution import World
 from spectune.training.peaks import MEMORY_STEPS
 from spectune.training.prepare import Prepared, steps_of_run
+from spectune.training.step_batches import Batches
 
 log = logging.getLogger("spectune")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,29 +12,32 @@ from spectune.blocks.execution import Packing
 from spectune.data import Example
 from spectune.deltas import Delta
 from spectune.errors import ConfigError, DivergedError
-from spectune.training.batching import Batches
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
 from spectune.training.optimizer import MasterAdamW, learning_rate_at
 from spectune.training.optimizers import make_optimizer
 from spectune.training.prepare import Prepared, total_steps
+from spectune.training.step_batches import Batches
 
 
-@dataclass
 class Keeper:
-    """What a run keeps as it goes, in memory or on disk."""
+    """What a run keeps as it goes, in memory or on disk; this one nothing."""
 
-    checkpoint: Callable[[], None]
-    keep_best: Callable[[], None]
-    log: Callable[[dict[str, Any]], None]
-    resume_hint: str
-    kept_state: Callable[[], str]
+    @property
+    def resume_hint(self) -> str:
+        """A sentence on how to go on after an interruption."""
+        return ""
 
-    @classmethod
-    def of_nothing(cls) -> Keeper:
-        """Keeps nothing."""
-        return cls(lambda: None, lambda: None, lambda _: None, "", lambda: "Nothing is kept.")
+    def checkpoint(self) -> None: ...
+
+    def keep_best(self) -> None: ...
+
+    def log(self, entry: dict[str, Any]) -> None: ...
+
+    def kept_state(self) -> str:
+        """A sentence on which weights are kept."""
+        return "Nothing is kept."
 
 
 @dataclass
@@ -54,7 +57,7 @@ class RunState:
     learning_rate: float
     total_steps: int
     progress: Progress = field(default_factory=Progress)
-    keeper: Keeper = field(default_factory=Keeper.of_nothing)
+    keeper: Keeper = field(default_factory=Keeper)
 
     @classmethod
     def of(cls, delta: Delta, prepared: Prepared, packing: Packing, world: World) -> RunState:

@@ -20,9 +20,9 @@ from spectune.training.config import TrainingConfig
 from spectune.training.decisions import check_graphs
 from spectune.training.display import Display
 from spectune.training.distribution import World
-from spectune.training.environment import environment
 from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
+from spectune.training.machine import environment
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
 from spectune.training.prepare import Prepared, prepare
 from spectune.training.run_folder import RunFolder, check_folder, load_end
@@ -68,20 +68,20 @@ def train(
     out = (console or Console()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
-    delta = _attached(model, tokenizer, method_or_delta, name, config.seed)
+    delta = _attach(model, tokenizer, method_or_delta, name, config.seed)
     prepared = prepare(model, tokenizer, delta.method, train_rows, valid_rows, config, delta.base_fingerprint)
     if finished is not None:
-        return _as_it_ended(finished, delta, prepared, out)
+        return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
     predicted = predict(delta, prepared, world, predictions, rehearsed)
     check_memory(predicted, delta, config.memory_check)
     execution = predicted.execution
     if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
         check_graphs(model.device.type, execution.packing.on, execution.recomputation)
-    run, folder = _begun(delta, tokenizer, prepared, execution, world, out)
+    run, folder = _start_or_resume(delta, tokenizer, prepared, execution, world, out)
     folder.begin(prepared.encoded, {**environment(), **execution.settings()}, origin or {})
     _announce(out, run, prepared, execution)
-    stopped = _driven(Loop(run, execution), folder, out, base_valid_loss)
+    stopped = _run_to_end(Loop(run, execution), folder, out, base_valid_loss)
     if config.load_best_at_end and run.progress.best_step != run.progress.step:
         delta.load_training_state_dict(folder.best)
     folder.keep_end()
@@ -92,7 +92,7 @@ def train(
     return result
 
 
-def _attached(
+def _attach(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method_or_delta: Method | Delta,
@@ -115,7 +115,7 @@ def _attached(
     return delta
 
 
-def _as_it_ended(finished: RunResult, delta: Delta, prepared: Prepared, out: Console) -> RunResult:
+def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out: Console) -> RunResult:
     """Of a run that was finished before: its weights and its result."""
     folder = prepared.config.output_dir
     assert folder is not None
@@ -125,7 +125,7 @@ def _as_it_ended(finished: RunResult, delta: Delta, prepared: Prepared, out: Con
     return finished
 
 
-def _begun(
+def _start_or_resume(
     delta: Delta,
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
@@ -144,7 +144,7 @@ def _begun(
     return run, RunFolder(folder if world.leads else None, run, best, prepared, tokenizer)
 
 
-def _driven(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
+def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
     """The run to its end. Returns whether that came early because validation stopped improving."""
     run = loop.run
     try:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from spectune.compute.evaluating import evaluating, rehearsing
 from spectune.compute.pack_layout import Kernel
 from spectune.deltas.attachment import Attachment
-from spectune.deltas.packing import packed, packing
+from spectune.deltas.packed_batches import packed, packing
 from spectune.deltas.probes.agreement import agree, apart
 from spectune.errors import first_line
 from spectune.families import token_embedding

@@ -15,7 +15,7 @@ from spectune.deltas.layout import Route
 from spectune.deltas.method import plain_tokens
 from spectune.deltas.modules import InputModule
 from spectune.deltas.probes.agreement import apart
-from spectune.deltas.probes.run import can_run
+from spectune.deltas.probes.base_runs import can_run
 from spectune.deltas.slots import get
 from spectune.errors import ConfigError
 from spectune.families import token_embedding

@@ -11,7 +11,7 @@ from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
 from spectune.deltas.hooks.attention_function import implementation
-from spectune.deltas.probes.run import attention_calls, can_run, first_logits
+from spectune.deltas.probes.base_runs import attention_calls, can_run, first_logits
 from spectune.deltas.probes.survey import NAMED, calls_of, some
 from spectune.deltas.site import AttentionSite, OutputSite
 from spectune.errors import ConfigError, SpectuneError, first_line

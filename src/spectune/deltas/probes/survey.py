@@ -21,7 +21,7 @@ from spectune.deltas.attachment import Attachment
 from spectune.deltas.method import Method
 from spectune.deltas.modules import OutputModule
 from spectune.deltas.open_sites import holder_of
-from spectune.deltas.probes.run import can_run, first_logits, run
+from spectune.deltas.probes.base_runs import can_run, first_logits, run
 from spectune.deltas.site import OutputSite, Site
 from spectune.errors import first_line
 from spectune.families import Family

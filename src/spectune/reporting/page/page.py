@@ -25,7 +25,7 @@ from spectune.reporting.columns import (
 from spectune.reporting.page import reproduce
 from spectune.reporting.page.examples import examples
 from spectune.reporting.page.svg import inline
-from spectune.reporting.plots.drawing import Plot
+from spectune.reporting.plots.style import Plot
 from spectune.reporting.text import clipped, plain
 from spectune.results.arm_result import ArmResult, arm_results
 from spectune.results.comparison_file import ComparisonResult

@@ -6,7 +6,7 @@ import re
 
 from markupsafe import Markup, escape
 
-from spectune.reporting.plots.drawing import COLOURS, GRID, INK, MUTED, PAPER
+from spectune.reporting.plots.style import COLOURS, GRID, INK, MUTED, PAPER
 
 #: colours of the figures and the variables of style.css that take their place
 VARIABLES = {

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 
 from spectune.reporting import units
 from spectune.reporting.artifacts import Curve, curve
-from spectune.reporting.plots.drawing import (
+from spectune.reporting.plots.labels import label_ends
+from spectune.reporting.plots.style import (
     Look,
     Plot,
     log_axis,
@@ -20,7 +21,6 @@ from spectune.reporting.plots.drawing import (
     new_figure,
     shortened,
 )
-from spectune.reporting.plots.labels import label_ends
 from spectune.results.comparison_file import ComparisonResult
 
 #: validations that make a curve; a run with fewer is drawn by its training loss

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 
-from spectune.reporting.plots.drawing import INK, MUTED
+from spectune.reporting.plots.style import INK, MUTED
 
 SIZE = 8.0
 #: where a label may lie, in points from its point: near first, right and above before the rest

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from spectune.reporting import units
 from spectune.reporting.columns import loss_title
-from spectune.reporting.plots.drawing import (
+from spectune.reporting.plots.style import (
     GRID,
     INK,
     MUTED,

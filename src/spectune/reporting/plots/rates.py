@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 
 from spectune.reporting import units
-from spectune.reporting.plots.drawing import (
+from spectune.reporting.plots.style import (
     INK,
     PAPER,
     Look,

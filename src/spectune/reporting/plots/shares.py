@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from spectune.reporting import units
-from spectune.reporting.plots.drawing import (
+from spectune.reporting.plots.labels import Labelled, label_points
+from spectune.reporting.plots.style import (
     MUTED,
     Look,
     fixed_ticks,
@@ -22,7 +23,6 @@ from spectune.reporting.plots.drawing import (
     shortened,
     style,
 )
-from spectune.reporting.plots.labels import Labelled, label_points
 from spectune.results.arm_result import ArmResult, arm_results, why_no_relative_performance
 from spectune.results.comparison_file import ComparisonResult
 

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 
 from spectune.reporting import units
 from spectune.reporting.columns import loss_title
-from spectune.reporting.plots.drawing import (
+from spectune.reporting.plots.labels import Labelled, label_points
+from spectune.reporting.plots.style import (
     INK,
     MUTED,
     PAPER,
@@ -24,7 +25,6 @@ from spectune.reporting.plots.drawing import (
     new_figure,
     pad,
 )
-from spectune.reporting.plots.labels import Labelled, label_points
 from spectune.results.arm_result import ArmResult, arm_results, is_finite, undominated
 from spectune.results.comparison_file import ComparisonResult
 

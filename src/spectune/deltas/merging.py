@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.deltas.attach import attached
+from spectune.deltas.attaching import attached
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
 from spectune.deltas.difference import Difference, measure, own_rounding, tokens_to_measure_on

@@ -14,7 +14,7 @@ from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta, ModuleDelta
 from spectune.deltas.method import InitContext, Method
-from spectune.deltas.probes.run import can_run, counts_padding
+from spectune.deltas.probes.base_runs import can_run, counts_padding
 from spectune.deltas.probes.sites import prove_that_sites_fire
 from spectune.deltas.probes.survey import settled_sites
 from spectune.deltas.tuned_base import TunedBase
