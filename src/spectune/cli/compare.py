@@ -26,11 +26,11 @@ QUICK_STEPS = 120
 
 Methods = Annotated[
     str | None,
-    typer.Option(help=f"Methods, parted by commas: {options.method_names()}.", show_default="all of them"),
+    typer.Option(help=f"Methods, comma-separated: {options.method_names()}.", show_default="all of them"),
 ]
 Test = Annotated[
     str | None,
-    typer.Option(help="Rows that final runs are judged on.", show_default="the validation rows"),
+    typer.Option(help="Rows that final runs are evaluated on.", show_default="the validation rows"),
 ]
 Quick = Annotated[
     bool,
@@ -38,7 +38,7 @@ Quick = Annotated[
 ]
 Thorough = Annotated[
     bool,
-    typer.Option("--thorough", help="Twice the search, 5 seeds, every memory figure in a process of its own."),
+    typer.Option("--thorough", help="Twice the search, 5 seeds, each memory figure measured in its own process."),
 ]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Final runs of each method.", show_default="3; 1 with --quick")]
 Fractions = Annotated[
@@ -48,13 +48,13 @@ Fractions = Annotated[
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="loss, exact_match, rouge_l, bleu, chrf, accuracy, or package.module:function; parted by commas.",
+        help="loss, exact_match, rouge_l, bleu, chrf, accuracy, or package.module:function; comma-separated.",
         show_default="by what the rows have",
     ),
 ]
 GenerateRows = Annotated[
     int | None,
-    typer.Option(min=0, help="Judged rows that every final run writes a completion for.", show_default="64"),
+    typer.Option(min=0, help="Rows that every final run generates completions for.", show_default="64"),
 ]
 Retain = Annotated[
     Path | None,

@@ -67,31 +67,32 @@ def loss_title(comparison: ComparisonResult) -> str:
     return "Test loss" if comparison.data.judged_on == "test" else "Valid loss"
 
 
-def quality_columns(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[Column]:
+@dataclass(frozen=True)
+class Columns:
+    """The columns of the tables over arms, after the method's own; those that no arm has a number for are left out."""
+
+    quality: list[Column]
+    metrics: list[Column]
+    training: list[Column]
+    overheads: list[Column]
+    storage: list[Column]
+
+
+def columns_of(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> Columns:
+    """With the learning rate, unless it was searched for: that has a table of its own."""
     loss = Column(
         loss_title(comparison), lambda r: units.with_interval(r.loss, r.loss_low, r.loss_high), lambda r: r.loss
     )
     # an interval takes the room of the perplexity, which says the same as the loss
-    plain = not any(row.loss_low is not None for row in rows)
-    return [METHOD, TRAINABLE, SHARE, loss, *([PERPLEXITY] if plain else []), RELATIVE, FORGETTING]
-
-
-def metric_columns(rows: Sequence[ArmResult]) -> list[Column]:
-    return [_metric(name) for name in metric_names(rows)]
-
-
-def training_columns(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[Column]:
-    """With the learning rate, unless it was searched for: that has a table of its own."""
+    perplexity = [] if any(row.loss_low is not None for row in rows) else [PERPLEXITY]
     rate = [] if comparison.searches else [LEARNING_RATE]
-    return [METHOD, *_present([*rate, MEMORY, PREDICTED, SPEED, TIME], rows)]
-
-
-def overhead_columns(rows: Sequence[ArmResult]) -> list[Column]:
-    return [METHOD, *_present([OVERHEAD, OVERHEAD_16], rows)]
-
-
-def storage_columns(rows: Sequence[ArmResult]) -> list[Column]:
-    return [METHOD, *_present([STORED, TEN_TASKS, SWAP], rows)]
+    return Columns(
+        quality=[TRAINABLE, SHARE, loss, *perplexity, RELATIVE, FORGETTING],
+        metrics=[_metric(name) for name in metric_names(rows)],
+        training=_present([*rate, MEMORY, PREDICTED, SPEED, TIME], rows),
+        overheads=_present([OVERHEAD, OVERHEAD_16], rows),
+        storage=_present([STORED, TEN_TASKS, SWAP], rows),
+    )
 
 
 def metric_title(name: str) -> str:

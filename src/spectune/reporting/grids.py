@@ -6,16 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from spectune.reporting import units
-from spectune.reporting.columns import (
-    METHOD,
-    Column,
-    metric_columns,
-    metric_text,
-    overhead_columns,
-    quality_columns,
-    storage_columns,
-    training_columns,
-)
+from spectune.reporting.columns import METHOD, Column, columns_of, metric_text
 from spectune.results.arm_result import ArmResult, arm_results, metric_names
 from spectune.results.comparison_file import ComparisonResult, Share
 
@@ -41,21 +32,22 @@ def grids(comparison: ComparisonResult) -> list[Grid]:
         f"Quality: {base.name} ({units.count(base.total_parameters)} weights, "
         f"validation loss {units.number(base.valid_loss)} before training)"
     )
-    found = [_over_arms(quality, quality_columns(comparison, rows), rows)]
-    found += [_metrics(comparison, rows)] if metric_names(rows) else []
-    found.append(_over_arms("Cost of training", training_columns(comparison, rows), rows))
-    overheads, storage = overhead_columns(rows), storage_columns(rows)
-    if len(overheads) == 2:
-        found.append(_over_arms("Cost of serving", [*overheads, *storage[1:]], rows))
+    columns = columns_of(comparison, rows)
+    found = [_over_arms(quality, columns.quality, rows)]
+    found += [_metrics(comparison, columns.metrics, rows)] if columns.metrics else []
+    found.append(_over_arms("Cost of training", columns.training, rows))
+    if len(columns.overheads) == 1:
+        found.append(_over_arms("Cost of serving", [*columns.overheads, *columns.storage], rows))
     else:  # too wide for one
-        found.append(_over_arms("Cost of serving: time", overheads, rows))
-        found.append(_over_arms("Cost of serving: storage", storage, rows))
+        found.append(_over_arms("Cost of serving: time", columns.overheads, rows))
+        found.append(_over_arms("Cost of serving: storage", columns.storage, rows))
     found += [_searches(comparison)] if comparison.searches else []
     found.append(_textbook(comparison, rows))
     return [grid for grid in found if len(grid.header) > 1]
 
 
 def _over_arms(title: str, columns: Sequence[Column], rows: Sequence[ArmResult]) -> Grid:
+    columns = [METHOD, *columns]
     return Grid(
         title,
         [column.title for column in columns],
@@ -64,10 +56,10 @@ def _over_arms(title: str, columns: Sequence[Column], rows: Sequence[ArmResult])
     )
 
 
-def _metrics(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> Grid:
+def _metrics(comparison: ComparisonResult, columns: Sequence[Column], rows: Sequence[ArmResult]) -> Grid:
     count = comparison.data.generated_rows
     where = f" (generation: {count:,} rows)" if count else ""
-    grid = _over_arms(f"Task metrics{where}", [METHOD, *metric_columns(rows)], rows)
+    grid = _over_arms(f"Task metrics{where}", columns, rows)
     bare = comparison.base.metrics
     if bare:
         grid.body.append(["Bare base", *(metric_text(name, bare.get(name)) for name in metric_names(rows))])

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from spectune.reporting.columns import (
-    metric_columns,
-    overhead_columns,
-    quality_columns,
-    storage_columns,
-    training_columns,
-)
+from spectune.reporting.columns import METHOD, columns_of
 from spectune.reporting.words import failure_lines, notes, verdict_sentences
 from spectune.results.arm_result import arm_results
 from spectune.results.comparison_file import ComparisonResult
@@ -19,8 +13,8 @@ from spectune.results.comparison_file import ComparisonResult
 def comparison_html(comparison: ComparisonResult) -> str:
     """The verdict, and quality and cost as one plain table with a caption; all text is escaped."""
     rows = arm_results(comparison)
-    columns = [*quality_columns(comparison, rows), *metric_columns(rows)]
-    columns += [*training_columns(comparison, rows)[1:], *overhead_columns(rows)[1:], *storage_columns(rows)[1:]]
+    of = columns_of(comparison, rows)
+    columns = [METHOD, *of.quality, *of.metrics, *of.training, *of.overheads, *of.storage]
     head = "".join(f'<th scope="col">{escape(column.title)}</th>' for column in columns)
     head += '<th scope="col">Best for (rule of thumb)</th>'
     body = ""

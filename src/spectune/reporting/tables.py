@@ -9,19 +9,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from spectune.reporting import words
 from spectune.reporting.grids import Grid, grids
 from spectune.reporting.spreadsheets import comparison_csv
 from spectune.reporting.text import one_line
-from spectune.reporting.words import (
-    evidence,
-    failure_lines,
-    metric_sentences,
-    notes,
-    recommendation_context,
-    recommendation_reasons,
-    recommendation_sentence,
-    verdict_sentences,
-)
 from spectune.results.comparison_file import ComparisonResult
 
 __all__ = ["comparison_csv", "comparison_markdown", "comparison_table"]
@@ -29,40 +20,40 @@ __all__ = ["comparison_csv", "comparison_markdown", "comparison_table"]
 
 def comparison_table(comparison: ComparisonResult) -> Group:
     """The verdict, the tables, the recommendation, failures, and what a reader must know."""
-    verdict = verdict_sentences(comparison)
+    verdict = words.verdict_sentences(comparison)
     parts: list[Any] = [_text(sentence, "" if number else "bold") for number, sentence in enumerate(verdict)]
-    parts += [_text(sentence) for sentence in metric_sentences(comparison)]
+    parts += [_text(sentence) for sentence in words.metric_sentences(comparison)]
     parts += [Text()] if parts else []
     parts += [part for grid in grids(comparison) for part in (_rich(grid), Text())]
-    pick = recommendation_sentence(comparison)
+    pick = words.recommendation_sentence(comparison)
     parts += [] if pick is None else [_text(pick, "bold")]
-    parts += [_text(f"- {reason}") for reason, _ in recommendation_reasons(comparison)]
-    parts += [_text(line) for line in recommendation_context(comparison)]
-    parts += [_text(line, "red") for line in failure_lines(comparison)]
-    parts += [_text(note, "dim") for note in notes(comparison)]
+    parts += [_text(f"- {reason}") for reason, _ in words.recommendation_reasons(comparison)]
+    parts += [_text(line) for line in words.recommendation_context(comparison)]
+    parts += [_text(line, "red") for line in words.failure_lines(comparison)]
+    parts += [_text(note, "dim") for note in words.notes(comparison)]
     return Group(*parts)
 
 
 def comparison_markdown(comparison: ComparisonResult) -> str:
     """The same as Markdown."""
     lines = []
-    verdict = verdict_sentences(comparison)
+    verdict = words.verdict_sentences(comparison)
     if verdict:
-        others = [f"- {_escaped(sentence)}" for sentence in [*verdict[1:], *metric_sentences(comparison)]]
+        others = [f"- {_escaped(sentence)}" for sentence in [*verdict[1:], *words.metric_sentences(comparison)]]
         lines += ["## Verdict", "", f"**{_escaped(verdict[0])}**", "", *others, "" if others else None]
-    pick = recommendation_sentence(comparison)
+    pick = words.recommendation_sentence(comparison)
     if pick is not None:
         reasons = [
-            f"- {_escaped(reason)}" + (f" ({_escaped(evidence(runs, comparison))})" if runs else "")
-            for reason, runs in recommendation_reasons(comparison)
+            f"- {_escaped(reason)}" + (f" ({_escaped(words.evidence(runs, comparison))})" if runs else "")
+            for reason, runs in words.recommendation_reasons(comparison)
         ]
         lines += ["## What we would pick, and why", "", f"**{_escaped(pick)}**", "", *reasons, ""]
-        lines += [text for line in recommendation_context(comparison) for text in (_escaped(line), "")]
+        lines += [text for line in words.recommendation_context(comparison) for text in (_escaped(line), "")]
     for grid in grids(comparison):
         rule = ["---" if number in grid.words else "---:" for number in range(len(grid.header))]
         lines += [f"## {_escaped(grid.title)}", "", _line(grid.header), _line(rule), *map(_line, grid.body), ""]
-    lines += [f"- {_escaped(line)}" for line in failure_lines(comparison)]
-    lines += [f"- {_escaped(note)}" for note in notes(comparison)]
+    lines += [f"- {_escaped(line)}" for line in words.failure_lines(comparison)]
+    lines += [f"- {_escaped(note)}" for note in words.notes(comparison)]
     return "\n".join(line for line in lines if line is not None) + "\n"
 
 

@@ -14,7 +14,7 @@ from spectune.files.atomic import atomic_write_text
 from spectune.files.strict_json import strict_json
 from spectune.results.recommendation import Recommendation
 from spectune.results.record import Record, first_problem
-from spectune.results.run import RunRecord
+from spectune.results.run_result import RunRecord
 from spectune.results.verdict_record import Verdict
 
 FILE = "comparison.json"

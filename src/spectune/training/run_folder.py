@@ -19,7 +19,7 @@ from spectune.data import Encoded, Row
 from spectune.deltas import Delta
 from spectune.errors import ConfigError, DataError
 from spectune.files.strict_json import strict_json
-from spectune.results.run import RunResult
+from spectune.results.run_result import RunResult
 from spectune.storage import atomic_write_text
 from spectune.training.checkpoint import TRAINING_FILE, save_checkpoint, swap_best
 from spectune.training.identity import write_identity

@@ -14,7 +14,7 @@ from spectune.blocks.execution import Execution
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
-from spectune.results.run import RunResult
+from spectune.results.run_result import RunResult
 from spectune.training.checkpoint import latest_checkpoint, read_state, restore
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import check_graphs

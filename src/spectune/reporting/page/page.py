@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from spectune.reporting import units
+from spectune.reporting import units, words
 from spectune.reporting.columns import (
     LEARNING_RATE,
     PERPLEXITY,
@@ -19,27 +19,14 @@ from spectune.reporting.columns import (
     SEEDS,
     VALID_LOSS,
     Column,
+    columns_of,
     loss_title,
-    metric_columns,
-    overhead_columns,
-    quality_columns,
-    storage_columns,
-    training_columns,
 )
 from spectune.reporting.page import reproduce
 from spectune.reporting.page.examples import examples
 from spectune.reporting.page.svg import inline
 from spectune.reporting.plots.style import Plot
 from spectune.reporting.text import clipped, plain
-from spectune.reporting.words import (
-    failure_lines,
-    metric_sentences,
-    notes,
-    recommendation_context,
-    recommendation_reasons,
-    recommendation_sentence,
-    verdict_sentences,
-)
 from spectune.results.arm_result import ArmResult, arm_results
 from spectune.results.comparison_file import ComparisonResult
 
@@ -80,20 +67,20 @@ def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[
     )
     environment.filters["anchors"] = lambda proofs: _anchors(proofs, comparison, runs)
     environment.filters["plain"] = plain
-    verdict = verdict_sentences(comparison)
+    verdict = words.verdict_sentences(comparison)
     return environment.get_template("page.html.j2").render(
         title=f"Fine-tuning {clipped(comparison.base.name, 80)}: {len(rows)} methods compared",
         facts=_facts(comparison, rows),
         headline=verdict[0] if verdict else _without_verdict(rows),
-        sentences=[*verdict[1:], *metric_sentences(comparison)],
-        pick=recommendation_sentence(comparison),
-        reasons=recommendation_reasons(comparison),
-        context=recommendation_context(comparison),
+        sentences=[*verdict[1:], *words.metric_sentences(comparison)],
+        pick=words.recommendation_sentence(comparison),
+        reasons=words.recommendation_reasons(comparison),
+        context=words.recommendation_context(comparison),
         groups=groups,
         columns=columns,
         table=[(row, [_cell(column, row) for column in columns]) for row in rows],
-        failures=failure_lines(comparison),
-        notes=notes(comparison),
+        failures=words.failure_lines(comparison),
+        notes=words.notes(comparison),
         verdict_plots=_pick(shown, "verdict", "differences"),
         quality_plots=_pick(
             shown, "quality-and-share", "quality-and-memory", "quality-and-time", "forgetting-and-quality"
@@ -114,16 +101,15 @@ def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[
 
 def _groups(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[tuple[str, list[Column]]]:
     """The columns of the large table, after the method's own."""
-    quality = quality_columns(comparison, rows)[1:]
-    training = [column for column in training_columns(comparison, rows)[1:] if column is not LEARNING_RATE]
-    if loss_title(comparison) == "Test loss":
-        quality.insert(quality.index(RELATIVE), VALID_LOSS)
-    if PERPLEXITY not in quality:
-        quality.insert(quality.index(RELATIVE), PERPLEXITY)
+    of = columns_of(comparison, rows)
+    training = [column for column in of.training if column is not LEARNING_RATE]
+    for column, wanted in ((VALID_LOSS, loss_title(comparison) == "Test loss"), (PERPLEXITY, True)):
+        if wanted and column not in of.quality:
+            of.quality.insert(of.quality.index(RELATIVE), column)
     return [
-        ("Quality", [*quality, *metric_columns(rows)]),
+        ("Quality", [*of.quality, *of.metrics]),
         ("Training", [LEARNING_RATE, *training, SEEDS]),
-        ("Serving", [*overhead_columns(rows)[1:], *storage_columns(rows)[1:]]),
+        ("Serving", [*of.overheads, *of.storage]),
         ("Rule of thumb", [Column("Best for", lambda row: row.best_for)]),
     ]
 
