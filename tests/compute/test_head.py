@@ -36,8 +36,8 @@ import spectune
 from spectune.compute import losses
 from spectune.compute.head import LinearHead, linear_head
 from spectune.compute.losses import causal_lm_loss_sum, labelled_loss_sum
-from spectune.planning.recorder import Recorder
 from spectune.planning.shape import Shape
+from spectune.planning.tracer import Tracer
 
 V = 37
 SIZES: dict[str, Any] = {
@@ -376,7 +376,7 @@ def test_a_model_on_the_meta_device_is_read_too() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(TYPES["gemma2"][0]())
         given = {name: torch.zeros(1, 2, dtype=torch.int64) for name in ("input_ids", "position_ids")}
-    with Recorder(Shape(1, 2, 1, 1), ()):  # answers what masks ask of values
+    with Tracer(Shape(1, 2, 1, 1), ()):  # answers what masks ask of values
         head = linear_head(model, {**given, "use_cache": False})
     assert head is not None
     assert head.softcap == 2.0

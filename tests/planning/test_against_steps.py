@@ -30,7 +30,8 @@ from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import plan
 from spectune.planning.planner import Planner
 from spectune.planning.shape import Shape
-from spectune.planning.step import record_step, skeleton
+from spectune.planning.skeleton import skeleton
+from spectune.planning.training_step import trace_step
 from spectune.planning.workload import Workload
 from tests.contract.families import FAMILIES, VOCABULARY
 from tests.planning.steps import batch, fake_peak, real_peak
@@ -63,9 +64,9 @@ def test_every_method(family: str, method: str) -> None:
 def test_the_step_that_is_recorded_has_the_chunked_loss(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """How a model makes its logits is found on the meta device too: no tensor is as large as those of all targets."""
     monkeypatch.setattr("spectune.compute.linear_cross_entropy._CHUNK_BYTES_ON_CPU", 0)
-    built = skeleton(Workload.of(FAMILIES[family]().config, "lora", torch.float32, "cpu"), 60)
-    record = record_step(built, Shape(10, 60, 60, 600))
-    made = {size for size, label in zip(record.sizes, record.labels, strict=True) if label == "logits"}
+    built = skeleton(Workload.of(FAMILIES[family]().config, "lora", torch.float32, "cpu"), Execution(), 60)
+    trace = trace_step(built, Shape(10, 60, 60, 600))
+    made = {size for size, label in zip(trace.sizes, trace.labels, strict=True) if label == "logits"}
     assert 4 * 200 * VOCABULARY in made  # probabilities of three chunks
     assert 4 * 600 * VOCABULARY not in made
 

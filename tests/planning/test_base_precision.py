@@ -9,11 +9,13 @@ import torch
 from transformers import LlamaConfig
 
 import spectune
+from spectune.blocks.execution import Execution
 from spectune.compute.fp8 import FrozenFp8Linear
 from spectune.errors import ConfigError
 from spectune.methods import FullFineTuning, LoRA
 from spectune.planning.shape import Shape
-from spectune.planning.step import record_step, skeleton
+from spectune.planning.skeleton import skeleton
+from spectune.planning.training_step import trace_step
 from spectune.planning.workload import Workload
 from spectune.storage import PRECISIONS, load_config
 
@@ -57,13 +59,13 @@ def test_the_step_over_fp8_keeps_no_more_from_forward_to_backward() -> None:
     shape = Shape(2, 64, 63, 126)
     kept = []
     for precision in (None, "fp8"):
-        built = skeleton(Workload.of(config, LoRA(r=4), torch.bfloat16, base_precision=precision), 64)
-        record = record_step(built, shape)
-        cut = dict(record.marks)["head"]
+        built = skeleton(Workload.of(config, LoRA(r=4), torch.bfloat16, base_precision=precision), Execution(), 64)
+        trace = trace_step(built, shape)
+        cut = dict(trace.marks)["head"]
         live: set[int] = set()
-        for event in record.events[:cut]:
+        for event in trace.events[:cut]:
             (live.add if event >= 0 else live.discard)(max(event, ~event))
-        kept.append(sum(record.sizes[number] for number in live))
+        kept.append(sum(trace.sizes[number] for number in live))
     assert any(isinstance(m, FrozenFp8Linear) for m in built.model.modules())
     assert kept[1] <= kept[0]
 

@@ -115,13 +115,11 @@ def test_packs_in_a_deep_model_from_few_layers(method: str, kernel: Any) -> None
     config = llama().config
     config.num_hidden_layers = 7
     packs = Shape(2, 40, 38, 74, documents=((25, 15), (20, 10, 8)), kernel=kernel)
-    short, whole = (
-        Planner(Workload.of(config, method_from_name(method), torch.float32, "cpu"), Execution()) for _ in "12"
-    )
-    whole._build(packs.length, whole=True)
+    workload = Workload.of(config, method, torch.float32, "cpu")
+    short, whole = (Planner(workload, Execution(), all_layers=every) for every in (False, True))
     assert short.peak(packs) == whole.peak(packs)
-    assert short.repeats
-    assert not whole.repeats
+    assert short.built.repeats
+    assert not whole.built.repeats
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "prefix"])

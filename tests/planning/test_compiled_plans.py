@@ -17,24 +17,21 @@ from spectune.planning import plan
 from spectune.planning.planner import Planner
 from spectune.planning.shape import Shape
 from spectune.planning.workload import Workload
-from tests.planning.test_compiled import LENGTH, ROWS, SHAPE, fresh_compiler, llama
+from tests.planning.test_compiled_blocks import LENGTH, ROWS, SHAPE, fresh_compiler, llama
 
 __all__ = ["fresh_compiler"]
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
 def test_few_layers_stand_for_many(method: str) -> None:
-    short, whole = (
-        Planner(Workload.of(llama(7), method_from_name(method), torch.bfloat16, "cuda"), Execution(compiled=True))
-        for _ in "12"
-    )
-    whole._build(LENGTH, whole=True)
+    workload = Workload.of(llama(7), method, torch.bfloat16, "cuda")
+    short, whole = (Planner(workload, Execution(compiled=True), all_layers=every) for every in (False, True))
     assert short.peak(SHAPE) == whole.peak(SHAPE)
     assert short.step(SHAPE).peak_reserved == whole.step(SHAPE).peak_reserved
     assert short.execution.compiled
     assert whole.execution.compiled
-    assert short.repeats
-    assert not whole.repeats
+    assert short.built.repeats
+    assert not whole.built.repeats
 
 
 def test_a_plan_does_not_depend_on_when_garbage_is_collected() -> None:

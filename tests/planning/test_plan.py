@@ -18,10 +18,10 @@ from spectune.blocks.recompute import ORDER
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from spectune.planning import plan
+from spectune.planning.device_memory import free_memory
 from spectune.planning.estimate import TERMS, Estimate, shown
 from spectune.planning.kernels import cudnn_head_limit, kernel_for
 from spectune.planning.planner import Planner
-from spectune.planning.room import free_memory
 from spectune.planning.shape import Shape
 from spectune.planning.workload import Workload
 from spectune.sizes import bytes_of
@@ -199,12 +199,11 @@ def test_layers_of_two_kinds_are_both_recorded() -> None:
     config.layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * 4
     for method in (FullFineTuning(), LoRA(), PromptTuning()):
         short = Planner(Workload.of(config, method, torch.bfloat16, "cuda"), Execution())
-        whole = Planner(Workload.of(config, method, torch.bfloat16, "cuda"), Execution())
+        whole = Planner(Workload.of(config, method, torch.bfloat16, "cuda"), Execution(), all_layers=True)
         shape = Shape(2, 40, 39, 78)
-        whole._build(40, whole=True)
         assert short.peak(shape) == whole.peak(shape)
-        assert short.repeats
-        assert not whole.repeats
+        assert short.built.repeats
+        assert not whole.built.repeats
 
 
 def test_weights_in_some_layers_only_are_traced_whole() -> None:

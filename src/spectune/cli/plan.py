@@ -151,7 +151,7 @@ class Plans:
     @classmethod
     def of(cls, methods: Sequence[Method], settings: Settings, memory: str | None, *, needs_rows: bool) -> Plans:
         """From the command's flags; `needs_rows`: the embedded rows are taken where there is no --data."""
-        from spectune.planning.room import free_memory
+        from spectune.planning.device_memory import free_memory
         from spectune.planning.workload import context_of
         from spectune.sizes import bytes_of
         from spectune.storage.bases import load_config

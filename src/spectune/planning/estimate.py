@@ -10,7 +10,7 @@ from spectune.blocks.recompute import ORDER, Recomputation
 from spectune.planning.moments import TERMS, Moment
 from spectune.planning.planner import Planner
 from spectune.planning.shape import Shape
-from spectune.planning.step import FEW
+from spectune.planning.skeleton import FEW
 from spectune.sizes import bytes_of
 
 #: what a process holds of a CUDA device beside torch's allocator: the driver's context, kernels, handles
@@ -36,7 +36,7 @@ class Question:
         """The plan of the batch."""
         planner, shape, workload = self.planner, self.shape, self.planner.workload
         step, validation = planner.step(shape), self._validation(shape)
-        built = planner.built
+        built, whole = planner.built, planner.built.whole
         return Estimate(
             model=workload.name,
             method=workload.method.name,
@@ -49,9 +49,9 @@ class Question:
             optim=workload.optim,
             torch_compile=planner.execution.compiled,
             cuda_graphs=planner.graphs,
-            recordings=planner.recordings(shape),
-            trainable_parameters=sum(parameter.numel() for parameter in built.trained),
-            total_parameters=built.family.num_parameters,
+            recordings=planner.graph_buffers(shape),
+            trainable_parameters=sum(parameter.numel() for parameter in whole.trained),
+            total_parameters=whole.family.num_parameters,
             **step.largest,
             peak_allocated=step.peak_allocated,
             peak_reserved=step.peak_reserved,
@@ -59,7 +59,7 @@ class Question:
             host=built.host_bytes,
             validation=validation,
             moments=step.moments,
-            source="trace" if planner.repeats or built.depth <= FEW else "full trace",
+            source="trace" if built.repeats or whole.depth <= FEW else "full trace",
             question=self,
         )
 

@@ -14,9 +14,9 @@ from spectune.blocks.execution import Execution
 from spectune.blocks.recompute import Recomputation, modes
 from spectune.deltas import Method
 from spectune.errors import ConfigError
+from spectune.planning.device_memory import free_memory
 from spectune.planning.estimate import Estimate, Question
 from spectune.planning.planner import Planner
-from spectune.planning.room import free_memory
 from spectune.planning.shape import Shape
 from spectune.planning.workload import Workload
 from spectune.sizes import bytes_of

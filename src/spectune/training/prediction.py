@@ -15,10 +15,10 @@ from spectune.data import Example
 from spectune.deltas import Delta
 from spectune.errors import DoesNotFitError, first_line
 from spectune.families import family_from_config
+from spectune.planning.device_memory import free_memory
 from spectune.planning.estimate import Estimate, shown
 from spectune.planning.memory_plan import cheapest_that_fits
 from spectune.planning.memory_plan import estimate as estimate_of
-from spectune.planning.room import free_memory
 from spectune.planning.shape import Shape
 from spectune.planning.workload import Workload
 from spectune.training.batching import Batches

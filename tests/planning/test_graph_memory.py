@@ -20,8 +20,8 @@ from spectune.deltas import Delta, attach
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
 from spectune.planning import plan
+from spectune.planning.graph_memory import split_by_graph_pool
 from spectune.planning.planner import Planner
-from spectune.planning.recordings import apart
 from spectune.planning.shape import Shape
 from spectune.planning.workload import Workload
 from tests.planning.steps import batch
@@ -79,7 +79,7 @@ def test_what_stays_is_what_is_planned(make: Callable[[], PreTrainedModel], meth
     model = make()
     length = min(LENGTH, 64 - method.virtual_tokens)
     planner = Planner(Workload.of(model, method, torch.float32, "cpu"), Execution(graphs=True))
-    static = planner._record(Shape(ROWS, length, length - 1, ROWS * (length - 1))).static
+    static = planner.trace(Shape(ROWS, length, length - 1, ROWS * (length - 1))).buffers
     found = places(recorded(model, attach(model, method), batch(ROWS, length, 60)))
     assert found["outputs"] == sum(static.outputs)
     assert found["arguments"] == sum(static.arguments)
@@ -92,8 +92,8 @@ def test_by_hand() -> None:
     """Of LoRA on a frozen base: the first block's input has no gradient, the last one's output has."""
     delta = attach(llama(), LoRA(r=4))
     planner = Planner(Workload.of(llama(), LoRA(r=4), torch.float32, "cpu"), Execution(graphs=True))
-    static = planner._record(SHAPE).static
-    assert planner.repeats, "few layers stand for all"
+    static = planner.trace(SHAPE).buffers
+    assert planner.built.repeats, "few layers stand for all"
     assert sorted(static.outputs) == [HIDDEN] * DEPTH
     assert sorted(static.hidden) == [HIDDEN] * DEPTH
     assert sum(static.weights) == 4 * delta.num_parameters()
@@ -104,8 +104,8 @@ def test_by_hand() -> None:
 def test_a_mask_is_copied_once() -> None:
     whole, padded = (
         Planner(Workload.of(gpt2(), LoRA(), torch.float32, "cpu"), Execution(graphs=True))
-        ._record(Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1), padded))
-        .static
+        .trace(Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1), padded))
+        .buffers
         for padded in (False, True)
     )
     model = gpt2()
@@ -130,9 +130,9 @@ def test_recording_makes_no_more_at_once_than_is_planned() -> None:
     # positions are an argument that no block here reads
     assert sum(there.values()) - made == 8 * LENGTH
     planner = Planner(Workload.of(gpt2(), FullFineTuning(), torch.float32, "cpu"), Execution(graphs=True))
-    found = planner._record(SHAPE)
+    found = planner.trace(SHAPE)
     most = tracker.peak_bytes - before
-    planned = sum(found.static.new) + max(apart(found)[0])
+    planned = sum(found.buffers.extra) + max(split_by_graph_pool(found)[0])
     assert most <= 1.02 * planned
     assert most > sum(there.values())
 
@@ -142,10 +142,10 @@ def test_terms_and_peaks_have_what_stays() -> None:
     plain, graphs = (plan(base, "lora", **asked, cuda_graphs=wanted) for wanted in (False, True))
     assert (plain.cuda_graphs, graphs.cuda_graphs) == (False, True)
     assert plain.recordings == 0
-    record = Planner(Workload.of(base, LoRA(), torch.bfloat16, "cuda"), Execution(graphs=True))._record(
+    trace = Planner(Workload.of(base, LoRA(), torch.bfloat16, "cuda"), Execution(graphs=True)).trace(
         Shape(8, 128, 127, 8 * 127)
     )
-    new, inside = sum(record.static.new), max(apart(record)[0])
+    new, inside = sum(trace.buffers.extra), max(split_by_graph_pool(trace)[0])
     assert 0 < new <= graphs.recordings
     # whatever moment it is, recordings are there and all memory that blocks take in any
     for before, after in zip(plain.moments, graphs.moments, strict=True):

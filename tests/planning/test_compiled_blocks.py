@@ -17,8 +17,8 @@ from spectune.blocks.execution import Execution
 from spectune.deltas import attach
 from spectune.methods import method_from_name
 from spectune.planning.planner import Planner
-from spectune.planning.recorder import Record
 from spectune.planning.shape import Shape
+from spectune.planning.trace import Trace
 from spectune.planning.workload import Workload
 from spectune.training.decisions import has_cpu_compiler
 
@@ -46,9 +46,9 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def alive(record: Record, until: int) -> set[int]:
+def alive(trace: Trace, until: int) -> set[int]:
     found: set[int] = set()
-    for event in record.events[:until]:
+    for event in trace.events[:until]:
         (found.add if event >= 0 else found.discard)(max(event, ~event))
     return found
 
@@ -59,11 +59,11 @@ def kept_by_plan(model: PreTrainedModel, method: str, checkpointing: Any) -> int
         Workload.of(model, method_from_name(method), torch.float32, "cpu"),
         Execution(recomputation=checkpointing, compiled=True),
     )
-    record = planner._record(SHAPE)
+    trace = planner.trace(SHAPE)
     assert planner.execution.compiled, "the compiler could not trace a block"
-    marks = dict(record.marks)
-    made = {event for event in record.events[marks["F1"] : marks["F2"]] if event >= 0}
-    return sum(record.sizes[number] for number in made & alive(record, marks["head"]))
+    marks = dict(trace.marks)
+    made = {event for event in trace.events[marks["F1"] : marks["F2"]] if event >= 0}
+    return sum(trace.sizes[number] for number in made & alive(trace, marks["head"]))
 
 
 def kept_by_blocks(model: PreTrainedModel, method: str, backend: str, checkpointing: Any) -> int:

@@ -1,57 +1,57 @@
-"""A step at full depth, made of the recorded few layers by repeating some of them."""
+"""A step at full depth, made of the few layers that were traced by repeating some of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spectune.planning.recorder import Record
+from spectune.planning.trace import Trace
 
 
-class NotAlikeError(Exception):
+class UnlikeLayersError(Exception):
     """Neighbouring layers did not make the same tensors, so that one cannot stand for the others."""
 
 
-def deepened(record: Record, repeats: Sequence[tuple[int, int]]) -> Record:
+def repeat_layers(trace: Trace, repeats: Sequence[tuple[int, int]]) -> Trace:
     """The step with some layers run several times more.
 
     Args:
-        repeats: a recorded layer's number, whose neighbours on both sides are of its kind, and how many copies of it
+        repeats: the number of a traced layer, whose neighbours on both sides are of its kind, and how many copies of it
             stand between it and the layer above.
 
-    What a copy makes, frees of its own and frees of its neighbours' is what the recorded layer does; what all layers
+    What a copy makes, frees of its own and frees of its neighbours' is what the traced layer does; what all layers
     share is freed by the last that frees it.
 
     Raises:
-        NotAlikeError: a layer's neighbours made other tensors than it did.
+        UnlikeLayersError: a layer's neighbours made other tensors than it did.
     """
     if not repeats:
-        return record
-    parts = _parts(record)
-    deeper = _Deeper(record)
+        return trace
+    parts = _parts(trace)
+    deeper = _Deeper(trace)
     for layer, copies in repeats:
         for kind in ("F", "B"):
             if f"{kind}{layer}" in parts:
                 below, own, above = (_made(parts[f"{kind}{number}"]) for number in (layer - 1, layer, layer + 1))
                 deeper.name_copies(layer, copies, below, own, above)
     copies_of = dict(repeats)
-    deeper.play(record.events[: record.marks[0][1]], -1)
-    for name, _ in record.marks:
-        deeper.record.marks.append((name, len(deeper.record.events)))
+    deeper.play(trace.events[: trace.marks[0][1]], -1)
+    for name, _ in trace.marks:
+        deeper.trace.marks.append((name, len(deeper.trace.events)))
         # what comes after the last layer sees what that leaves
-        layer = len(record.marks) if name == "head" else int(name[1:])
+        layer = len(trace.marks) if name == "head" else int(name[1:])
         if layer in copies_of:
             order = range(copies_of[layer] + 1) if name[0] == "F" else range(copies_of[layer], -1, -1)
             for copy in order:
                 deeper.play(parts[name], layer, copy, last=copy == order[-1])
         else:
             deeper.play(parts[name], layer)
-    return deeper.record
+    return deeper.trace
 
 
-def _parts(record: Record) -> dict[str, list[int]]:
+def _parts(trace: Trace) -> dict[str, list[int]]:
     """The events after each mark, up to the next one."""
-    ends = [at for _, at in record.marks[1:]] + [len(record.events)]
-    return {name: record.events[at:end] for (name, at), end in zip(record.marks, ends, strict=True)}
+    ends = [at for _, at in trace.marks[1:]] + [len(trace.events)]
+    return {name: trace.events[at:end] for (name, at), end in zip(trace.marks, ends, strict=True)}
 
 
 def _made(events: list[int]) -> list[int]:
@@ -59,21 +59,21 @@ def _made(events: list[int]) -> list[int]:
 
 
 class _Deeper:
-    """The longer record while it is made."""
+    """The longer trace while it is made."""
 
-    def __init__(self, record: Record) -> None:
-        self.record = Record(list(record.sizes), list(record.labels))
-        #: (layer, copy) -> recorded number -> number: what a tensor is when that layer's events are played as that copy
+    def __init__(self, trace: Trace) -> None:
+        self.trace = Trace(list(trace.sizes), list(trace.labels))
+        #: (layer, copy) -> traced number -> number: what a tensor is when that layer's events are played as that copy
         self._names: dict[tuple[int, int], dict[int, int]] = {}
-        #: layer -> recorded number -> number, seen from the layers above, whose neighbour is the last copy
+        #: layer -> traced number -> number, seen from the layers above, whose neighbour is the last copy
         self._last: dict[int, dict[int, int]] = {}
         self._alive: set[int] = set()
 
     def name_copies(self, layer: int, copies: int, below: list[int], own: list[int], above: list[int]) -> None:
-        sizes, labels = self.record.sizes, self.record.labels
+        sizes, labels = self.trace.sizes, self.trace.labels
         made = [[sizes[number] for number in part] for part in (below, own, above)]
         if made[0] != made[1] or made[1] != made[2]:
-            raise NotAlikeError
+            raise UnlikeLayersError
         names = [self._names.setdefault((layer, copy), {}) for copy in range(copies + 1)]
         last = self._last.setdefault(layer, {})
         for lower, number, upper in zip(below, own, above, strict=True):
@@ -97,8 +97,8 @@ class _Deeper:
             if seen is None:
                 seen = next((names[number] for names in lower if number in names), number)
             if event >= 0:
-                self.record.events.append(seen)
+                self.trace.events.append(seen)
                 self._alive.add(seen)
             elif seen in self._alive and (last or number in mine):
-                self.record.events.append(~seen)
+                self.trace.events.append(~seen)
                 self._alive.remove(seen)

@@ -15,7 +15,13 @@ FLOAT = 4
 Event = tuple[str, int]
 
 
-class Stepping:
+def steps_in_backward(optim: str) -> bool:
+    """Whether each weight is stepped as soon as its gradient is there, which then goes: what that takes is part of what
+    backward does."""
+    return optim == "adamw_in_backward"
+
+
+class OptimizerStep:
     """AdamW in one of its forms (the setting `optim`) over some weights.
 
     Attributes:
@@ -29,18 +35,13 @@ class Stepping:
         self.groups = _groups(trained, optim)
         self.states = [size for group in self.groups for p in _matrices_first(group) for size in self._stays(p)]
 
-    @property
-    def in_backward(self) -> bool:
-        """Whether weights are stepped in backward, where what a step makes is part of what backward does."""
-        return self.optim == "adamw_in_backward"
-
     def events(self, *, first: bool) -> Iterator[Event]:
         """The step after backward: a name and bytes, negative for what is freed.
 
         Args:
             first: states are made in this step.
         """
-        if self.in_backward:
+        if steps_in_backward(self.optim):
             if first:
                 yield from (("state", size) for size in self.states)
             return

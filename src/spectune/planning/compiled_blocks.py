@@ -1,8 +1,8 @@
-"""Compiled blocks in a recorded step: the compiler's own graphs of a block, run for what they do to memory alone.
+"""Compiled blocks in a traced step: the compiler's own graphs of a block, run for what they do to memory alone.
 
 Dynamo traces a block and autograd's ahead-of-time tracing makes one graph of its forward and backward, which torch's
-partitioner cuts in two, all of it as in a run and all of it without a device. What would then become kernels is
-followed in `fusion.py` instead, and each call of the block makes and frees those buffers.
+partitioner cuts in two, all of it as in a run and all of it without a device. What the code of these graphs would hold
+in memory is worked out in `liveness.py`, and each call of the block allocates and frees just that.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import contextlib
 import functools
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,11 +21,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from spectune.blocks.call import Wrapper, wrap
 from spectune.blocks.compile import CompiledCall, block_of, compiler_settings
-from spectune.planning.fusion import Buffer, Schedule, Source, schedule
 from spectune.planning.kernels import attend_as, scratch_of
-
-if TYPE_CHECKING:
-    from spectune.planning.recorder import Recorder
+from spectune.planning.liveness import Output, Schedule, schedule
+from spectune.planning.tracer import Tracer
 
 
 class CompiledBlocks:
@@ -33,24 +31,21 @@ class CompiledBlocks:
     are. A block that the compiler cannot trace as a whole raises `torch._dynamo.exc.TorchDynamoException`."""
 
     def __init__(self, layers: Sequence[nn.Module], memory_budget: float) -> None:
-        #: told of what blocks make
-        self.recorder: Recorder | None = None
         self.memory_budget = memory_budget
         self.run: Callable[..., Any] | None = None
-        # which kernel attention takes is asked of this machine: not to be traced
+        # which kernel attention takes follows from this machine's device: not to be traced
         torch.compiler.allow_in_graph(attend_as)  # type: ignore[no-untyped-call]
         wrap(layers, Wrapper.COMPILED, lambda _, layer, inner: _Call(self, layer))
 
     @contextlib.contextmanager
-    def running(self, recorder: Recorder) -> Iterator[None]:
-        """Inside, layers run compiled, for one shape of a batch, and the recorder is told."""
-        # a graph that breaks would leave tensors between its parts that nobody tells of
-        self.run = torch.compile(block_of(), backend=_backend(self), dynamic=False, fullgraph=True)
-        self.recorder = recorder
+    def running(self, tracer: Tracer) -> Iterator[None]:
+        """Inside, layers run compiled, for one shape of a batch, and the tracer sees their buffers."""
+        # of a graph that breaks, the tracer would not see the tensors between its parts
+        self.run = torch.compile(block_of(), backend=_backend(tracer), dynamic=False, fullgraph=True)
         try:
             yield
         finally:
-            self.recorder = self.run = None
+            self.run = None
 
 
 class _Call(CompiledCall):
@@ -65,7 +60,7 @@ class _Call(CompiledCall):
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.blocks.run is not None
-        # what is made in here tells of itself; the compiler traces nothing under a mode
+        # the buffers made in here are shown to the tracer one by one; the compiler traces nothing under a mode
         with _disable_current_modes(), compiler_settings(self.memory_budget), _constants(), _no_leftovers():
             return self.blocks.run(self.layer, args, kwargs)
 
@@ -109,7 +104,7 @@ def _no_leftovers() -> Iterator[None]:
             gc.enable()
 
 
-def _backend(blocks: CompiledBlocks) -> Any:
+def _backend(tracer: Tracer) -> Any:
     """A backend of `torch.compile` like inductor's down to the two graphs, with callables that only take memory."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor.decomposition import select_decomp_table
@@ -122,74 +117,50 @@ def _backend(blocks: CompiledBlocks) -> Any:
         seeded = (torch.ops.aten.rand.default, torch.ops.aten.randn.default)
         return partition(graph, inputs, seeded=seeded, compiler="inductor", **settings)
 
-    def compiler(backward: bool) -> Callable[..., Any]:
-        def compile_graph(graph: fx.GraphModule, _: Any) -> Any:
-            return _player(blocks, schedule(graph.graph, lets_go=backward, scratch=_scratch), backward)
+    def forward(graph: fx.GraphModule, _: Any) -> Any:
+        plan = schedule(graph.graph, donates_inputs=False, scratch=_scratch)
+        return _player(tracer, plan, lambda: "activations" if tracer.backward else tracer.label)
 
-        return compile_graph
+    def backward(graph: fx.GraphModule, _: Any) -> Any:
+        return _player(tracer, schedule(graph.graph, donates_inputs=True, scratch=_scratch), lambda: "workspace")
 
     return aot_autograd(
-        fw_compiler=compiler(False),
-        bw_compiler=compiler(True),
-        partition_fn=cut,
-        decompositions=select_decomp_table(),
+        fw_compiler=forward, bw_compiler=backward, partition_fn=cut, decompositions=select_decomp_table()
     )
 
 
-def _scratch(node: fx.Node) -> Iterable[int]:
+def _scratch(node: fx.Node) -> int:
     if node.target is not torch.ops.spectune.planned_attention_backward.default:
-        return []
+        return 0
     query, key, value = (operand.meta["val"] for operand in node.args[1:4])  # type: ignore[union-attr]
-    room = scratch_of(query, key, value, str(node.args[6]))
-    return [math.prod(shape) * dtype.itemsize for shape, dtype in room]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in scratch_of(query, key, value, str(node.args[6])))
 
 
-def _player(blocks: CompiledBlocks, plan: Schedule, backward: bool) -> Callable[[list[Any]], list[Any]]:
+def _player(tracer: Tracer, plan: Schedule, label: Callable[[], str]) -> Callable[[list[Any]], list[Any]]:
     """What stands for the compiled graph: takes its inputs in a list, which it empties, and returns its outputs."""
 
     def play(inputs: list[Any]) -> list[Any]:
-        given = list(inputs)
+        memory: dict[int, Any] = {~place: tensor for place, tensor in enumerate(inputs)}
         inputs.clear()
-        recorder, live = blocks.recorder, {}
-        label = _label(recorder, backward)
         with _disable_current_modes():
-            for name, number in plan.steps:
-                if name == "make":
-                    live[number] = _seen(recorder, _empty(plan.buffers[number]), label)
-                elif name == "drop":
-                    del live[number]
-                elif name == "let go":
-                    given[number] = None
+            for step, number in plan.steps:
+                if step == "free":
+                    del memory[number]
+                elif step == "allocate":
+                    buffer = plan.buffers[number]
+                    memory[number] = torch.empty(buffer.elements, dtype=buffer.dtype, device="meta")
+                    tracer.see(memory[number], label())
                 else:
-                    _seen(recorder, torch.empty(number, dtype=torch.uint8, device="meta"), "workspace")
-            return [_output(found, given, live) for found in plan.outputs]
+                    tracer.see(torch.empty(number, dtype=torch.uint8, device="meta"), "workspace")
+            return [_view(memory[out.number], out) if isinstance(out, Output) else out for out in plan.outputs]
 
     play._boxed_call = True  # type: ignore[attr-defined]
     return play
 
 
-def _label(recorder: Recorder | None, backward: bool) -> str:
-    if backward:
-        return "workspace"
-    return recorder.label if recorder is not None and not recorder.backward else "activations"
-
-
-def _seen(recorder: Recorder | None, tensor: Tensor, label: str) -> Tensor:
-    if recorder is not None:
-        recorder.see(tensor, label)
-    return tensor
-
-
-def _empty(buffer: Buffer) -> Tensor:
-    return torch.empty(buffer.elements, dtype=buffer.dtype, device="meta")
-
-
-def _output(found: Any, given: Sequence[Any], live: dict[int, Tensor]) -> Any:
-    if not isinstance(found, Source):
-        return found
-    base = live[found.number] if found.made else given[found.number]
-    if not found.made and base.shape == found.shape and base.stride() == found.stride and base.dtype == found.dtype:
+def _view(base: Tensor, output: Output) -> Tensor:
+    if base.shape == output.shape and base.stride() == output.stride and base.dtype == output.dtype:
         return base
-    if base.dtype != found.dtype:
-        base = base.flatten().view(found.dtype)
-    return base.as_strided(found.shape, found.stride)
+    if base.dtype != output.dtype:
+        base = base.flatten().view(output.dtype)
+    return base.as_strided(output.shape, output.stride)

@@ -1,14 +1,13 @@
-"""Writes down every tensor that a step makes and when it is freed: a dispatch mode over meta tensors.
+"""Traces every tensor that a step makes and when it is freed: a dispatch mode over meta tensors.
 
-Nothing is computed. Where a model asks for a value (are there any padded rows? how many targets has the longest?), the
-answer is that of the batch that is described.
+Nothing is computed. Where a model reads a value (are there any padded rows? how many targets has the longest?), it gets
+that of the batch that is planned.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from spectune.compute.memory import added_in_place
 from spectune.planning.shape import Shape
+from spectune.planning.trace import Trace
 
 aten = torch.ops.aten
 _BY_INDEX = (
@@ -28,32 +28,21 @@ _BY_INDEX = (
 )
 
 
-@dataclass
-class Record:
-    """Tensors in the order of their making, and events.
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Traces inside its `with`.
 
-    An event is `number` for a tensor made and `~number` for one freed. `marks` are names of places among the events.
+    Attributes:
+        shape: of the batch.
+        trace: grows with each tensor that is made or freed.
+        label: of what is made from now on.
+        backward, in_layers: the step is in backward; and there, it has come to the layers.
     """
 
-    sizes: list[int] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    events: list[int] = field(default_factory=list)
-    marks: list[tuple[str, int]] = field(default_factory=list)
-    #: what recordings of the blocks keep, where they are recorded (`planning.recordings.Static`)
-    static: Any = None
-
-    def signed(self, event: int) -> int:
-        """Bytes made (above 0) or freed."""
-        return self.sizes[event] if event >= 0 else -self.sizes[~event]
-
-
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records inside its `with`. `label` names what is made from now on; `outside` are tensors that were there."""
-
     def __init__(self, shape: Shape, outside: Iterable[Tensor]) -> None:
+        """`outside`: tensors that were there before, whose memory is no part of the trace."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.shape = shape
-        self.record = Record()
+        self.trace = Trace()
         self.label = "activations"
         self.backward = False
         self.in_layers = False
@@ -63,12 +52,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._true: dict[int, bool] = {}
 
     def mark(self, name: str) -> None:
-        """A place among the events."""
-        self.record.marks.append((name, len(self.record.events)))
+        """Name the place among the events that the step has come to."""
+        self.trace.marks.append((name, len(self.trace.events)))
 
     def number_of(self, tensor: Tensor) -> int | None:
         """The number of the tensor whose memory this one shares, None where it was there before."""
         return self._numbers.get(tensor.untyped_storage()._cdata)
+
+    def relabel(self, tensor: Tensor, label: str) -> None:
+        """Another label for a tensor's memory, if it was made here."""
+        if (number := self.number_of(tensor)) is not None:
+            self.trace.labels[number] = label
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -102,10 +96,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._numbers or key in self._outside:
             return
-        number = len(self.record.sizes)
-        self.record.sizes.append(storage.nbytes())
-        self.record.labels.append(label or self._label_now())
-        self.record.events.append(number)
+        number = len(self.trace.sizes)
+        self.trace.sizes.append(storage.nbytes())
+        self.trace.labels.append(label or self._label_now())
+        self.trace.events.append(number)
         self._numbers[key] = number
         self._watched[key] = weakref.ref(storage, self._when_freed(key))
 
@@ -120,7 +114,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _when_freed(self, key: int) -> Callable[[Any], None]:
         def freed(_: Any) -> None:
             self._watched.pop(key, None)
-            self.record.events.append(~self._numbers.pop(key))
+            self.trace.events.append(~self._numbers.pop(key))
 
         return freed
 

@@ -1,0 +1,98 @@
+"""What blocks that are captured as CUDA graphs keep from step to step, beside what a step makes and frees.
+
+After `spectune.blocks.graphed_block`. A graph reads and writes always the same memory: a copy of each argument that no
+block made; each block's outputs, where the next one reads them; gradients of what a block is given and of its weights.
+What lies between is a step's, and lives in the graphs' own pool, where nothing else may lie meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from spectune.planning.trace import GraphBuffers, Trace
+from spectune.planning.tracer import Tracer
+
+
+@dataclass
+class BlockTensors:
+    """Arguments and outputs of the blocks that run, in bytes, noted at each call in order.
+
+    Attributes:
+        copies: of each argument that no block made.
+        outputs: of each block.
+        numbers: of the outputs' memory in the trace.
+        gradients: of each block's arguments that have a gradient.
+        last: of the last block's outputs that have one.
+    """
+
+    copies: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    numbers: list[int | None] = field(default_factory=list)
+    gradients: list[int] = field(default_factory=list)
+    last: int = 0
+    _seen: set[Any] = field(default_factory=set)
+
+    def note(self, tracer: Tracer, arguments: Any, output: Any) -> None:
+        """Add a block's call."""
+        leaves = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        for leaf in leaves:
+            number = tracer.number_of(leaf)
+            view = (id(leaf) if number is None else number, leaf.shape, leaf.stride(), leaf.storage_offset())
+            if number not in self.numbers and view not in self._seen:
+                self._seen.add(view)
+                self.copies.append(_bytes([leaf]))
+        self.gradients.append(_bytes(leaf for leaf in leaves if leaf.requires_grad))
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self.outputs.append(_bytes(outputs))
+        self.numbers.append(tracer.number_of(outputs[0]))
+        self.last = _bytes(leaf for leaf in outputs if leaf.requires_grad)
+
+
+def graph_buffers(
+    tensors: BlockTensors, trace: Trace, repeats: Sequence[tuple[int, int]], weights: Sequence[int]
+) -> GraphBuffers:
+    """The static buffers of all layers' graphs, from the trace of a few.
+
+    Args:
+        repeats: which of the layers that run stand for how many others.
+        weights: bytes of each weight that is trained inside of all blocks.
+    """
+
+    def at_full_depth(values: Sequence[int]) -> list[int]:
+        """One for each layer, in no order."""
+        return [value for value in [*values, *(values[layer] for layer, n in repeats for _ in range(n))] if value]
+
+    kept = trace.alive(trace.head)
+    sizes = zip(tensors.numbers, tensors.outputs, strict=True)
+    unsaved = at_full_depth([0 if number in kept else size for number, size in sizes])
+    hidden = [*at_full_depth(tensors.gradients), tensors.last]
+    return GraphBuffers(tensors.copies, at_full_depth(tensors.outputs), unsaved, hidden, list(weights))
+
+
+def split_by_graph_pool(trace: Trace) -> tuple[list[int], list[int]]:
+    """Live bytes inside and outside of the graphs' pool, after 0, 1, 2, ... events.
+
+    Nothing else may use the pool's memory, so that the peaks of both add up at any time. Gradients of weights are
+    copied out of it.
+    """
+    begin, head, backward = dict(trace.marks)["F0"], trace.head, trace.begin_of_backward
+    pool = {
+        event
+        for at, event in enumerate(trace.events)
+        if event >= 0 and (begin <= at < head or at >= backward) and trace.labels[event] != "gradients"
+    }
+    inside, outside = (
+        list(accumulate((trace.signed(e) if (max(e, ~e) in pool) is own else 0 for e in trace.events), initial=0))
+        for own in (True, False)
+    )
+    return inside, outside
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

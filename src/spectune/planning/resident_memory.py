@@ -1,0 +1,140 @@
+"""What is in memory across steps, and the peaks of steps on top of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from spectune.planning.allocator import Block, CachingAllocator
+from spectune.planning.graph_memory import split_by_graph_pool
+from spectune.planning.moments import TERMS, Moment
+from spectune.planning.optimizer_memory import OptimizerStep
+from spectune.planning.skeleton import WholeModel
+from spectune.planning.trace import GraphBuffers, Trace
+
+#: of cuBLAS, one for each thread that multiplies: forward's and backward's (aten/src/ATen/cuda/CublasHandlePool.cpp)
+CUBLAS_WORKSPACE = 4096 * 8 * 1024
+CUBLAS_WORKSPACE_BEFORE_HOPPER = (4096 * 2 + 16 * 8) * 1024
+#: what an optimizer's step has made and not freed, by name and size
+Held = dict[tuple[str, int], list[Block]]
+
+
+class ResidentMemory:
+    """Memory that persists across steps, in bytes, and the peaks of steps on top of it.
+
+    Attributes:
+        gradients: of all weights that are trained.
+        workspace: of cuBLAS, for one thread.
+        terms: what persists, by term.
+    """
+
+    def __init__(self, whole: WholeModel, device: str, optim: str) -> None:
+        self.cuda = device == "cuda"
+        self.weights = whole.weights
+        self.optimizer = OptimizerStep(whole.trained, optim)
+        self.gradients = sum(p.numel() * p.element_size() for p in whole.trained)
+        self.workspace = _cublas() if self.cuda else 0
+        self.terms = {
+            "weights": sum(self.weights),
+            "optimizer": sum(self.optimizer.masters) + sum(self.optimizer.states),
+            "workspace": 2 * self.workspace,
+        }
+
+    def moments(self, trace: Trace, *, accumulating: bool) -> list[Moment]:
+        """The parts of a step. Where blocks are captured as CUDA graphs, all memory of what they make is the graphs'
+        at any time.
+
+        Args:
+            accumulating: the trace is of a batch that finds gradients there.
+        """
+        buffers, inside, live = trace.buffers, [0] * (len(trace.events) + 1), trace.live()
+        if buffers is not None:
+            inside, live = split_by_graph_pool(trace)
+        pool, static = max(inside), {} if buffers is None else buffers.terms()
+        accumulated = {"gradients": self.gradients} if accumulating else {}
+        head, backward, end = trace.head, trace.begin_of_backward, len(trace.events)
+        moments = []
+        for name, first, last in (("forward", 0, head), ("loss", head, backward), ("backward", backward, end)):
+            at = max(range(first, last + 1), key=live.__getitem__)
+            idle = {"workspace": pool - inside[at]}
+            moments.append(self._moment(name, trace.by_label(at), accumulated, static, idle))
+        # in the optimizer nothing but gradients is left, and float32 copies of some of them
+        gradients = trace.by_label().get("gradients", 0) + self.optimizer.most(first=False)
+        return [*moments, self._moment("optimizer", {"gradients": gradients, "workspace": pool}, accumulated, static)]
+
+    def _moment(self, name: str, *parts: Mapping[str, int]) -> Moment:
+        return Moment(name, {term: sum(part.get(term, 0) for part in (self.terms, *parts)) for term in TERMS})
+
+    def peaks(self, steps: Sequence[Sequence[Trace]]) -> tuple[int, int]:
+        """Bytes allocated and reserved at the peak of some steps, one trace a batch; the optimizer's states are made in
+        the first."""
+        allocated, reserved = self._played(steps) if self.cuda else self._counted(steps)
+        buffers = steps[0][0].buffers
+        replayed = 0 if buffers is None else self._with_graph_pool(steps, buffers)
+        return max(allocated, replayed), max(reserved, replayed)
+
+    def _counted(self, steps: Sequence[Sequence[Trace]]) -> tuple[int, int]:
+        """`peaks` of tensors alone."""
+        peak, states = 0, 0
+        for traces in steps:
+            resident = self.terms["weights"] + sum(self.optimizer.masters) + states
+            for number, trace in enumerate(traces):
+                peak = max(peak, resident + (self.gradients if number else 0) + max(trace.live()))
+            gradients = traces[0].by_label().get("gradients", 0)
+            peak = max(peak, resident + gradients + self.optimizer.most(first=not states))
+            states = sum(self.optimizer.states)
+        return peak, peak
+
+    def _played(self, steps: Sequence[Sequence[Trace]]) -> tuple[int, int]:
+        """`peaks` by the rules of CUDA's allocator."""
+        allocator = CachingAllocator()
+        buffers = steps[0][0].buffers
+        for size in (*self.weights, *self.optimizer.masters, *(() if buffers is None else buffers.extra)):
+            allocator.take(size)
+        held: Held = defaultdict(list)
+        for number, traces in enumerate(steps):
+            blocks: dict[tuple[int, int], Block] = {}
+            for batch, trace in enumerate(traces):
+                # each of the two threads that multiply takes cuBLAS's workspace when it first does
+                products = {trace.marks[0][1], trace.begin_of_backward} if number == batch == 0 else set()
+                for index, event in enumerate(trace.events):
+                    if index in products:
+                        allocator.take(self.workspace)
+                    if event >= 0:
+                        blocks[batch, event] = allocator.take(trace.sizes[event])
+                    else:
+                        allocator.give(blocks.pop((batch, ~event)))
+            for (batch, event), block in blocks.items():
+                held["gradient", traces[batch].sizes[event]].append(block)
+            _play_optimizer(allocator, self.optimizer.events(first=number == 0), held)
+            for (name, _), rest in held.items():
+                while name == "gradient" and rest:
+                    allocator.give(rest.pop())
+        return allocator.peak_allocated, allocator.reserved
+
+    def _with_graph_pool(self, steps: Sequence[Sequence[Trace]], buffers: GraphBuffers) -> int:
+        """Bytes of the device once graphs are replayed: what is made outside of them cannot use their memory."""
+        traces = {id(trace): trace for traces in steps for trace in traces}
+        splits = [split_by_graph_pool(trace) for trace in traces.values()]
+        inside, outside = (max(max(split[number]) for split in splits) for number in (0, 1))
+        gradients = steps[0][0].by_label().get("gradients", 0)
+        accumulated = self.gradients if any(len(traces) > 1 for traces in steps) else 0
+        outside = max(outside, gradients + self.optimizer.most(first=False)) + accumulated
+        return sum((*self.terms.values(), *buffers.extra, inside, outside))
+
+
+def _play_optimizer(allocator: CachingAllocator, events: Iterable[tuple[str, int]], held: Held) -> None:
+    """The optimizer's step. Of tensors of one name, the one that is freed is told by its size alone."""
+    for name, size in events:
+        if size > 0:
+            held[name, size].append(allocator.take(size))
+        elif blocks := held[name, -size]:
+            allocator.give(blocks.pop())
+
+
+def _cublas() -> int:
+    """Bytes of one cuBLAS workspace on this machine's CUDA device, or on a Hopper where there is none."""
+    hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
+    return CUBLAS_WORKSPACE if hopper else CUBLAS_WORKSPACE_BEFORE_HOPPER

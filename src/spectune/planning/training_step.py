@@ -1,0 +1,159 @@
+"""One training step of a method on a base, traced on the meta device: what is made, and when it is freed.
+
+The step is the real one: the model's own forward, the method's own modules and hooks, the loss on labelled positions,
+autograd's backward, recomputation where checkpointing is on. Only a few layers run; `repeated_layers.py` repeats them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectune.blocks.call import Wrapper, wrapped
+from spectune.compute.evaluating import evaluating
+from spectune.compute.losses import find_head, labelled_logits, labelled_loss_sum
+from spectune.deltas import packed, packing
+from spectune.planning.graph_memory import BlockTensors
+from spectune.planning.kernels import kernels_of
+from spectune.planning.optimizer_memory import steps_in_backward
+from spectune.planning.shape import Shape
+from spectune.planning.skeleton import Skeleton
+from spectune.planning.trace import Trace
+from spectune.planning.tracer import Tracer
+
+#: of which it is found out how the model makes its logits
+_TINY = Shape(rows=1, length=2, targets=1, all_targets=1)
+
+
+def trace_step(built: Skeleton, shape: Shape, *, accumulating: bool = False) -> Trace:
+    """Trace forward, loss and backward. Marks: `F<layer>` before a layer, `head` after the last one, `B<layer>` where
+    backward comes to a layer. Gradients of what is trained are labelled, and never freed.
+
+    Args:
+        accumulating: gradients are there already and are added to; the trace then leaves them out.
+
+    Raises:
+        torch._dynamo.exc.TorchDynamoException: layers are compiled, and the compiler cannot trace one as a whole.
+    """
+    model, trained, device = built.model, list(built.delta.parameters()), built.workload.device
+    kernels = partial(kernels_of, device, cudnn=built.execution.cudnn)
+    if accumulating:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+    batch = _batch(shape)
+    batch["positions"] = torch.zeros(shape.all_targets, dtype=torch.int64, device="meta")
+    tracer = _tracer(built, shape, [parameter.grad for parameter in trained if parameter.grad is not None])
+    trace = tracer.trace
+    model.train()
+    built.block_tensors = BlockTensors()
+    steps = _stepped(tracer, trained) if steps_in_backward(built.workload.optim) else nullcontext()
+    with kernels(), Tracer(_TINY, ()):  # found out once a model, before its first step: no part of any
+        find_head(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
+    compiled = nullcontext() if built.compiled is None else built.compiled.running(tracer)
+    with kernels(), _documents(built, shape), tracer, _marked(tracer, built), steps, compiled:
+        loss, _ = labelled_loss_sum(model, batch, fuse=built.compiled is not None, device_type=device)
+        tracer.backward = True
+        torch.autograd.backward(loss / shape.all_targets)
+        del loss
+        for parameter in trained:
+            if parameter.grad is not None:
+                tracer.relabel(parameter.grad, "gradients")
+        events = len(trace.events)
+    for parameter in trained:
+        parameter.grad = None
+    del trace.events[events:]
+    return trace
+
+
+def trace_validation(built: Skeleton, shape: Shape) -> Trace:
+    """Trace the loss of a batch without gradients, as validation takes it. Marks as in `trace_step`, forward only."""
+    tracer, kernels = _tracer(built, shape), kernels_of(built.workload.device, cudnn=built.execution.cudnn)
+    with evaluating(built.model), kernels, tracer, _marked(tracer, built):
+        chosen = labelled_logits(built.model, _batch(shape, training=False))
+        losses = nn.functional.cross_entropy(chosen.logits.float(), chosen.targets, reduction="none")
+        del chosen, losses
+    return tracer.trace
+
+
+@contextmanager
+def _stepped(tracer: Tracer, trained: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hooks that do to memory what stepping in backward does: a float32 copy of a gradient of lower precision, which
+    then goes; and the copy with the step."""
+
+    def step(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        tracer.relabel(parameter.grad, "gradients")
+        tracer.relabel(gradient, "gradients")
+        parameter.grad = None
+        del gradient
+
+    handles = [parameter.register_post_accumulate_grad_hook(step) for parameter in trained]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tracer(built: Skeleton, shape: Shape, gradients: Iterable[Tensor] = ()) -> Tracer:
+    return Tracer(shape, [*built.model.parameters(), *built.model.buffers(), *built.delta.parameters(), *gradients])
+
+
+@contextmanager
+def _documents(built: Skeleton, shape: Shape) -> Iterator[None]:
+    """While inside, a batch of this shape is packed, if it is."""
+    if shape.documents is None:
+        yield
+        return
+    numbers = [[n for n, length in enumerate(pack) for _ in range(length)] for pack in shape.documents]
+    documents = torch.tensor([row + [-1] * (shape.length - len(row)) for row in numbers])
+    with packing(built.model, shape.kernel), packed(built.model, documents):
+        yield
+
+
+def _batch(shape: Shape, *, training: bool = True) -> dict[str, Tensor]:
+    """A batch as the training loop gives it: without a mask where it would hide nothing."""
+    names = ["input_ids", "labels"]
+    if shape.documents is not None:
+        names.append("position_ids")
+    elif shape.padded or not training:
+        names.append("attention_mask")
+    size = (shape.rows, shape.length)
+    return {name: torch.zeros(size, dtype=torch.int64, device="meta") for name in names}
+
+
+@contextmanager
+def _marked(tracer: Tracer, built: Skeleton) -> Iterator[None]:
+    """Mark where each layer begins, forward and backward: around its whole call, compiled or recomputed as it is."""
+    last = len(built.layers) - 1
+
+    def arrives(index: int) -> None:
+        tracer.in_layers = True
+        tracer.mark(f"B{index}")
+
+    def marking(index: int, call: Any) -> Any:
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            tracer.label = "activations"
+            tracer.mark(f"F{index}")
+            output = call(*args, **kwargs)
+            if torch.is_grad_enabled():
+                built.block_tensors.note(tracer, (args, kwargs), output)
+            if index == last:
+                tracer.label = "logits"
+                tracer.mark("head")
+            out = output[0] if isinstance(output, tuple) else output
+            if isinstance(out, Tensor) and out.requires_grad:
+                out.register_hook(lambda _: arrives(index))  # type: ignore[no-untyped-call]
+            return output
+
+        return marked
+
+    with wrapped(built.layers, Wrapper.MARKED, lambda index, layer, inner: marking(index, inner)):
+        yield
