@@ -30,12 +30,12 @@ from torch import Tensor
 
 import spectune
 from spectune import embedded
-from spectune.compute.losses import labelled_loss_sum
 from spectune.data import collate, encode, load_rows
 from spectune.evaluation import row_losses
 from spectune.methods import BY_NAME, METHODS, method_from_name
+from spectune.objectives import CAUSAL_LM
 from spectune.storage import PRECISIONS
-from spectune.training.environment import environment
+from spectune.training.machine import environment
 from spectune.training.prepare import pad_token_id
 
 PLAIN = "plain"
@@ -106,7 +106,7 @@ def gradient(setting: Setting, folder: Path, precision: str, dtype: str | None =
     total = sum(example.target_tokens for example in examples)
     for start in range(0, len(examples), setting.given.batch):
         batch = collate(examples[start : start + setting.given.batch], pad_token_id(tokenizer))
-        loss, _ = labelled_loss_sum(model, {key: value.to(model.device) for key, value in batch.items()})
+        loss, _ = CAUSAL_LM.loss_sum(model, {key: value.to(model.device) for key, value in batch.items()})
         (loss / total).backward()
     return {name: p.grad.detach().double().cpu() for name, p in delta.named_parameters() if p.grad is not None}
 

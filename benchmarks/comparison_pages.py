@@ -36,6 +36,7 @@ def write_page(name: str, task: Any, folder: Path, costs: Path, cost_steps: int,
     from spectune.comparing.advising.recommend import recommend
     from spectune.reporting import write_reports
     from spectune.reporting.tables import comparison_markdown
+    from spectune.results import ComparisonResult
 
     content = Comparison.from_runs(folder).content
     content["base"]["name"] = Path(content["base"]["name"]).name
@@ -46,8 +47,10 @@ def write_page(name: str, task: Any, folder: Path, costs: Path, cost_steps: int,
         found.update({field: cost.get(field, {} if field.endswith("memory_bytes") else None) for field in COST_FIELDS})
         # minutes of a run among others say nothing: steps at the speed that was measured alone
         found["train_seconds"] = found["train_tokens"] / cost["train_tokens_per_second"] if cost else None
-    content["recommendation"] = recommend(content)
-    write_reports(content, folder)
+    result = ComparisonResult.model_validate(content)
+    result.recommendation = recommend(result)
+    write_reports(result, folder)
+    content = result.to_dict()
     lines = [
         f"# {task.title}",
         "",
@@ -55,7 +58,7 @@ def write_page(name: str, task: Any, folder: Path, costs: Path, cost_steps: int,
         f"{content['data']['valid_rows']:,} for validation. {task.note} The same for every method: "
         f"{_settings(content, task.settings)}.",
         "",
-        comparison_markdown(content).strip(),
+        comparison_markdown(result).strip(),
         "",
         *data_curve(content, task.curve_methods),
         *(beside_published(content) if name == "e2e" else ()),

@@ -15,17 +15,16 @@ from transformers import PretrainedConfig
 
 from spectune.blocks.execution import Execution, Packing
 from spectune.compute.varlen import flash_by_document, loop_by_document
-from spectune.data import Example
-from spectune.data.rows import Row
+from spectune.data import Example, Row
 from spectune.deltas import Method
 from spectune.families import family_from_config
 from spectune.methods import method_from_name
 from spectune.planning import plan
 from spectune.training import TrainingConfig
-from spectune.training.batching import Batches
 from spectune.training.decisions import virtual_in_sequence
 from spectune.training.distribution import World
 from spectune.training.prediction import shape_of
+from spectune.training.step_batches import Batches
 
 #: steps whose peak is measured: the optimizer's states are made at the end of the first
 MEASURED_STEPS = 2

@@ -16,19 +16,18 @@ import transformers
 from plan_cells import Cell, config_of, examples, method_of, needed, training_config
 from shapes import build
 
-import spectune.training.loop as loop_module
 from spectune.blocks.cuda_graphs import WARM_UPS
 from spectune.compute.memory import PeakMemory
 from spectune.deltas import attach, detach
+from spectune.objectives import CAUSAL_LM
 from spectune.planning.estimate import CUDA_CONTEXT
 from spectune.storage.base_precision import quantise_base
-from spectune.training.batching import Batches
 from spectune.training.decisions import decide
 from spectune.training.distribution import World
 from spectune.training.loop import Loop
 from spectune.training.optimizers import make_optimizer
-from spectune.training.run_state import RunState
-from spectune.training.trainer import trained_parameters
+from spectune.training.run_state import RunState, trained_parameters
+from spectune.training.step_batches import Batches
 
 #: of what is predicted: other processes are let onto the device only where so much more is free
 MARGIN = 1.1
@@ -72,7 +71,7 @@ class Moments:
             torch.cuda.reset_peak_memory_stats()
 
     def watch(self, loop: Loop, window: list[list[int]]) -> None:
-        loss, step = loop_module.labelled_loss_sum, loop.run.optimizer.step
+        loss, step = CAUSAL_LM.loss_sum, loop.run.optimizer.step
 
         def noted_loss(*args: Any, **kwargs: Any) -> Any:
             found = loss(*args, **kwargs)
@@ -85,13 +84,13 @@ class Moments:
             self.note("optimizer")
             return found
 
-        loop_module.labelled_loss_sum = noted_loss
+        CAUSAL_LM.loss_sum = noted_loss
         loop.run.optimizer.step = noted_step  # type: ignore[method-assign]
         try:
             self.note("begin")
             loop.step(window)
         finally:
-            loop_module.labelled_loss_sum = loss
+            CAUSAL_LM.loss_sum = loss
             del loop.run.optimizer.step
 
 

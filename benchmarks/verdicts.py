@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from spectune.results.phrases import listed
+
+__all__ = ["Point", "Versus", "curve", "grouped", "listed", "mean", "shares_of_weights", "versus_full"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,6 @@ def grouped(found: Iterable[Versus]) -> dict[str, list[Versus]]:
     arms = list(found)
     groups = {word: [arm for arm in arms if arm.word == word] for word in ("better", "no difference", "worse")}
     return {word: group for word, group in groups.items() if group}
-
-
-def listed(words: Sequence[str]) -> str:
-    """a, b and c."""
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def test_type_checkers_see_the_same_names() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("spectune.")
         for alias in node.names
+        if alias.asname is not None
     }
     assert imported == spectune._ROOM_OF
 

@@ -31,8 +31,7 @@ from benchmarks.coverage.configs import tiny_config
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectune.compute.losses import labelled_loss_sum
-from spectune.deltas import Delta, Method
+from spectune.deltas import Delta, Method, attach, detach
 from spectune.errors import SpectuneError
 from spectune.methods import (
     IA3,
@@ -44,8 +43,9 @@ from spectune.methods import (
     PrefixTuning,
     PromptTuning,
 )
+from spectune.objectives import CAUSAL_LM
 from spectune.planning.counts import count
-from spectune.storage import attach, detach, load_delta
+from spectune.storage import load_delta
 
 METHODS: dict[str, Method] = {
     "full": FullFineTuning(),
@@ -178,7 +178,7 @@ class _Run:
         optimizer = torch.optim.Adam(self.delta.parameters(), lr=rate)
 
         def loss() -> Tensor:
-            total, number = labelled_loss_sum(self.model, batch)
+            total, number = CAUSAL_LM.loss_sum(self.model, batch)
             return total / number
 
         self.model.train()

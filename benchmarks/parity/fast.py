@@ -160,7 +160,7 @@ def run(task: Task, path: Path, states: Sequence[State], truth: Sequence[At], de
 @contextmanager
 def held(delta: Delta, states: Sequence[State], judge: Judge) -> Iterator[list[Holding]]:
     """Inside, `spectune.train` steps with a `Holding`, which is then in the list."""
-    module: Any = importlib.import_module("spectune.training.trainer")
+    module: Any = importlib.import_module("spectune.training.run_state")
     make, made = module.make_optimizer, list[Holding]()
 
     def holding(*args: Any) -> Holding:

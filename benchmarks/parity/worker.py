@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from spectune.errors import ConfigError
-from spectune.training.environment import environment
+from spectune.training.machine import environment
 
 PLAIN, PLAIN_BF16 = "plain", "plain-bf16"
 #: plain runs that differ from the plain loop of their dtype in rounding alone

@@ -15,16 +15,15 @@ from benchmarks.step_speed.setting import Setting
 from pydantic import ValidationError
 
 from spectune.blocks.execution import Execution, Packing
-from spectune.data import Example
-from spectune.data.rows import Row
+from spectune.data import Example, Row
 from spectune.deltas import Delta, attach
 from spectune.methods import method_from_name
 from spectune.training import TrainingConfig
-from spectune.training.batching import Batches
 from spectune.training.distribution import World
 from spectune.training.loop import Loop
 from spectune.training.optimizer import MasterAdamW
 from spectune.training.run_state import RunState
+from spectune.training.step_batches import Batches
 
 #: what each system sets of `TrainingConfig`; `base_precision` is applied to the base before the delta is attached
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,7 @@ from benchmarks.step_speed.peers import compile_blocks, peft_model
 from benchmarks.step_speed.setting import Setting
 from torch import nn
 
-from spectune.data import Example, batches, by_length, collate
-from spectune.data.rows import Row
+from spectune.data import Example, Row, batches, by_length, collate
 from spectune.methods import BY_NAME
 from spectune.training.decisions import decide
 

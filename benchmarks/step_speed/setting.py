@@ -13,7 +13,7 @@ from benchmarks.step_speed.meter import Meter
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from spectune.compute.losses import IGNORED
+from spectune.data.batching import IGNORED
 
 
 @dataclass

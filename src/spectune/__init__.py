@@ -13,13 +13,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from spectune.version import __version__
 
 if TYPE_CHECKING:  # a function named like its file comes from the file: from the room, mypy takes it for the module
     from spectune.comparing import Comparison as Comparison
-    from spectune.comparing.compare import compare as compare
+    from spectune.comparing.experiment import compare as compare
     from spectune.deltas import Delta as Delta
     from spectune.deltas import Method as Method
+    from spectune.deltas.attaching import attach as attach
+    from spectune.deltas.attaching import detach as detach
+    from spectune.deltas.merging import merge as merge
+    from spectune.deltas.routing import route as route
     from spectune.errors import ConfigError as ConfigError
     from spectune.errors import DataError as DataError
     from spectune.errors import DivergedError as DivergedError
@@ -37,20 +41,16 @@ if TYPE_CHECKING:  # a function named like its file comes from the file: from th
     from spectune.methods import method_from_name as method_from_name
     from spectune.planning import Estimate as Estimate
     from spectune.planning.memory_plan import plan as plan
-    from spectune.storage import attach as attach
-    from spectune.storage import detach as detach
+    from spectune.results import RunResult as RunResult
     from spectune.storage import load as load
     from spectune.storage import load_delta as load_delta
-    from spectune.storage import merge as merge
-    from spectune.storage import route as route
-    from spectune.training import RunResult as RunResult
     from spectune.training import TrainingConfig as TrainingConfig
     from spectune.training.trainer import train as train
 
 # room -> its public names; `tests/test_public_api.py` holds this table and the imports above together.
 _PUBLIC: dict[str, tuple[str, ...]] = {
     "comparing": ("Comparison", "compare"),
-    "deltas": ("Delta", "Method"),
+    "deltas": ("Delta", "Method", "attach", "detach", "merge", "route"),
     "errors": (
         "ConfigError",
         "DataError",
@@ -71,8 +71,9 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "method_from_name",
     ),
     "planning": ("Estimate", "plan"),
-    "storage": ("attach", "detach", "load", "load_delta", "merge", "route"),
-    "training": ("RunResult", "TrainingConfig", "train"),
+    "results": ("RunResult",),
+    "storage": ("load", "load_delta"),
+    "training": ("TrainingConfig", "train"),
 }
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error that says something: libraries' messages may go on for pages."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """` (did you mean 'lora'?)` with the known name that is most like the given one; empty where none is."""
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 class SpectuneError(Exception):

@@ -109,7 +109,7 @@ def test_interrupt_outside_of_the_loop(
         raise KeyboardInterrupt
 
     # by import_module: the attribute `comparing.compare` is the function
-    room, step = {"train": ("training.prepare", "encode"), "compare": ("comparing.compare", "retained_passages")}[
+    room, step = {"train": ("training.prepare", "encode"), "compare": ("comparing.experiment", "retained_passages")}[
         command
     ]
     monkeypatch.setattr(importlib.import_module(f"spectune.{room}"), step, stop)
@@ -247,7 +247,18 @@ def test_a_loss_that_is_not_finite_is_exit_6(spectune: Spectune, base: Path, row
 
 def test_compare(spectune: Spectune, base: Path, rows: Path) -> None:
     command = ("compare", "--model", base, "--data", rows, "--methods", "lora,bitfit", "--set", "lora.r=2", *QUICK)
-    command = (*command, "--seeds", "2", "--generate-rows", "1", "--fractions", "4,1", "--max-memory", "1GiB")
+    command = (
+        *command,
+        "--quick",
+        "--seeds",
+        "2",
+        "--generate-rows",
+        "1",
+        "--fractions",
+        "4,1",
+        "--max-memory",
+        "1GiB",
+    )
     result = spectune(*command, "--output-dir", "out", "--json")
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)

@@ -17,8 +17,9 @@ from tests.cli.test_merge import logits
 from tests.support import make_model
 from transformers import AutoModelForCausalLM
 
+from spectune.deltas import attach
 from spectune.methods import BY_NAME
-from spectune.storage import attach, export_formats, load, load_delta, write_prompt_embeds
+from spectune.storage import export_formats, load, load_delta, write_prompt_embeds
 
 Spectune = Callable[..., Any]
 Trained = Callable[[str], Path]

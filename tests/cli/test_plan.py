@@ -45,20 +45,22 @@ def test_one_method_for_a_device_that_is_not_here(spectune: Spectune, base: Path
     assert plan["needed"] >= plan["peak_reserved"] + plan["context"]
 
 
-def test_what_does_not_fit_is_exit_4_and_says_what_does(spectune: Spectune) -> None:
-    asked = ("plan", "--method", "lora", "--device", "cpu", "--set", "per_device_eval_batch_size=1")
-    result = spectune(*asked, "--memory", "140MiB", "--json")
+def test_what_does_not_fit_is_exit_4_and_says_what_does(spectune: Spectune, base: Path) -> None:
+    of_base = ("plan", "--model", base, "--device", "cpu", "--set", "per_device_eval_batch_size=1")
+    asked = (*of_base, "--method", "lora")
+    memory = json.loads(spectune(*asked, "--json").stdout)["methods"][0]["needed"] * 4 // 10
+    result = spectune(*asked, "--memory", memory, "--json")
     assert result.exit_code == 4
     [plan] = json.loads(result.stdout)["methods"]
     assert plan["fits"] is False
     assert "largest term" in result.stderr
     assert f"per_device_train_batch_size={plan['largest_batch']}" in result.stderr
     assert 1 <= plan["largest_batch"] < 8
-    assert 2 <= plan["largest_length"] < 512
+    assert 2 <= plan["largest_length"] < 160
     for flag, most in (("--batch", plan["largest_batch"]), ("--length", plan["largest_length"])):
-        assert spectune(*asked, "--memory", "140MiB", flag, most).exit_code == 0
+        assert spectune(*asked, "--memory", memory, flag, most).exit_code == 0
     # the table as a whole fails only where nothing fits
-    assert spectune("plan", "--device", "cpu", "--memory", "20MiB").exit_code == 4
+    assert spectune(*of_base, "--methods", "bitfit,lora", "--memory", "200KiB").exit_code == 4
 
 
 def test_data_say_rows_tokens_and_steps(spectune: Spectune, base: Path, rows: Path) -> None:

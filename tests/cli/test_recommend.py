@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tests.cli.conftest import Spectune
 from tests.comparing.invented import invent
+from tests.comparing.invented import judged as verdict
 
 from spectune.cli.limits import share as fraction
-from spectune.comparing.judging.verdict import verdict
 from spectune.errors import ConfigError
 from spectune.files.strict_json import strict_json
 from spectune.sizes import bytes_of as size

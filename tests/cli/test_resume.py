@@ -22,7 +22,7 @@ def test_train_goes_on_with_base_data_method_and_settings_of_the_folder(
     begin = loop_module.Loop.begin
 
     def stopping(self: Any, window: Any) -> None:
-        if self.progress.step == 3:
+        if self.run.progress.step == 3:
             raise KeyboardInterrupt
         begin(self, window)
 
@@ -66,7 +66,7 @@ def test_a_finished_run_with_other_flags_is_exit_2(
 
 def test_compare_goes_on_with_what_the_folder_has(spectune: Spectune, base: Path, rows: Path) -> None:
     command = ("compare", "--model", base, "--data", rows, "--methods", "lora,bitfit", "--set", "lora.r=2", *QUICK)
-    assert spectune(*command, "--seeds", "1", "--output-dir", "out").exit_code == 0
+    assert spectune(*command, "--quick", "--seeds", "1", "--output-dir", "out").exit_code == 0
     before = {path: path.read_text() for path in Path("out").rglob("config.yaml")}
     assert len(before) > 2
     first = json.loads(Path("out/comparison.json").read_text())

@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from spectune.comparing.advising.recommend import recommend
+from spectune.comparing.judging.verdict import verdict
+from spectune.results import ComparisonResult, Limits
+
 LABELS = {
     "full": "Full",
     "adapter": "Adapter",
@@ -87,6 +91,16 @@ def invent(
     bare = [{"row": i, "loss_sum": 4.0 * float(n), "target_tokens": int(n)} for i, n in enumerate(tokens)]
     write_rows(folder / "base" / "rows.jsonl", bare)
     return {"base": {"name": "a-base", "valid_loss": 4.0}, "runs": runs, "failed": []}
+
+
+def judged(content: dict[str, Any], folder: Path | str) -> dict[str, Any]:
+    """The verdict on a comparison's content, as its file has it."""
+    return verdict(ComparisonResult.model_validate(content), folder).to_dict()
+
+
+def recommended(content: dict[str, Any], limits: Limits | None = None) -> dict[str, Any]:
+    """The recommendation from a comparison's content, as its file has it."""
+    return recommend(ComparisonResult.model_validate(content), limits).to_dict()
 
 
 def write_rows(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from spectune.comparing import Comparison
+from spectune.comparing import Comparison, final_runs, job, measure
 from spectune.deltas import attached
 from spectune.errors import ConfigError, DataError, DivergedError, DoesNotFitError, InterruptedRun
 from spectune.evaluation import read_rows
 from spectune.methods import BY_NAME, LoRA, PrefixTuning, PromptTuning
+from spectune.results import ComparisonResult
 from spectune.training import TrainingConfig
 from tests.comparing.small import SEARCHED, SIX_STEPS, run
 from tests.support import make_model, make_rows
@@ -55,8 +55,7 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_failed_run_stays_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["spectune.comparing.job"]
-    real = module.train
+    real = job.train
 
     def train(model: Any, tokenizer: Any, delta: Any, *args: Any, **kwargs: Any) -> Any:
         if delta.method.name == "lora":
@@ -64,7 +63,7 @@ def test_a_failed_run_stays_and_the_others_go_on(tmp_path: Path, monkeypatch: py
         return real(model, tokenizer, delta, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "train", train)
+        patch.setattr(job, "train", train)
         found = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"])
     assert [f["reason"] for f in found.failed] == ["the loss is nan in step 3"]
     assert [r["method"] for r in found.runs] == ["bitfit"]
@@ -99,14 +98,13 @@ def test_own_text_for_forgetting(tmp_path: Path) -> None:
 def test_an_interruption_while_measuring_leaves_the_trained_delta_to_be_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["spectune.comparing.job"]
     whole = run(tmp_path / "whole", methods=[LoRA(r=2), "full"])
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "measure", interrupted)
+        patch.setattr(final_runs, "measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "c", methods=[LoRA(r=2)])
         with pytest.raises(KeyboardInterrupt):
@@ -172,7 +170,7 @@ def test_a_run_that_diverges_in_validation_fails_alone_and_the_files_are_strict_
     config = TrainingConfig(max_steps=1, learning_rate=1e30, per_device_train_batch_size=4)
     found = run(tmp_path / "c", methods=["bitfit", "lora"], config=config)
     assert {f["method"] for f in found.failed} == {"bitfit", "lora"}
-    Comparison(tmp_path / "c", {**found.content, "extra": float("nan")}).save()
+    Comparison(tmp_path / "c", ComparisonResult.model_validate({**found.content, "extra": float("nan")})).save()
 
     def refuse(word: str) -> None:
         raise AssertionError(word)
@@ -202,10 +200,9 @@ def test_search_seeds_and_curve(tmp_path: Path) -> None:
 
 
 def test_a_killed_comparison_goes_on_and_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["spectune.comparing.job"]
     given: dict[str, Any] = {"methods": ["lora", "bitfit"], "config": SEARCHED, "preset": "default", "seeds": 2}
     whole = run(tmp_path / "whole", **given)
-    real = module.train
+    real = job.train
     calls: list[int] = []
 
     def killed(*args: Any, **kwargs: Any) -> Any:
@@ -214,12 +211,12 @@ def test_a_killed_comparison_goes_on_and_comes_to_the_same(tmp_path: Path, monke
             raise InterruptedRun("SIGTERM after step 1 of 2.")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "train", killed)
+    monkeypatch.setattr(job, "train", killed)
     for _ in range(3):
         with pytest.raises(InterruptedRun, match="--resume"):
             run(tmp_path / "c", resume=True, **given)
         assert Comparison.from_runs(tmp_path / "c").content["missing"]  # what is there can be looked at
-    monkeypatch.setattr(module, "train", real)
+    monkeypatch.setattr(job, "train", real)
     found = run(tmp_path / "c", resume=True, **given)
     for ours, theirs in zip(found.runs, whole.runs, strict=True):
         assert ours["judged_loss"] == theirs["judged_loss"]
@@ -285,9 +282,8 @@ def test_where_every_rate_diverges_the_method_fails_and_the_others_go_on(
 
 
 def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectune.training import memory
+    from spectune.training import prediction
 
-    module = sys.modules["spectune.comparing.job"]
     checked = SIX_STEPS.model_copy(update={"memory_check": "refuse"})
     trained: list[str] = []
 
@@ -295,20 +291,20 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
         trained.append("one")
         raise DivergedError("not meant to be reached by those that do not fit")
 
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(job, "train", train)
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "free_memory", lambda device: 1000)
+        patch.setattr(prediction, "free_memory", lambda device: 1000)
         with pytest.raises(DoesNotFitError, match="BitFit with a batch of 4 rows"):
             run(tmp_path / "c", methods=["bitfit"], config=checked)
     assert trained == []
-    real = module.check_memory
+    real = job.check_memory
 
-    def only_lora(predicted: Any, model: Any, delta: Any, check: str) -> None:
+    def only_lora(predicted: Any, delta: Any, check: str) -> None:
         if delta.method.name == "lora":
             raise DoesNotFitError("LoRA does not fit")
-        real(predicted, model, delta, check)
+        real(predicted, delta, check)
 
-    monkeypatch.setattr(module, "check_memory", only_lora)
+    monkeypatch.setattr(job, "check_memory", only_lora)
     found = run(tmp_path / "d", methods=[LoRA(r=2), "bitfit"], config=checked)
     assert found.failed[0]["reason"] == "LoRA does not fit"
     assert found.failed[1]["name"] == "bitfit"
@@ -317,7 +313,7 @@ def test_the_plan_is_asked_before_anything_is_trained(tmp_path: Path, monkeypatc
 def test_passages_leave_room_for_virtual_tokens_on_a_base_of_few_positions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["spectune.comparing.measure"], "PASSAGE_TOKENS", 128)
+    monkeypatch.setattr(measure, "PASSAGE_TOKENS", 128)
     found = run(tmp_path / "c", methods=["bitfit", PrefixTuning(num_virtual_tokens=4)])
     assert not found.failed
     assert found.content["data"]["retained_tokens"] == 2 * 60
@@ -332,19 +328,18 @@ def test_test_rows_that_are_cut_are_told_of(tmp_path: Path, capsys: pytest.Captu
 def test_the_time_is_told_by_a_method_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = sys.modules["spectune.comparing.job"]
-    real = module.train
+    real = job.train
 
-    def check(predicted: Any, model: Any, delta: Any, check: str) -> None:
+    def check(predicted: Any, delta: Any, check: str) -> None:
         if delta.method.name == "lora":
             raise DoesNotFitError("LoRA does not fit")
 
     def train(model: Any, tokenizer: Any, delta: Any, *args: Any, **kwargs: Any) -> Any:
-        check(None, model, delta, "")
+        check(None, delta, "")
         return real(model, tokenizer, delta, *args, **kwargs)
 
-    monkeypatch.setattr(module, "check_memory", check)
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(job, "check_memory", check)
+    monkeypatch.setattr(job, "train", train)
     run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"], console=Console())
     assert "by two steps of BitFit" in capsys.readouterr().out
 
@@ -352,15 +347,14 @@ def test_the_time_is_told_by_a_method_that_fits(
 def test_where_the_first_seed_fails_the_budget_ends_and_the_next_one_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = sys.modules["spectune.comparing.job"]
-    real = module.train
+    real = job.train
 
     def train(model: Any, tokenizer: Any, delta: Any, rows: Any, valid: Any, config: Any, **kwargs: Any) -> Any:
         if config.seed == 0 and config.max_steps == 6:
             raise DivergedError("the loss is nan in step 3")
         return real(model, tokenizer, delta, rows, valid, config, **kwargs)
 
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(job, "train", train)
     found = run(tmp_path / "c", methods=["bitfit"], seeds=2, console=Console())
     assert [run["seed"] for run in found.runs] == [1]
     assert found.runs[0]["decode"]["1"]["tuned"] > 0
@@ -375,14 +369,13 @@ def test_a_point_of_the_curve_that_stopped_early_is_there(tmp_path: Path) -> Non
 
 
 def test_short_runs_warm_up_for_the_same_share_of_their_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["spectune.comparing.job"]
-    real, seen = module.train, set()
+    real, seen = job.train, set()
 
     def train(model: Any, tokenizer: Any, delta: Any, rows: Any, valid: Any, config: Any, **kwargs: Any) -> Any:
         seen.add((config.max_steps, config.warmup_steps))
         return real(model, tokenizer, delta, rows, valid, config, **kwargs)
 
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(job, "train", train)
     config = SEARCHED.model_copy(update={"warmup_steps": 8.0})
     run(tmp_path / "c", methods=["bitfit"], config=config, preset="quick")
     assert {(4, 2), (16, 8)} <= seen

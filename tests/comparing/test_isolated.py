@@ -13,6 +13,7 @@ from spectune.comparing.isolated import STEPS, _job, _measure, train_memory_in_o
 from spectune.data import Row, load_rows
 from spectune.errors import ConfigError, DataError, OutOfMemoryError, SpectuneError
 from spectune.methods import FullFineTuning, LoRA, PrefixTuning
+from spectune.objectives import CAUSAL_LM
 from spectune.storage import load
 from spectune.training import TrainingConfig
 
@@ -64,16 +65,15 @@ def test_every_end_of_the_child_is_told(
 
 def test_every_step_is_on_the_longest_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The child's work, here: both steps see the batch that holds the longest row."""
-    from spectune.training import loop
 
     shapes: list[torch.Size] = []
-    real = loop.labelled_loss_sum
+    real = CAUSAL_LM.loss_sum
 
     def seen(model: Any, batch: Any, **settings: Any) -> Any:
         shapes.append(batch["input_ids"].shape)
         return real(model, batch, **settings)
 
-    monkeypatch.setattr(loop, "labelled_loss_sum", seen)
+    monkeypatch.setattr(CAUSAL_LM, "loss_sum", seen)
     rows = [Row(f"r:{n}", prompt="a " * n, completion="b") for n in range(9)]
     padded = SMALL.model_copy(update={"packing": False})
     peaks = _measure(_job("spectune-tiny", "cpu", "float32", PrefixTuning(num_virtual_tokens=2), padded, rows))

@@ -12,12 +12,10 @@ import pytest
 import torch
 
 from spectune.comparing import measure as module
-from spectune.deltas import Delta, attached
-from spectune.evaluation import forgetting_kl
+from spectune.deltas import Delta, attach, attached
 from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA
-from spectune.storage import attach
 from spectune.training import RunResult
-from tests.support import make_model, make_tokenizer
+from tests.support import forgetting_kl, make_model, make_tokenizer
 
 PASSAGES = [[5, 6, 7, 8, 9], [3, 4], [11, 12, 13]]
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from spectune.comparing import Comparison
-from spectune.comparing.advising.limits import Limits
+from spectune.comparing import Comparison, job
 from spectune.errors import ConfigError, DataError, DivergedError, InterruptedRun
 from spectune.methods import LoRA, PrefixTuning
+from spectune.results import Limits
 from tests.comparing.small import SEARCHED, SIX_STEPS, run
 from tests.support import make_model, make_rows
 
@@ -171,7 +170,7 @@ def test_an_interruption_says_where_the_comparison_lies_and_nothing_of_one_run(
     def interrupted(*_: Any, **__: Any) -> None:
         raise InterruptedRun("Nothing was written, because the run has no output_dir.")
 
-    monkeypatch.setattr(sys.modules["spectune.comparing.job"], "train", interrupted)
+    monkeypatch.setattr(job, "train", interrupted)
     with pytest.raises(InterruptedRun) as caught:
         run(tmp_path / "c", methods=["bitfit"])
     folder = tmp_path / "c"
@@ -193,7 +192,7 @@ def test_a_seed_that_was_not_reached_is_missing_though_another_failed(
             raise InterruptedRun("SIGTERM")
         raise DivergedError("the loss is nan in step 3")
 
-    monkeypatch.setattr(sys.modules["spectune.comparing.job"], "train", failing)
+    monkeypatch.setattr(job, "train", failing)
     with pytest.raises(InterruptedRun):
         run(tmp_path / "c", methods=["bitfit"], seeds=2)
     found = Comparison.from_runs(tmp_path / "c")

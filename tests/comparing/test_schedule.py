@@ -17,9 +17,9 @@ def test_quick_is_three_rates_at_a_quarter_and_one_seed() -> None:
     schedule = Schedule.of(QUICK, SETTINGS, rows=1000, target_tokens=20_000)
     assert schedule.planned_trials == ((3, 40),)
     assert schedule.seeds == (7,)
-    assert not schedule.to_dict(100)["covers_training_noise"]
+    assert not schedule.record(100).covers_training_noise
     assert schedule.target_tokens_per_step == 20 * 8
-    assert schedule.to_dict(100)["search_target_tokens"] == 3 * 40 * 160
+    assert schedule.record(100).search_target_tokens == 3 * 40 * 160
 
 
 def test_the_default_searches_eight_rates_and_repeats_three_times() -> None:

@@ -6,9 +6,14 @@ import math
 
 import pytest
 
-from spectune.comparing.search import Trial, candidates, successive_halving
+from spectune.comparing.search import candidates, successive_halving
+from spectune.results.comparison_file import Trial
 
 RUNGS = [(8, 10), (4, 20), (2, 40)]
+
+
+def made(rate: float, steps: int, targets: int, loss: float | None, reason: str | None = None) -> Trial:
+    return Trial(learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason)
 
 
 def bowl(best: float, diverges_from: float = math.inf):  # type: ignore[no-untyped-def]
@@ -18,8 +23,8 @@ def bowl(best: float, diverges_from: float = math.inf):  # type: ignore[no-untyp
     def trial(rate: float, steps: int) -> Trial:
         calls.append((rate, steps))
         if rate >= diverges_from:
-            return Trial(rate, steps, steps * 100, None, "the loss is nan in step 3")
-        return Trial(rate, steps, steps * 100, 1 + abs(math.log(rate / best)) + 1 / steps)
+            return made(rate, steps, steps * 100, None, "the loss is nan in step 3")
+        return made(rate, steps, steps * 100, 1 + abs(math.log(rate / best)) + 1 / steps)
 
     return trial, calls
 
@@ -53,7 +58,7 @@ def test_where_the_better_rates_diverge_in_longer_runs_the_next_ones_take_their_
 
     def trial(rate: float, steps: int) -> Trial:
         failed = steps > 10 and rate >= rates[2]
-        return Trial(rate, steps, 0, None if failed else 1 / rate, "the loss is nan" if failed else None)
+        return made(rate, steps, 0, None if failed else 1 / rate, "the loss is nan" if failed else None)
 
     found = successive_halving((1e-4, 1e-2), RUNGS, trial, source="a test")
     assert found.best == rates[1]
@@ -61,7 +66,7 @@ def test_where_the_better_rates_diverge_in_longer_runs_the_next_ones_take_their_
     assert steps == [10] * 8 + [20] * 8 + [40] * 2
 
     def none(rate: float, steps: int) -> Trial:
-        return Trial(rate, steps, 0, None if steps > 10 else 1.0)
+        return made(rate, steps, 0, None if steps > 10 else 1.0)
 
     assert successive_halving((1e-4, 1e-2), RUNGS, none, source="a test").sentence.startswith("all of 8 rates")
 

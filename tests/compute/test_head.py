@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import logging
+import pickle
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -33,9 +34,9 @@ from transformers import (
 )
 
 import spectune
-from spectune.compute import losses
 from spectune.compute.head import LinearHead, linear_head
-from spectune.compute.losses import causal_lm_loss_sum, labelled_loss_sum
+from spectune.objectives import CAUSAL_LM
+from spectune.objectives.causal_lm import causal_lm_loss_sum
 from spectune.planning.shape import Shape
 from spectune.planning.tracer import Tracer
 
@@ -97,6 +98,11 @@ def inputs() -> dict[str, Any]:
     return {**{name: value for name, value in batch().items() if name != "labels"}, "use_cache": False}
 
 
+def plain_head(model: nn.Module, data: dict[str, Any]) -> LinearHead | None:
+    """What the first loss of such a batch finds out, and keeps."""
+    return linear_head(model, {**{name: value for name, value in data.items() if name != "labels"}, "use_cache": False})
+
+
 def watch_logits(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts calls of the model's own forward, without a hook on it."""
     calls: list[int] = []
@@ -135,9 +141,9 @@ def test_loss_and_all_gradients_equal_the_models_own(
         reduction="sum",
     )
     expected.backward()
-    assert losses.find_head(model, data) is not None
+    assert plain_head(model, data) is not None
     calls = watch_logits(model, monkeypatch)
-    loss, count = labelled_loss_sum(model, data)
+    loss, count = CAUSAL_LM.loss_sum(model, data)
     loss.backward()
     assert not calls
     assert count == int((data["labels"][:, 1:] != -100).sum())
@@ -160,14 +166,14 @@ def test_a_frozen_base_gives_the_gradient_of_what_is_below(kind: str) -> None:
     layer = model.get_decoder().layers[0].mlp.up_proj.weight.requires_grad_()
     full = model(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits
     expected = torch.autograd.grad(causal_lm_loss_sum(full, data["labels"])[0], layer)[0]
-    found = torch.autograd.grad(labelled_loss_sum(model, data)[0], layer)[0]
+    found = torch.autograd.grad(CAUSAL_LM.loss_sum(model, data)[0], layer)[0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_without_targets_is_zero_with_a_gradient() -> None:
     model, data = build("llama").train(), batch()
     data["labels"] = torch.full_like(data["labels"], -100)
-    loss, count = labelled_loss_sum(model, data)
+    loss, count = CAUSAL_LM.loss_sum(model, data)
     loss.backward()
     assert (loss.item(), count) == (0.0, 0)
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -175,11 +181,11 @@ def test_a_batch_without_targets_is_zero_with_a_gradient() -> None:
 
 def test_batches_added_up_have_the_gradient_of_the_whole() -> None:
     model, data = build("llama tied").train(), batch()
-    labelled_loss_sum(model, data)[0].backward()
+    CAUSAL_LM.loss_sum(model, data)[0].backward()
     whole = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for row in range(3):
-        labelled_loss_sum(model, {name: value[row : row + 1] for name, value in data.items()})[0].backward()
+        CAUSAL_LM.loss_sum(model, {name: value[row : row + 1] for name, value in data.items()})[0].backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, whole[name], atol=1e-5, rtol=1e-5)
 
@@ -189,7 +195,7 @@ def test_no_tensor_of_all_logits_is_made() -> None:
     model, rows = LlamaForCausalLM(config).train(), 40
     ids = torch.randint(0, 5000, (rows, 30))
     data = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    losses.find_head(model, data)
+    plain_head(model, data)
     largest = 0
 
     class Largest(TorchDispatchMode):
@@ -201,7 +207,7 @@ def test_no_tensor_of_all_logits_is_made() -> None:
             return result
 
     with Largest():
-        labelled_loss_sum(model, data)[0].backward()
+        CAUSAL_LM.loss_sum(model, data)[0].backward()
     assert largest < 4 * 5000 * rows * 29 / 1.3  # two chunks: the whole of it would be more
 
 
@@ -304,11 +310,11 @@ def test_what_is_watched_is_called_itself(
 ) -> None:
     """Also where it was found to be plain before; it is said once, and the loss is the model's own."""
     model, data = build("llama"), batch()
-    assert losses.find_head(model, data) is not None
+    assert plain_head(model, data) is not None
     watched(model, how)
     with caplog.at_level(logging.INFO, "spectune"):
-        loss, _ = labelled_loss_sum(model, data)
-        labelled_loss_sum(model, data)
+        loss, _ = CAUSAL_LM.loss_sum(model, data)
+        CAUSAL_LM.loss_sum(model, data)
     expected = causal_lm_loss_sum(model(**{**data, "labels": None}).logits, data["labels"])[0]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     told = [record.getMessage() for record in caplog.records if record.name == "spectune"]
@@ -328,6 +334,7 @@ def test_the_model_is_found_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     modes = [module.training for module in model.modules()]
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     names = [set(module.__dict__) for module in model.modules()]
+    names[0].add("_spectune_head")  # what was found
     state = torch.get_rng_state()
     calls = watch_logits(model, monkeypatch)
     for _ in range(3):
@@ -367,7 +374,7 @@ def test_compiled_blocks_are_not_compiled_for_it() -> None:
         layer.compile(backend=backend)
     assert linear_head(model, inputs()) is not None
     assert not seen
-    labelled_loss_sum(model, batch())
+    CAUSAL_LM.loss_sum(model, batch())
     assert seen
     torch._dynamo.reset()
 
@@ -380,6 +387,17 @@ def test_a_model_on_the_meta_device_is_read_too() -> None:
         head = linear_head(model, {**given, "use_cache": False})
     assert head is not None
     assert head.softcap == 2.0
+
+
+def test_what_is_known_of_a_model_is_neither_copied_nor_pickled_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    linear_head(model, inputs())
+    calls = watch_logits(model, monkeypatch)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        found = linear_head(other, inputs())
+        assert found is not None
+        assert found.weight is other.get_output_embeddings().weight
+    assert len(calls) == 2
 
 
 def test_models_are_not_kept_alive() -> None:

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spectune.blocks.compile import compiled
 from spectune.blocks.narrow_products import GroupNarrowProducts
+from spectune.deltas import attach
 from spectune.methods import LoRA
-from spectune.storage import attach
 
 MM = torch.ops.aten.mm.default
 T, D, R = 12, 80, 4

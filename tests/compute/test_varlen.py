@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
 from spectune.compute import varlen
-from spectune.compute.packs import Pack, Spans
+from spectune.compute.pack_layout import Pack, Spans
 from spectune.compute.varlen import flash_by_document, loop_by_document
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, Method
+from spectune.deltas import Delta, Method, attach
 from spectune.methods import (
     IA3,
     BitFit,
@@ -20,7 +20,6 @@ from spectune.methods import (
     PrefixTuning,
     PromptTuning,
 )
-from spectune.storage import attach
 from tests.contract.families import FAMILIES, VOCABULARY
 
 #: every method at small size, and the variants whose code differs

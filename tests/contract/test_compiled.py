@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from spectune.deltas import attach
 from spectune.errors import ConfigError
 from spectune.methods import LoRA
-from spectune.storage import attach
 from tests.contract.conftest import CASES, move, put_on, refusal, tokens
 
 Make = Callable[[], PreTrainedModel]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, Method, attached
+from spectune.deltas import Delta, Method, attach, attached, detach, merge, route
 from spectune.errors import ConfigError, DataError
 from spectune.methods import METHODS, LoRA, PrefixTuning, PromptTuning
-from spectune.storage import attach, detach, load_delta, merge, route
+from spectune.storage import load_delta
 from tests.contract.conftest import CASES, REFUSED, move, padded, put_on, tokens
 from tests.contract.families import CONTEXT, FAMILIES, VOCABULARY
 

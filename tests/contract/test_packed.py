@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from spectune.blocks.recompute import recomputing
-from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.varlen import loop_by_document
 from spectune.data import Example, Row, collate, collate_packs
 from spectune.deltas import Method, attached, kernel_serves, packed, packing, route, why_not_packed
 from spectune.errors import ConfigError
 from spectune.methods import LoRA, PrefixTuning, PromptTuning
+from spectune.objectives import CAUSAL_LM
 from tests.contract.conftest import CASES, move, put_on
 from tests.contract.families import FAMILIES, VOCABULARY
 
@@ -49,10 +49,10 @@ def gradients(model: PreTrainedModel, batch: dict[str, Tensor], kernel: Any = No
         parameter.grad = None
     documents = batch.pop("documents", None)
     if documents is None:
-        loss, count = labelled_loss_sum(model, batch)
+        loss, count = CAUSAL_LM.loss_sum(model, batch)
     else:
         with packing(model, kernel), packed(model, documents):
-            loss, count = labelled_loss_sum(model, batch)
+            loss, count = CAUSAL_LM.loss_sum(model, batch)
     (loss / count).backward()
     return float(loss.detach()), {name: p.grad for name, p in delta.named_parameters() if p.grad is not None}
 
@@ -96,7 +96,7 @@ def test_recomputed_too(model: PreTrainedModel, case: str, how: tuple[str, Any])
         for packs in both:
             batch = collate_packs([[rows[i] for i in pack] for pack in packs], 0)
             with packed(model, batch.pop("documents")):
-                loss, targets = labelled_loss_sum(model, batch)
+                loss, targets = CAUSAL_LM.loss_sum(model, batch)
             losses.append(loss)
             count += targets
         for loss in losses:
@@ -128,19 +128,20 @@ def test_the_probe_finds_that_documents_are_kept_apart(model: PreTrainedModel, m
 
 
 def test_the_probe_finds_a_leak(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
-    from spectune.deltas import packed_pass, packs
+    from spectune.deltas.hooks import packed_attention
+    from spectune.deltas.probes import documents
 
     put_on(model, LoRA(r=2))
 
     def deaf(make: Any, pack: Any, settings: dict[str, Any]) -> Any:
         return make(**{**settings, "allow_is_causal_skip": False})
 
-    monkeypatch.setattr(packed_pass, "mask_of", deaf)
+    monkeypatch.setattr(packed_attention, "mask_of", deaf)
     assert "does not keep documents apart" in (why_not_packed(model) or "")
     monkeypatch.undo()
     assert why_not_packed(model) is None
     # positions that go on from one document to the next
-    monkeypatch.setattr(packs, "_places", lambda pack: torch.arange(sum(map(len, pack))))
+    monkeypatch.setattr(documents, "_places", lambda pack: torch.arange(sum(map(len, pack))))
     assert (why_not_packed(model) is None) == (model.config.model_type not in ("gpt2", "opt"))  # a table of positions
 
 
@@ -194,8 +195,8 @@ def test_through_flash_attention(monkeypatch: pytest.MonkeyPatch, model: PreTrai
     from torch.nn.attention import varlen as torch_varlen
 
     from spectune.compute import varlen
-    from spectune.compute.packs import Spans
-    from spectune.deltas import packed_pass
+    from spectune.compute.pack_layout import Spans
+    from spectune.deltas.hooks import packed_attention
 
     calls = 0
 
@@ -211,7 +212,7 @@ def test_through_flash_attention(monkeypatch: pytest.MonkeyPatch, model: PreTrai
         return loop_by_document(query, key, value, queries, keys, scale=scale, window=window)
 
     monkeypatch.setattr(torch_varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr(packed_pass, "flash_takes", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "flash_takes", lambda *_: True)
     move(put_on(model, CASES[case]))
     rows = examples()
     batch = collate_packs([[rows[i] for i in pack] for pack in PACKS], 0)

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from spectune.deltas import attach
 from spectune.errors import DataError
 from spectune.methods import IA3, PrefixTuning
-from spectune.storage import attach, load_delta
+from spectune.storage import load_delta
 from tests.contract.conftest import tokens
 from tests.contract.families import FAMILIES
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedModel
 
-from spectune.compute.losses import labelled_loss_sum
 from spectune.data import Example, Row, collate
-from spectune.deltas import Method, attached, why_padding_is_told
+from spectune.deltas import Method, attach, attached, why_mask_is_needed
 from spectune.errors import ConfigError
 from spectune.methods import LoRA
-from spectune.storage import attach
+from spectune.objectives import CAUSAL_LM
 from tests.contract.conftest import CASES, move, put_on
 from tests.contract.families import SIZES, TOKENS, VOCABULARY
 
@@ -34,7 +33,7 @@ def gradients(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[float,
     delta = attached(model)["task"]
     for parameter in delta.parameters():
         parameter.grad = None
-    loss, count = labelled_loss_sum(model, inputs)
+    loss, count = CAUSAL_LM.loss_sum(model, inputs)
     (loss / count).backward()
     return float(loss.detach()), {name: p.grad for name, p in delta.named_parameters() if p.grad is not None}
 
@@ -43,7 +42,7 @@ def gradients(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[float,
 def test_no_mask_no_difference(model: PreTrainedModel, method: Method, attention: str, family: str) -> None:
     model.set_attn_implementation(attention)
     move(put_on(model, method))
-    reason = why_padding_is_told(model)
+    reason = why_mask_is_needed(model)
     if family == "mixtral":
         assert "experts" in str(reason)
         return
@@ -66,7 +65,7 @@ def test_the_probe_leaves_everything_as_it_was(model: PreTrainedModel, case: str
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    why_padding_is_told(model)
+    why_mask_is_needed(model)
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -76,7 +75,7 @@ def test_a_state_over_positions_never_sees_what_comes_after() -> None:
     torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4))
     attach(model, LoRA(r=2, target_modules=["in_proj"]))
-    assert why_padding_is_told(model) is None
+    assert why_mask_is_needed(model) is None
 
 
 def test_a_model_that_looks_ahead_is_told(model: PreTrainedModel) -> None:
@@ -97,7 +96,7 @@ def test_a_model_that_looks_ahead_is_told(model: PreTrainedModel) -> None:
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     handles = [decoder.register_forward_pre_hook(note, with_kwargs=True), first.register_forward_hook(look_ahead)]
-    reason = why_padding_is_told(model)
+    reason = why_mask_is_needed(model)
     for handle in handles:
         handle.remove()
     assert reason is not None
@@ -109,9 +108,9 @@ def test_attention_both_ways_is_told() -> None:
     sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
     model = BertLMHeadModel(BertConfig(**sizes, intermediate_size=48, max_position_embeddings=64, is_decoder=False))
     attach(model, LoRA(r=2))
-    assert "logits change by" in str(why_padding_is_told(model))
+    assert "logits change by" in str(why_mask_is_needed(model))
 
 
 def test_a_bare_model_is_not_asked(model: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match="attached delta"):
-        why_padding_is_told(model)
+        why_mask_is_needed(model)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from spectune.deltas import attach, route
 from spectune.methods import IA3, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
-from spectune.storage import attach, route
 from tests.contract.conftest import move
 from tests.contract.families import FAMILIES
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, Method
+from spectune.deltas import Attachment, Delta, Method, attach, attached, detach, route
 from spectune.errors import ConfigError
 from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
-from spectune.storage import attach, detach, route
 from tests.contract.conftest import CASES, move, padded, refusal, tokens
 from tests.contract.families import FAMILIES
 
@@ -147,7 +146,7 @@ def test_several_sampled_sequences_carry_their_route(make_model: Make, family: s
         again = model.generate(ids, do_sample=False, **how)
     assert torch.equal(sampled, greedy.repeat_interleave(3, dim=0))
     assert torch.equal(again, greedy)
-    assert "generate" not in model.__dict__
+    assert Attachment.of(model).state.thread.copies == 1
 
 
 def test_no_row_depends_on_its_neighbours_or_on_what_else_is_attached(make_model: Make, family: str) -> None:
@@ -247,6 +246,9 @@ def test_after_an_error_inside_a_mixed_forward_nothing_is_left(make_model: Make,
         assert torch.equal(model(input_ids=ids[:2]).logits, bare)
         with route(model, names):
             assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
+    assert Attachment.of(model).state.thread.copies == 1
+    for name in list(attached(model)):
+        detach(model, name)
     assert "generate" not in model.__dict__
 
 

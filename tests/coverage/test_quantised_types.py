@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.frozen import FrozenLinear
-from spectune.compute.losses import labelled_loss_sum
+from spectune.deltas import attach, detach
 from spectune.errors import ConfigError, SpectuneError
 from spectune.families import describe
-from spectune.storage import attach, detach, quantise_base
+from spectune.objectives import CAUSAL_LM
+from spectune.storage import quantise_base
 
 
 def quantised(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -53,7 +54,7 @@ def hold(model_type: str, cases: tuple[str, ...]) -> None:
         except SpectuneError:
             continue  # as over the plain base: tests/coverage/test_types.py
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        labelled_loss_sum(few, batch)[0].backward()
+        CAUSAL_LM.loss_sum(few, batch)[0].backward()
         assert any(p.grad is not None and bool(p.grad.any()) for p in delta.parameters()), case
         detach(few, case)
         assert torch.equal(logits(few, ids), before), case

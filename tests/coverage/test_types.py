@@ -96,7 +96,7 @@ def test_a_type_that_nobody_has_heard_of_is_tried(monkeypatch: pytest.MonkeyPatc
 
 def test_the_checks_see_a_method_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site whose hook does not act, and a count that is wrong, are defects and no success."""
-    from spectune.deltas.sites import OutputHook
+    from spectune.deltas.hooks.output import OutputHook
     from spectune.methods import LoRA
 
     base = bare("llama")

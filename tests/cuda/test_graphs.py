@@ -13,9 +13,9 @@ from torch import Tensor
 
 from spectune.blocks.compile import compiled
 from spectune.blocks.cuda_graphs import graphed
-from spectune.compute.losses import labelled_loss_sum
 from spectune.deltas import Method
 from spectune.methods import METHODS, BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning
+from spectune.objectives import CAUSAL_LM
 from tests.training.test_compiling import built, gpt2, llama, undropped
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:TensorFloat32")]
@@ -55,7 +55,7 @@ def passes(
         if record:
             stack.enter_context(graphed(model, delta.family, list(delta.parameters())))
         for number, batch in enumerate(batches(masked) * 2, start=1):
-            loss, _ = labelled_loss_sum(model, batch)
+            loss, _ = CAUSAL_LM.loss_sum(model, batch)
             loss.backward()
             losses.append(loss.item())
             if number % every == 0:
@@ -109,7 +109,7 @@ def test_dropout_draws_anew_in_every_replay(caplog: pytest.LogCaptureFixture) ->
     with graphed(model, delta.family, list(delta.parameters())):
         losses = []
         for _ in range(PASSES):
-            loss, _ = labelled_loss_sum(model, batch)
+            loss, _ = CAUSAL_LM.loss_sum(model, batch)
             loss.backward()
             losses.append(loss.item())
     assert not said(caplog)

@@ -13,7 +13,7 @@ from spectune.deltas import Method
 from spectune.methods import METHODS
 from spectune.training import TrainingConfig, train
 from spectune.training import loop as loop_module
-from spectune.training.batching import Batches
+from spectune.training.step_batches import Batches
 from tests.support import make_model, make_rows, make_tokenizer
 from tests.training.test_compiling import fresh_compiler, undropped
 

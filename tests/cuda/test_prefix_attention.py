@@ -13,11 +13,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from spectune.blocks.compile import compiled
-from spectune.compute.losses import labelled_loss_sum
 from spectune.data import Example, Row, collate
-from spectune.deltas import Method, leading_keys, why_padding_is_told
+from spectune.deltas import Method, attach, why_mask_is_needed
+from spectune.deltas.hooks import prefix_kernel
 from spectune.methods import LoRA, PrefixTuning, PromptTuning
-from spectune.storage import attach
+from spectune.objectives import CAUSAL_LM
 
 pytestmark = pytest.mark.cuda
 
@@ -81,7 +81,7 @@ def test_output_and_gradients(kv_heads: int, count: int, dim: int, kernel: str, 
 
     def ours(query: Tensor, key: Tensor, value: Tensor, lead_key: Tensor, lead_value: Tensor) -> Tensor:
         lead, host = (lead_key, lead_value), Host(HEADS // kv_heads)
-        return leading_keys.attend(sdpa_attention_forward, host, query, key, value, lead, {})[0]
+        return prefix_kernel.attend(sdpa_attention_forward, host, query, key, value, lead, {})[0]
 
     torch._dynamo.reset()
     function = torch.compile(ours, fullgraph=True) if run == "compiled" else ours
@@ -121,7 +121,7 @@ def step(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[float, Tenso
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = None
-    loss, count = labelled_loss_sum(model, batch)
+    loss, count = CAUSAL_LM.loss_sum(model, batch)
     (loss / count).backward()
     return float(loss.detach()) / count, torch.cat([p.grad.float().flatten() for p in trained if p.grad is not None])
 
@@ -160,7 +160,7 @@ def test_a_step_in_compiled_blocks_is_that_of_a_dense_mask_in_float32(make: Call
 def test_padding_on_the_right_needs_no_mask(make: Callable[[], PreTrainedModel], method: Method) -> None:
     model = make().to(torch.bfloat16)
     attach(model, method, "task")
-    assert why_padding_is_told(model) is None
+    assert why_mask_is_needed(model) is None
     batch = rows(256, 31, 130)
     told = step(model, batch)
     del batch["attention_mask"]

@@ -8,14 +8,29 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
-from spectune.data import batches, by_length, collate, encode, load_rows, prompt_ids, render_mask, split_rows
-from spectune.data.encode import Example
-from spectune.data.rows import Row
+from spectune.data import (
+    Example,
+    Row,
+    batches,
+    by_length,
+    collate,
+    encode,
+    load_rows,
+    prompt_ids,
+    split_rows,
+)
 from spectune.errors import ConfigError, DataError
 from tests.support import make_rows, make_tokenizer
 
 TOKENIZER = make_tokenizer()
+
+
+def render_mask(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The row as text, what is learned between `[[` and `]]`."""
+    before = tokenizer.decode(example.input_ids[: example.prompt_length])
+    return f"{before}[[{tokenizer.decode(example.input_ids[example.prompt_length :])}]]"
 
 
 def write(path: Path, lines: list[str]) -> Path:

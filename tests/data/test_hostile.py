@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from spectune.data import encode, load_rows, prompt_ids
-from spectune.data.rows import Row
+from spectune.data import Row, encode, load_rows, prompt_ids
 from spectune.errors import ConfigError, DataError
 from tests.support import make_rows, make_tokenizer
 

@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from spectune.data import batches, by_length, collate, encode, load_rows, prompt_ids, split_rows
-from spectune.data.encode import Example
-from spectune.data.rows import Row, Rows
+from spectune.data import Example, batches, by_length, collate, encode, load_rows, prompt_ids, split_rows
+from spectune.data.loading import Row, Rows
 from spectune.errors import DataError
 from tests.support import make_tokenizer
 

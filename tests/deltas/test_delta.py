@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from spectune.deltas import attach, detach
 from spectune.methods import LoRA
-from spectune.storage import attach, detach
 from tests.support import make_model
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from spectune.deltas import Delta, Method, attached
+from spectune.deltas import Delta, Method, attach, attached, detach, route
 from spectune.errors import ConfigError
-from spectune.methods import METHODS, LoRA, PrefixTuning
-from spectune.storage import attach, detach, load_delta, route
+from spectune.methods import METHODS, BitFit, LoRA, PrefixTuning
+from spectune.storage import load_delta
 from tests.contract.conftest import CASES, move, put_on, tokens
 from tests.contract.families import gpt2, llama
 
@@ -244,16 +244,19 @@ def test_a_failed_attach(method: Method, error: type[BaseException], beside: boo
         pytest.skip("full fine-tuning stands alone")
     for make in (gpt2, llama):
         model = make_model(make)
-        if beside:
-            move(put_on(model, LoRA(r=2), "first"))
+        if beside:  # of another method: what was proved for one is not proved again for the next
+            move(put_on(model, BitFit() if isinstance(method, LoRA) else LoRA(r=2), "first"))
         cls = type(method)
-        places = [("initialise", 1, False), ("initialise", 1, True), ("bind", 1, False)]
+        places = [("initialise", 1, False), ("initialise", 1, True)]
         if method.sites(fresh(make, method).family):
             places += [("sites", 1, False), ("build", 1, False), ("build", 3, False), ("build_shared", 1, True)]
         for name, call, after in places:
             if name == "build" and call > len(method.sites(fresh(make, method).family)):
                 continue
             with unharmed(model, error), at_call(cls, name, error, call, after):
+                put_on(model, method)
+        for after in (False, True):
+            with unharmed(model, error), at_call(type(fresh(make, method)), "put_on", error, 1, after):
                 put_on(model, method)
         layer = model.get_submodule("transformer.h.1" if make is gpt2 else "model.layers.1")
         with unharmed(model, error), raising(layer, error):  # in the probe, or in what initialise runs
@@ -279,12 +282,12 @@ def test_a_failed_load(method: Method, error: type[BaseException], tmp_path: Pat
     delta = fresh(gpt2, method)
     move(delta)
     delta.save(tmp_path / "saved")
-    kind = type(delta)
+    kind, files = type(delta), type(delta.files)
     model = make_model()
-    for name, after in (("read_files", False), ("read_files", True), ("open", True)):
-        with unharmed(model, error), at_call(kind, name, error, 1, after):
+    for owner, name, after in ((files, "read", False), (files, "read", True), (kind, "put_on", True)):
+        with unharmed(model, error), at_call(owner, name, error, 1, after):
             load_delta(model, tmp_path / "saved", "task")
-    with unharmed(model, KeyboardInterrupt), at_call(kind, "check_files", KeyboardInterrupt):
+    with unharmed(model, KeyboardInterrupt), at_call(files, "check", KeyboardInterrupt):
         load_delta(model, tmp_path / "saved", "task")
     loaded = load_delta(model, tmp_path / "saved", "task")
     detach(model, "task")

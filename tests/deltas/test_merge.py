@@ -22,12 +22,11 @@ from transformers import (
 )
 
 from spectune.data import encode, load_rows
-from spectune.deltas import Delta, Method, attached
+from spectune.deltas import Delta, Method, attach, attached, merge
 from spectune.deltas.difference import Difference, measure, own_rounding
-from spectune.deltas.merge import _judge, merge_and_measure
+from spectune.deltas.merging import _judge, merge_and_measure
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, FullFineTuning, LoRA, PrefixTuning, PromptTuning
-from spectune.storage import attach, merge
 from tests.support import make_model, make_rows, make_tokenizer
 
 SMALL: dict[str, Any] = {

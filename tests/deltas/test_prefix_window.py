@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from spectune.deltas import attach
 from spectune.methods import PrefixTuning
-from spectune.storage import attach
 
 SIZES = {
     "vocab_size": 97,

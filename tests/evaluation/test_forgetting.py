@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from tests.support import forgetting_kl
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from spectune.deltas import Delta, attach, route
 from spectune.errors import ConfigError, DataError
-from spectune.evaluation import forgetting_kl, passage_kls, sample_passages
+from spectune.evaluation import passage_kls, sample_passages
 from spectune.methods import BitFit, FullFineTuning, LoRA
 
 PASSAGES = [[0, 5, 6, 7, 8, 9], [0, 3], [0, 11, 12, 13]]

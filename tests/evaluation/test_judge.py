@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sacrebleu
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -23,9 +25,9 @@ from spectune.evaluation import (
     judge,
     judged_loss,
     read_rows,
-    text_metrics,
     write_rows,
 )
+from spectune.evaluation.metrics import exact_match, rouge_l
 from spectune.methods import LoRA, PromptTuning
 
 WRITTEN: list[dict[str, Any]] = [
@@ -75,7 +77,13 @@ def test_written_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
     references = [["w8 w9", "w1 w2 w3"], ["w2 w3 w4 w5 w6"], ["w14"]]
     assert [list(row.references) for row in found] == [*references, []]
     assert [row.prompt for row in found] == ["w5 w6 w7", "w1", "w10 w11 w12 w13", None]
-    assert corpus_metrics(found) == text_metrics(texts, references)
+    expected = {metric.__name__: sum(map(metric, texts, references)) / len(texts) for metric in (exact_match, rouge_l)}
+    streams: Any = [list(stream) for stream in itertools.zip_longest(*references)]
+    expected |= {
+        "bleu": sacrebleu.corpus_bleu(texts, streams, force=True).score,
+        "chrf": sacrebleu.corpus_chrf(texts, streams).score,
+    }
+    assert corpus_metrics(found) == expected
     assert found[3].metrics == found[3].statistics == {}
     assert judged_loss(found) == pytest.approx(sum(row.loss_sum for row in found) / 14)
     assert all(module.training for module in model.modules())

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from spectune.data import load_rows
-from spectune.data.rows import Rows
+from spectune.data.loading import Rows
 from spectune.errors import ConfigError, DataError
 from spectune.evaluation import Task
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from spectune.deltas import attach, route
 from spectune.errors import ConfigError
-from spectune.inference import context_length, generate_ids, generate_texts, stop_ids
+from spectune.inference import Sampling, context_length, generate_ids, generate_texts, stop_ids
 from spectune.methods import PrefixTuning, PromptTuning
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [8, 8]]
@@ -107,21 +107,21 @@ def test_modes_and_random_state_are_given_back(model: PreTrainedModel, tokenizer
     frozen = next(module for module in model.modules() if isinstance(module, torch.nn.Embedding))
     frozen.eval()
     before = torch.get_rng_state()
-    generate_texts(model, tokenizer, PROMPTS, max_new_tokens=3, do_sample=True)
+    generate_texts(model, tokenizer, PROMPTS, max_new_tokens=3, sampling=Sampling())
     assert torch.equal(torch.get_rng_state(), before)
     assert [m for m in model.modules() if not m.training] == [frozen]
 
 
 def test_sampling_is_a_function_of_the_seed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     def draw(seed: int) -> list[str]:
-        return generate_texts(model, tokenizer, PROMPTS, max_new_tokens=8, do_sample=True, seed=seed)
+        return generate_texts(model, tokenizer, PROMPTS, max_new_tokens=8, sampling=Sampling(seed=seed))
 
     torch.manual_seed(1)
     first = draw(3)
     torch.manual_seed(2)
     assert draw(3) == first
     assert draw(4) != first
-    cold = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=8, do_sample=True, top_k=1, temperature=0.5)
+    cold = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=8, sampling=Sampling(top_k=1, temperature=0.5))
     assert cold == generate_texts(model, tokenizer, PROMPTS, max_new_tokens=8)
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from spectune.data import Row, encode, load_rows
 from spectune.errors import DataError
-from spectune.inference import ChoiceScores, choice_log_likelihoods, row_loss_sums
+from spectune.inference import choice_log_likelihoods, row_loss_sums
 
 
 def rows() -> list[Row]:
@@ -56,11 +55,6 @@ def test_choices_are_scored_as_training_writes_them(model: PreTrainedModel, toke
         assert scores.log_likelihoods == pytest.approx(wanted, rel=1e-5)
         assert scores.best == max(range(len(wanted)), key=wanted.__getitem__)
     assert [scores.target_tokens for scores in found] == [(2, 3, 2), (2, 2)]
-
-
-def test_best_by_sum_and_by_token() -> None:
-    scores = ChoiceScores((math.log(0.2), math.log(0.1)), (1, 4))
-    assert (scores.best, scores.best_per_token) == (0, 1)
 
 
 def test_rows_that_ask_nothing_are_all_named(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from spectune.blocks.offload import Transfers
 from spectune.blocks.recompute import Recomputation, recomputing
 from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum
-from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import AllocationTracker
 from spectune.deltas import Delta
+from spectune.objectives import CAUSAL_LM
 from spectune.training import TrainingConfig
 from spectune.training.optimizer import MasterAdamW
 from spectune.training.optimizers import make_optimizer
@@ -49,7 +49,7 @@ def real_peak(
         for _ in range(2):
             with AllocationTracker([*model.parameters(), *optimizer.tensors()]) as tracker:
                 optimizer.begin(1e-4)
-                loss, targets = labelled_loss_sum(model, inputs)
+                loss, targets = CAUSAL_LM.loss_sum(model, inputs)
                 torch.autograd.backward(loss / targets)
                 del loss
                 optimizer.step(1e-4, config.max_grad_norm)

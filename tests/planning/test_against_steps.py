@@ -22,8 +22,7 @@ from transformers import (
 from spectune.blocks import offload
 from spectune.blocks.execution import Execution
 from spectune.blocks.recompute import Recomputation
-from spectune.deltas import attach
-from spectune.deltas.attach import place
+from spectune.deltas import attach, place
 from spectune.deltas.modules import DeltaModule
 from spectune.errors import ConfigError
 from spectune.methods import BY_NAME, method_from_name

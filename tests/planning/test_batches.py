@@ -12,12 +12,11 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from spectune.blocks.execution import Execution, Packing
-from spectune.compute import losses
 from spectune.compute.varlen import loop_by_document
-from spectune.data import Example
-from spectune.data.rows import Row
+from spectune.data import Example, Row
 from spectune.deltas import attach
 from spectune.methods import method_from_name
+from spectune.objectives import causal_lm
 from spectune.planning import plan
 from spectune.planning.planner import Planner
 from spectune.planning.shape import Shape
@@ -65,7 +64,7 @@ def test_columns_that_hold_a_target(columns: int) -> None:
     model = bent()
     delta = attach(model, method_from_name("lora"))
     batch = learned_batch(columns)
-    assert losses.head_selection(model) == "column"
+    assert causal_lm.head_selection(model) == "column"
     measured = real_peak(model, delta, batch, checkpointing=False)
     shape = Shape(ROWS, LENGTH, LEARNED, ROWS * LEARNED, columns=columns)
     estimate = plan(model, "lora", shape, device="cpu")
@@ -94,7 +93,7 @@ def test_the_columns_of_a_batch_are_those_of_its_labels(padded: bool) -> None:
         end = len(example.input_ids)
         labels[number, end - example.target_tokens : end] = 1
     shape = shape_of([[example] for example in rows])
-    assert shape.columns == int(losses.target_mask(labels).any(0).sum())
+    assert shape.columns == int(causal_lm.target_mask(labels).any(0).sum())
     assert (shape.targets, shape.all_targets, shape.padded) == (4, 8, padded)
 
 
@@ -104,7 +103,7 @@ def test_the_columns_of_packs_are_counted_where_their_documents_lie() -> None:
     labels[0, [3, 4, 8]] = 1
     labels[1, [5, 6, 7]] = 1
     shape = shape_of(packs, Packing(True, loop_by_document))
-    assert shape.columns == int(losses.target_mask(labels).any(0).sum())
+    assert shape.columns == int(causal_lm.target_mask(labels).any(0).sum())
     assert shape.documents == ((5, 4), (8,))
     assert shape.kernel is loop_by_document
 

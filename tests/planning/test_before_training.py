@@ -108,9 +108,9 @@ def test_recordings_are_planned_unless_something_is_recomputed(monkeypatch: pyte
     model, tokenizer, rows, config = make_model(), make_tokenizer(), make_rows(24), TrainingConfig()
     delta = attach(model, LoRA(r=3), tokenizer=tokenizer)
     prepared = prepare(model, tokenizer, delta.method, rows, rows[:4], config, delta.base_fingerprint)
-    with_graphs = replace(decide_run(delta, prepared, config), graphs=True)
+    with_graphs = replace(decide_run(delta, prepared), graphs=True)
     monkeypatch.setattr(prediction, "decide_run", lambda *_: with_graphs)
-    found = prediction.predict(delta, prepared, config, World())
+    found = prediction.predict(delta, prepared, World())
     assert asked == [(False, True), ("selective", False), (True, False)]
     assert found.execution.recomputation is True
     assert found.execution.graphs is False

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from spectune.blocks.cuda_graphs import WARM_UPS, graphed
 from spectune.blocks.execution import Execution
 from spectune.blocks.graphed_block import GraphedBlock, capture_blocks
-from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import AllocationTracker
 from spectune.deltas import Delta, attach
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, FullFineTuning, LoRA, Method, PrefixTuning, PromptTuning
+from spectune.objectives import CAUSAL_LM
 from spectune.planning import plan
 from spectune.planning.graph_memory import split_by_graph_pool
 from spectune.planning.planner import Planner
@@ -42,7 +42,7 @@ def recorded(model: PreTrainedModel, delta: Delta, inputs: dict[str, Tensor]) ->
             model.get_submodule(delta.family.layers[0].path).__dict__["_compiled_call_impl"].call.func.__self__
         )
         for _ in range(WARM_UPS + 2):
-            loss, _ = labelled_loss_sum(model, inputs)
+            loss, _ = CAUSAL_LM.loss_sum(model, inputs)
             loss.backward()  # type: ignore[no-untyped-call]
             for parameter in trained:
                 parameter.grad = None

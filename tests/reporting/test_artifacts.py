@@ -7,15 +7,15 @@ import json
 import shutil
 from pathlib import Path
 
-from spectune.reporting import write_reports
 from spectune.reporting.artifacts import curve, judged_rows, run_folder
-from spectune.reporting.page.examples import examples
+from spectune.results import ComparedRun
+from tests.reporting.from_content import examples, write_reports
 from tests.reporting.sample import GENERATED, ROWS, sample
 
 
 def test_rows_and_curves_of_a_run(tmp_path: Path) -> None:
     case = sample(tmp_path)
-    run = case["runs"][0]
+    run = ComparedRun(**case["runs"][0])
     assert list(judged_rows(tmp_path, run)) == list(range(ROWS))
     found = curve(tmp_path, run)
     assert found is not None
@@ -30,14 +30,14 @@ def test_nothing_outside_the_folder_is_read(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "link").symlink_to(tmp_path / "secret")
     for path in ("../secret/rows.jsonl", str(tmp_path / "secret" / "rows.jsonl"), "link/rows.jsonl"):
-        assert judged_rows(folder, {"rows_file": path}) == {}
+        assert judged_rows(folder, ComparedRun(rows_file=path)) == {}
 
 
 def test_a_comparison_that_was_moved_finds_its_runs(tmp_path: Path) -> None:
     (tmp_path / "runs" / "lora").mkdir(parents=True)
-    found = run_folder(tmp_path, {"folder": "/somewhere/else/runs/before/runs/lora"})
+    found = run_folder(tmp_path, ComparedRun(folder="/somewhere/else/runs/before/runs/lora"))
     assert found == tmp_path / "runs" / "lora"
-    assert run_folder(tmp_path, {"folder": "/somewhere/else"}) is None
+    assert run_folder(tmp_path, ComparedRun(folder="/somewhere/else")) is None
 
 
 def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "runs" / "x").mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo'
     (tmp_path / "runs" / "x" / "metrics.jsonl").write_text(text)
-    found = curve(tmp_path, {"folder": "runs/x"})
+    found = curve(tmp_path, ComparedRun(folder="runs/x"))
     assert found is not None
     assert (found.train, found.valid) == ([(1, 2.0), (2, 1.5)], [(2, 1.0)])
 
@@ -56,7 +56,7 @@ def test_examples_are_chosen_by_rule(tmp_path: Path) -> None:
     assert found is not None
     assert f"12 of the {GENERATED} rows" in found.rule
     assert "from the easiest row to the hardest" in found.rule
-    bare = judged_rows(tmp_path, {"rows_file": "base/rows.jsonl"})
+    bare = judged_rows(tmp_path, ComparedRun(rows_file="base/rows.jsonl"))
     losses = {row["origin"]: row["loss_sum"] / row["target_tokens"] for n, row in bare.items() if n < GENERATED}
     chosen = [losses[example.origin] for example in found.chosen]
     assert chosen == sorted(chosen)

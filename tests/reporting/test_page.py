@@ -15,9 +15,9 @@ import pytest
 from matplotlib.image import imread
 
 import spectune.reporting.page.page
-from spectune.reporting import write_reports
 from spectune.reporting.plots.style import COLOURS, GRID, INK, MUTED, PAPER
 from tests.reporting.chromium import REQUIRED, Page, chromium, find
+from tests.reporting.from_content import write_reports
 from tests.reporting.sample import ARMS, sample
 from tests.reporting.test_reporting import FULL, comparison, invented
 

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from spectune.reporting import write_reports
-from spectune.reporting.plots import comparison_plots
 from spectune.reporting.plots.curves import mean_line
 from spectune.reporting.plots.labels import _spread
-from spectune.reporting.plots.quality import pareto
+from spectune.results.arm_result import undominated
+from tests.reporting.from_content import comparison_plots, write_reports
 from tests.reporting.sample import ARMS, HOSTILE, RTL, sample
 from tests.reporting.test_reporting import FULL, comparison, invented
 
@@ -79,10 +78,10 @@ def test_a_pair_is_turned_round_where_full_comes_second() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_pareto(points: list[tuple[int, int]]) -> None:
-    front = set(pareto(points))
-    for index, (x, y) in enumerate(points):
+    front = undominated(points, lambda p, q: p[0] <= q[0] and p[1] <= q[1] and p != q)
+    for x, y in points:
         beaten = any((u < x and v <= y) or (u <= x and v < y) for u, v in points)
-        assert (index in front) != beaten
+        assert ((x, y) in front) != beaten
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8))

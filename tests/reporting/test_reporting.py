@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spectune.reporting import (
+from spectune.reporting import units
+from tests.reporting.from_content import (
+    arm_results,
+    comparison_csv,
     comparison_figure,
     comparison_html,
-    comparison_rows,
+    comparison_markdown,
     comparison_table,
-    units,
     write_reports,
 )
-from spectune.reporting.tables import comparison_csv, comparison_markdown
 
 
 def invented(**changes: Any) -> dict[str, Any]:
@@ -88,7 +89,7 @@ FULL = invented(
 
 
 def test_numbers_of_a_row() -> None:
-    full, lora = comparison_rows(comparison(FULL, invented()))
+    full, lora = arm_results(comparison(FULL, invented()))
     assert lora.trainable_share == 0.02
     assert lora.relative_performance == pytest.approx(100 * (3.0 - 1.5) / (3.0 - 1.0))
     assert full.relative_performance == 100
@@ -101,7 +102,7 @@ def test_numbers_of_a_row() -> None:
 
 def test_relative_performance_is_undefined_where_full_does_not_improve() -> None:
     for case in (comparison(invented()), comparison({**FULL, "valid_loss": 3.2}, invented())):
-        assert all(row.relative_performance is None for row in comparison_rows(case))
+        assert all(row.relative_performance is None for row in arm_results(case))
         text = comparison_markdown(case)
         assert "undefined here: full fine-tuning" in text
         comparison_figure(case)
@@ -187,7 +188,7 @@ def test_overhead_is_shown_with_its_noise() -> None:
     ranges = {"inference_overhead_range": (0.21, 0.29), "inference_overhead_merged_range": (-0.05, 0.03)}
     text = comparison_markdown(comparison(FULL, invented(**ranges)))
     assert "| +25% ±4% / within noise (±4%) |" in text
-    [_, lora] = comparison_rows(comparison(FULL, invented(**ranges)))
+    [_, lora] = arm_results(comparison(FULL, invented(**ranges)))
     assert lora.inference_overhead_noise == pytest.approx(0.04)
     # results of before this was measured
     assert "| +25% / +0% |" in comparison_markdown(comparison(FULL, invented()))

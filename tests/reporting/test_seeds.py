@@ -10,16 +10,22 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spectune.reporting import comparison_html, comparison_rows, comparison_table
-from spectune.reporting.spreadsheets import comparison_csv, runs_csv
-from spectune.reporting.tables import comparison_markdown
 from spectune.reporting.words import evidence
+from spectune.results import ComparisonResult
+from tests.reporting.from_content import (
+    arm_results,
+    comparison_csv,
+    comparison_html,
+    comparison_markdown,
+    comparison_table,
+    runs_csv,
+)
 from tests.reporting.sample import ARMS, HOSTILE, sample
 from tests.reporting.test_reporting import FULL, comparison, invented
 
 
 def rows_of(case: dict[str, Any]) -> dict[str, Any]:
-    return {row.name: row for row in comparison_rows(case)}
+    return {row.name: row for row in arm_results(case)}
 
 
 def test_numbers_are_means_over_the_seeds_and_the_peak_is_the_largest() -> None:
@@ -114,8 +120,8 @@ def test_markdown_says_the_verdict_first_and_opens_no_tag() -> None:
 
 
 def test_few_runs_are_named_and_many_by_their_folders() -> None:
-    case = sample()
-    names = [str(run["rows_file"]) for run in case["runs"]]
+    case = ComparisonResult.model_validate(sample())
+    names = [str(run.rows_file) for run in case.runs]
     lora, full = ([name for name in names if name.startswith(f"runs/{arm}/")] for arm in ("lora", "full"))
     assert evidence(lora, case) == ", ".join(f"`{name}`" for name in lora)
     assert evidence([*lora, *full], case) == "6 runs in `runs/lora/`, `runs/full/`"

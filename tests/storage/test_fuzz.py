@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from spectune.deltas import Method, attached
+from spectune.deltas import Method, attach, attached, detach
 from spectune.errors import ConfigError, DataError
 from spectune.methods import (
     IA3,
@@ -36,7 +36,7 @@ from spectune.methods import (
     PrefixTuning,
     PromptTuning,
 )
-from spectune.storage import attach, detach, load_delta
+from spectune.storage import load_delta
 from tests.support import make_model
 
 OURS = "spectune.json"

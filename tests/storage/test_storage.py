@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectune.deltas import attached
+from spectune.deltas import attach, attached
 from spectune.errors import ConfigError, DataError
 from spectune.methods import FullFineTuning, LoRA
-from spectune.storage import atomic_folder, atomic_write_text, attach, load, load_delta, resolve_device, resolve_dtype
+from spectune.storage import atomic_folder, atomic_write_text, load, load_delta, resolve_device, resolve_dtype
 from tests.support import make_model, make_tokenizer
 
 

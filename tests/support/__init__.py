@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from spectune.evaluation import passage_kls
 
 CORPUS = [
     "name: Ada | town: Leeds\nAda lives in Leeds.",
@@ -42,6 +47,11 @@ def make_tokenizer(*, bos: bool = False, chat: bool = False) -> PreTrainedTokeni
             "{% if add_generation_prompt %}assistant: {% endif %}"
         )
     return tokenizer
+
+
+def forgetting_kl(model: PreTrainedModel, passages: Sequence[Sequence[int]], batch_size: int = 8) -> float:
+    """The mean over all positions of all passages, in nats per token."""
+    return math.fsum(passage_kls(model, passages, batch_size)) / sum(map(len, passages))
 
 
 def checkpointed_by_transformers(model: PreTrainedModel) -> None:

@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from spectune.blocks.compile import compiled
 from spectune.compute.varlen import flash_by_document, loop_by_document
-from spectune.deltas import attach, packed, packed_pass, packing
+from spectune.deltas import attach, packed, packing
+from spectune.deltas.hooks import packed_attention
 from spectune.methods import method_from_name
 from spectune.training import TrainingConfig
 from spectune.training.decisions import decide
@@ -38,7 +39,7 @@ def documented(
 @pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
 def test_batches_of_other_documents_share_a_graph(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr(torch_varlen, "varlen_attn", documented)
-    monkeypatch.setattr(packed_pass, "flash_takes", lambda *tensors: True)
+    monkeypatch.setattr(packed_attention, "flash_takes", lambda *tensors: True)
     torch.manual_seed(0)
     sizes = {"n_layer": 3, "n_embd": 16, "n_head": 2, "n_positions": 128, "vocab_size": 50}
     model = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)).train()

@@ -14,13 +14,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from spectune.blocks import execution
 from spectune.blocks.compile import compiled
-from spectune.compute.losses import labelled_loss_sum
-from spectune.deltas import Delta, Method
+from spectune.deltas import Delta, Method, attach, detach
 from spectune.families import describe
 from spectune.methods import METHODS, BottleneckAdapter, DoRA, LoRA
-from spectune.storage import attach, detach
+from spectune.objectives import CAUSAL_LM
 from spectune.training import TrainingConfig, decisions, train
-from spectune.training import loop as loop_module
 from spectune.training.decisions import worth_compiling
 from tests.support import make_model, make_rows, make_tokenizer
 
@@ -72,7 +70,7 @@ def steps(model: PreTrainedModel, delta: Delta, lengths: tuple[int, ...] = (12, 
     losses = []
     for length in lengths:
         ids = torch.arange(2 * length).reshape(2, length) % 60
-        loss, _ = labelled_loss_sum(model, {"input_ids": ids, "labels": ids})
+        loss, _ = CAUSAL_LM.loss_sum(model, {"input_ids": ids, "labels": ids})
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.item())
     return losses, [p.grad.clone() for p in delta.parameters() if p.grad is not None]
@@ -200,7 +198,8 @@ def test_a_run_that_counts_its_memory_is_compiled_all_the_same(
 ) -> None:
     """On a CPU the first steps run under a dispatch mode; under one the compiler gives up on the blocks for good."""
     monkeypatch.setattr(execution, "compiled", partial(compiled, backend="aot_eager"))
-    monkeypatch.setattr(loop_module, "labelled_loss_sum", lambda model, batch, fuse: labelled_loss_sum(model, batch))
+    loss_sum = CAUSAL_LM.loss_sum
+    monkeypatch.setattr(CAUSAL_LM, "loss_sum", lambda model, batch, fuse: loss_sum(model, batch))
     losses = []
     for wanted in (False, True):
         config = TrainingConfig(max_steps=6, learning_rate=1e-2, torch_compile=wanted, per_device_train_batch_size=4)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +31,7 @@ from spectune.families import describe, family_from_config
 from spectune.methods import METHODS, LoRA
 from spectune.storage import load
 from spectune.storage.bases import load_config
-from spectune.training import TrainingConfig, train, trainer
+from spectune.training import TrainingConfig, run_state, train, trainer
 from spectune.training.decisions import decide, launch_bound, worth_compiling
 from spectune.training.prediction import Prediction
 from tests.support import make_model, make_rows, make_tokenizer
@@ -80,8 +83,11 @@ class Routes:
         unused: Any = None
         # an arm is checked before its rate and steps are chosen: the comparison's config has neither
         config = self.config.model_copy(update={"max_steps": -1})
+        rows: Any = SimpleNamespace(train=parts[0], valid=parts[1])
+        schedule: Any = SimpleNamespace(final_steps=STEPS)
         checked = Job(
-            Path(), model, tokenizer, *parts, unused, "valid", [], config, {}, 1.0, STEPS, False, None, QUIET
+            Path(), model, tokenizer, arms=[], config=config, inputs=rows, passages=[], schedule=schedule,
+            conditions=unused, origin=None, console=QUIET,
         )  # fmt: skip
         checked.check_memory(Arm("arm", self.method))
         return self.predicted.pop()
@@ -269,3 +275,24 @@ def test_it_is_a_value() -> None:
     assert hash(one) == hash(other)
     assert (one.reason("packing"), one.reason("cuda_graphs")) == ("so", None)
     assert one.because("packing", None) is one
+
+
+def test_a_run_s_memory_is_free_when_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when Python's collector comes by: the next run of a comparison would find it in its way."""
+    optimizers: list[weakref.ref[Any]] = []
+    real = run_state.make_optimizer
+
+    def noting(*args: Any) -> Any:
+        optimizer = real(*args)
+        optimizers.append(weakref.ref(optimizer))
+        return optimizer
+
+    monkeypatch.setattr(run_state, "make_optimizer", noting)
+    config = TrainingConfig(max_steps=3, per_device_train_batch_size=4, output_dir=tmp_path / "run")
+    gc.collect()
+    gc.disable()
+    try:
+        train(make_model(), make_tokenizer(), LoRA(r=2), make_rows(), make_rows(6), config, console=QUIET)
+        assert [optimizer() for optimizer in optimizers] == [None]
+    finally:
+        gc.enable()

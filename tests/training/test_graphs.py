@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from spectune.blocks.cuda_graphs import WARM_UPS, graphed
-from spectune.compute.losses import labelled_loss_sum
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import describe
 from spectune.methods import METHODS, BottleneckAdapter, FullFineTuning, LoRA
+from spectune.objectives import CAUSAL_LM
 from spectune.training import TrainingConfig
 from spectune.training.decisions import decide, launch_bound
 from tests.training.test_compiling import built, gpt2, llama, undropped
@@ -63,7 +63,7 @@ def passes(model: Any, delta: Any, given: list[dict[str, Tensor]], every: int = 
     """Losses, and the gradients of all passes, cleared after `every`."""
     losses, gradients = [], []
     for number, batch in enumerate(given, start=1):
-        loss, _ = labelled_loss_sum(model, batch)
+        loss, _ = CAUSAL_LM.loss_sum(model, batch)
         loss.backward()
         losses.append(loss.item())
         if number % every == 0:

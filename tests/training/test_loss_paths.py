@@ -12,11 +12,11 @@ import torch
 from torch.nn import functional as F
 
 import spectune
-from spectune.compute import losses
 from spectune.data import batches, collate, encode, load_rows
 from spectune.deltas import Method, attach
 from spectune.embedded import TRAIN
 from spectune.methods import FullFineTuning, LoRA
+from spectune.objectives import CAUSAL_LM
 from spectune.training import TrainingConfig
 from spectune.training.optimizer import MasterAdamW, learning_rate_at
 
@@ -51,7 +51,7 @@ def test_losses_and_gradients_are_equal_all_along_200_steps(method: Method, rate
     for step, picked in enumerate(batches([1] * len(examples), ROWS, seed=0, epoch=0)):
         batch = collate([examples[i] for i in picked], 0)
         expected = plain_loss(model, batch)
-        loss, count = losses.labelled_loss_sum(model, batch)
+        loss, count = CAUSAL_LM.loss_sum(model, batch)
         of_loss.append(abs(loss.item() / expected.item() - 1))
         (loss / count).backward()
         if step % 20 == 0:

@@ -14,6 +14,7 @@ from spectune.blocks.execution import Execution, Packing
 from spectune.compute.masks import OneTextRows
 from spectune.deltas import Method, attached
 from spectune.methods import LoRA, PromptTuning
+from spectune.objectives import CAUSAL_LM
 from spectune.training import RunResult, TrainingConfig, decisions, train
 from spectune.training import loop as loop_module
 from spectune.training.prediction import shape_of
@@ -25,13 +26,13 @@ from tests.training.test_packing import METHODS
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each training batch, whether it has a mask."""
     seen: list[bool] = []
-    real = loop_module.labelled_loss_sum
+    real = CAUSAL_LM.loss_sum
 
     def watched(model: Any, batch: Mapping[str, Tensor], **named: Any) -> Any:
         seen.append("attention_mask" in batch)
         return real(model, batch, **named)
 
-    monkeypatch.setattr(loop_module, "labelled_loss_sum", watched)
+    monkeypatch.setattr(CAUSAL_LM, "loss_sum", watched)
     return seen
 
 
@@ -53,7 +54,7 @@ def test_a_run_without_masks_is_the_one_with(
     assert masks
     assert not any(masks)
     masks.clear()
-    monkeypatch.setattr(decisions, "why_padding_is_told", lambda model: "the test says so")
+    monkeypatch.setattr(decisions, "why_mask_is_needed", lambda model: "the test says so")
     told, theirs = run(method)
     assert all(masks)
     assert untold.train_loss == pytest.approx(told.train_loss, rel=1e-5)
@@ -77,7 +78,7 @@ def test_rows_of_one_length_need_no_probe(masks: list[bool], monkeypatch: pytest
     def refuse(model: Any) -> str:
         raise AssertionError("there is no padding")
 
-    monkeypatch.setattr(decisions, "why_padding_is_told", refuse)
+    monkeypatch.setattr(decisions, "why_mask_is_needed", refuse)
     run(LoRA(r=2), rows=make_rows()[:1] * 8)
     assert not any(masks)
 
@@ -93,7 +94,7 @@ def test_a_plan_has_the_masks_that_the_run_has() -> None:
 
 def test_what_was_decided_is_the_same_again() -> None:
     from spectune.data import encode, load_rows
-    from spectune.storage import attach
+    from spectune.deltas import attach
 
     model = make_model()
     delta = attach(model, PromptTuning(num_virtual_tokens=4))

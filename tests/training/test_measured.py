@@ -12,7 +12,9 @@ import torch
 from rich.console import Console
 
 from spectune.methods import FullFineTuning, LoRA
-from spectune.training import RunResult, TrainingConfig, batching, peaks, run_folder, train
+from spectune.objectives import CAUSAL_LM
+from spectune.objectives.causal_lm import CausalLM
+from spectune.training import RunResult, TrainingConfig, peaks, run_folder, step_batches, train
 from spectune.training import loop as loop_module
 from tests.support import make_model, make_rows, make_tokenizer
 
@@ -32,21 +34,21 @@ def test_speed_is_without_data_validation_checkpoints_and_the_first_steps(
     """A clock that only moves where something is done: 1 s for a loss with its gradient, 1000 s for all else."""
     now = [0.0]
 
-    def taking(module: Any, name: str, seconds: float) -> None:
-        real = getattr(module, name)
+    def taking(owner: Any, name: str, seconds: float) -> None:
+        real = getattr(owner, name)
 
         def slow(*given: Any, **options: Any) -> Any:
             now[0] += seconds
             return real(*given, **options)
 
-        monkeypatch.setattr(module, name, slow)
+        monkeypatch.setattr(owner, name, slow)
 
     monkeypatch.setattr(loop_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    taking(batching, "collate", 1000)
+    taking(step_batches, "collate", 1000)
     taking(loop_module, "row_losses", 1000)
     taking(run_folder, "save_checkpoint", 1000)
     taking(run_folder, "swap_best", 1000)
-    taking(loop_module, "labelled_loss_sum", 1)
+    taking(CAUSAL_LM, "loss_sum", 1)
     counted: list[int] = []
     real = loop_module.Loop.begin
 
@@ -137,22 +139,23 @@ def test_on_cuda_all_steps_are_measured_and_validation_is_not_among_them(monkeyp
             events.append("end")
             self.result = {"allocated": peak[0]}
 
-    def using(name: str, size: int) -> None:
-        real = getattr(loop_module, name)
+    def using(owner: Any, name: str, size: int) -> None:
+        real = getattr(owner, name)
 
         def grown(*given: Any, **options: Any) -> Any:
             peak[0] = max(peak[0], size + len([e for e in events if e == name]))
             events.append(name)
             return real(*given, **options)
 
-        monkeypatch.setattr(loop_module, name, grown)
+        monkeypatch.setattr(owner, name, grown)
 
-    using("labelled_loss_sum", 100)
-    using("row_losses", 500)
+    monkeypatch.setattr(loop_module, "CAUSAL_LM", objective := CausalLM())
+    using(objective, "loss_sum", 100)
+    using(loop_module, "row_losses", 500)
     monkeypatch.setattr(peaks, "PeakMemory", Fake)
     monkeypatch.setattr(peaks, "counts_tensors", lambda device_type: False)
     result = run(LoRA(r=2), max_steps=4, eval_steps=2)
-    step, valid = "labelled_loss_sum", "row_losses"
+    step, valid = "loss_sum", "row_losses"
     assert events == [
         *(valid, "begin", step, step, "end", "begin", valid, "end", valid, "begin", step, step, "end", valid, "begin")
     ]

@@ -21,9 +21,9 @@ from spectune.families import family_from_config
 from spectune.methods import BitFit, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from spectune.training import RunResult, TrainingConfig, decisions, train
 from spectune.training import loop as loop_module
-from spectune.training.batching import Batches
 from spectune.training.decisions import share_saved
 from spectune.training.distribution import World
+from spectune.training.step_batches import Batches
 from tests.support import make_model, make_rows, make_tokenizer
 
 METHODS: list[Method] = [

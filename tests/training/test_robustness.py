@@ -12,11 +12,11 @@ import torch
 import yaml
 from rich.console import Console
 
-from spectune.deltas import attached, detach, route
+from spectune.deltas import attach, attached, detach, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.files.strict_json import strict_json
 from spectune.methods import BitFit, FullFineTuning, LoRA, PrefixTuning
-from spectune.storage import attach, load, load_delta
+from spectune.storage import load, load_delta
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training import loop as loop_module
 from tests.support import checkpointed_by_transformers, make_model, make_rows, make_tokenizer

@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from spectune.deltas import Method, attached
+from spectune.deltas import Method, attach, attached
 from spectune.errors import ConfigError, DivergedError, InterruptedRun, OutOfMemoryError
 from spectune.methods import METHODS, BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
-from spectune.storage import attach, load_delta
+from spectune.objectives import CAUSAL_LM
+from spectune.storage import load_delta
 from spectune.training import RunResult, TrainingConfig, train
 from spectune.training import loop as loop_module
 from spectune.training.optimizer import MasterAdamW, learning_rate_at
@@ -200,7 +201,7 @@ def test_out_of_memory_names_batch_and_length(monkeypatch: pytest.MonkeyPatch) -
     def full(*_: Any, **__: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(loop_module, "labelled_loss_sum", full)
+    monkeypatch.setattr(CAUSAL_LM, "loss_sum", full)
     with pytest.raises(OutOfMemoryError, match=r"batch of 4 rows of \d+ tokens.*per_device_train_batch_size=2"):
         run(LoRA(r=2), settings(packing=False))
     with pytest.raises(OutOfMemoryError, match=r"batch of \d+ packs of \d+ tokens.*per_device_train_batch_size=2"):

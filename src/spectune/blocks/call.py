@@ -35,10 +35,10 @@ _PLACE = "_compiled_call_impl"
 class Wrapper(enum.IntEnum):
     """What may stand around a block's call, from the inside out."""
 
-    COMPILED = 1
-    RECOMPUTED = 2
-    CAPTURED = 3
-    MARKED = 4
+    COMPILED = 1  # spectune.blocks.compile
+    RECOMPUTED = 2  # spectune.blocks.recompute
+    CAPTURED = 3  # spectune.blocks.cuda_graphs
+    MARKED = 4  # where a plan's recording sees blocks begin and end
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from spectune.blocks.offload import Transfers
 from spectune.blocks.recompute import Recomputation, recomputing
 from spectune.compute.cudnn import cudnn_attention
 from spectune.compute.memory import counts_tensors
-from spectune.compute.packs import Kernel
+from spectune.compute.pack_layout import Kernel
 from spectune.deltas import Delta
 
 
@@ -56,6 +56,11 @@ class Execution:
     cudnn: bool = True
     packing: Packing = field(default_factory=Packing)
     reasons: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+
+    def settings(self) -> dict[str, bool | str]:
+        """What settings of `TrainingConfig` came to."""
+        return {"gradient_checkpointing": self.recomputation, "torch_compile": self.compiled,
+                "cuda_graphs": self.graphs}  # fmt: skip
 
     def reason(self, setting: str) -> str | None:
         """Why a setting of `TrainingConfig` came to what it is; None where there is nothing to say."""

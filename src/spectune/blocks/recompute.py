@@ -27,7 +27,7 @@ from spectune.blocks.call import BlockCall, Call, Make, Wrapper, call_of, decode
 from spectune.blocks.compile import CompiledCall
 from spectune.blocks.offload import CudaTransfers, HostStates, Transfers
 from spectune.blocks.selective import policy
-from spectune.deltas.registry import Registry
+from spectune.deltas import Attachment
 from spectune.errors import ConfigError
 from spectune.families import describe
 
@@ -75,8 +75,8 @@ def _recomputed(
     model: PreTrainedModel, mode: Recomputation, transfers: Transfers | None
 ) -> tuple[Sequence[nn.Module], Wrapper, Make]:
     """What `wrap` takes."""
-    registry = Registry.of(model)
-    family = describe(model) if registry is None else registry.family
+    attachment = Attachment.of(model)
+    family = describe(model) if attachment is None else attachment.family
     layers = decoder_blocks(model, family)
     settings: dict[str, Any] = {}
     if mode == "selective":
@@ -151,8 +151,8 @@ class _RecomputedCall:
             _say_cache()
             return call(*args, **kwargs)
         # the route as it lies over this pass, which is another by the time that backward runs
-        registry = Registry.of(self.model)
-        call = call if registry is None else registry.keeping_route(call)
+        attachment = Attachment.of(self.model)
+        call = call if attachment is None else attachment.keeping_pass(call)
         place, hidden = _hidden_states(args, kwargs)
         # what is recomputed may not hold its input beside the checkpoint, which may send it away
         others = tuple(None if index == place else value for index, value in enumerate(args))

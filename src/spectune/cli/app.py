@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from spectune import __version__
 from spectune.cli.compare import compare
 from spectune.cli.console import complain
 from spectune.cli.env import env
@@ -24,6 +23,7 @@ from spectune.cli.report import report
 from spectune.cli.train import train
 from spectune.cli.validate import validate
 from spectune.errors import InterruptedRun, SpectuneError
+from spectune.version import __version__
 
 
 class Commands(TyperGroup):
@@ -63,21 +63,21 @@ def build_app() -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     app.command("compare", short_help="Train methods and measure them side by side.")(compare)
     app.command("train", short_help="Train one method.")(train)
-    app.command("plan", short_help="Say what training takes of memory, before anything is loaded.")(plan)
-    app.command("recommend", short_help="Say which method to take, and why.")(recommend)
-    app.command("generate", short_help="Write with a tuned model.")(generate)
-    app.command("eval", short_help="Measure a tuned model on rows of one's own.")(evaluate)
-    app.command("merge", short_help="Write a run's delta into its base: a plain transformers folder.")(merge)
-    app.command("export", short_help="Write a run's delta for PEFT, vLLM and other programs.")(export)
-    app.command("report", short_help="Make a comparison's page, table and plots anew from its runs.")(report)
-    app.command("validate", short_help="Check a data file, and see what is learned from it.")(validate)
+    app.command("plan", short_help="Predict the memory that training needs, before anything is loaded.")(plan)
+    app.command("recommend", short_help="Recommend a method, with the reasons.")(recommend)
+    app.command("generate", short_help="Generate text with a tuned model.")(generate)
+    app.command("eval", short_help="Evaluate a tuned model on your own rows.")(evaluate)
+    app.command("merge", short_help="Merge a run's delta into its base: a plain transformers folder.")(merge)
+    app.command("export", short_help="Export a run's delta for PEFT, vLLM and other programs.")(export)
+    app.command("report", short_help="Rebuild a comparison's page, table and plots from its runs.")(report)
+    app.command("validate", short_help="Check a data file, and show what the model will be trained on.")(validate)
     app.command("env", short_help="Print versions, devices and methods.")(env)
     return app
 
 
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     """The whole fine-tuning spectrum on one base: train six methods, measure them side by side, keep the delta.
 

@@ -24,53 +24,63 @@ if TYPE_CHECKING:
 QUICK_STEPS = 120
 
 
+Methods = Annotated[
+    str | None,
+    typer.Option(help=f"Methods, parted by commas: {options.method_names()}.", show_default="all of them"),
+]
+Test = Annotated[
+    str | None,
+    typer.Option(help="Rows that final runs are judged on.", show_default="the validation rows"),
+]
+Quick = Annotated[
+    bool,
+    typer.Option("--quick", help=f"Six methods, 3 learning rates, one final run of {QUICK_STEPS} steps each."),
+]
+Thorough = Annotated[
+    bool,
+    typer.Option("--thorough", help="Twice the search, 5 seeds, every memory figure in a process of its own."),
+]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Final runs of each method.", show_default="3; 1 with --quick")]
+Fractions = Annotated[
+    str | None,
+    typer.Option(help="A data curve: shares of the rows such as 0.1,0.3,1, or numbers of rows such as 100,1000."),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="loss, exact_match, rouge_l, bleu, chrf, accuracy, or package.module:function; parted by commas.",
+        show_default="by what the rows have",
+    ),
+]
+GenerateRows = Annotated[
+    int | None,
+    typer.Option(min=0, help="Judged rows that every final run writes a completion for.", show_default="64"),
+]
+Retain = Annotated[
+    Path | None,
+    typer.Option(help="Text on which forgetting is measured.", show_default="sampled from the base itself"),
+]
+
+
 def compare(
+    context: typer.Context,
     model: options.Model = None,
     data: options.Data = None,
     valid: options.Valid = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(help=f"Methods, parted by commas: {options.method_names()}.", show_default="all of them"),
-    ] = None,
-    test: Annotated[
-        str | None,
-        typer.Option(help="Rows that final runs are judged on.", show_default="the validation rows"),
-    ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help=f"Six methods, 3 learning rates, one final run of {QUICK_STEPS} steps each."),
-    ] = False,
-    thorough: Annotated[
-        bool,
-        typer.Option("--thorough", help="Twice the search, 5 seeds, every memory figure in a process of its own."),
-    ] = False,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Final runs of each method.", show_default="3; 1 with --quick")
-    ] = None,
-    fractions: Annotated[
-        str | None,
-        typer.Option(help="A data curve: shares of the rows such as 0.1,0.3,1, or numbers of rows such as 100,1000."),
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="loss, exact_match, rouge_l, bleu, chrf, accuracy, or package.module:function; parted by commas.",
-            show_default="by what the rows have",
-        ),
-    ] = None,
-    generate_rows: Annotated[
-        int | None,
-        typer.Option(min=0, help="Judged rows that every final run writes a completion for.", show_default="64"),
-    ] = None,
+    methods: Methods = None,
+    test: Test = None,
+    quick: Quick = False,
+    thorough: Thorough = False,
+    seeds: Seeds = None,
+    fractions: Fractions = None,
+    metric: Metric = None,
+    generate_rows: GenerateRows = None,
     max_memory: limits.MaxMemory = None,
     max_latency_overhead: limits.MaxLatencyOverhead = None,
     tenants: limits.Tenants = None,
     max_stored_bytes: limits.MaxStoredBytes = None,
     min_quality: limits.MinQuality = None,
-    retain: Annotated[
-        Path | None,
-        typer.Option(help="Text on which forgetting is measured.", show_default="sampled from the base itself"),
-    ] = None,
+    retain: Retain = None,
     output_dir: options.OutputDir = None,
     config: options.Config = None,
     assignments: options.Set = None,
@@ -83,7 +93,7 @@ def compare(
     skip_bad_rows: options.SkipBadRows = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure methods side by side on the same rows, and say which differ.
+    """Measure methods side by side on the same rows, and report which differ.
 
     Each method gets the same budget: a search for its learning rate, then final runs with several seeds. What is
     measured: loss, metrics of what it writes, forgetting, memory, speed, bytes on disk; with intervals, a verdict that
@@ -97,32 +107,18 @@ def compare(
       spectune compare --data train.jsonl --fractions 100,300,1 --max-memory 24GiB
       spectune compare --config run.yaml --set lora.r=8 --output-dir runs/ranks
     """
-    flags = {
-        "model": model,
-        "data": data,
-        "valid": valid,
-        "methods": methods,
-        "test": test,
-        "preset": "quick" if quick else "thorough" if thorough else None,
-        "seeds": seeds,
-        "fractions": fractions,
-        "metric": metric,
-        "generate_rows": generate_rows,
-        "retain": retain,
-        "output_dir": output_dir,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-        "base_precision": base_precision,
-        "skip_bad_rows": skip_bad_rows or None,
-        "resume": resume or None,
-    }
     if quick and thorough:
         raise ConfigError("--quick and --thorough: expected one of them, or neither")
+    preset = "quick" if quick else "thorough" if thorough else None
+    flags = {**options.flags(context, {"quick", "thorough", *limits.FLAGS}), "preset": preset}
     settings = Settings.collect(config, assignments, flags)
     if quick:
         settings.prefer("max_steps", QUICK_STEPS, "--quick")
-    settings = resumed(settings)
+    _run(resumed(settings), limits.fields(context), quick=quick, dry=dry, as_json=as_json)
+
+
+def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, as_json: bool) -> None:
+    """The command with its settings and limits (`given`)."""
     failed = False
     with work(as_json=as_json) as out:
         from spectune.methods import BY_NAME, SPECTRUM
@@ -134,13 +130,12 @@ def compare(
         if dry:
             answer = dry_run(chosen, settings, "compare", out)
         else:
-            given = limits.fields(max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality)
             comparison = _compare(chosen, settings, given, out)
             answer, failed = {"folder": str(comparison.folder), **comparison.to_dict()}, bool(comparison.failed)
             out.print(comparison.table())
-            for run in comparison.failed:
-                seeded = "" if run["seed"] is None else f", seed {run['seed']},"
-                complain(f"{run['name']}{seeded} failed: {run['reason']}")
+            for run in comparison.result.failed:
+                seeded = "" if run.seed is None else f", seed {run.seed},"
+                complain(f"{run.name}{seeded} failed: {run.reason}")
             note(f"written to {comparison.folder}; the page: {comparison.folder / 'report.html'}")
     if as_json:
         print_json(answer)
@@ -161,7 +156,7 @@ def _frozen(names: list[str], precision: str, *, named: bool) -> list[str]:
 
 def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:
     from spectune import comparing, embedded
-    from spectune.comparing.advising.limits import Limits
+    from spectune.results import Limits
 
     wanted = settings.training()
     folder = output_folder(settings.text("output_dir"), "compare", resume=wanted.resume)

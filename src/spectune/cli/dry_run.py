@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectune.cli.console import note
-from spectune.cli.inputs import row_length, training_rows
+from spectune.cli.input_rows import row_length, training_rows
 from spectune.cli.runs import output_folder
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
         SpectuneError: whatever the run itself would raise at its start.
     """
     from spectune import training
-    from spectune.comparing.compare import check_settings
+    from spectune.comparing.experiment import check_settings
     from spectune.comparing.measure import retained_passages
     from spectune.data import Encoded, encode
     from spectune.deltas import attach
@@ -71,7 +71,7 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
 
 def asked(settings: Settings) -> dict[str, Any]:
     """A comparison's own settings, as `spectune.compare` takes them."""
-    from spectune.comparing.compare import GENERATE_ROWS
+    from spectune.comparing.experiment import GENERATE_ROWS
 
     rows = settings.whole("generate_rows")
     return {

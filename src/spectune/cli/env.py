@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib import metadata
 from typing import Any
 
 import typer
 
-from spectune import __version__
 from spectune.cli import options
 from spectune.cli.console import print_json, work
+from spectune.version import __version__, installed_version
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "pydantic", "numpy", "scipy")
 VARIABLES = (
@@ -60,16 +59,9 @@ def _environment() -> dict[str, dict[str, Any]]:
             "spectune": __version__,
             "python": f"{platform.python_version()} ({sys.executable})",
             "platform": platform.platform(),
-            **{name: _version(name) for name in PACKAGES},
+            **{name: installed_version(name) for name in PACKAGES},
         },
         "devices": devices,
         "environment": {name: os.environ.get(name) for name in VARIABLES},
         "methods": {method.model_fields["name"].default: method.label for method in METHODS},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,41 +11,52 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_json, say, work
-from spectune.cli.inputs import note_losses, row_length, rows_to_judge, run_on
+from spectune.cli.input_rows import note_losses, row_length, rows_to_judge, run_on
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from spectune.cli.runs import Run
+    from spectune.data import Row
     from spectune.evaluation import Task
+
+    Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, float]]
+
+Metric = Annotated[
+    str,
+    typer.Option(
+        help="What to measure beside the loss: auto, or some of exact_match, rouge_l, bleu, chrf, accuracy, and "
+        "your own as package.module:function or file.py:function, comma-separated; loss alone: loss."
+    ),
+]
+LmEvalTasks = Annotated[
+    str | None,
+    typer.Option(help="Tasks of lm-eval-harness, comma-separated (needs the extra lm-eval).", show_default="none"),
+]
+LmEvalInclude = Annotated[
+    Path | None, typer.Option(help="Folder with lm-eval-harness tasks of your own (YAML).", show_default="none")
+]
+LmEvalLimit = Annotated[
+    int | None, typer.Option(min=1, help="Documents of each lm-eval-harness task.", show_default="all")
+]
 
 
 def evaluate(
     run: options.Run = None,
     model: options.BaseOfRun = None,
-    data: Annotated[str | None, typer.Option(help="Rows to judge on.", show_default="the embedded test rows")] = None,
-    metric: Annotated[
-        str,
-        typer.Option(
-            help="What to measure beside the loss: auto, or some of exact_match, rouge_l, bleu, chrf, accuracy, and "
-            "your own as package.module:function or file.py:function, parted by commas; loss alone: loss."
-        ),
-    ] = "auto",
+    data: Annotated[
+        str | None, typer.Option(help="Rows to evaluate on.", show_default="the embedded test rows")
+    ] = None,
+    metric: Metric = "auto",
     generate_rows: Annotated[
-        int, typer.Option(min=0, help="Rows to write a completion for, to compare with their references; 0: none.")
+        int, typer.Option(min=0, help="Rows to generate completions for and compare with their references; 0: none.")
     ] = 100,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens a written row may get.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 16,
-    lm_eval_tasks: Annotated[
-        str | None,
-        typer.Option(help="Tasks of lm-eval-harness, parted by commas (needs the extra lm-eval).", show_default="none"),
-    ] = None,
-    lm_eval_include: Annotated[
-        Path | None, typer.Option(help="Folder with lm-eval-harness tasks of your own (YAML).", show_default="none")
-    ] = None,
-    lm_eval_limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents of each lm-eval-harness task.", show_default="all")
-    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens for each row.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 16,
+    lm_eval_tasks: LmEvalTasks = None,
+    lm_eval_include: LmEvalInclude = None,
+    lm_eval_limit: LmEvalLimit = None,
     skip_bad_rows: options.SkipBadRows = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -62,57 +75,61 @@ def evaluate(
     """
     found = run_on(run, model)
     with work(as_json=as_json) as out:
-        from spectune.data import encode
-        from spectune.deltas import route
-        from spectune.evaluation import Task, harness
+        from spectune.evaluation import harness
 
-        tasks = [word.strip() for word in (lm_eval_tasks or "").split(",") if word.strip()]
+        harness_metrics: Measure | None = None
         if lm_eval_tasks is not None:
             harness.check_installed()
+            tasks = [word.strip() for word in lm_eval_tasks.split(",") if word.strip()]
+            harness_metrics = partial(
+                harness.harness_metrics,
+                tasks=tasks, batch_size=batch_size, limit=lm_eval_limit, include=lm_eval_include,
+            )  # fmt: skip
         rows, source = rows_to_judge(data, skip_bad_rows=skip_bad_rows)
         note(f"run: {found.folder}; rows: {source}")
-        base_model, tokenizer = found.load(device or "auto", dtype or "auto", base_precision)
-        separator = str(found.config.get("separator", ""))
-        max_length = row_length(base_model, found.config.get("max_length"))
-        encoded = encode(rows, tokenizer, max_length=max_length, separator=separator)
-        note_losses(encoded.report, source, "--json names each")
-        # a row that encoding drops has nothing to be judged on
-        kept = list({id(example.row): example.row for example in encoded.examples}.values())
-        task = Task.of(
-            kept,
-            metric=metric,
-            generate_rows=generate_rows,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            max_length=max_length,
-            separator=separator,
-        )
-        note(task.describe())
-
-        def measured() -> dict[str, float]:
-            found = _judge(base_model, tokenizer, task)
-            if lm_eval_tasks is not None:
-                found |= harness.harness_metrics(
-                    base_model, tokenizer, tasks, batch_size=batch_size, limit=lm_eval_limit, include=lm_eval_include
-                )
-            return found
-
-        tuned = measured()
-        with route(base_model, None):
-            base = measured()
-        answer = {
-            "run": str(found.folder),
-            "base_model": found.base,
-            "data": source,
-            "rows": len(kept),
-            "tuned": tuned,
-            "base": base,
-            "data_report": encoded.report.to_dict(),
-        }
+        loaded = found.load(device or "auto", dtype or "auto", base_precision)
+        of_rows = {"generate_rows": generate_rows, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        answer = {"run": str(found.folder), "base_model": found.base, "data": source}
+        answer |= _measured(found, loaded, rows, source, {"metric": metric, **of_rows}, harness_metrics)
         if not as_json:
             _print(out, answer)
     if as_json:
         print_json(answer)
+
+
+def _measured(
+    run: Run,
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    rows: Sequence[Row],
+    source: str,
+    wanted: Mapping[str, Any],
+    harness_metrics: Measure | None,
+) -> dict[str, Any]:
+    """What is measured of the rows, under the run's delta and under the bare base.
+
+    Args:
+        wanted: arguments of `Task.of`.
+        harness_metrics: measures a model on lm-eval-harness's tasks, too.
+    """
+    from spectune.data import encode
+    from spectune.deltas import route
+    from spectune.evaluation import Task
+
+    model, tokenizer = loaded
+    max_length = row_length(model, run.config.get("max_length"))
+    encoded = encode(rows, tokenizer, max_length=max_length, separator=run.separator)
+    note_losses(encoded.report, source, "--json names each")
+    # a row that encoding drops has nothing to be judged on
+    task = Task.of(encoded.rows, max_length=max_length, separator=run.separator, **wanted)
+    note(task.describe())
+
+    def measured() -> dict[str, float]:
+        return _judge(model, tokenizer, task) | (harness_metrics(model, tokenizer) if harness_metrics else {})
+
+    tuned = measured()
+    with route(model, None):
+        base = measured()
+    return {"rows": len(task.rows), "tuned": tuned, "base": base, "data_report": encoded.report.to_dict()}
 
 
 def _judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:

@@ -27,17 +27,12 @@ def export(
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder to write.", show_default="export-<format>/ in the run's folder")
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows to compare on, for merged.", show_default="the run's validation rows, or the embedded test rows"
-        ),
-    ] = None,
+    data: options.ComparedOn = None,
     device: options.Device = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="auto, float32, bfloat16 or float16: what merged and prompt-embeds are written in.",
+            help="auto, float32, bfloat16 or float16: dtype of merged and prompt-embeds.",
             show_default="float32 for merged, the base's own for prompt-embeds",
         ),
     ] = None,

@@ -8,10 +8,12 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_json, say, work
-from spectune.cli.inputs import rows_to_judge, run_on
+from spectune.cli.input_rows import rows_to_judge, run_on
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from spectune.data import Row
 
 
@@ -19,19 +21,21 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.", show_default="a few test rows")] = None,
     run: options.Run = None,
     model: options.BaseOfRun = None,
-    data: Annotated[str | None, typer.Option(help="Take the prompts from a file's rows.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows of --data.")] = 5,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens a row may get.")] = 64,
-    do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens; without it the likeliest.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of --do-sample.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Of --do-sample.")] = 1.0,
+    data: Annotated[str | None, typer.Option(help="Take the prompts from the rows of a file.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows of --data.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens for each prompt.")] = 64,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Sample tokens; the default is greedy decoding.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Temperature for --do-sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus probability for --do-sample.")] = 1.0,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a completion for each prompt, with the newest run or the one that --run names.
+    """Generate a completion for each prompt, with the newest run or the one that --run names.
 
     A prompt goes to the model exactly as a training row's prompt did: with the run's separator and
     the line end that all its training prompts end with, or as a user's message in the chat template.
@@ -48,7 +52,7 @@ def generate(
     found = run_on(run, model)
     with work(as_json=as_json) as out:
         from spectune.data import prompt_ids
-        from spectune.inference import generate_texts
+        from spectune.inference import Sampling, generate_texts
 
         if prompts:
             asked = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)]
@@ -56,33 +60,29 @@ def generate(
             asked = _rows_with_prompts(rows_to_judge(data)[0], rows)
         note(f"run: {found.folder}")
         base_model, tokenizer = found.load(device or "auto", dtype or "auto", base_precision)
-        separator = str(found.config.get("separator", ""))
-        texts = generate_texts(
-            base_model,
-            tokenizer,
-            [prompt_ids(row, tokenizer, separator) for row in asked],
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed or 0,
-        )
+        asked_ids = [prompt_ids(row, tokenizer, found.separator) for row in asked]
+        sampling = Sampling(seed=seed or 0, temperature=temperature, top_p=top_p) if do_sample else None
+        texts = generate_texts(base_model, tokenizer, asked_ids, max_new_tokens=max_new_tokens, sampling=sampling)
         written = [_record(row, text) for row, text in zip(asked, texts, strict=True)]
         if not as_json:
-            for record in written:
-                say(out, record["prompt"], style="dim")
-                say(out, record["completion"].strip())
-                if record["references"]:
-                    say(out, f"reference: {record['references'][0]}", style="dim italic")
-                out.print()
+            _print(out, written)
     if as_json:
         print_json({"run": str(found.folder), "base": found.base, "outputs": written})
+
+
+def _print(out: Console, written: list[dict[str, Any]]) -> None:
+    for record in written:
+        say(out, record["prompt"], style="dim")
+        say(out, record["completion"].strip())
+        if record["references"]:
+            say(out, f"reference: {record['references'][0]}", style="dim italic")
+        out.print()
 
 
 def _row_of(typed: str, number: int, config: dict[str, Any]) -> Row:
     """A typed prompt as a row of the shape that the run was trained on (`row_shape` and `prompt_ends_with`)."""
     from spectune.data import Row
-    from spectune.data.rows import unencodable
+    from spectune.data.loading import unencodable
 
     origin, shape = f"prompt {number}", config.get("row_shape")
     if (wrong := unencodable(typed)) is not None:

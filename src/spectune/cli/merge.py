@@ -9,7 +9,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_json, work
-from spectune.cli.inputs import row_length, rows_to_measure
+from spectune.cli.input_rows import row_length, rows_to_measure
 from spectune.cli.runs import Run, find_run, free_folder
 from spectune.errors import ConfigError
 
@@ -25,21 +25,17 @@ def merge(
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder to write.", show_default="merged/ in the run's folder")
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows to compare merged and unmerged on.",
-            show_default="the run's validation rows, or the embedded test rows",
-        ),
-    ] = None,
+    data: options.ComparedOn = None,
     device: options.Device = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="auto, float32, bfloat16 or float16: what is merged and written.", show_default=DTYPE),
+        typer.Option(
+            help="auto, float32, bfloat16 or float16: dtype of the merge and of the written model.", show_default=DTYPE
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a run's delta into its base: a transformers folder with the tokenizer, which needs no spectune to load.
+    """Merge a run's delta into its base: a transformers folder with the tokenizer, which loads without spectune.
 
     The merged model's logits are compared with the unmerged one's, on rows, and it is refused where they differ by
     more than rounding. LoRA and BitFit can be merged; a fully tuned base is copied.
@@ -85,20 +81,20 @@ def write_merged(
 
 
 def say_where(answer: dict[str, Any], out: Console) -> None:
-    """Where a folder went and how it is loaded."""
+    """Print where the folder was written and how to load it."""
     out.print(f"written to {answer['folder']}", soft_wrap=True, markup=False)
     out.print(answer["load"], soft_wrap=True, markup=False)
 
 
 def _merge(found: Run, folder: Path, data: str | None, device: str, dtype: str, out: Console) -> dict[str, Any]:
     from spectune.data import encode
-    from spectune.deltas.merge import merge_and_measure
+    from spectune.deltas import merge_and_measure
     from spectune.storage import write_model
 
     rows, source = rows_to_measure(data, found.config)
     model, tokenizer = found.load(device, dtype)
     max_length = row_length(model, found.config.get("max_length"))
-    encoded = encode(rows, tokenizer, max_length=max_length, separator=str(found.config.get("separator", "")))
+    encoded = encode(rows, tokenizer, max_length=max_length, separator=found.separator)
     merged, difference = merge_and_measure(model, "run", rows=encoded.examples, tokenizer=tokenizer)
     write_model(merged, tokenizer, folder)
     if difference is None:

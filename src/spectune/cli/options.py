@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import pkgutil
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +16,20 @@ def method_names() -> str:
     room = importlib.util.find_spec("spectune.methods")
     places = room.submodule_search_locations if room is not None else None
     return ", ".join(module.name for module in pkgutil.iter_modules(places))
+
+
+#: flags of the command itself; all others are settings, of the same name
+OWN = {"config", "assignments", "dry", "as_json"}
+
+
+def flags(context: typer.Context, own: Collection[str] = ()) -> dict[str, Any]:
+    """The command's flags as `Settings.collect` takes them: None where one was not given, a switch that is off too.
+
+    Args:
+        own: further flags that are no settings.
+    """
+    given = {name: value for name, value in context.params.items() if name not in OWN and name not in own}
+    return {name: None if value is False else value for name, value in given.items()}
 
 
 Model = Annotated[
@@ -41,28 +56,38 @@ OutputDir = Annotated[
 ]
 Config = Annotated[
     Path | None,
-    typer.Option(help="YAML file: training keys at the top, a `method:` block with `name`. Flags come before it."),
+    typer.Option(help="YAML file: training keys at the top, a `method:` block with `name`. Flags take precedence."),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one key, may be repeated: learning_rate=1e-3, method.r=8."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one key (repeatable): learning_rate=1e-3, method.r=8."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of weights, data order and splits.", show_default="0")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on in --output-dir; start there if nothing is saved.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume in --output-dir; start there if nothing is saved.")]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Read all data, build all, run one step on the longest batch, write nothing."),
+    typer.Option(
+        "--dry-run", help="Read all data, build everything, run one step on the longest batch, write nothing."
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and nothing else.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.", show_default="auto")]
 Dtype = Annotated[
-    str | None, typer.Option(help="auto, float32, bfloat16 or float16: what the base computes in.", show_default="auto")
+    str | None, typer.Option(help="auto, float32, bfloat16 or float16: the base's compute dtype.", show_default="auto")
 ]
 BasePrecision = Annotated[
     str | None,
-    typer.Option(help="fp8, nf4 or int8: what the frozen base's weights are stored in.", show_default="as --dtype"),
+    typer.Option(help="fp8, nf4 or int8: storage precision of the frozen base's weights.", show_default="as --dtype"),
 ]
-SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them in the report.")]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows and count them in the report.")]
+ComparedOn = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Rows to compare the merged and the unmerged model on.",
+        show_default="the run's validation rows, or the embedded test rows",
+    ),
+]
 Run = Annotated[
     Path | None,
     typer.Option("--run", help="A run's folder, or a saved delta's.", show_default="the newest under runs/"),

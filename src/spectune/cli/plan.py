@@ -10,7 +10,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import complain, note, print_json, work
-from spectune.cli.inputs import rows_to_train, training_rows
+from spectune.cli.input_rows import rows_to_train, training_rows
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DoesNotFitError
 
@@ -56,7 +56,7 @@ AnyDevice = Annotated[
 def plan(
     model: options.Model = None,
     method: OneMethod = None,
-    methods: Annotated[str | None, typer.Option(help="Some of them, parted by commas.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Some of them, comma-separated.")] = None,
     memory: Memory = None,
     batch: Batch = None,
     length: Length = None,
@@ -70,7 +70,7 @@ def plan(
     base_precision: options.BasePrecision = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say what training will take of memory, by term and at its peak, from the base's config alone.
+    """Predict the memory that training needs, by term and at its peak, from the base's config alone.
 
     No weights are downloaded or read. Exit code 4 if what was asked for does not fit; the largest batch and length that
     do are then named. Terms are each one's own largest value; the peak is that of the moment where they are largest
@@ -261,6 +261,7 @@ def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
     from spectune.planning.flops import flops_per_token
 
     examples, config, family = plans.examples(), plans.config, family_from_config(plans.base)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     tokens = sum(len(example.input_ids) for example in examples)
     mean = max(1, tokens // len(examples))
     flops = {
@@ -273,9 +274,7 @@ def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
         "rows": len(examples),
         "tokens": tokens,
         "longest_row_tokens": max(len(example.input_ids) for example in examples),
-        "steps_per_epoch": math.ceil(
-            len(examples) / (config.per_device_train_batch_size * config.gradient_accumulation_steps)
-        ),
+        "steps_per_epoch": math.ceil(len(examples) / rows),
         "flops_per_epoch": flops,
     }
 
@@ -284,7 +283,8 @@ def _timed(method: Method, plans: Plans) -> dict[str, Any]:
     """A few real steps of the training loop on this machine: seconds for an epoch of the data, without validation."""
     from rich.console import Console
 
-    from spectune.storage import attach, load
+    from spectune.deltas import attach
+    from spectune.storage import load
     from spectune.training import train
 
     settings, examples = plans.settings, plans.examples()
@@ -319,7 +319,7 @@ def _decisions(config: TrainingConfig, arms: Sequence[Arm], steps: int | None, d
                 "--data or --set max_steps=N says it, --set torch_compile=true plans compiled blocks"
             )
         elif len(compiled) in (0, len(arms)):
-            lines.append(f"torch_compile=auto: {_word(bool(compiled))}, for a run of {steps:,} steps")
+            lines.append(f"torch_compile=auto: {str(bool(compiled)).lower()}, for a run of {steps:,} steps")
         else:
             lines.append(
                 f"torch_compile=auto: true for {', '.join(compiled)}, false for the others, in a run of {steps:,} steps"
@@ -330,15 +330,11 @@ def _decisions(config: TrainingConfig, arms: Sequence[Arm], steps: int | None, d
         )
     if captured := [arm.method.name for arm in arms if arm.estimate.cuda_graphs]:
         lines.append(
-            f"cuda_graphs={_word(config.cuda_graphs)}: blocks are recorded for {', '.join(captured)}. Planned is what "
-            "the recordings of one shape of a batch keep; each further shape that comes back keeps its own"
+            f"cuda_graphs={str(config.cuda_graphs).lower()}: blocks are recorded for {', '.join(captured)}. Planned is "
+            "what the recordings of one shape of a batch keep; each further shape that comes back keeps its own"
         )
     reasons = dict.fromkeys(arm.execution.reason("packing") for arm in arms)
-    return [*lines, *(f"packing={_word(config.packing)}: {reason}" for reason in reasons if reason is not None)]
-
-
-def _word(value: bool | str) -> str:
-    return str(value).lower()
+    return [*lines, *(f"packing={str(config.packing).lower()}: {reason}" for reason in reasons if reason is not None)]
 
 
 def _shown_mode(mode: bool | str) -> str:

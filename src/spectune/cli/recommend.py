@@ -10,16 +10,19 @@ import typer
 from spectune.cli import limits, options
 from spectune.cli.console import note, print_json, say, work
 from spectune.cli.runs import RUNS, find_comparison
-from spectune.errors import ConfigError, DataError
+from spectune.errors import ConfigError
 from spectune.sizes import bytes_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 COMPARISON = "comparison.json"
+#: the parameters that are questions of the guide
+QUESTIONS = ("rows", "tasks", "compute", "must_merge", "keep_base", "fast_iteration", "max_quality")
 
 
 def recommend(
+    context: typer.Context,
     run: Annotated[
         Path | None, typer.Option("--run", help="A comparison's folder.", show_default="the newest under runs/")
     ] = None,
@@ -33,11 +36,11 @@ def recommend(
     compute: Annotated[str | None, typer.Option(help="Guide: low, medium, high, or memory such as 24GiB.")] = None,
     must_merge: Annotated[bool, typer.Option("--must-merge", help="Guide: the result must be plain weights.")] = False,
     keep_base: Annotated[bool, typer.Option("--keep-base", help="Guide: the base must stay as it is.")] = False,
-    fast_iteration: Annotated[bool, typer.Option("--fast-iteration", help="Guide: results soon.")] = False,
+    fast_iteration: Annotated[bool, typer.Option("--fast-iteration", help="Guide: quick results matter most.")] = False,
     max_quality: Annotated[bool, typer.Option("--max-quality", help="Guide: the lowest loss, at any cost.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Say which method to take, and why.
+    """Recommend a method, with the reasons.
 
     From a comparison: the cheapest within your limits that is not worse than the best within noise, with the runs that
     prove each sentence; or what the evidence leaves open. Without a limit those count that the comparison was made
@@ -50,8 +53,7 @@ def recommend(
       spectune recommend --run runs/2026-01-31-compare-1 --max-latency-overhead 5% --min-quality 95
       spectune recommend --rows 800 --tasks 20 --compute 24GiB --keep-base
     """
-    wanted = limits.fields(max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality)
-    asked = _asked(rows, tasks, compute, must_merge, keep_base, fast_iteration, max_quality)
+    wanted, asked = limits.fields(context), _asked(context)
     if asked and (run is not None or wanted):
         raise ConfigError(
             f"{_flags(asked)} ask the textbook's guide, {_flags(wanted) if wanted else '--run'} a comparison: give one "
@@ -77,24 +79,15 @@ def recommend(
         print_json(answer)
 
 
-def _asked(
-    rows: int | None,
-    tasks: int | None,
-    compute: str | None,
-    must_merge: bool,
-    keep_base: bool,
-    fast_iteration: bool,
-    max_quality: bool,
-) -> dict[str, Any]:
-    """The guide's questions that the user answered, by the flags' names."""
-    given: dict[str, Any] = {"rows": rows, "tasks": tasks}
+def _asked(context: typer.Context) -> dict[str, Any]:
+    """The guide's questions that the user answered, by the names of its `Answers`."""
+    given = {name: context.params[name] for name in QUESTIONS if context.params[name]}
+    compute = given.pop("compute", None)
     if compute is not None and compute.lower() in ("low", "medium", "high"):
         given["compute"] = compute.lower()
     elif compute is not None:
         given["memory_bytes"] = bytes_of(compute, "--compute (low, medium, high or memory)")
-    given |= {"must_merge": must_merge, "keep_base": keep_base}
-    given |= {"fast_iteration": fast_iteration, "max_quality": max_quality}
-    return {key: value for key, value in given.items() if value}
+    return given
 
 
 def _flags(keys: dict[str, Any]) -> str:
@@ -103,23 +96,20 @@ def _flags(keys: dict[str, Any]) -> str:
 
 
 def _measured(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    from spectune.comparing import Comparison
-    from spectune.comparing.advising.limits import Limits
     from spectune.comparing.advising.recommend import recommend
     from spectune.comparing.judging.verdict import verdict
+    from spectune.results import ComparisonResult, Limits
 
-    content = Comparison.load(folder).content
-    if not isinstance(content, dict):
-        raise DataError(f"{folder / COMPARISON} holds no object; expected what `spectune compare` writes")
-    if not content.get("verdict"):  # a comparison from before there were verdicts
-        content = {**content, "verdict": verdict(content, folder)}
-    if not wanted:  # those that the comparison was made with
-        wanted = (content.get("recommendation") or {}).get("limits") or {}
-    return {**recommend(content, Limits(**wanted)), "verdict": content["verdict"].get("sentences", [])}
+    result = ComparisonResult.load(folder)
+    result.verdict = result.verdict or verdict(result, folder)  # none in files from before there were verdicts
+    made_with = None if result.recommendation is None else result.recommendation.limits
+    found = recommend(result, Limits(**wanted) if wanted else made_with)
+    return {**found.to_dict(), "verdict": result.verdict.sentences}
 
 
 def _guide(asked: dict[str, Any]) -> dict[str, Any]:
-    from spectune.comparing.advising.guide import Answers, guide
+    from spectune.comparing.advising.guide import guide
+    from spectune.comparing.advising.rules_of_thumb import Answers
 
     return guide(Answers(**asked))
 

@@ -14,6 +14,7 @@ from spectune.errors import ConfigError
 
 
 def report(
+    context: typer.Context,
     folder: Annotated[
         Path | None, typer.Argument(help="A comparison's folder.", show_default="the newest under runs/")
     ] = None,
@@ -24,9 +25,9 @@ def report(
     min_quality: limits.MinQuality = None,
     as_json: options.Json = False,
 ) -> None:
-    """Put a comparison together again from its runs: verdict, recommendation, table, page and plots.
+    """Rebuild a comparison from its runs: verdict, recommendation, table, page and plots.
 
-    Of a comparison that was interrupted it shows what is there. Limits given here replace those it was made with.
+    An interrupted comparison is shown as far as it went. Limits given here replace those it was made with.
 
     \b
     Examples:
@@ -39,15 +40,15 @@ def report(
         raise ConfigError(
             f"there is no comparison under {RUNS.absolute()}. `spectune compare` makes one; or name its folder."
         )
-    given = (max_memory, max_latency_overhead, tenants, max_stored_bytes, min_quality)
-    wanted = limits.given(*given) if any(value is not None for value in given) else None
+    wanted = limits.fields(context)
     with work(as_json=as_json) as out:
         from spectune.comparing import Comparison
+        from spectune.results import Limits
 
-        comparison = Comparison.from_runs(found, wanted)
+        comparison = Comparison.from_runs(found, Limits(**wanted) if wanted else None)
         comparison.save()
         out.print(comparison.table())
-        gone = ", ".join(f"{run['name']} seed {run['seed']}" for run in comparison.to_dict()["missing"])
+        gone = ", ".join(f"{run.name} seed {run.seed}" for run in comparison.result.missing)
         if gone:
             note(f"not run yet: {gone}. To go on: spectune compare --resume --output-dir {found}")
         note(f"written to {found}; the page: {found / 'report.html'}")

@@ -66,7 +66,7 @@ def free_folder(given: Path | None, default: Path) -> Path:
 
 
 def origin(settings: Settings) -> dict[str, str]:
-    """Where base and data come from, for a run's config.yaml, so that `--config` of it is the same run again."""
+    """The origin of base and data for a run's config.yaml, so that `--config` with that file repeats the run."""
     keys = ("data", "valid", "test", "retain", "device", "dtype", "base_precision")
     return {"model": settings.base, **{key: value for key in keys if (value := settings.text(key)) is not None}}
 
@@ -99,6 +99,11 @@ class Run:
     base: str
     result: dict[str, Any]
     config: dict[str, Any]
+
+    @property
+    def separator(self) -> str:
+        """What stood between prompt and completion in training."""
+        return str(self.config.get("separator", ""))
 
     def load(
         self, device: str, dtype: str, base_precision: str | None = None

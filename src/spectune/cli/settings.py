@@ -107,7 +107,7 @@ class Settings:
         """
         value = self.get(key)
         if value is not None and not isinstance(value, str | Path):
-            raise ConfigError(f"{self.given[key].where}: {key} is {_shown(value)}; expected text.")
+            raise self._unexpected(key, "text")
         return None if value is None else str(value)
 
     def whole(self, key: str) -> int | None:
@@ -119,7 +119,7 @@ class Settings:
         value = self.get(key)
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
-        raise ConfigError(f"{self.given[key].where}: {key} is {_shown(value)}; expected a whole number.")
+        raise self._unexpected(key, "a whole number")
 
     def numbers(self, key: str) -> list[float]:
         """A key of the command itself that has to be numbers: a list, or text with commas.
@@ -132,10 +132,10 @@ class Settings:
         try:
             return [float(part) for part in parts]
         except (TypeError, ValueError):
-            where = self.given[key].where
-            raise ConfigError(
-                f"{where}: {key} is {_shown(value)}; expected numbers such as 0.1,0.3,1 or 100,1000."
-            ) from None
+            raise self._unexpected(key, "numbers such as 0.1,0.3,1 or 100,1000") from None
+
+    def _unexpected(self, key: str, expected: str) -> ConfigError:
+        return ConfigError(f"{self.given[key].where}: {key} is {_shown(self.get(key))}; expected {expected}.")
 
     def training(self) -> TrainingConfig:
         """The training config.
@@ -201,13 +201,15 @@ class Settings:
         for key in ("methods", "method", "method.name"):
             if key not in self.given:
                 continue
-            value, where = self.given[key].value, self.given[key].where
+            value = self.given[key].value
             names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
             if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-                raise ConfigError(f"{where}: {key} is {_shown(value)}; expected names such as lora,bitfit.")
+                raise self._unexpected(key, "names such as lora,bitfit")
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:  # both would have the same settings, and the same folder
-                raise ConfigError(f"{where}: {', '.join(twice)} is named more than once; name each method once.")
+                raise ConfigError(
+                    f"{self.given[key].where}: {', '.join(twice)} is named more than once; name each method once."
+                )
             return names
         return list(default)
 

@@ -9,7 +9,7 @@ import typer
 from spectune.cli import options
 from spectune.cli.console import note, print_json, work
 from spectune.cli.dry_run import dry_run
-from spectune.cli.inputs import training_rows
+from spectune.cli.input_rows import training_rows
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, InterruptedRun

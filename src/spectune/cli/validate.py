@@ -8,7 +8,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import print_json, say, work
-from spectune.cli.inputs import note_losses, row_length, rows_to_train
+from spectune.cli.input_rows import note_losses, row_length, rows_to_train
 from spectune.cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ def validate(
     model: options.Model = None,
     config: options.Config = None,
     assignments: options.Set = None,
-    show: Annotated[int, typer.Option(min=0, help="Rows to show with their mask.")] = 3,
+    show: Annotated[int, typer.Option(min=0, help="Rows to show with their loss mask.")] = 3,
     skip_bad_rows: options.SkipBadRows = False,
     as_json: options.Json = False,
 ) -> None:
-    """Check a data file against a base's tokenizer, report on every row, and show the mask of a few.
+    """Check a data file against a base's tokenizer, report on every row, and show the loss mask of a few.
 
-    The loss is taken on what stands after `target`, which must end with the end-of-text token. All bad rows are listed
+    The loss is computed on the text after `target`, which must end with the end-of-text token. All bad rows are listed
     at once with file:line; exit code 3.
 
     \b

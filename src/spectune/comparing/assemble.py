@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from spectune.comparing import conditions
-from spectune.comparing.advising.limits import Limits
 from spectune.comparing.advising.recommend import recommend
-from spectune.comparing.job import FAILED, curve_point
+from spectune.comparing.conditions import RecordedConditions
+from spectune.comparing.final_runs import measured
+from spectune.comparing.job import FAILED, FailureNote
 from spectune.comparing.judging.verdict import verdict
+from spectune.comparing.short_runs import curve_point
 from spectune.errors import DataError
-from spectune.training import RunResult
+from spectune.results import ComparedRun, ComparisonResult, Limits
+from spectune.results.comparison_file import FORMAT_VERSION, Arm, CurvePoint, Failure, Missing, Search
+from spectune.results.record import Record
+
+R = TypeVar("R", bound=Record)
 
 
-def assemble(folder: Path, limits: Limits | None = None) -> dict[str, Any]:
+def assemble(folder: Path, limits: Limits | None = None) -> ComparisonResult:
     """Everything that the runs in a comparison's folder say, with the verdict and the recommendation that follow.
 
     Runs that are not there (a comparison that was killed) are named under `missing`; runs under other settings than
@@ -31,114 +36,97 @@ def assemble(folder: Path, limits: Limits | None = None) -> dict[str, Any]:
         DataError: the folder holds no comparison, or a result in it is damaged.
     """
     found = conditions.read(folder)
-    schedule, arms = found["preset"], found["arms"]
-    fixed = schedule["fixed_learning_rate"]
-    found_rates = {arm["name"]: _json(folder / "search" / arm["name"] / "search.json") for arm in arms}
+    fixed = found.preset.fixed_learning_rate
     # where the rate was given, what an earlier call searched for is not what was run
-    searches = {name: search for name, search in found_rates.items() if search and fixed is None}
-    runs: list[dict[str, Any]] = []
-    failed: list[dict[str, Any]] = []
-    curves: list[dict[str, Any]] = []
-    missing: list[dict[str, Any]] = []
-    for arm in arms:
-        name = arm["name"]
-        rate = fixed if fixed is not None else searches.get(name, {}).get("best")
-        ends = [_failure(folder / "search" / name)]
-        for seed in schedule["seeds"]:
-            place = _final_folder(folder, found, arm, rate, seed)
-            if place is not None and (run := _measured(place)) is not None:
-                runs.append({**run.model_dump(mode="json"), "label": arm["label"], "best_for": arm["best_for"]})
-            elif place is not None and (end := _failure(place)) is not None:
-                ends.append(end)
-            elif not any(end is not None and end.given_up for end in ends):
-                missing.append({"name": name, "seed": seed})
-        curves += _curve(folder, found, arm, rate)
-        ends.append(_failure(folder / "curve" / name))
-        failed += [end.entry for end in ends if end is not None]
-    content = {
-        **{key: found[key] for key in ("base", "data", "settings", "environment", "scale")},
-        "preset": schedule,
-        "arms": [{**arm, **_counts(arm["name"], runs)} for arm in arms],
-        "searches": searches,
-        "runs": runs,
-        "curves": curves,
-        "failed": failed,
-        "missing": missing,
-    }
-    rates = [run["decode_tokens_per_second_base"] for run in runs if run["decode_tokens_per_second_base"]]
-    content["base"] = {**found["base"], "decode_tokens_per_second": statistics.median(rates) if rates else None}
-    content["verdict"] = verdict(content, folder)
-    content["recommendation"] = recommend(content, limits if limits is not None else Limits(**found["limits"]))
-    return content
+    recorded = {arm.name: _read(folder / "search" / arm.name / "search.json", Search) for arm in found.arms}
+    searches = {name: search for name, search in recorded.items() if search is not None and fixed is None}
+    result = ComparisonResult(
+        format_version=FORMAT_VERSION,
+        base=found.base,
+        data=found.data,
+        settings=found.settings,
+        environment=found.environment,
+        scale=found.scale,
+        preset=found.preset,
+        arms=[],
+        searches=searches,
+        runs=[],
+        curves=[],
+        failed=[],
+        missing=[],
+    )
+    for arm in found.arms:
+        rate = fixed if fixed is not None else searches.get(arm.name, Search()).best
+        _add_arm(result, folder, found, arm, rate)
+    rates = [run.decode_tokens_per_second_base for run in result.runs if run.decode_tokens_per_second_base]
+    result.base.decode_tokens_per_second = statistics.median(rates) if rates else None
+    result.verdict = verdict(result, folder)
+    result.recommendation = recommend(result, limits if limits is not None else found.limits)
+    return result
 
 
-def _final_folder(
-    folder: Path, found: Mapping[str, Any], arm: Mapping[str, Any], rate: float | None, seed: int
-) -> Path | None:
+def _add_arm(result: ComparisonResult, folder: Path, found: RecordedConditions, arm: Arm, rate: float | None) -> None:
+    """Add what there is of one arm."""
+    runs: list[ComparedRun] = []
+    failures = [_read(folder / "search" / arm.name / FAILED, FailureNote)]
+    for seed in found.preset.seeds:
+        place = _final_folder(folder, found, arm, rate, seed)
+        run = None if place is None else measured(place)
+        if run is not None:
+            runs.append(ComparedRun(**run.model_dump(mode="json"), label=arm.label, best_for=arm.best_for))
+        elif place is not None and (failure := _read(place / FAILED, FailureNote)) is not None:
+            failures.append(failure)
+        elif not any(failure is not None and failure.given_up for failure in failures):
+            result.missing.append(Missing(name=arm.name, seed=seed))
+    failures.append(_read(folder / "curve" / arm.name / FAILED, FailureNote))
+    result.runs += runs
+    result.curves += _curve(folder, found, arm, rate)
+    result.failed += [
+        Failure(**failure.model_dump(exclude={"given_up"}, exclude_unset=True))
+        for failure in failures
+        if failure is not None
+    ]
+    counts = {key: getattr(runs[0], key) if runs else None for key in ("stored_parameters", "trainable_parameters")}
+    result.arms.append(arm.model_copy(update=counts))
+
+
+def _final_folder(folder: Path, found: RecordedConditions, arm: Arm, rate: float | None, seed: int) -> Path | None:
     """Where the final run of a seed lies under just these conditions; None where no rate is known yet."""
-    if rate is None:
+    steps = found.preset.final_steps
+    if rate is None or steps is None:
         return None
-    key = conditions.run_key(found["identity"], arm["settings"], rate, found["preset"]["final_steps"], seed)
-    return folder / conditions.final_place(arm["name"], seed, key)
+    key = conditions.run_key(found.identity, arm.settings, rate, steps, seed)
+    return folder / conditions.final_place(arm.name, seed, key)
 
 
-def _measured(folder: Path) -> RunResult | None:
-    """The run in a folder, if it has been measured."""
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
-    run = RunResult.load(path)
-    return run if run.key is not None else None
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An entry of `failed`, and whether nothing more of its arm was tried."""
-
-    entry: dict[str, Any]
-    given_up: bool
-
-
-def _failure(folder: Path) -> _Failure | None:
-    found = _json(folder / FAILED)
-    return None if found is None else _Failure(found, bool(found.pop("given_up", False)))
-
-
-def _curve(
-    folder: Path, found: Mapping[str, Any], arm: Mapping[str, Any], rate: float | None
-) -> Iterator[dict[str, Any]]:
+def _curve(folder: Path, found: RecordedConditions, arm: Arm, rate: float | None) -> Iterator[CurvePoint]:
     """The points of an arm's data curve; final runs are those with all rows."""
     if rate is None:
         return
-    all_rows, seeds = found["data"]["train_examples"], found["preset"]["seeds"]
-    for rows, steps in found["preset"]["curve"]:
-        for seed in seeds:
-            if rows == all_rows:
+    for rows, steps in found.preset.curve:
+        for seed in found.preset.seeds:
+            if rows == found.data.train_examples:
                 place = _final_folder(folder, found, arm, rate, seed)
-                run = None if place is None else _measured(place)
-                point = None if run is None else curve_point(run, arm["name"], all_rows)
+                run = None if place is None else measured(place)
+                point = None if run is None else curve_point(run, arm.name, rows)
             else:
-                key = conditions.run_key(found["identity"], arm["settings"], rate, steps, seed, rows)
-                point = _json(folder / conditions.curve_place(arm["name"], rows, seed, key) / "result.json")
-            if point:
+                key = conditions.run_key(found.identity, arm.settings, rate, steps, seed, rows)
+                place = folder / conditions.curve_place(arm.name, rows, seed, key)
+                point = _read(place / "result.json", CurvePoint)
+            if point is not None:
                 yield point
 
 
-def _counts(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    first = next((run for run in runs if run["name"] == name), None)
-    return {key: None if first is None else first[key] for key in ("stored_parameters", "trainable_parameters")}
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """A JSON object on disk; None where there is no such file. Raises DataError where it is damaged."""
+def _read(path: Path, kind: type[R]) -> R | None:
+    """A part of the content on disk; None where there is no such file. Raises DataError where it is damaged."""
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("expected an object")
+        return kind.model_validate(found)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read: {error}. Remove it, and run the comparison again with --resume."
         ) from error
-    return found

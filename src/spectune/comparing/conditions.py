@@ -1,4 +1,4 @@
-"""What all runs of a comparison share, and where each of them lies: `conditions.json` and the keys of run folders."""
+"""What all runs of a comparison share, and the folder of each: `conditions.json` and the keys of run folders."""
 
 from __future__ import annotations
 
@@ -8,14 +8,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, ValidationError
+
 from spectune.errors import DataError
 from spectune.families import differences
+from spectune.files.atomic import atomic_write_text
 from spectune.files.strict_json import strict_json
-from spectune.storage import atomic_write_text
+from spectune.results import Limits
+from spectune.results.comparison_file import Conditions
 from spectune.training.identity import OtherRunError
 
 FILE = "conditions.json"
 KEYS = {"base", "data", "settings", "preset", "environment", "scale", "arms", "limits", "identity"}
+
+
+class RecordedConditions(Conditions):
+    """What all runs of a comparison share, as `conditions.json` has it.
+
+    Attributes:
+        fingerprint: of the base; None in files of versions that took none.
+        identity: what the runs' results depend on.
+        metric_code: hashes of the user's metrics. No part of the identity: where they have changed, runs are judged
+            again, and not trained again.
+        limits: of the user, for the recommendation.
+    """
+
+    fingerprint: Any = None
+    identity: dict[str, Any] = Field(default_factory=dict)
+    metric_code: list[str] | None = None
+    limits: Limits = Field(default_factory=Limits)
 
 
 def key(*parts: Any) -> str:
@@ -41,35 +62,35 @@ def run_key(
 
 
 def final_place(arm: str, seed: int, key: str) -> Path:
-    """Where a final run lies, in its comparison's folder."""
+    """The folder of a final run, within its comparison's."""
     return Path("runs") / arm / f"seed-{seed}-{key}"
 
 
 def curve_place(arm: str, rows: int, seed: int, key: str) -> Path:
-    """Where a run on fewer rows lies, in its comparison's folder."""
+    """The folder of a run on fewer rows, within its comparison's."""
     return Path("curve") / arm / f"{rows}-seed-{seed}-{key}"
 
 
-def write(folder: Path, conditions: Mapping[str, Any]) -> None:
-    atomic_write_text(folder / FILE, strict_json(dict(conditions)) + "\n")
+def write(folder: Path, conditions: RecordedConditions) -> None:
+    atomic_write_text(folder / FILE, strict_json(conditions.to_dict()) + "\n")
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> RecordedConditions:
     """The conditions of the comparison in a folder. Raises DataError where there are none, or damaged ones."""
     path = folder / FILE
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or KEYS - set(found):
             raise ValueError(f"expected an object with {', '.join(sorted(KEYS))}")
-    except (OSError, ValueError) as error:
+        return RecordedConditions.model_validate(found)
+    except (OSError, ValueError, ValidationError) as error:
         raise DataError(
             f"{path} cannot be read as the conditions of a comparison: {error}. Expected the folder of `spectune "
             "compare`."
         ) from error
-    return found
 
 
-def check(recorded: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+def check(recorded: RecordedConditions, wanted: RecordedConditions, folder: Path) -> None:
     """Compare the conditions that a folder's runs had with those that are asked for. Methods, seeds and the preset may
     differ: runs that are not there yet are made. One method's settings may not.
 
@@ -77,20 +98,21 @@ def check(recorded: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) 
         OtherRunError: names every difference.
     """
     # by way of JSON, which has no tuples
-    now = json.loads(json.dumps(wanted["identity"], default=str))
-    lines = _differences(recorded["identity"], now)
-    kinds = [str(found["base"].get("device")).partition(":")[0] for found in (recorded, wanted)]
+    now = json.loads(json.dumps(wanted.identity, default=str))
+    lines = _differences(recorded.identity, now)
+    kinds = [found.base.device.partition(":")[0] for found in (recorded, wanted)]
     if kinds[0] != kinds[1]:
         lines.append(f"device: {kinds[0]} in the comparison, {kinds[1]} now: speed and memory would not compare")
     # two bases may have one name: a folder that was written anew, or a model without a name
-    here = wanted["fingerprint"]
-    lines += [f"base: {line}" for line in differences(recorded.get("fingerprint", here), here)]
-    settings = {arm["name"]: arm["settings"] for arm in recorded["arms"]}
-    for arm in json.loads(json.dumps(wanted["arms"], default=str)):
-        old = settings.get(arm["name"], arm["settings"])
+    here = wanted.fingerprint
+    lines += [f"base: {line}" for line in differences(recorded.fingerprint or here, here)]
+    recorded_settings = {arm.name: arm.settings for arm in recorded.arms}
+    for arm in wanted.arms:
+        settings = json.loads(json.dumps(arm.settings, default=str))
+        old = recorded_settings.get(arm.name, settings)
         lines += [
-            f"{arm['name']}.{name}: {old.get(name)!r} in the comparison, {value!r} now"
-            for name, value in arm["settings"].items()
+            f"{arm.name}.{name}: {old.get(name)!r} in the comparison, {value!r} now"
+            for name, value in settings.items()
             if old.get(name) != value
         ]
     if lines:

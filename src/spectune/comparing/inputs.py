@@ -87,6 +87,11 @@ class Inputs:
         # of the rows to train and to validate on each run tells itself
         return cls(rows, train, valid, task, test[0].report.summary("test") if test else "")
 
+    @property
+    def train_size(self) -> tuple[int, int]:
+        """Training examples, and the target tokens of all of them."""
+        return len(self.train.examples), sum(example.target_tokens for example in self.train.examples)
+
     def describe(self) -> dict[str, Any]:
         """For `comparison.json`."""
         return {

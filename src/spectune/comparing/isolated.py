@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,20 @@ from rich.console import Console
 from spectune import errors
 from spectune.blocks.cuda_graphs import WARM_UPS
 from spectune.blocks.execution import Execution
-from spectune.data import Row, load_rows
-from spectune.deltas import Delta, Method, attach
+from spectune.data import DataReport, Encoded, Row, load_rows
+from spectune.deltas import Method, attach
 from spectune.errors import OutOfMemoryError, SpectuneError, first_line
 from spectune.inference import is_out_of_memory
 from spectune.methods import method_from_dict
 from spectune.storage import load
 from spectune.training import TrainingConfig
-from spectune.training.batching import Batches
 from spectune.training.decisions import decide_run
 from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.loop import Loop
-from spectune.training.optimizers import make_optimizer
-from spectune.training.prepare import Prepared, pad_token_id, prepare
+from spectune.training.prepare import Prepared, prepare
 from spectune.training.run_state import RunState
-from spectune.training.trainer import trained_parameters
+from spectune.training.step_batches import Batches
 
 #: optimizer steps; in the second the optimizer's state is there
 STEPS = 2
@@ -137,32 +136,24 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     torch.manual_seed(config.seed)
     delta = attach(model, method, "memory", tokenizer=tokenizer, seed=config.seed)
     prepared = prepare(model, tokenizer, method, rows, rows, config, delta.base_fingerprint)
-    execution = decide_run(delta, prepared, config)
-    run = _on_longest_rows(delta, prepared, config, execution, pad_token_id(tokenizer))
+    execution = decide_run(delta, prepared)
+    run = RunState.of(delta, _of_longest_rows(prepared, execution), execution.packing, World())
     with Display(Console(quiet=True), method.label, run.total_steps, 0) as display:
         Loop(run, execution).drive(display)
     return run.progress.peak_memory_bytes
 
 
-def _on_longest_rows(
-    delta: Delta, prepared: Prepared, config: TrainingConfig, execution: Execution, pad_token: int
-) -> RunState:
+def _of_longest_rows(prepared: Prepared, execution: Execution) -> Prepared:
     """A run all of whose steps are its first one, which holds the longest row, validated on its longest rows."""
-    examples, world = prepared.examples, World()
-    [first, *_] = Batches(examples, config, execution.packing, world).windows(0)
-    longest = [examples[row] for batch in first for row in batch]
+    examples, config = prepared.examples, prepared.config
+    [first, *_] = Batches(examples, config, execution.packing, World()).windows(0)
     by_length = sorted(examples, key=lambda example: -len(example.input_ids))
-    once = config.model_copy(update={"eval_steps": None, "save_steps": None, "early_stopping_patience": None})
-    return RunState(
-        delta,
-        make_optimizer(trained_parameters(delta), config, prepared.learning_rate),
-        Batches(longest, once, execution.packing, world, pad_token),
-        by_length[: config.per_device_eval_batch_size],
-        once,
-        prepared.learning_rate,
-        # until blocks are traced, captured and replayed
-        STEPS + (WARM_UPS + 1 if execution.graphs else 0),
-    )
+    parts = [examples[row] for batch in first for row in batch], by_length[: config.per_device_eval_batch_size]
+    # until blocks are traced, captured and replayed
+    steps = STEPS + (WARM_UPS + 1 if execution.graphs else 0)
+    changes = {"max_steps": steps, "eval_steps": None, "save_steps": None, "early_stopping_patience": None}
+    train, valid = (Encoded(part, DataReport()) for part in parts)
+    return replace(prepared, config=config.model_copy(update=changes), encoded=(train, valid))
 
 
 def _main() -> None:

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import embedded
 from spectune.compute.memory import PeakMemory
-from spectune.deltas import Delta, detach, merge
+from spectune.deltas import Delta, base_name, detach, merge
 from spectune.errors import ConfigError, DataError
 from spectune.evaluation import passage_kls, sample_passages
 from spectune.inference import context_length, decode_tokens_per_second, wait_for
-from spectune.storage import TINY, base_name, load_delta
+from spectune.storage import TINY, load_delta
 
 PASSAGES = 64
 PASSAGE_TOKENS = 128
@@ -144,26 +144,22 @@ class _Rates:
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {kind: _median(getattr(self, kind)) for kind in ("tuned", "merged", "base")}
         for suffix, rates in (("", self.tuned), ("_merged", self.merged)):
-            overheads = self.overheads(rates)
-            found[f"overhead{suffix}"] = _median(overheads)
-            found[f"overhead{suffix}_range"] = list(_middle(overheads)) if overheads else None
+            # what each round took longer than the bare base in it, as a share of the latter's time
+            overheads = [bare / rate - 1 for bare, rate in zip(self.base, rates, strict=True)] if rates else []
+            found[f"overhead{suffix}"], found[f"overhead{suffix}_range"] = _median(overheads), _middle(overheads)
         return found
-
-    def overheads(self, rates: list[float]) -> list[float]:
-        """What each round took longer than the bare base in it, as a share of the latter's time."""
-        return [bare / rate - 1 for bare, rate in zip(self.base, rates, strict=True)] if rates else []
 
 
 def _of_batch_1(rates: _Rates) -> dict[str, Any]:
     """The fields that a result has for single rows."""
-    found: dict[str, Any] = {}
-    for suffix, values in (("", rates.tuned), ("_merged", rates.merged), ("_base", rates.base)):
-        found[f"decode_tokens_per_second{suffix}"] = _median(values)
-        quartiles = _middle(values) if values else None
+    of_all, found = rates.to_dict(), dict[str, Any]()
+    for suffix, kind in (("", "tuned"), ("_merged", "merged"), ("_base", "base")):
+        quartiles = _middle(getattr(rates, kind))
+        found[f"decode_tokens_per_second{suffix}"] = of_all[kind]
         found[f"decode_tokens_per_second{suffix}_spread"] = (quartiles[1] - quartiles[0]) / 2 if quartiles else None
-    for suffix, values in (("", rates.tuned), ("_merged", rates.merged)):
-        overheads = rates.overheads(values)
-        found[f"inference_overhead{suffix}_range"] = _middle(overheads) if overheads else None
+    for suffix in ("", "_merged"):
+        quartiles = of_all[f"overhead{suffix}_range"]
+        found[f"inference_overhead{suffix}_range"] = tuple(quartiles) if quartiles else None
     return found
 
 
@@ -193,12 +189,12 @@ def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _middle(values: list[float]) -> tuple[float, float]:
+def _middle(values: list[float]) -> list[float] | None:
     """The first and the third quartile: a round in which the machine did something else does not count."""
-    if len(values) == 1:
-        return values[0], values[0]
+    if len(values) < 2:
+        return 2 * values or None
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
+    return [low, high]
 
 
 def _merged(model: PreTrainedModel, delta: Delta) -> PreTrainedModel | None:

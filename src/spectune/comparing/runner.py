@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from spectune.comparing.budget import Budget, duration
-from spectune.comparing.job import FAILED, Arm, Job
-from spectune.comparing.schedule import Schedule
-from spectune.comparing.search import Trial, successive_halving
+from spectune.comparing.final_runs import final_folder, final_run
+from spectune.comparing.job import FAILED, Arm, Job, note_failure
+from spectune.comparing.search import successive_halving
+from spectune.comparing.short_runs import on_fewer, step_seconds, trial
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError
+from spectune.files.atomic import atomic_write_text
 from spectune.files.strict_json import strict_json
-from spectune.storage import atomic_write_text
+from spectune.results.comparison_file import Trial
 
 log = logging.getLogger("spectune")
 
@@ -29,13 +29,10 @@ class Runner:
     """Everything that a comparison runs."""
 
     job: Job
-    schedule: Schedule
-    arms: Sequence[Arm]
-    console: Console | None
 
     def __post_init__(self) -> None:
+        self.arms, self.schedule = self.job.arms, self.job.schedule
         self.budget = Budget([piece for arm in self.arms for piece in self.schedule.pieces(arm.name)])
-        self._out = self.console or Console()
 
     def run(self) -> None:
         """All arms, one after another; what fails is noted in its folder, and the rest goes on.
@@ -65,14 +62,14 @@ class Runner:
         if schedule.curve:
             each += f", and runs on {', '.join(f'{rows:,}' for rows, _ in schedule.curve)} rows"
         tokens = schedule.target_tokens_per_step * self.budget.total_steps
-        self._say(
+        self.job.print(
             f"budget: {arms} {'method' if arms == 1 else 'methods'}, each {each}: about {tokens:,.0f} target tokens in "
             "all"
         )
         if self._all_there():
             return
         try:
-            self.budget.step_seconds = self.job.calibrate(left[0])
+            self.budget.step_seconds = step_seconds(self.job, left[0])
         except InterruptedRun:
             raise
         except SpectuneError:
@@ -80,7 +77,9 @@ class Runner:
         seconds = self.budget.seconds_left()
         if seconds is not None:
             label = left[0].method.label
-            self._say(f"at least {duration(seconds)}, by two steps of {label}; evaluation and measuring come on top")
+            self.job.print(
+                f"at least {duration(seconds)}, by two steps of {label}; evaluation and measuring come on top"
+            )
 
     def _fitting(self) -> list[Arm]:
         """The arms that the plan lets begin; the others have failed. Raises DoesNotFitError where none is left."""
@@ -131,11 +130,11 @@ class Runner:
         if found.best is None:
             reason = f"no learning rate: {found.sentence}. Try --set learning_rate=... below {min(bounds):g}"
             raise self._given_up(folder, arm, None, None, reason)
-        self._say(f"{method.label}: {found.sentence}; {self.budget}")
+        self.job.print(f"{method.label}: {found.sentence}; {self.budget}")
         return found.best
 
     def _trial(self, arm: Arm, rate: float, steps: int) -> Trial:
-        found, seconds = self.job.trial(arm, rate, steps)
+        found, seconds = trial(self.job, arm, rate, steps)
         self.budget.ended(arm.name, steps, seconds)
         return found
 
@@ -144,11 +143,11 @@ class Runner:
         timed = False  # of the first seed that does not fail
         for seed in self.schedule.seeds:
             try:
-                result, seconds = self.job.final(arm, rate, steps, seed, timed=not timed)
+                result, seconds = final_run(self.job, arm, rate, seed, timed=not timed)
             except InterruptedRun:
                 raise
             except SpectuneError as error:
-                folder = self.job.final_folder(arm, rate, steps, seed)
+                folder = final_folder(self.job, arm, rate, seed)
                 if isinstance(error, OutOfMemoryError | DoesNotFitError | ConfigError):
                     # another seed changes nothing
                     raise self._given_up(folder, arm, rate, seed, str(error)) from None
@@ -158,17 +157,17 @@ class Runner:
             timed = timed or result.decode is not None
             self.budget.ended(arm.name, steps, seconds)
             metrics = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
-            self._say(f"{arm.method.label}, seed {seed}: loss {result.judged_loss:.4f}{metrics}; {self.budget}")
+            self.job.print(f"{arm.method.label}, seed {seed}: loss {result.judged_loss:.4f}{metrics}; {self.budget}")
 
     def _curve(self, arm: Arm, rate: float) -> None:
         folder = self.job.folder / "curve" / arm.name
         (folder / FAILED).unlink(missing_ok=True)
         for rows, steps in self.schedule.curve:
-            if rows == len(self.job.train.examples):
+            if rows == len(self.job.inputs.train.examples):
                 continue  # a final run is that point
             for seed in self.schedule.curve_seeds:
                 try:
-                    _, seconds = self.job.on_fewer(arm, rate, rows, steps, seed)
+                    _, seconds = on_fewer(self.job, arm, rate, rows, steps, seed)
                 except InterruptedRun:
                     raise
                 except SpectuneError as error:
@@ -177,18 +176,15 @@ class Runner:
                     continue
                 self.budget.ended(arm.name, steps, seconds)
         if self.schedule.curve:
-            self._say(f"{arm.method.label}: data curve done; {self.budget}")
+            self.job.print(f"{arm.method.label}: data curve done; {self.budget}")
 
     def _failed(
         self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str, *, given_up: bool = False
     ) -> None:
-        self.job.failed(folder, arm, rate, seed, reason, given_up=given_up)
-        if self.console is None:  # who gave a console tells of failures in their own words
+        note_failure(folder, arm, rate, seed, reason, given_up=given_up)
+        if self.job.console is None:  # who gave a console tells of failures in their own words
             log.warning("%s failed: %s", arm.name, reason)
 
     def _given_up(self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str) -> _GivenUpError:
         self._failed(folder, arm, rate, seed, reason, given_up=True)
         return _GivenUpError(reason)
-
-    def _say(self, line: str) -> None:
-        self._out.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from spectune.comparing.presets import Preset
 from spectune.errors import ConfigError
+from spectune.results import comparison_file as results
 from spectune.training import TrainingConfig
 from spectune.training.prepare import total_steps
 
@@ -79,23 +79,23 @@ class Schedule:
         curve = [steps for count, steps in self.curve if count < self.rows for _ in self.curve_seeds]
         return [(arm, steps) for steps in (*search, *[self.final_steps] * len(self.seeds), *curve)]
 
-    def to_dict(self, valid_rows: int) -> dict[str, Any]:
+    def record(self, valid_rows: int) -> results.Preset:
         """The budget of each method, for `comparison.json`."""
         tokens = self.target_tokens_per_step
         search = sum(count * steps for count, steps in self.planned_trials)
-        return {
-            "name": self.preset.name,
-            "seeds": list(self.seeds),
-            "rungs": [[count, steps / self.final_steps] for count, steps in self.planned_trials],
-            "fixed_learning_rate": self.learning_rate,
-            "final_steps": self.final_steps,
-            "final_target_tokens": round(self.final_steps * tokens),
-            "search_target_tokens": round(search * tokens),
-            "curve": [list(point) for point in self.curve],
-            "search_valid_rows": min(SEARCH_ROWS, valid_rows),
-            "covers_training_noise": len(self.seeds) > 1,
-            "memory_in_own_process": self.preset.own_process,
-        }
+        return results.Preset(
+            name=self.preset.name,
+            seeds=list(self.seeds),
+            rungs=[(count, steps / self.final_steps) for count, steps in self.planned_trials],
+            fixed_learning_rate=self.learning_rate,
+            final_steps=self.final_steps,
+            final_target_tokens=round(self.final_steps * tokens),
+            search_target_tokens=round(search * tokens),
+            curve=list(self.curve),
+            search_valid_rows=min(SEARCH_ROWS, valid_rows),
+            covers_training_noise=len(self.seeds) > 1,
+            memory_in_own_process=self.preset.own_process,
+        )
 
 
 def _rungs(preset: Preset, final_steps: int) -> tuple[tuple[int, int], ...]:

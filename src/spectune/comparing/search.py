@@ -5,72 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
-
-@dataclass(frozen=True)
-class Trial:
-    """One short run. `valid_loss` is None where it diverged, with the reason."""
-
-    learning_rate: float
-    steps: int
-    target_tokens: int
-    valid_loss: float | None
-    reason: str | None = None
-    extension: bool = False
-
-    @property
-    def rank(self) -> float:
-        return math.inf if self.valid_loss is None else self.valid_loss
-
-
-@dataclass(frozen=True)
-class Search:
-    """What a search found.
-
-    Attributes:
-        source: where that range comes from.
-        trials: in the order in which they were run.
-        best: the rate of the lowest loss in the last rung; None where all trials diverged.
-        edge: "low" or "high" where no rate beyond the best one was tried.
-    """
-
-    source: str
-    trials: tuple[Trial, ...]
-    best: float | None
-    edge: str | None
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The lowest and the highest rate that was tried."""
-        rates = [trial.learning_rate for trial in self.trials]
-        return min(rates), max(rates)
-
-    @property
-    def sentence(self) -> str:
-        """The search in words."""
-        tried = len({trial.learning_rate for trial in self.trials})
-        low, high = self.range
-        text = f"{tried} rates from {low:.3g} to {high:.3g} ({self.source})"
-        if self.best is None:
-            return f"all of {text} diverged"
-        text = f"best of {text}: {self.best:g}"
-        extended = sum(trial.extension for trial in self.trials)
-        if extended:
-            words = "one of them was tried" if extended == 1 else f"{extended} of them were tried"
-            text += f"; {words} because the best lay on the edge"
-        if self.edge is not None:
-            beyond = "lower" if self.edge == "low" else "higher"
-            text += f"; it is the {self.edge}est tried: a {beyond} one may be better still"
-        return text
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "range": list(self.range),
-            "sentence": self.sentence,
-        }
+from spectune.results.comparison_file import Search, Trial
 
 
 def candidates(low: float, high: float, count: int) -> list[float]:
@@ -115,7 +51,7 @@ def successive_halving(
             break
     best = min(last, key=lambda t: t.rank)
     if best.valid_loss is None:  # each rate in one rung or another
-        return Search(source, tuple(trials), None, None)
+        return _found(source, trials, None, None)
     steps = rungs[-1][1]
     for _ in range(extensions):
         side = _edge(best.learning_rate, trials)
@@ -123,11 +59,26 @@ def successive_halving(
             break
         beyond = best.learning_rate * ratio if side == "high" else best.learning_rate / ratio
         further = trial(float(f"{beyond:.3g}"), steps)
-        trials.append(Trial(**{**asdict(further), "extension": True}))
+        trials.append(further.model_copy(update={"extension": True}))
         if further.rank >= best.rank:
             break
         best = further
-    return Search(source, tuple(trials), best.learning_rate, _edge(best.learning_rate, trials))
+    return _found(source, trials, best.learning_rate, _edge(best.learning_rate, trials))
+
+
+def _found(source: str, trials: list[Trial], best: float | None, edge: str | None) -> Search:
+    rates = {trial.learning_rate for trial in trials}
+    low, high = min(rates), max(rates)
+    text = f"{len(rates)} rates from {low:.3g} to {high:.3g} ({source})"
+    text = f"all of {text} diverged" if best is None else f"best of {text}: {best:g}"
+    extended = sum(trial.extension for trial in trials)
+    if best is not None and extended:
+        words = "one of them was tried" if extended == 1 else f"{extended} of them were tried"
+        text += f"; {words} because the best lay on the edge"
+    if best is not None and edge is not None:
+        beyond = "lower" if edge == "low" else "higher"
+        text += f"; it is the {edge}est tried: a {beyond} one may be better still"
+    return Search(source=source, trials=trials, best=best, edge=edge, range=(low, high), sentence=text)
 
 
 def _edge(rate: float, trials: Sequence[Trial]) -> str | None:

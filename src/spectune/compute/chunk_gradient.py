@@ -57,7 +57,7 @@ def chunk_loss(
 def fused_chunk_loss(
     logits: Tensor, targets: Tensor, scale: float, softcap: float | None, with_gradient: bool
 ) -> Tensor:
-    """The same by compiled code, which reads the logits twice and writes their gradient over them (with
+    """`chunk_loss` as compiled code, which reads the logits twice and writes their gradient over them (with
     `with_gradient`); nothing else is made but the losses. At least 2 rows: the compiler takes 1 for a case of its own.
     """
     if logits.is_meta:  # a trace of memory: compiled code does not run there; it writes the gradient in two places

@@ -6,7 +6,7 @@ Not `torch.inference_mode`: a buffer that a model renews inside it could not be 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -15,25 +15,31 @@ from spectune.compute.cudnn import cudnn_attention
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; afterwards each module is in the mode it was in, as callers may mix them."""
-    with _in_mode(model, training=False):
+def evaluating(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
+    """Run `model` in evaluation mode and without gradients inside. Afterwards each module is in the mode it was in.
+
+    Args:
+        modules: those of the model that will run; None is all of them.
+    """
+    with _in_mode(model.modules() if modules is None else modules, training=False):
         yield
 
 
 @contextlib.contextmanager
 def rehearsing(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """As in training, dropout and all; afterwards modes and random state, the device's too, are what they were."""
+    """Run `model` in training mode, dropout included, and without gradients inside. Afterwards modes and random state
+    (the device's too) are restored."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _in_mode(model, training=True):
+    with torch.random.fork_rng(devices=devices), _in_mode(model.modules(), training=True):
         yield
 
 
 @contextlib.contextmanager
-def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    others = [module for module in model.modules() if module.training is not training]
+def _in_mode(modules: Iterable[nn.Module], *, training: bool) -> Iterator[None]:
+    others = [module for module in modules if module.training is not training]
     try:
-        model.train(training)
+        for module in others:
+            module.training = training
         with torch.no_grad(), cudnn_attention(False):
             yield
     finally:

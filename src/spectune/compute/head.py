@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True)
 class _Input:
-    """Stands for the batch's entry of this name."""
+    """A placeholder for the batch's entry of this name."""
 
     name: str
 
 
 @dataclass(frozen=True)
-class _Way:
-    """From a batch to its logits: what the decoder is called with, and what is done to the head's output."""
+class HeadRecipe:
+    """How logits are made of a batch: the decoder's arguments, and what is done to the head's output."""
 
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
@@ -61,7 +61,7 @@ class LinearHead:
     scale: float
     softcap: float | None
     _decoder: nn.Module
-    _way: _Way
+    _recipe: HeadRecipe
 
     def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
         """The decoder's output `[batch, length, d]` for a batch without labels, in the head's dtype. The decoder is
@@ -70,26 +70,37 @@ class LinearHead:
         def filled(value: Any) -> Any:
             return inputs[value.name] if isinstance(value, _Input) else value
 
-        args, kwargs = self._way.args, self._way.kwargs
+        args, kwargs = self._recipe.args, self._recipe.kwargs
         output = self._decoder(*map(filled, args), **{name: filled(value) for name, value in kwargs})
         return last_hidden(output).to(self.weight.dtype)
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What a model was found to do, or why it is not plain. Its modules weakly: a hook on the decoder may hold the
-    model, which would then hold itself."""
+class _Probed:
+    """The result of one probe: the recipe, or why there is none; and what it holds for."""
 
-    decoder: weakref.ref[nn.Module]
-    head: weakref.ref[nn.Module]
+    decoder: nn.Module
+    head: nn.Module
     inputs: frozenset[str]
-    found: _Way | str
+    result: HeadRecipe | str
 
 
-#: the newest of each model
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
-#: why a model's own forward is called, as last told
-_TOLD: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+class _HeadCache:
+    """What is known of one model's head, kept in the model's own `__dict__`: it lives as long as the model. Copies and
+    pickles of a model start with an empty one, as their modules are others."""
+
+    probed: _Probed | None = None
+    #: why the model's own forward is called, as last logged
+    logged_reason: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        # not by setattr: a compiled model would pass it on to the model inside
+        cache: Self = vars(model).setdefault("_spectune_head", cls())
+        return cache
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
 
 
 def linear_head(model: nn.Module, inputs: Mapping[str, Any]) -> LinearHead | None:
@@ -105,13 +116,14 @@ def linear_head(model: nn.Module, inputs: Mapping[str, Any]) -> LinearHead | Non
     """
     try:
         owner, decoder, head = _parts(model)
-        way = _way(owner, decoder, head, inputs)
+        recipe = _recipe(owner, decoder, head, inputs)
     except NotPlainError as error:
-        if _TOLD.get(model) != str(error):
-            _TOLD[model] = str(error)
+        cache = _HeadCache.of(model)
+        if cache.logged_reason != str(error):
+            cache.logged_reason = str(error)
             log.info("%s: the loss is taken from its logits, all of them at once: %s", type(model).__name__, error)
         return None
-    return LinearHead(head.weight, head.bias, way.scale, way.softcap, decoder, way)
+    return LinearHead(head.weight, head.bias, recipe.scale, recipe.softcap, decoder, recipe)
 
 
 def _parts(model: nn.Module) -> tuple[PreTrainedModel, nn.Module, nn.Linear]:
@@ -142,21 +154,21 @@ def _check_unwatched(module: nn.Module, name: str) -> None:
         raise NotPlainError(f"{name} has a forward of its own")
 
 
-def _way(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> _Way:
-    known = _KNOWN.get(model)
-    if known is None or (known.decoder(), known.head(), known.inputs) != (decoder, head, frozenset(inputs)):
+def _recipe(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> HeadRecipe:
+    cache = _HeadCache.of(model)
+    probed = cache.probed
+    if probed is None or (probed.decoder, probed.head, probed.inputs) != (decoder, head, frozenset(inputs)):
         try:
-            found: _Way | str = _probe(model, decoder, head, inputs)
+            result: HeadRecipe | str = _probe(model, decoder, head, inputs)
         except NotPlainError as error:
-            found = str(error)
-        known = _Known(weakref.ref(decoder), weakref.ref(head), frozenset(inputs), found)
-        _KNOWN[model] = known
-    if isinstance(known.found, str):
-        raise NotPlainError(known.found)
-    return known.found
+            result = str(error)
+        probed = cache.probed = _Probed(decoder, head, frozenset(inputs), result)
+    if isinstance(probed.result, str):
+        raise NotPlainError(probed.result)
+    return probed.result
 
 
-def _probe(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> _Way:
+def _probe(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> HeadRecipe:
     tiny, text = dict(inputs), inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
     for name, value in inputs.items():
         if isinstance(value, Tensor):
@@ -168,7 +180,7 @@ def _probe(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: 
         trace.finish(model(**tiny).logits)
     args = tuple(_named(value, tiny) for value in trace.args)
     kwargs = tuple((name, _named(value, tiny)) for name, value in trace.kwargs.items())
-    return _Way(args, kwargs, trace.scale, trace.softcap)
+    return HeadRecipe(args, kwargs, trace.scaling.scale, trace.scaling.outer)
 
 
 def _named(value: Any, inputs: Mapping[str, Any]) -> Any:
@@ -182,16 +194,14 @@ def _named(value: Any, inputs: Mapping[str, Any]) -> Any:
     raise NotPlainError(f"its forward makes a {type(value).__name__} for its decoder")
 
 
-class _Probing:
-    """Whether a model runs only to be asked for its head."""
-
-    now = False
+_PROBING: ContextVar[bool] = ContextVar("spectune_probing_head", default=False)
 
 
-def probing() -> bool:
-    """Whether the model that runs is given two tokens to be asked for its head: what was said of the batch at hand (its
-    documents) does not hold for them."""
-    return _Probing.now
+def is_probing_head() -> bool:
+    """Whether the forward pass under way is the one that reads the head: on two tokens of each row, for which nothing
+    holds that was announced of the batch at hand (its documents)."""
+    # never inside compiled code, which a probe does not run; and the compiler need not follow a context variable
+    return not torch.compiler.is_compiling() and _PROBING.get()
 
 
 @contextlib.contextmanager
@@ -200,8 +210,8 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     # compiled blocks would be compiled for two tokens, and then again for any number
     with evaluating(model), torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
-        before, _Probing.now = _Probing.now, True
+        token = _PROBING.set(True)
         try:
             yield
         finally:
-            _Probing.now = before
+            _PROBING.reset(token)

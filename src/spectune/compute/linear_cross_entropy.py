@@ -54,7 +54,7 @@ def linear_cross_entropy_sum(
         bias: `[V]`, hidden's dtype.
         scale: the logits are `scale * z`.
         softcap: if given, they are `softcap * tanh(scale * z / softcap)` (Gemma 2, arXiv 2408.00118, section 2).
-        chunk_rows: rows at a time; by default as many as `rows_of_a_chunk` says.
+        chunk_rows: rows at a time; by default `rows_of_a_chunk`.
         fuse: compile what is done to a chunk's logits into one kernel (`torch.compile`, once a vocabulary).
 
     Returns:
@@ -65,7 +65,7 @@ def linear_cross_entropy_sum(
     """
     _check(hidden, weight, targets, bias)
     rows = chunk_rows or rows_of_a_chunk(hidden.shape[0], weight, hidden.device.type)
-    # asked here, as autograd switches gradients off inside a Function
+    # checked here: autograd switches gradients off inside a Function
     on = torch.is_grad_enabled()
     wanted = tuple(on and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
     settings = _Settings(scale, softcap, rows, fuse, wanted)

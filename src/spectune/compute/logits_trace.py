@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,12 +28,31 @@ _TANH = (aten.tanh.default, aten.tanh_.default)
 
 
 class NotPlainError(Exception):
-    """The logits are not a linear map of the decoder's output with scaling or soft caps; says why."""
+    """The logits are not a linear map of the decoder's output with scaling or soft caps; the message is the reason."""
+
+
+@dataclass
+class Scaling:
+    """What the head's output `z` is turned into: `outer * tanh(inner * z)`, or `inner * z` without `outer`."""
+
+    inner: float = 1.0
+    outer: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """The `scale` of `linear_cross_entropy_sum`, whose `softcap` is `outer`."""
+        return self.inner if self.outer is None else self.inner * self.outer
+
+    def multiply(self, number: float) -> None:
+        if self.outer is None:
+            self.inner *= number
+        else:
+            self.outer *= number
 
 
 class LogitsTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the forward pass that runs inside its `with`: `args` and `kwargs` are what the decoder was called with;
-    after `finish`, `scale` and `softcap` what the head's output goes through, as `linear_cross_entropy_sum` takes them.
+    after `finish`, `scaling` is what the head's output goes through.
 
     Operations are looked at from the decoder's exit on; hooks that change the decoder's call or output count as part
     of it.
@@ -54,17 +74,7 @@ class LogitsTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         #: what the decoder's output, or the head's, has become so far
         self._now: Tensor | None = None
         self._before: list[Tensor] = []
-        #: the logits are `outer * tanh(inner * z)`, or `inner * z` without `outer`
-        self._inner = 1.0
-        self._outer: float | None = None
-
-    @property
-    def scale(self) -> float:
-        return self._inner if self._outer is None else self._inner * self._outer
-
-    @property
-    def softcap(self) -> float | None:
-        return self._outer
+        self.scaling = Scaling()
 
     def finish(self, logits: Tensor) -> None:
         """Check that `logits`, the model's answer, are what the head's output has become."""
@@ -144,19 +154,13 @@ class LogitsTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         where = "after its head" if self._headed else "between decoder and head"
         number = _number(args, self._now)
         if self._headed and func in _TIMES and number is not None:
-            self._multiply(number)
+            self.scaling.multiply(number)
         elif self._headed and func in _OVER and number is not None and args[0] is self._now:
-            self._multiply(1.0 / number)
-        elif self._headed and func in _TANH and self._outer is None:
-            self._outer = 1.0
+            self.scaling.multiply(1.0 / number)
+        elif self._headed and func in _TANH and self.scaling.outer is None:
+            self.scaling.outer = 1.0
         else:
             raise NotPlainError(f"{func} stands {where}")
-
-    def _multiply(self, number: float) -> None:
-        if self._outer is None:
-            self._inner *= number
-        else:
-            self._outer *= number
 
 
 def last_hidden(output: Any) -> Tensor:

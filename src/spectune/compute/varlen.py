@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spectune.compute.packs import Spans
+from spectune.compute.pack_layout import Spans
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -32,7 +32,7 @@ def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     if dim % 8 or dim > 256 or value.shape[-1] != dim:
         return False
-    if query.device.type == "meta":  # the plan of a run that asks a CUDA device itself
+    if query.device.type == "meta":  # a plan; the run itself checks the CUDA device
         return True
     capability = torch.cuda.get_device_capability(query.device)
     roomy = capability in ((8, 0), (9, 0), (10, 0), (10, 3))

@@ -1,9 +1,9 @@
 """Rows from files, what of them is learned, and batches."""
 
-from spectune.data.batches import batches, by_length, collate, collate_packs
-from spectune.data.encode import DataReport, Encoded, Example, encode, prompt_ids, render_mask
-from spectune.data.packing import best_fit, pack_step, places
-from spectune.data.rows import HELD_OUT, Row, load_rows, split_rows
+from spectune.data.batching import batches, by_length, collate, collate_packs, pad_token_id, padded
+from spectune.data.bin_packing import best_fit, pack_step, places
+from spectune.data.encoding import DataReport, Encoded, Example, encode, prompt_ids
+from spectune.data.loading import HELD_OUT, Row, load_rows, split_rows
 
 __all__ = [
     "HELD_OUT",
@@ -19,8 +19,9 @@ __all__ = [
     "encode",
     "load_rows",
     "pack_step",
+    "pad_token_id",
+    "padded",
     "places",
     "prompt_ids",
-    "render_mask",
     "split_rows",
 ]

@@ -156,17 +156,15 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _plain(path: Path) -> Iterator[Record]:
-    """Documents parted by a line that holds only `<|endoftext|>`; without one, the whole file is one document."""
+    """Documents separated by a line that holds only `<|endoftext|>`; without one, the whole file is one document."""
     start, document = 1, []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate([*_text(path).split("\n"), SEPARATOR], start=1):
         if line.strip() != SEPARATOR:
             document.append(line)
             continue
         if "".join(document).strip():
             yield f"{path}:{start}", {"text": "\n".join(document).strip("\n")}
         start, document = number + 1, []
-    if "".join(document).strip():
-        yield f"{path}:{start}", {"text": "\n".join(document).strip("\n")}
 
 
 _READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _plain}

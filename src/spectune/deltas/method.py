@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,70 +12,29 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from spectune.deltas.modules import DeltaModule
-from spectune.errors import ConfigError
-from spectune.families import Attention, Family
+from spectune.deltas.site import Site
+from spectune.families import Family
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from spectune.deltas.delta import Delta
-
 
 @dataclass(frozen=True)
-class OutputSite:
-    """After a module: the delta's module sees its input and output and returns a new output."""
-
-    path: str
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """Inside attention: the delta's module supplies keys and values that stand before the layer's own."""
-
-    path: str
-    attention: Attention
-
-
-@dataclass(frozen=True)
-class InputSite:
-    """The sequence itself: the delta's module supplies embeddings that stand before the text at the decoder's entry."""
-
-    path: str
-    hidden_size: int
-
-
-@dataclass(frozen=True)
-class ParameterSite:
-    """In place of a parameter of the base, while the layer that holds it runs: the delta's module makes the changed one
-    of it. For weights that are not used through a module's own output (state-space steps, convolutions, experts).
+class InitContext:
+    """What a method may use to make a delta's first weights.
 
     Attributes:
-        owner: path of the module that holds the parameter.
-        name: its name there.
+        model: the bare base, in evaluation mode.
+        generator: seeded; the only source of randomness.
+        tokenizer: the base's, where the caller gave it.
+        shared: what the delta's modules share (`Method.build_shared`).
     """
-
-    owner: str
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def path(self) -> str:
-        return f"{self.owner}.{self.name}"
-
-
-Site = OutputSite | AttentionSite | InputSite | ParameterSite
-
-
-@dataclass
-class Setting:
-    """What a method may look at when it makes its first weights: the bare base, a seeded generator, a tokenizer."""
 
     model: PreTrainedModel
     family: Family
     generator: torch.Generator
     tokenizer: PreTrainedTokenizerBase | None
+    shared: nn.Module | None
 
     def common_tokens(self, count: int) -> list[int]:
         """`count` ids drawn from the commonest tokens, special ones left out.
@@ -151,10 +110,11 @@ class Method(BaseModel, ABC):
         return None
 
     @abstractmethod
-    def initialise(self, delta: Delta, setting: Setting) -> None:
-        """Write the first weights, from `setting.generator` only, so that a seed gives the same delta everywhere."""
+    def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
+        """Write the first weights of the modules, each given with its site, in the model's order. Randomness comes from
+        `context.generator` only, so that a seed gives the same delta everywhere."""
 
-    def prove(self, delta: Delta, model: PreTrainedModel) -> None:
+    def prove(self, model: PreTrainedModel, family: Family) -> None:
         """Check by running the bare base what `sites` had to take from names and shapes. By default nothing.
 
         Raises:
@@ -164,16 +124,6 @@ class Method(BaseModel, ABC):
     def notice(self, family: Family) -> str | None:
         """A sentence the user should read when this method meets this base, or None."""
         return None
-
-    def bind(self, model: PreTrainedModel, family: Family, name: str, *, keep_base: bool) -> Delta:
-        """The delta of this method on `model`, with its modules but without first weights."""
-        from spectune.deltas.delta import Delta
-
-        if keep_base:
-            raise ConfigError(
-                f"keep_base=True is for methods that train the base itself; {self.label} leaves it as it is. Drop it."
-            )
-        return Delta(self, model, family, name)
 
     # -- folders: a method that PEFT has overrides these two with PEFT's layout ------------------------------------
 

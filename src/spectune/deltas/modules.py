@@ -18,12 +18,13 @@ class DeltaModule(nn.Module):
 
         return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
-    def use_shared(self, shared: nn.Module) -> None:
-        """Take note of the weights that all sites share, without owning them (they stand at the decoder)."""
+    def bind_shared(self, shared: nn.Module) -> None:
+        """Keep a reference to the weights that all sites share, without owning them (they stand at the decoder)."""
         raise NotImplementedError
 
-    def placed_at(self, host: nn.Module) -> None:
-        """Told once, when it is put at its site: the base's module there, for methods that read its weights."""
+    def on_attach(self, host: nn.Module) -> None:
+        """Called once, before the module is put at its site: `host` is the base's module there, for methods that read
+        its weights. Raises ConfigError where the method cannot act there."""
 
     def stored(self) -> dict[str, Tensor]:
         """What goes to disk, by name; by default the weights as they are."""

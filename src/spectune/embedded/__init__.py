@@ -9,6 +9,8 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 
+#: what users call it, in place of a folder
+NAME = "spectune-tiny"
 #: a transformers folder: config, weights (bfloat16), tokenizer
 MODEL_FOLDER = _HERE / "model"
 #: rows of a record-to-sentence task; valid and test rows have several `references`

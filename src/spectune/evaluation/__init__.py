@@ -1,18 +1,12 @@
 """What a tuned model is worth: its loss on rows, metrics of what it writes, and what it forgot of its base."""
 
-from spectune.evaluation.corpus import CORPUS_METRICS, corpus_score, corpus_scores, corpus_statistics
+from spectune.evaluation.corpus import CORPUS_METRICS, corpus_score, corpus_statistics
 from spectune.evaluation.custom import CustomMetric, load_metric
-from spectune.evaluation.forgetting import forgetting_kl, passage_kls, sample_passages
-from spectune.evaluation.judge import judge
+from spectune.evaluation.divergence import passage_kls, sample_passages
+from spectune.evaluation.judge_rows import judge
 from spectune.evaluation.judged import JudgedRow, corpus_metrics, judged_loss, read_rows, write_rows
 from spectune.evaluation.losses import RowLosses, row_losses
-from spectune.evaluation.metrics import (
-    accuracy_over_choices,
-    exact_match,
-    perplexity,
-    rouge_l,
-    text_metrics,
-)
+from spectune.evaluation.metrics import perplexity
 from spectune.evaluation.task import METRICS, Task
 
 __all__ = [
@@ -22,22 +16,16 @@ __all__ = [
     "JudgedRow",
     "RowLosses",
     "Task",
-    "accuracy_over_choices",
     "corpus_metrics",
     "corpus_score",
-    "corpus_scores",
     "corpus_statistics",
-    "exact_match",
-    "forgetting_kl",
     "judge",
     "judged_loss",
     "load_metric",
     "passage_kls",
     "perplexity",
     "read_rows",
-    "rouge_l",
     "row_losses",
     "sample_passages",
-    "text_metrics",
     "write_rows",
 ]

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from spectune.data import Row
-from spectune.evaluation.references import answer_of, asks
+from spectune.evaluation.references import answer_of, has_prompt
 
 #: of such a task: distinct answers at most, times that each comes at least, characters of an answer at most
 MOST_CHOICES, FEWEST_ROWS, LONGEST_CHOICE = 20, 3, 60
@@ -24,13 +24,13 @@ def inferred_choices(train_rows: Sequence[Row], judged_rows: Sequence[Row]) -> t
     answers: Counter[str] = Counter()
     for row in train_rows:
         answer = answer_of(row)
-        if answer is None or len(answer) > LONGEST_CHOICE or not asks(row):
+        if answer is None or len(answer) > LONGEST_CHOICE or not has_prompt(row):
             return ()
         answers[answer] += 1
         if len(answers) > MOST_CHOICES:
             return ()
     if len(answers) < 2 or min(answers.values()) < FEWEST_ROWS:
         return ()
-    if all(asks(row) and len(row.references) < 2 and answer_of(row) in answers for row in judged_rows):
+    if all(has_prompt(row) and len(row.references) < 2 and answer_of(row) in answers for row in judged_rows):
         return tuple(sorted(answers))
     return ()

@@ -39,7 +39,7 @@ class CustomMetric:
 
     @property
     def code_sha256(self) -> str | None:
-        """Of the file that the function is written in; None where Python knows of none."""
+        """The digest of the file that defines the function; None where Python cannot find it."""
         try:
             file = inspect.getsourcefile(inspect.unwrap(self.function))
             return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spectune import inference
-from spectune.data import Example, Row, encode, prompt_ids
+from spectune.data import Example, Row, encode, pad_token_id, prompt_ids
 from spectune.errors import ConfigError, DataError, first_line
-from spectune.inference import context_length, halving, target_likelihoods
+from spectune.inference import Sampling, context_length, halving, target_likelihoods
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,14 +26,14 @@ NEW_TOKENS = 256
 
 
 class Request(Protocol):
-    """What the harness asks: an `Instance`, of which only this is looked at."""
+    """A request of the harness (its `Instance`), of which only this is used."""
 
     @property
     def args(self) -> tuple[Any, ...]: ...
 
 
 def check_installed() -> None:
-    """Raises ConfigError, with the command that installs it, where lm-eval is not there."""
+    """Raise ConfigError, with the command that installs it, if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval-harness is not installed: pip install 'spectune[lm-eval]'")
 
@@ -121,28 +122,28 @@ class HarnessModel:
         Greedy, unless the settings say `do_sample`; `max_gen_toks` limits it.
         """
         texts = [""] * len(requests)
-        groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}
+        groups: dict[tuple[int, Sampling | None], list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(tuple(sorted(_sampling(request.args[1]).items())), []).append(number)
-        for options, members in groups.items():
-            settings = dict(options)
-            new = min(settings["max_new_tokens"], self.max_length - 1)
+            wanted = int(request.args[1].get("max_gen_toks") or NEW_TOKENS), _sampling(request.args[1])
+            groups.setdefault(wanted, []).append(number)
+        for (tokens, sampling), members in groups.items():
+            new = min(tokens, self.max_length - 1)
             prompts = [self._prompt(str(requests[number].args[0]))[new - self.max_length :] for number in members]
 
-            def write(size: int, prompts: Any = prompts, settings: Any = settings, new: int = new) -> list[str]:
-                return inference.generate_texts(
-                    self.model, self.tokenizer, prompts, batch_size=size, **{**settings, "max_new_tokens": new}
-                )
-
+            write = partial(self._write, prompts, new, sampling)
             written = halving(write, self.batch_size, f"writing {len(prompts)} answers")
             for number, text in zip(members, written, strict=True):
                 texts[number] = _until(text, requests[number].args[1])
         return texts
 
+    def _write(self, prompts: list[list[int]], new: int, sampling: Sampling | None, batch_size: int) -> list[str]:
+        return inference.generate_texts(
+            self.model, self.tokenizer, prompts, max_new_tokens=new, batch_size=batch_size, sampling=sampling
+        )
+
     def _likelihoods(self, examples: Sequence[Example]) -> list[tuple[float, bool]]:
-        pad = self.tokenizer.pad_token_id
         return halving(
-            lambda size: target_likelihoods(self.model, examples, pad if isinstance(pad, int) else 0, size),
+            lambda size: target_likelihoods(self.model, examples, pad_token_id(self.tokenizer), size),
             self.batch_size,
             f"taking the likelihood of {len(examples)} texts",
         )
@@ -180,20 +181,20 @@ class HarnessModel:
 
     @property
     def _start(self) -> int:
-        """Stands before a text without context: BOS, or EOS where there is none."""
+        """The id that begins a text without context: BOS, or EOS if the tokenizer has no BOS."""
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if not isinstance(start, int):
             raise ConfigError("the tokenizer has neither a BOS nor an EOS token to begin a text with")
         return start
 
 
-def _sampling(settings: dict[str, Any]) -> dict[str, Any]:
-    """The harness's settings as `generate_texts` names them."""
-    found: dict[str, Any] = {"max_new_tokens": int(settings.get("max_gen_toks") or NEW_TOKENS)}
-    if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-        found |= {"do_sample": True, "temperature": float(settings.get("temperature", 1.0))}
-        found |= {key: settings[key] for key in ("top_p", "top_k") if settings.get(key) is not None}
-    return found
+def _sampling(settings: dict[str, Any]) -> Sampling | None:
+    """The harness's settings; None where they are greedy."""
+    temperature = settings.get("temperature", 1.0)
+    if not settings.get("do_sample") or temperature <= 0:
+        return None
+    given = {key: settings[key] for key in ("top_p", "top_k") if settings.get(key) is not None}
+    return Sampling(temperature=float(temperature), **given)
 
 
 def _until(text: str, settings: dict[str, Any]) -> str:

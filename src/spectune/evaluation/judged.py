@@ -40,7 +40,7 @@ class JudgedRow:
 
     @classmethod
     def from_dict(cls, given: Any) -> JudgedRow:
-        """Raises TypeError or ValueError where `given` is no judged row."""
+        """The row that `to_dict` wrote. Raises TypeError or ValueError if `given` is not one."""
         if not isinstance(given, dict):
             raise TypeError(f"{type(given).__name__}; expected an object")
         names = {item.name for item in fields(cls)}

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spectune.data import Row
-from spectune.errors import ConfigError, DataError
+from spectune.errors import ConfigError, DataError, did_you_mean
 from spectune.evaluation.choices import inferred_choices
 from spectune.evaluation.corpus import CORPUS_METRICS
 from spectune.evaluation.custom import CustomMetric, load_metric
-from spectune.evaluation.references import answer_of, asks, references_of
+from spectune.evaluation.references import answer_of, has_prompt, references_of
 
 #: of what a model wrote, in the order of tables
 TEXT_METRICS = ("exact_match", "rouge_l", *CORPUS_METRICS)
@@ -22,7 +21,7 @@ METRICS = ("loss", *TEXT_METRICS, "accuracy")
 
 @dataclass(frozen=True)
 class Task:
-    """Made by `Task.of`. The loss is taken of every row; some are written, some chosen.
+    """What is measured of which rows; made by `Task.of`. Every row has a loss; some are written, some chosen.
 
     `to_write` and `to_choose` are places in `rows`. Where choices were inferred, the rows here have them, and their
     answer as the label. `max_new_tokens` None: a quarter more than the longest reference, at most 256.
@@ -63,7 +62,7 @@ class Task:
             rows: those to judge on.
             train_rows: only looked at to find out whether the answers are a few labels.
             metric: names out of loss, exact_match, rouge_l, bleu, chrf, accuracy, or import paths of functions (see
-                `spectune.evaluation.custom`), parted by commas. The loss is always taken.
+                `spectune.evaluation.custom`), comma-separated. The loss is always taken.
             generate_rows: how many rows are written at most: of more, that many at even distances, the first among
                 them, so that sorted data is met everywhere; no draw, the same for every model.
             max_new_tokens: of a written row.
@@ -72,7 +71,7 @@ class Task:
 
         Raises:
             ConfigError: an unknown metric, or one that needs written rows where none may be written.
-            DataError: no rows, or a metric that was asked for and that no row can give.
+            DataError: no rows, or a metric named that no row can give.
         """
         if not rows:
             raise DataError("no rows to judge on; expected at least one")
@@ -81,44 +80,18 @@ class Task:
                 f"generate_rows = {generate_rows}, batch_size = {batch_size}, max_new_tokens = {max_new_tokens}; "
                 "expected at least 0, 1 and 1"
             )
-        names, custom = _metrics(metric)
-        auto = not names and not custom
-        # a row of its own each: the same object given twice is two rows
-        own = [dataclasses.replace(row) for row in rows]
-        choices: tuple[str, ...] = ()
-        if (auto or "accuracy" in names) and not any(row.choices for row in own):
-            choices = inferred_choices(train_rows or (() if auto else own), own)
-            if choices:
-                own = [dataclasses.replace(row, choices=choices, label=answer_of(row)) for row in own]
-        choosable = [i for i, row in enumerate(own) if row.choices and row.label is not None and asks(row)]
-        writable = [i for i, row in enumerate(own) if asks(row) and references_of(row)]
-        text: tuple[str, ...]
-        if auto:
-            chosen = set(choosable)
-            writable = [i for i in writable if i not in chosen]
-            text = TEXT_METRICS
-        else:
-            text = tuple(name for name in TEXT_METRICS if name in names)
-            choosable = choosable if "accuracy" in names else []
-            if "accuracy" in names and not choosable:
-                raise DataError(
-                    "metric accuracy: no row has a prompt, choices and a label, and the answers are not a few short "
-                    "texts over and over; expected `choices` (a list) and `label` in the rows"
-                )
-            if not (text or custom):
-                writable = []
-            elif generate_rows == 0:
-                raise ConfigError(f"metric {metric}: needs written rows, and generate_rows is 0")
-            elif not writable:
-                raise DataError(f"metric {metric}: no row has a prompt and references or an answer to compare with")
+        wanted = _wanted(metric)
+        own, choices = _with_choices(rows, train_rows, wanted)
+        to_choose = _choosable(own, wanted)
+        writable = _writable(own, wanted, to_choose, generate_rows)
         to_write = _evenly(writable, generate_rows)
         return cls(
             rows=tuple(own),
-            to_choose=tuple(choosable),
+            to_choose=tuple(to_choose),
             to_write=tuple(to_write),
             writable=len(writable),
-            text_metrics=text if to_write else (),
-            custom=custom if to_write else (),
+            text_metrics=wanted.text if to_write else (),
+            custom=wanted.custom if to_write else (),
             choices=choices,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -173,11 +146,21 @@ class Task:
         }
 
 
-def _metrics(metric: str | None) -> tuple[tuple[str, ...], tuple[CustomMetric, ...]]:
-    """Names and functions of what was asked for; neither where it is "auto"."""
+@dataclass(frozen=True)
+class _Wanted:
+    """The metrics that `metric` names; `auto`: whatever the rows can give."""
+
+    metric: str | None
+    text: tuple[str, ...]
+    accuracy: bool
+    custom: tuple[CustomMetric, ...]
+    auto: bool = False
+
+
+def _wanted(metric: str | None) -> _Wanted:
     words = [word.strip() for word in (metric or "auto").split(",") if word.strip()]
     if words == ["auto"]:
-        return (), ()
+        return _Wanted(metric, TEXT_METRICS, True, (), auto=True)
     names: list[str] = []
     custom: list[CustomMetric] = []
     for word in words:
@@ -186,11 +169,9 @@ def _metrics(metric: str | None) -> tuple[tuple[str, ...], tuple[CustomMetric, .
         elif word in METRICS:
             names.append(word)
         else:
-            near = difflib.get_close_matches(word, METRICS, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(
-                f"metric {word!r}{hint}: expected auto alone, or some of {', '.join(METRICS)}, package.module:function "
-                "or file.py:function"
+                f"metric {word!r}{did_you_mean(word, METRICS)}: expected auto alone, or some of {', '.join(METRICS)}, "
+                "package.module:function or file.py:function"
             )
     if not words:
         raise ConfigError(f"metric {metric!r} names none; expected auto, or some of {', '.join(METRICS)}")
@@ -198,7 +179,48 @@ def _metrics(metric: str | None) -> tuple[tuple[str, ...], tuple[CustomMetric, .
     twice = [one.source for one in custom if taken.count(one.name) > 1]
     if twice:
         raise ConfigError(f"metric {', '.join(twice)}: the function's name is taken by another metric; rename it")
-    return tuple(names), tuple(custom)
+    return _Wanted(metric, tuple(name for name in TEXT_METRICS if name in names), "accuracy" in names, tuple(custom))
+
+
+def _with_choices(rows: Sequence[Row], train_rows: Sequence[Row], wanted: _Wanted) -> tuple[list[Row], tuple[str, ...]]:
+    """The rows, with the choices that were inferred where none has any; and these choices."""
+    # a row of its own each: the same object given twice is two rows
+    own = [dataclasses.replace(row) for row in rows]
+    if not wanted.accuracy or any(row.choices for row in own):
+        return own, ()
+    choices = inferred_choices(train_rows or (() if wanted.auto else own), own)
+    if choices:
+        own = [dataclasses.replace(row, choices=choices, label=answer_of(row)) for row in own]
+    return own, choices
+
+
+def _choosable(rows: Sequence[Row], wanted: _Wanted) -> list[int]:
+    """Places of the rows that are chosen for. Raises DataError where accuracy was named and there are none."""
+    if not wanted.accuracy:
+        return []
+    found = [place for place, row in enumerate(rows) if row.choices and row.label is not None and has_prompt(row)]
+    if not found and not wanted.auto:
+        raise DataError(
+            "metric accuracy: no row has a prompt, choices and a label, and the answers are not a few short "
+            "texts over and over; expected `choices` (a list) and `label` in the rows"
+        )
+    return found
+
+
+def _writable(rows: Sequence[Row], wanted: _Wanted, chosen: Sequence[int], generate_rows: int) -> list[int]:
+    """Places of the rows that can be written, by default those that are not chosen for. Raises ConfigError or DataError
+    where metrics of written rows were named and none may or can be written."""
+    found = [place for place, row in enumerate(rows) if has_prompt(row) and references_of(row)]
+    if wanted.auto:
+        taken = set(chosen)
+        return [place for place in found if place not in taken]
+    if not (wanted.text or wanted.custom):
+        return []
+    if generate_rows == 0:
+        raise ConfigError(f"metric {wanted.metric}: needs written rows, and generate_rows is 0")
+    if not found:
+        raise DataError(f"metric {wanted.metric}: no row has a prompt and references or an answer to compare with")
+    return found
 
 
 def _evenly(places: Sequence[int], count: int) -> list[int]:

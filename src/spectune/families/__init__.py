@@ -1,6 +1,6 @@
 """What is known of model architectures, found by structure: no table of model names."""
 
-from spectune.families.attention import Attention
+from spectune.families.base_fingerprint import differences, fingerprint
 from spectune.families.biases import Bias
 from spectune.families.family import (
     Family,
@@ -10,10 +10,10 @@ from spectune.families.family import (
     describe,
     family_from_config,
 )
-from spectune.families.fingerprint import differences, fingerprint
-from spectune.families.modules import linear_shape, token_embedding
+from spectune.families.module_kinds import linear_shape, token_embedding
 from spectune.families.parts import Slice
 from spectune.families.quantised import base_precision, dense_weight, quantised_weights
+from spectune.families.self_attention import Attention
 
 __all__ = [
     "Attention",

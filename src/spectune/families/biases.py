@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectune.families.modules import adds_its_bias_last, linear_shape
+from spectune.families.module_kinds import adds_its_bias_last, linear_shape
 
 #: a bias of this name is added to routing scores to balance the load: it only has a say in which experts are chosen,
 #: and no gradient comes to it (Wang et al. 2024, arXiv 2408.15664)
@@ -71,7 +71,7 @@ def _bias(model: nn.Module, name: str, shape: tuple[int, ...]) -> Bias:
 
 
 def _plain(module: nn.Module) -> bool:
-    """A linear whose output is as wide as its bias: one that maps groups apart (a subclass of its own) is not told."""
+    """Whether a linear's output is as wide as its bias: not so where a subclass maps groups separately."""
     shape = linear_shape(module)
     bias = getattr(module, "bias", None)
     return shape is None or bias is None or bias.numel() == shape[1]

@@ -1,6 +1,6 @@
 """The parts of a causal language model: decoder, layers, attention, feed-forward, linears, embeddings, head.
 
-Everything is found by what a module *is* and where it stands (a list as long as the config says, a module that knows
+Everything is found by what a module *is* and where it is (a list as long as the config says, a module that knows
 its layer's number and owns projections), so that a model type nobody here has heard of is described the same way.
 """
 
@@ -9,17 +9,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.errors import ConfigError
-from spectune.families.attention import Attention, attention_names, attention_of
 from spectune.families.biases import Bias, biases_of
-from spectune.families.modules import linear_shape
+from spectune.families.module_kinds import linear_shape
 from spectune.families.parts import inner_activation
 from spectune.families.quantised import is_plain, is_transposed, packed_away
+from spectune.families.self_attention import Attention, attention_names, attention_of
 from spectune.families.stack import beside_text, find_decoder, find_layers
+from spectune.objectives import CAUSAL_LM
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Linear:
     path: str
     in_features: int
     out_features: int
-    #: an offset on its output is one of the linear map, and lets no padding through: not so where a convolution over
-    #: positions follows, or the output is something made of the map (a router's scores)
-    takes_offset: bool = True
+    #: adding a vector to the output equals adding a bias, and changes nothing at padding: not so where a convolution
+    #: over positions follows, or the output is computed from the map (a router's scores)
+    bias_equivalent: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Family:
     sliding_window: int | None = None
 
     def gathers_tokens(self, path: str) -> bool:
-        """Whether a module stands in a list inside its layer (experts): it is given tokens picked from any row."""
+        """Whether the module at `path` is in a list inside its layer (experts): its input is tokens of any rows."""
         layer = next((layer.path for layer in self.layers if path.startswith(layer.path + ".")), None)
         return layer is not None and re.search(r"\.\d+(\.|$)", path[len(layer) :]) is not None
 
@@ -124,7 +124,7 @@ def describe(model: PreTrainedModel) -> Family:
     stacks = find_layers(decoder, text, model, names, beside)
     layers = _describe_layers(model, stacks, hidden, text, beside)
     linears = tuple(
-        Linear(f"{path}.{name}", *shape, _takes_offset(model, f"{path}.{name}"))
+        Linear(f"{path}.{name}", *shape, _bias_equivalent(model, f"{path}.{name}"))
         for path in stacks
         for name, module in model.get_submodule(path).named_modules()
         if (shape := linear_shape(module)) is not None and f"{path}.{name}" not in beside
@@ -148,10 +148,8 @@ def describe(model: PreTrainedModel) -> Family:
 
 
 def family_from_config(config: PretrainedConfig) -> Family:
-    """The same from a config alone: the model is built on the meta device, no weight is made or read."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    return describe(model)
+    """The parts of the model that `config` describes. It is built on the meta device: no weight is made or read."""
+    return describe(CAUSAL_LM.empty_model(config))
 
 
 def _describe_layers(
@@ -175,9 +173,9 @@ def _describe_layers(
     return tuple(found)
 
 
-def _takes_offset(model: PreTrainedModel, path: str) -> bool:
-    """Not a linear of a class of its own (quantised ones aside), nor one beside a convolution that is not the last
-    there."""
+def _bias_equivalent(model: PreTrainedModel, path: str) -> bool:
+    """See `Linear.bias_equivalent`: false for subclasses of `nn.Linear` with a forward of their own (quantised ones
+    excepted), and beside a convolution for all linears but the last."""
     module = model.get_submodule(path)
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and is_plain(module.weight):
         return False

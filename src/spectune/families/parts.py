@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.activations import ACT2CLS
 
-from spectune.families.modules import linear_shape
+from spectune.families.module_kinds import linear_shape
 
 # some entries are a class with its arguments
 _ACTIVATIONS: tuple[Any, ...] = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
@@ -30,7 +30,7 @@ def projections(
 ) -> tuple[Slice, Slice] | tuple[None, None]:
     """The slices that make keys and values, as names and shapes tell; a caller who builds on them checks by running.
 
-    A linear of its own for each is told by a word of its name (k or key, v or value) and its size. Otherwise one
+    A linear of its own for each is recognised by a word of its name (k or key, v or value) and its size. Otherwise one
     linear as wide as queries, keys and values together is taken to be these three one after the other.
     """
     linears = {name: shape[1] for name, child in attention.named_modules() if (shape := linear_shape(child))}

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.frozen import FrozenLinear
-from spectune.families.modules import linear_shape
+from spectune.families.module_kinds import linear_shape
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,5 +73,5 @@ def packed_away(model: PreTrainedModel) -> int:
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether a weight is stored as it is: of a floating type, and of torch's own class."""
+    """Whether a weight is not quantised: of a floating type, and of torch's own class."""
     return type(weight) in (nn.Parameter, Tensor) and weight.dtype in _PLAIN

@@ -1,4 +1,4 @@
-"""Where a model's text goes through: its decoder, the layers in it, and what stands beside them for something else."""
+"""The modules that text passes through: the decoder and its layers; and those of other modalities beside them."""
 
 from __future__ import annotations
 

@@ -6,18 +6,25 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from spectune.errors import ConfigError
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`; a reader sees the old file or the new one, never a part."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path`; a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner may read
@@ -30,11 +37,18 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder to fill; at the end of the `with` it becomes `path`, replacing what was there.
+def atomic_folder(path: str | Path, replaces: Callable[[Path, Path], bool] = lambda *_: False) -> Iterator[Path]:
+    """A temporary folder to fill; at the end of the `with` it becomes `path`, replacing an earlier one of its kind.
 
     Renaming over a folder that is not empty fails, so the old one is moved aside first and removed last. After an
     exception the old folder is untouched.
+
+    Args:
+        replaces: of the old folder and one of its entries, whether this may go although the new folder has none of
+            that name.
+
+    Raises:
+        ConfigError: the old folder holds anything else, which would be lost.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,6 +59,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 _sync_file(file)
         os.chmod(temporary, 0o755)
+        _check_replaced(path, temporary, replaces)
         aside = None
         if path.is_symlink():
             path.unlink()
@@ -58,6 +73,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _check_replaced(path: Path, new: Path, replaces: Callable[[Path, Path], bool]) -> None:
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file, expected a folder or nothing: choose another name")
+    others = [old.name for old in sorted(path.iterdir()) if not (new / old.name).exists() and not replaces(path, old)] \
+        if path.is_dir() else []  # fmt: skip
+    if others:
+        named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise ConfigError(
+            f"{path} holds files that are not of an earlier save ({named}), and saving there would delete them: choose "
+            "an empty or a new folder"
+        )
 
 
 def _sync_file(path: Path) -> None:

@@ -69,14 +69,14 @@ def plain_file(path: Path) -> bool:
 
 
 def _roots(folder: Path) -> list[str]:
-    """Where the files of `folder` may lie: in it, and for a snapshot of the hub's cache in the blobs beside it."""
+    """Folders that links in `folder` may lead to: itself, and for a snapshot of the hub's cache the blobs beside it."""
     own = os.path.realpath(folder)
     caches = [parent.parent for parent in Path(own).parents if parent.name == "snapshots"]
     return [own, *(str(cache / "blobs") for cache in caches[:1])]
 
 
 def need_weights(path: Path) -> Path:
-    """`path`, which has to be there. Raises DataError that says what is there instead, pickles by name."""
+    """Return `path` if the file exists. Raises DataError otherwise, which names pickles that are there instead."""
     if plain_file(path):
         return path
     pickles = sorted(found.name for kind in _PICKLES for found in path.parent.glob(kind))

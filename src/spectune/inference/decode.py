@@ -65,7 +65,8 @@ def decode_tokens_per_second(
 
 
 class _Clock(StoppingCriteria):
-    """Asked by `generate` after each token, it stops nothing: it notes when the first and the last were there."""
+    """A stopping criterion that never stops: `generate` calls it after each token, and it records the times of the
+    first and the last."""
 
     def __init__(self, device: torch.device, tokens: int) -> None:
         self.device = device

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from spectune.compute.evaluating import evaluating
-from spectune.deltas import Registry
+from spectune.data import pad_token_id, padded
+from spectune.deltas import Attachment
 from spectune.errors import ConfigError
 from spectune.families import describe
 from spectune.inference.modes import generation_defaults, seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: from the model's own distribution unless something is set."""
+
+    seed: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 def generate_texts(
@@ -26,40 +37,31 @@ def generate_texts(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
-    do_sample: bool = False,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    sampling: Sampling | None = None,
 ) -> list[str]:
     """The continuation of each prompt as text, in the order given, without the prompt and without special tokens.
 
     Rows run under the model's current route. A row ends at the first stop token (see `stop_ids`), after
     `max_new_tokens`, or where the base's context ends, whichever comes first. The checkpoint's own generation
     defaults (temperature, penalties) are not used. Greedy output does not depend on `batch_size` but by rounding;
-    sampled output depends on `seed` and `batch_size`.
+    sampled output depends on the seed and `batch_size`.
 
     Args:
         prompts_ids: token ids, exactly the prefix of training (`spectune.data.prompt_ids`); none may be empty.
-        temperature, top_p, top_k: for `do_sample=True` only; by default the model's own distribution.
+        sampling: draw tokens; None: take the likeliest.
 
     Raises:
         ConfigError: an empty prompt, or one that leaves no room in the base's context.
     """
     stops = stop_ids(model, tokenizer)
-    sampling: dict[str, Any] = {}
-    if do_sample:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    pad = tokenizer.pad_token_id
     found = generate_ids(
         model,
         prompts_ids,
         max_new_tokens=max_new_tokens,
         stops=stops,
-        pad_token_id=pad if isinstance(pad, int) else next(iter(stops), 0),
+        pad_token_id=pad_token_id(tokenizer),
         batch_size=batch_size,
-        seed=seed,
-        **sampling,
+        sampling=sampling,
     )
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
 
@@ -72,24 +74,27 @@ def generate_ids(
     stops: Sequence[int] = (),
     pad_token_id: int = 0,
     batch_size: int = 16,
-    seed: int = 0,
-    **sampling: Any,
+    sampling: Sampling | None = None,
 ) -> list[list[int]]:
     """The new token ids of each prompt, in the order given; the stop token is not among them.
 
     Args:
-        stops: ids that end a row; with none, every row is as long as asked for.
-        pad_token_id: stands where a row has no token; masked, so any id will do, a stop token's too.
-        sampling: more fields of transformers' `GenerationConfig` (`do_sample`, `temperature`, ...).
+        stops: ids that end a row; with none, every row has `max_new_tokens`.
+        pad_token_id: fills places without a token; it is masked, so any id will do, a stop token's too.
+        sampling: as in `generate_texts`.
 
     Raises:
         ConfigError: see `generate_texts`.
     """
     rooms = _rooms(model, prompts_ids, max_new_tokens)
     results: list[list[int]] = [[] for _ in prompts_ids]
-    with evaluating(model), seeded(seed, model.device):
+    drawn: dict[str, Any] = {}
+    if sampling is not None:
+        drawn = {"do_sample": True, "temperature": sampling.temperature}
+        drawn |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+    with evaluating(model), seeded(sampling.seed if sampling else 0, model.device):
         for batch in _batches([len(prompt) for prompt in prompts_ids], rooms, batch_size):
-            config = plain_config(rooms[batch[0]], stops, pad_token_id, **sampling)
+            config = plain_config(rooms[batch[0]], stops, pad_token_id, **drawn)
             new = generate_batch(model, [prompts_ids[index] for index in batch], config)
             for index, ids in zip(batch, new, strict=True):
                 results[index] = _until_stop(ids, stops)
@@ -107,12 +112,12 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 def context_length(model: PreTrainedModel) -> int | None:
     """The most text tokens that the model takes now: its table of positions, or what its config says it was made
     for, less the virtual tokens of the current delta. None where nothing limits it."""
-    registry = Registry.of(model)
-    family = describe(model) if registry is None else registry.family
+    attachment = Attachment.of(model)
+    family = describe(model) if attachment is None else attachment.family
     limit = family.position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    return limit - (0 if registry is None else registry.virtual_tokens)
+    return limit - (0 if attachment is None else attachment.state.most_virtual_tokens)
 
 
 def _rooms(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
@@ -148,7 +153,7 @@ def _batches(lengths: Sequence[int], rooms: Sequence[int], batch_size: int) -> l
 
 
 def plain_config(new_tokens: int, stops: Sequence[int], pad_token_id: int, **more: Any) -> GenerationConfig:
-    """Greedy with the KV cache, unless `more` says otherwise; nothing is left to a checkpoint's defaults."""
+    """A generation config: greedy with the KV cache unless `more` overrides it, without a checkpoint's defaults."""
     fields: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True, **more}
     fields.update(max_new_tokens=new_tokens, eos_token_id=list(stops) or None, pad_token_id=pad_token_id)
     make: Any = GenerationConfig  # untyped in transformers
@@ -160,19 +165,12 @@ def generate_batch(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, **more: Any
 ) -> list[list[int]]:
     """New ids of one batch, what stands after a stop token included."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), int(config.pad_token_id or 0), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    device = model.device
+    batch = padded(prompts, int(config.pad_token_id or 0), padding_side="left")
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
     generate: Any = model.generate
     with generation_defaults(model):
-        out: Tensor = generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, **more
-        )
-    new: list[list[int]] = out[:, longest:].tolist()
+        out: Tensor = generate(**inputs, generation_config=config, **more)
+    new: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
     return new
 
 

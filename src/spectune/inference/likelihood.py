@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from spectune.compute.evaluating import evaluating
-from spectune.compute.losses import LabelledLogits, labelled_logits
-from spectune.data import Example, Row, collate, encode
+from spectune.data import Example, Row, encode, pad_token_id
 from spectune.errors import DataError
+from spectune.objectives import CAUSAL_LM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,9 +29,9 @@ def row_loss_sums(
     sums = [0.0] * len(examples)
     counts = [0] * len(examples)
     with evaluating(model):
-        for members, found in _logits(model, examples, pad_token_id, batch_size):
-            losses = F.cross_entropy(found.logits.float(), found.targets, reduction="none")
-            for row, loss in zip(found.rows.tolist(), losses.tolist(), strict=True):
+        for members, batch in _batches(model, examples, pad_token_id, batch_size):
+            found = CAUSAL_LM.token_losses(model, batch)
+            for row, loss in zip(found.rows.tolist(), found.losses.tolist(), strict=True):
                 sums[members[row]] += loss
                 counts[members[row]] += 1
     return sums, counts
@@ -43,7 +44,8 @@ def target_likelihoods(
     sums = [0.0] * len(examples)
     greedy = [True] * len(examples)
     with evaluating(model):
-        for members, found in _logits(model, examples, pad_token_id, batch_size):
+        for members, batch in _batches(model, examples, pad_token_id, batch_size):
+            found = CAUSAL_LM.labelled_logits(model, batch)
             losses = F.cross_entropy(found.logits.float(), found.targets, reduction="none")
             likeliest = found.logits.argmax(-1) == found.targets
             for row, loss, is_likeliest in zip(found.rows.tolist(), losses.tolist(), likeliest.tolist(), strict=True):
@@ -52,15 +54,15 @@ def target_likelihoods(
     return list(zip(sums, greedy, strict=True))
 
 
-def _logits(
+def _batches(
     model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, batch_size: int
-) -> Iterator[tuple[list[int], LabelledLogits]]:
-    """Batch by batch the places of its examples and the logits of its targets."""
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Batches on the model's device, the longest examples first, each with the indices of its examples."""
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
-        batch = collate([examples[index] for index in members], pad_token_id)
-        yield members, labelled_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        batch = CAUSAL_LM.collate([examples[index] for index in members], pad_token_id)
+        yield members, {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,12 +78,6 @@ class ChoiceScores:
     def best(self) -> int:
         """Index of the likeliest choice; the first of equals."""
         return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
-
-    @property
-    def best_per_token(self) -> int:
-        """Index of the choice that is likeliest per token, which does not favour short ones."""
-        means = [total / max(count, 1) for total, count in zip(self.log_likelihoods, self.target_tokens, strict=True)]
-        return max(range(len(means)), key=means.__getitem__)
 
 
 def choice_log_likelihoods(
@@ -110,8 +106,7 @@ def choice_log_likelihoods(
     examples = encode(completed, tokenizer, max_length=max_length, separator=separator).examples
     if len(examples) != len(completed):
         raise DataError(f"{len(completed) - len(examples)} of {len(completed)} choices could not be encoded")
-    pad = tokenizer.pad_token_id
-    sums, counts = row_loss_sums(model, examples, pad if isinstance(pad, int) else 0, batch_size)
+    sums, counts = row_loss_sums(model, examples, pad_token_id(tokenizer), batch_size)
     scores, start = [], 0
     for row in rows:
         end = start + len(row.choices)
@@ -131,6 +126,5 @@ def _unfit(row: Row) -> str | None:
 def _with_completion(row: Row, choice: str) -> Row:
     """The row as a training row that was answered with `choice`."""
     if row.messages:
-        asked = row.messages[:-1] if row.messages[-1].get("role") == "assistant" else row.messages
-        return dataclasses.replace(row, messages=[*asked, {"role": "assistant", "content": choice}])
+        return dataclasses.replace(row, messages=[*row.asked, {"role": "assistant", "content": choice}])
     return dataclasses.replace(row, completion=choice)

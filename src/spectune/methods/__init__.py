@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from pydantic import ValidationError
 
 from spectune.deltas import Method
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, did_you_mean
 from spectune.methods.adapter import BottleneckAdapter
 from spectune.methods.bitfit import BitFit
 from spectune.methods.dora import DoRA
@@ -32,7 +31,7 @@ def method_from_name(name: str, **fields: Any) -> Method:
         ConfigError: no such method, no such field (both with the nearest name), or a value out of range.
     """
     if name not in BY_NAME:
-        raise ConfigError(f"no method {name!r}{did_you_mean(name, list(BY_NAME))}; there are: {', '.join(BY_NAME)}")
+        raise ConfigError(f"no method {name!r}{did_you_mean(name, BY_NAME, 0.5)}; there are: {', '.join(BY_NAME)}")
     method = BY_NAME[name]
     try:
         return method(**fields)
@@ -42,21 +41,18 @@ def method_from_name(name: str, **fields: Any) -> Method:
             key = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "extra_forbidden":
                 known = [field for field in method.model_fields if field != "name"]
-                lines.append(f"{name} has no setting {key!r}{did_you_mean(key, known)}; it has: {', '.join(known)}")
+                lines.append(
+                    f"{name} has no setting {key!r}{did_you_mean(key, known, 0.5)}; it has: {', '.join(known)}"
+                )
             else:
                 lines.append(f"{name}.{key} = {problem['input']!r}: {problem['msg']}")
         raise ConfigError("\n".join(lines)) from None
 
 
 def method_from_dict(fields: dict[str, Any]) -> Method:
-    """The inverse of `method.model_dump()`: the field `name` says which method it is."""
+    """The inverse of `method.model_dump()`: the field `name` selects the method."""
     rest = dict(fields)
     return method_from_name(str(rest.pop("name", "")), **rest)
-
-
-def did_you_mean(given: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 __all__ = [

@@ -10,6 +10,7 @@ the whole block on the residual stream ("block").
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from spectune.deltas import Delta, Method, OutputModule, OutputSite, Setting, Site
+from spectune.deltas import DeltaModule, InitContext, Method, OutputModule, OutputSite, Site
 from spectune.errors import ConfigError
 from spectune.families import Family
 
@@ -109,9 +110,9 @@ class BottleneckAdapter(Method):
             if isinstance(site, OutputSite)
         )
 
-    def initialise(self, delta: Delta, setting: Setting) -> None:
-        for _, module in delta.sites:
+    def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
+        for _, module in modules:
             assert isinstance(module, Bottleneck)
             bound = 1 / math.sqrt(module.down.in_features)
-            weight = torch.empty(module.down.weight.shape).uniform_(-bound, bound, generator=setting.generator)
+            weight = torch.empty(module.down.weight.shape).uniform_(-bound, bound, generator=context.generator)
             module.down.weight.copy_(weight)

@@ -3,18 +3,28 @@
 Ben Zaken et al. 2022, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
 arXiv 2106.10199. What is trained and stored here is an offset for each bias, `y + delta`: the same function and the
 same gradient as training the bias itself, but the base stays as it is. A base with no bias at all (Llama) gets
-offsets at its linears, the head excepted, and the user is told. A bias that is not the last thing added to its module's
-output (convolutions, state-space steps, experts, routers) is changed in its own place while its layer runs.
+offsets at its linears, the head excepted, with a notice to the user. A bias that is not the last thing added to its
+module's output (convolutions, state-space steps, experts, routers) is changed in its own place while its layer runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from spectune.deltas import Delta, Method, OutputModule, OutputSite, ParameterModule, ParameterSite, Setting, Site
+from spectune.deltas import (
+    DeltaModule,
+    InitContext,
+    Method,
+    OutputModule,
+    OutputSite,
+    ParameterModule,
+    ParameterSite,
+    Site,
+)
 from spectune.errors import ConfigError
 from spectune.families import Family
 
@@ -76,7 +86,7 @@ class BitFit(Method):
                 else ParameterSite(bias.path, bias.name, bias.shape)
                 for bias in family.biases
             ]
-        free = [linear for linear in family.linears if linear.takes_offset]
+        free = [linear for linear in family.linears if linear.bias_equivalent]
         return [OutputSite(linear.path, linear.in_features, linear.out_features) for linear in free]
 
     def build(self, site: Site) -> Offset | BiasOffset:
@@ -90,7 +100,7 @@ class BitFit(Method):
             return sum(bias.size for bias in family.biases)
         return sum(site.out_features for site in self.sites(family) if isinstance(site, OutputSite))
 
-    def initialise(self, delta: Delta, setting: Setting) -> None:
+    def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         """Offsets are zero from the start."""
 
     def notice(self, family: Family) -> str | None:

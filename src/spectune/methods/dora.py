@@ -7,7 +7,7 @@ starts at the base. The norm is held constant in the gradient (their section 4.3
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.magnitude import scale_features
-from spectune.deltas import Delta, OutputModule, Setting, Site
+from spectune.deltas import DeltaModule, InitContext, OutputModule, Site
 from spectune.errors import ConfigError
 from spectune.families import Family, dense_weight
 from spectune.methods.lora import LoRA, LoRALayer, peft_fields, targets
@@ -31,7 +31,7 @@ class DoRALayer(OutputModule):
         self.lora = lora
         self.magnitude = nn.Parameter(torch.zeros(lora.lora_B.shape[0]))
 
-    def placed_at(self, host: nn.Module) -> None:
+    def on_attach(self, host: nn.Module) -> None:
         if dense_weight(host) is None:
             raise ConfigError(
                 f"DoRA reads the base's weights, and {type(host).__name__} holds quantised ones that spectune cannot "
@@ -65,7 +65,7 @@ class DoRALayer(OutputModule):
 
     def _weight(self) -> Tensor:
         weight = dense_weight(self._host[0])
-        assert weight is not None, "placed_at has seen it"
+        assert weight is not None, "on_attach has seen it"
         return weight + self.lora.scale * (self.lora.lora_B @ self.lora.lora_A)
 
 
@@ -86,10 +86,10 @@ class DoRA(LoRA):
     def num_parameters(self, family: Family) -> int:
         return super().num_parameters(family) + sum(t.out_features for t in targets(family, self.target_modules))
 
-    def initialise(self, delta: Delta, setting: Setting) -> None:
-        for _, module in delta.sites:
+    def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
+        for _, module in modules:
             assert isinstance(module, DoRALayer)
-            module.lora.initialise(setting.generator)
+            module.lora.initialise(context.generator)
             module.magnitude.copy_(module.row_norms())
 
     # PEFT's layout: LoRA's with use_dora, and <module>.lora_magnitude_vector [out]

@@ -9,6 +9,7 @@ product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, Method, OutputModule, OutputSite, Setting, Site, cached_values
+from spectune.deltas import DeltaModule, InitContext, Method, OutputModule, OutputSite, Site, cached_values
 from spectune.errors import ConfigError
 from spectune.families import Family
 
@@ -86,12 +87,12 @@ class IA3(Method):
     def num_parameters(self, family: Family) -> int:
         return sum(size for site in self.sites(family) if isinstance(site, ScaledSite) for _, _, size in site.parts)
 
-    def initialise(self, delta: Delta, setting: Setting) -> None:
+    def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         """Vectors are ones from the start."""
 
-    def prove(self, delta: Delta, model: PreTrainedModel) -> None:
+    def prove(self, model: PreTrainedModel, family: Family) -> None:
         """Values lie in the cache as their projection gives them: a fused projection in another order shows there."""
-        wanted = [a.values for a in delta.family.attentions if a.values is not None]
+        wanted = [a.values for a in family.attentions if a.values is not None]
         seen, cached = cached_values(model, [values.path for values in wanted])
         for index, values in enumerate(wanted):
             given = seen[values.path][:, values.start : values.start + values.size]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from spectune.deltas import Delta, Method, OutputModule, OutputSite, Setting, Site
+from spectune.deltas import DeltaModule, InitContext, Method, OutputModule, OutputSite, Site
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family, Linear
 
@@ -133,10 +133,10 @@ class LoRA(Method):
         found = targets(family, self.target_modules)
         return sum(self.rank(t.path) * (t.in_features + t.out_features) for t in found)
 
-    def initialise(self, delta: Delta, setting: Setting) -> None:
-        for _, module in delta.sites:
+    def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
+        for _, module in modules:
             assert isinstance(module, LoRALayer)
-            module.initialise(setting.generator)
+            module.initialise(context.generator)
 
     # PEFT's layout: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r]
 

@@ -9,7 +9,7 @@ embedding -> linear -> tanh -> linear), and only its result is stored. Without i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from spectune.deltas import (
     AttentionModule,
     AttentionSite,
-    Delta,
     DeltaModule,
+    InitContext,
     Method,
-    Setting,
     Site,
     capture_keys_and_values,
 )
@@ -64,7 +63,7 @@ class ProjectedKeysValues(AttentionModule):
         self.attention = attention
         self.out = nn.Linear(width, attention.kv_heads * (attention.key_dim + attention.value_dim))
 
-    def use_shared(self, shared: nn.Module) -> None:
+    def bind_shared(self, shared: nn.Module) -> None:
         self._trunk = [shared]  # in a list: it is the decoder's child, not this module's
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -143,18 +142,19 @@ class PrefixTuning(Method):
         trunk = self.num_virtual_tokens * family.hidden_size + family.hidden_size * width + width
         return trunk + sum((width + 1) * a.kv_heads * (a.key_dim + a.value_dim) for a in family.attentions)
 
-    def initialise(self, delta: Delta, setting: Setting) -> None:
+    def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         if self.prefix_projection:
-            for parameter in delta.parameters():
+            trunk = context.shared
+            assert isinstance(trunk, Trunk)
+            for parameter in nn.ModuleList([trunk, *(module for _, module in modules)]).parameters():
                 bound = 1 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.0
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=setting.generator))
-            assert isinstance(delta.shared, Trunk)
-            delta.shared.embedding.copy_(torch.empty(delta.shared.embedding.shape).normal_(generator=setting.generator))
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=context.generator))
+            trunk.embedding.copy_(torch.empty(trunk.embedding.shape).normal_(generator=context.generator))
             return
-        paths = [site.path for site, _ in delta.sites]
-        ids = setting.common_tokens(self.num_virtual_tokens)
-        found = capture_keys_and_values(setting.model, paths, ids)
-        for site, module in delta.sites:
+        paths = [site.path for site, _ in modules]
+        ids = context.common_tokens(self.num_virtual_tokens)
+        found = capture_keys_and_values(context.model, paths, ids)
+        for site, module in modules:
             assert isinstance(module, KeysValues)
             if site.path in found:  # a module that attention never reaches is refused by name right after
                 key, value = found[site.path]

@@ -7,7 +7,7 @@ vocabulary (the paper's "sampled vocabulary"), of a given text, or uniform noise
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, InputModule, InputSite, Method, Setting, Site, prove_reads_embeddings
+from spectune.deltas import DeltaModule, InitContext, InputModule, InputSite, Method, Site, prove_reads_embeddings
 from spectune.errors import ConfigError
 from spectune.families import Family, token_embedding
 
@@ -73,29 +73,29 @@ class PromptTuning(Method):
     def num_parameters(self, family: Family) -> int:
         return self.num_virtual_tokens * family.hidden_size
 
-    def initialise(self, delta: Delta, setting: Setting) -> None:
-        module = delta.sites[0][1]
+    def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
+        module = modules[0][1]
         assert isinstance(module, VirtualTokens)
         shape = module.prompt_embeddings.shape
-        embeddings = token_embedding(setting.model)
+        embeddings = token_embedding(context.model)
         if self.init == "random":  # U(-0.5, 0.5) as in the paper, which is for embeddings of size about 1
             spread = float(embeddings.weight.float().std()) * 3**0.5
-            module.prompt_embeddings.copy_(torch.empty(shape).uniform_(-spread, spread, generator=setting.generator))
+            module.prompt_embeddings.copy_(torch.empty(shape).uniform_(-spread, spread, generator=context.generator))
             return
-        ids = self._text_ids(setting) if self.init == "text" else setting.common_tokens(shape[0])
+        ids = self._text_ids(context) if self.init == "text" else context.common_tokens(shape[0])
         table = torch.tensor(ids, device=embeddings.weight.device)
         module.prompt_embeddings.copy_(embeddings(table).float())
 
-    def prove(self, delta: Delta, model: PreTrainedModel) -> None:
+    def prove(self, model: PreTrainedModel, family: Family) -> None:
         """The decoder must read embeddings, and nothing but them."""
         prove_reads_embeddings(model)
 
-    def _text_ids(self, setting: Setting) -> list[int]:
-        if setting.tokenizer is None:
+    def _text_ids(self, context: InitContext) -> list[int]:
+        if context.tokenizer is None:
             raise ConfigError(
                 "PromptTuning(init='text') needs the tokenizer: attach(model, method, tokenizer=tokenizer)"
             )
-        ids = list(setting.tokenizer(self.init_text, add_special_tokens=False)["input_ids"])
+        ids = list(context.tokenizer(self.init_text, add_special_tokens=False)["input_ids"])
         if not ids:
             raise ConfigError(f"init_text {self.init_text!r} has no tokens")
         return (ids * -(-self.num_virtual_tokens // len(ids)))[: self.num_virtual_tokens]

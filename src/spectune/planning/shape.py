@@ -17,7 +17,7 @@ class Shape:
         columns: positions that predict a target in some row; None is all of them. It counts only where a model's head
             is no plain linear and its `logits_to_keep` takes positions that all rows share.
         documents: tokens of the documents of each row, where it is a pack of them.
-        kernel: how these are attended (`compute.packs.Kernel`); None is by masks.
+        kernel: how these are attended (`compute.pack_layout.Kernel`); None is by masks.
     """
 
     rows: int

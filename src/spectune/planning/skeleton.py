@@ -15,8 +15,7 @@ from spectune.blocks.compile import memory_budget
 from spectune.blocks.execution import Execution
 from spectune.blocks.offload import MetaTransfers
 from spectune.blocks.recompute import recompute
-from spectune.deltas import Delta
-from spectune.deltas.attach import place
+from spectune.deltas import Delta, place
 from spectune.families import Family
 from spectune.planning.compiled_blocks import CompiledBlocks
 from spectune.planning.graph_memory import BlockTensors

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from spectune.blocks.call import Wrapper, wrapped
 from spectune.compute.evaluating import evaluating
-from spectune.compute.losses import find_head, labelled_logits, labelled_loss_sum
 from spectune.deltas import packed, packing
+from spectune.objectives import CAUSAL_LM
 from spectune.planning.graph_memory import BlockTensors
 from spectune.planning.kernels import kernels_of
 from spectune.planning.optimizer_memory import steps_in_backward
@@ -54,10 +54,10 @@ def trace_step(built: Skeleton, shape: Shape, *, accumulating: bool = False) -> 
     built.block_tensors = BlockTensors()
     steps = _stepped(tracer, trained) if steps_in_backward(built.workload.optim) else nullcontext()
     with kernels(), Tracer(_TINY, ()):  # found out once a model, before its first step: no part of any
-        find_head(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
+        CAUSAL_LM.prepare(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
     compiled = nullcontext() if built.compiled is None else built.compiled.running(tracer)
     with kernels(), _documents(built, shape), tracer, _marked(tracer, built), steps, compiled:
-        loss, _ = labelled_loss_sum(model, batch, fuse=built.compiled is not None, device_type=device)
+        loss, _ = CAUSAL_LM.loss_sum(model, batch, fuse=built.compiled is not None, device_type=device)
         tracer.backward = True
         torch.autograd.backward(loss / shape.all_targets)
         del loss
@@ -75,9 +75,7 @@ def trace_validation(built: Skeleton, shape: Shape) -> Trace:
     """Trace the loss of a batch without gradients, as validation takes it. Marks as in `trace_step`, forward only."""
     tracer, kernels = _tracer(built, shape), kernels_of(built.workload.device, cudnn=built.execution.cudnn)
     with evaluating(built.model), kernels, tracer, _marked(tracer, built):
-        chosen = labelled_logits(built.model, _batch(shape, training=False))
-        losses = nn.functional.cross_entropy(chosen.logits.float(), chosen.targets, reduction="none")
-        del chosen, losses
+        CAUSAL_LM.token_losses(built.model, _batch(shape, training=False))
     return tracer.trace
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import base_precision as base_precision_of
 from spectune.methods import method_from_name
+from spectune.objectives import CAUSAL_LM
 from spectune.storage.base_precision import base_dtype, check_precision
 from spectune.storage.bases import load_config
 
@@ -109,7 +110,7 @@ class Workload:
             if self.model_class is not None:
                 built: Any = self.model_class._from_config(config, dtype=self.dtype)  # type: ignore[no-untyped-call]
             else:
-                built = AutoModelForCausalLM.from_config(config, dtype=self.dtype)  # type: ignore[no-untyped-call]
+                built = CAUSAL_LM.empty_model(config, dtype=self.dtype)
         model: PreTrainedModel = built
         return model
 

@@ -4,11 +4,13 @@ out: a report is made from what is there."""
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from spectune.results.arm_result import is_finite
+from spectune.results.comparison_file import ComparedRun
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,9 @@ class Curve:
     train: list[tuple[float, float]]
 
 
-def judged_rows(folder: Path, run: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+def judged_rows(folder: Path, run: ComparedRun) -> dict[int, Mapping[str, Any]]:
     """The lines of a run's `rows.jsonl` by their row."""
-    path = run.get("rows_file")
-    return {} if not path else rows_of(folder, str(path))
+    return {} if not run.rows_file else rows_of(folder, run.rows_file)
 
 
 def base_rows(folder: Path) -> dict[int, Mapping[str, Any]]:
@@ -35,7 +36,7 @@ def rows_of(folder: Path, path: str) -> dict[int, Mapping[str, Any]]:
     return {line["row"]: line for line in lines if isinstance(line.get("row"), int)}
 
 
-def curve(folder: Path, run: Mapping[str, Any]) -> Curve | None:
+def curve(folder: Path, run: ComparedRun) -> Curve | None:
     """From a run's `metrics.jsonl`; None where there is none."""
     place = run_folder(folder, run)
     if place is None:
@@ -45,24 +46,25 @@ def curve(folder: Path, run: Mapping[str, Any]) -> Curve | None:
         step = line.get("step")
         if not isinstance(step, int):
             continue
-        if _finite(line.get("valid_loss")):
+        if is_finite(line.get("valid_loss")):
             valid.append((float(step), float(line["valid_loss"])))
-        elif _finite(line.get("loss")):
+        elif is_finite(line.get("loss")):
             train.append((float(step), float(line["loss"])))
     return Curve(valid, train) if valid or train else None
 
 
-def run_folder(folder: Path, run: Mapping[str, Any]) -> Path | None:
-    """Where a run lies now: beside its rows, or under `runs/` if the comparison has been moved since."""
-    if run.get("rows_file"):
-        place = _inside(folder, str(PurePosixPath(str(run["rows_file"])).parent))
-        if place is not None:
-            return place
-    parts = PurePosixPath(str(run.get("folder") or "")).parts
-    if "runs" not in parts:
-        return None
-    last = len(parts) - 1 - parts[::-1].index("runs")
-    return _inside(folder, str(PurePosixPath(*parts[last:])))
+def run_folder(folder: Path, run: ComparedRun) -> Path | None:
+    """The folder of a run now: beside its rows, or under `runs/` if the comparison has been moved since."""
+    places = [PurePosixPath(run.rows_file).parent] if run.rows_file else []
+    if moved := under_runs(run):
+        places.append(moved)
+    return next((inside for place in places if (inside := _inside(folder, str(place))) is not None), None)
+
+
+def under_runs(run: ComparedRun) -> PurePosixPath | None:
+    """The part of a run's folder from its comparison's `runs/` on."""
+    parts = PurePosixPath(run.folder or "").parts
+    return PurePosixPath(*parts[len(parts) - 1 - parts[::-1].index("runs") :]) if "runs" in parts else None
 
 
 def _inside(folder: Path, path: str) -> Path | None:
@@ -83,7 +85,3 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                     yield found
     except (OSError, UnicodeDecodeError):
         return
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from spectune.reporting import units
-from spectune.reporting.rows import ComparisonRow, metric_names
+from spectune.results.arm_result import ArmResult, metric_names
+from spectune.results.comparison_file import ComparisonResult
 
 #: how the metrics that ship are written; a custom one keeps its own name
 METRICS = {"rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF", "exact_match": "Exact match", "accuracy": "Accuracy"}
@@ -25,8 +25,8 @@ class Column:
     """
 
     title: str
-    text: Callable[[ComparisonRow], str]
-    value: Callable[[ComparisonRow], float | None] | None = None
+    text: Callable[[ArmResult], str]
+    value: Callable[[ArmResult], float | None] | None = None
     optional: bool = False
 
     @property
@@ -55,19 +55,19 @@ MEMORY = Column("Memory", lambda r: units.size(r.train_memory_bytes), lambda r: 
 PREDICTED = Column("Predicted", lambda r: _predicted(r), lambda r: r.predicted_memory_bytes, optional=True)
 SPEED = Column("Training speed", lambda r: _speed(r), lambda r: r.train_tokens_per_second, optional=True)
 TIME = Column("Time", lambda r: units.seconds(r.train_seconds), lambda r: r.train_seconds, optional=True)
-OVERHEAD = Column("Inference overhead", lambda r: _overhead(r), lambda r: r.inference_overhead, optional=True)
-OVERHEAD_16 = Column("At batch 16", lambda r: _overhead_16(r), lambda r: r.inference_overhead_16, optional=True)
+OVERHEAD = Column("Inference overhead", lambda r: _overhead(r, ""), lambda r: r.inference_overhead, optional=True)
+OVERHEAD_16 = Column("At batch 16", lambda r: _overhead(r, "_16"), lambda r: r.inference_overhead_16, optional=True)
 STORED = Column("Stored", lambda r: units.size(r.stored_bytes), lambda r: r.stored_bytes)
 TEN_TASKS = Column("10 tasks", lambda r: units.size(r.bytes_for_ten_tasks), lambda r: r.bytes_for_ten_tasks)
 SWAP = Column("Swap", lambda r: units.seconds(r.swap_seconds), lambda r: r.swap_seconds, optional=True)
 
 
-def loss_title(comparison: Mapping[str, Any]) -> str:
-    """What `ComparisonRow.loss` is measured on."""
-    return "Test loss" if comparison["data"].get("judged_on") == "test" else "Valid loss"
+def loss_title(comparison: ComparisonResult) -> str:
+    """What `ArmResult.loss` is measured on."""
+    return "Test loss" if comparison.data.judged_on == "test" else "Valid loss"
 
 
-def quality_columns(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> list[Column]:
+def quality_columns(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[Column]:
     loss = Column(
         loss_title(comparison), lambda r: units.with_interval(r.loss, r.loss_low, r.loss_high), lambda r: r.loss
     )
@@ -76,21 +76,21 @@ def quality_columns(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]
     return [METHOD, TRAINABLE, SHARE, loss, *([PERPLEXITY] if plain else []), RELATIVE, FORGETTING]
 
 
-def metric_columns(rows: Sequence[ComparisonRow]) -> list[Column]:
+def metric_columns(rows: Sequence[ArmResult]) -> list[Column]:
     return [_metric(name) for name in metric_names(rows)]
 
 
-def training_columns(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> list[Column]:
+def training_columns(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[Column]:
     """With the learning rate, unless it was searched for: that has a table of its own."""
-    rate = [] if comparison.get("searches") else [LEARNING_RATE]
+    rate = [] if comparison.searches else [LEARNING_RATE]
     return [METHOD, *_present([*rate, MEMORY, PREDICTED, SPEED, TIME], rows)]
 
 
-def overhead_columns(rows: Sequence[ComparisonRow]) -> list[Column]:
+def overhead_columns(rows: Sequence[ArmResult]) -> list[Column]:
     return [METHOD, *_present([OVERHEAD, OVERHEAD_16], rows)]
 
 
-def storage_columns(rows: Sequence[ComparisonRow]) -> list[Column]:
+def storage_columns(rows: Sequence[ArmResult]) -> list[Column]:
     return [METHOD, *_present([STORED, TEN_TASKS, SWAP], rows)]
 
 
@@ -112,7 +112,7 @@ def _metric(name: str) -> Column:
     )
 
 
-def _present(columns: list[Column], rows: Sequence[ComparisonRow]) -> list[Column]:
+def _present(columns: list[Column], rows: Sequence[ArmResult]) -> list[Column]:
     return [
         column
         for column in columns
@@ -120,42 +120,31 @@ def _present(columns: list[Column], rows: Sequence[ComparisonRow]) -> list[Colum
     ]
 
 
-def _predicted(row: ComparisonRow) -> str:
+def _predicted(row: ArmResult) -> str:
     text = units.size(row.predicted_memory_bytes)
     if row.predicted_memory_bytes is None or not row.train_memory_bytes:
         return text
     return f"{text} ({units.percent(row.predicted_memory_bytes / row.train_memory_bytes - 1, sign=True)})"
 
 
-def _speed(row: ComparisonRow) -> str:
+def _speed(row: ArmResult) -> str:
     if row.train_tokens_per_second is None:
         return units.MISSING
     ratio = "" if row.speed_to_full is None else f" ({row.speed_to_full:.2f}x full)"
     return f"{units.count(row.train_tokens_per_second)} tok/s{ratio}"
 
 
-def _overhead(row: ComparisonRow) -> str:
-    return _both(
-        row.inference_overhead is None and row.inference_overhead_merged is None,
-        with_noise(row.inference_overhead, row.inference_overhead_noise),
-        row.inference_overhead_merged,
-        row.inference_overhead_merged_noise,
-    )
+def _overhead(row: ArmResult, batch: str) -> str:
+    """Unmerged / merged; of a batch of one row ("") or of sixteen ("_16")."""
 
+    def of(kind: str) -> tuple[float | None, float | None]:
+        name = f"inference_overhead{batch}{kind}"
+        return getattr(row, name), getattr(row, f"{name}_noise")
 
-def _overhead_16(row: ComparisonRow) -> str:
-    return _both(
-        row.inference_overhead_16 is None,
-        with_noise(row.inference_overhead_16, row.inference_overhead_16_noise),
-        row.inference_overhead_16_merged,
-        row.inference_overhead_16_merged_noise,
-    )
-
-
-def _both(missing: bool, tuned: str, merged: float | None, noise: float | None) -> str:
-    if missing:
+    tuned, merged = of(""), of("_merged")
+    if tuned[0] is None and (batch or merged[0] is None):
         return units.MISSING
-    return f"{tuned} / not mergeable" if merged is None else f"{tuned} / {with_noise(merged, noise)}"
+    return f"{with_noise(*tuned)} / {'not mergeable' if merged[0] is None else with_noise(*merged)}"
 
 
 def with_noise(overhead: float | None, noise: float | None) -> str:

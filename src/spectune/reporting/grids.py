@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from spectune.reporting import units
-from spectune.reporting.arms import arm_labels
 from spectune.reporting.columns import (
     METHOD,
     Column,
@@ -18,7 +16,8 @@ from spectune.reporting.columns import (
     storage_columns,
     training_columns,
 )
-from spectune.reporting.rows import ComparisonRow, comparison_rows, metric_names
+from spectune.results.arm_result import ArmResult, arm_results, metric_names
+from spectune.results.comparison_file import ComparisonResult, Share
 
 SCALE_TITLE = "Share of the weights on models of known size"
 
@@ -33,14 +32,14 @@ class Grid:
     words: set[int] = field(default_factory=lambda: {0})
 
 
-def grids(comparison: Mapping[str, Any]) -> list[Grid]:
+def grids(comparison: ComparisonResult) -> list[Grid]:
     """Quality, task metrics, cost, learning rates, and what a textbook says; those that there is nothing for are
     left out."""
-    rows = comparison_rows(comparison)
-    base = comparison["base"]
+    rows = arm_results(comparison)
+    base = comparison.base
     quality = (
-        f"Quality: {base['name']} ({units.count(base['total_parameters'])} weights, "
-        f"validation loss {units.number(base.get('valid_loss'))} before training)"
+        f"Quality: {base.name} ({units.count(base.total_parameters)} weights, "
+        f"validation loss {units.number(base.valid_loss)} before training)"
     )
     found = [_over_arms(quality, quality_columns(comparison, rows), rows)]
     found += [_metrics(comparison, rows)] if metric_names(rows) else []
@@ -51,12 +50,12 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
     else:  # too wide for one
         found.append(_over_arms("Cost of serving: time", overheads, rows))
         found.append(_over_arms("Cost of serving: storage", storage, rows))
-    found += [_searches(comparison)] if comparison.get("searches") else []
+    found += [_searches(comparison)] if comparison.searches else []
     found.append(_textbook(comparison, rows))
     return [grid for grid in found if len(grid.header) > 1]
 
 
-def _over_arms(title: str, columns: Sequence[Column], rows: Sequence[ComparisonRow]) -> Grid:
+def _over_arms(title: str, columns: Sequence[Column], rows: Sequence[ArmResult]) -> Grid:
     return Grid(
         title,
         [column.title for column in columns],
@@ -65,46 +64,45 @@ def _over_arms(title: str, columns: Sequence[Column], rows: Sequence[ComparisonR
     )
 
 
-def _metrics(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> Grid:
-    count = comparison["data"].get("generated_rows")
+def _metrics(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> Grid:
+    count = comparison.data.generated_rows
     where = f" (generation: {count:,} rows)" if count else ""
     grid = _over_arms(f"Task metrics{where}", [METHOD, *metric_columns(rows)], rows)
-    bare = comparison["base"].get("metrics") or {}
+    bare = comparison.base.metrics
     if bare:
         grid.body.append(["Bare base", *(metric_text(name, bare.get(name)) for name in metric_names(rows))])
     return grid
 
 
-def _searches(comparison: Mapping[str, Any]) -> Grid:
-    labels = arm_labels(comparison)
+def _searches(comparison: ComparisonResult) -> Grid:
+    labels = comparison.labels
     body: list[list[str]] = []
-    for name, search in comparison["searches"].items():
-        trials = search.get("trials") or []
-        bad = sum(trial.get("valid_loss") is None for trial in trials)
-        low, high = search.get("range") or (None, None)
-        edge = search.get("edge")
+    for name, search in comparison.searches.items():
+        bad = sum(trial.valid_loss is None for trial in search.trials)
+        low, high = search.range or (None, None)
+        tried = len(search.trials)
         body.append(
             [
                 labels.get(name, name),
-                units.rate(search.get("best")),
+                units.rate(search.best),
                 f"{units.rate(low)} to {units.rate(high)}",
-                f"{len(trials)} ({bad} failed)" if bad else str(len(trials)),
-                "inside" if edge is None else f"on the {edge} edge",
+                f"{tried} ({bad} failed)" if bad else str(tried),
+                "inside" if search.edge is None else f"on the {search.edge} edge",
             ]
         )
     return Grid("Learning rates", ["Method", "Best", "Searched", "Trials", "Best lies"], body, {0, 4})
 
 
-def _textbook(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> Grid:
-    shapes = comparison.get("scale") or ()
-    header = ["Method", *(f"{shape['model']} ({units.count(shape['total_parameters'])})" for shape in shapes)]
+def _textbook(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> Grid:
+    shapes = comparison.scale
+    header = ["Method", *(f"{shape.model} ({units.count(shape.total_parameters)})" for shape in shapes)]
     best_for = {row.method: row.best_for for row in reversed(rows)}
     body: list[list[str]] = []
     for method, label in {row.method: row.label for row in reversed(rows)}.items():
         cells: list[str] = []
         for shape in shapes:
-            found = shape["shares"].get(method, {"share": None, "parameters": None})
-            known = f"{units.percent(found['share'])} ({units.count(found['parameters'])})"
-            cells.append(units.MISSING if found["share"] is None else known)
+            found = shape.shares.get(method, Share())
+            known = f"{units.percent(found.share)} ({units.count(found.parameters)})"
+            cells.append(units.MISSING if found.share is None else known)
         body.insert(0, [label, *cells, best_for[method]])
     return Grid(SCALE_TITLE, [*header, "Best for (rule of thumb)"], body, {0, len(header)})

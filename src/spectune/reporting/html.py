@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from html import escape
-from typing import Any
 
 from spectune.reporting.columns import (
     metric_columns,
@@ -13,13 +11,14 @@ from spectune.reporting.columns import (
     storage_columns,
     training_columns,
 )
-from spectune.reporting.rows import comparison_rows
 from spectune.reporting.words import failure_lines, notes, verdict_sentences
+from spectune.results.arm_result import arm_results
+from spectune.results.comparison_file import ComparisonResult
 
 
-def comparison_html(comparison: Mapping[str, Any]) -> str:
+def comparison_html(comparison: ComparisonResult) -> str:
     """The verdict, and quality and cost as one plain table with a caption; all text is escaped."""
-    rows = comparison_rows(comparison)
+    rows = arm_results(comparison)
     columns = [*quality_columns(comparison, rows), *metric_columns(rows)]
     columns += [*training_columns(comparison, rows)[1:], *overhead_columns(rows)[1:], *storage_columns(rows)[1:]]
     head = "".join(f'<th scope="col">{escape(column.title)}</th>' for column in columns)
@@ -30,6 +29,6 @@ def comparison_html(comparison: Mapping[str, Any]) -> str:
         body += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
     above = "".join(f"<p><strong>{escape(sentence)}</strong></p>" for sentence in verdict_sentences(comparison)[:1])
     below = "<br>".join(escape(line) for line in [*failure_lines(comparison), *notes(comparison)])
-    name = escape(str(comparison["base"]["name"]))
+    name = escape(comparison.base.name)
     table = f"<table><caption>{name}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"{above}{table}<p>{below}</p>"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from spectune.reporting.arms import arm_labels, failures, method_of, runs_by_arm
-from spectune.reporting.rows import MEMORY_KEY, PLAIN, PREDICTED_KEY, comparison_rows, metric_names
+from spectune.results.arm_result import MEMORY_KEY, PLAIN, PREDICTED_KEY, arm_results, method_of, metric_names
+from spectune.results.comparison_file import ComparisonResult
 
 #: fields of a run's result that are one number or word
 RUN_FIELDS = (
@@ -35,10 +35,10 @@ RUN_FIELDS = (
 )
 
 
-def comparison_csv(comparison: Mapping[str, Any]) -> str:
+def comparison_csv(comparison: ComparisonResult) -> str:
     """One arm a line: the means over its seeds. Empty where a number does not exist; metrics have columns
     `metric_<name>`, with `_low` and `_high` where there are intervals."""
-    rows = comparison_rows(comparison)
+    rows = arm_results(comparison)
     names = metric_names(rows)
     ranged = [name for name in names if any(name in row.metric_intervals for row in rows)]
     header = [*PLAIN, *(f"metric_{name}" for name in names)]
@@ -54,31 +54,31 @@ def comparison_csv(comparison: Mapping[str, Any]) -> str:
     return _csv(header, lines)
 
 
-def runs_csv(comparison: Mapping[str, Any]) -> str:
+def runs_csv(comparison: ComparisonResult) -> str:
     """One final run a line, failed ones with their reason."""
-    labels = arm_labels(comparison)
-    runs = [run for found in runs_by_arm(comparison).values() for run in found]
-    names = list(dict.fromkeys(key for run in runs for key in run.get("metrics") or {}))
+    labels = comparison.labels
+    runs = [run for found in comparison.runs_by_arm.values() for run in found]
+    names = list(dict.fromkeys(key for run in runs for key in run.metrics))
     header = ["name", "method", "label", "seed", *RUN_FIELDS, "train_memory_bytes", "predicted_memory_bytes"]
     header += [*(f"metric_{name}" for name in names), "failed"]
     lines: list[list[Any]] = [
         [
-            run["name"],
-            run["method"],
-            labels[run["name"]],
-            run.get("seed"),
-            *(run.get(key) for key in RUN_FIELDS),
-            run["peak_memory_bytes"].get(MEMORY_KEY),
-            (run.get("predicted_memory_bytes") or {}).get(PREDICTED_KEY),
-            *((run.get("metrics") or {}).get(name) for name in names),
+            run.name,
+            run.method,
+            labels[run.name],
+            run.seed,
+            *(getattr(run, key) for key in RUN_FIELDS),
+            run.peak_memory_bytes.get(MEMORY_KEY),
+            run.predicted_memory_bytes.get(PREDICTED_KEY),
+            *(run.metrics.get(name) for name in names),
             None,
         ]
         for run in runs
     ]
     blank = [None] * (len(header) - 6)
     lines += [
-        [f.name, method_of(f.name, comparison), f.label, f.seed, f.learning_rate, *blank, f.reason]
-        for f in failures(comparison)
+        [f.name, method_of(f.name, comparison), labels[f.name], f.seed, f.learning_rate, *blank, f.reason]
+        for f in comparison.failed
     ]
     return _csv(header, lines)
 

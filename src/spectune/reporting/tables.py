@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -23,11 +22,12 @@ from spectune.reporting.words import (
     recommendation_sentence,
     verdict_sentences,
 )
+from spectune.results.comparison_file import ComparisonResult
 
 __all__ = ["comparison_csv", "comparison_markdown", "comparison_table"]
 
 
-def comparison_table(comparison: Mapping[str, Any]) -> Group:
+def comparison_table(comparison: ComparisonResult) -> Group:
     """The verdict, the tables, the recommendation, failures, and what a reader must know."""
     verdict = verdict_sentences(comparison)
     parts: list[Any] = [_text(sentence, "" if number else "bold") for number, sentence in enumerate(verdict)]
@@ -43,7 +43,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Group:
     return Group(*parts)
 
 
-def comparison_markdown(comparison: Mapping[str, Any]) -> str:
+def comparison_markdown(comparison: ComparisonResult) -> str:
     """The same as Markdown."""
     lines = []
     verdict = verdict_sentences(comparison)

@@ -2,65 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any
 
 from spectune.reporting import units
-from spectune.reporting.arms import arm_labels, failures
 from spectune.reporting.columns import metric_title
-from spectune.reporting.rows import MEMORY_KEY, why_no_relative_performance
-
-#: what the axes of the Pareto set are called
-AXES = {
-    "judged_loss": "loss",
-    "train_memory_bytes": "memory in training",
-    "stored_bytes": "stored size",
-    "inference_overhead": "inference overhead",
-    "train_seconds": "training time",
-}
+from spectune.results.arm_result import MEMORY_KEY, why_no_relative_performance
+from spectune.results.comparison_file import ComparisonResult, Data
+from spectune.results.phrases import listed
+from spectune.results.recommendation import AXES
+from spectune.results.verdict_record import Judgement
 
 #: runs behind a sentence that are named one by one: the seeds of an arm
 NAMED = 3
 
 
-def verdict_sentences(comparison: Mapping[str, Any]) -> list[str]:
+def verdict_sentences(comparison: ComparisonResult) -> list[str]:
     """The verdict in words, its headline first; none where a comparison carries no verdict."""
-    return [str(sentence) for sentence in (comparison.get("verdict") or {}).get("sentences") or ()]
+    return [] if comparison.verdict is None else comparison.verdict.sentences
 
 
-def metric_sentences(comparison: Mapping[str, Any]) -> list[str]:
+def metric_sentences(comparison: ComparisonResult) -> list[str]:
     """The headline of each task metric, and of forgetting, each with its name before it."""
-    verdict = comparison.get("verdict") or {}
-    parts = {metric_title(name): part for name, part in (verdict.get("metrics") or {}).items()}
-    parts["Forgetting"] = verdict.get("forgetting") or {}
-    return [f"{name}: {part['sentences'][0]}" for name, part in parts.items() if part.get("sentences")]
+    verdict = comparison.verdict
+    if verdict is None:
+        return []
+    parts = {metric_title(name): part for name, part in verdict.metrics.items()}
+    if verdict.forgetting is not None:
+        parts["Forgetting"] = verdict.forgetting
+    return [f"{name}: {part.sentences[0]}" for name, part in parts.items() if part.sentences]
 
 
-def recommendation_sentence(comparison: Mapping[str, Any]) -> str | None:
+def recommendation_sentence(comparison: ComparisonResult) -> str | None:
     """The pick, or why there is none; None where nothing was recommended."""
-    found = comparison.get("recommendation") or {}
-    pick = found.get("pick")
-    if pick is not None:
-        return f"We would pick {label_of(pick, comparison)}."
-    return None if found.get("abstains") is None else f"No pick: {found['abstains']}"
+    found = comparison.recommendation
+    if found is None:
+        return None
+    if found.pick is not None:
+        return f"We would pick {comparison.label_of(found.pick)}."
+    return None if found.abstains is None else f"No pick: {found.abstains}"
 
 
-def recommendation_reasons(comparison: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def recommendation_reasons(comparison: ComparisonResult) -> list[tuple[str, list[str]]]:
     """Why the pick, then why not the excluded ones: (sentence, the runs that prove it)."""
-    found = comparison.get("recommendation") or {}
-    return [
-        (str(reason["text"]), [str(run) for run in reason.get("runs") or ()])
-        for reason in [*(found.get("reasons") or ()), *(found.get("excluded") or ())]
-    ]
+    found = comparison.recommendation
+    return [] if found is None else [(reason.text, reason.runs) for reason in [*found.reasons, *found.excluded]]
 
 
-def evidence(runs: Sequence[str], comparison: Mapping[str, Any]) -> str:
+def evidence(runs: Sequence[str], comparison: ComparisonResult) -> str:
     """The runs that prove a sentence, as Markdown: each by name where they are few, else the folders that hold them."""
     runs = list(dict.fromkeys(runs))
     if len(runs) <= NAMED:
         return ", ".join(f"`{run}`" for run in runs)
-    if len(runs) == len(comparison["runs"]):
+    if len(runs) == len(comparison.runs):
         return f"all {len(runs)} runs in `runs/`"
     counts: dict[str, int] = {}
     for run in runs:
@@ -72,120 +66,110 @@ def evidence(runs: Sequence[str], comparison: Mapping[str, Any]) -> str:
     return f"{len(runs)} runs in {folders}"
 
 
-def recommendation_context(comparison: Mapping[str, Any]) -> list[str]:
+def recommendation_context(comparison: ComparisonResult) -> list[str]:
     """Between which arms there was a choice, and under which limits."""
-    found = comparison.get("recommendation") or {}
+    found = comparison.recommendation
+    if found is None:
+        return []
     lines = []
-    front = [label_of(name, comparison) for name in found.get("pareto") or ()]
-    if front:
-        axes = joined([AXES.get(axis, axis) for axis in found.get("axes") or ()])
+    if front := [comparison.label_of(name) for name in found.pareto]:
+        axes = listed([AXES[axis].title if axis in AXES else axis for axis in found.axes])
         lines.append(
-            f"Not beaten in everything by another (the Pareto set{f', in {axes}' if axes else ''}): {joined(front)}."
+            f"Not beaten in everything by another (the Pareto set{f', in {axes}' if axes else ''}): {listed(front)}."
         )
-    limits = {key: value for key, value in (found.get("limits") or {}).items() if value is not None}
-    if limits:
+    if limits := found.limits.model_dump(exclude_unset=True, exclude_none=True):
         given = [
             f"{key.replace('_', ' ').removesuffix(' bytes')} {_limit(key, value)}" for key, value in limits.items()
         ]
-        lines.append(f"Limits given: {joined(given)}.")
+        lines.append(f"Limits given: {listed(given)}.")
     return lines
 
 
-def _limit(key: str, value: Any) -> str:
+def _limit(key: str, value: float) -> str:
     if key.endswith("_bytes"):
         return units.size(value)
     return units.percent(value) if key.endswith("_overhead") else str(value)
 
 
-def label_of(name: str, comparison: Mapping[str, Any]) -> str:
-    return arm_labels(comparison).get(name, name)
-
-
-def failure_lines(comparison: Mapping[str, Any]) -> list[str]:
+def failure_lines(comparison: ComparisonResult) -> list[str]:
     """Each reason once for the seeds of an arm that it stopped."""
-    stopped: dict[tuple[str, str], list[int]] = {}
-    for failure in failures(comparison):
-        seeds = stopped.setdefault((failure.label, failure.reason), [])
+    labels, stopped = comparison.labels, dict[tuple[str, str], list[int]]()
+    for failure in comparison.failed:
+        seeds = stopped.setdefault((labels[failure.name], failure.reason), [])
         seeds += [] if failure.seed is None else [failure.seed]
     return [f"{label}{_seeds(seeds)} failed: {reason}" for (label, reason), seeds in stopped.items()]
 
 
 def _seeds(seeds: Sequence[int]) -> str:
-    return f" (seed{'s' if len(seeds) > 1 else ''} {joined([str(seed) for seed in seeds])})" if seeds else ""
+    return f" (seed{'s' if len(seeds) > 1 else ''} {listed([str(seed) for seed in seeds])})" if seeds else ""
 
 
-def notes(comparison: Mapping[str, Any]) -> list[str]:
+def notes(comparison: ComparisonResult) -> list[str]:
     """What a reader must know to read the tables right."""
-    data, base = comparison["data"], comparison["base"]
+    data, base = comparison.data, comparison.base
     why = why_no_relative_performance(comparison)
-    verdict = comparison.get("verdict") or {}
+    verdict = comparison.verdict or Judgement()
     found = [*_budget(comparison)]
-    found += [_covered(verdict)] if verdict.get("arms") else []
+    found += [_meaning_of_intervals(verdict)] if verdict.arms else []
     found += [
-        "Relative perf.: 100 x (base - method) / (base - full) of validation loss"
+        f"Relative perf.: 100 x (base - method) / (base - full) of {_rows_name(data)} loss"
         + (f"; undefined here: {why}." if why else "; 0 is the bare base, 100 is full fine-tuning."),
         f"Losses are nats per target token on {_judged_rows(data)} rows. Forgetting: mean KL(base || tuned), nats "
-        f"per token, on {data['retained_passages']} passages ({data['retained_from']}).",
+        f"per token, on {data.retained_passages} passages ({data.retained_from}).",
     ]
-    runs = comparison["runs"]
-    if any(run["peak_memory_bytes"].get(MEMORY_KEY) for run in runs):
-        found.append(f"Memory: peak of tensors in a training step ({base['device']}, {base['dtype']}).")
-    if any(run.get("decode_tokens_per_second") for run in runs):
+    if any(run.peak_memory_bytes.get(MEMORY_KEY) for run in comparison.runs):
+        found.append(f"Memory: peak of tensors in a training step ({base.device}, {base.dtype}).")
+    if any(run.decode_tokens_per_second for run in comparison.runs):
         found.append(
             "Inference overhead: time for each decoded token at batch 1 against the bare base, unmerged / merged; ± is "
             "half the interquartile range over rounds in which both were timed in turn."
         )
-    if not verdict.get("arms"):
+    if not verdict.arms:
         found.append(
             "One seed and one learning rate for each method: differences of a few per cent may be noise or tuning."
-            if not comparison.get("searches")
+            if not comparison.searches
             else "No verdict: nothing here says which differences are larger than noise."
         )
     return found
 
 
-def _judged_rows(data: Mapping[str, Any]) -> str:
-    rows = data.get("judged_rows")
-    if rows is None:
-        return f"{data['valid_rows']:,}"
-    return f"{rows:,} {'test' if data.get('judged_on') == 'test' else 'validation'}"
+def _judged_rows(data: Data) -> str:
+    return f"{data.valid_rows:,}" if data.judged_rows is None else f"{data.judged_rows:,} {_rows_name(data)}"
 
 
-def _covered(verdict: Mapping[str, Any]) -> str:
-    level = f"{100 * (verdict.get('confidence') or 0.95):.3g}%"
-    seeds = verdict.get("seeds") or 1
+def _rows_name(data: Data) -> str:
+    """The rows that methods are judged on."""
+    return "test" if data.judged_on == "test" else "validation"
+
+
+def _meaning_of_intervals(verdict: Judgement) -> str:
+    level = f"{100 * verdict.confidence:.3g}%"
     what = (
-        f"the choice of rows and the noise of training ({seeds} seeds)"
-        if verdict.get("covers_training_noise")
+        f"the choice of rows and the noise of training ({verdict.seeds or 1} seeds)"
+        if verdict.covers_training_noise
         else "the choice of rows, not the noise of training: another seed may order close methods differently"
     )
-    correction = verdict.get("correction")
-    tests = f" Differences are tested in pairs on the same rows, corrected for their number ({correction})." * bool(
-        correction
-    )
+    tests = ""
+    if verdict.correction:
+        tests = " Differences are tested in pairs on the same rows, corrected for their number "
+        tests += f"({verdict.correction})."
     return f"± is half the width of a {level} interval, which covers {what}.{tests}"
 
 
-def _budget(comparison: Mapping[str, Any]) -> list[str]:
-    preset = comparison.get("preset")
-    if not preset:
+def _budget(comparison: ComparisonResult) -> list[str]:
+    preset = comparison.preset
+    if not preset.name:
         return []
-    parts = [f"Budget ({preset['name']}): "]
-    rungs = preset.get("rungs") or ()
-    if rungs and comparison.get("searches"):
-        steps = ", then ".join(f"{tried} at {units.percent(share)}" for tried, share in rungs)
+    parts = [f"Budget ({preset.name}): "]
+    if preset.rungs and comparison.searches:
+        steps = ", then ".join(f"{tried} at {units.percent(share)}" for tried, share in preset.rungs)
         parts.append(f"learning rates searched by successive halving, {steps} of the final steps; ")
-    seeds = len(preset.get("seeds") or ()) or 1
+    seeds = len(preset.seeds) or 1
     parts.append(f"{seeds} final run{'s' if seeds > 1 else ''} of each method")
-    if preset.get("final_steps"):
-        parts.append(f", {preset['final_steps']:,} steps each")
-    if preset.get("total_target_tokens"):
+    if preset.final_steps:
+        parts.append(f", {preset.final_steps:,} steps each")
+    if preset.total_target_tokens:
         parts.append(
-            f"; {units.count(preset['total_target_tokens'])} target tokens in all, in equal parts for every method"
+            f"; {units.count(preset.total_target_tokens)} target tokens in all, in equal parts for every method"
         )
     return ["".join(parts) + "."]
-
-
-def joined(words: Sequence[str]) -> str:
-    """a, b and c."""
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

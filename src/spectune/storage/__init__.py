@@ -1,10 +1,10 @@
 """Bases and delta folders on disk."""
 
-from spectune.deltas import attach, detach, merge, route  # with this room imported, what attach gives can save itself
+from spectune.deltas import base_name
 from spectune.files.atomic import atomic_folder, atomic_write_text
 from spectune.storage.base_precision import PRECISIONS, quantise_base
-from spectune.storage.bases import TINY, base_name, load, load_config, load_tokenizer
-from spectune.storage.delta_folder import load_delta, save_delta, stored_method
+from spectune.storage.bases import TINY, load, load_config, load_tokenizer
+from spectune.storage.delta_folder import load_delta, stored_method
 from spectune.storage.devices import resolve_device, resolve_dtype
 from spectune.storage.export import (
     check_format,
@@ -20,22 +20,17 @@ __all__ = [
     "TINY",
     "atomic_folder",
     "atomic_write_text",
-    "attach",
     "base_name",
     "check_format",
     "copy_model",
-    "detach",
     "export_formats",
     "load",
     "load_config",
     "load_delta",
     "load_tokenizer",
-    "merge",
     "quantise_base",
     "resolve_device",
     "resolve_dtype",
-    "route",
-    "save_delta",
     "stored_method",
     "write_model",
     "write_peft",

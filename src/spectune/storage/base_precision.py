@@ -32,7 +32,7 @@ _NAMED = 5
 
 
 def check_precision(precision: str | None) -> None:
-    """Raises ConfigError where there is no such `base_precision`; None is the base as it is."""
+    """Raise ConfigError if there is no such `base_precision`; None means not quantised."""
     if precision is not None and precision not in KINDS:
         raise ConfigError(f"base_precision {precision!r} is unknown; expected one of {', '.join(KINDS)}")
 

@@ -11,14 +11,15 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import embedded
 from spectune.errors import ConfigError, DataError, first_line
+from spectune.objectives import CAUSAL_LM
 from spectune.storage.base_precision import base_dtype, check_precision, quantise_base
 from spectune.storage.devices import resolve_device
 
-TINY = "spectune-tiny"
+TINY = embedded.NAME
 #: seconds that the hub may take to answer at all
 PATIENCE = 5
 
@@ -44,7 +45,7 @@ def load(
 
     Raises:
         ConfigError: a precision that this device or this base cannot take, or one for a model that is loaded already.
-        DataError: the base cannot be found or read; says what to do.
+        DataError: the base cannot be found or read; the message lists what to do.
     """
     check_precision(base_precision)
     if isinstance(name, PreTrainedModel):
@@ -60,16 +61,10 @@ def load(
     if base_precision is not None and getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"base_precision = {base_precision}: {source} is quantised already; leave base_precision out")
     resolved = base_dtype(dtype, place, getattr(config, "dtype", None), base_precision)
-    model = _read(source, lambda: AutoModelForCausalLM.from_pretrained(source, dtype=resolved))
+    model = _read(source, lambda: CAUSAL_LM.auto_class.from_pretrained(source, dtype=resolved))
     if base_precision is not None:
         quantise_base(model, base_precision, device=place)
     return model.to(place).eval(), _tokenizer(source)
-
-
-def base_name(model: PreTrainedModel) -> str:
-    """What the base was loaded as; the embedded one by its own name, which holds on every machine."""
-    name = str(model.config._name_or_path)
-    return TINY if name and Path(name) == Path(embedded.MODEL_FOLDER) else name
 
 
 def load_config(name: str | Path) -> Any:

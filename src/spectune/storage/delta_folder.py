@@ -6,34 +6,18 @@ unpickled. A folder may come from anybody: all of it is checked before the model
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-import spectune
-from spectune.deltas import Delta, Method, Registry
-from spectune.deltas.attach import place
-from spectune.deltas.delta import CONFIG_FILE
+from spectune.deltas import Delta, Method, place, unplaced
+from spectune.deltas.folder import CONFIG_FILE, OUR_FILE
 from spectune.errors import DataError, SpectuneError, first_line
-from spectune.families import describe, differences
-from spectune.files.atomic import atomic_folder
+from spectune.families import differences
 from spectune.methods import METHODS
-from spectune.storage.bases import base_name
-from spectune.storage.manifest import (
-    FORMAT,
-    OUR_FILE,
-    Manifest,
-    check_digests,
-    digests,
-    explain,
-    read_json,
-    read_manifest,
-)
+from spectune.storage.manifest import Manifest, check_digests, explain, read_json, read_manifest
 
 #: the keys of PEFT's configs that are read here, and what they have to be: pydantic would take `true` for the number 1
 _PEFT_TYPES: dict[str, tuple[type, ...]] = {
@@ -47,42 +31,6 @@ _PEFT_TYPES: dict[str, tuple[type, ...]] = {
     "target_modules": (str, list),
     "num_virtual_tokens": (int,),
 }
-
-
-def save_delta(delta: Delta, folder: str | Path) -> Path:
-    """Write `delta`'s folder, atomically; a folder that is there is replaced. Returns the folder."""
-    folder = Path(folder)
-    with atomic_folder(folder) as temporary:
-        delta.write_files(temporary)
-        name_base(temporary / CONFIG_FILE, base_name(delta.model))
-        ours = {
-            "format": FORMAT,
-            "method": delta.method.as_stored().model_dump(mode="json"),
-            "trained_as": delta.method.model_dump(mode="json"),
-            "base": delta.base_fingerprint,
-            "base_name": base_name(delta.model),
-            # what a reader of the weights must know: where the text's positions start
-            "text_positions_start_at": delta.method.virtual_tokens,
-            "parameters": delta.num_parameters(),
-            "versions": {
-                "spectune": spectune.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "weights": digests(temporary),
-        }
-        (temporary / OUR_FILE).write_text(json.dumps(ours, indent=2) + "\n")
-    return folder
-
-
-Delta.writer = staticmethod(save_delta)
-
-
-def name_base(config_file: Path, name: str) -> None:
-    """PEFT's key for the base, in a config of PEFT's layout."""
-    config = read_json(config_file)
-    if config is not None and "peft_type" in config:
-        config_file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n")
 
 
 def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = None, trainable: bool = False) -> Delta:
@@ -101,17 +49,16 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
         raise DataError(f"{folder} is not a folder; expected one that Delta.save or PEFT wrote")
     manifest, method = _described(folder)
     name = name or folder.resolve().name
-    registry = Registry.of(model)
-    draft = method.bind(model, registry.family if registry else describe(model), name, keep_base=False)
+    draft = unplaced(model, method, name)
     if manifest is not None:
         apart = differences(manifest.base.model_dump(), draft.base_fingerprint)
         if apart:
             raise DataError(f"{folder} was trained on another base ({manifest.base_name or 'of unknown name'})", apart)
     _check_files(draft, folder, OUR_FILE if manifest is not None else CONFIG_FILE)
     if manifest is not None:
-        check_digests(manifest, draft.weight_files(folder))
+        check_digests(manifest, draft.files.weight_files(folder))
     keep = {"keep_base": True} if method.trains_base else {}
-    delta = place(model, method, name, fill=lambda d: d.read_files(folder), **keep)
+    delta = place(model, method, name, fill=lambda d: d.files.read(folder), **keep)
     for parameter in delta.parameters():
         parameter.requires_grad_(trainable)
     return delta
@@ -131,7 +78,7 @@ def _described(folder: Path) -> tuple[Manifest | None, Method]:
 def _check_files(draft: Delta, folder: Path, config_file: str) -> None:
     """Check that the weights are what the config asks for, before any of either is made."""
     try:
-        draft.check_files(folder)
+        draft.files.check(folder)
     except SpectuneError as error:
         if str(folder) in str(error):
             raise

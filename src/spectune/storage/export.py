@@ -13,11 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.deltas import Delta, InputModule
-from spectune.deltas.delta import CONFIG_FILE
+from spectune.deltas.folder import CONFIG_FILE, OUR_FILE, name_base
 from spectune.errors import ConfigError
 from spectune.files.atomic import atomic_folder
-from spectune.storage.delta_folder import name_base
-from spectune.storage.manifest import OUR_FILE
 
 PROMPT_EMBEDS_FILE = "prompt_embeds.safetensors"
 
@@ -60,7 +58,7 @@ def write_peft(delta: Delta, folder: str | Path) -> Path:
     folder = Path(folder)
     check_format(delta, "peft")
     with atomic_folder(folder) as temporary:
-        delta.write_files(temporary)
+        delta.files.write(temporary)
         name_base(temporary / CONFIG_FILE, _base_name(delta.model))
     return folder
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -12,12 +11,11 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectune.deltas import Method
+from spectune.deltas.folder import FORMAT, OUR_FILE, sha256
 from spectune.errors import DataError, SpectuneError
 from spectune.files.weights import need_weights, plain_file
 from spectune.methods import method_from_dict
 
-FORMAT = 1
-OUR_FILE = "spectune.json"
 #: no config is longer; a longer file is not read
 MAX_JSON_BYTES = 16 * 2**20
 
@@ -101,14 +99,6 @@ def _method(path: Path, manifest: Manifest) -> Method:
     return method.as_stored()
 
 
-def digests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each safetensors file of a folder, by name."""
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.glob("*.safetensors"))
-    }
-
-
 def check_digests(manifest: Manifest, files: Iterable[Path]) -> None:
     """Compare weight files with what they were when saved; nothing to compare in folders without the key.
 
@@ -129,7 +119,7 @@ def check_digests(manifest: Manifest, files: Iterable[Path]) -> None:
         size = path.stat().st_size
         if size != saved.bytes:
             problems.append(f"{name}: has {size:,} bytes, {saved.bytes:,} were saved")
-        elif (found := _sha256(path)) != saved.sha256:
+        elif (found := sha256(path)) != saved.sha256:
             problems.append(f"{name}: its SHA-256 is {found[:16]}..., {saved.sha256[:16]}... was saved")
     if problems:
         raise DataError(
@@ -137,11 +127,6 @@ def check_digests(manifest: Manifest, files: Iterable[Path]) -> None:
             f"on purpose, take the key 'weights' out of {folder / OUR_FILE}",
             problems,
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

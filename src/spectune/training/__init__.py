@@ -1,8 +1,8 @@
 """Training: the config, the only loop, optimizer, distribution, checkpoints."""
 
+from spectune.results.run import RunResult
 from spectune.training.config import TrainingConfig
-from spectune.training.environment import environment
-from spectune.training.result import RunResult
+from spectune.training.machine import environment
 from spectune.training.trainer import train
 
 __all__ = ["RunResult", "TrainingConfig", "environment", "train"]

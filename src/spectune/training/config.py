@@ -42,8 +42,8 @@ class TrainingConfig(BaseModel):
         torch_compile: compile the decoder's blocks (`spectune.blocks.compile`); "auto" does where
             the run is long enough to pay the compiler's time back (CUDA; a CPU where there is a C++ compiler), and says
             so.
-        cuda_graphs: record the blocks of batches whose shape comes back, and replay them
-            (`spectune.blocks.cuda_graphs`); "auto" does on CUDA where a step is so small that asking for its kernels
+        cuda_graphs: capture the blocks of batches whose shape comes back, and replay them
+            (`spectune.blocks.cuda_graphs`); "auto" does on CUDA where a step is so small that launching its kernels
             takes longer than running them. Not with packs or recomputation.
         resume: go on from `output_dir`.
         memory_check: before the first step, where the plan says that memory does not suffice: "refuse" to begin,

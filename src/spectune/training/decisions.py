@@ -7,17 +7,16 @@ import logging
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from spectune.blocks.execution import Execution, Packing
 from spectune.blocks.recompute import Recomputation, modes
-from spectune.compute.packs import Kernel
+from spectune.compute.pack_layout import Kernel
 from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_document
 from spectune.data import batches, by_length, pack_step, places
-from spectune.deltas import Delta, InputSite, Method, kernel_serves, route, why_not_packed, why_padding_is_told
+from spectune.deltas import Delta, InputSite, Method, kernel_serves, route, why_mask_is_needed, why_not_packed
 from spectune.errors import ConfigError
 from spectune.families import Family
 from spectune.methods import LoRA
@@ -31,6 +30,11 @@ log = logging.getLogger("spectune")
 LAUNCH_SECONDS_PER_LAYER = 1.5e-3
 #: what a GPU computes of a block's operations
 OPERATIONS_PER_SECOND = 4e14
+#: what it takes to compile the blocks of a model, about; see docs/performance.md
+COMPILE_SECONDS = 60.0
+#: kind of device -> the share of a step that compiling saves, and the operations that training without it reaches in a
+#: second (on a fast device: what is long there is long on any)
+_COMPILING = {"cuda": (0.2, 3e14), "cpu": (0.1, 5e11)}
 #: `packing="auto"` packs where that leaves out so much of the tokens that are computed: below it, a step's time changes
 #: by less than it does from run to run, and each batch's shape would be another for it
 WORTH = 0.1
@@ -93,10 +97,10 @@ def decide(
     ).because("packing", why_packing)
 
 
-def decide_run(delta: Delta, prepared: Prepared, config: TrainingConfig, processes: int = 1) -> Execution:
-    """How a run of an attached delta on these rows is executed, as far as memory has no say in it. Raises as
-    `decide`."""
-    lengths = [len(example.input_ids) for example in prepared.examples]
+def decide_run(delta: Delta, prepared: Prepared, processes: int = 1, config: TrainingConfig | None = None) -> Execution:
+    """How a run of an attached delta is executed, as far as memory has no say in it; raises as `decide`. With `config`:
+    as if the run had these settings."""
+    lengths, config = [len(example.input_ids) for example in prepared.examples], config or prepared.config
     steps = total_steps(len(lengths), config, processes)
     device_type = delta.model.device.type
     return decide(config, delta.family, delta.method, lengths, device_type, steps=steps, delta=delta)
@@ -122,23 +126,6 @@ def possible_modes(
 # -- compiled blocks --------------------------------------------------------------------------------------------------
 
 
-class _Device(NamedTuple):
-    """What compiling the blocks of a model takes and gives on a kind of device; see docs/performance.md.
-
-    `compile_seconds`: what it takes, about. `saved`: the share of a step that it saves. `operations`: that training
-    without the compiler reaches in a second (on a fast one: what is long there is long on any). `layer_seconds`: of
-    forward and backward, at least, however small a layer is.
-    """
-
-    compile_seconds: float
-    saved: float
-    operations: float
-    layer_seconds: float
-
-
-_DEVICES = {"cuda": _Device(60.0, 0.2, 3e14, LAUNCH_SECONDS_PER_LAYER), "cpu": _Device(60.0, 0.1, 5e11, 0.0)}
-
-
 def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
     """Whether a run is so long that compiling saves more time than it takes.
 
@@ -146,12 +133,13 @@ def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, 
         tokens: of the whole run.
         length: of a row, on average.
     """
-    device = _DEVICES.get(device_type)
-    if device is None or (device_type == "cpu" and not has_cpu_compiler()):
+    if device_type not in _COMPILING or (device_type == "cpu" and not has_cpu_compiler()):
         return False
-    computed = tokens * flops_per_token(family, method, max(1, length)) / device.operations
-    eager_seconds = max(computed, steps * len(family.layers) * device.layer_seconds)
-    return eager_seconds * device.saved > device.compile_seconds
+    saved, operations_per_second = _COMPILING[device_type]
+    seconds = tokens * flops_per_token(family, method, max(1, length)) / operations_per_second
+    if device_type == "cuda":
+        seconds = max(seconds, steps * len(family.layers) * LAUNCH_SECONDS_PER_LAYER)
+    return seconds * saved > COMPILE_SECONDS
 
 
 @functools.cache
@@ -284,7 +272,7 @@ def _needs_no_mask(delta: Delta) -> bool:
     """Whether rows that are padded on the right need no mask. That decides about the speed alone, so only the log hears
     of it."""
     with route(delta.model, delta.name):
-        reason = why_padding_is_told(delta.model)
+        reason = why_mask_is_needed(delta.model)
     if reason is not None:
         log.info("batches that are padded have an attention mask: %s", reason)
     return reason is None

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from spectune.blocks.compile import can_compile_now
 from spectune.blocks.execution import Execution
-from spectune.compute.losses import labelled_loss_sum
 from spectune.compute.memory import PeakMemory
 from spectune.data import Example
 from spectune.deltas import route
 from spectune.errors import InterruptedRun, OutOfMemoryError
 from spectune.evaluation import row_losses
 from spectune.inference import is_out_of_memory, wait_for
+from spectune.objectives import CAUSAL_LM
 from spectune.training.async_scalars import AsyncScalars
 from spectune.training.display import Display
 from spectune.training.interrupt import Interrupts
@@ -63,10 +63,9 @@ class Loop:
         self.run, self.execution = run, execution
         self.model, self.batches, self.world = run.delta.model, run.batches, run.batches.world
         self.max_in_flight = steps_ahead(self.model.device)
+        model, optimizer = self.model, run.optimizer  # not the loop itself: no circle keeps the optimizer's memory
         self.peaks = Peaks(
-            self.model.device,
-            lambda: [*self.model.parameters(), *run.optimizer.tensors()],
-            run.progress.peak_memory_bytes,
+            model.device, lambda: [*model.parameters(), *optimizer.tensors()], run.progress.peak_memory_bytes
         )
         self._first_step = run.progress.step
         self._in_flight: deque[_Step] = deque()
@@ -192,7 +191,7 @@ class Loop:
             return torch.zeros((), device=self.model.device)
         try:
             with self.batches.placed(self.model, batch) as placed:
-                loss_sum, _ = labelled_loss_sum(self.model, placed, fuse=self.execution.compiled and can_compile_now())
+                loss_sum, _ = CAUSAL_LM.loss_sum(self.model, placed, fuse=self.execution.compiled and can_compile_now())
                 torch.autograd.backward(loss_sum / targets)
                 return loss_sum.detach()
         except (RuntimeError, MemoryError) as error:

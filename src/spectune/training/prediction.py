@@ -21,12 +21,12 @@ from spectune.planning.memory_plan import cheapest_that_fits
 from spectune.planning.memory_plan import estimate as estimate_of
 from spectune.planning.shape import Shape
 from spectune.planning.workload import Workload
-from spectune.training.batching import Batches
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import decide, decide_run, possible_modes
 from spectune.training.distribution import World
 from spectune.training.peaks import MEMORY_STEPS
 from spectune.training.prepare import Prepared, steps_of_run
+from spectune.training.step_batches import Batches
 
 log = logging.getLogger("spectune")
 
@@ -116,7 +116,6 @@ class Predictions:
 def predict(
     delta: Delta,
     prepared: Prepared,
-    config: TrainingConfig,
     world: World,
     known: Predictions | None = None,
     decided_as: TrainingConfig | None = None,
@@ -132,15 +131,15 @@ def predict(
     Raises:
         ConfigError: as `decide`.
     """
-    model, method = delta.model, delta.method
-    execution = decide_run(delta, prepared, decided_as or config, world.size)
+    model, config = delta.model, prepared.config
+    execution = decide_run(delta, prepared, world.size, decided_as)
     if config.memory_check == "off":
         return Prediction(execution)
     possible = possible_modes(config, model.device.type, model)
     free, known = free_memory(model.device), known or Predictions()
     try:
         found = PlannedBatches.of(prepared.examples, prepared.valid, config, execution.packing, world)
-        workload = Workload.of(model, method, None, model.device, optim=config.optim,
+        workload = Workload.of(model, delta.method, None, model.device, optim=config.optim,
                                accumulates=config.gradient_accumulation_steps > 1)  # fmt: skip
 
         def planned(mode: Recomputation) -> Prediction:

@@ -23,13 +23,16 @@ DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training and validation rows as token ids, and what follows from settings, method and base."""
+    """What a run trains on: training and validation rows as token ids, settings, and what follows from them, method and
+    base."""
 
+    config: TrainingConfig
     rows: list[Row]
     encoded: tuple[Encoded, Encoded]
     learning_rate: float
     max_length: int
     identity: dict[str, Any]
+    pad_token_id: int
 
     @property
     def examples(self) -> list[Example]:
@@ -82,7 +85,7 @@ def prepare(
         dtype=str(model.dtype).removeprefix("torch."),
         base_precision=base_precision(model),
     )
-    return Prepared(rows, (train, valid), rate, length, identity)
+    return Prepared(config, rows, (train, valid), rate, length, identity, pad_token_id(tokenizer))
 
 
 def total_steps(rows: int, config: TrainingConfig, processes: int = 1) -> int:

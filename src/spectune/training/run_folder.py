@@ -19,11 +19,11 @@ from spectune.data import Encoded, Row
 from spectune.deltas import Delta
 from spectune.errors import ConfigError, DataError
 from spectune.files.strict_json import strict_json
+from spectune.results.run import RunResult
 from spectune.storage import atomic_write_text
 from spectune.training.checkpoint import TRAINING_FILE, save_checkpoint, swap_best
 from spectune.training.identity import write_identity
 from spectune.training.prepare import Prepared
-from spectune.training.result import RunResult
 from spectune.training.run_state import Keeper, RunState
 
 #: the weights at the end, where best/ does not hold them as they were trained
@@ -50,7 +50,7 @@ def load_end(folder: Path, delta: Delta) -> None:
     """Give an attached delta the weights that a finished run ended with. Raises DataError where they are gone."""
     end = folder / END_FILE
     if not end.is_file():
-        delta.read_files(folder / "best")
+        delta.files.read(folder / "best")
         return
     try:
         state = load_file(end)
@@ -82,7 +82,7 @@ def _common_ending(prompts: Sequence[str]) -> str:
     return ending or ""
 
 
-class RunFolder:
+class RunFolder(Keeper):
     """What one run keeps; with `folder` None all of it in memory alone."""
 
     def __init__(
@@ -104,7 +104,7 @@ class RunFolder:
         }
         self._metrics: Any = None
         self._board: Any = None
-        run.keeper = Keeper(self._checkpoint, self._keep_best, self._log, self._resume_hint(), self._kept_state)
+        run.keeper = self
 
     def begin(self, encoded: Sequence[Encoded], machine: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
         """Write what is known before training: settings, identity, machine, where every row went.
@@ -148,6 +148,7 @@ class RunFolder:
         for file in (self._metrics, self._board):
             if file is not None:
                 file.close()
+        self.run.keeper = Keeper()  # no circle keeps the optimizer's memory
 
     def _settings(self, origin: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -162,17 +163,17 @@ class RunFolder:
     def _copy(self) -> dict[str, Tensor]:
         return {name: t.detach().cpu().clone() for name, t in self.run.delta.training_state_dict().items()}
 
-    def _checkpoint(self) -> None:
+    def checkpoint(self) -> None:
         if self.folder is not None:
             run = self.run
             save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
 
-    def _keep_best(self) -> None:
+    def keep_best(self) -> None:
         self.best = self._copy()
         if self.folder is not None:
             swap_best(self.folder, self.run.delta, self.run.progress.step, self.tokenizer, self.training)
 
-    def _log(self, entry: dict[str, Any]) -> None:
+    def log(self, entry: dict[str, Any]) -> None:
         if self._metrics is not None:
             self._metrics.write(strict_json(entry, indent=None) + "\n")
             self._metrics.flush()
@@ -190,7 +191,8 @@ class RunFolder:
             atomic_write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= last))
         self._metrics = path.open("a", encoding="utf-8")
 
-    def _resume_hint(self) -> str:
+    @property
+    def resume_hint(self) -> str:
         if self.run.config.output_dir is None:
             return "Nothing was written, because the run has no output_dir."
         return (
@@ -198,7 +200,7 @@ class RunFolder:
             f"--output-dir {self.run.config.output_dir} --resume"
         )
 
-    def _kept_state(self) -> str:
+    def kept_state(self) -> str:
         where = f" in {self.folder / 'best'}" if self.folder is not None else ""
         if self.run.progress.best_step is None:
             return f"No validation had been passed: the weights of the start (step 0) are kept{where}."

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
+from spectune.blocks.execution import Packing
 from spectune.data import Example
 from spectune.deltas import Delta
-from spectune.errors import DivergedError
-from spectune.training.batching import Batches
+from spectune.errors import ConfigError, DivergedError
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
+from spectune.training.distribution import World
 from spectune.training.optimizer import MasterAdamW, learning_rate_at
+from spectune.training.optimizers import make_optimizer
+from spectune.training.prepare import Prepared, total_steps
+from spectune.training.step_batches import Batches
 
 
-@dataclass
 class Keeper:
-    """What a run keeps as it goes, in memory or on disk."""
+    """What a run keeps as it goes, in memory or on disk; this one nothing."""
 
-    checkpoint: Callable[[], None]
-    keep_best: Callable[[], None]
-    log: Callable[[dict[str, Any]], None]
-    resume_hint: str
-    kept_state: Callable[[], str]
+    @property
+    def resume_hint(self) -> str:
+        """A sentence on how to go on after an interruption."""
+        return ""
 
-    @classmethod
-    def of_nothing(cls) -> Keeper:
-        """Keeps nothing."""
-        return cls(lambda: None, lambda: None, lambda _: None, "", lambda: "Nothing is kept.")
+    def checkpoint(self) -> None: ...
+
+    def keep_best(self) -> None: ...
+
+    def log(self, entry: dict[str, Any]) -> None: ...
+
+    def kept_state(self) -> str:
+        """A sentence on which weights are kept."""
+        return "Nothing is kept."
 
 
 @dataclass
@@ -48,7 +57,20 @@ class RunState:
     learning_rate: float
     total_steps: int
     progress: Progress = field(default_factory=Progress)
-    keeper: Keeper = field(default_factory=Keeper.of_nothing)
+    keeper: Keeper = field(default_factory=Keeper)
+
+    @classmethod
+    def of(cls, delta: Delta, prepared: Prepared, packing: Packing, world: World) -> RunState:
+        """A run at its start.
+
+        Raises:
+            ConfigError: nothing of the delta may be trained, or the optimizer cannot do what is configured.
+        """
+        config, rate, trained = prepared.config, prepared.learning_rate, trained_parameters(delta)
+        batches = Batches(prepared.examples, config, packing, world, prepared.pad_token_id)
+        optimizer = make_optimizer(trained, config, rate, world.size)
+        total = total_steps(len(prepared.examples), config, world.size)
+        return cls(delta, optimizer, batches, prepared.valid, config, rate, total)
 
     def rate_at(self, step: int) -> float:
         """The learning rate of step `step`, from 0."""
@@ -105,3 +127,14 @@ class RunState:
             f"{what} (learning rate {self.learning_rate:g}). "
             f"{self.keeper.kept_state()} Try a smaller learning_rate, more warmup_steps or a smaller max_grad_norm."
         )
+
+
+def trained_parameters(delta: Delta) -> list[nn.Parameter]:
+    """The weights that a run trains. Raises ConfigError where there is none."""
+    trained = [parameter for parameter in delta.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError(
+            f"delta {delta.name!r} has no weight that may be trained: load it with "
+            "spectune.load_delta(..., trainable=True), or set requires_grad on its parameters()"
+        )
+    return trained

@@ -8,28 +8,25 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.blocks.execution import Execution
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
-from spectune.training.batching import Batches
-from spectune.training.checkpoint import Progress, latest_checkpoint, read_state, restore
+from spectune.results.run import RunResult
+from spectune.training.checkpoint import latest_checkpoint, read_state, restore
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import check_graphs
 from spectune.training.display import Display
 from spectune.training.distribution import World
-from spectune.training.environment import environment
 from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
-from spectune.training.optimizers import make_optimizer
+from spectune.training.machine import environment
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
-from spectune.training.prepare import Prepared, pad_token_id, prepare, total_steps
-from spectune.training.result import RunResult
+from spectune.training.prepare import Prepared, prepare
 from spectune.training.run_folder import RunFolder, check_folder, load_end
-from spectune.training.run_state import RunState
+from spectune.training.run_state import RunState, trained_parameters
 
 _COMPILES = "the blocks are compiled in the first step, which takes a minute or so (torch_compile=false: not)"
 
@@ -71,20 +68,20 @@ def train(
     out = (console or Console()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
-    delta = _attached(model, tokenizer, method_or_delta, name, config.seed)
+    delta = _attach(model, tokenizer, method_or_delta, name, config.seed)
     prepared = prepare(model, tokenizer, delta.method, train_rows, valid_rows, config, delta.base_fingerprint)
     if finished is not None:
-        return _as_it_ended(finished, delta, prepared, config, out)
-    trained = trained_parameters(delta)
-    predicted = predict(delta, prepared, config, world, predictions, rehearsed)
+        return _finished_before(finished, delta, prepared, out)
+    trained_parameters(delta)
+    predicted = predict(delta, prepared, world, predictions, rehearsed)
     check_memory(predicted, delta, config.memory_check)
     execution = predicted.execution
     if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
         check_graphs(model.device.type, execution.packing.on, execution.recomputation)
-    run, folder = _begun(delta, tokenizer, trained, prepared, execution, config, world, out)
-    folder.begin(prepared.encoded, {**environment(), **_chosen(execution)}, origin or {})
+    run, folder = _start_or_resume(delta, tokenizer, prepared, execution, world, out)
+    folder.begin(prepared.encoded, {**environment(), **execution.settings()}, origin or {})
     _announce(out, run, prepared, execution)
-    stopped = _driven(Loop(run, execution), folder, out, base_valid_loss)
+    stopped = _run_to_end(Loop(run, execution), folder, out, base_valid_loss)
     if config.load_best_at_end and run.progress.best_step != run.progress.step:
         delta.load_training_state_dict(folder.best)
     folder.keep_end()
@@ -95,18 +92,7 @@ def train(
     return result
 
 
-def trained_parameters(delta: Delta) -> list[nn.Parameter]:
-    """The weights that a run trains. Raises ConfigError where there is none."""
-    trained = [parameter for parameter in delta.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ConfigError(
-            f"delta {delta.name!r} has no weight that may be trained: load it with "
-            "spectune.load_delta(..., trainable=True), or set requires_grad on its parameters()"
-        )
-    return trained
-
-
-def _attached(
+def _attach(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     method_or_delta: Method | Delta,
@@ -129,11 +115,9 @@ def _attached(
     return delta
 
 
-def _as_it_ended(
-    finished: RunResult, delta: Delta, prepared: Prepared, config: TrainingConfig, out: Console
-) -> RunResult:
+def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out: Console) -> RunResult:
     """Of a run that was finished before: its weights and its result."""
-    folder = config.output_dir
+    folder = prepared.config.output_dir
     assert folder is not None
     check_identity(read_identity(folder), prepared.identity, folder, "finished run")
     load_end(folder, delta)
@@ -141,33 +125,26 @@ def _as_it_ended(
     return finished
 
 
-def _begun(
+def _start_or_resume(
     delta: Delta,
     tokenizer: PreTrainedTokenizerBase,
-    trained: list[nn.Parameter],
     prepared: Prepared,
     execution: Execution,
-    config: TrainingConfig,
     world: World,
     out: Console,
 ) -> tuple[RunState, RunFolder]:
     """The run at its start, or where its newest checkpoint is; and what it keeps."""
-    optimizer = make_optimizer(trained, config, prepared.learning_rate, world.size)
-    folder, progress, best = config.output_dir, Progress(), None
-    if folder is not None and config.resume and (checkpoint := latest_checkpoint(folder)) is not None:
-        progress, recorded = read_state(checkpoint)
+    run = RunState.of(delta, prepared, execution.packing, world)
+    folder, best = prepared.config.output_dir, None
+    if folder is not None and prepared.config.resume and (checkpoint := latest_checkpoint(folder)) is not None:
+        run.progress, recorded = read_state(checkpoint)
         check_identity(recorded, prepared.identity, checkpoint, "checkpoint")
-        best = restore(checkpoint, delta, optimizer)
+        best = restore(checkpoint, delta, run.optimizer)
         out.print(f"going on from {checkpoint}", soft_wrap=True, highlight=False)
-    batches = Batches(prepared.examples, config, execution.packing, world, pad_token_id(tokenizer))
-    total = total_steps(len(prepared.examples), config, world.size)
-    run = RunState(
-        delta, optimizer, batches, prepared.valid, config, prepared.learning_rate, total, progress=progress
-    )  # fmt: skip
     return run, RunFolder(folder if world.leads else None, run, best, prepared, tokenizer)
 
 
-def _driven(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
+def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
     """The run to its end. Returns whether that came early because validation stopped improving."""
     run = loop.run
     try:
@@ -182,15 +159,6 @@ def _driven(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float 
         loop.model.train(False)
         run.optimizer.close()
         folder.close()
-
-
-def _chosen(execution: Execution) -> dict[str, Any]:
-    """What the settings came to, for environment.json."""
-    return {
-        "gradient_checkpointing": execution.recomputation,
-        "torch_compile": execution.compiled,
-        "cuda_graphs": execution.graphs,
-    }
 
 
 def _base_loss(loop: Loop) -> float:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from spectune.comparing.advising.limits import Limits
-from spectune.comparing.advising.recommend import AXES, recommend
-from spectune.comparing.judging.verdict import verdict
 from spectune.files.strict_json import strict_json
+from spectune.results import Limits
+from spectune.results.recommendation import AXES
 from tests.comparing.invented import invent
+from tests.comparing.invented import judged as verdict
+from tests.comparing.invented import recommended as recommend
 
 SIX = {"full": 1.0, "lora": 1.0, "adapter": 1.002, "prefix": 1.04, "bitfit": 1.06, "prompt": 1.12}
 

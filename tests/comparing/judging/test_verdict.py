@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spectune.comparing.judging.verdict import verdict
 from spectune.files.strict_json import strict_json
 from tests.comparing.invented import invent, read_rows, write_rows
+from tests.comparing.invented import judged as verdict
 
 SIX = {"full": 1.0, "lora": 1.0, "adapter": 1.002, "prefix": 1.04, "bitfit": 1.06, "prompt": 1.12}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from spectune.comparing.judging.statistics import Array, Score, bleu, chrf, ratio
+from spectune.results import ComparedRun, ComparisonResult
+from spectune.results.arm_result import is_finite
 
 #: corpus metrics by name: how their summed statistics become a score, and how many there are
 CORPUS: dict[str, tuple[Score, int]] = {"bleu": (bleu, 10), "chrf": (chrf, 18)}
@@ -34,8 +36,8 @@ class Evidence:
 
 
 @dataclass
-class Found:
-    """What was found; `problems` are sentences on what was left out and why."""
+class Findings:
+    """What the runs left; `problems` are sentences on what was left out and why."""
 
     loss: Evidence | None = None
     metrics: dict[str, Evidence] = field(default_factory=dict)
@@ -44,19 +46,19 @@ class Found:
     problems: list[str] = field(default_factory=list)
 
 
-def find_evidence(content: Mapping[str, Any], folder: Path) -> Found:
-    """Read what `content`'s runs point to under `folder`. What cannot be read is left out, and named."""
-    found = Found()
-    runs = [run for run in _list(content.get("runs")) if isinstance(run, dict) and run.get("name")]
+def find_evidence(comparison: ComparisonResult, folder: Path) -> Findings:
+    """Read what the comparison's runs point to under `folder`. What cannot be read is left out, and named."""
+    found = Findings()
+    runs = [run for run in comparison.runs if run.name]
     tables = {}
     for run in runs:
-        if not run.get("rows_file"):
+        if not run.rows_file:
             continue
         try:
-            tables[_key(run)] = _read_rows(folder / str(run["rows_file"]))
+            tables[_key(run)] = _read_rows(folder / run.rows_file)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            found.problems.append(f"{_title(run)} is left out: {run['rows_file']} cannot be used ({error}).")
-    without = [run for run in runs if not run.get("rows_file")]
+            found.problems.append(f"{_title(run)} is left out: {run.rows_file} cannot be used ({error}).")
+    without = [run for run in runs if not run.rows_file]
     if tables and without:
         found.problems += [f"{_title(run)} is left out: it was saved without a loss for each row." for run in without]
     titles = {_key(run): _title(run) for run in runs}
@@ -67,7 +69,7 @@ def find_evidence(content: Mapping[str, Any], folder: Path) -> Found:
         found.base_loss = _mean_loss(_read_rows(folder / "base" / "rows.jsonl"), tables)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         found.base_loss = None  # an older comparison has no such file
-    found.forgetting = _forgetting(content, runs, folder, found.problems)
+    found.forgetting = _forgetting(comparison, runs, folder, found.problems)
     return found
 
 
@@ -110,7 +112,7 @@ def _same_rows(tables: dict[Key, Rows], titles: Mapping[Key, str], problems: lis
     return {key: rows for key, rows in tables.items() if frozenset(rows) == wanted}
 
 
-def _fill(found: Found, tables: Mapping[Key, Rows]) -> None:
+def _fill(found: Findings, tables: Mapping[Key, Rows]) -> None:
     numbers = sorted(next(iter(tables.values())))
     units = _units(next(iter(tables.values())), numbers)
     found.loss = _evidence(tables, numbers, units, ratio, lambda row: (row["loss_sum"], row["target_tokens"]))
@@ -119,7 +121,7 @@ def _fill(found: Found, tables: Mapping[Key, Rows]) -> None:
 
         def value(row: dict[str, Any], name: str = name) -> tuple[float, float] | None:
             number = (row.get("metrics") or {}).get(name)
-            return (float(number), 1.0) if number is not None and _finite(number) else None
+            return (float(number), 1.0) if number is not None and is_finite(number) else None
 
         _add_metric(found, name, tables, numbers, units, ratio, value)
     for name, (score, size) in CORPUS.items():
@@ -127,14 +129,14 @@ def _fill(found: Found, tables: Mapping[Key, Rows]) -> None:
         def counts(row: dict[str, Any], name: str = name, size: int = size) -> Sequence[float] | None:
             numbers = (row.get("statistics") or {}).get(name)
             return (
-                numbers if isinstance(numbers, list) and len(numbers) == size and all(map(_finite, numbers)) else None
+                numbers if isinstance(numbers, list) and len(numbers) == size and all(map(is_finite, numbers)) else None
             )
 
         _add_metric(found, name, tables, numbers, units, score, counts)
 
 
 def _add_metric(
-    found: Found,
+    found: Findings,
     name: str,
     tables: Mapping[Key, Rows],
     numbers: Sequence[int],
@@ -177,29 +179,29 @@ def _evidence(
 
 
 def _forgetting(
-    content: Mapping[str, Any], runs: Iterable[Mapping[str, Any]], folder: Path, problems: list[str]
+    comparison: ComparisonResult, runs: Sequence[ComparedRun], folder: Path, problems: list[str]
 ) -> Evidence | None:
     """KL sums and tokens of the passages. Where the tokens are not on disk, every passage has the mean number."""
     lists = {
-        (_key(run), _title(run)): run["forgetting_by_passage"]
+        (_key(run), _title(run)): run.forgetting_by_passage
         for run in runs
-        if isinstance(run.get("forgetting_by_passage"), list) and all(map(_finite, run["forgetting_by_passage"]))
+        if run.forgetting_by_passage is not None and all(map(is_finite, run.forgetting_by_passage))
     }
     if not lists:
         return None
     size = Counter(len(values) for values in lists.values()).most_common(1)[0][0]
-    data = content.get("data") or {}
     try:
         tokens = json.loads((folder / "base" / "passages.json").read_text(encoding="utf-8"))["tokens"]
     except (OSError, ValueError, KeyError, TypeError):
-        total, passages = data.get("retained_tokens"), data.get("retained_passages")
+        total, passages = comparison.data.retained_tokens, comparison.data.retained_passages
         tokens = [total / passages if total and passages else 1.0] * size
-    if size < 2 or len(tokens) != size or not all(map(_finite, tokens)) or not sum(tokens):
+    if size < 2 or len(tokens) != size or not all(map(is_finite, tokens)) or not sum(tokens):
         return None
     arms: dict[str, list[Array]] = {}
     for ((arm, _), title), values in lists.items():
         if len(values) == size:
-            arms.setdefault(arm, []).append(np.column_stack([values, tokens]).astype(np.float64))
+            sums = np.column_stack([np.array(values, dtype=np.float64), tokens])
+            arms.setdefault(arm, []).append(sums.astype(np.float64))
         else:
             problems.append(f"{title} is left out of forgetting: {len(values)} passages, the others have {size}.")
     return Evidence({arm: np.stack(seeds) for arm, seeds in arms.items()}, ratio, size, size)
@@ -213,17 +215,9 @@ def _mean_loss(rows: Rows, tables: Mapping[Key, Rows]) -> float | None:
     return math.fsum(row["loss_sum"] for row in rows.values()) / tokens
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _key(run: ComparedRun) -> Key:
+    return run.name, run.rows_file or str(run.seed)
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _key(run: Mapping[str, Any]) -> Key:
-    return str(run["name"]), str(run.get("rows_file") or run.get("seed"))
-
-
-def _title(run: Mapping[str, Any]) -> str:
-    return f"{run['name']} with seed {run.get('seed', '?')}"
+def _title(run: ComparedRun) -> str:
+    return f"{run.name} with seed {'?' if run.seed is None else run.seed}"

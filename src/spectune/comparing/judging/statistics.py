@@ -131,33 +131,33 @@ def estimate(
     rows = {array.shape[1] for array in sums.values()}
     if len(rows) != 1 or min(rows) < 2:
         raise ValueError(f"arms with {sorted(rows)} rows; expected the same rows for all, and at least two")
-    count = rows.pop()
     runs = [score(array.sum(axis=1)) for array in sums.values()]
     means = np.array([values.mean() for values in runs])
     spread = _row_noise(list(sums.values()), score, replicates, seed)
     noise = _seed_noise(runs, spread.interaction, means if relative_noise else np.ones_like(means))
-
+    count = rows.pop()
     arms = []
     for index, name in enumerate(names):
-        rows_part = float(spread.covariance[index, index])
-        variance, degrees = _combined(rows_part, count - 1, noise, [index])
+        variance, degrees = _combined(float(spread.covariance[index, index]), count - 1, noise, [index])
         reach = float(student_t.ppf((1 + confidence) / 2, degrees)) * variance**0.5
         sd = float(runs[index].std(ddof=1)) if len(runs[index]) > 1 else None
         mean = float(means[index])
         arms.append(ArmEstimate(name, len(runs[index]), mean, mean - reach, mean + reach, sd))
+    return arms, _pairs(names, means, spread.covariance, noise, count, confidence) if len(names) > 1 else []
 
+
+def _pairs(
+    names: list[str], means: Array, covariance: Array, noise: _SeedNoise, rows: int, confidence: float
+) -> list[PairEstimate]:
+    """Every pair of arms, with Holm's correction. `covariance`: of the arms' means over samples of rows."""
     indices = list(combinations(range(len(names)), 2))
-    if not indices:
-        return arms, []
     differences = np.array([means[b] - means[a] for a, b in indices])
-    row_parts = np.array(
-        [spread.covariance[a, a] + spread.covariance[b, b] - 2 * spread.covariance[a, b] for a, b in indices]
-    ).clip(min=0)
-    both = [_combined(float(part), count - 1, noise, list(pair)) for part, pair in zip(row_parts, indices, strict=True)]
+    row_parts = np.array([covariance[a, a] + covariance[b, b] - 2 * covariance[a, b] for a, b in indices]).clip(min=0)
+    both = [_combined(float(part), rows - 1, noise, list(pair)) for part, pair in zip(row_parts, indices, strict=True)]
     errors, degrees_of = np.sqrt([variance for variance, _ in both]), np.array([degrees for _, degrees in both])
     with np.errstate(divide="ignore", invalid="ignore"):
         statistics = np.where(differences == 0, 0.0, np.abs(differences) / errors)
-        effects = differences / np.sqrt(row_parts * count)
+        effects = differences / np.sqrt(row_parts * rows)
     p = 2 * student_t.sf(statistics, degrees_of)
     adjusted = holm(p)
     # Holm's own level of each pair: that of its step where it was rejected, of the step that stopped where not
@@ -165,22 +165,12 @@ def estimate(
     steps = np.empty(len(p))
     steps[np.argsort(p, kind="stable")] = len(p) - np.minimum(np.arange(len(p)), found.sum())
     reaches = student_t.isf((1 - confidence) / steps / 2, degrees_of) * errors
-    pairs = [
-        PairEstimate(
-            names[a],
-            names[b],
-            float(difference),
-            float(difference - reach),
-            float(difference + reach),
-            float(p_value),
-            float(p_adjusted),
-            float(effect) if np.isfinite(effect) else None,
-        )
-        for (a, b), difference, reach, p_value, p_adjusted, effect in zip(
-            indices, differences, reaches, p, adjusted, effects, strict=True
-        )
+    effect_sizes = [float(effect) if np.isfinite(effect) else None for effect in effects]
+    columns = [column.tolist() for column in (differences, differences - reaches, differences + reaches, p, adjusted)]
+    return [
+        PairEstimate(names[a], names[b], *numbers)
+        for (a, b), *numbers in zip(indices, *columns, effect_sizes, strict=True)
     ]
-    return arms, pairs
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from spectune.reporting import units
-from spectune.reporting.arms import arm_labels, runs_by_arm
 from spectune.reporting.artifacts import base_rows, judged_rows
 from spectune.reporting.columns import metric_text, metric_title
 from spectune.reporting.text import clipped
+from spectune.results.comparison_file import ComparisonResult
 
 COUNT = 12
 #: characters of a prompt or an output that are shown
@@ -43,11 +43,11 @@ class Examples:
     chosen: list[Example]
 
 
-def examples(comparison: Mapping[str, Any], folder: Path) -> Examples | None:
+def examples(comparison: ComparisonResult, folder: Path) -> Examples | None:
     """None where the runs left no outputs."""
-    labels = arm_labels(comparison)
+    labels = comparison.labels
     tables = {
-        labels[name]: rows for name, runs in runs_by_arm(comparison).items() if (rows := judged_rows(folder, runs[0]))
+        labels[name]: rows for name, runs in comparison.runs_by_arm.items() if (rows := judged_rows(folder, runs[0]))
     }
     written = {label: {n for n, row in rows.items() if "prediction" in row} for label, rows in tables.items()}
     tables = {label: rows for label, rows in tables.items() if written[label]}

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -31,7 +30,6 @@ from spectune.reporting.page import reproduce
 from spectune.reporting.page.examples import examples
 from spectune.reporting.page.svg import inline
 from spectune.reporting.plots.style import Plot
-from spectune.reporting.rows import ComparisonRow, comparison_rows
 from spectune.reporting.text import clipped, plain
 from spectune.reporting.words import (
     failure_lines,
@@ -42,6 +40,8 @@ from spectune.reporting.words import (
     recommendation_sentence,
     verdict_sentences,
 )
+from spectune.results.arm_result import ArmResult, arm_results
+from spectune.results.comparison_file import ComparisonResult
 
 HERE = Path(__file__).parent
 
@@ -63,14 +63,14 @@ class Cell:
     words: bool
 
 
-def comparison_page(comparison: Mapping[str, Any], folder: Path, drawn: Sequence[tuple[Plot, str]]) -> str:
+def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[tuple[Plot, str]]) -> str:
     """The page as text. `drawn` are the figures with their SVG files' text."""
     shown = {
         plot.name: Drawn(plot, inline(svg, plot.name, plot.title, plot.description))
         for plot, svg in drawn
         if plot.in_page
     }
-    rows = comparison_rows(comparison)
+    rows = arm_results(comparison)
     groups = _groups(comparison, rows)
     columns = [column for _, found in groups for column in found]
     runs = reproduce.run_lines(comparison)
@@ -82,7 +82,7 @@ def comparison_page(comparison: Mapping[str, Any], folder: Path, drawn: Sequence
     environment.filters["plain"] = plain
     verdict = verdict_sentences(comparison)
     return environment.get_template("page.html.j2").render(
-        title=f"Fine-tuning {clipped(str(comparison['base']['name']), 80)}: {len(rows)} methods compared",
+        title=f"Fine-tuning {clipped(comparison.base.name, 80)}: {len(rows)} methods compared",
         facts=_facts(comparison, rows),
         headline=verdict[0] if verdict else _without_verdict(rows),
         sentences=[*verdict[1:], *metric_sentences(comparison)],
@@ -112,7 +112,7 @@ def comparison_page(comparison: Mapping[str, Any], folder: Path, drawn: Sequence
     )
 
 
-def _groups(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> list[tuple[str, list[Column]]]:
+def _groups(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[tuple[str, list[Column]]]:
     """The columns of the large table, after the method's own."""
     quality = quality_columns(comparison, rows)[1:]
     training = [column for column in training_columns(comparison, rows)[1:] if column is not LEARNING_RATE]
@@ -128,7 +128,7 @@ def _groups(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> lis
     ]
 
 
-def _cell(column: Column, row: ComparisonRow) -> Cell:
+def _cell(column: Column, row: ArmResult) -> Cell:
     return Cell(column.text(row), None if column.value is None else column.value(row), column.words)
 
 
@@ -136,20 +136,19 @@ def _pick(shown: Mapping[str, Drawn], *names: str) -> list[Drawn]:
     return [shown[name] for name in names if name in shown]
 
 
-def _facts(comparison: Mapping[str, Any], rows: Sequence[ComparisonRow]) -> list[str]:
-    base, data = comparison["base"], comparison["data"]
+def _facts(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[str]:
+    base, data = comparison.base, comparison.data
     seeds = max((row.seeds for row in rows), default=1)
     facts = [
-        f"{units.count(base['total_parameters'])} weights, {base['dtype']} on {base['device']}",
-        f"trained on {data['train_rows']:,} rows",
-        f"judged on {data.get('judged_rows') or data['valid_rows']:,} {data.get('judged_on') or 'valid'} rows",
+        f"{units.count(base.total_parameters)} weights, {base.dtype} on {base.device}",
+        f"trained on {data.train_rows:,} rows",
+        f"judged on {data.judged_rows or data.valid_rows:,} {data.judged_on} rows",
         f"{seeds} seed{'s' if seeds > 1 else ''} a method",
     ]
-    preset = comparison.get("preset") or {}
-    return [*facts, f"preset {preset['name']}"] if preset.get("name") else facts
+    return [*facts, f"preset {comparison.preset.name}"] if comparison.preset.name else facts
 
 
-def _without_verdict(rows: Sequence[ComparisonRow]) -> str:
+def _without_verdict(rows: Sequence[ArmResult]) -> str:
     """The headline where nothing was tested."""
     ended = [row for row in rows if row.loss is not None]
     if not ended:
@@ -162,7 +161,7 @@ def _without_verdict(rows: Sequence[ComparisonRow]) -> str:
 
 
 def _anchors(
-    proofs: Sequence[str], comparison: Mapping[str, Any], runs: Sequence[reproduce.RunLine]
+    proofs: Sequence[str], comparison: ComparisonResult, runs: Sequence[reproduce.RunLine]
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     """Links to the runs that prove a sentence: (label, [(anchor, seed)]) by arm; unknown ones are left out."""
     places = {run.cells[-1]: run for run in runs}

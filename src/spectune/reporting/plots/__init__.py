@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from spectune.reporting.plots import style
 from spectune.reporting.plots.curves import data_plot, learning_plot
-from spectune.reporting.plots.forgetting import forgetting_plot
 from spectune.reporting.plots.order import difference_plot, order_plot
-from spectune.reporting.plots.quality import quality_plots
 from spectune.reporting.plots.rates import rate_plots
 from spectune.reporting.plots.shares import comparison_figure
-from spectune.reporting.plots.style import Plot, style
+from spectune.reporting.plots.style import Plot
+from spectune.reporting.plots.trade_offs import forgetting_plot, quality_plots
+from spectune.results.comparison_file import ComparisonResult
 
 
-def comparison_plots(comparison: Mapping[str, Any], folder: Path) -> list[Plot]:
+def comparison_plots(comparison: ComparisonResult, folder: Path) -> list[Plot]:
     """Every figure that the comparison, and the runs under its folder, have numbers for."""
-    with style():
+    with style.style():
         made = [
             order_plot(comparison),
             difference_plot(comparison),
@@ -30,4 +29,4 @@ def comparison_plots(comparison: Mapping[str, Any], folder: Path) -> list[Plot]:
     return [plot for plot in made if plot is not None]
 
 
-__all__ = ["Plot", "comparison_figure", "comparison_plots", "style"]
+__all__ = ["Plot", "comparison_figure", "comparison_plots"]

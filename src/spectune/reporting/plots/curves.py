@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from spectune.reporting import units
-from spectune.reporting.arms import runs_by_arm
 from spectune.reporting.artifacts import Curve, curve
 from spectune.reporting.plots.labels import label_ends
 from spectune.reporting.plots.style import (
@@ -22,6 +21,7 @@ from spectune.reporting.plots.style import (
     new_figure,
     shortened,
 )
+from spectune.results.comparison_file import ComparisonResult
 
 #: validations that make a curve; a run with fewer is drawn by its training loss
 ENOUGH = 3
@@ -31,12 +31,12 @@ BLOCKS = 30
 Line = list[tuple[float, float]]
 
 
-def learning_plot(comparison: Mapping[str, Any], folder: Path) -> Plot | None:
+def learning_plot(comparison: ComparisonResult, folder: Path) -> Plot | None:
     """Validation loss by step, the mean over seeds with each seed as a thin line; the training loss where there are
     hardly any validations."""
     curves = {
         name: found
-        for name, runs in runs_by_arm(comparison).items()
+        for name, runs in comparison.runs_by_arm.items()
         if (found := [c for run in runs if (c := curve(folder, run)) is not None])
     }
     if not curves:
@@ -91,12 +91,12 @@ def learning_plot(comparison: Mapping[str, Any], folder: Path) -> Plot | None:
     )
 
 
-def data_plot(comparison: Mapping[str, Any]) -> Plot | None:
+def data_plot(comparison: ComparisonResult) -> Plot | None:
     """Validation loss by the number of training rows."""
     values: dict[str, dict[float, list[float]]] = {}
-    for entry in comparison.get("curves") or ():
-        if entry.get("valid_loss") is not None and entry.get("rows"):
-            values.setdefault(entry["name"], {}).setdefault(entry["rows"], []).append(entry["valid_loss"])
+    for point in comparison.curves:
+        if point.valid_loss is not None and point.rows:
+            values.setdefault(point.name, {}).setdefault(point.rows, []).append(point.valid_loss)
     lines = {
         name: [(rows, sum(found) / len(found)) for rows, found in sorted(by_rows.items())]
         for name, by_rows in values.items()
@@ -149,8 +149,8 @@ def _line(found: Curve, validated: bool) -> Line:
     return [(block[-1][0], sum(value for _, value in block) / len(block)) for block in blocks]
 
 
-def _batch(comparison: Mapping[str, Any]) -> str:
-    tokens = comparison["data"].get("target_tokens_per_step")
+def _batch(comparison: ComparisonResult) -> str:
+    tokens = comparison.data.target_tokens_per_step
     return "" if tokens is None else f" of about {tokens:,.0f} target tokens"
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
@@ -23,37 +22,39 @@ from spectune.reporting.plots.style import (
     new_figure,
     pad,
 )
-from spectune.reporting.words import label_of
+from spectune.results.arm_result import FULL
+from spectune.results.comparison_file import ComparisonResult
+from spectune.results.verdict_record import JudgedPair, Verdict
 
 ROW = 0.27
 #: between the bars of two groups, inches
 LANE = 0.16
 
 
-def order_plot(comparison: Mapping[str, Any]) -> Plot | None:
+def order_plot(comparison: ComparisonResult) -> Plot | None:
     """Arms from best to worst with their intervals; a bar at the right joins arms that do not differ."""
-    verdict = comparison.get("verdict") or {}
-    arms = [arm for arm in verdict.get("arms") or () if arm.get("mean") is not None]
+    verdict = comparison.verdict or Verdict()
+    arms = [(arm, arm.mean) for arm in verdict.arms if arm.mean is not None]
     if len(arms) < 2:
         return None
     look = looks(comparison)
-    names = [arm["name"] for arm in arms]
-    groups = [group for group in verdict.get("groups") or () if len(group) > 1 and set(group) <= set(names)]
+    names = [arm.name for arm, _ in arms]
+    groups = [group for group in verdict.groups if len(group) > 1 and set(group) <= set(names)]
     figure = new_figure(height=ROW * len(arms) + 0.68)
     left = 0.25 + 0.067 * max(len(look[name].label) for name in names)
     axes = new_axes(figure, left=left, right=0.2 + LANE * len(groups), bottom=0.5, top=0.1)
-    for place, arm in enumerate(arms):
-        seen = look[arm["name"]]
-        if arm.get("low") is not None and arm.get("high") is not None:
-            axes.plot([arm["low"], arm["high"]], [place, place], color=seen.colour, linewidth=1.6)
-        axes.plot(arm["mean"], place, seen.marker, color=seen.colour, markersize=4.2)
-    found = [value for arm in arms for value in (arm["mean"], arm.get("low"), arm.get("high")) if value is not None]
+    for place, (arm, mean) in enumerate(arms):
+        seen = look[arm.name]
+        if arm.low is not None and arm.high is not None:
+            axes.plot([arm.low, arm.high], [place, place], color=seen.colour, linewidth=1.6)
+        axes.plot(mean, place, seen.marker, color=seen.colour, markersize=4.2)
+    found = [value for arm, mean in arms for value in (mean, arm.low, arm.high) if value is not None]
     loss_axis(axes.xaxis, found, loss_words(comparison))
     pad(axes, found, [0, len(arms) - 1], 0.06)
     _rows(axes, [look[name].label for name in names])
     for lane, group in enumerate(groups):
         _bar(axes, lane, sorted(names.index(name) for name in group))
-    level = f"{100 * (verdict.get('confidence') or 0.95):.3g}%"
+    level = f"{100 * verdict.confidence:.3g}%"
     return Plot(
         "verdict",
         "The order, and what cannot be told apart",
@@ -66,33 +67,30 @@ def order_plot(comparison: Mapping[str, Any]) -> Plot | None:
         [
             [
                 look[name].label,
-                units.with_interval(arm["mean"], arm.get("low"), arm.get("high")),
+                units.with_interval(mean, arm.low, arm.high),
                 ", ".join(dict.fromkeys(look[o].label for group in groups if name in group for o in group if o != name))
                 or "none",
             ]
-            for name, arm in zip(names, arms, strict=True)
+            for name, (arm, mean) in zip(names, arms, strict=True)
         ],
     )
 
 
-def difference_plot(comparison: Mapping[str, Any]) -> Plot | None:
+def difference_plot(comparison: ComparisonResult) -> Plot | None:
     """A forest plot of each arm's loss minus full fine-tuning's (the best arm's where full was not run)."""
-    verdict = comparison.get("verdict") or {}
-    arms = [arm["name"] for arm in verdict.get("arms") or ()]
-    methods = {run["name"]: run["method"] for run in comparison["runs"]}
-    against = next((name for name in arms if methods.get(name) == "full"), arms[0] if arms else None)
-    found = []
-    for pair in verdict.get("pairs") or ():
-        if against not in (pair["a"], pair["b"]) or pair.get("difference") is None or pair.get("low") is None:
-            continue
-        if pair["a"] == against:
-            found.append((pair["b"], pair["difference"], pair["low"], pair["high"], pair))
-        else:  # the other way round
-            found.append((pair["a"], -pair["difference"], -pair["high"], -pair["low"], pair))
-    if not found or against is None:
+    verdict = comparison.verdict or Verdict()
+    methods = {run.name: run.method for run in comparison.runs}
+    names = [arm.name for arm in verdict.arms]
+    against = next((name for name in names if methods.get(name) == FULL), names[0] if names else "")
+    found = [
+        (pair.b if pair.a == against else pair.a, *ends, pair)
+        for pair in verdict.pairs
+        if against in (pair.a, pair.b) and (ends := pair.seen_from(against)) is not None
+    ]
+    if not found:
         return None
-    found.sort(key=lambda entry: float(entry[1]))
-    look, reference = looks(comparison), label_of(against, comparison)
+    found.sort(key=lambda entry: entry[1])
+    look, reference = looks(comparison), comparison.label_of(against)
     figure = new_figure(height=ROW * len(found) + 0.68)
     left = 0.25 + 0.067 * max(len(look[entry[0]].label) for entry in found)
     axes = new_axes(figure, left=left, right=1.08, bottom=0.5, top=0.1)
@@ -100,7 +98,7 @@ def difference_plot(comparison: Mapping[str, Any]) -> Plot | None:
     for place, (name, difference, low, high, pair) in enumerate(found):
         seen = look[name]
         axes.plot([low, high], [place, place], color=seen.colour, linewidth=1.4)
-        fill = seen.colour if pair.get("differs") else PAPER
+        fill = seen.colour if pair.differs else PAPER
         axes.plot(difference, place, seen.marker, color=seen.colour, markerfacecolor=fill, markersize=5)
         axes.text(
             1.02,
@@ -127,17 +125,17 @@ def difference_plot(comparison: Mapping[str, Any]) -> Plot | None:
                 f"{low:+.3f}",
                 f"{high:+.3f}",
                 _relative(pair, against),
-                units.number(pair.get("p_adjusted")),
-                "yes" if pair.get("differs") else "no",
+                units.number(pair.p_adjusted),
+                "yes" if pair.differs else "no",
             ]
             for name, difference, low, high, pair in found
         ],
     )
 
 
-def _relative(pair: Mapping[str, Any], against: str) -> str:
+def _relative(pair: JudgedPair, against: str) -> str:
     """The difference as a share of the reference's loss, which a pair has only if the reference comes first."""
-    return units.percent(pair.get("relative"), sign=True) if pair["a"] == against else units.MISSING
+    return units.percent(pair.relative, sign=True) if pair.a == against else units.MISSING
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:

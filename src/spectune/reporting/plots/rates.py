@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
@@ -21,17 +20,17 @@ from spectune.reporting.plots.style import (
     new_figure,
     pad,
 )
-from spectune.reporting.words import joined
+from spectune.results.arm_result import is_finite
+from spectune.results.comparison_file import ComparisonResult, Search, Trial
+from spectune.results.phrases import listed
 
 PANEL, TALL = 2.3, 1.8
 COLUMNS = 4
 
 
-def rate_plots(comparison: Mapping[str, Any]) -> list[Plot]:
+def rate_plots(comparison: ComparisonResult) -> list[Plot]:
     """A panel for each arm, for the page, and all of them in one figure, for the folder."""
-    searches = {
-        name: search for name, search in (comparison.get("searches") or {}).items() if _ended(search.get("trials"))
-    }
+    searches = {name: search for name, search in comparison.searches.items() if _ended(search)}
     if not searches:
         return []
     look = looks(comparison)
@@ -48,8 +47,8 @@ def rate_plots(comparison: Mapping[str, Any]) -> list[Plot]:
                 figure,
                 ["Learning rate", "Steps", "Validation loss"],
                 [
-                    [units.rate(t["learning_rate"]), str(t.get("steps", "-")), _outcome(t)]
-                    for t in sorted(search["trials"], key=lambda t: (t.get("steps") or 0, t["learning_rate"]))
+                    [units.rate(t.learning_rate), str(t.steps or units.MISSING), _outcome(t)]
+                    for t in sorted(search.trials, key=lambda t: (t.steps, t.learning_rate))
                 ],
                 in_folder=False,
             )
@@ -57,7 +56,7 @@ def rate_plots(comparison: Mapping[str, Any]) -> list[Plot]:
     return [*plots, _together(searches, look)]
 
 
-def _together(searches: Mapping[str, Mapping[str, Any]], look: Mapping[str, Look]) -> Plot:
+def _together(searches: Mapping[str, Search], look: Mapping[str, Look]) -> Plot:
     across = min(COLUMNS, len(searches))
     down = math.ceil(len(searches) / across)
     figure = new_figure(PANEL * across + 0.2, TALL * down + 0.2)
@@ -72,10 +71,10 @@ def _together(searches: Mapping[str, Mapping[str, Any]], look: Mapping[str, Look
     return Plot("learning-rates", "Learning rates", "", figure, [], [], in_page=False)
 
 
-def _panel(axes: Axes, search: Mapping[str, Any], look: Look) -> None:
-    trials = _ended(search["trials"])
-    rungs = sorted({trial.get("steps") or 0 for trial in trials})
-    xs, ys = [t["learning_rate"] for t in search["trials"]], [t["valid_loss"] for t in trials]
+def _panel(axes: Axes, search: Search, look: Look) -> None:
+    ended = _ended(search)
+    rungs = sorted({trial.steps for trial, _ in ended})
+    xs, ys = [trial.learning_rate for trial in search.trials], [loss for _, loss in ended]
     log_axis(axes.xaxis, xs)
     axes.locator_params(axis="x", numticks=4)
     loss_axis(axes.yaxis, ys, "")
@@ -83,49 +82,45 @@ def _panel(axes: Axes, search: Mapping[str, Any], look: Look) -> None:
     pad(axes, xs, ys, 0.08, 0.16)
     for number, rung in enumerate(rungs):
         strength = 0.35 + 0.65 * (number + 1) / len(rungs)
-        placed = sorted((t["learning_rate"], t["valid_loss"]) for t in trials if (t.get("steps") or 0) == rung)
-        axes.plot(*zip(*placed, strict=True), color=look.colour, linewidth=0.8 + 0.5 * number, alpha=strength)
-        for trial in trials:
-            if (trial.get("steps") or 0) == rung:
-                axes.plot(
-                    trial["learning_rate"],
-                    trial["valid_loss"],
-                    "o",
-                    color=look.colour,
-                    alpha=strength,
-                    markersize=3.4,
-                    markerfacecolor=PAPER if trial.get("extension") else look.colour,
-                )
-    best = search.get("best")
-    if best is not None:
-        axes.axvline(best, color=INK, linewidth=0.8, linestyle=(0, (3, 2)), zorder=1)
-    for trial in search["trials"]:
-        if not _finite(trial.get("valid_loss")):
+        placed = [(trial, loss) for trial, loss in ended if trial.steps == rung]
+        line = sorted((trial.learning_rate, loss) for trial, loss in placed)
+        axes.plot(*zip(*line, strict=True), color=look.colour, linewidth=0.8 + 0.5 * number, alpha=strength)
+        for trial, loss in placed:
             axes.plot(
-                trial["learning_rate"], 0.96, "x", color=INK, markersize=4.5, transform=axes.get_xaxis_transform()
+                trial.learning_rate,
+                loss,
+                "o",
+                color=look.colour,
+                alpha=strength,
+                markersize=3.4,
+                markerfacecolor=PAPER if trial.extension else look.colour,
             )
+    if search.best is not None:
+        axes.axvline(search.best, color=INK, linewidth=0.8, linestyle=(0, (3, 2)), zorder=1)
+    for trial in search.trials:
+        if not is_finite(trial.valid_loss):
+            axes.plot(trial.learning_rate, 0.96, "x", color=INK, markersize=4.5, transform=axes.get_xaxis_transform())
     axes.set_title(look.label, fontsize=8.5, loc="left", pad=5)
     axes.tick_params(labelsize=7)
 
 
-def _sentence(search: Mapping[str, Any]) -> str:
-    edge = search.get("edge")
-    text = str(search.get("sentence") or f"Best: {units.rate(search.get('best'))}.")
-    if edge and "edge" not in text:
-        text += f" It lies on the {edge} edge of the range."
-    steps = [f"{rung:,}" for rung in sorted({trial["steps"] for trial in search["trials"] if trial.get("steps")})]
+def _sentence(search: Search) -> str:
+    text = search.sentence or f"Best: {units.rate(search.best)}."
+    if search.edge and "edge" not in text:
+        text += f" It lies on the {search.edge} edge of the range."
+    steps = [f"{rung:,}" for rung in sorted({trial.steps for trial in search.trials if trial.steps})]
     text = text if text.endswith(".") else f"{text}."
-    return f"{text} Thin to thick: {joined(steps)} steps." if len(steps) > 1 else text
+    return f"{text} Thin to thick: {listed(steps)} steps." if len(steps) > 1 else text
 
 
-def _ended(trials: Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
-    return [trial for trial in trials or () if _finite(trial.get("valid_loss")) and trial["learning_rate"] > 0]
+def _ended(search: Search) -> list[tuple[Trial, float]]:
+    """The trials that can be drawn, with their losses."""
+    return [
+        (t, t.valid_loss)
+        for t in search.trials
+        if t.valid_loss is not None and is_finite(t.valid_loss) and t.learning_rate > 0
+    ]
 
 
-def _outcome(trial: Mapping[str, Any]) -> str:
-    loss = trial.get("valid_loss")
-    return units.number(loss) if _finite(loss) else f"failed: {trial.get('reason') or 'no loss'}"
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _outcome(trial: Trial) -> str:
+    return units.number(trial.valid_loss) if is_finite(trial.valid_loss) else f"failed: {trial.reason or 'no loss'}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,14 +23,15 @@ from spectune.reporting.plots.style import (
     shortened,
     style,
 )
-from spectune.reporting.rows import ComparisonRow, comparison_rows, why_no_relative_performance
+from spectune.results.arm_result import ArmResult, arm_results, why_no_relative_performance
+from spectune.results.comparison_file import ComparisonResult
 
 WIDTH, BARS = 10.5, 4.4
 
 
-def comparison_figure(comparison: Mapping[str, Any]) -> Figure:
+def comparison_figure(comparison: ComparisonResult) -> Figure:
     """Two panels: trainable share of each method as bars, relative performance against it; shares on log scales."""
-    rows = [row for row in comparison_rows(comparison) if not row.failed and row.trainable_share]
+    rows = [row for row in arm_results(comparison) if not row.failed and row.trainable_share]
     ordered = sorted(rows, key=lambda row: row.trainable_share or 0.0)
     with style():
         figure = new_figure(WIDTH, max(4.2, 0.33 * len(rows) + 1.2))
@@ -40,13 +40,13 @@ def comparison_figure(comparison: Mapping[str, Any]) -> Figure:
         _bars(new_axes(figure, left=left, right=WIDTH - BARS, bottom=0.55, top=0.5), ordered, seen)
         points = new_axes(figure, left=BARS + 0.85, right=0.15, bottom=0.55, top=0.5)
         _points(points, ordered, seen, why_no_relative_performance(comparison))
-        base = comparison["base"]
-        title = f"{shortened(str(base['name']))}, {units.count(base['total_parameters'])} weights"
+        base = comparison.base
+        title = f"{shortened(base.name)}, {units.count(base.total_parameters)} weights"
         figure.suptitle(title, fontsize=10.5, y=0.97)
     return figure
 
 
-def _bars(axes: Axes, rows: list[ComparisonRow], seen: Mapping[str, Look]) -> None:
+def _bars(axes: Axes, rows: list[ArmResult], seen: Mapping[str, Look]) -> None:
     shares = [100 * (row.trainable_share or 0.0) for row in rows]
     left = min(shares, default=1.0) / 3
     log_axis(axes.xaxis, [left, *shares, 100.0])
@@ -63,7 +63,7 @@ def _bars(axes: Axes, rows: list[ComparisonRow], seen: Mapping[str, Look]) -> No
     axes.set_xlabel("trainable weights, % of the base (log)")
 
 
-def _points(axes: Axes, rows: list[ComparisonRow], seen: Mapping[str, Look], undefined: str | None) -> None:
+def _points(axes: Axes, rows: list[ArmResult], seen: Mapping[str, Look], undefined: str | None) -> None:
     placed = []
     for row in rows:
         value = row.valid_loss if undefined else row.relative_performance

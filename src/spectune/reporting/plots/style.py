@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from spectune.reporting.arms import arm_labels
 from spectune.reporting.columns import loss_title
 from spectune.reporting.text import one_line
+from spectune.results.comparison_file import ComparisonResult
 
 #: ink, secondary ink, grid and paper; the page gives each of these colours another value in dark mode
 INK, MUTED, GRID, PAPER = "#1b1b1a", "#5e5e5a", "#e4e4df", "#ffffff"
@@ -104,11 +104,11 @@ def style() -> AbstractContextManager[None]:
     return rc_context(STYLE)
 
 
-def looks(comparison: Mapping[str, Any]) -> dict[str, Look]:
+def looks(comparison: ComparisonResult) -> dict[str, Look]:
     """By arm, in the comparison's order."""
     return {
         name: Look(shortened(label), COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)])
-        for i, (name, label) in enumerate(arm_labels(comparison).items())
+        for i, (name, label) in enumerate(comparison.labels.items())
     }
 
 
@@ -157,8 +157,8 @@ def loss_axis(axis: Axis, values: Sequence[float], title: str) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
-def loss_words(comparison: Mapping[str, Any]) -> str:
-    """What an axis of `ComparisonRow.loss` is called."""
+def loss_words(comparison: ComparisonResult) -> str:
+    """What an axis of `ArmResult.loss` is called."""
     return f"{loss_title(comparison).lower().replace('valid', 'validation')}, nats per target token"
 
 

@@ -1,0 +1,133 @@
+"""What a recommendation chooses between: the arms' costs, and what the verdict says of their losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from spectune.results import ComparedRun, ComparisonResult, Limits, Verdict
+from spectune.results.arm_result import arm_results, is_finite, mean, overhead, peak_memory
+from spectune.results.phrases import named
+from spectune.results.recommendation import AXES
+
+#: Two runs of one seed each are not told apart below this share of the loss. Over seeds a run's loss had standard
+#: deviations of 0.5% to 2.7% (docs/results/calibration.md); a difference of two has sqrt(2) times as much, and 1.96 of
+#: the largest is this.
+SEED_NOISE = 0.075
+#: Overheads within this share of the base's time are as good as the least: below it measurements at batch 1 do not
+#: repeat.
+SAME_OVERHEAD = 0.05
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One arm with the numbers that decide; None where nothing was measured.
+
+    Attributes:
+        runs: files or folders that prove the numbers.
+        judged_loss: None where it is not finite, too.
+        inference_overhead: as it is served: of the merged model (`merged`) where one task is served and it merges.
+    """
+
+    name: str
+    label: str
+    runs: tuple[str, ...]
+    judged_loss: float | None
+    relative_performance: float | None
+    train_memory_bytes: float | None
+    peak_memory_bytes: float | None
+    stored_bytes: float | None
+    inference_overhead: float | None
+    merged: bool
+    train_seconds: float | None
+
+    @property
+    def rank(self) -> float:
+        """Its judged loss; infinite where there is none, so that it is never the lowest."""
+        return math.inf if self.judged_loss is None else self.judged_loss
+
+    def cost(self, axis: str) -> float | None:
+        """Its value on one of `AXES`."""
+        value: float | None = getattr(self, axis)
+        return value
+
+
+def candidates(comparison: ComparisonResult, limits: Limits) -> list[Candidate]:
+    """The arms of which a run ended."""
+    found = []
+    runs_by_arm = comparison.runs_by_arm
+    for arm in arm_results(comparison):
+        runs = runs_by_arm.get(arm.name)
+        if runs is None:
+            continue
+        merged = mean(_merged_overhead(run, comparison) for run in runs) if limits.tenants == 1 else None
+        found.append(
+            Candidate(
+                name=arm.name,
+                label=named(runs[0].label or arm.name, arm.method),
+                runs=tuple(run.place for run in runs),
+                judged_loss=arm.loss if is_finite(arm.loss) else None,
+                relative_performance=arm.relative_performance,
+                train_memory_bytes=arm.train_memory_bytes,
+                peak_memory_bytes=max((peak for run in runs if (peak := peak_memory(run))), default=None),
+                stored_bytes=arm.stored_bytes,
+                inference_overhead=arm.inference_overhead if merged is None else merged,
+                merged=merged is not None,
+                train_seconds=arm.train_seconds,
+            )
+        )
+    return found
+
+
+def _merged_overhead(run: ComparedRun, comparison: ComparisonResult) -> float | None:
+    """Of a merged model, which runs the base's own operations: what its rounds do not agree on is noise, and counts as
+    no overhead."""
+    value, quartiles = overhead(run, comparison, merged=True)
+    return 0.0 if value is not None and quartiles is not None and quartiles[0] <= SAME_OVERHEAD else value
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the verdict says of pairs: which are better, and how much worse an arm may be than another."""
+
+    judged: bool
+    arms: frozenset[str]
+    covers_training_noise: bool
+    better: frozenset[tuple[str, str]]
+    relative: Mapping[tuple[str, str], float]
+    open: Mapping[tuple[str, str], float]
+
+    @classmethod
+    def of(cls, verdict: Verdict, arms: Sequence[Candidate]) -> Quality:
+        means = verdict.means
+        relative, left_open, better = {}, {}, set[tuple[str, str]]()
+        for pair in verdict.pairs:
+            if (seen := pair.seen_from(pair.a)) is None:
+                continue
+            a, b, scale = pair.a, pair.b, abs(means[pair.a]) or 1.0
+            difference, low, high = (value / scale for value in seen)
+            relative[a, b], relative[b, a] = difference, -difference
+            left_open[a, b], left_open[b, a] = high, -low
+            better |= {(a, b)} if pair.differs else set()
+        if not relative:  # nothing but raw numbers: good enough for a picture, not for a pick
+            better = {(a.name, b.name) for a in arms for b in arms if a.rank < b.rank < math.inf}
+        covers = verdict.covers_training_noise
+        return cls(bool(relative), frozenset(means), covers, frozenset(better), relative, left_open)
+
+    def is_better(self, a: Candidate, b: Candidate) -> bool:
+        return (a.name, b.name) in self.better
+
+    def is_clearly_better(self, a: Candidate, b: Candidate) -> bool:
+        """Whether a is better than b by more than rows, and with one seed another seed, could do."""
+        beyond = self.covers_training_noise or self.relative.get((a.name, b.name), math.inf) > SEED_NOISE
+        return self.is_better(a, b) and beyond
+
+    def dominates(self, a: Candidate, b: Candidate) -> bool:
+        """Whether a is as good as b on every axis and better on one. Losses are compared by the verdict; what was not
+        measured of either is no argument."""
+        both = [(a.cost(axis), b.cost(axis)) for axis in list(AXES)[1:]]
+        costs = [(x, y) for x, y in both if x is not None and y is not None]
+        if self.is_better(b, a) or any(x > y for x, y in costs):
+            return False
+        return self.is_better(a, b) or any(x < y for x, y in costs)

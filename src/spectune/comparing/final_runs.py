@@ -1,0 +1,116 @@
+"""Final runs: trained with their seeds, judged and measured. Each is taken from its folder where an earlier call has
+finished it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from spectune.comparing.conditions import final_place
+from spectune.comparing.isolated import train_memory_in_own_process
+from spectune.comparing.job import FAILED, Arm, Job
+from spectune.comparing.measure import forgetting, measure
+from spectune.deltas import Delta
+from spectune.errors import DataError
+from spectune.evaluation import corpus_metrics, judge, judged_loss, read_rows, write_rows
+from spectune.families import base_precision
+from spectune.files.atomic import atomic_write_text
+from spectune.results import RunResult
+from spectune.training import TrainingConfig
+
+
+def final_folder(job: Job, arm: Arm, rate: float, seed: int) -> Path:
+    """Where the final run of a seed lies."""
+    return job.folder / final_place(arm.name, seed, job.key(arm, rate, job.schedule.final_steps, seed))
+
+
+def final_run(job: Job, arm: Arm, rate: float, seed: int, *, timed: bool) -> tuple[RunResult, float | None]:
+    """Train, or take what a finished run left, and measure what has not been measured; with `timed` decoding
+    speeds as well, which do not depend on the seed. And the seconds it took; None where nothing was left to do."""
+    folder = final_folder(job, arm, rate, seed)
+    if (done := _with_rows(folder)) is not None:
+        return done, None
+    begin = time.perf_counter()
+    config = job.config_of(rate, job.schedule.final_steps, seed, output_dir=folder, resume=True)
+    with job.attached(arm, seed) as delta:
+        result = job.run(delta, config, job.inputs.train, job.inputs.valid, job.console)
+        (folder / FAILED).unlink(missing_ok=True)
+        # memory is measured as the run was: what "auto" chose here is not chosen again there
+        same = config.model_copy(update={"gradient_checkpointing": result.gradient_checkpointing or False})
+        found = _judged(job, folder) | _costs(job, delta, folder, same, timed)
+    key = folder.name.rsplit("-", 1)[-1]
+    result = result.with_measured(
+        {**found, "name": arm.name, "key": key, "retained_sha256": job.conditions.identity["passages_sha256"]}
+    )
+    result.save(folder / "result.json")
+    return result, time.perf_counter() - begin
+
+
+def base_rows(job: Job) -> Path:
+    """The file of the bare base's judged rows."""
+    return job.folder / "base" / "rows.jsonl"
+
+
+def judge_base(job: Job) -> tuple[float, dict[str, float | None]]:
+    """The bare base's loss and metrics on the judged rows; its rows go to base/."""
+    judged = judge(job.model, job.tokenizer, job.inputs.task)
+    write_rows(base_rows(job), judged)
+    tokens = {"tokens": [len(passage) for passage in job.passages]}
+    atomic_write_text(base_rows(job).with_name("passages.json"), json.dumps(tokens) + "\n")
+    return judged_loss(judged), {**corpus_metrics(judged)}
+
+
+def _judged(job: Job, folder: Path) -> dict[str, Any]:
+    """The attached delta on the judged rows."""
+    begin = time.perf_counter()
+    judged = judge(job.model, job.tokenizer, job.inputs.task)
+    write_rows(folder / "rows.jsonl", judged)
+    return {
+        "judged_on": job.inputs.rows.judged_on,
+        "judged_loss": judged_loss(judged),
+        "metrics": corpus_metrics(judged),
+        "rows_file": str((folder / "rows.jsonl").relative_to(job.folder)),
+        "evaluation_seconds": time.perf_counter() - begin,
+    }
+
+
+def _costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig, timed: bool) -> dict[str, Any]:
+    """Forgetting for every seed; for one of them (`timed`) speed, swapping and, with the preset's `own_process`, memory
+    in a process of its own."""
+    if not timed:
+        return forgetting(job.model, job.passages)
+    found = measure(job.model, job.tokenizer, delta, folder / "best", job.passages)
+    if job.schedule.preset.own_process:
+        alone = train_memory_in_own_process(
+            job.model.config._name_or_path,
+            str(job.model.device),
+            str(job.model.dtype).removeprefix("torch."),
+            delta.method,
+            config.model_copy(update={"output_dir": None, "resume": False}),
+            job.inputs.train.rows,
+            base_precision=base_precision(job.model),
+        )
+        found["peak_memory_bytes"] = {**found.get("peak_memory_bytes", {}), **alone}
+    return found
+
+
+def measured(folder: Path) -> RunResult | None:
+    """The result of a run that has been trained and measured. Raises DataError where it is damaged."""
+    path = folder / "result.json"
+    found = RunResult.load(path) if path.is_file() else None
+    return None if found is None or found.key is None else found
+
+
+def _with_rows(folder: Path) -> RunResult | None:
+    """The same; None, too, for a run whose rows are gone or damaged: they are made anew from its weights."""
+    found = measured(folder)
+    if found is None:
+        return None
+    try:
+        loss = judged_loss(read_rows(folder / "rows.jsonl"))
+    except DataError:
+        return None
+    return found if found.judged_loss is None or math.isclose(loss, found.judged_loss) else None

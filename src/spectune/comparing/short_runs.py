@@ -1,0 +1,98 @@
+"""Runs that keep nothing but a small result: trials of the search, points of a data curve, a few steps to time. Each is
+taken from its folder where an earlier call has finished it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from spectune.comparing.conditions import curve_place
+from spectune.comparing.job import Arm, Job, subset
+from spectune.comparing.schedule import SEARCH_ROWS
+from spectune.data import Encoded
+from spectune.errors import DivergedError
+from spectune.files.atomic import atomic_write_text
+from spectune.files.strict_json import strict_json
+from spectune.results import RunResult
+from spectune.results.comparison_file import CurvePoint, Trial
+from spectune.results.record import Record
+from spectune.training import TrainingConfig
+
+#: a run on fewer rows is validated at so many points, and the best one counts
+CURVE_VALIDATIONS = 5
+#: trials draw weights and batches with seeds of their own: the rate is not chosen by the luck of a final run's seed
+SEARCH_SEED = 10_000
+QUIET = Console(quiet=True)
+R = TypeVar("R", bound=Record)
+
+
+def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | None]:
+    """One rate for so many steps, and the seconds it took; None where an earlier call had made it."""
+    seed = job.config.seed + SEARCH_SEED
+    label = f"{rate:g}-{steps}-{job.key(arm, rate, steps, seed)}"
+    path = job.folder / "search" / arm.name / label / "result.json"
+    if (done := _saved(path, Trial)) is not None:
+        return done, None
+    begin = time.perf_counter()
+    config = job.config_of(rate, steps, seed, eval_steps=steps)
+    reason, loss, targets = None, None, 0
+    try:
+        result = _run(job, arm, config, job.inputs.train, subset(job.inputs.valid, SEARCH_ROWS, job.config.seed))
+        loss, targets = result.valid_loss, result.target_tokens
+    except DivergedError as error:
+        reason = str(error).split(". ", 1)[0]
+    found = Trial(
+        learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False
+    )
+    _save(path, found)
+    return found, time.perf_counter() - begin
+
+
+def step_seconds(job: Job, arm: Arm, steps: int = 2) -> float:
+    """Seconds of a training step of this arm, of a run that is thrown away."""
+    config = job.config_of(1e-6, steps, job.config.seed, eval_steps=steps)
+    return _run(job, arm, config, job.inputs.train, subset(job.inputs.valid, 1, 0)).train_seconds / steps
+
+
+def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) -> tuple[CurvePoint, float | None]:
+    """One point of a data curve, and its seconds: the first `rows` of a seeded order, so that each set holds the
+    smaller ones."""
+    place = curve_place(arm.name, rows, seed, job.key(arm, rate, steps, seed, rows))
+    path = job.folder / place / "result.json"
+    if (done := _saved(path, CurvePoint)) is not None:
+        return done, None
+    begin = time.perf_counter()
+    config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
+    result = _run(job, arm, config, subset(job.inputs.train, rows, job.config.seed), job.inputs.valid)
+    point = curve_point(result, arm.name, rows)
+    _save(path, point)
+    return point, time.perf_counter() - begin
+
+
+def curve_point(result: RunResult, arm: str, rows: int) -> CurvePoint:
+    """A run as a point of a data curve."""
+    kept = set(CurvePoint.model_fields) - {"name", "rows"}
+    return CurvePoint(name=arm, rows=rows, **result.model_dump(include=kept))
+
+
+def _run(job: Job, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encoded) -> RunResult:
+    with job.attached(arm, config.seed) as delta:
+        return job.run(delta, config, rows, valid, QUIET)
+
+
+def _save(path: Path, record: Record) -> None:
+    atomic_write_text(path, strict_json(record.to_dict()) + "\n")
+
+
+def _saved(path: Path, kind: type[R]) -> R | None:
+    """The small result that an earlier call left; None where there is none, or a damaged one: it is made anew."""
+    try:
+        found = kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError):
+        return None
+    return found if found.model_fields_set >= set(kind.model_fields) else None

@@ -1,0 +1,121 @@
+"""Batches: tensors of some examples, and which examples go together when."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from spectune.data.encoding import Example
+from spectune.errors import ConfigError
+
+IGNORED = -100
+#: examples are sorted by length within groups of so many batches
+GROUP = 50
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands where a row has no token; it is masked, so any id will do."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad or 0)
+
+
+def padded(
+    rows: Sequence[Sequence[int]], pad_token_id: int, *, padding_side: str = "right", pad_to_multiple_of: int = 1
+) -> dict[str, Tensor]:
+    """Token ids as `input_ids` and `attention_mask`, each `[batch, length]` int64."""
+    if padding_side not in ("left", "right"):
+        raise ConfigError(f"padding_side = {padding_side!r}: expected 'left' or 'right'")
+    longest = -(-max(map(len, rows)) // pad_to_multiple_of) * pad_to_multiple_of
+    ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if padding_side == "right" else slice(longest - len(row), longest)
+        ids[i, place] = torch.tensor(row, dtype=torch.int64)
+        mask[i, place] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def collate(
+    examples: Sequence[Example], pad_token_id: int, *, padding_side: str = "right", pad_to_multiple_of: int = 1
+) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask`, `labels`, each `[batch, length]` int64.
+
+    Labels are -100 on prompts and padding, by position: a target that happens to be the padding token stays one.
+    """
+    rows = [example.input_ids for example in examples]
+    batch = padded(rows, pad_token_id, padding_side=padding_side, pad_to_multiple_of=pad_to_multiple_of)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+    for row, mask, example in zip(labels, batch["attention_mask"], examples, strict=True):
+        start = int(mask.argmax())
+        row[start : start + max(example.prompt_length, 1)] = IGNORED  # nothing stands before a sequence's first token
+    return batch | {"labels": labels}
+
+
+def collate_packs(packs: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:
+    """`input_ids`, `labels`, `position_ids`, `documents`, each `[packs, length]` int64.
+
+    Documents stand one after the other, padding at the end. Positions begin at 0 in each document (padding has 0);
+    `documents` numbers them from 0 within each pack, -1 on padding. Labels are -100 on prompts, on padding and on each
+    document's first token, which nothing of its own document predicts.
+    """
+    longest = max(sum(len(example.input_ids) for example in pack) for pack in packs)
+    shape = (len(packs), longest)
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),
+        "labels": torch.full(shape, IGNORED, dtype=torch.int64),
+        "position_ids": torch.zeros(shape, dtype=torch.int64),
+        "documents": torch.full(shape, -1, dtype=torch.int64),
+    }
+    for i, pack in enumerate(packs):
+        start = 0
+        for number, example in enumerate(pack):
+            length = len(example.input_ids)
+            place = slice(start, start + length)
+            row = torch.tensor(example.input_ids)
+            learned = max(example.prompt_length, 1)
+            batch["input_ids"][i, place] = row
+            batch["labels"][i, start + learned : start + length] = row[learned:]
+            batch["position_ids"][i, place] = torch.arange(length)
+            batch["documents"][i, place] = number
+            start += length
+    return batch
+
+
+def batches(
+    lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int, group_by_length: bool = False
+) -> list[list[int]]:
+    """Indices of the examples of each batch of an epoch: every index once, a function of its arguments alone.
+
+    With `group_by_length`, rows of like length share a batch (within groups of 50 batches, themselves in random order).
+    In epoch 0 the batch with the longest row comes first: memory that does not suffice shows at once.
+    """
+    rng = random.Random(f"{seed}-{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    if group_by_length:
+        order = [
+            index for group in _cut(order, batch_size * GROUP) for index in sorted(group, key=lambda i: -lengths[i])
+        ]
+    found = _cut(order, batch_size)
+    if group_by_length:
+        rng.shuffle(found)
+    if epoch == 0 and found:
+        longest = max(range(len(found)), key=lambda i: (max(lengths[j] for j in found[i]), len(found[i])))
+        found.insert(0, found.pop(longest))
+    return found
+
+
+def by_length(rows: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """The rows of one optimizer step in batches of at most `size`, rows of like length together, the longest first.
+
+    The step's gradient is a sum over its rows: this saves padding and changes nothing else.
+    """
+    return _cut(sorted(rows, key=lambda i: -lengths[i]), size)
+
+
+def _cut(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,0 +1,154 @@
+"""The deltas of one model, the sites that are open for them, and how to leave the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from spectune.deltas.delta import Delta
+from spectune.deltas.forward_state import ForwardState
+from spectune.deltas.hooks.decoder import DecoderHook
+from spectune.deltas.hooks.model_methods import ModelMethods
+from spectune.deltas.hooks.transformers_checkpoint import CheckpointHook
+from spectune.deltas.layout import Route
+from spectune.deltas.open_sites import OpenSites
+from spectune.deltas.site import Site
+from spectune.errors import ConfigError
+from spectune.families import Family, describe, fingerprint
+
+_ATTRIBUTE = "_spectune"
+
+
+class Attachment:
+    """The deltas of one model. It exists from the first attach to the last detach.
+
+    Args:
+        counts_padding: finds out by running the bare base whether it counts padding as positions.
+
+    Attributes:
+        deltas: by name, in the order of attachment.
+        state: what is in force now.
+        sites: the hooks.
+        proved: what probes have found of the base, by what they asked; asked once for all deltas.
+    """
+
+    def __init__(self, model: PreTrainedModel, counts_padding: Callable[[PreTrainedModel, ForwardState], bool]) -> None:
+        self.model = model
+        self.family: Family = describe(model)
+        self.deltas: dict[str, Delta] = {}
+        self.state = ForwardState()
+        self.proved: dict[Any, Any] = {}
+        self.base_modules = list(model.modules())
+        self._counts_padding = counts_padding
+        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.sites = OpenSites(model, self.family, self.state)
+        checkpoints = CheckpointHook(self.base_modules, self.keeping_pass)
+        before_pass = (checkpoints.keep, self.sites.keep_attention)
+        self.decoder = DecoderHook(
+            model, self.family, self.state, before_pass=before_pass, counts_padding=self.counts_padding
+        )
+        methods = ModelMethods(model, self.state, self.decoder.puts_tokens_in, self._refuse_save_pretrained)
+        self._hooks: tuple[CheckpointHook | DecoderHook | ModelMethods, ...] = (checkpoints, self.decoder, methods)
+        for parameter, _ in self._requires_grad:
+            parameter.requires_grad_(False)
+        setattr(model, _ATTRIBUTE, self)
+
+    @staticmethod
+    def of(model: nn.Module) -> Attachment | None:
+        """The attachment of a model, None where nothing is attached."""
+        found = model.__dict__.get(_ATTRIBUTE)
+        return found if isinstance(found, Attachment) else None
+
+    def close(self) -> None:
+        """Leave the model as it was before the first attach, `requires_grad` included. What was added to it or put in
+        a weight's place since then stays as it is."""
+        for hook in self._hooks:
+            hook.close()
+        for parameter, trainable in self._requires_grad:
+            parameter.requires_grad_(trainable)
+            if not trainable:
+                parameter.grad = None
+        del self.model.__dict__[_ATTRIBUTE]
+
+    @property
+    def active(self) -> str | None:
+        """The delta that is on outside of any `with route`."""
+        return self.state.active.name
+
+    @active.setter
+    def active(self, name: str | None) -> None:
+        self.state.active = Route.of(name)
+
+    @property
+    def tuned(self) -> Delta | None:
+        """The delta that is the base itself, fully tuned; it is the only one then."""
+        return next((delta for delta in list(self.deltas.values())[:1] if delta.method.trains_base), None)
+
+    @functools.cached_property
+    def base_fingerprint(self) -> dict[str, Any]:
+        """The base's fingerprint, as it was when it was first asked for."""
+        return fingerprint(self.model, self.family)
+
+    def add(self, delta: Delta, sites: Sequence[Site]) -> None:
+        """Put a delta's modules at `sites`. Where that fails, `remove` takes off what stands on the model."""
+        self.deltas[delta.name] = delta
+        if delta.method.virtual_tokens:
+            self.state.virtual_tokens[delta.name] = delta.method.virtual_tokens
+        delta.put_on(sites, self.sites.open)
+
+    def remove(self, delta: Delta, *, undo: bool = False) -> None:
+        """Take a delta off, and with the last one everything else. `undo`: of an attach that failed.
+
+        Raises:
+            ConfigError: it is the base itself, and no copy was kept.
+        """
+        delta.take_off(self.sites.close, undo=undo)
+        del self.deltas[delta.name]
+        self.state.virtual_tokens.pop(delta.name, None)
+        if self.active == delta.name:
+            self.active = None
+        if not self.deltas:
+            self.close()
+
+    def modules_in_force(self) -> list[nn.Module]:
+        """The modules that a forward pass runs now: the base's, and those of the deltas of the current route."""
+        found = list(self.base_modules)
+        for name in dict.fromkeys(self.state.current.names):
+            if name is not None:
+                found += [part for _, module in self.deltas[name].sites for part in module.modules()]
+        return found
+
+    def counts_padding(self) -> bool:
+        """Whether the base itself counts padding as positions, where the caller gives none."""
+        if "counts padding" not in self.proved:
+            self.proved["counts padding"] = self._counts_padding(self.model, self.state)
+        return bool(self.proved["counts padding"])
+
+    def keeping_pass(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with what is in force in the pass that runs now, whenever it is called: for recomputation, when
+        the route is another one."""
+        captured = self.state.captured()
+        # the layers that run now: their hooks stand outside of a function that is called again
+        holding = self.sites.running()
+
+        def in_pass(*inputs: Any, **named: Any) -> Any:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.state.recomputing(captured))
+                for hook in holding:
+                    stack.enter_context(hook.changed())
+                return function(*inputs, **named)
+
+        return in_pass
+
+    def _refuse_save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        names = ", ".join(repr(name) for name in self.deltas)
+        raise ConfigError(
+            f"save_pretrained would write the base mixed with its deltas ({names}). "
+            "To save a delta: delta.save(folder). To save a plain model: "
+            "spectune.merge(model, name).save_pretrained(folder), or spectune.detach(model, name) first."
+        )

@@ -1,0 +1,200 @@
+"""A delta's folder: `adapter_config.json`, `adapter_model.safetensors`, and `spectune.json`, which PEFT never reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectune.deltas.method import Method
+from spectune.embedded import MODEL_FOLDER, NAME
+from spectune.errors import DataError
+from spectune.families import Family
+from spectune.files.atomic import atomic_folder
+from spectune.files.weights import FLOATS, check_finite, read_headers, read_weights
+from spectune.version import __version__
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+OUR_FILE = "spectune.json"
+#: of `spectune.json`
+FORMAT = 1
+
+
+class DeltaFiles(ABC):
+    """How one delta's weights are written to a folder and read from it."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Write config and weights into an existing folder, not atomically."""
+
+    @abstractmethod
+    def weight_files(self, folder: Path) -> list[Path]:
+        """The safetensors files of a folder that hold this delta."""
+
+    @abstractmethod
+    def check(self, folder: Path) -> None:
+        """Check by their headers alone that a folder's files hold this delta; nothing is allocated.
+
+        Raises:
+            DataError: a file is missing or damaged, or its tensors are not this delta's (all listed).
+        """
+
+    @abstractmethod
+    def read(self, folder: Path) -> None:
+        """Load what `write` wrote (or PEFT) into this delta, whose method is the stored one.
+
+        Raises:
+            DataError: a file is missing or damaged, its tensors are not this delta's, or some are not finite.
+        """
+
+
+class _Stored(Protocol):
+    """What of a delta is written to a folder and read from it."""
+
+    method: Method
+    family: Family
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class AdapterFiles(DeltaFiles):
+    """A config and one safetensors file, in PEFT's layout where PEFT has the method."""
+
+    def __init__(self, delta: _Stored) -> None:
+        self.delta, self.method, self.family = delta, delta.method, delta.family
+
+    def write(self, folder: Path) -> None:
+        config, tensors = self.method.to_folder(self.delta.state_dict(), self.family)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def weight_files(self, folder: Path) -> list[Path]:
+        return [folder / WEIGHTS_FILE]
+
+    def check(self, folder: Path) -> None:
+        headers = read_headers(self.weight_files(folder))
+        given = self.method.from_folder(headers, self.family)
+        if len(given) < len(headers):
+            raise DataError(f"{folder / WEIGHTS_FILE} holds a tensor twice, under two names: {', '.join(headers)}")
+        check_tensors(self._expected(), given, str(folder / WEIGHTS_FILE))
+
+    def read(self, folder: Path) -> None:
+        state = self.method.from_folder(read_weights(self.weight_files(folder)), self.family)
+        check_finite(state, dict.fromkeys(state, torch.float32), str(folder / WEIGHTS_FILE))
+        self.delta.load_state_dict(state)
+
+    def _expected(self) -> dict[str, Tensor]:
+        """What `state_dict` gives once the delta is attached, on the meta device: absurd sizes cost nothing."""
+        with torch.device("meta"):
+            built = [(site.path, self.method.build(site)) for site in self.method.sites(self.family)]
+            return {f"{path}.{name}": tensor for path, module in built for name, tensor in module.stored().items()}
+
+
+def save_folder(
+    folder: Path,
+    method: Method,
+    write: Callable[[Path], None],
+    *,
+    base: Mapping[str, Any],
+    base_name: str,
+    parameters: int,
+) -> Path:
+    """Write a delta's folder, atomically; one that an earlier save wrote is replaced. Returns the folder.
+
+    Args:
+        write: writes config and weights into a folder (`DeltaFiles.write`).
+        base: the base's fingerprint.
+        base_name: what the base was loaded as.
+        parameters: weights that are stored.
+
+    Raises:
+        ConfigError: the folder holds files that no save of a delta wrote.
+    """
+    with atomic_folder(folder, replaces=_is_ours) as temporary:
+        write(temporary)
+        name_base(temporary / CONFIG_FILE, base_name)
+        ours = {
+            "format": FORMAT,
+            "method": method.as_stored().model_dump(mode="json"),
+            "trained_as": method.model_dump(mode="json"),
+            "base": base,
+            "base_name": base_name,
+            # what a reader of the weights must know: where the text's positions start
+            "text_positions_start_at": method.virtual_tokens,
+            "parameters": parameters,
+            "versions": {
+                "spectune": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "weights": digests(temporary),
+        }
+        (temporary / OUR_FILE).write_text(json.dumps(ours, indent=2) + "\n")
+    return folder
+
+
+def _is_ours(folder: Path, entry: Path) -> bool:
+    """Whether a save wrote `entry`: only where the folder says that it is a delta's."""
+    if not (folder / OUR_FILE).is_file():
+        return False
+    models = entry.name.startswith("model") and (entry.suffix == ".safetensors" or entry.name.endswith(".index.json"))
+    return models or entry.name in (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE, "config.json", "generation_config.json")
+
+
+def name_base(config_file: Path, name: str) -> None:
+    """Write PEFT's key for the base into a config of PEFT's layout; any other config, or none, stays as it is."""
+    if not config_file.is_file():
+        return
+    config = json.loads(config_file.read_text())
+    if "peft_type" in config:
+        config_file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n")
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """What the base was loaded as; the embedded one by its own name, which holds on every machine."""
+    name = str(model.config._name_or_path)
+    return NAME if name and Path(name) == Path(MODEL_FOLDER) else name
+
+
+def digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of each safetensors file of a folder, by name."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise one DataError that lists every missing, surplus and misshapen tensor."""
+    problems = [f"missing: {name} {list(t.shape)}" for name, t in expected.items() if name not in given]
+    problems += [f"surplus: {name} {list(t.shape)}" for name, t in given.items() if name not in expected]
+    problems += [
+        f"wrong shape: {name} is {list(given[name].shape)}, expected {list(t.shape)}"
+        for name, t in expected.items()
+        if name in given and given[name].shape != t.shape
+    ]
+    problems += [
+        f"wrong type: {name} is {given[name].dtype}, expected float32, bfloat16, float16 or float64"
+        for name, t in expected.items()
+        if name in given and given[name].dtype not in (*FLOATS, t.dtype)
+    ]
+    if problems:
+        raise DataError(f"{what}: the tensors do not fit", problems)

@@ -1,0 +1,174 @@
+"""What is in force on one model: the route of the running task, and the layout of the forward pass that runs.
+
+A route belongs to the thread and the task (`contextvars`) that entered it: threads and coroutines that share a model do
+not see each other's. A forward pass runs from beginning to end on one thread, so what is known of it is kept by thread.
+Nothing here knows a delta or a hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+from spectune.compute.pack_layout import Kernel, Pack
+from spectune.deltas.layout import BatchLayout, Route
+
+
+class TaskLocal:
+    """A value of the running thread and task. While it is not set, `value` is this object itself.
+
+    torch.compile cannot trace `ContextVar.get`. A property whose getter is a C function it takes to have no side
+    effects: it reads the value, and reads it again whenever it checks its guards.
+    """
+
+    variable: ContextVar[Any]
+    value: Any
+
+    def __new__(cls) -> TaskLocal:
+        variable: ContextVar[Any] = ContextVar("spectune")
+        kind = type("TaskLocal", (TaskLocal,), {"variable": variable, "value": property(variable.get)})
+        return object.__new__(kind)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TaskLocal, ()  # a copied model begins with nothing set
+
+    @contextlib.contextmanager
+    def set_to(self, value: object) -> Iterator[None]:
+        """Set inside the `with`, for this thread and task alone."""
+        token = self.variable.set(value)
+        try:
+            yield
+        finally:
+            # a generator that another task closes: nothing was ever set there
+            with contextlib.suppress(ValueError):
+                self.variable.reset(token)
+
+
+class ThreadState(threading.local):
+    """What is known on one thread of the forward pass that runs there.
+
+    Attributes:
+        layout: how the route lies over its batch; None where all rows are alike and nothing stands before them.
+        recomputed: the route and the layout of an earlier pass, while a part of that is computed again.
+        pack_ahead: the documents of the packed batch that the next forward passes are of.
+        copies: rows that generation makes of each row (beams, return sequences).
+        causal_flag: SDPA may be told that attention is causal, instead of given a mask that hides nothing else: what
+            stands before the keys is the same for all rows.
+        attention_calls: keys and values of each attention call by the module's id, while a probe listens.
+        kernel_calls: attention modules that a pack's kernel served, by id, while a probe listens.
+    """
+
+    # set for each thread by itself, where torch.compile finds them to guard
+    def __init__(self) -> None:
+        self.layout: BatchLayout | None = None
+        self.recomputed: tuple[Route, BatchLayout | None] | None = None
+        self.pack_ahead: Pack | None = None
+        self.copies = 1
+        self.causal_flag = False
+        self.attention_calls: dict[int, tuple[Tensor, Tensor]] | None = None
+        self.kernel_calls: set[int] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ThreadState, ()
+
+
+class ForwardState:
+    """Which delta each row uses on one model, now.
+
+    Attributes:
+        active: the route outside of any `with route`: the newest delta, alone.
+        virtual_tokens: by delta, where it has any.
+        packing: packed batches may come.
+        kernel: attention over their documents; None uses masks.
+        longest: tokens of the longest document of all packed batches (0: not known).
+        has_prefixes: some attached delta puts keys before the text's.
+        thread: of the pass that runs.
+    """
+
+    def __init__(self) -> None:
+        self.active = Route.of(None)
+        self.virtual_tokens: dict[str | None, int] = {}
+        self.packing = False
+        self.kernel: Kernel | None = None
+        self.longest = 0
+        self.has_prefixes = False
+        self.thread = ThreadState()
+        self._task = TaskLocal()
+        self._in_force: dict[object, Route] = {}  # of every thread and task
+
+    @property
+    def current(self) -> Route:
+        """The route now: in a recomputation that of its pass, else the task's `with route`, else the active delta's."""
+        if self.thread.recomputed is not None:
+            return self.thread.recomputed[0]
+        routed = self._task.value
+        return routed if isinstance(routed, Route) else self.active
+
+    @property
+    def layout(self) -> BatchLayout | None:
+        """The layout of the pass that runs, or is recomputed. What an earlier pass left behind, under another route,
+        does not count."""
+        if self.thread.recomputed is not None:
+            return self.thread.recomputed[1]
+        layout = self.thread.layout
+        return layout if layout is not None and layout.route is self.current else None
+
+    @property
+    def pack(self) -> Pack | None:
+        """The documents of the pass that runs, or is recomputed; None where it is not packed."""
+        layout = self.layout
+        return None if layout is None else layout.pack
+
+    def layout_of(self, batch: int) -> BatchLayout:
+        """The layout of the pass that runs; of `batch` rows where a part of the model was called by itself."""
+        layout = self.layout
+        if layout is not None:
+            return layout
+        return BatchLayout(self.current, self.current.over(batch, self.thread.copies))
+
+    def count_of(self, name: str | None) -> int:
+        """Virtual tokens of a delta; 0 for the bare base."""
+        return self.virtual_tokens.get(name, 0)
+
+    @property
+    def most_virtual_tokens(self) -> int:
+        """The most virtual tokens of any row's delta under the current route."""
+        return max(self.count_of(name) for name in self.current.names)
+
+    def begin_pass(self, layout: BatchLayout | None, *, causal_flag: bool) -> None:
+        """Note how the current route lies over the batch of the forward pass that begins on this thread."""
+        self.thread.layout, self.thread.causal_flag = layout, causal_flag
+
+    @contextlib.contextmanager
+    def routed(self, route: Route | str | None) -> Iterator[None]:
+        """Set the route inside the `with`; a name, or None for the bare base, is for all rows."""
+        chosen = route if isinstance(route, Route) else Route.of(route)
+        entry = object()
+        self._in_force[entry] = chosen
+        try:
+            with self._task.set_to(chosen):
+                yield
+        finally:
+            del self._in_force[entry]
+
+    def in_use(self, name: str) -> bool:
+        """Whether a `with route` that names the delta is in force in any thread or task."""
+        return any(name in route.names for route in list(self._in_force.values()))
+
+    def captured(self) -> tuple[Route, BatchLayout | None]:
+        """Route and layout of the pass that runs, for its recomputation: `recomputing` takes them."""
+        return self.current, self.layout
+
+    @contextlib.contextmanager
+    def recomputing(self, captured: tuple[Route, BatchLayout | None]) -> Iterator[None]:
+        """Inside, the route and layout of an earlier pass are in force on this thread."""
+        before, self.thread.recomputed = self.thread.recomputed, captured
+        try:
+            yield
+        finally:
+            self.thread.recomputed = before

@@ -1,0 +1,288 @@
+"""The decoder's entry, where a pass begins and virtual tokens and positions are put in, and its exit."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from spectune.compute.head import is_probing_head
+from spectune.compute.masks import positions_from_mask
+from spectune.compute.pack_layout import Pack
+from spectune.deltas.forward_state import ForwardState
+from spectune.deltas.hooks.attention_function import running
+from spectune.deltas.hooks.caches import (
+    CACHE_NAMES,
+    OTHER_STATES,
+    caches_in,
+    check_cache,
+    make_room,
+    note_length,
+    seen_in,
+)
+from spectune.deltas.hooks.outer_call import OuterCall
+from spectune.deltas.hooks.packed_entry import check_packed_call, check_packed_context, put_before_documents
+from spectune.deltas.hooks.virtual_tokens import VirtualTokens, check_token_wise, is_2d, left_padding
+from spectune.deltas.layout import BatchLayout
+from spectune.deltas.modules import InputModule
+from spectune.deltas.slots import get
+from spectune.errors import ConfigError
+from spectune.families import Family
+
+
+@dataclass(frozen=True, eq=False)
+class _Exit:
+    """What the decoder's exit does for the pass that runs.
+
+    Attributes:
+        outer: the model whose pass this one runs inside of, if any.
+        cut: virtual tokens to cut off the hidden states.
+        moved: where each place of a packed text stands among virtual tokens, `[packs, length]` int64.
+        holds: the route whose virtual tokens this pass puts into the cache.
+        through: places that the cache holds after this pass, virtual ones included; None without a cache.
+    """
+
+    outer: ForwardState | None = None
+    cut: int = 0
+    moved: Tensor | None = None
+    holds: tuple[str | None, ...] = ()
+    through: Any = None
+
+
+class _Exits(threading.local):
+    def __init__(self) -> None:
+        self.next: _Exit | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Exits, ()
+
+
+class DecoderHook:
+    """The pair of hooks at the decoder.
+
+    Args:
+        before_pass: called at the beginning of every pass.
+        counts_padding: whether the base itself counts padding as positions, where the caller gives none.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        state: ForwardState,
+        *,
+        before_pass: Sequence[Callable[[], None]],
+        counts_padding: Callable[[], bool],
+    ) -> None:
+        self.model, self.family, self.state = model, family, state
+        self.before_pass, self.counts_padding = before_pass, counts_padding
+        self.decoder = decoder = model.get_submodule(family.decoder)
+        self.signature = inspect.signature(decoder.forward)
+        self.takes_positions = "position_ids" in self.signature.parameters
+        self.outer_call = OuterCall(model, family.decoder)
+        self._exits = _Exits()
+        self._handles = [
+            decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
+            decoder.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.outer_call.close()
+
+    def puts_tokens_in(self) -> bool:
+        """Whether any row's delta has virtual tokens in the sequence itself."""
+        return any(isinstance(get(self.decoder, name), InputModule) for name in self.state.current.names)
+
+    def enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: `[batch, text]` in, `[batch, virtual + text]` out, positions shifted."""
+        for prepare in self.before_pass:
+            prepare()
+        call = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
+        ids, embeds, mask = call.get("input_ids"), call.get("inputs_embeds"), call.get("attention_mask")
+        text = ids if ids is not None else embeds
+        if text is None:
+            return None  # the base says itself what is missing
+        if self.state.most_virtual_tokens:
+            mask = self.outer_call.text_only(call, prompt=self.puts_tokens_in())
+        cache = next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
+        pack = None if is_probing_head() else self.state.thread.pack_ahead
+        if pack is not None:
+            return (), self._enter_packed(call, pack, text, cache)
+        if self.takes_positions and call.get("position_ids") is None and is_2d(mask):
+            counts = {self.state.count_of(name) for name in self.state.current.names}
+            if 0 in counts and len(counts) > 1:
+                self.counts_padding()  # runs the model once: before this pass begins
+        return self._enter_rows(call, text, mask, cache)
+
+    def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: hidden states of virtual tokens are cut off, so that any head sees text only."""
+        done, self._exits.next = self._exits.next, None
+        if done is None:
+            return None
+        running.state = done.outer
+        if output is None:  # the pass failed
+            return None
+        if done.through is not None:
+            for cache in caches_in(output):  # that the decoder may have made itself
+                note_length(cache, done.through)
+        if done.cut == 0 and done.moved is None:
+            return None
+        for cache in caches_in(output):
+            check_cache(cache, True, done.cut, done.holds)
+        if isinstance(output, tuple):
+            return (_text_of(output[0], done), *output[1:])
+        output.last_hidden_state = _text_of(output.last_hidden_state, done)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(_text_of(states, done) for states in output.hidden_states)
+        return output
+
+    def _begin(self, layout: BatchLayout | None, done: _Exit, *, causal_flag: bool) -> None:
+        self.state.begin_pass(layout, causal_flag=causal_flag)
+        self._exits.next = replace(done, outer=running.state)
+        running.state = self.state
+
+    def _enter_rows(self, call: dict[str, Any], text: Tensor, mask: Any, cache: Any) -> Any:
+        """The call of a batch with one text in each row; None where it stays as it is."""
+        state, route = self.state, self.state.current
+        batch, length = text.shape[:2]
+        seen = 0 if cache is None else seen_in(cache)
+        first = bool(seen == 0)
+        names = route.over(batch, state.thread.copies) if route.per_row or state.most_virtual_tokens else None
+        # one entry for all rows where they are alike: no tensor is made then
+        holds = names if names is not None and route.mixed else route.names[:1]
+        virtual = self._virtual_tokens(holds)
+        check_cache(cache, first, virtual.length, holds)
+        seen_text = seen - virtual.length if virtual.length and not first else seen
+        before = virtual.length if first else 0
+        padding = None if names is None else left_padding(mask)
+        layout = None if names is None else BatchLayout(route, names, length + before, before, seen_text, padding)
+        through = None
+        if cache is not None or call.get("use_cache") is not False:
+            through = seen + length + before
+            note_length(cache, through)
+        filled = not getattr(cache, "is_compileable", False)  # a static cache comes with places that are not filled yet
+        causal_flag = not state.has_prefixes or (filled and not route.mixed)
+        exit_without = _Exit(holds=holds, through=through)
+        if layout is None or not max(virtual.shifts):
+            self._begin(layout, exit_without, causal_flag=causal_flag)
+            return None
+        self._check_other_states(call, virtual)
+        virtual.check_mask(mask, seen_text, length)
+        virtual.check_context(mask, seen_text, length, self.family.position_table)
+        if self.takes_positions:
+            positions = call.get("position_ids")
+            if positions is None:
+                positions = self._text_positions(mask, seen_text, length, virtual, text.device)
+            call["position_ids"] = positions + virtual.shift(text.device)
+        if virtual.length:
+            self._put_in(call, virtual, padding, cache, first, seen_text + length)
+        self._begin(layout, replace(exit_without, cut=before), causal_flag=causal_flag)
+        return (), call
+
+    def _enter_packed(self, call: dict[str, Any], pack: Pack, text: Tensor, cache: Any) -> dict[str, Any]:
+        """The call of a packed batch, which is of one delta and of whole documents."""
+        route = self.state.current
+        if cache is not None:
+            raise ConfigError("a packed batch goes with no cache")
+        if route.mixed:
+            raise ConfigError(
+                f"the route gives rows of one batch different deltas ({', '.join(map(repr, route.names))}), and a "
+                "packed batch has documents of one delta only: route each delta's rows in a batch of their own"
+            )
+        check_packed_call(call, pack, text)
+        names = route.over(text.shape[0])
+        virtual = self._virtual_tokens(names[:1])
+        [prompt], [shift] = virtual.prompts, virtual.shifts
+        check_packed_context(pack, shift, self.family.position_table)
+        if self.takes_positions:
+            positions = call.get("position_ids")
+            call["position_ids"] = (pack.positions if positions is None else positions) + shift
+        moved = None
+        if prompt is not None:
+            pack, moved = put_before_documents(call, pack, prompt(), self._embedding)
+            if self.takes_positions:
+                call["position_ids"] = pack.positions
+        # all ones: whatever a model makes of its mask or its positions by itself, what our mask function says is added
+        call["attention_mask"] = torch.ones(pack.documents.shape, dtype=torch.int64, device=pack.device)
+        pack.prepare(shift if prompt is None else 0)
+        self._begin(BatchLayout(route, names, pack.width, pack=pack), _Exit(moved=moved), causal_flag=True)
+        return call
+
+    @property
+    def _embedding(self) -> nn.Module:
+        return self.model.get_submodule(self.family.embedding)
+
+    def _virtual_tokens(self, names: tuple[str | None, ...]) -> VirtualTokens:
+        found = [get(self.decoder, name) for name in names]
+        prompts = tuple(module if isinstance(module, InputModule) else None for module in found)
+        shifts = tuple(self.state.count_of(name) for name in names)
+        lengths = tuple(s if prompt is not None else 0 for s, prompt in zip(shifts, prompts, strict=True))
+        return VirtualTokens(shifts, prompts, lengths)
+
+    def _text_positions(
+        self, mask: Any, seen: Any, length: int, virtual: VirtualTokens, device: torch.device
+    ) -> Tensor:
+        """Positions of the text where the caller gave none, int64 `[batch or 1, length]`, not shifted yet."""
+        by_index: Tensor = (torch.arange(length, device=device) + seen)[None]
+        if not is_2d(mask):
+            return by_index
+        counted = positions_from_mask(mask, length)
+        if all(virtual.shifts):
+            return counted
+        # rows without virtual tokens have the positions that this base gives them by itself
+        own = by_index if self.counts_padding() else counted
+        shifted = torch.tensor([shift > 0 for shift in virtual.shifts], device=device)[:, None]
+        return torch.where(shifted, counted, own)
+
+    def _put_in(
+        self, call: dict[str, Any], virtual: VirtualTokens, padding: Tensor | None, cache: Any, first: bool, text: int
+    ) -> None:
+        """Put virtual tokens into the sequence (in the first pass over a cache) and into its mask (in every one).
+
+        Args:
+            padding: padding tokens on the left of each row, `[batch, 1]`.
+            text: tokens of the text so far, those of this pass included.
+        """
+        embeds = call.get("inputs_embeds")
+        device = (call["input_ids"] if embeds is None else embeds).device
+        places = virtual.places(text, padding, device)
+        here = places >= 0
+        if (mask := virtual.in_mask(call.get("attention_mask"), here, text)) is not None:
+            call["attention_mask"] = mask
+        if not first:
+            return
+        check_token_wise(call, text)
+        if embeds is None:
+            embeds = self._embedding(call["input_ids"])
+        pick = places.clamp(min=0)[..., None].expand(-1, -1, embeds.shape[-1])
+        tokens = virtual.embeddings(embeds).expand(pick.shape[0], -1, -1).gather(1, pick)
+        call["input_ids"] = None
+        call["inputs_embeds"] = torch.where(here[..., None], tokens, F.pad(embeds, (0, 0, virtual.length, 0)))
+        if self.takes_positions:
+            call["position_ids"] = torch.where(here, places, F.pad(call["position_ids"], (virtual.length, 0)))
+        make_room(cache, virtual.length, call["inputs_embeds"].shape[1])
+
+    def _check_other_states(self, call: dict[str, Any], virtual: VirtualTokens) -> None:
+        """What a decoder carries from pass to pass in other ways than a cache does not say how much text is in it."""
+        given = [name for name in OTHER_STATES if call.get(name) is not None]
+        if given and virtual.length:
+            raise ConfigError(
+                f"{type(self.decoder).__name__} carries its state in `{given[0]}`, which does not tell whether virtual "
+                "tokens went through it: prompt tuning works here with use_cache=False only"
+            )
+
+
+def _text_of(states: Tensor, done: _Exit) -> Tensor:
+    """Hidden states of the text, `[batch, text, hidden]`."""
+    if done.moved is None:
+        return states[:, done.cut :]
+    return states[torch.arange(done.moved.shape[0], device=done.moved.device)[:, None], done.moved]

@@ -1,0 +1,130 @@
+"""The virtual tokens that stand before the text of one batch.
+
+Rows of one batch may have prompts of different lengths. Each row's virtual tokens stand right before its text; what is
+left over in front of the shorter ones is masked, so that distances within a row are what they are when it runs alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spectune.deltas.modules import InputModule
+from spectune.errors import ConfigError
+
+#: arguments of a decoder that virtual tokens get entries of
+_TOKEN_WISE = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class VirtualTokens:
+    """What stands before the text of one batch. All rows alike: one entry for all.
+
+    Attributes:
+        shifts: for each row, how far its text's positions move.
+        prompts: for each row, the module that gives its virtual tokens, None where it has none in the sequence.
+        lengths: for each row, the virtual tokens in the sequence itself (a prefix has none there).
+    """
+
+    shifts: tuple[int, ...]
+    prompts: tuple[InputModule | None, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Places that they take in the sequence of every row."""
+        return max(self.lengths)
+
+    def shift(self, device: torch.device) -> int | Tensor:
+        """How far positions move: an int, or int64 `[batch, 1]`."""
+        return _column(self.shifts, device)
+
+    def places(self, text: int, padding: Tensor | None, device: torch.device) -> Tensor:
+        """Which virtual token stands at each place, int64 `[batch or 1, length + text]`, negative where none does.
+
+        A row's virtual tokens stand right before its first real token, in the place of padding if there is any on
+        the left: sliding windows and ALiBi count places, and see the same distances whatever the padding.
+
+        Args:
+            padding: padding tokens on the left of each row, `[batch, 1]`.
+        """
+        first = self.length + (0 if padding is None else padding)
+        count = _column(self.lengths, device)
+        place = torch.arange(self.length + text, device=device)[None] - (first - count)
+        return place.masked_fill(place >= count, -1)
+
+    def embeddings(self, like: Tensor) -> Tensor:
+        """`[batch or 1, length, hidden]` in the dtype of `like`, filled up with zeros behind shorter ones."""
+        made = {
+            id(prompt): F.pad(prompt().to(dtype=like.dtype, device=like.device), (0, 0, 0, self.length - count))
+            for prompt, count in zip(self.prompts, self.lengths, strict=True)
+            if prompt is not None
+        }
+        none = like.new_zeros(self.length, like.shape[-1])
+        return torch.stack([made.get(id(prompt), none) for prompt in self.prompts])
+
+    def in_mask(self, mask: Tensor | None, virtual: Tensor, text: int) -> Tensor | None:
+        """A 2-D attention mask with these in it: `[batch, length + text]`. `virtual`: where they stand, boolean."""
+        if mask is None and len(set(self.lengths)) > 1:
+            mask = torch.ones(len(self.lengths), text, dtype=torch.int64, device=virtual.device)
+        return None if mask is None else F.pad(mask, (self.length, 0)).masked_fill(virtual, 1)
+
+    def check_context(self, mask: Any, seen: Any, length: int, context: int | None) -> None:
+        """Raise ConfigError where text and virtual tokens need more positions than the base's table has."""
+        if context is None or not isinstance(seen, int) or seen + length + max(self.shifts) <= context:
+            return
+        counts = [seen + length] * len(self.shifts)
+        if len(self.shifts) > 1 and is_2d(mask):
+            counts = [int(count) for count in mask.sum(1)]  # padding of a shorter row takes no position
+        text, extra = max(((count, shift) for count, shift in zip(counts, self.shifts, strict=True) if shift), key=sum)
+        if text + extra > context:
+            raise ConfigError(
+                f"{text} text tokens and {extra} virtual tokens need {text + extra} positions; this "
+                f"base has {context}. Use at most {context - extra} text tokens, or fewer virtual ones."
+            )
+
+    def check_mask(self, mask: Any, seen: Any, length: int) -> None:
+        """Raise ConfigError where a mask is not of the text alone, or has no place for virtual tokens."""
+        if not is_2d(mask):
+            if self.length and mask is not None:
+                raise ConfigError(
+                    "prompt tuning needs the 2-D attention mask of the text [batch, length]; "
+                    "a ready-made 4-D mask has no place for the virtual tokens"
+                )
+            return
+        if isinstance(seen, int) and mask.shape[1] != seen + length:
+            raise ConfigError(
+                f"the attention mask covers {mask.shape[1]} tokens, the text has {seen + length} "
+                f"({seen} cached, {length} new); it must cover the text and nothing else"
+            )
+
+
+def is_2d(mask: Any) -> bool:
+    """Whether this is a mask `[batch, length]`."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def left_padding(mask: Any) -> Tensor | None:
+    """Padding tokens on the left of each row of a 2-D mask, int64 `[batch, 1]`; None without one."""
+    return mask.long().cumsum(-1).eq(0).sum(-1, keepdim=True) if is_2d(mask) else None
+
+
+def check_token_wise(call: dict[str, Any], text: int) -> None:
+    """Raise ConfigError where the decoder is given something for each of `text` tokens that virtual ones have not."""
+    for name, value in call.items():
+        if isinstance(value, Tensor) and name not in _TOKEN_WISE and value.dim() > 1 and value.shape[1] == text:
+            raise ConfigError(
+                f"{name} do not go with prompt tuning: they are given for each token of the text, and virtual tokens "
+                "have none. Leave them out."
+            )
+
+
+def _column(numbers: tuple[int, ...], device: torch.device) -> int | Tensor:
+    """A number for each row, `[rows, 1]`; one for all as it is. Nothing waits for the device."""
+    if len(numbers) == 1:
+        return numbers[0]
+    return torch.tensor(numbers).to(device, non_blocking=True)[:, None]

@@ -1,0 +1,114 @@
+"""Which delta each row of a batch uses: the route as it was asked for, and how it lies over one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectune.compute.pack_layout import Pack
+from spectune.errors import ConfigError
+
+
+class Route:
+    """One delta (or None, the bare base) for all rows of any batch, or one for each row of batches of one size."""
+
+    def __init__(self, names: Iterable[str | None], *, per_row: bool) -> None:
+        self.names = tuple(names)
+        self.per_row = per_row
+        #: rows of one batch differ
+        self.mixed = any(name != self.names[0] for name in self.names)
+        #: no row has a delta
+        self.bare = not any(self.names) and None in self.names
+
+    @classmethod
+    def of(cls, name: str | None) -> Route:
+        """One delta, or the bare base, for all rows."""
+        return cls((name,), per_row=False)
+
+    @property
+    def name(self) -> str | None:
+        """The one delta of all rows. Only where the route is not mixed."""
+        assert not self.mixed, "a mixed route has no single name"
+        return self.names[0]
+
+    def over(self, batch: int, copies: int = 1) -> tuple[str | None, ...]:
+        """The delta of each of `batch` rows.
+
+        Args:
+            copies: rows that generation makes of each row (beams, return sequences), next to each other.
+
+        Raises:
+            ConfigError: the route names another number of rows.
+        """
+        if not self.per_row:
+            return self.names * batch
+        names = tuple(name for name in self.names for _ in range(copies))
+        if len(names) != batch:
+            raise ConfigError(
+                f"the route names a delta for each of {len(self.names)} rows"
+                + (f", {copies} copies each," if copies > 1 else "")
+                + f" and this batch has {batch} rows; give one name (or None) for each row, or a single one for all"
+            )
+        return names
+
+    def __repr__(self) -> str:
+        return f"Route({list(self.names) if self.per_row else self.names[0]!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class BatchLayout:
+    """A route over the batch of one forward pass. It is frozen: recomputation uses the one of its forward pass.
+
+    Attributes:
+        route: where it comes from.
+        names: the delta of each row.
+        length: tokens of a row in this pass, virtual ones included; None where that is not known (a part of the model
+            was called by itself).
+        virtual: places of this pass that stand before its text, for virtual tokens of any row.
+        seen: text tokens in the cache before this pass.
+        padding: padding tokens on the left of each row, `[batch, 1]` int64; None where no mask says so.
+        pack: the documents of a packed batch, virtual tokens included; None for one document in each row.
+    """
+
+    route: Route
+    names: tuple[str | None, ...]
+    length: int | None = None
+    virtual: int = 0
+    seen: int = 0
+    padding: Tensor | None = None
+    pack: Pack | None = None
+
+    def groups(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Each delta of the batch with its rows' indices; the bare base's rows are in none."""
+        return [
+            (name, tuple(row for row, other in enumerate(self.names) if other == name))
+            for name in dict.fromkeys(self.names)
+            if name is not None
+        ]
+
+    def picks(self, rows: tuple[int, ...], tensor: Tensor, path: str) -> Tensor:
+        """Indices along the first dimension of `tensor` that belong to `rows`: int64, on its device.
+
+        Args:
+            tensor: `[batch, ...]` or `[batch * length, features]`, the output of the module at `path`.
+
+        Raises:
+            ConfigError: it is neither, so that rows cannot be told apart.
+        """
+        batch, first = len(self.names), tensor.shape[0]
+        index = torch.tensor(rows, device=tensor.device)
+        flat = tensor.dim() == 2 and first != batch
+        if not flat and first == batch:
+            return index
+        length = first // batch if self.length is None else self.length
+        if not flat or first != batch * length:
+            raise ConfigError(
+                f"{path} is given a tensor {list(tensor.shape)}, in which {batch} rows"
+                + (f" of {self.length} tokens" if self.length is not None else "")
+                + " cannot be told apart: deltas at this place cannot share a batch with others. Route each of them "
+                "in a batch of its own."
+            )
+        return (index[:, None] * length + torch.arange(length, device=tensor.device)).flatten()

@@ -1,0 +1,121 @@
+"""The sites of a base where deltas act: each opened once, for all deltas, and closed with its last user."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from spectune.deltas.forward_state import ForwardState
+from spectune.deltas.hooks import attention_function
+from spectune.deltas.hooks.output import OutputHook
+from spectune.deltas.hooks.parameter import ParameterHook
+from spectune.deltas.site import AttentionSite, InputSite, OutputSite, ParameterSite, Site
+from spectune.errors import ConfigError
+from spectune.families import Family
+
+
+class OpenSites:
+    """The hooks of one model, with how many deltas use each."""
+
+    def __init__(self, model: PreTrainedModel, family: Family, state: ForwardState) -> None:
+        self.model, self.family, self.state = model, family, state
+        self._outputs: dict[str, tuple[OutputHook, int]] = {}
+        self._parameters: dict[str, ParameterHook] = {}
+        self._attention_users: dict[str, int] = {}
+        self._prefixes = 0
+        self._attention_before: str | None = None
+
+    def open(self, site: Site) -> None:
+        """Let deltas act at a site.
+
+        Raises:
+            ConfigError: attention cannot be exchanged, or a parameter cannot be changed where it is.
+        """
+        match site:
+            case OutputSite(on=None, path=path):
+                hook, users = self._outputs.get(path) or (self._output_hook(path), 0)
+                self._outputs[path] = hook, users + 1
+            case OutputSite(path=owner, on=str(name)) | ParameterSite(host=owner, name=name):
+                self._open_parameter(owner, name)
+            case AttentionSite(path=path):
+                self.open_attention(path, "prefix tuning")
+                self._prefixes += 1
+                self.state.has_prefixes = True
+            case InputSite():
+                pass  # the decoder's hooks are there from the first attach
+
+    def close(self, site: Site) -> None:
+        """The inverse of `open`."""
+        match site:
+            case OutputSite(on=None, path=path):
+                hook, users = self._outputs.pop(path)
+                if users > 1:
+                    self._outputs[path] = hook, users - 1
+                else:
+                    hook.close()
+            case OutputSite(path=owner, on=str(name)) | ParameterSite(host=owner, name=name):
+                holder = holder_of(owner, self.family)
+                assert holder is not None, "it was opened"
+                if self._parameters[holder].close(owner.removeprefix(holder).removeprefix("."), name):
+                    del self._parameters[holder]
+            case AttentionSite(path=path):
+                self.close_attention(path)
+                self._prefixes -= 1
+                self.state.has_prefixes = self._prefixes > 0
+            case InputSite():
+                pass
+
+    def open_attention(self, path: str, what: str) -> None:
+        """Let the attention module at `path` find the forward state; the first one switches the model's attention to
+        the registered function that knows prefixes and packs.
+
+        Args:
+            what: needs it, for the message of a refusal.
+        """
+        if self._attention_before is None:
+            self._attention_before = attention_function.switch_on(self.model, what)
+        attention_function.listen(self.model.get_submodule(path), self.state)
+        self._attention_users[path] = self._attention_users.get(path, 0) + 1
+
+    def close_attention(self, path: str) -> None:
+        """The inverse of `open_attention`; with the last one the model's own attention function is set again."""
+        self._attention_users[path] -= 1
+        if self._attention_users[path] == 0:
+            attention_function.stop_listening(self.model.get_submodule(path))
+            del self._attention_users[path]
+        if not self._attention_users and self._attention_before is not None:
+            self.model.set_attn_implementation(self._attention_before)
+            self._attention_before = None
+
+    def keep_attention(self) -> None:
+        """Switch again where somebody set another attention function after attach (or on another model that shares
+        this one's config object): else the prefix would be left out in silence."""
+        if self._attention_before is not None and not attention_function.is_on(self.model):
+            self._attention_before = attention_function.switch_on(self.model)
+
+    def running(self) -> list[ParameterHook]:
+        """Hooks of the layers that run now."""
+        return [hook for hook in self._parameters.values() if hook.running]
+
+    def _output_hook(self, path: str) -> OutputHook:
+        module = self.model.get_submodule(path)
+        return OutputHook(module, path, self.state, gathers_tokens=self.family.gathers_tokens(path))
+
+    def _open_parameter(self, owner: str, name: str) -> None:
+        holder = holder_of(owner, self.family)
+        if holder is None:
+            raise ConfigError(
+                f"{owner}.{name} is refused: it is not what its module adds last, and stands outside of the decoder, "
+                "so that it cannot be changed for a forward pass. Use another method, such as LoRA."
+            )
+        if holder not in self._parameters:
+            host: nn.Module = self.model.get_submodule(holder)
+            self._parameters[holder] = ParameterHook(host, holder, self.state)
+        self._parameters[holder].open(owner.removeprefix(holder).removeprefix("."), name)
+
+
+def holder_of(owner: str, family: Family) -> str | None:
+    """The layer around a module, whose parameters can be changed while that layer runs; else the decoder; None outside
+    of both."""
+    around = [layer.path for layer in family.layers] + [family.decoder]
+    return next((path for path in around if owner == path or owner.startswith(path + ".")), None)

@@ -1,0 +1,30 @@
+"""When two passes agree: their logits differ by rounding alone, and by little of what the looked-for fault would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+#: how far logits may be apart, as a share of the largest; in precisions that are not named, TOLERANCE_16_BITS
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+TOLERANCE_16_BITS = 6e-2
+#: and of what the fault would do to them
+SHARE_OF_EFFECT = 0.2
+
+
+def apart(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The largest absolute difference within any pair of tensors of one shape."""
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def agree(model: PreTrainedModel, off: float, size: float, effect: float) -> bool:
+    """Whether logits that are `off` apart are the same but for rounding.
+
+    Args:
+        size: the largest logit.
+        effect: how far the fault that is looked for moves them.
+    """
+    return off <= min(size * TOLERANCE.get(model.dtype, TOLERANCE_16_BITS), effect * SHARE_OF_EFFECT)

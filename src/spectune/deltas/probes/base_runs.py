@@ -1,0 +1,153 @@
+"""Running a base on a few tokens: which keys and values text makes, how it counts positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectune.compute.evaluating import evaluating
+from spectune.deltas.attachment import Attachment
+from spectune.deltas.forward_state import ForwardState
+from spectune.deltas.hooks.caches import caches_in
+from spectune.errors import ConfigError, SpectuneError, first_line
+from spectune.families import token_embedding
+
+
+def can_run(model: nn.Module) -> bool:
+    """Whether the base has weights to run with: none stands on the meta device."""
+    attachment = Attachment.of(model)
+    modules = model.modules() if attachment is None else attachment.base_modules
+    return not any(p.device.type == "meta" for module in modules for p in module.parameters(recurse=False))
+
+
+def run(model: PreTrainedModel, ids: list[int]) -> None:
+    """Run the model on one row of token ids, in evaluation mode."""
+    attachment = Attachment.of(model)
+    with evaluating(model, None if attachment is None else attachment.modules_in_force()):
+        first_logits(model, ids)
+
+
+def first_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Logits `[1, len(ids), vocabulary]` of one row, without cache.
+
+    Raises:
+        ConfigError: the model's own code fails on it with the delta that is on now, and without it does not.
+    """
+    tokens = torch.tensor([ids], device=token_embedding(model).weight.device)
+
+    def forward() -> Tensor:
+        logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        return logits
+
+    attachment = Attachment.of(model)
+    name = None if attachment is None else attachment.state.current.name
+    try:
+        return forward()
+    except (SpectuneError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if attachment is None or name is None or not _runs_bare(attachment, forward):
+            raise
+        raise ConfigError(
+            f"{attachment.deltas[name].method.label} is refused: this {attachment.family.model_type} model's own code "
+            f"does not take it ({type(error).__name__}: {first_line(error)}). The bare model runs. Use another method, "
+            "such as LoRA."
+        ) from error
+
+
+def _runs_bare(attachment: Attachment, forward: Callable[[], Tensor]) -> bool:
+    if attachment.tuned is not None:
+        return False  # it is the base: what fails is the model's own
+    try:
+        with attachment.state.routed(None):
+            forward()
+    except Exception:
+        return False
+    return True
+
+
+def attention_calls(model: PreTrainedModel, ids: list[int]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values `[1, kv_heads, len(ids), dim]` that each open attention module uses for one row under the current
+    route, by the module's id: taken where attention uses them, after rotary positions."""
+    attachment = Attachment.of(model)
+    assert attachment is not None, "attention modules are open only while something is attached"
+    thread = attachment.state.thread
+    calls: dict[int, tuple[Tensor, Tensor]] = {}
+    thread.attention_calls = calls
+    try:
+        run(model, ids)
+    finally:
+        thread.attention_calls = None
+    return calls
+
+
+def capture_keys_and_values(
+    model: PreTrainedModel, paths: list[str], ids: list[int]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The keys and values `[kv_heads, len(ids), dim]` float32 that the bare base makes of a text, for each attention
+    module at `paths`, which must be open attention sites."""
+    attachment = Attachment.of(model)
+    assert attachment is not None, "capture is called from initialise, when something is attached"
+    with attachment.state.routed(None):
+        calls = attention_calls(model, ids)
+    modules = {path: model.get_submodule(path) for path in paths}
+    return {
+        path: (calls[id(module)][0][0].float(), calls[id(module)][1][0].float())
+        for path, module in modules.items()
+        if id(module) in calls
+    }
+
+
+def cached_values(model: PreTrainedModel, watched: list[str]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """What modules at `watched` give for three tokens, `[3, features]`, and the values that the bare base then caches,
+    layer by layer, `[3, kv_heads * dim]`: values go from their projection into the cache unchanged."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Any:
+        return lambda module, args, output: seen.__setitem__(path, output.detach()[0])
+
+    handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in watched]
+    try:
+        with evaluating(model):
+            tokens = torch.tensor([[1, 2, 3]], device=token_embedding(model).weight.device)
+            out = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = [layer for cache in caches_in(out) for layer in getattr(cache, "layers", [])]
+    return seen, [
+        layer.values[0].transpose(0, 1).flatten(1) for layer in layers if getattr(layer, "values", None) is not None
+    ]
+
+
+def counts_padding(model: PreTrainedModel, state: ForwardState) -> bool:
+    """Whether the bare base's own positions, where the caller gives none, are the index in the batch, padding counted
+    (True), or the count of real tokens (False).
+
+    Raises:
+        ConfigError: neither; then a caller must give position_ids.
+    """
+    device = token_embedding(model).weight.device
+    ids = torch.tensor([[1, 2, 3]], device=device)
+    mask = torch.tensor([[0, 1, 1]], device=device)
+    with state.routed(None), evaluating(model):
+        own, index, count = (
+            model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits[:, -1].float()
+            for given in (
+                {},
+                {"position_ids": torch.tensor([[0, 1, 2]], device=device)},
+                {"position_ids": torch.tensor([[0, 0, 1]], device=device)},
+            )
+        )
+    if torch.allclose(own, index, rtol=1e-4, atol=1e-5):
+        return True
+    if torch.allclose(own, count, rtol=1e-4, atol=1e-5):
+        return False
+    raise ConfigError(
+        f"{type(model).__name__} numbers the positions of a left-padded batch in a way of its own: give position_ids "
+        "where rows with virtual tokens share a left-padded batch with others"
+    )

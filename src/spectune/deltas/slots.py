@@ -1,0 +1,58 @@
+"""Where a delta's modules stand in the model: children of the module that they act at (`module.deltas[key]`), so that
+`model.to`, FSDP and `parameters()` see them.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from spectune.deltas.modules import DeltaModule
+from spectune.errors import ConfigError
+
+
+def key_of(name: str) -> str:
+    """A delta's name as a key that any `nn.ModuleDict` takes: no dots, never an attribute's name; one to one."""
+    return "@" + name.replace(".", ":")
+
+
+def put(module: nn.Module, name: str, delta_module: nn.Module, part: str = "") -> None:
+    """Make `delta_module` a child of `module` under the delta's name.
+
+    Args:
+        part: the parameter that it acts on, where it does not act after the module; "shared" for what all modules of
+            the delta share.
+    """
+    _children(module)[_key(name, part)] = delta_module
+
+
+def get(module: nn.Module, name: str | None, part: str = "") -> DeltaModule | None:
+    """The delta's module at this place, None where it has none."""
+    deltas = module._modules.get("deltas")
+    if name is None or deltas is None:
+        return None
+    found = deltas._modules.get(_key(name, part))
+    return found if isinstance(found, DeltaModule) else None
+
+
+def take(module: nn.Module, name: str, part: str = "") -> None:
+    """The inverse of `put`; the last one out leaves no trace."""
+    deltas = module._modules.get("deltas")
+    if isinstance(deltas, nn.ModuleDict):
+        deltas._modules.pop(_key(name, part), None)
+        if not len(deltas):
+            del module.deltas
+
+
+def _key(name: str, part: str) -> str:
+    return f"{key_of(name)}#{part}" if part else key_of(name)
+
+
+def _children(module: nn.Module) -> nn.ModuleDict:
+    """`module.deltas`, made where it is not there yet."""
+    found = module._modules.get("deltas")
+    if isinstance(found, nn.ModuleDict):
+        return found
+    if hasattr(module, "deltas"):
+        raise ConfigError(f"{type(module).__name__} has an attribute `deltas` of its own; spectune needs that name")
+    module.deltas = children = nn.ModuleDict()
+    return children

@@ -1,0 +1,155 @@
+"""Full fine-tuning's delta: the base itself, all of whose weights are trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spectune.deltas.delta import Delta
+from spectune.deltas.folder import DeltaFiles, check_tensors
+from spectune.deltas.method import Method
+from spectune.deltas.site import Site
+from spectune.errors import ConfigError, DataError
+from spectune.families import Family, quantised_weights
+from spectune.files.weights import check_finite, need_weights, read_headers, read_weights
+
+
+class TunedBase(Delta):
+    """The base, trained in place. Nothing stands beside it, and taking it off needs a copy of the base.
+
+    Args:
+        keep_base: keep the base's weights in host memory.
+
+    Raises:
+        ConfigError: the base is quantised, so that its weights take no gradient.
+    """
+
+    def __init__(
+        self, method: Method, model: PreTrainedModel, family: Family, name: str, base_fingerprint: dict[str, Any],
+        *, keep_base: bool,
+    ) -> None:  # fmt: skip
+        if quantised := quantised_weights(model):
+            path, kind = next(iter(quantised.items()))
+            raise ConfigError(
+                f"{method.label} trains the base's own weights, and {len(quantised)} of them are quantised ({path}: "
+                f"{kind}), which take no gradient. Load the base without base_precision, or use a method that leaves "
+                "the base as it is, such as LoRA."
+            )
+        super().__init__(method, model, family, name, base_fingerprint)
+        self._kept = {n: p.detach().cpu().clone() for n, p in model.named_parameters()} if keep_base else None
+
+    def total_parameters(self) -> int:
+        return self.family.num_parameters
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.model.named_parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.training_state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.load_training_state_dict(state)
+
+    @property
+    def files(self) -> DeltaFiles:
+        return ModelFiles(self.model)
+
+    def put_on(self, sites: Sequence[Site], opened: Callable[[Site], None]) -> None:
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(True)
+
+    def take_off(self, closed: Callable[[Site], None], *, undo: bool = False) -> None:
+        if self._kept is not None or not undo:  # an attach that failed has trained nothing
+            _write(self.model, self._base("to be able to detach, attach with keep_base=True (or load the base again)"))
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        base = self._base("attach with keep_base=True to be able to go back to the bare base")
+        tuned = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        _write(self.model, base)
+        try:
+            yield
+        finally:
+            _write(self.model, tuned)
+
+    def _base(self, cure: str) -> Mapping[str, Tensor]:
+        if self._kept is None:
+            raise ConfigError(f"the base was trained in place and no copy was kept; {cure}")
+        return self._kept
+
+
+class ModelFiles(DeltaFiles):
+    """A transformers folder of the whole model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+        self._own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def write(self, folder: Path) -> None:
+        # the class's own method: the instance's is shadowed while deltas are attached
+        type(self.model).save_pretrained(self.model, folder)
+
+    def weight_files(self, folder: Path) -> list[Path]:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            need_weights(folder / "model.safetensors")  # says what is there instead
+        return files
+
+    def check(self, folder: Path) -> None:
+        headers = self._without_buffers(read_headers(self.weight_files(folder)))
+        if not self._in_another_layout(headers):
+            check_tensors(self._own, headers, f"the model in {folder}")
+            return
+        # buffers may have other names in that layout
+        buffers = sum(buffer.numel() for buffer in self._buffers().values())
+        stored, held = (sum(t.numel() for t in tensors.values()) for tensors in (headers, self._own))
+        if not held <= stored <= held + buffers:
+            check_tensors(self._own, headers, f"the model in {folder}")
+
+    def read(self, folder: Path) -> None:
+        what = f"the model in {folder}"
+        state: Mapping[str, Tensor] = self._without_buffers(read_weights(self.weight_files(folder)))
+        if self._in_another_layout(state):
+            state = self._converted(folder)
+        check_tensors(self._own, state, what)
+        check_finite(state, {name: self._own[name].dtype for name in state}, what)
+        _write(self.model, state)
+
+    def _in_another_layout(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a folder names its tensors otherwise than the model does, rather than lacking some."""
+        return len(set(state) & set(self._own)) < len(self._own) and not set(state) <= set(self._own)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """What a transformers folder holds beside the weights; nothing trains it, so that the base has the same."""
+        named = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in named}
+
+    def _without_buffers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        buffers = self._buffers()
+        return {name: tensor for name, tensor in state.items() if name not in buffers}
+
+    def _converted(self, folder: Path) -> dict[str, Tensor]:
+        """The folder's weights, read by transformers itself: it stores some types otherwise than it holds them (each
+        expert by itself, a head under its old name). Its own class, so that nothing but tensors is read."""
+        load: Any = type(self.model).from_pretrained
+        model, found = load(folder, dtype=self.model.dtype, output_loading_info=True, use_safetensors=True)
+        problems = [f"{kind.replace('_', ' ')}: {entry}" for kind, entries in found.items() for entry in entries]
+        if problems:
+            raise DataError(f"the model in {folder}: the tensors do not fit", problems)
+        return {name: parameter.detach().to(self.model.device) for name, parameter in model.named_parameters()}
+
+
+def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Weights into the model; those that it did not have when `state` was taken stay."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in state:
+                parameter.copy_(state[name])

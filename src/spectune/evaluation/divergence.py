@@ -1,0 +1,96 @@
+"""Forgetting: how far a tuned model has moved from its base on text that the base itself would write.
+
+    KL(base || tuned) = mean over positions of  sum_v p_base(v) (log p_base(v) - log p_tuned(v))      [nats per token]
+
+on passages sampled from the base at temperature 1 (or on the user's own text). This needs no benchmark that knows
+what the base could do, and so holds for every base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from spectune.compute.evaluating import evaluating
+from spectune.data import padded
+from spectune.deltas import Attachment, route
+from spectune.errors import ConfigError, DataError
+from spectune.inference import Sampling, context_length, generate_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def sample_passages(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int = 64,
+    length: int = 128,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """`count` passages of exactly `length` token ids, drawn from the bare base at temperature 1, deltas or not.
+
+    Each begins with the BOS token (EOS where there is none), which counts as one of `length`. A passage goes on past
+    an EOS that is drawn, as the packed text did that the base was trained on.
+
+    Raises:
+        ConfigError: no BOS or EOS to begin with, or `length` is below 2 or beyond the base's context.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if not isinstance(start, int):
+        raise ConfigError(
+            "the tokenizer has neither a BOS nor an EOS token, so no passage can begin; give text instead"
+        )
+    with route(model, None):
+        limit = context_length(model)
+        if length < 2 or (limit is not None and length > limit):
+            raise ConfigError(f"passages of {length} tokens; this base takes from 2 to {limit or 'any number'}")
+        drawn = generate_ids(
+            model,
+            [[start]] * count,
+            max_new_tokens=length - 1,
+            batch_size=batch_size,
+            sampling=Sampling(seed=seed),
+        )
+    return [[start, *ids] for ids in drawn]
+
+
+def passage_kls(model: PreTrainedModel, passages: Sequence[Sequence[int]], batch_size: int = 8) -> list[float]:
+    """KL(base || current delta) of each passage, summed over its positions (nats, in float32), in the order given.
+
+    Exactly 0 for a method that starts at its base, until its first step. The bare base is reached by
+    `route(model, None)`; a fully tuned model must have been attached with `keep_base=True`.
+
+    Raises:
+        ConfigError: nothing is attached, or no copy of the base was kept.
+        DataError: no passage, or an empty one.
+    """
+    if Attachment.of(model) is None:
+        raise ConfigError("forgetting compares a delta with its base, and nothing is attached to this model")
+    if not passages or any(len(passage) == 0 for passage in passages):
+        raise DataError(f"{len(passages)} passages, of which some or all are empty; expected token ids in each")
+    sums: list[float] = []
+    with evaluating(model):
+        for start in range(0, len(passages), batch_size):
+            batch = passages[start : start + batch_size]
+            inputs = {name: tensor.to(model.device) for name, tensor in padded(batch, 0).items()}
+            with route(model, None):
+                base = model(**inputs, use_cache=False).logits
+            tuned = model(**inputs, use_cache=False).logits
+            # row by row: in float32 the logits of a whole batch would be the largest tensors of the run
+            sums += [_kl_sum(base[row, : len(ids)], tuned[row, : len(ids)]) for row, ids in enumerate(batch)]
+    return sums
+
+
+def _kl_sum(base: Tensor, tuned: Tensor) -> float:
+    """KL of two `[positions, vocabulary]` logits, summed over positions."""
+    log_p = base.float().log_softmax(-1)
+    log_q = tuned.float().log_softmax(-1)
+    p = log_p.exp()
+    terms = (p * (log_p - log_q)).masked_fill(p == 0, 0.0)  # 0 log 0 = 0, for vocabularies that mask entries
+    # KL is never negative; what rounding leaves below zero is none
+    return max(float(terms.sum(-1).cpu().double().sum()), 0.0)

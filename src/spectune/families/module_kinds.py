@@ -1,0 +1,43 @@
+"""Questions about one module: is it a linear map, does it hold a bias that is added to its output?"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """`(in_features, out_features)` of a linear map, or None for any other module.
+
+    `nn.Linear` and its quantised stand-ins carry both numbers as attributes; GPT-2's `Conv1D` is the same map with
+    its weight transposed, `[in, out]`.
+    """
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    weight = getattr(module, "weight", None)
+    if not isinstance(in_features, int) or not isinstance(out_features, int) or weight is None:
+        return None
+    if isinstance(weight, nn.Parameter) and weight.dim() > 2:  # one map for each expert
+        return None
+    return in_features, out_features
+
+
+def token_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """The table of token embeddings, `weight` `[vocabulary, hidden]`."""
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A normalisation: a leaf whose weight is a vector (its bias, if any, is added last)."""
+    weight = getattr(module, "weight", None)
+    leaf = all(name == "deltas" for name, _ in module.named_children())  # a delta attached to it is no part of it
+    return isinstance(weight, nn.Parameter) and weight.dim() == 1 and leaf
+
+
+def adds_its_bias_last(module: nn.Module) -> bool:
+    """Whether adding a vector to the module's output equals adding it to its `bias`: true of linears and norms."""
+    return linear_shape(module) is not None or is_norm(module)

@@ -1,0 +1,140 @@
+"""The result of one run: `result.json`, units in the names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from spectune.errors import DataError
+from spectune.files.atomic import atomic_write_text
+from spectune.files.strict_json import strict_json
+from spectune.results.record import Record, first_problem
+
+
+class RunRecord(Record):
+    """A run as a comparison's file has it. Files of earlier versions lack some fields, and in published ones what was
+    not measured alone is null; see `RunResult` for what the fields mean."""
+
+    method: str = ""
+    name: str = ""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    seed: int | None = None
+    learning_rate: float | None = None
+    trainable_parameters: int | None = None
+    stored_parameters: int | None = None
+    total_parameters: int | None = None
+    stored_bytes: int | None = None
+    steps: int | None = None
+    best_step: int | None = None
+    train_tokens: int | None = None
+    target_tokens: int | None = None
+    train_loss: float | None = None
+    valid_loss: float | None = None
+    base_valid_loss: float | None = None
+    valid_perplexity: float | None = None
+    train_tokens_per_second: float | None = None
+    train_seconds: float | None = None
+    peak_memory_bytes: dict[str, int] = Field(default_factory=dict)
+    predicted_memory_bytes: dict[str, int] = Field(default_factory=dict)
+    memory_prediction_source: str | None = None
+    gradient_checkpointing: bool | str | None = None
+    stopped_early: bool = False
+    metrics: Mapping[str, float | None] = Field(default_factory=dict)
+    forgetting_kl_nats_per_token: float | None = None
+    decode_tokens_per_second: float | None = None
+    decode_tokens_per_second_base: float | None = None
+    decode_tokens_per_second_merged: float | None = None
+    decode_tokens_per_second_spread: float | None = None
+    decode_tokens_per_second_base_spread: float | None = None
+    decode_tokens_per_second_merged_spread: float | None = None
+    inference_overhead_range: tuple[float, float] | None = None
+    inference_overhead_merged_range: tuple[float, float] | None = None
+    retained_sha256: str | None = None
+    swap_seconds: float | None = None
+    folder: str | None = None
+    key: str | None = None
+    last_valid_loss: float | None = None
+    judged_loss: float | None = None
+    judged_on: str | None = None
+    rows_file: str | None = None
+    evaluation_seconds: float | None = None
+    forgetting_by_passage: Sequence[float | None] | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The loss that the run is judged by; the validation loss where no rows were judged apart from those."""
+        return self.valid_loss if self.judged_loss is None else self.judged_loss
+
+
+class RunResult(RunRecord):
+    """One training with one method, seed and learning rate.
+
+    Losses are nats per target token. `trainable_parameters` counts what was trained (a prefix's reparametrisation
+    too), `stored_parameters` what is stored and used at inference, `total_parameters` the base's.
+    `peak_memory_bytes`: `<phase>_<kind>`. Phases: `train`, on CUDA all steps, elsewhere the first two (of which one
+    holds the longest rows); `valid`, the longest batch of validation; `load`, putting the delta onto its base;
+    `generate`, decoding in a batch. Kinds: `allocated`, tensors (CUDA: by torch's allocator; elsewhere counted as they
+    are made and freed, weights and optimizer states included, scratch space within an operation not); `reserved`
+    (CUDA), what the allocator held of the device; `resident` (CPU), physical memory of the whole process, Python and
+    libraries included.
+    `train_tokens_per_second` counts computing alone: no start-up, no making of batches, no validation, no writing, and
+    not the first steps, in which memory is counted. `train_seconds` are those of all steps.
+    `predicted_memory_bytes` is the plan of the longest batch, made before the first step (`spectune.plan`): terms,
+    and `peak_allocated` and `peak_reserved` to compare with `train_allocated` and `train_reserved`;
+    `memory_prediction_source` is its source, "none" where the base could not be described.
+    `gradient_checkpointing`: what was recomputed (false, "selective", true, "offload"), whatever the setting was.
+    Decoding speeds are medians over rounds, their `_spread` is half the interquartile range; `inference_overhead_range`
+    are the quartiles of the extra time over the rounds, as shares of the bare base's time in the same round.
+    `retained_sha256`: of the passages that forgetting was measured on; `forgetting_by_passage`: nats, summed over each.
+    `valid_loss` is the kept weights', `last_valid_loss` that after the last step: above it where a run overfits.
+    `judged_loss` and `metrics`: of the kept weights on the rows that are judged (`judged_on`: "valid" or "test"), row
+    by row in `rows_file`, a path within the comparison's folder. `key`: of all that the run depends on.
+    `decode`: speeds by batch size, see `spectune.comparing.measure`. Fields that only a comparison measures
+    are None after `train`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    name: str
+    settings: dict[str, Any]
+    seed: int
+    learning_rate: float
+    trainable_parameters: int
+    stored_parameters: int
+    total_parameters: int
+    steps: int
+    train_tokens: int
+    target_tokens: int
+    train_loss: float | None
+    train_tokens_per_second: float
+    train_seconds: float
+    metrics: dict[str, float] = Field(default_factory=dict)
+    forgetting_by_passage: list[float] | None = None
+    decode: dict[str, dict[str, Any]] | None = None
+
+    def with_measured(self, found: Mapping[str, Any]) -> RunResult:
+        """This result with fields that were measured after training; the phases of `peak_memory_bytes` are added to
+        those that are there."""
+        peaks = {**self.peak_memory_bytes, **found.get("peak_memory_bytes", {})}
+        return self.model_copy(update={**found, "peak_memory_bytes": peaks})
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, atomically; a number that is not finite becomes null."""
+        atomic_write_text(path, strict_json(self.model_dump(mode="json")) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunResult:
+        """Read `result.json`. Raises DataError where it is damaged."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise DataError(
+                f"{path} is not a run's result ({first_problem(error)}). Remove it and resume: the run goes on from "
+                "its last checkpoint."
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as a run's result: {error}") from error

@@ -1,0 +1,234 @@
+"""A route belongs to the thread and the task that entered it: however many share a model, each answers as alone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectune.deltas import Attachment, Method, attach, attached, detach, route
+from spectune.errors import ConfigError
+from spectune.methods import BitFit, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from spectune.methods.ia3 import IA3
+from tests.contract.conftest import move
+from tests.contract.families import gpt2, llama
+
+#: eight deltas of six methods
+METHODS: tuple[Method, ...] = (
+    LoRA(r=2), LoRA(r=4), BottleneckAdapter(bottleneck_dim=4), PrefixTuning(num_virtual_tokens=3),
+    PrefixTuning(num_virtual_tokens=5), PromptTuning(num_virtual_tokens=4), BitFit(), IA3(),
+)  # fmt: skip
+NAMES = [f"{method.name}-{number}" for number, method in enumerate(METHODS)]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_each() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=[gpt2, llama], ids=["gpt2", "llama"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    torch.manual_seed(0)
+    found: PreTrainedModel = request.param().eval()
+    for number, (name, method) in enumerate(zip(NAMES, METHODS, strict=True)):
+        move(attach(found, method, name, seed=number), 0.1)
+    return found
+
+
+def rows(number: int) -> Tensor:
+    return torch.randint(1, 50, (2, 5 + number % 3), generator=torch.Generator().manual_seed(number))
+
+
+def answer(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return logits
+
+
+def alone(model: Any, name: str | list[str | None] | None, ids: Tensor) -> Tensor:
+    with route(model, name):
+        return answer(model, ids)
+
+
+def nothing_in_force(model: PreTrainedModel) -> bool:
+    attachment = Attachment.of(model)
+    assert attachment is not None
+    return not any(attachment.state.in_use(name) for name in NAMES) and attachment.state.current.name == NAMES[-1]
+
+
+def test_threads_answer_as_alone(model: PreTrainedModel) -> None:
+    """8 threads x 200 forward passes over 8 deltas of six methods; a route of one row each among them."""
+    expected = [alone(model, name, rows(number)) for number, name in enumerate(NAMES)]
+    mixed = [[NAMES[number], None] for number in range(len(NAMES))]
+    expected_mixed = [alone(model, names, rows(number)) for number, names in enumerate(mixed)]
+    start = threading.Barrier(len(NAMES))
+
+    def work(number: int) -> bool:
+        start.wait()
+        right = True
+        for turn in range(100):
+            with route(model, NAMES[number]):
+                right &= torch.equal(answer(model, rows(number)), expected[number])
+            if turn % 2:
+                with route(model, mixed[number]):
+                    right &= torch.equal(answer(model, rows(number)), expected_mixed[number])
+            else:
+                right &= torch.equal(alone(model, None, rows(number)), bare[number])
+        return right
+
+    bare = [alone(model, None, rows(number)) for number in range(len(NAMES))]
+    with ThreadPoolExecutor(len(NAMES)) as pool:
+        assert all(pool.map(work, range(len(NAMES))))
+    assert nothing_in_force(model)
+
+
+def test_coroutines_answer_as_alone(model: PreTrainedModel) -> None:
+    expected = [alone(model, name, rows(number)) for number, name in enumerate(NAMES)]
+
+    async def work(number: int) -> bool:
+        right = True
+        for _ in range(25):
+            with route(model, NAMES[number]):
+                await asyncio.sleep(0)
+                right &= torch.equal(answer(model, rows(number)), expected[number])
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            right &= torch.equal(answer(model, rows(number)), active[number])  # outside: the active delta
+        return right
+
+    async def everyone() -> list[bool]:
+        return list(await asyncio.gather(*(work(number) for number in range(len(NAMES)))))
+
+    active = [answer(model, rows(number)) for number in range(len(NAMES))]
+    assert all(asyncio.run(everyone()))
+    assert nothing_in_force(model)
+
+
+def test_generation_with_beams_in_threads(model: PreTrainedModel) -> None:
+    """Beams and return sequences carry their row's delta along, whatever another thread generates."""
+    calls: list[tuple[list[str | None], dict[str, Any]]] = [
+        ([NAMES[0], None], {"num_beams": 3}),
+        ([NAMES[2], NAMES[0]], {"num_beams": 2, "num_return_sequences": 2}),
+        ([NAMES[7], NAMES[6]], {}),
+    ]
+
+    def generate(names: list[str | None], settings: dict[str, Any]) -> Tensor:
+        ids = rows(0)
+        with route(model, names):
+            made: Tensor = model.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0, **settings
+            )
+        return made
+
+    expected = [generate(*call) for call in calls]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for _ in range(4):
+            for made, right in zip(pool.map(lambda call: generate(*call), calls), expected, strict=True):
+                assert torch.equal(made, right)
+    assert nothing_in_force(model)
+
+
+def test_two_models_in_two_threads_do_not_see_each_other() -> None:
+    """A prefix hides SDPA's causal shortcut, packs change masks: of one model, never of the other."""
+    models = []
+    for make, method in ((gpt2, PrefixTuning(num_virtual_tokens=3)), (llama, PrefixTuning(num_virtual_tokens=4))):
+        torch.manual_seed(0)
+        made = make().eval()
+        move(attach(made, method, "a"), 0.1)
+        attach(made, LoRA(r=2), "b")
+        models.append(made)
+    routes: list[list[str | None]] = [["a", None], ["b", "a"]]
+    expected = [alone(made, names, rows(1)) for made, names in zip(models, routes, strict=True)]
+
+    def work(number: int) -> bool:
+        return all(torch.equal(alone(models[number], routes[number], rows(1)), expected[number]) for _ in range(60))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, range(2)))
+
+
+@pytest.mark.parametrize("share", ["threads", "coroutines"])
+def test_compiled_models_follow_the_route_of_their_thread_and_task(share: str) -> None:
+    torch.manual_seed(0)
+    model = llama().eval()
+    names = ["one", "two", "three"]
+    for name, method in zip(names, (LoRA(r=2), BitFit(), PrefixTuning(num_virtual_tokens=3)), strict=True):
+        move(attach(model, method, name), 0.1)
+    expected = {name: alone(model, name, rows(0)) for name in names}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    def right(name: str) -> bool:
+        return torch.allclose(answer(compiled, rows(0)), expected[name], atol=1e-5)
+
+    for name in names:
+        with route(model, name):
+            assert right(name)
+    if share == "threads":
+
+        def work(name: str) -> bool:
+            with route(model, name):
+                return all(right(name) for _ in range(10))
+
+        with ThreadPoolExecutor(len(names)) as pool:
+            assert all(pool.map(work, names))
+    else:
+
+        async def task(name: str) -> bool:
+            good = True
+            with route(model, name):
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                    good &= right(name)
+            return good
+
+        async def everyone() -> list[bool]:
+            return list(await asyncio.gather(*map(task, names)))
+
+        assert all(asyncio.run(everyone()))
+
+
+def test_a_delta_that_another_thread_uses_is_not_detached() -> None:
+    model = gpt2()
+    attach(model, LoRA(r=2), "a")
+    entered, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with route(model, "a"):
+            entered.set()
+            over.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(20)
+    with pytest.raises(ConfigError, match="in use"):
+        detach(model, "a")
+    over.set()
+    thread.join()
+    detach(model, "a")
+    assert not attached(model)
+
+
+def test_parameters_changed_in_place_are_one_thread_s_at_a_time() -> None:
+    """Convolutions' biases are exchanged while their layer runs: another thread's pass waits for that layer."""
+    from tests.deltas.test_parameters import mamba
+
+    model = mamba()
+    for name in ("a", "b"):
+        move(attach(model, BitFit(), name), 0.3 if name == "a" else -0.3)
+    expected: dict[str | None, Tensor] = {name: alone(model, name, rows(0)) for name in ("a", "b", None)}
+
+    def work(name: str | None) -> bool:
+        return all(torch.equal(alone(model, name, rows(0)), expected[name]) for _ in range(40))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, expected))
