@@ -3,6 +3,7 @@
     PYTHONPATH=src python benchmarks/plan.py --out plan.jsonl --table docs/results/plan.md      on a CUDA device
     PYTHONPATH=src python benchmarks/plan.py --tiny --device cpu --out tiny.jsonl               a check of this script
     PYTHONPATH=src python benchmarks/plan.py --out plan.jsonl --replay --table docs/results/plan.md    measures nothing
+    PYTHONPATH=src python benchmarks/plan.py --check-recorded    predicts the recorded cells, held to what was measured
 
 All cells are predicted first, from configs alone and without the device. Then each shape's are measured in a process
 of its own, side by side as far as the predictions say that they fit onto the device together: memory is counted by each
@@ -17,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -27,10 +29,14 @@ import torch
 import transformers
 from plan_cells import SHAPES, TINY, UNSEEN, Cell, by_shape, cells, needed, predict
 from plan_measure import Room, line, work
-from plan_page import page
+from plan_page import errors, page
 
+#: cells measured on an NVIDIA H200
+RECORDED = Path(__file__).parents[1] / "docs/results/plan.jsonl"
 #: share of a device's memory that processes may take together
 SHARE = 0.93
+#: of the errors of predicted allocated bytes, as shares of what was measured
+MEDIAN, WORST = 0.01, 0.08
 #: processes that predict
 _PREDICTORS = max(1, min(14, (os.cpu_count() or 2) - 2))
 
@@ -100,8 +106,9 @@ def _free() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
-def replay(path: Path, processes: int) -> None:
-    """Predict the measured cells of a file again, with the planner as it is now, from configs alone."""
+def replayed(path: Path, processes: int) -> list[dict[str, Any]]:
+    """All cells of a file; those that were measured are predicted again, with the planner as it is now, from configs
+    alone."""
     found = [json.loads(text) for text in path.read_text().splitlines()]
     measured = [cell for cell in found if "measured" in cell]
     chosen = [Cell(**{name: cell[name] for name in Cell.__dataclass_fields__}) for cell in measured]
@@ -111,13 +118,32 @@ def replay(path: Path, processes: int) -> None:
             cell["replayed"] = again["predicted"]
             cell["replayed_with"] = {"torch": torch.__version__, "transformers": transformers.__version__}
             print(line({**cell, "predicted": cell["replayed"]}), flush=True)
-    path.write_text("".join(json.dumps(cell) + "\n" for cell in found))
+    return found
+
+
+def within_limits(cells: list[dict[str, Any]]) -> bool:
+    """Say how far the predictions of today are from what was measured, and whether allocated bytes keep the limits."""
+    measured = [cell for cell in cells if "measured" in cell]
+    kept = all("replayed" in cell for cell in measured)
+    for title, some in (
+        ("compiled", [cell for cell in measured if cell["compiled"]]),
+        ("eager", [cell for cell in measured if not cell["compiled"]]),
+        ("all", measured),
+    ):
+        for kind in ("allocated", "reserved"):
+            found = [abs(error) for error in errors(some, kind, "replayed")]
+            if not found:
+                continue
+            median, worst = statistics.median(found), max(found)
+            print(f"{title:<9} {len(found):>3} cells, {kind}: median {median:.2%}, worst {worst:.2%}")
+            kept &= kind == "reserved" or (median <= MEDIAN and worst <= WORST)
+    return kept
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Callable[..., Any] = parser.add_argument
-    add("--out", type=Path, required=True, help="JSON lines, appended to")
+    add("--out", type=Path, help="JSON lines, appended to")
     add("--device", default="cuda")
     add("--tiny", action="store_true")
     add("--shapes", nargs="*", help="all by default")
@@ -128,10 +154,20 @@ def main() -> int:
     add("--table", type=Path, help="write the page from --out")
     add("--only-table", action="store_true", help="measure nothing")
     add("--replay", action="store_true", help="predict the cells of --out again; measures nothing")
+    add(
+        "--check-recorded",
+        action="store_true",
+        help="the same of --out or docs/results/plan.jsonl, writing nothing; fails beyond the limits",
+    )
     add("--unseen", nargs="*", default=list(UNSEEN), help="shapes that the page calls unseen")
     args = parser.parse_args()
+    if args.check_recorded:
+        return 0 if within_limits(replayed(args.out or RECORDED, args.predictors)) else 1
+    if args.out is None:
+        parser.error("--out is needed")
     if args.replay:
-        replay(args.out, args.predictors)
+        cells_again = replayed(args.out, args.predictors)
+        args.out.write_text("".join(json.dumps(cell) + "\n" for cell in cells_again))
     elif not args.only_table:
         run(cells(args.shapes or list(TINY if args.tiny else SHAPES), args.methods), args)
     if args.table:

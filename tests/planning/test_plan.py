@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import pickle
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,42 @@ def test_advice_names_what_helps(method: str, settings: dict[str, Any], says: st
     estimate: Estimate = plan(LLAMA, method, **{"dtype": "bfloat16", **settings})
     assert says in estimate.advice(estimate.needed - 2**20)
     assert estimate.advice(estimate.needed) == ""
+
+
+def test_an_estimate_is_a_value() -> None:
+    model = llama()
+    asked = {"device": "cpu", "validation": 4}
+    estimate = plan(model, LoRA(r=4), 4, 32, **asked)
+    assert plan(model, LoRA(r=4), 4, 32, **asked) == estimate
+    assert plan(model, LoRA(r=4), 4, 33, **asked) != estimate
+    stored = pickle.dumps(estimate)
+    assert len(stored) < 2**16, "no weights are in it"
+    copied = pickle.loads(stored)
+    assert copied == estimate
+    memory = 2 * estimate.peak_reserved
+    assert copied.largest_batch(memory) == estimate.largest_batch(memory) > 4
+    assert asdict(estimate)["moments"] == tuple(asdict(moment) for moment in estimate.moments)
+
+
+def test_an_execution_says_what_the_settings_say() -> None:
+    settings = plan(LLAMA, "lora", 4, 64, torch_compile=True, cuda_graphs=True, validation=2)
+    said = plan(LLAMA, "lora", Shape.whole(4, 64), execution=Execution(True, True), validation=Shape.whole(2, 64))
+    assert said == settings
+    lean = plan(LLAMA, "lora", 4, 64, execution=Execution(recomputation="selective"))
+    assert lean == plan(LLAMA, "lora", 4, 64, gradient_checkpointing="selective")
+    # on masks alone cuDNN's kernels and flash attention keep other tensors
+    masked = replace(Shape.whole(4, 64), padded=True)
+    with_cudnn, without = (
+        plan(LLAMA, "prefix", masked, dtype="bfloat16", execution=Execution(cudnn=allowed)) for allowed in (True, False)
+    )
+    assert with_cudnn != without
+
+
+def test_a_batch_of_another_size_has_the_same_share_of_targets() -> None:
+    shape = Shape(4, 33, 8, 20, padded=True, columns=16, documents=((33,),) * 4)
+    assert shape.resized(2, 65) == Shape(2, 65, 16, 32, padded=True, columns=32)
+    assert shape.cut(5) == replace(shape, length=5, targets=4, all_targets=16)
+    assert shape.cut(33) is shape
 
 
 def test_sizes() -> None:

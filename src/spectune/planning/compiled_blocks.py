@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from spectune.blocks.call import Wrapper, wrap
 from spectune.blocks.compile import CompiledCall, block_of, compiler_settings
 from spectune.planning.kernels import attend_as, scratch_of
-from spectune.planning.liveness import Output, Schedule, schedule
+from spectune.planning.liveness import Schedule, schedule
 from spectune.planning.tracer import Tracer
 
 
@@ -152,15 +152,15 @@ def _player(tracer: Tracer, plan: Schedule, label: Callable[[], str]) -> Callabl
                     tracer.see(memory[number], label())
                 else:
                     tracer.see(torch.empty(number, dtype=torch.uint8, device="meta"), "workspace")
-            return [_view(memory[out.number], out) if isinstance(out, Output) else out for out in plan.outputs]
+            return [_view(memory[out[0]], out[1]) if isinstance(out, tuple) else out for out in plan.outputs]
 
     play._boxed_call = True  # type: ignore[attr-defined]
     return play
 
 
-def _view(base: Tensor, output: Output) -> Tensor:
-    if base.shape == output.shape and base.stride() == output.stride and base.dtype == output.dtype:
+def _view(base: Tensor, like: Tensor) -> Tensor:
+    if base.shape == like.shape and base.stride() == like.stride() and base.dtype == like.dtype:
         return base
-    if base.dtype != output.dtype:
-        base = base.flatten().view(output.dtype)
-    return base.as_strided(output.shape, output.stride)
+    if base.dtype != like.dtype:
+        base = base.flatten().view(like.dtype)
+    return base.as_strided(like.shape, like.stride())

@@ -15,14 +15,14 @@ from spectune.sizes import bytes_of
 
 #: what a process holds of a CUDA device beside torch's allocator: the driver's context, kernels, handles
 CUDA_CONTEXT = 600 * 2**20
-#: rows of a batch beyond which nobody asks
+#: the largest batch and length that are looked for
 _MOST_ROWS = 2**16
 _MOST_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
 class Question:
-    """What an estimate answers: it can be asked again of batches of other sizes.
+    """What an estimate answers, and can answer again for batches of other sizes.
 
     Attributes:
         validation: a validation batch, or rows of one that is as long as training's; None leaves it out.
@@ -91,9 +91,9 @@ class Estimate:
         dtype: of the base's weights.
         base_precision: what the frozen linears' weights are stored in; None: in `dtype`.
         torch_compile: whether the step's blocks are compiled.
-        cuda_graphs: whether they are recorded.
-        recordings: bytes that recordings of one shape of a batch keep between steps, in the terms and peaks above all
-            else: copies of arguments and blocks' outputs (activations), gradients of these (workspace) and of weights
+        cuda_graphs: whether they are captured as CUDA graphs.
+        recordings: bytes that the graphs of one shape of a batch keep between steps, part of the terms and peaks:
+            copies of arguments and blocks' outputs (activations), gradients of these (workspace) and of weights
             (gradients). What a step makes inside of blocks is there all the time then, as workspace where it is idle.
         weights: the base's and the delta's.
         gradients: of what is trained, with their float32 copies where the base has lower precision.
@@ -105,12 +105,11 @@ class Estimate:
         peak_reserved: what torch's allocator holds of the device (on a CPU: the same as `peak_allocated`).
         context: what the process takes of a CUDA device beside that; in none of the other figures.
         host: bytes of pinned host memory for blocks' inputs (`gradient_checkpointing="offload"`).
-        validation: peak of tensors of a validation batch, with all memory of blocks' recordings; None where it was not
-            asked for.
+        validation: peak of tensors of a validation batch, with all memory of the graphs; None without one.
         moments: forward, loss (both ways), backward, optimizer.
-        question: what was asked, to be asked of other batches: no part of the value.
-        source: "trace": a few layers of each kind were recorded, of the model's own code without weights, and repeated;
+        source: "trace": a few layers of each kind were traced, of the model's own code without weights, and repeated;
             "full trace": all layers were, as they differ.
+        question: what the estimate answers, for `largest_batch` and the like; two estimates are equal without it.
     """
 
     model: str
@@ -197,7 +196,7 @@ class Estimate:
         }
 
     def of_first_steps(self, steps: Sequence[Sequence[Shape]]) -> Estimate:
-        """The same with the peaks of a run's first steps, each of some batches: what a run measures of itself. The
+        """The estimate with the peaks of a run's first steps, each of some batches: what a run measures of itself. The
         optimizer's states are not there before the end of the first, which holds the longest batch."""
         allocated, reserved = self.question.planner.first_steps(steps)
         return replace(self, peak_allocated=allocated, peak_reserved=reserved)

@@ -36,18 +36,10 @@ def kernels_of(device_type: str, *, cudnn: bool = True) -> Iterator[None]:
     """
     attention, dropout = F.scaled_dot_product_attention, F.dropout
 
-    def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **rest: Any,
-    ) -> Tensor:
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if query.device.type != "meta":
-            return attention(query, key, value, attn_mask, dropout_p, is_causal, **rest)
-        return attend_as(device_type, cudnn, query, key, value, attn_mask, dropout_p, is_causal=is_causal, **rest)
+            return attention(query, *args, **kwargs)
+        return attend_as(device_type, cudnn, query, *args, **kwargs)
 
     def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         fused = device_type == "cuda" and training and 0 < p < 1 and input.device.type == "meta"
@@ -57,7 +49,7 @@ def kernels_of(device_type: str, *, cudnn: bool = True) -> Iterator[None]:
         return dropout(input, p, training, inplace)
 
     products = fp8.meta_runs_as
-    F.scaled_dot_product_attention, F.dropout, fp8.meta_runs_as = attend, drop, device_type  # type: ignore[assignment]
+    F.scaled_dot_product_attention, F.dropout, fp8.meta_runs_as = attend, drop, device_type
     try:
         yield
     finally:
@@ -73,20 +65,21 @@ def attend_as(
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    **rest: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
-    """`scaled_dot_product_attention` of meta tensors, with what the kernel that the device takes keeps.
+    """`scaled_dot_product_attention` of meta tensors: it keeps what the kernel keeps that the device takes.
 
     Args:
         cudnn: it may be cuDNN's.
-        rest: the arguments that count for the plain path alone.
+        args, kwargs: what counts for the plain path alone, such as `is_causal`.
     """
     kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p, cudnn=cudnn)
     if kernel == "math":
-        found: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, **rest
+        plain: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, *args, **kwargs
         )[0]
-        return found
+        return plain
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:  # each call makes an additive mask of its own
             attn_mask = torch.where(attn_mask, 0.0, torch.full((), -math.inf, dtype=query.dtype, device="meta"))
@@ -134,7 +127,7 @@ def _operations(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, 
 
 
 def scratch_of(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what a kernel's backward takes and gives back."""
+    """Shapes and dtypes of the scratch space of a kernel's backward."""
     if kernel == "cpu-flash":
         return []
     shape = (*query.shape[:2], -(-query.shape[2] // 128) * 128)

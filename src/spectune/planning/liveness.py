@@ -42,16 +42,6 @@ class Buffer:
         return self.elements * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class Output:
-    """A tensor that a graph returns: a view of a buffer, or of an input (numbers below 0)."""
-
-    number: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
 @dataclass
 class Schedule:
     """What a call of a compiled graph does to memory. Inputs are numbered -1, -2, ..., buffers 0, 1, ...
@@ -59,7 +49,8 @@ class Schedule:
     Attributes:
         buffers: by number; of inputs those that the graph may write over.
         steps: ("allocate", buffer), ("free", buffer or input) or ("scratch", bytes taken and given back).
-        outputs: what is returned: an `Output`, or a constant.
+        outputs: what is returned: the number of a tensor's memory with one of its shape, strides and dtype, or a
+            constant.
     """
 
     buffers: dict[int, Buffer]
@@ -78,7 +69,7 @@ def schedule(graph: fx.Graph, *, donates_inputs: bool, scratch: Scratch) -> Sche
     last = dict.fromkeys(range(-kernels.inputs, 0), -1)
     for place, kernel in enumerate(kernels.order):
         last |= dict.fromkeys((*kernel.reads, *kernel.writes), place)
-    returned = {output.number for output in kernels.outputs if isinstance(output, Output)}
+    returned = {output[0] for output in kernels.outputs if isinstance(output, tuple)}
     ends: dict[int, list[int]] = defaultdict(list)
     for number, place in last.items():
         if number not in returned and (number >= 0 or donates_inputs):
@@ -188,9 +179,7 @@ class _Kernels:
 
     def _output(self, leaf: Any) -> Any:
         value = leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf
-        if not isinstance(value, Tensor):
-            return value
-        return Output(self._write(self._results[leaf]), tuple(value.shape), tuple(value.stride()), value.dtype)
+        return (self._write(self._results[leaf]), value) if isinstance(value, Tensor) else value
 
 
 def _is_view(target: Any) -> bool:
