@@ -25,20 +25,16 @@ QUICK_STEPS = 120
 
 
 Methods = Annotated[
-    str | None,
-    typer.Option(help=f"Methods, comma-separated: {options.method_names()}.", show_default="all of them"),
+    str | None, typer.Option(help=f"Methods, comma-separated: {options.method_names()}.", show_default="all of them")
 ]
 Test = Annotated[
-    str | None,
-    typer.Option(help="Rows that final runs are evaluated on.", show_default="the validation rows"),
+    str | None, typer.Option(help="Rows that final runs are evaluated on.", show_default="the validation rows")
 ]
 Quick = Annotated[
-    bool,
-    typer.Option("--quick", help=f"Six methods, 3 learning rates, one final run of {QUICK_STEPS} steps each."),
+    bool, typer.Option("--quick", help=f"Six methods, 3 learning rates, one final run of {QUICK_STEPS} steps each.")
 ]
 Thorough = Annotated[
-    bool,
-    typer.Option("--thorough", help="Twice the search, 5 seeds, each memory figure measured in its own process."),
+    bool, typer.Option("--thorough", help="Twice the search, 5 seeds, each memory figure measured in its own process.")
 ]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Final runs of each method.", show_default="3; 1 with --quick")]
 Fractions = Annotated[
@@ -53,12 +49,10 @@ Metric = Annotated[
     ),
 ]
 GenerateRows = Annotated[
-    int | None,
-    typer.Option(min=0, help="Rows that every final run generates completions for.", show_default="64"),
+    int | None, typer.Option(min=0, help="Rows that every final run generates completions for.", show_default="64")
 ]
 Retain = Annotated[
-    Path | None,
-    typer.Option(help="Text on which forgetting is measured.", show_default="sampled from the base itself"),
+    Path | None, typer.Option(help="Text on which forgetting is measured.", show_default="sampled from the base itself")
 ]
 
 

@@ -20,8 +20,7 @@ Tenants = Annotated[
 ]
 MaxStoredBytes = Annotated[str | None, typer.Option(help="Limit on disk space for all tenants' weights, such as 2GB.")]
 MinQuality = Annotated[
-    float | None,
-    typer.Option(help="Minimum relative performance: 0 is the bare base, 100 is full fine-tuning."),
+    float | None, typer.Option(help="Minimum relative performance: 0 is the bare base, 100 is full fine-tuning.")
 ]
 
 

@@ -43,17 +43,12 @@ BaseOfRun = Annotated[
     ),
 ]
 Data = Annotated[
-    str | None,
-    typer.Option(help="Training rows: JSONL, JSON, CSV, Parquet or text.", show_default="the embedded task"),
+    str | None, typer.Option(help="Training rows: JSONL, JSON, CSV, Parquet or text.", show_default="the embedded task")
 ]
 Valid = Annotated[
-    str | None,
-    typer.Option(help="Validation rows.", show_default="a seeded tenth of --data is held out"),
+    str | None, typer.Option(help="Validation rows.", show_default="a seeded tenth of --data is held out")
 ]
-OutputDir = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the run.", show_default="runs/<date>-<method>-<n>"),
-]
+OutputDir = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/<date>-<method>-<n>")]
 Config = Annotated[
     Path | None,
     typer.Option(help="YAML file: training keys at the top, a `method:` block with `name`. Flags take precedence."),

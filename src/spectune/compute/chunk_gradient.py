@@ -15,13 +15,9 @@ from torch import Tensor
 
 
 def chunk_loss(
-    logits: Tensor,
-    targets: Tensor,
-    scale: float,
-    softcap: float | None,
-    probabilities: Tensor | None,
+    logits: Tensor, targets: Tensor, scale: float, softcap: float | None, probabilities: Tensor | None,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Losses of rows, `[rows]` in the exact dtype (float32; float64 of float64), and the gradient by the logits, in
     their dtype: in the memory of `logits` or `probabilities`, both of which are overwritten. Without `with_gradient`
     the second tensor means nothing.
@@ -78,28 +74,22 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 def _compiled(scale: float, softcap: float | None, with_gradient: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """One function for each way of making logits: numbers become part of the code."""
 
-    def losses(logits: Tensor, targets: Tensor) -> Tensor:
-        return _written_plainly(logits, targets, scale, softcap, with_gradient)
-
-    return torch.compile(losses, dynamic=False, fullgraph=True)
-
-
-def _written_plainly(
-    logits: Tensor, targets: Tensor, scale: float, softcap: float | None, with_gradient: bool
-) -> Tensor:
-    values = logits.to(exact_dtype(logits.dtype)) * scale
-    if softcap is not None:
-        bounded = torch.tanh(values / softcap)
-        values = bounded * softcap
-    highest = values.amax(-1, keepdim=True)
-    exponentials = (values - highest).exp()
-    total = exponentials.sum(-1, keepdim=True)
-    expected = targets[:, None]
-    losses = highest + total.log() - values.gather(1, expected)
-    if with_gradient:
-        at_target = torch.arange(values.shape[1], device=values.device) == expected
-        gradient = torch.where(at_target, torch.expm1(-losses), exponentials / total)
+    def written_plainly(logits: Tensor, targets: Tensor) -> Tensor:
+        values = logits.to(exact_dtype(logits.dtype)) * scale
         if softcap is not None:
-            gradient = gradient * (1 - bounded * bounded)
-        logits.copy_(gradient * scale)
-    return losses[:, 0]
+            bounded = torch.tanh(values / softcap)
+            values = bounded * softcap
+        highest = values.amax(-1, keepdim=True)
+        exponentials = (values - highest).exp()
+        total = exponentials.sum(-1, keepdim=True)
+        expected = targets[:, None]
+        losses = highest + total.log() - values.gather(1, expected)
+        if with_gradient:
+            at_target = torch.arange(values.shape[1], device=values.device) == expected
+            gradient = torch.where(at_target, torch.expm1(-losses), exponentials / total)
+            if softcap is not None:
+                gradient = gradient * (1 - bounded * bounded)
+            logits.copy_(gradient * scale)
+        return losses[:, 0]
+
+    return torch.compile(written_plainly, dynamic=False, fullgraph=True)

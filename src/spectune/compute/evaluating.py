@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -14,15 +15,13 @@ from torch import nn
 from spectune.compute.cudnn import cudnn_attention
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
+def evaluating(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> AbstractContextManager[None]:
     """Run `model` in evaluation mode and without gradients inside. Afterwards each module is in the mode it was in.
 
     Args:
         modules: those of the model that will run; None is all of them.
     """
-    with _in_mode(model.modules() if modules is None else modules, training=False):
-        yield
+    return _in_mode(model.modules() if modules is None else modules, training=False)
 
 
 @contextlib.contextmanager

@@ -61,13 +61,9 @@ def scaled_product(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Te
 
 
 def _kernel(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor) -> Tensor:
+    # b column-major, as the kernels want it
     found: Tensor = torch._scaled_mm(
-        a,
-        b.t(),  # column-major, as the kernels want it
-        scale_a=scale_a,
-        scale_b=scale_b.t(),
-        out_dtype=torch.bfloat16,
-        use_fast_accum=_FAST_ACCUMULATION,
+        a, b.t(), scale_a=scale_a, scale_b=scale_b.t(), out_dtype=torch.bfloat16, use_fast_accum=_FAST_ACCUMULATION
     )
     return found
 

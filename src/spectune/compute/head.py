@@ -187,11 +187,11 @@ def _named(value: Any, inputs: Mapping[str, Any]) -> Any:
     """What the decoder was given, for any batch: the batch's own entries by name, settings as they are."""
     if value is None or isinstance(value, bool | str):
         return value
-    for name, given in inputs.items():
-        # numbers are the same object by accident
-        if value is given and not isinstance(value, int | float):
-            return _Input(name)
-    raise NotPlainError(f"its forward makes a {type(value).__name__} for its decoder")
+    # numbers are the same object by accident
+    names = [name for name, given in inputs.items() if value is given and not isinstance(value, int | float)]
+    if not names:
+        raise NotPlainError(f"its forward makes a {type(value).__name__} for its decoder")
+    return _Input(names[0])
 
 
 _PROBING: ContextVar[bool] = ContextVar("spectune_probing_head", default=False)

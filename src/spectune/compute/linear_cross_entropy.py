@@ -31,16 +31,9 @@ _SCALED_AT_ONCE = 2**24
 
 
 def linear_cross_entropy_sum(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    chunk_rows: int | None = None,
-    fuse: bool = False,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
+    softcap: float | None = None, chunk_rows: int | None = None, fuse: bool = False,
+) -> Tensor:  # fmt: skip
     """Cross entropy of `z = hidden @ weight.T + bias` with `targets`, summed over rows.
 
     Products run in the dtype of `hidden`, softmax in float32 (float64 where hidden is). The gradient of hidden is kept
@@ -128,7 +121,7 @@ def _loss_and_gradients(
     of_weight = _Total(weight, hidden.shape[0] > at_once) if settings.wanted[1] else None
     of_bias = None if bias is None or not settings.wanted[2] else torch.zeros_like(bias, dtype=exact)
     # both are used for every chunk: fresh memory is slow on a CPU, and falls into pieces on a GPU
-    buffer = _aligned(at_once, weight.shape[0], hidden)
+    buffer = hidden.new_empty(at_once, -(-weight.shape[0] // _ALIGNED) * _ALIGNED)[:, : weight.shape[0]]
     room = None if settings.fuse else torch.empty(at_once, vocabulary, dtype=exact, device=hidden.device)
     for begin in range(0, hidden.shape[0], settings.rows):
         here = slice(begin, begin + settings.rows)
@@ -149,24 +142,19 @@ def _loss_and_gradients(
             of_weight.add_product(gradient.t(), rows)
         if of_bias is not None:
             of_bias += gradient[:, :vocabulary].sum(0, dtype=exact)
-    made = (of_hidden, None if of_weight is None else of_weight.result()[:vocabulary], of_bias)
-    return loss, [made[0], made[1], None if bias is None or of_bias is None else of_bias.to(bias.dtype)]
+    made = None if of_weight is None else of_weight.result()[:vocabulary]
+    return loss, [of_hidden, made, None if of_bias is None else of_bias.to(hidden.dtype)]
 
 
 def _losses_and_gradient(
     logits: Tensor, targets: Tensor, room: Tensor | None, settings: _Settings
 ) -> tuple[Tensor, Tensor]:
     """Losses of a chunk's rows and the gradient by its logits, whose memory is used."""
-    with_gradient = any(settings.wanted)
+    scale, softcap, with_gradient = settings.scale, settings.softcap, any(settings.wanted)
     if settings.fuse and logits.shape[0] > 1:
-        return fused_chunk_loss(logits, targets, settings.scale, settings.softcap, with_gradient), logits
+        return fused_chunk_loss(logits, targets, scale, softcap, with_gradient), logits
     space = None if room is None else room[: logits.shape[0]]
-    return chunk_loss(logits, targets, settings.scale, settings.softcap, space, with_gradient)
-
-
-def _aligned(rows: int, columns: int, like: Tensor) -> Tensor:
-    """`[rows, columns]`, not filled, each row at a round place of memory."""
-    return like.new_empty(rows, -(-columns // _ALIGNED) * _ALIGNED)[:, :columns]
+    return chunk_loss(logits, targets, scale, softcap, space, with_gradient)
 
 
 def _filled_up(weight: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor, nn, ops
@@ -14,14 +13,9 @@ from torch.utils._pytree import tree_leaves
 aten = ops.aten
 #: leave every number what and where it is, as long as the shape stays (casts round)
 _HARMLESS = (
-    aten.alias.default,
-    aten.clone.default,
-    aten.detach.default,
-    aten.slice.Tensor,
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten._to_copy.default,
-)
+    aten.alias.default, aten.clone.default, aten.detach.default, aten.slice.Tensor, aten.view.default,
+    aten._unsafe_view.default, aten._to_copy.default,
+)  # fmt: skip
 _TIMES = (aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar)
 _OVER = (aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar)
 _TANH = (aten.tanh.default, aten.tanh_.default)
@@ -91,31 +85,27 @@ class LogitsTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         for handle in self._handles:
             handle.remove()
         if self._looking:
             self._looking = False
-            super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+            super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def _decoder_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls += 1
-        if self._calls > 1:
-            return
-        if self._looking:
-            raise NotPlainError("it calls its decoder more than once")
-        self.args, self.kwargs = args, dict(kwargs)
+        if self._calls == 1:
+            if self._looking:
+                raise NotPlainError("it calls its decoder more than once")
+            self.args, self.kwargs = args, dict(kwargs)
 
     def _decoder_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         self._calls -= 1
-        if self._calls:
-            return
-        self._now = last_hidden(output)
-        self._positions = self._now.shape[:-1]
-        self._looking = True
-        super().__enter__()  # type: ignore[no-untyped-call]
+        if not self._calls:
+            self._now = last_hidden(output)
+            self._positions = self._now.shape[:-1]
+            self._looking = True
+            super().__enter__()  # type: ignore[no-untyped-call]
 
     def _head_begins(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._calls:
@@ -125,10 +115,9 @@ class LogitsTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_head = True
 
     def _head_ends(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self._calls:
-            return
-        self._in_head = False
-        self._now, self._before, self._headed = output, [], True
+        if not self._calls:
+            self._in_head = False
+            self._now, self._before, self._headed = output, [], True
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

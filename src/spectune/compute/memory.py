@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -23,11 +22,8 @@ from torch.utils._pytree import tree_leaves
 #: What backward does in place where nobody looks on, and out of place under a dispatch mode, which it takes for tensors
 #: that know no operation in place (torch/csrc/autograd/FunctionsManual.cpp: areAnyTensorSubclassLike): the gradients of
 #: indexing, gather and index_select, added into zeros made for them.
-ADDED_IN_PLACE = (
-    torch.ops.aten.index_put.default,
-    torch.ops.aten.scatter_add.default,
-    torch.ops.aten.index_add.default,
-)
+_aten = torch.ops.aten
+ADDED_IN_PLACE = (_aten.index_put.default, _aten.scatter_add.default, _aten.index_add.default)
 
 
 def counts_tensors(device_type: str) -> bool:
@@ -97,23 +93,20 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return callback
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
+        self._add_all((args, kwargs))
         result = func(*args, **kwargs)
         if added_in_place(func):
             self.forget(args[0])
-        for leaf in tree_leaves(result):
+        self._add_all(result)
+        return result
+
+    def _add_all(self, tree: Any) -> None:
+        for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
-        return result
 
 
 class PeakMemory:
@@ -155,15 +148,11 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        if self._resident is not None:
-            self._stack.enter_context(self._resident)
-        if self._tracker is not None:
-            self._stack.enter_context(self._tracker)
+        for watch in (self._resident, self._tracker):
+            self._stack.enter_context(watch or contextlib.nullcontext())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -99,24 +99,19 @@ class FrozenNf4Linear(FrozenLinear):
     precision = "nf4"
 
     def store(self, weight: Tensor) -> Tensor:
+        stored: Tensor
         if weight.is_meta:
             scales = -(-weight.numel() // BLOCK)
-            sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-                "absmax": ((scales,), torch.uint8),
-                "nested_absmax": ((-(-scales // SCALES_BLOCK),), torch.float32),
-                "offset": ((), torch.float32),
-                "nested_code": ((256,), torch.float32),
-            }
-            for name, (shape, dtype) in sizes.items():
-                self.register_buffer(name, weight.new_empty(shape, dtype=dtype))
-            return weight.new_empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)
-        packed, state = bitsandbytes_functions().quantize_4bit(
-            weight.reshape(1, -1), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
-        )
-        found = (state.absmax, state.state2.absmax, state.offset, state.state2.code)
+            stored = weight.new_empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)
+            floats = ((-(-scales // SCALES_BLOCK),), (), (256,))
+            found = [stored.new_empty(scales), *(stored.new_empty(shape, dtype=torch.float32) for shape in floats)]
+        else:
+            stored, state = bitsandbytes_functions().quantize_4bit(
+                weight.reshape(1, -1), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+            )
+            found = [state.absmax, state.state2.absmax, state.offset, state.state2.code]
         for name, tensor in zip(_PARTS, found, strict=True):
             self.register_buffer(name, tensor.detach().clone())
-        stored: Tensor = packed
         return stored
 
     def product(self, x: Tensor) -> Tensor:

@@ -44,18 +44,11 @@ class Pack:
     """
 
     def __init__(
-        self,
-        lengths: Sequence[Sequence[int]],
-        width: int,
-        device: torch.device,
-        kernel: Kernel | None = None,
+        self, lengths: Sequence[Sequence[int]], width: int, device: torch.device, kernel: Kernel | None = None,
         at_least: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.lengths = tuple(tuple(pack) for pack in lengths)
-        self.width = width
-        self.device = device
-        self.kernel = kernel
-        self.at_least = at_least
+        self.width, self.device, self.kernel, self.at_least = width, device, kernel, at_least
         rest = [width - sum(pack) for pack in self.lengths]
         spans = [(*pack, left) if left else pack for pack, left in zip(self.lengths, rest, strict=True)]
         numbers = [torch.repeat_interleave(torch.tensor(span)) for span in spans]

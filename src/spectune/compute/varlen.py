@@ -23,16 +23,12 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether flash attention takes these `[..., dim]`: on CUDA from Ampere on, in 16 bits, one head size for keys and
     values, a multiple of 8, at most 256 (192 with gradients where shared memory is small: PyTorch's sdp_utils)."""
-    dim = query.shape[-1]
-    if (
-        query.device.type not in ("cuda", "meta")
-        or query.dtype not in FLASH_DTYPES
-        or not key.dtype == value.dtype == query.dtype
-    ):
+    dim, kind = query.shape[-1], query.device.type
+    if query.dtype not in FLASH_DTYPES or not key.dtype == value.dtype == query.dtype:
         return False
-    if dim % 8 or dim > 256 or value.shape[-1] != dim:
+    if dim % 8 or dim > 256 or value.shape[-1] != dim or kind not in ("cuda", "meta"):
         return False
-    if query.device.type == "meta":  # a plan; the run itself checks the CUDA device
+    if kind == "meta":  # a plan; the run itself checks the CUDA device
         return True
     capability = torch.cuda.get_device_capability(query.device)
     roomy = capability in ((8, 0), (9, 0), (10, 0), (10, 3))
@@ -40,15 +36,9 @@ def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def flash_by_document(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    queries: Spans,
-    keys: Spans,
-    *,
-    scale: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, queries: Spans, keys: Spans, *, scale: float | None = None,
     window: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attention of each document to itself, causal, `[tokens, heads, dim]`.
 
     Args:
@@ -81,15 +71,9 @@ def _groups_heads() -> bool:
 
 
 def loop_by_document(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    queries: Spans,
-    keys: Spans,
-    *,
-    scale: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, queries: Spans, keys: Spans, *, scale: float | None = None,
     window: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """What `flash_by_document` computes, on any device and in any dtype: SDPA on one document after the other."""
     found = []
     sizes = (queries.lengths, keys.lengths, keys.lengths)

@@ -111,13 +111,7 @@ class Encoded:
         return digest.hexdigest()
 
 
-def encode(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    separator: str = "",
-) -> Encoded:
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int, separator: str = "") -> Encoded:
     """Token ids of all rows, at most `max_length` each, and a report that accounts for every one.
 
     A row that is too long loses the beginning of its prompt; where the target alone is too long, its end (EOS too).

@@ -50,11 +50,7 @@ def sample_passages(
         if length < 2 or (limit is not None and length > limit):
             raise ConfigError(f"passages of {length} tokens; this base takes from 2 to {limit or 'any number'}")
         drawn = generate_ids(
-            model,
-            [[start]] * count,
-            max_new_tokens=length - 1,
-            batch_size=batch_size,
-            sampling=Sampling(seed=seed),
+            model, [[start]] * count, max_new_tokens=length - 1, batch_size=batch_size, sampling=Sampling(seed=seed)
         )
     return [[start, *ids] for ids in drawn]
 

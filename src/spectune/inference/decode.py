@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from spectune.compute.evaluating import evaluating
 from spectune.errors import ConfigError
 from spectune.inference.generate import context_length, generate_batch, plain_config, stop_ids
 from spectune.inference.modes import wait_for
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def decode_tokens_per_second(
@@ -52,15 +49,14 @@ def decode_tokens_per_second(
     vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator).tolist()
-    fields: dict[str, Any] = {"min_new_tokens": new_tokens} if stops else {}
-    config = plain_config(new_tokens, stops, stops[0] if stops else 0, **fields)
+    config = plain_config(new_tokens, stops, stops[0] if stops else 0, min_new_tokens=new_tokens if stops else None)
     rates = []
     with evaluating(model):
         for run in range(warm_up + repeats):
             clock = _Clock(model.device, new_tokens)
             generate_batch(model, prompts, config, stopping_criteria=StoppingCriteriaList([clock]))
             if run >= warm_up:
-                rates.append(batch * (new_tokens - 1) / clock.seconds)
+                rates.append(batch * (new_tokens - 1) / (clock.times[1] - clock.times[0]))
     return statistics.median(rates)
 
 
@@ -72,21 +68,11 @@ class _Clock(StoppingCriteria):
         self.device = device
         self.tokens = tokens
         self.count = 0
-        self.first = 0.0
-        self.last = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self.last - self.first
+        self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.count += 1
-        if self.count == 1:
-            self.first = self._now()
-        elif self.count == self.tokens:
-            self.last = self._now()
+        if self.count in (1, self.tokens):
+            wait_for(self.device)
+            self.times.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    def _now(self) -> float:
-        wait_for(self.device)
-        return time.perf_counter()

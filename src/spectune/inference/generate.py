@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.compute.evaluating import evaluating
-from spectune.data import pad_token_id, padded
+from spectune.data import by_length, pad_token_id, padded
 from spectune.deltas import Attachment
 from spectune.errors import ConfigError
 from spectune.families import describe
 from spectune.inference.modes import generation_defaults, seeded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -53,16 +51,10 @@ def generate_texts(
     Raises:
         ConfigError: an empty prompt, or one that leaves no room in the base's context.
     """
-    stops = stop_ids(model, tokenizer)
     found = generate_ids(
-        model,
-        prompts_ids,
-        max_new_tokens=max_new_tokens,
-        stops=stops,
-        pad_token_id=pad_token_id(tokenizer),
-        batch_size=batch_size,
-        sampling=sampling,
-    )
+        model, prompts_ids, max_new_tokens=max_new_tokens, stops=stop_ids(model, tokenizer),
+        pad_token_id=pad_token_id(tokenizer), batch_size=batch_size, sampling=sampling,
+    )  # fmt: skip
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
 
 
@@ -88,16 +80,14 @@ def generate_ids(
     """
     rooms = _rooms(model, prompts_ids, max_new_tokens)
     results: list[list[int]] = [[] for _ in prompts_ids]
-    drawn: dict[str, Any] = {}
-    if sampling is not None:
-        drawn = {"do_sample": True, "temperature": sampling.temperature}
-        drawn |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
-    with evaluating(model), seeded(sampling.seed if sampling else 0, model.device):
+    drawn = {} if sampling is None else {"do_sample": True, **asdict(sampling)}
+    with evaluating(model), seeded(drawn.pop("seed", 0), model.device):
         for batch in _batches([len(prompt) for prompt in prompts_ids], rooms, batch_size):
             config = plain_config(rooms[batch[0]], stops, pad_token_id, **drawn)
             new = generate_batch(model, [prompts_ids[index] for index in batch], config)
             for index, ids in zip(batch, new, strict=True):
-                results[index] = _until_stop(ids, stops)
+                # cut by position: padding may be the stop token itself
+                results[index] = list(itertools.takewhile(lambda token: token not in stops, ids))
     return results
 
 
@@ -142,14 +132,8 @@ def _rooms(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tok
 def _batches(lengths: Sequence[int], rooms: Sequence[int], batch_size: int) -> list[list[int]]:
     """Rows of like length together, the longest first; only rows with the same room share a batch, so that what a row
     may write does not depend on its neighbours."""
-    order = sorted(range(len(lengths)), key=lambda index: (rooms[index], -lengths[index]))
-    batches: list[list[int]] = []
-    for index in order:
-        if batches and len(batches[-1]) < batch_size and rooms[batches[-1][0]] == rooms[index]:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+    alike = itertools.groupby(sorted(range(len(lengths)), key=rooms.__getitem__), rooms.__getitem__)
+    return [batch for _, members in alike for batch in by_length(list(members), lengths, batch_size)]
 
 
 def plain_config(new_tokens: int, stops: Sequence[int], pad_token_id: int, **more: Any) -> GenerationConfig:
@@ -172,9 +156,3 @@ def generate_batch(
         out: Tensor = generate(**inputs, generation_config=config, **more)
     new: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
     return new
-
-
-def _until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """Cut by position: padding may be the stop token itself."""
-    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
-    return ids[:end]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.compute.evaluating import evaluating
-from spectune.data import Example, Row, encode, pad_token_id
+from spectune.data import Example, Row, by_length, collate, encode, pad_token_id
 from spectune.errors import DataError
 from spectune.objectives import CAUSAL_LM
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def row_loss_sums(
@@ -58,10 +56,8 @@ def _batches(
     model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches on the model's device, the longest examples first, each with the indices of its examples."""
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
-        batch = CAUSAL_LM.collate([examples[index] for index in members], pad_token_id)
+    for members in by_length(range(len(examples)), [len(example.input_ids) for example in examples], batch_size):
+        batch = collate([examples[index] for index in members], pad_token_id)
         yield members, {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
@@ -106,13 +102,12 @@ def choice_log_likelihoods(
     examples = encode(completed, tokenizer, max_length=max_length, separator=separator).examples
     if len(examples) != len(completed):
         raise DataError(f"{len(completed) - len(examples)} of {len(completed)} choices could not be encoded")
-    sums, counts = row_loss_sums(model, examples, pad_token_id(tokenizer), batch_size)
-    scores, start = [], 0
+    scored = zip(*row_loss_sums(model, examples, pad_token_id(tokenizer), batch_size), strict=True)
+    found = []
     for row in rows:
-        end = start + len(row.choices)
-        scores.append(ChoiceScores(tuple(-total for total in sums[start:end]), tuple(counts[start:end])))
-        start = end
-    return scores
+        sums, counts = zip(*itertools.islice(scored, len(row.choices)), strict=True)
+        found.append(ChoiceScores(tuple(-total for total in sums), counts))
+    return found
 
 
 def _unfit(row: Row) -> str | None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import GenerationConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 
 @contextlib.contextmanager

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, modeling_utils
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, modeling_utils
 
 from spectune.compute.head import linear_head
 from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum, rows_of_a_chunk
-from spectune.data import Example, collate, collate_packs
 from spectune.data.batching import IGNORED
-from spectune.objectives.objective import Objective, TokenLosses
 
 
 def target_mask(labels: Tensor) -> Tensor:
@@ -55,9 +53,8 @@ def causal_lm_loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
             "expected [batch, length, vocabulary] and [batch, length] of the same batch and length"
         )
     keep = target_mask(labels)
-    rows = logits[:, :-1][keep]
     targets = labels[:, 1:][keep]
-    return F.cross_entropy(rows.float(), targets, reduction="sum"), targets.numel()
+    return F.cross_entropy(logits[:, :-1][keep].float(), targets, reduction="sum"), targets.numel()
 
 
 class LabelledLogits(NamedTuple):
@@ -71,27 +68,45 @@ class LabelledLogits(NamedTuple):
     """`[N]` int64, the row of the batch that each target stands in; in order."""
 
 
-class CausalLM(Objective):
-    """Causal language modelling: each token is predicted from those before it, with loss on labelled tokens."""
+class TokenLosses(NamedTuple):
+    """The losses of a batch's targets; N is their number."""
 
-    auto_class = AutoModelForCausalLM
+    losses: Tensor
+    """`[N]` float32, in nats."""
+    rows: Tensor
+    """`[N]` int64, the row of the batch that each target belongs to; ascending."""
 
-    def collate(self, examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-        return collate(examples, pad_token_id)
 
-    def collate_packs(self, packs: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:
-        return collate_packs(packs, pad_token_id)
+class CausalLM:
+    """Causal language modelling: each token is predicted from those before it, with loss on labelled tokens. It holds
+    no state: one instance serves every model.
+
+    Attributes:
+        auto_class: transformers' class that loads a model with this objective's head.
+    """
+
+    auto_class: Any = AutoModelForCausalLM
+
+    def empty_model(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+        """A model of this config on the meta device: no weight is made or read. Options are those of `from_config`
+        (`dtype`, ...)."""
+        with torch.device("meta"):
+            model: PreTrainedModel = self.auto_class.from_config(config, **options)
+        return model
 
     def precompute(self, batch: dict[str, Tensor]) -> None:
+        """Add to a batch on the host what `loss_sum` would have to ask the device for, which would wait for it."""
         batch["positions"] = target_positions(batch["labels"])
 
     def prepare(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Do now what the first `loss_sum` of a model does once, for batches with these entries."""
         linear_head(model, _inputs(batch))
 
     def loss_sum(
         self, model: nn.Module, batch: Mapping[str, Any], *, fuse: bool = False, device_type: str | None = None
     ) -> tuple[Tensor, int]:
-        """Cross entropy summed over target tokens, without logits that no target needs, and a chunk of them at a time.
+        """Cross entropy summed over target tokens, with gradient, and their number; without logits that no target
+        needs, and a chunk of them at a time.
 
         Where the model's logits are a linear head's (see `linear_head`), the decoder is called and the head's loss is
         taken in chunks (`linear_cross_entropy_sum`), so that the logits never exist at once. Where not, they come from
@@ -101,7 +116,8 @@ class CausalLM(Objective):
             batch: as `labelled_logits` takes it; with `positions` (from `precompute`, on the labels' device) nothing
                 is read back from the device.
             fuse: as `linear_cross_entropy_sum` has it; without effect on logits that exist.
-            device_type: whose chunks are taken; by default those of the batch's device.
+            device_type: "cpu" or "cuda", whose chunks are taken; by default those of the batch's device (a planner's
+                batch is on "meta").
 
         Raises:
             ValueError: the decoder gives hidden states for other positions than the batch has.
@@ -130,6 +146,7 @@ class CausalLM(Objective):
         return loss, targets.numel()
 
     def token_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLosses:
+        """The loss of each target of a batch, for validation: the same numbers that `loss_sum` sums, up to rounding."""
         found = self.labelled_logits(model, batch)
         return TokenLosses(F.cross_entropy(found.logits.float(), found.targets, reduction="none"), found.rows)
 
@@ -141,7 +158,8 @@ class CausalLM(Objective):
         `logits_to_keep` as far as it has that argument (see `head_selection`), in full otherwise.
 
         Args:
-            batch: what the model takes (`input_ids`, `attention_mask`, ...) and `labels` `[batch, length]`.
+            batch: what the model takes (`input_ids`, `attention_mask`, ...) and `labels` `[batch, length]`, on the
+                model's device.
         """
         inputs = _inputs(batch)
         labels: Tensor = batch["labels"]
@@ -187,17 +205,11 @@ def head_selection(model: nn.Module) -> str:
 def _slice_takes_rows() -> bool:
     """Whether transformers' own slicing function selects positions row by row, found by calling it."""
     function = getattr(modeling_utils, "slice_logits_to_keep", None)
-    if function is None:
-        return False
-    picked = function(torch.zeros(2, 3, 1), torch.tensor([[0], [2]]))
-    return tuple(picked.shape) == (2, 1, 1)
+    return bool(function and function(torch.zeros(2, 3, 1), torch.tensor([[0], [2]])).shape == (2, 1, 1))
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "use_cache": False,
-        **{name: value for name, value in batch.items() if name not in ("labels", "positions")},
-    }
+    return {"use_cache": False, **{name: value for name, value in batch.items() if name not in ("labels", "positions")}}
 
 
 def _positions_for_head(keep: Tensor, selection: str) -> Tensor | None:
