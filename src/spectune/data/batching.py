@@ -97,9 +97,8 @@ def batches(
     order = list(range(len(lengths)))
     rng.shuffle(order)
     if group_by_length:
-        order = [
-            index for group in _cut(order, batch_size * GROUP) for index in sorted(group, key=lambda i: -lengths[i])
-        ]
+        groups = _cut(order, batch_size * GROUP)
+        order = [index for group in groups for index in sorted(group, key=lambda i: -lengths[i])]
     found = _cut(order, batch_size)
     if group_by_length:
         rng.shuffle(found)

@@ -51,16 +51,16 @@ class DataReport:
     dropped: list[dict[str, str]] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
 
+    @property
+    def tokens_lost(self) -> int:
+        return sum(entry["tokens_lost"] for entry in self.cut)
+
     def to_dict(self) -> dict[str, Any]:
         lists: dict[str, list[Any]] = {"cut": self.cut, "split": self.split, "dropped": self.dropped, "bad": self.bad}
         return {
-            "rows": self.rows,
-            "kept": self.kept,
-            "examples": self.examples,
+            **{name: getattr(self, name) for name in ("rows", "kept", "examples")},
             **{name: len(rows) for name, rows in lists.items()},
-            "tokens": self.tokens,
-            "target_tokens": self.target_tokens,
-            "tokens_lost": sum(entry["tokens_lost"] for entry in self.cut),
+            **{name: getattr(self, name) for name in ("tokens", "target_tokens", "tokens_lost")},
             "longest_row_tokens": self.longest,
             "rows_that_end_with_eos": self.ends_with_eos,
             **{f"{name}_rows": rows for name, rows in lists.items()},
@@ -70,8 +70,9 @@ class DataReport:
         """What is not learned as it was given, in one line for a terminal: `train: 3 of 90 rows cut (...)`; or ""."""
         parts = []
         if self.cut:
-            lost = sum(entry["tokens_lost"] for entry in self.cut)
-            parts.append(f"{len(self.cut):,} of {self.rows:,} rows cut to max_length ({lost:,} tokens lost)")
+            parts.append(
+                f"{len(self.cut):,} of {self.rows:,} rows cut to max_length ({self.tokens_lost:,} tokens lost)"
+            )
         if self.split:
             windows = sum(entry["windows"] for entry in self.split)
             parts.append(f"{len(self.split):,} long texts split into {windows:,} windows (no token lost)")
@@ -125,11 +126,8 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_lengt
         raise ConfigError("the tokenizer has no EOS token, so no model could learn to stop; set tokenizer.eos_token")
     if max_length < 2:
         raise ConfigError(f"max_length = {max_length}: at least 2 tokens are needed")
-    report = DataReport(rows=len(rows))
-    if isinstance(rows, Rows):
-        report.bad = list(rows.skipped)
-        report.rows += len(report.bad)
-    examples = []
+    bad = list(rows.skipped) if isinstance(rows, Rows) else []
+    report, examples = DataReport(rows=len(rows) + len(bad), bad=bad), list[Example]()
     for row in rows:
         prompt, target = _ids(row, tokenizer, separator)
         before = len(prompt), len(target)
@@ -143,17 +141,14 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_lengt
         if sum(example.target_tokens for example in found) < 1:
             report.dropped.append({"origin": row.origin, "reason": "nothing to learn: its target has no token"})
             continue
-        ends = [
-            end
-            for end, had, has in zip(("prompt", "end"), before, (len(prompt), len(target)), strict=True)
-            if has < had
-        ]
-        if ends:
-            lost = sum(before) - len(prompt) - len(target)
+        after = len(prompt), len(target)
+        if after != before:
+            ends = [end for end, had, has in zip(("prompt", "end"), before, after, strict=True) if has < had]
+            lost = sum(before) - sum(after)
             report.cut.append({"origin": row.origin, "tokens_lost": lost, "from": " and ".join(ends)})
         report.kept += 1
+        examples += found
         for example in found:
-            examples.append(example)
             report.count(example, int(tokenizer.eos_token_id))
     if not examples:
         raise DataError(f"none of {report.rows} rows has a token to learn", [d["origin"] for d in report.dropped])
@@ -196,9 +191,8 @@ def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = list(tokenizer(text)["input_ids"])
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     behind = len(ids) - len(bare)
-    while (
-        behind > 0 and ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) and ids[-len(bare) :] != bare
-    ):
+    ends = tokenizer.eos_token_id, tokenizer.sep_token_id
+    while behind > 0 and ids and ids[-1] in ends and ids[-len(bare) :] != bare:
         ids.pop()
         behind -= 1
     if bare[:1] == [tokenizer.bos_token_id] and ids[:2] == [tokenizer.bos_token_id] * 2:
@@ -210,9 +204,8 @@ def _chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) ->
     """The last assistant message is the target, all before it the prompt."""
     prompt = _template(tokenizer, messages[:-1], generation=True)
     whole = _template(tokenizer, messages, generation=False)
-    if whole[: len(prompt)] == prompt:
-        target = whole[len(prompt) :]
-    else:
+    target = whole[len(prompt) :]
+    if whole[: len(prompt)] != prompt:
         target = list(tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"])
     eos = int(tokenizer.eos_token_id)
     # templates may write a line end after EOS, which is no part of the answer

@@ -18,7 +18,6 @@ from spectune.errors import DataError
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _KEYS = ("text", "prompt", "completion", "messages", "instruction", "output", "conversations")
 _EXPECTED = "expected text, prompt + completion, messages, instruction + output (alpaca), or conversations (sharegpt)"
-_ALPACA = "Below is an instruction that describes a task"
 #: the default share of the rows that is held out for validation
 HELD_OUT = 0.1
 _LISTED = 50
@@ -108,11 +107,8 @@ def split_rows(rows: list[Row], share: float = HELD_OUT, seed: int = 0) -> tuple
         raise DataError(f"{len(rows)} row cannot be split into training and validation; give at least 2, or --valid")
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
     held = set(random.Random(seed).sample(range(len(rows)), count))
-    skipped = rows.skipped if isinstance(rows, Rows) else []
-    return (
-        Rows([row for i, row in enumerate(rows) if i not in held], skipped),
-        Rows([row for i, row in enumerate(rows) if i in held], []),
-    )
+    train, valid = ([row for i, row in enumerate(rows) if (i in held) is out] for out in (False, True))
+    return Rows(train, rows.skipped if isinstance(rows, Rows) else []), Rows(valid, [])
 
 
 def unencodable(text: str) -> str | None:
@@ -135,7 +131,7 @@ def _row(origin: str, given: Mapping[str, Any]) -> Row:
     }
     if optional["choices"] and optional["label"] is not None and optional["label"] not in optional["choices"]:
         raise _ProblemError(f"label {optional['label']!r} is not among its choices {list(optional['choices'])}")
-    used = set(optional)
+    used: set[str] = set()
     fields: dict[str, Any]
     if "prompt" in record and "completion" in record:
         fields = {"prompt": _string(record, "prompt", empty=True), "completion": _string(record, "completion")}
@@ -143,15 +139,14 @@ def _row(origin: str, given: Mapping[str, Any]) -> Row:
         fields = {"messages": _messages(record["messages"], "messages", "role", "content")}
     elif "conversations" in record:
         fields = {"messages": _messages(record["conversations"], "conversations", "from", "value")}
-        used.add("conversations")
+        used = {"conversations"}
     elif "instruction" in record and "output" in record:
-        fields = _alpaca(record)
-        used |= {"instruction", "input", "output"}
+        fields, used = _alpaca(record), {"instruction", "input", "output"}
     elif "text" in record:
         fields = {"text": _string(record, "text")}
     else:
         raise _ProblemError(_missing(given))
-    columns = {key: value for key, value in record.items() if key not in used | set(fields)}
+    columns = {key: value for key, value in record.items() if key not in {*used, *fields, *optional}}
     return Row(origin, **fields, **optional, columns=columns)
 
 
@@ -175,16 +170,12 @@ def _alpaca(record: Mapping[str, Any]) -> dict[str, Any]:
     instruction, extra = _string(record, "instruction"), record.get("input") or ""
     if not isinstance(extra, str):
         raise _ProblemError(f"input is {type(extra).__name__}, expected text")
-    if extra:
-        prompt = (
-            f"{_ALPACA}, paired with an input that provides further context. Write a response that appropriately "
-            f"completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:\n"
-        )
-    else:
-        prompt = (
-            f"{_ALPACA}. Write a response that appropriately completes the request."
-            f"\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-        )
+    paired = ", paired with an input that provides further context" if extra else ""
+    context = f"\n\n### Input:\n{extra}" if extra else ""
+    prompt = (
+        f"Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
+        f"request.\n\n### Instruction:\n{instruction}{context}\n\n### Response:\n"
+    )
     return {"prompt": prompt, "completion": _string(record, "output")}
 
 

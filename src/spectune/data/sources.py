@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectune.errors import DataError
+from spectune.errors import DataError, first_line
 
 SEPARATOR = "<|endoftext|>"
 #: what is a list in a row, and so has to be written as JSON in a CSV's cell
@@ -38,7 +38,10 @@ def records(source: Any) -> Iterator[Record]:
         if path.is_dir():
             raise DataError(f"{path} is a folder; expected a file (.jsonl, .json, .csv, .parquet, .txt)")
         if path.is_file():
-            yield from _file(path)
+            if (reader := _READERS.get(path.suffix.lower())) is None:
+                known = ", ".join(sorted(_READERS))
+                raise DataError(f"{path}: unknown kind of file {path.suffix!r}; expected one of {known}")
+            yield from reader(path)
         elif path.suffix in _READERS or isinstance(source, Path):
             raise DataError(f"{path}: no such file{_near(path)}")
         else:
@@ -48,13 +51,6 @@ def records(source: Any) -> Iterator[Record]:
     else:
         for number, record in enumerate(source, start=1):
             yield f"row {number}", _as_object(record)
-
-
-def _file(path: Path) -> Iterator[Record]:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; expected one of {', '.join(sorted(_READERS))}")
-    yield from reader(path)
 
 
 def _text(path: Path) -> str:
@@ -70,17 +66,15 @@ def _text(path: Path) -> str:
 def _jsonl(path: Path) -> Iterator[Record]:
     # split at "\n" alone: str.splitlines would also split at separators that may stand inside JSON strings
     for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parse(line)
-
-
-def _parse(line: str) -> Mapping[str, Any] | Bad:
-    try:
-        return _as_object(json.loads(line))
-    except json.JSONDecodeError as error:
-        return Bad(f"malformed JSON at column {error.colno}: {error.msg}; expected one JSON object")
-    except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
-        return Bad(f"JSON that cannot be read: {error}; expected one JSON object")
+        if not line.strip():
+            continue
+        try:
+            found = _as_object(json.loads(line))
+        except json.JSONDecodeError as error:
+            found = Bad(f"malformed JSON at column {error.colno}: {error.msg}; expected one JSON object")
+        except (ValueError, RecursionError) as error:  # numbers too long, nesting too deep
+            found = Bad(f"JSON that cannot be read: {error}; expected one JSON object")
+        yield f"{path}:{number}", found
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -116,10 +110,8 @@ def _csv(path: Path) -> Iterator[Record]:
         if header is None:
             header = cells
         elif len(cells) != len(header):
-            yield (
-                origin,
-                Bad(f"not {len(header)} columns as in the header, but {len(cells)}; expected {', '.join(header)}"),
-            )
+            expected = f"{len(header)} columns as in the header, but {len(cells)}; expected {', '.join(header)}"
+            yield origin, Bad(f"not {expected}")
         else:
             yield origin, _from_cells(dict(zip(header, cells, strict=True)))
 
@@ -177,10 +169,10 @@ def _hub(name: str) -> Iterator[Record]:
     try:
         found = datasets.load_dataset(path, split=split or "train")
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
-            f"{name!r} is no file here{_near(Path(name))}, and as a data set of the hub it cannot be had ({reason}). "
-            "Give a file (.jsonl, .json, .csv, .parquet, .txt), or a hub name that can be reached (`name:split`)."
+            f"{name!r} is no file here{_near(Path(name))}, and as a data set of the hub it cannot be had "
+            f"({first_line(error)}). Give a file (.jsonl, .json, .csv, .parquet, .txt), or a hub name that can be "
+            "reached (`name:split`)."
         ) from error
     for number, record in enumerate(found, start=1):
         yield f"{name}:row {number}", {key: value for key, value in record.items() if value is not None}

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.data import Encoded, Example, Row, encode, load_rows, split_rows
+from spectune.data import Encoded, Example, Row, encode, load_rows, pad_token_id, split_rows
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import base_precision
@@ -100,12 +100,6 @@ def total_steps(rows: int, config: TrainingConfig, processes: int = 1) -> int:
 def steps_of_run(examples: Sequence[Example], config: TrainingConfig) -> int | None:
     """`total_steps`; None where there are no examples, and nobody says how many steps."""
     return total_steps(len(examples), config) if examples or config.max_steps > 0 else None
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands where a row has no token; it is masked, so any id will do."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(pad or 0)
 
 
 def room_for_rows(positions: int, method: Method) -> int:
