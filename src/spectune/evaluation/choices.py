@@ -24,13 +24,10 @@ def inferred_choices(train_rows: Sequence[Row], judged_rows: Sequence[Row]) -> t
     answers: Counter[str] = Counter()
     for row in train_rows:
         answer = answer_of(row)
-        if answer is None or len(answer) > LONGEST_CHOICE or not has_prompt(row):
+        if answer is None or len(answer) > LONGEST_CHOICE or not has_prompt(row) or len(answers) > MOST_CHOICES:
             return ()
         answers[answer] += 1
-        if len(answers) > MOST_CHOICES:
-            return ()
-    if len(answers) < 2 or min(answers.values()) < FEWEST_ROWS:
+    if not 2 <= len(answers) <= MOST_CHOICES or min(answers.values()) < FEWEST_ROWS:
         return ()
-    if all(has_prompt(row) and len(row.references) < 2 and answer_of(row) in answers for row in judged_rows):
-        return tuple(sorted(answers))
-    return ()
+    fit = all(has_prompt(row) and len(row.references) < 2 and answer_of(row) in answers for row in judged_rows)
+    return tuple(sorted(answers)) if fit else ()

@@ -83,9 +83,8 @@ def load_metric(source: str) -> CustomMetric:
 def row_dict(row: Row) -> dict[str, Any]:
     """A row as a metric gets it: what it holds, and no key for what it lacks."""
     fields = {key: value for key, value in asdict(row).items() if value not in (None, (), {})}
-    columns = fields.pop("columns", {})
     listed = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-    return {**columns, **listed}
+    return {**listed.pop("columns", {}), **listed}
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -9,9 +9,9 @@ what the base could do, and so holds for every base.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.compute.evaluating import evaluating
 from spectune.data import padded
@@ -19,19 +19,11 @@ from spectune.deltas import Attachment, route
 from spectune.errors import ConfigError, DataError
 from spectune.inference import Sampling, context_length, generate_ids
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 def sample_passages(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    count: int = 64,
-    length: int = 128,
-    seed: int = 0,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, count: int = 64, length: int = 128, seed: int = 0,
     batch_size: int = 64,
-) -> list[list[int]]:
+) -> list[list[int]]:  # fmt: skip
     """`count` passages of exactly `length` token ids, drawn from the bare base at temperature 1, deltas or not.
 
     Each begins with the BOS token (EOS where there is none), which counts as one of `length`. A passage goes on past

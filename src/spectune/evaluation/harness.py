@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import inference
 from spectune.data import Example, Row, encode, pad_token_id, prompt_ids
 from spectune.errors import ConfigError, DataError, first_line
 from spectune.inference import Sampling, context_length, halving, target_likelihoods
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 DEFAULT_LENGTH = 2048
 #: the harness's own limit, where a task names none
 NEW_TOKENS = 256
-
-
-class Request(Protocol):
-    """A request of the harness (its `Instance`), of which only this is used."""
-
-    @property
-    def args(self) -> tuple[Any, ...]: ...
 
 
 def check_installed() -> None:
@@ -39,14 +30,9 @@ def check_installed() -> None:
 
 
 def harness_metrics(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    *,
-    batch_size: int = 16,
-    limit: int | None = None,
-    include: str | Path | None = None,
-) -> dict[str, float]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str], *, batch_size: int = 16,
+    limit: int | None = None, include: str | Path | None = None,
+) -> dict[str, float]:  # fmt: skip
     """`{"<task>/<metric>": value}` of the harness's tasks; where a filter other than "none" was used, it stands behind
     a comma.
 
@@ -85,16 +71,15 @@ def harness_metrics(
 
 
 class HarnessModel:
-    """The three questions of the harness's `LM`, answered by a model under its current route."""
+    """The three questions of the harness's `LM`, answered by a model under its current route. Requests are its
+    `Instance`s, of which only `args` is used."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16) -> None:
         super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.max_length = min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
 
-    def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """For each `(context, continuation)` log p in nats, and whether greedy decoding would write the continuation.
 
         No EOS is counted. A context that is too long loses its beginning. Spaces at its end go to the continuation,
@@ -102,21 +87,14 @@ class HarnessModel:
         """
         return self._likelihoods([self._example(*request.args) for request in requests])
 
-    def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """For each `(text,)` log p of all its tokens, the first after BOS; a text longer than the context in windows,
         each token predicted once."""
-        examples: list[Example] = []
-        owners: list[int] = []
-        for number, request in enumerate(requests):
-            windows = self._windows(str(request.args[0]))
-            examples += windows
-            owners += [number] * len(windows)
-        sums = [0.0] * len(requests)
-        for owner, (value, _) in zip(owners, self._likelihoods(examples), strict=True):
-            sums[owner] += value
-        return sums
+        windows = [self._windows(str(request.args[0])) for request in requests]
+        found = iter(self._likelihoods([window for of_text in windows for window in of_text]))
+        return [sum((next(found)[0] for _ in of_text), 0.0) for of_text in windows]
 
-    def generate_until(self, requests: Sequence[Request]) -> list[str]:
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """For each `(context, settings)` the continuation up to the first of the texts in `settings["until"]`.
 
         Greedy, unless the settings say `do_sample`; `max_gen_toks` limits it.
@@ -129,24 +107,21 @@ class HarnessModel:
         for (tokens, sampling), members in groups.items():
             new = min(tokens, self.max_length - 1)
             prompts = [self._prompt(str(requests[number].args[0]))[new - self.max_length :] for number in members]
-
-            write = partial(self._write, prompts, new, sampling)
-            written = halving(write, self.batch_size, f"writing {len(prompts)} answers")
-            for number, text in zip(members, written, strict=True):
+            for number, text in zip(members, self._written(prompts, new, sampling), strict=True):
                 texts[number] = _until(text, requests[number].args[1])
         return texts
 
-    def _write(self, prompts: list[list[int]], new: int, sampling: Sampling | None, batch_size: int) -> list[str]:
-        return inference.generate_texts(
-            self.model, self.tokenizer, prompts, max_new_tokens=new, batch_size=batch_size, sampling=sampling
-        )
+    def _written(self, prompts: list[list[int]], new: int, sampling: Sampling | None) -> list[str]:
+        def write(size: int) -> list[str]:
+            return inference.generate_texts(
+                self.model, self.tokenizer, prompts, max_new_tokens=new, batch_size=size, sampling=sampling
+            )
+
+        return halving(write, self.batch_size, f"writing {len(prompts)} answers")
 
     def _likelihoods(self, examples: Sequence[Example]) -> list[tuple[float, bool]]:
-        return halving(
-            lambda size: target_likelihoods(self.model, examples, pad_token_id(self.tokenizer), size),
-            self.batch_size,
-            f"taking the likelihood of {len(examples)} texts",
-        )
+        pad, doing = pad_token_id(self.tokenizer), f"taking the likelihood of {len(examples)} texts"
+        return halving(lambda size: target_likelihoods(self.model, examples, pad, size), self.batch_size, doing)
 
     def _example(self, context: str, continuation: str) -> Example:
         spaces = len(context) - len(context.rstrip())

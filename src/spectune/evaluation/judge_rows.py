@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections import defaultdict
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import inference
-from spectune.data import Encoded, Row, encode, pad_token_id, prompt_ids
+from spectune.data import Encoded, encode, pad_token_id, prompt_ids
 from spectune.errors import ConfigError
 from spectune.evaluation.corpus import CORPUS_METRICS, corpus_statistics
 from spectune.evaluation.judged import JudgedRow
@@ -16,10 +17,7 @@ from spectune.evaluation.losses import row_losses
 from spectune.evaluation.metrics import exact_match, rouge_l
 from spectune.evaluation.references import has_prompt, prompt_of, references_of
 from spectune.evaluation.task import Task
-from spectune.inference import choice_log_likelihoods, context_length, halving
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from spectune.inference import ChoiceScores, choice_log_likelihoods, context_length, halving
 
 log = logging.getLogger("spectune")
 
@@ -43,54 +41,43 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
     _check_room(model, encoded, task.max_length)
     losses = row_losses(model, encoded.examples, pad_token_id(tokenizer), task.batch_size)
     place_of = {id(row): place for place, row in enumerate(task.rows)}
-    sums: dict[int, list[float]] = {}
-    targets: dict[int, int] = {}
+    sums, targets = defaultdict[int, list[float]](list), defaultdict[int, int](int)
     for example, loss, count in zip(encoded.examples, losses.loss_sums, losses.target_tokens, strict=True):
         place = place_of[id(example.row)]  # a long text is several examples
-        sums.setdefault(place, []).append(loss)
-        targets[place] = targets.get(place, 0) + count
+        sums[place].append(loss)
+        targets[place] += count
 
-    metrics: dict[int, dict[str, float]] = {}
-    statistics: dict[int, dict[str, list[int]]] = {}
+    metrics = defaultdict[int, dict[str, float]](dict)
+    statistics = defaultdict[int, dict[str, list[int]]](dict)
     predictions: dict[int, str] = {}
     for place, best in zip(task.to_choose, _chosen(model, tokenizer, task), strict=True):
         row = task.rows[place]
         predictions[place] = row.choices[best]
-        metrics.setdefault(place, {})["accuracy"] = float(row.choices[best] == row.label)
+        metrics[place]["accuracy"] = float(row.choices[best] == row.label)
     texts = _written(model, tokenizer, task)
     for place, text in zip(task.to_write, texts, strict=True):
         row, references = task.rows[place], references_of(task.rows[place])
         predictions[place] = text
-        of_row = {name: _OF_ROW[name](text, references) for name in task.text_metrics if name in _OF_ROW}
-        of_row |= {metric.name: metric(text, references, row) for metric in task.custom}
-        metrics.setdefault(place, {}).update(of_row)
+        metrics[place] |= {name: _OF_ROW[name](text, references) for name in task.text_metrics if name in _OF_ROW}
+        metrics[place] |= {metric.name: metric(text, references, row) for metric in task.custom}
+    wanted = [references_of(task.rows[place]) for place in task.to_write]
     for name in CORPUS_METRICS:
         if name in task.text_metrics:
-            wanted = [references_of(task.rows[place]) for place in task.to_write]
             for place, counts in zip(task.to_write, corpus_statistics(name, texts, wanted), strict=True):
-                statistics.setdefault(place, {})[name] = counts
-    return [
-        JudgedRow(
-            row=place,
-            origin=task.rows[place].origin,
-            loss_sum=math.fsum(sums[place]),
-            target_tokens=targets[place],
-            metrics=metrics.get(place, {}),
-            statistics=statistics.get(place, {}),
-            prompt=prompt_of(task.rows[place]) if has_prompt(task.rows[place]) else None,
-            prediction=predictions.get(place),
-            references=_wanted(task, place),
-        )
-        for place in sorted(sums)
-    ]
-
-
-def _wanted(task: Task, place: int) -> tuple[str, ...]:
-    """What the row's prediction is compared with."""
-    row = task.rows[place]
-    if place in task.to_choose and place not in task.to_write:
-        return (str(row.label),)
-    return references_of(row) if has_prompt(row) else ()
+                statistics[place][name] = counts
+    found = []
+    for place in sorted(sums):
+        row = task.rows[place]
+        references, prompt = (references_of(row), prompt_of(row)) if has_prompt(row) else ((), None)
+        if place in task.to_choose and place not in task.to_write:
+            references = (str(row.label),)
+        found.append(
+            JudgedRow(
+                place, row.origin, math.fsum(sums[place]), targets[place], metrics[place], statistics[place], prompt,
+                predictions.get(place), references,
+            )
+        )  # fmt: skip
+    return found
 
 
 def _check_room(model: PreTrainedModel, encoded: Encoded, length: int) -> None:
@@ -108,14 +95,13 @@ def _chosen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Ta
     rows = [task.rows[place] for place in task.to_choose]
     if not rows:
         return []
-    scores = halving(
-        lambda size: choice_log_likelihoods(
+
+    def score(size: int) -> list[ChoiceScores]:
+        return choice_log_likelihoods(
             model, tokenizer, rows, max_length=task.max_length, separator=task.separator, batch_size=size
-        ),
-        task.batch_size,
-        f"scoring the choices of {len(rows)} rows",
-    )
-    return [score.best for score in scores]
+        )
+
+    return [found.best for found in halving(score, task.batch_size, f"scoring the choices of {len(rows)} rows")]
 
 
 def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[str]:
@@ -123,7 +109,13 @@ def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: T
     rows = [task.rows[place] for place in task.to_write]
     if not rows:
         return []
-    new = task.max_new_tokens or _new_tokens(rows, tokenizer)
+    new = task.max_new_tokens
+    if (
+        new is None
+    ):  # a quarter more than the longest reference: a model that goes on too long shows it, at a bounded price
+        wanted = [reference for row in rows for reference in references_of(row)]
+        longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted)
+        new = min(math.ceil(1.25 * longest) + 1, MOST_NEW_TOKENS)
     limit = min(task.max_length, context_length(model) or task.max_length)
     prompts = [prompt_ids(row, tokenizer, task.separator) for row in rows]
     # room for what is written, but at least half of the length for what it is written from
@@ -131,19 +123,8 @@ def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: T
     if cut := sum(len(prompt) >= limit for prompt in prompts):
         log.warning("%d of %d prompts to write from lose their beginning: they fill %d tokens", cut, len(rows), limit)
     prompts = [prompt[-kept:] if len(prompt) >= limit else prompt for prompt in prompts]
-    texts = halving(
-        lambda size: inference.generate_texts(model, tokenizer, prompts, max_new_tokens=new, batch_size=size),
-        task.batch_size,
-        f"writing {len(rows)} rows",
-    )
-    return [text.strip() for text in texts]
 
+    def write(size: int) -> list[str]:
+        return inference.generate_texts(model, tokenizer, prompts, max_new_tokens=new, batch_size=size)
 
-def _new_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
-    """A quarter more than the longest reference: a model that goes on too long shows it, at a bounded price."""
-    longest = max(
-        len(tokenizer(reference, add_special_tokens=False)["input_ids"])
-        for row in rows
-        for reference in references_of(row)
-    )
-    return min(math.ceil(1.25 * longest) + 1, MOST_NEW_TOKENS)
+    return [text.strip() for text in halving(write, task.batch_size, f"writing {len(rows)} rows")]

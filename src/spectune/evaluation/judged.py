@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -46,14 +47,8 @@ class JudgedRow:
         names = {item.name for item in fields(cls)}
         if unknown := set(given) - names:
             raise ValueError(f"unknown keys {sorted(unknown)}; expected some of {sorted(names)}")
-        loss = given.get("loss_sum")
-        return cls(
-            **{
-                **given,
-                "loss_sum": math.nan if loss is None else float(loss),
-                "references": tuple(given.get("references", ())),
-            }
-        )
+        loss, references = given.get("loss_sum"), tuple(given.get("references", ()))
+        return cls(**{**given, "loss_sum": math.nan if loss is None else float(loss), "references": references})
 
 
 def write_rows(path: str | Path, judged: Sequence[JudgedRow]) -> None:
@@ -90,14 +85,11 @@ def judged_loss(judged: Sequence[JudgedRow]) -> float:
 
 def corpus_metrics(judged: Sequence[JudgedRow]) -> dict[str, float]:
     """Each metric over the rows that have it: the mean of their values, or the score of their summed statistics."""
-    values: dict[str, list[float]] = {}
-    counts: dict[str, list[list[int]]] = {}
+    values, counts = defaultdict[str, list[float]](list), defaultdict[str, list[list[int]]](list)
     for row in judged:
         for name, value in row.metrics.items():
-            values.setdefault(name, []).append(value)
+            values[name].append(value)
         for name, statistics in row.statistics.items():
-            counts.setdefault(name, []).append(statistics)
+            counts[name].append(statistics)
     found = {name: math.fsum(of_rows) / len(of_rows) for name, of_rows in values.items()}
-    for name, of_all in counts.items():
-        found[name] = corpus_score(name, [sum(column) for column in zip(*of_all, strict=True)])
-    return found
+    return found | {name: corpus_score(name, [*map(sum, zip(*rows, strict=True))]) for name, rows in counts.items()}

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
 
 from spectune.data import Example
 from spectune.errors import DataError
-from spectune.evaluation.metrics import perplexity
 from spectune.inference import halving, row_loss_sums
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +21,9 @@ class RowLosses:
     target_tokens: tuple[int, ...]
 
     @property
-    def total_target_tokens(self) -> int:
-        return sum(self.target_tokens)
-
-    @property
     def mean_per_token(self) -> float:
         """Nats for each target token of the whole set: every token weighs the same, whichever row it stands in."""
-        return math.fsum(self.loss_sums) / self.total_target_tokens
-
-    @property
-    def perplexity(self) -> float:
-        return perplexity(self.mean_per_token)
+        return math.fsum(self.loss_sums) / sum(self.target_tokens)
 
 
 def row_losses(
@@ -48,11 +37,8 @@ def row_losses(
         OutOfMemoryError: a single example does not fit.
         DataError: there is no target token in any example, so that no mean exists.
     """
-    sums, counts = halving(
-        lambda size: row_loss_sums(model, examples, pad_token_id, size),
-        batch_size,
-        f"taking the loss of {len(examples)} rows",
-    )
+    doing = f"taking the loss of {len(examples)} rows"
+    sums, counts = halving(lambda size: row_loss_sums(model, examples, pad_token_id, size), batch_size, doing)
     if sum(counts) == 0:
         raise DataError(f"{len(examples)} rows without a single target token; expected at least one to take a loss of")
     return RowLosses(tuple(sums), tuple(counts))

@@ -23,12 +23,8 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, the best over the references. Words are runs
     of letters and digits, lower case, not stemmed."""
-    words = _words(prediction)
-    return max(_lcs_f1(words, _words(reference)) for reference in references)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+", text.lower())
+    words, *wanted = (re.findall(r"[^\W_]+", text.lower()) for text in (prediction, *references))
+    return max(_lcs_f1(words, reference) for reference in wanted)
 
 
 def _lcs_f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
@@ -41,6 +37,5 @@ def _lcs_f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
             above = lengths[column]
             lengths[column] = diagonal + 1 if word == other else max(above, lengths[column - 1])
             diagonal = above
-    common = lengths[-1]
     # F1 = 2PR / (P + R) with P = common / prediction, R = common / reference
-    return 2 * common / (len(prediction) + len(reference))
+    return 2 * lengths[-1] / (len(prediction) + len(reference))

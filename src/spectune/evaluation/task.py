@@ -41,17 +41,10 @@ class Task:
 
     @classmethod
     def of(
-        cls,
-        rows: Sequence[Row],
-        *,
-        train_rows: Sequence[Row] = (),
-        metric: str | None = "auto",
-        generate_rows: int = 64,
-        max_new_tokens: int | None = None,
-        batch_size: int = 16,
-        max_length: int,
+        cls, rows: Sequence[Row], *, train_rows: Sequence[Row] = (), metric: str | None = "auto",
+        generate_rows: int = 64, max_new_tokens: int | None = None, batch_size: int = 16, max_length: int,
         separator: str = "",
-    ) -> Task:
+    ) -> Task:  # fmt: skip
         """Decide what is measured.
 
         `metric="auto"` (or None): rows with `choices` and a label are chosen, by likelihood; so are rows whose
@@ -84,27 +77,19 @@ class Task:
         own, choices = _with_choices(rows, train_rows, wanted)
         to_choose = _choosable(own, wanted)
         writable = _writable(own, wanted, to_choose, generate_rows)
-        to_write = _evenly(writable, generate_rows)
+        count = min(len(writable), generate_rows)
+        to_write = tuple(writable[number * len(writable) // count] for number in range(count))
         return cls(
-            rows=tuple(own),
-            to_choose=tuple(to_choose),
-            to_write=tuple(to_write),
-            writable=len(writable),
-            text_metrics=wanted.text if to_write else (),
-            custom=wanted.custom if to_write else (),
-            choices=choices,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            max_length=max_length,
-            separator=separator,
-        )
+            rows=tuple(own), to_choose=tuple(to_choose), to_write=to_write, writable=len(writable),
+            text_metrics=wanted.text if to_write else (), custom=wanted.custom if to_write else (), choices=choices,
+            max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length, separator=separator,
+        )  # fmt: skip
 
     @property
     def higher_is_better(self) -> dict[str, bool]:
         """The metrics that rows will have, and which way is better."""
-        found = {"accuracy": True} if self.to_choose else {}
-        found |= dict.fromkeys(self.text_metrics, True)
-        return found | {metric.name: metric.higher_is_better for metric in self.custom}
+        named = dict.fromkeys(("accuracy", *self.text_metrics) if self.to_choose else self.text_metrics, True)
+        return named | {metric.name: metric.higher_is_better for metric in self.custom}
 
     def describe(self) -> str:
         """What is measured, in sentences for a report."""
@@ -118,11 +103,9 @@ class Task:
             parts.append(f"Accuracy, over {_rows(len(self.to_choose))}, is by likelihood over {over}.")
         if self.to_write:
             names = ", ".join([*self.text_metrics, *(metric.source for metric in self.custom)])
-            which = (
-                _rows(len(self.to_write))
-                if len(self.to_write) == self.writable
-                else f"{len(self.to_write):,} of {_rows(self.writable)}, evenly spaced"
-            )
+            which = _rows(self.writable)
+            if len(self.to_write) < self.writable:
+                which = f"{len(self.to_write):,} of {which}, evenly spaced"
             limit = "a quarter more tokens than the longest reference (at most 256)"
             if self.max_new_tokens is not None:
                 limit = f"{self.max_new_tokens} tokens"
@@ -134,16 +117,11 @@ class Task:
     def conditions(self) -> dict[str, Any]:
         """What the measurements depend on beside model and rows, as JSON: for a comparison's settings and its keys."""
         return {
-            "metrics": self.higher_is_better,
-            "custom": [metric.source for metric in self.custom],
-            "judged_rows": len(self.rows),
-            "chosen_rows": len(self.to_choose),
-            "generated_rows": len(self.to_write),
-            "choices": list(self.choices),
-            "max_new_tokens": self.max_new_tokens,
-            "max_length": self.max_length,
+            "metrics": self.higher_is_better, "custom": [metric.source for metric in self.custom],
+            "judged_rows": len(self.rows), "chosen_rows": len(self.to_choose), "generated_rows": len(self.to_write),
+            "choices": list(self.choices), "max_new_tokens": self.max_new_tokens, "max_length": self.max_length,
             "separator": self.separator,
-        }
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,25 +139,19 @@ def _wanted(metric: str | None) -> _Wanted:
     words = [word.strip() for word in (metric or "auto").split(",") if word.strip()]
     if words == ["auto"]:
         return _Wanted(metric, TEXT_METRICS, True, (), auto=True)
-    names: list[str] = []
-    custom: list[CustomMetric] = []
     for word in words:
-        if ":" in word:
-            custom.append(load_metric(word))
-        elif word in METRICS:
-            names.append(word)
-        else:
+        if ":" not in word and word not in METRICS:
             raise ConfigError(
                 f"metric {word!r}{did_you_mean(word, METRICS)}: expected auto alone, or some of {', '.join(METRICS)}, "
                 "package.module:function or file.py:function"
             )
     if not words:
         raise ConfigError(f"metric {metric!r} names none; expected auto, or some of {', '.join(METRICS)}")
+    custom = tuple(load_metric(word) for word in words if ":" in word)
     taken = [*METRICS, *(one.name for one in custom)]
-    twice = [one.source for one in custom if taken.count(one.name) > 1]
-    if twice:
+    if twice := [one.source for one in custom if taken.count(one.name) > 1]:
         raise ConfigError(f"metric {', '.join(twice)}: the function's name is taken by another metric; rename it")
-    return _Wanted(metric, tuple(name for name in TEXT_METRICS if name in names), "accuracy" in names, tuple(custom))
+    return _Wanted(metric, tuple(name for name in TEXT_METRICS if name in words), "accuracy" in words, custom)
 
 
 def _with_choices(rows: Sequence[Row], train_rows: Sequence[Row], wanted: _Wanted) -> tuple[list[Row], tuple[str, ...]]:
@@ -221,13 +193,6 @@ def _writable(rows: Sequence[Row], wanted: _Wanted, chosen: Sequence[int], gener
     if not found:
         raise DataError(f"metric {wanted.metric}: no row has a prompt and references or an answer to compare with")
     return found
-
-
-def _evenly(places: Sequence[int], count: int) -> list[int]:
-    """`count` of the places at even distances, the first among them; all where there are no more."""
-    if len(places) <= count:
-        return list(places)
-    return [places[number * len(places) // count] for number in range(count)]
 
 
 def _rows(count: int) -> str:
