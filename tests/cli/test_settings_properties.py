@@ -166,7 +166,7 @@ def use(settings: Settings) -> None:
         lambda: settings.methods(settings.method_names(["lora"])),
         lambda: settings.methods([]),
         *(lambda key=key: settings.text(key) for key in sorted(RUN_KEYS)),
-        lambda: (settings.base, settings.device, settings.dtype),
+        lambda: (settings.base, settings.placement),
     ):
         with contextlib.suppress(ConfigError):
             ask()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -31,7 +30,8 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _interrupt)  # the training loop has a handler of its own, which checkpoints
+            # as Ctrl-C; the training loop has a handler of its own, which checkpoints
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except SpectuneError as error:
@@ -47,19 +47,12 @@ class Commands(TyperGroup):
             raise typer.Exit(SpectuneError.exit_code) from error
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def build_app() -> typer.Typer:
     """The commands as a typer app. Help and usage errors are plain text: boxes would fold the examples."""
     app = typer.Typer(
-        cls=Commands,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
+        cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
-    )
+    )  # fmt: skip
     app.callback(invoke_without_command=True)(_root)
     app.command("compare", short_help="Train methods and measure them side by side.")(compare)
     app.command("train", short_help="Train one method.")(train)

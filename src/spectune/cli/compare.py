@@ -10,8 +10,8 @@ import typer
 from spectune.cli import limits, options
 from spectune.cli.console import complain, note, print_json, work
 from spectune.cli.dry_run import asked, dry_run
-from spectune.cli.runs import NAMING, origin, output_folder, resumed
-from spectune.cli.settings import Settings
+from spectune.cli.runs import origin, output_folder, resumed
+from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, a
         from spectune.methods import BY_NAME, SPECTRUM
 
         default = [str(method.model_fields["name"].default) for method in SPECTRUM] if quick else list(BY_NAME)
-        if settings.base_precision is not None:
-            default = _frozen(default, settings.base_precision, named=any(key in settings.given for key in NAMING))
+        if (precision := settings.text("base_precision")) is not None:
+            default = _frozen(default, precision, named=any(key in settings.given for key in NAMING))
         chosen = settings.methods(settings.method_names(default))
         if dry:
             answer = dry_run(chosen, settings, "compare", out)
@@ -160,24 +160,11 @@ def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], 
     note(f"base: {settings.base}; methods: {', '.join(method.name for method in methods)}; folder: {folder}")
     try:
         return comparing.compare(
-            settings.base,
-            data,
-            valid,
-            test_rows=settings.text("test"),
-            methods=methods,
-            **asked(settings),
-            limits=Limits(**limits) if limits else None,
-            output_dir=folder,
-            config=wanted,
-            seed=wanted.seed,
-            device=settings.device,
-            dtype=settings.dtype,
-            base_precision=settings.base_precision,
-            retain=settings.text("retain"),
-            resume=wanted.resume,
-            origin=origin(settings),
+            settings.base, data, valid, test_rows=settings.text("test"), methods=methods, **asked(settings),
+            limits=Limits(**limits) if limits else None, output_dir=folder, config=wanted, seed=wanted.seed,
+            **settings.placement, retain=settings.text("retain"), resume=wanted.resume, origin=origin(settings),
             console=out,
-        )
+        )  # fmt: skip
     except (InterruptedRun, KeyboardInterrupt) as stop:
         raise InterruptedRun(
             f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"

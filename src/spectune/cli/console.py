@@ -55,12 +55,6 @@ def work(*, as_json: bool = False) -> Iterator[Console]:
     With `as_json` all of it goes to stderr, and so does whatever a library prints, until the block ends. The chatter of
     transformers and datasets is silenced: what matters is said in the project's own words.
     """
-    _silence_libraries()
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        yield console(stderr=as_json)
-
-
-def _silence_libraries() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -68,3 +62,5 @@ def _silence_libraries() -> None:
     # datasets is imported only where rows come from a hub data set, and reads these then
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield console(stderr=as_json)

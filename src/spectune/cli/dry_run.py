@@ -39,28 +39,23 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
     if label == "compare":
         check_settings(**asked(settings))
     folder = output_folder(settings.text("output_dir"), label, resume=wanted.resume)
-    rows, held_out, source = training_rows(
-        settings.text("data"), settings.text("valid"), seed=wanted.seed, skip_bad_rows=wanted.skip_bad_rows
-    )
+    data, valid = settings.text("data"), settings.text("valid")
+    rows, held_out, source = training_rows(data, valid, wanted.seed, wanted.skip_bad_rows)
     note(f"dry run: one step for each method, nothing is written (a run would go to {folder})\ndata: {source}")
     found = []
     for number, method in enumerate(methods):
         # a base for each: what full fine-tuning has trained is not the base any more
-        model, tokenizer = load(
-            settings.base, device=settings.device, dtype=settings.dtype, base_precision=settings.base_precision
-        )
+        model, tokenizer = load(settings.base, **settings.placement)
         if number == 0 and (retain := settings.text("retain")) is not None:
             retained_passages(model, tokenizer, retain, wanted.seed)
         if number == 0 and label == "compare":
             _check_judging(settings, rows, held_out, tokenizer, row_length(model, wanted.max_length))
         delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
-        length = max_length(model, method, wanted)
-        train, valid = (
-            encode(part, tokenizer, max_length=length, separator=wanted.separator) for part in (rows, held_out)
-        )
+        how: dict[str, Any] = {"max_length": max_length(model, method, wanted), "separator": wanted.separator}
+        train, judged = encode(rows, tokenizer, **how), encode(held_out, tokenizer, **how)
         # all validation rows are read; of these the longest are evaluated
-        longest = sorted(valid.examples, key=lambda example: -len(example.input_ids))
-        few = Encoded(longest[: wanted.per_device_eval_batch_size], valid.report)
+        longest = sorted(judged.examples, key=lambda example: -len(example.input_ids))
+        few = Encoded(longest[: wanted.per_device_eval_batch_size], judged.report)
         step = wanted.model_copy(update={"output_dir": None, "resume": False, "max_steps": 1})
         result = training.train(model, tokenizer, delta, train, few, step, console=out, rehearsed=wanted)
         found.append(result.model_dump(mode="json", exclude={"folder", "stored_bytes"}))
@@ -75,12 +70,10 @@ def asked(settings: Settings) -> dict[str, Any]:
 
     rows = settings.whole("generate_rows")
     return {
-        "preset": settings.text("preset") or "default",
-        "seeds": settings.whole("seeds"),
-        "fractions": settings.numbers("fractions"),
-        "metric": settings.text("metric") or "auto",
+        "preset": settings.text("preset") or "default", "seeds": settings.whole("seeds"),
+        "fractions": settings.numbers("fractions"), "metric": settings.text("metric") or "auto",
         "generate_rows": GENERATE_ROWS if rows is None else rows,
-    }
+    }  # fmt: skip
 
 
 def _check_judging(

@@ -15,13 +15,9 @@ from spectune.version import __version__, installed_version
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "pydantic", "numpy", "scipy")
 VARIABLES = (
-    "HF_HOME",
-    "HF_HUB_OFFLINE",
-    "CUDA_VISIBLE_DEVICES",
-    "PYTORCH_ALLOC_CONF",
-    "OMP_NUM_THREADS",
+    "HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "OMP_NUM_THREADS",
     "TOKENIZERS_PARALLELISM",
-)
+)  # fmt: skip
 
 
 def env(as_json: options.Json = False) -> None:

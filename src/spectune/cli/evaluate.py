@@ -11,7 +11,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_json, say, work
-from spectune.cli.input_rows import note_losses, row_length, rows_to_judge, run_on
+from spectune.cli.input_rows import note_losses, row_length, rows_of, run_on
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from spectune.cli.runs import Run
     from spectune.data import Row
-    from spectune.evaluation import Task
 
     Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, float]]
 
@@ -85,9 +84,9 @@ def evaluate(
                 harness.harness_metrics,
                 tasks=tasks, batch_size=batch_size, limit=lm_eval_limit, include=lm_eval_include,
             )  # fmt: skip
-        rows, source = rows_to_judge(data, skip_bad_rows=skip_bad_rows)
+        rows, source = rows_of(data, "test", skip_bad_rows)
         note(f"run: {found.folder}; rows: {source}")
-        loaded = found.load(device or "auto", dtype or "auto", base_precision)
+        loaded = found.load(device, dtype, base_precision)
         of_rows = {"generate_rows": generate_rows, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
         answer = {"run": str(found.folder), "base_model": found.base, "data": source}
         answer |= _measured(found, loaded, rows, source, {"metric": metric, **of_rows}, harness_metrics)
@@ -113,7 +112,7 @@ def _measured(
     """
     from spectune.data import encode
     from spectune.deltas import route
-    from spectune.evaluation import Task
+    from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, perplexity
 
     model, tokenizer = loaded
     max_length = row_length(model, run.config.get("max_length"))
@@ -124,7 +123,15 @@ def _measured(
     note(task.describe())
 
     def measured() -> dict[str, float]:
-        return _judge(model, tokenizer, task) | (harness_metrics(model, tokenizer) if harness_metrics else {})
+        """Of one model, under whatever route is current."""
+        judged = judge(model, tokenizer, task)
+        loss, metrics = judged_loss(judged), corpus_metrics(judged)
+        found = {"loss_nats_per_token": loss, "perplexity": perplexity(loss)}
+        found["target_tokens"] = sum(row.target_tokens for row in judged)
+        found |= {"choice_accuracy" if name == "accuracy" else name: value for name, value in metrics.items()}
+        if task.to_write:
+            found["generated_rows"] = len(task.to_write)
+        return found | (harness_metrics(model, tokenizer) if harness_metrics else {})
 
     tuned = measured()
     with route(model, None):
@@ -132,33 +139,13 @@ def _measured(
     return {"rows": len(task.rows), "tuned": tuned, "base": base, "data_report": encoded.report.to_dict()}
 
 
-def _judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, float]:
-    """The measurements of one model, under whatever route is current."""
-    from spectune.evaluation import corpus_metrics, judge, judged_loss, perplexity
-
-    judged = judge(model, tokenizer, task)
-    loss = judged_loss(judged)
-    measured: dict[str, float] = {
-        "loss_nats_per_token": loss,
-        "perplexity": perplexity(loss),
-        "target_tokens": sum(row.target_tokens for row in judged),
-    }
-    measured |= {
-        "choice_accuracy" if name == "accuracy" else name: value for name, value in corpus_metrics(judged).items()
-    }
-    return measured | ({"generated_rows": len(task.to_write)} if task.to_write else {})
-
-
 def _print(out: Console, answer: dict[str, Any]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     say(out, f"{answer['rows']:,} rows of {answer['data']}", style="italic")  # a table's title would be folded
-    table = Table()
-    for column in ("", "tuned", "bare base"):
-        table.add_column(column, justify="left" if column == "" else "right")
+    table = Table("", Column("tuned", justify="right"), Column("bare base", justify="right"))
     for key, value in answer["tuned"].items():
-        other = answer["base"].get(key)
-        table.add_row(key.replace("_", " "), _number(value), _number(other))
+        table.add_row(key.replace("_", " "), _number(value), _number(answer["base"].get(key)))
     out.print(table)
 
 

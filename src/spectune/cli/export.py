@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import note, print_json, work
-from spectune.cli.merge import say_where, write_merged
+from spectune.cli.console import note, print_json, say, work
+from spectune.cli.merge import write_merged
 from spectune.cli.runs import Run, find_run, free_folder
 from spectune.errors import ConfigError
 
@@ -55,8 +55,10 @@ def export(
     if format_ is not None:
         free_folder(output_dir, found.folder / f"export-{format_}")
     with work(as_json=as_json) as out:
+        from spectune.deltas import attached
+
         note(f"run: {found.folder}")
-        delta = _load(found, device or "auto", dtype or "auto")
+        delta = attached(found.load(device, dtype)[0])["run"]
         chosen = _choose(delta, format_)
         folder = free_folder(output_dir, found.folder / f"export-{chosen}")
         if chosen == "merged":
@@ -65,32 +67,24 @@ def export(
         else:
             answer = {"run": str(found.folder), "base": found.base, "format": chosen, "folder": str(folder)}
             answer["load"] = _write(chosen, found, delta, folder, dtype)
-            say_where(answer, out)
+            say(out, f"written to {folder}\n{answer['load']}")
     if as_json:
         print_json(answer)
-
-
-def _load(found: Run, device: str, dtype: str) -> Delta:
-    from spectune.deltas import attached
-
-    model, _ = found.load(device, dtype)
-    return attached(model)["run"]
 
 
 def _choose(delta: Delta, wanted: str | None) -> str:
     """The format asked for, or the first that the method has."""
     from spectune.storage import check_format, export_formats
 
-    if wanted is None:
-        formats = export_formats(delta)
-        if not formats:
-            raise ConfigError(
-                f"{delta.method.label} has no form that other programs load: PEFT has no such method, and it cannot be "
-                "merged. Keep the run's best/, and load it with spectune.load_delta."
-            )
+    if wanted is not None:
+        check_format(delta, wanted)
+        return wanted
+    if formats := export_formats(delta):
         return formats[0]
-    check_format(delta, wanted)
-    return wanted
+    raise ConfigError(
+        f"{delta.method.label} has no form that other programs load: PEFT has no such method, and it cannot be "
+        "merged. Keep the run's best/, and load it with spectune.load_delta."
+    )
 
 
 def _write(chosen: str, found: Run, delta: Delta, folder: Path, dtype: str | None) -> str:

@@ -8,7 +8,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_json, say, work
-from spectune.cli.input_rows import rows_to_judge, run_on
+from spectune.cli.input_rows import rows_of, run_on
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def generate(
         if prompts:
             asked = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)]
         else:
-            asked = _rows_with_prompts(rows_to_judge(data)[0], rows)
+            asked = _rows_with_prompts(rows_of(data, "test")[0], rows)
         note(f"run: {found.folder}")
-        base_model, tokenizer = found.load(device or "auto", dtype or "auto", base_precision)
+        base_model, tokenizer = found.load(device, dtype, base_precision)
         asked_ids = [prompt_ids(row, tokenizer, found.separator) for row in asked]
         sampling = Sampling(seed=seed or 0, temperature=temperature, top_p=top_p) if do_sample else None
         texts = generate_texts(base_model, tokenizer, asked_ids, max_new_tokens=max_new_tokens, sampling=sampling)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from spectune.cli.console import note
-from spectune.cli.runs import Run, find_run
+from spectune.cli.runs import Run, find_run, is_delta
 from spectune.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def training_rows(
-    data: str | None, valid: str | None, *, seed: int, skip_bad_rows: bool
+    data: str | None, valid: str | None, seed: int, skip_bad_rows: bool
 ) -> tuple[list[Row], list[Row], str]:
     """Training rows, validation rows, and a sentence that says where both came from.
 
@@ -36,30 +36,17 @@ def training_rows(
         held_out = load_rows(valid, skip_bad_rows=skip_bad_rows)
         return rows, held_out, f"{len(rows):,} rows of {data}, {len(held_out):,} of {valid} for validation"
     train, held_out = split_rows(rows, seed=seed)
-    return (
-        train,
-        held_out,
-        (f"{len(train):,} rows of {data}; {len(held_out):,} more, drawn with seed {seed}, are held out for validation"),
-    )
+    more = f"{len(held_out):,} more, drawn with seed {seed}, are held out for validation"
+    return train, held_out, f"{len(train):,} rows of {data}; {more}"
 
 
-def rows_to_train(data: str | None, *, skip_bad_rows: bool = False) -> tuple[list[Row], str]:
-    """The rows of `--data`, or the embedded training rows; and their name."""
+def rows_of(data: str | None, part: Literal["training", "test"], skip_bad_rows: bool = False) -> tuple[list[Row], str]:
+    """The rows of a file, or that part of the embedded ones; and their name."""
     from spectune import embedded
     from spectune.data import load_rows
 
     if data is None:
-        return load_rows(embedded.TRAIN), "the embedded training rows"
-    return load_rows(data, skip_bad_rows=skip_bad_rows), data
-
-
-def rows_to_judge(data: str | None, *, skip_bad_rows: bool = False) -> tuple[list[Row], str]:
-    """Rows to evaluate on or to write from: the file's, or the embedded test rows; and their name."""
-    from spectune import embedded
-    from spectune.data import load_rows
-
-    if data is None:
-        return load_rows(embedded.TEST), "the embedded test rows"
+        return load_rows(embedded.TRAIN if part == "training" else embedded.TEST), f"the embedded {part} rows"
     return load_rows(data, skip_bad_rows=skip_bad_rows), data
 
 
@@ -71,12 +58,12 @@ def rows_to_measure(data: str | None, config: dict[str, Any]) -> tuple[list[Row]
         skip, seed = bool(config.get("skip_bad_rows")), int(config.get("seed") or 0)
         try:
             if valid is not None:
-                return rows_to_judge(str(valid), skip_bad_rows=skip)
-            held_out = training_rows(str(trained_on), None, seed=seed, skip_bad_rows=skip)[1]
+                return rows_of(str(valid), "test", skip)
+            held_out = training_rows(str(trained_on), None, seed, skip)[1]
             return held_out, f"the rows of {trained_on} that the run held out"
         except DataError as error:  # moved, or another working directory: no reason not to merge
             note(f"the run's validation rows are not to be had, so the embedded test rows are taken: {error}")
-    return rows_to_judge(data)
+    return rows_of(data, "test")
 
 
 def run_on(given: Path | None, model: str | None) -> Run:
@@ -88,8 +75,7 @@ def run_on(given: Path | None, model: str | None) -> Run:
     try:
         found = find_run(given)
     except DataError:
-        is_delta = given is not None and any((given / f).is_file() for f in ("adapter_config.json", "spectune.json"))
-        if model is None or given is None or not is_delta:
+        if model is None or given is None or not is_delta(given):
             raise
         return Run(given, given, model, {}, {})
     return found if model is None else dataclasses.replace(found, base=model)

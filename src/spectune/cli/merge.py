@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import note, print_json, work
+from spectune.cli.console import note, print_json, say, work
 from spectune.cli.input_rows import row_length, rows_to_measure
 from spectune.cli.runs import Run, find_run, free_folder
 from spectune.errors import ConfigError
@@ -72,21 +72,15 @@ def write_merged(
     answer: dict[str, Any] = {"run": str(found.folder), "base": found.base, "format": "merged", "folder": str(folder)}
     if storage.stored_method(found.delta_folder).trains_base and dtype is None:
         storage.copy_model(found.delta_folder, storage.load_tokenizer(found.base), folder)
-        out.print("copied: the run trained the base itself, and its weights are written bit for bit", soft_wrap=True)
+        say(out, "copied: the run trained the base itself, and its weights are written bit for bit")
     else:
-        answer |= _merge(found, folder, data, device or "auto", dtype or DTYPE, out)
+        answer |= _merge(found, folder, data, device, dtype or DTYPE, out)
     answer["load"] = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    say_where(answer, out)
+    say(out, f"written to {folder}\n{answer['load']}")
     return answer
 
 
-def say_where(answer: dict[str, Any], out: Console) -> None:
-    """Print where the folder was written and how to load it."""
-    out.print(f"written to {answer['folder']}", soft_wrap=True, markup=False)
-    out.print(answer["load"], soft_wrap=True, markup=False)
-
-
-def _merge(found: Run, folder: Path, data: str | None, device: str, dtype: str, out: Console) -> dict[str, Any]:
+def _merge(found: Run, folder: Path, data: str | None, device: str | None, dtype: str, out: Console) -> dict[str, Any]:
     from spectune.data import encode
     from spectune.deltas import merge_and_measure
     from spectune.storage import write_model
@@ -99,12 +93,9 @@ def _merge(found: Run, folder: Path, data: str | None, device: str, dtype: str, 
     write_model(merged, tokenizer, folder)
     if difference is None:
         return {}
-    out.print(f"rows: {source}\n{difference}", soft_wrap=True, markup=False)
+    say(out, f"rows: {source}\n{difference}")
     return {
-        "largest_logit_difference": difference.largest,
-        "largest_logit": difference.largest_logit,
-        "mean_logit_difference": difference.mean,
-        "mean_logit_effect": difference.mean_effect,
-        "own_rounding_of_logits": difference.own_rounding,
-        "measured_on": f"{difference.measured_on} of {source}",
-    }
+        "largest_logit_difference": difference.largest, "largest_logit": difference.largest_logit,
+        "mean_logit_difference": difference.mean, "mean_logit_effect": difference.mean_effect,
+        "own_rounding_of_logits": difference.own_rounding, "measured_on": f"{difference.measured_on} of {source}",
+    }  # fmt: skip

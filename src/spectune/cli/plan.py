@@ -10,7 +10,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import complain, note, print_json, work
-from spectune.cli.input_rows import rows_to_train, training_rows
+from spectune.cli.input_rows import rows_of, training_rows
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DoesNotFitError
 
@@ -54,6 +54,7 @@ AnyDevice = Annotated[
 
 
 def plan(
+    context: typer.Context,
     model: options.Model = None,
     method: OneMethod = None,
     methods: Annotated[str | None, typer.Option(help="Some of them, comma-separated.")] = None,
@@ -84,20 +85,17 @@ def plan(
       spectune plan --method lora --memory 80GiB --set torch_compile=true
       spectune plan --data train.jsonl --calibrate
     """
-    flags = {
-        "model": model, "data": data, "method": method, "methods": methods, "device": device, "dtype": dtype,
-        "base_precision": base_precision, "per_device_train_batch_size": batch, "max_length": length,
-        "gradient_checkpointing": gradient_checkpointing or None,
-    }  # fmt: skip
+    flags = options.flags(context, {"memory", "batch", "length", "calibrate"})
+    flags |= {"per_device_train_batch_size": batch, "max_length": length}
     settings = Settings.collect(config, assignments, flags)
     with work(as_json=as_json) as out:
         from spectune.methods import BY_NAME
 
         if method is not None and methods is not None:
             raise ConfigError("--method and --methods: expected one of them, or neither")
-        named = settings.method_names([])
-        chosen = settings.methods(named or list(BY_NAME))
-        answer, misfits = _plan(chosen, settings, memory, out, named=bool(named), calibrate=calibrate)
+        named = bool(settings.method_names([]))
+        chosen = settings.methods(settings.method_names(list(BY_NAME)))
+        answer, misfits = _plan(chosen, settings, memory, out, named=named, calibrate=calibrate)
     if as_json:
         print_json(answer)
     if misfits:
@@ -183,7 +181,7 @@ class Plans:
         settings, config = self.settings, self.config
         train, valid = self.encoded(row_tokens(self.positions, method, config))
         workload = Workload.of(
-            self.base, method, settings.text("dtype"), self.device, base_precision=settings.base_precision,
+            self.base, method, settings.text("dtype"), self.device, base_precision=settings.text("base_precision"),
             optim=config.optim, accumulates=config.gradient_accumulation_steps > 1,
         )  # fmt: skip
         return Arm(method, *plan_unloaded(workload, config, train, valid, length=self.length, limit=self.limit))
@@ -248,11 +246,10 @@ def _rows(settings: Settings, config: TrainingConfig) -> tuple[list[Row], list[R
     """Rows to train on and to validate on, as a run takes them; none of the latter where there is but one."""
     data, valid = settings.text("data"), settings.text("valid")
     if valid is None and data is not None:
-        rows, _ = rows_to_train(data, skip_bad_rows=config.skip_bad_rows)
+        rows, _ = rows_of(data, "training", config.skip_bad_rows)
         if len(rows) < 2:
             return rows, []
-    train, held_out, _ = training_rows(data, valid, seed=config.seed, skip_bad_rows=config.skip_bad_rows)
-    return train, held_out
+    return training_rows(data, valid, config.seed, config.skip_bad_rows)[:2]
 
 
 def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
@@ -260,23 +257,18 @@ def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
     from spectune.families import family_from_config
     from spectune.planning.flops import flops_per_token
 
-    examples, config, family = plans.examples(), plans.config, family_from_config(plans.base)
+    config, family = plans.config, family_from_config(plans.base)
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    tokens = sum(len(example.input_ids) for example in examples)
-    mean = max(1, tokens // len(examples))
-    flops = {
-        arm.method.name: tokens
-        * flops_per_token(family, arm.method, mean, checkpointing=arm.execution.recomputation in (True, "offload"))
-        for arm in arms
-    }
+    lengths = [len(example.input_ids) for example in plans.examples()]
+    mean, flops = max(1, sum(lengths) // len(lengths)), {}
+    for arm in arms:
+        again = arm.execution.recomputation in (True, "offload")
+        flops[arm.method.name] = sum(lengths) * flops_per_token(family, arm.method, mean, checkpointing=again)
     return {
-        "source": plans.settings.text("data") or "the embedded training rows",
-        "rows": len(examples),
-        "tokens": tokens,
-        "longest_row_tokens": max(len(example.input_ids) for example in examples),
-        "steps_per_epoch": math.ceil(len(examples) / rows),
-        "flops_per_epoch": flops,
-    }
+        "source": plans.settings.text("data") or "the embedded training rows", "rows": len(lengths),
+        "tokens": sum(lengths), "longest_row_tokens": max(lengths),
+        "steps_per_epoch": math.ceil(len(lengths) / rows), "flops_per_epoch": flops,
+    }  # fmt: skip
 
 
 def _timed(method: Method, plans: Plans) -> dict[str, Any]:
@@ -290,22 +282,17 @@ def _timed(method: Method, plans: Plans) -> dict[str, Any]:
     settings, examples = plans.settings, plans.examples()
     # of an epoch the longest batch comes first, among the steps that are not timed
     rows = [example.row for example in examples]
-    model, tokenizer = load(settings.base, device="auto", dtype=settings.dtype, base_precision=settings.base_precision)
+    model, tokenizer = load(settings.base, **settings.placement | {"device": "auto"})
     delta = attach(model, method, "calibration", tokenizer=tokenizer)
-    config = plans.config.model_copy(
-        update={"output_dir": None, "resume": False, "max_steps": CALIBRATION_STEPS, "report_to": "none"}
-    )
+    few = {"output_dir": None, "resume": False, "max_steps": CALIBRATION_STEPS, "report_to": "none"}
+    config = plans.config.model_copy(update=few)
     result = train(model, tokenizer, delta, rows, rows[:1], config, console=Console(quiet=True))
-    tokens = sum(len(example.input_ids) for example in examples)
+    tokens, speed = sum(len(example.input_ids) for example in examples), result.train_tokens_per_second
     return {
-        "method": method.name,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "timed_steps": CALIBRATION_STEPS - 2,
-        "tokens_per_second": result.train_tokens_per_second,
-        "seconds_per_epoch": tokens / result.train_tokens_per_second,
+        "method": method.name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
+        "timed_steps": CALIBRATION_STEPS - 2, "tokens_per_second": speed, "seconds_per_epoch": tokens / speed,
         "measured_train_allocated": result.peak_memory_bytes.get("train_allocated"),
-    }
+    }  # fmt: skip
 
 
 def _decisions(config: TrainingConfig, arms: Sequence[Arm], steps: int | None, device: str) -> list[str]:
@@ -321,13 +308,11 @@ def _decisions(config: TrainingConfig, arms: Sequence[Arm], steps: int | None, d
         elif len(compiled) in (0, len(arms)):
             lines.append(f"torch_compile=auto: {str(bool(compiled)).lower()}, for a run of {steps:,} steps")
         else:
-            lines.append(
-                f"torch_compile=auto: true for {', '.join(compiled)}, false for the others, in a run of {steps:,} steps"
-            )
+            some = f"true for {', '.join(compiled)}, false for the others"
+            lines.append(f"torch_compile=auto: {some}, in a run of {steps:,} steps")
     if compiled and device == "cpu":
-        lines.append(
-            "on a CPU the first steps, which hold the longest batch, run without the compiler: they are planned"
-        )
+        first = "on a CPU the first steps, which hold the longest batch"
+        lines.append(f"{first}, run without the compiler: they are planned")
     if captured := [arm.method.name for arm in arms if arm.estimate.cuda_graphs]:
         lines.append(
             f"cuda_graphs={str(config.cuda_graphs).lower()}: blocks are recorded for {', '.join(captured)}. Planned is "
@@ -337,12 +322,8 @@ def _decisions(config: TrainingConfig, arms: Sequence[Arm], steps: int | None, d
     return [*lines, *(f"packing={str(config.packing).lower()}: {reason}" for reason in reasons if reason is not None)]
 
 
-def _shown_mode(mode: bool | str) -> str:
-    return mode if isinstance(mode, str) else "every block" if mode else "none"
-
-
 def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from spectune.planning.estimate import shown
     from spectune.planning.moments import TERMS
@@ -351,32 +332,21 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
         first = estimates[0]
         title = f"{answer['model']}, {first.batch} rows of {first.length} tokens, {first.dtype} on {answer['device']}"
         title += f", base in {first.base_precision}" if first.base_precision is not None else ""
-        table = Table(title=title)
-        table.add_column("method")
-        recomputes = any(estimate.gradient_checkpointing for estimate in estimates)
-        if recomputes:
-            table.add_column("checkpointing")
-        compiled = [bool(entry["torch_compile"]) for entry in answer["methods"]]
-        if any(compiled):
-            table.add_column("compiled")
-        for column in ("trainable", "share", *TERMS, "peak", "reserved"):
-            table.add_column(column, justify="right")
-        table.add_column("at the peak")
-        table.add_column("fits" if answer["memory"] is None else f"fits {shown(answer['memory'])}")
+        recomputes = ["checkpointing"] if any(estimate.gradient_checkpointing for estimate in estimates) else []
+        compiles = ["compiled"] if any(entry["torch_compile"] for entry in answer["methods"]) else []
+        numbers = [Column(name, justify="right") for name in ("trainable", "share", *TERMS, "peak", "reserved")]
+        fits = "fits" if answer["memory"] is None else f"fits {shown(answer['memory'])}"
+        table = Table("method", *recomputes, *compiles, *numbers, "at the peak", fits, title=title)
+        yes_or_no, modes = {None: "?", True: "yes", False: "no"}, {True: "every block", False: "none"}
         for estimate, entry in zip(estimates, answer["methods"], strict=True):
             share = estimate.trainable_parameters / estimate.total_parameters
+            sizes = [*(getattr(estimate, term) for term in TERMS), estimate.peak_allocated, estimate.peak_reserved]
+            mode = estimate.gradient_checkpointing
             table.add_row(
-                estimate.method,
-                *([_shown_mode(estimate.gradient_checkpointing)] if recomputes else []),
-                *(["yes" if entry["torch_compile"] else "no"] if any(compiled) else []),
-                f"{estimate.trainable_parameters:,}",
-                f"{100 * share:.3g}%",
-                *(shown(getattr(estimate, term)) for term in TERMS),
-                shown(estimate.peak_allocated),
-                shown(estimate.peak_reserved),
-                estimate.peak_moment.name,
-                "?" if entry["fits"] is None else "yes" if entry["fits"] else "no",
-            )
+                estimate.method, *(mode if isinstance(mode, str) else modes[mode] for _ in recomputes),
+                *(yes_or_no[bool(entry["torch_compile"])] for _ in compiles), f"{estimate.trainable_parameters:,}",
+                f"{100 * share:.3g}%", *map(shown, sizes), estimate.peak_moment.name, yes_or_no[entry["fits"]],
+            )  # fmt: skip
         out.print(table)
         if first.context:
             note(f"reserved leaves out what the process takes of a CUDA device by itself, about {shown(first.context)}")

@@ -116,14 +116,12 @@ def _guide(asked: dict[str, Any]) -> dict[str, Any]:
 
 def _print_measured(out: Console, answer: dict[str, Any]) -> None:
     say(out, answer["abstains"] or f"Recommended: {answer['pick']}", style="bold")
-    for reason in answer["reasons"]:
-        say(out, f"- {reason['text']}")
-        say(out, f"  proved by {', '.join(reason['runs'])}", style="dim")
-    if answer["excluded"]:
-        say(out, "\nLeft out by your limits", style="bold")
-        for broken in answer["excluded"]:
-            say(out, f"- {broken['text']}")
-            say(out, f"  proved by {', '.join(broken['runs'])}", style="dim")
+    for title, reasons in (("", answer["reasons"]), ("\nLeft out by your limits", answer["excluded"])):
+        if title and reasons:
+            say(out, title, style="bold")
+        for reason in reasons:
+            say(out, f"- {reason['text']}")
+            say(out, f"  proved by {', '.join(reason['runs'])}", style="dim")
     say(out, "\nNo other method is as good on all of loss, memory, storage, inference and training time", style="bold")
     say(out, f"  {', '.join(answer['pareto']) or '-'}")
     say(out, "\nThe verdict of the comparison", style="bold")
@@ -132,14 +130,8 @@ def _print_measured(out: Console, answer: dict[str, Any]) -> None:
 
 
 def _print_guide(out: Console, answer: dict[str, Any]) -> None:
-    if answer["rules"]:
-        say(out, "Rules of thumb that apply", style="bold")
-    else:
-        say(
-            out,
-            "No question was answered, so no rule applies yet; these are the rules, and when they apply",
-            style="bold",
-        )
+    none = "No question was answered, so no rule applies yet; these are the rules, and when they apply"
+    say(out, "Rules of thumb that apply" if answer["rules"] else none, style="bold")
     for rule in answer["rules"] or answer["others"]:
         say(out, f"\n{rule['name']}: {rule['condition']}")
         say(out, f"  {rule['why']}")

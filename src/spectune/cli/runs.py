@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from spectune.cli.console import note
-from spectune.cli.settings import Settings
+from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RUNS = Path("runs")
-#: the keys that name a command's methods
-NAMING = ("methods", "method", "method.name")
+#: the files of a delta's folder that name its base, and the keys under which they do
+_BASE_NAMES = {"spectune.json": "base_name", "adapter_config.json": "base_model_name_or_path"}
 
 
 def new_folder(label: str, root: Path = RUNS) -> Path:
@@ -80,10 +81,9 @@ def resumed(settings: Settings) -> Settings:
     if folder is None or not settings.get("resume") or not (Path(folder) / "config.yaml").is_file():
         return settings
     recorded = Settings.collect(Path(folder) / "config.yaml", None, {})
-    names = recorded.method_names([])
     kept = recorded.given
     if any(key in settings.given for key in NAMING):
-        other = settings.method_names([]) != names
+        other = settings.method_names([]) != recorded.method_names([])
         # the fields of one method are not for another
         kept = {k: v for k, v in kept.items() if k not in NAMING and not (other and k.startswith("method."))}
     # recorded ones first: where two keys mean the same field, such as method.r and r, the later one counts
@@ -106,7 +106,7 @@ class Run:
         return str(self.config.get("separator", ""))
 
     def load(
-        self, device: str, dtype: str, base_precision: str | None = None
+        self, device: str | None, dtype: str | None, base_precision: str | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base with the run's delta attached and active. Raises DataError where either is not to be had."""
         from spectune.storage import load, load_delta
@@ -114,7 +114,9 @@ class Run:
         trained_over = self.config.get("base_precision")
         if trained_over is not None and base_precision is None:
             note(f"trained over the base in {trained_over}, and loaded on the base as it is")
-        model, tokenizer = load(self.base, device=device, dtype=dtype, base_precision=base_precision)
+        model, tokenizer = load(
+            self.base, device=device or "auto", dtype=dtype or "auto", base_precision=base_precision
+        )
         load_delta(model, self.delta_folder, name="run")
         return model, tokenizer
 
@@ -136,11 +138,11 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
         given = max(finished, key=lambda path: max(inner.stat().st_mtime for inner in _runs_in(path)))
     if not given.is_dir():
         raise DataError(f"{given} is not a folder; expected a run's, such as runs/<date>-lora-1")
-    inside = _runs_in(given)
-    if inside:
+    if inside := _runs_in(given):
         return min((_open(folder) for folder in inside), key=_loss)
-    if (given / "adapter_config.json").is_file() or (given / "spectune.json").is_file():
-        return Run(given, given, _base_of(given, {}), {}, _trained_with(given))
+    if is_delta(given):
+        # how rows became token ids in training (`separator`, `max_length`, ...), as a run's `best/` tells by itself
+        return Run(given, given, _base_of(given, {}), {}, _mapping(given / "training.json", json.loads))
     command = "compare" if (given / "runs").is_dir() else "train"
     raise DataError(
         f"{given} holds no finished run: expected best/ and result.json, or a delta's adapter_config.json. "
@@ -162,12 +164,14 @@ def find_comparison(given: Path | None, file: str, root: Path = RUNS) -> Path | 
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
 
-def _trained_with(delta_folder: Path) -> dict[str, Any]:
-    """How rows became token ids in training (`separator`, `max_length`, ...), as a run's `best/` tells by itself."""
-    path = delta_folder / "training.json"
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+def is_delta(folder: Path) -> bool:
+    """Whether a folder holds a saved delta, by its files' names."""
+    return any((folder / file).is_file() for file in _BASE_NAMES)
+
+
+def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """The mapping in a file; empty where there is none."""
+    found = parse(path.read_text(encoding="utf-8")) if path.is_file() else None
     return found if isinstance(found, dict) else {}
 
 
@@ -185,9 +189,7 @@ def _open(folder: Path) -> Run:
             raise ValueError("expected an object")
     except (OSError, ValueError) as error:
         raise DataError(f"{saved} cannot be read as a run's result: {error}") from error
-    path = folder / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    config = config if isinstance(config, dict) else {}
+    config = _mapping(folder / "config.yaml", yaml.safe_load)
     return Run(folder, folder / "best", _base_of(folder / "best", config), result, config)
 
 
@@ -195,12 +197,9 @@ def _base_of(delta_folder: Path, config: dict[str, Any]) -> str:
     """The base that a delta belongs to: as the user named it, else as the delta's folder tells it."""
     if isinstance(config.get("model"), str):
         return str(config["model"])
-    for file, key in (("spectune.json", "base_name"), ("adapter_config.json", "base_model_name_or_path")):
-        path = delta_folder / file
-        if path.is_file():
-            name = json.loads(path.read_text(encoding="utf-8")).get(key)
-            if name:
-                return str(name)
+    for file, key in _BASE_NAMES.items():
+        if name := _mapping(delta_folder / file, json.loads).get(key):
+            return str(name)
     raise DataError(f"{delta_folder} does not say which base it belongs to: name it with --model")
 
 

@@ -31,13 +31,14 @@ SYNONYMS = {
 }
 #: Keys of the command itself; everything else is the training's or a method's.
 RUN_KEYS = frozenset(
-    {"model", "data", "valid", "test", "retain", "output_dir", "method", "methods", "device", "dtype"}
-    | {"base_precision"}
+    {"model", "data", "valid", "test", "retain", "output_dir", "method", "methods", "device", "dtype", "base_precision"}
     # a comparison's
     | {"preset", "seeds", "fractions", "metric", "generate_rows"}
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
     | {"row_shape", "prompt_ends_with"}
 )
+#: the keys that name a command's methods
+NAMING = ("methods", "method", "method.name")
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,11 @@ class Settings:
         Raises:
             ConfigError: the file is missing or not YAML, or an assignment is not `key=value`.
         """
-        settings = cls()
-        if config is not None:
-            settings.given.update(_read_yaml(config))
+        given = {} if config is None else _read_yaml(config)
         for assignment in assignments or ():
-            settings.given.update(_parse_assignment(assignment))
-        for key, value in flags.items():
-            if value is not None:
-                settings.given[key] = Given(value, "--" + key.replace("_", "-"))
-        return settings
+            given |= _parse_assignment(assignment)
+        shown = {key: "--" + key.replace("_", "-") for key, value in flags.items() if value is not None}
+        return cls(given | {key: Given(flags[key], where) for key, where in shown.items()})
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key of the command itself."""
@@ -85,19 +82,13 @@ class Settings:
         return self.text("model") or "spectune-tiny"
 
     @property
-    def device(self) -> str:
-        """The device's name, "auto" where it was left open."""
-        return self.text("device") or "auto"
-
-    @property
-    def dtype(self) -> str:
-        """The dtype's name, "auto" where it was left open."""
-        return self.text("dtype") or "auto"
-
-    @property
-    def base_precision(self) -> str | None:
-        """What the frozen base's weights are stored in; None where they are in `dtype`."""
-        return self.text("base_precision")
+    def placement(self) -> dict[str, Any]:
+        """How the base is loaded, as `spectune.load` takes it: device and dtype, "auto" where they were left open, and
+        what its frozen weights are stored in, None where that is `dtype`."""
+        return {
+            "device": self.text("device") or "auto", "dtype": self.text("dtype") or "auto",
+            "base_precision": self.text("base_precision"),
+        }  # fmt: skip
 
     def text(self, key: str) -> str | None:
         """A key of the command itself that has to be text.
@@ -145,8 +136,7 @@ class Settings:
         """
         from spectune.training import TrainingConfig
 
-        known = set(TrainingConfig.model_fields)
-        chosen = {key: given for key, given in self.given.items() if key in known}
+        chosen = {key: given for key, given in self.given.items() if key in TrainingConfig.model_fields}
         config: TrainingConfig = _validated(TrainingConfig, chosen)
         return config
 
@@ -159,38 +149,38 @@ class Settings:
         Raises:
             ConfigError: a name, a key or a value is wrong.
         """
-        from spectune.methods import METHODS
+        from spectune.methods import BY_NAME
         from spectune.training import TrainingConfig
 
-        by_name = {cls.model_fields["name"].default: cls for cls in METHODS}
         for name in names:
-            if name not in by_name:
-                raise ConfigError(f"there is no method {name!r}; {_suggest(name, by_name)}")
+            if name not in BY_NAME:
+                raise ConfigError(f"there is no method {name!r}; {_suggest(name, BY_NAME)}")
         plain = set(TrainingConfig.model_fields) | RUN_KEYS
-        fields = {name: set(cls.model_fields) - {"name"} for name, cls in by_name.items()}
+        fields = {name: set(cls.model_fields) - {"name"} for name, cls in BY_NAME.items()}
         chosen: dict[str, dict[str, Given]] = {name: {} for name in names}
-        meant = list(dict.fromkeys(names)) or list(by_name)
+        meant = list(dict.fromkeys(names)) or list(BY_NAME)
         problems = []
         for key, given in self.given.items():
             if key in plain or key == "method.name":
                 continue
             block, _, inner = key.rpartition(".")
-            if block in by_name:  # one method's own block; a file may hold blocks of methods that this run leaves out
+            if block in BY_NAME:  # one method's own block; a file may hold blocks of methods that this run leaves out
                 targets = [block] if inner in fields[block] else []
                 candidates: Iterable[str] = fields[block]
             else:
                 targets = [name for name in meant if inner in fields[name]] if block in ("", "method") else []
                 candidates = set().union(*(fields[name] for name in meant)) | (plain if block == "" else set())
             if not targets:
-                owners = [name for name in by_name if inner in fields[name]] if block in ("", "method") else []
-                hint = _of_others(inner, owners, meant) if owners else _suggest(inner, candidates)
+                hint = _suggest(inner, candidates)
+                if owners := [name for name in BY_NAME if inner in fields[name] and block in ("", "method")]:
+                    hint = f"{inner!r} belongs to {' and '.join(owners)}, and this command has {', '.join(meant)}"
                 problems.append(f"{given.where}: unknown key {key!r}; {hint}")
             for name in targets:
                 if name in chosen:
                     chosen[name][inner] = given
         if problems:
             raise ConfigError("\n".join(problems))
-        return [_validated(by_name[name], chosen[name]) for name in names]
+        return [_validated(BY_NAME[name], chosen[name]) for name in names]
 
     def method_names(self, default: Sequence[str]) -> list[str]:
         """The methods that the user named, by `--methods a,b`, `--method a`, or the file's `method(s)`.
@@ -198,18 +188,14 @@ class Settings:
         Raises:
             ConfigError: what names them is neither text nor a list of names.
         """
-        for key in ("methods", "method", "method.name"):
-            if key not in self.given:
-                continue
+        for key in (key for key in NAMING if key in self.given):
             value = self.given[key].value
             names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
             if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
                 raise self._unexpected(key, "names such as lora,bitfit")
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:  # both would have the same settings, and the same folder
-                raise ConfigError(
-                    f"{self.given[key].where}: {', '.join(twice)} is named more than once; name each method once."
-                )
+            if twice := ", ".join(sorted({name for name in names if names.count(name) > 1})):
+                # both would have the same settings, and the same folder
+                raise ConfigError(f"{self.given[key].where}: {twice} is named more than once; name each method once.")
             return names
         return list(default)
 
@@ -248,10 +234,6 @@ def _suggest(word: str, known: Iterable[str]) -> str:
         return f"did you mean {SYNONYMS[word]!r}?"
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
-
-
-def _of_others(key: str, owners: Sequence[str], meant: Sequence[str]) -> str:
-    return f"{key!r} belongs to {' and '.join(owners)}, and this command has {', '.join(meant)}"
 
 
 def _parse_assignment(text: str) -> dict[str, Given]:

@@ -23,6 +23,7 @@ DEFAULT_METHOD = "lora"
 
 
 def train(
+    context: typer.Context,
     model: options.Model = None,
     data: options.Data = None,
     valid: options.Valid = None,
@@ -54,20 +55,7 @@ def train(
       spectune train --model gpt2 --data train.jsonl --method lora --set r=8 --set learning_rate=1e-3
       spectune train --config run.yaml --output-dir runs/legal --resume
     """
-    flags = {
-        "model": model,
-        "data": data,
-        "valid": valid,
-        "method": method,
-        "output_dir": output_dir,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-        "base_precision": base_precision,
-        "skip_bad_rows": skip_bad_rows or None,
-        "resume": resume or None,
-    }
-    settings = resumed(Settings.collect(config, assignments, flags))
+    settings = resumed(Settings.collect(config, assignments, options.flags(context)))
     names = settings.method_names([DEFAULT_METHOD])
     if len(names) != 1:
         raise ConfigError(f"train takes one method, given {', '.join(names)}; `spectune compare` takes many")
@@ -85,15 +73,12 @@ def _train(method: Method, settings: Settings, out: Console) -> dict[str, Any]:
 
     wanted = settings.training()
     folder = output_folder(settings.text("output_dir"), method.name, resume=wanted.resume)
-    rows, held_out, source = training_rows(
-        settings.text("data"), settings.text("valid"), seed=wanted.seed, skip_bad_rows=wanted.skip_bad_rows
-    )
-    model, tokenizer = load(
-        settings.base, device=settings.device, dtype=settings.dtype, base_precision=settings.base_precision
-    )
+    data, valid = settings.text("data"), settings.text("valid")
+    rows, held_out, source = training_rows(data, valid, wanted.seed, wanted.skip_bad_rows)
+    model, tokenizer = load(settings.base, **settings.placement)
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
-    if settings.base_precision is not None:
-        place += f", frozen linears in {settings.base_precision}"
+    if (precision := settings.text("base_precision")) is not None:
+        place += f", frozen linears in {precision}"
     note(f"base: {settings.base} ({place})\ndata: {source}\nfolder: {folder}")
     delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
     config = wanted.model_copy(update={"output_dir": folder})

@@ -8,7 +8,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import print_json, say, work
-from spectune.cli.input_rows import note_losses, row_length, rows_to_train
+from spectune.cli.input_rows import note_losses, row_length, rows_of
 from spectune.cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def validate(
         from spectune.storage import load
 
         chosen = settings.training()
-        rows, source = rows_to_train(settings.text("data"), skip_bad_rows=skip_bad_rows)
+        rows, source = rows_of(settings.text("data"), "training", skip_bad_rows)
         base, tokenizer = load(settings.base, device="cpu")
         length = row_length(base, chosen.max_length)
         encoded = encode(rows, tokenizer, max_length=length, separator=chosen.separator)
@@ -60,20 +60,17 @@ def validate(
 def _mask(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     ids, cut = example.input_ids, example.prompt_length
     return {
-        "origin": example.row.origin,
-        "tokens": len(ids),
-        "target_tokens": example.target_tokens,
-        "prompt": tokenizer.decode(ids[:cut]),
-        "target": tokenizer.decode(ids[cut:]),
+        "origin": example.row.origin, "tokens": len(ids), "target_tokens": example.target_tokens,
+        "prompt": tokenizer.decode(ids[:cut]), "target": tokenizer.decode(ids[cut:]),
         "ends_with_eos": ids[-1] == tokenizer.eos_token_id,
-    }
+    }  # fmt: skip
 
 
 def _print(out: Console, source: str, report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
     say(out, source, style="bold")
     for key, value in report.items():
-        if isinstance(value, int | float | str):
-            say(out, f"  {key.replace('_', ' '):<28} {value:,}" if not isinstance(value, str) else f"  {key}: {value}")
+        if isinstance(value, int):  # and no list of rows
+            say(out, f"  {key.replace('_', ' '):<28} {value:,}")
     for row in shown:
         say(out, f"\n{row['origin']}: {row['tokens']} tokens, {row['target_tokens']} in the loss")
         say(out, f"  prompt  {row['prompt']!r}", style="dim")

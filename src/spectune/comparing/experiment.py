@@ -23,6 +23,7 @@ from spectune.comparing.measure import retained_passages
 from spectune.comparing.presets import PRESETS
 from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import Schedule
+from spectune.data import pad_token_id
 from spectune.deltas import Method, attached, base_name
 from spectune.errors import ConfigError, InterruptedRun
 from spectune.evaluation import row_losses
@@ -36,7 +37,7 @@ from spectune.results.comparison_file import Base, Data
 from spectune.storage import TINY, load
 from spectune.training import TrainingConfig, environment
 from spectune.training.identity import FREE
-from spectune.training.prepare import max_length, pad_token_id
+from spectune.training.prepare import max_length
 
 GENERATE_ROWS = 64
 #: settings that no result depends on (speed and memory do on recomputation), and the one that differs between its runs

@@ -83,8 +83,8 @@ def load_metric(source: str) -> CustomMetric:
 def row_dict(row: Row) -> dict[str, Any]:
     """A row as a metric gets it: what it holds, and no key for what it lacks."""
     fields = {key: value for key, value in asdict(row).items() if value not in (None, (), {})}
-    listed = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-    return {**listed.pop("columns", {}), **listed}
+    columns: dict[str, Any] = fields.pop("columns", {})
+    return columns | {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
 
 def _from_file(path: Path) -> ModuleType:
