@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import limits, options
-from spectune.cli.console import complain, note, print_json, work
+from spectune.cli.console import complain, note, print_answer, work
 from spectune.cli.dry_run import asked, dry_run
 from spectune.cli.runs import origin, output_folder, resumed
-from spectune.cli.settings import NAMING, Settings
+from spectune.cli.settings import NAMING, Given, Settings
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def compare(
     flags = {**options.flags(context, {"quick", "thorough", *limits.FLAGS}), "preset": preset}
     settings = Settings.collect(config, assignments, flags)
     if quick:
-        settings.prefer("max_steps", QUICK_STEPS, "--quick")
+        settings.given.setdefault("max_steps", Given(QUICK_STEPS, "--quick"))
     _run(resumed(settings), limits.fields(context), quick=quick, dry=dry, as_json=as_json)
 
 
@@ -118,8 +118,12 @@ def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, a
         from spectune.methods import BY_NAME, SPECTRUM
 
         default = [str(method.model_fields["name"].default) for method in SPECTRUM] if quick else list(BY_NAME)
-        if (precision := settings.text("base_precision")) is not None:
-            default = _frozen(default, precision, named=any(key in settings.given for key in NAMING))
+        if (precision := settings.text("base_precision")) is not None:  # a base in few bits is not trained itself
+            training_it = [name for name in default if BY_NAME[name].trains_base]
+            default = [name for name in default if name not in training_it]
+            if not any(key in settings.given for key in NAMING):
+                left_out = ", ".join(training_it)
+                note(f"base_precision {precision}: {left_out} trains the base's own weights and is left out")
         chosen = settings.methods(settings.method_names(default))
         if dry:
             answer = dry_run(chosen, settings, "compare", out)
@@ -131,21 +135,9 @@ def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, a
                 seeded = "" if run.seed is None else f", seed {run.seed},"
                 complain(f"{run.name}{seeded} failed: {run.reason}")
             note(f"written to {comparison.folder}; the page: {comparison.folder / 'report.html'}")
-    if as_json:
-        print_json(answer)
+    print_answer(answer, as_json=as_json)
     if failed:
         raise typer.Exit(SpectuneError.exit_code)
-
-
-def _frozen(names: list[str], precision: str, *, named: bool) -> list[str]:
-    """The methods that can train over a base in few bits; says what is left out, where the user named none."""
-    from spectune.methods import BY_NAME
-
-    kept = [name for name in names if not BY_NAME[name].trains_base]
-    if not named:
-        out = ", ".join(name for name in names if name not in kept)
-        note(f"base_precision {precision}: {out} trains the base's own weights and is left out")
-    return kept
 
 
 def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:

@@ -41,11 +41,12 @@ def note(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON object. Numbers that are not finite become null: JSON has no word for them."""
+def print_answer(answer: Any, *, as_json: bool) -> None:
+    """With `as_json` print one JSON object. Numbers that are not finite become null: JSON has no word for them."""
     from spectune.files.strict_json import finite  # its room imports torch: here, when a command has run
 
-    typer.echo(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    if as_json:
+        typer.echo(json.dumps(finite(answer), indent=2, ensure_ascii=False, allow_nan=False, default=str))
 
 
 @contextlib.contextmanager

@@ -21,11 +21,9 @@ if TYPE_CHECKING:
 def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Console) -> dict[str, Any]:
     """Train each method for one step, executed as its run would be, without a folder.
 
-    The longest batch comes first in an epoch, so one step shows whether memory suffices. Of the validation rows all
-    are read and encoded, and the longest are evaluated.
-
-    Raises:
-        SpectuneError: whatever the run itself would raise at its start.
+    The longest batch comes first in an epoch, so one step shows whether memory suffices. Of the validation rows all are
+    read and encoded, and the longest are evaluated. Raises SpectuneError: whatever the run itself would raise at its
+    start.
     """
     from spectune import training
     from spectune.comparing.experiment import check_settings

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import print_json, work
+from spectune.cli.console import print_answer, work
 from spectune.version import __version__, installed_version
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "pydantic", "numpy", "scipy")
@@ -35,8 +35,7 @@ def env(as_json: options.Json = False) -> None:
                 out.print(f"[bold]{section}[/bold]")
                 for name, value in facts.items():
                     typer.echo(f"  {name:<24} {'-' if value is None else value}")
-    if as_json:
-        print_json(found)
+    print_answer(found, as_json=as_json)
 
 
 def _environment() -> dict[str, dict[str, Any]]:

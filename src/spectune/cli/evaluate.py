@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import note, print_json, say, work
+from spectune.cli.console import note, print_answer, say, work
 from spectune.cli.input_rows import note_losses, row_length, rows_of, run_on
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ def evaluate(
         answer |= _measured(found, loaded, rows, source, {"metric": metric, **of_rows}, harness_metrics)
         if not as_json:
             _print(out, answer)
-    if as_json:
-        print_json(answer)
+    print_answer(answer, as_json=as_json)
 
 
 def _measured(
@@ -117,7 +116,7 @@ def _measured(
     model, tokenizer = loaded
     max_length = row_length(model, run.config.get("max_length"))
     encoded = encode(rows, tokenizer, max_length=max_length, separator=run.separator)
-    note_losses(encoded.report, source, "--json names each")
+    note_losses(encoded.report, source)
     # a row that encoding drops has nothing to be judged on
     task = Task.of(encoded.rows, max_length=max_length, separator=run.separator, **wanted)
     note(task.describe())
@@ -150,6 +149,4 @@ def _print(out: Console, answer: dict[str, Any]) -> None:
 
 
 def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import note, print_json, say, work
+from spectune.cli.console import note, print_answer, say, work
 from spectune.cli.merge import write_merged
 from spectune.cli.runs import Run, find_run, free_folder
 from spectune.errors import ConfigError
@@ -68,8 +68,7 @@ def export(
             answer = {"run": str(found.folder), "base": found.base, "format": chosen, "folder": str(folder)}
             answer["load"] = _write(chosen, found, delta, folder, dtype)
             say(out, f"written to {folder}\n{answer['load']}")
-    if as_json:
-        print_json(answer)
+    print_answer(answer, as_json=as_json)
 
 
 def _choose(delta: Delta, wanted: str | None) -> str:

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import note, print_json, say, work
+from spectune.cli.console import note, print_answer, say, work
 from spectune.cli.input_rows import rows_of, run_on
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from spectune.data import Row
 
 
@@ -64,19 +62,13 @@ def generate(
         sampling = Sampling(seed=seed or 0, temperature=temperature, top_p=top_p) if do_sample else None
         texts = generate_texts(base_model, tokenizer, asked_ids, max_new_tokens=max_new_tokens, sampling=sampling)
         written = [_record(row, text) for row, text in zip(asked, texts, strict=True)]
-        if not as_json:
-            _print(out, written)
-    if as_json:
-        print_json({"run": str(found.folder), "base": found.base, "outputs": written})
-
-
-def _print(out: Console, written: list[dict[str, Any]]) -> None:
-    for record in written:
-        say(out, record["prompt"], style="dim")
-        say(out, record["completion"].strip())
-        if record["references"]:
-            say(out, f"reference: {record['references'][0]}", style="dim italic")
-        out.print()
+        for record in () if as_json else written:
+            say(out, record["prompt"], style="dim")
+            say(out, record["completion"].strip())
+            if record["references"]:
+                say(out, f"reference: {record['references'][0]}", style="dim italic")
+            out.print()
+    print_answer({"run": str(found.folder), "base": found.base, "outputs": written}, as_json=as_json)
 
 
 def _row_of(typed: str, number: int, config: dict[str, Any]) -> Row:

@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 def training_rows(
     data: str | None, valid: str | None, seed: int, skip_bad_rows: bool
 ) -> tuple[list[Row], list[Row], str]:
-    """Training rows, validation rows, and a sentence that says where both came from.
-
-    Raises:
-        DataError: a file is missing, empty or has bad rows, or there is but one row and no --valid.
-    """
+    """Training rows, validation rows, and a sentence that says where both came from. Raises DataError: a file is
+    missing, empty or has bad rows, or there is but one row and no --valid."""
     from spectune import embedded
     from spectune.data import load_rows, split_rows
 
@@ -67,11 +64,8 @@ def rows_to_measure(data: str | None, config: dict[str, Any]) -> tuple[list[Row]
 
 
 def run_on(given: Path | None, model: str | None) -> Run:
-    """The run that `--run` names, or the newest, on the base that `--model` names, or its own.
-
-    Raises:
-        ConfigError, DataError: as `find_run`; a delta's folder that does not say its base needs `model`.
-    """
+    """The run that `--run` names, or the newest, on the base that `--model` names, or its own. Raises ConfigError,
+    DataError: as `find_run`; a delta's folder that does not say its base needs `model`."""
     try:
         found = find_run(given)
     except DataError:
@@ -89,12 +83,7 @@ def row_length(model: PreTrainedModel, wanted: int | None) -> int:
     return wanted or min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
 
 
-def note_losses(report: DataReport, name: str, more: str) -> None:
-    """Say on stderr which rows are not learned as they were given: nothing is dropped or cut in silence.
-
-    Args:
-        name: of the rows: "train", "valid", a file.
-        more: where the whole account is.
-    """
+def note_losses(report: DataReport, name: str) -> None:
+    """Say on stderr which of the rows of this name are not learned as they were given: nothing is cut in silence."""
     if line := report.summary(name):
-        note(f"{line}; {more}")
+        note(f"{line}; --json names each")

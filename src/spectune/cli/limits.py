@@ -29,11 +29,8 @@ FLAGS = ("max_memory", "max_latency_overhead", "tenants", "max_stored_bytes", "m
 
 
 def fields(context: typer.Context) -> dict[str, Any]:
-    """The limits among a command's flags, by the names of `spectune.results.Limits`.
-
-    Raises:
-        ConfigError: a size or a share that cannot be read.
-    """
+    """The limits among a command's flags, by the names of `spectune.results.Limits`. Raises ConfigError: a size or a
+    share that cannot be read."""
     memory, overhead, tenants, stored, quality = (context.params[flag] for flag in FLAGS)
     if quality is not None and not math.isfinite(quality):
         raise ConfigError(f"--min-quality {quality}: expected a number, such as 95")

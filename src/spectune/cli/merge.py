@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import note, print_json, say, work
+from spectune.cli.console import note, print_answer, say, work
 from spectune.cli.input_rows import row_length, rows_to_measure
 from spectune.cli.runs import Run, find_run, free_folder
 from spectune.errors import ConfigError
@@ -59,8 +59,7 @@ def merge(
             )
         note(f"run: {found.folder}")
         answer = write_merged(found, folder, data, device, dtype, out)
-    if as_json:
-        print_json(answer)
+    print_answer(answer, as_json=as_json)
 
 
 def write_merged(

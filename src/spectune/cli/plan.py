@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import complain, note, print_json, work
+from spectune.cli.console import complain, note, print_answer, work
 from spectune.cli.input_rows import rows_of, training_rows
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DoesNotFitError
@@ -96,8 +96,7 @@ def plan(
         named = bool(settings.method_names([]))
         chosen = settings.methods(settings.method_names(list(BY_NAME)))
         answer, misfits = _plan(chosen, settings, memory, out, named=named, calibrate=calibrate)
-    if as_json:
-        print_json(answer)
+    print_answer(answer, as_json=as_json)
     if misfits:
         complain("\n".join(misfits), label="does not fit")
         raise typer.Exit(DoesNotFitError.exit_code)
@@ -169,11 +168,8 @@ class Plans:
         return cls(settings, config, base, positions, device, limit, length, rows)
 
     def arm(self, method: Method) -> Arm:
-        """The plan of a run with this method, as the run itself would plan it.
-
-        Raises:
-            ConfigError: there is no room for rows, or the method or a setting does not go with the base.
-        """
+        """The plan of a run with this method, as the run itself would plan it. Raises ConfigError: there is no room for
+        rows, or the method or a setting does not go with the base."""
         from spectune.planning.workload import Workload
         from spectune.training.prediction import plan_unloaded
         from spectune.training.prepare import row_tokens

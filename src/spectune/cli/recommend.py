@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import limits, options
-from spectune.cli.console import note, print_json, say, work
+from spectune.cli.console import note, print_answer, say, work
 from spectune.cli.runs import RUNS, find_comparison
 from spectune.errors import ConfigError
 from spectune.sizes import bytes_of
@@ -67,7 +67,10 @@ def recommend(
         )
     with work(as_json=as_json) as out:
         if folder is None:
-            answer = _guide(asked)
+            from spectune.comparing.advising.guide import guide
+            from spectune.comparing.advising.rules_of_thumb import Answers
+
+            answer = guide(Answers(**asked))
             if not as_json:
                 _print_guide(out, answer)
         else:
@@ -75,17 +78,15 @@ def recommend(
             if not as_json:
                 note(f"from {folder}")
                 _print_measured(out, answer)
-    if as_json:
-        print_json(answer)
+    print_answer(answer, as_json=as_json)
 
 
 def _asked(context: typer.Context) -> dict[str, Any]:
     """The guide's questions that the user answered, by the names of its `Answers`."""
     given = {name: context.params[name] for name in QUESTIONS if context.params[name]}
-    compute = given.pop("compute", None)
-    if compute is not None and compute.lower() in ("low", "medium", "high"):
+    if (compute := given.pop("compute", "")).lower() in ("low", "medium", "high"):
         given["compute"] = compute.lower()
-    elif compute is not None:
+    elif compute:
         given["memory_bytes"] = bytes_of(compute, "--compute (low, medium, high or memory)")
     return given
 
@@ -105,13 +106,6 @@ def _measured(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     made_with = None if result.recommendation is None else result.recommendation.limits
     found = recommend(result, Limits(**wanted) if wanted else made_with)
     return {**found.to_dict(), "verdict": result.verdict.sentences}
-
-
-def _guide(asked: dict[str, Any]) -> dict[str, Any]:
-    from spectune.comparing.advising.guide import guide
-    from spectune.comparing.advising.rules_of_thumb import Answers
-
-    return guide(Answers(**asked))
 
 
 def _print_measured(out: Console, answer: dict[str, Any]) -> None:

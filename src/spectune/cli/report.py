@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from spectune.cli import limits, options
-from spectune.cli.console import note, print_json, work
+from spectune.cli.console import note, print_answer, work
 from spectune.cli.runs import RUNS, find_comparison
 from spectune.errors import ConfigError
 
@@ -52,5 +52,4 @@ def report(
         if gone:
             note(f"not run yet: {gone}. To go on: spectune compare --resume --output-dir {found}")
         note(f"written to {found}; the page: {found / 'report.html'}")
-    if as_json:
-        print_json({"folder": str(found), **comparison.to_dict()})
+    print_answer({"folder": str(found), **comparison.to_dict()}, as_json=as_json)

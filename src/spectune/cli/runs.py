@@ -33,11 +33,8 @@ def new_folder(label: str, root: Path = RUNS) -> Path:
 
 
 def output_folder(given: str | None, label: str, *, resume: bool, root: Path = RUNS) -> Path:
-    """The folder of a run: the one given, else a new one.
-
-    Raises:
-        ConfigError: it is not empty, or `--resume` has no folder to go on in.
-    """
+    """The folder of a run: the one given, else a new one. Raises ConfigError: it is not empty, or `--resume` has no
+    folder to go on in."""
     if given is None:
         if resume:
             folders = sorted((path for path in root.glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
@@ -53,11 +50,8 @@ def output_folder(given: str | None, label: str, *, resume: bool, root: Path = R
 
 
 def free_folder(given: Path | None, default: Path) -> Path:
-    """The folder that a command writes: the one given, else its default.
-
-    Raises:
-        ConfigError: it is a file, or not empty: nothing of the user's is written over.
-    """
+    """The folder that a command writes: the one given, else its default. Raises ConfigError: it is a file, or not
+    empty: nothing of the user's is written over."""
     folder = default if given is None else given
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; expected a folder, or a name that is free: give --output-dir")
@@ -152,10 +146,7 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
 
 def find_comparison(given: Path | None, file: str, root: Path = RUNS) -> Path | None:
     """The folder of a comparison, which holds `file`: the one given, else the newest in `root`, None where none is.
-
-    Raises:
-        DataError: the folder given holds no such file.
-    """
+    Raises DataError: the folder given holds no such file."""
     if given is not None:
         if not (given / file).is_file():
             raise DataError(f"{given} holds no {file}: expected the folder of `spectune compare`")

@@ -12,7 +12,6 @@ from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
     import yaml
-    from pydantic import ValidationError
 
     from spectune.deltas import Method
     from spectune.training import TrainingConfig
@@ -57,11 +56,8 @@ class Settings:
 
     @classmethod
     def collect(cls, config: Path | None, assignments: Sequence[str] | None, flags: Mapping[str, Any]) -> Settings:
-        """Read the file, then `--set`, then the flags that are not None.
-
-        Raises:
-            ConfigError: the file is missing or not YAML, or an assignment is not `key=value`.
-        """
+        """Read the file, then `--set`, then the flags that are not None. Raises ConfigError: the file is missing or not
+        YAML, or an assignment is not `key=value`."""
         given = {} if config is None else _read_yaml(config)
         for assignment in assignments or ():
             given |= _parse_assignment(assignment)
@@ -71,10 +67,6 @@ class Settings:
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key of the command itself."""
         return self.given[key].value if key in self.given else default
-
-    def prefer(self, key: str, value: Any, where: str) -> None:
-        """Set a key that the user left open."""
-        self.given.setdefault(key, Given(value, where))
 
     @property
     def base(self) -> str:
@@ -91,33 +83,22 @@ class Settings:
         }  # fmt: skip
 
     def text(self, key: str) -> str | None:
-        """A key of the command itself that has to be text.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """A key of the command itself that has to be text. Raises ConfigError: it is something else."""
         value = self.get(key)
         if value is not None and not isinstance(value, str | Path):
             raise self._unexpected(key, "text")
         return None if value is None else str(value)
 
     def whole(self, key: str) -> int | None:
-        """A key of the command itself that has to be a whole number.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """A key of the command itself that has to be a whole number. Raises ConfigError: it is something else."""
         value = self.get(key)
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
         raise self._unexpected(key, "a whole number")
 
     def numbers(self, key: str) -> list[float]:
-        """A key of the command itself that has to be numbers: a list, or text with commas.
-
-        Raises:
-            ConfigError: it is something else.
-        """
+        """A key of the command itself that has to be numbers: a list, or text with commas. Raises ConfigError: it is
+        something else."""
         value = self.get(key, [])
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
         try:
@@ -129,11 +110,7 @@ class Settings:
         return ConfigError(f"{self.given[key].where}: {key} is {_shown(self.get(key))}; expected {expected}.")
 
     def training(self) -> TrainingConfig:
-        """The training config.
-
-        Raises:
-            ConfigError: a value does not fit; every one that does not is listed.
-        """
+        """The training config. Raises ConfigError: a value does not fit; every one that does not is listed."""
         from spectune.training import TrainingConfig
 
         chosen = {key: given for key, given in self.given.items() if key in TrainingConfig.model_fields}
@@ -144,10 +121,8 @@ class Settings:
         """The methods of those names, each with the keys given for it; also checks that every key given is known.
 
         `r=8` and `method.r=8` reach every method named that has such a field, `lora.r=8` reaches LoRA alone. With no
-        name the keys are only checked, for commands that train nothing.
-
-        Raises:
-            ConfigError: a name, a key or a value is wrong.
+        name the keys are only checked, for commands that train nothing. Raises ConfigError: a name, a key or a value is
+        wrong.
         """
         from spectune.methods import BY_NAME
         from spectune.training import TrainingConfig
@@ -183,11 +158,8 @@ class Settings:
         return [_validated(BY_NAME[name], chosen[name]) for name in names]
 
     def method_names(self, default: Sequence[str]) -> list[str]:
-        """The methods that the user named, by `--methods a,b`, `--method a`, or the file's `method(s)`.
-
-        Raises:
-            ConfigError: what names them is neither text nor a list of names.
-        """
+        """The methods that the user named, by `--methods a,b`, `--method a`, or the file's `method(s)`. Raises
+        ConfigError: what names them is neither text nor a list of names."""
         for key in (key for key in NAMING if key in self.given):
             value = self.given[key].value
             names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -206,18 +178,13 @@ def _validated(cls: Any, chosen: Mapping[str, Given]) -> Any:
     try:
         return cls(**{key: given.value for key, given in chosen.items()})
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error, chosen))) from error
-
-
-def _explain(error: ValidationError, chosen: Mapping[str, Given]) -> list[str]:
-    lines = []
-    for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"]) or error.title
-        where = chosen[str(problem["loc"][0])].where if problem["loc"] and problem["loc"][0] in chosen else "settings"
-        reason = problem["msg"].removeprefix("Value error, ")
-        given = f", given {_shown(problem['input'])}" if problem["loc"] else ""
-        lines.append(f"{where}: {key}: {reason}{given}")
-    return lines
+        lines = []
+        for problem in error.errors(include_url=False):
+            place, reason = problem["loc"], problem["msg"].removeprefix("Value error, ")
+            key = ".".join(map(str, place)) or error.title
+            where = chosen[str(place[0])].where if place and place[0] in chosen else "settings"
+            lines.append(f"{where}: {key}: {reason}" + (f", given {_shown(problem['input'])}" if place else ""))
+        raise ConfigError("\n".join(lines)) from error
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import note, print_json, work
+from spectune.cli.console import note, print_answer, work
 from spectune.cli.dry_run import dry_run
 from spectune.cli.input_rows import training_rows
 from spectune.cli.runs import origin, output_folder, resumed
@@ -62,8 +62,7 @@ def train(
     with work(as_json=as_json) as out:
         [chosen] = settings.methods(names)
         answer = dry_run([chosen], settings, chosen.name, out) if dry else _train(chosen, settings, out)
-    if as_json:
-        print_json(answer)
+    print_answer(answer, as_json=as_json)
 
 
 def _train(method: Method, settings: Settings, out: Console) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import print_json, say, work
+from spectune.cli.console import print_answer, say, work
 from spectune.cli.input_rows import note_losses, row_length, rows_of
 from spectune.cli.settings import Settings
 
@@ -49,12 +49,11 @@ def validate(
         length = row_length(base, chosen.max_length)
         encoded = encode(rows, tokenizer, max_length=length, separator=chosen.separator)
         report = encoded.report.to_dict()
-        note_losses(encoded.report, source, "--json names each")
+        note_losses(encoded.report, source)
         shown = [_mask(example, tokenizer) for example in encoded.examples[:show]]
         if not as_json:
             _print(out, source, report, shown)
-    if as_json:
-        print_json({"data": source, "report": report, "rows": shown})
+    print_answer({"data": source, "report": report, "rows": shown}, as_json=as_json)
 
 
 def _mask(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

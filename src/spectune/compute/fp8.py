@@ -109,11 +109,8 @@ class FrozenFp8Linear(FrozenLinear):
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:
-    """Whether products in fp8 run on this device, for a base that otherwise computes in `dtype`.
-
-    Raises:
-        ConfigError: it has no fp8 tensor cores, or the base is not in bfloat16, which is what they give out.
-    """
+    """Whether products in fp8 run on this device, for a base that otherwise computes in `dtype`. Raises ConfigError: it
+    has no fp8 tensor cores, or the base is not in bfloat16, which is what they give out."""
     if device.type in ("cpu", "meta"):
         return
     if device.type != "cuda":

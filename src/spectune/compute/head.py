@@ -75,21 +75,12 @@ class LinearHead:
         return last_hidden(output).to(self.weight.dtype)
 
 
-@dataclass(frozen=True)
-class _Probed:
-    """The result of one probe: the recipe, or why there is none; and what it holds for."""
-
-    decoder: nn.Module
-    head: nn.Module
-    inputs: frozenset[str]
-    result: HeadRecipe | str
-
-
 class _HeadCache:
     """What is known of one model's head, kept in the model's own `__dict__`: it lives as long as the model. Copies and
     pickles of a model start with an empty one, as their modules are others."""
 
-    probed: _Probed | None = None
+    #: decoder, head and names of inputs that were probed; and the recipe, or why there is none
+    probed: tuple[tuple[nn.Module, nn.Module, frozenset[str]], HeadRecipe | str] | None = None
     #: why the model's own forward is called, as last logged
     logged_reason: str | None = None
 
@@ -155,17 +146,15 @@ def _check_unwatched(module: nn.Module, name: str) -> None:
 
 
 def _recipe(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> HeadRecipe:
-    cache = _HeadCache.of(model)
-    probed = cache.probed
-    if probed is None or (probed.decoder, probed.head, probed.inputs) != (decoder, head, frozenset(inputs)):
+    cache, key = _HeadCache.of(model), (decoder, head, frozenset(inputs))
+    if cache.probed is None or cache.probed[0] != key:
         try:
-            result: HeadRecipe | str = _probe(model, decoder, head, inputs)
+            cache.probed = key, _probe(model, decoder, head, inputs)
         except NotPlainError as error:
-            result = str(error)
-        probed = cache.probed = _Probed(decoder, head, frozenset(inputs), result)
-    if isinstance(probed.result, str):
-        raise NotPlainError(probed.result)
-    return probed.result
+            cache.probed = key, str(error)
+    if isinstance(cache.probed[1], str):
+        raise NotPlainError(cache.probed[1])
+    return cache.probed[1]
 
 
 def _probe(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> HeadRecipe:

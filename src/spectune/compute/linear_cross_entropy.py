@@ -118,7 +118,9 @@ def _loss_and_gradients(
     vocabulary, weight = weight.shape[0], _filled_up(weight)
     filled_bias = None if bias is None else F.pad(bias, (0, weight.shape[0] - vocabulary))
     of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if settings.wanted[0] else None
-    of_weight = _Total(weight, hidden.shape[0] > at_once) if settings.wanted[1] else None
+    # added up over chunks in float32 (float64); that of a single chunk needs no sum
+    summed = exact if hidden.shape[0] > at_once else weight.dtype
+    of_weight = torch.zeros_like(weight, dtype=summed) if settings.wanted[1] else None
     of_bias = None if bias is None or not settings.wanted[2] else torch.zeros_like(bias, dtype=exact)
     # both are used for every chunk: fresh memory is slow on a CPU, and falls into pieces on a GPU
     buffer = hidden.new_empty(at_once, -(-weight.shape[0] // _ALIGNED) * _ALIGNED)[:, : weight.shape[0]]
@@ -138,11 +140,13 @@ def _loss_and_gradients(
         loss += losses.sum()
         if of_hidden is not None:
             torch.mm(gradient, weight, out=of_hidden[here])
-        if of_weight is not None:
-            of_weight.add_product(gradient.t(), rows)
+        if of_weight is not None and of_weight.dtype == gradient.dtype:
+            of_weight.addmm_(gradient.t(), rows)
+        elif of_weight is not None:
+            of_weight += gradient.t() @ rows
         if of_bias is not None:
             of_bias += gradient[:, :vocabulary].sum(0, dtype=exact)
-    made = None if of_weight is None else of_weight.result()[:vocabulary]
+    made = None if of_weight is None else of_weight.to(weight.dtype)[:vocabulary]
     return loss, [of_hidden, made, None if of_bias is None else of_bias.to(hidden.dtype)]
 
 
@@ -163,23 +167,6 @@ def _filled_up(weight: Tensor) -> Tensor:
     if weight.dtype not in HALF or rows % _ASKEW == 0:
         return weight
     return torch.cat([weight, weight.new_zeros(-rows % _ALIGNED, width)])
-
-
-class _Total:
-    """The gradient of the weight, added up over chunks in float32 (float64); that of a single chunk needs no sum."""
-
-    def __init__(self, weight: Tensor, several: bool) -> None:
-        self.dtype = weight.dtype
-        self.sum = torch.zeros_like(weight, dtype=exact_dtype(weight.dtype) if several else weight.dtype)
-
-    def add_product(self, left: Tensor, right: Tensor) -> None:
-        if self.sum.dtype == left.dtype:
-            self.sum.addmm_(left, right)
-        else:
-            self.sum += left @ right
-
-    def result(self) -> Tensor:
-        return self.sum.to(self.dtype)
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:

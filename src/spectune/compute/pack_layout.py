@@ -66,10 +66,7 @@ class Pack:
     @classmethod
     def of(cls, documents: Tensor, device: torch.device, kernel: Kernel | None = None, at_least: int = 0) -> Pack:
         """A pack from the number of each token's document, `[packs, width]` int64, -1 for padding at the end of a pack.
-
-        Raises:
-            ValueError: a document's tokens are not next to each other, or padding stands before some.
-        """
+        Raises ValueError: a document's tokens are not next to each other, or padding stands before some."""
         host = documents.cpu()
         lengths = []
         for row in host:

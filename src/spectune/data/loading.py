@@ -98,11 +98,8 @@ def load_rows(source: Any, *, skip_bad_rows: bool = False) -> Rows:
 
 
 def split_rows(rows: list[Row], share: float = HELD_OUT, seed: int = 0) -> tuple[Rows, Rows]:
-    """`(train, valid)`: a seeded `share` of the rows (at least one) held out; both keep the order of the rows.
-
-    Raises:
-        DataError: fewer than two rows.
-    """
+    """`(train, valid)`: a seeded `share` of the rows (at least one) held out; both keep the order of the rows. Raises
+    DataError: fewer than two rows."""
     if len(rows) < 2:
         raise DataError(f"{len(rows)} row cannot be split into training and validation; give at least 2, or --valid")
     count = min(max(1, round(share * len(rows))), len(rows) - 1)

@@ -29,10 +29,7 @@ Record = tuple[str, Mapping[str, Any] | Bad]
 
 def records(source: Any) -> Iterator[Record]:
     """`(origin, record)` for each record of a path, a list of dicts, a `datasets.Dataset` or a hub data set's name.
-
-    Raises:
-        DataError: the source as a whole cannot be read.
-    """
+    Raises DataError: the source as a whole cannot be read."""
     if isinstance(source, str | Path):
         path = Path(source)
         if path.is_dir():

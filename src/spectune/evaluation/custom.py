@@ -8,7 +8,6 @@ attribute `higher_is_better = False`.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import importlib
@@ -16,7 +15,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -59,19 +58,19 @@ class CustomMetric:
 
 
 def load_metric(source: str) -> CustomMetric:
-    """The function at an import path; modules are looked for in the working directory, too.
-
-    Raises:
-        ConfigError: there is no such file, module or function, or it cannot be imported.
-    """
+    """The function at an import path; modules are looked for in the working directory, too. Raises ConfigError: there
+    is no such file, module or function, or it cannot be imported."""
     place, _, name = source.rpartition(":")
     if not place or not name:
         raise ConfigError(f"metric {source!r}: expected package.module:function or file.py:function")
+    before = list(sys.path)
+    sys.path.insert(0, str(Path.cwd()))
     try:
-        with _working_directory_first():
-            module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # importing runs the user's code
         raise ConfigError(f"metric {source}: {place} cannot be imported: {first_line(error)}") from error
+    finally:
+        sys.path[:] = before
     function = getattr(module, name, None)
     if not callable(function):
         near = difflib.get_close_matches(name, [key for key in vars(module) if not key.startswith("_")], n=1)
@@ -94,13 +93,3 @@ def _from_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@contextlib.contextmanager
-def _working_directory_first() -> Iterator[None]:
-    before = list(sys.path)
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path[:] = before

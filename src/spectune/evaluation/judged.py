@@ -72,11 +72,8 @@ def read_rows(path: str | Path) -> list[JudgedRow]:
 
 
 def judged_loss(judged: Sequence[JudgedRow]) -> float:
-    """Nats per target token over all rows: every token weighs the same, whichever row it stands in.
-
-    Raises:
-        DataError: no row, or none with a target token.
-    """
+    """Nats per target token over all rows: every token weighs the same, whichever row it stands in. Raises DataError:
+    no row, or none with a target token."""
     tokens = sum(row.target_tokens for row in judged)
     if tokens == 0:
         raise DataError(f"{len(judged)} judged rows without a target token; expected at least one")
