@@ -51,7 +51,7 @@ def test_a_step_asks_nothing(method: type[Method], monkeypatch: pytest.MonkeyPat
             begin(self, window)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        most[0] = max(most[0], len(self._under_way))
+        most[0] = max(most[0], len(self._in_flight))
 
     monkeypatch.setattr(loop_module.Loop, "begin", watched)
     run(method, cuda_graphs=False)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from spectune.files.atomic import atomic_write_bytes
 from spectune.reporting.page import comparison_page
 from spectune.reporting.plots import comparison_figure, comparison_plots
-from spectune.reporting.plots.style import style
+from spectune.reporting.plots.style import figure_style
 from spectune.reporting.spreadsheets import comparison_csv, runs_csv
 from spectune.reporting.tables import comparison_markdown
 from spectune.results.comparison_file import ComparisonResult
@@ -35,7 +35,7 @@ def write_reports(comparison: ComparisonResult, folder: str | Path) -> list[Path
         "runs.csv": _bytes(runs_csv(comparison)),
         "comparison.md": _bytes(comparison_markdown(comparison) + f"\n![figure]({FIGURE}.svg)\n"),
     }
-    with style(), warnings.catch_warnings():
+    with figure_style(), warnings.catch_warnings():
         # a label in a script that the figures' font lacks: boxes in the PNG; the page has fonts of its own
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         drawn = [(plot, _saved(plot.figure, "svg")) for plot in comparison_plots(comparison, folder)]

@@ -8,15 +8,14 @@ from spectune.reporting.plots.curves import data_plot, learning_plot
 from spectune.reporting.plots.order import difference_plot, order_plot
 from spectune.reporting.plots.rates import rate_plots
 from spectune.reporting.plots.shares import comparison_figure
-from spectune.reporting.plots.style import Plot
-from spectune.reporting.plots.style import style as plot_style
+from spectune.reporting.plots.style import Plot, figure_style
 from spectune.reporting.plots.trade_offs import forgetting_plot, quality_plots
 from spectune.results.comparison_file import ComparisonResult
 
 
 def comparison_plots(comparison: ComparisonResult, folder: Path) -> list[Plot]:
     """Every figure that the comparison, and the runs under its folder, have numbers for."""
-    with plot_style():
+    with figure_style():
         made = [
             order_plot(comparison),
             difference_plot(comparison),

@@ -14,6 +14,7 @@ from spectune.reporting.plots.labels import Labelled, label_points
 from spectune.reporting.plots.style import (
     MUTED,
     Look,
+    figure_style,
     fixed_ticks,
     log_axis,
     looks,
@@ -21,7 +22,6 @@ from spectune.reporting.plots.style import (
     new_figure,
     pad,
     shortened,
-    style,
 )
 from spectune.results.arm_result import ArmResult, arm_results, why_no_relative_performance
 from spectune.results.comparison_file import ComparisonResult
@@ -33,7 +33,7 @@ def comparison_figure(comparison: ComparisonResult) -> Figure:
     """Two panels: trainable share of each method as bars, relative performance against it; shares on log scales."""
     rows = [row for row in arm_results(comparison) if not row.failed and row.trainable_share]
     ordered = sorted(rows, key=lambda row: row.trainable_share or 0.0)
-    with style():
+    with figure_style():
         figure = new_figure(WIDTH, max(4.2, 0.33 * len(rows) + 1.2))
         seen = looks(comparison)
         left = 0.35 + 0.068 * max((len(seen[row.name].label) for row in rows), default=6)

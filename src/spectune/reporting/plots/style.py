@@ -91,7 +91,7 @@ class ShownFigure(Figure):
     """A figure that a notebook shows without pyplot's global state."""
 
     def draw(self, renderer: Any) -> None:
-        with style():  # ticks are made when they are drawn
+        with figure_style():  # ticks are made when they are drawn
             super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
@@ -100,7 +100,7 @@ class ShownFigure(Figure):
         return out.getvalue()
 
 
-def style() -> AbstractContextManager[None]:
+def figure_style() -> AbstractContextManager[None]:
     return rc_context(STYLE)
 
 
