@@ -362,7 +362,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part, rows in make().items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{part}.jsonl").write_text(text, encoding="utf-8")
+        (folder / f"{part}_rows.jsonl").write_text(text, encoding="utf-8")
         print(f"{part}: {len(rows)} rows")
 
 

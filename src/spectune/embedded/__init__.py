@@ -14,8 +14,8 @@ NAME = "spectune-tiny"
 #: a transformers folder: config, weights (bfloat16), tokenizer
 MODEL_FOLDER = _HERE / "model"
 #: rows of a record-to-sentence task; valid and test rows have several `references`
-TRAIN = _HERE / "data" / "train.jsonl"
-VALID = _HERE / "data" / "valid.jsonl"
-TEST = _HERE / "data" / "test.jsonl"
+TRAIN = _HERE / "data" / "train_rows.jsonl"
+VALID = _HERE / "data" / "valid_rows.jsonl"
+TEST = _HERE / "data" / "test_rows.jsonl"
 #: passages that the base itself wrote at temperature 1 (`ids`, `text`): forgetting is measured on them
 RETAINED = _HERE / "data" / "retained.jsonl"
