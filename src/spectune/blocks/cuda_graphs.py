@@ -22,14 +22,7 @@ from transformers import PreTrainedModel
 
 from spectune.blocks.call import Call, Wrapper, decoder_blocks, wrapped
 from spectune.blocks.compile import can_compile_now
-from spectune.blocks.graphed_block import (
-    Capture,
-    CudaCapture,
-    GraphedBlock,
-    TracedCall,
-    capture_blocks,
-    signature,
-)
+from spectune.blocks.graphed_block import Capture, CudaCapture, GraphedBlock, TracedCall, capture_blocks, signature
 from spectune.errors import first_line
 from spectune.families import Family
 

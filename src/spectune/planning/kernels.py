@@ -75,17 +75,17 @@ def attend_as(
         args, kwargs: what counts for the plain path alone, such as `is_causal`.
     """
     kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p, cudnn=cudnn)
+    out: Tensor
     if kernel == "math":
-        plain: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, *args, **kwargs
-        )[0]
-        return plain
+        plain = torch.ops.aten._scaled_dot_product_attention_math
+        out = plain(query, key, value, attn_mask, dropout_p, *args, **kwargs)[0]
+        return out
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:  # each call makes an additive mask of its own
             attn_mask = torch.where(attn_mask, 0.0, torch.full((), -math.inf, dtype=query.dtype, device="meta"))
         if kernel == "efficient" and attn_mask.shape[-1] % 16:
             attn_mask = F.pad(attn_mask, (0, -attn_mask.shape[-1] % 16))
-    out: Tensor = _Fused.apply(query, key, value, attn_mask, kernel, dropout_p)  # type: ignore[no-untyped-call]
+    out = _Fused.apply(query, key, value, attn_mask, kernel, dropout_p)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -111,11 +111,7 @@ _LIBRARY.define(
     "str kernel) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("planned_attention", _outputs, "Meta")
-_LIBRARY.impl("planned_attention_backward", lambda grad, query, key, value, *_: _gradients(query, key, value), "Meta")
-
-
-def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor) for tensor in inputs)
+_LIBRARY.impl("planned_attention_backward", lambda _, *given: tuple(map(torch.empty_like, given[:3])), "Meta")
 
 
 @register_flop_formula(torch.ops.spectune.planned_attention)
@@ -138,15 +134,9 @@ def scratch_of(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> list[t
 
 
 def kernel_for(
-    device_type: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float = 0.0,
-    *,
+    device_type: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0, *,
     cudnn: bool = True,
-) -> str:
+) -> str:  # fmt: skip
     """The kernel that torch takes: "cudnn" (only if `cudnn`, and never where the user has switched it off), "flash",
     "efficient", "cpu-flash" or "math"."""
     dims = {query.shape[-1], value.shape[-1]}

@@ -88,8 +88,7 @@ def cheapest_that_fits(
 ) -> P:
     """The first plan that fits, in the order of what may be done; the last one where none does."""
     for mode in possible:
-        found = planned(mode)
-        if fits(found):
+        if fits(found := planned(mode)):
             break
     return found
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from spectune.blocks.execution import Execution
 from spectune.errors import first_line
-from spectune.planning.compiled_blocks import is_of_the_compiler
 from spectune.planning.graph_memory import graph_buffers, split_by_graph_pool
 from spectune.planning.moments import TERMS, Moment
 from spectune.planning.repeated_layers import UnlikeLayersError, repeat_layers
@@ -47,10 +46,7 @@ class Planner:
 
     def __init__(self, workload: Workload, execution: Execution, *, all_layers: bool = False) -> None:
         """`all_layers`: trace each, not a few that stand for the others."""
-        self.workload = workload
-        self.execution = execution
-        self._all_layers = all_layers
-        self._longest = 0
+        self.workload, self.execution, self._all_layers, self._longest = workload, execution, all_layers, 0
         #: bytes that CUDA graphs hold of the device between steps
         self._graph_bytes = 0
         #: the newest traces, by batch, training and accumulating
@@ -79,16 +75,14 @@ class Planner:
         made at the end of the first."""
         batches = dict.fromkeys((shape, number > 0) for step in steps for number, shape in enumerate(step))
         traces = {(shape, late): self.trace(shape, accumulating=late) for shape, late in batches}
-        return self._resident().peaks(
-            [[traces[shape, number > 0] for number, shape in enumerate(step)] for step in steps]
-        )
+        played = [[traces[shape, number > 0] for number, shape in enumerate(step)] for step in steps]
+        return self._resident().peaks(played)
 
     def peak(self, shape: Shape) -> int:
         """The peak of a step's tensors in bytes, without the allocator's rounding: quick."""
         accumulates = self.workload.accumulates
         trace = self.trace(shape, accumulating=accumulates)
-        moments = self._resident().moments(trace, accumulating=accumulates)
-        return max(moment.total for moment in moments)
+        return max(moment.total for moment in self._resident().moments(trace, accumulating=accumulates))
 
     def graph_buffers(self, shape: Shape) -> int:
         """Bytes of the static buffers of this batch's CUDA graphs; 0 where there are none."""
@@ -112,7 +106,7 @@ class Planner:
         key = (shape, training, accumulating)
         if key not in self._traces:
             trace = self._traced(*key)
-            while len(self._traces) >= _KEPT:
+            if len(self._traces) >= _KEPT:
                 del self._traces[next(iter(self._traces))]
             self._traces[key] = trace
         return self._traces[key]
@@ -126,7 +120,9 @@ class Planner:
             self._build(shape.length)
             trace = few = self._run(shape, training, accumulating)
         except Exception as error:
-            if not self.execution.compiled or not is_of_the_compiler(error):
+            from torch._dynamo.exc import TorchDynamoException  # loads the compiler
+
+            if not self.execution.compiled or not isinstance(error, TorchDynamoException):
                 raise
             log.warning(
                 "the plan is of blocks that are not compiled, which takes more memory: the compiler cannot trace them "

@@ -105,13 +105,10 @@ class Workload:
 
     def model(self) -> PreTrainedModel:
         """The base on the meta device, with a config of its own: setting an attention function writes into it."""
-        config: Any = copy.deepcopy(self.config)
+        config, chosen = copy.deepcopy(self.config), self.model_class
+        make: Any = CAUSAL_LM.empty_model if chosen is None else chosen._from_config
         with torch.device("meta"):
-            if self.model_class is not None:
-                built: Any = self.model_class._from_config(config, dtype=self.dtype)  # type: ignore[no-untyped-call]
-            else:
-                built = CAUSAL_LM.empty_model(config, dtype=self.dtype)
-        model: PreTrainedModel = built
+            model: PreTrainedModel = make(config, dtype=self.dtype)
         return model
 
 

@@ -181,7 +181,7 @@ def check_graphs(device_type: str, packs: bool, mode: Recomputation) -> None:
         raise ConfigError("cuda_graphs=true and packing: every pack has other documents. Set packing=false")
     if mode is not False:
         raise ConfigError(
-            f"cuda_graphs=true and gradient_checkpointing={mode}: a recorded block keeps its activations. "
+            f"cuda_graphs=true and gradient_checkpointing={mode}: a captured block keeps its activations. "
             "Set gradient_checkpointing=false, or leave cuda_graphs at auto"
         )
 
@@ -295,11 +295,7 @@ def share_saved(lengths: Sequence[int], config: TrainingConfig, virtual: int = 0
     """The share of the tokens of padded batches that short packs leave out, in some steps of an epoch in any order."""
     size = config.per_device_train_batch_size
     steps = batches(
-        lengths,
-        size * config.gradient_accumulation_steps,
-        seed=0,
-        epoch=0,
-        group_by_length=config.group_by_length,
+        lengths, size * config.gradient_accumulation_steps, seed=0, epoch=0, group_by_length=config.group_by_length
     )
     padded = in_packs = 0
     sizes = [length + virtual for length in lengths]

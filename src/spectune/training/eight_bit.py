@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from spectune.compute.dynamic_codes import LEAST, codes_of, values_of
-from spectune.compute.step_groups import step_groups
 from spectune.training.config import TrainingConfig
 from spectune.training.optimizer import MasterAdamW
 
@@ -26,8 +25,6 @@ class EightBitAdamW(MasterAdamW):
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float) -> None:
         super().__init__(parameters, config, learning_rate)
-        # float32 weights in groups too: their moments are decoded for the step
-        self.groups = step_groups([parameter.numel() for parameter in self.parameters])
         #: number of a weight -> name of a moment -> codes and scales
         self.codes: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
 

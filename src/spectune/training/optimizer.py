@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spectune.compute.step_groups import step_groups
 from spectune.errors import DataError
+from spectune.planning.optimizer_memory import stepped_together
 from spectune.training.config import TrainingConfig
 
 
@@ -31,11 +31,8 @@ class MasterAdamW:
         self.masters: list[Tensor] = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True) for p in self.parameters
         ]
-        whole = [index for index, p in enumerate(self.parameters) if p.dtype == torch.float32]
-        lower = [index for index, p in enumerate(self.parameters) if p.dtype != torch.float32]
-        parts = step_groups([self.parameters[index].numel() for index in lower])
         #: weights that are stepped together, by number
-        self.groups = [*([whole] if whole else []), *([lower[index] for index in part] for part in parts)]
+        self.groups = stepped_together(self.parameters, config.optim)
         self.inner = self._adamw(self.masters, config, learning_rate)
 
     def _adamw(self, masters: Sequence[Tensor], config: TrainingConfig, learning_rate: float) -> torch.optim.AdamW:

@@ -93,11 +93,7 @@ def train(
 
 
 def _attach(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method_or_delta: Method | Delta,
-    name: str,
-    seed: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method_or_delta: Method | Delta, name: str, seed: int
 ) -> Delta:
     if not isinstance(method_or_delta, Delta):
         return attach(model, method_or_delta, name, tokenizer=tokenizer, seed=seed)
