@@ -1,4 +1,4 @@
-"""What recorded blocks keep: the plan against recordings that are made on the CPU by what stands for CUDA graphs."""
+"""What captured blocks keep: the plan against captures that are made on the CPU by what stands for CUDA graphs."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ from spectune.blocks.recompute import Recomputation, modes
 from spectune.compute.pack_layout import Kernel
 from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_document
 from spectune.data import batches, by_length, pack_step, places
-from spectune.deltas import Delta, InputSite, Method, kernel_serves, route, why_mask_is_needed, why_not_packed
+from spectune.deltas import Delta, Method, kernel_serves, route, why_mask_is_needed, why_not_packed
 from spectune.errors import ConfigError
 from spectune.families import Family
 from spectune.methods import LoRA
-from spectune.planning.flops import flops_per_token
+from spectune.planning.flops import flops_per_token, virtual_in_sequence
 from spectune.training.config import TrainingConfig
 from spectune.training.prepare import Prepared, total_steps
 
@@ -88,13 +88,8 @@ def decide(
     if config.torch_compile == "auto":
         tokens = steps * rows * config.gradient_accumulation_steps * length
         compiled = worth_compiling(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
-    return Execution(
-        compiled=compiled,
-        graphs=graphs,
-        recomputation=mode,
-        cudnn=takes_cudnn(family, lengths, steps, config, packs=packing.on),
-        packing=packing,
-    ).because("packing", why_packing)
+    cudnn = takes_cudnn(family, lengths, steps, config, packs=packing.on)
+    return Execution(compiled, graphs, mode, cudnn, packing).because("packing", why_packing)
 
 
 def decide_run(delta: Delta, prepared: Prepared, processes: int = 1, config: TrainingConfig | None = None) -> Execution:
@@ -123,9 +118,6 @@ def possible_modes(
     return found[found.index(True) :] if wanted == "auto" else (True,) if wanted is False else found
 
 
-# -- compiled blocks --------------------------------------------------------------------------------------------------
-
-
 def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
     """Whether a run is so long that compiling saves more time than it takes.
 
@@ -152,9 +144,6 @@ def has_cpu_compiler() -> bool:
         return bool(get_cpp_compiler()) and Path(sysconfig.get_path("include"), "Python.h").exists()
     except (InvalidCxxCompiler, OSError):
         return False
-
-
-# -- CUDA graphs ------------------------------------------------------------------------------------------------------
 
 
 def launch_bound(family: Family, method: Method, *, tokens: int, length: int) -> bool:
@@ -186,9 +175,6 @@ def check_graphs(device_type: str, packs: bool, mode: Recomputation) -> None:
         )
 
 
-# -- attention --------------------------------------------------------------------------------------------------------
-
-
 def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: TrainingConfig, *, packs: bool) -> bool:
     """Whether a run's steps take cuDNN's attention on CUDA: where it saves more than its plans take.
 
@@ -210,9 +196,6 @@ def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: Trai
     return saved > min(shapes, batch_count) * PLAN_SECONDS
 
 
-# -- packs and padding ------------------------------------------------------------------------------------------------
-
-
 def _packing(
     config: TrainingConfig, family: Family, lengths: Sequence[int], device_type: str, delta: Delta | None
 ) -> tuple[Packing, str | None]:
@@ -230,13 +213,9 @@ def _packing(
     model, reason = delta.model, None
     virtual = virtual_in_sequence(delta.method, family)
     saved = share_saved(lengths, config, virtual)
-    # a loop over documents is another graph for each batch
-    taken = [
-        kernel
-        for kernel in kernels(device_type, model.dtype)
-        if not (kernel is loop_by_document and config.torch_compile is True)
-    ]
-    for kernel in taken:
+    for kernel in kernels(device_type, model.dtype):
+        if kernel is loop_by_document and config.torch_compile is True:
+            continue  # another graph for each batch
         with route(model, delta.name):
             reason = why_not_packed(model, kernel)
             serves = reason is None and (kernel is None or kernel_serves(model, kernel))
@@ -269,8 +248,7 @@ def wants_packs(family: Family, lengths: Sequence[int], config: TrainingConfig, 
 
 
 def _needs_no_mask(delta: Delta) -> bool:
-    """Whether rows that are padded on the right need no mask. That decides about the speed alone, so only the log hears
-    of it."""
+    """Whether rows padded on the right need no mask. It decides about the speed alone: only the log hears of it."""
     with route(delta.model, delta.name):
         reason = why_mask_is_needed(delta.model)
     if reason is not None:
@@ -286,19 +264,12 @@ def kernels(device_type: str, dtype: torch.dtype) -> list[Kernel | None]:
     return [flash_by_document, None] if device_type == "cuda" and dtype in FLASH_DTYPES else [None]
 
 
-def virtual_in_sequence(method: Method, family: Family) -> int:
-    """Virtual tokens that take a place in the sequence itself; a prefix takes none."""
-    return method.virtual_tokens if any(isinstance(site, InputSite) for site in method.sites(family)) else 0
-
-
 def share_saved(lengths: Sequence[int], config: TrainingConfig, virtual: int = 0) -> float:
     """The share of the tokens of padded batches that short packs leave out, in some steps of an epoch in any order."""
     size = config.per_device_train_batch_size
-    steps = batches(
-        lengths, size * config.gradient_accumulation_steps, seed=0, epoch=0, group_by_length=config.group_by_length
-    )
+    drawn, sizes = size * config.gradient_accumulation_steps, [length + virtual for length in lengths]
+    steps = batches(lengths, drawn, seed=0, epoch=0, group_by_length=config.group_by_length)
     padded = in_packs = 0
-    sizes = [length + virtual for length in lengths]
     for rows in steps[:_LOOKED_AT]:
         padded += sum(places([[row] for row in batch], sizes) for batch in by_length(rows, lengths, size))
         in_packs += sum(places(batch, sizes) for batch in pack_step(rows, lengths, size, extra=virtual))

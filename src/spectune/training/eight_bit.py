@@ -35,7 +35,8 @@ class EightBitAdamW(MasterAdamW):
             self._decode(index)
         super()._step(members, gradients, max_norm, norm)
         for index in stepped:
-            self._encode(index)
+            if self.masters[index].numel() >= LEAST:
+                self._encode(index)
 
     def _decode(self, index: int) -> None:
         master = self.masters[index]
@@ -44,11 +45,7 @@ class EightBitAdamW(MasterAdamW):
             self.inner.state[master][name] = values if _MOMENTS[name] else values.square_()
 
     def _encode(self, index: int) -> None:
-        master = self.masters[index]
-        if master.numel() < LEAST:
-            return
-        state = self.inner.state[master]
-        self.codes[index] = {}
+        state, self.codes[index] = self.inner.state[self.masters[index]], {}
         for name, signed in _MOMENTS.items():
             values = state.pop(name)
             self.codes[index][name] = codes_of(values if signed else values.sqrt_(), signed=signed)

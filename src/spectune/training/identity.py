@@ -18,14 +18,8 @@ from spectune.training.config import TrainingConfig
 FILE = "identity.json"
 #: settings that may change between a checkpoint and its resumption
 FREE = {
-    "output_dir",
-    "resume",
-    "logging_steps",
-    "save_steps",
-    "report_to",
-    "memory_check",
-    "gradient_checkpointing",  # the numbers are the same, bit for bit where a step's are
-    "cuda_graphs",
+    *("output_dir", "resume", "logging_steps", "save_steps", "report_to", "memory_check"),
+    *("gradient_checkpointing", "cuda_graphs"),  # the numbers are the same, bit for bit where a step's are
 }
 
 

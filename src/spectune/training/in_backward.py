@@ -57,17 +57,16 @@ class InBackwardAdamW(MasterAdamW):
         self._hooks.clear()
 
     def _stepping(self, index: int) -> object:
-        inner = self._inners[id(self.masters[index])]
         master = self.masters[index]
+        inner = self.inner_of(master)
 
         @torch.no_grad()
         def step(parameter: Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None
-            norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-            self._norms.append(norm)
+            self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
             # the fused kernel looks at this flag on the device, so that nothing waits for it
-            inner.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            inner.found_inf = (~self._norms[-1].isfinite()).float()  # type: ignore[attr-defined]
             if master is not parameter:
                 master.grad = gradient.float()
                 parameter.grad = None

@@ -64,9 +64,8 @@ class Loop:
         self.model, self.batches, self.world = run.delta.model, run.batches, run.batches.world
         self.max_in_flight = steps_ahead(self.model.device)
         model, optimizer = self.model, run.optimizer  # not the loop itself: no circle keeps the optimizer's memory
-        self.peaks = Peaks(
-            model.device, lambda: [*model.parameters(), *optimizer.tensors()], run.progress.peak_memory_bytes
-        )
+        found = run.progress.peak_memory_bytes
+        self.peaks = Peaks(model.device, lambda: [*model.parameters(), *optimizer.tensors()], found)
         self._first_step = run.progress.step
         self._in_flight: deque[_Step] = deque()
         #: carried to the next step in flight: 0 if the one before it was applied, NaN if it was skipped
@@ -167,10 +166,9 @@ class Loop:
         # behind another step it began when that one ended
         seconds, self._last_end = ended - max(step.began, self._last_end), ended
         loss = total / step.targets
-        if not math.isfinite(loss):
-            raise run.diverged(f"the loss is {loss} in step {now.step + 1}")
-        if not math.isfinite(norm):
-            raise run.diverged(f"the gradient's norm is {norm} in step {now.step + 1}")
+        for what, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                raise run.diverged(f"the {what} is {value} in step {now.step + 1}")
 
         if not self._is_first(now.step):
             now.timed_tokens += step.tokens
@@ -204,7 +202,11 @@ class Loop:
         run = self.run
         self.peaks.pause()
         if not self._has_validated:
-            self._measure_validation()
+            # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
+            # run's own validation, which counting tensors would slow down
+            order = sorted(run.valid_examples, key=lambda example: -len(example.input_ids))
+            with self.peaks.of("valid"):
+                self.valid_loss(order[: run.config.per_device_eval_batch_size])
             self._has_validated = True
         valid_loss = self.valid_loss()
         self.peaks.resume()
@@ -219,13 +221,6 @@ class Loop:
         rows = self.run.valid_examples if examples is None else examples
         batch = self.run.config.per_device_eval_batch_size
         return row_losses(self.model, rows, self.batches.pad_token_id, batch).mean_per_token
-
-    def _measure_validation(self) -> None:
-        """The peak of memory of validation, which is that of its first batch: the longest rows. They are run once for
-        it, beside the run's own validation, which counting tensors would slow down."""
-        order = sorted(self.run.valid_examples, key=lambda example: -len(example.input_ids))
-        with self.peaks.of("valid"):
-            self.valid_loss(order[: self.run.config.per_device_eval_batch_size])
 
     def _settle(self, left: int, display: Display) -> None:
         """Finish steps until so many are left in flight."""

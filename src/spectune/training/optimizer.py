@@ -40,13 +40,8 @@ class MasterAdamW:
             {"params": [m for m in masters if m.dim() > 1], "weight_decay": config.weight_decay},
             {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused=True,
-        )
+        groups, betas = [group for group in groups if group["params"]], (config.adam_beta1, config.adam_beta2)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
 
     def begin(self, learning_rate: float) -> None:
         """To be called before the backward pass of a step."""

@@ -173,6 +173,7 @@ def _base_loss(loop: Loop) -> float:
 def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stopped: bool) -> RunResult:
     delta, progress, config = folder.run.delta, folder.run.progress, folder.run.config
     valid_loss = progress.best_loss if config.load_best_at_end else progress.valid_loss
+    tokens = progress.timed_tokens or progress.tokens
     return RunResult(
         method=delta.method.name,
         name=delta.name,
@@ -192,8 +193,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         last_valid_loss=progress.valid_loss,
         base_valid_loss=progress.base_valid_loss,
         valid_perplexity=None if valid_loss is None else perplexity(valid_loss),
-        train_tokens_per_second=(progress.timed_tokens or progress.tokens)
-        / (progress.timed_seconds or progress.seconds),
+        train_tokens_per_second=tokens / (progress.timed_seconds or progress.seconds),
         train_seconds=progress.seconds,
         peak_memory_bytes=progress.peak_memory_bytes,
         predicted_memory_bytes=predicted.memory,
