@@ -71,11 +71,8 @@ def call_of(layer: nn.Module) -> Call | None:
 
 
 def wrap(layers: Sequence[nn.Module], wrapper: Wrapper, make: Make) -> list[BlockCall]:
-    """Put what `make` gives around the call of each block, until `unwrap`.
-
-    Raises:
-        RuntimeError: something that belongs inside of, or in the place of, what is there already.
-    """
+    """Put what `make` gives around the call of each block, until `unwrap`. Raises RuntimeError for something that
+    belongs inside of, or in the place of, what is there already."""
     done: list[BlockCall] = []
     try:
         for index, layer in enumerate(layers):
@@ -108,11 +105,8 @@ def unwrap(calls: Sequence[BlockCall]) -> list[BlockCall]:
 @contextlib.contextmanager
 def wrapped(layers: Sequence[nn.Module], wrapper: Wrapper, make: Make) -> Iterator[list[BlockCall]]:
     """Inside the `with`, what `make` gives stands around the call of each block; after it, come what may, exactly what
-    was there before, a call that the user has compiled too.
-
-    Raises:
-        RuntimeError: at the begin as `wrap`; at the end where something else has taken the place inside.
-    """
+    was there before, a call that the user has compiled too. Raises RuntimeError as `wrap` does, and at the end where
+    something else has taken the place inside."""
     calls = wrap(layers, wrapper, make)
     try:
         yield calls

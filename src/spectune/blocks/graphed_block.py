@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from spectune.blocks.call import Call
+
 #: what a call may hold beside tensors: values that are captured with it
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -79,33 +81,21 @@ class TracedCall:
 def signature(leaves: Sequence[Any]) -> Any:
     """What has to be the same for a graph to serve other arguments. None where they hold something else than tensors
     and constants."""
-    found: list[tuple[Any, ...]] = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            found.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad))
-        elif isinstance(leaf, _CONSTANTS):
-            found.append((type(leaf), leaf))
-        else:
-            return None
-    return tuple(found)
+    if not all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves):
+        return None
+    return tuple(
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
+        if isinstance(leaf, Tensor)
+        else (type(leaf), leaf)
+        for leaf in leaves
+    )
 
 
 def capture_blocks(
-    plain: Sequence[Callable[..., Any]],
-    calls: Sequence[TracedCall],
-    parameters: Sequence[nn.Parameter],
-    capture: CudaCapture,
+    plain: Sequence[Call], calls: Sequence[TracedCall], parameters: Sequence[nn.Parameter], capture: CudaCapture
 ) -> list[GraphedBlock]:
-    """Capture all blocks.
-
-    Args:
-        plain: the blocks.
-        calls: their arguments in one pass.
-        parameters: all that are trained.
-
-    Raises:
-        RuntimeError: something cannot be captured, or memory does not suffice.
-    """
+    """Capture all blocks (`plain`), given their arguments in one pass and all parameters that are trained. Raises
+    RuntimeError where something cannot be captured, or memory does not suffice."""
     inputs: dict[int, Tensor] = {}
     blocks = [GraphedBlock(function, call, inputs) for function, call in zip(plain, calls, strict=True)]
     capture.warm_up(lambda: _warm_up(blocks, parameters))
@@ -142,9 +132,6 @@ def _read_by(later: Sequence[GraphedBlock], index: int) -> dict[int, Tensor]:
     return {number: places[0] for number, places in found.items() if len(places) == 1 and places[0] is not None}
 
 
-def _nothing() -> None: ...
-
-
 @dataclass
 class Gradients:
     """A block's captured backward: where it reads and writes gradients.
@@ -162,7 +149,7 @@ class Gradients:
     of_outputs: dict[int, Tensor] = field(default_factory=dict)
     members: list[list[int]] = field(default_factory=list)
     of_parameters: list[Tensor] = field(default_factory=list)
-    replay: Callable[[], None] = _nothing
+    replay: Callable[[], None] = lambda: None
 
     def copies(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """Of the parameters' gradients: they stay until the optimizer takes them, and other replays may come before."""
@@ -183,7 +170,7 @@ class GraphedBlock:
         gradients: backward; empty where no output has a gradient.
     """
 
-    def __init__(self, function: Callable[..., Any], call: TracedCall, inputs: dict[int, Tensor]) -> None:
+    def __init__(self, function: Call, call: TracedCall, inputs: dict[int, Tensor]) -> None:
         self.function, self.call, self.inputs, self.passes = function, call, inputs, 0
         self.parameters: list[nn.Parameter] = []
         self.leaves: list[Any] = []
@@ -193,7 +180,7 @@ class GraphedBlock:
         self._made: list[Any] = []  # with what autograd keeps of it
         #: numbers of the outputs that are tensors
         self._tensors: list[int] = []
-        self._replay_forward: Callable[[], None] = _nothing
+        self._replay_forward: Callable[[], None] = lambda: None
 
     def take_inputs(self, outputs: Sequence[Sequence[Any]]) -> None:
         """The places of its arguments, given those of the outputs of earlier blocks."""
@@ -273,8 +260,7 @@ class GraphedBlock:
                 self.inputs[id(place)] = leaf
 
     def replay_backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of the arguments that want one, in memory that the next replay writes, then copies of those of the
-        parameters."""
+        """Gradients of arguments that want one, in memory that the next replay writes, and copies of parameters'."""
         own = self.gradients
         for number, gradient in zip(self._tensors, gradients, strict=True):
             place = own.of_outputs.get(number)

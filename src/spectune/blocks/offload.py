@@ -115,12 +115,9 @@ class HostStates:
 
     @contextlib.contextmanager
     def leaving(self, hidden: Tensor, *, last: bool) -> Iterator[None]:
-        """Inside, autograd keeps `hidden` in host memory; other tensors stay where they are.
-
-        Args:
-            last: no block comes after this one, so backward needs it at once: it stays on the device, and the one
-                before it comes back beside its backward.
-        """
+        """Inside, autograd keeps `hidden` in host memory; other tensors stay where they are. After the `last` block
+        comes none, so backward needs its input at once: it stays on the device, and the one before comes back beside
+        its backward."""
         # autograd keeps the hooks as long as what they packed: they may hold no tensor beyond this block
         held: list[tuple[Tensor, Any]] = []
         storage, shape = hidden.untyped_storage()._cdata, hidden.shape

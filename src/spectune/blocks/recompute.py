@@ -99,10 +99,7 @@ def _recomputed(
 
 def modes(wanted: Recomputation | Literal["auto"], device_type: str) -> tuple[Recomputation, ...]:
     """What may be done on such a device, in the order in which it is tried: all of it for "auto", else what is wanted.
-
-    Raises:
-        ConfigError: "offload" is wanted, and block inputs are in host memory already.
-    """
+    Raises ConfigError where "offload" is wanted and block inputs are in host memory already."""
     if wanted == "offload" and device_type != "cuda":
         raise ConfigError(
             f"gradient_checkpointing=offload needs a CUDA device, and the model is on {device_type!r}, which has no "

@@ -44,12 +44,8 @@ def policy(hidden_size: int) -> Callable[..., CheckpointPolicy]:
 
 
 def worth_keeping(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], least: int) -> bool:
-    """Whether an operation's output is kept.
-
-    Args:
-        operation: a `torch._ops.OpOverload`; of others nothing is kept.
-        least: numbers that a product adds up for one of its output, at least.
-    """
+    """Whether an operation's output is kept, if it is a `torch._ops.OpOverload`. `least`: numbers that a product adds
+    up for one of its output, at least."""
     schema = getattr(operation, "_schema", None)
     if schema is None or schema.is_mutable:
         return False

@@ -61,8 +61,7 @@ class CompiledBlocks:
 
 @contextlib.contextmanager
 def _constants() -> Iterator[None]:
-    """Inside, a block may make tensors of numbers: those on the meta device are no fake ones to the compiler's tracing,
-    which refuses others."""
+    """Inside, a block may make tensors of numbers: on the meta device they are not fake, which tracing would refuse."""
     mode: Any = FakeTensorMode
     original = mode.__init__
 

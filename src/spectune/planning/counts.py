@@ -37,11 +37,8 @@ class Count:
 
 
 def count(config: PretrainedConfig, method: Method) -> Count:
-    """Weights that `method` stores and trains on a base of this config. No weight is made or read.
-
-    Raises:
-        ConfigError: the method cannot act on this base.
-    """
+    """Weights that `method` stores and trains on a base of this config. No weight is made or read. Raises ConfigError
+    where the method cannot act on this base."""
     return _count(family_from_config(config), method)
 
 

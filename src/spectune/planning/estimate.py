@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spectune.blocks.recompute import ORDER, Recomputation
-from spectune.planning.moments import TERMS, Moment
 from spectune.planning.planner import Planner
 from spectune.planning.shape import Shape
 from spectune.planning.skeleton import FEW
+from spectune.planning.trace import TERMS, Moment
 from spectune.sizes import bytes_of
 
 #: what a process holds of a CUDA device beside torch's allocator: the driver's context, kernels, handles
@@ -48,7 +48,7 @@ class Question:
             gradient_checkpointing=planner.execution.recomputation,
             optim=workload.optim,
             torch_compile=planner.execution.compiled,
-            cuda_graphs=planner.graphs,
+            cuda_graphs=planner.execution.graphs,
             recordings=planner.graph_buffers(shape),
             trainable_parameters=sum(parameter.numel() for parameter in whole.trained),
             total_parameters=whole.family.num_parameters,
@@ -259,7 +259,7 @@ def shown(size: float) -> str:
 
 
 def _largest(needed: Callable[[int], int], memory: int, least: int, near: int, most: int) -> int:
-    """The largest number from `least` to `most` whose need is within `memory`, where needs rise; 0 for none. Needs are
+    """The largest number from `least` to `most` whose need is within `memory`, where needs rise; 0 for none. They are
     close to straight lines, so the crossing is guessed by the line through both ends of what is known."""
     if most < least:
         return 0

@@ -57,12 +57,8 @@ class BlockTensors:
 def graph_buffers(
     tensors: BlockTensors, trace: Trace, repeats: Sequence[tuple[int, int]], weights: Sequence[int]
 ) -> GraphBuffers:
-    """The static buffers of all layers' graphs, from the trace of a few.
-
-    Args:
-        repeats: which of the layers that run stand for how many others.
-        weights: bytes of each weight that is trained inside of all blocks.
-    """
+    """The static buffers of all layers' graphs, from the trace of a few. `repeats`: which of the layers that run stand
+    for how many others; `weights`: bytes of each weight that is trained inside of all blocks."""
 
     def at_full_depth(values: Sequence[int]) -> list[int]:
         """One for each layer, in no order."""

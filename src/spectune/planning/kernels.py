@@ -28,12 +28,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextlib.contextmanager
 def kernels_of(device_type: str, *, cudnn: bool = True) -> Iterator[None]:
-    """Inside, attention, dropout and fp8 products on meta tensors keep what the kernels of "cuda" or "cpu" would.
-    Tensors of any other device go where they always go.
-
-    Args:
-        cudnn: attention may take cuDNN's kernels.
-    """
+    """Inside, attention, dropout and fp8 products on meta tensors keep what the kernels of "cuda" or "cpu" would,
+    cuDNN's for attention among them if `cudnn`. Tensors of any other device go where they always go."""
     attention, dropout = F.scaled_dot_product_attention, F.dropout
 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -68,12 +64,8 @@ def attend_as(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """`scaled_dot_product_attention` of meta tensors: it keeps what the kernel keeps that the device takes.
-
-    Args:
-        cudnn: it may be cuDNN's.
-        args, kwargs: what counts for the plain path alone, such as `is_causal`.
-    """
+    """`scaled_dot_product_attention` of meta tensors: it keeps what the kernel keeps that the device takes, which may
+    be cuDNN's if `cudnn`. Other arguments, such as `is_causal`, count for the plain path alone."""
     kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p, cudnn=cudnn)
     out: Tensor
     if kernel == "math":
@@ -116,8 +108,7 @@ _LIBRARY.impl("planned_attention_backward", lambda _, *given: tuple(map(torch.em
 
 @register_flop_formula(torch.ops.spectune.planned_attention)
 def _operations(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    """Of attention's two products, as torch counts them for its own kernels: the compiler decides by it what to keep
-    within a budget of memory."""
+    """Of attention's two products, as torch counts them: by it the compiler decides what to keep within its budget."""
     batch, heads, length, dim = query
     return 2 * batch * heads * length * value[-2] * (dim + value[-1])
 

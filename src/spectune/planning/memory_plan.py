@@ -94,11 +94,7 @@ def cheapest_that_fits(
 
 
 def estimate(workload: Workload, shape: Shape, validation: int | Shape | None, execution: Execution) -> Estimate:
-    """The plan of a batch, with its execution decided; see `plan`.
-
-    Raises:
-        ConfigError: as `plan`.
-    """
+    """The plan of a batch, with its execution decided; see `plan`, also for the errors."""
     if shape.rows < 1 or shape.length < 2:
         raise ConfigError(f"batch = {shape.rows}, length = {shape.length}: at least 1 row of 2 tokens is needed")
     if execution.graphs and workload.device != "cuda":

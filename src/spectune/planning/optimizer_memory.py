@@ -16,8 +16,7 @@ Event = tuple[str, int]
 
 
 def steps_in_backward(optim: str) -> bool:
-    """Whether each weight is stepped as soon as its gradient is there, which then goes: what that takes is part of what
-    backward does."""
+    """Whether each weight is stepped, and its gradient freed, in the backward pass."""
     return optim == "adamw_in_backward"
 
 
@@ -36,11 +35,7 @@ class OptimizerStep:
         self.states = [size for group in self.groups for p in _matrices_first(group) for size in self._stays(p)]
 
     def events(self, *, first: bool) -> Iterator[Event]:
-        """The step after backward: a name and bytes, negative for what is freed.
-
-        Args:
-            first: states are made in this step.
-        """
+        """The step after backward: a name and bytes, negative for what is freed; in the `first`, states are made."""
         if steps_in_backward(self.optim):
             if first:
                 yield from (("state", size) for size in self.states)

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from spectune.blocks.execution import Execution
 from spectune.errors import first_line
 from spectune.planning.graph_memory import graph_buffers, split_by_graph_pool
-from spectune.planning.moments import TERMS, Moment
 from spectune.planning.repeated_layers import UnlikeLayersError, repeat_layers
 from spectune.planning.resident_memory import ResidentMemory
 from spectune.planning.shape import Shape
 from spectune.planning.skeleton import Skeleton, skeleton
-from spectune.planning.trace import Trace
+from spectune.planning.trace import TERMS, Moment, Trace
 from spectune.planning.training_step import trace_step, trace_validation
 from spectune.planning.workload import Workload
 
@@ -38,7 +37,8 @@ class Planner:
     """Builds base and method once, without weights, and traces a step of each batch that is planned.
 
     Attributes:
-        execution: how blocks run; not compiled from when on the compiler could not trace one.
+        execution: how blocks run; not captured where any runs again in backward, and not compiled from when on the
+            compiler could not trace one.
         built: of the newest batch; there once one was planned.
     """
 
@@ -46,7 +46,8 @@ class Planner:
 
     def __init__(self, workload: Workload, execution: Execution, *, all_layers: bool = False) -> None:
         """`all_layers`: trace each, not a few that stand for the others."""
-        self.workload, self.execution, self._all_layers, self._longest = workload, execution, all_layers, 0
+        self.workload, self._all_layers, self._longest = workload, all_layers, 0
+        self.execution = execution.recomputing(execution.recomputation)
         #: bytes that CUDA graphs hold of the device between steps
         self._graph_bytes = 0
         #: the newest traces, by batch, training and accumulating
@@ -55,11 +56,6 @@ class Planner:
     def __reduce__(self) -> tuple[type[Planner], tuple[Workload, Execution]]:
         """A copy builds and traces anew."""
         return Planner, (self.workload, self.execution)
-
-    @property
-    def graphs(self) -> bool:
-        """Whether blocks are captured as CUDA graphs: not where any runs again in backward."""
-        return self.execution.graphs and self.execution.recomputation is False
 
     def step(self, shape: Shape) -> StepMemory:
         """The memory of a training step while the optimizer's states are there."""
@@ -131,7 +127,7 @@ class Planner:
             self.execution, self._longest = replace(self.execution, compiled=False), 0
             self._build(shape.length)
             return self._traced(shape, training, accumulating)
-        if self.graphs and training:
+        if self.execution.graphs and training:
             built = self.built
             trace.buffers = graph_buffers(built.block_tensors, few, built.repeats, built.whole.in_blocks)
             self._graph_bytes = sum(trace.buffers.extra) + max(split_by_graph_pool(trace)[0])

@@ -9,10 +9,9 @@ import torch
 
 from spectune.planning.allocator import Block, CachingAllocator
 from spectune.planning.graph_memory import split_by_graph_pool
-from spectune.planning.moments import TERMS, Moment
 from spectune.planning.optimizer_memory import OptimizerStep
 from spectune.planning.skeleton import WholeModel
-from spectune.planning.trace import GraphBuffers, Trace
+from spectune.planning.trace import TERMS, GraphBuffers, Moment, Trace
 
 #: of cuBLAS, one for each thread that multiplies: forward's and backward's (aten/src/ATen/cuda/CublasHandlePool.cpp)
 CUBLAS_WORKSPACE = 4096 * 8 * 1024
@@ -41,12 +40,8 @@ class ResidentMemory:
         }
 
     def moments(self, trace: Trace, *, accumulating: bool) -> list[Moment]:
-        """The parts of a step. Where blocks are captured as CUDA graphs, all memory of what they make is the graphs'
-        at any time.
-
-        Args:
-            accumulating: the trace is of a batch that finds gradients there.
-        """
+        """The parts of a step; `accumulating`: the trace is of a batch that finds gradients there. Where blocks are
+        captured as CUDA graphs, all memory of what they make is the graphs' at any time."""
         buffers, inside, live = trace.buffers, [0] * (len(trace.events) + 1), trace.live()
         if buffers is not None:
             inside, live = split_by_graph_pool(trace)

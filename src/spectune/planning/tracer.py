@@ -111,8 +111,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return "activations" if torch.is_grad_enabled() else "workspace"
 
     def _chosen(self, tensor: Tensor) -> int:
-        """How many entries of a mask are on: the targets of a mask of tokens, the columns with one of a mask of
-        columns."""
+        """How many entries of a mask are on: the targets of a mask of tokens, else the columns that have one."""
         if tensor.dim() > 1:
             return self.shape.all_targets
         return tensor.numel() if self.shape.columns is None else min(tensor.numel(), self.shape.columns)

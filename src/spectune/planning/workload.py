@@ -93,10 +93,8 @@ class Workload:
         return None if context is None else context - self.method.virtual_tokens
 
     def check_length(self, length: int) -> None:
-        """
-        Raises:
-            ConfigError: rows of so many tokens and the method's virtual ones have no room in the base's positions.
-        """
+        """Raises ConfigError where rows of so many tokens and the method's virtual ones have no room in the base's
+        positions."""
         most, method = self.max_length, self.method
         if most is not None and length > most:
             extra = f" and {method.virtual_tokens} virtual ones of {method.label}" if method.virtual_tokens else ""

@@ -104,13 +104,9 @@ def decide_run(delta: Delta, prepared: Prepared, processes: int = 1, config: Tra
 def possible_modes(
     config: TrainingConfig, device_type: str, model: PreTrainedModel | None
 ) -> tuple[Recomputation, ...]:
-    """What a run may recompute, in the order in which it is tried: what is wanted, or all for "auto".
-
-    A model on which the user has switched transformers' own checkpointing on is recomputed at least block by block.
-
-    Raises:
-        ConfigError: "offload" on a model that is not on a CUDA device.
-    """
+    """What a run may recompute, in the order in which it is tried: what is wanted, or all for "auto". A model on which
+    the user has switched transformers' own checkpointing on is recomputed at least block by block. Raises ConfigError
+    for "offload" on a model that is not on a CUDA device."""
     wanted = config.gradient_checkpointing
     found = modes(wanted, device_type)
     if model is None or not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -119,12 +115,7 @@ def possible_modes(
 
 
 def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
-    """Whether a run is so long that compiling saves more time than it takes.
-
-    Args:
-        tokens: of the whole run.
-        length: of a row, on average.
-    """
+    """Whether a run of so many `tokens`, in rows of `length` on average, saves more time by compiling than it takes."""
     if device_type not in _COMPILING or (device_type == "cpu" and not has_cpu_compiler()):
         return False
     saved, operations_per_second = _COMPILING[device_type]
@@ -147,12 +138,8 @@ def has_cpu_compiler() -> bool:
 
 
 def launch_bound(family: Family, method: Method, *, tokens: int, length: int) -> bool:
-    """Whether launching a batch's kernels on a GPU takes longer than running them, so that graphs pay.
-
-    Args:
-        tokens: of a batch, padding included.
-        length: of a row.
-    """
+    """Whether launching a batch's kernels on a GPU takes longer than running them, so that graphs pay. `tokens`: of the
+    batch, padding included; `length`: of a row."""
     operations = tokens * flops_per_token(family, method, max(1, length))
     return operations / OPERATIONS_PER_SECOND < len(family.layers) * LAUNCH_SECONDS_PER_LAYER
 
@@ -201,10 +188,7 @@ def _packing(
 ) -> tuple[Packing, str | None]:
     """Whether this run packs, and a line on why. The same for the same rows, settings and model, so that a resumed run
     does as before; and whatever the seed and the method's virtual tokens, so that the runs of a comparison do alike.
-
-    Raises:
-        ConfigError: `packing` is True, and the model cannot keep documents apart.
-    """
+    Raises ConfigError where `packing` is True and the model cannot keep documents apart."""
     padded = len(set(lengths)) > 1
     if not wants_packs(family, lengths, config, device_type):
         return Packing(mask_free=padded and (delta is None or _needs_no_mask(delta))), None
@@ -230,12 +214,8 @@ def _packing(
 
 
 def wants_packs(family: Family, lengths: Sequence[int], config: TrainingConfig, device_type: str) -> bool:
-    """`config.packing`, or whether "auto" would pack these rows on such a device, if the model can be given packs. The
-    same for all methods.
-
-    Args:
-        lengths: tokens of the training rows.
-    """
+    """`config.packing`, or whether "auto" would pack rows of these `lengths` in tokens on such a device, if the model
+    can be given packs. The same for all methods."""
     if config.packing != "auto":
         return config.packing
     saved = share_saved(lengths, config)

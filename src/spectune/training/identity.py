@@ -47,7 +47,7 @@ def identity_of(
         base_precision: what its frozen linears are stored in, where that is another thing.
     """
     train, valid = encoded
-    found = {
+    found: dict[str, Any] = {
         **config.model_dump(mode="json", exclude=FREE),
         "learning_rate": learning_rate,
         "max_length": max_length,
@@ -57,8 +57,7 @@ def identity_of(
         "base_precision": base_precision,
         "base": dict(base),
     }
-    loaded: dict[str, Any] = json.loads(json.dumps(found))
-    return loaded
+    return dict(json.loads(json.dumps(found)))
 
 
 def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -70,13 +69,12 @@ def read_identity(folder: Path) -> dict[str, Any]:
     """The identity of the run in a folder. Raises DataError where there is none."""
     path = folder / FILE
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read ({error}): without it nobody knows which settings, data and base the run there "
             "had. Start in a new folder."
         ) from error
-    return found
 
 
 def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], place: Path, what: str) -> None:

@@ -41,10 +41,7 @@ class InBackwardAdamW(MasterAdamW):
 
     def step(self, learning_rate: float, max_grad_norm: float, loss: Tensor | None = None) -> Tensor:
         """All is done: the norm of the gradients that were stepped. Weights whose gradient was not finite were not.
-
-        Raises:
-            ConfigError: gradients are to be clipped.
-        """
+        Raises ConfigError where gradients are to be clipped."""
         if max_grad_norm:
             raise ConfigError(f"optim=adamw_in_backward cannot clip gradients (max_grad_norm={max_grad_norm:g}): set 0")
         norms, self._norms = self._norms, []

@@ -52,12 +52,7 @@ class _Step:
 
 
 class Loop:
-    """Drives a run.
-
-    Args:
-        run: what is trained; its progress is where the loop goes on.
-        execution: how its steps are executed.
-    """
+    """Drives a run from where its progress is, with its steps executed as `execution` says."""
 
     def __init__(self, run: RunState, execution: Execution) -> None:
         self.run, self.execution = run, execution
@@ -117,8 +112,7 @@ class Loop:
             yield
 
     def step(self, window: list[list[int]]) -> float:
-        """One optimizer step over some batches, from its begin to its end. Returns the mean loss over their target
-        tokens."""
+        """One optimizer step over some batches, begun and finished. Returns the mean loss over their target tokens."""
         self.begin(window)
         return self.finish()
 
@@ -153,11 +147,8 @@ class Loop:
         self._in_flight.append(_Step(scalars, targets, tokens, rate, began, memory))
 
     def finish(self) -> float:
-        """Look at what the oldest step in flight gave. Returns its mean loss.
-
-        Raises:
-            DivergedError: its loss or gradient is not finite. It was not taken then, nor any after it.
-        """
+        """Look at what the oldest step in flight gave. Returns its mean loss. Raises DivergedError where loss or
+        gradient is not finite: it was not taken then, nor any after it."""
         run, now, step = self.run, self.run.progress, self._in_flight.popleft()
         total, norm = step.scalars.values()
         if not self._in_flight:

@@ -78,12 +78,7 @@ class MasterAdamW:
         return found
 
     def _step(self, members: Sequence[int], gradients: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
-        """Cast, scale and step some of the weights.
-
-        Args:
-            gradients: of all weights; those of the members are taken out.
-            norm: of all gradients.
-        """
+        """Cast, scale and step some weights, whose gradients are taken out of those of all; `norm` is that of all."""
         stepped = [index for index in members if gradients[index] is not None]
         for index in stepped:
             gradient, gradients[index] = gradients[index], None

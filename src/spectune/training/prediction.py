@@ -205,11 +205,8 @@ def _why(estimate: Estimate, first: Estimate, room: int) -> str:
 
 
 def check_memory(predicted: Prediction, delta: Delta, check: str) -> None:
-    """Compare with what is free on the model's device.
-
-    Raises:
-        DoesNotFitError: it does not fit, and `check` is "refuse".
-    """
+    """Compare with what is free on the model's device. Raises DoesNotFitError where it does not fit and `check` is
+    "refuse"; otherwise a warning is logged."""
     estimate, free = predicted.estimate, free_memory(delta.model.device)
     if estimate is None or free is None:
         return

@@ -23,8 +23,7 @@ DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains on: training and validation rows as token ids, settings, and what follows from them, method and
-    base."""
+    """What a run trains on: token ids of training and validation rows, settings, and what follows from all of them."""
 
     config: TrainingConfig
     rows: list[Row]

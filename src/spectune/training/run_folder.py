@@ -31,11 +31,8 @@ END_FILE = "end.safetensors"
 
 
 def check_folder(folder: Path | None, resume: bool) -> RunResult | None:
-    """The result of a finished run that is asked to resume; None where there is something to do.
-
-    Raises:
-        ConfigError: nothing to resume in, or a folder that is not empty without `resume`.
-    """
+    """The result of a finished run that is asked to resume; None where there is something to do. Raises ConfigError
+    where there is nothing to resume in, or the folder is not empty without `resume`."""
     if folder is None:
         if resume:
             raise ConfigError("resume needs an output_dir: there is nothing to go on from")
@@ -106,7 +103,15 @@ class RunFolder(Keeper):
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.run.progress.step == 0:
             write_identity(self.folder, self.identity)
-            atomic_write_text(self.folder / "config.yaml", yaml.safe_dump(self._settings(origin), sort_keys=False))
+            settings = {
+                "model": str(self.run.delta.model.config._name_or_path),
+                **origin,
+                "method": self.run.delta.method.model_dump(mode="json"),
+                **self.run.config.model_dump(mode="json", exclude={"resume", "output_dir"}),
+                "learning_rate": self.identity["learning_rate"],
+                **self.training,
+            }
+            atomic_write_text(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         atomic_write_text(self.folder / "environment.json", strict_json(dict(machine)) + "\n")
         report = {part: found.report.to_dict() for part, found in zip(("train", "valid"), encoded, strict=True)}
         atomic_write_text(self.folder / "data_report.json", strict_json(report) + "\n")
@@ -142,16 +147,6 @@ class RunFolder(Keeper):
             if file is not None:
                 file.close()
         self.run.keeper = Keeper()  # no circle keeps the optimizer's memory
-
-    def _settings(self, origin: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "model": str(self.run.delta.model.config._name_or_path),
-            **origin,
-            "method": self.run.delta.method.model_dump(mode="json"),
-            **self.run.config.model_dump(mode="json", exclude={"resume", "output_dir"}),
-            "learning_rate": self.identity["learning_rate"],
-            **self.training,
-        }
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: t.detach().cpu().clone() for name, t in self.run.delta.training_state_dict().items()}

@@ -18,12 +18,7 @@ from spectune.training.distribution import World
 
 
 class Batches:
-    """Rows of training, in batches.
-
-    Args:
-        packing: how rows become batches.
-        pad_token_id: what stands where a row has no token.
-    """
+    """Rows of training, in batches as `packing` says; `pad_token_id` stands where a row has no token."""
 
     def __init__(
         self, examples: Sequence[Example], config: TrainingConfig, packing: Packing, world: World, pad_token_id: int = 0
@@ -42,12 +37,8 @@ class Batches:
         return [by_length(rows, self.lengths, size) for rows in steps]
 
     def of_step(self, window: Sequence[Sequence[int]]) -> list[list[list[int]]]:
-        """The batches of one step, as this process runs them: packs of rows, a row a pack where packing is off.
-        Empty where a batch has nothing for this process.
-
-        Args:
-            window: the step's rows in batches for all processes.
-        """
+        """The batches of one step, as this process runs them: packs of rows, a row a pack where packing is off. Empty
+        where a batch has nothing for this process. `window`: the step's rows in batches for all processes."""
         if not self.packing.on:
             return [[[row] for row in self.world.share(batch)] for batch in window]
         rows, size, how = (

@@ -206,23 +206,24 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
 
 def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execution) -> None:
     delta, config = run.delta, run.config
-    trained, base = delta.num_trained_parameters(), delta.family.num_parameters
+    trained, base, notice = (
+        delta.num_trained_parameters(),
+        delta.family.num_parameters,
+        delta.method.notice(delta.family),
+    )
+    # nothing is cut or dropped in silence; data_report.json has every row
+    summaries = [found.report.summary(part) for part, found in zip(("train", "valid"), prepared.encoded, strict=True)]
     lines = [
         f"{delta.method.label}: {trained:,} trainable of {base:,} weights ({100 * trained / base:.4g}%)",
         f"{run.total_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps} rows, "
         f"{len(prepared.examples):,} rows to train on, {len(prepared.valid):,} to validate, learning rate "
         f"{prepared.learning_rate:g}"
         + ("" if config.learning_rate else f" (default; {delta.method.default_learning_rate_source})"),
-    ]
-    if (notice := delta.method.notice(delta.family)) is not None:
-        lines.append(f"note: {notice}")
-    # nothing is cut or dropped in silence; data_report.json has every row
-    summaries = [found.report.summary(part) for part, found in zip(("train", "valid"), prepared.encoded, strict=True)]
-    told = [
+        None if notice is None else f"note: {notice}",
         execution.reason("packing"),
         *(f"{line} (see data_report.json)" for line in summaries if line),
         execution.reason("gradient_checkpointing"),
         _COMPILES if execution.compiled else None,
     ]
-    for line in [*lines, *(line for line in told if line is not None)]:
+    for line in (line for line in lines if line is not None):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
