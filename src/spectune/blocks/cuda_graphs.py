@@ -36,12 +36,9 @@ MOST_SHAPES = 8
 
 @contextlib.contextmanager
 def graphed(
-    model: PreTrainedModel,
-    family: Family,
-    parameters: Sequence[nn.Parameter],
-    *,
+    model: PreTrainedModel, family: Family, parameters: Sequence[nn.Parameter], *,
     capture: Callable[[], CudaCapture] = CudaCapture,
-) -> Iterator[None]:
+) -> Iterator[None]:  # fmt: skip
     """Inside the `with`, capture the blocks for batches of shapes that come back, and replay them; leave the model as
     it was.
 

@@ -84,11 +84,9 @@ def signature(leaves: Sequence[Any]) -> Any:
     if not all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves):
         return None
     return tuple(
-        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
-        if isinstance(leaf, Tensor)
-        else (type(leaf), leaf)
-        for leaf in leaves
-    )
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, Tensor)
+        else (type(leaf), leaf) for leaf in leaves
+    )  # fmt: skip
 
 
 def capture_blocks(

@@ -54,16 +54,9 @@ def kernels_of(device_type: str, *, cudnn: bool = True) -> Iterator[None]:
 
 
 def attend_as(
-    device_type: str,
-    cudnn: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
+    device_type: str, cudnn: bool, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, *args: Any, **kwargs: Any,
+) -> Tensor:  # fmt: skip
     """`scaled_dot_product_attention` of meta tensors: it keeps what the kernel keeps that the device takes, which may
     be cuDNN's if `cudnn`. Other arguments, such as `is_causal`, count for the plain path alone."""
     kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p, cudnn=cudnn)

@@ -48,16 +48,10 @@ class Workload:
 
     @classmethod
     def of(
-        cls,
-        base: str | Path | PretrainedConfig | PreTrainedModel,
-        method: str | Method,
-        dtype: str | torch.dtype | None = None,
-        device: str | torch.device = "cuda",
-        *,
-        base_precision: str | None = None,
-        optim: str = "adamw_torch_fused",
-        accumulates: bool = False,
-    ) -> Workload:
+        cls, base: str | Path | PretrainedConfig | PreTrainedModel, method: str | Method,
+        dtype: str | torch.dtype | None = None, device: str | torch.device = "cuda", *,
+        base_precision: str | None = None, optim: str = "adamw_torch_fused", accumulates: bool = False,
+    ) -> Workload:  # fmt: skip
         """From what `plan` takes, which describes these arguments.
 
         Raises:

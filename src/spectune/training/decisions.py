@@ -52,15 +52,9 @@ _SHORT = 512
 
 
 def decide(
-    config: TrainingConfig,
-    family: Family,
-    method: Method,
-    lengths: Sequence[int],
-    device_type: str,
-    *,
-    steps: int | None,
-    delta: Delta | None = None,
-) -> Execution:
+    config: TrainingConfig, family: Family, method: Method, lengths: Sequence[int], device_type: str, *,
+    steps: int | None, delta: Delta | None = None,
+) -> Execution:  # fmt: skip
     """How a run is executed. Follows from the arguments alone, never from a clock or what is free: a run that goes on
     from a checkpoint decides as it did before, and so does its plan. Recomputation is the first of what may be done
     (`possible_modes`); what memory asks for beyond it is decided by `spectune.training.prediction`.

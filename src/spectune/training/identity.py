@@ -28,16 +28,9 @@ class OtherRunError(ConfigError):
 
 
 def identity_of(
-    config: TrainingConfig,
-    method: Method,
-    *,
-    learning_rate: float,
-    max_length: int,
-    encoded: tuple[Encoded, Encoded],
-    base: Mapping[str, Any],
-    dtype: str,
-    base_precision: str | None = None,
-) -> dict[str, Any]:
+    config: TrainingConfig, method: Method, *, learning_rate: float, max_length: int, encoded: tuple[Encoded, Encoded],
+    base: Mapping[str, Any], dtype: str, base_precision: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Settings, method, data and base of a run, as JSON would give it back.
 
     Args:

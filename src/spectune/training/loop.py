@@ -97,7 +97,10 @@ class Loop:
                     if stop:
                         return True
                     if interrupts.requested:
-                        self._interrupt(interrupts.requested, display)
+                        self._settle(0, display)
+                        run.keeper.checkpoint()
+                        where = f"{interrupts.requested} after step {now.step} of {run.total_steps}"
+                        raise InterruptedRun(f"{where}. {run.keeper.resume_hint}")
                     if last:
                         break
         return False
@@ -219,13 +222,6 @@ class Loop:
         while len(self._in_flight) > left:
             loss = self.finish()
             display.step(loss, now.timed_tokens / now.timed_seconds if now.timed_seconds else 0.0)
-
-    def _interrupt(self, signal: str, display: Display) -> None:
-        self._settle(0, display)
-        self.run.keeper.checkpoint()
-        raise InterruptedRun(
-            f"{signal} after step {self.run.progress.step} of {self.run.total_steps}. {self.run.keeper.resume_hint}"
-        )
 
     def _is_first(self, step: int) -> bool:
         return step < self._first_step + MEMORY_STEPS

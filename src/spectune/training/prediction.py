@@ -111,12 +111,9 @@ class Predictions:
 
 
 def predict(
-    delta: Delta,
-    prepared: Prepared,
-    world: World,
-    known: Predictions | None = None,
+    delta: Delta, prepared: Prepared, world: World, known: Predictions | None = None,
     decided_as: TrainingConfig | None = None,
-) -> Prediction:
+) -> Prediction:  # fmt: skip
     """How this run is executed, with the recomputation that it takes to fit, and what it takes then. What keeps the
     planner from describing a base is logged, and keeps nobody from training it: then the first of what may be
     recomputed stands.
@@ -144,9 +141,8 @@ def predict(
             return how, *known.of(workload, found, how.of_first_steps(model.device.type))
 
         how, estimate, memory = planned(possible[0])
-        first = estimate
         if free is not None:
-            room = _room(free, delta)
+            first, room = estimate, _room(free, delta)
             how, estimate, memory = cheapest_that_fits(possible, planned, lambda made: _fits_well(made[1], room))
             if how.recomputation != possible[0]:
                 how = how.because("gradient_checkpointing", _why(estimate, first, room))
@@ -157,14 +153,9 @@ def predict(
 
 
 def plan_unloaded(
-    workload: Workload,
-    config: TrainingConfig,
-    examples: Sequence[Example],
-    valid: Sequence[Example],
-    *,
-    length: int,
-    limit: int | None,
-) -> tuple[Execution, Estimate]:
+    workload: Workload, config: TrainingConfig, examples: Sequence[Example], valid: Sequence[Example], *,
+    length: int, limit: int | None,
+) -> tuple[Execution, Estimate]:  # fmt: skip
     """The same of a base that is not loaded: what only the model can tell is taken to be so (see `decide`).
 
     Args:
