@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from spectune.blocks.execution import Execution
 from spectune.errors import first_line
 from spectune.planning.graph_memory import graph_buffers, split_by_graph_pool
@@ -116,9 +118,7 @@ class Planner:
             self._build(shape.length)
             trace = few = self._run(shape, training, accumulating)
         except Exception as error:
-            from torch._dynamo.exc import TorchDynamoException  # loads the compiler
-
-            if not self.execution.compiled or not isinstance(error, TorchDynamoException):
+            if not self.execution.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
             log.warning(
                 "the plan is of blocks that are not compiled, which takes more memory: the compiler cannot trace them "

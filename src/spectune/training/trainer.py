@@ -206,11 +206,8 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
 
 def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execution) -> None:
     delta, config = run.delta, run.config
-    trained, base, notice = (
-        delta.num_trained_parameters(),
-        delta.family.num_parameters,
-        delta.method.notice(delta.family),
-    )
+    trained, base = delta.num_trained_parameters(), delta.family.num_parameters
+    notice = delta.method.notice(delta.family)
     # nothing is cut or dropped in silence; data_report.json has every row
     summaries = [found.report.summary(part) for part, found in zip(("train", "valid"), prepared.encoded, strict=True)]
     lines = [
