@@ -96,7 +96,7 @@ def test_a_base_that_cannot_be_described_is_trained_all_the_same(
 
 
 def test_recordings_are_planned_unless_something_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is recorded on a CUDA device is refused here: how the plan is asked shows it."""
+    """What is captured on a CUDA device is refused here: how the plan is asked shows it."""
     asked: list[tuple[Any, Any]] = []
     real = prediction.estimate_of
 
