@@ -20,8 +20,8 @@ from spectune.deltas import Method
 from spectune.families import family_from_config
 from spectune.methods import method_from_name
 from spectune.planning import plan
+from spectune.planning.flops import virtual_in_sequence
 from spectune.training import TrainingConfig
-from spectune.training.decisions import virtual_in_sequence
 from spectune.training.distribution import World
 from spectune.training.prediction import shape_of
 from spectune.training.step_batches import Batches

@@ -16,6 +16,7 @@ from spectune.blocks.recompute import recomputing
 from spectune.deltas import attach
 from spectune.errors import DoesNotFitError
 from spectune.methods import LoRA, method_from_name
+from spectune.planning import plan
 from spectune.training import RunResult, TrainingConfig, prediction, train
 from spectune.training.decisions import decide_run
 from spectune.training.distribution import World
@@ -95,7 +96,7 @@ def test_a_base_that_cannot_be_described_is_trained_all_the_same(
 
 
 def test_recordings_are_planned_unless_something_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is recorded on a CUDA device is refused here: how the plan is asked shows it."""
+    """What is captured on a CUDA device is refused here: how the plan is asked shows it."""
     asked: list[tuple[Any, Any]] = []
     real = prediction.estimate_of
 
@@ -137,3 +138,25 @@ def test_recomputation_leaves_no_hook_that_would_keep_more_of_later_runs() -> No
         loss = model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
         loss.backward()
     assert not embedding._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("compiled", "mode", "margin"),
+    [(False, True, 1.03), (True, False, 1.03), (True, "selective", 1.06), (True, True, 1.06), (True, "offload", 1.06)],
+)
+def test_compiled_blocks_that_recompute_are_given_twice_the_margin(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, mode: Any, margin: float
+) -> None:
+    delta = attach(make_model(), LoRA(r=3), tokenizer=make_tokenizer())
+    found = plan(delta.model, delta.method, 2, 16, device="cpu")
+    found = replace(
+        found, torch_compile=compiled, gradient_checkpointing=mode, peak_allocated=10**8, peak_reserved=10**8
+    )
+    held = sum(p.numel() * p.element_size() for p in {*delta.model.parameters(), *delta.parameters()})
+    free = [round(margin * 10**8) - held]
+    monkeypatch.setattr(prediction, "free_memory", lambda device: free[0])
+    execution = Execution(compiled, recomputation=mode)
+    prediction.check_memory(prediction.Prediction(execution, found), delta, "refuse")
+    free[0] -= 1
+    with pytest.raises(DoesNotFitError):
+        prediction.check_memory(prediction.Prediction(execution, found), delta, "refuse")

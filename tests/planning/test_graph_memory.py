@@ -1,4 +1,4 @@
-"""What recorded blocks keep: the plan against recordings that are made on the CPU by what stands for CUDA graphs."""
+"""What captured blocks keep: the plan against captures that are made on the CPU by what stands for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ SHAPE = Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1))
 HIDDEN = 4 * ROWS * LENGTH * 32
 
 
-def recorded(model: PreTrainedModel, delta: Delta, inputs: dict[str, Tensor]) -> list[GraphedBlock]:
-    """The blocks' recordings after some passes, one of them replayed."""
+def captured(model: PreTrainedModel, delta: Delta, inputs: dict[str, Tensor]) -> list[GraphedBlock]:
+    """The blocks as captured after some passes, one of them replayed."""
     model.train()
     trained = [p for p in delta.parameters() if p.requires_grad]
     with graphed(model, delta.family, trained, capture=Again):
@@ -47,12 +47,12 @@ def recorded(model: PreTrainedModel, delta: Delta, inputs: dict[str, Tensor]) ->
             for parameter in trained:
                 parameter.grad = None
         [found] = blocks.captured.values()
-    assert found is not None, "the blocks were not recorded"
+    assert found is not None, "the blocks were not captured"
     return list(found)
 
 
 def places(blocks: list[GraphedBlock]) -> dict[str, int]:
-    """Bytes of what recordings hold, each place in memory once, by what it is for."""
+    """Bytes of what captured blocks hold, each place in memory once, by what it is for."""
     seen: set[int] = set()
 
     def count(tensors: Any) -> int:
@@ -80,7 +80,7 @@ def test_what_stays_is_what_is_planned(make: Callable[[], PreTrainedModel], meth
     length = min(LENGTH, 64 - method.virtual_tokens)
     planner = Planner(Workload.of(model, method, torch.float32, "cpu"), Execution(graphs=True))
     static = planner.trace(Shape(ROWS, length, length - 1, ROWS * (length - 1))).buffers
-    found = places(recorded(model, attach(model, method), batch(ROWS, length, 60)))
+    found = places(captured(model, attach(model, method), batch(ROWS, length, 60)))
     assert found["outputs"] == sum(static.outputs)
     assert found["arguments"] == sum(static.arguments)
     assert found["hidden"] == sum(static.hidden)
@@ -109,18 +109,18 @@ def test_a_mask_is_copied_once() -> None:
         for padded in (False, True)
     )
     model = gpt2()
-    found = places(recorded(model, attach(model, LoRA()), batch(ROWS, LENGTH, 60, shorter=5)))
+    found = places(captured(model, attach(model, LoRA()), batch(ROWS, LENGTH, 60, shorter=5)))
     assert found["arguments"] == sum(padded.arguments)
     assert sum(padded.arguments) - sum(whole.arguments) == ROWS * LENGTH * LENGTH
 
 
 def test_recording_makes_no_more_at_once_than_is_planned() -> None:
-    """While blocks are recorded one after the other, by a tracker that sees each tensor: what a step keeps from forward
-    to backward, what recordings keep, and what one block's backward takes."""
+    """While blocks are captured one after the other, by a tracker that sees each tensor: what a step keeps from forward
+    to backward, what captured blocks keep, and what one block's backward takes."""
     model = gpt2()
     delta = attach(model, FullFineTuning())
     trained = list(delta.parameters())
-    blocks = recorded(model, delta, batch(ROWS, LENGTH, 60))
+    blocks = captured(model, delta, batch(ROWS, LENGTH, 60))
     plain, calls = [b.function for b in blocks], [b.call for b in blocks]
     with AllocationTracker([*model.parameters(), *model.buffers()]) as tracker:
         before = tracker.live_bytes

@@ -244,7 +244,7 @@ def test_fits_and_its_inverse() -> None:
             "gradient_checkpointing=true or offload keeps",
         ),
         ("lora", {"batch": 32, "length": 512, "gradient_checkpointing": True}, "per_device_train_batch_size="),
-        ("lora", {"batch": 32, "length": 512, "cuda_graphs": True}, "cuda_graphs=false keeps no recordings"),
+        ("lora", {"batch": 32, "length": 512, "cuda_graphs": True}, "cuda_graphs=false keeps no captured blocks"),
         ("lora", {"batch": 1, "length": 16, "validation": Shape.whole(64, 512)}, "per_device_eval_batch_size"),
         ("lora", {"batch": 1, "length": 16, "dtype": "float32", "device": "cpu"}, "bfloat16"),
     ],

@@ -1,5 +1,5 @@
-"""Recorded blocks give what blocks give. CUDA graphs need a GPU: here what is recorded is run again instead, into the
-same memory, which tries all but the recording itself (tests/cuda does that)."""
+"""Captured blocks give what blocks give. CUDA graphs need a GPU: here what is captured is run again instead, into the
+same memory, which tries all but the capture itself (tests/cuda does that)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.training.test_compiling import built, gpt2, llama, undropped
 
 
 class Again:
-    """Runs what was recorded once more, and puts the results where the first ones are."""
+    """Runs what was captured once more, and puts the results where the first ones are."""
 
     replays = 0
 
@@ -49,7 +49,7 @@ class Again:
         return places, replay
 
 
-#: passes until all is recorded: noted in the one after the warm-ups, recorded in the next, proved in that after it
+#: passes until all is captured: noted in the one after the warm-ups, captured in the next, proved in that after it
 BEFORE = WARM_UPS + 1
 
 
@@ -75,7 +75,7 @@ def passes(model: Any, delta: Any, given: list[dict[str, Tensor]], every: int = 
 
 
 def check(make: Any, method: Method, given: list[dict[str, Tensor]], every: int = 1) -> int:
-    """Equal to the plain passes, bit for bit. Returns how many recordings were replayed."""
+    """Equal to the plain passes, bit for bit. Returns how many captured passes were replayed."""
     model, delta = built(make, method)
     expected = passes(model, delta, given, every)
     model, delta = built(make, method)
@@ -101,7 +101,7 @@ def test_equals_plain_blocks(make: Any, method: type[Method]) -> None:
 
 
 def test_dropout_draws_what_it_would_draw() -> None:
-    """The pass in which a recording is proved draws its numbers twice, and goes on as if it had not."""
+    """The pass in which a capture is proved draws its numbers twice, and goes on as if it had not."""
     torch.manual_seed(5)
     check_model, delta = built(llama, BottleneckAdapter(dropout=0.5, bottleneck_dim=8))
     torch.manual_seed(5)
@@ -147,7 +147,7 @@ def test_validation_in_between_is_plain() -> None:
 
 
 def test_what_changes_from_batch_to_batch_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
-    """A block that reads something besides its arguments cannot be recorded: the recording has the old value."""
+    """A block that reads something besides its arguments cannot be captured: the graph has the old value."""
     box = {"shift": torch.zeros(())}
 
     class Stale(Again):

@@ -5,9 +5,8 @@ stands around a block's whole call, hooks included, is put into the same place b
 `Wrapper` says in which order, and any other order is refused.
 
 Training compiles, recomputes and captures (`compile`, `recompute`, `cuda_graphs`). Planning wraps the blocks of its
-model without weights alike: its compiled blocks are a `CompiledCall` put with `wrap(layers, Wrapper.COMPILED, ...)`,
-which stay for good as the model is thrown away; then come `recompute`'s; and while a step is recorded
-`wrapped(layers, Wrapper.MARKED, lambda index, layer, inner: marking(index, inner))` notes where blocks begin and end.
+model without weights alike, for good as the model is thrown away, and while a step is traced `Wrapper.MARKED` notes
+where blocks begin and end.
 Copies of a model (`copy.deepcopy`, pickles) have none of it: torch leaves this entry out.
 """
 
@@ -38,7 +37,7 @@ class Wrapper(enum.IntEnum):
     COMPILED = 1  # spectune.blocks.compile
     RECOMPUTED = 2  # spectune.blocks.recompute
     CAPTURED = 3  # spectune.blocks.cuda_graphs
-    MARKED = 4  # where a plan's recording sees blocks begin and end
+    MARKED = 4  # where a plan's trace sees blocks begin and end
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +71,8 @@ def call_of(layer: nn.Module) -> Call | None:
 
 
 def wrap(layers: Sequence[nn.Module], wrapper: Wrapper, make: Make) -> list[BlockCall]:
-    """Put what `make` gives around the call of each block, until `unwrap`.
-
-    Raises:
-        RuntimeError: something that belongs inside of, or in the place of, what is there already.
-    """
+    """Put what `make` gives around the call of each block, until `unwrap`. Raises RuntimeError for something that
+    belongs inside of, or in the place of, what is there already."""
     done: list[BlockCall] = []
     try:
         for index, layer in enumerate(layers):
@@ -109,11 +105,8 @@ def unwrap(calls: Sequence[BlockCall]) -> list[BlockCall]:
 @contextlib.contextmanager
 def wrapped(layers: Sequence[nn.Module], wrapper: Wrapper, make: Make) -> Iterator[list[BlockCall]]:
     """Inside the `with`, what `make` gives stands around the call of each block; after it, come what may, exactly what
-    was there before, a call that the user has compiled too.
-
-    Raises:
-        RuntimeError: at the begin as `wrap`; at the end where something else has taken the place inside.
-    """
+    was there before, a call that the user has compiled too. Raises RuntimeError as `wrap` does, and at the end where
+    something else has taken the place inside."""
     calls = wrap(layers, wrapper, make)
     try:
         yield calls

@@ -7,10 +7,10 @@ hooks are part of the block's call.
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import PreTrainedModel
 
-from spectune.blocks.call import Wrapper, decoder_blocks, wrapped
+from spectune.blocks.call import Call, Wrapper, decoder_blocks, wrapped
 from spectune.families import Family
 
 #: graphs of one run: kinds of layers, the first layer of each, and shapes before they are taken to vary
@@ -51,54 +51,33 @@ def compiled(
             `memory_budget`.
     """
     run = torch.compile(block_of(), backend=backend)
-    with (
-        wrapped(
-            decoder_blocks(model, family),
-            Wrapper.COMPILED,
-            lambda _, layer, inner: _Compiled(layer, run, memory_budget),
-        ),
-        compiler_settings(memory_budget),
-    ):
+
+    def make(_: int, layer: nn.Module, inner: Call) -> Call:
+        return CompiledCall(layer, run, lambda: torch.is_grad_enabled() and can_compile_now(), memory_budget)
+
+    with wrapped(decoder_blocks(model, family), Wrapper.COMPILED, make), compiler_settings(memory_budget):
         yield
 
 
-class CompiledCall(abc.ABC):
-    """The call of a block that spectune compiles.
+@dataclass(frozen=True, eq=False)
+class CompiledCall:
+    """The call of a block that spectune compiles, as `nn.Module.__call__`.
 
-    Args:
+    Attributes:
+        run: `run(layer, args, kwargs)`, the block's output from its compiled graph.
+        compiles: whether a call now is compiled. Otherwise the block runs as it is.
         memory_budget: what its graphs are given, see `memory_budget`.
     """
 
-    def __init__(self, layer: nn.Module, memory_budget: float) -> None:
-        self.layer, self.memory_budget = layer, memory_budget
+    layer: nn.Module
+    run: Callable[..., Any]
+    compiles: Callable[[], bool]
+    memory_budget: float
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module.__call__`."""
         if self.compiles():
-            return self.run(args, kwargs)
+            return self.run(self.layer, args, kwargs)
         return self.layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    @abc.abstractmethod
-    def compiles(self) -> bool:
-        """Whether a call now is compiled. Otherwise the block runs as it is."""
-
-    @abc.abstractmethod
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's output from its compiled graph."""
-
-
-class _Compiled(CompiledCall):
-    """A block's call, compiled while gradients are wanted."""
-
-    def __init__(self, layer: nn.Module, block: Callable[..., Any], memory_budget: float) -> None:
-        super().__init__(layer, memory_budget)
-        self.block = block
-
-    def compiles(self) -> bool:
-        return torch.is_grad_enabled() and can_compile_now()
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.block(self.layer, args, kwargs)
 
 
 def _block(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -22,14 +22,7 @@ from transformers import PreTrainedModel
 
 from spectune.blocks.call import Call, Wrapper, decoder_blocks, wrapped
 from spectune.blocks.compile import can_compile_now
-from spectune.blocks.graphed_block import (
-    Capture,
-    CudaCapture,
-    GraphedBlock,
-    TracedCall,
-    capture_blocks,
-    signature,
-)
+from spectune.blocks.graphed_block import CudaCapture, GraphedBlock, TracedCall, capture_blocks, signature
 from spectune.errors import first_line
 from spectune.families import Family
 
@@ -43,12 +36,9 @@ MOST_SHAPES = 8
 
 @contextlib.contextmanager
 def graphed(
-    model: PreTrainedModel,
-    family: Family,
-    parameters: Sequence[nn.Parameter],
-    *,
-    capture: Callable[[], Capture] = CudaCapture,
-) -> Iterator[None]:
+    model: PreTrainedModel, family: Family, parameters: Sequence[nn.Parameter], *,
+    capture: Callable[[], CudaCapture] = CudaCapture,
+) -> Iterator[None]:  # fmt: skip
     """Inside the `with`, capture the blocks for batches of shapes that come back, and replay them; leave the model as
     it was.
 
@@ -60,21 +50,18 @@ def graphed(
         parameters: all that are trained.
         capture: what captures.
     """
-    made = capture()
-    blocks = _Blocks([p for p in parameters if p.requires_grad], made)
-    with wrapped(decoder_blocks(model, family), Wrapper.CAPTURED, blocks.of), made.running():
+    blocks = _Blocks([p for p in parameters if p.requires_grad], capture())
+    with wrapped(decoder_blocks(model, family), Wrapper.CAPTURED, blocks.of), blocks.capture.running():
         yield
 
 
 class _Blocks:
     """The blocks of a model, and their graphs by the shape of the first one's input."""
 
-    def __init__(self, parameters: list[nn.Parameter], capture: Capture) -> None:
+    def __init__(self, parameters: list[nn.Parameter], capture: CudaCapture) -> None:
         self.plain: list[Call] = []
-        self.parameters = parameters
-        # one for all shapes: what lies between inputs and outputs shares its memory, as no two passes overlap
-        self.capture = capture
-        self.works = True
+        # one capture for all shapes: what lies between inputs and outputs shares its memory, as no two passes overlap
+        self.parameters, self.capture, self.works = parameters, capture, True
         self.seen: dict[Any, int] = {}
         self.traces: dict[Any, CaptureTrace] = {}
         self.captured: dict[Any, list[GraphedBlock] | None] = {}
@@ -105,8 +92,7 @@ class _Blocks:
         self.shape, self.trace, self.replaying = shape, None, None
         if shape is None:
             return
-        trace = self.traces.pop(shape, None)
-        if trace is not None:
+        if (trace := self.traces.pop(shape, None)) is not None:
             trace.forget_the_pass()
             self.captured[shape] = self._captured(trace) if len(trace.calls) == len(self.plain) else None
         if shape in self.captured:
@@ -120,7 +106,7 @@ class _Blocks:
 
     def _captured(self, trace: CaptureTrace) -> list[GraphedBlock] | None:
         try:
-            with _same_randomness(self.parameters[0].device):
+            with self._same_randomness():
                 blocks = capture_blocks(self.plain, trace.calls, self.parameters, self.capture)
         except RuntimeError as error:
             log.warning("the blocks run without CUDA graphs: %s", first_line(error))
@@ -137,9 +123,9 @@ class _Blocks:
         if block.passes == 1:
             # whatever a block reads besides its arguments and weights is as it was when it was captured: look once,
             # with the batch after that one, whether it makes a difference
-            with _same_randomness(self.parameters[0].device):
+            with self._same_randomness():
                 output = self.plain[index](*args, **kwargs)
-            with _same_randomness(self.parameters[0].device):
+            with self._same_randomness():
                 agrees = block.agrees(leaves, output)
             if not agrees:
                 log.warning(
@@ -150,10 +136,10 @@ class _Blocks:
                 return output
         return block(leaves)
 
-
-def _same_randomness(device: torch.device) -> AbstractContextManager[None]:
-    """Inside, random numbers that come after it once more."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    def _same_randomness(self) -> AbstractContextManager[None]:
+        """Inside, random numbers that come after it once more."""
+        device = self.parameters[0].device
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 class CaptureTrace:

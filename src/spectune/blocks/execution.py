@@ -9,7 +9,7 @@ from typing import Any
 
 from spectune.blocks.compile import compiled, memory_budget
 from spectune.blocks.cuda_graphs import graphed
-from spectune.blocks.graphed_block import Capture, CudaCapture
+from spectune.blocks.graphed_block import CudaCapture
 from spectune.blocks.offload import Transfers
 from spectune.blocks.recompute import Recomputation, recomputing
 from spectune.compute.cudnn import cudnn_attention
@@ -85,7 +85,7 @@ class Execution:
         delta: Delta,
         *,
         backend: str | Callable[..., Any] = "inductor",
-        capture: Callable[[], Capture] = CudaCapture,
+        capture: Callable[[], CudaCapture] = CudaCapture,
         transfers: Transfers | None = None,
     ) -> Iterator[None]:
         """Inside the `with`, the model of an attached delta trains like this; after it, it is as it was.

@@ -9,32 +9,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from spectune.blocks.call import Call
 
 #: what a call may hold beside tensors: values that are captured with it
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 #: by how much outputs may differ from those of the block itself, of their norm: kernels may be chosen anew
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-
-
-class Capture(Protocol):
-    """What captures the blocks of one model."""
-
-    def running(self) -> AbstractContextManager[None]:
-        """All passes run inside it, those that are not captured too."""
-
-    def warm_up(self, function: Callable[[], None]) -> None:
-        """Run it as it will be captured."""
-
-    def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
-        """Its result, whose tensors keep their memory, and the replay, which writes it anew."""
 
 
 class CudaCapture:
@@ -50,6 +38,7 @@ class CudaCapture:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
+        """All passes run inside it, those that are not captured too."""
         outside = torch.cuda.current_stream()
         torch.cuda.empty_cache()  # memory is kept by stream
         self.stream.wait_stream(outside)
@@ -62,11 +51,13 @@ class CudaCapture:
             torch.cuda.empty_cache()
 
     def warm_up(self, function: Callable[[], None]) -> None:
+        """Run it as it will be captured."""
         function()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graphs' pool takes what the passes before had
 
     def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+        """Its result, whose tensors keep their memory, and the replay, which writes it anew."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = function()
@@ -90,33 +81,19 @@ class TracedCall:
 def signature(leaves: Sequence[Any]) -> Any:
     """What has to be the same for a graph to serve other arguments. None where they hold something else than tensors
     and constants."""
-    found: list[tuple[Any, ...]] = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            found.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad))
-        elif isinstance(leaf, _CONSTANTS):
-            found.append((type(leaf), leaf))
-        else:
-            return None
-    return tuple(found)
+    if not all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves):
+        return None
+    return tuple(
+        (leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, Tensor)
+        else (type(leaf), leaf) for leaf in leaves
+    )  # fmt: skip
 
 
 def capture_blocks(
-    plain: Sequence[Callable[..., Any]],
-    calls: Sequence[TracedCall],
-    parameters: Sequence[nn.Parameter],
-    capture: Capture,
+    plain: Sequence[Call], calls: Sequence[TracedCall], parameters: Sequence[nn.Parameter], capture: CudaCapture
 ) -> list[GraphedBlock]:
-    """Capture all blocks.
-
-    Args:
-        plain: the blocks.
-        calls: their arguments in one pass.
-        parameters: all that are trained.
-
-    Raises:
-        RuntimeError: something cannot be captured, or memory does not suffice.
-    """
+    """Capture all blocks (`plain`), given their arguments in one pass and all parameters that are trained. Raises
+    RuntimeError where something cannot be captured, or memory does not suffice."""
     inputs: dict[int, Tensor] = {}
     blocks = [GraphedBlock(function, call, inputs) for function, call in zip(plain, calls, strict=True)]
     capture.warm_up(lambda: _warm_up(blocks, parameters))
@@ -153,9 +130,6 @@ def _read_by(later: Sequence[GraphedBlock], index: int) -> dict[int, Tensor]:
     return {number: places[0] for number, places in found.items() if len(places) == 1 and places[0] is not None}
 
 
-def _nothing() -> None: ...
-
-
 @dataclass
 class Gradients:
     """A block's captured backward: where it reads and writes gradients.
@@ -173,7 +147,7 @@ class Gradients:
     of_outputs: dict[int, Tensor] = field(default_factory=dict)
     members: list[list[int]] = field(default_factory=list)
     of_parameters: list[Tensor] = field(default_factory=list)
-    replay: Callable[[], None] = _nothing
+    replay: Callable[[], None] = lambda: None
 
     def copies(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """Of the parameters' gradients: they stay until the optimizer takes them, and other replays may come before."""
@@ -194,11 +168,8 @@ class GraphedBlock:
         gradients: backward; empty where no output has a gradient.
     """
 
-    def __init__(self, function: Callable[..., Any], call: TracedCall, inputs: dict[int, Tensor]) -> None:
-        self.function = function
-        self.call = call
-        self.inputs = inputs
-        self.passes = 0
+    def __init__(self, function: Call, call: TracedCall, inputs: dict[int, Tensor]) -> None:
+        self.function, self.call, self.inputs, self.passes = function, call, inputs, 0
         self.parameters: list[nn.Parameter] = []
         self.leaves: list[Any] = []
         self.outputs: list[Any] = []
@@ -207,9 +178,7 @@ class GraphedBlock:
         self._made: list[Any] = []  # with what autograd keeps of it
         #: numbers of the outputs that are tensors
         self._tensors: list[int] = []
-        self._replay_forward: Callable[[], None] = _nothing
-
-    # -- capture ---------------------------------------------------------------------------------------------------
+        self._replay_forward: Callable[[], None] = lambda: None
 
     def take_inputs(self, outputs: Sequence[Sequence[Any]]) -> None:
         """The places of its arguments, given those of the outputs of earlier blocks."""
@@ -226,7 +195,7 @@ class GraphedBlock:
         made, self._spec = tree_flatten(self.function(*args, **kwargs))
         return made
 
-    def capture_forward(self, capture: Capture) -> None:
+    def capture_forward(self, capture: CudaCapture) -> None:
         def forward() -> list[Any]:
             self._made = self.run()
             return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self._made]
@@ -234,7 +203,7 @@ class GraphedBlock:
         self.outputs, self._replay_forward = capture.capture(forward)
         self._tensors = [n for n, leaf in enumerate(self._made) if isinstance(leaf, Tensor)]
 
-    def capture_backward(self, capture: Capture, read_by: dict[int, Tensor]) -> None:
+    def capture_backward(self, capture: CudaCapture, read_by: dict[int, Tensor]) -> None:
         """`read_by`: where the gradients of outputs are that a later block's backward writes."""
         numbers = [n for n in self._tensors if self._made[n].requires_grad]
         if not numbers:
@@ -245,12 +214,9 @@ class GraphedBlock:
 
         def backward() -> list[Any]:
             made, self._made = self._made, []  # what autograd kept is free for the blocks before
-            found = torch.autograd.grad(
-                [made[n] for n in numbers],
-                [*(self.leaves[n] for n in starts), *self.parameters],
-                [outputs[n] for n in numbers],
-                allow_unused=True,
-            )
+            ends, sums = [made[n] for n in numbers], [outputs[n] for n in numbers]
+            wanted = [*(self.leaves[n] for n in starts), *self.parameters]
+            found = torch.autograd.grad(ends, wanted, sums, allow_unused=True)
             own = found[len(starts) :]
             rows = [torch.cat([own[n].flatten() for n in members]) for members in groups]
             return [*found[: len(starts)], *rows]
@@ -259,18 +225,13 @@ class GraphedBlock:
         inputs = {n: gradient for n, gradient in zip(starts, found, strict=False) if gradient is not None}
         self.gradients = Gradients(starts, inputs, outputs, groups, found[len(starts) :], replay)
 
-    # -- replay ----------------------------------------------------------------------------------------------------
-
     def takes(self, leaves: Sequence[Any], spec: TreeSpec) -> bool:
         """Whether the graphs serve these arguments."""
         if spec != self.call.spec or signature(leaves) != self.call.signature:
             return False
         # several blocks read one copy of a tensor that all were given
-        return all(
-            self.inputs.get(id(place), leaf) is leaf
-            for leaf, place in zip(leaves, self.leaves, strict=True)
-            if isinstance(leaf, Tensor)
-        )
+        pairs = zip(leaves, self.leaves, strict=True)
+        return all(self.inputs.get(id(place), leaf) is leaf for leaf, place in pairs if isinstance(leaf, Tensor))
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         self.passes += 1
@@ -297,16 +258,14 @@ class GraphedBlock:
                 self.inputs[id(place)] = leaf
 
     def replay_backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of the arguments that want one, in memory that the next replay writes, then copies of those of the
-        parameters."""
+        """Gradients of arguments that want one, in memory that the next replay writes, and copies of parameters'."""
         own = self.gradients
         for number, gradient in zip(self._tensors, gradients, strict=True):
             place = own.of_outputs.get(number)
             if place is not None and gradient.data_ptr() != place.data_ptr():
                 place.copy_(gradient)
         own.replay()
-        found = [own.of_inputs.get(n) for n in own.starts]
-        passed = [None if gradient is None else gradient.detach() for gradient in found]
+        passed = [own.of_inputs[n].detach() if n in own.of_inputs else None for n in own.starts]
         return [*passed, *own.copies(self.parameters)]
 
     def replay_forward(self) -> list[Tensor]:

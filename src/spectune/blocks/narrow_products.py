@@ -14,7 +14,7 @@ Up to the rounding of sums the result is the same; in the last case, fewer sums 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -45,11 +45,10 @@ class GroupNarrowProducts(CustomGraphPass):
 
 def _next(graph: fx.Graph) -> Callable[[], None] | None:
     for side in (0, 1):
-        if members := next(_with_one_input(graph, side), None):
+        if members := _with_one_input(graph, side):
             return partial(_share_an_input, graph, members, side)
-    if members := next(_in_one_sum(graph), None):
-        return partial(_join_summands, graph, members)
-    return None
+    members = _in_one_sum(graph)
+    return partial(_join_summands, graph, members) if members else None
 
 
 def _shape(node: Any) -> tuple[Any, ...]:
@@ -60,25 +59,21 @@ def _dtype(node: fx.Node) -> torch.dtype | None:
     return getattr(node.meta.get("val"), "dtype", None)
 
 
-def _products(graph: fx.Graph) -> list[fx.Node]:
-    return list(graph.find_nodes(op="call_function", target=aten.mm.default))
-
-
 def _is_narrow(narrow: Any, other: Any) -> bool:
     return isinstance(narrow, int) and narrow <= NARROW and (not isinstance(other, int) or other >= 4 * narrow)
 
 
-def _with_one_input(graph: fx.Graph, side: int) -> Iterator[list[fx.Node]]:
-    """Groups of products that share the input at `side`, and whose others are narrow and independent of each other."""
+def _with_one_input(graph: fx.Graph, side: int) -> list[fx.Node]:
+    """Some products that share the input at `side`, and whose others are narrow and independent of each other."""
     groups: dict[Any, list[fx.Node]] = {}
     order = {node: place for place, node in enumerate(graph.nodes)}
-    for product in _products(graph):
+    for product in graph.find_nodes(op="call_function", target=aten.mm.default):
         own = product.args[1 - side]
         inner, narrow = _shape(own) if side == 0 else _shape(own)[::-1]
         members = groups.setdefault((product.args[side], _dtype(product)), [])
         if _is_narrow(narrow, inner) and not (members and _depends(product, set(members), order, order[members[0]])):
             members.append(product)
-    yield from (members for members in groups.values() if len(members) > 1)
+    return next((members for members in groups.values() if len(members) > 1), [])
 
 
 def _depends(node: fx.Node, others: set[fx.Node], order: dict[fx.Node, int], first: int) -> bool:
@@ -109,14 +104,14 @@ def _share_an_input(graph: fx.Graph, members: list[fx.Node], side: int) -> None:
         graph.erase_node(member)
 
 
-def _in_one_sum(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """Groups of products over few numbers that are all added to one sum, and used nowhere else."""
+def _in_one_sum(graph: fx.Graph) -> list[fx.Node]:
+    """Some products over few numbers that are all added to one sum, and used nowhere else."""
     groups: dict[Any, list[fx.Node]] = {}
-    for product in _products(graph):
+    for product in graph.find_nodes(op="call_function", target=aten.mm.default):
         inner, width = _shape(product.args[1])
         if _is_narrow(inner, width) and (above := _sum_of(product)).target is aten.add.Tensor:
             groups.setdefault((above, _dtype(product), width), []).append(product)
-    yield from (members for members in groups.values() if len(members) > 1)
+    return next((members for members in groups.values() if len(members) > 1), [])
 
 
 def _sum_of(node: fx.Node) -> fx.Node:

@@ -96,34 +96,28 @@ class MetaTransfers:
     def size(self, buffer: int) -> int:
         return buffer
 
-    def leave(self, tensor: Tensor, buffer: int) -> None:
-        return None
+    def leave(self, tensor: Tensor, buffer: int) -> None: ...
 
     def come_back(self, buffer: int, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, None]:
-        with torch.enable_grad():  # a recorder tells activations from scratch space by this
+        with torch.enable_grad():  # a tracer tells activations from scratch space by this
             return torch.empty(shape, dtype=dtype, device="meta"), None
 
-    def wait(self, copied: None) -> None:
-        return None
+    def wait(self, copied: None) -> None: ...
 
 
 class HostStates:
     """The inputs of a model's blocks in host memory. One for a model; buffers are used again from step to step."""
 
     def __init__(self, transfers: Transfers, least_bytes: int = LEAST_BYTES) -> None:
-        self.transfers = transfers
-        self.least_bytes = least_bytes
+        self.transfers, self.least_bytes = transfers, least_bytes
         self._free: list[Any] = []
         self._newest: weakref.ref[_Slot] | None = None
 
     @contextlib.contextmanager
     def leaving(self, hidden: Tensor, *, last: bool) -> Iterator[None]:
-        """Inside, autograd keeps `hidden` in host memory; other tensors stay where they are.
-
-        Args:
-            last: no block comes after this one, so backward needs it at once: it stays on the device, and the one
-                before it comes back beside its backward.
-        """
+        """Inside, autograd keeps `hidden` in host memory; other tensors stay where they are. After the `last` block
+        comes none, so backward needs its input at once: it stays on the device, and the one before comes back beside
+        its backward."""
         # autograd keeps the hooks as long as what they packed: they may hold no tensor beyond this block
         held: list[tuple[Tensor, Any]] = []
         storage, shape = hidden.untyped_storage()._cdata, hidden.shape
@@ -170,17 +164,14 @@ class _Slot:
     """One block's input: on its way out, in host memory, or on its way back."""
 
     def __init__(self, states: HostStates, tensor: Tensor, before: weakref.ref[_Slot] | None) -> None:
-        self.states = states
-        self.before = before
-        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.states, self.before, self.shape, self.dtype = states, before, tensor.shape, tensor.dtype
         self.buffer: Any = None
         self.kept: Tensor | None = None
         self._coming: tuple[Tensor, Any] | None = None
 
     def take(self) -> Tensor:
         """The tensor again, and the one that backward needs next on its way."""
-        if self.kept is None and self._coming is None:
-            self.come_back()
+        self.come_back()
         before = None if self.before is None else self.before()
         if before is not None:
             before.come_back()

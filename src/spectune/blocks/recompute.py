@@ -16,6 +16,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -86,7 +87,9 @@ def _recomputed(
         layers = [layer for layer in layers if isinstance(call_of(layer), CompiledCall | None)]
     states = None
     if mode == "offload":
-        states = HostStates(transfers or _transfers(model.device))
+        if transfers is None:
+            modes("offload", model.device.type)
+        states = HostStates(transfers or CudaTransfers(model.device))
 
     def make(index: int, layer: nn.Module, inner: Call) -> Call:
         return _RecomputedCall(model, layer, inner, settings, states, last=index == len(layers) - 1)
@@ -94,17 +97,9 @@ def _recomputed(
     return layers, Wrapper.RECOMPUTED, make
 
 
-def _transfers(device: torch.device) -> Transfers:
-    modes("offload", device.type)
-    return CudaTransfers(device)
-
-
 def modes(wanted: Recomputation | Literal["auto"], device_type: str) -> tuple[Recomputation, ...]:
     """What may be done on such a device, in the order in which it is tried: all of it for "auto", else what is wanted.
-
-    Raises:
-        ConfigError: "offload" is wanted, and block inputs are in host memory already.
-    """
+    Raises ConfigError where "offload" is wanted and block inputs are in host memory already."""
     if wanted == "offload" and device_type != "cuda":
         raise ConfigError(
             f"gradient_checkpointing=offload needs a CUDA device, and the model is on {device_type!r}, which has no "
@@ -115,28 +110,23 @@ def modes(wanted: Recomputation | Literal["auto"], device_type: str) -> tuple[Re
     return ORDER if device_type == "cuda" else ORDER[:-1]
 
 
+@dataclass(frozen=True, eq=False)
 class _RecomputedCall:
     """The call of one block of a model, which runs again in backward.
 
-    Args:
+    Attributes:
         inner: the call that runs, and runs again.
         settings: of `torch.utils.checkpoint.checkpoint`.
         states: where the inputs of blocks go meanwhile; None leaves them on the device.
         last: no block comes after this one.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: nn.Module,
-        inner: Call,
-        settings: dict[str, Any],
-        states: HostStates | None,
-        *,
-        last: bool,
-    ) -> None:
-        self.model, self.layer, self.inner, self.settings = model, layer, inner, settings
-        self.states, self.last = states, last
+    model: nn.Module
+    layer: nn.Module
+    inner: Call
+    settings: dict[str, Any]
+    states: HostStates | None
+    last: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.inner
@@ -163,9 +153,8 @@ class _RecomputedCall:
                 return call(*others, **named, **{place: states})
             return call(*others[:place], states, *others[place + 1 :], **named)
 
-        with contextlib.ExitStack() as stack:
-            if self.states is not None:
-                stack.enter_context(self.states.leaving(hidden, last=self.last))
+        leaving = contextlib.nullcontext() if self.states is None else self.states.leaving(hidden, last=self.last)
+        with leaving:
             return checkpoint(again, hidden, use_reentrant=False, **self.settings)
 
 

@@ -19,26 +19,16 @@ NARROW = 256
 OWN = "spectune"
 
 #: name of a product -> which of its arguments are multiplied
-_PRODUCTS = {
-    "aten::mm": (0, 1),
-    "aten::addmm": (1, 2),
-    "aten::bmm": (0, 1),
-    "aten::baddbmm": (1, 2),
-    "aten::_scaled_mm": (0, 1),
-    "aten::_scaled_mm_v2": (0, 1),
-    "aten::_grouped_mm": (0, 1),
-    "aten::_scaled_grouped_mm": (0, 1),
+_PRODUCTS = {f"aten::{name}": (1, 2) for name in ("addmm", "baddbmm")} | {
+    f"aten::{name}": (0, 1)
+    for name in ("mm", "bmm", "_scaled_mm", "_scaled_mm_v2", "_grouped_mm", "_scaled_grouped_mm")
 }
+_KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention",
+            "fused_attention_overrideable")  # fmt: skip
 _ATTENTION = {
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_fused_attention_overrideable",
-    "aten::_flash_attention_forward",
-    "aten::_efficient_attention_forward",
-    "aten::_cudnn_attention_forward",
     "torch_attn::_varlen_attn",
+    *(f"aten::_scaled_dot_product_{kernel}" for kernel in _KERNELS),
+    *(f"aten::_{kernel}_attention_forward" for kernel in ("flash", "efficient", "cudnn")),
 }
 
 
@@ -54,12 +44,8 @@ def policy(hidden_size: int) -> Callable[..., CheckpointPolicy]:
 
 
 def worth_keeping(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], least: int) -> bool:
-    """Whether an operation's output is kept.
-
-    Args:
-        operation: a `torch._ops.OpOverload`; of others nothing is kept.
-        least: numbers that a product adds up for one of its output, at least.
-    """
+    """Whether an operation's output is kept, if it is a `torch._ops.OpOverload`. `least`: numbers that a product adds
+    up for one of its output, at least."""
     schema = getattr(operation, "_schema", None)
     if schema is None or schema.is_mutable:
         return False

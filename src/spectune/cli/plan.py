@@ -322,7 +322,7 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
     from rich.table import Column, Table
 
     from spectune.planning.estimate import shown
-    from spectune.planning.moments import TERMS
+    from spectune.planning.trace import TERMS
 
     if estimates:
         first = estimates[0]

@@ -8,6 +8,7 @@ own in steps of 2 MiB. A block is given whole where no more than 1 MiB would be 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 
 MIB = 2**20
 ROUND = 512
@@ -18,16 +19,16 @@ OWN_SEGMENT = 10 * MIB
 OWN_STEP = 2 * MIB
 
 
+@dataclass(eq=False, slots=True)
 class Block:
     """A part of a segment, neighbours linked."""
 
-    __slots__ = ("after", "before", "free", "place", "pool", "size")
-
-    def __init__(self, place: int, size: int, pool: list[tuple[int, int]]) -> None:
-        self.place, self.size, self.pool = place, size, pool
-        self.before: Block | None = None
-        self.after: Block | None = None
-        self.free = False
+    place: int
+    size: int
+    pool: list[tuple[int, int]]
+    before: Block | None = None
+    after: Block | None = None
+    free: bool = False
 
 
 class CachingAllocator:

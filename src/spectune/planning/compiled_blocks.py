@@ -35,7 +35,9 @@ class CompiledBlocks:
         self.run: Callable[..., Any] | None = None
         # which kernel attention takes follows from this machine's device: not to be traced
         torch.compiler.allow_in_graph(attend_as)  # type: ignore[no-untyped-call]
-        wrap(layers, Wrapper.COMPILED, lambda _, layer, inner: _Call(self, layer))
+        wrap(
+            layers, Wrapper.COMPILED, lambda _, layer, inner: CompiledCall(layer, self._call, self._runs, memory_budget)
+        )
 
     @contextlib.contextmanager
     def running(self, tracer: Tracer) -> Iterator[None]:
@@ -47,35 +49,19 @@ class CompiledBlocks:
         finally:
             self.run = None
 
+    def _runs(self) -> bool:
+        return self.run is not None and torch.is_grad_enabled()
 
-class _Call(CompiledCall):
-    """The call of one layer."""
-
-    def __init__(self, blocks: CompiledBlocks, layer: nn.Module) -> None:
-        super().__init__(layer, blocks.memory_budget)
-        self.blocks = blocks
-
-    def compiles(self) -> bool:
-        return self.blocks.run is not None and torch.is_grad_enabled()
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert self.blocks.run is not None
+    def _call(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.run is not None
         # the buffers made in here are shown to the tracer one by one; the compiler traces nothing under a mode
         with _disable_current_modes(), compiler_settings(self.memory_budget), _constants(), _no_leftovers():
-            return self.blocks.run(self.layer, args, kwargs)
-
-
-def is_of_the_compiler(error: Exception) -> bool:
-    """Whether the compiler raised it of a block that it cannot trace."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    return isinstance(error, TorchDynamoException)
+            return self.run(layer, args, kwargs)
 
 
 @contextlib.contextmanager
 def _constants() -> Iterator[None]:
-    """Inside, a block may make tensors of numbers: those on the meta device are no fake ones to the compiler's tracing,
-    which refuses others."""
+    """Inside, a block may make tensors of numbers: on the meta device they are not fake, which tracing would refuse."""
     mode: Any = FakeTensorMode
     original = mode.__init__
 

@@ -16,16 +16,10 @@ from spectune.families import Family, family_from_config
 REFERENCE_SHAPES: dict[str, PretrainedConfig] = {
     "GPT-2 124M": GPT2Config(),
     "Llama-3-8B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,34 +37,31 @@ class Count:
 
 
 def count(config: PretrainedConfig, method: Method) -> Count:
-    """Weights that `method` stores and trains on a base of this config. No weight is made or read.
-
-    Raises:
-        ConfigError: the method cannot act on this base.
-    """
+    """Weights that `method` stores and trains on a base of this config. No weight is made or read. Raises ConfigError
+    where the method cannot act on this base."""
     return _count(family_from_config(config), method)
-
-
-def reference_shares(methods: Iterable[Method]) -> list[dict[str, object]]:
-    """For each known shape, every method's stored weights and share; None with a reason where it cannot act."""
-    rows: list[dict[str, object]] = []
-    chosen = list(methods)
-    for name in REFERENCE_SHAPES:
-        family = _reference_family(name)
-        shares: dict[str, object] = {}
-        for method in chosen:
-            try:
-                counted = _count(family, method)
-            except ConfigError as error:
-                shares[method.name] = {"parameters": None, "share": None, "reason": str(error)}
-                continue
-            shares[method.name] = {"parameters": counted.stored, "share": counted.share}
-        rows.append({"model": name, "total_parameters": family.num_parameters, "shares": shares})
-    return rows
 
 
 def _count(family: Family, method: Method) -> Count:
     return Count(method.num_parameters(family), method.num_trained_parameters(family), family.num_parameters)
+
+
+def reference_shares(methods: Iterable[Method]) -> list[dict[str, object]]:
+    """For each known shape, every method's stored weights and share; None with a reason where it cannot act."""
+
+    def shared(family: Family, method: Method) -> dict[str, object]:
+        try:
+            counted = _count(family, method)
+        except ConfigError as error:
+            return {"parameters": None, "share": None, "reason": str(error)}
+        return {"parameters": counted.stored, "share": counted.share}
+
+    chosen, families = list(methods), {name: _reference_family(name) for name in REFERENCE_SHAPES}
+    return [
+        {"model": name, "total_parameters": family.num_parameters,
+         "shares": {method.name: shared(family, method) for method in chosen}}
+        for name, family in families.items()
+    ]  # fmt: skip
 
 
 @lru_cache

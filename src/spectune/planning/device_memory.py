@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-_CGROUP = Path("/sys/fs/cgroup")
 
-
-def free_memory(device: torch.device | str, proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> int | None:
+def free_memory(
+    device: torch.device | str, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int | None:
     """Bytes that this process could still take, what its allocator holds unused included; None where nobody tells.
 
     CUDA: what the driver calls free, and torch's cache. CPU: `MemAvailable` of Linux, or what is left of the

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spectune.blocks.recompute import ORDER, Recomputation
-from spectune.planning.moments import TERMS, Moment
 from spectune.planning.planner import Planner
 from spectune.planning.shape import Shape
 from spectune.planning.skeleton import FEW
+from spectune.planning.trace import TERMS, Moment
 from spectune.sizes import bytes_of
 
 #: what a process holds of a CUDA device beside torch's allocator: the driver's context, kernels, handles
@@ -48,7 +48,7 @@ class Question:
             gradient_checkpointing=planner.execution.recomputation,
             optim=workload.optim,
             torch_compile=planner.execution.compiled,
-            cuda_graphs=planner.graphs,
+            cuda_graphs=planner.execution.graphs,
             recordings=planner.graph_buffers(shape),
             trainable_parameters=sum(parameter.numel() for parameter in whole.trained),
             total_parameters=whole.family.num_parameters,
@@ -189,11 +189,7 @@ class Estimate:
 
     def memory(self) -> dict[str, int]:
         """Terms and peaks: what a result stores beside what was measured."""
-        return {
-            **{term: getattr(self, term) for term in TERMS},
-            "peak_allocated": self.peak_allocated,
-            "peak_reserved": self.peak_reserved,
-        }
+        return {name: getattr(self, name) for name in (*TERMS, "peak_allocated", "peak_reserved")}
 
     def of_first_steps(self, steps: Sequence[Sequence[Shape]]) -> Estimate:
         """The estimate with the peaks of a run's first steps, each of some batches: what a run measures of itself. The
@@ -205,9 +201,8 @@ class Estimate:
         """For JSON."""
         # fmt: off
         names = ("model", "method", "batch", "length", "dtype", "base_precision", "device", "gradient_checkpointing",
-                 "torch_compile", "cuda_graphs", "recordings", "optim",
-                 "trainable_parameters", "total_parameters", "context", "host",
-                 "validation", "source", "needed")
+                 "torch_compile", "cuda_graphs", "recordings", "optim", "trainable_parameters", "total_parameters",
+                 "context", "host", "validation", "source", "needed")
         # fmt: on
         return {
             **{name: getattr(self, name) for name in names},
@@ -222,13 +217,10 @@ class Estimate:
         held = training * self.peak_reserved / max(moment.total for moment in self.moments)
         return max(int(held), validation) + self.context
 
-    def _leaner_modes(self) -> list[str]:
-        """Ways of recomputation that keep less than this one, by the setting's values."""
-        left = ORDER[ORDER.index(self.gradient_checkpointing) + 1 :]
-        return [str(mode).lower() for mode in left if mode != "offload" or self.device == "cuda"]
-
     def _what_helps(self, term: str, memory: int) -> list[str]:
         found = []
+        leaner = ORDER[ORDER.index(self.gradient_checkpointing) + 1 :]
+        left = [str(mode).lower() for mode in leaner if mode != "offload" or self.device == "cuda"]
         if term in ("weights", "gradients", "optimizer"):
             if self.trainable_parameters >= self.total_parameters:
                 found.append("A method that leaves the base as it is (lora, bitfit, prefix) needs a fraction of it.")
@@ -242,7 +234,7 @@ class Estimate:
                 )
             else:
                 found.append("No setting makes the base smaller: take a smaller base, or a device with more memory.")
-        if term in ("activations", "workspace") and (left := self._leaner_modes()):
+        if term in ("activations", "workspace") and left:
             setting = " or ".join(left) if self.gradient_checkpointing else "auto"
             found.append(
                 f"gradient_checkpointing={setting} keeps less of them and recomputes the rest"
@@ -250,7 +242,7 @@ class Estimate:
             )
         if self.recordings:
             found.append(
-                f"cuda_graphs=false keeps no recordings of blocks ({shown(self.recordings)}), and their memory is free "
+                f"cuda_graphs=false keeps no captured blocks ({shown(self.recordings)}), and their memory is free "
                 "for all else between steps."
             )
         if term in ("activations", "workspace", "logits") and self.batch > 1 and (rows := self.largest_batch(memory)):
@@ -262,15 +254,13 @@ def shown(size: float) -> str:
     """Bytes in binary units: 23.4 GiB."""
     for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if size >= scale:
-            return f"{size / scale:.3g} {unit}" if size < 100 * scale else f"{size / scale:,.0f} {unit}"
+            return f"{size / scale:{'.3g' if size < 100 * scale else ',.0f'}} {unit}"
     return f"{size:.0f} B"
 
 
 def _largest(needed: Callable[[int], int], memory: int, least: int, near: int, most: int) -> int:
-    """The largest whole number from `least` to `most` whose need is within `memory`, where needs rise; 0 for none.
-
-    Needs are close to straight lines, so the crossing is guessed by the line through both ends of what is known.
-    """
+    """The largest number from `least` to `most` whose need is within `memory`, where needs rise; 0 for none. They are
+    close to straight lines, so the crossing is guessed by the line through both ends of what is known."""
     if most < least:
         return 0
     low, below = least, needed(least)

@@ -24,5 +24,9 @@ def flops_per_token(family: Family, method: Method, length: int, *, checkpointin
     delta = 0 if method.trains_base else 6 * method.num_trained_parameters(family)
     again = 2 * blocks + attention if checkpointing else 0
     layers = times * blocks + 3 * attention + delta + again
-    in_sequence = any(isinstance(site, InputSite) for site in method.sites(family))
-    return times * head + (layers * seen // length if in_sequence else layers)
+    return times * head + (layers * seen // length if virtual_in_sequence(method, family) else layers)
+
+
+def virtual_in_sequence(method: Method, family: Family) -> int:
+    """Virtual tokens that take a place in the sequence itself; a prefix takes none."""
+    return method.virtual_tokens if any(isinstance(site, InputSite) for site in method.sites(family)) else 0

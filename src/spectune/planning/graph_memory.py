@@ -48,28 +48,23 @@ class BlockTensors:
                 self._seen.add(view)
                 self.copies.append(_bytes([leaf]))
         self.gradients.append(_bytes(leaf for leaf in leaves if leaf.requires_grad))
-        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        self.outputs.append(_bytes(outputs))
-        self.numbers.append(tracer.number_of(outputs[0]))
-        self.last = _bytes(leaf for leaf in outputs if leaf.requires_grad)
+        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self.outputs.append(_bytes(made))
+        self.numbers.append(tracer.number_of(made[0]))
+        self.last = _bytes(leaf for leaf in made if leaf.requires_grad)
 
 
 def graph_buffers(
     tensors: BlockTensors, trace: Trace, repeats: Sequence[tuple[int, int]], weights: Sequence[int]
 ) -> GraphBuffers:
-    """The static buffers of all layers' graphs, from the trace of a few.
-
-    Args:
-        repeats: which of the layers that run stand for how many others.
-        weights: bytes of each weight that is trained inside of all blocks.
-    """
+    """The static buffers of all layers' graphs, from the trace of a few. `repeats`: which of the layers that run stand
+    for how many others; `weights`: bytes of each weight that is trained inside of all blocks."""
 
     def at_full_depth(values: Sequence[int]) -> list[int]:
         """One for each layer, in no order."""
         return [value for value in [*values, *(values[layer] for layer, n in repeats for _ in range(n))] if value]
 
-    kept = trace.alive(trace.head)
-    sizes = zip(tensors.numbers, tensors.outputs, strict=True)
+    kept, sizes = trace.alive(trace.head), zip(tensors.numbers, tensors.outputs, strict=True)
     unsaved = at_full_depth([0 if number in kept else size for number, size in sizes])
     hidden = [*at_full_depth(tensors.gradients), tensors.last]
     return GraphBuffers(tensors.copies, at_full_depth(tensors.outputs), unsaved, hidden, list(weights))

@@ -28,12 +28,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextlib.contextmanager
 def kernels_of(device_type: str, *, cudnn: bool = True) -> Iterator[None]:
-    """Inside, attention, dropout and fp8 products on meta tensors keep what the kernels of "cuda" or "cpu" would.
-    Tensors of any other device go where they always go.
-
-    Args:
-        cudnn: attention may take cuDNN's kernels.
-    """
+    """Inside, attention, dropout and fp8 products on meta tensors keep what the kernels of "cuda" or "cpu" would,
+    cuDNN's for attention among them if `cudnn`. Tensors of any other device go where they always go."""
     attention, dropout = F.scaled_dot_product_attention, F.dropout
 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -58,34 +54,23 @@ def kernels_of(device_type: str, *, cudnn: bool = True) -> Iterator[None]:
 
 
 def attend_as(
-    device_type: str,
-    cudnn: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """`scaled_dot_product_attention` of meta tensors: it keeps what the kernel keeps that the device takes.
-
-    Args:
-        cudnn: it may be cuDNN's.
-        args, kwargs: what counts for the plain path alone, such as `is_causal`.
-    """
+    device_type: str, cudnn: bool, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, *args: Any, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """`scaled_dot_product_attention` of meta tensors: it keeps what the kernel keeps that the device takes, which may
+    be cuDNN's if `cudnn`. Other arguments, such as `is_causal`, count for the plain path alone."""
     kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p, cudnn=cudnn)
+    out: Tensor
     if kernel == "math":
-        plain: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, *args, **kwargs
-        )[0]
-        return plain
+        plain = torch.ops.aten._scaled_dot_product_attention_math
+        out = plain(query, key, value, attn_mask, dropout_p, *args, **kwargs)[0]
+        return out
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:  # each call makes an additive mask of its own
             attn_mask = torch.where(attn_mask, 0.0, torch.full((), -math.inf, dtype=query.dtype, device="meta"))
         if kernel == "efficient" and attn_mask.shape[-1] % 16:
             attn_mask = F.pad(attn_mask, (0, -attn_mask.shape[-1] % 16))
-    out: Tensor = _Fused.apply(query, key, value, attn_mask, kernel, dropout_p)  # type: ignore[no-untyped-call]
+    out = _Fused.apply(query, key, value, attn_mask, kernel, dropout_p)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -111,17 +96,12 @@ _LIBRARY.define(
     "str kernel) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("planned_attention", _outputs, "Meta")
-_LIBRARY.impl("planned_attention_backward", lambda grad, query, key, value, *_: _gradients(query, key, value), "Meta")
-
-
-def _gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor) for tensor in inputs)
+_LIBRARY.impl("planned_attention_backward", lambda _, *given: tuple(map(torch.empty_like, given[:3])), "Meta")
 
 
 @register_flop_formula(torch.ops.spectune.planned_attention)
 def _operations(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    """Of attention's two products, as torch counts them for its own kernels: the compiler decides by it what to keep
-    within a budget of memory."""
+    """Of attention's two products, as torch counts them: by it the compiler decides what to keep within its budget."""
     batch, heads, length, dim = query
     return 2 * batch * heads * length * value[-2] * (dim + value[-1])
 
@@ -138,15 +118,9 @@ def scratch_of(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> list[t
 
 
 def kernel_for(
-    device_type: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float = 0.0,
-    *,
+    device_type: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float = 0.0, *,
     cudnn: bool = True,
-) -> str:
+) -> str:  # fmt: skip
     """The kernel that torch takes: "cudnn" (only if `cudnn`, and never where the user has switched it off), "flash",
     "efficient", "cpu-flash" or "math"."""
     dims = {query.shape[-1], value.shape[-1]}

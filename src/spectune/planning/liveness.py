@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +140,9 @@ class _Kernels:
             return parent[int(str(node.args[1]))] if isinstance(parent, list) else parent
         if value is None or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             return None
-        operands = list(self._operands(node))
+        given = (self._results[leaf] for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node))
+        flat = (result for some in given for result in (some if isinstance(some, list) else [some]))
+        operands = [result for result in flat if result is not None]
         if operands and _is_view(target):
             return operands[0]
         reads: frozenset[int] = frozenset().union(*(operand.reads for operand in operands))
@@ -156,12 +158,6 @@ class _Kernels:
         writes = tuple(result.number for result in results if result is not None)
         self.order.append(_Kernel(reads, writes, not whole, scratch(node)))  # type: ignore[arg-type]
         return results if isinstance(value, list | tuple) else results[0]
-
-    def _operands(self, node: fx.Node) -> Iterator[_Result]:
-        for leaf in tree_leaves((node.args, node.kwargs)):
-            if isinstance(leaf, fx.Node):
-                result = self._results[leaf]
-                yield from (r for r in (result if isinstance(result, list) else [result]) if r is not None)
 
     def _written(self, value: Tensor) -> _Result:
         number = sum(n >= 0 for n in self.buffers)

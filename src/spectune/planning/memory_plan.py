@@ -88,18 +88,13 @@ def cheapest_that_fits(
 ) -> P:
     """The first plan that fits, in the order of what may be done; the last one where none does."""
     for mode in possible:
-        found = planned(mode)
-        if fits(found):
+        if fits(found := planned(mode)):
             break
     return found
 
 
 def estimate(workload: Workload, shape: Shape, validation: int | Shape | None, execution: Execution) -> Estimate:
-    """The plan of a batch, with its execution decided; see `plan`.
-
-    Raises:
-        ConfigError: as `plan`.
-    """
+    """The plan of a batch, with its execution decided; see `plan`, also for the errors."""
     if shape.rows < 1 or shape.length < 2:
         raise ConfigError(f"batch = {shape.rows}, length = {shape.length}: at least 1 row of 2 tokens is needed")
     if execution.graphs and workload.device != "cuda":

@@ -16,8 +16,7 @@ Event = tuple[str, int]
 
 
 def steps_in_backward(optim: str) -> bool:
-    """Whether each weight is stepped as soon as its gradient is there, which then goes: what that takes is part of what
-    backward does."""
+    """Whether each weight is stepped, and its gradient freed, in the backward pass."""
     return optim == "adamw_in_backward"
 
 
@@ -32,15 +31,11 @@ class OptimizerStep:
     def __init__(self, trained: Sequence[nn.Parameter], optim: str) -> None:
         self.optim = optim
         self.masters = [FLOAT * p.numel() for p in trained if p.element_size() != FLOAT]
-        self.groups = _groups(trained, optim)
+        self.groups = [[trained[n] for n in group] for group in stepped_together(trained, optim)]
         self.states = [size for group in self.groups for p in _matrices_first(group) for size in self._stays(p)]
 
     def events(self, *, first: bool) -> Iterator[Event]:
-        """The step after backward: a name and bytes, negative for what is freed.
-
-        Args:
-            first: states are made in this step.
-        """
+        """The step after backward: a name and bytes, negative for what is freed; in the `first`, states are made."""
         if steps_in_backward(self.optim):
             if first:
                 yield from (("state", size) for size in self.states)
@@ -68,40 +63,33 @@ class OptimizerStep:
         return self.optim == "adamw_8bit" and parameter.numel() >= LEAST
 
     def _stays(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        return (FLOAT, *_codes(parameter), *_codes(parameter)) if self._coded(parameter) else _moments(parameter)
+        return (FLOAT, *_codes(parameter) * 2) if self._coded(parameter) else _moments(parameter)
 
     def _decoding(self, parameter: nn.Parameter) -> Iterator[Event]:
         if not self._coded(parameter):
             return
         padded = FLOAT * _padded(parameter)
-        for _ in range(2):
-            yield from (("copy", padded), ("state", padded), ("copy", -padded))
-        for size in (*_codes(parameter), *_codes(parameter)):
-            yield "codes", -size
+        yield from (("copy", padded), ("state", padded), ("copy", -padded)) * 2
+        yield from (("codes", -size) for size in _codes(parameter) * 2)
 
     def _encoding(self, parameter: nn.Parameter) -> Iterator[Event]:
         if not self._coded(parameter):
             return
-        padded = FLOAT * _padded(parameter)
-        codes, scales = _codes(parameter)
-        for _ in range(2):
-            filled = padded if parameter.numel() % BLOCK else 0
-            if filled:
-                yield "copy", filled
-            yield from (("copy", padded), ("codes", scales), ("copy", -padded))
-            yield from (("copy", padded), ("copy", padded), ("codes", codes))
-            yield from (("copy", -padded), ("copy", -padded))
-            if filled:
-                yield "copy", -filled
-            yield "state", -FLOAT * parameter.numel()
+        padded, (codes, scales) = FLOAT * _padded(parameter), _codes(parameter)
+        make, free = ("copy", padded), ("copy", -padded)
+        filled = parameter.numel() % BLOCK > 0
+        moment = [make, ("codes", scales), free, make, make, ("codes", codes), free, free]
+        state = ("state", -FLOAT * parameter.numel())
+        yield from ([make, *moment, free, state] if filled else [*moment, state]) * 2
 
 
-def _groups(trained: Sequence[nn.Parameter], optim: str) -> list[list[nn.Parameter]]:
-    """What is stepped together: float32 weights at once, others (in eight bits: all) in groups."""
-    whole = [] if optim == "adamw_8bit" else [p for p in trained if p.element_size() == FLOAT]
-    rest = [p for p in trained if optim == "adamw_8bit" or p.element_size() != FLOAT]
-    parts = step_groups([p.numel() for p in rest])
-    return [*([whole] if whole else []), *([rest[index] for index in part] for part in parts)]
+def stepped_together(trained: Sequence[nn.Parameter], optim: str) -> list[list[int]]:
+    """Which weights are stepped at once, by number: those in float32 all, others in groups. In eight bits all are
+    in groups, as their moments are decoded for the step."""
+    whole = [n for n, p in enumerate(trained) if optim != "adamw_8bit" and p.element_size() == FLOAT]
+    rest = [n for n, p in enumerate(trained) if optim == "adamw_8bit" or p.element_size() != FLOAT]
+    parts = step_groups([trained[n].numel() for n in rest])
+    return [*([whole] if whole else []), *([rest[n] for n in part] for part in parts)]
 
 
 def _matrices_first(group: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -6,16 +6,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from spectune.blocks.execution import Execution
 from spectune.errors import first_line
-from spectune.planning.compiled_blocks import is_of_the_compiler
 from spectune.planning.graph_memory import graph_buffers, split_by_graph_pool
-from spectune.planning.moments import TERMS, Moment
 from spectune.planning.repeated_layers import UnlikeLayersError, repeat_layers
 from spectune.planning.resident_memory import ResidentMemory
 from spectune.planning.shape import Shape
 from spectune.planning.skeleton import Skeleton, skeleton
-from spectune.planning.trace import Trace
+from spectune.planning.trace import TERMS, Moment, Trace
 from spectune.planning.training_step import trace_step, trace_validation
 from spectune.planning.workload import Workload
 
@@ -39,7 +39,8 @@ class Planner:
     """Builds base and method once, without weights, and traces a step of each batch that is planned.
 
     Attributes:
-        execution: how blocks run; not compiled from when on the compiler could not trace one.
+        execution: how blocks run; not captured where any runs again in backward, and not compiled from when on the
+            compiler could not trace one.
         built: of the newest batch; there once one was planned.
     """
 
@@ -47,10 +48,8 @@ class Planner:
 
     def __init__(self, workload: Workload, execution: Execution, *, all_layers: bool = False) -> None:
         """`all_layers`: trace each, not a few that stand for the others."""
-        self.workload = workload
-        self.execution = execution
-        self._all_layers = all_layers
-        self._longest = 0
+        self.workload, self._all_layers, self._longest = workload, all_layers, 0
+        self.execution = execution.recomputing(execution.recomputation)
         #: bytes that CUDA graphs hold of the device between steps
         self._graph_bytes = 0
         #: the newest traces, by batch, training and accumulating
@@ -59,11 +58,6 @@ class Planner:
     def __reduce__(self) -> tuple[type[Planner], tuple[Workload, Execution]]:
         """A copy builds and traces anew."""
         return Planner, (self.workload, self.execution)
-
-    @property
-    def graphs(self) -> bool:
-        """Whether blocks are captured as CUDA graphs: not where any runs again in backward."""
-        return self.execution.graphs and self.execution.recomputation is False
 
     def step(self, shape: Shape) -> StepMemory:
         """The memory of a training step while the optimizer's states are there."""
@@ -79,16 +73,14 @@ class Planner:
         made at the end of the first."""
         batches = dict.fromkeys((shape, number > 0) for step in steps for number, shape in enumerate(step))
         traces = {(shape, late): self.trace(shape, accumulating=late) for shape, late in batches}
-        return self._resident().peaks(
-            [[traces[shape, number > 0] for number, shape in enumerate(step)] for step in steps]
-        )
+        played = [[traces[shape, number > 0] for number, shape in enumerate(step)] for step in steps]
+        return self._resident().peaks(played)
 
     def peak(self, shape: Shape) -> int:
         """The peak of a step's tensors in bytes, without the allocator's rounding: quick."""
         accumulates = self.workload.accumulates
         trace = self.trace(shape, accumulating=accumulates)
-        moments = self._resident().moments(trace, accumulating=accumulates)
-        return max(moment.total for moment in moments)
+        return max(moment.total for moment in self._resident().moments(trace, accumulating=accumulates))
 
     def graph_buffers(self, shape: Shape) -> int:
         """Bytes of the static buffers of this batch's CUDA graphs; 0 where there are none."""
@@ -112,7 +104,7 @@ class Planner:
         key = (shape, training, accumulating)
         if key not in self._traces:
             trace = self._traced(*key)
-            while len(self._traces) >= _KEPT:
+            if len(self._traces) >= _KEPT:
                 del self._traces[next(iter(self._traces))]
             self._traces[key] = trace
         return self._traces[key]
@@ -126,7 +118,7 @@ class Planner:
             self._build(shape.length)
             trace = few = self._run(shape, training, accumulating)
         except Exception as error:
-            if not self.execution.compiled or not is_of_the_compiler(error):
+            if not self.execution.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
             log.warning(
                 "the plan is of blocks that are not compiled, which takes more memory: the compiler cannot trace them "
@@ -135,7 +127,7 @@ class Planner:
             self.execution, self._longest = replace(self.execution, compiled=False), 0
             self._build(shape.length)
             return self._traced(shape, training, accumulating)
-        if self.graphs and training:
+        if self.execution.graphs and training:
             built = self.built
             trace.buffers = graph_buffers(built.block_tensors, few, built.repeats, built.whole.in_blocks)
             self._graph_bytes = sum(trace.buffers.extra) + max(split_by_graph_pool(trace)[0])

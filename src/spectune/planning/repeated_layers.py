@@ -26,36 +26,25 @@ def repeat_layers(trace: Trace, repeats: Sequence[tuple[int, int]]) -> Trace:
     """
     if not repeats:
         return trace
-    parts = _parts(trace)
+    ends = [at for _, at in trace.marks[1:]] + [len(trace.events)]
+    #: the events after each mark, up to the next one
+    parts = {name: trace.events[at:end] for (name, at), end in zip(trace.marks, ends, strict=True)}
     deeper = _Deeper(trace)
     for layer, copies in repeats:
         for kind in ("F", "B"):
             if f"{kind}{layer}" in parts:
-                below, own, above = (_made(parts[f"{kind}{number}"]) for number in (layer - 1, layer, layer + 1))
-                deeper.name_copies(layer, copies, below, own, above)
+                near = (parts[f"{kind}{number}"] for number in (layer - 1, layer, layer + 1))
+                deeper.name_copies(layer, copies, *([event for event in part if event >= 0] for part in near))
     copies_of = dict(repeats)
     deeper.play(trace.events[: trace.marks[0][1]], -1)
     for name, _ in trace.marks:
         deeper.trace.marks.append((name, len(deeper.trace.events)))
         # what comes after the last layer sees what that leaves
         layer = len(trace.marks) if name == "head" else int(name[1:])
-        if layer in copies_of:
-            order = range(copies_of[layer] + 1) if name[0] == "F" else range(copies_of[layer], -1, -1)
-            for copy in order:
-                deeper.play(parts[name], layer, copy, last=copy == order[-1])
-        else:
-            deeper.play(parts[name], layer)
+        order = range(copies_of[layer] + 1) if layer in copies_of else range(-1, 0)
+        for copy in order if name[0] == "F" else reversed(order):
+            deeper.play(parts[name], layer, copy, last=copy == order[-1 if name[0] == "F" else 0])
     return deeper.trace
-
-
-def _parts(trace: Trace) -> dict[str, list[int]]:
-    """The events after each mark, up to the next one."""
-    ends = [at for _, at in trace.marks[1:]] + [len(trace.events)]
-    return {name: trace.events[at:end] for (name, at), end in zip(trace.marks, ends, strict=True)}
-
-
-def _made(events: list[int]) -> list[int]:
-    return [event for event in events if event >= 0]
 
 
 class _Deeper:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from spectune.planning.allocator import Block, CachingAllocator
 from spectune.planning.graph_memory import split_by_graph_pool
-from spectune.planning.moments import TERMS, Moment
 from spectune.planning.optimizer_memory import OptimizerStep
 from spectune.planning.skeleton import WholeModel
-from spectune.planning.trace import GraphBuffers, Trace
+from spectune.planning.trace import TERMS, GraphBuffers, Moment, Trace
 
 #: of cuBLAS, one for each thread that multiplies: forward's and backward's (aten/src/ATen/cuda/CublasHandlePool.cpp)
 CUBLAS_WORKSPACE = 4096 * 8 * 1024
 CUBLAS_WORKSPACE_BEFORE_HOPPER = (4096 * 2 + 16 * 8) * 1024
-#: what an optimizer's step has made and not freed, by name and size
-Held = dict[tuple[str, int], list[Block]]
 
 
 class ResidentMemory:
@@ -43,12 +40,8 @@ class ResidentMemory:
         }
 
     def moments(self, trace: Trace, *, accumulating: bool) -> list[Moment]:
-        """The parts of a step. Where blocks are captured as CUDA graphs, all memory of what they make is the graphs'
-        at any time.
-
-        Args:
-            accumulating: the trace is of a batch that finds gradients there.
-        """
+        """The parts of a step; `accumulating`: the trace is of a batch that finds gradients there. Where blocks are
+        captured as CUDA graphs, all memory of what they make is the graphs' at any time."""
         buffers, inside, live = trace.buffers, [0] * (len(trace.events) + 1), trace.live()
         if buffers is not None:
             inside, live = split_by_graph_pool(trace)
@@ -93,7 +86,8 @@ class ResidentMemory:
         buffers = steps[0][0].buffers
         for size in (*self.weights, *self.optimizer.masters, *(() if buffers is None else buffers.extra)):
             allocator.take(size)
-        held: Held = defaultdict(list)
+        #: what the optimizer's steps have made and not freed, by name and size
+        held: dict[tuple[str, int], list[Block]] = defaultdict(list)
         for number, traces in enumerate(steps):
             blocks: dict[tuple[int, int], Block] = {}
             for batch, trace in enumerate(traces):
@@ -108,7 +102,12 @@ class ResidentMemory:
                         allocator.give(blocks.pop((batch, ~event)))
             for (batch, event), block in blocks.items():
                 held["gradient", traces[batch].sizes[event]].append(block)
-            _play_optimizer(allocator, self.optimizer.events(first=number == 0), held)
+            # of tensors of one name, the one that is freed is told by its size alone
+            for name, size in self.optimizer.events(first=number == 0):
+                if size > 0:
+                    held[name, size].append(allocator.take(size))
+                elif made := held[name, -size]:
+                    allocator.give(made.pop())
             for (name, _), rest in held.items():
                 while name == "gradient" and rest:
                     allocator.give(rest.pop())
@@ -123,15 +122,6 @@ class ResidentMemory:
         accumulated = self.gradients if any(len(traces) > 1 for traces in steps) else 0
         outside = max(outside, gradients + self.optimizer.most(first=False)) + accumulated
         return sum((*self.terms.values(), *buffers.extra, inside, outside))
-
-
-def _play_optimizer(allocator: CachingAllocator, events: Iterable[tuple[str, int]], held: Held) -> None:
-    """The optimizer's step. Of tensors of one name, the one that is freed is told by its size alone."""
-    for name, size in events:
-        if size > 0:
-            held[name, size].append(allocator.take(size))
-        elif blocks := held[name, -size]:
-            allocator.give(blocks.pop())
 
 
 def _cublas() -> int:

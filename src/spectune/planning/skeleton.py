@@ -97,8 +97,7 @@ def skeleton(workload: Workload, execution: Execution, longest: int, *, all_laye
         ConfigError: the method cannot act on this base.
     """
     model = _base(workload)
-    held = workload.weights or tensor_bytes(model)
-    delta = _placed(model, workload)
+    held, delta = workload.weights or tensor_bytes(model), _placed(model, workload)
     trained, family = tuple(delta.parameters()), delta.family
     own = () if workload.method.trains_base else (p.numel() * p.element_size() for p in trained)
     inside = {id(p) for layer in family.layers for p in model.get_submodule(layer.path).parameters()}
@@ -107,8 +106,7 @@ def skeleton(workload: Workload, execution: Execution, longest: int, *, all_laye
     kinds = [] if all_layers else _kinds(model, delta, longest)
     if all(len(kind) <= FEW for kind in kinds):
         return Skeleton(workload, execution, whole, model, delta, [])
-    kept: list[int] = []
-    repeats = []
+    kept, repeats = list[int](), []
     for kind in kinds:
         if len(kind) > FEW:
             repeats.append((len(kept) + REPEATED, len(kind) - FEW))
@@ -134,11 +132,9 @@ def _keep_layers(model: PreTrainedModel, family: Family, kept: Sequence[int]) ->
     """Take all other layers out of the model, and out of what its config says of each."""
     stack = model.get_submodule(family.layers[0].path.rpartition(".")[0])
     assert isinstance(stack, nn.ModuleList)
-    depth = len(stack)
-    layers = [stack[number] for number in kept]
-    del stack[len(kept) :]
-    for index, layer in enumerate(layers):
-        stack[index] = layer
+    depth, layers = len(stack), [stack[number] for number in kept]
+    del stack[:]
+    stack.extend(layers)
     text: Any = model.config.get_text_config()
     for name, value in vars(text).items():
         if isinstance(value, list) and len(value) == depth:

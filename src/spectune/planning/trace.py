@@ -1,10 +1,14 @@
-"""What a traced step does to memory: tensors made and freed, in order."""
+"""What a traced step does to memory: tensors made and freed, in order, and its moments by term."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
+
+#: what the bytes of a step are for
+TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 
 
 @dataclass(frozen=True)
@@ -92,3 +96,15 @@ class Trace:
     def begin_of_backward(self) -> int:
         """The first event of the layers' backward; the end where there is none."""
         return min((at for name, at in self.marks if name[0] == "B"), default=len(self.events))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One part of a step where it is largest: bytes by term, all at once."""
+
+    name: str
+    terms: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.terms.values())

@@ -7,7 +7,7 @@ that of the batch that is planned.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,7 @@ from spectune.planning.shape import Shape
 from spectune.planning.trace import Trace
 
 aten = torch.ops.aten
-_BY_INDEX = (
-    aten.index.Tensor,
-    aten.index_put.default,
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-)
+_BY_INDEX = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -41,11 +36,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, shape: Shape, outside: Iterable[Tensor]) -> None:
         """`outside`: tensors that were there before, whose memory is no part of the trace."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.shape = shape
-        self.trace = Trace()
-        self.label = "activations"
-        self.backward = False
-        self.in_layers = False
+        self.shape, self.trace, self.label = shape, Trace(), "activations"
+        self.backward = self.in_layers = False
         self._numbers: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[Any]] = {}
         self._outside = {t.untyped_storage()._cdata for t in outside}
@@ -69,7 +61,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         meta = isinstance(args[0], Tensor) and args[0].device.type == "meta" if args else False
         if func is aten._local_scalar_dense.default and meta:
-            return self._value(args[0])
+            if args[0].dtype == torch.bool:
+                return self._true.get(args[0].untyped_storage()._cdata, False)
+            return 1.0 if args[0].is_floating_point() else self.shape.targets
         if func is aten.nonzero.default and meta:
             result = args[0].new_empty(self._chosen(args[0]), args[0].dim(), dtype=torch.int64)
         elif func is aten._grouped_mm.default:  # experts; its meta kernel refuses float32, which CPU and CUDA take
@@ -101,7 +95,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace.labels.append(label or self._label_now())
         self.trace.events.append(number)
         self._numbers[key] = number
-        self._watched[key] = weakref.ref(storage, self._when_freed(key))
+
+        def freed(_: Any) -> None:
+            self._watched.pop(key, None)
+            self.trace.events.append(~self._numbers.pop(key))
+
+        self._watched[key] = weakref.ref(storage, freed)
 
     def _label_now(self) -> str:
         if not self.backward:
@@ -111,21 +110,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # recomputed activations are made with gradients on; backward itself runs without
         return "activations" if torch.is_grad_enabled() else "workspace"
 
-    def _when_freed(self, key: int) -> Callable[[Any], None]:
-        def freed(_: Any) -> None:
-            self._watched.pop(key, None)
-            self.trace.events.append(~self._numbers.pop(key))
-
-        return freed
-
-    def _value(self, tensor: Tensor) -> Any:
-        if tensor.dtype == torch.bool:
-            return self._true.get(tensor.untyped_storage()._cdata, False)
-        return 1.0 if tensor.is_floating_point() else self.shape.targets
-
     def _chosen(self, tensor: Tensor) -> int:
-        """How many entries of a mask are on: the targets of a mask of tokens, the columns with one of a mask of
-        columns."""
+        """How many entries of a mask are on: the targets of a mask of tokens, else the columns that have one."""
         if tensor.dim() > 1:
             return self.shape.all_targets
         return tensor.numel() if self.shape.columns is None else min(tensor.numel(), self.shape.columns)
@@ -134,10 +120,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Boolean indices as the numbers that the kernel makes of them."""
         found: list[Tensor | None] = []
         for index in indices:
-            if index is None or index.dtype != torch.bool:
-                found.append(index)
-            else:
+            if index is not None and index.dtype == torch.bool:
                 found += index.new_empty(index.dim(), self._chosen(index), dtype=torch.int64).unbind()
+            else:
+                found.append(index)
         return found
 
 

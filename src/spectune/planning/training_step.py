@@ -81,8 +81,7 @@ def trace_validation(built: Skeleton, shape: Shape) -> Trace:
 
 @contextmanager
 def _stepped(tracer: Tracer, trained: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Hooks that do to memory what stepping in backward does: a float32 copy of a gradient of lower precision, which
-    then goes; and the copy with the step."""
+    """Hooks that do to memory what stepping in backward does: a float32 copy of a gradient, both freed in the step."""
 
     def step(parameter: Tensor) -> None:
         assert parameter.grad is not None

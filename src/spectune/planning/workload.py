@@ -48,16 +48,10 @@ class Workload:
 
     @classmethod
     def of(
-        cls,
-        base: str | Path | PretrainedConfig | PreTrainedModel,
-        method: str | Method,
-        dtype: str | torch.dtype | None = None,
-        device: str | torch.device = "cuda",
-        *,
-        base_precision: str | None = None,
-        optim: str = "adamw_torch_fused",
-        accumulates: bool = False,
-    ) -> Workload:
+        cls, base: str | Path | PretrainedConfig | PreTrainedModel, method: str | Method,
+        dtype: str | torch.dtype | None = None, device: str | torch.device = "cuda", *,
+        base_precision: str | None = None, optim: str = "adamw_torch_fused", accumulates: bool = False,
+    ) -> Workload:  # fmt: skip
         """From what `plan` takes, which describes these arguments.
 
         Raises:
@@ -93,10 +87,8 @@ class Workload:
         return None if context is None else context - self.method.virtual_tokens
 
     def check_length(self, length: int) -> None:
-        """
-        Raises:
-            ConfigError: rows of so many tokens and the method's virtual ones have no room in the base's positions.
-        """
+        """Raises ConfigError where rows of so many tokens and the method's virtual ones have no room in the base's
+        positions."""
         most, method = self.max_length, self.method
         if most is not None and length > most:
             extra = f" and {method.virtual_tokens} virtual ones of {method.label}" if method.virtual_tokens else ""
@@ -105,13 +97,10 @@ class Workload:
 
     def model(self) -> PreTrainedModel:
         """The base on the meta device, with a config of its own: setting an attention function writes into it."""
-        config: Any = copy.deepcopy(self.config)
+        config, chosen = copy.deepcopy(self.config), self.model_class
+        make: Any = CAUSAL_LM.empty_model if chosen is None else chosen._from_config
         with torch.device("meta"):
-            if self.model_class is not None:
-                built: Any = self.model_class._from_config(config, dtype=self.dtype)  # type: ignore[no-untyped-call]
-            else:
-                built = CAUSAL_LM.empty_model(config, dtype=self.dtype)
-        model: PreTrainedModel = built
+            model: PreTrainedModel = make(config, dtype=self.dtype)
         return model
 
 

@@ -19,7 +19,7 @@ class AsyncScalars:
     def __init__(self, *scalars: Tensor) -> None:
         device = scalars[0].device
         self._copied: torch.cuda.Event | None = None
-        # float64 holds whatever they are
+        # float64 holds any number type
         if device.type != "cuda":
             self._host = torch.stack([scalar.detach().cpu().double() for scalar in scalars])
             return

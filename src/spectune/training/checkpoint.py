@@ -54,13 +54,9 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path,
-    progress: Progress,
-    delta: Delta,
-    optimizer: MasterAdamW,
-    best: dict[str, Tensor] | None,
+    folder: Path, progress: Progress, delta: Delta, optimizer: MasterAdamW, best: dict[str, Tensor] | None,
     identity: dict[str, Any],
-) -> Path:
+) -> Path:  # fmt: skip
     """Write `checkpoint-<step>/`, atomically, and remove all but the last two."""
     path = folder / f"checkpoint-{progress.step}"
     with atomic_folder(path) as temporary:
@@ -68,7 +64,10 @@ def save_checkpoint(
         if best is not None:
             _save(best, temporary / "best.safetensors")
         _save(optimizer.state_dict(), temporary / "optimizer.safetensors")
-        _save(_random_state(), temporary / "random.safetensors")
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        _save(random, temporary / "random.safetensors")
         state = {"progress": asdict(progress), "identity": identity}
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     for old in _all(folder)[:-KEPT]:
@@ -78,8 +77,7 @@ def save_checkpoint(
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in a run's folder."""
-    found = _all(folder)
-    return found[-1] if found else None
+    return next(reversed(_all(folder)), None)
 
 
 def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
@@ -88,9 +86,7 @@ def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         return Progress(**state["progress"]), state["identity"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path / 'state.json'} cannot be read: {error}. Remove {path} to go on from the one before."
-        ) from error
+        raise _unreadable(path / "state.json", error) from error
 
 
 def restore(path: Path, delta: Delta, optimizer: MasterAdamW) -> dict[str, Tensor] | None:
@@ -119,8 +115,7 @@ def swap_best(
         size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
         if delta.method.trains_base:
             tokenizer.save_pretrained(temporary)
-        content = {**training, "stored_bytes": size}
-        (temporary / TRAINING_FILE).write_text(strict_json(content) + "\n", encoding="utf-8")
+        (temporary / TRAINING_FILE).write_text(strict_json({**training, "stored_bytes": size}) + "\n", encoding="utf-8")
     link = folder / f".best.{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(place.name, target_is_directory=True)
@@ -130,16 +125,9 @@ def swap_best(
             shutil.rmtree(old)
 
 
-def _random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
 def _all(folder: Path) -> list[Path]:
-    numbered = [(p, p.name.removeprefix("checkpoint-")) for p in folder.glob("checkpoint-*")]
-    return [p for p, n in sorted(((p, n) for p, n in numbered if n.isdigit()), key=lambda pair: int(pair[1]))]
+    numbered = {p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*")}
+    return sorted((p for p, n in numbered.items() if n.isdigit()), key=lambda p: int(numbered[p]))
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -150,6 +138,8 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:
-        raise DataError(
-            f"{path} cannot be read: {error}. Remove {path.parent} to go on from the one before."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read: {error}. Remove {path.parent} to go on from the one before.")

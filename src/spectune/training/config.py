@@ -39,9 +39,8 @@ class TrainingConfig(BaseModel):
             says that memory does not suffice without, and then the first that fits of "selective" (all but matrix
             products and attention is recomputed), True (every block), "offload" (every block, with its input in host
             memory: CUDA only). False never does. A run's numbers do not depend on it.
-        torch_compile: compile the decoder's blocks (`spectune.blocks.compile`); "auto" does where
-            the run is long enough to pay the compiler's time back (CUDA; a CPU where there is a C++ compiler), and says
-            so.
+        torch_compile: compile the decoder's blocks (`spectune.blocks.compile`); "auto" does where the run is long
+            enough to pay the compiler's time back (CUDA; a CPU where there is a C++ compiler), and says so.
         cuda_graphs: capture the blocks of batches whose shape comes back, and replay them
             (`spectune.blocks.cuda_graphs`); "auto" does on CUDA where a step is so small that launching its kernels
             takes longer than running them. Not with packs or recomputation.
@@ -87,21 +86,16 @@ class TrainingConfig(BaseModel):
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
 
     @model_validator(mode="after")
-    def _steps_are_some(self) -> TrainingConfig:
+    def _check(self) -> TrainingConfig:
         if self.max_steps == 0:
             raise ValueError("max_steps = 0 trains nothing; give -1 to train by epochs")
-        return self
-
-    @model_validator(mode="after")
-    def _steps_in_backward_are_single(self) -> TrainingConfig:
-        if self.optim != "adamw_in_backward":
-            return self
-        if self.gradient_accumulation_steps > 1:
+        in_backward = self.optim == "adamw_in_backward"
+        if in_backward and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"optim=adamw_in_backward and gradient_accumulation_steps={self.gradient_accumulation_steps}: weights "
                 "are stepped in the backward pass of each batch. Set gradient_accumulation_steps=1, or another optim"
             )
-        if self.max_grad_norm:
+        if in_backward and self.max_grad_norm:
             raise ValueError(
                 f"optim=adamw_in_backward and max_grad_norm={self.max_grad_norm:g}: the norm of all gradients is not "
                 "known before the first weight is stepped. Set max_grad_norm=0, or another optim"

@@ -16,11 +16,11 @@ from spectune.blocks.recompute import Recomputation, modes
 from spectune.compute.pack_layout import Kernel
 from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_document
 from spectune.data import batches, by_length, pack_step, places
-from spectune.deltas import Delta, InputSite, Method, kernel_serves, route, why_mask_is_needed, why_not_packed
+from spectune.deltas import Delta, Method, kernel_serves, route, why_mask_is_needed, why_not_packed
 from spectune.errors import ConfigError
 from spectune.families import Family
 from spectune.methods import LoRA
-from spectune.planning.flops import flops_per_token
+from spectune.planning.flops import flops_per_token, virtual_in_sequence
 from spectune.training.config import TrainingConfig
 from spectune.training.prepare import Prepared, total_steps
 
@@ -52,15 +52,9 @@ _SHORT = 512
 
 
 def decide(
-    config: TrainingConfig,
-    family: Family,
-    method: Method,
-    lengths: Sequence[int],
-    device_type: str,
-    *,
-    steps: int | None,
-    delta: Delta | None = None,
-) -> Execution:
+    config: TrainingConfig, family: Family, method: Method, lengths: Sequence[int], device_type: str, *,
+    steps: int | None, delta: Delta | None = None,
+) -> Execution:  # fmt: skip
     """How a run is executed. Follows from the arguments alone, never from a clock or what is free: a run that goes on
     from a checkpoint decides as it did before, and so does its plan. Recomputation is the first of what may be done
     (`possible_modes`); what memory asks for beyond it is decided by `spectune.training.prediction`.
@@ -88,13 +82,8 @@ def decide(
     if config.torch_compile == "auto":
         tokens = steps * rows * config.gradient_accumulation_steps * length
         compiled = worth_compiling(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
-    return Execution(
-        compiled=compiled,
-        graphs=graphs,
-        recomputation=mode,
-        cudnn=takes_cudnn(family, lengths, steps, config, packs=packing.on),
-        packing=packing,
-    ).because("packing", why_packing)
+    cudnn = takes_cudnn(family, lengths, steps, config, packs=packing.on)
+    return Execution(compiled, graphs, mode, cudnn, packing).because("packing", why_packing)
 
 
 def decide_run(delta: Delta, prepared: Prepared, processes: int = 1, config: TrainingConfig | None = None) -> Execution:
@@ -109,13 +98,9 @@ def decide_run(delta: Delta, prepared: Prepared, processes: int = 1, config: Tra
 def possible_modes(
     config: TrainingConfig, device_type: str, model: PreTrainedModel | None
 ) -> tuple[Recomputation, ...]:
-    """What a run may recompute, in the order in which it is tried: what is wanted, or all for "auto".
-
-    A model on which the user has switched transformers' own checkpointing on is recomputed at least block by block.
-
-    Raises:
-        ConfigError: "offload" on a model that is not on a CUDA device.
-    """
+    """What a run may recompute, in the order in which it is tried: what is wanted, or all for "auto". A model on which
+    the user has switched transformers' own checkpointing on is recomputed at least block by block. Raises ConfigError
+    for "offload" on a model that is not on a CUDA device."""
     wanted = config.gradient_checkpointing
     found = modes(wanted, device_type)
     if model is None or not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -123,16 +108,8 @@ def possible_modes(
     return found[found.index(True) :] if wanted == "auto" else (True,) if wanted is False else found
 
 
-# -- compiled blocks --------------------------------------------------------------------------------------------------
-
-
 def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
-    """Whether a run is so long that compiling saves more time than it takes.
-
-    Args:
-        tokens: of the whole run.
-        length: of a row, on average.
-    """
+    """Whether a run of so many `tokens`, in rows of `length` on average, saves more time by compiling than it takes."""
     if device_type not in _COMPILING or (device_type == "cpu" and not has_cpu_compiler()):
         return False
     saved, operations_per_second = _COMPILING[device_type]
@@ -154,16 +131,9 @@ def has_cpu_compiler() -> bool:
         return False
 
 
-# -- CUDA graphs ------------------------------------------------------------------------------------------------------
-
-
 def launch_bound(family: Family, method: Method, *, tokens: int, length: int) -> bool:
-    """Whether launching a batch's kernels on a GPU takes longer than running them, so that graphs pay.
-
-    Args:
-        tokens: of a batch, padding included.
-        length: of a row.
-    """
+    """Whether launching a batch's kernels on a GPU takes longer than running them, so that graphs pay. `tokens`: of the
+    batch, padding included; `length`: of a row."""
     operations = tokens * flops_per_token(family, method, max(1, length))
     return operations / OPERATIONS_PER_SECOND < len(family.layers) * LAUNCH_SECONDS_PER_LAYER
 
@@ -181,12 +151,9 @@ def check_graphs(device_type: str, packs: bool, mode: Recomputation) -> None:
         raise ConfigError("cuda_graphs=true and packing: every pack has other documents. Set packing=false")
     if mode is not False:
         raise ConfigError(
-            f"cuda_graphs=true and gradient_checkpointing={mode}: a recorded block keeps its activations. "
+            f"cuda_graphs=true and gradient_checkpointing={mode}: a captured block keeps its activations. "
             "Set gradient_checkpointing=false, or leave cuda_graphs at auto"
         )
-
-
-# -- attention --------------------------------------------------------------------------------------------------------
 
 
 def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: TrainingConfig, *, packs: bool) -> bool:
@@ -210,18 +177,12 @@ def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: Trai
     return saved > min(shapes, batch_count) * PLAN_SECONDS
 
 
-# -- packs and padding ------------------------------------------------------------------------------------------------
-
-
 def _packing(
     config: TrainingConfig, family: Family, lengths: Sequence[int], device_type: str, delta: Delta | None
 ) -> tuple[Packing, str | None]:
     """Whether this run packs, and a line on why. The same for the same rows, settings and model, so that a resumed run
     does as before; and whatever the seed and the method's virtual tokens, so that the runs of a comparison do alike.
-
-    Raises:
-        ConfigError: `packing` is True, and the model cannot keep documents apart.
-    """
+    Raises ConfigError where `packing` is True and the model cannot keep documents apart."""
     padded = len(set(lengths)) > 1
     if not wants_packs(family, lengths, config, device_type):
         return Packing(mask_free=padded and (delta is None or _needs_no_mask(delta))), None
@@ -230,13 +191,9 @@ def _packing(
     model, reason = delta.model, None
     virtual = virtual_in_sequence(delta.method, family)
     saved = share_saved(lengths, config, virtual)
-    # a loop over documents is another graph for each batch
-    taken = [
-        kernel
-        for kernel in kernels(device_type, model.dtype)
-        if not (kernel is loop_by_document and config.torch_compile is True)
-    ]
-    for kernel in taken:
+    for kernel in kernels(device_type, model.dtype):
+        if kernel is loop_by_document and config.torch_compile is True:
+            continue  # another graph for each batch
         with route(model, delta.name):
             reason = why_not_packed(model, kernel)
             serves = reason is None and (kernel is None or kernel_serves(model, kernel))
@@ -251,12 +208,8 @@ def _packing(
 
 
 def wants_packs(family: Family, lengths: Sequence[int], config: TrainingConfig, device_type: str) -> bool:
-    """`config.packing`, or whether "auto" would pack these rows on such a device, if the model can be given packs. The
-    same for all methods.
-
-    Args:
-        lengths: tokens of the training rows.
-    """
+    """`config.packing`, or whether "auto" would pack rows of these `lengths` in tokens on such a device, if the model
+    can be given packs. The same for all methods."""
     if config.packing != "auto":
         return config.packing
     saved = share_saved(lengths, config)
@@ -269,8 +222,7 @@ def wants_packs(family: Family, lengths: Sequence[int], config: TrainingConfig, 
 
 
 def _needs_no_mask(delta: Delta) -> bool:
-    """Whether rows that are padded on the right need no mask. That decides about the speed alone, so only the log hears
-    of it."""
+    """Whether rows padded on the right need no mask. It decides about the speed alone: only the log hears of it."""
     with route(delta.model, delta.name):
         reason = why_mask_is_needed(delta.model)
     if reason is not None:
@@ -286,23 +238,12 @@ def kernels(device_type: str, dtype: torch.dtype) -> list[Kernel | None]:
     return [flash_by_document, None] if device_type == "cuda" and dtype in FLASH_DTYPES else [None]
 
 
-def virtual_in_sequence(method: Method, family: Family) -> int:
-    """Virtual tokens that take a place in the sequence itself; a prefix takes none."""
-    return method.virtual_tokens if any(isinstance(site, InputSite) for site in method.sites(family)) else 0
-
-
 def share_saved(lengths: Sequence[int], config: TrainingConfig, virtual: int = 0) -> float:
     """The share of the tokens of padded batches that short packs leave out, in some steps of an epoch in any order."""
     size = config.per_device_train_batch_size
-    steps = batches(
-        lengths,
-        size * config.gradient_accumulation_steps,
-        seed=0,
-        epoch=0,
-        group_by_length=config.group_by_length,
-    )
+    drawn, sizes = size * config.gradient_accumulation_steps, [length + virtual for length in lengths]
+    steps = batches(lengths, drawn, seed=0, epoch=0, group_by_length=config.group_by_length)
     padded = in_packs = 0
-    sizes = [length + virtual for length in lengths]
     for rows in steps[:_LOOKED_AT]:
         padded += sum(places([[row] for row in batch], sizes) for batch in by_length(rows, lengths, size))
         in_packs += sum(places(batch, sizes) for batch in pack_step(rows, lengths, size, extra=virtual))

@@ -33,20 +33,16 @@ class World:
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over processes of a number, in float64 where there are several."""
-        if self.size == 1:
-            return value
-        total = value.to(torch.float64, copy=True)
-        dist.all_reduce(total)
-        return total
+        if self.size > 1:
+            value = value.to(torch.float64, copy=True)
+            dist.all_reduce(value)
+        return value
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add up gradients in place; a parameter without one counts as zero."""
-        if self.size == 1:
-            return
-        for parameter in parameters:
+        for parameter in parameters if self.size > 1 else ():
             if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 dist.all_reduce(parameter.grad)
 
     def barrier(self) -> None:

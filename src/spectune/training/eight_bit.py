@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from spectune.compute.dynamic_codes import LEAST, codes_of, values_of
-from spectune.compute.step_groups import step_groups
 from spectune.training.config import TrainingConfig
 from spectune.training.optimizer import MasterAdamW
 
@@ -26,8 +25,6 @@ class EightBitAdamW(MasterAdamW):
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float) -> None:
         super().__init__(parameters, config, learning_rate)
-        # float32 weights in groups too: their moments are decoded for the step
-        self.groups = step_groups([parameter.numel() for parameter in self.parameters])
         #: number of a weight -> name of a moment -> codes and scales
         self.codes: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
 
@@ -38,7 +35,8 @@ class EightBitAdamW(MasterAdamW):
             self._decode(index)
         super()._step(members, gradients, max_norm, norm)
         for index in stepped:
-            self._encode(index)
+            if self.masters[index].numel() >= LEAST:
+                self._encode(index)
 
     def _decode(self, index: int) -> None:
         master = self.masters[index]
@@ -47,11 +45,7 @@ class EightBitAdamW(MasterAdamW):
             self.inner.state[master][name] = values if _MOMENTS[name] else values.square_()
 
     def _encode(self, index: int) -> None:
-        master = self.masters[index]
-        if master.numel() < LEAST:
-            return
-        state = self.inner.state[master]
-        self.codes[index] = {}
+        state, self.codes[index] = self.inner.state[self.masters[index]], {}
         for name, signed in _MOMENTS.items():
             values = state.pop(name)
             self.codes[index][name] = codes_of(values if signed else values.sqrt_(), signed=signed)

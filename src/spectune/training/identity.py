@@ -18,14 +18,8 @@ from spectune.training.config import TrainingConfig
 FILE = "identity.json"
 #: settings that may change between a checkpoint and its resumption
 FREE = {
-    "output_dir",
-    "resume",
-    "logging_steps",
-    "save_steps",
-    "report_to",
-    "memory_check",
-    "gradient_checkpointing",  # the numbers are the same, bit for bit where a step's are
-    "cuda_graphs",
+    *("output_dir", "resume", "logging_steps", "save_steps", "report_to", "memory_check"),
+    *("gradient_checkpointing", "cuda_graphs"),  # the numbers are the same, bit for bit where a step's are
 }
 
 
@@ -34,16 +28,9 @@ class OtherRunError(ConfigError):
 
 
 def identity_of(
-    config: TrainingConfig,
-    method: Method,
-    *,
-    learning_rate: float,
-    max_length: int,
-    encoded: tuple[Encoded, Encoded],
-    base: Mapping[str, Any],
-    dtype: str,
-    base_precision: str | None = None,
-) -> dict[str, Any]:
+    config: TrainingConfig, method: Method, *, learning_rate: float, max_length: int, encoded: tuple[Encoded, Encoded],
+    base: Mapping[str, Any], dtype: str, base_precision: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Settings, method, data and base of a run, as JSON would give it back.
 
     Args:
@@ -53,7 +40,7 @@ def identity_of(
         base_precision: what its frozen linears are stored in, where that is another thing.
     """
     train, valid = encoded
-    found = {
+    found: dict[str, Any] = {
         **config.model_dump(mode="json", exclude=FREE),
         "learning_rate": learning_rate,
         "max_length": max_length,
@@ -63,8 +50,7 @@ def identity_of(
         "base_precision": base_precision,
         "base": dict(base),
     }
-    loaded: dict[str, Any] = json.loads(json.dumps(found))
-    return loaded
+    return dict(json.loads(json.dumps(found)))
 
 
 def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -76,13 +62,12 @@ def read_identity(folder: Path) -> dict[str, Any]:
     """The identity of the run in a folder. Raises DataError where there is none."""
     path = folder / FILE
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read ({error}): without it nobody knows which settings, data and base the run there "
             "had. Start in a new folder."
         ) from error
-    return found
 
 
 def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], place: Path, what: str) -> None:

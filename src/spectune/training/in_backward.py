@@ -41,10 +41,7 @@ class InBackwardAdamW(MasterAdamW):
 
     def step(self, learning_rate: float, max_grad_norm: float, loss: Tensor | None = None) -> Tensor:
         """All is done: the norm of the gradients that were stepped. Weights whose gradient was not finite were not.
-
-        Raises:
-            ConfigError: gradients are to be clipped.
-        """
+        Raises ConfigError where gradients are to be clipped."""
         if max_grad_norm:
             raise ConfigError(f"optim=adamw_in_backward cannot clip gradients (max_grad_norm={max_grad_norm:g}): set 0")
         norms, self._norms = self._norms, []
@@ -57,17 +54,16 @@ class InBackwardAdamW(MasterAdamW):
         self._hooks.clear()
 
     def _stepping(self, index: int) -> object:
-        inner = self._inners[id(self.masters[index])]
         master = self.masters[index]
+        inner = self.inner_of(master)
 
         @torch.no_grad()
         def step(parameter: Tensor) -> None:
             gradient = parameter.grad
             assert gradient is not None
-            norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-            self._norms.append(norm)
+            self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
             # the fused kernel looks at this flag on the device, so that nothing waits for it
-            inner.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            inner.found_inf = (~self._norms[-1].isfinite()).float()  # type: ignore[attr-defined]
             if master is not parameter:
                 master.grad = gradient.float()
                 parameter.grad = None

@@ -52,21 +52,15 @@ class _Step:
 
 
 class Loop:
-    """Drives a run.
-
-    Args:
-        run: what is trained; its progress is where the loop goes on.
-        execution: how its steps are executed.
-    """
+    """Drives a run from where its progress is, with its steps executed as `execution` says."""
 
     def __init__(self, run: RunState, execution: Execution) -> None:
         self.run, self.execution = run, execution
         self.model, self.batches, self.world = run.delta.model, run.batches, run.batches.world
         self.max_in_flight = steps_ahead(self.model.device)
         model, optimizer = self.model, run.optimizer  # not the loop itself: no circle keeps the optimizer's memory
-        self.peaks = Peaks(
-            model.device, lambda: [*model.parameters(), *optimizer.tensors()], run.progress.peak_memory_bytes
-        )
+        found = run.progress.peak_memory_bytes
+        self.peaks = Peaks(model.device, lambda: [*model.parameters(), *optimizer.tensors()], found)
         self._first_step = run.progress.step
         self._in_flight: deque[_Step] = deque()
         #: carried to the next step in flight: 0 if the one before it was applied, NaN if it was skipped
@@ -103,7 +97,10 @@ class Loop:
                     if stop:
                         return True
                     if interrupts.requested:
-                        self._interrupt(interrupts.requested, display)
+                        self._settle(0, display)
+                        run.keeper.checkpoint()
+                        where = f"{interrupts.requested} after step {now.step} of {run.total_steps}"
+                        raise InterruptedRun(f"{where}. {run.keeper.resume_hint}")
                     if last:
                         break
         return False
@@ -118,8 +115,7 @@ class Loop:
             yield
 
     def step(self, window: list[list[int]]) -> float:
-        """One optimizer step over some batches, from its begin to its end. Returns the mean loss over their target
-        tokens."""
+        """One optimizer step over some batches, begun and finished. Returns the mean loss over their target tokens."""
         self.begin(window)
         return self.finish()
 
@@ -154,11 +150,8 @@ class Loop:
         self._in_flight.append(_Step(scalars, targets, tokens, rate, began, memory))
 
     def finish(self) -> float:
-        """Look at what the oldest step in flight gave. Returns its mean loss.
-
-        Raises:
-            DivergedError: its loss or gradient is not finite. It was not taken then, nor any after it.
-        """
+        """Look at what the oldest step in flight gave. Returns its mean loss. Raises DivergedError where loss or
+        gradient is not finite: it was not taken then, nor any after it."""
         run, now, step = self.run, self.run.progress, self._in_flight.popleft()
         total, norm = step.scalars.values()
         if not self._in_flight:
@@ -167,10 +160,9 @@ class Loop:
         # behind another step it began when that one ended
         seconds, self._last_end = ended - max(step.began, self._last_end), ended
         loss = total / step.targets
-        if not math.isfinite(loss):
-            raise run.diverged(f"the loss is {loss} in step {now.step + 1}")
-        if not math.isfinite(norm):
-            raise run.diverged(f"the gradient's norm is {norm} in step {now.step + 1}")
+        for what, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                raise run.diverged(f"the {what} is {value} in step {now.step + 1}")
 
         if not self._is_first(now.step):
             now.timed_tokens += step.tokens
@@ -204,7 +196,11 @@ class Loop:
         run = self.run
         self.peaks.pause()
         if not self._has_validated:
-            self._measure_validation()
+            # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
+            # run's own validation, which counting tensors would slow down
+            order = sorted(run.valid_examples, key=lambda example: -len(example.input_ids))
+            with self.peaks.of("valid"):
+                self.valid_loss(order[: run.config.per_device_eval_batch_size])
             self._has_validated = True
         valid_loss = self.valid_loss()
         self.peaks.resume()
@@ -220,26 +216,12 @@ class Loop:
         batch = self.run.config.per_device_eval_batch_size
         return row_losses(self.model, rows, self.batches.pad_token_id, batch).mean_per_token
 
-    def _measure_validation(self) -> None:
-        """The peak of memory of validation, which is that of its first batch: the longest rows. They are run once for
-        it, beside the run's own validation, which counting tensors would slow down."""
-        order = sorted(self.run.valid_examples, key=lambda example: -len(example.input_ids))
-        with self.peaks.of("valid"):
-            self.valid_loss(order[: self.run.config.per_device_eval_batch_size])
-
     def _settle(self, left: int, display: Display) -> None:
         """Finish steps until so many are left in flight."""
         now = self.run.progress
         while len(self._in_flight) > left:
             loss = self.finish()
             display.step(loss, now.timed_tokens / now.timed_seconds if now.timed_seconds else 0.0)
-
-    def _interrupt(self, signal: str, display: Display) -> None:
-        self._settle(0, display)
-        self.run.keeper.checkpoint()
-        raise InterruptedRun(
-            f"{signal} after step {self.run.progress.step} of {self.run.total_steps}. {self.run.keeper.resume_hint}"
-        )
 
     def _is_first(self, step: int) -> bool:
         return step < self._first_step + MEMORY_STEPS

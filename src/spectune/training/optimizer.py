@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spectune.compute.step_groups import step_groups
 from spectune.errors import DataError
+from spectune.planning.optimizer_memory import stepped_together
 from spectune.training.config import TrainingConfig
 
 
@@ -31,11 +31,8 @@ class MasterAdamW:
         self.masters: list[Tensor] = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True) for p in self.parameters
         ]
-        whole = [index for index, p in enumerate(self.parameters) if p.dtype == torch.float32]
-        lower = [index for index, p in enumerate(self.parameters) if p.dtype != torch.float32]
-        parts = step_groups([self.parameters[index].numel() for index in lower])
         #: weights that are stepped together, by number
-        self.groups = [*([whole] if whole else []), *([lower[index] for index in part] for part in parts)]
+        self.groups = stepped_together(self.parameters, config.optim)
         self.inner = self._adamw(self.masters, config, learning_rate)
 
     def _adamw(self, masters: Sequence[Tensor], config: TrainingConfig, learning_rate: float) -> torch.optim.AdamW:
@@ -43,13 +40,8 @@ class MasterAdamW:
             {"params": [m for m in masters if m.dim() > 1], "weight_decay": config.weight_decay},
             {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused=True,
-        )
+        groups, betas = [group for group in groups if group["params"]], (config.adam_beta1, config.adam_beta2)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
 
     def begin(self, learning_rate: float) -> None:
         """To be called before the backward pass of a step."""
@@ -86,12 +78,7 @@ class MasterAdamW:
         return found
 
     def _step(self, members: Sequence[int], gradients: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
-        """Cast, scale and step some of the weights.
-
-        Args:
-            gradients: of all weights; those of the members are taken out.
-            norm: of all gradients.
-        """
+        """Cast, scale and step some weights, whose gradients are taken out of those of all; `norm` is that of all."""
         stepped = [index for index in members if gradients[index] is not None]
         for index in stepped:
             gradient, gradients[index] = gradients[index], None

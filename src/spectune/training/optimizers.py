@@ -22,11 +22,8 @@ _CLASSES: dict[str, type[MasterAdamW]] = {
 def make_optimizer(
     parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float, processes: int = 1
 ) -> MasterAdamW:
-    """AdamW in the form that the config asks for.
-
-    Raises:
-        ConfigError: steps in backward with several processes, which sum their gradients after it.
-    """
+    """AdamW in the form that the config asks for. Raises ConfigError for steps in backward with several processes,
+    which sum their gradients after it."""
     if config.optim == "adamw_in_backward" and processes > 1:
         raise ConfigError(
             f"optim=adamw_in_backward steps before gradients are summed over processes, and there are {processes}: "

@@ -23,8 +23,7 @@ DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains on: training and validation rows as token ids, settings, and what follows from them, method and
-    base."""
+    """What a run trains on: token ids of training and validation rows, settings, and what follows from all of them."""
 
     config: TrainingConfig
     rows: list[Row]
@@ -44,14 +43,9 @@ class Prepared:
 
 
 def prepare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method: Method,
-    train_rows: Any,
-    valid_rows: Any,
-    config: TrainingConfig,
-    base: Mapping[str, Any],
-) -> Prepared:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, train_rows: Any, valid_rows: Any,
+    config: TrainingConfig, base: Mapping[str, Any],
+) -> Prepared:  # fmt: skip
     """Read and encode the rows for one method on one base.
 
     Args:
@@ -71,20 +65,13 @@ def prepare(
             rows, held_out = split_rows(rows, seed=config.seed)
         else:
             held_out = load_rows(valid_rows, skip_bad_rows=config.skip_bad_rows)
-        train, valid = (
-            encode(part, tokenizer, max_length=length, separator=config.separator) for part in (rows, held_out)
-        )
+        parts, separator = (rows, held_out), config.separator
+        train, valid = (encode(part, tokenizer, max_length=length, separator=separator) for part in parts)
     rate = config.learning_rate or method.default_learning_rate
     identity = identity_of(
-        config,
-        method,
-        learning_rate=rate,
-        max_length=length,
-        encoded=(train, valid),
-        base=base,
-        dtype=str(model.dtype).removeprefix("torch."),
-        base_precision=base_precision(model),
-    )
+        config, method, learning_rate=rate, max_length=length, encoded=(train, valid), base=base,
+        dtype=str(model.dtype).removeprefix("torch."), base_precision=base_precision(model),
+    )  # fmt: skip
     return Prepared(config, rows, (train, valid), rate, length, identity, pad_token_id(tokenizer))
 
 
@@ -102,17 +89,6 @@ def steps_of_run(examples: Sequence[Example], config: TrainingConfig) -> int | N
     return total_steps(len(examples), config) if examples or config.max_steps > 0 else None
 
 
-def room_for_rows(positions: int, method: Method) -> int:
-    """The tokens that a row may have beside the method's virtual tokens. Raises ConfigError where that is none."""
-    room = positions - method.virtual_tokens
-    if room < 2:
-        raise ConfigError(
-            f"{method.label} takes {method.virtual_tokens} virtual tokens, and this base has {positions} positions: "
-            f"none are left for rows. Take fewer, or leave {method.name} out."
-        )
-    return room
-
-
 def max_length(model: PreTrainedModel, method: Method, config: TrainingConfig) -> int:
     """`row_tokens` of a loaded model."""
     return row_tokens(context_of(model.config), method, config)
@@ -125,12 +101,19 @@ def row_tokens(positions: int | None, method: Method, config: TrainingConfig) ->
         positions: of the base; None where there is no limit.
 
     Raises:
-        ConfigError: more is configured than the base has room for.
+        ConfigError: more is configured than the base has room for, or it has none for rows.
     """
-    room = None if positions is None else room_for_rows(positions, method)
+    if positions is None:
+        return config.max_length or DEFAULT_LENGTH
+    room = positions - method.virtual_tokens
+    if room < 2:
+        raise ConfigError(
+            f"{method.label} takes {method.virtual_tokens} virtual tokens, and this base has {positions} positions: "
+            f"none are left for rows. Take fewer, or leave {method.name} out."
+        )
     if config.max_length is None:
-        return min(DEFAULT_LENGTH, room) if room is not None else DEFAULT_LENGTH
-    if room is not None and config.max_length > room:
+        return min(DEFAULT_LENGTH, room)
+    if config.max_length > room:
         raise ConfigError(
             f"max_length = {config.max_length}, but this base has {positions} positions"
             + (f", {method.virtual_tokens} of which {method.label} takes" if method.virtual_tokens else "")

@@ -31,11 +31,8 @@ END_FILE = "end.safetensors"
 
 
 def check_folder(folder: Path | None, resume: bool) -> RunResult | None:
-    """The result of a finished run that is asked to resume; None where there is something to do.
-
-    Raises:
-        ConfigError: nothing to resume in, or a folder that is not empty without `resume`.
-    """
+    """The result of a finished run that is asked to resume; None where there is something to do. Raises ConfigError
+    where there is nothing to resume in, or the folder is not empty without `resume`."""
     if folder is None:
         if resume:
             raise ConfigError("resume needs an output_dir: there is nothing to go on from")
@@ -66,42 +63,24 @@ def described(rows: Sequence[Row]) -> dict[str, str]:
     prompt ends in, "" where they share none.
     """
     shapes = Counter("messages" if row.messages else "text" if row.text is not None else "prompt" for row in rows)
-    return {
-        "row_shape": shapes.most_common(1)[0][0] if rows else "prompt",
-        "prompt_ends_with": _common_ending([row.prompt for row in rows if row.prompt is not None]),
-    }
-
-
-def _common_ending(prompts: Sequence[str]) -> str:
-    ending: str | None = None
-    for prompt in prompts:
-        own = prompt[len(prompt.rstrip()) :]
-        while ending and not own.endswith(ending):
-            ending = ending[1:]
-        ending = own if ending is None else ending
-    return ending or ""
+    prompts = [row.prompt for row in rows if row.prompt is not None]
+    ending = os.path.commonprefix([prompt[len(prompt.rstrip()) :][::-1] for prompt in prompts])[::-1]  # noqa: RUF071
+    return {"row_shape": shapes.most_common(1)[0][0] if rows else "prompt", "prompt_ends_with": ending}
 
 
 class RunFolder(Keeper):
     """What one run keeps; with `folder` None all of it in memory alone."""
 
     def __init__(
-        self,
-        folder: Path | None,
-        run: RunState,
-        best: dict[str, Tensor] | None,
-        prepared: Prepared,
+        self, folder: Path | None, run: RunState, best: dict[str, Tensor] | None, prepared: Prepared,
         tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.folder, self.run, self.tokenizer = folder, run, tokenizer
         #: the weights of the lowest validation loss so far; before the first validation those of the start
         self.best = best if best is not None else self._copy()
         self.identity = prepared.identity
-        self.training = {
-            "separator": run.config.separator,
-            "max_length": self.identity["max_length"],
-            **described(prepared.rows),
-        }
+        own = {"separator": run.config.separator, "max_length": self.identity["max_length"]}
+        self.training = {**own, **described(prepared.rows)}
         self._metrics: Any = None
         self._board: Any = None
         run.keeper = self
@@ -114,15 +93,33 @@ class RunFolder(Keeper):
         if self.folder is None:
             return
         if self.run.config.report_to == "tensorboard":
-            self._board = _tensorboard(self.folder)
+            try:
+                from torch.utils.tensorboard import SummaryWriter as Board
+            except ImportError as error:
+                needed = "report_to = tensorboard needs the package: pip install 'spectune[tensorboard]'"
+                raise ConfigError(needed) from error
+            board: Callable[..., Any] = Board
+            self._board = board(str(self.folder / "tensorboard"))
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.run.progress.step == 0:
             write_identity(self.folder, self.identity)
-            atomic_write_text(self.folder / "config.yaml", yaml.safe_dump(self._settings(origin), sort_keys=False))
+            settings = {
+                "model": str(self.run.delta.model.config._name_or_path),
+                **origin,
+                "method": self.run.delta.method.model_dump(mode="json"),
+                **self.run.config.model_dump(mode="json", exclude={"resume", "output_dir"}),
+                "learning_rate": self.identity["learning_rate"],
+                **self.training,
+            }
+            atomic_write_text(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         atomic_write_text(self.folder / "environment.json", strict_json(dict(machine)) + "\n")
         report = {part: found.report.to_dict() for part, found in zip(("train", "valid"), encoded, strict=True)}
         atomic_write_text(self.folder / "data_report.json", strict_json(report) + "\n")
-        self._open_metrics()
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():  # after a resumption, lines past the checkpoint are taken back
+            last, lines = self.run.progress.step, path.read_text(encoding="utf-8").splitlines()
+            atomic_write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= last))
+        self._metrics = path.open("a", encoding="utf-8")
 
     def go_back(self) -> None:
         """After a divergence: give the delta its best weights again, or its first ones, and keep those in `best/`."""
@@ -140,25 +137,16 @@ class RunFolder(Keeper):
 
     def stored_bytes(self) -> int | None:
         """Bytes of the delta's own files; None where nothing is written."""
-        if self.folder is None or not (self.folder / "best" / TRAINING_FILE).is_file():
+        file = None if self.folder is None else self.folder / "best" / TRAINING_FILE
+        if file is None or not file.is_file():
             return None
-        return int(json.loads((self.folder / "best" / TRAINING_FILE).read_text(encoding="utf-8"))["stored_bytes"])
+        return int(json.loads(file.read_text(encoding="utf-8"))["stored_bytes"])
 
     def close(self) -> None:
         for file in (self._metrics, self._board):
             if file is not None:
                 file.close()
         self.run.keeper = Keeper()  # no circle keeps the optimizer's memory
-
-    def _settings(self, origin: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "model": str(self.run.delta.model.config._name_or_path),
-            **origin,
-            "method": self.run.delta.method.model_dump(mode="json"),
-            **self.run.config.model_dump(mode="json", exclude={"resume", "output_dir"}),
-            "learning_rate": self.identity["learning_rate"],
-            **self.training,
-        }
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: t.detach().cpu().clone() for name, t in self.run.delta.training_state_dict().items()}
@@ -182,15 +170,6 @@ class RunFolder(Keeper):
                 if key not in ("step", "epoch"):
                     self._board.add_scalar(key, value, entry["step"])
 
-    def _open_metrics(self) -> None:
-        """Append to metrics.jsonl; after a resumption, lines past the checkpoint are taken back first."""
-        assert self.folder is not None
-        path = self.folder / "metrics.jsonl"
-        if path.is_file():
-            last, lines = self.run.progress.step, path.read_text(encoding="utf-8").splitlines()
-            atomic_write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= last))
-        self._metrics = path.open("a", encoding="utf-8")
-
     @property
     def resume_hint(self) -> str:
         if self.run.config.output_dir is None:
@@ -212,12 +191,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf  # a line cut short by a crash
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("report_to = tensorboard needs the package: pip install 'spectune[tensorboard]'") from error
-    writer: Callable[..., Any] = SummaryWriter
-    return writer(str(folder / "tensorboard"))

@@ -61,11 +61,8 @@ class RunState:
 
     @classmethod
     def of(cls, delta: Delta, prepared: Prepared, packing: Packing, world: World) -> RunState:
-        """A run at its start.
-
-        Raises:
-            ConfigError: nothing of the delta may be trained, or the optimizer cannot do what is configured.
-        """
+        """A run at its start. Raises ConfigError where nothing of the delta may be trained, or the optimizer cannot do
+        what is configured."""
         config, rate, trained = prepared.config, prepared.learning_rate, trained_parameters(delta)
         batches = Batches(prepared.examples, config, packing, world, prepared.pad_token_id)
         optimizer = make_optimizer(trained, config, rate, world.size)

@@ -18,12 +18,7 @@ from spectune.training.distribution import World
 
 
 class Batches:
-    """Rows of training, in batches.
-
-    Args:
-        packing: how rows become batches.
-        pad_token_id: what stands where a row has no token.
-    """
+    """Rows of training, in batches as `packing` says; `pad_token_id` stands where a row has no token."""
 
     def __init__(
         self, examples: Sequence[Example], config: TrainingConfig, packing: Packing, world: World, pad_token_id: int = 0
@@ -37,33 +32,22 @@ class Batches:
         """The batches of an epoch for all processes, numbers of rows, in groups of one optimizer step each."""
         config = self.config
         size = config.per_device_train_batch_size * self.world.size
-        steps = batches(
-            self.lengths,
-            size * config.gradient_accumulation_steps,
-            seed=config.seed,
-            epoch=epoch,
-            group_by_length=config.group_by_length,
-        )
+        drawn, grouped = size * config.gradient_accumulation_steps, config.group_by_length
+        steps = batches(self.lengths, drawn, seed=config.seed, epoch=epoch, group_by_length=grouped)
         return [by_length(rows, self.lengths, size) for rows in steps]
 
     def of_step(self, window: Sequence[Sequence[int]]) -> list[list[list[int]]]:
-        """The batches of one step, as this process runs them: packs of rows, a row a pack where packing is off.
-        Empty where a batch has nothing for this process.
-
-        Args:
-            window: the step's rows in batches for all processes.
-        """
+        """The batches of one step, as this process runs them: packs of rows, a row a pack where packing is off. Empty
+        where a batch has nothing for this process. `window`: the step's rows in batches for all processes."""
         if not self.packing.on:
             return [[[row] for row in self.world.share(batch)] for batch in window]
-        rows = [row for batch in window for row in batch]
-        found = pack_step(
-            rows,
-            self.lengths,
+        rows, size, how = (
+            [row for batch in window for row in batch],
             self.config.per_device_train_batch_size,
-            extra=self.packing.virtual,
-            whole=self.packing.kernel is not None,
-            processes=self.world.size,
+            self.packing,
         )
+        found = pack_step(rows, self.lengths, size, extra=how.virtual, whole=how.kernel is not None,
+                          processes=self.world.size)  # fmt: skip
         return [list(self.world.share(batch)) for batch in found]
 
     def collate(self, packs: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -91,8 +75,5 @@ class Batches:
     def placed(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """What the loss takes of a batch, on the model's device; inside, the model knows its documents."""
         with packed(model, batch.get("documents")) if self.packing.on else self._one_text_rows.passes():
-            yield {
-                name: tensor.to(model.device, non_blocking=True)
-                for name, tensor in batch.items()
-                if name != "documents"
-            }
+            given = {name: tensor for name, tensor in batch.items() if name != "documents"}
+            yield {name: tensor.to(model.device, non_blocking=True) for name, tensor in given.items()}

@@ -93,11 +93,7 @@ def train(
 
 
 def _attach(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    method_or_delta: Method | Delta,
-    name: str,
-    seed: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method_or_delta: Method | Delta, name: str, seed: int
 ) -> Delta:
     if not isinstance(method_or_delta, Delta):
         return attach(model, method_or_delta, name, tokenizer=tokenizer, seed=seed)
@@ -177,6 +173,7 @@ def _base_loss(loop: Loop) -> float:
 def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stopped: bool) -> RunResult:
     delta, progress, config = folder.run.delta, folder.run.progress, folder.run.config
     valid_loss = progress.best_loss if config.load_best_at_end else progress.valid_loss
+    tokens = progress.timed_tokens or progress.tokens
     return RunResult(
         method=delta.method.name,
         name=delta.name,
@@ -196,8 +193,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         last_valid_loss=progress.valid_loss,
         base_valid_loss=progress.base_valid_loss,
         valid_perplexity=None if valid_loss is None else perplexity(valid_loss),
-        train_tokens_per_second=(progress.timed_tokens or progress.tokens)
-        / (progress.timed_seconds or progress.seconds),
+        train_tokens_per_second=tokens / (progress.timed_seconds or progress.seconds),
         train_seconds=progress.seconds,
         peak_memory_bytes=progress.peak_memory_bytes,
         predicted_memory_bytes=predicted.memory,
@@ -211,22 +207,20 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
 def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execution) -> None:
     delta, config = run.delta, run.config
     trained, base = delta.num_trained_parameters(), delta.family.num_parameters
+    notice = delta.method.notice(delta.family)
+    # nothing is cut or dropped in silence; data_report.json has every row
+    summaries = [found.report.summary(part) for part, found in zip(("train", "valid"), prepared.encoded, strict=True)]
     lines = [
         f"{delta.method.label}: {trained:,} trainable of {base:,} weights ({100 * trained / base:.4g}%)",
         f"{run.total_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps} rows, "
         f"{len(prepared.examples):,} rows to train on, {len(prepared.valid):,} to validate, learning rate "
         f"{prepared.learning_rate:g}"
         + ("" if config.learning_rate else f" (default; {delta.method.default_learning_rate_source})"),
-    ]
-    if (notice := delta.method.notice(delta.family)) is not None:
-        lines.append(f"note: {notice}")
-    # nothing is cut or dropped in silence; data_report.json has every row
-    summaries = [found.report.summary(part) for part, found in zip(("train", "valid"), prepared.encoded, strict=True)]
-    told = [
+        None if notice is None else f"note: {notice}",
         execution.reason("packing"),
         *(f"{line} (see data_report.json)" for line in summaries if line),
         execution.reason("gradient_checkpointing"),
         _COMPILES if execution.compiled else None,
     ]
-    for line in [*lines, *(line for line in told if line is not None)]:
+    for line in (line for line in lines if line is not None):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
