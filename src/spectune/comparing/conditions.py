@@ -45,12 +45,7 @@ def key(*parts: Any) -> str:
 
 
 def run_key(
-    identity: Mapping[str, Any],
-    method: Mapping[str, Any],
-    rate: float,
-    steps: int,
-    seed: int,
-    rows: int | None = None,
+    identity: Mapping[str, Any], method: Mapping[str, Any], rate: float, steps: int, seed: int, rows: int | None = None
 ) -> str:
     """The key of a run; the same from a comparison's settings and from what `conditions.json` has of them.
 

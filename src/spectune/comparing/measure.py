@@ -74,10 +74,7 @@ def retained_passages(
 def forgetting(model: PreTrainedModel, passages: list[list[int]]) -> dict[str, Any]:
     """Fields of a `RunResult`: what the attached delta moved of its base, by passage, and the mean over tokens."""
     sums = passage_kls(model, passages)
-    return {
-        "forgetting_kl_nats_per_token": math.fsum(sums) / sum(map(len, passages)),
-        "forgetting_by_passage": sums,
-    }
+    return {"forgetting_kl_nats_per_token": math.fsum(sums) / sum(map(len, passages)), "forgetting_by_passage": sums}
 
 
 def measure(

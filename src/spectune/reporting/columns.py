@@ -47,9 +47,7 @@ FORGETTING = Column(
 )
 LEARNING_RATE = Column("Learning rate", lambda r: units.rate(r.learning_rate), lambda r: r.learning_rate)
 SEEDS = Column(
-    "Seeds",
-    lambda r: f"{r.seeds} of {r.seeds + r.seeds_failed}" if r.seeds_failed else str(r.seeds),
-    lambda r: r.seeds,
+    "Seeds", lambda r: f"{r.seeds} of {r.seeds + r.seeds_failed}" if r.seeds_failed else str(r.seeds), lambda r: r.seeds
 )
 MEMORY = Column("Memory", lambda r: units.size(r.train_memory_bytes), lambda r: r.train_memory_bytes, optional=True)
 PREDICTED = Column("Predicted", lambda r: _predicted(r), lambda r: r.predicted_memory_bytes, optional=True)

@@ -84,11 +84,7 @@ def _against_full(judged: Judgement, names_of: Naming, names: Sequence[str], ful
 
 
 def _best_first(
-    names_of: Naming,
-    names: Sequence[str],
-    best: Sequence[str],
-    means: Mapping[str, float],
-    what: str | None,
+    names_of: Naming, names: Sequence[str], best: Sequence[str], means: Mapping[str, float], what: str | None
 ) -> str:
     rest = [name for name in names if name not in best]
     are = "is" if len(rest) == 1 else "are"

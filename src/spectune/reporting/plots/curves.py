@@ -11,16 +11,7 @@ from matplotlib.axes import Axes
 from spectune.reporting import units
 from spectune.reporting.artifacts import Curve, curve
 from spectune.reporting.plots.labels import label_ends
-from spectune.reporting.plots.style import (
-    Look,
-    Plot,
-    log_axis,
-    looks,
-    loss_axis,
-    new_axes,
-    new_figure,
-    shortened,
-)
+from spectune.reporting.plots.style import Look, Plot, log_axis, looks, loss_axis, new_axes, new_figure, shortened
 from spectune.results.comparison_file import ComparisonResult
 
 #: validations that make a curve; a run with fewer is drawn by its training loss

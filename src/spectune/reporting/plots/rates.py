@@ -8,18 +8,7 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 
 from spectune.reporting import units
-from spectune.reporting.plots.style import (
-    INK,
-    PAPER,
-    Look,
-    Plot,
-    log_axis,
-    looks,
-    loss_axis,
-    new_axes,
-    new_figure,
-    pad,
-)
+from spectune.reporting.plots.style import INK, PAPER, Look, Plot, log_axis, looks, loss_axis, new_axes, new_figure, pad
 from spectune.results.arm_result import is_finite
 from spectune.results.comparison_file import ComparisonResult, Search, Trial
 from spectune.results.phrases import listed
