@@ -28,4 +28,4 @@ def comparison_plots(comparison: ComparisonResult, folder: Path) -> list[Plot]:
     return [plot for plot in made if plot is not None]
 
 
-__all__ = ["Plot", "comparison_figure", "comparison_plots"]
+__all__ = ["Plot", "comparison_figure", "comparison_plots", "figure_style"]
