@@ -34,15 +34,18 @@ def guide(answers: Answers | None = None) -> dict[str, Any]:
         }
         for method in methods
     ]
-    excluded = [name for rule in rules if rule["decides"] for name in rule["away"]]
-    shortlist = _shortlist(table, excluded)
+    excluded = list(dict.fromkeys(name for rule in rules if rule["decides"] for name in rule["away"]))
+    left = [row for row in table if row["name"] not in excluded]
+    # more rules for than against it; all that are left where the rules cancel out
+    favoured = [row for row in left if len(row["for"]) > len(row["against"])]
+    shortlist = [row["name"] for row in favoured or left]
     command, then = _commands(answers, shortlist, methods)
     return {
         "answers": answers.model_dump(exclude_defaults=True),
         "rules": rules,
         "others": others,
         "methods": table,
-        "excluded": list(dict.fromkeys(excluded)),
+        "excluded": excluded,
         "shortlist": shortlist,
         "command": command,
         "then": then,
@@ -65,22 +68,9 @@ def _traits(methods: Sequence[Method]) -> list[Traits]:
 
 
 def _as_dict(rule: Rule, methods: Sequence[Traits]) -> dict[str, Any]:
-    return {
-        "name": rule.name,
-        "condition": rule.condition,
-        "why": rule.why,
-        "source": rule.source,
-        "toward": [method.name for method in methods if rule.toward(method)],
-        "away": [method.name for method in methods if rule.away(method)],
-        "decides": rule.decides,
-    }
-
-
-def _shortlist(table: Sequence[dict[str, Any]], excluded: Sequence[str]) -> list[str]:
-    """The methods with more rules for than against them; all that are left where the rules cancel out."""
-    left = [row for row in table if row["name"] not in excluded]
-    favoured = [row for row in left if len(row["for"]) > len(row["against"])]
-    return [row["name"] for row in favoured or left]
+    toward, away = ([m.name for m in methods if leads(m)] for leads in (rule.toward, rule.away))
+    words = {"name": rule.name, "condition": rule.condition, "why": rule.why, "source": rule.source}
+    return {**words, "toward": toward, "away": away, "decides": rule.decides}
 
 
 def _commands(answers: Answers, shortlist: Sequence[str], methods: Sequence[Method]) -> tuple[str, str]:

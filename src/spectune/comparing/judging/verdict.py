@@ -34,10 +34,7 @@ def verdict(comparison: ComparisonResult, folder: str | Path) -> Verdict:
         judged = _judge(findings.loss, "judged_loss", names, what="of its loss")
     judged.sentences += findings.problems + failure_sentences(comparison)
     ways, forgetting = comparison.data.higher_is_better, findings.forgetting
-    metrics = {
-        name: _judge(rows, name, names, higher_is_better=ways.get(name, True))
-        for name, rows in findings.metrics.items()
-    }
+    metrics = {n: _judge(e, n, names, higher_is_better=ways.get(n, True)) for n, e in findings.metrics.items()}
     return Verdict(
         **judged.to_dict(),
         base=findings.base_loss,
