@@ -3,12 +3,10 @@ taken from its folder where an earlier call has finished it."""
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from spectune.comparing.conditions import curve_place
@@ -46,10 +44,9 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
         loss, targets = result.valid_loss, result.target_tokens
     except DivergedError as error:
         reason = str(error).split(". ", 1)[0]
-    found = Trial(
-        learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False
-    )
-    _save(path, found)
+    seen: dict[str, Any] = {"target_tokens": targets, "valid_loss": loss, "reason": reason}
+    found = Trial(learning_rate=rate, steps=steps, extension=False, **seen)
+    atomic_write_text(path, strict_json(found.to_dict()) + "\n")
     return found, time.perf_counter() - begin
 
 
@@ -70,7 +67,7 @@ def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) 
     config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
     result = _run(job, arm, config, subset(job.inputs.train, rows, job.config.seed), job.inputs.valid)
     point = curve_point(result, arm.name, rows)
-    _save(path, point)
+    atomic_write_text(path, strict_json(point.to_dict()) + "\n")
     return point, time.perf_counter() - begin
 
 
@@ -85,14 +82,10 @@ def _run(job: Job, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encod
         return job.run(delta, config, rows, valid, QUIET)
 
 
-def _save(path: Path, record: Record) -> None:
-    atomic_write_text(path, strict_json(record.to_dict()) + "\n")
-
-
 def _saved(path: Path, kind: type[R]) -> R | None:
     """The small result that an earlier call left; None where there is none, or a damaged one: it is made anew."""
     try:
-        found = kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError):
+        found = kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     return found if found.model_fields_set >= set(kind.model_fields) else None

@@ -21,10 +21,11 @@ def guide(answers: Answers | None = None) -> dict[str, Any]:
     """
     answers = answers or Answers()
     methods = [method_from_name(name) for name in BY_NAME]
-    traits = _traits(methods)
+    smallest: Any = reference_shares(methods)[0]["shares"]  # of GPT-2 124M
+    traits = [Traits(method, float(smallest[method.name]["share"] or 0)) for method in methods]
     rules = [_as_dict(rule, traits) for rule in RULES if rule.applies(answers)]
     others = [_as_dict(rule, traits) for rule in RULES if not rule.applies(answers)]
-    table = [
+    table: list[dict[str, Any]] = [
         {
             "name": method.name,
             "label": method.label,
@@ -52,23 +53,8 @@ def guide(answers: Answers | None = None) -> dict[str, Any]:
     }
 
 
-def _traits(methods: Sequence[Method]) -> list[Traits]:
-    smallest: Any = reference_shares(methods)[0]["shares"]  # of GPT-2 124M
-    return [
-        Traits(
-            name=method.name,
-            frozen=not method.trains_base,
-            virtual=method.virtual_tokens > 0,
-            merges=method.can_merge,
-            starts_at_identity=method.starts_at_identity,
-            share=float(smallest[method.name]["share"] or 0),
-        )
-        for method in methods
-    ]
-
-
 def _as_dict(rule: Rule, methods: Sequence[Traits]) -> dict[str, Any]:
-    toward, away = ([m.name for m in methods if leads(m)] for leads in (rule.toward, rule.away))
+    toward, away = ([m.method.name for m in methods if leads(m)] for leads in (rule.toward, rule.away))
     words = {"name": rule.name, "condition": rule.condition, "why": rule.why, "source": rule.source}
     return {**words, "toward": toward, "away": away, "decides": rule.decides}
 

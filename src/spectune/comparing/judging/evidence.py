@@ -182,7 +182,7 @@ def _forgetting(
     arms = defaultdict[str, list[Array]](list)
     for ((arm, _), title), values in lists.items():
         if len(values) == size:
-            arms[arm].append(np.column_stack([values, tokens]).astype(np.float64))
+            arms[arm].append(np.column_stack([np.array(values, dtype=np.float64), tokens]))
         else:
             problems.append(f"{title} is left out of forgetting: {len(values)} passages, the others have {size}.")
     return Evidence({arm: np.stack(seeds) for arm, seeds in arms.items()}, ratio, size, size)

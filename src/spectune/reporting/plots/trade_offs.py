@@ -37,26 +37,22 @@ def quality_plots(comparison: ComparisonResult) -> list[Plot]:
     device = comparison.base.device
     costs = (
         Cost(
-            "quality-and-share",
-            "Quality against trainable share",
+            "share",
+            "trainable share",
             "trainable weights, % of the base (log)",
             lambda row: None if row.trainable_share is None else 100 * row.trainable_share,
             lambda value: units.percent(value / 100),
             log=True,
         ),
         Cost(
-            "quality-and-memory",
-            "Quality against memory in training",
+            "memory",
+            "memory in training",
             f"peak memory of tensors in training, MB ({device})",
             lambda row: None if row.train_memory_bytes is None else row.train_memory_bytes / 1e6,
             lambda value: units.size(1e6 * value),
         ),
         Cost(
-            "quality-and-time",
-            "Quality against training time",
-            f"training time of one run, s ({device})",
-            lambda row: row.train_seconds,
-            units.seconds,
+            "time", "training time", f"training time of one run, s ({device})", lambda r: r.train_seconds, units.seconds
         ),
     )
     rows = [(row, row.loss) for row in arm_results(comparison) if is_finite(row.loss)]
@@ -85,7 +81,7 @@ def _against(cost: Cost, placed: Sequence[Placed], comparison: ComparisonResult)
     for row, x, y in placed:
         on_front = "yes" if (row, x, y) in front else "no"
         body.append([look[row.name].label, cost.text(x), _loss_text(row), on_front])
-    return Plot(cost.name, cost.title, what, figure, header, body)
+    return Plot(f"quality-and-{cost.name}", f"Quality against {cost.title}", what, figure, header, body)
 
 
 def _loss_text(row: ArmResult) -> str:
