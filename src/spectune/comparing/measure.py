@@ -31,13 +31,9 @@ WARM_UPS, ROUNDS = 1, 5
 
 
 def retained_passages(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    retain: str | Path | None,
-    seed: int,
-    *,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, retain: str | Path | None, seed: int, *,
     virtual_tokens: int = 0,
-) -> list[list[int]]:
+) -> list[list[int]]:  # fmt: skip
     """Token ids of the text on which forgetting is measured.
 
     The user's own file (blank lines part its passages), the ones that ship with spectune-tiny, or 64 passages of 128
@@ -77,13 +73,9 @@ def forgetting(model: PreTrainedModel, passages: list[list[int]]) -> dict[str, A
 
 
 def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    delta: Delta,
-    folder: Path,
-    passages: list[list[int]],
-    batches: Sequence[int] = (1, 16),
-) -> dict[str, Any]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, delta: Delta, folder: Path,
+    passages: list[list[int]], batches: Sequence[int] = (1, 16),
+) -> dict[str, Any]:  # fmt: skip
     """Fields of a `RunResult` for a trained delta that is attached and lies in `folder`. Detaches it.
 
     `forgetting_by_passage` and their mean over tokens; `swap_seconds`; speeds, of batch 1 as fields of their own and of

@@ -18,13 +18,9 @@ def candidates(low: float, high: float, count: int) -> list[float]:
 
 
 def successive_halving(
-    bounds: tuple[float, float],
-    rungs: Sequence[tuple[int, int]],
-    trial: Callable[[float, int], Trial],
-    *,
-    source: str,
-    extensions: int = 0,
-) -> Search:
+    bounds: tuple[float, float], rungs: Sequence[tuple[int, int]], trial: Callable[[float, int], Trial], *,
+    source: str, extensions: int = 0,
+) -> Search:  # fmt: skip
     """Run trials and return the best rate.
 
     Args:

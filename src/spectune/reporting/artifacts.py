@@ -26,10 +26,6 @@ def judged_rows(folder: Path, run: ComparedRun) -> dict[int, Mapping[str, Any]]:
     return {} if not run.rows_file else rows_of(folder, run.rows_file)
 
 
-def base_rows(folder: Path) -> dict[int, Mapping[str, Any]]:
-    return rows_of(folder, "base/rows.jsonl")
-
-
 def rows_of(folder: Path, path: str) -> dict[int, Mapping[str, Any]]:
     inside = _inside(folder, path)
     return {line["row"]: line for line in _lines(inside) if isinstance(line.get("row"), int)} if inside else {}

@@ -84,24 +84,26 @@ def _decided(allowed: Sequence[Candidate], arms: Sequence[Candidate], quality: Q
     many = len(allowed) > 1
     reasons = [_quality_reason(best, pick, top, allowed, quality) if many else _reason(only, arms)]
     other, _ = _cheapest(undominated(allowed, quality.is_clearly_better), limits)
+
+    def undecided(other: Candidate, text: str, why: str) -> _Decision:
+        abstains = f"The evidence does not decide between {pick.label} and {other.label}: {text}"
+        proof = _reason(f"{why}: {pick.label}, {other.label}", [pick, other])
+        return _Decision(None, sentence(abstains), [*reasons, proof])
+
     if other.name != pick.name:
         gap = share(abs(quality.relative.get((pick.name, other.name), 0.0)))
-        abstains = sentence(
-            f"The evidence does not decide between {pick.label} and {other.label}: {other.label} is cheaper and {gap} "
-            f"worse, with one seed each, and another seed alone can move a difference by {share(SEED_NOISE)}. Run the "
-            "comparison with more seeds (--seeds 3)"
+        text = (
+            f"{other.label} is cheaper and {gap} worse, with one seed each, and another seed alone can move a "
+            f"difference by {share(SEED_NOISE)}. Run the comparison with more seeds (--seeds 3)"
         )
-        open_runs = f"the runs that leave it open have one seed each: {pick.label}, {other.label}"
-        return _Decision(None, abstains, [*reasons, _reason(open_runs, [pick, other])])
+        return undecided(other, text, "the runs that leave it open have one seed each")
     left_open = quality.open.get((top.name, pick.name), 0.0)
     if pick.name != top.name and left_open > MATERIAL:
-        abstains = sentence(
-            f"The evidence does not decide between {pick.label} and {top.label}: no difference was found, but "
-            f"{pick.label}, the cheaper, may be up to {share(left_open)} worse. More rows to judge on, or more seeds, "
-            "would tell"
+        text = (
+            f"no difference was found, but {pick.label}, the cheaper, may be up to {share(left_open)} worse. More "
+            "rows to judge on, or more seeds, would tell"
         )
-        too_wide = f"the interval between them is too wide: {pick.label}, {top.label}"
-        return _Decision(None, abstains, [*reasons, _reason(too_wide, [pick, top])])
+        return undecided(top, text, "the interval between them is too wide")
     if len(best) > 1:
         reasons.append(_reason(why, best))
     reasons += _bill(pick, limits)

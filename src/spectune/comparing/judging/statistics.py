@@ -108,14 +108,9 @@ def holm(p: Array) -> Array:
 
 
 def estimate(
-    sums: Mapping[str, Array],
-    score: Score = ratio,
-    *,
-    relative_noise: bool = False,
-    confidence: float = CONFIDENCE,
-    replicates: int = REPLICATES,
-    seed: int = 0,
-) -> tuple[list[ArmEstimate], list[PairEstimate]]:
+    sums: Mapping[str, Array], score: Score = ratio, *, relative_noise: bool = False,
+    confidence: float = CONFIDENCE, replicates: int = REPLICATES, seed: int = 0,
+) -> tuple[list[ArmEstimate], list[PairEstimate]]:  # fmt: skip
     """Intervals for every arm and every pair of arms. The same input and seed give the same result.
 
     Args:

@@ -103,10 +103,8 @@ def _without_rows(runs: Sequence[ComparedRun], names_of: Naming) -> Judgement:
     elif any(run.rows_file for run in runs):
         why = "No verdict: what the runs saved of each row cannot be used, so noise cannot be told from differences."
     else:
-        why = (
-            "No verdict: these runs were saved without a loss for each row, so noise cannot be told from differences. "
-            "A new comparison saves them."
-        )
+        why = "No verdict: these runs were saved without a loss for each row, so noise cannot be told from "
+        why += "differences. A new comparison saves them."
     arms = []
     for arm, found in sorted(losses.items(), key=lambda entry: statistics.fmean(entry[1])):
         numbers: dict[str, Any] = {"seeds": len(found), "mean": statistics.fmean(found), "low": None, "high": None}

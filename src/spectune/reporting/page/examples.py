@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from spectune.reporting import units
-from spectune.reporting.artifacts import base_rows, judged_rows
+from spectune.reporting.artifacts import judged_rows, rows_of
 from spectune.reporting.columns import metric_text, metric_title
 from spectune.reporting.text import clipped
 from spectune.results.comparison_file import ComparisonResult
@@ -52,7 +52,7 @@ def examples(comparison: ComparisonResult, folder: Path) -> Examples | None:
     common = set.intersection(*(written[label] for label in tables)) if tables else set[int]()
     if not common:
         return None
-    bare = base_rows(folder)
+    bare = rows_of(folder, "base/rows.jsonl")
     by_loss = common <= bare.keys()
     order = sorted(common, key=lambda n: (_loss(bare[n]) or 0.0, n)) if by_loss else sorted(common)
     count = min(COUNT, len(order))

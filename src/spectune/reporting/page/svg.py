@@ -9,13 +9,8 @@ from markupsafe import Markup, escape
 from spectune.reporting.plots.style import COLOURS, GRID, INK, MUTED, PAPER, Plot
 
 #: colours of the figures and the variables of style.css that take their place
-VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--grid",
-    PAPER: "--paper",
-    **{colour: f"--series-{number}" for number, colour in enumerate(COLOURS)},
-}
+VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
+VARIABLES |= {colour: f"--series-{number}" for number, colour in enumerate(COLOURS)}
 
 
 def inline(svg: str, plot: Plot) -> Markup:

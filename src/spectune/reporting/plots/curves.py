@@ -25,13 +25,7 @@ Line = list[tuple[float, float]]
 def learning_plot(comparison: ComparisonResult, folder: Path) -> Plot | None:
     """Validation loss by step, the mean over seeds with each seed as a thin line; the training loss where there are
     hardly any validations."""
-    curves = {
-        name: found
-        for name, runs in comparison.runs_by_arm.items()
-        if (found := [c for run in runs if (c := curve(folder, run)) is not None])
-    }
-    if not curves:
-        return None
+    curves = {n: [c for run in runs if (c := curve(folder, run))] for n, runs in comparison.runs_by_arm.items()}
     validated = all(len(c.valid) >= ENOUGH for found in curves.values() for c in found)
     lines = {name: [line for c in found if (line := _line(c, validated))] for name, found in curves.items()}
     lines = {name: found for name, found in lines.items() if found}
@@ -63,8 +57,8 @@ def learning_plot(comparison: ComparisonResult, folder: Path) -> Plot | None:
     steps = sorted({step for found in lines.values() for step, _ in mean_line(found)})
     shown = steps[:: max(1, len(steps) // 8)]
     header = ["Method", *(f"step {step:,.0f}" for step in shown)]
-    means = {look[name].label: dict(mean_line(found)) for name, found in lines.items()}
-    body = [[label, *(units.number(mean.get(step)) for step in shown)] for label, mean in means.items()]
+    means = [(look[name].label, dict(mean_line(found))) for name, found in lines.items()]
+    body = [[label, *(units.number(mean.get(step)) for step in shown)] for label, mean in means]
     return Plot("learning-curves", "Learning curves", what, figure, header, body)
 
 
@@ -74,10 +68,7 @@ def data_plot(comparison: ComparisonResult) -> Plot | None:
     for point in comparison.curves:
         if point.valid_loss is not None and point.rows:
             values.setdefault(point.name, {}).setdefault(point.rows, []).append(point.valid_loss)
-    lines = {
-        name: [(rows, sum(found) / len(found)) for rows, found in sorted(by_rows.items())]
-        for name, by_rows in values.items()
-    }
+    lines = {name: [(rows, sum(v) / len(v)) for rows, v in sorted(found.items())] for name, found in values.items()}
     counts = sorted({rows for line in lines.values() for rows, _ in line})
     if len(counts) < 2:
         return None

@@ -34,7 +34,7 @@ class Cost:
 
 
 def quality_plots(comparison: ComparisonResult) -> list[Plot]:
-    device = comparison.base.device
+    where = f"({comparison.base.device})"
     costs = (
         Cost(
             "share",
@@ -47,13 +47,11 @@ def quality_plots(comparison: ComparisonResult) -> list[Plot]:
         Cost(
             "memory",
             "memory in training",
-            f"peak memory of tensors in training, MB ({device})",
+            f"peak memory of tensors in training, MB {where}",
             lambda row: None if row.train_memory_bytes is None else row.train_memory_bytes / 1e6,
             lambda value: units.size(1e6 * value),
         ),
-        Cost(
-            "time", "training time", f"training time of one run, s ({device})", lambda r: r.train_seconds, units.seconds
-        ),
+        Cost("time", "training time", f"training time of one run, s {where}", lambda r: r.train_seconds, units.seconds),
     )
     rows = [(row, row.loss) for row in arm_results(comparison) if is_finite(row.loss)]
     placed = [[(row, x, loss) for row, loss in rows if (x := cost.value(row)) is not None and x > 0] for cost in costs]
