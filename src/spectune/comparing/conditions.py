@@ -12,8 +12,6 @@ from pydantic import Field, ValidationError
 
 from spectune.errors import DataError
 from spectune.families import differences
-from spectune.files.atomic import atomic_write_text
-from spectune.files.strict_json import strict_json
 from spectune.results import Limits
 from spectune.results.comparison_file import Conditions
 from spectune.training.identity import OtherRunError
@@ -64,10 +62,6 @@ def final_place(arm: str, seed: int, key: str) -> Path:
 def curve_place(arm: str, rows: int, seed: int, key: str) -> Path:
     """The folder of a run on fewer rows, within its comparison's."""
     return Path("curve") / arm / f"{rows}-seed-{seed}-{key}"
-
-
-def write(folder: Path, conditions: RecordedConditions) -> None:
-    atomic_write_text(folder / FILE, strict_json(conditions.to_dict()) + "\n")
 
 
 def read(folder: Path) -> RecordedConditions:

@@ -118,7 +118,7 @@ def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
             base.valid_loss = losses.mean_per_token
         if base.judged_loss is None or not base_rows(job).is_file():
             base.judged_loss, base.metrics = judge_base(job)
-        conditions.write(folder, job.conditions)
+        job.conditions.write(folder / conditions.FILE)
         Runner(job).run()
     except InterruptedRun as stop:  # what it says is of one run
         raise InterruptedRun(
@@ -142,7 +142,7 @@ def _checked(
             # what was measured of rows is judged anew, from the weights that are kept
             for path in (folder / "base" / "rows.jsonl", *folder.glob("runs/*/*/rows.jsonl")):
                 path.unlink(missing_ok=True)
-    conditions.write(folder, found)
+    found.write(folder / conditions.FILE)
     return found
 
 

@@ -13,8 +13,6 @@ from spectune.comparing.job import FAILED, Arm, FailureNote, Job
 from spectune.comparing.search import successive_halving
 from spectune.comparing.short_runs import on_fewer, step_seconds, trial
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError
-from spectune.files.atomic import atomic_write_text
-from spectune.files.strict_json import strict_json
 from spectune.results.comparison_file import Trial
 
 log = logging.getLogger("spectune")
@@ -118,7 +116,7 @@ class Runner:
             raise
         except SpectuneError as error:
             raise self._given_up(folder, arm, None, None, str(error)) from None
-        atomic_write_text(folder / "search.json", strict_json(found.to_dict()) + "\n")
+        found.write(folder / "search.json")
         if found.best is None:
             reason = f"no learning rate: {found.sentence}. Try --set learning_rate=... below {min(bounds):g}"
             raise self._given_up(folder, arm, None, None, reason)
@@ -171,7 +169,7 @@ class Runner:
             name=arm.name, method=arm.method.name, label=arm.method.label, seed=seed, learning_rate=rate,
             reason=reason, given_up=given_up,
         )  # fmt: skip
-        atomic_write_text(folder / FAILED, strict_json(note.to_dict()) + "\n")
+        note.write(folder / FAILED)
         if self.job.console is None:  # who gave a console tells of failures in their own words
             log.warning("%s failed: %s", arm.name, reason)
 

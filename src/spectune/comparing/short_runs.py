@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -14,8 +14,6 @@ from spectune.comparing.job import Arm, Job, subset
 from spectune.comparing.schedule import SEARCH_ROWS
 from spectune.data import Encoded
 from spectune.errors import DivergedError
-from spectune.files.atomic import atomic_write_text
-from spectune.files.strict_json import strict_json
 from spectune.results import RunResult
 from spectune.results.comparison_file import CurvePoint, Trial
 from spectune.results.record import Record
@@ -44,10 +42,11 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
         loss, targets = result.valid_loss, result.target_tokens
     except DivergedError as error:
         reason = str(error).split(". ", 1)[0]
-    seen: dict[str, Any] = {"target_tokens": targets, "valid_loss": loss, "reason": reason}
-    found = Trial(learning_rate=rate, steps=steps, extension=False, **seen)
-    atomic_write_text(path, strict_json(found.to_dict()) + "\n")
-    return found, time.perf_counter() - begin
+    made = Trial(
+        learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False
+    )
+    made.write(path)
+    return made, time.perf_counter() - begin
 
 
 def step_seconds(job: Job, arm: Arm, steps: int = 2) -> float:
@@ -67,7 +66,7 @@ def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) 
     config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
     result = _run(job, arm, config, subset(job.inputs.train, rows, job.config.seed), job.inputs.valid)
     point = curve_point(result, arm.name, rows)
-    atomic_write_text(path, strict_json(point.to_dict()) + "\n")
+    point.write(path)
     return point, time.perf_counter() - begin
 
 
