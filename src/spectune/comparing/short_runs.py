@@ -42,11 +42,9 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
         loss, targets = result.valid_loss, result.target_tokens
     except DivergedError as error:
         reason = str(error).split(". ", 1)[0]
-    made = Trial(
-        learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False
-    )
-    made.write(path)
-    return made, time.perf_counter() - begin
+    run = Trial(learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False)
+    run.write(path)
+    return run, time.perf_counter() - begin
 
 
 def step_seconds(job: Job, arm: Arm, steps: int = 2) -> float:
