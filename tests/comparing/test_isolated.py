@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spectune import embedded
-from spectune.comparing.isolated import STEPS, _job, _measure, train_memory_in_own_process
+from spectune.comparing.isolated import STEPS, _measure, memory_job, train_memory_in_own_process
 from spectune.data import Row, load_rows
 from spectune.errors import ConfigError, DataError, OutOfMemoryError, SpectuneError
 from spectune.methods import FullFineTuning, LoRA, PrefixTuning
@@ -27,21 +27,22 @@ def weights() -> int:
 
 def test_full_fine_tuning_holds_weights_gradients_and_moments_at_its_longest_batch(weights: int) -> None:
     rows = load_rows(embedded.TRAIN)
-    peaks = train_memory_in_own_process("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, rows)
+    peaks = train_memory_in_own_process(memory_job("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, rows))
     assert 4 * weights < peaks["train_allocated"] < 6 * weights
     assert 3 * weights < peaks["valid_allocated"] < peaks["train_allocated"]
     assert any(key.startswith("train_resident") for key in peaks)
     # only tensors are counted, so another process gives the same number; a path gives what rows give
-    here = _measure(_job("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, embedded.TRAIN))
+    here = _measure(memory_job("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, embedded.TRAIN))
     assert here["train_allocated"] == peaks["train_allocated"]
-    lora = _measure(_job("spectune-tiny", "cpu", "float32", LoRA(), SMALL, embedded.TRAIN))
+    lora = _measure(memory_job("spectune-tiny", "cpu", "float32", LoRA(), SMALL, embedded.TRAIN))
     assert lora["train_allocated"] < peaks["train_allocated"] - weights
 
 
 def test_the_childs_error_is_the_parents() -> None:
     method = LoRA(target_modules=["nothing"])
+    job = memory_job("spectune-tiny", "cpu", "float32", method, SMALL, load_rows(embedded.VALID)[:4])
     with pytest.raises(ConfigError, match=r"memory of LoRA in a process of its own: .*nothing"):
-        train_memory_in_own_process("spectune-tiny", "cpu", "float32", method, SMALL, load_rows(embedded.VALID)[:4])
+        train_memory_in_own_process(job)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_every_end_of_the_child_is_told(
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, code, stdout, stderr))
     with pytest.raises(kind, match=expected) as caught:
-        train_memory_in_own_process("spectune-tiny", "cpu", "float32", LoRA(), SMALL, embedded.TRAIN)
+        train_memory_in_own_process(memory_job("spectune-tiny", "cpu", "float32", LoRA(), SMALL, embedded.TRAIN))
     assert type(caught.value) is kind
 
 
@@ -76,7 +77,7 @@ def test_every_step_is_on_the_longest_rows(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(CAUSAL_LM, "loss_sum", seen)
     rows = [Row(f"r:{n}", prompt="a " * n, completion="b") for n in range(9)]
     padded = SMALL.model_copy(update={"packing": False})
-    peaks = _measure(_job("spectune-tiny", "cpu", "float32", PrefixTuning(num_virtual_tokens=2), padded, rows))
+    peaks = _measure(memory_job("spectune-tiny", "cpu", "float32", PrefixTuning(num_virtual_tokens=2), padded, rows))
     assert len(shapes) == STEPS
     assert len(set(shapes)) == 1
     assert shapes[0][0] == 4

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spectune.comparing.budget import Budget, duration
-from spectune.comparing.presets import DEFAULT, PRESETS, QUICK
-from spectune.comparing.schedule import Schedule, planned_rows
+from spectune.comparing.schedule import DEFAULT, PRESETS, QUICK, Schedule, planned_rows
 from spectune.errors import ConfigError
 from spectune.training import TrainingConfig
 

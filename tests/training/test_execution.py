@@ -21,7 +21,7 @@ from spectune.blocks.cuda_graphs import WARM_UPS
 from spectune.blocks.execution import Execution, Packing
 from spectune.cli.app import build_app
 from spectune.comparing import isolated, job
-from spectune.comparing.isolated import _job, _measure
+from spectune.comparing.isolated import _measure, memory_job
 from spectune.comparing.job import Arm, Job
 from spectune.compute.cudnn import cudnn_allowed
 from spectune.data import encode, load_rows
@@ -120,7 +120,7 @@ class Routes:
             return loop(run, execution)
 
         self.patch.setattr(isolated, "Loop", noting)
-        _measure(_job(str(self.files["base"]), "cpu", "float32", self.method, self.config, self.files["train"]))
+        _measure(memory_job(str(self.files["base"]), "cpu", "float32", self.method, self.config, self.files["train"]))
         [found] = seen
         return found
 

@@ -41,20 +41,10 @@ def assemble(folder: Path, limits: Limits | None = None) -> ComparisonResult:
     recorded = {arm.name: _read(folder / "search" / arm.name / "search.json", Search) for arm in found.arms}
     searches = {name: search for name, search in recorded.items() if search is not None and fixed is None}
     result = ComparisonResult(
-        format_version=FORMAT_VERSION,
-        base=found.base,
-        data=found.data,
-        settings=found.settings,
-        environment=found.environment,
-        scale=found.scale,
-        preset=found.preset,
-        arms=[],
-        searches=searches,
-        runs=[],
-        curves=[],
-        failed=[],
-        missing=[],
-    )
+        format_version=FORMAT_VERSION, base=found.base, data=found.data, settings=found.settings,
+        environment=found.environment, scale=found.scale, preset=found.preset, searches=searches,
+        arms=[], runs=[], curves=[], failed=[], missing=[],
+    )  # fmt: skip
     for arm in found.arms:
         rate = fixed if fixed is not None else searches.get(arm.name, Search()).best
         _add_arm(result, folder, found, arm, rate)
@@ -66,7 +56,6 @@ def assemble(folder: Path, limits: Limits | None = None) -> ComparisonResult:
 
 
 def _add_arm(result: ComparisonResult, folder: Path, found: RecordedConditions, arm: Arm, rate: float | None) -> None:
-    """Add what there is of one arm."""
     runs: list[ComparedRun] = []
     failures = [_read(folder / "search" / arm.name / FAILED, FailureNote)]
     for seed in found.preset.seeds:
@@ -81,11 +70,8 @@ def _add_arm(result: ComparisonResult, folder: Path, found: RecordedConditions, 
     failures.append(_read(folder / "curve" / arm.name / FAILED, FailureNote))
     result.runs += runs
     result.curves += _curve(folder, found, arm, rate)
-    result.failed += [
-        Failure(**failure.model_dump(exclude={"given_up"}, exclude_unset=True))
-        for failure in failures
-        if failure is not None
-    ]
+    noted = [note.model_dump(exclude={"given_up"}, exclude_unset=True) for note in failures if note is not None]
+    result.failed += [Failure(**note) for note in noted]
     counts = {key: getattr(runs[0], key) if runs else None for key in ("stored_parameters", "trainable_parameters")}
     result.arms.append(arm.model_copy(update=counts))
 
@@ -127,6 +113,5 @@ def _read(path: Path, kind: type[R]) -> R | None:
             raise ValueError("expected an object")
         return kind.model_validate(found)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}. Remove it, and run the comparison again with --resume."
-        ) from error
+        again = "Remove it, and run the comparison again with --resume."
+        raise DataError(f"{path} cannot be read: {error}. {again}") from error

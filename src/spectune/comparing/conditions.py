@@ -12,8 +12,6 @@ from pydantic import Field, ValidationError
 
 from spectune.errors import DataError
 from spectune.families import differences
-from spectune.files.atomic import atomic_write_text
-from spectune.files.strict_json import strict_json
 from spectune.results import Limits
 from spectune.results.comparison_file import Conditions
 from spectune.training.identity import OtherRunError
@@ -45,12 +43,7 @@ def key(*parts: Any) -> str:
 
 
 def run_key(
-    identity: Mapping[str, Any],
-    method: Mapping[str, Any],
-    rate: float,
-    steps: int,
-    seed: int,
-    rows: int | None = None,
+    identity: Mapping[str, Any], method: Mapping[str, Any], rate: float, steps: int, seed: int, rows: int | None = None
 ) -> str:
     """The key of a run; the same from a comparison's settings and from what `conditions.json` has of them.
 
@@ -69,10 +62,6 @@ def final_place(arm: str, seed: int, key: str) -> Path:
 def curve_place(arm: str, rows: int, seed: int, key: str) -> Path:
     """The folder of a run on fewer rows, within its comparison's."""
     return Path("curve") / arm / f"{rows}-seed-{seed}-{key}"
-
-
-def write(folder: Path, conditions: RecordedConditions) -> None:
-    atomic_write_text(folder / FILE, strict_json(conditions.to_dict()) + "\n")
 
 
 def read(folder: Path) -> RecordedConditions:

@@ -20,9 +20,8 @@ from spectune.comparing.final_runs import base_rows, judge_base
 from spectune.comparing.inputs import Inputs, Rows
 from spectune.comparing.job import Arm, Job
 from spectune.comparing.measure import retained_passages
-from spectune.comparing.presets import PRESETS
 from spectune.comparing.runner import Runner
-from spectune.comparing.schedule import Schedule
+from spectune.comparing.schedule import PRESETS, Schedule
 from spectune.data import pad_token_id
 from spectune.deltas import Method, attached, base_name
 from spectune.errors import ConfigError, InterruptedRun
@@ -65,7 +64,7 @@ def compare(
             which have also chosen the rates.
         methods: names or configs; all of them by default.
         config: one budget for all. A `learning_rate` is every method's, and nothing is searched.
-        preset: "quick", "default" or "thorough": see `spectune.comparing.presets`.
+        preset: "quick", "default" or "thorough": see `spectune.comparing.schedule`.
         seeds: final runs of each method; by default the preset's.
         fractions: a data curve: shares of the rows (at most 1) or numbers of rows.
         metric: "auto", names or `package.module:function`, see `spectune.evaluation.Task`.
@@ -95,15 +94,14 @@ def compare(
     rows = Rows.read(train_rows, valid_rows, test_rows, settings)
     model, tokenizer = _base(base, tokenizer, device, dtype, base_precision)
     _check_base(model, preset, named=isinstance(base, str | Path))
-    recorded = _recorded(model, settings, arms, own, origin)
+    recorded = _recorded(str(model.config._name_or_path), settings, arms, own, origin)
     settings = settings.model_copy(update={"max_length": _max_length(model, arms, settings, before)})
     inputs = Inputs.of(rows, tokenizer, settings, metric=metric, generate_rows=generate_rows)
     virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
     passages = retained_passages(model, tokenizer, retain, settings.seed, virtual_tokens=virtual_tokens)
     schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, seeds=seeds, fractions=fractions)
-    found = _conditions(model, arms, settings, inputs, passages, schedule, retain)
-    _check_before(before, found, limits, folder)
-    job = Job(folder, model, tokenizer, arms, settings, inputs, passages, schedule, found, origin, console)
+    job = Job(folder, model, tokenizer, arms, settings, inputs, passages, schedule, origin, console)
+    job.conditions = _checked(_conditions(job, retain), before, limits, folder)
     return _carry_out(job, recorded)
 
 
@@ -121,7 +119,7 @@ def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
             base.valid_loss = losses.mean_per_token
         if base.judged_loss is None or not base_rows(job).is_file():
             base.judged_loss, base.metrics = judge_base(job)
-        conditions.write(folder, job.conditions)
+        job.conditions.write(folder / conditions.FILE)
         Runner(job).run()
     except InterruptedRun as stop:  # what it says is of one run
         raise InterruptedRun(
@@ -132,9 +130,9 @@ def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
     return comparison
 
 
-def _check_before(
-    before: RecordedConditions | None, found: RecordedConditions, limits: Limits | None, folder: Path
-) -> None:
+def _checked(
+    found: RecordedConditions, before: RecordedConditions | None, limits: Limits | None, folder: Path
+) -> RecordedConditions:
     """Check that the conditions are those of an earlier call (`before`), take over what it measured of the base, and
     write them."""
     found.limits = limits or (before.limits if before is not None else Limits())
@@ -142,20 +140,16 @@ def _check_before(
         conditions.check(before, found, folder)
         found.base = Base(**{**found.base.to_dict(), **before.base.to_dict()})
         if before.metric_code not in (None, found.metric_code):
-            _forget_rows(folder)
-    conditions.write(folder, found)
+            # what was measured of rows is judged anew, from the weights that are kept
+            for path in (folder / "base" / "rows.jsonl", *folder.glob("runs/*/*/rows.jsonl")):
+                path.unlink(missing_ok=True)
+    found.write(folder / conditions.FILE)
+    return found
 
 
-def _conditions(
-    model: PreTrainedModel,
-    arms: Sequence[Arm],
-    settings: TrainingConfig,
-    inputs: Inputs,
-    passages: list[list[int]],
-    schedule: Schedule,
-    retain: str | Path | None,
-) -> RecordedConditions:
+def _conditions(job: Job, retain: str | Path | None) -> RecordedConditions:
     """What all runs share; `identity` is what their results depend on."""
+    model, settings, inputs, passages = job.model, job.config, job.inputs, job.passages
     name, family, dtype = base_name(model), describe(model), str(model.dtype).removeprefix("torch.")
     base = {"name": name, "total_parameters": family.num_parameters, "device": str(model.device), "dtype": dtype}
     if (precision := precision_of(model)) is not None:
@@ -168,13 +162,13 @@ def _conditions(
             retained_passages=len(passages),
             retained_tokens=sum(map(len, passages)),
             retained_from=str(retain) if retain is not None else "sampled from the base at temperature 1",
-            target_tokens_per_step=schedule.target_tokens_per_step,
+            target_tokens_per_step=job.schedule.target_tokens_per_step,
         ),
         settings=settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
-        preset=schedule.record(len(inputs.valid.examples)),
+        preset=job.schedule.record(len(inputs.valid.examples)),
         environment=environment(),
-        scale=reference_shares([arm.method for arm in arms]),
-        arms=[arm.record() for arm in arms],
+        scale=reference_shares([arm.method for arm in job.arms]),
+        arms=[arm.record() for arm in job.arms],
         identity={
             **settings.model_dump(mode="json", exclude=NOT_SHARED),
             "base": [name, family.num_parameters, dtype, *([precision] if precision else [])],
@@ -195,12 +189,9 @@ def check_settings(
         raise ConfigError(f"seeds = {seeds}; expected at least 1 final run of each method")
     if generate_rows < 0:
         raise ConfigError(f"generate_rows = {generate_rows}; expected 0 (write nothing) or more")
-    wrong = [f for f in fractions if not 0 < f < math.inf or (f > 1 and f != int(f))]
-    if wrong:
-        raise ConfigError(
-            f"fractions {', '.join(f'{f:g}' for f in wrong)}; expected shares of the rows above 0 and up to 1, or "
-            "whole numbers of rows"
-        )
+    if wrong := [f"{f:g}" for f in fractions if not 0 < f < math.inf or (f > 1 and f != int(f))]:
+        expected = "expected shares of the rows above 0 and up to 1, or whole numbers of rows"
+        raise ConfigError(f"fractions {', '.join(wrong)}; {expected}")
 
 
 def _begin(
@@ -251,22 +242,12 @@ def _max_length(
     return min(length, int(before.identity["max_length"]))
 
 
-def _forget_rows(folder: Path) -> None:
-    """Remove what was measured of rows: what is missing is judged anew, from the weights that are kept."""
-    for path in (folder / "base" / "rows.jsonl", *folder.glob("runs/*/*/rows.jsonl")):
-        path.unlink(missing_ok=True)
-
-
 def _recorded(
-    model: PreTrainedModel,
-    settings: TrainingConfig,
-    arms: Sequence[Arm],
-    own: Mapping[str, Any],
-    origin: Mapping[str, Any] | None,
+    name: str, settings: TrainingConfig, arms: Sequence[Arm], own: Mapping[str, Any], origin: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The comparison's config.yaml: what `--resume` reads where the command line says nothing."""
     return {
-        "model": str(model.config._name_or_path),
+        "model": name,
         **(origin or {}),
         "methods": [arm.method.name for arm in arms],
         **{key: value for key, value in own.items() if value not in (None, [])},
@@ -276,12 +257,9 @@ def _recorded(
 
 
 def _base(
-    base: str | Path | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    device: str,
-    dtype: str,
+    base: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: str, dtype: str,
     precision: str | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
     if isinstance(base, PreTrainedModel) and tokenizer is not None and precision is None:
         return base, tokenizer
     model, own = load(base, device=device, dtype=dtype, base_precision=precision)

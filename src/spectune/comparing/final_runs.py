@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spectune.comparing.conditions import final_place
-from spectune.comparing.isolated import train_memory_in_own_process
+from spectune.comparing.isolated import memory_job, train_memory_in_own_process
 from spectune.comparing.job import FAILED, Arm, Job
 from spectune.comparing.measure import forgetting, measure
 from spectune.deltas import Delta
@@ -84,16 +84,10 @@ def _costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig, timed: 
         return forgetting(job.model, job.passages)
     found = measure(job.model, job.tokenizer, delta, folder / "best", job.passages)
     if job.schedule.preset.own_process:
-        alone = train_memory_in_own_process(
-            job.model.config._name_or_path,
-            str(job.model.device),
-            str(job.model.dtype).removeprefix("torch."),
-            delta.method,
-            config.model_copy(update={"output_dir": None, "resume": False}),
-            job.inputs.train.rows,
-            base_precision=base_precision(job.model),
-        )
-        found["peak_memory_bytes"] = {**found.get("peak_memory_bytes", {}), **alone}
+        model, precision = job.model, base_precision(job.model)
+        where = model.config._name_or_path, str(model.device), str(model.dtype).removeprefix("torch.")
+        same = memory_job(*where, delta.method, config, job.inputs.train.rows, base_precision=precision)
+        found["peak_memory_bytes"] = {**found.get("peak_memory_bytes", {}), **train_memory_in_own_process(same)}
     return found
 
 

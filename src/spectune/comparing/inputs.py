@@ -58,14 +58,9 @@ class Inputs:
 
     @classmethod
     def of(
-        cls,
-        rows: Rows,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: TrainingConfig,
-        *,
-        metric: str,
+        cls, rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: TrainingConfig, *, metric: str,
         generate_rows: int,
-    ) -> Inputs:
+    ) -> Inputs:  # fmt: skip
         """Encode the rows, at most `settings.max_length` tokens of each.
 
         Raises:
@@ -76,14 +71,9 @@ class Inputs:
         parts = (rows.train, rows.valid) if rows.test is None else (rows.train, rows.valid, rows.test)
         train, valid, *test = (encode(part, tokenizer, max_length=length, separator=separator) for part in parts)
         task = Task.of(
-            rows.judged,
-            train_rows=rows.train,
-            metric=metric,
-            generate_rows=generate_rows,
-            batch_size=settings.per_device_eval_batch_size,
-            max_length=length,
-            separator=separator,
-        )
+            rows.judged, train_rows=rows.train, metric=metric, generate_rows=generate_rows, max_length=length,
+            separator=separator, batch_size=settings.per_device_eval_batch_size,
+        )  # fmt: skip
         # of the rows to train and to validate on each run tells itself
         return cls(rows, train, valid, task, test[0].report.summary("test") if test else "")
 

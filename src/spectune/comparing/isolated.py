@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,7 @@ from spectune.training.step_batches import Batches
 STEPS = 2
 
 
-def train_memory_in_own_process(
-    base_name: str,
-    device: str,
-    dtype: str,
-    method: Method,
-    config: TrainingConfig,
-    train_rows: str | Path | Sequence[Row],
-    *,
-    base_precision: str | None = None,
-) -> dict[str, int]:
+def train_memory_in_own_process(job: Mapping[str, Any]) -> dict[str, int]:
     """Peak memory in bytes of training with this method, by phase and kind as in `RunResult.peak_memory_bytes`.
 
     Phases: `train`, steps on the batch with the longest rows; `valid`, its longest rows in one batch of validation.
@@ -59,28 +50,19 @@ def train_memory_in_own_process(
     them, but has to fit beside them.
 
     Args:
-        base_name: what `spectune.load` takes by name.
-        config: "auto" recomputes nothing here.
-        train_rows: a path, or rows.
-        base_precision: as in `spectune.load`.
+        job: from `memory_job`.
 
     Raises:
         SpectuneError: what the child raised, of the same class; OutOfMemoryError also where the system killed it.
     """
-    job = _job(base_name, device, dtype, method, config, train_rows)
-    job["base_precision"] = base_precision
     # the child imports the same spectune as this process, installed or not
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
-        [sys.executable, "-m", "spectune.comparing.isolated"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-    )
-    doing = f"measuring the memory of {method.label} in a process of its own"
+        [sys.executable, "-m", "spectune.comparing.isolated"], input=json.dumps(job), env=environment,
+        capture_output=True, text=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    doing = f"measuring the memory of {method_from_dict(job['method']).label} in a process of its own"
     try:
         answer = json.loads(done.stdout)
     except ValueError:
@@ -93,28 +75,27 @@ def train_memory_in_own_process(
     return {str(key): int(size) for key, size in answer["peak_memory_bytes"].items()}
 
 
-def _job(
-    base_name: str,
-    device: str,
-    dtype: str,
-    method: Method,
-    config: TrainingConfig,
-    train_rows: str | Path | Sequence[Row],
-) -> dict[str, Any]:
-    """What the child reads, as JSON."""
+def memory_job(
+    base_name: str, device: str, dtype: str, method: Method, config: TrainingConfig,
+    train_rows: str | Path | Sequence[Row], *, base_precision: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What the child reads, as JSON.
+
+    Args:
+        base_name: what `spectune.load` takes by name.
+        config: "auto" recomputes nothing here.
+        train_rows: a path, or rows.
+        base_precision: as in `spectune.load`.
+    """
     fields = ("origin", "prompt", "completion", "text", "messages")
-    rows: Any
-    if isinstance(train_rows, str | Path):
-        rows = str(train_rows)
-    else:
+    rows: Any = train_rows
+    if not isinstance(train_rows, str | Path):
         rows = [{key: getattr(row, key) for key in fields} for row in train_rows]
     return {
-        "base": base_name,
-        "device": device,
-        "dtype": dtype,
+        "base": {"name": base_name, "device": device, "dtype": dtype, "base_precision": base_precision},
         "method": method.model_dump(mode="json"),
         "config": config.model_dump(mode="json", exclude={"output_dir", "resume"}),
-        "rows": rows,
+        "rows": rows if isinstance(rows, list) else str(rows),
     }
 
 
@@ -130,9 +111,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     config, method = TrainingConfig(**job["config"]), method_from_dict(job["method"])
     source = job["rows"] if isinstance(job["rows"], str) else [Row(**row) for row in job["rows"]]
     rows = load_rows(source, skip_bad_rows=config.skip_bad_rows)
-    model, tokenizer = load(
-        job["base"], device=job["device"], dtype=job["dtype"], base_precision=job.get("base_precision")
-    )
+    model, tokenizer = load(**job["base"])
     torch.manual_seed(config.seed)
     delta = attach(model, method, "memory", tokenizer=tokenizer, seed=config.seed)
     prepared = prepare(model, tokenizer, method, rows, rows, config, delta.base_fingerprint)

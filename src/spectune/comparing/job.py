@@ -17,8 +17,6 @@ from spectune.comparing.inputs import Inputs
 from spectune.comparing.schedule import Schedule
 from spectune.data import DataReport, Encoded
 from spectune.deltas import Delta, Method, attach, attached, detach
-from spectune.files.atomic import atomic_write_text
-from spectune.files.strict_json import strict_json
 from spectune.results import RunResult
 from spectune.results import comparison_file as results
 from spectune.results.comparison_file import Failure
@@ -48,7 +46,8 @@ class Arm:
 
 
 class FailureNote(Failure):
-    """What is noted of a failure in its folder. `given_up`: nothing more of its arm was tried."""
+    """What is noted in the folder of a run that failed until it has succeeded. `given_up`: nothing more of its arm was
+    tried."""
 
     given_up: bool = False
 
@@ -72,9 +71,9 @@ class Job:
     inputs: Inputs
     passages: list[list[int]]
     schedule: Schedule
-    conditions: RecordedConditions
     origin: Mapping[str, Any] | None
     console: Console | None
+    conditions: RecordedConditions = field(default_factory=RecordedConditions)
     predictions: Predictions = field(default_factory=Predictions, init=False)
 
     def check_memory(self, arm: Arm) -> None:
@@ -99,18 +98,11 @@ class Job:
         self, delta: Delta, config: TrainingConfig, rows: Encoded, valid: Encoded, console: Console | None
     ) -> RunResult:
         """Train an attached delta."""
+        base_loss, known = self.conditions.base.valid_loss, self.predictions
         return train(
-            self.model,
-            self.tokenizer,
-            delta,
-            rows,
-            valid,
-            config,
-            origin=self.origin,
-            console=console,
-            base_valid_loss=self.conditions.base.valid_loss,
-            predictions=self.predictions,
-        )
+            self.model, self.tokenizer, delta, rows, valid, config, origin=self.origin, console=console,
+            base_valid_loss=base_loss, predictions=known,
+        )  # fmt: skip
 
     def print(self, line: str) -> None:
         (self.console or Console()).print(line, soft_wrap=True, highlight=False, markup=False)
@@ -118,30 +110,12 @@ class Job:
     @contextlib.contextmanager
     def attached(self, arm: Arm, seed: int) -> Iterator[Delta]:
         """An arm's method attached to the base, inside a `with`; after it the base is bare again, come what may."""
-        method = arm.method
+        keep = arm.method.trains_base
         try:
-            yield attach(
-                self.model, method, arm.name, tokenizer=self.tokenizer, seed=seed, keep_base=method.trains_base
-            )
+            yield attach(self.model, arm.method, arm.name, tokenizer=self.tokenizer, seed=seed, keep_base=keep)
         finally:
             for name in list(attached(self.model)):
                 detach(self.model, name)
-
-
-def note_failure(folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str, *, given_up: bool) -> None:
-    """Note in `folder` that a run failed, and whether its arm was given up with it; the note stays there until the run
-    has succeeded."""
-    method = arm.method
-    note = FailureNote(
-        name=arm.name,
-        method=method.name,
-        label=method.label,
-        seed=seed,
-        learning_rate=rate,
-        reason=reason,
-        given_up=given_up,
-    )
-    atomic_write_text(folder / FAILED, strict_json(note.to_dict()) + "\n")
 
 
 def subset(rows: Encoded, count: int, seed: int) -> Encoded:

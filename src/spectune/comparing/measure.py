@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,9 @@ WARM_UPS, ROUNDS = 1, 5
 
 
 def retained_passages(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    retain: str | Path | None,
-    seed: int,
-    *,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, retain: str | Path | None, seed: int, *,
     virtual_tokens: int = 0,
-) -> list[list[int]]:
+) -> list[list[int]]:  # fmt: skip
     """Token ids of the text on which forgetting is measured.
 
     The user's own file (blank lines part its passages), the ones that ship with spectune-tiny, or 64 passages of 128
@@ -60,8 +56,7 @@ def retained_passages(
         texts = [text.strip() for text in content.split("\n\n") if text.strip()]
         longest = min((context or 1024) // 2, room or 1024)
         passages = [list(tokenizer(text)["input_ids"])[:longest] for text in texts]
-        passages = [ids for ids in passages if len(ids) > 1]
-        if not passages:
+        if not (passages := [ids for ids in passages if len(ids) > 1]):
             raise DataError(f"--retain {path} holds no text")
         return passages
     if base_name(model) == TINY:
@@ -74,20 +69,13 @@ def retained_passages(
 def forgetting(model: PreTrainedModel, passages: list[list[int]]) -> dict[str, Any]:
     """Fields of a `RunResult`: what the attached delta moved of its base, by passage, and the mean over tokens."""
     sums = passage_kls(model, passages)
-    return {
-        "forgetting_kl_nats_per_token": math.fsum(sums) / sum(map(len, passages)),
-        "forgetting_by_passage": sums,
-    }
+    return {"forgetting_kl_nats_per_token": math.fsum(sums) / sum(map(len, passages)), "forgetting_by_passage": sums}
 
 
 def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    delta: Delta,
-    folder: Path,
-    passages: list[list[int]],
-    batches: Sequence[int] = (1, 16),
-) -> dict[str, Any]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, delta: Delta, folder: Path,
+    passages: list[list[int]], batches: Sequence[int] = (1, 16),
+) -> dict[str, Any]:  # fmt: skip
     """Fields of a `RunResult` for a trained delta that is attached and lies in `folder`. Detaches it.
 
     `forgetting_by_passage` and their mean over tokens; `swap_seconds`; speeds, of batch 1 as fields of their own and of
@@ -107,8 +95,7 @@ def measure(
     found["peak_memory_bytes"] = _peaks(model, tokenizer, folder, name, max(batches))
     merged = _merged(model, load_delta(model, folder, name))
     detach(model, name)
-    rates = {batch: _Rates() for batch in batches}
-    swaps = []
+    rounds, swaps = [], []
     for number in range(WARM_UPS + ROUNDS):
         begin = time.perf_counter()
         load_delta(model, folder, name)
@@ -119,15 +106,13 @@ def measure(
         detach(model, name)
         whole = {} if merged is None else {batch: _rate(merged, tokenizer, batch, counts) for batch in batches}
         base = {batch: _rate(model, tokenizer, batch, counts) for batch in batches}
-        if not counts:
-            continue
-        swaps.append(swap)
-        for batch, kept in rates.items():
-            kept.tuned.append(tuned[batch])
-            kept.base.append(base[batch])
-            kept.merged += [] if merged is None else [whole[batch]]
+        if counts:
+            swaps.append(swap)
+            rounds.append((tuned, whole, base))
     del merged
     gc.collect()  # a model's modules hold each other: it would lie there while the next method's memory is measured
+    by_kind = list(zip(*rounds, strict=True))
+    rates = {batch: _Rates(*([rate[batch] for rate in kind if rate] for kind in by_kind)) for batch in batches}
     found["decode"] = {str(batch): kept.to_dict() for batch, kept in rates.items()}
     found["swap_seconds"] = statistics.median(swaps)
     return found | (_of_batch_1(rates[1]) if 1 in rates else {})
@@ -137,9 +122,9 @@ def measure(
 class _Rates:
     """Decoded tokens a second, round by round."""
 
-    tuned: list[float] = field(default_factory=list)
-    merged: list[float] = field(default_factory=list)
-    base: list[float] = field(default_factory=list)
+    tuned: list[float]
+    merged: list[float]
+    base: list[float]
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {kind: _median(getattr(self, kind)) for kind in ("tuned", "merged", "base")}

@@ -9,12 +9,10 @@ from pathlib import Path
 
 from spectune.comparing.budget import Budget, duration
 from spectune.comparing.final_runs import final_folder, final_run
-from spectune.comparing.job import FAILED, Arm, Job, note_failure
+from spectune.comparing.job import FAILED, Arm, FailureNote, Job
 from spectune.comparing.search import successive_halving
 from spectune.comparing.short_runs import on_fewer, step_seconds, trial
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError
-from spectune.files.atomic import atomic_write_text
-from spectune.files.strict_json import strict_json
 from spectune.results.comparison_file import Trial
 
 log = logging.getLogger("spectune")
@@ -62,24 +60,20 @@ class Runner:
         if schedule.curve:
             each += f", and runs on {', '.join(f'{rows:,}' for rows, _ in schedule.curve)} rows"
         tokens = schedule.target_tokens_per_step * self.budget.total_steps
-        self.job.print(
-            f"budget: {arms} {'method' if arms == 1 else 'methods'}, each {each}: about {tokens:,.0f} target tokens in "
-            "all"
-        )
-        if self._all_there():
-            return
+        methods = f"{arms} {'method' if arms == 1 else 'methods'}"
+        self.job.print(f"budget: {methods}, each {each}: about {tokens:,.0f} target tokens in all")
+        folders = [self.job.folder / "runs" / arm.name for arm in self.arms]
+        if all(len(list(folder.glob("*/rows.jsonl"))) >= seeds for folder in folders):
+            return  # an earlier call has made all final runs: then there is no time to tell
         try:
             self.budget.step_seconds = step_seconds(self.job, left[0])
         except InterruptedRun:
             raise
         except SpectuneError:
             return  # the arm's own runs will say what is wrong with it
-        seconds = self.budget.seconds_left()
-        if seconds is not None:
-            label = left[0].method.label
-            self.job.print(
-                f"at least {duration(seconds)}, by two steps of {label}; evaluation and measuring come on top"
-            )
+        if (seconds := self.budget.seconds_left()) is not None:
+            by = f"by two steps of {left[0].method.label}; evaluation and measuring come on top"
+            self.job.print(f"at least {duration(seconds)}, {by}")
 
     def _fitting(self) -> list[Arm]:
         """The arms that the plan lets begin; the others have failed. Raises DoesNotFitError where none is left."""
@@ -101,11 +95,6 @@ class Runner:
             raise reason
         return left
 
-    def _all_there(self) -> bool:
-        """Whether an earlier call has made all final runs: then there is no time to tell."""
-        folders = [self.job.folder / "runs" / arm.name for arm in self.arms]
-        return all(len(list(folder.glob("*/rows.jsonl"))) >= len(self.schedule.seeds) for folder in folders)
-
     def _search(self, arm: Arm) -> float:
         """The best rate of an arm; what was tried goes to its search.json."""
         folder = self.job.folder / "search" / arm.name
@@ -114,29 +103,25 @@ class Runner:
         if schedule.preset.from_default is not None:
             default, factor = method.default_learning_rate, schedule.preset.from_default
             bounds, source = (default, default * factor), "from the method's default up"
+
+        def run(rate: float, steps: int) -> Trial:
+            found, seconds = trial(self.job, arm, rate, steps)
+            self.budget.ended(arm.name, steps, seconds)
+            return found
+
         try:
-            found = successive_halving(
-                bounds,
-                schedule.rungs,
-                lambda rate, steps: self._trial(arm, rate, steps),
-                source=source,
-                extensions=schedule.preset.extensions,
-            )
+            extensions = schedule.preset.extensions
+            found = successive_halving(bounds, schedule.rungs, run, source=source, extensions=extensions)
         except InterruptedRun:
             raise
         except SpectuneError as error:
             raise self._given_up(folder, arm, None, None, str(error)) from None
-        atomic_write_text(folder / "search.json", strict_json(found.to_dict()) + "\n")
+        found.write(folder / "search.json")
         if found.best is None:
             reason = f"no learning rate: {found.sentence}. Try --set learning_rate=... below {min(bounds):g}"
             raise self._given_up(folder, arm, None, None, reason)
         self.job.print(f"{method.label}: {found.sentence}; {self.budget}")
         return found.best
-
-    def _trial(self, arm: Arm, rate: float, steps: int) -> Trial:
-        found, seconds = trial(self.job, arm, rate, steps)
-        self.budget.ended(arm.name, steps, seconds)
-        return found
 
     def _final_runs(self, arm: Arm, rate: float) -> None:
         steps = self.schedule.final_steps
@@ -171,9 +156,8 @@ class Runner:
                 except InterruptedRun:
                     raise
                 except SpectuneError as error:
+                    seconds = None
                     self._failed(folder, arm, rate, seed, f"on {rows:,} rows: {error}")
-                    self.budget.ended(arm.name, steps, None)
-                    continue
                 self.budget.ended(arm.name, steps, seconds)
         if self.schedule.curve:
             self.job.print(f"{arm.method.label}: data curve done; {self.budget}")
@@ -181,7 +165,11 @@ class Runner:
     def _failed(
         self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str, *, given_up: bool = False
     ) -> None:
-        note_failure(folder, arm, rate, seed, reason, given_up=given_up)
+        note = FailureNote(
+            name=arm.name, method=arm.method.name, label=arm.method.label, seed=seed, learning_rate=rate,
+            reason=reason, given_up=given_up,
+        )  # fmt: skip
+        note.write(folder / FAILED)
         if self.job.console is None:  # who gave a console tells of failures in their own words
             log.warning("%s failed: %s", arm.name, reason)
 

@@ -18,13 +18,9 @@ def candidates(low: float, high: float, count: int) -> list[float]:
 
 
 def successive_halving(
-    bounds: tuple[float, float],
-    rungs: Sequence[tuple[int, int]],
-    trial: Callable[[float, int], Trial],
-    *,
-    source: str,
-    extensions: int = 0,
-) -> Search:
+    bounds: tuple[float, float], rungs: Sequence[tuple[int, int]], trial: Callable[[float, int], Trial], *,
+    source: str, extensions: int = 0,
+) -> Search:  # fmt: skip
     """Run trials and return the best rate.
 
     Args:
@@ -54,8 +50,7 @@ def successive_halving(
         return _found(source, trials, None, None)
     steps = rungs[-1][1]
     for _ in range(extensions):
-        side = _edge(best.learning_rate, trials)
-        if side is None:
+        if (side := _edge(best.learning_rate, trials)) is None:
             break
         beyond = best.learning_rate * ratio if side == "high" else best.learning_rate / ratio
         further = trial(float(f"{beyond:.3g}"), steps)
@@ -71,13 +66,11 @@ def _found(source: str, trials: list[Trial], best: float | None, edge: str | Non
     low, high = min(rates), max(rates)
     text = f"{len(rates)} rates from {low:.3g} to {high:.3g} ({source})"
     text = f"all of {text} diverged" if best is None else f"best of {text}: {best:g}"
-    extended = sum(trial.extension for trial in trials)
-    if best is not None and extended:
+    if extended := sum(trial.extension for trial in trials):
         words = "one of them was tried" if extended == 1 else f"{extended} of them were tried"
         text += f"; {words} because the best lay on the edge"
-    if best is not None and edge is not None:
-        beyond = "lower" if edge == "low" else "higher"
-        text += f"; it is the {edge}est tried: a {beyond} one may be better still"
+    if edge is not None:
+        text += f"; it is the {edge}est tried: a {edge}er one may be better still"
     return Search(source=source, trials=trials, best=best, edge=edge, range=(low, high), sentence=text)
 
 
@@ -85,6 +78,4 @@ def _edge(rate: float, trials: Sequence[Trial]) -> str | None:
     tried = [t.learning_rate for t in trials]
     if len(set(tried)) == 1:
         return None  # one rate has no edges: nothing was searched
-    if rate == max(tried):
-        return "high"
-    return "low" if rate == min(tried) else None
+    return "high" if rate == max(tried) else "low" if rate == min(tried) else None

@@ -3,12 +3,10 @@ taken from its folder where an earlier call has finished it."""
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from spectune.comparing.conditions import curve_place
@@ -16,8 +14,6 @@ from spectune.comparing.job import Arm, Job, subset
 from spectune.comparing.schedule import SEARCH_ROWS
 from spectune.data import Encoded
 from spectune.errors import DivergedError
-from spectune.files.atomic import atomic_write_text
-from spectune.files.strict_json import strict_json
 from spectune.results import RunResult
 from spectune.results.comparison_file import CurvePoint, Trial
 from spectune.results.record import Record
@@ -46,11 +42,9 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
         loss, targets = result.valid_loss, result.target_tokens
     except DivergedError as error:
         reason = str(error).split(". ", 1)[0]
-    found = Trial(
-        learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False
-    )
-    _save(path, found)
-    return found, time.perf_counter() - begin
+    run = Trial(learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False)
+    run.write(path)
+    return run, time.perf_counter() - begin
 
 
 def step_seconds(job: Job, arm: Arm, steps: int = 2) -> float:
@@ -70,7 +64,7 @@ def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) 
     config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
     result = _run(job, arm, config, subset(job.inputs.train, rows, job.config.seed), job.inputs.valid)
     point = curve_point(result, arm.name, rows)
-    _save(path, point)
+    point.write(path)
     return point, time.perf_counter() - begin
 
 
@@ -85,14 +79,10 @@ def _run(job: Job, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encod
         return job.run(delta, config, rows, valid, QUIET)
 
 
-def _save(path: Path, record: Record) -> None:
-    atomic_write_text(path, strict_json(record.to_dict()) + "\n")
-
-
 def _saved(path: Path, kind: type[R]) -> R | None:
     """The small result that an earlier call left; None where there is none, or a damaged one: it is made anew."""
     try:
-        found = kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError):
+        found = kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     return found if found.model_fields_set >= set(kind.model_fields) else None

@@ -26,25 +26,18 @@ def judged_rows(folder: Path, run: ComparedRun) -> dict[int, Mapping[str, Any]]:
     return {} if not run.rows_file else rows_of(folder, run.rows_file)
 
 
-def base_rows(folder: Path) -> dict[int, Mapping[str, Any]]:
-    return rows_of(folder, "base/rows.jsonl")
-
-
 def rows_of(folder: Path, path: str) -> dict[int, Mapping[str, Any]]:
     inside = _inside(folder, path)
-    lines = [] if inside is None else _lines(inside)
-    return {line["row"]: line for line in lines if isinstance(line.get("row"), int)}
+    return {line["row"]: line for line in _lines(inside) if isinstance(line.get("row"), int)} if inside else {}
 
 
 def curve(folder: Path, run: ComparedRun) -> Curve | None:
     """From a run's `metrics.jsonl`; None where there is none."""
-    place = run_folder(folder, run)
-    if place is None:
+    if (place := run_folder(folder, run)) is None:
         return None
     valid, train = [], []
     for line in _lines(place / "metrics.jsonl"):
-        step = line.get("step")
-        if not isinstance(step, int):
+        if not isinstance(step := line.get("step"), int):
             continue
         if is_finite(line.get("valid_loss")):
             valid.append((float(step), float(line["valid_loss"])))

@@ -47,9 +47,7 @@ FORGETTING = Column(
 )
 LEARNING_RATE = Column("Learning rate", lambda r: units.rate(r.learning_rate), lambda r: r.learning_rate)
 SEEDS = Column(
-    "Seeds",
-    lambda r: f"{r.seeds} of {r.seeds + r.seeds_failed}" if r.seeds_failed else str(r.seeds),
-    lambda r: r.seeds,
+    "Seeds", lambda r: f"{r.seeds} of {r.seeds + r.seeds_failed}" if r.seeds_failed else str(r.seeds), lambda r: r.seeds
 )
 MEMORY = Column("Memory", lambda r: units.size(r.train_memory_bytes), lambda r: r.train_memory_bytes, optional=True)
 PREDICTED = Column("Predicted", lambda r: _predicted(r), lambda r: r.predicted_memory_bytes, optional=True)
@@ -80,9 +78,8 @@ class Columns:
 
 def columns_of(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> Columns:
     """With the learning rate, unless it was searched for: that has a table of its own."""
-    loss = Column(
-        loss_title(comparison), lambda r: units.with_interval(r.loss, r.loss_low, r.loss_high), lambda r: r.loss
-    )
+    title = loss_title(comparison)
+    loss = Column(title, lambda r: units.with_interval(r.loss, r.loss_low, r.loss_high), lambda r: r.loss)
     # an interval takes the room of the perplexity, which says the same as the loss
     perplexity = [] if any(row.loss_low is not None for row in rows) else [PERPLEXITY]
     rate = [] if comparison.searches else [LEARNING_RATE]
@@ -106,19 +103,17 @@ def metric_text(name: str, value: float | None, interval: tuple[float, float] | 
 
 
 def _metric(name: str) -> Column:
-    return Column(
-        metric_title(name),
-        lambda r: metric_text(name, r.metrics.get(name), r.metric_intervals.get(name)),
-        lambda r: r.metrics.get(name),
-    )
+    def text(row: ArmResult) -> str:
+        return metric_text(name, row.metrics.get(name), row.metric_intervals.get(name))
+
+    return Column(metric_title(name), text, lambda r: r.metrics.get(name))
 
 
 def _present(columns: list[Column], rows: Sequence[ArmResult]) -> list[Column]:
-    return [
-        column
-        for column in columns
-        if not column.optional or column.value is None or any(column.value(row) is not None for row in rows)
-    ]
+    def known(column: Column) -> bool:
+        return column.value is None or any(column.value(row) is not None for row in rows)
+
+    return [column for column in columns if not column.optional or known(column)]
 
 
 def _predicted(row: ArmResult) -> str:

@@ -28,12 +28,9 @@ def grids(comparison: ComparisonResult) -> list[Grid]:
     left out."""
     rows = arm_results(comparison)
     base = comparison.base
-    quality = (
-        f"Quality: {base.name} ({units.count(base.total_parameters)} weights, "
-        f"validation loss {units.number(base.valid_loss)} before training)"
-    )
+    facts = f"{units.count(base.total_parameters)} weights, validation loss {units.number(base.valid_loss)}"
     columns = columns_of(comparison, rows)
-    found = [_over_arms(quality, columns.quality, rows)]
+    found = [_over_arms(f"Quality: {base.name} ({facts} before training)", columns.quality, rows)]
     found += [_metrics(comparison, columns.metrics, rows)] if columns.metrics else []
     found.append(_over_arms("Cost of training", columns.training, rows))
     if len(columns.overheads) == 1:
@@ -48,20 +45,15 @@ def grids(comparison: ComparisonResult) -> list[Grid]:
 
 def _over_arms(title: str, columns: Sequence[Column], rows: Sequence[ArmResult]) -> Grid:
     columns = [METHOD, *columns]
-    return Grid(
-        title,
-        [column.title for column in columns],
-        [[column.text(row) for column in columns] for row in rows],
-        {number for number, column in enumerate(columns) if column.words},
-    )
+    words = {number for number, column in enumerate(columns) if column.words}
+    body = [[column.text(row) for column in columns] for row in rows]
+    return Grid(title, [column.title for column in columns], body, words)
 
 
 def _metrics(comparison: ComparisonResult, columns: Sequence[Column], rows: Sequence[ArmResult]) -> Grid:
     count = comparison.data.generated_rows
-    where = f" (generation: {count:,} rows)" if count else ""
-    grid = _over_arms(f"Task metrics{where}", columns, rows)
-    bare = comparison.base.metrics
-    if bare:
+    grid = _over_arms(f"Task metrics (generation: {count:,} rows)" if count else "Task metrics", columns, rows)
+    if bare := comparison.base.metrics:
         grid.body.append(["Bare base", *(metric_text(name, bare.get(name)) for name in metric_names(rows))])
     return grid
 
@@ -71,30 +63,19 @@ def _searches(comparison: ComparisonResult) -> Grid:
     body: list[list[str]] = []
     for name, search in comparison.searches.items():
         bad = sum(trial.valid_loss is None for trial in search.trials)
-        low, high = search.range or (None, None)
-        tried = len(search.trials)
-        body.append(
-            [
-                labels.get(name, name),
-                units.rate(search.best),
-                f"{units.rate(low)} to {units.rate(high)}",
-                f"{tried} ({bad} failed)" if bad else str(tried),
-                "inside" if search.edge is None else f"on the {search.edge} edge",
-            ]
-        )
+        searched = " to ".join(map(units.rate, search.range or (None, None)))
+        tried = f"{len(search.trials)} ({bad} failed)" if bad else str(len(search.trials))
+        best_lies = "inside" if search.edge is None else f"on the {search.edge} edge"
+        body.append([labels.get(name, name), units.rate(search.best), searched, tried, best_lies])
     return Grid("Learning rates", ["Method", "Best", "Searched", "Trials", "Best lies"], body, {0, 4})
 
 
 def _textbook(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> Grid:
-    shapes = comparison.scale
-    header = ["Method", *(f"{shape.model} ({units.count(shape.total_parameters)})" for shape in shapes)]
-    best_for = {row.method: row.best_for for row in reversed(rows)}
+    header = ["Method", *(f"{shape.model} ({units.count(shape.total_parameters)})" for shape in comparison.scale)]
     body: list[list[str]] = []
-    for method, label in {row.method: row.label for row in reversed(rows)}.items():
-        cells: list[str] = []
-        for shape in shapes:
-            found = shape.shares.get(method, Share())
-            known = f"{units.percent(found.share)} ({units.count(found.parameters)})"
-            cells.append(units.MISSING if found.share is None else known)
-        body.insert(0, [label, *cells, best_for[method]])
+    for row in {row.method: row for row in reversed(rows)}.values():
+        shares = [shape.shares.get(row.method, Share()) for shape in comparison.scale]
+        known = [f"{units.percent(found.share)} ({units.count(found.parameters)})" for found in shares]
+        cells = [units.MISSING if found.share is None else cell for found, cell in zip(shares, known, strict=True)]
+        body.insert(0, [row.label, *cells, row.best_for])
     return Grid(SCALE_TITLE, [*header, "Best for (rule of thumb)"], body, {0, len(header)})

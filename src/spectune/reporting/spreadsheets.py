@@ -12,27 +12,11 @@ from spectune.results.comparison_file import ComparisonResult
 
 #: fields of a run's result that are one number or word
 RUN_FIELDS = (
-    "learning_rate",
-    "steps",
-    "best_step",
-    "target_tokens",
-    "train_loss",
-    "valid_loss",
-    "last_valid_loss",
-    "judged_loss",
-    "base_valid_loss",
-    "forgetting_kl_nats_per_token",
-    "train_tokens_per_second",
-    "train_seconds",
-    "evaluation_seconds",
-    "decode_tokens_per_second",
-    "decode_tokens_per_second_base",
-    "decode_tokens_per_second_merged",
-    "swap_seconds",
-    "trainable_parameters",
-    "stored_parameters",
-    "stored_bytes",
-)
+    "learning_rate", "steps", "best_step", "target_tokens", "train_loss", "valid_loss", "last_valid_loss",
+    "judged_loss", "base_valid_loss", "forgetting_kl_nats_per_token", "train_tokens_per_second", "train_seconds",
+    "evaluation_seconds", "decode_tokens_per_second", "decode_tokens_per_second_base",
+    "decode_tokens_per_second_merged", "swap_seconds", "trainable_parameters", "stored_parameters", "stored_bytes",
+)  # fmt: skip
 
 
 def comparison_csv(comparison: ComparisonResult) -> str:
@@ -61,20 +45,11 @@ def runs_csv(comparison: ComparisonResult) -> str:
     names = list(dict.fromkeys(key for run in runs for key in run.metrics))
     header = ["name", "method", "label", "seed", *RUN_FIELDS, "train_memory_bytes", "predicted_memory_bytes"]
     header += [*(f"metric_{name}" for name in names), "failed"]
-    lines: list[list[Any]] = [
-        [
-            run.name,
-            run.method,
-            labels[run.name],
-            run.seed,
-            *(getattr(run, key) for key in RUN_FIELDS),
-            run.peak_memory_bytes.get(MEMORY_KEY),
-            run.predicted_memory_bytes.get(PREDICTED_KEY),
-            *(run.metrics.get(name) for name in names),
-            None,
-        ]
-        for run in runs
-    ]
+    lines: list[list[Any]] = []
+    for run in runs:
+        memory = run.peak_memory_bytes.get(MEMORY_KEY), run.predicted_memory_bytes.get(PREDICTED_KEY)
+        numbers = [*(getattr(run, key) for key in RUN_FIELDS), *memory, *(run.metrics.get(name) for name in names)]
+        lines.append([run.name, run.method, labels[run.name], run.seed, *numbers, None])
     blank = [None] * (len(header) - 6)
     lines += [
         [f.name, method_of(f.name, comparison), labels[f.name], f.seed, f.learning_rate, *blank, f.reason]

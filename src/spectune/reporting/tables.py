@@ -1,7 +1,8 @@
-"""The tables that a student of fine-tuning knows, filled with measurements: on a terminal and as Markdown."""
+"""The tables that a student of fine-tuning knows, filled with measurements: on a terminal, as Markdown and HTML."""
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from rich import box
@@ -10,12 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from spectune.reporting import words
+from spectune.reporting.columns import METHOD, columns_of
 from spectune.reporting.grids import Grid, grids
-from spectune.reporting.spreadsheets import comparison_csv
 from spectune.reporting.text import one_line
-from spectune.results.comparison_file import ComparisonResult
-
-__all__ = ["comparison_csv", "comparison_markdown", "comparison_table"]
+from spectune.results import ComparisonResult
+from spectune.results.arm_result import arm_results
 
 
 def comparison_table(comparison: ComparisonResult) -> Group:
@@ -37,12 +37,10 @@ def comparison_table(comparison: ComparisonResult) -> Group:
 def comparison_markdown(comparison: ComparisonResult) -> str:
     """The same as Markdown."""
     lines = []
-    verdict = words.verdict_sentences(comparison)
-    if verdict:
+    if verdict := words.verdict_sentences(comparison):
         others = [f"- {_escaped(sentence)}" for sentence in [*verdict[1:], *words.metric_sentences(comparison)]]
-        lines += ["## Verdict", "", f"**{_escaped(verdict[0])}**", "", *others, "" if others else None]
-    pick = words.recommendation_sentence(comparison)
-    if pick is not None:
+        lines += ["## Verdict", "", f"**{_escaped(verdict[0])}**", "", *others, *([""] if others else [])]
+    if (pick := words.recommendation_sentence(comparison)) is not None:
         reasons = [
             f"- {_escaped(reason)}" + (f" ({_escaped(words.evidence(runs, comparison))})" if runs else "")
             for reason, runs in words.recommendation_reasons(comparison)
@@ -52,40 +50,39 @@ def comparison_markdown(comparison: ComparisonResult) -> str:
     for grid in grids(comparison):
         rule = ["---" if number in grid.words else "---:" for number in range(len(grid.header))]
         lines += [f"## {_escaped(grid.title)}", "", _line(grid.header), _line(rule), *map(_line, grid.body), ""]
-    lines += [f"- {_escaped(line)}" for line in words.failure_lines(comparison)]
-    lines += [f"- {_escaped(note)}" for note in words.notes(comparison)]
-    return "\n".join(line for line in lines if line is not None) + "\n"
+    lines += [f"- {_escaped(line)}" for line in [*words.failure_lines(comparison), *words.notes(comparison)]]
+    return "\n".join(lines) + "\n"
+
+
+def comparison_html(comparison: ComparisonResult) -> str:
+    """For notebooks: the verdict, and quality and cost as one plain table with a caption; all text is escaped."""
+    rows = arm_results(comparison)
+    of = columns_of(comparison, rows)
+    columns = [METHOD, *of.quality, *of.metrics, *of.training, *of.overheads, *of.storage]
+    titles = [*(column.title for column in columns), "Best for (rule of thumb)"]
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    lines = [[*(column.text(row) for column in columns), row.best_for] for row in rows]
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+    above = "".join(f"<p><strong>{escape(text)}</strong></p>" for text in words.verdict_sentences(comparison)[:1])
+    below = "<br>".join(map(escape, [*words.failure_lines(comparison), *words.notes(comparison)]))
+    caption = f"<caption>{escape(comparison.base.name)}</caption>"
+    return f"{above}<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{below}</p>"
 
 
 def _rich(grid: Grid) -> Table:
     # two spaces between columns, so that most tables fit into 80
-    table = Table(
-        title=_text(grid.title, "bold"),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    title = _text(grid.title, "bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
     for number, name in enumerate(grid.header):
-        cells = [row[number] for row in grid.body]
-        words = number in grid.words
-        table.add_column(
-            _text(name),
-            justify="left" if words else "right",
-            no_wrap=number == 0,
-            overflow="fold",
-            # a number is not broken, but between the two sides of a slash
-            min_width=max(map(len, name.split() + ([] if words else [p for c in cells for p in _parts(c)]))),
-        )
+        # a number is not broken, but between the two sides of a slash
+        numbers = [] if number in grid.words else [row[number].replace(" / ", " /\n", 1) for row in grid.body]
+        width = max(map(len, [*name.split(), *(part for cell in numbers for part in cell.split("\n"))]))
+        way: Any = "left" if number in grid.words else "right"
+        table.add_column(_text(name), justify=way, no_wrap=number == 0, overflow="fold", min_width=width)
     for cells in grid.body:
         table.add_row(*map(_text, cells))
     return table
-
-
-def _parts(cell: str) -> list[str]:
-    left, slash, right = cell.partition(" / ")
-    return [f"{left} /", right] if slash else [cell]
 
 
 def _text(content: str, style: str = "") -> Text:

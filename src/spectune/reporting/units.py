@@ -9,32 +9,30 @@ MISSING = "-"
 
 def count(value: float | None) -> str:
     """1,234 -> 1.2k, 4,975,264 -> 5.0M."""
-    if value is None:
-        return MISSING
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}" if value < 100 * size else f"{value / size:.0f}{unit}"
-    return f"{value:.0f}"
+    return _scaled(value, ("B", "M", "k", ""))
 
 
 def size(value: float | None) -> str:
     """Bytes in decimal units: 12.3 MB."""
+    return _scaled(value, (" GB", " MB", " kB", " B"))
+
+
+def _scaled(value: float | None, units: tuple[str, str, str, str]) -> str:
     if value is None:
         return MISSING
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}" if value < 100 * scale else f"{value / scale:.0f} {unit}"
-    return f"{value:.0f} B"
+    for scale, unit in zip((1e9, 1e6, 1e3), units, strict=False):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g}{unit}" if value < 100 * scale else f"{value / scale:.0f}{unit}"
+    return f"{value:.0f}{units[-1]}"
 
 
 def percent(value: float | None, *, sign: bool = False) -> str:
     """A share as per cent, three digits: 0.0371 -> 3.71%."""
     if value is None:
         return MISSING
-    hundred = 100 * value
     if sign:
-        return f"{hundred:+.0f}%"
-    return "100%" if hundred == 100 else f"{hundred:.3g}%"
+        return f"{100 * value:+.0f}%"
+    return "100%" if 100 * value == 100 else f"{100 * value:.3g}%"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from spectune.reporting import units
 from spectune.reporting.columns import metric_title
+from spectune.results import ComparisonResult, Recommendation, Verdict
 from spectune.results.arm_result import MEMORY_KEY, why_no_relative_performance
-from spectune.results.comparison_file import ComparisonResult, Data
+from spectune.results.comparison_file import Preset
 from spectune.results.phrases import listed
 from spectune.results.recommendation import AXES
-from spectune.results.verdict_record import Judgement
 
 #: runs behind a sentence that are named one by one: the seeds of an arm
 NAMED = 3
@@ -24,9 +25,7 @@ def verdict_sentences(comparison: ComparisonResult) -> list[str]:
 
 def metric_sentences(comparison: ComparisonResult) -> list[str]:
     """The headline of each task metric, and of forgetting, each with its name before it."""
-    verdict = comparison.verdict
-    if verdict is None:
-        return []
+    verdict = comparison.verdict or Verdict()
     parts = {metric_title(name): part for name, part in verdict.metrics.items()}
     if verdict.forgetting is not None:
         parts["Forgetting"] = verdict.forgetting
@@ -35,9 +34,7 @@ def metric_sentences(comparison: ComparisonResult) -> list[str]:
 
 def recommendation_sentence(comparison: ComparisonResult) -> str | None:
     """The pick, or why there is none; None where nothing was recommended."""
-    found = comparison.recommendation
-    if found is None:
-        return None
+    found = comparison.recommendation or Recommendation()
     if found.pick is not None:
         return f"We would pick {comparison.label_of(found.pick)}."
     return None if found.abstains is None else f"No pick: {found.abstains}"
@@ -45,8 +42,8 @@ def recommendation_sentence(comparison: ComparisonResult) -> str | None:
 
 def recommendation_reasons(comparison: ComparisonResult) -> list[tuple[str, list[str]]]:
     """Why the pick, then why not the excluded ones: (sentence, the runs that prove it)."""
-    found = comparison.recommendation
-    return [] if found is None else [(reason.text, reason.runs) for reason in [*found.reasons, *found.excluded]]
+    found = comparison.recommendation or Recommendation()
+    return [(reason.text, reason.runs) for reason in [*found.reasons, *found.excluded]]
 
 
 def evidence(runs: Sequence[str], comparison: ComparisonResult) -> str:
@@ -56,11 +53,8 @@ def evidence(runs: Sequence[str], comparison: ComparisonResult) -> str:
         return ", ".join(f"`{run}`" for run in runs)
     if len(runs) == len(comparison.runs):
         return f"all {len(runs)} runs in `runs/`"
-    counts: dict[str, int] = {}
-    for run in runs:
-        place = PurePosixPath(run)
-        folder = str((place.parent if place.suffix == ".jsonl" else place).parent)
-        counts[folder] = counts.get(folder, 0) + 1
+    places = map(PurePosixPath, runs)
+    counts = Counter((place.parent if place.suffix == ".jsonl" else place).parent for place in places)
     same = len(set(counts.values())) == 1
     folders = ", ".join(f"`{folder}/`" + ("" if same else f" ({count})") for folder, count in counts.items())
     return f"{len(runs)} runs in {folders}"
@@ -68,53 +62,46 @@ def evidence(runs: Sequence[str], comparison: ComparisonResult) -> str:
 
 def recommendation_context(comparison: ComparisonResult) -> list[str]:
     """Between which arms there was a choice, and under which limits."""
-    found = comparison.recommendation
-    if found is None:
-        return []
+    found = comparison.recommendation or Recommendation()
     lines = []
     if front := [comparison.label_of(name) for name in found.pareto]:
         axes = listed([AXES[axis].title if axis in AXES else axis for axis in found.axes])
-        lines.append(
-            f"Not beaten in everything by another (the Pareto set{f', in {axes}' if axes else ''}): {listed(front)}."
-        )
+        where = f", in {axes}" if axes else ""
+        lines.append(f"Not beaten in everything by another (the Pareto set{where}): {listed(front)}.")
     if limits := found.limits.model_dump(exclude_unset=True, exclude_none=True):
-        given = [
-            f"{key.replace('_', ' ').removesuffix(' bytes')} {_limit(key, value)}" for key, value in limits.items()
-        ]
+        form = {"bytes": units.size, "overhead": units.percent}
+        words = {key: key.replace("_", " ").removesuffix(" bytes") for key in limits}
+        given = [f"{words[key]} {form.get(key.rpartition('_')[2], str)(value)}" for key, value in limits.items()]
         lines.append(f"Limits given: {listed(given)}.")
     return lines
 
 
-def _limit(key: str, value: float) -> str:
-    if key.endswith("_bytes"):
-        return units.size(value)
-    return units.percent(value) if key.endswith("_overhead") else str(value)
-
-
 def failure_lines(comparison: ComparisonResult) -> list[str]:
     """Each reason once for the seeds of an arm that it stopped."""
-    labels, stopped = comparison.labels, dict[tuple[str, str], list[int]]()
+    labels, stopped = comparison.labels, dict[tuple[str, str], list[str]]()
     for failure in comparison.failed:
         seeds = stopped.setdefault((labels[failure.name], failure.reason), [])
-        seeds += [] if failure.seed is None else [failure.seed]
-    return [f"{label}{_seeds(seeds)} failed: {reason}" for (label, reason), seeds in stopped.items()]
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    return f" (seed{'s' if len(seeds) > 1 else ''} {listed([str(seed) for seed in seeds])})" if seeds else ""
+        seeds += [] if failure.seed is None else [str(failure.seed)]
+    lines = []
+    for (label, reason), seeds in stopped.items():
+        which = f" (seed{'s' if len(seeds) > 1 else ''} {listed(seeds)})" if seeds else ""
+        lines.append(f"{label}{which} failed: {reason}")
+    return lines
 
 
 def notes(comparison: ComparisonResult) -> list[str]:
     """What a reader must know to read the tables right."""
     data, base = comparison.data, comparison.base
     why = why_no_relative_performance(comparison)
-    verdict = comparison.verdict or Judgement()
-    found = [*_budget(comparison)]
+    verdict = comparison.verdict or Verdict()
+    rows = "test" if data.judged_on == "test" else "validation"
+    judged = f"{data.valid_rows:,}" if data.judged_rows is None else f"{data.judged_rows:,} {rows}"
+    found = _budget(comparison.preset, searched=bool(comparison.searches))
     found += [_meaning_of_intervals(verdict)] if verdict.arms else []
     found += [
-        f"Relative perf.: 100 x (base - method) / (base - full) of {_rows_name(data)} loss"
+        f"Relative perf.: 100 x (base - method) / (base - full) of {rows} loss"
         + (f"; undefined here: {why}." if why else "; 0 is the bare base, 100 is full fine-tuning."),
-        f"Losses are nats per target token on {_judged_rows(data)} rows. Forgetting: mean KL(base || tuned), nats "
+        f"Losses are nats per target token on {judged} rows. Forgetting: mean KL(base || tuned), nats "
         f"per token, on {data.retained_passages} passages ({data.retained_from}).",
     ]
     if any(run.peak_memory_bytes.get(MEMORY_KEY) for run in comparison.runs):
@@ -133,43 +120,28 @@ def notes(comparison: ComparisonResult) -> list[str]:
     return found
 
 
-def _judged_rows(data: Data) -> str:
-    return f"{data.valid_rows:,}" if data.judged_rows is None else f"{data.judged_rows:,} {_rows_name(data)}"
-
-
-def _rows_name(data: Data) -> str:
-    """The rows that methods are judged on."""
-    return "test" if data.judged_on == "test" else "validation"
-
-
-def _meaning_of_intervals(verdict: Judgement) -> str:
+def _meaning_of_intervals(verdict: Verdict) -> str:
     level = f"{100 * verdict.confidence:.3g}%"
     what = (
         f"the choice of rows and the noise of training ({verdict.seeds or 1} seeds)"
         if verdict.covers_training_noise
         else "the choice of rows, not the noise of training: another seed may order close methods differently"
     )
-    tests = ""
-    if verdict.correction:
-        tests = " Differences are tested in pairs on the same rows, corrected for their number "
-        tests += f"({verdict.correction})."
-    return f"± is half the width of a {level} interval, which covers {what}.{tests}"
+    tests = f" Differences are tested in pairs on the same rows, corrected for their number ({verdict.correction})."
+    covered = f"± is half the width of a {level} interval, which covers {what}."
+    return covered + tests if verdict.correction else covered
 
 
-def _budget(comparison: ComparisonResult) -> list[str]:
-    preset = comparison.preset
+def _budget(preset: Preset, *, searched: bool) -> list[str]:
     if not preset.name:
         return []
-    parts = [f"Budget ({preset.name}): "]
-    if preset.rungs and comparison.searches:
+    text = f"Budget ({preset.name}): "
+    if preset.rungs and searched:
         steps = ", then ".join(f"{tried} at {units.percent(share)}" for tried, share in preset.rungs)
-        parts.append(f"learning rates searched by successive halving, {steps} of the final steps; ")
+        text += f"learning rates searched by successive halving, {steps} of the final steps; "
     seeds = len(preset.seeds) or 1
-    parts.append(f"{seeds} final run{'s' if seeds > 1 else ''} of each method")
-    if preset.final_steps:
-        parts.append(f", {preset.final_steps:,} steps each")
-    if preset.total_target_tokens:
-        parts.append(
-            f"; {units.count(preset.total_target_tokens)} target tokens in all, in equal parts for every method"
-        )
-    return ["".join(parts) + "."]
+    text += f"{seeds} final run{'s' if seeds > 1 else ''} of each method"
+    text += f", {preset.final_steps:,} steps each" if preset.final_steps else ""
+    if tokens := preset.total_target_tokens:
+        text += f"; {units.count(tokens)} target tokens in all, in equal parts for every method"
+    return [f"{text}."]

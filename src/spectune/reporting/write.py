@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from spectune.files.atomic import atomic_write_bytes
 from spectune.reporting.page import comparison_page
-from spectune.reporting.plots import comparison_figure, comparison_plots
-from spectune.reporting.plots.style import figure_style
+from spectune.reporting.plots import comparison_figure, comparison_plots, figure_style
 from spectune.reporting.spreadsheets import comparison_csv, runs_csv
 from spectune.reporting.tables import comparison_markdown
 from spectune.results.comparison_file import ComparisonResult
@@ -44,10 +43,9 @@ def write_reports(comparison: ComparisonResult, folder: str | Path) -> list[Path
                 contents[f"{PLOTS}/{plot.name}.svg"] = svg
                 contents[f"{PLOTS}/{plot.name}.png"] = _saved(plot.figure, "png")
         figure = comparison_figure(comparison)
-        for kind in ("svg", "png"):
-            contents[f"{FIGURE}.{kind}"] = _saved(figure, kind)
-    page = comparison_page(comparison, folder, [(plot, svg.decode()) for plot, svg in drawn])
-    contents["report.html"] = _bytes(page)
+        contents |= {f"{FIGURE}.{kind}": _saved(figure, kind) for kind in ("svg", "png")}
+    svgs = [(plot, svg.decode()) for plot, svg in drawn]
+    contents["report.html"] = _bytes(comparison_page(comparison, folder, svgs))
     for name, content in contents.items():
         atomic_write_bytes(folder / name, content)
     return [folder / name for name in contents]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeGuard, TypeVar
 
 from spectune.results.comparison_file import ComparedRun, ComparisonResult, Decoding
@@ -19,14 +19,9 @@ TASKS = 10
 #: fields that are as in the first run of an arm, and those that are means over its runs
 OF_FIRST = ("trainable_parameters", "stored_parameters", "learning_rate", "memory_prediction_source")
 MEANS = (
-    "train_loss",
-    "valid_loss",
-    "forgetting_kl_nats_per_token",
-    "train_tokens_per_second",
-    "train_seconds",
-    "decode_tokens_per_second",
-    "swap_seconds",
-)
+    "train_loss", "valid_loss", "forgetting_kl_nats_per_token", "train_tokens_per_second", "train_seconds",
+    "decode_tokens_per_second", "swap_seconds",
+)  # fmt: skip
 T = TypeVar("T")
 
 
@@ -118,17 +113,9 @@ def arm_results(comparison: ComparisonResult) -> list[ArmResult]:
     ]
     best_for = {arm.name: arm.best_for for arm in reversed(comparison.arms)}
     for name in dict.fromkeys(name for name in failed if name not in runs_by_arm):
-        reasons = dict.fromkeys(failure.reason for failure in comparison.failed if failure.name == name)
-        found.append(
-            ArmResult(
-                name=name,
-                method=method_of(name, comparison),
-                label=labels[name],
-                best_for=best_for.get(name, ""),
-                failed="; ".join(reasons),
-                seeds_failed=failed.count(name),
-            )
-        )
+        reasons = "; ".join(dict.fromkeys(failure.reason for failure in comparison.failed if failure.name == name))
+        known = ArmResult(name, method_of(name, comparison), labels[name], best_for.get(name, ""))
+        found.append(replace(known, failed=reasons, seeds_failed=failed.count(name)))
     return found
 
 
@@ -142,13 +129,11 @@ def relative_performance(base: float | None, full: float | None, loss: float | N
 
 def why_no_relative_performance(comparison: ComparisonResult) -> str | None:
     """The reason why relative performance is undefined in a comparison, None where it is defined."""
-    full = _full(comparison.runs_by_arm)
-    if not full:
+    if not (full := _full(comparison.runs_by_arm)):
         return "full fine-tuning was not run, or failed"
     loss = _loss(full, comparison)
-    if relative_performance(base_loss(comparison), loss, loss) is None:
-        return "full fine-tuning did not improve on the base"
-    return None
+    defined = relative_performance(base_loss(comparison), loss, loss) is not None
+    return None if defined else "full fine-tuning did not improve on the base"
 
 
 def base_loss(comparison: ComparisonResult) -> float | None:

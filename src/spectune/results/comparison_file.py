@@ -10,8 +10,6 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from spectune.errors import DataError
-from spectune.files.atomic import atomic_write_text
-from spectune.files.strict_json import strict_json
 from spectune.results.recommendation import Recommendation
 from spectune.results.record import Record, first_problem
 from spectune.results.run_result import RunRecord
@@ -260,7 +258,7 @@ class ComparisonResult(Conditions):
 
     def save(self, folder: Path) -> None:
         """Write `comparison.json`, atomically; a number that is not finite becomes null."""
-        atomic_write_text(folder / FILE, strict_json(self.to_dict()) + "\n")
+        self.write(folder / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> ComparisonResult:

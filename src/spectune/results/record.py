@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from spectune.files.atomic import atomic_write_text
+from spectune.files.strict_json import strict_json
 
 
 class Record(BaseModel):
@@ -27,6 +31,10 @@ class Record(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The content for a JSON file: what was read or set, no defaults."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+    def write(self, path: Path) -> None:
+        """Write `to_dict` as JSON, atomically; a number that is not finite becomes null."""
+        atomic_write_text(path, strict_json(self.to_dict()) + "\n")
 
 
 def first_problem(error: ValidationError) -> str:

@@ -58,8 +58,7 @@ def candidates(comparison: ComparisonResult, limits: Limits) -> list[Candidate]:
     found = []
     runs_by_arm = comparison.runs_by_arm
     for arm in arm_results(comparison):
-        runs = runs_by_arm.get(arm.name)
-        if runs is None:
+        if (runs := runs_by_arm.get(arm.name)) is None:
             continue
         merged = mean(_merged_overhead(run, comparison) for run in runs) if limits.tenants == 1 else None
         found.append(
@@ -94,7 +93,7 @@ class Quality:
     judged: bool
     arms: frozenset[str]
     covers_training_noise: bool
-    better: frozenset[tuple[str, str]]
+    better: set[tuple[str, str]]
     relative: Mapping[tuple[str, str], float]
     open: Mapping[tuple[str, str], float]
 
@@ -113,7 +112,7 @@ class Quality:
         if not relative:  # nothing but raw numbers: good enough for a picture, not for a pick
             better = {(a.name, b.name) for a in arms for b in arms if a.rank < b.rank < math.inf}
         covers = verdict.covers_training_noise
-        return cls(bool(relative), frozenset(means), covers, frozenset(better), relative, left_open)
+        return cls(bool(relative), frozenset(means), covers, better, relative, left_open)
 
     def is_better(self, a: Candidate, b: Candidate) -> bool:
         return (a.name, b.name) in self.better
@@ -128,6 +127,5 @@ class Quality:
         measured of either is no argument."""
         both = [(a.cost(axis), b.cost(axis)) for axis in list(AXES)[1:]]
         costs = [(x, y) for x, y in both if x is not None and y is not None]
-        if self.is_better(b, a) or any(x > y for x, y in costs):
-            return False
-        return self.is_better(a, b) or any(x < y for x, y in costs)
+        worse = self.is_better(b, a) or any(x > y for x, y in costs)
+        return not worse and (self.is_better(a, b) or any(x < y for x, y in costs))

@@ -29,21 +29,22 @@ def exclusions(arm: Candidate, limits: Limits, arms: Sequence[Candidate], bare: 
         ("max_latency_overhead", limits.max_latency_overhead, arm.inference_overhead, share, slower),
         ("max_stored_bytes", limits.max_stored_bytes, stored, units.size, f"stores {{}} for {tasks(limits)}"),
     ]
-    found = []
+    found: list[tuple[str, str, float | None]] = []
     for name, limit, value, form, words in checks:
         # a share worked out from two speeds is rounded
         if limit is not None and (value is None or value > limit * (1 + 1e-9)):
             text = f"{arm.label} was not measured, so that the limit cannot be checked"
             if value is not None:
                 text = f"{arm.label} {words.format(form(value))}; the limit is {form(limit)}"
-            found.append(_exclusion(arm, name, text, value))
+            found.append((name, text, value))
     quality, words = _quality(arm, arms, bare)
     if limits.min_quality is not None and (quality is None or quality < limits.min_quality):
         text = f"{arm.label} cannot be checked for quality: no loss of it, or none below the bare base's, was measured"
         if quality is not None:
             text = f"{arm.label} {words.format(f'{quality:.1f}')}; the limit is {limits.min_quality:g}"
-        found.append(_exclusion(arm, "min_quality", text, quality))
-    return found
+        found.append(("min_quality", text, quality))
+    runs = list(arm.runs)
+    return [Exclusion(name=arm.name, limit=limit, text=sentence(t), value=v, runs=runs) for limit, t, v in found]
 
 
 def what_would_have_to_give(excluded: Sequence[Exclusion], arms: Sequence[Candidate]) -> str:
@@ -78,14 +79,9 @@ def _quality(arm: Candidate, arms: Sequence[Candidate], bare: float | None) -> t
     return improved, "improves on the bare base by {} of 100 (100 is the best method)"
 
 
-def _exclusion(arm: Candidate, limit: str, text: str, value: float | None) -> Exclusion:
-    return Exclusion(name=arm.name, limit=limit, text=sentence(text), value=value, runs=list(arm.runs))
-
-
 def _to_keep(limit: str, value: float) -> str:
     """A value on the side of the limit on which it would be kept, in the form that the command line takes."""
     if limit == "min_quality":
         return f"{math.floor(10 * value) / 10:g}"
-    return (
-        f"{math.ceil(1000 * value) / 1000:g}" if limit == "max_latency_overhead" else f"{math.ceil(value / 1e3):,} kB"
-    )
+    as_share = limit == "max_latency_overhead"
+    return f"{math.ceil(1000 * value) / 1000:g}" if as_share else f"{math.ceil(value / 1e3):,} kB"

@@ -21,10 +21,11 @@ def guide(answers: Answers | None = None) -> dict[str, Any]:
     """
     answers = answers or Answers()
     methods = [method_from_name(name) for name in BY_NAME]
-    traits = _traits(methods)
+    smallest: Any = reference_shares(methods)[0]["shares"]  # of GPT-2 124M
+    traits = [Traits(method, float(smallest[method.name]["share"] or 0)) for method in methods]
     rules = [_as_dict(rule, traits) for rule in RULES if rule.applies(answers)]
     others = [_as_dict(rule, traits) for rule in RULES if not rule.applies(answers)]
-    table = [
+    table: list[dict[str, Any]] = [
         {
             "name": method.name,
             "label": method.label,
@@ -34,53 +35,28 @@ def guide(answers: Answers | None = None) -> dict[str, Any]:
         }
         for method in methods
     ]
-    excluded = [name for rule in rules if rule["decides"] for name in rule["away"]]
-    shortlist = _shortlist(table, excluded)
+    excluded = list(dict.fromkeys(name for rule in rules if rule["decides"] for name in rule["away"]))
+    left = [row for row in table if row["name"] not in excluded]
+    # more rules for than against it; all that are left where the rules cancel out
+    favoured = [row for row in left if len(row["for"]) > len(row["against"])]
+    shortlist = [row["name"] for row in favoured or left]
     command, then = _commands(answers, shortlist, methods)
     return {
         "answers": answers.model_dump(exclude_defaults=True),
         "rules": rules,
         "others": others,
         "methods": table,
-        "excluded": list(dict.fromkeys(excluded)),
+        "excluded": excluded,
         "shortlist": shortlist,
         "command": command,
         "then": then,
     }
 
 
-def _traits(methods: Sequence[Method]) -> list[Traits]:
-    smallest: Any = reference_shares(methods)[0]["shares"]  # of GPT-2 124M
-    return [
-        Traits(
-            name=method.name,
-            frozen=not method.trains_base,
-            virtual=method.virtual_tokens > 0,
-            merges=method.can_merge,
-            starts_at_identity=method.starts_at_identity,
-            share=float(smallest[method.name]["share"] or 0),
-        )
-        for method in methods
-    ]
-
-
 def _as_dict(rule: Rule, methods: Sequence[Traits]) -> dict[str, Any]:
-    return {
-        "name": rule.name,
-        "condition": rule.condition,
-        "why": rule.why,
-        "source": rule.source,
-        "toward": [method.name for method in methods if rule.toward(method)],
-        "away": [method.name for method in methods if rule.away(method)],
-        "decides": rule.decides,
-    }
-
-
-def _shortlist(table: Sequence[dict[str, Any]], excluded: Sequence[str]) -> list[str]:
-    """The methods with more rules for than against them; all that are left where the rules cancel out."""
-    left = [row for row in table if row["name"] not in excluded]
-    favoured = [row for row in left if len(row["for"]) > len(row["against"])]
-    return [row["name"] for row in favoured or left]
+    toward, away = ([m.method.name for m in methods if leads(m)] for leads in (rule.toward, rule.away))
+    words = {"name": rule.name, "condition": rule.condition, "why": rule.why, "source": rule.source}
+    return {**words, "toward": toward, "away": away, "decides": rule.decides}
 
 
 def _commands(answers: Answers, shortlist: Sequence[str], methods: Sequence[Method]) -> tuple[str, str]:

@@ -41,7 +41,8 @@ def recommend(comparison: ComparisonResult, limits: Limits | None = None) -> Rec
     """
     limits = limits or Limits()
     arms, bare = candidates(comparison, limits), base_loss(comparison)
-    quality = Quality.of(comparison.verdict or Verdict(), arms)
+    verdict = comparison.verdict or Verdict()
+    quality = Quality.of(verdict, arms)
     excluded = [broken for arm in arms for broken in exclusions(arm, limits, arms, bare)]
     out = {broken.name for broken in excluded}
     kept = [arm for arm in arms if arm.name not in out]
@@ -60,8 +61,7 @@ def recommend(comparison: ComparisonResult, limits: Limits | None = None) -> Rec
         lowest = min(arm.rank for arm in allowed)
         decision = _Decision(abstains=why, reasons=[_reason(f"the lowest loss is {lowest:.3f}", allowed)])
     elif not quality.judged and len(allowed) > 1:
-        sentences = comparison.verdict.sentences if comparison.verdict is not None else []
-        why = sentences[0] if sentences else "The comparison holds no verdict."
+        why, *_ = [*verdict.sentences, "The comparison holds no verdict."]
         text = f"No recommendation: without intervals no difference can be told from noise. {why}"
         decision = _Decision(abstains=text)
     else:
@@ -80,39 +80,36 @@ def _decided(allowed: Sequence[Candidate], arms: Sequence[Candidate], quality: Q
     best = undominated(allowed, quality.is_better)
     pick, why = _cheapest(best, limits)
     top = min(best, key=lambda arm: arm.rank)
-    reasons: list[Reason] = []
-    if len(allowed) == 1:
-        text = f"{pick.label} is the only method" + (" that keeps the limits" if len(arms) > 1 else " that was run")
-        reasons.append(_reason(text, arms))
-    else:
-        reasons.append(_quality_reason(best, pick, top, allowed, quality))
+    only = f"{pick.label} is the only method that {'keeps the limits' if len(arms) > 1 else 'was run'}"
+    many = len(allowed) > 1
+    reasons = [_quality_reason(best, pick, top, allowed, quality) if many else _reason(only, arms)]
     other, _ = _cheapest(undominated(allowed, quality.is_clearly_better), limits)
+
+    def undecided(other: Candidate, text: str, why: str) -> _Decision:
+        abstains = f"The evidence does not decide between {pick.label} and {other.label}: {text}"
+        proof = _reason(f"{why}: {pick.label}, {other.label}", [pick, other])
+        return _Decision(None, sentence(abstains), [*reasons, proof])
+
     if other.name != pick.name:
         gap = share(abs(quality.relative.get((pick.name, other.name), 0.0)))
-        abstains = sentence(
-            f"The evidence does not decide between {pick.label} and {other.label}: {other.label} is cheaper and {gap} "
-            f"worse, with one seed each, and another seed alone can move a difference by {share(SEED_NOISE)}. Run the "
-            "comparison with more seeds (--seeds 3)"
+        text = (
+            f"{other.label} is cheaper and {gap} worse, with one seed each, and another seed alone can move a "
+            f"difference by {share(SEED_NOISE)}. Run the comparison with more seeds (--seeds 3)"
         )
-        open_runs = f"the runs that leave it open have one seed each: {pick.label}, {other.label}"
-        return _Decision(None, abstains, [*reasons, _reason(open_runs, [pick, other])])
+        return undecided(other, text, "the runs that leave it open have one seed each")
     left_open = quality.open.get((top.name, pick.name), 0.0)
     if pick.name != top.name and left_open > MATERIAL:
-        abstains = sentence(
-            f"The evidence does not decide between {pick.label} and {top.label}: no difference was found, but "
-            f"{pick.label}, the cheaper, may be up to {share(left_open)} worse. More rows to judge on, or more seeds, "
-            "would tell"
+        text = (
+            f"no difference was found, but {pick.label}, the cheaper, may be up to {share(left_open)} worse. More "
+            "rows to judge on, or more seeds, would tell"
         )
-        too_wide = f"the interval between them is too wide: {pick.label}, {top.label}"
-        return _Decision(None, abstains, [*reasons, _reason(too_wide, [pick, top])])
+        return undecided(top, text, "the interval between them is too wide")
     if len(best) > 1:
         reasons.append(_reason(why, best))
     reasons += _bill(pick, limits)
-    if len(allowed) > 1 and not quality.covers_training_noise:
-        text = (
-            "one seed each, so that training noise is not covered; the pick would be the same if other seeds moved "
-            f"every difference by {share(SEED_NOISE)}"
-        )
+    if many and not quality.covers_training_noise:
+        text = "one seed each, so that training noise is not covered; the pick would be the same if other seeds moved "
+        text += f"every difference by {share(SEED_NOISE)}"
         reasons.append(_reason(text, allowed))
     return _Decision(pick.name, None, reasons)
 
@@ -120,8 +117,7 @@ def _decided(allowed: Sequence[Candidate], arms: Sequence[Candidate], quality: Q
 def _cheapest(arms: Sequence[Candidate], limits: Limits) -> tuple[Candidate, str]:
     """The cheapest of some arms and, in words, what decided."""
     order = ["inference_overhead", "train_memory_bytes", "stored_bytes", "train_seconds"]
-    if limits.tenants > 1:
-        order = ["stored_bytes", "inference_overhead", "train_memory_bytes", "train_seconds"]
+    order = sorted(order, key=lambda axis: axis != "stored_bytes") if limits.tenants > 1 else order
     left = list(arms)
     steps = []
     for axis in order:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from spectune.deltas import Method
+
 GIB = 2**30
 #: where the rules draw their lines; each is named where a rule uses it
 FEW_ROWS, MANY_ROWS = 1_000, 10_000
@@ -58,12 +60,12 @@ class Answers(BaseModel):
 class Traits:
     """What rules look at in a method. `share`: stored weights as a share of GPT-2 124M."""
 
-    name: str
-    frozen: bool
-    virtual: bool
-    merges: bool
-    starts_at_identity: bool
+    method: Method
     share: float
+
+    @property
+    def frozen(self) -> bool:
+        return not self.method.trains_base
 
     @property
     def tiny(self) -> bool:
@@ -116,9 +118,8 @@ RULES = (
         f"{FEW} (rule of thumb; it contradicts the other one for prefix tuning)",
         lambda a: a.rows is not None and a.rows < FEW_ROWS,
         _none,
-        lambda m: m.virtual,
-        "on 100 examples of MNLI with GPT-3, virtual tokens came last: full 60.2, LoRA 63.8, prefix 48.3, "
-        "prompt 37.6",
+        lambda m: m.method.virtual_tokens > 0,
+        "on 100 examples of MNLI with GPT-3, virtual tokens came last: full 60.2, LoRA 63.8, prefix 48.3, prompt 37.6",
         "Hu et al. 2021 (arXiv 2106.09685), table 16",
     ),
     Rule(
@@ -127,8 +128,7 @@ RULES = (
         lambda a: a.rows is not None and FEW_ROWS <= a.rows < MANY_ROWS,
         lambda m: m.near_full and m.frozen,
         _none,
-        "enough for methods of about 1% of the weights, not yet for all of them: the usual place of LoRA and "
-        "adapters",
+        "enough for methods of about 1% of the weights, not yet for all of them: the usual place of LoRA and adapters",
         "Houlsby et al. 2019 (arXiv 1902.00751): within 0.4 points of full on GLUE with 3.6% of the weights",
     ),
     Rule(
@@ -196,7 +196,7 @@ RULES = (
         "thumb)",
         lambda a: a.level in ("low", "medium"),
         _none,
-        lambda m: m.name == "prompt",  # what its paper says of bases' sizes holds for it alone
+        lambda m: m.method.name == "prompt",  # what its paper says of bases' sizes holds for it alone
         "it came up to full fine-tuning at 11 billion weights only, and fell behind more the smaller the base",
         "Lester et al. 2021 (arXiv 2104.08691), figure 1; here at 27 million: docs/results/e2e_reference.md",
     ),
@@ -204,8 +204,8 @@ RULES = (
         "must merge",
         "the result has to be plain weights (a fact)",
         lambda a: a.must_merge,
-        lambda m: m.merges,
-        lambda m: not m.merges,
+        lambda m: m.method.can_merge,
+        lambda m: not m.method.can_merge,
         "a delta that stays beside the base costs time for each token: adapters 20% to 30% at batch 1 and length "
         "128; merged ones cost none",
         "Hu et al. 2021 (arXiv 2106.09685), table 1; what merges is in docs/contract.md",
@@ -225,7 +225,7 @@ RULES = (
         "fewer weights forget less",
         "what the base knows must be kept (rule of thumb)",
         lambda a: a.keep_base,
-        lambda m: m.frozen and not m.virtual,
+        lambda m: m.frozen and not m.method.virtual_tokens,
         lambda m: not m.frozen,
         "LoRA forgot less than full fine-tuning on code and mathematics; but it depends on rate and steps: in "
         "PEFT's suite full fine-tuning at a rate of 1e-5 forgot less than LoRA, prefix, prompt tuning and IA3",
@@ -235,8 +235,8 @@ RULES = (
         "fast iteration",
         "results soon (rule of thumb)",
         lambda a: a.fast_iteration,
-        lambda m: m.starts_at_identity and m.frozen,
-        lambda m: m.virtual,
+        lambda m: m.method.starts_at_identity and m.frozen,
+        lambda m: m.method.virtual_tokens > 0,
         "methods that start as the base itself improve from the first steps; prompt tuning took 30,000 in its "
         "paper, and came to anything from 5.7% to 34.3% by settings alone, prefix tuning to 18.6% to 41.6%",
         "Lester et al. 2021, section 3; PEFT's method_comparison, MetaMathQA",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +58,9 @@ def find_evidence(comparison: ComparisonResult, folder: Path) -> Findings:
             tables[_key(run)] = _read_rows(folder / run.rows_file)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             found.problems.append(f"{_title(run)} is left out: {run.rows_file} cannot be used ({error}).")
-    without = [run for run in runs if not run.rows_file]
-    if tables and without:
-        found.problems += [f"{_title(run)} is left out: it was saved without a loss for each row." for run in without]
-    titles = {_key(run): _title(run) for run in runs}
-    tables = _same_rows(tables, titles, found.problems)
+    without = [run for run in runs if not run.rows_file] if tables else []
+    found.problems += [f"{_title(run)} is left out: it was saved without a loss for each row." for run in without]
+    tables = _same_rows(tables, {_key(run): _title(run) for run in runs}, found.problems)
     if tables:
         _fill(found, tables)
     try:
@@ -76,6 +74,8 @@ def find_evidence(comparison: ComparisonResult, folder: Path) -> Findings:
 #: arm, and what tells its runs apart
 Key = tuple[str, str]
 Rows = dict[int, dict[str, Any]]
+#: the sums of a row, None where it has none
+Read = Callable[[dict[str, Any]], Sequence[float] | None]
 
 
 def _read_rows(path: Path) -> Rows:
@@ -113,9 +113,27 @@ def _same_rows(tables: dict[Key, Rows], titles: Mapping[Key, str], problems: lis
 
 
 def _fill(found: Findings, tables: Mapping[Key, Rows]) -> None:
-    numbers = sorted(next(iter(tables.values())))
-    units = _units(next(iter(tables.values())), numbers)
-    found.loss = _evidence(tables, numbers, units, ratio, lambda row: (row["loss_sum"], row["target_tokens"]))
+    """Loss and metrics, each over the rows that have it in every run: only the first rows are written out."""
+    first = next(iter(tables.values()))
+    units = _units(first, sorted(first))
+
+    def evidence(score: Score, read: Read) -> Evidence | None:
+        kept = [number for number in units if all(read(rows[number]) is not None for rows in tables.values())]
+        if not kept:
+            return None
+        used, of_unit = np.unique([units[number] for number in kept], return_inverse=True)
+        arms = defaultdict[str, list[Array]](list)
+        for (arm, _), rows in tables.items():
+            values = np.array([read(rows[number]) for number in kept], dtype=np.float64)
+            arms[arm].append(np.zeros((len(used), values.shape[1])))
+            np.add.at(arms[arm][-1], of_unit, values)
+        return Evidence({arm: np.stack(seeds) for arm, seeds in arms.items()}, score, len(kept), len(used))
+
+    def metric(name: str, score: Score, read: Read) -> None:
+        if (measured := evidence(score, read)) is not None and measured.units >= 2:
+            found.metrics[name] = measured
+
+    found.loss = evidence(ratio, lambda row: (row["loss_sum"], row["target_tokens"]))
     names = {name: None for rows in tables.values() for row in rows.values() for name in row.get("metrics") or {}}
     for name in names:
 
@@ -123,59 +141,23 @@ def _fill(found: Findings, tables: Mapping[Key, Rows]) -> None:
             number = (row.get("metrics") or {}).get(name)
             return (float(number), 1.0) if number is not None and is_finite(number) else None
 
-        _add_metric(found, name, tables, numbers, units, ratio, value)
+        metric(name, ratio, value)
     for name, (score, size) in CORPUS.items():
 
         def counts(row: dict[str, Any], name: str = name, size: int = size) -> Sequence[float] | None:
-            numbers = (row.get("statistics") or {}).get(name)
-            return (
-                numbers if isinstance(numbers, list) and len(numbers) == size and all(map(is_finite, numbers)) else None
-            )
+            sums = (row.get("statistics") or {}).get(name)
+            return sums if isinstance(sums, list) and len(sums) == size and all(map(is_finite, sums)) else None
 
-        _add_metric(found, name, tables, numbers, units, score, counts)
-
-
-def _add_metric(
-    found: Findings,
-    name: str,
-    tables: Mapping[Key, Rows],
-    numbers: Sequence[int],
-    units: Mapping[int, int],
-    score: Score,
-    read: Callable[[dict[str, Any]], Sequence[float] | None],
-) -> None:
-    """Add the metric over the rows that have it in every run: only the first rows are written out."""
-    kept = [number for number in numbers if all(read(rows[number]) is not None for rows in tables.values())]
-    evidence = _evidence(tables, kept, units, score, read) if kept else None
-    if evidence is not None and evidence.units >= 2:
-        found.metrics[name] = evidence
+        metric(name, score, counts)
 
 
 def _units(rows: Rows, numbers: Sequence[int]) -> dict[int, int]:
     """Row number -> its unit. Rows with the same prompt are answers to one question, and not independent."""
-    names: dict[Any, int] = {}
-    unit_of = {}
+    names, unit_of = dict[Any, int](), {}
     for number in numbers:
         prompt = rows[number].get("prompt")
         unit_of[number] = names.setdefault(prompt if isinstance(prompt, str) and prompt else number, len(names))
     return unit_of if len(names) >= MIN_UNITS else {number: place for place, number in enumerate(numbers)}
-
-
-def _evidence(
-    tables: Mapping[Key, Rows],
-    numbers: Sequence[int],
-    units: Mapping[int, int],
-    score: Score,
-    read: Callable[[dict[str, Any]], Sequence[float] | None],
-) -> Evidence:
-    used, of_unit = np.unique([units[number] for number in numbers], return_inverse=True)
-    arms: dict[str, list[Array]] = {}
-    for (arm, _), rows in tables.items():
-        values = np.array([read(rows[number]) for number in numbers], dtype=np.float64)
-        summed = np.zeros((len(used), values.shape[1]))
-        np.add.at(summed, of_unit, values)
-        arms.setdefault(arm, []).append(summed)
-    return Evidence({arm: np.stack(seeds) for arm, seeds in arms.items()}, score, len(numbers), len(used))
 
 
 def _forgetting(
@@ -197,11 +179,10 @@ def _forgetting(
         tokens = [total / passages if total and passages else 1.0] * size
     if size < 2 or len(tokens) != size or not all(map(is_finite, tokens)) or not sum(tokens):
         return None
-    arms: dict[str, list[Array]] = {}
+    arms = defaultdict[str, list[Array]](list)
     for ((arm, _), title), values in lists.items():
         if len(values) == size:
-            sums = np.column_stack([np.array(values, dtype=np.float64), tokens])
-            arms.setdefault(arm, []).append(sums.astype(np.float64))
+            arms[arm].append(np.column_stack([np.array(values, dtype=np.float64), tokens]))
         else:
             problems.append(f"{title} is left out of forgetting: {len(values)} passages, the others have {size}.")
     return Evidence({arm: np.stack(seeds) for arm, seeds in arms.items()}, ratio, size, size)

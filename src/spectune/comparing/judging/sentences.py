@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spectune.results import ComparisonResult, Judgement
 from spectune.results.arm_result import FULL
 from spectune.results.phrases import listed, named, number_word, sentence, share
-from spectune.results.verdict_record import JudgedPair
 
 NO_DIFFERENCE = "no difference"
 
@@ -50,19 +50,16 @@ def sentences_of(judged: Judgement, names_of: Naming, what: str | None) -> list[
     if len(names) == 1:
         return [f"Only {names_of.listed(names)} was judged: there is nothing to compare it with.", _covered(judged)]
     full, best = names_of.full(names), [arm.name for arm in judged.arms if arm.best]
-    sentences = []
     if not any(pair.differs for pair in judged.pairs):
-        both = f"{names_of.listed(names)}" if len(names) == 2 else f"any of the {number_word(len(names))} methods"
-        sentences.append(f"No difference between {both} was found.")
+        both = names_of.listed(names) if len(names) == 2 else f"any of the {number_word(len(names))} methods"
+        headline = f"No difference between {both} was found."
     elif full is not None:
-        sentences.append(_against_full(judged, names_of, names, full, what))
+        headline = _against_full(judged, names_of, names, full, what)
     else:
-        sentences.append(_best_first(names_of, names, best, means, what))
-    sentences += _rest_of_order(judged, names_of, full if full is not None else (best[0] if len(best) == 1 else None))
-    sentences += _left_open(judged, names_of, what)
-    sentences.append(_covered(judged))
-    sentences += _fewer_seeds(judged, names_of)
-    return sentences
+        headline = _best_first(names_of, names, best, means, what)
+    rest = _rest_of_order(judged, names_of, full if full is not None else (best[0] if len(best) == 1 else None))
+    left_open = _left_open(judged, names_of, what)
+    return [headline, *rest, *left_open, _covered(judged), *_fewer_seeds(judged, names_of)]
 
 
 def _against_full(judged: Judgement, names_of: Naming, names: Sequence[str], full: str, what: str | None) -> str:
@@ -84,21 +81,14 @@ def _against_full(judged: Judgement, names_of: Naming, names: Sequence[str], ful
 
 
 def _best_first(
-    names_of: Naming,
-    names: Sequence[str],
-    best: Sequence[str],
-    means: Mapping[str, float],
-    what: str | None,
+    names_of: Naming, names: Sequence[str], best: Sequence[str], means: Mapping[str, float], what: str | None
 ) -> str:
     rest = [name for name in names if name not in best]
-    are = "is" if len(rest) == 1 else "are"
+    top, are = names_of.listed(best), f"{names_of.listed(rest)} {'is' if len(rest) == 1 else 'are'}"
     if len(best) == 1:
-        by = _range(rest, best[0], means, what)
-        return sentence(f"{names_of.listed(best)} is best; {names_of.listed(rest)} {are} worse (by {by})")
-    return sentence(
-        f"{names_of.listed(best)} are best, and no difference between them was found; "
-        f"{names_of.listed(rest)} {are} worse than at least one of them"
-    )
+        return sentence(f"{top} is best; {are} worse (by {_range(rest, best[0], means, what)})")
+    found = f"{top} are best, and no difference between them was found"
+    return sentence(f"{found}; {are} worse than at least one of them")
 
 
 def _range(arms: Sequence[str], other: str, means: Mapping[str, float], what: str | None) -> str:
@@ -113,13 +103,12 @@ def _range(arms: Sequence[str], other: str, means: Mapping[str, float], what: st
 def _rest_of_order(judged: Judgement, names_of: Naming, covered: str | None) -> list[str]:
     """The pairs of the order that the headline, which is about `covered`, has left out; arms that are better than the
     same ones stand together."""
-    worse: dict[str, list[str]] = {}
+    worse, better = defaultdict[str, list[str]](list), defaultdict[tuple[str, ...], list[str]](list)
     for a, b in judged.order:
         if covered not in (a, b):
-            worse.setdefault(a, []).append(b)
-    better: dict[tuple[str, ...], list[str]] = {}
+            worse[a].append(b)
     for a, below in worse.items():
-        better.setdefault(tuple(below), []).append(a)
+        better[tuple(below)].append(a)
     parts = [
         f"{names_of.listed(above)} {'is' if len(above) == 1 else 'are'} better than {names_of.listed(below)}"
         for below, above in better.items()
@@ -129,41 +118,26 @@ def _rest_of_order(judged: Judgement, names_of: Naming, covered: str | None) -> 
 
 def _left_open(judged: Judgement, names_of: Naming, what: str | None) -> list[str]:
     """The largest difference that an interval leaves open: none found is not none there."""
-    means = judged.means
     open_pairs = [pair for pair in judged.pairs if not pair.differs]
     if not open_pairs:
         return []
-
-    def reach(pair: JudgedPair) -> float:
-        assert pair.low is not None
-        assert pair.high is not None
-        size = max(abs(pair.low), abs(pair.high))
-        return size / abs(means[pair.a]) if what is not None and means[pair.a] else size
-
-    widest = max(open_pairs, key=reach)
-    amount = (
-        f"{share(reach(widest))} of the {'loss' if what == 'of its loss' else 'forgetting'}"
-        if what
-        else f"{reach(widest):.3g}"
-    )
+    scales = {arm: abs(mean) or 1.0 if what else 1.0 for arm, mean in judged.means.items()}
+    reaches = [max(abs(pair.low or 0.0), abs(pair.high or 0.0)) / scales[pair.a] for pair in open_pairs]
+    reach, widest = max(zip(reaches, open_pairs, strict=True), key=lambda entry: entry[0])
+    amount = f"{share(reach)} {what.replace('its', 'the')}" if what else f"{reach:.3g}"
     labels = names_of.labels
     between = "" if len(judged.arms) == 2 else f" ({labels[widest.a]} against {labels[widest.b]})"
     return [f"No difference found does not mean that there is none: up to {amount} is not excluded{between}."]
 
 
 def _covered(judged: Judgement) -> str:
-    rows = f"{judged.rows or 0:,} rows"
-    if judged.measure == "forgetting":
-        rows = f"{judged.rows or 0:,} passages"
-    elif judged.units != judged.rows:
+    rows = f"{judged.rows or 0:,} {'passages' if judged.measure == 'forgetting' else 'rows'}"
+    if judged.measure != "forgetting" and judged.units != judged.rows:
         rows += f" with {judged.units or 0:,} different prompts"
-    confidence = f"Holm-corrected {100 * judged.confidence:.0f}%"
+    rows += f", Holm-corrected {100 * judged.confidence:.0f}%"
     if judged.seeds == 1:
-        return (
-            f"One seed each, {rows}, {confidence}: training noise is not covered, so that other seeds may give another "
-            "order."
-        )
-    return f"{judged.seeds} seeds, {rows}, {confidence}."
+        return f"One seed each, {rows}: training noise is not covered, so that other seeds may give another order."
+    return f"{judged.seeds} seeds, {rows}."
 
 
 def _fewer_seeds(judged: Judgement, names_of: Naming) -> list[str]:

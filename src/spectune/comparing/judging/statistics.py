@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,14 +108,9 @@ def holm(p: Array) -> Array:
 
 
 def estimate(
-    sums: Mapping[str, Array],
-    score: Score = ratio,
-    *,
-    relative_noise: bool = False,
-    confidence: float = CONFIDENCE,
-    replicates: int = REPLICATES,
-    seed: int = 0,
-) -> tuple[list[ArmEstimate], list[PairEstimate]]:
+    sums: Mapping[str, Array], score: Score = ratio, *, relative_noise: bool = False,
+    confidence: float = CONFIDENCE, replicates: int = REPLICATES, seed: int = 0,
+) -> tuple[list[ArmEstimate], list[PairEstimate]]:  # fmt: skip
     """Intervals for every arm and every pair of arms. The same input and seed give the same result.
 
     Args:
@@ -133,17 +128,16 @@ def estimate(
         raise ValueError(f"arms with {sorted(rows)} rows; expected the same rows for all, and at least two")
     runs = [score(array.sum(axis=1)) for array in sums.values()]
     means = np.array([values.mean() for values in runs])
-    spread = _row_noise(list(sums.values()), score, replicates, seed)
-    noise = _seed_noise(runs, spread.interaction, means if relative_noise else np.ones_like(means))
+    covariance, interaction = _row_noise(list(sums.values()), score, replicates, seed)
+    noise = _seed_noise(runs, interaction, means if relative_noise else np.ones_like(means))
     count = rows.pop()
     arms = []
-    for index, name in enumerate(names):
-        variance, degrees = _combined(float(spread.covariance[index, index]), count - 1, noise, [index])
+    for index, (name, mean) in enumerate(zip(names, means.tolist(), strict=True)):
+        variance, degrees = _combined(float(covariance[index, index]), count - 1, noise, [index])
         reach = float(student_t.ppf((1 + confidence) / 2, degrees)) * variance**0.5
         sd = float(runs[index].std(ddof=1)) if len(runs[index]) > 1 else None
-        mean = float(means[index])
         arms.append(ArmEstimate(name, len(runs[index]), mean, mean - reach, mean + reach, sd))
-    return arms, _pairs(names, means, spread.covariance, noise, count, confidence) if len(names) > 1 else []
+    return arms, _pairs(names, means, covariance, noise, count, confidence) if len(names) > 1 else []
 
 
 def _pairs(
@@ -174,15 +168,6 @@ def _pairs(
 
 
 @dataclass(frozen=True)
-class _RowNoise:
-    """Variance over samples of rows: of the arms' means `[arms, arms]`, and for each arm of what one seed's run does
-    apart from the arm's mean (the interaction of rows and seeds, `[arms]`)."""
-
-    covariance: Array
-    interaction: Array
-
-
-@dataclass(frozen=True)
 class _SeedNoise:
     """For each arm: variance over seeds of one run, its degrees of freedom, the interaction's part of it, seeds."""
 
@@ -193,7 +178,9 @@ class _SeedNoise:
     total_degrees: int
 
 
-def _row_noise(sums: list[Array], score: Score, replicates: int, seed: int) -> _RowNoise:
+def _row_noise(sums: list[Array], score: Score, replicates: int, seed: int) -> tuple[Array, Array]:
+    """Variance over samples of rows: of the arms' means `[arms, arms]`, and for each arm of what one seed's run does
+    apart from the arm's mean (the interaction of rows and seeds, `[arms]`)."""
     sizes = [len(array) for array in sums]
     stacked = np.concatenate(sums)  # [runs, rows, statistics]
     runs, rows, statistics = stacked.shape
@@ -207,8 +194,7 @@ def _row_noise(sums: list[Array], score: Score, replicates: int, seed: int) -> _
         drawn.append(score((weights @ table).reshape(block, runs, statistics).astype(np.float64)))
     values = np.concatenate(drawn)  # [replicates, runs]
     values = values[np.isfinite(values).all(axis=1)]  # samples of rows without a single target token
-    edges = np.cumsum([0, *sizes])
-    of_arm = [values[:, start:end] for start, end in pairwise(edges)]
+    of_arm = np.split(values, np.cumsum(sizes)[:-1], axis=1)
     means = np.stack([part.mean(axis=1) for part in of_arm], axis=1)
     unbiased = rows / (rows - 1)  # the bootstrap's variance is that of a population of these rows
     apart = [
@@ -216,7 +202,7 @@ def _row_noise(sums: list[Array], score: Score, replicates: int, seed: int) -> _
         for part in of_arm
     ]
     covariance = np.atleast_2d(np.cov(means, rowvar=False))
-    return _RowNoise(covariance * unbiased, np.array(apart) * unbiased)
+    return covariance * unbiased, np.array(apart) * unbiased
 
 
 def _seed_noise(runs: list[Array], interaction: Array, scale: Array) -> _SeedNoise:

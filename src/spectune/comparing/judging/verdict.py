@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,10 +35,7 @@ def verdict(comparison: ComparisonResult, folder: str | Path) -> Verdict:
         judged = _judge(findings.loss, "judged_loss", names, what="of its loss")
     judged.sentences += findings.problems + failure_sentences(comparison)
     ways, forgetting = comparison.data.higher_is_better, findings.forgetting
-    metrics = {
-        name: _judge(rows, name, names, higher_is_better=ways.get(name, True))
-        for name, rows in findings.metrics.items()
-    }
+    metrics = {n: _judge(e, n, names, higher_is_better=ways.get(n, True)) for n, e in findings.metrics.items()}
     return Verdict(
         **judged.to_dict(),
         base=findings.base_loss,
@@ -53,7 +51,7 @@ def _judge(
     lower_is_better = what is not None or not higher_is_better
     sums = {arm: s for arm, s in evidence.sums.items() if np.isfinite(evidence.score(s.sum(axis=1))).all()}
     if evidence.units < 2 or not sums:
-        return _bare(measure, {}, f"No verdict on {measure}: it takes two rows at least.", evidence.rows)
+        return _bare(measure, f"No verdict on {measure}: it takes two rows at least.", evidence.rows)
     arms, pairs = estimate(sums, evidence.score, relative_noise=what is not None)
     sign = 1 if lower_is_better else -1
     arms = sorted(arms, key=lambda arm: sign * arm.mean)  # stable: of equal ones the first stays first
@@ -64,21 +62,16 @@ def _judge(
     better = {pair for pair, p in adjusted.items() if p <= 1 - CONFIDENCE}
     means, worse = {arm.name: arm.mean for arm in arms}, {name for _, name in better}
     full, seeds = names_of.full(names), [arm.seeds for arm in arms]
+    versus = {a: "better" for a, b in better if b == full} | {b: "worse" for a, b in better if a == full}
     judged = Judgement(
-        measure=measure,
-        higher_is_better=not lower_is_better,
-        rows=evidence.rows,
-        units=evidence.units,
-        seeds=max(seeds),
-        covers_training_noise=min(seeds) > 1,
-        confidence=CONFIDENCE,
-        correction="holm",
+        measure=measure, higher_is_better=not lower_is_better, rows=evidence.rows, units=evidence.units,
+        seeds=max(seeds), covers_training_noise=min(seeds) > 1, confidence=CONFIDENCE, correction="holm",
         arms=[JudgedArm(**vars(arm), label=names_of.labels[arm.name], best=arm.name not in worse) for arm in arms],
         pairs=[_pair(pair, adjusted[pair.a, pair.b], (pair.a, pair.b) in better, means) for pair in pairs],
         groups=groups(names, {frozenset(pair) for pair in better}),
         order=sorted((list(pair) for pair in reduction(better)), key=lambda pair: (place[pair[0]], place[pair[1]])),
-        versus_full={} if full is None else {n: _versus(n, full, better) for n in names if n != full},
-    )
+        versus_full={} if full is None else {n: versus.get(n, NO_DIFFERENCE) for n in names if n != full},
+    )  # fmt: skip
     judged.sentences = sentences_of(judged, names_of, what)
     return judged
 
@@ -88,20 +81,13 @@ def _turned(pair: PairEstimate, place: Mapping[str, int]) -> PairEstimate:
     if place[pair.a] < place[pair.b]:
         return pair
     effect = None if pair.effect_size is None else -pair.effect_size
-    return PairEstimate(
-        pair.b, pair.a, -pair.difference, -pair.high, -pair.low, pair.p, pair.p_adjusted, effect
-    )  # fmt: skip
+    turned = -pair.difference, -pair.high, -pair.low
+    return PairEstimate(pair.b, pair.a, *turned, pair.p, pair.p_adjusted, effect)
 
 
 def _pair(pair: PairEstimate, p_adjusted: float, differs: bool, means: Mapping[str, float]) -> JudgedPair:
     relative = pair.difference / abs(means[pair.a]) if means[pair.a] else None
     return JudgedPair(**{**vars(pair), "p_adjusted": p_adjusted}, relative=relative, differs=differs)
-
-
-def _versus(name: str, full: str, better: set[tuple[str, str]]) -> str:
-    if (name, full) in better:
-        return "better"
-    return "worse" if (full, name) in better else NO_DIFFERENCE
 
 
 def _without_rows(runs: Sequence[ComparedRun], names_of: Naming) -> Judgement:
@@ -117,42 +103,20 @@ def _without_rows(runs: Sequence[ComparedRun], names_of: Naming) -> Judgement:
     elif any(run.rows_file for run in runs):
         why = "No verdict: what the runs saved of each row cannot be used, so noise cannot be told from differences."
     else:
-        why = (
-            "No verdict: these runs were saved without a loss for each row, so noise cannot be told from differences. "
-            "A new comparison saves them."
-        )
-    ordered = sorted(losses, key=lambda arm: statistics.fmean(losses[arm]))
-    return _bare("judged_loss", {arm: losses[arm] for arm in ordered}, why, None, names_of)
+        why = "No verdict: these runs were saved without a loss for each row, so noise cannot be told from "
+        why += "differences. A new comparison saves them."
+    arms = []
+    for arm, found in sorted(losses.items(), key=lambda entry: statistics.fmean(entry[1])):
+        numbers: dict[str, Any] = {"seeds": len(found), "mean": statistics.fmean(found), "low": None, "high": None}
+        numbers["seed_sd"] = statistics.stdev(found) if len(found) > 1 else None
+        arms.append(JudgedArm(name=arm, label=names_of.labels[arm], best=False, **numbers))
+    return _bare("judged_loss", why, None, arms)
 
 
-def _bare(
-    measure: str, values: Mapping[str, Sequence[float]], why: str, rows: int | None, names_of: Naming | None = None
-) -> Judgement:
+def _bare(measure: str, why: str, rows: int | None, arms: Sequence[JudgedArm] = ()) -> Judgement:
     """A judgement without intervals, and the sentence that says why."""
     return Judgement(
-        measure=measure,
-        rows=rows,
-        units=rows,
-        seeds=max(map(len, values.values()), default=0),
-        covers_training_noise=False,
-        confidence=CONFIDENCE,
-        correction="holm",
-        arms=[
-            JudgedArm(
-                name=arm,
-                label=arm if names_of is None else names_of.labels[arm],
-                seeds=len(found),
-                mean=statistics.fmean(found),
-                low=None,
-                high=None,
-                seed_sd=statistics.stdev(found) if len(found) > 1 else None,
-                best=False,
-            )
-            for arm, found in values.items()
-        ],
-        pairs=[],
-        groups=[],
-        order=[],
-        versus_full={},
-        sentences=[why],
-    )
+        measure=measure, rows=rows, units=rows, seeds=max((arm.seeds for arm in arms), default=0),
+        covers_training_noise=False, confidence=CONFIDENCE, correction="holm", arms=list(arms), pairs=[], groups=[],
+        order=[], versus_full={}, sentences=[why],
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from spectune.reporting import units
-from spectune.reporting.artifacts import base_rows, judged_rows
+from spectune.reporting.artifacts import judged_rows, rows_of
 from spectune.reporting.columns import metric_text, metric_title
 from spectune.reporting.text import clipped
 from spectune.results.comparison_file import ComparisonResult
@@ -46,17 +46,13 @@ class Examples:
 def examples(comparison: ComparisonResult, folder: Path) -> Examples | None:
     """None where the runs left no outputs."""
     labels = comparison.labels
-    tables = {
-        labels[name]: rows for name, runs in comparison.runs_by_arm.items() if (rows := judged_rows(folder, runs[0]))
-    }
+    tables = {labels[name]: judged_rows(folder, runs[0]) for name, runs in comparison.runs_by_arm.items()}
     written = {label: {n for n, row in rows.items() if "prediction" in row} for label, rows in tables.items()}
     tables = {label: rows for label, rows in tables.items() if written[label]}
-    if not tables:
-        return None
-    common = set.intersection(*(written[label] for label in tables))
+    common = set.intersection(*(written[label] for label in tables)) if tables else set[int]()
     if not common:
         return None
-    bare = base_rows(folder)
+    bare = rows_of(folder, "base/rows.jsonl")
     by_loss = common <= bare.keys()
     order = sorted(common, key=lambda n: (_loss(bare[n]) or 0.0, n)) if by_loss else sorted(common)
     count = min(COUNT, len(order))
@@ -74,9 +70,11 @@ def examples(comparison: ComparisonResult, folder: Path) -> Examples | None:
 def _example(number: int, row: int, tables: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Example:
     first = next(table[row] for table in reversed(list(tables.values())) if row in table)
     references = [clipped(str(reference), LONGEST) for reference in first.get("references") or ()]
+    origin = str(first.get("origin") or f"row {row}")
     return Example(
         number,
-        _place(str(first.get("origin") or f"row {row}")),
+        # a file's name and line; its folder is that of the machine that ran
+        PurePath(origin).name if PurePath(origin).is_absolute() else origin,
         clipped(str(first.get("prompt") or ""), LONGEST),
         references[:REFERENCES],
         max(0, len(references) - REFERENCES),
@@ -86,11 +84,6 @@ def _example(number: int, row: int, tables: Mapping[str, Mapping[int, Mapping[st
             if "prediction" in table.get(row, {})
         ],
     )
-
-
-def _place(origin: str) -> str:
-    """A file's name and line; its folder is that of the machine that ran."""
-    return PurePath(origin).name if PurePath(origin).is_absolute() else origin
 
 
 def _scores(row: Mapping[str, Any]) -> str:

@@ -4,62 +4,29 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from spectune.reporting import units, words
-from spectune.reporting.columns import (
-    LEARNING_RATE,
-    PERPLEXITY,
-    RELATIVE,
-    SEEDS,
-    VALID_LOSS,
-    Column,
-    columns_of,
-    loss_title,
-)
+from spectune.reporting import columns, units, words
 from spectune.reporting.page import reproduce
 from spectune.reporting.page.examples import examples
 from spectune.reporting.page.svg import inline
 from spectune.reporting.plots.style import Plot
 from spectune.reporting.text import clipped, plain
+from spectune.results import ComparisonResult
 from spectune.results.arm_result import ArmResult, arm_results
-from spectune.results.comparison_file import ComparisonResult
 
 HERE = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A figure in the page."""
-
-    plot: Plot
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of the sortable table; `value` is the number it sorts by."""
-
-    text: str
-    value: float | None
-    words: bool
-
-
 def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[tuple[Plot, str]]) -> str:
     """The page as text. `drawn` are the figures with their SVG files' text."""
-    shown = {
-        plot.name: Drawn(plot, inline(svg, plot.name, plot.title, plot.description))
-        for plot, svg in drawn
-        if plot.in_page
-    }
+    shown = {plot.name: (plot, inline(svg, plot)) for plot, svg in drawn if plot.in_page}
     rows = arm_results(comparison)
     groups = _groups(comparison, rows)
-    columns = [column for _, found in groups for column in found]
     runs = reproduce.run_lines(comparison)
     script = (HERE / "script.js").read_text(encoding="utf-8")
     environment = Environment(
@@ -77,15 +44,13 @@ def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[
         reasons=words.recommendation_reasons(comparison),
         context=words.recommendation_context(comparison),
         groups=groups,
-        columns=columns,
-        table=[(row, [_cell(column, row) for column in columns]) for row in rows],
+        columns=[column for _, found in groups for column in found],
+        table=rows,
         failures=words.failure_lines(comparison),
         notes=words.notes(comparison),
-        verdict_plots=_pick(shown, "verdict", "differences"),
-        quality_plots=_pick(
-            shown, "quality-and-share", "quality-and-memory", "quality-and-time", "forgetting-and-quality"
-        ),
-        curve_plots=_pick(shown, "learning-curves", "data-curve"),
+        verdict_plots=[shown[name] for name in ("verdict", "differences") if name in shown],
+        quality_plots=[found for name, found in shown.items() if "quality" in name],
+        curve_plots=[shown[name] for name in ("learning-curves", "data-curve") if name in shown],
         rate_plots=[found for name, found in shown.items() if name.startswith("learning-rate-")],
         examples=examples(comparison, folder),
         run_header=reproduce.run_header(comparison),
@@ -99,27 +64,20 @@ def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[
     )
 
 
-def _groups(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[tuple[str, list[Column]]]:
+def _groups(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[tuple[str, list[columns.Column]]]:
     """The columns of the large table, after the method's own."""
-    of = columns_of(comparison, rows)
-    training = [column for column in of.training if column is not LEARNING_RATE]
-    for column, wanted in ((VALID_LOSS, loss_title(comparison) == "Test loss"), (PERPLEXITY, True)):
-        if wanted and column not in of.quality:
-            of.quality.insert(of.quality.index(RELATIVE), column)
+    of = columns.columns_of(comparison, rows)
+    training = [column for column in of.training if column is not columns.LEARNING_RATE]
+    tested = columns.loss_title(comparison) == "Test loss"
+    for column in [*([columns.VALID_LOSS] if tested else []), columns.PERPLEXITY]:
+        if column not in of.quality:
+            of.quality.insert(of.quality.index(columns.RELATIVE), column)
     return [
         ("Quality", [*of.quality, *of.metrics]),
-        ("Training", [LEARNING_RATE, *training, SEEDS]),
+        ("Training", [columns.LEARNING_RATE, *training, columns.SEEDS]),
         ("Serving", [*of.overheads, *of.storage]),
-        ("Rule of thumb", [Column("Best for", lambda row: row.best_for)]),
+        ("Rule of thumb", [columns.Column("Best for", lambda row: row.best_for)]),
     ]
-
-
-def _cell(column: Column, row: ArmResult) -> Cell:
-    return Cell(column.text(row), None if column.value is None else column.value(row), column.words)
-
-
-def _pick(shown: Mapping[str, Drawn], *names: str) -> list[Drawn]:
-    return [shown[name] for name in names if name in shown]
 
 
 def _facts(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[str]:
@@ -135,11 +93,10 @@ def _facts(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[str]
 
 
 def _without_verdict(rows: Sequence[ArmResult]) -> str:
-    """The headline where nothing was tested."""
     ended = [row for row in rows if row.loss is not None]
     if not ended:
         return "No verdict: no run ended."
-    best = min(ended, key=lambda row: row.loss if row.loss is not None else 0.0)
+    best = min(ended, key=lambda row: row.loss or 0.0)
     return (
         f"No verdict. {best.label} has the lowest loss here ({units.number(best.loss)} nats per target token), but "
         "nothing was tested: close methods may change places with another seed."
@@ -153,7 +110,6 @@ def _anchors(
     places = {run.cells[-1]: run for run in runs}
     found: dict[str, list[tuple[str, str]]] = {}
     for proof in proofs:
-        run = next((r for place, r in places.items() if proof == place or proof.startswith(f"{place}/")), None)
-        if run is not None:
+        if run := next((r for place, r in places.items() if f"{proof}/".startswith(f"{place}/")), None):
             found.setdefault(run.label, []).append((run.anchor, run.seed))
     return list(found.items())

@@ -29,11 +29,9 @@ class RunLine:
 
 
 def run_header(comparison: ComparisonResult) -> list[str]:
-    names = metric_names(arm_results(comparison))
-    titles = ["Learning rate", "Steps", "Valid loss", loss_title(comparison), *map(metric_title, names)]
-    if loss_title(comparison) == "Valid loss":
-        titles.pop(3)
-    return [*titles, "Forgetting", "Memory", "Tokens/s", "Time", "Folder"]
+    losses = dict.fromkeys(["Valid loss", loss_title(comparison)])
+    metrics = map(metric_title, metric_names(arm_results(comparison)))
+    return ["Learning rate", "Steps", *losses, *metrics, "Forgetting", "Memory", "Tokens/s", "Time", "Folder"]
 
 
 def run_lines(comparison: ComparisonResult) -> list[RunLine]:
@@ -73,50 +71,36 @@ def memory_grid(comparison: ComparisonResult) -> Grid | None:
     terms = list(dict.fromkeys(key for of in predicted.values() for key in of if not key.startswith("peak_")))
     body = []
     for arm in arm_results(comparison):
-        found = predicted.get(arm.name)
-        if not found:
+        if not (found := predicted.get(arm.name)):
             continue
         measured, peak = arm.train_memory_bytes, found.get(PREDICTED_KEY)
-        error = None if not measured or peak is None else peak / measured - 1
-        body.append(
-            [
-                arm.label,
-                *(units.size(found.get(term)) for term in terms),
-                units.size(peak),
-                units.size(measured),
-                units.MISSING if error is None else f"{100 * error:+.1f}%",
-                arm.memory_prediction_source or units.MISSING,
-            ]
-        )
+        error = units.MISSING if not measured or peak is None else f"{100 * (peak / measured - 1):+.1f}%"
+        sizes = [units.size(value) for value in (*map(found.get, terms), peak, measured)]
+        body.append([arm.label, *sizes, error, arm.memory_prediction_source or units.MISSING])
     header = ["Method", *(term.capitalize() for term in terms), "Peak, predicted", "Peak, measured", "Error", "From"]
     return Grid("Memory in training: predicted and measured", header, body, {0, len(header) - 1}) if body else None
 
 
 def command(comparison: ComparisonResult, folder: Path) -> str | None:
     """The command line that would run it again; None where the folder does not say."""
-    given = comparison.command
-    if given:
+    if given := comparison.command:
         return shlex.join(given) if isinstance(given, list) else plain(given)
-    if (folder / "config.yaml").is_file():
-        return "spectune compare --config config.yaml --output-dir again"
-    return None
+    again = "spectune compare --config config.yaml --output-dir again"
+    return again if (folder / "config.yaml").is_file() else None
 
 
 def settings(comparison: ComparisonResult, folder: Path) -> list[tuple[str, list[tuple[str, str]]]]:
     """(heading, [(name, value)]): everything that decides the numbers."""
+    arms: Sequence[Arm | ComparedRun] = comparison.arms or [runs[0] for runs in comparison.runs_by_arm.values()]
     found = [
         ("Base", _pairs(comparison.base.to_dict())),
         ("Data", _pairs(comparison.data.to_dict())),
         ("Budget", _pairs(comparison.preset.to_dict())),
         ("Training", _pairs(comparison.settings)),
-        ("Methods", [(arm.name, _value(arm.settings)) for arm in _arms(comparison)]),
+        ("Methods", [(arm.name, _value(arm.settings)) for arm in arms]),
         ("Environment", _pairs(comparison.environment or _environment(comparison, folder))),
     ]
     return [(heading, pairs) for heading, pairs in found if pairs]
-
-
-def _arms(comparison: ComparisonResult) -> Sequence[Arm | ComparedRun]:
-    return comparison.arms or [runs[0] for runs in comparison.runs_by_arm.values()]
 
 
 def _environment(comparison: ComparisonResult, folder: Path) -> Mapping[str, Any]:

@@ -16,16 +16,10 @@ from spectune.results.comparison_file import ComparisonResult
 def comparison_plots(comparison: ComparisonResult, folder: Path) -> list[Plot]:
     """Every figure that the comparison, and the runs under its folder, have numbers for."""
     with figure_style():
-        made = [
-            order_plot(comparison),
-            difference_plot(comparison),
-            *quality_plots(comparison),
-            learning_plot(comparison, folder),
-            *rate_plots(comparison),
-            forgetting_plot(comparison),
-            data_plot(comparison),
-        ]
-    return [plot for plot in made if plot is not None]
+        found = [order_plot(comparison), difference_plot(comparison), *quality_plots(comparison)]
+        found += [learning_plot(comparison, folder), *rate_plots(comparison)]
+        found += [forgetting_plot(comparison), data_plot(comparison)]
+    return [plot for plot in found if plot is not None]
 
 
-__all__ = ["Plot", "comparison_figure", "comparison_plots"]
+__all__ = ["Plot", "comparison_figure", "comparison_plots", "figure_style"]

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from spectune.reporting import units
 from spectune.reporting.artifacts import Curve, curve
 from spectune.reporting.plots.labels import label_ends
-from spectune.reporting.plots.style import (
-    Look,
-    Plot,
-    log_axis,
-    looks,
-    loss_axis,
-    new_axes,
-    new_figure,
-    shortened,
-)
+from spectune.reporting.plots.style import Look, Plot, log_axis, looks, loss_axis, new_axes, new_figure
 from spectune.results.comparison_file import ComparisonResult
 
 #: validations that make a curve; a run with fewer is drawn by its training loss
@@ -34,31 +25,17 @@ Line = list[tuple[float, float]]
 def learning_plot(comparison: ComparisonResult, folder: Path) -> Plot | None:
     """Validation loss by step, the mean over seeds with each seed as a thin line; the training loss where there are
     hardly any validations."""
-    curves = {
-        name: found
-        for name, runs in comparison.runs_by_arm.items()
-        if (found := [c for run in runs if (c := curve(folder, run)) is not None])
-    }
-    if not curves:
-        return None
+    curves = {n: [c for run in runs if (c := curve(folder, run))] for n, runs in comparison.runs_by_arm.items()}
     validated = all(len(c.valid) >= ENOUGH for found in curves.values() for c in found)
-    lines = {name: [_line(c, validated) for c in found] for name, found in curves.items()}
-    lines = {name: [line for line in found if line] for name, found in lines.items()}
+    lines = {name: [line for c in found if (line := _line(c, validated))] for name, found in curves.items()}
     lines = {name: found for name, found in lines.items() if found}
     if not lines:
         return None
     look = looks(comparison)
     dots = {} if validated else {name: [c.valid[-1] for c in found if c.valid] for name, found in curves.items()}
-    figure = new_figure(height=3.5)
-    axes = _with_ends(figure, [look[name] for name in lines])
-    _scale(
-        axes,
-        [
-            *(p for found in lines.values() for line in found for p in line),
-            *(dot for found in dots.values() for dot in found),
-        ],
-        "validation" if validated else "training",
-    )
+    points = [p for found in lines.values() for line in found for p in line]
+    points += [dot for found in dots.values() for dot in found]
+    figure, axes = _scaled(points, [look[name] for name in lines], "validation" if validated else "training")
     ends = []
     for name, drawn in lines.items():
         seen, mean = look[name], mean_line(drawn)
@@ -70,7 +47,8 @@ def learning_plot(comparison: ComparisonResult, folder: Path) -> Plot | None:
             axes.plot(step, value, seen.marker, color=seen.colour, markersize=5, clip_on=False, zorder=3)
         marked = dots.get(name) or [mean[-1]]
         ends.append((sum(y for _, y in marked) / len(marked), seen.label, seen.colour))
-    axes.set_xlabel(f"training steps{_batch(comparison)}")
+    tokens = comparison.data.target_tokens_per_step
+    axes.set_xlabel("training steps" + ("" if tokens is None else f" of about {tokens:,.0f} target tokens"))
     label_ends(axes, ends)
     what = "Validation loss while training" if validated else "Training loss, as means over blocks of steps"
     if any(len(found) > 1 for found in lines.values()):
@@ -78,17 +56,10 @@ def learning_plot(comparison: ComparisonResult, folder: Path) -> Plot | None:
     what += "." if validated else "; markers are validation losses at the end."
     steps = sorted({step for found in lines.values() for step, _ in mean_line(found)})
     shown = steps[:: max(1, len(steps) // 8)]
-    return Plot(
-        "learning-curves",
-        "Learning curves",
-        what,
-        figure,
-        ["Method", *(f"step {step:,.0f}" for step in shown)],
-        [
-            [look[name].label, *(units.number(dict(mean_line(found)).get(step)) for step in shown)]
-            for name, found in lines.items()
-        ],
-    )
+    header = ["Method", *(f"step {step:,.0f}" for step in shown)]
+    means = [(look[name].label, dict(mean_line(found))) for name, found in lines.items()]
+    body = [[label, *(units.number(mean.get(step)) for step in shown)] for label, mean in means]
+    return Plot("learning-curves", "Learning curves", what, figure, header, body)
 
 
 def data_plot(comparison: ComparisonResult) -> Plot | None:
@@ -97,29 +68,19 @@ def data_plot(comparison: ComparisonResult) -> Plot | None:
     for point in comparison.curves:
         if point.valid_loss is not None and point.rows:
             values.setdefault(point.name, {}).setdefault(point.rows, []).append(point.valid_loss)
-    lines = {
-        name: [(rows, sum(found) / len(found)) for rows, found in sorted(by_rows.items())]
-        for name, by_rows in values.items()
-    }
+    lines = {name: [(rows, sum(v) / len(v)) for rows, v in sorted(found.items())] for name, found in values.items()}
     counts = sorted({rows for line in lines.values() for rows, _ in line})
     if len(counts) < 2:
         return None
     look = looks(comparison)
-    figure = new_figure(height=3.5)
-    axes = _with_ends(figure, [look[name] for name in lines])
-    _scale(axes, [p for line in lines.values() for p in line], "validation")
+    points = [p for line in lines.values() for p in line]
+    figure, axes = _scaled(points, [look[name] for name in lines], "validation")
     log_axis(axes.xaxis, counts)
     axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.04)
     for name, line in lines.items():
         seen = look[name]
-        axes.plot(
-            *zip(*line, strict=True),
-            marker=seen.marker,
-            color=seen.colour,
-            linewidth=1.4,
-            markersize=4.5,
-            clip_on=False,
-        )
+        [drawn] = axes.plot(*zip(*line, strict=True), color=seen.colour, linewidth=1.4, clip_on=False)
+        drawn.set(marker=seen.marker, markersize=4.5)
     axes.set_xlabel("training rows (log)")
     label_ends(axes, [(line[-1][1], look[name].label, look[name].colour) for name, line in lines.items()])
     return Plot(
@@ -149,18 +110,10 @@ def _line(found: Curve, validated: bool) -> Line:
     return [(block[-1][0], sum(value for _, value in block) / len(block)) for block in blocks]
 
 
-def _batch(comparison: ComparisonResult) -> str:
-    tokens = comparison.data.target_tokens_per_step
-    return "" if tokens is None else f" of about {tokens:,.0f} target tokens"
-
-
-def _with_ends(figure: Any, looks: Sequence[Look]) -> Axes:
-    """Axes with room at the right for the longest name."""
-    longest = max(len(shortened(look.label)) for look in looks)
-    return new_axes(figure, left=0.6, right=0.3 + 0.066 * longest, bottom=0.52)
-
-
-def _scale(axes: Axes, points: Sequence[tuple[float, float]], what: str) -> None:
+def _scaled(points: Line, looks: Sequence[Look], what: str) -> tuple[Figure, Axes]:
+    """A figure and its axes for some points, with room at the right for the longest name."""
+    figure, longest = new_figure(height=3.5), max(len(look.label) for look in looks)
+    axes = new_axes(figure, left=0.6, right=0.3 + 0.066 * longest, bottom=0.52)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     loss_axis(axes.yaxis, ys, f"{what} loss, nats per target token")
     axes.set_xlim(0, max(xs))
@@ -169,3 +122,4 @@ def _scale(axes: Axes, points: Sequence[tuple[float, float]], what: str) -> None
         axes.set_ylim(low / 1.12, high * 1.08)
     else:
         axes.set_ylim(low - 0.06 * (high - low or 1), high + 0.04 * (high - low or 1))
+    return figure, axes

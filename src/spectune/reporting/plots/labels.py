@@ -46,17 +46,11 @@ def label_points(axes: Axes, points: Sequence[Labelled], line: Sequence[tuple[fl
     taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in centres]
     for point in points:
         taken += _bars(axes, point, scale)
-    corners = [axes.transData.transform(corner) for corner in line]
-    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
-        taken.append(
-            Bbox.from_extents(min(x0, x1) - scale, min(y0, y1) - scale, max(x0, x1) + scale, max(y0, y1) + scale)
-        )
-
-    def crowd(index: int) -> float:
-        x, y = centres[index]
-        return -sum(math.hypot(x - u, y - v) < 40 * scale for u, v in centres)
-
-    for index in sorted(range(len(points)), key=lambda i: (crowd(i), i)):
+    for (x0, y0), (x1, y1) in itertools.pairwise(axes.transData.transform(corner) for corner in line):
+        (left, right), (bottom, top) = sorted((x0, x1)), sorted((y0, y1))
+        taken.append(Bbox.from_extents(left - scale, bottom - scale, right + scale, top + scale))
+    crowds = [sum(math.hypot(x - u, y - v) < 40 * scale for u, v in centres) for x, y in centres]
+    for index in sorted(range(len(points)), key=lambda i: -crowds[i]):
         x, y = centres[index]
         text = axes.text(0, 0, points[index].text, fontsize=SIZE, color=INK)
         box = text.get_window_extent(renderer)
@@ -77,18 +71,13 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names of lines, right of the axes: (y of the end in data, name, colour), spread so that none overlap."""
     if not ends:
         return
-    figure = axes.figure
-    gap = 1.25 * SIZE * figure.dpi / 72
-    right = axes.get_xlim()[1]
-    at = [float(axes.transData.transform((right, y))[1]) for y, _, _ in ends]
-    low, high = axes.get_window_extent().y0, axes.get_window_extent().y1
-    order = sorted(range(len(ends)), key=lambda i: at[i])
-    places = _spread([at[i] for i in order], gap, low, high)
-    start = axes.get_window_extent().x1
-    for place, index in zip(places, order, strict=True):
+    figure, extent = axes.figure, axes.get_window_extent()
+    dots, start, right = figure.dpi / 72, extent.x1, axes.get_xlim()[1]
+    ordered = sorted((float(axes.transData.transform((right, y))[1]), i) for i, (y, _, _) in enumerate(ends))
+    places = _spread([at for at, _ in ordered], 1.25 * SIZE * dots, extent.y0, extent.y1)
+    for place, (at, index) in zip(places, ordered, strict=True):
         _, name, colour = ends[index]
-        dots = figure.dpi / 72
-        line = [(start + 2 * dots, at[index]), (start + 9 * dots, place)]
+        line = [(start + 2 * dots, at), (start + 9 * dots, place)]
         xs, ys = zip(*(figure.transFigure.inverted().transform(p) for p in line), strict=True)
         axes.plot(xs, ys, transform=figure.transFigure, color=colour, linewidth=0.8, clip_on=False)
         x, y = figure.transFigure.inverted().transform((start + 11 * dots, place))

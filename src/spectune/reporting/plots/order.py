@@ -8,23 +8,10 @@ from matplotlib.axes import Axes
 
 from spectune.reporting import units
 from spectune.reporting.columns import loss_title
-from spectune.reporting.plots.style import (
-    GRID,
-    INK,
-    MUTED,
-    PAPER,
-    Plot,
-    fixed_ticks,
-    looks,
-    loss_axis,
-    loss_words,
-    new_axes,
-    new_figure,
-    pad,
-)
+from spectune.reporting.plots import style
+from spectune.reporting.plots.style import GRID, INK, MUTED, PAPER, Plot, looks
+from spectune.results import ComparisonResult, Verdict
 from spectune.results.arm_result import FULL
-from spectune.results.comparison_file import ComparisonResult
-from spectune.results.verdict_record import JudgedPair, Verdict
 
 ROW = 0.27
 #: between the bars of two groups, inches
@@ -40,40 +27,30 @@ def order_plot(comparison: ComparisonResult) -> Plot | None:
     look = looks(comparison)
     names = [arm.name for arm, _ in arms]
     groups = [group for group in verdict.groups if len(group) > 1 and set(group) <= set(names)]
-    figure = new_figure(height=ROW * len(arms) + 0.68)
+    figure = style.new_figure(height=ROW * len(arms) + 0.68)
     left = 0.25 + 0.067 * max(len(look[name].label) for name in names)
-    axes = new_axes(figure, left=left, right=0.2 + LANE * len(groups), bottom=0.5, top=0.1)
+    axes = style.new_axes(figure, left=left, right=0.2 + LANE * len(groups), bottom=0.5, top=0.1)
     for place, (arm, mean) in enumerate(arms):
         seen = look[arm.name]
         if arm.low is not None and arm.high is not None:
             axes.plot([arm.low, arm.high], [place, place], color=seen.colour, linewidth=1.6)
         axes.plot(mean, place, seen.marker, color=seen.colour, markersize=4.2)
     found = [value for arm, mean in arms for value in (mean, arm.low, arm.high) if value is not None]
-    loss_axis(axes.xaxis, found, loss_words(comparison))
-    pad(axes, found, [0, len(arms) - 1], 0.06)
+    style.loss_axis(axes.xaxis, found, style.loss_words(comparison))
+    style.pad(axes, found, [0, len(arms) - 1], 0.06)
     _rows(axes, [look[name].label for name in names])
     for lane, group in enumerate(groups):
         _bar(axes, lane, sorted(names.index(name) for name in group))
-    level = f"{100 * verdict.confidence:.3g}%"
-    return Plot(
-        "verdict",
-        "The order, and what cannot be told apart",
-        f"Mean and {level} interval of each method, best first. Methods that a bar at the right joins with dots do not "
-        "differ by more than noise."
-        if groups
-        else f"Mean and {level} interval of each method, best first. All of them differ by more than noise.",
-        figure,
-        ["Method", loss_title(comparison), "No difference from"],
-        [
-            [
-                look[name].label,
-                units.with_interval(mean, arm.low, arm.high),
-                ", ".join(dict.fromkeys(look[o].label for group in groups if name in group for o in group if o != name))
-                or "none",
-            ]
-            for name, (arm, mean) in zip(names, arms, strict=True)
-        ],
-    )
+    what = f"Mean and {100 * verdict.confidence:.3g}% interval of each method, best first. "
+    joined = "Methods that a bar at the right joins with dots do not differ by more than noise."
+    what += joined if groups else "All of them differ by more than noise."
+    body = []
+    for name, (arm, mean) in zip(names, arms, strict=True):
+        alike = dict.fromkeys(look[o].label for group in groups if name in group for o in group if o != name)
+        interval = units.with_interval(mean, arm.low, arm.high)
+        body.append([look[name].label, interval, ", ".join(alike) or "none"])
+    header = ["Method", loss_title(comparison), "No difference from"]
+    return Plot("verdict", "The order, and what cannot be told apart", what, figure, header, body)
 
 
 def difference_plot(comparison: ComparisonResult) -> Plot | None:
@@ -91,55 +68,35 @@ def difference_plot(comparison: ComparisonResult) -> Plot | None:
         return None
     found.sort(key=lambda entry: entry[1])
     look, reference = looks(comparison), comparison.label_of(against)
-    figure = new_figure(height=ROW * len(found) + 0.68)
+    figure = style.new_figure(height=ROW * len(found) + 0.68)
     left = 0.25 + 0.067 * max(len(look[entry[0]].label) for entry in found)
-    axes = new_axes(figure, left=left, right=1.08, bottom=0.5, top=0.1)
+    axes = style.new_axes(figure, left=left, right=1.08, bottom=0.5, top=0.1)
     axes.axvline(0, color=INK, linewidth=0.9)
     for place, (name, difference, low, high, pair) in enumerate(found):
         seen = look[name]
         axes.plot([low, high], [place, place], color=seen.colour, linewidth=1.4)
         fill = seen.colour if pair.differs else PAPER
         axes.plot(difference, place, seen.marker, color=seen.colour, markerfacecolor=fill, markersize=5)
-        axes.text(
-            1.02,
-            place,
-            f"{difference:+.3f} ±{(high - low) / 2:.3f}",
-            transform=axes.get_yaxis_transform(),
-            fontsize=8,
-            va="center",
-            color=INK,
-        )
+        text, way = f"{difference:+.3f} ±{(high - low) / 2:.3f}", axes.get_yaxis_transform()
+        axes.text(1.02, place, text, transform=way, fontsize=8, va="center", color=INK)
     _rows(axes, [look[entry[0]].label for entry in found])
     axes.set_xlabel(f"loss minus that of {look[against].label}, nats per target token")
-    return Plot(
-        "differences",
-        f"Differences from {reference}",
+    what = (
         f"Each method's loss minus that of {reference}, measured on the same rows, with its interval. Filled: the "
-        "difference is larger than noise; hollow: it is not. Left of the line is better.",
-        figure,
-        ["Method", "Difference", "From", "To", "Share", "p, adjusted", "Differs"],
-        [
-            [
-                look[name].label,
-                f"{difference:+.3f}",
-                f"{low:+.3f}",
-                f"{high:+.3f}",
-                _relative(pair, against),
-                units.number(pair.p_adjusted),
-                "yes" if pair.differs else "no",
-            ]
-            for name, difference, low, high, pair in found
-        ],
+        "difference is larger than noise; hollow: it is not. Left of the line is better."
     )
-
-
-def _relative(pair: JudgedPair, against: str) -> str:
-    """The difference as a share of the reference's loss, which a pair has only if the reference comes first."""
-    return units.percent(pair.relative, sign=True) if pair.a == against else units.MISSING
+    header = ["Method", "Difference", "From", "To", "Share", "p, adjusted", "Differs"]
+    body = []
+    for name, *sizes, pair in found:
+        # a share of the reference's loss, which a pair has only if the reference comes first
+        relative = units.percent(pair.relative, sign=True) if pair.a == against else units.MISSING
+        differs = units.number(pair.p_adjusted), "yes" if pair.differs else "no"
+        body.append([look[name].label, *(f"{size:+.3f}" for size in sizes), relative, *differs])
+    return Plot("differences", f"Differences from {reference}", what, figure, header, body)
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
-    fixed_ticks(axes.yaxis, range(len(labels)), labels)
+    style.fixed_ticks(axes.yaxis, range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)  # the first at the top
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)

@@ -8,18 +8,7 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 
 from spectune.reporting import units
-from spectune.reporting.plots.style import (
-    INK,
-    PAPER,
-    Look,
-    Plot,
-    log_axis,
-    looks,
-    loss_axis,
-    new_axes,
-    new_figure,
-    pad,
-)
+from spectune.reporting.plots.style import INK, PAPER, Look, Plot, log_axis, looks, loss_axis, new_axes, new_figure, pad
 from spectune.results.arm_result import is_finite
 from spectune.results.comparison_file import ComparisonResult, Search, Trial
 from spectune.results.phrases import listed
@@ -39,20 +28,12 @@ def rate_plots(comparison: ComparisonResult) -> list[Plot]:
         figure = new_figure(PANEL, TALL)
         panel = new_axes(figure, left=0.42, right=0.1, bottom=0.4, top=0.26)
         _panel(panel, search, look[name])
-        plots.append(
-            Plot(
-                f"learning-rate-{number}",
-                look[name].label,
-                _sentence(search),
-                figure,
-                ["Learning rate", "Steps", "Validation loss"],
-                [
-                    [units.rate(t.learning_rate), str(t.steps or units.MISSING), _outcome(t)]
-                    for t in sorted(search.trials, key=lambda t: (t.steps, t.learning_rate))
-                ],
-                in_folder=False,
-            )
-        )
+        header, body = ["Learning rate", "Steps", "Validation loss"], []
+        for t in sorted(search.trials, key=lambda t: (t.steps, t.learning_rate)):
+            loss = units.number(t.valid_loss) if is_finite(t.valid_loss) else f"failed: {t.reason or 'no loss'}"
+            body.append([units.rate(t.learning_rate), str(t.steps or units.MISSING), loss])
+        words = _sentence(search)
+        plots.append(Plot(f"learning-rate-{number}", look[name].label, words, figure, header, body, in_folder=False))
     return [*plots, _together(searches, look)]
 
 
@@ -86,15 +67,9 @@ def _panel(axes: Axes, search: Search, look: Look) -> None:
         line = sorted((trial.learning_rate, loss) for trial, loss in placed)
         axes.plot(*zip(*line, strict=True), color=look.colour, linewidth=0.8 + 0.5 * number, alpha=strength)
         for trial, loss in placed:
-            axes.plot(
-                trial.learning_rate,
-                loss,
-                "o",
-                color=look.colour,
-                alpha=strength,
-                markersize=3.4,
-                markerfacecolor=PAPER if trial.extension else look.colour,
-            )
+            fill = PAPER if trial.extension else look.colour
+            [dot] = axes.plot(trial.learning_rate, loss, "o", color=look.colour, alpha=strength)
+            dot.set(markersize=3.4, markerfacecolor=fill)
     if search.best is not None:
         axes.axvline(search.best, color=INK, linewidth=0.8, linestyle=(0, (3, 2)), zorder=1)
     for trial in search.trials:
@@ -115,12 +90,4 @@ def _sentence(search: Search) -> str:
 
 def _ended(search: Search) -> list[tuple[Trial, float]]:
     """The trials that can be drawn, with their losses."""
-    return [
-        (t, t.valid_loss)
-        for t in search.trials
-        if t.valid_loss is not None and is_finite(t.valid_loss) and t.learning_rate > 0
-    ]
-
-
-def _outcome(trial: Trial) -> str:
-    return units.number(trial.valid_loss) if is_finite(trial.valid_loss) else f"failed: {trial.reason or 'no loss'}"
+    return [(t, t.valid_loss) for t in search.trials if is_finite(t.valid_loss) and t.learning_rate > 0]

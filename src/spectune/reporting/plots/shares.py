@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes
@@ -10,21 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from spectune.reporting import units
+from spectune.reporting.plots import style
 from spectune.reporting.plots.labels import Labelled, label_points
-from spectune.reporting.plots.style import (
-    MUTED,
-    Look,
-    figure_style,
-    fixed_ticks,
-    log_axis,
-    looks,
-    new_axes,
-    new_figure,
-    pad,
-    shortened,
-)
-from spectune.results.arm_result import ArmResult, arm_results, why_no_relative_performance
-from spectune.results.comparison_file import ComparisonResult
+from spectune.reporting.plots.style import MUTED, Look, log_axis, new_axes
+from spectune.results import ComparisonResult
+from spectune.results.arm_result import ArmResult, arm_results, is_finite, why_no_relative_performance
 
 WIDTH, BARS = 10.5, 4.4
 
@@ -33,15 +22,15 @@ def comparison_figure(comparison: ComparisonResult) -> Figure:
     """Two panels: trainable share of each method as bars, relative performance against it; shares on log scales."""
     rows = [row for row in arm_results(comparison) if not row.failed and row.trainable_share]
     ordered = sorted(rows, key=lambda row: row.trainable_share or 0.0)
-    with figure_style():
-        figure = new_figure(WIDTH, max(4.2, 0.33 * len(rows) + 1.2))
-        seen = looks(comparison)
+    with style.figure_style():
+        figure = style.new_figure(WIDTH, max(4.2, 0.33 * len(rows) + 1.2))
+        seen = style.looks(comparison)
         left = 0.35 + 0.068 * max((len(seen[row.name].label) for row in rows), default=6)
         _bars(new_axes(figure, left=left, right=WIDTH - BARS, bottom=0.55, top=0.5), ordered, seen)
         points = new_axes(figure, left=BARS + 0.85, right=0.15, bottom=0.55, top=0.5)
         _points(points, ordered, seen, why_no_relative_performance(comparison))
         base = comparison.base
-        title = f"{shortened(base.name)}, {units.count(base.total_parameters)} weights"
+        title = f"{style.shortened(base.name)}, {units.count(base.total_parameters)} weights"
         figure.suptitle(title, fontsize=10.5, y=0.97)
     return figure
 
@@ -55,7 +44,7 @@ def _bars(axes: Axes, rows: list[ArmResult], seen: Mapping[str, Look]) -> None:
         text = f" {units.percent(row.trainable_share)} ({units.count(row.trainable_parameters)})"
         axes.text(share, place, text, va="center", fontsize=8)
     axes.set_xlim(left, max(shares, default=1.0) * 60)
-    fixed_ticks(axes.yaxis, range(len(rows)), [seen[row.name].label for row in rows])
+    style.fixed_ticks(axes.yaxis, range(len(rows)), [seen[row.name].label for row in rows])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     # labels need room to the right of 100%, but there is no such share
@@ -64,13 +53,10 @@ def _bars(axes: Axes, rows: list[ArmResult], seen: Mapping[str, Look]) -> None:
 
 
 def _points(axes: Axes, rows: list[ArmResult], seen: Mapping[str, Look], undefined: str | None) -> None:
-    placed = []
-    for row in rows:
-        value = row.valid_loss if undefined else row.relative_performance
-        if value is not None and math.isfinite(value):
-            placed.append((row, 100 * (row.trainable_share or 0.0), value))
+    values = [(row, row.valid_loss if undefined else row.relative_performance) for row in rows]
+    placed = [(row, 100 * (row.trainable_share or 0.0), value) for row, value in values if is_finite(value)]
     log_axis(axes.xaxis, [share for _, share, _ in placed])
-    pad(axes, [share for _, share, _ in placed], [value for _, _, value in placed], 0.1, 0.12)
+    style.pad(axes, [share for _, share, _ in placed], [value for _, _, value in placed], 0.1, 0.12)
     if not undefined:
         axes.axhline(100, color=MUTED, linewidth=0.8, linestyle="--", zorder=0)
     for row, share, value in placed:

@@ -9,24 +9,12 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from spectune.reporting import units
-from spectune.reporting.columns import loss_title
+from spectune.reporting.columns import FORGETTING, loss_title
+from spectune.reporting.plots import style
 from spectune.reporting.plots.labels import Labelled, label_points
-from spectune.reporting.plots.style import (
-    INK,
-    MUTED,
-    PAPER,
-    Look,
-    Plot,
-    log_axis,
-    looks,
-    loss_axis,
-    loss_words,
-    new_axes,
-    new_figure,
-    pad,
-)
+from spectune.reporting.plots.style import INK, MUTED, PAPER, Look, Plot, looks
+from spectune.results import ComparisonResult
 from spectune.results.arm_result import ArmResult, arm_results, is_finite, undominated
-from spectune.results.comparison_file import ComparisonResult
 
 #: an arm, its cost and its loss
 Placed = tuple[ArmResult, float, float]
@@ -46,76 +34,56 @@ class Cost:
 
 
 def quality_plots(comparison: ComparisonResult) -> list[Plot]:
-    device = comparison.base.device
+    where = f"({comparison.base.device})"
     costs = (
         Cost(
-            "quality-and-share",
-            "Quality against trainable share",
+            "share",
+            "trainable share",
             "trainable weights, % of the base (log)",
             lambda row: None if row.trainable_share is None else 100 * row.trainable_share,
             lambda value: units.percent(value / 100),
             log=True,
         ),
         Cost(
-            "quality-and-memory",
-            "Quality against memory in training",
-            f"peak memory of tensors in training, MB ({device})",
+            "memory",
+            "memory in training",
+            f"peak memory of tensors in training, MB {where}",
             lambda row: None if row.train_memory_bytes is None else row.train_memory_bytes / 1e6,
             lambda value: units.size(1e6 * value),
         ),
-        Cost(
-            "quality-and-time",
-            "Quality against training time",
-            f"training time of one run, s ({device})",
-            lambda row: row.train_seconds,
-            units.seconds,
-        ),
+        Cost("time", "training time", f"training time of one run, s {where}", lambda r: r.train_seconds, units.seconds),
     )
     rows = [(row, row.loss) for row in arm_results(comparison) if is_finite(row.loss)]
-    made = []
-    for cost in costs:
-        placed = [(row, x, loss) for row, loss in rows if (x := cost.value(row)) is not None and x > 0]
-        if len(placed) > 1:
-            made.append(_against(cost, placed, comparison))
-    return made
+    placed = [[(row, x, loss) for row, loss in rows if (x := cost.value(row)) is not None and x > 0] for cost in costs]
+    return [_against(cost, found, comparison) for cost, found in zip(costs, placed, strict=True) if len(found) > 1]
 
 
 def _against(cost: Cost, placed: Sequence[Placed], comparison: ComparisonResult) -> Plot:
-    figure, look = new_figure(), looks(comparison)
-    axes = new_axes(figure, left=0.62, right=0.12, bottom=0.52)
+    figure, look = style.new_figure(), looks(comparison)
+    axes = style.new_axes(figure, left=0.62, right=0.12, bottom=0.52)
     xs, ys = [x for _, x, _ in placed], [y for _, _, y in placed]
     ends = [bound for row, _, _ in placed for bound in (row.loss_low, row.loss_high) if bound is not None]
     if cost.log or max(xs) > 20 * min(xs):
-        log_axis(axes.xaxis, xs)
-    loss_axis(axes.yaxis, [*ys, *ends], loss_words(comparison))
-    pad(axes, xs, [*ys, *ends])
-    front = undominated(placed, _dominates)
+        style.log_axis(axes.xaxis, xs)
+    style.loss_axis(axes.yaxis, [*ys, *ends], style.loss_words(comparison))
+    style.pad(axes, xs, [*ys, *ends])
+    # as good in cost and loss, and better in one of them
+    front = undominated(placed, lambda a, b: a[1] <= b[1] and a[2] <= b[2] and a[1:] != b[1:])
     axes.set_xlabel(cost.axis)
     _draw(axes, placed, front, look)
     bars = "; bars are intervals of the loss" if ends else ""
-    return Plot(
-        cost.name,
-        cost.title,
-        f"Filled points lie on the Pareto front (the stepped line): nothing is better in both. Lower and further "
-        f"left is better{bars}.",
-        figure,
-        ["Method", cost.axis.partition(",")[0].capitalize(), loss_title(comparison), "On the front"],
-        [
-            [
-                look[row.name].label,
-                cost.text(x),
-                units.with_interval(y, row.loss_low, row.loss_high),
-                "yes" if (row, x, y) in front else "no",
-            ]
-            for row, x, y in placed
-        ],
-    )
+    what = "Filled points lie on the Pareto front (the stepped line): nothing is better in both. "
+    what += f"Lower and further left is better{bars}."
+    header = ["Method", cost.axis.partition(",")[0].capitalize(), loss_title(comparison), "On the front"]
+    body = []
+    for row, x, y in placed:
+        on_front = "yes" if (row, x, y) in front else "no"
+        body.append([look[row.name].label, cost.text(x), _loss_text(row), on_front])
+    return Plot(f"quality-and-{cost.name}", f"Quality against {cost.title}", what, figure, header, body)
 
 
-def _dominates(one: Placed, other: Placed) -> bool:
-    """Whether `one` is as good in cost and loss, and better in one of them."""
-    (_, x, y), (_, u, v) = one, other
-    return x <= u and y <= v and (x, y) != (u, v)
+def _loss_text(row: ArmResult) -> str:
+    return units.with_interval(row.loss, row.loss_low, row.loss_high)
 
 
 def forgetting_plot(comparison: ComparisonResult) -> Plot | None:
@@ -124,33 +92,22 @@ def forgetting_plot(comparison: ComparisonResult) -> Plot | None:
     placed = [(row, x, y) for row, x, y in found if is_finite(x) and is_finite(y)]
     if len(placed) < 2:
         return None
-    figure, look = new_figure(), looks(comparison)
-    axes = new_axes(figure, left=0.55, right=0.12, bottom=0.52)
+    figure, look = style.new_figure(), looks(comparison)
+    axes = style.new_axes(figure, left=0.55, right=0.12, bottom=0.52)
     x_ends = [end for row, _, _ in placed for end in (row.loss_low, row.loss_high) if end is not None]
     y_ends = [end for row, _, _ in placed for end in (row.forgetting_low, row.forgetting_high) if end is not None]
     xs, ys = [*(x for _, x, _ in placed), *x_ends], [*(y for _, _, y in placed), *y_ends]
-    loss_axis(axes.xaxis, xs, loss_words(comparison))
-    pad(axes, xs, [0.0, *ys])
+    style.loss_axis(axes.xaxis, xs, style.loss_words(comparison))
+    style.pad(axes, xs, [0.0, *ys])
     axes.set_ylim(bottom=0)
     points = [_point(axes, x, y, look[row.name], row.loss_interval, row.forgetting_interval) for row, x, y in placed]
     axes.set_ylabel("forgetting, KL to the base, nats per token")
     label_points(axes, points)
     bars = "; bars are intervals" if x_ends or y_ends else ""
-    return Plot(
-        "forgetting-and-quality",
-        "Forgetting against quality",
-        f"How far each model has moved from the base on text that it was not tuned on. Lower left is better{bars}.",
-        figure,
-        ["Method", loss_title(comparison), "Forgetting"],
-        [
-            [
-                look[row.name].label,
-                units.with_interval(x, row.loss_low, row.loss_high),
-                units.with_interval(y, row.forgetting_low, row.forgetting_high),
-            ]
-            for row, x, y in placed
-        ],
-    )
+    what = f"How far each model has moved from the base on text that it was not tuned on. Lower left is better{bars}."
+    header = ["Method", loss_title(comparison), FORGETTING.title]
+    body = [[look[row.name].label, _loss_text(row), FORGETTING.text(row)] for row, _, _ in placed]
+    return Plot("forgetting-and-quality", "Forgetting against quality", what, figure, header, body)
 
 
 def _point(axes: Axes, x: float, y: float, look: Look, across: Interval, up: Interval, **marker: Any) -> Labelled:
@@ -169,20 +126,14 @@ def _draw(axes: Axes, placed: Sequence[Placed], front: Sequence[Placed], look: M
     points = []
     for row, x, y in placed:
         seen = look[row.name]
-        fill = seen.colour if (row, x, y) in front else PAPER
-        marker = {"markerfacecolor": fill, "markeredgewidth": 1.2}
-        points.append(_point(axes, x, y, seen, None, row.loss_interval, **marker))
-    if not _corner_taken(axes, points):
-        axes.annotate(
-            "better",
-            (0.015, 0.015),
-            xytext=(0.075, 0.07),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            fontsize=7.5,
-            color=MUTED,
-            arrowprops={"arrowstyle": "->", "color": MUTED, "linewidth": 0.7},
-        )
+        fill = {"markerfacecolor": seen.colour if (row, x, y) in front else PAPER, "markeredgewidth": 1.2}
+        points.append(_point(axes, x, y, seen, None, row.loss_interval, **fill))
+    places = [axes.transAxes.inverted().transform(axes.transData.transform((p.x, p.y))) for p in points]
+    # unless a point, or its label below it, would lie over the word in the lower left corner
+    if not any(x < 0.35 and y < 0.25 for x, y in places):
+        arrow = {"arrowstyle": "->", "color": MUTED, "linewidth": 0.7}
+        way: Any = {"xycoords": "axes fraction", "textcoords": "axes fraction", "arrowprops": arrow}
+        axes.annotate("better", (0.015, 0.015), xytext=(0.075, 0.07), fontsize=7.5, color=MUTED, **way)
     label_points(axes, points, corners)
 
 
@@ -194,9 +145,3 @@ def _front(axes: Axes, front: list[tuple[float, float]]) -> list[tuple[float, fl
     corners.append((axes.get_xlim()[1], front[-1][1]))
     axes.plot(*zip(*corners, strict=True), color=INK, alpha=0.45, linewidth=0.9, zorder=1)
     return corners
-
-
-def _corner_taken(axes: Axes, points: Sequence[Labelled]) -> bool:
-    """Whether a point, or its label below it, would lie over the word in the lower left corner."""
-    places = [axes.transAxes.inverted().transform(axes.transData.transform((p.x, p.y))) for p in points]
-    return any(x < 0.35 and y < 0.25 for x, y in places)
