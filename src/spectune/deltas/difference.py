@@ -77,8 +77,7 @@ def measure(
 def own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> float:
     """The largest difference between the logits of delta `name` in the base's own precision and in float64.
 
-    It is what the base's arithmetic rounds, merged or not. Not a number where the device has no float64 (mps).
-    """
+    It is what the base's arithmetic rounds, merged or not. Not a number where the device has no float64 (mps)."""
     if any(parameter.device.type == "mps" for parameter in model.parameters()):
         return math.nan
     with evaluating(model), route(model, name):

@@ -18,8 +18,7 @@ from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
 from spectune.deltas.difference import Difference, measure, own_rounding, tokens_to_measure_on
 from spectune.deltas.modules import OutputModule, ParameterModule
-from spectune.deltas.probes.survey import some
-from spectune.errors import ConfigError, first_line
+from spectune.errors import ConfigError, first_line, some
 from spectune.families import quantised_weights
 
 #: float32: the largest logit difference, as a share of the largest logit; a base whose own float32 logits are further
@@ -79,7 +78,13 @@ def merge_and_measure(
     _refuse_quantised(model)
     compared = check and not method.trains_base
     found = tokens_to_measure_on(model, rows, tokenizer) if compared else None  # before the copy: it may refuse
-    merged = _copied(model)
+    try:
+        merged = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"this {type(model).__name__} cannot be copied, and merging goes into a copy: {first_line(error)}. Some "
+            "types keep tensors of their last forward pass: run it once under torch.no_grad(), then merge."
+        ) from error
     _write(merged, attached(merged)[name])
     _take_everything_off(merged)
     if found is None:
@@ -90,16 +95,6 @@ def merge_and_measure(
         difference = replace(difference, own_rounding=_own_rounding(model, name, found[0]))
     _judge(difference, merged, name)
     return merged, difference
-
-
-def _copied(model: PreTrainedModel) -> PreTrainedModel:
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"this {type(model).__name__} cannot be copied, and merging goes into a copy: {first_line(error)}. Some "
-            "types keep tensors of their last forward pass: run it once under torch.no_grad(), then merge."
-        ) from error
 
 
 def _own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> float | None:

@@ -39,8 +39,7 @@ class InitContext:
     def common_tokens(self, count: int) -> list[int]:
         """`count` ids drawn from the commonest tokens, special ones left out.
 
-        Lester et al. 2021 sample from the 5,000 commonest; byte-pair ids rise as frequency falls.
-        """
+        Lester et al. 2021 sample from the 5,000 commonest; byte-pair ids rise as frequency falls."""
         special = set(getattr(self.tokenizer, "all_special_ids", None) or [])
         pool = [
             i for i in plain_tokens(self.model.config.get_text_config(), self.family.vocab_size) if i not in special
@@ -97,13 +96,22 @@ class Method(BaseModel, ABC):
     def build(self, site: Site) -> DeltaModule:
         """The module for one site, float32, on the CPU, not yet initialised."""
 
-    @abstractmethod
+    def stored_shapes(self, family: Family) -> dict[str, Tensor]:
+        """What a delta stores, named `site path.parameter`, on the meta device: absurd sizes cost nothing."""
+        method = self.as_stored()
+        with torch.device("meta"):
+            built = [(site.path, method.build(site)) for site in method.sites(family)]
+            return {f"{path}.{name}": tensor for path, module in built for name, tensor in module.stored().items()}
+
     def num_parameters(self, family: Family) -> int:
         """Weights stored and used at inference, from shapes alone."""
+        return sum(tensor.numel() for tensor in self.stored_shapes(family).values())
 
     def num_trained_parameters(self, family: Family) -> int:
         """Weights trained: the same, plus what only training has."""
-        return self.num_parameters(family)
+        with torch.device("meta"):
+            built = [self.build_shared(family), *(self.build(site) for site in self.sites(family))]
+        return sum(p.numel() for module in built if module is not None for p in module.parameters())
 
     def build_shared(self, family: Family) -> nn.Module | None:
         """Weights that all sites share and only training has (a prefix's reparametrisation)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.deltas.forward_state import ForwardState
@@ -33,7 +32,10 @@ class OpenSites:
         """
         match site:
             case OutputSite(on=None, path=path):
-                hook, users = self._outputs.get(path) or (self._output_hook(path), 0)
+                hook, users = self._outputs.get(path, (None, 0))
+                if hook is None:
+                    gathers = self.family.gathers_tokens(path)
+                    hook = OutputHook(self.model.get_submodule(path), path, self.state, gathers_tokens=gathers)
                 self._outputs[path] = hook, users + 1
             case OutputSite(path=owner, on=str(name)) | ParameterSite(host=owner, name=name):
                 self._open_parameter(owner, name)
@@ -97,10 +99,6 @@ class OpenSites:
         """Hooks of the layers that run now."""
         return [hook for hook in self._parameters.values() if hook.running]
 
-    def _output_hook(self, path: str) -> OutputHook:
-        module = self.model.get_submodule(path)
-        return OutputHook(module, path, self.state, gathers_tokens=self.family.gathers_tokens(path))
-
     def _open_parameter(self, owner: str, name: str) -> None:
         holder = holder_of(owner, self.family)
         if holder is None:
@@ -109,8 +107,7 @@ class OpenSites:
                 "so that it cannot be changed for a forward pass. Use another method, such as LoRA."
             )
         if holder not in self._parameters:
-            host: nn.Module = self.model.get_submodule(holder)
-            self._parameters[holder] = ParameterHook(host, holder, self.state)
+            self._parameters[holder] = ParameterHook(self.model.get_submodule(holder), holder, self.state)
         self._parameters[holder].open(owner.removeprefix(holder).removeprefix("."), name)
 
 

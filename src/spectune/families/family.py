@@ -40,8 +40,7 @@ class FeedForward:
     own for it): its output is then the last linear's, and its input cannot be seen at the same place.
 
     `activation`: the module of its nonlinearity, which gives `inner_size` features; None where it has none of its own
-    (experts share one, or it is a function).
-    """
+    (experts share one, or it is a function)."""
 
     path: str
     hidden_size: int

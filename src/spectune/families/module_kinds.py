@@ -13,8 +13,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(in_features, out_features)` of a linear map, or None for any other module.
 
     `nn.Linear` and its quantised stand-ins carry both numbers as attributes; GPT-2's `Conv1D` is the same map with
-    its weight transposed, `[in, out]`.
-    """
+    its weight transposed, `[in, out]`."""
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)

@@ -24,8 +24,7 @@ def quantised_weights(model: nn.Module) -> dict[str, str]:
     """Modules that hold quantised weights, by path, each with what it holds; deltas' left out.
 
     By the parameters' types, whoever quantised them: integers and float8, or tensors of a class of their own
-    (torchao's say that they are floating point).
-    """
+    (torchao's say that they are floating point)."""
     return {
         path: f"{type(parameter).__name__} of {parameter.dtype}"
         for path, module in model.named_modules()

@@ -17,8 +17,7 @@ class Attention:
     """A self-attention module. Keys are `[batch, kv_heads, length, key_dim]`, values end in `value_dim`.
 
     `keys` and `values`: the outputs of its linears that they are made of, as names and shapes tell (fused projections
-    are taken to be queries, keys, values one after the other); None where they do not tell.
-    """
+    are taken to be queries, keys, values one after the other); None where they do not tell."""
 
     path: str
     layer: int

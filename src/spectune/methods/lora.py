@@ -129,10 +129,6 @@ class LoRA(Method):
         assert isinstance(site, OutputSite)
         return LoRALayer(site, self.rank(site.path), self.scale(site.path), self.lora_dropout)
 
-    def num_parameters(self, family: Family) -> int:
-        found = targets(family, self.target_modules)
-        return sum(self.rank(t.path) * (t.in_features + t.out_features) for t in found)
-
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for _, module in modules:
             assert isinstance(module, LoRALayer)

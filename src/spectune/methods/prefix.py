@@ -123,9 +123,6 @@ class PrefixTuning(Method):
             return None
         return Trunk(self.num_virtual_tokens, family.hidden_size, self.encoder_hidden_size)
 
-    def num_parameters(self, family: Family) -> int:
-        return sum(self.num_virtual_tokens * a.kv_heads * (a.key_dim + a.value_dim) for a in family.attentions)
-
     def notice(self, family: Family) -> str | None:
         without = sum(not layer.attentions for layer in family.layers)
         if not without:
@@ -134,13 +131,6 @@ class PrefixTuning(Method):
             f"{without} of {len(family.layers)} layers of this {family.model_type} model have no attention: the prefix "
             "acts in the others"
         )
-
-    def num_trained_parameters(self, family: Family) -> int:
-        if not self.prefix_projection:
-            return self.num_parameters(family)
-        width = self.encoder_hidden_size
-        trunk = self.num_virtual_tokens * family.hidden_size + family.hidden_size * width + width
-        return trunk + sum((width + 1) * a.kv_heads * (a.key_dim + a.value_dim) for a in family.attentions)
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         if self.prefix_projection:

@@ -70,9 +70,6 @@ class PromptTuning(Method):
         assert isinstance(site, InputSite)
         return VirtualTokens(self.num_virtual_tokens, site.hidden_size)
 
-    def num_parameters(self, family: Family) -> int:
-        return self.num_virtual_tokens * family.hidden_size
-
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         module = modules[0][1]
         assert isinstance(module, VirtualTokens)

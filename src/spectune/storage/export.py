@@ -23,8 +23,7 @@ PROMPT_EMBEDS_FILE = "prompt_embeds.safetensors"
 def export_formats(delta: Delta) -> list[str]:
     """The formats that a delta's method has, by what the method itself offers; the usual one first.
 
-    Merging may still be refused by the base: quantised weights, or biases that its type does not have.
-    """
+    Merging may still be refused by the base: quantised weights, or biases that its type does not have."""
     has: dict[str, Callable[[Delta], Any]] = {
         "peft": lambda d: "peft_type" in _peft_folder(d)[0],
         "merged": lambda d: d.method.can_merge,

@@ -89,14 +89,9 @@ def stop_listening(module: nn.Module) -> None:
 
 
 def _with_prefix(
-    attend: Any,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
+    attend: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """An attention function: `attend` with each row's prefix before the keys, and documents kept apart."""
     state: ForwardState | None = module.__dict__.get("_spectune_state")
     if state is not None:
@@ -104,7 +99,9 @@ def _with_prefix(
             state.thread.attention_calls[id(module)] = (key.detach(), value.detach())
         pack = state.pack
         if pack is not None and attention_mask is None:  # the mask function left it to the kernel
-            found = packed_attention.attend(pack, query, key, value, _prefix_of(module, state), kwargs)
+            lead = get(module, state.current.name)  # of the one delta of a packed batch
+            prefix = lead() if isinstance(lead, AttentionModule) else None
+            found = packed_attention.attend(pack, query, key, value, prefix, kwargs)
             if found is not None:
                 if state.thread.kernel_calls is not None:
                     state.thread.kernel_calls.add(id(module))
@@ -121,21 +118,10 @@ def _with_prefix(
     return result
 
 
-def _prefix_of(module: nn.Module, state: ForwardState) -> tuple[Tensor, Tensor] | None:
-    """The keys and values of the one delta of a packed batch."""
-    found = get(module, state.current.name)
-    return found() if isinstance(found, AttentionModule) else None
-
-
 def _put_before(
-    module: nn.Module,
-    state: ForwardState,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
+    module: nn.Module, state: ForwardState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     settings: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Keys, values and mask with each row's prefix in front. Shorter prefixes are filled up with hidden places."""
     route = state.current
     names = state.layout_of(key.shape[0]).names if route.mixed else route.names[:1]
@@ -146,7 +132,9 @@ def _put_before(
     made = {name: prefix() for name, prefix in prefixes.items()}
     counts = [made[name][0].shape[1] if name in made else 0 for name in names]
     longest, batch = max(counts), key.shape[0]
-    filled = {name: [_filled(part, like, longest) for part, like in zip(pair, (key, value), strict=True)]
+    # zeros before a shorter prefix
+    filled = {name: [F.pad(part.to(text.dtype), (0, 0, longest - part.shape[1], 0))
+                     for part, text in zip(pair, (key, value), strict=True)]
               for name, pair in made.items()}  # fmt: skip
     none = [part.new_zeros(part.shape[1], longest, part.shape[3]) for part in (key, value)]
     keys, values = (torch.stack([filled.get(name, none)[side] for name in names]) for side in (0, 1))
@@ -162,12 +150,6 @@ def _put_before(
     key = torch.cat([keys.expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([values.expand(batch, -1, -1, -1), value], dim=2)
     return key, value, mask
-
-
-def _filled(prefix: Tensor, like: Tensor, longest: int) -> Tensor:
-    """`[heads, longest, dim]` in the dtype of `like`: zeros before a shorter prefix."""
-    prefix = prefix.to(like.dtype)
-    return prefix if prefix.shape[1] == longest else F.pad(prefix, (0, 0, longest - prefix.shape[1], 0))
 
 
 def _within_window(

@@ -23,8 +23,7 @@ def why_not_packed(model: PreTrainedModel, kernel: Kernel | None = None) -> str 
 
     Two packs of two documents are run, and the same documents apart: their logits have to agree. So types that ignore
     the attention interface, that count distances over the whole sequence, or that carry a state over positions are
-    found out whatever they are called.
-    """
+    found out whatever they are called."""
     device = token_embedding(model).weight.device
     vocabulary = token_embedding(model).weight.shape[0]
     generator = torch.Generator().manual_seed(0)

@@ -12,9 +12,9 @@ from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
 from spectune.deltas.hooks.attention_function import implementation
 from spectune.deltas.probes.base_runs import attention_calls, can_run, first_logits
-from spectune.deltas.probes.survey import NAMED, calls_of, some
+from spectune.deltas.probes.survey import calls_of
 from spectune.deltas.site import AttentionSite, OutputSite
-from spectune.errors import ConfigError, SpectuneError, first_line
+from spectune.errors import NAMED, ConfigError, SpectuneError, first_line, some
 
 log = logging.getLogger("spectune")
 
