@@ -85,11 +85,8 @@ def place(
 
 
 def unplaced(model: PreTrainedModel, method: Method, name: str, *, keep_base: bool = False) -> Delta:
-    """The delta of this method on `model`, not on it yet: it knows what is stored.
-
-    Raises:
-        ConfigError: `keep_base` of a method that leaves the base as it is, or a base that cannot be trained.
-    """
+    """The delta of this method on `model`, not on it yet: it knows what is stored. Raises ConfigError: `keep_base` of a
+    method that leaves the base as it is, or a base that cannot be trained."""
     attachment = Attachment.of(model)
     family = describe(model) if attachment is None else attachment.family
     base = fingerprint(model, family) if attachment is None else attachment.base_fingerprint

@@ -87,11 +87,8 @@ class Attachment:
         delta.put_on(sites, self.sites.open)
 
     def remove(self, delta: Delta, *, undo: bool = False) -> None:
-        """Take a delta off, and with the last one everything else. `undo`: of an attach that failed.
-
-        Raises:
-            ConfigError: it is the base itself, and no copy was kept.
-        """
+        """Take a delta off, and with the last one everything else. `undo`: of an attach that failed. Raises
+        ConfigError: it is the base itself, and no copy was kept."""
         delta.take_off(self.sites.close, undo=undo)
         del self.deltas[delta.name]
         self.state.virtual_tokens.pop(delta.name, None)

@@ -88,11 +88,8 @@ class Delta(_Counts, ABC):
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`.
-
-        Raises:
-            DataError: missing, surplus or misshapen tensors, all listed at once; nothing is written then.
-        """
+        """The inverse of `state_dict`. Raises DataError: missing, surplus or misshapen tensors, all listed at once;
+        nothing is written then."""
 
     def training_state_dict(self) -> dict[str, Tensor]:
         """All trained tensors as they are, reparametrisation included: for checkpoints."""

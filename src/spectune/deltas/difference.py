@@ -51,11 +51,8 @@ class Difference:
 def measure(
     model: PreTrainedModel, merged: PreTrainedModel, name: str, rows: Sequence[Tensor], measured_on: str
 ) -> Difference:
-    """Compare delta `name` on `model` with `merged`, row by row, without padding.
-
-    Args:
-        rows: token ids `[tokens]` each. A row longer than the base's context is cut to it.
-    """
+    """Compare delta `name` on `model` with `merged`, row by row, without padding. `rows`: token ids `[tokens]` each. A
+    row longer than the base's context is cut to it."""
     largest = largest_logit = summed = effect = torch.zeros((), dtype=torch.float64)
     count = 0
     with evaluating(model), evaluating(merged):
@@ -109,14 +106,9 @@ def _in_float64(model: PreTrainedModel) -> Iterator[None]:
 def tokens_to_measure_on(
     model: PreTrainedModel, rows: Sequence[Any] | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[list[Tensor], str]:
-    """Token ids `[tokens]` of some rows, and where they come from, in words.
-
-    Args:
-        rows: what `merge` takes; None: four rows of 16 random tokens, the same ones each time.
-
-    Raises:
-        ConfigError: rows of another kind, texts without a tokenizer, no rows, ids that the base does not have.
-    """
+    """Token ids `[tokens]` of some rows, and where they come from, in words. `rows`: what `merge` takes; None: four
+    rows of 16 random tokens, the same ones each time. Raises ConfigError: rows of another kind, texts without a
+    tokenizer, no rows, ids that the base does not have."""
     vocabulary = token_embedding(model).num_embeddings
     if rows is None:
         generator = torch.Generator().manual_seed(0)

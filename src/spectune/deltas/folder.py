@@ -41,19 +41,13 @@ class DeltaFiles(ABC):
 
     @abstractmethod
     def check(self, folder: Path) -> None:
-        """Check by their headers alone that a folder's files hold this delta; nothing is allocated.
-
-        Raises:
-            DataError: a file is missing or damaged, or its tensors are not this delta's (all listed).
-        """
+        """Check by their headers alone that a folder's files hold this delta; nothing is allocated. Raises DataError: a
+        file is missing or damaged, or its tensors are not this delta's (all listed)."""
 
     @abstractmethod
     def read(self, folder: Path) -> None:
-        """Load what `write` wrote (or PEFT) into this delta, whose method is the stored one.
-
-        Raises:
-            DataError: a file is missing or damaged, its tensors are not this delta's, or some are not finite.
-        """
+        """Load what `write` wrote (or PEFT) into this delta, whose method is the stored one. Raises DataError: a file
+        is missing or damaged, its tensors are not this delta's, or some are not finite."""
 
 
 def save_folder(

@@ -86,11 +86,7 @@ class Method(BaseModel, ABC):
 
     @abstractmethod
     def sites(self, family: Family) -> list[Site]:
-        """The places where this method acts.
-
-        Raises:
-            ConfigError: the base has no such place, or a target names none.
-        """
+        """The places where this method acts. Raises ConfigError: the base has no such place, or a target names none."""
 
     @abstractmethod
     def build(self, site: Site) -> DeltaModule:
@@ -123,11 +119,8 @@ class Method(BaseModel, ABC):
         `context.generator` only, so that a seed gives the same delta everywhere."""
 
     def prove(self, model: PreTrainedModel, family: Family) -> None:
-        """Check by running the bare base what `sites` had to take from names and shapes. By default nothing.
-
-        Raises:
-            ConfigError: this base is built otherwise; the attach is undone.
-        """
+        """Check by running the bare base what `sites` had to take from names and shapes. By default nothing. Raises
+        ConfigError: this base is built otherwise; the attach is undone."""
 
     def notice(self, family: Family) -> str | None:
         """A sentence the user should read when this method meets this base, or None."""

@@ -25,11 +25,8 @@ class OpenSites:
         self._attention_before: str | None = None
 
     def open(self, site: Site) -> None:
-        """Let deltas act at a site.
-
-        Raises:
-            ConfigError: attention cannot be exchanged, or a parameter cannot be changed where it is.
-        """
+        """Let deltas act at a site. Raises ConfigError: attention cannot be exchanged, or a parameter cannot be changed
+        where it is."""
         match site:
             case OutputSite(on=None, path=path):
                 hook, users = self._outputs.get(path, (None, 0))
@@ -69,11 +66,7 @@ class OpenSites:
 
     def open_attention(self, path: str, what: str) -> None:
         """Let the attention module at `path` find the forward state; the first one switches the model's attention to
-        the registered function that knows prefixes and packs.
-
-        Args:
-            what: needs it, for the message of a refusal.
-        """
+        the registered function that knows prefixes and packs. `what`: needs it, for the message of a refusal."""
         if self._attention_before is None:
             self._attention_before = attention_function.switch_on(self.model, what)
         attention_function.listen(self.model.get_submodule(path), self.state)

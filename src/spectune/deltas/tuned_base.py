@@ -22,14 +22,9 @@ from spectune.files.weights import check_finite, need_weights, read_headers, rea
 
 @dataclass(eq=False, repr=False)
 class TunedBase(Delta):
-    """The base, trained in place. Nothing stands beside it, and taking it off needs a copy of the base.
-
-    Attributes:
-        keep_base: keep the base's weights in host memory.
-
-    Raises:
-        ConfigError: the base is quantised, so that its weights take no gradient.
-    """
+    """The base, trained in place. Nothing stands beside it, and taking it off needs a copy of the base. `keep_base`:
+    keep the base's weights in host memory. Raises ConfigError: the base is quantised, so that its weights take no
+    gradient."""
 
     keep_base: bool = field(kw_only=True)
 

@@ -96,12 +96,8 @@ class Family:
 
 
 def describe(model: PreTrainedModel) -> Family:
-    """The parts of `model`, which may be on the meta device.
-
-    Raises:
-        ConfigError: the model has no list of decoder layers or no token embeddings that can be recognised; or it is an
-            encoder-decoder.
-    """
+    """The parts of `model`, which may be on the meta device. Raises ConfigError: the model has no list of decoder
+    layers or no token embeddings that can be recognised; or it is an encoder-decoder."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{type(model).__name__} is an encoder-decoder: what it reads goes through another stack than what it "

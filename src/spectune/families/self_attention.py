@@ -31,10 +31,7 @@ class Attention:
 
 def attention_names(layer: nn.Module, path: str, beside: frozenset[str], *, by_class: bool = False) -> list[str]:
     """Attention is a module that knows its layer's number, is causal or has groups of heads, and owns projections.
-
-    Args:
-        by_class: take what is called attention by its class instead; for types that are not written that way.
-    """
+    `by_class`: take what is called attention by its class instead; for types that are not written that way."""
     found: list[str] = []
     for name, module in layer.named_modules():
         if not name or f"{path}.{name}" in beside or any(name.startswith(outer + ".") for outer in found):

@@ -63,11 +63,7 @@ def find_layers(
 ) -> list[str]:
     """The paths of the lists of decoder layers. Of those as long as the config says, the one with most weights. Where
     none is (a layer may hold two attentions, or be run more than once), the one with most weights of all, and every
-    other list of the same kind of layers.
-
-    Raises:
-        ConfigError: there is no list of modules with weights.
-    """
+    other list of the same kind of layers. Raises ConfigError: there is no list of modules with weights."""
     lists = layer_lists(decoder, beside, names)
     depth = getattr(config, "num_hidden_layers", None)
     if not lists:

@@ -43,12 +43,9 @@ _COPY = "copy the folder again from where it was written"
 
 
 def plain_file(path: Path) -> bool:
-    """Whether there is a file at `path`.
-
-    Raises:
-        DataError: what is there is no regular file, or a link that leads nowhere or out of its folder (into the blobs
-            of the hub's cache is allowed: that is how the cache stores every file).
-    """
+    """Whether there is a file at `path`. Raises DataError: what is there is no regular file, or a link that leads
+    nowhere or out of its folder (into the blobs of the hub's cache is allowed: that is how the cache stores every
+    file)."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -89,11 +86,8 @@ def need_weights(path: Path) -> Path:
 
 
 def read_headers(paths: Iterable[Path]) -> dict[str, Tensor]:
-    """Names, shapes and dtypes in safetensors files, as tensors on the meta device: no weight is read.
-
-    Raises:
-        DataError: a file is missing, no regular file, damaged, or holds a name that another one holds too.
-    """
+    """Names, shapes and dtypes in safetensors files, as tensors on the meta device: no weight is read. Raises
+    DataError: a file is missing, no regular file, damaged, or holds a name that another one holds too."""
     found: dict[str, Tensor] = {}
     for path in map(need_weights, paths):
         try:

@@ -169,11 +169,8 @@ class LoRA(Method):
 
 
 def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of this method in PEFT's `adapter_config.json`.
-
-    Raises:
-        DataError: it uses something of PEFT's LoRA that would be lost here.
-    """
+    """The fields of this method in PEFT's `adapter_config.json`. Raises DataError: it uses something of PEFT's LoRA
+    that would be lost here."""
     beyond = ("modules_to_save", "layers_to_transform", "layer_replication", "lora_bias", "target_parameters",
               "exclude_modules", "trainable_token_indices", "alora_invocation_tokens", "use_qalora")  # fmt: skip
     used = [key for key in beyond if config.get(key)]
@@ -229,11 +226,8 @@ def _check_patterns(method: LoRA, found: list[Linear]) -> None:
 
 
 def targets(family: Family, wanted: str | tuple[str, ...]) -> list[Linear]:
-    """The linears that `target_modules` names.
-
-    Raises:
-        ConfigError: a name that matches no linear, with the nearest real one.
-    """
+    """The linears that `target_modules` names. Raises ConfigError: a name that matches no linear, with the nearest real
+    one."""
     if wanted == "all-linear":
         return list(family.linears)
     if isinstance(wanted, str):

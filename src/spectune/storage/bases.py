@@ -109,12 +109,8 @@ def _read(source: str, read: Any) -> Any:
 
 
 def _refuse_unreachable(source: str) -> None:
-    """Raise at once what transformers would raise after half a minute of retries.
-
-    Raises:
-        ValueError: the name is no hub id.
-        OSError: the hub cannot be reached, and the cache does not have the base.
-    """
+    """Raise at once what transformers would raise after half a minute of retries. Raises ValueError: the name is no hub
+    id. Raises OSError: the hub cannot be reached, and the cache does not have the base."""
     if Path(source).exists():
         return
     cached = isinstance(try_to_load_from_cache(source, "config.json"), str)  # checks the id, too

@@ -48,11 +48,8 @@ running = _Running()
 
 def switch_on(model: PreTrainedModel, what: str = "prefix tuning") -> str:
     """Set the model's attention to the function that knows prefixes and packs; returns the plain name of what it had.
-    `what` needs it.
-
-    Raises:
-        ConfigError: the model's attention is neither eager nor SDPA, or the type has no exchangeable attention.
-    """
+    `what` needs it. Raises ConfigError: the model's attention is neither eager nor SDPA, or the type has no
+    exchangeable attention."""
     before = implementation(model).removeprefix(_PREFIX)
     if before not in SUPPORTED:
         raise ConfigError(

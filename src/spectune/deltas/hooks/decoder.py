@@ -59,11 +59,7 @@ class _Exits(threading.local):
 
 
 class DecoderHook:
-    """The pair of hooks at the decoder.
-
-    Args:
-        before_pass: called at the beginning of every pass.
-    """
+    """The pair of hooks at the decoder. `before_pass`: called at the beginning of every pass."""
 
     def __init__(
         self, model: PreTrainedModel, family: Family, state: ForwardState, *, before_pass: Sequence[Callable[[], None]]
@@ -223,11 +219,8 @@ class DecoderHook:
     @functools.cached_property
     def counts_padding(self) -> bool:
         """Whether the bare base's own positions, where the caller gives none, are the index in the batch, padding
-        counted (True), or the count of real tokens (False). Found out by running it.
-
-        Raises:
-            ConfigError: neither; then a caller must give position_ids.
-        """
+        counted (True), or the count of real tokens (False). Found out by running it. Raises ConfigError: neither; then
+        a caller must give position_ids."""
         device = token_embedding(self.model).weight.device
         ids, mask, by_index, by_count = torch.tensor([[1, 2, 3], [0, 1, 1], [0, 1, 2], [0, 0, 1]], device=device)[
             :, None
@@ -265,11 +258,8 @@ class DecoderHook:
         self, call: dict[str, Any], virtual: VirtualTokens, padding: Tensor | None, cache: Any, first: bool, text: int
     ) -> None:
         """Put virtual tokens into the sequence (in the first pass over a cache) and into its mask (in every one).
-
-        Args:
-            padding: padding tokens on the left of each row, `[batch, 1]`.
-            text: tokens of the text so far, those of this pass included.
-        """
+        `padding`: padding tokens on the left of each row, `[batch, 1]`. `text`: tokens of the text so far, those of
+        this pass included."""
         embeds = call.get("inputs_embeds")
         device = (call["input_ids"] if embeds is None else embeds).device
         places = virtual.places(text, padding, device)

@@ -21,10 +21,6 @@ def apart(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def agree(model: PreTrainedModel, off: float, size: float, effect: float) -> bool:
-    """Whether logits that are `off` apart are the same but for rounding.
-
-    Args:
-        size: the largest logit.
-        effect: how far the fault that is looked for moves them.
-    """
+    """Whether logits that are `off` apart are the same but for rounding. `size`: the largest logit. `effect`: how far
+    the fault that is looked for moves them."""
     return off <= min(size * TOLERANCE.get(model.dtype, TOLERANCE_16_BITS), effect * SHARE_OF_EFFECT)

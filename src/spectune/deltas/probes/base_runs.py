@@ -31,11 +31,8 @@ def run(model: PreTrainedModel, ids: list[int]) -> None:
 
 
 def first_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Logits `[1, len(ids), vocabulary]` of one row, without cache.
-
-    Raises:
-        ConfigError: the model's own code fails on it with the delta that is on now, and without it does not.
-    """
+    """Logits `[1, len(ids), vocabulary]` of one row, without cache. Raises ConfigError: the model's own code fails on
+    it with the delta that is on now, and without it does not."""
     tokens = torch.tensor([ids], device=token_embedding(model).weight.device)
 
     def forward() -> Tensor:

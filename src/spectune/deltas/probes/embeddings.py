@@ -24,11 +24,8 @@ _TOLERANCE_16_BITS = 2e-2
 
 def prove_reads_embeddings(model: PreTrainedModel) -> None:
     """Run a text as token ids and as the embeddings of these, which must give the same logits, and as embeddings of no
-    token, which must run.
-
-    Raises:
-        ConfigError: the decoder uses ids some other way too (hashes of them, tables of its own).
-    """
+    token, which must run. Raises ConfigError: the decoder uses ids some other way too (hashes of them, tables of its
+    own)."""
     attachment = Attachment.of(model)
     assert attachment is not None, "asked while a delta is attached"
     state = carries_other_state(attachment.decoder.signature.parameters)

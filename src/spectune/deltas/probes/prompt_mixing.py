@@ -26,12 +26,8 @@ _TOLERANCE_16_BITS = 4e-2
 
 def prove_prompts_mix(attachment: Attachment, names: Sequence[str | None]) -> None:
     """Where a route has prompts of unlike lengths for the rows of one batch, run a few tokens once for the model: left
-    padding must change nothing, nor must a neighbour's prompt.
-
-    Raises:
-        ConfigError: the base's answers depend on what stands before a row (absolute positions that cannot be given, a
-            state that runs over padding).
-    """
+    padding must change nothing, nor must a neighbour's prompt. Raises ConfigError: the base's answers depend on what
+    stands before a row (absolute positions that cannot be given, a state that runs over padding)."""
     host = attachment.model.get_submodule(attachment.family.decoder)
     lengths = {
         name: attachment.state.count_of(name) if isinstance(get(host, name), InputModule) else 0

@@ -22,17 +22,13 @@ _TEXT, _LENGTH = 5, 9
 
 
 def why_mask_is_needed(model: PreTrainedModel) -> str | None:
-    """Why the model, as it is routed now, needs the attention mask of rows that are padded on the right; None where
-    its real tokens come out the same without.
+    """Why the model, as it is routed now, needs the attention mask of rows that are padded on the right; None where its
+    real tokens come out the same without.
 
     One text is run beside a longer row, with its padding masked and with two different paddings that are not: its
     logits have to agree. So types that look ahead, or that number positions by what they take for padding, are found
     out whatever they are called. Where a layer has experts the mask stays: how many tokens each expert takes, and what
-    is said of their balance, may depend on it.
-
-    Raises:
-        ConfigError: nothing is attached.
-    """
+    is said of their balance, may depend on it. Raises ConfigError: nothing is attached."""
     attachment = Attachment.of(model)
     if attachment is None:
         raise ConfigError("whether padding needs a mask is asked of a model with an attached delta")
