@@ -82,14 +82,14 @@ class Delta(_Counts, ABC):
         """All weights that training changes: what an optimizer takes."""
         return (parameter for _, parameter in self.named_parameters())
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that are stored, named `site path.parameter`; what only training has is folded in."""
+        return self.training_state_dict()
 
-    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`. Raises DataError: missing, surplus or misshapen tensors, all listed at once;
         nothing is written then."""
+        self.load_training_state_dict(state)
 
     def training_state_dict(self) -> dict[str, Tensor]:
         """All trained tensors as they are, reparametrisation included: for checkpoints."""

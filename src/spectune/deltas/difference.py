@@ -93,8 +93,7 @@ def _in_float64(model: PreTrainedModel) -> Iterator[None]:
         for parameter, tensor in weights.items():
             parameter.data = tensor.double()
         for module, name, buffer in buffers:
-            if buffer.is_floating_point():
-                module._buffers[name] = buffer.double()
+            module._buffers[name] = buffer.double() if buffer.is_floating_point() else buffer
         yield
     finally:
         for parameter, tensor in weights.items():

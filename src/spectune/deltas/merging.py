@@ -137,17 +137,13 @@ def _write(merged: PreTrainedModel, delta: Delta) -> None:
 
 def _tied_weights(model: PreTrainedModel, delta: Delta) -> list[tuple[nn.Parameter, list[str]]]:
     """Weights at the delta's sites that other modules hold too, with the names of all that hold them."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    weights: dict[int, nn.Parameter] = {}
-    at_sites = {site.host for site, _ in delta.sites}
-    wanted = set()
+    owners: dict[nn.Parameter, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            weights[id(parameter)] = parameter
-            owners[id(parameter)].append(f"{path}.{leaf}")
-            if path in at_sites:
-                wanted.add(id(parameter))
-    return [(weights[key], owners[key]) for key in wanted if len(owners[key]) > 1]
+            owners[parameter].append(f"{path}.{leaf}")
+    at_sites = {site.host for site, _ in delta.sites}
+    tied = [(weight, names) for weight, names in owners.items() if len(names) > 1]
+    return [(weight, names) for weight, names in tied if any(name.rpartition(".")[0] in at_sites for name in names)]
 
 
 def _take_everything_off(merged: PreTrainedModel) -> None:

@@ -61,8 +61,6 @@ class OpenSites:
                 self.close_attention(path)
                 self._prefixes -= 1
                 self.state.has_prefixes = self._prefixes > 0
-            case InputSite():
-                pass
 
     def open_attention(self, path: str, what: str) -> None:
         """Let the attention module at `path` find the forward state; the first one switches the model's attention to

@@ -45,12 +45,6 @@ class TunedBase(Delta):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.model.named_parameters()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.training_state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.load_training_state_dict(state)
-
     @property
     def files(self) -> DeltaFiles:
         return ModelFiles(self.model)

@@ -2,14 +2,7 @@
 
 from spectune.families.base_fingerprint import differences, fingerprint
 from spectune.families.biases import Bias
-from spectune.families.family import (
-    Family,
-    FeedForward,
-    Layer,
-    Linear,
-    describe,
-    family_from_config,
-)
+from spectune.families.family import Family, FeedForward, Layer, Linear, describe, family_from_config
 from spectune.families.module_kinds import linear_shape, token_embedding
 from spectune.families.parts import Slice
 from spectune.families.quantised import base_precision, dense_weight, quantised_weights

@@ -35,8 +35,3 @@ def is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     leaf = all(name == "deltas" for name, _ in module.named_children())  # a delta attached to it is no part of it
     return isinstance(weight, nn.Parameter) and weight.dim() == 1 and leaf
-
-
-def adds_its_bias_last(module: nn.Module) -> bool:
-    """Whether adding a vector to the module's output equals adding it to its `bias`: true of linears and norms."""
-    return linear_shape(module) is not None or is_norm(module)

@@ -28,16 +28,12 @@ def beside_text(model: PreTrainedModel) -> frozenset[str]:
         if path.rpartition(".")[0] in found:
             found.add(path)
             continue
-        leaf = path.rpartition(".")[2]
+        leaf, kind = path.rpartition(".")[2], type(module).__name__
         another = isinstance(module, PreTrainedModel) and type(module.config) not in kinds
-        named = _OTHER_SENSES.search(leaf) or _CHOOSES_TOKENS.search(leaf) or _for_other_states(leaf, module)
-        if another or named:
+        named = _OTHER_SENSES.search(leaf) or _CHOOSES_TOKENS.search(leaf)
+        if another or named or _FOR_OTHER_STATES.search(leaf) or _FOR_OTHER_STATES.search(kind):
             found.add(path)
     return frozenset(found)
-
-
-def _for_other_states(leaf: str, module: nn.Module) -> bool:
-    return bool(_FOR_OTHER_STATES.search(leaf) or _FOR_OTHER_STATES.search(type(module).__name__))
 
 
 def find_decoder(model: PreTrainedModel, names: dict[int, str], beside: frozenset[str]) -> nn.Module:

@@ -124,8 +124,7 @@ class PrefixTuning(Method):
         return Trunk(self.num_virtual_tokens, family.hidden_size, self.encoder_hidden_size)
 
     def notice(self, family: Family) -> str | None:
-        without = sum(not layer.attentions for layer in family.layers)
-        if not without:
+        if not (without := sum(not layer.attentions for layer in family.layers)):
             return None
         return (
             f"{without} of {len(family.layers)} layers of this {family.model_type} model have no attention: the prefix "
@@ -191,10 +190,8 @@ class PrefixTuning(Method):
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> PrefixTuning | None:
-        if config.get("peft_type") != "PREFIX_TUNING":
-            return None
-        # what is stored is the projection's result
-        return cls(num_virtual_tokens=config["num_virtual_tokens"], sliding=True)
+        ours = config.get("peft_type") == "PREFIX_TUNING"  # what is stored is the projection's result
+        return cls(num_virtual_tokens=config["num_virtual_tokens"], sliding=True) if ours else None
 
     def as_stored(self) -> PrefixTuning:
         return self.model_copy(update={"prefix_projection": False})

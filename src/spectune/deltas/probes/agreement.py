@@ -15,6 +15,12 @@ TOLERANCE_16_BITS = 6e-2
 SHARE_OF_EFFECT = 0.2
 
 
+def logits_of(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **given: Tensor) -> Tensor:
+    """Logits `[rows, length, vocabulary]`, float32, of a pass without a cache."""
+    found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
+    return found.float()
+
+
 def apart(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The largest absolute difference within any pair of tensors of one shape."""
     return max(float((a - b).abs().max()) for a, b in pairs)

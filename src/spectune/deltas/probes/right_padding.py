@@ -8,12 +8,12 @@ Whether a model is causal throughout is proved by running it, not known by its t
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
-from spectune.deltas.probes.agreement import agree, apart
+from spectune.deltas.probes.agreement import agree, apart, logits_of
 from spectune.errors import ConfigError, first_line
 from spectune.families import Family, token_embedding
 
@@ -44,8 +44,8 @@ def why_mask_is_needed(model: PreTrainedModel) -> str | None:
     ids, mask = ids.to(embedding.device), mask.to(embedding.device)
     try:
         with evaluating(model):
-            masked = _logits(model, ids, mask)
-            unmasked = _logits(model, ids, None)
+            masked = logits_of(model, ids, mask)[:, :_TEXT]
+            unmasked = logits_of(model, ids)[:, :_TEXT]
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     size = float(masked.abs().max())
@@ -57,12 +57,6 @@ def why_mask_is_needed(model: PreTrainedModel) -> str | None:
         f"real tokens' logits change by {off / size:.2g} of the largest where padding after them is not masked "
         f"(another text before them makes {effect / size:.2g})"
     )
-
-
-def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits of the first `_TEXT` tokens of each row, `[rows, tokens, vocabulary]` float32."""
-    found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return found[:, :_TEXT].float()
 
 
 def _has_experts(model: PreTrainedModel, family: Family) -> bool:
