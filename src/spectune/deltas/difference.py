@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.modules import DeltaModule
 from spectune.deltas.routing import route
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, first_line
 from spectune.families import token_embedding
 
+log = logging.getLogger("spectune")
 #: rows measured at most: three forward passes each
 ROWS = 32
 #: tokens of a row measured at most: logits are `[tokens, vocabulary]`
@@ -71,16 +73,23 @@ def measure(
     return Difference(float(largest), float(largest_logit), float(summed) / count, float(effect) / count, measured_on)
 
 
-def own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> float:
-    """The largest difference between the logits of delta `name` in the base's own precision and in float64.
-
-    It is what the base's arithmetic rounds, merged or not. Not a number where the device has no float64 (mps)."""
+def own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> float | None:
+    """The largest difference between the logits of delta `name` in the base's own precision and in float64: what the
+    base's arithmetic rounds, merged or not. Not a number where the device has no float64 (mps), None where the base
+    does not run in it (products over experts that have no such kernel)."""
     if any(parameter.device.type == "mps" for parameter in model.parameters()):
         return math.nan
-    with evaluating(model), route(model, name):
-        own = [_logits(model, ids) for ids in rows]
-        with _in_float64(model):
-            return max(float((_logits(model, ids) - logits).abs().max()) for ids, logits in zip(rows, own, strict=True))
+    try:
+        with evaluating(model), route(model, name):
+            own = [_logits(model, ids) for ids in rows]
+            with _in_float64(model):
+                exact = (_logits(model, ids) for ids in rows)
+                return max(float((a - b).abs().max()) for a, b in zip(exact, own, strict=True))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except RuntimeError as error:
+        log.info("%s is not judged by its own rounding: it does not run in float64 (%s)", name, first_line(error))
+        return None
 
 
 @contextlib.contextmanager

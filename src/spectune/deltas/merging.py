@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.deltas.attaching import attached
@@ -26,8 +25,6 @@ from spectune.families import quantised_weights
 FLOAT32_TOLERANCE = 1e-5
 #: lower precision: the mean difference, as a share of the delta's mean effect on the logits
 LOW_PRECISION_TOLERANCE = 0.01
-
-log = logging.getLogger("spectune")
 
 
 def merge(
@@ -92,20 +89,9 @@ def merge_and_measure(
     difference = measure(model, merged, name, *found)
     if _exact(merged) and not difference.largest <= FLOAT32_TOLERANCE * difference.largest_logit:
         # a base may round its own logits by more than that (spectune-tiny does): only then is it worth the memory
-        difference = replace(difference, own_rounding=_own_rounding(model, name, found[0]))
+        difference = replace(difference, own_rounding=own_rounding(model, name, found[0]))
     _judge(difference, merged, name)
     return merged, difference
-
-
-def _own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> float | None:
-    """None where the base does not run in float64 (products over experts that have no such kernel)."""
-    try:
-        return own_rounding(model, name, rows)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except RuntimeError as error:
-        log.info("%s is not judged by its own rounding: it does not run in float64 (%s)", name, first_line(error))
-        return None
 
 
 def _write(merged: PreTrainedModel, delta: Delta) -> None:

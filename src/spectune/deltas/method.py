@@ -41,9 +41,8 @@ class InitContext:
 
         Lester et al. 2021 sample from the 5,000 commonest; byte-pair ids rise as frequency falls."""
         special = set(getattr(self.tokenizer, "all_special_ids", None) or [])
-        pool = [
-            i for i in plain_tokens(self.model.config.get_text_config(), self.family.vocab_size) if i not in special
-        ]
+        plain = plain_tokens(self.model.config.get_text_config(), self.family.vocab_size)
+        pool = [token for token in plain if token not in special]
         picks = torch.randint(0, len(pool), (count,), generator=self.generator)
         return [pool[int(pick)] for pick in picks]
 

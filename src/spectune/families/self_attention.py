@@ -36,13 +36,9 @@ def attention_names(layer: nn.Module, path: str, beside: frozenset[str], *, by_c
     for name, module in layer.named_modules():
         if not name or f"{path}.{name}" in beside or any(name.startswith(outer + ".") for outer in found):
             continue
-        if by_class:
-            known = "attention" in type(module).__name__.lower()
-        else:
-            known = hasattr(module, "layer_idx") and (
-                hasattr(module, "is_causal") or hasattr(module, "num_key_value_groups")
-            )
-        if known and _owns_projections(module):
+        causal = hasattr(module, "is_causal") or hasattr(module, "num_key_value_groups")
+        named = "attention" in type(module).__name__.lower()
+        if (named if by_class else causal and hasattr(module, "layer_idx")) and _owns_projections(module):
             found.append(name)
     return found
 

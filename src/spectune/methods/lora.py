@@ -122,7 +122,14 @@ class LoRA(Method):
 
     def sites(self, family: Family) -> list[Site]:
         found = targets(family, self.target_modules)
-        _check_patterns(self, found)
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field):
+                if not any(_matches(key, t.path) for t in found):
+                    near = difflib.get_close_matches(key, _endings(found), n=1, cutoff=0)
+                    raise ConfigError(
+                        f"{field}: {key!r} matches none of the targeted linears"
+                        + (f"; the nearest is {near[0]!r}" if near else "")
+                    )
         return [OutputSite(t.path, t.in_features, t.out_features) for t in found]
 
     def build(self, site: Site) -> OutputModule:
@@ -204,17 +211,6 @@ def _safe_pattern(pattern: str) -> str:
 
 def _matches(key: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
-def _check_patterns(method: LoRA, found: list[Linear]) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(method, field):
-            if not any(_matches(key, t.path) for t in found):
-                near = difflib.get_close_matches(key, _endings(found), n=1, cutoff=0)
-                raise ConfigError(
-                    f"{field}: {key!r} matches none of the targeted linears"
-                    + (f"; the nearest is {near[0]!r}" if near else "")
-                )
 
 
 def targets(family: Family, wanted: str | tuple[str, ...]) -> list[Linear]:

@@ -147,7 +147,12 @@ class PrefixTuning(Method):
             assert isinstance(module, KeysValues)
             if site.path in found:  # a module that attention never reaches is refused by name right after
                 key, value = found[site.path]
-                _check_heads(site.path, module, key, value)
+                if key.shape != module.key.shape or value.shape != module.value.shape:
+                    raise ConfigError(
+                        f"{site.path}: attention uses keys {list(key.shape)} and values {list(value.shape)} [heads, "
+                        f"tokens, dim], its config says {list(module.key.shape)} and {list(module.value.shape)}; "
+                        "prefix tuning is refused"
+                    )
                 module.key.copy_(key)
                 module.value.copy_(value)
 
@@ -158,7 +163,7 @@ class PrefixTuning(Method):
         if family.sliding_window is not None and not self.sliding:
             return super().to_folder(state, family)  # PEFT's windows would move past it
         first = family.attentions[0]
-        rows = [_heads_last(state[f"{a.path}.{part}"]) for a in family.attentions for part in ("key", "value")]
+        stored = [state[f"{a.path}.{part}"] for a in family.attentions for part in ("key", "value")]
         config = {
             "peft_type": "PREFIX_TUNING",
             "task_type": "CAUSAL_LM",
@@ -171,7 +176,7 @@ class PrefixTuning(Method):
             "encoder_hidden_size": self.encoder_hidden_size,
             "prefix_projection": self.prefix_projection,
         }
-        return config, {"prompt_embeddings": torch.cat(rows, dim=1)}
+        return config, {"prompt_embeddings": torch.cat([tensor.transpose(0, 1).flatten(1) for tensor in stored], dim=1)}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
         state = {name: tensor for name, tensor in tensors.items() if name != "prompt_embeddings"}
@@ -197,19 +202,6 @@ class PrefixTuning(Method):
         return self.model_copy(update={"prefix_projection": False})
 
 
-def _check_heads(path: str, module: KeysValues, key: Tensor, value: Tensor) -> None:
-    if key.shape != module.key.shape or value.shape != module.value.shape:
-        raise ConfigError(
-            f"{path}: attention uses keys {list(key.shape)} and values {list(value.shape)} [heads, tokens, dim], its "
-            f"config says {list(module.key.shape)} and {list(module.value.shape)}; prefix tuning is refused"
-        )
-
-
 def _heads_first(flat: Tensor, heads: int) -> Tensor:
     """`[tokens, heads * dim]` -> `[heads, tokens, dim]`."""
     return flat.reshape(flat.shape[0], heads, -1).transpose(0, 1)
-
-
-def _heads_last(tensor: Tensor) -> Tensor:
-    """`[heads, tokens, dim]` -> `[tokens, heads * dim]`."""
-    return tensor.transpose(0, 1).flatten(1)

@@ -148,6 +148,3 @@ def _refuse_save_pretrained(precision: str, *_: Any, **__: Any) -> NoReturn:
         f"save_pretrained is refused: this base is in {precision}, which transformers could not read again. Save "
         "deltas with delta.save(folder); to save a model, load the base without base_precision."
     )
-
-
-__all__ = ["PRECISIONS", "base_dtype", "check_precision", "quantise_base"]

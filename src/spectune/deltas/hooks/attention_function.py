@@ -20,7 +20,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from spectune.compute.masks import widen_mask
-from spectune.compute.pack_layout import Pack
 from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks import packed_attention, prefix_kernel
 from spectune.deltas.layout import BatchLayout
@@ -187,13 +186,8 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor
     return _with_prefix(own, module, *args, **kwargs)
 
 
-def _pack() -> Pack | None:
-    """The documents of the pass that runs on this thread."""
-    return None if running.state is None else running.state.pack
-
-
 def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    pack = _pack()
+    pack = None if running.state is None else running.state.pack
     if pack is not None:
         if pack.kernel is not None and packed_attention.is_plain(kwargs):
             return None  # attention keeps the documents apart
@@ -205,7 +199,7 @@ def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def _eager_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    pack = _pack()
+    pack = None if running.state is None else running.state.pack
     if pack is not None:
         return packed_attention.mask_of(eager_mask, pack, kwargs)
     mask: Tensor | None = eager_mask(*args, **kwargs)

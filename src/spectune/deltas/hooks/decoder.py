@@ -22,7 +22,6 @@ from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks import caches
 from spectune.deltas.hooks.attention_function import running
 from spectune.deltas.hooks.outer_call import OuterCall
-from spectune.deltas.hooks.packed_entry import check_packed_call, check_packed_context, put_before_documents
 from spectune.deltas.hooks.virtual_tokens import VirtualTokens, check_token_wise, is_2d, left_padding
 from spectune.deltas.layout import BatchLayout
 from spectune.deltas.modules import InputModule
@@ -186,17 +185,28 @@ class DecoderHook:
                 f"the route gives rows of one batch different deltas ({', '.join(map(repr, route.names))}), and a "
                 "packed batch has documents of one delta only: route each delta's rows in a batch of their own"
             )
-        check_packed_call(call, pack, text)
+        if text.shape[:2] != pack.documents.shape:
+            raise ConfigError(
+                f"the batch is {list(text.shape[:2])}, `documents` are {list(pack.documents.shape)}: expected both to "
+                "be [packs, length]"
+            )
+        if call.get("attention_mask") is not None:
+            raise ConfigError("a packed batch has no attention mask: `documents` say what is padding")
         names = route.over(text.shape[0])
         virtual = self._virtual_tokens(names[:1])
         [prompt], [shift] = virtual.prompts, virtual.shifts
-        check_packed_context(pack, shift, self.family.position_table)
+        context = self.family.position_table
+        if context is not None and shift and pack.longest + shift > context:
+            raise ConfigError(
+                f"a document of {pack.longest} tokens and {shift} virtual ones need {pack.longest + shift} positions; "
+                f"this base has {context}. Use at most {context - shift} text tokens, or fewer virtual ones."
+            )
         if self.takes_positions:
             positions = call.get("position_ids")
             call["position_ids"] = (pack.positions if positions is None else positions) + shift
         moved = None
         if prompt is not None:
-            pack, moved = put_before_documents(call, pack, prompt(), self._embedding)
+            pack, moved = _put_before_each(call, pack, prompt(), self._embedding)
             if self.takes_positions:
                 call["position_ids"] = pack.positions
         # all ones: whatever a model makes of its mask or its positions by itself, what our mask function says is added
@@ -285,3 +295,20 @@ def _text_of(states: Tensor, done: _Exit) -> Tensor:
     if done.moved is None:
         return states[:, done.cut :]
     return states[torch.arange(done.moved.shape[0], device=done.moved.device)[:, None], done.moved]
+
+
+def _put_before_each(call: dict[str, Any], pack: Pack, prompt: Tensor, embedding: nn.Module) -> tuple[Pack, Tensor]:
+    """Put virtual tokens, of embeddings `prompt` `[virtual tokens, hidden]`, before each document of a decoder's call,
+    in place. Returns the longer pack, and where each place of the text stands in it, `[packs, length]` int64."""
+    if call.get("token_type_ids") is not None:
+        raise ConfigError("token_type_ids do not go with prompt tuning: virtual tokens have no type. Leave them out.")
+    pack, source, moved = pack.grown(prompt.shape[0])
+    embeds = call.get("inputs_embeds")
+    if embeds is None:
+        embeds = embedding(call["input_ids"])
+    prompt = prompt.to(dtype=embeds.dtype, device=embeds.device)
+    row = torch.arange(embeds.shape[0], device=embeds.device)[:, None]
+    text, virtual = embeds[row, source.clamp(min=0)], prompt[(-1 - source).clamp(min=0)]
+    call["input_ids"] = None
+    call["inputs_embeds"] = torch.where((source < 0)[..., None], virtual, text)
+    return pack, moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.hooks.caches import caches_in
+from spectune.deltas.probes.agreement import logits_of
 from spectune.errors import ConfigError, SpectuneError, first_line
 from spectune.families import token_embedding
 
@@ -34,11 +36,7 @@ def first_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """Logits `[1, len(ids), vocabulary]` of one row, without cache. Raises ConfigError: the model's own code fails on
     it with the delta that is on now, and without it does not."""
     tokens = torch.tensor([ids], device=token_embedding(model).weight.device)
-
-    def forward() -> Tensor:
-        logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
-        return logits
-
+    forward = functools.partial(logits_of, model, tokens, torch.ones_like(tokens))
     attachment = Attachment.of(model)
     name = None if attachment is None else attachment.state.current.name
     try:

@@ -81,9 +81,13 @@ def _logits(
         return logits_of(model, ids, torch.ones_like(ids))
     numbers = [torch.cat([torch.full_like(text, n) for n, text in enumerate(pack)]) for pack in packs]
     documents = torch.stack([_filled(row, longest, -1) for row in numbers])
-    places = [torch.cat([torch.arange(len(text)) for text in pack]) for pack in packs]
+    places = torch.stack([_filled(_places(pack), longest, 0) for pack in packs]).to(device)
     with packed(model, documents):
-        return logits_of(model, ids, position_ids=torch.stack([_filled(row, longest, 0) for row in places]).to(device))
+        return logits_of(model, ids, position_ids=places)
+
+
+def _places(pack: list[Tensor]) -> Tensor:
+    return torch.cat([torch.arange(len(text)) for text in pack])
 
 
 def _filled(row: Tensor, length: int, value: int) -> Tensor:
