@@ -9,20 +9,7 @@ from spectune.families.quantised import base_precision, dense_weight, quantised_
 from spectune.families.self_attention import Attention
 
 __all__ = [
-    "Attention",
-    "Bias",
-    "Family",
-    "FeedForward",
-    "Layer",
-    "Linear",
-    "Slice",
-    "base_precision",
-    "dense_weight",
-    "describe",
-    "differences",
-    "family_from_config",
-    "fingerprint",
-    "linear_shape",
-    "quantised_weights",
+    "Attention", "Bias", "Family", "FeedForward", "Layer", "Linear", "Slice", "base_precision", "dense_weight",
+    "describe", "differences", "family_from_config", "fingerprint", "linear_shape", "quantised_weights",
     "token_embedding",
-]
+]  # fmt: skip

@@ -53,17 +53,6 @@ def method_from_dict(fields: dict[str, Any]) -> Method:
 
 
 __all__ = [
-    "BY_NAME",
-    "IA3",
-    "METHODS",
-    "SPECTRUM",
-    "BitFit",
-    "BottleneckAdapter",
-    "DoRA",
-    "FullFineTuning",
-    "LoRA",
-    "PrefixTuning",
-    "PromptTuning",
-    "method_from_dict",
-    "method_from_name",
-]
+    "BY_NAME", "IA3", "METHODS", "SPECTRUM", "BitFit", "BottleneckAdapter", "DoRA", "FullFineTuning", "LoRA",
+    "PrefixTuning", "PromptTuning", "method_from_dict", "method_from_name",
+]  # fmt: skip
