@@ -5,10 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+#: names given in a message; the others are counted
+NAMED = 5
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error that says something: libraries' messages may go on for pages."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    rest = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -75,7 +75,7 @@ def test_saving_again_replaces_the_folder(tmp_path: Path) -> None:
     model = make_model()
     delta = attach(model, LoRA(r=2), "task")
     delta.save(tmp_path / "task")
-    (tmp_path / "task" / "stale").write_text("")
+    (tmp_path / "task" / "model-00001-of-00002.safetensors").write_text("")
     delta.save(tmp_path / "task")
     assert sorted(p.name for p in (tmp_path / "task").iterdir()) == [
         "adapter_config.json",

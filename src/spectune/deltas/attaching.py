@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta, ModuleDelta
+from spectune.deltas.layout import Route
 from spectune.deltas.method import InitContext, Method
-from spectune.deltas.probes.base_runs import can_run, counts_padding
+from spectune.deltas.probes.base_runs import can_run
 from spectune.deltas.probes.sites import prove_that_sites_fire
 from spectune.deltas.probes.survey import settled_sites
 from spectune.deltas.tuned_base import TunedBase
@@ -62,7 +63,7 @@ def place(
     """Attach with weights that `fill` writes: first ones, or a stored delta's. All or nothing."""
     _check(model, method, name)
     make_hooks_visible_to_the_compiler()
-    attachment = Attachment.of(model) or Attachment(model, counts_padding)
+    attachment = Attachment.of(model) or Attachment(model)
     delta = None
     try:
         delta = unplaced(model, method, name, keep_base=keep_base)
@@ -79,16 +80,13 @@ def place(
         elif not attachment.deltas:
             attachment.close()
         raise
-    attachment.active = name
+    attachment.state.active = Route.of(name)
     return delta
 
 
 def unplaced(model: PreTrainedModel, method: Method, name: str, *, keep_base: bool = False) -> Delta:
-    """The delta of this method on `model`, not on it yet: it knows what is stored.
-
-    Raises:
-        ConfigError: `keep_base` of a method that leaves the base as it is, or a base that cannot be trained.
-    """
+    """The delta of this method on `model`, not on it yet: it knows what is stored. Raises ConfigError: `keep_base` of a
+    method that leaves the base as it is, or a base that cannot be trained."""
     attachment = Attachment.of(model)
     family = describe(model) if attachment is None else attachment.family
     base = fingerprint(model, family) if attachment is None else attachment.base_fingerprint
@@ -149,7 +147,7 @@ def _check(model: PreTrainedModel, method: Method, name: str) -> None:
         raise ConfigError(f"expected a method such as spectune.LoRA(r=16), got {method!r}")
     if not _NAME.fullmatch(name):
         raise ConfigError(f"a delta's name has letters, digits, '_', '.', '-' only; got {name!r}")
-    others = {} if attachment is None else attachment.deltas
+    others = attached(model)
     if name in others:
         raise ConfigError(f"a delta named {name!r} is attached already; choose another name or detach it first")
     if attachment is not None and attachment.tuned is not None:
@@ -169,8 +167,7 @@ def make_hooks_visible_to_the_compiler() -> None:
 
     By default Dynamo skips the guards on hooks and reuses a graph across model instances: a bare model that was
     compiled first makes the delta of the next one do nothing, without an error. What it compiled under that setting
-    before now has no such guards, so it is thrown away.
-    """
+    before now has no such guards, so it is thrown away."""
     import torch._dynamo
 
     if torch._dynamo.config.skip_nnmodule_hook_guards:

@@ -27,9 +27,6 @@ _ATTRIBUTE = "_spectune"
 class Attachment:
     """The deltas of one model. It exists from the first attach to the last detach.
 
-    Args:
-        counts_padding: finds out by running the bare base whether it counts padding as positions.
-
     Attributes:
         deltas: by name, in the order of attachment.
         state: what is in force now.
@@ -37,21 +34,18 @@ class Attachment:
         proved: what probes have found of the base, by what they asked; asked once for all deltas.
     """
 
-    def __init__(self, model: PreTrainedModel, counts_padding: Callable[[PreTrainedModel, ForwardState], bool]) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.family: Family = describe(model)
         self.deltas: dict[str, Delta] = {}
         self.state = ForwardState()
         self.proved: dict[Any, Any] = {}
         self.base_modules = list(model.modules())
-        self._counts_padding = counts_padding
         self._requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.sites = OpenSites(model, self.family, self.state)
         checkpoints = CheckpointHook(self.base_modules, self.keeping_pass)
         before_pass = (checkpoints.keep, self.sites.keep_attention)
-        self.decoder = DecoderHook(
-            model, self.family, self.state, before_pass=before_pass, counts_padding=self.counts_padding
-        )
+        self.decoder = DecoderHook(model, self.family, self.state, before_pass=before_pass)
         methods = ModelMethods(model, self.state, self.decoder.puts_tokens_in, self._refuse_save_pretrained)
         self._hooks: tuple[CheckpointHook | DecoderHook | ModelMethods, ...] = (checkpoints, self.decoder, methods)
         for parameter, _ in self._requires_grad:
@@ -76,15 +70,6 @@ class Attachment:
         del self.model.__dict__[_ATTRIBUTE]
 
     @property
-    def active(self) -> str | None:
-        """The delta that is on outside of any `with route`."""
-        return self.state.active.name
-
-    @active.setter
-    def active(self, name: str | None) -> None:
-        self.state.active = Route.of(name)
-
-    @property
     def tuned(self) -> Delta | None:
         """The delta that is the base itself, fully tuned; it is the only one then."""
         return next((delta for delta in list(self.deltas.values())[:1] if delta.method.trains_base), None)
@@ -102,16 +87,13 @@ class Attachment:
         delta.put_on(sites, self.sites.open)
 
     def remove(self, delta: Delta, *, undo: bool = False) -> None:
-        """Take a delta off, and with the last one everything else. `undo`: of an attach that failed.
-
-        Raises:
-            ConfigError: it is the base itself, and no copy was kept.
-        """
+        """Take a delta off, and with the last one everything else. `undo`: of an attach that failed. Raises
+        ConfigError: it is the base itself, and no copy was kept."""
         delta.take_off(self.sites.close, undo=undo)
         del self.deltas[delta.name]
         self.state.virtual_tokens.pop(delta.name, None)
-        if self.active == delta.name:
-            self.active = None
+        if self.state.active.name == delta.name:
+            self.state.active = Route.of(None)
         if not self.deltas:
             self.close()
 
@@ -123,16 +105,10 @@ class Attachment:
                 found += [part for _, module in self.deltas[name].sites for part in module.modules()]
         return found
 
-    def counts_padding(self) -> bool:
-        """Whether the base itself counts padding as positions, where the caller gives none."""
-        if "counts padding" not in self.proved:
-            self.proved["counts padding"] = self._counts_padding(self.model, self.state)
-        return bool(self.proved["counts padding"])
-
     def keeping_pass(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function with what is in force in the pass that runs now, whenever it is called: for recomputation, when
         the route is another one."""
-        captured = self.state.captured()
+        captured = self.state.current, self.state.layout
         # the layers that run now: their hooks stand outside of a function that is called again
         holding = self.sites.running()
 

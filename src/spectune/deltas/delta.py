@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectune.deltas import slots
-from spectune.deltas.folder import AdapterFiles, DeltaFiles, base_name, check_tensors, save_folder
+from spectune.deltas.folder import CONFIG_FILE, WEIGHTS_FILE, DeltaFiles, base_name, check_tensors, save_folder
 from spectune.deltas.method import Method
 from spectune.deltas.modules import DeltaModule
 from spectune.deltas.site import ParameterSite, Site
+from spectune.errors import DataError
 from spectune.families import Family
+from spectune.files.weights import check_finite, read_headers, read_weights
 
 _SHARED = "shared"
 
 
+@dataclass(eq=False, repr=False)
 class _Counts:
-    """How many weights a delta has."""
+    """What a delta is of, and how many weights it has."""
 
     method: Method
+    model: PreTrainedModel
     family: Family
     name: str
+    base_fingerprint: dict[str, Any]
 
     def num_parameters(self) -> int:
         """Weights that are stored and used at inference."""
@@ -61,12 +69,6 @@ class Delta(_Counts, ABC):
         base_fingerprint: of the base, see `spectune.families.fingerprint`.
     """
 
-    def __init__(
-        self, method: Method, model: PreTrainedModel, family: Family, name: str, base_fingerprint: dict[str, Any]
-    ) -> None:
-        self.method, self.model, self.family, self.name = method, model, family, name
-        self.base_fingerprint = base_fingerprint
-
     @property
     def sites(self) -> list[tuple[Site, DeltaModule]]:
         """Each site and the module that acts there, in the model's order."""
@@ -80,17 +82,14 @@ class Delta(_Counts, ABC):
         """All weights that training changes: what an optimizer takes."""
         return (parameter for _, parameter in self.named_parameters())
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that are stored, named `site path.parameter`; what only training has is folded in."""
+        return self.training_state_dict()
 
-    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`.
-
-        Raises:
-            DataError: missing, surplus or misshapen tensors, all listed at once; nothing is written then.
-        """
+        """The inverse of `state_dict`. Raises DataError: missing, surplus or misshapen tensors, all listed at once;
+        nothing is written then."""
+        self.load_training_state_dict(state)
 
     def training_state_dict(self) -> dict[str, Tensor]:
         """All trained tensors as they are, reparametrisation included: for checkpoints."""
@@ -139,15 +138,12 @@ class Delta(_Counts, ABC):
         yield
 
 
+@dataclass(eq=False, repr=False)
 class ModuleDelta(Delta):
     """A delta of modules beside the base. They stand at their sites inside the model; this object lists them."""
 
-    def __init__(
-        self, method: Method, model: PreTrainedModel, family: Family, name: str, base_fingerprint: dict[str, Any]
-    ) -> None:
-        super().__init__(method, model, family, name, base_fingerprint)
-        self.shared: nn.Module | None = None
-        self._modules: dict[str, tuple[Site, DeltaModule]] = {}
+    shared: nn.Module | None = None
+    _modules: dict[str, tuple[Site, DeltaModule]] = field(default_factory=dict)
 
     @property
     def sites(self) -> list[tuple[Site, DeltaModule]]:
@@ -200,6 +196,34 @@ class ModuleDelta(Delta):
         if self.shared is not None:
             slots.take(self.model.get_submodule(self.family.decoder), self.name, _SHARED)
         self._modules = {}
+
+
+class AdapterFiles(DeltaFiles):
+    """A config and one safetensors file, in PEFT's layout where PEFT has the method."""
+
+    def __init__(self, delta: ModuleDelta) -> None:
+        self.delta, self.method, self.family = delta, delta.method, delta.family
+
+    def write(self, folder: Path) -> None:
+        config, tensors = self.method.to_folder(self.delta.state_dict(), self.family)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def weight_files(self, folder: Path) -> list[Path]:
+        return [folder / WEIGHTS_FILE]
+
+    def check(self, folder: Path) -> None:
+        headers = read_headers(self.weight_files(folder))
+        given = self.method.from_folder(headers, self.family)
+        if len(given) < len(headers):
+            raise DataError(f"{folder / WEIGHTS_FILE} holds a tensor twice, under two names: {', '.join(headers)}")
+        check_tensors(self.method.stored_shapes(self.family), given, str(folder / WEIGHTS_FILE))
+
+    def read(self, folder: Path) -> None:
+        state = self.method.from_folder(read_weights(self.weight_files(folder)), self.family)
+        check_finite(state, dict.fromkeys(state, torch.float32), str(folder / WEIGHTS_FILE))
+        self.delta.load_state_dict(state)
 
 
 def _part(site: Site) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.modules import DeltaModule
 from spectune.deltas.routing import route
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, first_line
 from spectune.families import token_embedding
 
+log = logging.getLogger("spectune")
 #: rows measured at most: three forward passes each
 ROWS = 32
 #: tokens of a row measured at most: logits are `[tokens, vocabulary]`
@@ -51,11 +53,8 @@ class Difference:
 def measure(
     model: PreTrainedModel, merged: PreTrainedModel, name: str, rows: Sequence[Tensor], measured_on: str
 ) -> Difference:
-    """Compare delta `name` on `model` with `merged`, row by row, without padding.
-
-    Args:
-        rows: token ids `[tokens]` each. A row longer than the base's context is cut to it.
-    """
+    """Compare delta `name` on `model` with `merged`, row by row, without padding. `rows`: token ids `[tokens]` each. A
+    row longer than the base's context is cut to it."""
     largest = largest_logit = summed = effect = torch.zeros((), dtype=torch.float64)
     count = 0
     with evaluating(model), evaluating(merged):
@@ -74,17 +73,23 @@ def measure(
     return Difference(float(largest), float(largest_logit), float(summed) / count, float(effect) / count, measured_on)
 
 
-def own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> float:
-    """The largest difference between the logits of delta `name` in the base's own precision and in float64.
-
-    It is what the base's arithmetic rounds, merged or not. Not a number where the device has no float64 (mps).
-    """
+def own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> float | None:
+    """The largest difference between the logits of delta `name` in the base's own precision and in float64: what the
+    base's arithmetic rounds, merged or not. Not a number where the device has no float64 (mps), None where the base
+    does not run in it (products over experts that have no such kernel)."""
     if any(parameter.device.type == "mps" for parameter in model.parameters()):
         return math.nan
-    with evaluating(model), route(model, name):
-        own = [_logits(model, ids) for ids in rows]
-        with _in_float64(model):
-            return max(float((_logits(model, ids) - logits).abs().max()) for ids, logits in zip(rows, own, strict=True))
+    try:
+        with evaluating(model), route(model, name):
+            own = [_logits(model, ids) for ids in rows]
+            with _in_float64(model):
+                exact = (_logits(model, ids) for ids in rows)
+                return max(float((a - b).abs().max()) for a, b in zip(exact, own, strict=True))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except RuntimeError as error:
+        log.info("%s is not judged by its own rounding: it does not run in float64 (%s)", name, first_line(error))
+        return None
 
 
 @contextlib.contextmanager
@@ -97,8 +102,7 @@ def _in_float64(model: PreTrainedModel) -> Iterator[None]:
         for parameter, tensor in weights.items():
             parameter.data = tensor.double()
         for module, name, buffer in buffers:
-            if buffer.is_floating_point():
-                module._buffers[name] = buffer.double()
+            module._buffers[name] = buffer.double() if buffer.is_floating_point() else buffer
         yield
     finally:
         for parameter, tensor in weights.items():
@@ -110,14 +114,9 @@ def _in_float64(model: PreTrainedModel) -> Iterator[None]:
 def tokens_to_measure_on(
     model: PreTrainedModel, rows: Sequence[Any] | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[list[Tensor], str]:
-    """Token ids `[tokens]` of some rows, and where they come from, in words.
-
-    Args:
-        rows: what `merge` takes; None: four rows of 16 random tokens, the same ones each time.
-
-    Raises:
-        ConfigError: rows of another kind, texts without a tokenizer, no rows, ids that the base does not have.
-    """
+    """Token ids `[tokens]` of some rows, and where they come from, in words. `rows`: what `merge` takes; None: four
+    rows of 16 random tokens, the same ones each time. Raises ConfigError: rows of another kind, texts without a
+    tokenizer, no rows, ids that the base does not have."""
     vocabulary = token_embedding(model).num_embeddings
     if rows is None:
         generator = torch.Generator().manual_seed(0)

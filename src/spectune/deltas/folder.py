@@ -7,20 +7,18 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.deltas.method import Method
 from spectune.embedded import MODEL_FOLDER, NAME
 from spectune.errors import DataError
-from spectune.families import Family
 from spectune.files.atomic import atomic_folder
-from spectune.files.weights import FLOATS, check_finite, read_headers, read_weights
+from spectune.files.weights import FLOATS
 from spectune.version import __version__
 
 CONFIG_FILE = "adapter_config.json"
@@ -43,74 +41,19 @@ class DeltaFiles(ABC):
 
     @abstractmethod
     def check(self, folder: Path) -> None:
-        """Check by their headers alone that a folder's files hold this delta; nothing is allocated.
-
-        Raises:
-            DataError: a file is missing or damaged, or its tensors are not this delta's (all listed).
-        """
+        """Check by their headers alone that a folder's files hold this delta; nothing is allocated. Raises DataError: a
+        file is missing or damaged, or its tensors are not this delta's (all listed)."""
 
     @abstractmethod
     def read(self, folder: Path) -> None:
-        """Load what `write` wrote (or PEFT) into this delta, whose method is the stored one.
-
-        Raises:
-            DataError: a file is missing or damaged, its tensors are not this delta's, or some are not finite.
-        """
-
-
-class _Stored(Protocol):
-    """What of a delta is written to a folder and read from it."""
-
-    method: Method
-    family: Family
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
-
-
-class AdapterFiles(DeltaFiles):
-    """A config and one safetensors file, in PEFT's layout where PEFT has the method."""
-
-    def __init__(self, delta: _Stored) -> None:
-        self.delta, self.method, self.family = delta, delta.method, delta.family
-
-    def write(self, folder: Path) -> None:
-        config, tensors = self.method.to_folder(self.delta.state_dict(), self.family)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-
-    def weight_files(self, folder: Path) -> list[Path]:
-        return [folder / WEIGHTS_FILE]
-
-    def check(self, folder: Path) -> None:
-        headers = read_headers(self.weight_files(folder))
-        given = self.method.from_folder(headers, self.family)
-        if len(given) < len(headers):
-            raise DataError(f"{folder / WEIGHTS_FILE} holds a tensor twice, under two names: {', '.join(headers)}")
-        check_tensors(self._expected(), given, str(folder / WEIGHTS_FILE))
-
-    def read(self, folder: Path) -> None:
-        state = self.method.from_folder(read_weights(self.weight_files(folder)), self.family)
-        check_finite(state, dict.fromkeys(state, torch.float32), str(folder / WEIGHTS_FILE))
-        self.delta.load_state_dict(state)
-
-    def _expected(self) -> dict[str, Tensor]:
-        """What `state_dict` gives once the delta is attached, on the meta device: absurd sizes cost nothing."""
-        with torch.device("meta"):
-            built = [(site.path, self.method.build(site)) for site in self.method.sites(self.family)]
-            return {f"{path}.{name}": tensor for path, module in built for name, tensor in module.stored().items()}
+        """Load what `write` wrote (or PEFT) into this delta, whose method is the stored one. Raises DataError: a file
+        is missing or damaged, its tensors are not this delta's, or some are not finite."""
 
 
 def save_folder(
-    folder: Path,
-    method: Method,
-    write: Callable[[Path], None],
-    *,
-    base: Mapping[str, Any],
-    base_name: str,
-    parameters: int,
-) -> Path:
+    folder: Path, method: Method, write: Callable[[Path], None],
+    *, base: Mapping[str, Any], base_name: str, parameters: int,
+) -> Path:  # fmt: skip
     """Write a delta's folder, atomically; one that an earlier save wrote is replaced. Returns the folder.
 
     Args:
@@ -134,11 +77,7 @@ def save_folder(
             # what a reader of the weights must know: where the text's positions start
             "text_positions_start_at": method.virtual_tokens,
             "parameters": parameters,
-            "versions": {
-                "spectune": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": {"spectune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "weights": digests(temporary),
         }
         (temporary / OUR_FILE).write_text(json.dumps(ours, indent=2) + "\n")
@@ -170,10 +109,8 @@ def base_name(model: PreTrainedModel) -> str:
 
 def digests(folder: Path) -> dict[str, dict[str, Any]]:
     """Size in bytes and SHA-256 of each safetensors file of a folder, by name."""
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.glob("*.safetensors"))
-    }
+    files = sorted(folder.glob("*.safetensors"))
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
 
 
 def sha256(path: Path) -> str:
@@ -186,15 +123,16 @@ def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], w
     """Raise one DataError that lists every missing, surplus and misshapen tensor."""
     problems = [f"missing: {name} {list(t.shape)}" for name, t in expected.items() if name not in given]
     problems += [f"surplus: {name} {list(t.shape)}" for name, t in given.items() if name not in expected]
+    both = [(name, t, given[name]) for name, t in expected.items() if name in given]
     problems += [
-        f"wrong shape: {name} is {list(given[name].shape)}, expected {list(t.shape)}"
-        for name, t in expected.items()
-        if name in given and given[name].shape != t.shape
+        f"wrong shape: {name} is {list(found.shape)}, expected {list(t.shape)}"
+        for name, t, found in both
+        if found.shape != t.shape
     ]
     problems += [
-        f"wrong type: {name} is {given[name].dtype}, expected float32, bfloat16, float16 or float64"
-        for name, t in expected.items()
-        if name in given and given[name].dtype not in (*FLOATS, t.dtype)
+        f"wrong type: {name} is {found.dtype}, expected float32, bfloat16, float16 or float64"
+        for name, t, found in both
+        if found.dtype not in (*FLOATS, t.dtype)
     ]
     if problems:
         raise DataError(f"{what}: the tensors do not fit", problems)

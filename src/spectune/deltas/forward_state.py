@@ -23,8 +23,7 @@ class TaskLocal:
     """A value of the running thread and task. While it is not set, `value` is this object itself.
 
     torch.compile cannot trace `ContextVar.get`. A property whose getter is a C function it takes to have no side
-    effects: it reads the value, and reads it again whenever it checks its guards.
-    """
+    effects: it reads the value, and reads it again whenever it checks its guards."""
 
     variable: ContextVar[Any]
     value: Any
@@ -159,10 +158,6 @@ class ForwardState:
     def in_use(self, name: str) -> bool:
         """Whether a `with route` that names the delta is in force in any thread or task."""
         return any(name in route.names for route in list(self._in_force.values()))
-
-    def captured(self) -> tuple[Route, BatchLayout | None]:
-        """Route and layout of the pass that runs, for its recomputation: `recomputing` takes them."""
-        return self.current, self.layout
 
     @contextlib.contextmanager
     def recomputing(self, captured: tuple[Route, BatchLayout | None]) -> Iterator[None]:

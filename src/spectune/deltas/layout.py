@@ -35,14 +35,8 @@ class Route:
         return self.names[0]
 
     def over(self, batch: int, copies: int = 1) -> tuple[str | None, ...]:
-        """The delta of each of `batch` rows.
-
-        Args:
-            copies: rows that generation makes of each row (beams, return sequences), next to each other.
-
-        Raises:
-            ConfigError: the route names another number of rows.
-        """
+        """The delta of each of `batch` rows. `copies`: rows that generation makes of each row (beams, return
+        sequences), next to each other. Raises ConfigError: the route names another number of rows."""
         if not self.per_row:
             return self.names * batch
         names = tuple(name for name in self.names for _ in range(copies))
@@ -90,21 +84,15 @@ class BatchLayout:
         ]
 
     def picks(self, rows: tuple[int, ...], tensor: Tensor, path: str) -> Tensor:
-        """Indices along the first dimension of `tensor` that belong to `rows`: int64, on its device.
-
-        Args:
-            tensor: `[batch, ...]` or `[batch * length, features]`, the output of the module at `path`.
-
-        Raises:
-            ConfigError: it is neither, so that rows cannot be told apart.
-        """
+        """Indices along the first dimension of `tensor` that belong to `rows`: int64, on its device. `tensor`:
+        `[batch, ...]` or `[batch * length, features]`, the output of the module at `path`. Raises ConfigError: it is
+        neither, so that rows cannot be told apart."""
         batch, first = len(self.names), tensor.shape[0]
         index = torch.tensor(rows, device=tensor.device)
-        flat = tensor.dim() == 2 and first != batch
-        if not flat and first == batch:
+        if first == batch:
             return index
         length = first // batch if self.length is None else self.length
-        if not flat or first != batch * length:
+        if tensor.dim() != 2 or first != batch * length:
             raise ConfigError(
                 f"{path} is given a tensor {list(tensor.shape)}, in which {batch} rows"
                 + (f" of {self.length} tokens" if self.length is not None else "")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.deltas.attaching import attached
@@ -18,8 +17,7 @@ from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
 from spectune.deltas.difference import Difference, measure, own_rounding, tokens_to_measure_on
 from spectune.deltas.modules import OutputModule, ParameterModule
-from spectune.deltas.probes.survey import some
-from spectune.errors import ConfigError, first_line
+from spectune.errors import ConfigError, first_line, some
 from spectune.families import quantised_weights
 
 #: float32: the largest logit difference, as a share of the largest logit; a base whose own float32 logits are further
@@ -27,8 +25,6 @@ from spectune.families import quantised_weights
 FLOAT32_TOLERANCE = 1e-5
 #: lower precision: the mean difference, as a share of the delta's mean effect on the logits
 LOW_PRECISION_TOLERANCE = 0.01
-
-log = logging.getLogger("spectune")
 
 
 def merge(
@@ -79,7 +75,13 @@ def merge_and_measure(
     _refuse_quantised(model)
     compared = check and not method.trains_base
     found = tokens_to_measure_on(model, rows, tokenizer) if compared else None  # before the copy: it may refuse
-    merged = _copied(model)
+    try:
+        merged = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"this {type(model).__name__} cannot be copied, and merging goes into a copy: {first_line(error)}. Some "
+            "types keep tensors of their last forward pass: run it once under torch.no_grad(), then merge."
+        ) from error
     _write(merged, attached(merged)[name])
     _take_everything_off(merged)
     if found is None:
@@ -87,30 +89,9 @@ def merge_and_measure(
     difference = measure(model, merged, name, *found)
     if _exact(merged) and not difference.largest <= FLOAT32_TOLERANCE * difference.largest_logit:
         # a base may round its own logits by more than that (spectune-tiny does): only then is it worth the memory
-        difference = replace(difference, own_rounding=_own_rounding(model, name, found[0]))
+        difference = replace(difference, own_rounding=own_rounding(model, name, found[0]))
     _judge(difference, merged, name)
     return merged, difference
-
-
-def _copied(model: PreTrainedModel) -> PreTrainedModel:
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"this {type(model).__name__} cannot be copied, and merging goes into a copy: {first_line(error)}. Some "
-            "types keep tensors of their last forward pass: run it once under torch.no_grad(), then merge."
-        ) from error
-
-
-def _own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> float | None:
-    """None where the base does not run in float64 (products over experts that have no such kernel)."""
-    try:
-        return own_rounding(model, name, rows)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except RuntimeError as error:
-        log.info("%s is not judged by its own rounding: it does not run in float64 (%s)", name, first_line(error))
-        return None
 
 
 def _write(merged: PreTrainedModel, delta: Delta) -> None:
@@ -142,17 +123,13 @@ def _write(merged: PreTrainedModel, delta: Delta) -> None:
 
 def _tied_weights(model: PreTrainedModel, delta: Delta) -> list[tuple[nn.Parameter, list[str]]]:
     """Weights at the delta's sites that other modules hold too, with the names of all that hold them."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    weights: dict[int, nn.Parameter] = {}
-    at_sites = {site.host for site, _ in delta.sites}
-    wanted = set()
+    owners: dict[nn.Parameter, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            weights[id(parameter)] = parameter
-            owners[id(parameter)].append(f"{path}.{leaf}")
-            if path in at_sites:
-                wanted.add(id(parameter))
-    return [(weights[key], owners[key]) for key in wanted if len(owners[key]) > 1]
+            owners[parameter].append(f"{path}.{leaf}")
+    at_sites = {site.host for site, _ in delta.sites}
+    tied = [(weight, names) for weight, names in owners.items() if len(names) > 1]
+    return [(weight, names) for weight, names in tied if any(name.rpartition(".")[0] in at_sites for name in names)]
 
 
 def _take_everything_off(merged: PreTrainedModel) -> None:

@@ -39,12 +39,10 @@ class InitContext:
     def common_tokens(self, count: int) -> list[int]:
         """`count` ids drawn from the commonest tokens, special ones left out.
 
-        Lester et al. 2021 sample from the 5,000 commonest; byte-pair ids rise as frequency falls.
-        """
+        Lester et al. 2021 sample from the 5,000 commonest; byte-pair ids rise as frequency falls."""
         special = set(getattr(self.tokenizer, "all_special_ids", None) or [])
-        pool = [
-            i for i in plain_tokens(self.model.config.get_text_config(), self.family.vocab_size) if i not in special
-        ]
+        plain = plain_tokens(self.model.config.get_text_config(), self.family.vocab_size)
+        pool = [token for token in plain if token not in special]
         picks = torch.randint(0, len(pool), (count,), generator=self.generator)
         return [pool[int(pick)] for pick in picks]
 
@@ -87,23 +85,28 @@ class Method(BaseModel, ABC):
 
     @abstractmethod
     def sites(self, family: Family) -> list[Site]:
-        """The places where this method acts.
-
-        Raises:
-            ConfigError: the base has no such place, or a target names none.
-        """
+        """The places where this method acts. Raises ConfigError: the base has no such place, or a target names none."""
 
     @abstractmethod
     def build(self, site: Site) -> DeltaModule:
         """The module for one site, float32, on the CPU, not yet initialised."""
 
-    @abstractmethod
+    def stored_shapes(self, family: Family) -> dict[str, Tensor]:
+        """What a delta stores, named `site path.parameter`, on the meta device: absurd sizes cost nothing."""
+        method = self.as_stored()
+        with torch.device("meta"):
+            built = [(site.path, method.build(site)) for site in method.sites(family)]
+            return {f"{path}.{name}": tensor for path, module in built for name, tensor in module.stored().items()}
+
     def num_parameters(self, family: Family) -> int:
         """Weights stored and used at inference, from shapes alone."""
+        return sum(tensor.numel() for tensor in self.stored_shapes(family).values())
 
     def num_trained_parameters(self, family: Family) -> int:
         """Weights trained: the same, plus what only training has."""
-        return self.num_parameters(family)
+        with torch.device("meta"):
+            built = [self.build_shared(family), *(self.build(site) for site in self.sites(family))]
+        return sum(p.numel() for module in built if module is not None for p in module.parameters())
 
     def build_shared(self, family: Family) -> nn.Module | None:
         """Weights that all sites share and only training has (a prefix's reparametrisation)."""
@@ -115,11 +118,8 @@ class Method(BaseModel, ABC):
         `context.generator` only, so that a seed gives the same delta everywhere."""
 
     def prove(self, model: PreTrainedModel, family: Family) -> None:
-        """Check by running the bare base what `sites` had to take from names and shapes. By default nothing.
-
-        Raises:
-            ConfigError: this base is built otherwise; the attach is undone.
-        """
+        """Check by running the bare base what `sites` had to take from names and shapes. By default nothing. Raises
+        ConfigError: this base is built otherwise; the attach is undone."""
 
     def notice(self, family: Family) -> str | None:
         """A sentence the user should read when this method meets this base, or None."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.deltas.forward_state import ForwardState
@@ -26,14 +25,14 @@ class OpenSites:
         self._attention_before: str | None = None
 
     def open(self, site: Site) -> None:
-        """Let deltas act at a site.
-
-        Raises:
-            ConfigError: attention cannot be exchanged, or a parameter cannot be changed where it is.
-        """
+        """Let deltas act at a site. Raises ConfigError: attention cannot be exchanged, or a parameter cannot be changed
+        where it is."""
         match site:
             case OutputSite(on=None, path=path):
-                hook, users = self._outputs.get(path) or (self._output_hook(path), 0)
+                hook, users = self._outputs.get(path, (None, 0))
+                if hook is None:
+                    gathers = self.family.gathers_tokens(path)
+                    hook = OutputHook(self.model.get_submodule(path), path, self.state, gathers_tokens=gathers)
                 self._outputs[path] = hook, users + 1
             case OutputSite(path=owner, on=str(name)) | ParameterSite(host=owner, name=name):
                 self._open_parameter(owner, name)
@@ -62,16 +61,10 @@ class OpenSites:
                 self.close_attention(path)
                 self._prefixes -= 1
                 self.state.has_prefixes = self._prefixes > 0
-            case InputSite():
-                pass
 
     def open_attention(self, path: str, what: str) -> None:
         """Let the attention module at `path` find the forward state; the first one switches the model's attention to
-        the registered function that knows prefixes and packs.
-
-        Args:
-            what: needs it, for the message of a refusal.
-        """
+        the registered function that knows prefixes and packs. `what`: needs it, for the message of a refusal."""
         if self._attention_before is None:
             self._attention_before = attention_function.switch_on(self.model, what)
         attention_function.listen(self.model.get_submodule(path), self.state)
@@ -97,10 +90,6 @@ class OpenSites:
         """Hooks of the layers that run now."""
         return [hook for hook in self._parameters.values() if hook.running]
 
-    def _output_hook(self, path: str) -> OutputHook:
-        module = self.model.get_submodule(path)
-        return OutputHook(module, path, self.state, gathers_tokens=self.family.gathers_tokens(path))
-
     def _open_parameter(self, owner: str, name: str) -> None:
         holder = holder_of(owner, self.family)
         if holder is None:
@@ -109,8 +98,7 @@ class OpenSites:
                 "so that it cannot be changed for a forward pass. Use another method, such as LoRA."
             )
         if holder not in self._parameters:
-            host: nn.Module = self.model.get_submodule(holder)
-            self._parameters[holder] = ParameterHook(host, holder, self.state)
+            self._parameters[holder] = ParameterHook(self.model.get_submodule(holder), holder, self.state)
         self._parameters[holder].open(owner.removeprefix(holder).removeprefix("."), name)
 
 

@@ -34,31 +34,22 @@ def route(model: nn.Module, names: Names) -> Iterator[None]:
     """
     attachment = Attachment.of(model)
     wanted = [names] if names is None or isinstance(names, str) else list(names)
-    _check(wanted, attachment)
+    if not wanted:
+        raise ConfigError("an empty route: give a name, None, or one of them for each row")
+    known = {} if attachment is None else attachment.deltas
+    for name in wanted:
+        if name is not None and name not in known:
+            raise ConfigError(f"no delta {name!r} is attached; attached are: {', '.join(known) or 'none'}")
     if attachment is None:
         yield
         return
-    prove_prompts_mix(attachment, wanted)
     tuned = attachment.tuned
-    with contextlib.ExitStack() as stack:
-        if tuned is not None and tuned.name != wanted[0]:
-            stack.enter_context(tuned.suspended())
-        stack.enter_context(
-            attachment.state.routed(Route(wanted, per_row=not (names is None or isinstance(names, str))))
-        )
-        yield
-
-
-def _check(wanted: list[str | None], attachment: Attachment | None) -> None:
-    if not wanted:
-        raise ConfigError("an empty route: give a name, None, or one of them for each row")
-    attached = {} if attachment is None else attachment.deltas
-    for name in wanted:
-        if name is not None and name not in attached:
-            raise ConfigError(f"no delta {name!r} is attached; attached are: {', '.join(attached) or 'none'}")
-    tuned = None if attachment is None else attachment.tuned
     if tuned is not None and tuned.name in wanted and any(name != tuned.name for name in wanted):
         raise ConfigError(
             f"{tuned.name!r} is a fully tuned base ({tuned.method.label}): all weights are its own, so it cannot "
             "share a batch with other deltas or the bare base. Route its rows in a batch of their own."
         )
+    prove_prompts_mix(attachment, wanted)
+    bare = contextlib.nullcontext() if tuned is None or tuned.name == wanted[0] else tuned.suspended()
+    with bare, attachment.state.routed(Route(wanted, per_row=not (names is None or isinstance(names, str)))):
+        yield

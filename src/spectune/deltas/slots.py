@@ -16,12 +16,8 @@ def key_of(name: str) -> str:
 
 
 def put(module: nn.Module, name: str, delta_module: nn.Module, part: str = "") -> None:
-    """Make `delta_module` a child of `module` under the delta's name.
-
-    Args:
-        part: the parameter that it acts on, where it does not act after the module; "shared" for what all modules of
-            the delta share.
-    """
+    """Make `delta_module` a child of `module` under the delta's name. `part`: the parameter that it acts on, where it
+    does not act after the module; "shared" for what all modules of the delta share."""
     _children(module)[_key(name, part)] = delta_module
 
 

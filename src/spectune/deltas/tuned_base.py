@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +14,36 @@ from transformers import PreTrainedModel
 
 from spectune.deltas.delta import Delta
 from spectune.deltas.folder import DeltaFiles, check_tensors
-from spectune.deltas.method import Method
 from spectune.deltas.site import Site
 from spectune.errors import ConfigError, DataError
-from spectune.families import Family, quantised_weights
+from spectune.families import quantised_weights
 from spectune.files.weights import check_finite, need_weights, read_headers, read_weights
 
 
+@dataclass(eq=False, repr=False)
 class TunedBase(Delta):
-    """The base, trained in place. Nothing stands beside it, and taking it off needs a copy of the base.
+    """The base, trained in place. Nothing stands beside it, and taking it off needs a copy of the base. `keep_base`:
+    keep the base's weights in host memory. Raises ConfigError: the base is quantised, so that its weights take no
+    gradient."""
 
-    Args:
-        keep_base: keep the base's weights in host memory.
+    keep_base: bool = field(kw_only=True)
 
-    Raises:
-        ConfigError: the base is quantised, so that its weights take no gradient.
-    """
-
-    def __init__(
-        self, method: Method, model: PreTrainedModel, family: Family, name: str, base_fingerprint: dict[str, Any],
-        *, keep_base: bool,
-    ) -> None:  # fmt: skip
-        if quantised := quantised_weights(model):
+    def __post_init__(self) -> None:
+        if quantised := quantised_weights(self.model):
             path, kind = next(iter(quantised.items()))
             raise ConfigError(
-                f"{method.label} trains the base's own weights, and {len(quantised)} of them are quantised ({path}: "
-                f"{kind}), which take no gradient. Load the base without base_precision, or use a method that leaves "
-                "the base as it is, such as LoRA."
+                f"{self.method.label} trains the base's own weights, and {len(quantised)} of them are quantised "
+                f"({path}: {kind}), which take no gradient. Load the base without base_precision, or use a method that "
+                "leaves the base as it is, such as LoRA."
             )
-        super().__init__(method, model, family, name, base_fingerprint)
-        self._kept = {n: p.detach().cpu().clone() for n, p in model.named_parameters()} if keep_base else None
+        weights = self.model.named_parameters() if self.keep_base else ()
+        self._kept = {name: parameter.detach().cpu().clone() for name, parameter in weights}
 
     def total_parameters(self) -> int:
         return self.family.num_parameters
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.model.named_parameters()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.training_state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.load_training_state_dict(state)
 
     @property
     def files(self) -> DeltaFiles:
@@ -65,7 +54,7 @@ class TunedBase(Delta):
             parameter.requires_grad_(True)
 
     def take_off(self, closed: Callable[[Site], None], *, undo: bool = False) -> None:
-        if self._kept is not None or not undo:  # an attach that failed has trained nothing
+        if self.keep_base or not undo:  # an attach that failed has trained nothing
             _write(self.model, self._base("to be able to detach, attach with keep_base=True (or load the base again)"))
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -81,7 +70,7 @@ class TunedBase(Delta):
             _write(self.model, tuned)
 
     def _base(self, cure: str) -> Mapping[str, Tensor]:
-        if self._kept is None:
+        if not self.keep_base:
             raise ConfigError(f"the base was trained in place and no copy was kept; {cure}")
         return self._kept
 
@@ -105,13 +94,9 @@ class ModelFiles(DeltaFiles):
 
     def check(self, folder: Path) -> None:
         headers = self._without_buffers(read_headers(self.weight_files(folder)))
-        if not self._in_another_layout(headers):
-            check_tensors(self._own, headers, f"the model in {folder}")
-            return
-        # buffers may have other names in that layout
-        buffers = sum(buffer.numel() for buffer in self._buffers().values())
-        stored, held = (sum(t.numel() for t in tensors.values()) for tensors in (headers, self._own))
-        if not held <= stored <= held + buffers:
+        buffers, stored, held = (sum(t.numel() for t in ts.values()) for ts in (self._buffers(), headers, self._own))
+        # buffers may have other names in another layout
+        if not self._in_another_layout(headers) or not held <= stored <= held + buffers:
             check_tensors(self._own, headers, f"the model in {folder}")
 
     def read(self, folder: Path) -> None:

@@ -20,8 +20,7 @@ SAMPLES = 32
 def fingerprint(model: PreTrainedModel, family: Family) -> dict[str, Any]:
     """Names and shapes of the parts, hashed, and rounded samples of token embeddings and the last norm.
 
-    Shapes are those of the linear maps, not of their storage: a quantised base packs its weights otherwise.
-    """
+    Shapes are those of the linear maps, not of their storage: a quantised base packs its weights otherwise."""
     norms = [(name, module) for name, module in model.named_modules() if is_norm(module) and ".deltas." not in name]
     parts = [f"{linear.path} {linear.in_features} {linear.out_features}" for linear in family.linears]
     parts += [f"{name} {module.weight.numel()}" for name, module in norms]

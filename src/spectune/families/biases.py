@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectune.families.module_kinds import adds_its_bias_last, linear_shape
+from spectune.families.module_kinds import is_norm, linear_shape
 
 #: a bias of this name is added to routing scores to balance the load: it only has a say in which experts are chosen,
 #: and no gradient comes to it (Wang et al. 2024, arXiv 2408.15664)
@@ -36,10 +37,7 @@ class Bias:
 
     @property
     def size(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
 
 def biases_of(model: PreTrainedModel, decoder: str, head: str | None, beside: frozenset[str]) -> tuple[Bias, ...]:
@@ -66,12 +64,7 @@ def biases_of(model: PreTrainedModel, decoder: str, head: str | None, beside: fr
 def _bias(model: nn.Module, name: str, shape: tuple[int, ...]) -> Bias:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    additive = leaf == "bias" and len(shape) == 1 and adds_its_bias_last(module) and _plain(module)
-    return Bias(owner, leaf, shape, additive)
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether a linear's output is as wide as its bias: not so where a subclass maps groups separately."""
-    shape = linear_shape(module)
-    bias = getattr(module, "bias", None)
-    return shape is None or bias is None or bias.numel() == shape[1]
+    linear = linear_shape(module)
+    # a subclass of a linear may map groups separately: its output is then not as wide as its bias
+    last = is_norm(module) if linear is None else linear[1] == math.prod(shape)
+    return Bias(owner, leaf, shape, leaf == "bias" and len(shape) == 1 and last)

@@ -40,8 +40,7 @@ class FeedForward:
     own for it): its output is then the last linear's, and its input cannot be seen at the same place.
 
     `activation`: the module of its nonlinearity, which gives `inner_size` features; None where it has none of its own
-    (experts share one, or it is a function).
-    """
+    (experts share one, or it is a function)."""
 
     path: str
     hidden_size: int
@@ -97,12 +96,8 @@ class Family:
 
 
 def describe(model: PreTrainedModel) -> Family:
-    """The parts of `model`, which may be on the meta device.
-
-    Raises:
-        ConfigError: the model has no list of decoder layers or no token embeddings that can be recognised; or it is an
-            encoder-decoder.
-    """
+    """The parts of `model`, which may be on the meta device. Raises ConfigError: the model has no list of decoder
+    layers or no token embeddings that can be recognised; or it is an encoder-decoder."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{type(model).__name__} is an encoder-decoder: what it reads goes through another stack than what it "
@@ -129,7 +124,7 @@ def describe(model: PreTrainedModel) -> Family:
         for name, module in model.get_submodule(path).named_modules()
         if (shape := linear_shape(module)) is not None and f"{path}.{name}" not in beside
     )
-    head_path = names.get(id(head)) if head is not None else None
+    head_path = names.get(id(head))
     return Family(
         model_type=str(model.config.model_type),
         decoder=names[id(decoder)],
@@ -210,13 +205,11 @@ def _feed_forward(
 def _position_table(decoder: nn.Module, embedding: nn.Module, config: PretrainedConfig) -> int | None:
     """Rows of a table of learned absolute positions: another embedding of the decoder's, as long as the context."""
     context = getattr(config, "max_position_embeddings", None)
-    for module in decoder.children():
-        if isinstance(module, nn.Embedding) and module is not embedding and context is not None:
-            # some tables have two rows more than the context (OPT), which the model's forward adds itself
-            found = context <= module.num_embeddings <= context + 2
-            if found:
-                return int(context)
-    return None
+    if context is None:
+        return None
+    tables = [m.num_embeddings for m in decoder.children() if isinstance(m, nn.Embedding) and m is not embedding]
+    # some tables have two rows more than the context (OPT), which the model's forward adds itself
+    return int(context) if any(context <= rows <= context + 2 for rows in tables) else None
 
 
 def _sliding_window(config: PretrainedConfig) -> int | None:

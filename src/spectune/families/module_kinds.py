@@ -13,8 +13,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(in_features, out_features)` of a linear map, or None for any other module.
 
     `nn.Linear` and its quantised stand-ins carry both numbers as attributes; GPT-2's `Conv1D` is the same map with
-    its weight transposed, `[in, out]`.
-    """
+    its weight transposed, `[in, out]`."""
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
     in_features, out_features = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -36,8 +35,3 @@ def is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     leaf = all(name == "deltas" for name, _ in module.named_children())  # a delta attached to it is no part of it
     return isinstance(weight, nn.Parameter) and weight.dim() == 1 and leaf
-
-
-def adds_its_bias_last(module: nn.Module) -> bool:
-    """Whether adding a vector to the module's output equals adding it to its `bias`: true of linears and norms."""
-    return linear_shape(module) is not None or is_norm(module)

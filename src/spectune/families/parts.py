@@ -31,8 +31,7 @@ def projections(
     """The slices that make keys and values, as names and shapes tell; a caller who builds on them checks by running.
 
     A linear of its own for each is recognised by a word of its name (k or key, v or value) and its size. Otherwise one
-    linear as wide as queries, keys and values together is taken to be these three one after the other.
-    """
+    linear as wide as queries, keys and values together is taken to be these three one after the other."""
     linears = {name: shape[1] for name, child in attention.named_modules() if (shape := linear_shape(child))}
     found = {}
     for role, words in (("keys", {"k", "key", "keys"}), ("values", {"v", "value", "values"})):

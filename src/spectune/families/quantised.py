@@ -24,8 +24,7 @@ def quantised_weights(model: nn.Module) -> dict[str, str]:
     """Modules that hold quantised weights, by path, each with what it holds; deltas' left out.
 
     By the parameters' types, whoever quantised them: integers and float8, or tensors of a class of their own
-    (torchao's say that they are floating point).
-    """
+    (torchao's say that they are floating point)."""
     return {
         path: f"{type(parameter).__name__} of {parameter.dtype}"
         for path, module in model.named_modules()
@@ -46,14 +45,12 @@ def dense_weight(module: nn.Module) -> Tensor | None:
     if is_plain(weight):
         return weight.float().T if isinstance(module, Conv1D) else weight.float()
     if type(weight).dequantize is not Tensor.dequantize:  # torchao's
-        decoded: Tensor = weight.dequantize()
-        return decoded.float()
+        return weight.dequantize().float()
     state = getattr(weight, "quant_state", None)
     if state is not None and not getattr(state, "packing_format_for_cpu", False):  # bitsandbytes' 4 bit
         from bitsandbytes.functional import dequantize_4bit
 
-        found: Tensor = dequantize_4bit(weight.data, state)
-        return found.float()
+        return dequantize_4bit(weight.data, state).float()
     return None
 
 
@@ -64,12 +61,9 @@ def is_transposed(module: nn.Module) -> bool:
 
 def packed_away(model: PreTrainedModel) -> int:
     """Weights that a count of `numel` misses, because linears hold several in one number (4 bit)."""
-    missed = 0
-    for module in model.modules():
-        shape = linear_shape(module)
-        if shape is not None and isinstance(module.weight, nn.Parameter) and not is_plain(module.weight):
-            missed += shape[0] * shape[1] - module.weight.numel()
-    return missed
+    shapes = [(module.weight, shape) for module in model.modules() if (shape := linear_shape(module)) is not None]
+    packed = [(weight, shape) for weight, shape in shapes if isinstance(weight, nn.Parameter) and not is_plain(weight)]
+    return sum(shape[0] * shape[1] - weight.numel() for weight, shape in packed)
 
 
 def is_plain(weight: Tensor) -> bool:

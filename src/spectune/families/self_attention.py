@@ -17,8 +17,7 @@ class Attention:
     """A self-attention module. Keys are `[batch, kv_heads, length, key_dim]`, values end in `value_dim`.
 
     `keys` and `values`: the outputs of its linears that they are made of, as names and shapes tell (fused projections
-    are taken to be queries, keys, values one after the other); None where they do not tell.
-    """
+    are taken to be queries, keys, values one after the other); None where they do not tell."""
 
     path: str
     layer: int
@@ -32,21 +31,14 @@ class Attention:
 
 def attention_names(layer: nn.Module, path: str, beside: frozenset[str], *, by_class: bool = False) -> list[str]:
     """Attention is a module that knows its layer's number, is causal or has groups of heads, and owns projections.
-
-    Args:
-        by_class: take what is called attention by its class instead; for types that are not written that way.
-    """
+    `by_class`: take what is called attention by its class instead; for types that are not written that way."""
     found: list[str] = []
     for name, module in layer.named_modules():
         if not name or f"{path}.{name}" in beside or any(name.startswith(outer + ".") for outer in found):
             continue
-        if by_class:
-            known = "attention" in type(module).__name__.lower()
-        else:
-            known = hasattr(module, "layer_idx") and (
-                hasattr(module, "is_causal") or hasattr(module, "num_key_value_groups")
-            )
-        if known and _owns_projections(module):
+        causal = hasattr(module, "is_causal") or hasattr(module, "num_key_value_groups")
+        named = "attention" in type(module).__name__.lower()
+        if (named if by_class else causal and hasattr(module, "layer_idx")) and _owns_projections(module):
             found.append(name)
     return found
 

@@ -28,16 +28,12 @@ def beside_text(model: PreTrainedModel) -> frozenset[str]:
         if path.rpartition(".")[0] in found:
             found.add(path)
             continue
-        leaf = path.rpartition(".")[2]
+        leaf, kind = path.rpartition(".")[2], type(module).__name__
         another = isinstance(module, PreTrainedModel) and type(module.config) not in kinds
-        named = _OTHER_SENSES.search(leaf) or _CHOOSES_TOKENS.search(leaf) or _for_other_states(leaf, module)
-        if another or named:
+        named = _OTHER_SENSES.search(leaf) or _CHOOSES_TOKENS.search(leaf)
+        if another or named or _FOR_OTHER_STATES.search(leaf) or _FOR_OTHER_STATES.search(kind):
             found.add(path)
     return frozenset(found)
-
-
-def _for_other_states(leaf: str, module: nn.Module) -> bool:
-    return bool(_FOR_OTHER_STATES.search(leaf) or _FOR_OTHER_STATES.search(type(module).__name__))
 
 
 def find_decoder(model: PreTrainedModel, names: dict[int, str], beside: frozenset[str]) -> nn.Module:
@@ -63,11 +59,7 @@ def find_layers(
 ) -> list[str]:
     """The paths of the lists of decoder layers. Of those as long as the config says, the one with most weights. Where
     none is (a layer may hold two attentions, or be run more than once), the one with most weights of all, and every
-    other list of the same kind of layers.
-
-    Raises:
-        ConfigError: there is no list of modules with weights.
-    """
+    other list of the same kind of layers. Raises ConfigError: there is no list of modules with weights."""
     lists = layer_lists(decoder, beside, names)
     depth = getattr(config, "num_hidden_layers", None)
     if not lists:

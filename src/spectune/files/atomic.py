@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, some
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -81,10 +81,9 @@ def _check_replaced(path: Path, new: Path, replaces: Callable[[Path, Path], bool
     others = [old.name for old in sorted(path.iterdir()) if not (new / old.name).exists() and not replaces(path, old)] \
         if path.is_dir() else []  # fmt: skip
     if others:
-        named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise ConfigError(
-            f"{path} holds files that are not of an earlier save ({named}), and saving there would delete them: choose "
-            "an empty or a new folder"
+            f"{path} holds files that are not of an earlier save ({some(others)}), and saving there would delete them: "
+            "choose an empty or a new folder"
         )
 
 

@@ -21,34 +21,19 @@ from spectune.errors import DataError
 #: what weights may be stored as; anything narrower (float8) has lost what a delta needs, integers are no weights
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _COPY = "copy the folder again from where it was written"
 
 
 def plain_file(path: Path) -> bool:
-    """Whether there is a file at `path`.
-
-    Raises:
-        DataError: what is there is no regular file, or a link that leads nowhere or out of its folder (into the blobs
-            of the hub's cache is allowed: that is how the cache stores every file).
-    """
+    """Whether there is a file at `path`. Raises DataError: what is there is no regular file, or a link that leads
+    nowhere or out of its folder (into the blobs of the hub's cache is allowed: that is how the cache stores every
+    file)."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -89,11 +74,8 @@ def need_weights(path: Path) -> Path:
 
 
 def read_headers(paths: Iterable[Path]) -> dict[str, Tensor]:
-    """Names, shapes and dtypes in safetensors files, as tensors on the meta device: no weight is read.
-
-    Raises:
-        DataError: a file is missing, no regular file, damaged, or holds a name that another one holds too.
-    """
+    """Names, shapes and dtypes in safetensors files, as tensors on the meta device: no weight is read. Raises
+    DataError: a file is missing, no regular file, damaged, or holds a name that another one holds too."""
     found: dict[str, Tensor] = {}
     for path in map(need_weights, paths):
         try:

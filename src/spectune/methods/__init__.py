@@ -25,11 +25,8 @@ BY_NAME: dict[str, type[Method]] = {str(method.model_fields["name"].default): me
 
 
 def method_from_name(name: str, **fields: Any) -> Method:
-    """The method called `name` (`"lora"`) with some of its fields set.
-
-    Raises:
-        ConfigError: no such method, no such field (both with the nearest name), or a value out of range.
-    """
+    """The method called `name` (`"lora"`) with some of its fields set. Raises ConfigError: no such method, no such
+    field (both with the nearest name), or a value out of range."""
     if name not in BY_NAME:
         raise ConfigError(f"no method {name!r}{did_you_mean(name, BY_NAME, 0.5)}; there are: {', '.join(BY_NAME)}")
     method = BY_NAME[name]
@@ -56,17 +53,6 @@ def method_from_dict(fields: dict[str, Any]) -> Method:
 
 
 __all__ = [
-    "BY_NAME",
-    "IA3",
-    "METHODS",
-    "SPECTRUM",
-    "BitFit",
-    "BottleneckAdapter",
-    "DoRA",
-    "FullFineTuning",
-    "LoRA",
-    "PrefixTuning",
-    "PromptTuning",
-    "method_from_dict",
-    "method_from_name",
-]
+    "BY_NAME", "IA3", "METHODS", "SPECTRUM", "BitFit", "BottleneckAdapter", "DoRA", "FullFineTuning", "LoRA",
+    "PrefixTuning", "PromptTuning", "method_from_dict", "method_from_name",
+]  # fmt: skip

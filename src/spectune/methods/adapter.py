@@ -102,14 +102,6 @@ class BottleneckAdapter(Method):
         assert isinstance(site, OutputSite)
         return Bottleneck(site, self)
 
-    def num_parameters(self, family: Family) -> int:
-        width = self.bottleneck_dim
-        return sum(
-            site.in_features * width + width + width * site.out_features + site.out_features
-            for site in self.sites(family)
-            if isinstance(site, OutputSite)
-        )
-
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for _, module in modules:
             assert isinstance(module, Bottleneck)

@@ -95,11 +95,6 @@ class BitFit(Method):
         assert isinstance(site, OutputSite)
         return Offset(site)
 
-    def num_parameters(self, family: Family) -> int:
-        if family.biases:
-            return sum(bias.size for bias in family.biases)
-        return sum(site.out_features for site in self.sites(family) if isinstance(site, OutputSite))
-
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         """Offsets are zero from the start."""
 

@@ -18,7 +18,7 @@ from spectune.compute.magnitude import scale_features
 from spectune.deltas import DeltaModule, InitContext, OutputModule, Site
 from spectune.errors import ConfigError
 from spectune.families import Family, dense_weight
-from spectune.methods.lora import LoRA, LoRALayer, peft_fields, targets
+from spectune.methods.lora import LoRA, LoRALayer, peft_fields
 
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -82,9 +82,6 @@ class DoRA(LoRA):
         lora = super().build(site)
         assert isinstance(lora, LoRALayer)
         return DoRALayer(lora)
-
-    def num_parameters(self, family: Family) -> int:
-        return super().num_parameters(family) + sum(t.out_features for t in targets(family, self.target_modules))
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for _, module in modules:

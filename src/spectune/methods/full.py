@@ -38,5 +38,8 @@ class FullFineTuning(Method):
     def num_parameters(self, family: Family) -> int:
         return family.num_parameters
 
+    def num_trained_parameters(self, family: Family) -> int:
+        return family.num_parameters
+
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         """The base's weights are the first weights."""

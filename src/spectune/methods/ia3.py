@@ -84,9 +84,6 @@ class IA3(Method):
         assert isinstance(site, ScaledSite)
         return Rescale(site)
 
-    def num_parameters(self, family: Family) -> int:
-        return sum(size for site in self.sites(family) if isinstance(site, ScaledSite) for _, _, size in site.parts)
-
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         """Vectors are ones from the start."""
 

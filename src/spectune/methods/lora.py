@@ -55,8 +55,7 @@ class LoRALayer(OutputModule):
         return F.linear(low, self.lora_B.to(x.dtype))
 
     def changed(self, parameter: Tensor) -> Tensor:
-        change = (self.lora_B @ self.lora_A) * self.scale
-        return parameter + change.to(parameter.dtype)
+        return parameter + ((self.lora_B @ self.lora_A) * self.scale).to(parameter.dtype)
 
     def merge_into(self, module: nn.Module) -> None:
         weight = module.weight
@@ -113,25 +112,29 @@ class LoRA(Method):
 
     def rank(self, path: str) -> int:
         """The rank at the linear at `path`."""
-        return _first_match(self.rank_pattern, path, self.r)
+        return next((rank for key, rank in self.rank_pattern.items() if _matches(key, path)), self.r)
 
     def scale(self, path: str) -> float:
         """The factor of `B A` at the linear at `path`."""
         rank = self.rank(path)
-        return _first_match(self.alpha_pattern, path, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        alpha = next((alpha for key, alpha in self.alpha_pattern.items() if _matches(key, path)), self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def sites(self, family: Family) -> list[Site]:
         found = targets(family, self.target_modules)
-        _check_patterns(self, found)
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field):
+                if not any(_matches(key, t.path) for t in found):
+                    near = difflib.get_close_matches(key, _endings(found), n=1, cutoff=0)
+                    raise ConfigError(
+                        f"{field}: {key!r} matches none of the targeted linears"
+                        + (f"; the nearest is {near[0]!r}" if near else "")
+                    )
         return [OutputSite(t.path, t.in_features, t.out_features) for t in found]
 
     def build(self, site: Site) -> OutputModule:
         assert isinstance(site, OutputSite)
         return LoRALayer(site, self.rank(site.path), self.scale(site.path), self.lora_dropout)
-
-    def num_parameters(self, family: Family) -> int:
-        found = targets(family, self.target_modules)
-        return sum(self.rank(t.path) * (t.in_features + t.out_features) for t in found)
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for _, module in modules:
@@ -141,7 +144,6 @@ class LoRA(Method):
     # PEFT's layout: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r]
 
     def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        linears = targets(family, self.target_modules)
         modules = self.target_modules
         config: dict[str, Any] = {
             "peft_type": "LORA",
@@ -151,15 +153,13 @@ class LoRA(Method):
             # readers annotate it as a whole number
             "lora_alpha": int(self.lora_alpha) if self.lora_alpha == int(self.lora_alpha) else self.lora_alpha,
             "lora_dropout": self.lora_dropout,
-            "target_modules": _endings(linears) if modules == "all-linear" else modules,
+            "target_modules": _endings(family.linears) if modules == "all-linear" else modules,
             "use_rslora": self.use_rslora,
             "fan_in_fan_out": family.conv1d,
             "bias": "none",
         }
         # only where they are used: older readers need not know them
-        for key in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, key):
-                config[key] = getattr(self, key)
+        config |= {key: found for key in ("rank_pattern", "alpha_pattern") if (found := getattr(self, key))}
         return config, {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
@@ -167,17 +167,13 @@ class LoRA(Method):
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> LoRA | None:
-        if config.get("peft_type") != "LORA" or config.get("use_dora"):
-            return None
-        return cls(**peft_fields(config))
+        ours = config.get("peft_type") == "LORA" and not config.get("use_dora")
+        return cls(**peft_fields(config)) if ours else None
 
 
 def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of this method in PEFT's `adapter_config.json`.
-
-    Raises:
-        DataError: it uses something of PEFT's LoRA that would be lost here.
-    """
+    """The fields of this method in PEFT's `adapter_config.json`. Raises DataError: it uses something of PEFT's LoRA
+    that would be lost here."""
     beyond = ("modules_to_save", "layers_to_transform", "layer_replication", "lora_bias", "target_parameters",
               "exclude_modules", "trainable_token_indices", "alora_invocation_tokens", "use_qalora")  # fmt: skip
     used = [key for key in beyond if config.get(key)]
@@ -213,41 +209,21 @@ def _safe_pattern(pattern: str) -> str:
     return pattern
 
 
-def _first_match(pattern: Mapping[str, Number], path: str, default: Number) -> Number:
-    return next((value for key, value in pattern.items() if _matches(key, path)), default)
-
-
 def _matches(key: str, path: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
-def _check_patterns(method: LoRA, found: list[Linear]) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(method, field):
-            if not any(_matches(key, t.path) for t in found):
-                near = difflib.get_close_matches(key, _endings(found), n=1, cutoff=0)
-                raise ConfigError(
-                    f"{field}: {key!r} matches none of the targeted linears"
-                    + (f"; the nearest is {near[0]!r}" if near else "")
-                )
-
-
 def targets(family: Family, wanted: str | tuple[str, ...]) -> list[Linear]:
-    """The linears that `target_modules` names.
-
-    Raises:
-        ConfigError: a name that matches no linear, with the nearest real one.
-    """
+    """The linears that `target_modules` names. Raises ConfigError: a name that matches no linear, with the nearest real
+    one."""
     if wanted == "all-linear":
         return list(family.linears)
     if isinstance(wanted, str):
         found = [t for t in family.linears if re.fullmatch(wanted, t.path)]
         missing = [] if found else [wanted]
     else:
-        ends = {name: [t for t in family.linears if t.path == name or t.path.endswith("." + name)] for name in wanted}
-        missing = [name for name, matches in ends.items() if not matches]
-        chosen = {t.path for matches in ends.values() for t in matches}
-        found = [t for t in family.linears if t.path in chosen]
+        found = [t for t in family.linears if any(f".{t.path}".endswith(f".{name}") for name in wanted)]
+        missing = [name for name in wanted if not any(f".{t.path}".endswith(f".{name}") for t in found)]
     if missing:
         known = _endings(family.linears)
         near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0) for name in missing}

@@ -123,24 +123,13 @@ class PrefixTuning(Method):
             return None
         return Trunk(self.num_virtual_tokens, family.hidden_size, self.encoder_hidden_size)
 
-    def num_parameters(self, family: Family) -> int:
-        return sum(self.num_virtual_tokens * a.kv_heads * (a.key_dim + a.value_dim) for a in family.attentions)
-
     def notice(self, family: Family) -> str | None:
-        without = sum(not layer.attentions for layer in family.layers)
-        if not without:
+        if not (without := sum(not layer.attentions for layer in family.layers)):
             return None
         return (
             f"{without} of {len(family.layers)} layers of this {family.model_type} model have no attention: the prefix "
             "acts in the others"
         )
-
-    def num_trained_parameters(self, family: Family) -> int:
-        if not self.prefix_projection:
-            return self.num_parameters(family)
-        width = self.encoder_hidden_size
-        trunk = self.num_virtual_tokens * family.hidden_size + family.hidden_size * width + width
-        return trunk + sum((width + 1) * a.kv_heads * (a.key_dim + a.value_dim) for a in family.attentions)
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         if self.prefix_projection:
@@ -158,7 +147,12 @@ class PrefixTuning(Method):
             assert isinstance(module, KeysValues)
             if site.path in found:  # a module that attention never reaches is refused by name right after
                 key, value = found[site.path]
-                _check_heads(site.path, module, key, value)
+                if key.shape != module.key.shape or value.shape != module.value.shape:
+                    raise ConfigError(
+                        f"{site.path}: attention uses keys {list(key.shape)} and values {list(value.shape)} [heads, "
+                        f"tokens, dim], its config says {list(module.key.shape)} and {list(module.value.shape)}; "
+                        "prefix tuning is refused"
+                    )
                 module.key.copy_(key)
                 module.value.copy_(value)
 
@@ -169,7 +163,7 @@ class PrefixTuning(Method):
         if family.sliding_window is not None and not self.sliding:
             return super().to_folder(state, family)  # PEFT's windows would move past it
         first = family.attentions[0]
-        rows = [_heads_last(state[f"{a.path}.{part}"]) for a in family.attentions for part in ("key", "value")]
+        stored = [state[f"{a.path}.{part}"] for a in family.attentions for part in ("key", "value")]
         config = {
             "peft_type": "PREFIX_TUNING",
             "task_type": "CAUSAL_LM",
@@ -182,7 +176,7 @@ class PrefixTuning(Method):
             "encoder_hidden_size": self.encoder_hidden_size,
             "prefix_projection": self.prefix_projection,
         }
-        return config, {"prompt_embeddings": torch.cat(rows, dim=1)}
+        return config, {"prompt_embeddings": torch.cat([tensor.transpose(0, 1).flatten(1) for tensor in stored], dim=1)}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
         state = {name: tensor for name, tensor in tensors.items() if name != "prompt_embeddings"}
@@ -201,28 +195,13 @@ class PrefixTuning(Method):
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> PrefixTuning | None:
-        if config.get("peft_type") != "PREFIX_TUNING":
-            return None
-        # what is stored is the projection's result
-        return cls(num_virtual_tokens=config["num_virtual_tokens"], sliding=True)
+        ours = config.get("peft_type") == "PREFIX_TUNING"  # what is stored is the projection's result
+        return cls(num_virtual_tokens=config["num_virtual_tokens"], sliding=True) if ours else None
 
     def as_stored(self) -> PrefixTuning:
         return self.model_copy(update={"prefix_projection": False})
 
 
-def _check_heads(path: str, module: KeysValues, key: Tensor, value: Tensor) -> None:
-    if key.shape != module.key.shape or value.shape != module.value.shape:
-        raise ConfigError(
-            f"{path}: attention uses keys {list(key.shape)} and values {list(value.shape)} [heads, tokens, dim], its "
-            f"config says {list(module.key.shape)} and {list(module.value.shape)}; prefix tuning is refused"
-        )
-
-
 def _heads_first(flat: Tensor, heads: int) -> Tensor:
     """`[tokens, heads * dim]` -> `[heads, tokens, dim]`."""
     return flat.reshape(flat.shape[0], heads, -1).transpose(0, 1)
-
-
-def _heads_last(tensor: Tensor) -> Tensor:
-    """`[heads, tokens, dim]` -> `[tokens, heads * dim]`."""
-    return tensor.transpose(0, 1).flatten(1)

@@ -70,9 +70,6 @@ class PromptTuning(Method):
         assert isinstance(site, InputSite)
         return VirtualTokens(self.num_virtual_tokens, site.hidden_size)
 
-    def num_parameters(self, family: Family) -> int:
-        return self.num_virtual_tokens * family.hidden_size
-
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         module = modules[0][1]
         assert isinstance(module, VirtualTokens)
@@ -122,9 +119,8 @@ class PromptTuning(Method):
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> PromptTuning | None:
-        if config.get("peft_type") != "PROMPT_TUNING":
-            return None
-        return cls(num_virtual_tokens=config["num_virtual_tokens"], init="random")
+        ours = config.get("peft_type") == "PROMPT_TUNING"
+        return cls(num_virtual_tokens=config["num_virtual_tokens"], init="random") if ours else None
 
     def as_stored(self) -> PromptTuning:
         return self.model_copy(update={"init": "random", "init_text": None})

@@ -16,23 +16,7 @@ from spectune.storage.export import (
 )
 
 __all__ = [
-    "PRECISIONS",
-    "TINY",
-    "atomic_folder",
-    "atomic_write_text",
-    "base_name",
-    "check_format",
-    "copy_model",
-    "export_formats",
-    "load",
-    "load_config",
-    "load_delta",
-    "load_tokenizer",
-    "quantise_base",
-    "resolve_device",
-    "resolve_dtype",
-    "stored_method",
-    "write_model",
-    "write_peft",
-    "write_prompt_embeds",
-]
+    "PRECISIONS", "TINY", "atomic_folder", "atomic_write_text", "base_name", "check_format", "copy_model",
+    "export_formats", "load", "load_config", "load_delta", "load_tokenizer", "quantise_base", "resolve_device",
+    "resolve_dtype", "stored_method", "write_model", "write_peft", "write_prompt_embeds",
+]  # fmt: skip

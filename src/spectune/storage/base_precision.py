@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -17,7 +17,7 @@ from spectune.compute.frozen import FrozenLinear
 from spectune.compute.int8 import FrozenInt8Linear
 from spectune.compute.nf4 import FrozenNf4Linear, bitsandbytes_functions
 from spectune.deltas import attached, uncalled
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, some
 from spectune.families import Family, Linear, describe, quantised_weights
 from spectune.storage.devices import resolve_dtype
 
@@ -27,8 +27,6 @@ KINDS: dict[str, type[FrozenLinear]] = {
     kind.precision: kind for kind in (FrozenFp8Linear, FrozenNf4Linear, FrozenInt8Linear)
 }
 PRECISIONS = tuple(KINDS)
-#: places named in an error; the others are counted
-_NAMED = 5
 
 
 def check_precision(precision: str | None) -> None:
@@ -38,10 +36,7 @@ def check_precision(precision: str | None) -> None:
 
 
 def base_dtype(
-    dtype: str | torch.dtype,
-    device: torch.device,
-    checkpoint_dtype: str | torch.dtype | None,
-    precision: str | None,
+    dtype: str | torch.dtype, device: torch.device, checkpoint_dtype: str | torch.dtype | None, precision: str | None
 ) -> torch.dtype:
     """What the base computes in: as `resolve_dtype` has it; "auto" with fp8 or nf4 is bfloat16 on CUDA."""
     if precision in ("fp8", "nf4") and device.type == "cuda" and dtype == "auto":
@@ -72,8 +67,7 @@ def quantise_base(model: PreTrainedModel, precision: str, *, device: torch.devic
             f"the base cannot be quantised under its deltas ({', '.join(attached(model))} attached): quantise first, "
             "attach after"
         )
-    held = quantised_weights(model)
-    if held:
+    if held := quantised_weights(model):
         path, kind = next(iter(held.items()))
         raise ConfigError(f"this base is quantised already ({path}: {kind}); load it without base_precision")
     family = describe(model)
@@ -85,11 +79,10 @@ def quantise_base(model: PreTrainedModel, precision: str, *, device: torch.devic
             bitsandbytes_functions()
     versions = {linear.path: model.get_submodule(linear.path).weight._version for linear in family.linears}
     used_by_weight = uncalled(model, family)
-    written = [path for path, version in versions.items() if model.get_submodule(path).weight._version != version]
-    if written:
+    if written := [p for p, version in versions.items() if model.get_submodule(p).weight._version != version]:
         raise ConfigError(
             f"base_precision = {precision} is refused for this base: its own code writes into its weights when it goes "
-            f"from training to evaluation ({_some(written)}), which quantised ones cannot take. Load it without."
+            f"from training to evaluation ({some(written)}), which quantised ones cannot take. Load it without."
         )
     linears = [linear for linear in family.linears if linear.path not in used_by_weight]
     _check_linears(model, linears, precision)
@@ -99,7 +92,7 @@ def quantise_base(model: PreTrainedModel, precision: str, *, device: torch.devic
     if used_by_weight:
         log.warning(
             "base_precision = %s: these linears' weights are used without their being called, and stay in %s: %s",
-            precision, model.dtype, _some(used_by_weight),
+            precision, model.dtype, some(used_by_weight),
         )  # fmt: skip
     # transformers would write tensors that it cannot read again
     model.__dict__["save_pretrained"] = partial(_refuse_save_pretrained, precision)
@@ -124,7 +117,7 @@ def _check_linears(model: PreTrainedModel, linears: list[Linear], precision: str
     if not linears:
         problems["no linear was found inside its layers"] = [type(model).__name__]
     if problems:
-        lines = [f"{_some(paths)}: {reason}" for reason, paths in problems.items()]
+        lines = [f"{some(paths)}: {reason}" for reason, paths in problems.items()]
         raise ConfigError(f"base_precision = {precision} is refused for this base:\n" + "\n".join(lines))
 
 
@@ -132,12 +125,9 @@ def _replace(model: PreTrainedModel, path: str, kind: type[FrozenLinear], device
     parent_path, _, leaf = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     old = getattr(parent, leaf)
-    weight: Tensor = old.weight.detach()
-    bias: nn.Parameter | None = old.bias
-    if device is not None:
-        weight = weight.to(device)
-        if bias is not None:
-            bias = nn.Parameter(bias.detach().to(device), requires_grad=bias.requires_grad)
+    weight, bias = old.weight.detach().to(device), old.bias  # to(None) leaves it where it is
+    if bias is not None and device is not None:
+        bias = nn.Parameter(bias.detach().to(device), requires_grad=bias.requires_grad)
     transposed = isinstance(old, Conv1D)
     new = kind(weight.T.contiguous() if transposed else weight, bias, transposed=transposed)
     setattr(parent, leaf, new.train(old.training))
@@ -145,15 +135,11 @@ def _replace(model: PreTrainedModel, path: str, kind: type[FrozenLinear], device
 
 def _tell_of_experts(model: PreTrainedModel, family: Family, precision: str) -> None:
     """Experts in one 3-D parameter are no linears: their weights stay in the base's dtype."""
-    kept = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and any(name.startswith(layer.path + ".") for layer in family.layers)
-    ]
-    if kept:
+    layers = tuple(layer.path + "." for layer in family.layers)
+    if kept := [name for name, p in model.named_parameters() if p.dim() == 3 and name.startswith(layers)]:
         log.warning(
             "base_precision = %s: these experts' weights are 3-D parameters and stay in %s: %s",
-            precision, model.dtype, _some(kept),
+            precision, model.dtype, some(kept),
         )  # fmt: skip
 
 
@@ -162,11 +148,3 @@ def _refuse_save_pretrained(precision: str, *_: Any, **__: Any) -> NoReturn:
         f"save_pretrained is refused: this base is in {precision}, which transformers could not read again. Save "
         "deltas with delta.save(folder); to save a model, load the base without base_precision."
     )
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-__all__ = ["PRECISIONS", "base_dtype", "check_precision", "quantise_base"]

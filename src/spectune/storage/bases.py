@@ -54,7 +54,7 @@ def load(
                 f"base_precision = {base_precision} is for a base that is loaded by name, and a model was given: "
                 "quantise that one with spectune.storage.quantise_base(model, precision)"
             )
-        return name, _tokenizer(str(name.config._name_or_path))
+        return name, load_tokenizer(str(name.config._name_or_path))
     source = str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name)
     place = resolve_device(device)
     config = _read(source, lambda: AutoConfig.from_pretrained(source))
@@ -64,7 +64,7 @@ def load(
     model = _read(source, lambda: CAUSAL_LM.auto_class.from_pretrained(source, dtype=resolved))
     if base_precision is not None:
         quantise_base(model, base_precision, device=place)
-    return model.to(place).eval(), _tokenizer(source)
+    return model.to(place).eval(), load_tokenizer(source)
 
 
 def load_config(name: str | Path) -> Any:
@@ -75,10 +75,7 @@ def load_config(name: str | Path) -> Any:
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer alone of a hub id, a folder, or `"spectune-tiny"`; no weights are read. Raises DataError."""
-    return _tokenizer(str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name))
-
-
-def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+    source = str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name)
     tokenizer: PreTrainedTokenizerBase = _read(source, lambda: AutoTokenizer.from_pretrained(source))
     # without files transformers makes an empty tokenizer of the model's type, which knows its special tokens alone
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -109,12 +106,8 @@ def _read(source: str, read: Any) -> Any:
 
 
 def _refuse_unreachable(source: str) -> None:
-    """Raise at once what transformers would raise after half a minute of retries.
-
-    Raises:
-        ValueError: the name is no hub id.
-        OSError: the hub cannot be reached, and the cache does not have the base.
-    """
+    """Raise at once what transformers would raise after half a minute of retries. Raises ValueError: the name is no hub
+    id. Raises OSError: the hub cannot be reached, and the cache does not have the base."""
     if Path(source).exists():
         return
     cached = isinstance(try_to_load_from_cache(source, "config.json"), str)  # checks the id, too

@@ -11,11 +11,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """ "auto" is CUDA where there is one, else MPS, else the CPU.
-
-    Raises:
-        ConfigError: an unknown name, or a device that this machine does not have.
-    """
+    """ "auto" is CUDA where there is one, else MPS, else the CPU. Raises ConfigError: an unknown name, or a device that
+    this machine does not have."""
     if isinstance(device, torch.device):
         return device
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -33,11 +30,7 @@ def resolve_dtype(
     dtype: str | torch.dtype, device: torch.device, checkpoint_dtype: str | torch.dtype | None = None
 ) -> torch.dtype:
     """ "auto" is float32 on CPU and MPS; on CUDA the checkpoint's own type, but bfloat16 for a float16 checkpoint,
-    whose gradients would need a loss scale.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    whose gradients would need a loss scale. Raises ConfigError: an unknown name."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,31 +19,31 @@ from spectune.files.atomic import atomic_folder
 PROMPT_EMBEDS_FILE = "prompt_embeds.safetensors"
 
 
+#: by format: whether a delta has it, by what its method itself offers, and why another one has not; the usual one first
+_FORMATS: dict[str, tuple[Callable[[Delta], bool], str]] = {
+    "peft": (lambda d: "peft_type" in d.method.to_folder(d.state_dict(), d.family)[0], "PEFT has no such method"),
+    "merged": (lambda d: d.method.can_merge, "it does not act as a change of the base's weights"),
+    "prompt-embeds": (
+        lambda d: _only_virtual_tokens(d) is not None,
+        "it is not made of embeddings that stand before the text",
+    ),
+}
+
+
 def export_formats(delta: Delta) -> list[str]:
     """The formats that a delta's method has, by what the method itself offers; the usual one first.
 
-    Merging may still be refused by the base: quantised weights, or biases that its type does not have.
-    """
-    has: dict[str, Callable[[Delta], Any]] = {
-        "peft": lambda d: "peft_type" in _peft_folder(d)[0],
-        "merged": lambda d: d.method.can_merge,
-        "prompt-embeds": lambda d: _only_virtual_tokens(d) is not None,
-    }
-    return [name for name, test in has.items() if test(delta)]
+    Merging may still be refused by the base: quantised weights, or biases that its type does not have."""
+    return [name for name, (has, _) in _FORMATS.items() if has(delta)]
 
 
 def check_format(delta: Delta, wanted: str) -> None:
     """Raise ConfigError, in words, where the delta's method does not have this format."""
-    why = {
-        "peft": "PEFT has no such method",
-        "merged": "it does not act as a change of the base's weights",
-        "prompt-embeds": "it is not made of embeddings that stand before the text",
-    }
     formats = export_formats(delta)
     if wanted not in formats:
         others = " or ".join(f"--format {name}" for name in formats)
         instead = f"This one can be written as {others}." if others else "Keep its folder, and spectune.load_delta it."
-        raise ConfigError(f"{delta.method.label} has no format {wanted!r}: {why[wanted]}. {instead}")
+        raise ConfigError(f"{delta.method.label} has no format {wanted!r}: {_FORMATS[wanted][1]}. {instead}")
 
 
 def write_peft(delta: Delta, folder: str | Path) -> Path:
@@ -104,10 +103,6 @@ def copy_model(source: Path, tokenizer: PreTrainedTokenizerBase, folder: str | P
                 shutil.copyfile(file, temporary / file.name)
         tokenizer.save_pretrained(temporary)
     return folder
-
-
-def _peft_folder(delta: Delta) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return delta.method.to_folder(delta.state_dict(), delta.family)
 
 
 def _only_virtual_tokens(delta: Delta) -> InputModule | None:

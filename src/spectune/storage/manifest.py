@@ -59,11 +59,8 @@ class Manifest(_Strict):
 
 
 def read_manifest(path: Path) -> tuple[Manifest, Method] | None:
-    """A folder's `spectune.json` and the method it describes; None where there is none.
-
-    Raises:
-        DataError: it is damaged, of another format, or its method is none of ours; everything wrong is listed.
-    """
+    """A folder's `spectune.json` and the method it describes; None where there is none. Raises DataError: it is
+    damaged, of another format, or its method is none of ours; everything wrong is listed."""
     content = read_json(path)
     if content is None:
         return None
@@ -100,11 +97,8 @@ def _method(path: Path, manifest: Manifest) -> Method:
 
 
 def check_digests(manifest: Manifest, files: Iterable[Path]) -> None:
-    """Compare weight files with what they were when saved; nothing to compare in folders without the key.
-
-    Raises:
-        DataError: a file is missing, is not listed, or was changed; all of them are named.
-    """
+    """Compare weight files with what they were when saved; nothing to compare in folders without the key. Raises
+    DataError: a file is missing, is not listed, or was changed; all of them are named."""
     if manifest.weights is None:
         return
     present = {path.name: path for path in files}
@@ -130,11 +124,8 @@ def check_digests(manifest: Manifest, files: Iterable[Path]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """An object out of a JSON file, None where there is no file.
-
-    Raises:
-        DataError: it is no regular file, too long, no JSON (NaN and infinite numbers are none), or no object.
-    """
+    """An object out of a JSON file, None where there is no file. Raises DataError: it is no regular file, too long, no
+    JSON (NaN and infinite numbers are none), or no object."""
     if not plain_file(path):
         return None
     try:

@@ -20,7 +20,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from spectune.compute.masks import widen_mask
-from spectune.compute.pack_layout import Pack
 from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks import packed_attention, prefix_kernel
 from spectune.deltas.layout import BatchLayout
@@ -48,11 +47,8 @@ running = _Running()
 
 def switch_on(model: PreTrainedModel, what: str = "prefix tuning") -> str:
     """Set the model's attention to the function that knows prefixes and packs; returns the plain name of what it had.
-    `what` needs it.
-
-    Raises:
-        ConfigError: the model's attention is neither eager nor SDPA, or the type has no exchangeable attention.
-    """
+    `what` needs it. Raises ConfigError: the model's attention is neither eager nor SDPA, or the type has no
+    exchangeable attention."""
     before = implementation(model).removeprefix(_PREFIX)
     if before not in SUPPORTED:
         raise ConfigError(
@@ -89,14 +85,9 @@ def stop_listening(module: nn.Module) -> None:
 
 
 def _with_prefix(
-    attend: Any,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
+    attend: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """An attention function: `attend` with each row's prefix before the keys, and documents kept apart."""
     state: ForwardState | None = module.__dict__.get("_spectune_state")
     if state is not None:
@@ -104,7 +95,9 @@ def _with_prefix(
             state.thread.attention_calls[id(module)] = (key.detach(), value.detach())
         pack = state.pack
         if pack is not None and attention_mask is None:  # the mask function left it to the kernel
-            found = packed_attention.attend(pack, query, key, value, _prefix_of(module, state), kwargs)
+            lead = get(module, state.current.name)  # of the one delta of a packed batch
+            prefix = lead() if isinstance(lead, AttentionModule) else None
+            found = packed_attention.attend(pack, query, key, value, prefix, kwargs)
             if found is not None:
                 if state.thread.kernel_calls is not None:
                     state.thread.kernel_calls.add(id(module))
@@ -121,21 +114,10 @@ def _with_prefix(
     return result
 
 
-def _prefix_of(module: nn.Module, state: ForwardState) -> tuple[Tensor, Tensor] | None:
-    """The keys and values of the one delta of a packed batch."""
-    found = get(module, state.current.name)
-    return found() if isinstance(found, AttentionModule) else None
-
-
 def _put_before(
-    module: nn.Module,
-    state: ForwardState,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
+    module: nn.Module, state: ForwardState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     settings: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Keys, values and mask with each row's prefix in front. Shorter prefixes are filled up with hidden places."""
     route = state.current
     names = state.layout_of(key.shape[0]).names if route.mixed else route.names[:1]
@@ -146,7 +128,9 @@ def _put_before(
     made = {name: prefix() for name, prefix in prefixes.items()}
     counts = [made[name][0].shape[1] if name in made else 0 for name in names]
     longest, batch = max(counts), key.shape[0]
-    filled = {name: [_filled(part, like, longest) for part, like in zip(pair, (key, value), strict=True)]
+    # zeros before a shorter prefix
+    filled = {name: [F.pad(part.to(text.dtype), (0, 0, longest - part.shape[1], 0))
+                     for part, text in zip(pair, (key, value), strict=True)]
               for name, pair in made.items()}  # fmt: skip
     none = [part.new_zeros(part.shape[1], longest, part.shape[3]) for part in (key, value)]
     keys, values = (torch.stack([filled.get(name, none)[side] for name in names]) for side in (0, 1))
@@ -162,12 +146,6 @@ def _put_before(
     key = torch.cat([keys.expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([values.expand(batch, -1, -1, -1), value], dim=2)
     return key, value, mask
-
-
-def _filled(prefix: Tensor, like: Tensor, longest: int) -> Tensor:
-    """`[heads, longest, dim]` in the dtype of `like`: zeros before a shorter prefix."""
-    prefix = prefix.to(like.dtype)
-    return prefix if prefix.shape[1] == longest else F.pad(prefix, (0, 0, longest - prefix.shape[1], 0))
 
 
 def _within_window(
@@ -208,13 +186,8 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor
     return _with_prefix(own, module, *args, **kwargs)
 
 
-def _pack() -> Pack | None:
-    """The documents of the pass that runs on this thread."""
-    return None if running.state is None else running.state.pack
-
-
 def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    pack = _pack()
+    pack = None if running.state is None else running.state.pack
     if pack is not None:
         if pack.kernel is not None and packed_attention.is_plain(kwargs):
             return None  # attention keeps the documents apart
@@ -226,7 +199,7 @@ def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def _eager_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    pack = _pack()
+    pack = None if running.state is None else running.state.pack
     if pack is not None:
         return packed_attention.mask_of(eager_mask, pack, kwargs)
     mask: Tensor | None = eager_mask(*args, **kwargs)

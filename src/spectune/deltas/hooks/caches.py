@@ -26,10 +26,8 @@ def caches_in(output: Any) -> list[Any]:
 
 def check_cache(cache: Any, first: bool, in_sequence: int, names: tuple[str | None, ...]) -> None:
     """A cache that holds virtual tokens belongs to the route that put them there: note it, and hold later calls to it.
-
-    Raises:
-        ConfigError: the cache was filled under another route, so that text and virtual tokens cannot be told apart.
-    """
+    Raises ConfigError: the cache was filled under another route, so that text and virtual tokens cannot be told
+    apart."""
     if cache is None or torch.compiler.is_compiling():
         return
     filled = getattr(cache, _FILLED, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
@@ -13,28 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from spectune.compute.evaluating import evaluating
 from spectune.compute.head import is_probing_head
 from spectune.compute.masks import positions_from_mask
 from spectune.compute.pack_layout import Pack
 from spectune.deltas.forward_state import ForwardState
+from spectune.deltas.hooks import caches
 from spectune.deltas.hooks.attention_function import running
-from spectune.deltas.hooks.caches import (
-    CACHE_NAMES,
-    OTHER_STATES,
-    caches_in,
-    check_cache,
-    make_room,
-    note_length,
-    seen_in,
-)
 from spectune.deltas.hooks.outer_call import OuterCall
-from spectune.deltas.hooks.packed_entry import check_packed_call, check_packed_context, put_before_documents
 from spectune.deltas.hooks.virtual_tokens import VirtualTokens, check_token_wise, is_2d, left_padding
 from spectune.deltas.layout import BatchLayout
 from spectune.deltas.modules import InputModule
 from spectune.deltas.slots import get
 from spectune.errors import ConfigError
-from spectune.families import Family
+from spectune.families import Family, token_embedding
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,24 +58,12 @@ class _Exits(threading.local):
 
 
 class DecoderHook:
-    """The pair of hooks at the decoder.
-
-    Args:
-        before_pass: called at the beginning of every pass.
-        counts_padding: whether the base itself counts padding as positions, where the caller gives none.
-    """
+    """The pair of hooks at the decoder. `before_pass`: called at the beginning of every pass."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        family: Family,
-        state: ForwardState,
-        *,
-        before_pass: Sequence[Callable[[], None]],
-        counts_padding: Callable[[], bool],
+        self, model: PreTrainedModel, family: Family, state: ForwardState, *, before_pass: Sequence[Callable[[], None]]
     ) -> None:
-        self.model, self.family, self.state = model, family, state
-        self.before_pass, self.counts_padding = before_pass, counts_padding
+        self.model, self.family, self.state, self.before_pass = model, family, state, before_pass
         self.decoder = decoder = model.get_submodule(family.decoder)
         self.signature = inspect.signature(decoder.forward)
         self.takes_positions = "position_ids" in self.signature.parameters
@@ -113,14 +94,14 @@ class DecoderHook:
             return None  # the base says itself what is missing
         if self.state.most_virtual_tokens:
             mask = self.outer_call.text_only(call, prompt=self.puts_tokens_in())
-        cache = next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
+        cache = next((call[name] for name in caches.CACHE_NAMES if call.get(name) is not None), None)
         pack = None if is_probing_head() else self.state.thread.pack_ahead
         if pack is not None:
             return (), self._enter_packed(call, pack, text, cache)
         if self.takes_positions and call.get("position_ids") is None and is_2d(mask):
             counts = {self.state.count_of(name) for name in self.state.current.names}
             if 0 in counts and len(counts) > 1:
-                self.counts_padding()  # runs the model once: before this pass begins
+                _ = self.counts_padding  # runs the model once: before this pass begins
         return self._enter_rows(call, text, mask, cache)
 
     def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -132,12 +113,12 @@ class DecoderHook:
         if output is None:  # the pass failed
             return None
         if done.through is not None:
-            for cache in caches_in(output):  # that the decoder may have made itself
-                note_length(cache, done.through)
+            for cache in caches.caches_in(output):  # that the decoder may have made itself
+                caches.note_length(cache, done.through)
         if done.cut == 0 and done.moved is None:
             return None
-        for cache in caches_in(output):
-            check_cache(cache, True, done.cut, done.holds)
+        for cache in caches.caches_in(output):
+            caches.check_cache(cache, True, done.cut, done.holds)
         if isinstance(output, tuple):
             return (_text_of(output[0], done), *output[1:])
         output.last_hidden_state = _text_of(output.last_hidden_state, done)
@@ -154,13 +135,13 @@ class DecoderHook:
         """The call of a batch with one text in each row; None where it stays as it is."""
         state, route = self.state, self.state.current
         batch, length = text.shape[:2]
-        seen = 0 if cache is None else seen_in(cache)
+        seen = 0 if cache is None else caches.seen_in(cache)
         first = bool(seen == 0)
         names = route.over(batch, state.thread.copies) if route.per_row or state.most_virtual_tokens else None
         # one entry for all rows where they are alike: no tensor is made then
         holds = names if names is not None and route.mixed else route.names[:1]
         virtual = self._virtual_tokens(holds)
-        check_cache(cache, first, virtual.length, holds)
+        caches.check_cache(cache, first, virtual.length, holds)
         seen_text = seen - virtual.length if virtual.length and not first else seen
         before = virtual.length if first else 0
         padding = None if names is None else left_padding(mask)
@@ -168,14 +149,20 @@ class DecoderHook:
         through = None
         if cache is not None or call.get("use_cache") is not False:
             through = seen + length + before
-            note_length(cache, through)
+            caches.note_length(cache, through)
         filled = not getattr(cache, "is_compileable", False)  # a static cache comes with places that are not filled yet
         causal_flag = not state.has_prefixes or (filled and not route.mixed)
         exit_without = _Exit(holds=holds, through=through)
         if layout is None or not max(virtual.shifts):
             self._begin(layout, exit_without, causal_flag=causal_flag)
             return None
-        self._check_other_states(call, virtual)
+        # what a decoder carries from pass to pass in other ways than a cache does not say how much text is in it
+        given = [name for name in caches.OTHER_STATES if call.get(name) is not None]
+        if given and virtual.length:
+            raise ConfigError(
+                f"{type(self.decoder).__name__} carries its state in `{given[0]}`, which does not tell whether virtual "
+                "tokens went through it: prompt tuning works here with use_cache=False only"
+            )
         virtual.check_mask(mask, seen_text, length)
         virtual.check_context(mask, seen_text, length, self.family.position_table)
         if self.takes_positions:
@@ -198,17 +185,28 @@ class DecoderHook:
                 f"the route gives rows of one batch different deltas ({', '.join(map(repr, route.names))}), and a "
                 "packed batch has documents of one delta only: route each delta's rows in a batch of their own"
             )
-        check_packed_call(call, pack, text)
+        if text.shape[:2] != pack.documents.shape:
+            raise ConfigError(
+                f"the batch is {list(text.shape[:2])}, `documents` are {list(pack.documents.shape)}: expected both to "
+                "be [packs, length]"
+            )
+        if call.get("attention_mask") is not None:
+            raise ConfigError("a packed batch has no attention mask: `documents` say what is padding")
         names = route.over(text.shape[0])
         virtual = self._virtual_tokens(names[:1])
         [prompt], [shift] = virtual.prompts, virtual.shifts
-        check_packed_context(pack, shift, self.family.position_table)
+        context = self.family.position_table
+        if context is not None and shift and pack.longest + shift > context:
+            raise ConfigError(
+                f"a document of {pack.longest} tokens and {shift} virtual ones need {pack.longest + shift} positions; "
+                f"this base has {context}. Use at most {context - shift} text tokens, or fewer virtual ones."
+            )
         if self.takes_positions:
             positions = call.get("position_ids")
             call["position_ids"] = (pack.positions if positions is None else positions) + shift
         moved = None
         if prompt is not None:
-            pack, moved = put_before_documents(call, pack, prompt(), self._embedding)
+            pack, moved = _put_before_each(call, pack, prompt(), self._embedding)
             if self.takes_positions:
                 call["position_ids"] = pack.positions
         # all ones: whatever a model makes of its mask or its positions by itself, what our mask function says is added
@@ -228,6 +226,29 @@ class DecoderHook:
         lengths = tuple(s if prompt is not None else 0 for s, prompt in zip(shifts, prompts, strict=True))
         return VirtualTokens(shifts, prompts, lengths)
 
+    @functools.cached_property
+    def counts_padding(self) -> bool:
+        """Whether the bare base's own positions, where the caller gives none, are the index in the batch, padding
+        counted (True), or the count of real tokens (False). Found out by running it. Raises ConfigError: neither; then
+        a caller must give position_ids."""
+        device = token_embedding(self.model).weight.device
+        ids, mask, by_index, by_count = torch.tensor([[1, 2, 3], [0, 1, 1], [0, 1, 2], [0, 0, 1]], device=device)[
+            :, None
+        ]
+        with self.state.routed(None), evaluating(self.model):
+            own, index, count = (
+                self.model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits[:, -1].float()
+                for given in ({}, {"position_ids": by_index}, {"position_ids": by_count})
+            )
+        if torch.allclose(own, index, rtol=1e-4, atol=1e-5):
+            return True
+        if torch.allclose(own, count, rtol=1e-4, atol=1e-5):
+            return False
+        raise ConfigError(
+            f"{type(self.model).__name__} numbers the positions of a left-padded batch in a way of its own: give "
+            "position_ids where rows with virtual tokens share a left-padded batch with others"
+        )
+
     def _text_positions(
         self, mask: Any, seen: Any, length: int, virtual: VirtualTokens, device: torch.device
     ) -> Tensor:
@@ -239,7 +260,7 @@ class DecoderHook:
         if all(virtual.shifts):
             return counted
         # rows without virtual tokens have the positions that this base gives them by itself
-        own = by_index if self.counts_padding() else counted
+        own = by_index if self.counts_padding else counted
         shifted = torch.tensor([shift > 0 for shift in virtual.shifts], device=device)[:, None]
         return torch.where(shifted, counted, own)
 
@@ -247,11 +268,8 @@ class DecoderHook:
         self, call: dict[str, Any], virtual: VirtualTokens, padding: Tensor | None, cache: Any, first: bool, text: int
     ) -> None:
         """Put virtual tokens into the sequence (in the first pass over a cache) and into its mask (in every one).
-
-        Args:
-            padding: padding tokens on the left of each row, `[batch, 1]`.
-            text: tokens of the text so far, those of this pass included.
-        """
+        `padding`: padding tokens on the left of each row, `[batch, 1]`. `text`: tokens of the text so far, those of
+        this pass included."""
         embeds = call.get("inputs_embeds")
         device = (call["input_ids"] if embeds is None else embeds).device
         places = virtual.places(text, padding, device)
@@ -269,16 +287,7 @@ class DecoderHook:
         call["inputs_embeds"] = torch.where(here[..., None], tokens, F.pad(embeds, (0, 0, virtual.length, 0)))
         if self.takes_positions:
             call["position_ids"] = torch.where(here, places, F.pad(call["position_ids"], (virtual.length, 0)))
-        make_room(cache, virtual.length, call["inputs_embeds"].shape[1])
-
-    def _check_other_states(self, call: dict[str, Any], virtual: VirtualTokens) -> None:
-        """What a decoder carries from pass to pass in other ways than a cache does not say how much text is in it."""
-        given = [name for name in OTHER_STATES if call.get(name) is not None]
-        if given and virtual.length:
-            raise ConfigError(
-                f"{type(self.decoder).__name__} carries its state in `{given[0]}`, which does not tell whether virtual "
-                "tokens went through it: prompt tuning works here with use_cache=False only"
-            )
+        caches.make_room(cache, virtual.length, call["inputs_embeds"].shape[1])
 
 
 def _text_of(states: Tensor, done: _Exit) -> Tensor:
@@ -286,3 +295,20 @@ def _text_of(states: Tensor, done: _Exit) -> Tensor:
     if done.moved is None:
         return states[:, done.cut :]
     return states[torch.arange(done.moved.shape[0], device=done.moved.device)[:, None], done.moved]
+
+
+def _put_before_each(call: dict[str, Any], pack: Pack, prompt: Tensor, embedding: nn.Module) -> tuple[Pack, Tensor]:
+    """Put virtual tokens, of embeddings `prompt` `[virtual tokens, hidden]`, before each document of a decoder's call,
+    in place. Returns the longer pack, and where each place of the text stands in it, `[packs, length]` int64."""
+    if call.get("token_type_ids") is not None:
+        raise ConfigError("token_type_ids do not go with prompt tuning: virtual tokens have no type. Leave them out.")
+    pack, source, moved = pack.grown(prompt.shape[0])
+    embeds = call.get("inputs_embeds")
+    if embeds is None:
+        embeds = embedding(call["input_ids"])
+    prompt = prompt.to(dtype=embeds.dtype, device=embeds.device)
+    row = torch.arange(embeds.shape[0], device=embeds.device)[:, None]
+    text, virtual = embeds[row, source.clamp(min=0)], prompt[(-1 - source).clamp(min=0)]
+    call["input_ids"] = None
+    call["inputs_embeds"] = torch.where((source < 0)[..., None], virtual, text)
+    return pack, moved

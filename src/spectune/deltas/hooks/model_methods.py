@@ -13,11 +13,8 @@ from spectune.deltas.forward_state import ForwardState
 
 class ModelMethods:
     """`generate` makes copies of rows, and masks for static caches; `save_pretrained` would write deltas into the base.
-
-    Args:
-        puts_tokens_in: whether virtual tokens go into the sequence under the current route.
-        refuse_save: takes the place of `save_pretrained`.
-    """
+    `puts_tokens_in`: whether virtual tokens go into the sequence under the current route. `refuse_save`: takes the
+    place of `save_pretrained`."""
 
     def __init__(
         self,

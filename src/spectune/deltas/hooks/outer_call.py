@@ -48,12 +48,9 @@ class OuterCall:
     def text_only(self, call: dict[str, Any], *, prompt: bool) -> Any:
         """The mask that the text of a decoder's call has: the 2-D one that came from outside (or None), where a
         ready-made one was made of it on the way. Positions made on the way are taken out: they count as not given.
-
-        Args:
-            call: of the decoder, by argument name; changed in place.
-            prompt: virtual tokens go into the sequence: then the 2-D mask takes the ready-made one's place, which has
-                none for them. Not where something beside text came along, which may have a say in the mask.
-        """
+        `call`: of the decoder, by argument name; changed in place. `prompt`: virtual tokens go into the sequence: then
+        the 2-D mask takes the ready-made one's place, which has none for them. Not where something beside text came
+        along, which may have a say in the mask."""
         mask = call.get("attention_mask")
         outside = self._arguments.by_name
         if outside is None:

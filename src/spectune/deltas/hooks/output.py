@@ -13,11 +13,8 @@ from spectune.errors import ConfigError
 
 
 class OutputHook:
-    """The hook after the module at `path`.
-
-    Args:
-        gathers_tokens: the module is an expert, which is given some tokens of any row.
-    """
+    """The hook after the module at `path`. `gathers_tokens`: the module is an expert, which is given some tokens of any
+    row."""
 
     def __init__(self, module: nn.Module, path: str, state: ForwardState, *, gathers_tokens: bool) -> None:
         self.path, self.state, self.gathers_tokens = path, state, gathers_tokens

@@ -38,13 +38,9 @@ def _made_of(function: Any) -> Any:
 
 
 def attend(
-    pack: Pack,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix: tuple[Tensor, Tensor] | None,
-    settings: dict[str, Any],
-) -> tuple[Tensor, None] | None:
+    pack: Pack, query: Tensor, key: Tensor, value: Tensor,
+    prefix: tuple[Tensor, Tensor] | None, settings: dict[str, Any],
+) -> tuple[Tensor, None] | None:  # fmt: skip
     """Attention of each document to itself and to the prefix, through the pack's kernel.
 
     Args:

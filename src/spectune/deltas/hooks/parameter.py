@@ -34,12 +34,8 @@ class _Lock:
 
 class ParameterHook:
     """Stands around the `forward` of a layer (or the decoder), puts changed parameters in and takes them out again,
-    whatever happens in between: torch's own hooks are not called where Ctrl-C comes up.
-
-    Args:
-        host: the layer.
-        path: where it stands in the model.
-    """
+    whatever happens in between: torch's own hooks are not called where Ctrl-C comes up. `host`: the layer. `path`:
+    where it stands in the model."""
 
     def __init__(self, host: nn.Module, path: str, state: ForwardState) -> None:
         self.state = state

@@ -40,14 +40,9 @@ def fits(module: nn.Module, query: Tensor, key: Tensor, slides: bool, settings: 
 
 
 def attend(
-    function: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix: tuple[Tensor, Tensor],
-    settings: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
+    function: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    prefix: tuple[Tensor, Tensor], settings: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention over the prefix and the text, where it `fits`.
 
     Args:

@@ -16,12 +16,8 @@ Keeping = Callable[[Callable[..., Any]], Callable[..., Any]]
 class CheckpointHook:
     """Puts itself around the checkpoint functions of a base, wherever backward is called from.
 
-    Checkpointing may be switched on after attach, so `keep` looks at each pass in training.
-
-    Args:
-        modules: those of the base that transformers can checkpoint.
-        keeping: see `Keeping`.
-    """
+    Checkpointing may be switched on after attach, so `keep` looks at each pass in training. `modules`: those of the
+    base that transformers can checkpoint. `keeping`: see `Keeping`."""
 
     def __init__(self, modules: Sequence[nn.Module], keeping: Keeping) -> None:
         self.modules = [module for module in modules if hasattr(module, "gradient_checkpointing")]

@@ -46,12 +46,9 @@ class VirtualTokens:
     def places(self, text: int, padding: Tensor | None, device: torch.device) -> Tensor:
         """Which virtual token stands at each place, int64 `[batch or 1, length + text]`, negative where none does.
 
-        A row's virtual tokens stand right before its first real token, in the place of padding if there is any on
-        the left: sliding windows and ALiBi count places, and see the same distances whatever the padding.
-
-        Args:
-            padding: padding tokens on the left of each row, `[batch, 1]`.
-        """
+        A row's virtual tokens stand right before its first real token, in the place of padding if there is any on the
+        left: sliding windows and ALiBi count places, and see the same distances whatever the padding. `padding`:
+        padding tokens on the left of each row, `[batch, 1]`."""
         first = self.length + (0 if padding is None else padding)
         count = _column(self.lengths, device)
         place = torch.arange(self.length + text, device=device)[None] - (first - count)

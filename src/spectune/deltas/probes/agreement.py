@@ -15,16 +15,18 @@ TOLERANCE_16_BITS = 6e-2
 SHARE_OF_EFFECT = 0.2
 
 
+def logits_of(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **given: Tensor) -> Tensor:
+    """Logits `[rows, length, vocabulary]`, float32, of a pass without a cache."""
+    found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits
+    return found.float()
+
+
 def apart(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The largest absolute difference within any pair of tensors of one shape."""
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 def agree(model: PreTrainedModel, off: float, size: float, effect: float) -> bool:
-    """Whether logits that are `off` apart are the same but for rounding.
-
-    Args:
-        size: the largest logit.
-        effect: how far the fault that is looked for moves them.
-    """
+    """Whether logits that are `off` apart are the same but for rounding. `size`: the largest logit. `effect`: how far
+    the fault that is looked for moves them."""
     return off <= min(size * TOLERANCE.get(model.dtype, TOLERANCE_16_BITS), effect * SHARE_OF_EFFECT)

@@ -1,7 +1,8 @@
-"""Running a base on a few tokens: which keys and values text makes, how it counts positions."""
+"""Running a base on a few tokens: which keys and values text makes."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
-from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks.caches import caches_in
+from spectune.deltas.probes.agreement import logits_of
 from spectune.errors import ConfigError, SpectuneError, first_line
 from spectune.families import token_embedding
 
@@ -32,17 +33,10 @@ def run(model: PreTrainedModel, ids: list[int]) -> None:
 
 
 def first_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Logits `[1, len(ids), vocabulary]` of one row, without cache.
-
-    Raises:
-        ConfigError: the model's own code fails on it with the delta that is on now, and without it does not.
-    """
+    """Logits `[1, len(ids), vocabulary]` of one row, without cache. Raises ConfigError: the model's own code fails on
+    it with the delta that is on now, and without it does not."""
     tokens = torch.tensor([ids], device=token_embedding(model).weight.device)
-
-    def forward() -> Tensor:
-        logits: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
-        return logits
-
+    forward = functools.partial(logits_of, model, tokens, torch.ones_like(tokens))
     attachment = Attachment.of(model)
     name = None if attachment is None else attachment.state.current.name
     try:
@@ -122,32 +116,3 @@ def cached_values(model: PreTrainedModel, watched: list[str]) -> tuple[dict[str,
     return seen, [
         layer.values[0].transpose(0, 1).flatten(1) for layer in layers if getattr(layer, "values", None) is not None
     ]
-
-
-def counts_padding(model: PreTrainedModel, state: ForwardState) -> bool:
-    """Whether the bare base's own positions, where the caller gives none, are the index in the batch, padding counted
-    (True), or the count of real tokens (False).
-
-    Raises:
-        ConfigError: neither; then a caller must give position_ids.
-    """
-    device = token_embedding(model).weight.device
-    ids = torch.tensor([[1, 2, 3]], device=device)
-    mask = torch.tensor([[0, 1, 1]], device=device)
-    with state.routed(None), evaluating(model):
-        own, index, count = (
-            model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits[:, -1].float()
-            for given in (
-                {},
-                {"position_ids": torch.tensor([[0, 1, 2]], device=device)},
-                {"position_ids": torch.tensor([[0, 0, 1]], device=device)},
-            )
-        )
-    if torch.allclose(own, index, rtol=1e-4, atol=1e-5):
-        return True
-    if torch.allclose(own, count, rtol=1e-4, atol=1e-5):
-        return False
-    raise ConfigError(
-        f"{type(model).__name__} numbers the positions of a left-padded batch in a way of its own: give position_ids "
-        "where rows with virtual tokens share a left-padded batch with others"
-    )

@@ -10,7 +10,7 @@ from spectune.compute.evaluating import evaluating, rehearsing
 from spectune.compute.pack_layout import Kernel
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.packed_batches import packed, packing
-from spectune.deltas.probes.agreement import agree, apart
+from spectune.deltas.probes.agreement import agree, apart, logits_of
 from spectune.errors import first_line
 from spectune.families import token_embedding
 
@@ -23,12 +23,10 @@ def why_not_packed(model: PreTrainedModel, kernel: Kernel | None = None) -> str 
 
     Two packs of two documents are run, and the same documents apart: their logits have to agree. So types that ignore
     the attention interface, that count distances over the whole sequence, or that carry a state over positions are
-    found out whatever they are called.
-    """
-    device = token_embedding(model).weight.device
-    vocabulary = token_embedding(model).weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(1, vocabulary, (size,), generator=generator) for size in (*_PROBE, *_PROBE)]
+    found out whatever they are called."""
+    embedding = token_embedding(model).weight
+    device, generator = embedding.device, torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, embedding.shape[0], (size,), generator=generator) for size in (*_PROBE, *_PROBE)]
     # the second document follows another one in the second pack; the third place is padding
     packs = [[texts[0], texts[1]], [texts[2], texts[1]], [texts[3]]]
     try:
@@ -80,14 +78,12 @@ def _logits(
     longest = max(sum(map(len, pack)) for pack in packs)
     ids = torch.stack([_filled(torch.cat(pack), longest, 0) for pack in packs]).to(device)
     if not as_documents:
-        found: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-        return found
+        return logits_of(model, ids, torch.ones_like(ids))
     numbers = [torch.cat([torch.full_like(text, n) for n, text in enumerate(pack)]) for pack in packs]
     documents = torch.stack([_filled(row, longest, -1) for row in numbers])
     places = torch.stack([_filled(_places(pack), longest, 0) for pack in packs]).to(device)
     with packed(model, documents):
-        found = model(input_ids=ids, position_ids=places, use_cache=False).logits.float()
-    return found
+        return logits_of(model, ids, position_ids=places)
 
 
 def _places(pack: list[Tensor]) -> Tensor:

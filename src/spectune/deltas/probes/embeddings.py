@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.hooks.caches import carries_other_state
 from spectune.deltas.method import plain_tokens
+from spectune.deltas.probes.agreement import apart, logits_of
 from spectune.errors import ConfigError, first_line
 from spectune.families import token_embedding
 
@@ -24,11 +24,8 @@ _TOLERANCE_16_BITS = 2e-2
 
 def prove_reads_embeddings(model: PreTrainedModel) -> None:
     """Run a text as token ids and as the embeddings of these, which must give the same logits, and as embeddings of no
-    token, which must run.
-
-    Raises:
-        ConfigError: the decoder uses ids some other way too (hashes of them, tables of its own).
-    """
+    token, which must run. Raises ConfigError: the decoder uses ids some other way too (hashes of them, tables of its
+    own)."""
     attachment = Attachment.of(model)
     assert attachment is not None, "asked while a delta is attached"
     state = carries_other_state(attachment.decoder.signature.parameters)
@@ -43,24 +40,19 @@ def prove_reads_embeddings(model: PreTrainedModel) -> None:
     ids = torch.tensor([[a, c, b, c]], device=device)
     mask = torch.ones_like(ids)
     kind = attachment.family.model_type
-
-    def logits() -> Tensor:
-        found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return found.float()
-
     with attachment.state.routed(None), evaluating(model):
-        expected = logits()
+        expected = logits_of(model, ids, mask)
         try:
             with _as_embeddings(attachment, noise=0.0):
-                got = logits()
+                got = logits_of(model, ids, mask)
             with _as_embeddings(attachment, noise=0.1):
-                logits()
+                logits_of(model, ids, mask)
         except Exception as error:
             raise ConfigError(
                 f"prompt tuning is refused: this {kind} model's own code needs token ids, which virtual tokens do not "
                 f"have ({type(error).__name__}: {first_line(error)}). Use prefix tuning or LoRA."
             ) from error
-    off, size = float((got - expected).abs().max()), float(expected.abs().max())
+    off, size = apart([(got, expected)]), float(expected.abs().max())
     allowed = size * (_TOLERANCE if expected.dtype is torch.float32 and model.dtype is torch.float32
                       else _TOLERANCE_16_BITS)  # fmt: skip
     if not off <= allowed:
@@ -75,8 +67,7 @@ def prove_reads_embeddings(model: PreTrainedModel) -> None:
 def _as_embeddings(attachment: Attachment, noise: float) -> Iterator[None]:
     """The decoder is given the embeddings of its text, moved by `noise` of their spread, in place of ids, and a plain
     2-D mask in place of one made of it on the way: as it is given virtual tokens."""
-    decoder = attachment.model.get_submodule(attachment.family.decoder)
-    names = list(inspect.signature(decoder.forward).parameters)
+    decoder, names = attachment.decoder.decoder, attachment.decoder.signature.parameters
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = {**dict(zip(names, args, strict=False)), **kwargs}

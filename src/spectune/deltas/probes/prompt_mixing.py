@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.layout import Route
 from spectune.deltas.method import plain_tokens
 from spectune.deltas.modules import InputModule
-from spectune.deltas.probes.agreement import apart
+from spectune.deltas.probes.agreement import apart, logits_of
 from spectune.deltas.probes.base_runs import can_run
 from spectune.deltas.slots import get
 from spectune.errors import ConfigError
@@ -26,12 +24,8 @@ _TOLERANCE_16_BITS = 4e-2
 
 def prove_prompts_mix(attachment: Attachment, names: Sequence[str | None]) -> None:
     """Where a route has prompts of unlike lengths for the rows of one batch, run a few tokens once for the model: left
-    padding must change nothing, nor must a neighbour's prompt.
-
-    Raises:
-        ConfigError: the base's answers depend on what stands before a row (absolute positions that cannot be given, a
-            state that runs over padding).
-    """
+    padding must change nothing, nor must a neighbour's prompt. Raises ConfigError: the base's answers depend on what
+    stands before a row (absolute positions that cannot be given, a state that runs over padding)."""
     host = attachment.model.get_submodule(attachment.family.decoder)
     lengths = {
         name: attachment.state.count_of(name) if isinstance(get(host, name), InputModule) else 0
@@ -55,20 +49,14 @@ def prove_prompts_mix(attachment: Attachment, names: Sequence[str | None]) -> No
 def _measure(attachment: Attachment, longest: str | None) -> float:
     """How far the bare base's logits of a row move, as a share of the largest: with padding on its left, and beside a
     row with a prompt."""
-    model: Any = attachment.model
+    model = attachment.model
     a, b, c = plain_tokens(model.config.get_text_config(), attachment.family.vocab_size)[:3]
     text = torch.tensor([[a, c, b]], device=token_embedding(model).weight.device)
     padded = torch.cat([torch.full_like(text[:, :2], b), text], dim=1)
     mask = torch.ones_like(padded)
     mask[:, :2] = 0
-    given = {}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-
-    def logits(ids: Tensor, mask: Tensor, **more: Tensor) -> Tensor:
-        found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
-        return found.float()
-
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    given = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes_positions else {}
     whole = torch.ones_like(text)
     # these are no passes of a packed batch that may be at hand
     state = attachment.state
@@ -76,10 +64,10 @@ def _measure(attachment: Attachment, longest: str | None) -> float:
     try:
         with evaluating(model):
             with state.routed(None):
-                alone = logits(text, whole)[0]
-                behind_padding = logits(padded, mask, **given)[0, 2:]
+                alone = logits_of(model, text, whole)[0]
+                behind_padding = logits_of(model, padded, mask, **given)[0, 2:]
             with state.routed(Route([None, longest], per_row=True)):
-                beside = logits(text.repeat(2, 1), whole.repeat(2, 1))[0]
+                beside = logits_of(model, text.repeat(2, 1), whole.repeat(2, 1))[0]
     finally:
         state.thread.pack_ahead = pack
     return apart([(behind_padding, alone), (beside, alone)]) / max(float(alone.abs().max()), 1e-30)

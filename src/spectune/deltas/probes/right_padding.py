@@ -8,12 +8,12 @@ Whether a model is causal throughout is proved by running it, not known by its t
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
-from spectune.deltas.probes.agreement import agree, apart
+from spectune.deltas.probes.agreement import agree, apart, logits_of
 from spectune.errors import ConfigError, first_line
 from spectune.families import Family, token_embedding
 
@@ -22,17 +22,13 @@ _TEXT, _LENGTH = 5, 9
 
 
 def why_mask_is_needed(model: PreTrainedModel) -> str | None:
-    """Why the model, as it is routed now, needs the attention mask of rows that are padded on the right; None where
-    its real tokens come out the same without.
+    """Why the model, as it is routed now, needs the attention mask of rows that are padded on the right; None where its
+    real tokens come out the same without.
 
     One text is run beside a longer row, with its padding masked and with two different paddings that are not: its
     logits have to agree. So types that look ahead, or that number positions by what they take for padding, are found
     out whatever they are called. Where a layer has experts the mask stays: how many tokens each expert takes, and what
-    is said of their balance, may depend on it.
-
-    Raises:
-        ConfigError: nothing is attached.
-    """
+    is said of their balance, may depend on it. Raises ConfigError: nothing is attached."""
     attachment = Attachment.of(model)
     if attachment is None:
         raise ConfigError("whether padding needs a mask is asked of a model with an attached delta")
@@ -48,8 +44,8 @@ def why_mask_is_needed(model: PreTrainedModel) -> str | None:
     ids, mask = ids.to(embedding.device), mask.to(embedding.device)
     try:
         with evaluating(model):
-            masked = _logits(model, ids, mask)
-            unmasked = _logits(model, ids, None)
+            masked = logits_of(model, ids, mask)[:, :_TEXT]
+            unmasked = logits_of(model, ids)[:, :_TEXT]
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     size = float(masked.abs().max())
@@ -61,12 +57,6 @@ def why_mask_is_needed(model: PreTrainedModel) -> str | None:
         f"real tokens' logits change by {off / size:.2g} of the largest where padding after them is not masked "
         f"(another text before them makes {effect / size:.2g})"
     )
-
-
-def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits of the first `_TEXT` tokens of each row, `[rows, tokens, vocabulary]` float32."""
-    found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return found[:, :_TEXT].float()
 
 
 def _has_experts(model: PreTrainedModel, family: Family) -> bool:

@@ -12,21 +12,18 @@ from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
 from spectune.deltas.hooks.attention_function import implementation
 from spectune.deltas.probes.base_runs import attention_calls, can_run, first_logits
-from spectune.deltas.probes.survey import NAMED, calls_of, some
+from spectune.deltas.probes.survey import calls_of
 from spectune.deltas.site import AttentionSite, OutputSite
-from spectune.errors import ConfigError, SpectuneError, first_line
+from spectune.errors import NAMED, ConfigError, SpectuneError, first_line, some
 
 log = logging.getLogger("spectune")
 
 
 def prove_that_sites_fire(attachment: Attachment, delta: Delta) -> None:
     """Run a few tokens through the model and check that each of the delta's sites is reached, and gradients each
-    weight. What was proved for a delta of the same method at the same sites is not proved again.
-
-    Raises:
-        ConfigError: a module is never called, an attention module does not go through the registered attention
-            function, or no gradient comes to any weight; all of them are named.
-    """
+    weight. What was proved for a delta of the same method at the same sites is not proved again. Raises ConfigError: a
+    module is never called, an attention module does not go through the registered attention function, or no gradient
+    comes to any weight; all of them are named."""
     if not can_run(attachment.model):
         return  # nothing can be run; the first real forward fails loudly where a module is missing
     outputs = [site for site, _ in delta.sites if isinstance(site, OutputSite)]

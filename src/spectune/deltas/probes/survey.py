@@ -27,8 +27,6 @@ from spectune.errors import first_line
 from spectune.families import Family
 
 log = logging.getLogger("spectune")
-#: places named in an error or a warning; the others are counted
-NAMED = 5
 
 
 def settled_sites(attachment: Attachment, method: Method) -> list[Site]:
@@ -77,12 +75,6 @@ def uncalled(model: PreTrainedModel, family: Family) -> list[str]:
         )  # fmt: skip
         return []
     return [path for path in sites if path not in called and not family.gathers_tokens(path)]
-
-
-def some(paths: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
-    rest = len(paths) - NAMED
-    return ", ".join(paths[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _at_parameter(site: OutputSite, method: Method, attachment: Attachment) -> OutputSite:
