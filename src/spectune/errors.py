@@ -1,7 +1,5 @@
 """The errors a user can meet, each with the exit code that the command line answers with."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 

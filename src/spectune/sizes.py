@@ -1,7 +1,5 @@
 """Sizes of memory and files as people write them."""
 
-from __future__ import annotations
-
 import re
 
 from spectune.errors import ConfigError

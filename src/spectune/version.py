@@ -1,7 +1,5 @@
 """Versions: of the package, which delta folders and results carry, and of what it stands on. A leaf."""
 
-from __future__ import annotations
-
 from importlib import metadata
 
 __version__ = "0.1.0"

@@ -10,8 +10,6 @@ where blocks begin and end.
 Copies of a model (`copy.deepcopy`, pickles) have none of it: torch leaves this entry out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import enum
 from collections.abc import Callable, Iterator, Sequence

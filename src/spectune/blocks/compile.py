@@ -5,8 +5,6 @@ The whole model as one graph would take minutes to compile and gain little more;
 hooks are part of the block's call.
 """
 
-from __future__ import annotations
-
 import contextlib
 import types
 from collections.abc import Callable, Iterator

@@ -12,8 +12,6 @@ It is in the graph or it is not: routes, dropout (whose inputs differ), ranks an
 Up to the rounding of sums the result is the same; in the last case, fewer sums are rounded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -6,8 +6,6 @@ inductor's graphs that is one number for each mask, from which masks are made ag
 weights is a kernel that draws, and its output is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container
 from typing import Any
 

@@ -10,8 +10,6 @@ same there (`spectune.blocks.partition`), and routes and caches are those of the
 a compiled call, because the block's input goes away outside of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

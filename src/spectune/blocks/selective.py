@@ -5,8 +5,6 @@ one) take little time to make again, and most of the memory. torch's selective c
 operation (torch.utils.checkpoint.create_selective_checkpoint_contexts); this is ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command `spectune`. Every command is one short file; torch is imported only when a command runs."""
 
-from __future__ import annotations
-
 
 def main() -> None:
     """Run the command line and leave with the exit code that `spectune.errors` gives."""

@@ -1,7 +1,5 @@
 """Puts the commands together, and turns errors into a message and an exit code, in one place."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """`spectune env`: what a report of a problem should hold."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

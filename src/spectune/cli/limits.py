@@ -1,7 +1,5 @@
 """The limits that a recommendation has to keep, as flags."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """The flags that commands share, each written once."""
 
-from __future__ import annotations
-
 import importlib.util
 import pkgutil
 from collections.abc import Collection

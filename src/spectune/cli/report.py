@@ -1,7 +1,5 @@
 """`spectune report`: a comparison's files made anew from its runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """A comparison's content, put together from the folders of its runs: what `comparison.json` holds."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterator

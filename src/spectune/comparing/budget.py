@@ -1,7 +1,5 @@
 """What a comparison has still to do: stated before it starts, and as it goes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

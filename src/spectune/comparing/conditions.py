@@ -1,7 +1,5 @@
 """What all runs of a comparison share, and the folder of each: `conditions.json` and the keys of run folders."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Compare methods on one base and one data set: search, repeat, measure, judge, recommend."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import tempfile

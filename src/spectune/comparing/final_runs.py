@@ -1,8 +1,6 @@
 """Final runs: trained with their seeds, judged and measured. Each is taken from its folder where an earlier call has
 finished it."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -5,8 +5,6 @@ runs the real loop for a few steps, executed as the run's are, each of them on t
 second on the optimizer's state is there as well, so this is the peak of a long run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

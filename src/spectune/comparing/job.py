@@ -1,7 +1,5 @@
 """The parts of every run of a comparison: attach, train, and the settings and the key that a run has."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Iterator, Mapping, Sequence

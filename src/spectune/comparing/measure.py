@@ -1,7 +1,5 @@
 """What is measured of a trained delta beyond its losses: forgetting, decoding speed, memory, time to swap."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math

@@ -1,7 +1,5 @@
 """Carries out the schedule, arm by arm, and says what it does and how long it will take."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """The learning rate of a method by successive halving (Jamieson and Talwalkar 2016): many rates for a few steps, the
 better half of them for twice as many, and so on. It knows nothing of models: a trial is a function."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

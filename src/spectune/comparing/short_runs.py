@@ -1,8 +1,6 @@
 """Runs that keep nothing but a small result: trials of the search, points of a data curve, a few steps to time. Each is
 taken from its folder where an earlier call has finished it."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import TypeVar

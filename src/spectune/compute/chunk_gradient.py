@@ -5,8 +5,6 @@ row with target t is `logsumexp(y) - y[t]`; its gradient by the logits is
 `(softmax(y) - onehot(t)) * (1 - tanh(z / softcap)^2) * scale`, the middle factor with a soft cap only.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -5,8 +5,6 @@ met, 40 to 80 ms in forward and as much in backward (H200, torch 2.11), where at
 Batches of unlike rows are such shapes, and so is each token that is generated: it adds a key.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -4,8 +4,6 @@ Source: Dettmers and others, "8-bit optimizers via block-wise quantization" (202
 tree is that of bitsandbytes' `create_dynamic_map` (MIT): seven decades, the higher ones in finer steps.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

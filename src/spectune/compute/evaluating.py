@@ -3,8 +3,6 @@
 Not `torch.inference_mode`: a buffer that a model renews inside it could not be used in training any more.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager

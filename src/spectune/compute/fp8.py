@@ -13,8 +13,6 @@ nothing of the input is kept for backward.
 Quantisation is plain torch, so that a compiled block fuses it with what makes the rows; only the product is opaque.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

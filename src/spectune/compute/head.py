@@ -5,8 +5,6 @@ A loss that goes through the logits in chunks has to call the decoder in place o
 is read from the operations that a tiny batch goes through, not from names.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping

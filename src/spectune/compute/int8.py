@@ -6,8 +6,6 @@ product. torchao's weight-only int8 computes the same, but its cast weight is ke
 autograd, so that training over it takes the memory of an unquantised base; here the int8 weight is what is kept.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ product). After Liger-Kernel (Hsu et al. 2024, arXiv 2410.10989, section 3.2), w
 smaller chunks; Wijmans et al. 2024 (arXiv 2411.09009) keep no chunk at all and compute logits twice for it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What one forward pass of a model does between its decoder's output and its logits, operation by operation."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """A linear map's output with each of its features scaled by a trained number, keeping one wide tensor for backward."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

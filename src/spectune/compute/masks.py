@@ -1,7 +1,5 @@
 """Masks and positions when something stands before the text, and what transformers asks of positions."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ On CUDA both come from torch's allocator. A CPU has none that counts, so tensors
 they are made and freed (exact and repeatable), and the resident set is the operating system's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import threading

@@ -9,8 +9,6 @@ first inference. And the weight is one long row to its kernels: on a CPU, 0.50.2
 no multiple of 64 long (relative error 0.25 instead of 0.09 at 224).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

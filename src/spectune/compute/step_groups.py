@@ -5,8 +5,6 @@ of its moments: 16. The step itself needs the gradient in float32. Cast all at o
 time, each group's bfloat16 gradients going as their copies come, it is no more than 16 from the second group on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 #: float32 bytes of a group at most; few enough to be small beside a large model, many enough for few launches

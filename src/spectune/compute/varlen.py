@@ -6,8 +6,6 @@ later align causal masks to the bottom right; so does PyTorch's copy: see `check
 sdp_utils and `CausalBias._dispatch` in torch/nn/attention/bias.py).
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Batches: tensors of some examples, and which examples go together when."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ first, into the fullest sequence that still has room for it. Nothing is cut. A s
 sum over them, in whatever sequences they stand.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 

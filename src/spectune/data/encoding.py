@@ -4,8 +4,6 @@ The target is the completion and its EOS, by position, never by token id: bases 
 same. The prompt's ids are the ones that generation gets.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Shapes: `text`; `prompt` + `completion`; `messages`; alpaca (`instruction`, `inp
 (`conversations`) are converted. Optional: `references` (a list), `label` with `choices`.
 """
 
-from __future__ import annotations
-
 import difflib
 import random
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Records out of files, each with the place it came from (`file:line`), and what cannot be read, with its place."""
 
-from __future__ import annotations
-
 import csv
 import difflib
 import io

@@ -1,7 +1,5 @@
 """Attach a method to a model, and take it off again: all or nothing, bit for bit."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Callable

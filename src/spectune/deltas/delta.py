@@ -1,7 +1,5 @@
 """A delta: one method's trained weights for one task, attached to a base under a name."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from abc import ABC, abstractmethod

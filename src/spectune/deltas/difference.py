@@ -1,7 +1,5 @@
 """How far a merged model's logits are from those of the delta it was merged from."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

@@ -1,7 +1,5 @@
 """A delta's folder: `adapter_config.json`, `adapter_model.safetensors`, and `spectune.json`, which PEFT never reads."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """Write a delta into a copy of the base, and prove that the copy answers the same."""
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The modules that act at a site. Their weights are float32 and stay so, whatever the base is cast to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Self
 

@@ -1,7 +1,5 @@
 """The sites of a base where deltas act: each opened once, for all deltas, and closed with its last user."""
 
-from __future__ import annotations
-
 from transformers import PreTrainedModel
 
 from spectune.deltas.forward_state import ForwardState

@@ -4,8 +4,6 @@ The model's attention is told of the documents through the attention and mask fu
 a model keeps them apart is proved by running it, not known by its type: see `probes.documents`.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """`route`: which delta each row of the batches inside a `with` uses."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 

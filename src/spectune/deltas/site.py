@@ -1,7 +1,5 @@
 """The four kinds of place where a delta acts: plain values."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from spectune.families import Attention

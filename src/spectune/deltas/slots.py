@@ -2,8 +2,6 @@
 `model.to`, FSDP and `parameters()` see them.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from spectune.deltas.modules import DeltaModule

@@ -1,7 +1,5 @@
 """Full fine-tuning's delta: the base itself, all of whose weights are trained."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

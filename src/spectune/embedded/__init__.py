@@ -3,8 +3,6 @@
 Paths only; nothing is imported or read. The model card is `model/README.md`; all of it is made by `tools/embedded`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 _HERE = Path(__file__).parent

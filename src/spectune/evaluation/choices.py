@@ -1,7 +1,5 @@
 """Classification that does not say so: rows without choices whose answers are a few short texts over and over."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ So a corpus score of all rows, of a part of them, or of a bootstrap's draw is a 
 twice. The counts are sacrebleu's, with its standard settings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any

@@ -6,8 +6,6 @@ The function is `f(prediction: str, references: list[str], row: dict) -> float`,
 attribute `higher_is_better = False`.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import importlib

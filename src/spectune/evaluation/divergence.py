@@ -6,8 +6,6 @@ on passages sampled from the base at temperature 1 (or on the user's own text). 
 what the base could do, and so holds for every base.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

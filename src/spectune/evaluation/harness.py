@@ -4,8 +4,6 @@ Contexts are encoded as training encodes prompts, BOS where the tokenizer puts o
 was trained.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path

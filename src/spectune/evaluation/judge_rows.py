@@ -1,7 +1,5 @@
 """One model, under its current route, on a task: every row's loss, and what it wrote or chose."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """The loss of a model on each row of a data set: what validation loss and paired statistics are made of."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

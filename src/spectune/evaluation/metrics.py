@@ -1,7 +1,5 @@
 """Metrics of one written row, 0 to 1, and perplexity; those of a whole corpus are in `corpus`."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The prompt of a row, its own answer, and the references that a written answer is compared with."""
 
-from __future__ import annotations
-
 from spectune.data import Row
 
 

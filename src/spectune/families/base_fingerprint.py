@@ -1,7 +1,5 @@
 """A fingerprint of a base: enough to refuse another base, loose enough that the same one in bfloat16 still matches."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The biases of a base: which there are on the way of the text, and how each can be reached."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict

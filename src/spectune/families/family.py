@@ -4,8 +4,6 @@ Everything is found by what a module *is* and where it is (a list as long as the
 its layer's number and owns projections), so that a model type nobody here has heard of is described the same way.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

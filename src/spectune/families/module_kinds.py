@@ -1,7 +1,5 @@
 """Questions about one module: is it a linear map, does it hold a bias that is added to its output?"""
 
-from __future__ import annotations
-
 from typing import cast
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Inside one layer: which outputs of attention's linears make keys and values, and where the nonlinearity stands."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Quantised linears, ours and other libraries': which weights of a model are, and what they stand for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A layer's attention: which of its modules that is, and the sizes of its keys and values."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The modules that text passes through: the decoder and its layers; and those of other modalities beside them."""
 
-from __future__ import annotations
-
 import re
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Writing that is either there whole or not at all: temporary name, fsync, rename."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -4,8 +4,6 @@ Nothing is ever unpickled. A file is opened only where it is a regular file insi
 out of the folder would read what the folder does not hold.
 """
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """How fast a model writes: new tokens a second, one after the other, with the KV cache."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from typing import Any

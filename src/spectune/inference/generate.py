@@ -1,7 +1,5 @@
 """Text from a model: batches padded on the left, with the KV cache, each row up to its own end."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """How likely a model finds given text: the loss of each row, and the likelihood of each choice of a row."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """States that are taken for a while and given back exactly: the random state, generation defaults."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator

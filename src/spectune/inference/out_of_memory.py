@@ -1,7 +1,5 @@
 """Retry inference with half the batch where memory runs out, and log it."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """One method, one file. `METHODS` is the whole registration: tests, plan, command line and docs iterate over it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import ValidationError

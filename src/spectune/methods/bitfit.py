@@ -7,8 +7,6 @@ offsets at its linears, the head excepted, with a notice to the user. A bias tha
 module's output (convolutions, state-space steps, experts, routers) is changed in its own place while its layer runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 

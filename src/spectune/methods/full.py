@@ -4,8 +4,6 @@ The yardstick of the spectrum. The base itself is the delta (`spectune.deltas.tu
 it, and taking it off needs the copy that `attach(..., keep_base=True)` keeps in host memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar, Literal, NoReturn
 

@@ -7,8 +7,6 @@ of distances. The feed-forward is scaled right after its nonlinearity; with a ga
 product.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -4,8 +4,6 @@ Sums, not means: gradient accumulation weighs micro-batches by their target toke
 tokens of the whole step.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ partitioner cuts in two, all of it as in a run and all of it without a device. W
 in memory is worked out in `liveness.py`, and each call of the block allocates and frees just that.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc

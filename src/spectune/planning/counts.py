@@ -1,7 +1,5 @@
 """Parameter counts from a config: the model is built without weights, on the meta device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache

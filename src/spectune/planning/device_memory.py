@@ -1,7 +1,5 @@
 """How much memory a device has, and how much of it is free."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

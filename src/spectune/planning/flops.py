@@ -1,7 +1,5 @@
 """Floating-point operations of a training step, from shapes."""
 
-from __future__ import annotations
-
 from spectune.deltas import InputSite, Method
 from spectune.families import Family
 

@@ -5,8 +5,6 @@ block made; each block's outputs, where the next one reads them; gradients of wh
 What lies between is a step's, and lives in the graphs' own pool, where nothing else may lie meanwhile.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate

@@ -6,8 +6,6 @@ those kernels do to memory. Read from torch's sources: in aten/src/ATen/native, 
 transformers/cuda/{sdp_utils.cpp,attention.cu,attention_backward.cu}, cudnn/MHA.cpp, Dropout.cpp.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -7,8 +7,6 @@ inductor fuses then, and in which order it runs them, is left out: it moves the 
 most (docs/decisions.md, 2026-11-28).
 """
 
-from __future__ import annotations
-
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable

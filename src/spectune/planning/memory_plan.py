@@ -1,7 +1,5 @@
 """`plan`: the memory of a training step, from the config alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

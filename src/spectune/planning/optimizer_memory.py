@@ -1,7 +1,5 @@
 """What the optimizer holds between steps, and what its step makes and frees, in bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 

@@ -1,7 +1,5 @@
 """A step at full depth, made of the few layers that were traced by repeating some of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from spectune.planning.trace import Trace

@@ -1,7 +1,5 @@
 """What is in memory across steps, and the peaks of steps on top of it."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 

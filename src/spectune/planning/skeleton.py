@@ -1,7 +1,5 @@
 """A base and a delta without weights, on the meta device: few layers to run, and what the whole model holds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """What a traced step does to memory: tensors made and freed, in order, and its moments by term."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field

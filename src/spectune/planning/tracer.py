@@ -4,8 +4,6 @@ Nothing is computed. Where a model reads a value (are there any padded rows? how
 that of the batch that is planned.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

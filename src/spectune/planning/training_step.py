@@ -4,8 +4,6 @@ The step is the real one: the model's own forward, the method's own modules and 
 autograd's backward, recomputation where checkpointing is on. Only a few layers run; `repeated_layers.py` repeats them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace

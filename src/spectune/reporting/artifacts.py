@@ -1,8 +1,6 @@
 """What the runs left in a comparison's folder: judged rows and learning curves. Whatever is missing or damaged is left
 out: a report is made from what is there."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

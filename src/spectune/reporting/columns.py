@@ -1,7 +1,5 @@
 """The columns of the tables: what each is called, how its cells read, and by which number it sorts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Every table of a comparison as text: a terminal and Markdown show the same cells."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

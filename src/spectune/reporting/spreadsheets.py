@@ -1,7 +1,5 @@
 """The unrounded numbers as CSV: `comparison.csv` has a line an arm, `runs.csv` a line a run."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """The tables that a student of fine-tuning knows, filled with measurements: on a terminal, as Markdown and HTML."""
 
-from __future__ import annotations
-
 from html import escape
 from typing import Any
 

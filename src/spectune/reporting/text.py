@@ -1,7 +1,5 @@
 """Text of users and models, made fit to be shown: it is not trusted with more than to be read."""
 
-from __future__ import annotations
-
 import unicodedata
 
 

@@ -1,7 +1,5 @@
 """What a comparison found, in sentences: the verdict, the recommendation, and what a reader must know."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath

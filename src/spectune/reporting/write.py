@@ -1,7 +1,5 @@
 """The files that are made from a comparison."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from pathlib import Path

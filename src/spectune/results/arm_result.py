@@ -1,7 +1,5 @@
 """The numbers of each arm, computed once: terminal, Markdown, CSV, page, figures and recommendation have these."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace

@@ -1,7 +1,5 @@
 """Numbers and names as sentences have them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")

@@ -1,7 +1,5 @@
 """The limits of a user and the recommendation within them, as a comparison's file has them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field

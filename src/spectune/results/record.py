@@ -1,7 +1,5 @@
 """Parts of result files, which older and newer versions of spectune write too."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

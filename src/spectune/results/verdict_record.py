@@ -1,7 +1,5 @@
 """The verdict of a comparison, as its file has it."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from spectune.results.record import Record

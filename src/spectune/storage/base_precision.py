@@ -1,7 +1,5 @@
 """A frozen base in few bits: its layers' linears replaced in place, one after the other."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from typing import Any, NoReturn

@@ -1,7 +1,5 @@
 """Loading bases: a model object, a local folder, a hub id, or the embedded `spectune-tiny`."""
 
-from __future__ import annotations
-
 import os
 import socket
 import urllib.request

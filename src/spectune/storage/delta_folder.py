@@ -4,8 +4,6 @@ LoRA, prefix and prompt are written in PEFT's layout and read from it. Weights a
 unpickled. A folder may come from anybody: all of it is checked before the model is touched.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The one place where `--device` and `--dtype` are resolved."""
 
-from __future__ import annotations
-
 import torch
 
 from spectune.errors import ConfigError

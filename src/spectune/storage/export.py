@@ -1,7 +1,5 @@
 """Folders for other programs: PEFT and vLLM, plain transformers, and engines that take prompt embeddings."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

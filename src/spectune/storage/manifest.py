@@ -1,7 +1,5 @@
 """`spectune.json`: what a delta's folder says of itself, and the digests of its weights, checked on reading."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable

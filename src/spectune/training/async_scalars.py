@@ -1,7 +1,5 @@
 """Numbers copied from a device while it goes on working."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

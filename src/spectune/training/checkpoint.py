@@ -4,8 +4,6 @@
 state in `random.safetensors`. Nothing is pickled.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

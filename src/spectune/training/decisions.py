@@ -1,7 +1,5 @@
 """How a run is to be executed: decided here, once, from what is the same whenever the same run is asked for."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import sysconfig

@@ -1,7 +1,5 @@
 """What a run shows while it trains: a bar on a terminal, a line an epoch everywhere."""
 
-from __future__ import annotations
-
 from typing import Self
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """Several processes, one model: rows are shared out, gradients are summed. Started by torchrun; alone otherwise."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from typing import TypeVar

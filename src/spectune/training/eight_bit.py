@@ -5,8 +5,6 @@ The step is `MasterAdamW`'s in float32; between steps the first moment and the r
 the step divided by nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What must be the same when a run goes on, or when it is taken for finished: `identity.json` and each checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

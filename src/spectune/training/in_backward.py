@@ -5,8 +5,6 @@ needs all gradients at once is given up: clipping by their common norm, accumula
 processes. Each weight's step is that of `MasterAdamW` without clipping, bit for bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

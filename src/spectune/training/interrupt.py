@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM: finish the step, write a checkpoint, say how to go on."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from types import FrameType

@@ -5,8 +5,6 @@ still, for a fifth of a step of a small model. What a step gave is looked at bef
 (validation, checkpoints, the end of an epoch), so a run has the numbers of one that waits for every step.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -1,7 +1,5 @@
 """Versions and machine, recorded with each result."""
 
-from __future__ import annotations
-
 import platform
 from typing import Any
 

@@ -5,8 +5,6 @@ results are cast down. Without them a small step rounds to none: pure bfloat16 t
 have rows of zeros.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

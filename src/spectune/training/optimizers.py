@@ -1,7 +1,5 @@
 """The optimizer of a run, by the setting `optim`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import nn

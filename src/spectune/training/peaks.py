@@ -1,7 +1,5 @@
 """Peaks of a run's memory, by phase: which steps are measured, and how."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager

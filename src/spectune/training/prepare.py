@@ -1,7 +1,5 @@
 """From rows and settings to what a run trains on: token ids, length, rate, and the run's identity."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

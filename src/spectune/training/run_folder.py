@@ -1,7 +1,5 @@
 """A run's folder (or none) and its best weights: everything that training writes goes through here."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

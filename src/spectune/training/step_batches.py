@@ -1,7 +1,5 @@
 """The batches of a run's steps on this process: which rows, packed or padded, as tensors."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """`train`: from rows and a method to a trained delta, a folder and a result."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

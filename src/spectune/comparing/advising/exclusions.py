@@ -1,7 +1,5 @@
 """Which arms do not keep a user's limits, and what would have to give."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The textbook's advice without any run: which rules of thumb apply, their sources, and what would measure it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

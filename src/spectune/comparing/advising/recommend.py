@@ -1,7 +1,5 @@
 """Which method to take, from what a comparison measured, within a user's limits; every sentence names its runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Rules of thumb from the literature and from this project's own measurements, none of them a law."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """What the runs of a comparison left for the statistics: their rows' losses and metrics, and what each forgot."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter, defaultdict

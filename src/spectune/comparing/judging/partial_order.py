@@ -1,7 +1,5 @@
 """A partial order with ties, from which pairs differ."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 Pair = tuple[str, str]

@@ -1,7 +1,5 @@
 """The verdict of a comparison: which methods differ, as a partial order with ties."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path

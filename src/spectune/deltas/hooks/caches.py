@@ -1,7 +1,5 @@
 """Caches and what virtual tokens make of them: whose they are, how many, and the room that they need."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The decoder's entry, where a pass begins and virtual tokens and positions are put in, and its exit."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import threading

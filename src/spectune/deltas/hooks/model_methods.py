@@ -1,7 +1,5 @@
 """Methods of the model that stand in for its own, on this instance alone, while deltas are attached."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NoReturn
 

@@ -1,7 +1,5 @@
 """The hook after a module: lets the module of each row's delta change the output."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Attention over a packed batch: each document sees itself and what stands before it, a prefix before each of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 For weights that no hook on an output reaches, because the base uses them without calling the module that holds them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Iterator

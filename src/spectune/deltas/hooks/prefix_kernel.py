@@ -7,8 +7,6 @@ the text up to itself. No gradient comes from the places that were cut off, so k
 costs (p + T) / T of plain causal attention, where a dense mask cost three times as much (docs/performance.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

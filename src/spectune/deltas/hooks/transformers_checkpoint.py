@@ -1,7 +1,5 @@
 """transformers' own gradient checkpointing recomputes with the route of its forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Rows of one batch may have prompts of different lengths. Each row's virtual toke
 left over in front of the shorter ones is masked, so that distances within a row are what they are when it runs alone.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """When two passes agree: their logits differ by rounding alone, and by little of what the looked-for fault would do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """Running a base on a few tokens: which keys and values text makes."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Whether a model keeps the documents of packed batches apart, proved by running it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel

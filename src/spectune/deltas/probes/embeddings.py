@@ -1,7 +1,5 @@
 """Whether a decoder reads its text from embeddings alone: virtual tokens have no ids."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Whether rows with prompts of unlike lengths can share a batch: the shorter ones are padded on the left."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 

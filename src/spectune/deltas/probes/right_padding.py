@@ -5,8 +5,6 @@ same, at the same positions, and what the padding gives is scored by nobody. Att
 Whether a model is causal throughout is proved by running it, not known by its type.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel

@@ -1,7 +1,5 @@
 """The proof at attach: every site of a delta is reached by a text, and gradients come to its weights."""
 
-from __future__ import annotations
-
 import logging
 
 import torch

@@ -4,8 +4,6 @@ Where the base does not call a module (it uses its parameters some other way), o
 (groups apart, a router's scores), a delta changes the parameter in place of the output, if it can.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import replace

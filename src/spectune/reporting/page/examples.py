@@ -1,7 +1,5 @@
 """What the methods write, side by side, on rows that a rule chose."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath

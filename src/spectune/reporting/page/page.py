@@ -1,7 +1,5 @@
 """`report.html`: the numbers of the tables and the figures put into a template, with everything escaped."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Sequence

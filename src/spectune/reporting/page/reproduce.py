@@ -1,7 +1,5 @@
 """What it takes to repeat a comparison: commands, settings, versions, and the results of each run."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A figure's SVG made part of the page: its colours follow the page's, its ids stay its own, its text is the page's."""
 
-from __future__ import annotations
-
 import re
 
 from markupsafe import Markup, escape

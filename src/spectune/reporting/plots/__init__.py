@@ -1,7 +1,5 @@
 """The figures of a comparison."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from spectune.reporting.plots.curves import data_plot, learning_plot

@@ -1,7 +1,5 @@
 """Losses against training steps, and against rows of data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

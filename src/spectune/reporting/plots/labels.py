@@ -1,7 +1,5 @@
 """Labels at the things they name, none over another."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The verdict drawn: intervals in order, groups without a difference, and differences to full fine-tuning."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes

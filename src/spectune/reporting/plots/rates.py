@@ -1,7 +1,5 @@
 """The search for each method's learning rate: loss by rate, a small panel an arm."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

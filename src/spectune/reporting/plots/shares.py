@@ -1,7 +1,5 @@
 """The figure at a glance: what share each method trains, and what it reaches with that."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes

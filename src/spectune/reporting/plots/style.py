@@ -1,7 +1,5 @@
 """How every figure looks: one column of a paper, direct labels, colours and markers that stay with their arm."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Iterable, Sequence

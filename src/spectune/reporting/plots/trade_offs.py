@@ -1,7 +1,5 @@
 """Quality against what it costs: trainable share, memory and time, each with its Pareto front; and forgetting."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
