@@ -15,66 +15,36 @@ from typing import TYPE_CHECKING, Any
 
 from spectune.version import __version__
 
-if TYPE_CHECKING:  # a function named like its file comes from the file: from the room, mypy takes it for the module
-    from spectune.comparing import Comparison as Comparison
-    from spectune.comparing.experiment import compare as compare
-    from spectune.deltas import Delta as Delta
-    from spectune.deltas import Method as Method
-    from spectune.deltas.attaching import attach as attach
-    from spectune.deltas.attaching import detach as detach
-    from spectune.deltas.merging import merge as merge
-    from spectune.deltas.routing import route as route
-    from spectune.errors import ConfigError as ConfigError
-    from spectune.errors import DataError as DataError
-    from spectune.errors import DivergedError as DivergedError
-    from spectune.errors import DoesNotFitError as DoesNotFitError
-    from spectune.errors import InterruptedRun as InterruptedRun
-    from spectune.errors import OutOfMemoryError as OutOfMemoryError
-    from spectune.errors import SpectuneError as SpectuneError
-    from spectune.methods import METHODS as METHODS
-    from spectune.methods import BitFit as BitFit
-    from spectune.methods import BottleneckAdapter as BottleneckAdapter
-    from spectune.methods import FullFineTuning as FullFineTuning
-    from spectune.methods import LoRA as LoRA
-    from spectune.methods import PrefixTuning as PrefixTuning
-    from spectune.methods import PromptTuning as PromptTuning
-    from spectune.methods import method_from_name as method_from_name
-    from spectune.planning import Estimate as Estimate
-    from spectune.planning.memory_plan import plan as plan
+if TYPE_CHECKING:
+    # isort: off
+    from spectune.comparing import Comparison as Comparison, compare as compare
+    from spectune.deltas import Delta as Delta, Method as Method, attach as attach, detach as detach, merge as merge
+    from spectune.deltas import route as route
+    from spectune.errors import ConfigError as ConfigError, DataError as DataError, DivergedError as DivergedError
+    from spectune.errors import DoesNotFitError as DoesNotFitError, InterruptedRun as InterruptedRun
+    from spectune.errors import OutOfMemoryError as OutOfMemoryError, SpectuneError as SpectuneError
+    from spectune.methods import METHODS as METHODS, BitFit as BitFit, BottleneckAdapter as BottleneckAdapter
+    from spectune.methods import FullFineTuning as FullFineTuning, LoRA as LoRA, PrefixTuning as PrefixTuning
+    from spectune.methods import PromptTuning as PromptTuning, method_from_name as method_from_name
+    from spectune.planning import Estimate as Estimate, plan as plan
     from spectune.results import RunResult as RunResult
-    from spectune.storage import load as load
-    from spectune.storage import load_delta as load_delta
-    from spectune.training import TrainingConfig as TrainingConfig
-    from spectune.training.trainer import train as train
+    from spectune.storage import load as load, load_delta as load_delta
+    from spectune.training import TrainingConfig as TrainingConfig, train as train
+    # isort: on
 
 # room -> its public names; `tests/test_public_api.py` holds this table and the imports above together.
 _PUBLIC: dict[str, tuple[str, ...]] = {
     "comparing": ("Comparison", "compare"),
     "deltas": ("Delta", "Method", "attach", "detach", "merge", "route"),
-    "errors": (
-        "ConfigError",
-        "DataError",
-        "DivergedError",
-        "DoesNotFitError",
-        "InterruptedRun",
-        "OutOfMemoryError",
-        "SpectuneError",
-    ),
-    "methods": (
-        "METHODS",
-        "BitFit",
-        "BottleneckAdapter",
-        "FullFineTuning",
-        "LoRA",
-        "PrefixTuning",
-        "PromptTuning",
-        "method_from_name",
-    ),
+    "errors": ("ConfigError", "DataError", "DivergedError", "DoesNotFitError", "InterruptedRun", "OutOfMemoryError",
+               "SpectuneError"),
+    "methods": ("METHODS", "BitFit", "BottleneckAdapter", "FullFineTuning", "LoRA", "PrefixTuning", "PromptTuning",
+                "method_from_name"),
     "planning": ("Estimate", "plan"),
     "results": ("RunResult",),
     "storage": ("load", "load_delta"),
     "training": ("TrainingConfig", "train"),
-}
+}  # fmt: skip
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}
 
 __all__ = ["__version__", *_ROOM_OF]

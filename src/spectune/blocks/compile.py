@@ -31,12 +31,9 @@ def can_compile_now() -> bool:
 
 @contextlib.contextmanager
 def compiled(
-    model: PreTrainedModel,
-    family: Family,
-    *,
-    backend: str | Callable[..., Any] = "inductor",
-    memory_budget: float = 1.0,
-) -> Iterator[None]:
+    model: PreTrainedModel, family: Family, *, backend: str | Callable[..., Any] = "inductor",
+    memory_budget: float = 1.0
+) -> Iterator[None]:  # fmt: skip
     """Inside the `with`, run each decoder block compiled while gradients are wanted; leave the model as it was.
 
     Without gradients (validation, generation) blocks run as they are: their shapes vary, and they would be compiled

@@ -81,13 +81,9 @@ class Execution:
 
     @contextlib.contextmanager
     def applied(
-        self,
-        delta: Delta,
-        *,
-        backend: str | Callable[..., Any] = "inductor",
-        capture: Callable[[], CudaCapture] = CudaCapture,
-        transfers: Transfers | None = None,
-    ) -> Iterator[None]:
+        self, delta: Delta, *, backend: str | Callable[..., Any] = "inductor",
+        capture: Callable[[], CudaCapture] = CudaCapture, transfers: Transfers | None = None
+    ) -> Iterator[None]:  # fmt: skip
         """Inside the `with`, the model of an attached delta trains like this; after it, it is as it was.
 
         Args:

@@ -96,13 +96,9 @@ def evaluate(
 
 
 def _measured(
-    run: Run,
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    rows: Sequence[Row],
-    source: str,
-    wanted: Mapping[str, Any],
-    harness_metrics: Measure | None,
-) -> dict[str, Any]:
+    run: Run, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], rows: Sequence[Row], source: str,
+    wanted: Mapping[str, Any], harness_metrics: Measure | None
+) -> dict[str, Any]:  # fmt: skip
     """What is measured of the rows, under the run's delta and under the bare base.
 
     Args:

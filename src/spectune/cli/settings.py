@@ -18,16 +18,10 @@ if TYPE_CHECKING:
 
 #: What other toolkits call things that have another name here.
 SYNONYMS = {
-    "batch_size": "per_device_train_batch_size",
-    "cutoff_len": "max_length",
-    "epochs": "num_train_epochs",
-    "lora_rank": "r",
-    "lr": "learning_rate",
-    "max_seq_length": "max_length",
-    "rank": "r",
-    "sequence_len": "max_length",
-    "warmup_ratio": "warmup_steps",
-}
+    "batch_size": "per_device_train_batch_size", "cutoff_len": "max_length", "epochs": "num_train_epochs",
+    "lora_rank": "r", "lr": "learning_rate", "max_seq_length": "max_length", "rank": "r",
+    "sequence_len": "max_length", "warmup_ratio": "warmup_steps",
+}  # fmt: skip
 #: Keys of the command itself; everything else is the training's or a method's.
 RUN_KEYS = frozenset(
     {"model", "data", "valid", "test", "retain", "output_dir", "method", "methods", "device", "dtype", "base_precision"}

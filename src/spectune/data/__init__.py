@@ -6,22 +6,7 @@ from spectune.data.encoding import DataReport, Encoded, Example, encode, prompt_
 from spectune.data.loading import HELD_OUT, Row, load_rows, split_rows
 
 __all__ = [
-    "HELD_OUT",
-    "DataReport",
-    "Encoded",
-    "Example",
-    "Row",
-    "batches",
-    "best_fit",
-    "by_length",
-    "collate",
-    "collate_packs",
-    "encode",
-    "load_rows",
-    "pack_step",
-    "pad_token_id",
-    "padded",
-    "places",
-    "prompt_ids",
+    "HELD_OUT", "DataReport", "Encoded", "Example", "Row", "batches", "best_fit", "by_length", "collate",
+    "collate_packs", "encode", "load_rows", "pack_step", "pad_token_id", "padded", "places", "prompt_ids",
     "split_rows",
-]
+]  # fmt: skip

@@ -60,6 +60,8 @@ class ThreadState(threading.local):
             stands before the keys is the same for all rows.
         attention_calls: keys and values of each attention call by the module's id, while a probe listens.
         kernel_calls: attention modules that a pack's kernel served, by id, while a probe listens.
+        exit: what the decoder's exit does for the pass (`hooks.decoder`).
+        outer_call: arguments of the call around the decoder's (`hooks.outer_call`).
     """
 
     # set for each thread by itself, where torch.compile finds them to guard
@@ -71,6 +73,8 @@ class ThreadState(threading.local):
         self.causal_flag = False
         self.attention_calls: dict[int, tuple[Tensor, Tensor]] | None = None
         self.kernel_calls: set[int] | None = None
+        self.exit: Any = None
+        self.outer_call: dict[str, Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ThreadState, ()
@@ -99,6 +103,9 @@ class ForwardState:
         self.thread = ThreadState()
         self._task = TaskLocal()
         self._in_force: dict[object, Route] = {}  # of every thread and task
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_in_force": {}}  # a copied model begins with no route
 
     @property
     def current(self) -> Route:

@@ -26,13 +26,9 @@ LOW_PRECISION_TOLERANCE = 0.01
 
 
 def merge(
-    model: PreTrainedModel,
-    name: str,
-    *,
-    rows: Sequence[Any] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    check: bool = True,
-) -> PreTrainedModel:
+    model: PreTrainedModel, name: str, *, rows: Sequence[Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None, check: bool = True
+) -> PreTrainedModel:  # fmt: skip
     """A new, plain transformers model with delta `name` written into its weights; `model` is left as it is.
 
     Args:
@@ -53,13 +49,9 @@ def merge(
 
 
 def merge_and_measure(
-    model: PreTrainedModel,
-    name: str,
-    *,
-    rows: Sequence[Any] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    check: bool = True,
-) -> tuple[PreTrainedModel, Difference | None]:
+    model: PreTrainedModel, name: str, *, rows: Sequence[Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None, check: bool = True
+) -> tuple[PreTrainedModel, Difference | None]:  # fmt: skip
     """`merge` for programs: prints nothing, returns what it measured too (None where nothing was compared)."""
     deltas = attached(model)
     if name not in deltas:

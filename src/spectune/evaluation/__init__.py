@@ -10,22 +10,7 @@ from spectune.evaluation.metrics import perplexity
 from spectune.evaluation.task import METRICS, Task
 
 __all__ = [
-    "CORPUS_METRICS",
-    "METRICS",
-    "CustomMetric",
-    "JudgedRow",
-    "RowLosses",
-    "Task",
-    "corpus_metrics",
-    "corpus_score",
-    "corpus_statistics",
-    "judge",
-    "judged_loss",
-    "load_metric",
-    "passage_kls",
-    "perplexity",
-    "read_rows",
-    "row_losses",
-    "sample_passages",
-    "write_rows",
-]
+    "CORPUS_METRICS", "METRICS", "CustomMetric", "JudgedRow", "RowLosses", "Task", "corpus_metrics",
+    "corpus_score", "corpus_statistics", "judge", "judged_loss", "load_metric", "passage_kls", "perplexity",
+    "read_rows", "row_losses", "sample_passages", "write_rows",
+]  # fmt: skip

@@ -124,20 +124,13 @@ def describe(model: PreTrainedModel) -> Family:
     )
     head_path = names.get(id(head))
     return Family(
-        model_type=str(model.config.model_type),
-        decoder=names[id(decoder)],
-        embedding=names[id(embedding)],
-        head=head_path,
-        hidden_size=hidden,
-        vocab_size=int(getattr(embedding, "num_embeddings", text.vocab_size)),
-        layers=layers,
-        linears=linears,
-        biases=biases_of(model, names[id(decoder)], head_path, beside),
+        model_type=str(model.config.model_type), decoder=names[id(decoder)], embedding=names[id(embedding)],
+        head=head_path, hidden_size=hidden, vocab_size=int(getattr(embedding, "num_embeddings", text.vocab_size)),
+        layers=layers, linears=linears, biases=biases_of(model, names[id(decoder)], head_path, beside),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()) + packed_away(model),
         conv1d=bool(linears) and all(is_transposed(model.get_submodule(t.path)) for t in linears),
-        position_table=_position_table(decoder, embedding, text),
-        sliding_window=_sliding_window(text),
-    )
+        position_table=_position_table(decoder, embedding, text), sliding_window=_sliding_window(text)
+    )  # fmt: skip
 
 
 def family_from_config(config: PretrainedConfig) -> Family:

@@ -7,18 +7,7 @@ from spectune.inference.modes import seeded, wait_for
 from spectune.inference.out_of_memory import halving, is_out_of_memory
 
 __all__ = [
-    "ChoiceScores",
-    "Sampling",
-    "choice_log_likelihoods",
-    "context_length",
-    "decode_tokens_per_second",
-    "generate_ids",
-    "generate_texts",
-    "halving",
-    "is_out_of_memory",
-    "row_loss_sums",
-    "seeded",
-    "stop_ids",
-    "target_likelihoods",
-    "wait_for",
-]
+    "ChoiceScores", "Sampling", "choice_log_likelihoods", "context_length", "decode_tokens_per_second",
+    "generate_ids", "generate_texts", "halving", "is_out_of_memory", "row_loss_sums", "seeded", "stop_ids",
+    "target_likelihoods", "wait_for",
+]  # fmt: skip

@@ -15,15 +15,9 @@ from spectune.inference.modes import wait_for
 
 
 def decode_tokens_per_second(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    batch: int = 1,
-    new_tokens: int = 64,
-    repeats: int = 3,
-    prompt_tokens: int = 16,
-    warm_up: int = 1,
-) -> float:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch: int = 1, new_tokens: int = 64,
+    repeats: int = 3, prompt_tokens: int = 16, warm_up: int = 1
+) -> float:  # fmt: skip
     """Decoded tokens a second over all rows: the median of `repeats`, after `warm_up` runs that do not count.
 
     The prefill is left out: the clock starts when the first new token is there and stops at the last, so a run times

@@ -27,14 +27,9 @@ class Sampling:
 
 
 def generate_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts_ids: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 16,
-    sampling: Sampling | None = None,
-) -> list[str]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts_ids: Sequence[Sequence[int]], *,
+    max_new_tokens: int, batch_size: int = 16, sampling: Sampling | None = None
+) -> list[str]:  # fmt: skip
     """The continuation of each prompt as text, in the order given, without the prompt and without special tokens.
 
     Rows run under the model's current route. A row ends at the first stop token (see `stop_ids`), after
@@ -57,15 +52,9 @@ def generate_texts(
 
 
 def generate_ids(
-    model: PreTrainedModel,
-    prompts_ids: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stops: Sequence[int] = (),
-    pad_token_id: int = 0,
-    batch_size: int = 16,
-    sampling: Sampling | None = None,
-) -> list[list[int]]:
+    model: PreTrainedModel, prompts_ids: Sequence[Sequence[int]], *, max_new_tokens: int, stops: Sequence[int] = (),
+    pad_token_id: int = 0, batch_size: int = 16, sampling: Sampling | None = None
+) -> list[list[int]]:  # fmt: skip
     """The new token ids of each prompt, in the order given; the stop token is not among them.
 
     Args:

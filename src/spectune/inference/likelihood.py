@@ -75,14 +75,9 @@ class ChoiceScores:
 
 
 def choice_log_likelihoods(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    *,
-    max_length: int,
-    separator: str = "",
-    batch_size: int = 16,
-) -> list[ChoiceScores]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, max_length: int,
+    separator: str = "", batch_size: int = 16
+) -> list[ChoiceScores]:  # fmt: skip
     """The likelihood of every choice of every row, each written exactly as training would write it after the prompt,
     EOS included: "yes" is then not favoured over "yes, sir" for being its beginning.
 

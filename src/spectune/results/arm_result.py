@@ -97,18 +97,12 @@ def arm_results(comparison: ComparisonResult) -> list[ArmResult]:
     failed = [failure.name for failure in comparison.failed]
     found = [
         ArmResult(
-            name=name,
-            method=runs[0].method,
-            label=labels[name],
-            best_for=runs[0].best_for,
-            seeds=len(runs),
-            seeds_failed=failed.count(name),
-            **_plain(runs),
-            **_quality(runs, full, comparison),
-            **_costs(runs, full, comparison),
+            name=name, method=runs[0].method, label=labels[name], best_for=runs[0].best_for,
+            seeds=len(runs), seeds_failed=failed.count(name),
+            **_plain(runs), **_quality(runs, full, comparison), **_costs(runs, full, comparison),
         )
         for name, runs in runs_by_arm.items()
-    ]
+    ]  # fmt: skip
     best_for = {arm.name: arm.best_for for arm in reversed(comparison.arms)}
     for name in dict.fromkeys(name for name in failed if name not in runs_by_arm):
         reasons = "; ".join(dict.fromkeys(failure.reason for failure in comparison.failed if failure.name == name))

@@ -120,13 +120,9 @@ def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out:
 
 
 def _start_or_resume(
-    delta: Delta,
-    tokenizer: PreTrainedTokenizerBase,
-    prepared: Prepared,
-    execution: Execution,
-    world: World,
-    out: Console,
-) -> tuple[RunState, RunFolder]:
+    delta: Delta, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, execution: Execution, world: World,
+    out: Console
+) -> tuple[RunState, RunFolder]:  # fmt: skip
     """The run at its start, or where its newest checkpoint is; and what it keeps."""
     run = RunState.of(delta, prepared, execution.packing, world)
     folder, best = prepared.config.output_dir, None
@@ -178,17 +174,11 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         settings=delta.method.model_dump(mode="json"),
         seed=config.seed,
         learning_rate=prepared.learning_rate,
-        trainable_parameters=delta.num_trained_parameters(),
-        stored_parameters=delta.num_parameters(),
-        total_parameters=delta.family.num_parameters,
-        stored_bytes=folder.stored_bytes(),
-        steps=progress.step,
-        best_step=progress.best_step,
-        train_tokens=progress.tokens,
-        target_tokens=progress.targets,
-        train_loss=progress.last_epoch_loss,
-        valid_loss=valid_loss,
-        last_valid_loss=progress.valid_loss,
+        trainable_parameters=delta.num_trained_parameters(), stored_parameters=delta.num_parameters(),
+        total_parameters=delta.family.num_parameters, stored_bytes=folder.stored_bytes(),
+        steps=progress.step, best_step=progress.best_step,
+        train_tokens=progress.tokens, target_tokens=progress.targets,
+        train_loss=progress.last_epoch_loss, valid_loss=valid_loss, last_valid_loss=progress.valid_loss,
         base_valid_loss=progress.base_valid_loss,
         valid_perplexity=None if valid_loss is None else perplexity(valid_loss),
         train_tokens_per_second=tokens / (progress.timed_seconds or progress.seconds),
@@ -199,7 +189,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         gradient_checkpointing=predicted.execution.recomputation,
         stopped_early=stopped,
         folder=None if config.output_dir is None else str(config.output_dir),
-    )
+    )  # fmt: skip
 
 
 def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execution) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,14 +46,6 @@ class _Exit:
     through: Any = None
 
 
-class _Exits(threading.local):
-    def __init__(self) -> None:
-        self.next: _Exit | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Exits, ()
-
-
 class DecoderHook:
     """The pair of hooks at the decoder. `before_pass`: called at the beginning of every pass."""
 
@@ -65,8 +56,7 @@ class DecoderHook:
         self.decoder = decoder = model.get_submodule(family.decoder)
         self.signature = inspect.signature(decoder.forward)
         self.takes_positions = "position_ids" in self.signature.parameters
-        self.outer_call = OuterCall(model, family.decoder)
-        self._exits = _Exits()
+        self.outer_call = OuterCall(model, family.decoder, state.thread)
         self._handles = [
             decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
             decoder.register_forward_hook(self.leave, always_call=True),
@@ -104,7 +94,7 @@ class DecoderHook:
 
     def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: hidden states of virtual tokens are cut off, so that any head sees text only."""
-        done, self._exits.next = self._exits.next, None
+        done, self.state.thread.exit = self.state.thread.exit, None
         if done is None:
             return None
         running.state = done.outer
@@ -126,7 +116,7 @@ class DecoderHook:
 
     def _begin(self, layout: BatchLayout | None, done: _Exit, *, causal_flag: bool) -> None:
         self.state.begin_pass(layout, causal_flag=causal_flag)
-        self._exits.next = replace(done, outer=running.state)
+        self.state.thread.exit = replace(done, outer=running.state)
         running.state = self.state
 
     def _enter_rows(self, call: dict[str, Any], text: Tensor, mask: Any, cache: Any) -> Any:

@@ -15,12 +15,9 @@ class ModelMethods:
     place of `save_pretrained`."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        state: ForwardState,
-        puts_tokens_in: Callable[[], bool],
-        refuse_save: Callable[..., NoReturn],
-    ) -> None:
+        self, model: PreTrainedModel, state: ForwardState, puts_tokens_in: Callable[[], bool],
+        refuse_save: Callable[..., NoReturn]
+    ) -> None:  # fmt: skip
         self.model, self.state, self.puts_tokens_in = model, state, puts_tokens_in
         self._ours: dict[str, Any] = {
             "generate": self.generate,

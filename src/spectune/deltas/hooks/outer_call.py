@@ -3,32 +3,24 @@ itself.
 """
 
 import inspect
-import threading
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectune.deltas.forward_state import ThreadState
 from spectune.deltas.hooks.virtual_tokens import is_2d
 
 #: arguments that a text alone has
 _OF_TEXT = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "logits_to_keep"})
 
 
-class _Arguments(threading.local):
-    def __init__(self) -> None:
-        self.by_name: dict[str, Any] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Arguments, ()
-
-
 class OuterCall:
     """Arguments of the wrapper's forward that contains the decoder, while it runs: the 2-D mask, and whether positions
     were given. Nothing where the decoder stands in the model itself."""
 
-    def __init__(self, model: PreTrainedModel, decoder: str) -> None:
-        self._arguments = _Arguments()
+    def __init__(self, model: PreTrainedModel, decoder: str, thread: ThreadState) -> None:
+        self._thread = thread
         self._handles = []
         path = decoder.split(".")[0]
         if path != decoder:
@@ -50,7 +42,7 @@ class OuterCall:
         the 2-D mask takes the ready-made one's place, which has none for them. Not where something beside text came
         along, which may have a say in the mask."""
         mask = call.get("attention_mask")
-        outside = self._arguments.by_name
+        outside = self._thread.outer_call
         if outside is None:
             return mask
         outer, made = outside.get("attention_mask"), call.get("position_ids")
@@ -66,7 +58,7 @@ class OuterCall:
         return outer
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._arguments.by_name = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self._thread.outer_call = {**dict(zip(self._names, args, strict=False)), **kwargs}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._arguments.by_name = None
+        self._thread.outer_call = None

@@ -28,30 +28,16 @@ LONGEST_LABEL = 26
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same picture everywhere
-    "font.size": 8.5,
-    "axes.labelsize": 8.5,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "figure.facecolor": PAPER,
-    "axes.facecolor": PAPER,
+    "font.size": 8.5, "axes.labelsize": 8.5, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "text.color": INK,
+    "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "axes.linewidth": 0.7,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.7,
+    "figure.facecolor": PAPER, "axes.facecolor": PAPER,
     "text.parse_math": False,  # labels are the user's: a dollar sign is a dollar sign
     "svg.fonttype": "none",
     "svg.hashsalt": "spectune",  # the same comparison gives the same bytes
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
