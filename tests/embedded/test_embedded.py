@@ -124,7 +124,7 @@ def test_generator_makes_the_committed_files(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["make_data.py", str(tmp_path)])
     make_data.main()
     for part, path in PARTS.items():
-        assert (tmp_path / f"{part}.jsonl").read_bytes() == path.read_bytes()
+        assert (tmp_path / f"{part}_rows.jsonl").read_bytes() == path.read_bytes()
 
 
 def _tool(name: str) -> ModuleType:
