@@ -207,6 +207,45 @@ def test_tensorboard_has_the_losses(tmp_path: Path) -> None:
     assert [event.step for event in board.Scalars("loss")] == [1, 2]
 
 
+def test_a_killed_run_that_goes_on_has_each_step_once_in_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For TensorBoard's own reader, and for a plain one, which takes every event of every file: what was logged past
+    the checkpoint is taken out of the files when the run goes on, as it is of metrics.jsonl."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    config = settings(output_dir=tmp_path / "run", report_to="tensorboard", max_steps=6, save_steps=2, logging_steps=1)
+    folder = tmp_path / "run" / "tensorboard"
+    finish = loop_module.Loop.finish
+
+    def steps(tag: str = "loss") -> list[int]:
+        board = EventAccumulator(str(folder))
+        board.Reload()
+        return [event.step for event in board.Scalars(tag)]
+
+    def killed(self: Any) -> float:
+        loss = finish(self)
+        if self.run.progress.step == 5:
+            # on disk already: a kill takes what a writer still holds
+            assert steps()[:4] == [1, 2, 3, 4]
+            raise MemoryError("killed")
+        return loss
+
+    monkeypatch.setattr(loop_module.Loop, "finish", killed)
+    with pytest.raises(MemoryError):
+        run(LoRA(r=2), config)
+    monkeypatch.undo()
+    [file] = folder.glob("*tfevents*")
+    file.write_bytes(file.read_bytes() + b"\x09\0\0")  # an event that was not written to its end
+    run(LoRA(r=2), config.model_copy(update={"resume": True}))
+    assert steps() == [1, 2, 3, 4, 5, 6]
+    plain = [event for path in sorted(folder.glob("*tfevents*")) for event in EventFileLoader(str(path)).Load()]
+    assert [e.step for e in plain for value in e.summary.value if value.tag == "loss"] == [1, 2, 3, 4, 5, 6]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
 def test_numbers_that_json_has_no_word_for_are_null() -> None:
     value = {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": -float("inf")}}
     assert json.loads(strict_json(value)) == {"a": None, "b": [1.5, None], "c": {"d": None}}

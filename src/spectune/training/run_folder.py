@@ -20,6 +20,7 @@ from spectune.files.strict_json import strict_json
 from spectune.results.run_result import RunResult
 from spectune.storage import atomic_write_text
 from spectune.training.checkpoint import TRAINING_FILE, save_checkpoint, swap_best
+from spectune.training.event_files import drop_events_after
 from spectune.training.identity import write_identity
 from spectune.training.prepare import Prepared
 from spectune.training.run_state import Keeper, RunState
@@ -97,6 +98,7 @@ class RunFolder(Keeper):
                 needed = "report_to = tensorboard needs the package: pip install 'spectune[tensorboard]'"
                 raise ConfigError(needed) from error
             board: Callable[..., Any] = Board
+            drop_events_after(self.folder / "tensorboard", self.run.progress.step)
             self._board = board(str(self.folder / "tensorboard"))
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.run.progress.step == 0:
@@ -150,6 +152,8 @@ class RunFolder(Keeper):
         return {name: t.detach().cpu().clone() for name, t in self.run.delta.training_state_dict().items()}
 
     def checkpoint(self) -> None:
+        if self._board is not None:
+            self._board.flush()  # a kill after this goes on from here: what was logged up to here is not logged again
         if self.folder is not None:
             run = self.run
             save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
