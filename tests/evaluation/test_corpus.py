@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -83,3 +84,23 @@ def test_the_layout_of_the_statistics() -> None:
     # characters a b of three; a pair ab of two; no triple; and nothing longer
     assert counts == [3, 3, 2, 2, 2, 1, 1, 1, 0] + [0] * 9
     assert CHRF().corpus_score(["abc"], [["abd"]]).score == corpus_score("chrf", counts)
+
+
+@pytest.mark.parametrize("name", CORPUS_METRICS)
+def test_composed_and_decomposed_texts_count_alike(name: str) -> None:
+    text = "le café est à côté du château"
+    composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+    assert corpus_score(name, total(name, [composed], [[decomposed]])) == pytest.approx(100)
+    assert corpus_statistics(name, [composed], [[composed]]) == corpus_statistics(name, [decomposed], [[decomposed]])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "other"),
+    [("zh", "他住在北京的郊区。", "他住在上海的郊区。"), ("char", "彼は東京に住む", "彼は京都に住む")],
+)
+def test_bleu_of_scripts_without_spaces_sees_more_than_one_word(tokenizer: str, text: str, other: str) -> None:
+    [counts] = corpus_statistics("bleu", [text], [[other]], tokenizer)
+    official = sacrebleu.corpus_bleu([text], [[other]], tokenize=tokenizer, force=True)
+    assert corpus_score("bleu", counts) == official.score
+    assert 10 < official.score < 90
+    assert corpus_score("bleu", corpus_statistics("bleu", [text], [[other]])[0]) == 0

@@ -27,6 +27,8 @@ from spectune.evaluation import (
     read_rows,
     write_rows,
 )
+from spectune.evaluation.judge_rows import new_tokens
+from spectune.evaluation.judged import loss_by_source
 from spectune.evaluation.metrics import exact_match, rouge_l
 from spectune.methods import LoRA, PromptTuning
 
@@ -162,18 +164,26 @@ def test_new_tokens_follow_the_longest_reference(
 
     monkeypatch.setattr("spectune.inference.generate_texts", write)
     judge(model, tokenizer, Task.of(load_rows(WRITTEN), max_length=32))
-    assert asked == [math.ceil(5 * 1.25) + 1]
+    assert asked == [math.ceil(6 * 1.25) + 1]  # five words and EOS
 
 
-def test_prompts_that_fill_the_length_lose_their_beginning_and_it_is_said(
+@pytest.mark.parametrize(
+    ("longest", "expected"), [(1, 3), (6, 9), (200, 251), (205, 256), (250, 256), (256, 257), (400, 401)]
+)
+def test_there_is_room_for_the_longest_answer_whatever_it_is(longest: int, expected: int) -> None:
+    assert new_tokens(longest) == expected
+
+
+def test_prompts_that_leave_no_room_are_cut_as_in_training_and_it_is_said(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = " ".join(f"w{1 + i % 30}" for i in range(40))
     rows = load_rows([*WRITTEN, {"prompt": long, "completion": " w2"}])
     with caplog.at_level(logging.WARNING, logger="spectune"):
         found = judge(model, tokenizer, Task.of(rows, max_new_tokens=6, max_length=32))
-    assert found[3].prediction == tokenizer.decode(greedy(model, [1 + i % 30 for i in range(40)][-26:], 6))
-    assert "1 of 4 prompts to write from lose their beginning: they fill 32 tokens" in caplog.text
+    # two tokens are learned behind what was left of the prompt in training
+    assert found[3].prediction == tokenizer.decode(greedy(model, [1 + i % 30 for i in range(40)][-30:], 2))
+    assert "1 of 4 prompts to write from are cut: with an answer they exceed 32 tokens" in caplog.text
 
 
 def test_a_delta_without_room_for_the_rows_is_refused(
@@ -224,7 +234,8 @@ def test_rows_on_disk_are_the_same_rows(
     assert read_rows(tmp_path / "a" / "rows.jsonl") == found
     lines = (tmp_path / "a" / "rows.jsonl").read_text().splitlines()
     assert set(json.loads(lines[0])) == {
-        *("row", "origin", "loss_sum", "target_tokens", "metrics", "statistics", "prompt", "prediction", "references")
+        *("row", "origin", "loss_sum", "target_tokens", "metrics", "statistics", "prompt", "prediction", "references"),
+        "source",
     }
 
 
@@ -257,3 +268,17 @@ def test_the_loss_weighs_tokens() -> None:
     assert judged_loss(rows) == 1.1
     with pytest.raises(DataError, match="0 judged rows"):
         judged_loss([])
+
+
+def test_the_loss_of_each_source() -> None:
+    rows = [JudgedRow(0, "a:1", 2.0, 1, source="a"), JudgedRow(1, "b:1", 9.0, 3, source="b")]
+    assert loss_by_source([*rows, JudgedRow(2, "a:2", 4.0, 2, source="a")]) == {"a": 2.0, "b": 3.0}
+    assert loss_by_source(rows[:1]) == loss_by_source([JudgedRow(0, "a:1", 2.0, 1)]) == loss_by_source([]) == {}
+    assert loss_by_source([*rows, JudgedRow(2, "c:1", 0.0, 0, source="c")]) == {"a": 2.0, "b": 3.0}
+
+
+def test_rows_of_versions_that_kept_no_source_are_read(tmp_path: Path) -> None:
+    row = dataclasses.asdict(JudgedRow(0, "a:1", 1.0, 2))
+    del row["source"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_rows(tmp_path / "rows.jsonl") == [JudgedRow(0, "a:1", 1.0, 2)]

@@ -82,6 +82,49 @@ def test_choices_of_chats() -> None:
     assert [row.label for row in found.rows] == ["no", "yes"] * 3
 
 
+def test_the_answer_says_which_choice_is_right() -> None:
+    choices = {"choices": ["yes", "no"]}
+    rows = [
+        {"prompt": "q", "completion": " yes", **choices},
+        {"prompt": "q", "completion": "no", **choices, "label": "no"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no\n"}], **choices},
+    ]
+    found = task(rows)
+    assert found.to_choose == (0, 1, 2)
+    assert [row.label for row in found.rows] == ["yes", "no", "no"]
+
+
+def test_answers_that_are_none_of_their_choices_are_refused_all_at_once() -> None:
+    choices = {"choices": ["yes", "no"]}
+    rows = [
+        {"prompt": "q", "completion": "yes, indeed", "label": "yes", **choices},
+        {"prompt": "q", "completion": "yes", **choices},
+        {"prompt": "q", "completion": "no", "label": "yes", **choices},
+        {"prompt": "q", "completion": "x", "choices": ["x ", " x"]},
+    ]
+    for metric in ("auto", "accuracy", "accuracy,bleu"):
+        with pytest.raises(DataError, match="3 of 4 rows have choices and are answered with something else") as caught:
+            task(rows, metric=metric)
+        assert [problem.split(":")[0] for problem in caught.value.problems] == ["row 1", "row 3", "row 4"]
+        assert "'yes, indeed'; expected one of 'yes', 'no'" in caught.value.problems[0]
+        assert "'no' and its label 'yes'" in caught.value.problems[1]
+    assert task(rows, metric="exact_match").to_write == (0, 1, 2, 3)
+
+
+def test_how_choices_and_bleu_are_counted_is_said() -> None:
+    choose = [{"prompt": "q", "completion": "a", "choices": ["a", "b"]}]
+    for normalization, said in (
+        ("sum", "by likelihood over"), ("token", "likelihood per token"), ("byte", "likelihood per UTF-8 byte"),
+    ):  # fmt: skip
+        found = task(choose, choice_normalization=normalization)
+        assert said in found.describe()
+        assert found.conditions()["choice_normalization"] == normalization
+    thai = [{"prompt": "q", "completion": "เขาอยู่ที่นี่"}]
+    assert "sacrebleu's 'char': the references are in scripts without spaces" in task(thai).describe()
+    assert "sacrebleu's '13a'." in task(SENTENCES).describe()
+    assert [task(rows).conditions()["bleu_tokenizer"] for rows in (thai, SENTENCES, choose)] == ["char", "13a", None]
+
+
 def test_rows_to_write_are_evenly_spaced() -> None:
     assert task(SENTENCES, generate_rows=4).to_write == (0, 2, 5, 7)
     assert task(SENTENCES, generate_rows=10).to_write == tuple(range(10))
@@ -108,6 +151,7 @@ def test_conditions_differ_where_measurements_do() -> None:
         {"max_new_tokens": 8},
         {"max_length": 16},
         {"separator": " "},
+        {"choice_normalization": "byte"},
     ]
     others = [task(SENTENCES, **change).conditions() for change in changes]
     assert all(other != one for other in others)
@@ -122,6 +166,7 @@ def test_conditions_differ_where_measurements_do() -> None:
         ({"metric": "accuracy"}, DataError, "no row has a prompt, choices and a label"),
         ({"metric": "bleu", "generate_rows": 0}, ConfigError, "needs written rows"),
         ({"metric": "os.path:join,posixpath:join"}, ConfigError, "taken by another metric"),
+        ({"choice_normalization": "tokens"}, ConfigError, "did you mean 'token'.*expected one of sum, token, byte"),
         ({"batch_size": 0}, ConfigError, "batch_size = 0"),
     ],
 )

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from spectune.deltas import attach, route
 from spectune.errors import ConfigError
-from spectune.inference import Sampling, context_length, generate_ids, generate_texts, stop_ids
+from spectune.inference import Sampling, context_length, decoded, generate_ids, generate_texts, stop_ids
 from spectune.methods import PrefixTuning, PromptTuning
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17], [8, 8]]
@@ -149,3 +149,13 @@ def test_prompts_that_cannot_be_continued_are_named(
 
 def test_no_prompt_gives_no_text(model: PreTrainedModel) -> None:
     assert generate_ids(model, [], max_new_tokens=4) == []
+
+
+def test_special_tokens_are_text_but_for_eos_bos_and_padding(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<river>"], "pad_token": "<pad>"})
+    river, pad = tokenizer.convert_tokens_to_ids(["<river>", "<pad>"])
+    assert decoded(tokenizer, [river, 5, pad, 0, 6]) == tokenizer.decode([river, 5, 6])
+    assert "<river>" in decoded(tokenizer, [river])
+    assert decoded(tokenizer, [0, pad]) == ""

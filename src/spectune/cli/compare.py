@@ -69,6 +69,7 @@ def compare(
     fractions: Fractions = None,
     metric: Metric = None,
     generate_rows: GenerateRows = None,
+    choice_normalization: options.ChoiceNormalization = None,
     max_memory: limits.MaxMemory = None,
     max_latency_overhead: limits.MaxLatencyOverhead = None,
     tenants: limits.Tenants = None,

@@ -71,6 +71,7 @@ def asked(settings: Settings) -> dict[str, Any]:
         "preset": settings.text("preset") or "default", "seeds": settings.whole("seeds"),
         "fractions": settings.numbers("fractions"), "metric": settings.text("metric") or "auto",
         "generate_rows": GENERATE_ROWS if rows is None else rows,
+        "choice_normalization": settings.text("choice_normalization") or "sum",
     }  # fmt: skip
 
 
@@ -84,5 +85,6 @@ def _check_judging(
     wanted, test = settings.training(), settings.text("test")
     judged = held_out if test is None else load_rows(test, skip_bad_rows=wanted.skip_bad_rows)
     encode(judged, tokenizer, max_length=length, separator=wanted.separator)
-    how = asked(settings)
-    Task.of(judged, train_rows=rows, metric=how["metric"], generate_rows=how["generate_rows"], max_length=length)
+    own = asked(settings)
+    how = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
+    Task.of(judged, train_rows=rows, max_length=length, separator=wanted.separator, **how)

@@ -29,6 +29,14 @@ Metric = Annotated[
         "your own as package.module:function or file.py:function, comma-separated; loss alone: loss."
     ),
 ]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Maximum number of new tokens for each row.",
+        show_default="by the longest answer: a quarter more than it has, at most 256, or one more than it has",
+    ),
+]
 LmEvalTasks = Annotated[
     str | None,
     typer.Option(help="Tasks of lm-eval-harness, comma-separated (needs the extra lm-eval).", show_default="none"),
@@ -50,8 +58,9 @@ def evaluate(
     metric: Metric = "auto",
     generate_rows: Annotated[
         int, typer.Option(min=0, help="Rows to generate completions for and compare with their references; 0: none.")
-    ] = 100,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens for each row.")] = 64,
+    ] = 64,
+    max_new_tokens: MaxNewTokens = None,
+    choice_normalization: options.ChoiceNormalization = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 16,
     lm_eval_tasks: LmEvalTasks = None,
     lm_eval_include: LmEvalInclude = None,
@@ -87,9 +96,14 @@ def evaluate(
         rows, source = rows_of(data, "test", skip_bad_rows)
         note(f"run: {found.folder}; rows: {source}")
         loaded = found.load(device, dtype, base_precision)
-        of_rows = {"generate_rows": generate_rows, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        of_rows: dict[str, Any] = {
+            "generate_rows": generate_rows,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+        }
+        of_rows |= {"metric": metric, "choice_normalization": choice_normalization or "sum"}
         answer = {"run": str(found.folder), "base_model": found.base, "data": source}
-        answer |= _measured(found, loaded, rows, source, {"metric": metric, **of_rows}, harness_metrics)
+        answer |= _measured(found, loaded, rows, source, of_rows, harness_metrics)
         if not as_json:
             _print(out, answer)
     print_answer(answer, as_json=as_json)

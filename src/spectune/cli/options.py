@@ -72,6 +72,14 @@ BasePrecision = Annotated[
     str | None,
     typer.Option(help="fp8, nf4 or int8: storage precision of the frozen base's weights.", show_default="as --dtype"),
 ]
+ChoiceNormalization = Annotated[
+    str | None,
+    typer.Option(
+        help="How choices of unlike length are compared: sum (log-likelihood), token or byte (its mean over a choice's "
+        "tokens or UTF-8 bytes).",
+        show_default="sum",
+    ),
+]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows and count them in the report.")]
 ComparedOn = Annotated[
     str | None,

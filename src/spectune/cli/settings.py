@@ -26,7 +26,7 @@ SYNONYMS = {
 RUN_KEYS = frozenset(
     {"model", "data", "valid", "test", "retain", "output_dir", "method", "methods", "device", "dtype", "base_precision"}
     # a comparison's
-    | {"preset", "seeds", "fractions", "metric", "generate_rows"}
+    | {"preset", "seeds", "fractions", "metric", "generate_rows", "choice_normalization"}
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
     | {"row_shape", "prompt_ends_with"}
 )

@@ -27,6 +27,7 @@ from spectune.evaluation import row_losses
 from spectune.families import base_precision as precision_of
 from spectune.families import describe, fingerprint
 from spectune.files.atomic import atomic_write_text
+from spectune.inference import CHOICE_NORMALIZATIONS
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import reference_shares
 from spectune.results import Limits
@@ -50,7 +51,7 @@ def compare(
     seeds: int | None = None, fractions: Sequence[float] = (), metric: str = "auto",
     generate_rows: int = GENERATE_ROWS, limits: Limits | None = None, seed: int | None = None, device: str = "auto",
     dtype: str = "auto", base_precision: str | None = None, retain: str | Path | None = None, resume: bool = False,
-    origin: Mapping[str, Any] | None = None, console: Console | None = None,
+    choice_normalization: str = "sum", origin: Mapping[str, Any] | None = None, console: Console | None = None,
 ) -> Comparison:  # fmt: skip
     """Search each method's learning rate, train it with several seeds, measure all alike, and say what differs.
 
@@ -73,6 +74,8 @@ def compare(
         base_precision: what the frozen base's weights are stored in, see `spectune.load`.
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
         resume: go on in `output_dir`: runs that ended are not run again.
+        choice_normalization: how choices of unlike length are compared: by log-likelihood ("sum"), or by its mean over
+            their tokens ("token") or over their UTF-8 bytes ("byte").
         origin: entries for config.yaml, the comparison's and each run's, see `train`.
 
     Raises:
@@ -85,7 +88,7 @@ def compare(
     A run that fails stays in the result with its reason, and the others go on.
     """
     own: dict[str, Any] = {"preset": preset, "seeds": seeds, "fractions": list(fractions), "metric": metric}
-    own["generate_rows"] = generate_rows
+    own |= {"generate_rows": generate_rows, "choice_normalization": choice_normalization}
     check_settings(**own)
     settings, folder, before = _begin(config, seed, output_dir, resume)
     arms = _arms(methods, base_precision)
@@ -94,7 +97,8 @@ def compare(
     _check_base(model, preset, named=isinstance(base, str | Path))
     recorded = _recorded(str(model.config._name_or_path), settings, arms, own, origin)
     settings = settings.model_copy(update={"max_length": _max_length(model, arms, settings, before)})
-    inputs = Inputs.of(rows, tokenizer, settings, metric=metric, generate_rows=generate_rows)
+    judged: dict[str, Any] = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
+    inputs = Inputs.of(rows, tokenizer, settings, **judged)
     virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
     passages = retained_passages(model, tokenizer, retain, settings.seed, virtual_tokens=virtual_tokens)
     schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, seeds=seeds, fractions=fractions)
@@ -178,8 +182,9 @@ def _conditions(job: Job, retain: str | Path | None) -> RecordedConditions:
 
 
 def check_settings(
-    *, preset: str, seeds: int | None, fractions: Sequence[float], metric: str, generate_rows: int
-) -> None:
+    *, preset: str, seeds: int | None, fractions: Sequence[float], metric: str, generate_rows: int,
+    choice_normalization: str = "sum",
+) -> None:  # fmt: skip
     """Check a comparison's own settings, before anything is read. Raises ConfigError."""
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r}; expected one of {', '.join(PRESETS)}")
@@ -187,6 +192,9 @@ def check_settings(
         raise ConfigError(f"seeds = {seeds}; expected at least 1 final run of each method")
     if generate_rows < 0:
         raise ConfigError(f"generate_rows = {generate_rows}; expected 0 (write nothing) or more")
+    if choice_normalization not in CHOICE_NORMALIZATIONS:
+        expected = f"expected one of {', '.join(CHOICE_NORMALIZATIONS)}"
+        raise ConfigError(f"choice_normalization {choice_normalization!r}; {expected}")
     if wrong := [f"{f:g}" for f in fractions if not 0 < f < math.inf or (f > 1 and f != int(f))]:
         expected = "expected shares of the rows above 0 and up to 1, or whole numbers of rows"
         raise ConfigError(f"fractions {', '.join(wrong)}; {expected}")

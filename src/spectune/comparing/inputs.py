@@ -59,7 +59,7 @@ class Inputs:
     @classmethod
     def of(
         cls, rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: TrainingConfig, *, metric: str,
-        generate_rows: int,
+        generate_rows: int, choice_normalization: str = "sum",
     ) -> Inputs:  # fmt: skip
         """Encode the rows, at most `settings.max_length` tokens of each.
 
@@ -70,9 +70,11 @@ class Inputs:
         length, separator = settings.max_length, settings.separator
         parts = (rows.train, rows.valid) if rows.test is None else (rows.train, rows.valid, rows.test)
         train, valid, *test = (encode(part, tokenizer, max_length=length, separator=separator) for part in parts)
+        # a row that encoding drops has nothing to be judged on
         task = Task.of(
-            rows.judged, train_rows=rows.train, metric=metric, generate_rows=generate_rows, max_length=length,
-            separator=separator, batch_size=settings.per_device_eval_batch_size,
+            (test[0] if test else valid).rows, train_rows=rows.train, metric=metric, generate_rows=generate_rows,
+            choice_normalization=choice_normalization, max_length=length, separator=separator,
+            batch_size=settings.per_device_eval_batch_size,
         )  # fmt: skip
         # of the rows to train and to validate on each run tells itself
         return cls(rows, train, valid, task, test[0].report.summary("test") if test else "")

@@ -1,10 +1,14 @@
-"""Classification that does not say so: rows without choices whose answers are a few short texts over and over."""
+"""Which choice of a row is right; and classification that does not say so: rows without choices whose answers are a few
+short texts over and over."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
 from spectune.data import Row
+from spectune.errors import DataError
 from spectune.evaluation.references import answer_of, has_prompt
+from spectune.inference import answered_choice
 
 #: of such a task: distinct answers at most, times that each comes at least, characters of an answer at most
 MOST_CHOICES, FEWEST_ROWS, LONGEST_CHOICE = 20, 3, 60
@@ -29,3 +33,36 @@ def inferred_choices(train_rows: Sequence[Row], judged_rows: Sequence[Row]) -> t
         return ()
     fit = all(has_prompt(row) and len(row.references) < 2 and answer_of(row) in answers for row in judged_rows)
     return tuple(sorted(answers)) if fit else ()
+
+
+def labelled(rows: Sequence[Row]) -> list[Row]:
+    """The rows, with the label of those whose answer alone says which of their choices is right.
+
+    Raises:
+        DataError: rows with an answer that is none of their choices, or another one than their label: what is learned
+            is not what is asked. All of them at once.
+    """
+    found, problems = list[Row](), list[str]()
+    for row in rows:
+        if row.choices and has_prompt(row) and (answer := answer_of(row)):
+            right = answered_choice(row)
+            if right is None:
+                expected = f"expected one of {', '.join(map(repr, row.choices))}, outer white space aside"
+                problems.append(f"{row.origin}: its answer is {_short(answer)}; {expected}")
+            elif row.label is not None and right != row.label:
+                problems.append(f"{row.origin}: its answer is {_short(answer)} and its label {row.label!r}")
+            else:
+                row = dataclasses.replace(row, label=right)
+        found.append(row)
+    if problems:
+        raise DataError(
+            f"{len(problems)} of {len(rows)} rows have choices and are answered with something else, so that accuracy "
+            "would not measure what is learned. Make the answer one of the choices (and the label the same one), or "
+            "name other metrics than accuracy.",
+            problems,
+        )
+    return found
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "...")

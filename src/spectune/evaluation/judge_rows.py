@@ -3,19 +3,29 @@
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import inference
-from spectune.data import Encoded, encode, pad_token_id, prompt_ids
+from spectune.data import Encoded, Row, encode, pad_token_id
 from spectune.errors import ConfigError
+from spectune.evaluation.asked import ask
 from spectune.evaluation.corpus import CORPUS_METRICS, corpus_statistics
 from spectune.evaluation.judged import JudgedRow
 from spectune.evaluation.losses import row_losses
 from spectune.evaluation.metrics import exact_match, rouge_l
 from spectune.evaluation.references import has_prompt, prompt_of, references_of
 from spectune.evaluation.task import Task
-from spectune.inference import ChoiceScores, choice_log_likelihoods, context_length, halving
+from spectune.inference import (
+    ChoiceScores,
+    choice_log_likelihoods,
+    context_length,
+    halving,
+    last_examples,
+    stop_ids,
+)
 
 log = logging.getLogger("spectune")
 
@@ -27,8 +37,8 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
     """Measure every row of the task under the model's current route, in evaluation mode and without gradient.
 
     Rows are encoded as in training; a row with nothing to learn (a `text` of one token) is left out. Prompts are
-    continued greedily with the KV cache from `prompt_ids`, the ids that training put before the target. A prompt that
-    leaves no room within the length loses its beginning, as it does in training, which is logged.
+    continued greedily with the KV cache from the ids that training put before the target, cut as they were there, which
+    is logged. What is compared: see `spectune.evaluation.asked`.
 
     Raises:
         ConfigError: rows of the task's length have no room under this delta, or a custom metric fails.
@@ -45,37 +55,34 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
         sums[place].append(loss)
         targets[place] += count
 
-    metrics = defaultdict[int, dict[str, float]](dict)
-    statistics = defaultdict[int, dict[str, list[int]]](dict)
-    predictions: dict[int, str] = {}
+    measured = [_Measured(row) for row in task.rows]
     for place, best in zip(task.to_choose, _chosen(model, tokenizer, task), strict=True):
-        row = task.rows[place]
-        predictions[place] = row.choices[best]
-        metrics[place]["accuracy"] = float(row.choices[best] == row.label)
-    texts = _written(model, tokenizer, task)
-    for place, text in zip(task.to_write, texts, strict=True):
-        row, references = task.rows[place], references_of(task.rows[place])
-        predictions[place] = text
-        metrics[place] |= {name: _OF_ROW[name](text, references) for name in task.text_metrics if name in _OF_ROW}
-        metrics[place] |= {metric.name: metric(text, references, row) for metric in task.custom}
-    wanted = [references_of(task.rows[place]) for place in task.to_write]
-    for name in CORPUS_METRICS:
-        if name in task.text_metrics:
-            for place, counts in zip(task.to_write, corpus_statistics(name, texts, wanted), strict=True):
-                statistics[place][name] = counts
-    found = []
-    for place in sorted(sums):
-        row = task.rows[place]
-        references, prompt = (references_of(row), prompt_of(row)) if has_prompt(row) else ((), None)
-        if place in task.to_choose and place not in task.to_write:
-            references = (str(row.label),)
-        found.append(
-            JudgedRow(
-                place, row.origin, math.fsum(sums[place]), targets[place], metrics[place], statistics[place], prompt,
-                predictions.get(place), references,
-            )
-        )  # fmt: skip
-    return found
+        row, found = task.rows[place], measured[place]
+        found.prediction, found.references = row.choices[best], (str(row.label),)
+        found.metrics["accuracy"] = float(row.choices[best] == row.label)
+    _write(model, tokenizer, task, encoded, measured)
+    return [
+        JudgedRow(
+            place, found.row.origin, math.fsum(sums[place]), targets[place], found.metrics, found.statistics,
+            prompt_of(found.row) if has_prompt(found.row) else None, found.prediction, found.references,
+            getattr(found.row, "source", None),
+        )
+        for place, found in enumerate(measured) if place in sums
+    ]  # fmt: skip
+
+
+@dataclass
+class _Measured:
+    """What was found of a row beside its loss."""
+
+    row: Row
+    metrics: dict[str, float] = field(default_factory=dict)
+    statistics: dict[str, list[int]] = field(default_factory=dict)
+    prediction: str | None = None
+    references: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.references = references_of(self.row) if has_prompt(self.row) else ()
 
 
 def _check_room(model: PreTrainedModel, encoded: Encoded, length: int) -> None:
@@ -99,30 +106,44 @@ def _chosen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Ta
             model, tokenizer, rows, max_length=task.max_length, separator=task.separator, batch_size=size
         )
 
-    return [found.best for found in halving(score, task.batch_size, f"scoring the choices of {len(rows)} rows")]
+    scores = halving(score, task.batch_size, f"scoring the choices of {len(rows)} rows")
+    return [found.likeliest(task.choice_normalization) for found in scores]
 
 
-def _written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[str]:
-    """What the model writes for each row to write, without outer spaces."""
-    rows = [task.rows[place] for place in task.to_write]
-    if not rows:
-        return []
-    new = task.max_new_tokens
-    if (
-        new is None
-    ):  # a quarter more than the longest reference: a model that goes on too long shows it, at a bounded price
-        wanted = [reference for row in rows for reference in references_of(row)]
-        longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in wanted)
-        new = min(math.ceil(1.25 * longest) + 1, MOST_NEW_TOKENS)
-    limit = min(task.max_length, context_length(model) or task.max_length)
-    prompts = [prompt_ids(row, tokenizer, task.separator) for row in rows]
-    # room for what is written, but at least half of the length for what it is written from
-    kept = limit - min(new, limit // 2)
-    if cut := sum(len(prompt) >= limit for prompt in prompts):
-        log.warning("%d of %d prompts to write from lose their beginning: they fill %d tokens", cut, len(rows), limit)
-    prompts = [prompt[-kept:] if len(prompt) >= limit else prompt for prompt in prompts]
+def _write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, encoded: Encoded,
+    measured: Sequence[_Measured],
+) -> None:  # fmt: skip
+    """What the model writes for each row to write, and its metrics."""
+    if not task.to_write:
+        return
+    length = min(task.max_length, context_length(model) or task.max_length)
+    asked = ask(task, tokenizer, last_examples(encoded.examples), stop_ids(model, tokenizer), length)
+    if cut := sum(one.cut for one in asked):
+        counts = cut, len(asked), length
+        log.warning("%d of %d prompts to write from are cut: with an answer they exceed %d tokens", *counts)
+    new = task.max_new_tokens or new_tokens(max(one.tokens for one in asked))
+    prompts = [one.prompt for one in asked]
 
     def write(size: int) -> list[str]:
         return inference.generate_texts(model, tokenizer, prompts, max_new_tokens=new, batch_size=size)
 
-    return [text.strip() for text in halving(write, task.batch_size, f"writing {len(rows)} rows")]
+    written = halving(write, task.batch_size, f"writing {len(asked)} rows")
+    texts = [one.text(text) for one, text in zip(asked, written, strict=True)]
+    for place, text, one in zip(task.to_write, texts, asked, strict=True):
+        found = measured[place]
+        found.prediction, found.references = text, one.references
+        found.metrics |= {name: _OF_ROW[name](text, one.references) for name in task.text_metrics if name in _OF_ROW}
+        found.metrics |= {metric.name: metric(text, one.references, found.row) for metric in task.custom}
+    references = [one.references for one in asked]
+    for name in CORPUS_METRICS:
+        if name in task.text_metrics:
+            statistics = corpus_statistics(name, texts, references, task.bleu_tokenizer)
+            for place, of_row in zip(task.to_write, statistics, strict=True):
+                measured[place].statistics[name] = of_row
+
+
+def new_tokens(longest: int) -> int:
+    """How many tokens a model may write where the longest answer has `longest`: a quarter more, so that one which goes
+    on too long shows it at a bounded price (256), and never less than one more than that answer."""
+    return max(longest + 1, min(math.ceil(1.25 * longest) + 1, MOST_NEW_TOKENS))

@@ -35,6 +35,10 @@ class JudgedRow:
     prediction: str | None = None
     """What was written, without outer spaces; of choices the likeliest one."""
     references: tuple[str, ...] = ()
+    """What it was compared with: as a model can write it, see `spectune.evaluation.asked`."""
+    source: str | None = None
+    """The name of the data file that it came from; None where the rows are of one file without a name of its own, and
+    in files of versions that did not keep it."""
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "references": list(self.references)}
@@ -78,6 +82,18 @@ def judged_loss(judged: Sequence[JudgedRow]) -> float:
     if tokens == 0:
         raise DataError(f"{len(judged)} judged rows without a target token; expected at least one")
     return math.fsum(row.loss_sum for row in judged) / tokens
+
+
+def loss_by_source(judged: Sequence[JudgedRow]) -> dict[str, float]:
+    """Nats per target token over the rows of each source that has any, in the order of the rows; {} where there is but
+    one source, or none is known."""
+    of_source = defaultdict[str, list[JudgedRow]](list)
+    for row in judged:
+        if row.source is not None:
+            of_source[row.source].append(row)
+    if len(of_source) < 2:
+        return {}
+    return {name: judged_loss(rows) for name, rows in of_source.items() if any(row.target_tokens for row in rows)}
 
 
 def corpus_metrics(judged: Sequence[JudgedRow]) -> dict[str, float]:

@@ -1,8 +1,10 @@
-"""Metrics of one written row, 0 to 1, and perplexity; those of a whole corpus are in `corpus`."""
+"""Metrics of one written row, 0 to 1, and perplexity; those of a whole corpus are in `corpus`. Texts are compared in
+Unicode's form NFC and without outer white space."""
 
 import math
-import re
 from collections.abc import Sequence
+
+from spectune.evaluation.scripts import composed, words
 
 
 def perplexity(nats_per_token: float) -> float:
@@ -14,26 +16,26 @@ def perplexity(nats_per_token: float) -> float:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1 where the prediction is one of the references, spaces at both ends aside; else 0."""
-    return float(prediction.strip() in {reference.strip() for reference in references})
+    """1 where the prediction is one of the references; else 0."""
+    return float(composed(prediction) in map(composed, references))
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, the best over the references. Words are runs
-    of letters and digits, lower case, not stemmed."""
-    words, *wanted = (re.findall(r"[^\W_]+", text.lower()) for text in (prediction, *references))
-    return max(_lcs_f1(words, reference) for reference in wanted)
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, the best over the references.
+
+    Words of any script, and signs, are those of `scripts.words`, not stemmed. Equal texts have 1; texts without a token
+    in common have 0.
+    """
+    if exact_match(prediction, references):
+        return 1.0
+    written = words(prediction)
+    return max(_lcs_f1(written, words(reference)) for reference in references)
 
 
 def _lcs_f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
+    from rapidfuzz.distance import LCSseq
+
     if not prediction or not reference:
-        return float(list(prediction) == list(reference))
-    lengths = [0] * (len(reference) + 1)
-    for word in prediction:
-        diagonal = 0
-        for column, other in enumerate(reference, start=1):
-            above = lengths[column]
-            lengths[column] = diagonal + 1 if word == other else max(above, lengths[column - 1])
-            diagonal = above
+        return 0.0
     # F1 = 2PR / (P + R) with P = common / prediction, R = common / reference
-    return 2 * lengths[-1] / (len(prediction) + len(reference))
+    return 2 * LCSseq.similarity(prediction, reference) / (len(prediction) + len(reference))

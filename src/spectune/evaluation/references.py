@@ -1,6 +1,11 @@
-"""The prompt of a row, its own answer, and the references that a written answer is compared with."""
+"""The prompt of a row, its own answer, and what a written answer is compared with, as the row has them."""
+
+import json
 
 from spectune.data import Row
+from spectune.inference import answer_of
+
+__all__ = ["answer_of", "has_prompt", "prompt_of", "references_of"]
 
 
 def has_prompt(row: Row) -> bool:
@@ -11,18 +16,24 @@ def has_prompt(row: Row) -> bool:
 def prompt_of(row: Row) -> str:
     """The prompt as a reader sees it; of a chat the messages before the answer, one a line."""
     if row.messages:
-        return "\n".join(f"{message['role']}: {message['content']}" for message in row.asked)
+        return "\n".join(f"{message['role']}: {_said(message)}" for message in row.asked)
     return row.prompt if row.prompt is not None else row.text or ""
 
 
-def answer_of(row: Row) -> str | None:
-    """The row's own answer, word for word; None where it has none."""
-    if row.messages:
-        return str(row.messages[-1]["content"]) if row.answered else None
-    return row.completion
-
-
 def references_of(row: Row) -> tuple[str, ...]:
-    """What a written completion is compared with: the row's references, else its own answer without outer spaces."""
+    """What a written completion is compared with, before it goes through the tokenizer: the row's references, else its
+    own answer without outer spaces; of an answer that only calls tools, the calls."""
+    if row.references:
+        return row.references
     answer = answer_of(row)
-    return row.references or ((answer.strip(),) if answer else ())
+    if not answer and row.messages and row.answered:
+        answer = _said(row.messages[-1])
+    return (answer.strip(),) if answer else ()
+
+
+def _said(message: dict[str, object]) -> str:
+    content = message.get("content")
+    calls = message.get("tool_calls")
+    if content or not calls:
+        return content if isinstance(content, str) else "" if content is None else json.dumps(content)
+    return json.dumps(calls, ensure_ascii=False)

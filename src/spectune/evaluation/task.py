@@ -9,14 +9,24 @@ from typing import Any
 
 from spectune.data import Row
 from spectune.errors import ConfigError, DataError, did_you_mean
-from spectune.evaluation.choices import inferred_choices
+from spectune.evaluation.choices import inferred_choices, labelled
 from spectune.evaluation.corpus import CORPUS_METRICS
 from spectune.evaluation.custom import CustomMetric, load_metric
 from spectune.evaluation.references import answer_of, has_prompt, references_of
+from spectune.evaluation.scripts import bleu_tokenizer
+from spectune.inference import CHOICE_NORMALIZATIONS
 
 #: of what a model wrote, in the order of tables
 TEXT_METRICS = ("exact_match", "rouge_l", *CORPUS_METRICS)
 METRICS = ("loss", *TEXT_METRICS, "accuracy")
+
+_LIKELIHOODS = {
+    "sum": "likelihood", "token": "likelihood per token, EOS counted,", "byte": "likelihood per UTF-8 byte",
+}  # fmt: skip
+_WHY = {
+    "13a": "", "zh": ": the references are Chinese, which has no spaces",
+    "char": ": the references are in scripts without spaces, so each character is a token",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,9 @@ class Task:
     """What is measured of which rows; made by `Task.of`. Every row has a loss; some are written, some chosen.
 
     `to_write` and `to_choose` are places in `rows`. Where choices were inferred, the rows here have them, and their
-    answer as the label. `max_new_tokens` None: a quarter more than the longest reference, at most 256.
+    answer as the label. `max_new_tokens` None: a quarter more than the longest answer, see `judge_rows.new_tokens`.
+    `choice_normalization`: by what the likeliest choice is found (`CHOICE_NORMALIZATIONS`). `bleu_tokenizer`:
+    sacrebleu's, for all models the one that fits the references' scripts.
     """
 
     rows: tuple[Row, ...]
@@ -38,18 +50,20 @@ class Task:
     batch_size: int
     max_length: int
     separator: str
+    choice_normalization: str = "sum"
+    bleu_tokenizer: str = "13a"
 
     @classmethod
     def of(
         cls, rows: Sequence[Row], *, train_rows: Sequence[Row] = (), metric: str | None = "auto",
         generate_rows: int = 64, max_new_tokens: int | None = None, batch_size: int = 16, max_length: int,
-        separator: str = "",
+        separator: str = "", choice_normalization: str = "sum",
     ) -> Task:  # fmt: skip
         """Decide what is measured.
 
-        `metric="auto"` (or None): rows with `choices` and a label are chosen, by likelihood; so are rows whose
-        training rows show that they have choices (see `inferred_choices`); other rows with a prompt and references,
-        or an answer of their own, are written; `text` rows have their loss alone.
+        `metric="auto"` (or None): rows with `choices` and a label, or an answer that is one of these, are chosen, by
+        likelihood; so are rows whose training rows show that they have choices (see `inferred_choices`); other rows
+        with a prompt and references, or an answer of their own, are written; `text` rows have their loss alone.
 
         Args:
             rows: those to judge on.
@@ -61,10 +75,11 @@ class Task:
             max_new_tokens: of a written row.
             batch_size: rows at a time; where memory does not suffice, it is halved.
             max_length, separator: as in training.
+            choice_normalization: "sum", "token" or "byte": see `ChoiceScores.best`.
 
         Raises:
             ConfigError: an unknown metric, or one that needs written rows where none may be written.
-            DataError: no rows, or a metric named that no row can give.
+            DataError: no rows, a metric named that no row can give, or an answer that is none of its row's choices.
         """
         if not rows:
             raise DataError("no rows to judge on; expected at least one")
@@ -73,16 +88,22 @@ class Task:
                 f"generate_rows = {generate_rows}, batch_size = {batch_size}, max_new_tokens = {max_new_tokens}; "
                 "expected at least 0, 1 and 1"
             )
+        if choice_normalization not in CHOICE_NORMALIZATIONS:
+            near = did_you_mean(choice_normalization, CHOICE_NORMALIZATIONS)
+            expected = f"expected one of {', '.join(CHOICE_NORMALIZATIONS)}"
+            raise ConfigError(f"choice_normalization {choice_normalization!r}{near}: {expected}")
         wanted = _wanted(metric)
         own, choices = _with_choices(rows, train_rows, wanted)
         to_choose = _choosable(own, wanted)
         writable = _writable(own, wanted, to_choose, generate_rows)
         count = min(len(writable), generate_rows)
         to_write = tuple(writable[number * len(writable) // count] for number in range(count))
+        references = [reference for place in to_write for reference in references_of(own[place])]
         return cls(
             rows=tuple(own), to_choose=tuple(to_choose), to_write=to_write, writable=len(writable),
             text_metrics=wanted.text if to_write else (), custom=wanted.custom if to_write else (), choices=choices,
             max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length, separator=separator,
+            choice_normalization=choice_normalization, bleu_tokenizer=bleu_tokenizer(references),
         )  # fmt: skip
 
     @property
@@ -100,16 +121,19 @@ class Task:
             if self.choices:
                 named = ", ".join(repr(choice) for choice in self.choices)
                 over = f"{len(self.choices)} choices, inferred because every training row is answered with one: {named}"
-            parts.append(f"Accuracy, over {_rows(len(self.to_choose))}, is by likelihood over {over}.")
+            by = _LIKELIHOODS[self.choice_normalization]
+            parts.append(f"Accuracy, over {_rows(len(self.to_choose))}, is by {by} over {over}.")
         if self.to_write:
             names = ", ".join([*self.text_metrics, *(metric.source for metric in self.custom)])
             which = _rows(self.writable)
             if len(self.to_write) < self.writable:
                 which = f"{len(self.to_write):,} of {which}, evenly spaced"
-            limit = "a quarter more tokens than the longest reference (at most 256)"
+            limit = "a quarter more tokens than the longest answer (at most 256, or one more than it has)"
             if self.max_new_tokens is not None:
                 limit = f"{self.max_new_tokens} tokens"
             parts.append(f"{names}: of greedy completions of {which}, of up to {limit}.")
+            if "bleu" in self.text_metrics:
+                parts.append(f"BLEU's tokenizer is sacrebleu's {self.bleu_tokenizer!r}{_WHY[self.bleu_tokenizer]}.")
         if not self.to_choose and not self.to_write:
             parts.append("No row is written or chosen.")
         return " ".join(parts)
@@ -120,7 +144,8 @@ class Task:
             "metrics": self.higher_is_better, "custom": [metric.source for metric in self.custom],
             "judged_rows": len(self.rows), "chosen_rows": len(self.to_choose), "generated_rows": len(self.to_write),
             "choices": list(self.choices), "max_new_tokens": self.max_new_tokens, "max_length": self.max_length,
-            "separator": self.separator,
+            "separator": self.separator, "choice_normalization": self.choice_normalization,
+            "bleu_tokenizer": self.bleu_tokenizer if "bleu" in self.text_metrics else None,
         }  # fmt: skip
 
 
@@ -158,8 +183,10 @@ def _with_choices(rows: Sequence[Row], train_rows: Sequence[Row], wanted: _Wante
     """The rows, with the choices that were inferred where none has any; and these choices."""
     # a row of its own each: the same object given twice is two rows
     own = [dataclasses.replace(row) for row in rows]
-    if not wanted.accuracy or any(row.choices for row in own):
+    if not wanted.accuracy:
         return own, ()
+    if any(row.choices for row in own):
+        return labelled(own), ()
     choices = inferred_choices(train_rows or (() if wanted.auto else own), own)
     if choices:
         own = [dataclasses.replace(row, choices=choices, label=answer_of(row)) for row in own]
@@ -174,7 +201,7 @@ def _choosable(rows: Sequence[Row], wanted: _Wanted) -> list[int]:
     if not found and not wanted.auto:
         raise DataError(
             "metric accuracy: no row has a prompt, choices and a label, and the answers are not a few short "
-            "texts over and over; expected `choices` (a list) and `label` in the rows"
+            "texts over and over; expected `choices` (a list) in the rows, and `label` or an answer that is one of them"
         )
     return found
 

@@ -13,6 +13,7 @@ from spectune.data import by_length, pad_token_id, padded
 from spectune.deltas import Attachment
 from spectune.errors import ConfigError
 from spectune.families import describe
+from spectune.inference.answers import decoded, up_to_stop
 from spectune.inference.modes import generation_defaults, seeded
 
 
@@ -30,7 +31,9 @@ def generate_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts_ids: Sequence[Sequence[int]], *,
     max_new_tokens: int, batch_size: int = 16, sampling: Sampling | None = None
 ) -> list[str]:  # fmt: skip
-    """The continuation of each prompt as text, in the order given, without the prompt and without special tokens.
+    """The continuation of each prompt as text, in the order given, without the prompt, EOS, BOS and padding.
+
+    Other special tokens are in it: an answer may be one.
 
     Rows run under the model's current route. A row ends at the first stop token (see `stop_ids`), after
     `max_new_tokens`, or where the base's context ends, whichever comes first. The checkpoint's own generation
@@ -48,7 +51,7 @@ def generate_texts(
         model, prompts_ids, max_new_tokens=max_new_tokens, stops=stop_ids(model, tokenizer),
         pad_token_id=pad_token_id(tokenizer), batch_size=batch_size, sampling=sampling,
     )  # fmt: skip
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
+    return [decoded(tokenizer, ids) for ids in found]
 
 
 def generate_ids(
@@ -74,7 +77,7 @@ def generate_ids(
             new = generate_batch(model, [prompts_ids[index] for index in batch], config)
             for index, ids in zip(batch, new, strict=True):
                 # cut by position: padding may be the stop token itself
-                results[index] = list(itertools.takewhile(lambda token: token not in stops, ids))
+                results[index] = up_to_stop(ids, stops)
     return results
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
@@ -11,7 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.compute.evaluating import evaluating
 from spectune.data import Example, Row, by_length, collate, encode, pad_token_id
 from spectune.errors import DataError
+from spectune.inference.answers import UNLIMITED, answer_of, answer_start, last_examples, shortened
 from spectune.objectives import CAUSAL_LM
+
+#: how choices of unlike length are compared: by log p, by its mean over their tokens, or over their UTF-8 bytes
+CHOICE_NORMALIZATIONS = ("sum", "token", "byte")
 
 
 def row_loss_sums(
@@ -67,11 +73,22 @@ class ChoiceScores:
     """log p(choice, EOS | prompt) in nats, in the order of the row's choices."""
     target_tokens: tuple[int, ...]
     """Tokens of each choice, EOS included."""
+    target_bytes: tuple[int, ...]
+    """UTF-8 bytes of each choice, as the row has it."""
 
     @property
     def best(self) -> int:
-        """Index of the likeliest choice; the first of equals."""
-        return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
+        """Index of the choice with the largest log p."""
+        return self.likeliest()
+
+    def likeliest(self, normalization: str = "sum") -> int:
+        """Index of the likeliest choice: by log p ("sum"), by log p for each of its tokens ("token"), or for each of
+        its bytes ("byte")."""
+        sizes = {"token": self.target_tokens, "byte": self.target_bytes}.get(normalization, ())
+        values = self.log_likelihoods
+        if sizes:
+            values = tuple(value / max(size, 1) for value, size in zip(values, sizes, strict=True))
+        return max(range(len(values)), key=values.__getitem__)
 
 
 def choice_log_likelihoods(
@@ -81,26 +98,73 @@ def choice_log_likelihoods(
     """The likelihood of every choice of every row, each written exactly as training would write it after the prompt,
     EOS included: "yes" is then not favoured over "yes, sir" for being its beginning.
 
+    Where the row's own answer is one of them but for outer white space, this is put around all of them. All choices of
+    a row are scored whole, on the same prompt; one that does not fit loses its beginning, up to where the longest
+    choice fits.
+
     Args:
         max_length: tokens of prompt and choice together, as in training.
         separator: what stands between prompt and completion, as in training.
 
     Raises:
-        DataError: a row without choices or without a prompt, or one that `encode` refuses; all of them at once.
+        DataError: a row without choices or without a prompt, with two choices that are the same tokens, or with one
+            that leaves no room for a token of the prompt; all of them at once. Or one that `encode` refuses.
     """
     problems = [f"{row.origin}: {wrong}" for row in rows if (wrong := _unfit(row))]
     if problems:
         raise DataError("rows whose choices cannot be compared", problems)
-    completed = [_with_completion(row, choice) for row in rows for choice in row.choices]
-    examples = encode(completed, tokenizer, max_length=max_length, separator=separator).examples
-    if len(examples) != len(completed):
-        raise DataError(f"{len(completed) - len(examples)} of {len(completed)} choices could not be encoded")
+    if not rows:
+        return []
+    completed = [[_with_answer(row, choice) for choice in choices_as_trained(row)] for row in rows]
+    flat = [answered for of_row in completed for answered in of_row]
+    found = last_examples(encode(flat, tokenizer, max_length=UNLIMITED, separator=separator).examples)
+    examples: list[Example] = []
+    for row, of_row in zip(rows, completed, strict=True):
+        encoded = [found[id(answered)] for answered in of_row if id(answered) in found]
+        if len(encoded) < len(of_row):
+            problems.append(f"{row.origin}: {len(of_row) - len(encoded)} of its choices have no token to score")
+            continue
+        prompt, targets = _parted(encoded)
+        if wrong := _incomparable(row, prompt, targets, max_length):
+            problems.append(f"{row.origin}: {wrong}")
+            continue
+        prompt = shortened(prompt, max_length - max(map(len, targets)), tokenizer.bos_token_id)
+        examples += [Example([*prompt, *target], len(prompt), row) for target in targets]
+    if problems:
+        raise DataError("rows whose choices cannot be compared", problems)
     scored = zip(*row_loss_sums(model, examples, pad_token_id(tokenizer), batch_size), strict=True)
-    found = []
+    scores = []
     for row in rows:
         sums, counts = zip(*itertools.islice(scored, len(row.choices)), strict=True)
-        found.append(ChoiceScores(tuple(-total for total in sums), counts))
-    return found
+        sizes = tuple(len(choice.encode()) for choice in row.choices)
+        scores.append(ChoiceScores(tuple(-total for total in sums), counts, sizes))
+    return scores
+
+
+def answered_choice(row: Row) -> str | None:
+    """The choice that is the row's own answer, outer white space and Unicode's composition aside; None where none is,
+    or more than one."""
+    answer = answer_of(row)
+    if answer is None or answer in row.choices:
+        return answer
+    alike = [choice for choice in row.choices if _bare(choice) == _bare(answer)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def choices_as_trained(row: Row) -> tuple[str, ...]:
+    """The row's choices, with the outer white space of its own answer around each, where the answer is one of them."""
+    answer = answer_of(row)
+    if answer is None or answer in row.choices or answered_choice(row) is None:
+        return row.choices
+    before = answer[: len(answer) - len(answer.lstrip())]
+    behind = answer[len(answer.rstrip()) :]
+    return tuple(
+        answer if _bare(choice) == _bare(answer) else f"{before}{choice.strip()}{behind}" for choice in row.choices
+    )
+
+
+def _bare(text: str) -> str:
+    return unicodedata.normalize("NFC", text.strip())
 
 
 def _unfit(row: Row) -> str | None:
@@ -111,7 +175,33 @@ def _unfit(row: Row) -> str | None:
     return None
 
 
-def _with_completion(row: Row, choice: str) -> Row:
+def _parted(encoded: Sequence[Example]) -> tuple[list[int], list[list[int]]]:
+    """What all choices of a row stand behind, and what stands there of each."""
+    prompts = [example.input_ids[: answer_start(example)] for example in encoded]
+    # templates that look at the answer before they write the prompt are none that we know; the score is right even so
+    shared = len(os.path.commonprefix(prompts))  # noqa: RUF071
+    return prompts[0][:shared], [example.input_ids[shared:] for example in encoded]
+
+
+def _incomparable(row: Row, prompt: list[int], targets: Sequence[list[int]], max_length: int) -> str | None:
+    first: dict[tuple[int, ...], int] = {}
+    for place, target in enumerate(targets):
+        if (other := first.setdefault(tuple(target), place)) != place:
+            twins = f"{row.choices[other]!r} and {row.choices[place]!r}"
+            return f"its choices {twins} are the same tokens; expected choices that differ"
+    choice, longest = max(zip(row.choices, map(len, targets), strict=True), key=lambda pair: pair[1])
+    if not prompt:
+        return "its prompt has no token; expected at least one to score its choices after"
+    if longest >= max_length:
+        short = choice if len(choice) <= 40 else choice[:40] + "..."
+        return (
+            f"its choice {short!r} has {longest} tokens, and max_length = {max_length} has room for "
+            f"{max_length - 1} beside one token of the prompt; raise max_length or shorten the choice"
+        )
+    return None
+
+
+def _with_answer(row: Row, choice: str) -> Row:
     """The row as a training row that was answered with `choice`."""
     if row.messages:
         return dataclasses.replace(row, messages=[*row.asked, {"role": "assistant", "content": choice}])

@@ -1,0 +1,50 @@
+"""Where a row's answer is among its ids, and what of written ids is text."""
+
+import itertools
+from collections.abc import Collection, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from spectune.data import Example, Row
+
+#: tokens that no row reaches: to encode rows uncut
+UNLIMITED = 2**31
+
+
+def answer_of(row: Row) -> str | None:
+    """The row's own answer, word for word, of a chat the content of its last message; None where it has none, as a
+    tool call without content has not."""
+    if row.messages:
+        content = row.messages[-1].get("content") if row.answered else None
+        return content if isinstance(content, str) else None
+    return row.completion
+
+
+def answer_start(example: Example) -> int:
+    """Where the row's answer begins in an example: its last learned stretch."""
+    return int(getattr(example, "answer_start", example.prompt_length))
+
+
+def last_examples(examples: Sequence[Example]) -> dict[int, Example]:
+    """By the `id` of its row the last example of each: the one that the answer stands in."""
+    return {id(example.row): example for example in examples}
+
+
+def up_to_stop(ids: Sequence[int], stops: Collection[int]) -> list[int]:
+    """What stands before the first stop token."""
+    return list(itertools.takewhile(lambda token: token not in stops, ids))
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of written ids. EOS, BOS and padding are none; other special tokens are, for an answer may be one."""
+    frame = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    return str(tokenizer.decode([token for token in ids if token not in frame], skip_special_tokens=False))
+
+
+def shortened(ids: Sequence[int], length: int, bos_token_id: int | None) -> list[int]:
+    """The end of a prompt, of at most `length` tokens (at least 1); a BOS at its beginning stays there."""
+    if len(ids) <= length:
+        return list(ids)
+    if length > 1 and bos_token_id is not None and ids[0] == bos_token_id:
+        return [ids[0], *ids[len(ids) - length + 1 :]]
+    return list(ids[len(ids) - length :])
