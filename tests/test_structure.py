@@ -41,6 +41,7 @@ ENTRY_POINTS = {
     "cli recommend": "flags",
     "cli train": "flags",
     "comparing compare": "spectune.compare",
+    "evaluation of": "spectune.evaluation.Task.of",
     "planning plan": "spectune.plan",
     "training train": "spectune.train",
 }

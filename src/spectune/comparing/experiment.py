@@ -74,8 +74,7 @@ def compare(
         base_precision: what the frozen base's weights are stored in, see `spectune.load`.
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
         resume: go on in `output_dir`: runs that ended are not run again.
-        choice_normalization: how choices of unlike length are compared: by log-likelihood ("sum"), or by its mean over
-            their tokens ("token") or over their UTF-8 bytes ("byte").
+        choice_normalization: "sum", "token" or "byte", see `spectune.evaluation.Task`.
         origin: entries for config.yaml, the comparison's and each run's, see `train`.
 
     Raises:
