@@ -24,11 +24,11 @@ from spectune.evaluation import (
     corpus_metrics,
     judge,
     judged_loss,
+    loss_by_source,
     read_rows,
     write_rows,
 )
 from spectune.evaluation.judge_rows import new_tokens
-from spectune.evaluation.judged import loss_by_source
 from spectune.evaluation.metrics import exact_match, rouge_l
 from spectune.methods import LoRA, PromptTuning
 

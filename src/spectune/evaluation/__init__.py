@@ -4,13 +4,13 @@ from spectune.evaluation.corpus import CORPUS_METRICS, corpus_score, corpus_stat
 from spectune.evaluation.custom import CustomMetric, load_metric
 from spectune.evaluation.divergence import passage_kls, sample_passages
 from spectune.evaluation.judge_rows import judge
-from spectune.evaluation.judged import JudgedRow, corpus_metrics, judged_loss, read_rows, write_rows
+from spectune.evaluation.judged import JudgedRow, corpus_metrics, judged_loss, loss_by_source, read_rows, write_rows
 from spectune.evaluation.losses import RowLosses, row_losses
 from spectune.evaluation.metrics import perplexity
 from spectune.evaluation.task import METRICS, Task
 
 __all__ = [
     "CORPUS_METRICS", "METRICS", "CustomMetric", "JudgedRow", "RowLosses", "Task", "corpus_metrics",
-    "corpus_score", "corpus_statistics", "judge", "judged_loss", "load_metric", "passage_kls", "perplexity",
-    "read_rows", "row_losses", "sample_passages", "write_rows",
+    "corpus_score", "corpus_statistics", "judge", "judged_loss", "load_metric", "loss_by_source", "passage_kls",
+    "perplexity", "read_rows", "row_losses", "sample_passages", "write_rows",
 ]  # fmt: skip

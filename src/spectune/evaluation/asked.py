@@ -113,16 +113,29 @@ def _around(
         if content and text.count(content) == 1:
             before, _, behind = text.partition(content)
             return before.strip(), behind.strip()
-    # the template changed it, or it is a part of what stands around it: see what stands around another answer
+    # it is a part of what stands around it, or the template changed it: see what stands around another answer
     last = {**row.messages[-1], "content": _ANYTHING}
     other = replace(row, messages=[*row.messages[:-1], last])
     try:
-        example = _whole([other], tokenizer, separator).get(id(other))
+        prompt = prompt_ids(other, tokenizer, separator=separator)
+        ids = _target(prompt, _whole([other], tokenizer, separator).get(id(other)))
     except DataError:  # a template that takes no other answer
-        return "", ""
-    ids = _target(prompt_ids(other, tokenizer, separator=separator), example)
+        ids = []
     before, there, behind = decoded(tokenizer, up_to_stop(ids, stops)).partition(_ANYTHING)
-    return (before.strip(), behind.strip()) if there else ("", "")
+    if there and text.strip().startswith(before.strip()):
+        return before.strip(), behind.strip()
+    return "", _behind_its_end(answer, text)
+
+
+def _behind_its_end(answer: str, text: str) -> str:
+    """What stands in the text behind the last lines of an answer, of which the template has the first ones elsewhere:
+    thoughts whose beginning is in the prompt."""
+    lines = answer.splitlines(keepends=True)
+    for start in range(1, len(lines)):
+        end = "".join(lines[start:])
+        if end.strip() and text.count(end) == 1:
+            return text.partition(end)[2].strip()
+    return ""
 
 
 def _without(text: str, before: str, behind: str) -> str:
