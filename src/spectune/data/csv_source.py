@@ -115,8 +115,9 @@ def _check_header(where: str, head: list[str], header: list[str], meanings: Mapp
             if any(meanings.get(name) in SHAPES for name in _header(head, delimiter)) and len(header) == 1
         ]
         near = next((hint for name in header if (hint := did_you_mean(name, SHAPES, 0.7))), "")
-        hint = f"is the delimiter {' or '.join(other)}?" if other else "is it another delimiter, or is it no header?"
-        raise DataError(f"{where}: the header {_shown(head)} has no column {', '.join(SHAPES)}{near}; {near or hint}")
+        hint = f"is the delimiter {' or '.join(other)}?" if other else "name the `delimiter`, or rename the columns"
+        columns = f"no column that makes a row{'' if other else near}; expected {', '.join(SHAPES)}"
+        raise DataError(f"{where}: the header {_shown(head)} has {columns}; {hint}")
     if empty := [str(number) for number, name in enumerate(header, start=1) if not name.strip()]:
         raise DataError(
             f"{where}: the header has no name for column {some(empty)}; expected a name for each (pandas leaves out "
