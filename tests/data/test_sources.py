@@ -91,6 +91,13 @@ def test_columns_of_any_type_become_plain_python_values(tmp_path: Path, name: st
     assert read(table) == [first, second, third]
 
 
+def test_a_map_is_an_object(tmp_path: Path) -> None:
+    kwargs = pyarrow.array([[("a", "x"), ("b", None)], []], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    table = pyarrow.table({"text": ["t", "u"], "chat_template_kwargs": kwargs})
+    expected = [{"text": "t", "chat_template_kwargs": {"a": "x"}}, {"text": "u", "chat_template_kwargs": {}}]
+    assert read(table) == read(write_table(table, tmp_path / "a.parquet")) == expected
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_s_rows_are_numbered_over_its_parts(tmp_path: Path, name: str) -> None:
     table = pyarrow.table({"text": [f"t{number}" for number in range(8)]})
@@ -266,6 +273,8 @@ def test_the_parts_of_one_split_are_one_data_set(tmp_path: Path) -> None:
         (["train.jsonl", "test.jsonl"], "several splits in it (test.jsonl, train.jsonl); name one file, such as "),
         (["my_train.jsonl", "my-valid.jsonl"], "several splits in it"),
         (["data.jsonl", "data.test.jsonl"], "several splits in it"),
+        (["TrainSet.csv", "TestSet.csv"], "several splits in it"),
+        (["trainset.csv", "evalset1.csv"], "several splits in it"),
         (["a.jsonl", "a.jsonl.gz"], "both packed and not (a.jsonl, a.jsonl.gz)"),
     ],
 )
@@ -319,3 +328,5 @@ def test_paths_that_are_no_strings_are_paths(tmp_path: Path) -> None:
     assert "no such file (did you mean" in refusal(tmp_path / "b.jsonl")
     assert "no such file" in refusal(str(tmp_path / "c.jsonl.gz"))
     assert "no such file" in refusal(tmp_path / "nothing")
+    for text in ("a" * 5000, "a/\0b", "some text\n" * 2):
+        assert "is no file here" in refusal(text)

@@ -167,6 +167,12 @@ def test_a_row_with_another_number_of_cells_is_bad(tmp_path: Path) -> None:
     assert found[1] == ("3", "not 2 columns as in the header, but 3; expected prompt, completion")
 
 
+def test_a_header_in_the_middle_is_no_row(tmp_path: Path) -> None:
+    """As where two files were put behind each other."""
+    found = read(tmp_path, f"{HEAD}a,b\n{HEAD}c,d\n")
+    assert found == [("2", pair("a", "b")), ("3", "the header a second time; expected a row"), ("4", pair("c", "d"))]
+
+
 def test_zero_bytes_are_text(tmp_path: Path) -> None:
     assert read(tmp_path, HEAD + 'a\0b,"\0"\n') == [("2", pair("a\0b", "\0"))]
 

@@ -1,7 +1,7 @@
 """Records of a CSV: the delimiter told or found, the header checked, lists and objects as JSON in their cells."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ def csv_records(
         if isinstance(header, Bad):
             raise DataError(f"{where}: the header is {header}")
         _check_header(where, head, header, meanings)
+        columns = _Columns(header, meanings)
         for line, cells in rows:
-            yield f"{path}:{line}", cells if isinstance(cells, Bad) else _record(header, cells, meanings)
+            yield f"{path}:{line}", cells if isinstance(cells, Bad) else columns.record(cells)
     except UnclosedQuoteError as error:
         raise DataError(
             f"{path}:{error.line}: a quote opens a cell and is never closed, so that the rest of the file would be in "
@@ -125,28 +126,37 @@ def _check_header(where: str, head: list[str], header: list[str], meanings: Mapp
         )
 
 
-def _record(header: list[str], cells: list[str], meanings: Mapping[str, str]) -> Mapping[str, Any] | Bad:
-    """A row as a record: an empty cell is an absent key, and lists and objects are written as JSON."""
-    if len(cells) != len(header):
-        columns = f"{len(header)} columns as in the header, but {len(cells)}"
-        return Bad(f"not {columns}; expected {', '.join(header)}")
-    record: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell != ""}
-    meant = {meanings[name]: name for name in header if name in meanings}
-    # but where its partner stands there, the cell is meant to be empty: a prompt may be, a completion must not
-    for pair in (("prompt", "completion"), ("instruction", "output")):
-        _fill(record, [meant[name] for name in pair if name in meant])
-    shapes = [meant[name] for name in SHAPES if name in meant]
-    if not any(name in record for name in shapes):
-        record.update(dict.fromkeys(shapes, ""))
-    for key in AS_JSON:
-        if (name := meant.get(key)) is not None and (wrong := _parse(record, name, key)) is not None:
-            return wrong
-    return as_record(record)
+class _Columns:
+    """The header, and what it says of each row."""
 
+    def __init__(self, header: list[str], meanings: Mapping[str, str]) -> None:
+        self.header = header
+        meant = {meanings[name]: name for name in header if name in meanings}
+        self._shapes = [meant[key] for key in SHAPES if key in meant]
+        pairs = (("prompt", "completion"), ("instruction", "output"))
+        self._pairs = [[meant[key] for key in pair] for pair in pairs if all(key in meant for key in pair)]
+        self._json = {meant[key]: key for key in AS_JSON if key in meant}
 
-def _fill(record: dict[str, Any], names: Iterable[str]) -> None:
-    if any(name in record for name in names):
-        record.update({name: "" for name in names if name not in record})
+    def record(self, cells: list[str]) -> Mapping[str, Any] | Bad:
+        """A row as a record: an empty cell is an absent key, and lists and objects are written as JSON."""
+        header = self.header
+        if len(cells) != len(header):
+            columns = f"{len(header)} columns as in the header, but {len(cells)}"
+            return Bad(f"not {columns}; expected {', '.join(header)}")
+        if cells == header and len(header) > 1:
+            return Bad("the header a second time; expected a row")
+        record: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell != ""}
+        # but where its partner stands there, the cell is meant to be empty: a prompt may be, a completion must not
+        for first, second in self._pairs:
+            if first in record or second in record:
+                record.setdefault(first, "")
+                record.setdefault(second, "")
+        if not any(name in record for name in self._shapes):
+            record.update(dict.fromkeys(self._shapes, ""))
+        for name, key in self._json.items():
+            if (wrong := _parse(record, name, key)) is not None:
+                return wrong
+        return as_record(record) if self._json else record
 
 
 def _parse(record: dict[str, Any], name: str, key: str) -> Bad | None:

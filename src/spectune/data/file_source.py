@@ -69,7 +69,7 @@ def near(path: Path) -> str:
     """` (did you mean train.jsonl?)`: the data files beside a missing one that are named most like it."""
     try:
         names = [entry.name for entry in path.parent.iterdir() if kind_of(entry) is not None and entry.is_file()]
-    except OSError:
+    except (OSError, ValueError):
         return f" (there is no folder {path.parent} either)"
     alike = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     return f" (did you mean {', '.join(str(path.parent / name) for name in alike)}?)" if alike else ""

@@ -13,7 +13,8 @@ from spectune.errors import DataError, first_line, some
 _SAVED = ("dataset_dict.json", "state.json")
 #: files that stand beside data and are none: descriptions of it, and marks that a writer leaves
 _BESIDE = re.compile(r"[._].*|(readme|licen[cs]e|changelog|citation)\b.*|dataset_infos?\.json", re.IGNORECASE)
-_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?:sets?|data|split)?(?![a-z])")
+_INNER_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 def folder_records(
@@ -68,7 +69,7 @@ def _data_files(folder: Path, entries: list[Path]) -> list[Path]:
 
 def _check_parts(folder: Path, files: list[Path]) -> None:
     """Raises DataError: the files are no parts of one whole: several splits, or one file twice."""
-    splits = {found[1].lower() if (found := _SPLIT.search(path.name)) else None: path for path in reversed(files)}
+    splits = {_split(path.name): path for path in reversed(files)}
     if len(splits) > 1:
         raise DataError(
             f"{folder} is a folder with several splits in it ({some([path.name for path in files])}); name one file, "
@@ -79,3 +80,9 @@ def _check_parts(folder: Path, files: list[Path]) -> None:
         twins[path.name.removesuffix(path.suffix) if suffix_of(path).count(".") == 2 else path.name].append(path.name)
     if twice := [name for names in twins.values() if len(names) > 1 for name in names]:
         raise DataError(f"{folder} is a folder with a file both packed and not ({some(twice)}); name the one to read")
+
+
+def _split(name: str) -> str | None:
+    """`train` of `train-00001.jsonl`, `my_trainset.jsonl` and `TrainData.jsonl`; None where no split is named."""
+    found = _SPLIT.search(_INNER_CAPITAL.sub("_", name).lower())
+    return found[1] if found else None

@@ -13,7 +13,10 @@ AS_JSON = (
 #: every name that means something in a row
 NAMES = (*SHAPES, *AS_JSON, "input", "system", "label")
 #: names of parts of a data set, of which only one can be meant
-SPLITS = ("train", "training", "valid", "validation", "val", "dev", "eval", "test", "holdout", "heldout", "held_out")
+SPLITS = (
+    "train", "training", "valid", "validation", "val", "dev", "eval", "evaluation", "test", "holdout", "held_out",
+    "held-out",
+)  # fmt: skip
 #: what is nested more deeply is left as it is: no row has it, and following it would end in Python's recursion limit
 _DEEPEST = 110
 _SCALARS = frozenset({str, int, float, bool, type(None)})

@@ -36,9 +36,9 @@ def records(
         yield from object_records(source, known)
         return
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # never an error, whatever the text is; unlike the path's own
         yield from folder_records(path, delimiter=delimiter, encoding=encoding, known=known)
-    elif path.exists():
+    elif os.path.exists(path):
         yield from file_records(path, delimiter=delimiter, encoding=encoding, known=known)
     elif kind_of(path) is not None or not isinstance(source, str):
         raise DataError(f"{path}: no such file{near(path)}")

@@ -47,8 +47,10 @@ def arrow_records(path: Path) -> Iterator[Record]:
 def batch_records(batches: Iterable[Any]) -> Iterator[Any]:
     """The rows of record batches as Python objects; a batch may be as long as the whole table."""
     for batch in batches:
+        # pyarrow gives a map's pairs unless it is asked for an object
+        maps = {"maps_as_pydicts": "strict"} if "map<" in str(batch.schema) else {}
         for start in range(0, batch.num_rows, _BATCH_ROWS):
-            yield from batch.slice(start, _BATCH_ROWS).to_pylist()
+            yield from batch.slice(start, _BATCH_ROWS).to_pylist(**maps)
 
 
 def check_names(names: Iterable[Any], where: str) -> None:
