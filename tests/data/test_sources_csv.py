@@ -75,10 +75,10 @@ def test_the_line_of_a_quote_is_that_of_its_cell(tmp_path: Path) -> None:
         ('a,b "c" d', "a quote inside the cell 'b \"c\" d'"),
         ('a, "b"', "a quote inside the cell ' \"b\"'"),
         ('a,5" pipe', "a quote inside the cell"),
-        ('a,"b"c', "'c' behind the closing quote in line 2"),
-        ('a,"b" ', "' ' behind the closing quote"),
-        ('"a"b,c', "'b' behind the closing quote"),
-        ('a,"x\ny"b', "'b' behind the closing quote of the cell that opens in line 2 in line 3"),
+        ('a,"b"c', "'c' in line 2 stands behind the closing quote"),
+        ('a,"b" ', "' ' in line 2 stands behind the closing quote;"),
+        ('"a"b,c', "'b' in line 2 stands behind the closing quote"),
+        ('a,"x\ny"b', "'b' in line 3 stands behind the closing quote of the cell that opens in line 2"),
     ],
 )
 def test_quotes_that_no_standard_allows_make_a_bad_row_and_leave_the_next_alone(
@@ -115,6 +115,12 @@ def test_the_delimiter_may_be_told(tmp_path: Path) -> None:
     assert "is the delimiter ';'?" in told
     assert "name the `delimiter`, or rename" in refusal(tmp_path, "prompt:completion\na:b\n")
     assert "may be delimited by ',' or ';'; give `delimiter`" in refusal(tmp_path, "prompt,completion;text\na,b\n")
+
+
+def test_a_line_for_excel_tells_the_delimiter(tmp_path: Path) -> None:
+    for end in ("\n", "\r\n"):
+        assert read(tmp_path, f"sep=:{end}prompt:completion{end}a,b:c{end}") == [("3", pair("a,b", "c"))]
+    assert read(tmp_path, "sep=;\n") == []
 
 
 def test_a_file_of_one_column_needs_no_delimiter(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def test_json_that_is_not_in_lines_is_said_to_be_so(tmp_path: Path) -> None:
         for indent in (None, 2):
             text = json.dumps([row, row], indent=indent).replace("}, {", "},\n{")
             assert "a.jsonl:1: a list over several lines" in refusal(tmp_path, text, "a.jsonl")
-    assert read(tmp_path, json.dumps([ROW]), "a.jsonl") == ["a list, expected an object with keys"]
+    [bad] = read(tmp_path, json.dumps([ROW]), "a.jsonl")
+    assert bad == "a list, expected an object with keys (a file that is one list of objects is named .json)"
 
 
 def test_a_line_that_breaks_off_is_one_bad_row(tmp_path: Path) -> None:
@@ -92,6 +93,8 @@ def test_a_null_inside_a_record_is_an_absent_key_and_a_null_in_a_list_keeps_its_
         (ROW, [ROW]),
         ({**ROW, "tools": [{"type": "function"}], "references": ["c"]}, None),
         (CHAT, [CHAT]),
+        ({**CHAT, "documents": [{"text": "t"}]}, None),
+        ({"documents": [{"text": "t"}]}, [{"text": "t"}]),
         ({"conversations": [{"from": "human", "value": "u"}]}, None),
         ({"prompt": ["p", "p"], "completion": ["c", "c"]}, [ROW, ROW]),
         ({"prompt": ["p"], "completion": ["c"], "meta": [{"a": 1}]}, [{**ROW, "meta": {"a": 1}}]),

@@ -57,7 +57,7 @@ class CsvRows:
             if quoted and plain:
                 where = "" if opened == self._number else f" of the cell that opens in line {opened}"
                 wrong = wrong or Bad(
-                    f"malformed CSV: {plain[:20]!r} behind the closing quote{where} in line {self._number}; "
+                    f"malformed CSV: {plain[:20]!r} in line {self._number} stands behind the closing quote{where}; "
                     'expected a quote inside a cell to be written twice ("")'
                 )
             elif '"' in plain:

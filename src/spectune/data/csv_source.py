@@ -1,6 +1,7 @@
 """Records of a CSV: the delimiter told or found, the header checked, lists and objects as JSON in their cells."""
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,8 @@ from spectune.errors import DataError, did_you_mean, some
 
 #: delimiters that are looked for, and how each is called
 DELIMITERS = {",": "','", ";": "';'", "\t": "a tab", "|": "'|'"}
+#: a line before the header in which Excel is told the delimiter
+_SAID = re.compile(r"sep=(.)\r?")
 
 
 def csv_records(
@@ -29,6 +32,10 @@ def csv_records(
     """
     given = lines(path, encoding)
     head = _header_lines(given)
+    if head and (said := _SAID.fullmatch(head[-1])):
+        delimiter = delimiter or said[1]
+        below = _header_lines(given)
+        head = [*[""] * len(head), *below] if below else []
     if not head:
         return
     meanings = {**{name: name for name in NAMES}, **_meanings(known)}

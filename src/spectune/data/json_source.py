@@ -18,7 +18,8 @@ def json_lines_records(path: Path, encoding: str | None = None) -> Iterator[Reco
         if not (bare := line.strip()):
             continue
         try:
-            found = as_record(json.loads(line.rstrip("\r"), object_pairs_hook=json_object))
+            value = json.loads(line.rstrip("\r"), object_pairs_hook=json_object)
+            found = Bad(_LIST) if isinstance(value, list) else as_record(value)
         except json.JSONDecodeError as error:
             if first and (bare == "{" or (bare[0] == "[" and bare[1:].lstrip()[:1] in ("", "{"))):
                 raise DataError(f"{path}:{number}: {_NOT_IN_LINES[bare[0]]}") from None
@@ -29,6 +30,7 @@ def json_lines_records(path: Path, encoding: str | None = None) -> Iterator[Reco
         first = False
 
 
+_LIST = "a list, expected an object with keys (a file that is one list of objects is named .json)"
 _NOT_IN_LINES = {
     "{": "an object over several lines; expected one whole object in each line (or a list of them, in a .json file)",
     "[": "a list over several lines; expected one object in each line, or the list in a file that is named .json",

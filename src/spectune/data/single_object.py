@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from spectune.data.raw_records import SHAPES, SPLITS, Doubled
+from spectune.data.raw_records import AS_JSON, SHAPES, SPLITS, Doubled
 from spectune.errors import DataError, some
 
 
@@ -23,6 +23,7 @@ def rows_of_object(content: Mapping[str, Any], where: str, known: Collection[str
     of_rows = [key for key in lists if any(_is_row(item, known) for item in content[key])]
     columns = [key for key in columns if key not in of_rows]
     if own:
+        of_rows = [key for key in of_rows if key not in AS_JSON]  # documents may have a text, and are the row's own
         if columns or of_rows:
             raise DataError(
                 f"{where}: one object with {some([*own, *columns, *of_rows])}, which may be a row itself or hold rows; "
