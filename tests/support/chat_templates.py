@@ -52,7 +52,7 @@ def turns(body: str) -> str:
 #: the roles must alternate, as with Llama-2, Mistral and Gemma
 ALTERNATE = (
     "{% for m in chat %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}{% endfor %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{% endif %}{% endfor %}"
 )
 #: a system message is taken off the front: `system` and `chat`
 SPLIT_SYSTEM = (
@@ -95,14 +95,11 @@ QWEN3 = (
     r"{{ '<think>\n\n</think>\n\n' }}{% endif %}"
 )  # fmt: skip
 #: the thoughts of all turns but the last are cut, and prompts begin a thought
-QWQ = (
-    turns(
-        r"{% set content = m.content %}{% if m.role == 'assistant' and not loop.last %}"
-        r"{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-        r"{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}"
-    )
-    + prompt(r"<|im_start|>assistant\n<think>\n")
-)
+QWQ = turns(
+    r"{% set content = m.content %}{% if m.role == 'assistant' and not loop.last %}"
+    r"{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    r"{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}"
+) + prompt(r"<|im_start|>assistant\n<think>\n")
 EMPTY_THOUGHT = turns(
     r"{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     r"{{ m.content + '<|im_end|>\n' }}"
@@ -139,9 +136,7 @@ LLAMA2 = (
 HEADER = r"'<|start_header_id|>' + %s + '<|end_header_id|>\n\n'"
 LLAMA3_SPECIAL = ("<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>")
 LLAMA3_PROMPT = prompt(r"<|start_header_id|>assistant<|end_header_id|>\n\n")
-LLAMA3 = (
-    "{{ bos_token }}" + turns("{{ " + HEADER % "m.role" + " + m.content.strip() + '<|eot_id|>' }}") + LLAMA3_PROMPT
-)
+LLAMA3 = "{{ bos_token }}" + turns("{{ " + HEADER % "m.role" + " + m.content.strip() + '<|eot_id|>' }}") + LLAMA3_PROMPT
 #: the system message always stands there, with the date, and tools are listed in it
 LLAMA31 = (
     "{{ bos_token }}" + SPLIT_SYSTEM + r"{{ '<|start_header_id|>system<|end_header_id|>\n\n' }}"
@@ -265,37 +260,53 @@ OPENCHAT = (
 )  # fmt: skip
 #: a turn ends where the next one's role begins: nothing is written behind an answer
 GLM4 = r"{{ '[gMASK]<sop>' }}" + turns(r"{{ '<|' + m.role + '|>\n' + m.content }}") + prompt(r"<|assistant|>\n")
-MARKED = turns(
-    r"{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
-    r"{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
-) + CHATML_PROMPT
+MARKED = (
+    turns(
+        r"{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
+        r"{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+    )
+    + CHATML_PROMPT
+)
 MARKED_LINE_END = MARKED.replace(r"+ '<|im_end|>' }}{% endgeneration", r"+ '<|im_end|>\n' }}{% endgeneration").replace(
     r"{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}", r"{{ m.content + '<|im_end|>\n' }}{% endif %}"
 )
-MARKED_EOS_OUTSIDE = turns(
-    r"{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-    r"{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
-) + CHATML_PROMPT
-MARKED_HEADER = turns(
-    r"{% if m.role == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>' }}"
-    r"{% endgeneration %}{{ '\n' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-    r"{% endif %}"
-) + CHATML_PROMPT
+MARKED_EOS_OUTSIDE = (
+    turns(
+        r"{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        r"{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
+    )
+    + CHATML_PROMPT
+)
+MARKED_HEADER = (
+    turns(
+        r"{% if m.role == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>' }}"
+        r"{% endgeneration %}{{ '\n' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        r"{% endif %}"
+    )
+    + CHATML_PROMPT
+)
 LINES = turns(r"{{ m.role + ': ' + m.content + '<|im_end|>\n' }}")
 TRIMMED = turns(r"{{ '<|' + m.role + '|> ' + m.content | trim + ' \n\n' }}") + prompt("<|assistant|> ")
 CLOSED_BETWEEN = turns(
-    "{% if m.role == 'user' %}{{ '<|user|>' + m.content }}{% else %}{{ '<|bot|>' + m.content }}"
+    "{% if m.role != 'assistant' %}{{ '<|user|>' + m.content }}{% else %}{{ '<|bot|>' + m.content }}"
     "{% if not loop.last %}{{ eos_token }}{% endif %}{% endif %}"
 ) + prompt("<|bot|>")
-KNOWN_ROLES = turns(
-    r"{% if m.role == 'system' %}{{ '<|im_start|>system\n' + m.content + '<|im_end|>\n' }}{% elif m.role == 'user' %}"
-    r"{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% elif m.role == 'assistant' %}"
-    r"{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}%s{% endif %}"
-) + CHATML_PROMPT
+KNOWN_ROLES = (
+    turns(
+        r"{% if m.role == 'system' %}{{ '<|im_start|>system\n' + m.content + '<|im_end|>\n' }}{% elif m.role == 'user' %}"
+        r"{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% elif m.role == 'assistant' %}"
+        r"{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}%s{% endif %}"
+    )
+    + CHATML_PROMPT
+)
 DEFAULT_SYSTEM = (
-    r"{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
-    r"{% endif %}"
-) + CHATML + CHATML_PROMPT
+    (
+        r"{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+        r"{% endif %}"
+    )
+    + CHATML
+    + CHATML_PROMPT
+)
 R1 = ("<｜User｜>", "<｜Assistant｜>")
 COHERE = ("<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>")
 ROLES = ("<|user|>", "<|assistant|>", "<|system|>")

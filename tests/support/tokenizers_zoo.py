@@ -77,9 +77,7 @@ def _metaspace(prepend: str, model: str) -> Tokenizer:
         found = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     else:
         pieces = [(token, score) for token, score in learned["vocab"]]
-        found = Tokenizer(
-            models.Unigram([*pieces, *((token, -30.0) for token in BYTES)], unk_id=0, byte_fallback=True)
-        )
+        found = Tokenizer(models.Unigram([*pieces, *((token, -30.0) for token in BYTES)], unk_id=0, byte_fallback=True))
     found.pre_tokenizer = raw.pre_tokenizer
     found.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
