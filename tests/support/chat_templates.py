@@ -262,7 +262,8 @@ OPENCHAT = (
 GLM4 = r"{{ '[gMASK]<sop>' }}" + turns(r"{{ '<|' + m.role + '|>\n' + m.content }}") + prompt(r"<|assistant|>\n")
 MARKED = (
     turns(
-        r"{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
+        r"{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+        r"{{ m.content + '<|im_end|>' }}"
         r"{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
     )
     + CHATML_PROMPT
@@ -293,7 +294,8 @@ CLOSED_BETWEEN = turns(
 ) + prompt("<|bot|>")
 KNOWN_ROLES = (
     turns(
-        r"{% if m.role == 'system' %}{{ '<|im_start|>system\n' + m.content + '<|im_end|>\n' }}{% elif m.role == 'user' %}"
+        r"{% if m.role == 'system' %}{{ '<|im_start|>system\n' + m.content + '<|im_end|>\n' }}"
+        r"{% elif m.role == 'user' %}"
         r"{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}{% elif m.role == 'assistant' %}"
         r"{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}%s{% endif %}"
     )
