@@ -72,7 +72,8 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", ["{}"])
     with pytest.raises(DataError, match=r"no such file \(did you mean .*train\.jsonl\?\)"):
         load_rows(tmp_path / "trian.jsonl")
-    with pytest.raises(DataError, match="is a folder"):
+    (tmp_path / "figures").mkdir()
+    with pytest.raises(DataError, match=r"is a folder that holds more than data files \(figures\)"):
         load_rows(tmp_path)
     with pytest.raises(DataError, match="no rows"):
         load_rows(write(tmp_path / "empty.jsonl", [""]))

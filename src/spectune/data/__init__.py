@@ -2,11 +2,14 @@
 
 from spectune.data.batching import batches, by_length, collate, collate_packs, pad_token_id, padded
 from spectune.data.bin_packing import best_fit, pack_step, places
-from spectune.data.encoding import DataReport, Encoded, Example, encode, prompt_ids
-from spectune.data.loading import HELD_OUT, Row, load_rows, split_rows
+from spectune.data.encoding import Encoded, encode, prompt_ids, prompts_ids
+from spectune.data.examples import Example
+from spectune.data.loading import HELD_OUT, Rows, load_rows, split_rows
+from spectune.data.report import DataReport
+from spectune.data.shapes import Row
 
 __all__ = [
-    "HELD_OUT", "DataReport", "Encoded", "Example", "Row", "batches", "best_fit", "by_length", "collate",
+    "HELD_OUT", "DataReport", "Encoded", "Example", "Row", "Rows", "batches", "best_fit", "by_length", "collate",
     "collate_packs", "encode", "load_rows", "pack_step", "pad_token_id", "padded", "places", "prompt_ids",
-    "split_rows",
+    "prompts_ids", "split_rows",
 ]  # fmt: skip

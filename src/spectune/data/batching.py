@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from spectune.data.encoding import Example
+from spectune.data.examples import Example
 from spectune.errors import ConfigError
 
 IGNORED = -100
@@ -42,7 +42,8 @@ def collate(
 ) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask`, `labels`, each `[batch, length]` int64.
 
-    Labels are -100 on prompts and padding, by position: a target that happens to be the padding token stays one.
+    Labels are -100 on prompts (later ones of a conversation, too) and padding, by position: a target that happens to be
+    the padding token stays one.
     """
     rows = [example.input_ids for example in examples]
     batch = padded(rows, pad_token_id, padding_side=padding_side, pad_to_multiple_of=pad_to_multiple_of)
@@ -50,6 +51,8 @@ def collate(
     for row, mask, example in zip(labels, batch["attention_mask"], examples, strict=True):
         start = int(mask.argmax())
         row[start : start + max(example.prompt_length, 1)] = IGNORED  # nothing stands before a sequence's first token
+        for begin, end in example.masked:
+            row[start + begin : start + end] = IGNORED
     return batch | {"labels": labels}
 
 
@@ -60,7 +63,7 @@ def collate_packs(packs: Sequence[Sequence[Example]], pad_token_id: int) -> dict
     `documents` numbers them from 0 within each pack, -1 on padding. Labels are -100 on prompts, on padding and on each
     document's first token, which nothing of its own document predicts.
     """
-    longest = max(sum(len(example.input_ids) for example in pack) for pack in packs)
+    longest = max(sum(example.length for example in pack) for pack in packs)
     shape = (len(packs), longest)
     batch = {
         "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),
@@ -71,12 +74,12 @@ def collate_packs(packs: Sequence[Sequence[Example]], pad_token_id: int) -> dict
     for i, pack in enumerate(packs):
         start = 0
         for number, example in enumerate(pack):
-            length = len(example.input_ids)
+            length = example.length
             place = slice(start, start + length)
             row = torch.tensor(example.input_ids)
-            learned = max(example.prompt_length, 1)
             batch["input_ids"][i, place] = row
-            batch["labels"][i, start + learned : start + length] = row[learned:]
+            for begin, end in example.targets:
+                batch["labels"][i, start + max(begin, 1) : start + end] = row[max(begin, 1) : end]
             batch["position_ids"][i, place] = torch.arange(length)
             batch["documents"][i, place] = number
             start += length

@@ -1,92 +1,32 @@
 """Encode rows: token ids, and which of them have a loss.
 
-The target is the completion and its EOS, by position, never by token id: bases that pad with EOS learn it all the
-same. The prompt's ids are the ones that generation gets.
+What is learned is decided on text: a completion, each turn of the assistant, or all of a text; EOS ends it. The ids
+before a learned stretch are the ones that generation gets. Labels go by position, never by token id: bases that pad
+with EOS learn it all the same.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from spectune.data.loading import Row, Rows
+from spectune.data.chat_template import ChatTemplate
+from spectune.data.cutting import TRUNCATIONS, cut, windows
+from spectune.data.examples import Example
+from spectune.data.loading import Rows, bad_rows
+from spectune.data.problem import RowProblem
+from spectune.data.rendering import Rendered, ending_at_eos, joined
+from spectune.data.report import DataReport
+from spectune.data.shapes import Row, other_shapes
+from spectune.data.tokenizing import Text, TextTokenizer, Tokens
 from spectune.errors import ConfigError, DataError
 
-
-@dataclass(slots=True)
-class Example:
-    """One encoded row: `input_ids`, of which those from `prompt_length` on are learned (0: all but the first)."""
-
-    input_ids: list[int]
-    prompt_length: int
-    row: Row
-
-    @property
-    def target_tokens(self) -> int:
-        """Tokens with a loss. The first token of a sequence has none: nothing stands before it."""
-        return len(self.input_ids) - max(self.prompt_length, 1)
-
-
-@dataclass
-class DataReport:
-    """Where every input row went: `rows = kept + dropped + bad`; cut and split rows are among the kept.
-
-    `examples` counts sequences: a long `text` row is `split` into several. `tokens` are those of all examples.
-    """
-
-    rows: int = 0
-    kept: int = 0
-    examples: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    longest: int = 0
-    ends_with_eos: int = 0
-    cut: list[dict[str, Any]] = field(default_factory=list)
-    split: list[dict[str, Any]] = field(default_factory=list)
-    dropped: list[dict[str, str]] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)
-
-    @property
-    def tokens_lost(self) -> int:
-        return sum(entry["tokens_lost"] for entry in self.cut)
-
-    def to_dict(self) -> dict[str, Any]:
-        lists: dict[str, list[Any]] = {"cut": self.cut, "split": self.split, "dropped": self.dropped, "bad": self.bad}
-        return {
-            **{name: getattr(self, name) for name in ("rows", "kept", "examples")},
-            **{name: len(rows) for name, rows in lists.items()},
-            **{name: getattr(self, name) for name in ("tokens", "target_tokens", "tokens_lost")},
-            "longest_row_tokens": self.longest,
-            "rows_that_end_with_eos": self.ends_with_eos,
-            **{f"{name}_rows": rows for name, rows in lists.items()},
-        }
-
-    def summary(self, name: str = "data") -> str:
-        """What is not learned as it was given, in one line for a terminal: `train: 3 of 90 rows cut (...)`; or ""."""
-        parts = []
-        if self.cut:
-            parts.append(
-                f"{len(self.cut):,} of {self.rows:,} rows cut to max_length ({self.tokens_lost:,} tokens lost)"
-            )
-        if self.split:
-            windows = sum(entry["windows"] for entry in self.split)
-            parts.append(f"{len(self.split):,} long texts split into {windows:,} windows (no token lost)")
-        if self.dropped:
-            parts.append(f"{len(self.dropped):,} rows dropped ({self.dropped[0]['reason']})")
-        if self.bad:
-            parts.append(f"{len(self.bad):,} bad rows left out")
-        return f"{name}: {'; '.join(parts)}" if parts else ""
-
-    def count(self, example: Example, eos: int) -> None:
-        """Add an example's tokens."""
-        self.examples += 1
-        self.tokens += len(example.input_ids)
-        self.target_tokens += example.target_tokens
-        self.longest = max(self.longest, len(example.input_ids))
-        self.ends_with_eos += example.input_ids[-1] == eos
+TrainOn = Literal["all", "last"]
+#: rows that are tokenized together
+_CHUNK = 1024
 
 
 @dataclass
@@ -106,136 +46,240 @@ class Encoded:
         """A digest of all token ids and of what of them is learned."""
         digest = hashlib.sha256()
         for example in self.examples:
-            digest.update(repr((example.input_ids, example.prompt_length)).encode())
+            digest.update(example.tobytes())
         return digest.hexdigest()
 
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int, separator: str = "") -> Encoded:
+def encode(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int, separator: str = "",
+    train_on: str = "all", truncation: str = "start", today: str | None = None, vocab_size: int | None = None,
+) -> Encoded:  # fmt: skip
     """Token ids of all rows, at most `max_length` each, and a report that accounts for every one.
 
-    A row that is too long loses the beginning of its prompt; where the target alone is too long, its end (EOS too).
-    A `text` row that is too long loses nothing: it becomes several examples, windows that follow each other.
+    A row that is too long loses its beginning, but for a BOS; where its last answer alone is too long, that one's end
+    (EOS too). A `text` row that is too long loses nothing: it becomes several examples, windows that follow each other.
+
+    Args:
+        separator: goes between prompt and completion.
+        train_on: "all": every assistant turn of a chat is learned; "last": the last one.
+        truncation: "start", or "middle" (the beginning and the end of what stands before the last answer are kept), or
+            "refuse" (a row that is too long is a bad row).
+        today: the current date as chat templates see it, ISO.
+        vocab_size: rows of the base's embedding, where they are known: a row with other ids is a bad row.
 
     Raises:
-        ConfigError: the tokenizer has no EOS, or no chat template for `messages`.
-        DataError: no row has anything to learn.
+        ConfigError: the tokenizer has no EOS, or no chat template for `messages`; an EOS beyond the embedding.
+        DataError: no row has anything to learn, or (all at once, `file:line` each) rows cannot be learned as they are
+            written. Rows that were loaded with `skip_bad_rows` are left out and counted.
     """
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no EOS token, so no model could learn to stop; set tokenizer.eos_token")
     if max_length < 2:
         raise ConfigError(f"max_length = {max_length}: at least 2 tokens are needed")
+    if truncation not in TRUNCATIONS:
+        raise ConfigError(f"truncation = {truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
+    encoder = RowEncoder(tokenizer, separator=separator, train_on=train_on, today=today, vocab_size=vocab_size)
     bad = list(rows.skipped) if isinstance(rows, Rows) else []
     report, examples = DataReport(rows=len(rows) + len(bad), bad=bad), list[Example]()
-    for row in rows:
-        prompt, target = _ids(row, tokenizer, separator)
-        before = len(prompt), len(target)
-        if row.text is not None:
-            found = [Example(window, 0, row) for window in _windows(target, max_length)]
-            if len(found) > 1:
-                report.split.append({"origin": row.origin, "tokens": len(target), "windows": len(found)})
-        else:
-            prompt, target = _cut(prompt, target, max_length)
-            found = [Example(prompt + target, len(prompt), row)]
-        if sum(example.target_tokens for example in found) < 1:
-            report.dropped.append({"origin": row.origin, "reason": "nothing to learn: its target has no token"})
+    problems: list[str] = []
+    for row, made in encoder.encoded(rows):
+        try:
+            if isinstance(made, RowProblem):
+                raise made
+            found = encoder.fitted(row, made, max_length, truncation, report)
+        except RowProblem as problem:
+            problems.append(f"{row.origin}: {problem}")
             continue
-        after = len(prompt), len(target)
-        if after != before:
-            ends = [end for end, had, has in zip(("prompt", "end"), before, after, strict=True) if has < had]
-            lost = sum(before) - sum(after)
-            report.cut.append({"origin": row.origin, "tokens_lost": lost, "from": " and ".join(ends)})
+        if not found:
+            continue
         report.kept += 1
-        examples += found
+        report.ignored.update(other_shapes(row))
+        report.sources.update([row.source] if row.source else [])
         for example in found:
-            report.count(example, int(tokenizer.eos_token_id))
+            report.count(example, encoder.eos)
+        examples += found
+    if problems and not (isinstance(rows, Rows) and rows.skip_bad_rows):
+        raise bad_rows("the data", problems, report.rows)
+    report.bad += problems
     if not examples:
         raise DataError(f"none of {report.rows} rows has a token to learn", [d["origin"] for d in report.dropped])
     return Encoded(examples, report)
 
 
-def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, separator: str = "") -> list[int]:
-    """The ids that generation starts from: exactly the prefix that training saw before the target.
+def prompt_ids(
+    row: Row, tokenizer: PreTrainedTokenizerBase, separator: str = "", *, train_on: str = "all",
+    today: str | None = None
+) -> list[int]:  # fmt: skip
+    """The ids that generation starts from: exactly what training has before the last answer of such a row.
 
-    `messages` may end with the answer, which is left out, or with the question.
+    A chat may end with the answer, which is left out, or with the question; a prompt may have no completion. Raises
+    DataError: the row cannot be learned as it is written.
     """
-    if row.text is not None:
-        return _plain(row.text, tokenizer)
-    if row.messages is not None:
-        return _template(tokenizer, row.asked, generation=True)
-    return _ids(row, tokenizer, separator)[0]
+    return prompts_ids([row], tokenizer, separator, train_on=train_on, today=today)[0]
 
 
-def _ids(row: Row, tokenizer: PreTrainedTokenizerBase, separator: str) -> tuple[list[int], list[int]]:
-    """Prompt ids and target ids, EOS at the end of the latter."""
-    eos = [int(tokenizer.eos_token_id)]
-    if row.text is not None:
-        return [], _plain(row.text, tokenizer) + eos
-    if row.messages is not None:
-        return _chat(row.messages, tokenizer)
-    assert row.prompt is not None
-    assert row.completion is not None
-    prompt = _plain(row.prompt + separator, tokenizer)
-    together = _plain(row.prompt + separator + row.completion, tokenizer)
-    if prompt and together[: len(prompt)] == prompt:
-        return prompt, together[len(prompt) :] + eos
-    # the two would merge across the seam: then training must see what generation sees, the prompt by itself
-    if not row.prompt + separator:
-        return [], together + eos
-    return prompt, list(tokenizer(row.completion, add_special_tokens=False)["input_ids"]) + eos
+def prompts_ids(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, separator: str = "", *, train_on: str = "all",
+    today: str | None = None
+) -> list[list[int]]:  # fmt: skip
+    """`prompt_ids` of many rows."""
+    encoder = RowEncoder(tokenizer, separator=separator, train_on=train_on, today=today)
+    answered = [row for row in rows if row.completion or row.answered]
+    made = {id(row): found for row, found in encoder.encoded(answered)}
+    prompts, problems = list[list[int]](), list[str]()
+    for row in rows:
+        try:
+            found = made.get(id(row))
+            if isinstance(found, RowProblem):
+                raise found
+            if found and (learned := found[-1].learned):
+                prompts.append(found[-1].ids[: learned[-1][0]])
+            else:
+                prompts.append(encoder.asked(row))
+        except RowProblem as problem:
+            problems.append(f"{row.origin}: {problem}")
+    if problems:
+        raise bad_rows("the prompts", problems, len(rows))
+    return prompts
 
 
-def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids with what the tokenizer puts in front (BOS, once), without what it puts behind."""
-    ids = list(tokenizer(text)["input_ids"])
-    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    behind = len(ids) - len(bare)
-    ends = tokenizer.eos_token_id, tokenizer.sep_token_id
-    while behind > 0 and ids and ids[-1] in ends and ids[-len(bare) :] != bare:
-        ids.pop()
-        behind -= 1
-    if bare[:1] == [tokenizer.bos_token_id] and ids[:2] == [tokenizer.bos_token_id] * 2:
-        ids = ids[1:]  # the text began with BOS already
-    return ids
+@dataclass(frozen=True, slots=True)
+class OneSequence:
+    """One sequence of a row before it is cut: ids, the learned stretches among them, and what else is counted."""
+
+    ids: list[int]
+    learned: tuple[tuple[int, int], ...]
+    rendered: Rendered
+    exact: bool
 
 
-def _chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The last assistant message is the target, all before it the prompt."""
-    prompt = _template(tokenizer, messages[:-1], generation=True)
-    whole = _template(tokenizer, messages, generation=False)
-    target = whole[len(prompt) :]
-    if whole[: len(prompt)] != prompt:
-        target = list(tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"])
-    eos = int(tokenizer.eos_token_id)
-    # templates may write a line end after EOS, which is no part of the answer
-    ends = eos in target
-    return prompt, target[: len(target) - target[::-1].index(eos)] if ends else [*target, eos]
+class RowEncoder:
+    """From rows to ids, under one tokenizer and one set of conventions; arguments as `encode` has them."""
 
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, separator: str = "", train_on: str = "all",
+        today: str | None = None, vocab_size: int | None = None,
+    ) -> None:  # fmt: skip
+        if not isinstance(tokenizer.eos_token_id, int):
+            raise ConfigError(
+                "the tokenizer has no EOS token, so no model could learn to stop; set tokenizer.eos_token"
+            )
+        if train_on not in ("all", "last"):
+            raise ConfigError(f"train_on = {train_on!r}: expected all or last")
+        self.tokenizer, self.separator, self.last_only = tokenizer, separator, train_on == "last"
+        self.eos, self.vocab_size = tokenizer.eos_token_id, vocab_size
+        if vocab_size is not None and self.eos >= vocab_size:
+            raise ConfigError(f"EOS is {_beyond(tokenizer, self.eos, vocab_size)}")
+        self.texts = TextTokenizer(tokenizer)
+        self._eos_text, self._today = str(tokenizer.eos_token), today
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, generation: bool) -> list[int]:
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            "the rows are chats (messages), but this tokenizer has no chat template; set tokenizer.chat_template, or "
-            "give the rows as prompt + completion"
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self._today)
+
+    def encoded(self, rows: Sequence[Row]) -> Iterator[tuple[Row, list[OneSequence] | RowProblem]]:
+        """The sequences of each row, whatever their length; or what is wrong with it."""
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            rendered = [self._rendered(row) for row in chunk]
+            flat = [one for of_row in rendered if isinstance(of_row, list) for one in of_row]
+            tokens = iter(self.texts.tokenize([_text(one) for one in flat]))
+            for row, of_row in zip(chunk, rendered, strict=True):
+                if isinstance(of_row, RowProblem):
+                    yield row, of_row
+                    continue
+                made = [self._sequence(one, next(tokens)) for one in of_row]
+                wrong = next((one for one in made if isinstance(one, RowProblem)), None)
+                yield row, wrong or [one for one in made if isinstance(one, OneSequence)]
+
+    def _rendered(self, row: Row) -> list[Rendered] | RowProblem:
+        try:
+            if row.messages is not None:
+                return self.template.sequences(row, last_only=self.last_only)
+            if row.text is not None:
+                end = ending_at_eos(row.text, 0, len(row.text), self._eos_text)
+                return [Rendered(row.text[:end], ((0, end),))]
+            turns = [*row.history, (row.prompt or "", row.completion or "")]
+            return [joined(turns, self.separator, self._eos_text, last_only=self.last_only)]
+        except RowProblem as problem:
+            return problem
+
+    def _sequence(self, rendered: Rendered, tokens: Tokens | RowProblem) -> OneSequence | RowProblem:
+        if isinstance(tokens, RowProblem):
+            return tokens
+        place_of = dict(zip(_text(rendered).places, tokens.places, strict=True))
+        ids, learned = tokens.ids, [(place_of[start], place_of[stop]) for start, stop in rendered.learned]
+        front = self.texts.front if rendered.front else []
+        if front and ids[: len(front)] != front:  # else the text begins with BOS already
+            ids = front + ids
+            learned = [(start + len(front), stop + len(front)) for start, stop in learned]
+        if learned and ids[-1] != self.eos:
+            ids = [*ids, self.eos]
+            learned[-1] = learned[-1][0], len(ids)
+        if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
+            return RowProblem(f"holds {_beyond(self.tokenizer, max(ids), self.vocab_size)}")
+        return OneSequence(ids, tuple(span for span in learned if span[0] < span[1]), rendered, tokens.exact)
+
+    def fitted(
+        self, row: Row, made: Sequence[OneSequence], longest: int, truncation: str, report: DataReport
+    ) -> list[Example]:
+        """The examples of a row, none longer than `longest`; what is lost goes into the report."""
+        found = list[Example]()
+        for one in made:
+            ids, learned = one.ids, one.learned
+            if row.text is not None:
+                parts = [Example(window, 0, row) for window in windows(ids, longest)]
+                if len(parts) > 1:
+                    report.split.append({"origin": row.origin, "tokens": len(ids), "windows": len(parts)})
+                found += [part for part in parts if part.target_tokens > 0]
+                continue
+            if len(ids) > longest and learned:
+                lead = self._lead(ids, learned)
+                ids, learned, lost = cut(ids, learned, longest, lead=lead, how=truncation)
+                report.lost_beginning += "prompt" in lost
+                report.cut.append(
+                    {"origin": row.origin, "tokens_lost": len(one.ids) - len(ids), "from": " and ".join(lost)}
+                )
+            if learned and (example := Example.of_spans(ids, learned, row)).target_tokens > 0:
+                found.append(example)
+        if not found:
+            switched_off = row.messages is not None and not any(one.learned for one in made)
+            reason = "none of its turns is to be learned" if switched_off else "its target has no token"
+            report.dropped.append({"origin": row.origin, "reason": f"nothing to learn: {reason}"})
+            return []
+        report.turns += sum(one.rendered.turns for one in made) if row.text is None else 0
+        report.thoughts_cut += sum(one.rendered.thoughts_cut for one in made)
+        report.inexact += any(not one.exact for one in made)
+        report.unknown += any(self.tokenizer.unk_token_id in one.ids for one in made) and self._unknown_is_one
+        report.eos_inside += any(self.eos in one.ids[a : b - 1] for one in made for a, b in one.learned)
+        return found
+
+    @property
+    def _unknown_is_one(self) -> bool:
+        """Whether the unknown token means nothing else (GPT-2's is EOS)."""
+        return self.tokenizer.unk_token_id not in (None, self.eos, self.tokenizer.pad_token_id)
+
+    def _lead(self, ids: Sequence[int], learned: Sequence[tuple[int, int]]) -> int:
+        """How many ids of the beginning stay where it is cut: BOS."""
+        return int(ids[0] == self.tokenizer.bos_token_id and learned[0][0] > 0 and ids[0] != self.eos) or int(
+            bool(self.texts.front) and list(ids[: len(self.texts.front)]) == self.texts.front and learned[0][0] > 0
         )
-    try:
-        ids: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=False, add_generation_prompt=generation
-        )
-    except Exception as error:  # templates raise what they like: jinja errors, and their own
-        raise DataError(f"the tokenizer's chat template refuses these messages: {error}") from error
-    return [int(i) for i in ids]
+
+    def asked(self, row: Row) -> list[int]:
+        """The ids of a row without an answer. Raises RowProblem: the chat template refuses it."""
+        if row.messages is not None:
+            return self.texts.ids(self.template.prompt(row))
+        text = row.text if row.text is not None else row.before + self.separator
+        ids, front = self.texts.ids(text), self.texts.front
+        return ids if front and ids[: len(front)] == front else front + ids
 
 
-def _windows(ids: list[int], longest: int) -> list[list[int]]:
-    """Consecutive windows of at most `longest` ids. Each begins with the last id of the one before: a sequence's first
-    token is not predicted, so every token of the text but its first has a loss once."""
-    return [ids[start : start + longest] for start in range(0, max(len(ids) - 1, 1), longest - 1)]
+def _text(rendered: Rendered) -> Text:
+    places = sorted({place for span in rendered.learned for place in span})
+    return Text(rendered.text, tuple(places), frozenset(start for start, _ in rendered.learned))
 
 
-def _cut(prompt: list[int], target: list[int], longest: int) -> tuple[list[int], list[int]]:
-    if len(prompt) + len(target) <= longest:
-        return prompt, target
-    if len(target) < longest and prompt:
-        return prompt[len(prompt) + len(target) - longest :], target
-    keep = prompt[-1:]  # one token to predict the first target from
-    return keep, target[: longest - len(keep)]
+def _beyond(tokenizer: PreTrainedTokenizerBase, token: int, rows: int) -> str:
+    name: Any = tokenizer.convert_ids_to_tokens(token)
+    return (
+        f"the token {name!r} with id {token}, and the base's embedding has {rows} rows: make it larger with "
+        "model.resize_token_embeddings(len(tokenizer)) and save that as the base, or use the base's own tokenizer"
+    )

@@ -1,0 +1,265 @@
+"""A chat as its tokenizer's own template writes it, and where in that text each assistant's turn stands.
+
+The template is asked twice about a turn: for the whole conversation, which is what is learned, and for the messages
+before the turn with the generation prompt, which is what the model will be asked with. The second has to be a prefix of
+the first; the turn is what follows. So what the template itself puts into an answer (an empty thought, a tool call's
+brackets, the end of the turn) is learned, and a row for which the two do not agree is refused.
+"""
+
+import dataclasses
+import datetime
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
+
+from spectune.data.problem import RowProblem
+from spectune.data.rendering import Rendered, ending_at_eos
+from spectune.data.shapes import Row
+from spectune.data.template_checks import check_rendered, thoughts_cut, visible
+from spectune.errors import ConfigError, first_line
+
+#: stands for an answer where the template's own text is looked for
+_PROBE = "spectuneprobe"
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+#: what looks like a special token, whether the tokenizer has it as one or not
+_TAG = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+
+class TurnTexts(NamedTuple):
+    """What a template writes around an answer; each may be empty.
+
+    Attributes:
+        header: between a prompt and the answer, where the template has no generation prompt of its own.
+        end: behind an answer that is followed by another message.
+        trailing: behind the last turn, where the template always writes a generation prompt.
+    """
+
+    header: str
+    end: str
+    trailing: str
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        today: the date that templates see as the current one, ISO; by default the clock's.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or `today` is no date.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: str | None = None) -> None:
+        if tokenizer.chat_template is None:
+            raise ConfigError(
+                "the rows are chats (messages), but this tokenizer has no chat template; set tokenizer.chat_template, "
+                "or give the rows as prompt + completion"
+            )
+        self.tokenizer = tokenizer
+        self.eos = str(tokenizer.eos_token or "")
+        self._globals = {**tokenizer.special_tokens_map, "strftime_now": _clock(today)}
+        self._compiled: dict[bool, tuple[str, Any]] = {}
+        self._skipped: dict[tuple[str, ...], frozenset[int]] = {}
+
+    def sequences(self, row: Row, *, last_only: bool = False) -> list[Rendered]:
+        """The sequences that a conversation is learned in.
+
+        One, with all learned turns, where each turn's prompt is a prefix of the whole. An earlier turn for which that
+        is not so, because the template rewrites what is history, has a sequence of its own before that.
+
+        Raises:
+            RowProblem: the template refuses the messages, leaves one of them out, or writes a turn behind another
+                text than the one that the model would be asked with.
+        """
+        messages = row.messages or []
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i not in row.unlearned]
+        if last_only:
+            places = places[-1:]
+        whole, marks = self._whole(row, messages)
+        check_rendered(row, whole, self._source(row), self._left_out(row))
+        found, own = list[Span](), list[Rendered]()
+        for place in places:
+            stretch = self._stretch(row, place, whole)
+            if stretch is not None:
+                found.append(stretch)
+            elif place < len(messages) - 1:
+                alone = dataclasses.replace(row, messages=messages[: place + 1], references=(), choices=())
+                own += self.sequences(alone, last_only=True)
+            else:
+                raise self._no_prefix(row, place, whole)
+        found = [span for span in self._marked(found, marks, whole) if span[0] < span[1]]
+        learned = tuple((start, ending_at_eos(whole, start, stop, self.eos)) for start, stop in found)
+        text = whole[: learned[-1][1]] if learned else ""
+        return [*own, Rendered(text, learned, len(learned), thoughts_cut(row, whole, places), front=False)]
+
+    def prompt(self, row: Row) -> str:
+        """What the model is asked with for the next turn of a conversation that has no answer yet. Raises RowProblem:
+        the template refuses the messages."""
+        text = self._asked(row, row.asked)
+        if not self._marks(row):
+            return text
+        # what stands between the generation prompt and the marked answer is not learned, so it has to be given
+        probe = dataclasses.replace(row, messages=[*row.asked, {"role": "assistant", "content": _PROBE}])
+        whole, marks = self._whole(probe, probe.messages or [])
+        begins = [start for start, stop in marks or () if _PROBE in whole[start:stop] and whole.startswith(text)]
+        return text + whole[len(text) : begins[-1]] if begins else text
+
+    @property
+    def has_date(self) -> bool:
+        """Whether what it writes depends on the day."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
+    def _whole(self, row: Row, messages: Sequence[Message]) -> tuple[str, list[Span] | None]:
+        """Messages as text, without a generation prompt behind them, and the spans that the template marks as the
+        assistant's; None where it marks none."""
+        if not self._marks(row):
+            return self._without_trailing(self._render(row, messages)), None
+        marks: Any = chat_template_utils._render_with_assistant_indices
+        template = self._template(row)
+        try:
+            text, spans = marks(template, list(messages), add_generation_prompt=False, **self._given(row))
+        except Exception as error:  # templates raise what they like: jinja's errors, and their own
+            raise _refusal(error) from error
+        return str(text), [(int(start), int(stop)) for start, stop in spans]
+
+    def _render(self, row: Row, messages: Sequence[Message], *, generation: bool = False) -> str:
+        """Messages as text, with the row's tools, documents and template arguments."""
+        template, given = self._template(row), self._given(row)
+        try:
+            return str(template.render(messages=messages, add_generation_prompt=generation, **given))
+        except Exception as error:  # templates raise what they like: jinja's errors, and their own
+            raise _refusal(error) from error
+
+    def _asked(self, row: Row, messages: Sequence[Message]) -> str:
+        """What the model is asked with behind these messages."""
+        text = self._render(row, messages, generation=True)
+        return text if "add_generation_prompt" in self._source(row) else text + self._turn.header
+
+    def _stretch(self, row: Row, place: int, whole: str) -> Span | None:
+        """Where the turn at a place stands in the whole conversation; None where what the model would be asked with is
+        not what stands before it."""
+        messages = row.messages or []
+        prompt, content = self._asked(row, messages[:place]), messages[place]["content"]
+        if not whole.startswith(prompt) or len(prompt) == len(whole):
+            return None
+        start = len(prompt)
+        if place == len(messages) - 1:
+            return start, len(whole)
+        end = self._turn.end
+        for written in (content, content.strip()) if content and end else ():
+            if whole.startswith(written + end, start):
+                return start, start + len(written) + len(end)
+        part = self._without_trailing(self._render(row, messages[: place + 1]))
+        if whole.startswith(part) and len(part) > start:
+            return start, len(part)
+        # the template writes this turn otherwise now that it is history
+        at = whole.find(visible(content), start)
+        if at < 0 or not end or end in whole[start:at]:
+            return None
+        stop = whole.find(end, at + len(visible(content)))
+        return None if stop < 0 else (start, stop + len(end))
+
+    def _marked(self, found: Sequence[Span], marks: Sequence[Span] | None, whole: str) -> list[Span]:
+        """Of each turn what the template marks as the assistant's, where it marks any, and the EOS behind that."""
+        if marks is None:
+            return list(found)
+        marks = [(begin, end + len(self.eos) * whole.startswith(self.eos, end)) for begin, end in marks]
+        return [(max(a, begin), end) for a, b in found for begin, end in marks if end > a and begin < b]
+
+    @cached_property
+    def _turn(self) -> TurnTexts:
+        """Found by rendering a short conversation."""
+        user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}
+        row = Row("probe", messages=[])
+        try:
+            asked, prompt = self._render(row, [user]), self._render(row, [user], generation=True)
+            one, two = self._render(row, [user, answer]), self._render(row, [user, answer, user])
+        except RowProblem:
+            return TurnTexts("", "", "")
+        if _PROBE not in one or _PROBE not in two:
+            return TurnTexts("", "", "")
+        (before, _, last), (_, _, behind) = one.rpartition(_PROBE), two.partition(_PROBE)
+        header = before[len(asked) :] if prompt == asked and before.startswith(asked) else ""
+        if behind.startswith(last):
+            return TurnTexts(header, last, "")
+        specials = map(re.escape, sorted(map(str, self.tokenizer.all_special_tokens), key=len, reverse=True))
+        tag = re.match(rf"\s*(?:{'|'.join([*specials, _TAG])})?\s*", behind)
+        end = tag[0] if tag else ""
+        trailing = last[len(end) :] if last.startswith(end) else ""
+        return TurnTexts(header, end, trailing if prompt == asked and asked.endswith(trailing) else "")
+
+    def _without_trailing(self, text: str) -> str:
+        if "add_generation_prompt" in str(self.tokenizer.chat_template):
+            return text
+        return text.removesuffix(self._turn.trailing)
+
+    def _left_out(self, row: Row) -> frozenset[int]:
+        """The places of messages that the template leaves out, whatever they say: found once for messages of these
+        roles."""
+        messages = row.messages or []
+        roles = (str(bool(row.tools)), *(message["role"] for message in messages))
+        if roles not in self._skipped:
+            try:
+                text = self._render(row, [{**m, "content": f"{_PROBE}{i}x"} for i, m in enumerate(messages)])
+            except RowProblem:  # it wants other contents than probes: what is written is looked for, row by row
+                return frozenset()
+            written = (i for i, m in enumerate(messages) if m.get("tool_calls") or f"{_PROBE}{i}x" in text)
+            self._skipped[roles] = frozenset(range(len(messages))) - frozenset(written)
+        return self._skipped[roles]
+
+    def _given(self, row: Row) -> dict[str, Any]:
+        return {**self._globals, "tools": row.tools, "documents": row.documents, **(row.template_kwargs or {})}
+
+    def _marks(self, row: Row) -> bool:
+        return _MARKS.search(self._source(row)) is not None
+
+    def _source(self, row: Row) -> str:
+        return self._of(row)[0]
+
+    def _template(self, row: Row) -> Any:
+        return self._of(row)[1]
+
+    def _of(self, row: Row) -> tuple[str, Any]:
+        """The template's text and what jinja makes of it; a tokenizer may have another one for rows with tools."""
+        has_tools = bool(row.tools)
+        if has_tools not in self._compiled:
+            source = str(self.tokenizer.get_chat_template(tools=row.tools or None))
+            # transformers' own function hides from templates what they could do harm with; that includes callables
+            # such as the clock, which is why the template that it compiles is called, and not the function
+            compile_template: Any = chat_template_utils._compile_jinja_template
+            try:
+                self._compiled[has_tools] = source, compile_template(source)
+            except Exception as error:
+                raise ConfigError(f"the tokenizer's chat template is no Jinja template: {first_line(error)}") from error
+        return self._compiled[has_tools]
+
+    def _no_prefix(self, row: Row, place: int, whole: str) -> RowProblem:
+        prompt = self._asked(row, (row.messages or [])[:place])
+        alike = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+        return RowProblem(
+            f"messages[{place + 1}] cannot be learned: the model would be asked with a text that goes on "
+            f"{prompt[alike : alike + 40]!r} where the chat template writes {whole[alike : alike + 40]!r}; "
+            "write the answer so that it begins as the generation prompt ends"
+        )
+
+
+def _clock(today: str | None) -> Callable[[str], str]:
+    """What templates call to format the current date."""
+    if today is None:
+        return lambda form: datetime.datetime.now().strftime(form)
+    try:
+        day = datetime.datetime.fromisoformat(today)
+    except ValueError:
+        raise ConfigError(f"template_date = {today!r}; expected a date such as 2026-01-31") from None
+    return day.strftime
+
+
+def _refusal(error: Exception) -> RowProblem:
+    return RowProblem(f"the tokenizer's chat template refuses these messages: {first_line(error)}")

@@ -1,0 +1,105 @@
+"""Where every input row went, and what of it is learned."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from spectune.data.examples import Example
+
+#: origins named of what is only counted
+_NAMED = 5
+
+
+@dataclass
+class DataReport:
+    """Where every input row went: `rows = kept + dropped + bad`; cut and split rows are among the kept.
+
+    Attributes:
+        examples: sequences; a long `text` row is `split` into several, a chat whose template rewrites earlier turns
+            has several, too.
+        tokens: those of all examples; `target_tokens`: those of them that are learned.
+        turns: assistant turns that are learned.
+        thoughts_cut: earlier turns that are learned without their thought, because the chat template cuts it.
+        lost_beginning: rows whose beginning was cut.
+        eos_inside: rows with an EOS inside of a learned turn, where generation would end.
+        inexact: rows whose text decoding does not give back, because the tokenizer changes it (case, white space).
+        unknown: rows with an unknown token.
+        ignored: keys of another shape that rows hold beside the one that is taken, and in how many.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    examples: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    turns: int = 0
+    longest: int = 0
+    ends_with_eos: int = 0
+    thoughts_cut: int = 0
+    lost_beginning: int = 0
+    eos_inside: int = 0
+    inexact: int = 0
+    unknown: int = 0
+    cut: list[dict[str, Any]] = field(default_factory=list)
+    split: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[dict[str, str]] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def tokens_lost(self) -> int:
+        return sum(entry["tokens_lost"] for entry in self.cut)
+
+    def to_dict(self) -> dict[str, Any]:
+        lists: dict[str, list[Any]] = {"cut": self.cut, "split": self.split, "dropped": self.dropped, "bad": self.bad}
+        return {
+            **{name: getattr(self, name) for name in ("rows", "kept", "examples", "turns")},
+            **{name: len(rows) for name, rows in lists.items()},
+            **{name: getattr(self, name) for name in ("tokens", "target_tokens", "tokens_lost")},
+            "longest_row_tokens": self.longest,
+            "rows_that_end_with_eos": self.ends_with_eos,
+            "rows_that_lost_their_beginning": self.lost_beginning,
+            "rows_with_eos_inside": self.eos_inside,
+            "rows_with_unknown_tokens": self.unknown,
+            "rows_that_the_tokenizer_changes": self.inexact,
+            "turns_without_their_thought": self.thoughts_cut,
+            **({"ignored_keys": dict(self.ignored)} if self.ignored else {}),
+            **({"rows_by_source": dict(self.sources)} if self.sources else {}),
+            **{f"{name}_rows": rows for name, rows in lists.items()},
+        }
+
+    def summary(self, name: str = "data") -> str:
+        """What is not learned as it was given, in one line for a terminal: `train: 3 of 90 rows cut (...)`; or ""."""
+        parts = []
+        if self.cut:
+            parts.append(
+                f"{len(self.cut):,} of {self.rows:,} rows cut to max_length ({self.tokens_lost:,} tokens lost)"
+            )
+        if self.split:
+            windows = sum(entry["windows"] for entry in self.split)
+            parts.append(f"{len(self.split):,} long texts split into {windows:,} windows (no token lost)")
+        if self.dropped:
+            parts.append(f"{len(self.dropped):,} rows dropped ({self.dropped[0]['reason']})")
+        if self.bad:
+            parts.append(f"{len(self.bad):,} bad rows left out")
+        if self.lost_beginning:
+            parts.append(f"{self.lost_beginning:,} rows lost the beginning of what stands before the answer")
+        if self.thoughts_cut:
+            parts.append(f"{self.thoughts_cut:,} earlier turns without their thought, which the chat template cuts")
+        if self.eos_inside:
+            parts.append(f"{self.eos_inside:,} rows with an EOS inside of an answer, where generation will end")
+        if self.unknown:
+            parts.append(f"{self.unknown:,} rows with characters that the tokenizer does not know")
+        if self.ignored:
+            keys = ", ".join(f"{key} ({count:,} rows)" for key, count in self.ignored.items())
+            parts.append(f"not used beside the shape that is taken: {keys}; name it in columns to take it")
+        return f"{name}: {'; '.join(parts)}" if parts else ""
+
+    def count(self, example: Example, eos: int) -> None:
+        """Add an example's tokens."""
+        self.examples += 1
+        self.tokens += example.length
+        self.target_tokens += example.target_tokens
+        self.longest = max(self.longest, example.length)
+        self.ends_with_eos += example.last_id == eos
