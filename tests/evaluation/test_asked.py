@@ -70,7 +70,7 @@ def test_thoughts_that_begin_in_the_prompt() -> None:
     tokenizer = tokenizer_of(THOUGHTS_ONLY)
     row = Row("a:1", **chat("<think>\nthe reason\n</think>\nyes"))
     target = tokenizer("\nthe reason\n</think>\nyes<|im_end|>\n<|endoftext|>")["input_ids"]
-    assert _around(row, target, tokenizer, [tokenizer.eos_token_id], "") == ("", "<|im_end|>")
+    assert _around(row, target, tokenizer, [tokenizer.eos_token_id], {}) == ("", "<|im_end|>")
 
 
 def test_a_completion_has_nothing_around_it() -> None:

@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 from tests.support import make_model, make_tokenizer
 from tests.support.by_heart import ByHeart
-from tests.support.tiny_tokenizers import CHATML, EMPTY_THOUGHTS, HEADER, byte_level, metaspace, wordpiece
+from tests.support.tiny_tokenizers import CHATML, EMPTY_THOUGHTS, HEADER, THINKING, byte_level, metaspace, wordpiece
 from transformers import PreTrainedTokenizerFast
 
 from spectune.data import encode, load_rows
+from spectune.errors import DataError
 from spectune.evaluation import JudgedRow, Task, corpus_metrics, judge
 from spectune.methods import FullFineTuning
 from spectune.training import TrainingConfig, train
@@ -24,11 +25,11 @@ THOUGHTS = ("<think>", "</think>")
 
 
 def by_heart(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[JudgedRow]:
-    length = {"max_length": options.pop("max_length", 256)}
-    separator = {"separator": options.get("separator", "")}
+    options = {"max_length": 256, **options}
+    how = {name: options[name] for name in ("max_length", "separator", "train_on", "truncation") if name in options}
     loaded = load_rows(rows)
-    model = ByHeart(encode(loaded, tokenizer, **length, **separator).examples, len(tokenizer))
-    return judge(model, tokenizer, Task.of(loaded, **{**length, **options}))
+    model = ByHeart(encode(loaded, tokenizer, **how).examples, len(tokenizer))
+    return judge(model, tokenizer, Task.of(loaded, **options))
 
 
 def chat(question: str, answer: Any, **more: Any) -> dict[str, Any]:
@@ -122,7 +123,8 @@ def test_an_answer_longer_than_256_tokens_has_room() -> None:
 def test_a_prompt_that_is_cut_is_asked_as_it_was_learned() -> None:
     rows = [{"prompt": f"{i} " + "many words and more " * 20, "completion": " the end"} for i in range(2)]
     for make in MAKERS:
-        assert texts(by_heart(rows, make(), max_length=24)) == ["the end"] * 2
+        for truncation in ("start", "middle"):
+            assert texts(by_heart(rows, make(), max_length=24, truncation=truncation)) == ["the end"] * 2
 
 
 LABELS: list[tuple[str, list[str], list[str]]] = [
@@ -157,19 +159,44 @@ def test_choices_under_other_tokenizers() -> None:
         assert corpus_metrics(by_heart(rows, make())) == {"accuracy": 1}
 
 
+def test_choices_that_a_tokenizer_does_not_tell_apart_are_no_tie() -> None:
+    row = {"prompt": "q:", "completion": " yes", "choices": ["yes", "Yes", "no"]}
+    with pytest.raises(DataError, match="cannot be compared") as caught:
+        by_heart([row], wordpiece())
+    assert caught.value.problems == [
+        "row 1: its choices 'yes' and 'Yes' are the same tokens; expected choices that differ"
+    ]
+
+
 def test_a_tool_call_without_content_is_its_own_reference() -> None:
     tokenizer = byte_level(special=TURNS)
     tokenizer.chat_template = CHATML
-    call = {"type": "function", "function": {"name": "who", "arguments": {"x": 1}}}
-    from spectune.data import Row
+    call = {"type": "function", "function": {"name": "who", "arguments": '{"x": 1}'}}
+    [judged] = by_heart([chat("who", None, tool_calls=[call])], tokenizer)
+    [text] = texts([judged])
+    assert text
+    assert '"name": "who"' in text
 
-    asked = {"role": "user", "content": "who"}
-    row = Row("here:1", messages=[asked, {"role": "assistant", "content": "", "tool_calls": [call]}])
-    model = ByHeart(encode([row], tokenizer, max_length=256).examples, len(tokenizer))
-    [judged] = judge(model, tokenizer, Task.of([row], max_length=256))
-    assert texts([judged])[0]
-    if judged.prediction:  # the whole of what is learned
-        assert '"name": "who"' in judged.prediction
+
+def test_earlier_turns_of_alpaca_rows_are_in_the_prompt() -> None:
+    row = {"instruction": "and two?", "input": "", "output": "yes", "history": [["one?", "no"]]}
+    for train_on in ("all", "last"):
+        [judged] = by_heart([row], byte_level(), train_on=train_on)
+        assert texts([judged]) == ["yes"]
+        assert judged.prompt is not None
+        assert judged.prompt.index("one?") < judged.prompt.index("no") < judged.prompt.index("and two?")
+
+
+@pytest.mark.parametrize("train_on", ["all", "last"])
+def test_thoughts_that_the_template_cuts_from_earlier_turns(train_on: str) -> None:
+    """The generation prompt ends in `<think>`, earlier turns are without their thoughts."""
+    tokenizer = byte_level(special=[*TURNS, *THOUGHTS])
+    tokenizer.chat_template = THINKING
+    first = chat("one", "<think>\nthe reason\n</think>\nyes")["messages"]
+    second = chat("two", "<think>\nanother one\n</think>\nno")["messages"]
+    rows = [{"messages": first}, {"messages": [*first, *second]}]
+    wanted = ["the reason\n</think>\nyes", "another one\n</think>\nno"]
+    assert texts(by_heart(rows, tokenizer, train_on=train_on)) == wanted
 
 
 def test_a_trained_model() -> None:

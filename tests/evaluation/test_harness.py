@@ -48,7 +48,7 @@ def test_a_long_context_loses_its_beginning(model: PreTrainedModel, tokenizer: P
     ids = [*words[-30:], 2, 3]
     assert value == pytest.approx(reference(model, ids, 30)[0], rel=1e-5)
     with pytest.raises(DataError, match="a continuation of 40 tokens; this base takes 32"):
-        HarnessModel(model, tokenizer).loglikelihood(ask(("w1", context)))
+        HarnessModel(model, tokenizer).loglikelihood(ask(("w1", f" {context}")))
 
 
 def test_rolling_predicts_every_token_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

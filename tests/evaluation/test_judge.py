@@ -108,11 +108,11 @@ def test_it_is_the_current_route(model: PreTrainedModel, tokenizer: PreTrainedTo
 
 
 def test_chosen_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    answers = ["w3", "w4 w9", "w21"]
+    answers = [" w3", " w4 w9", " w21"]
     train = load_rows([{"prompt": f"w{i + 1}", "completion": answers[i % 3]} for i in range(9)])
     rows = load_rows([{"prompt": f"w{i + 11} w2", "completion": answers[i % 3]} for i in range(6)])
     found = judge(model, tokenizer, Task.of(rows, train_rows=train, max_length=32))
-    targets = {"w3": [3, 0], "w4 w9": [4, 9, 0], "w21": [21, 0]}
+    targets = {" w3": [3, 0], " w4 w9": [4, 9, 0], " w21": [21, 0]}
     best = [min(answers, key=lambda answer: loss_of(model, [i + 11, 2, *targets[answer]], 2)) for i in range(6)]
     assert [row.prediction for row in found] == best
     assert len(set(best)) > 1

@@ -72,3 +72,7 @@ EMPTY_THOUGHTS = CHATML.replace(
 )
 #: a line before each answer
 HEADER = CHATML.replace("'\n' + (m.content", "'\n' + ('to all: ' if m.role == 'assistant' else '') + (m.content")
+#: the generation prompt opens the thoughts; those of earlier turns are cut
+THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}").replace(
+    "(m.content or '')", "(m.content if loop.last or m.role == 'user' else m.content.split('</think>\n')[-1])"
+)

@@ -9,14 +9,15 @@ and tokenizer do to a text.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from spectune.data import Example, Row, encode, prompt_ids
+from spectune.data import Example, Row, encode, prompts_ids
 from spectune.errors import DataError
 from spectune.evaluation.references import answer_of
 from spectune.evaluation.task import Task
-from spectune.inference import UNLIMITED, answer_start, decoded, last_examples, shortened, up_to_stop
+from spectune.inference import UNLIMITED, decoded, last_examples, shortened, up_to_stop
 
 #: stands for an answer where what is around it is looked for; letters and digits that no tokenizer changes
 _ANYTHING = "qzx7vjk9wqx"
@@ -60,12 +61,11 @@ def ask(
     rows = [task.rows[place] for place in task.to_write]
     if not rows:
         return []
-    whole = _whole(rows, tokenizer, task.separator)
+    whole = _whole(rows, tokenizer, task.conventions)
     found = []
-    for row in rows:
-        prompt = prompt_ids(row, tokenizer, separator=task.separator)
+    for row, prompt in zip(rows, prompts_ids(rows, tokenizer, **task.conventions), strict=True):
         target = _target(prompt, whole.get(id(row)))
-        before, behind = _around(row, target, tokenizer, stops, task.separator)
+        before, behind = _around(row, target, tokenizer, stops, task.conventions)
         references = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in row.references]
         if not references:
             references = [target or list(tokenizer(answer_of(row) or "", add_special_tokens=False)["input_ids"])]
@@ -81,14 +81,16 @@ def ask(
     return found
 
 
-def _whole(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, separator: str) -> dict[int, Example]:
-    """By the `id` of the row its example, uncut."""
-    return last_examples(encode(rows, tokenizer, max_length=UNLIMITED, separator=separator).examples)
+def _whole(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, conventions: Mapping[str, Any]
+) -> dict[int, Example]:
+    """By the `id` of the row the example that its answer stands in, uncut."""
+    return last_examples(encode(rows, tokenizer, max_length=UNLIMITED, **conventions).examples)
 
 
 def _target(prompt: list[int], example: Example | None) -> list[int]:
     """What training learns behind the prompt; none where it does not learn the row's last answer."""
-    if example is None or answer_start(example) < len(prompt) or example.input_ids[: len(prompt)] != prompt:
+    if example is None or example.answer_start < len(prompt) or example.input_ids[: len(prompt)] != prompt:
         return []
     return example.input_ids[len(prompt) :]
 
@@ -101,7 +103,11 @@ def _begun(prompt: list[int], target: list[int], cut: Example | None) -> list[in
 
 
 def _around(
-    row: Row, target: list[int], tokenizer: PreTrainedTokenizerBase, stops: Collection[int], separator: str
+    row: Row,
+    target: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Collection[int],
+    conventions: Mapping[str, Any],
 ) -> tuple[str, str]:
     """What the template puts before and behind the answer, as the target decodes."""
     answer = (answer_of(row) or "").strip()
@@ -117,8 +123,8 @@ def _around(
     last = {**row.messages[-1], "content": _ANYTHING}
     other = replace(row, messages=[*row.messages[:-1], last])
     try:
-        prompt = prompt_ids(other, tokenizer, separator=separator)
-        ids = _target(prompt, _whole([other], tokenizer, separator).get(id(other)))
+        [prompt] = prompts_ids([other], tokenizer, **conventions)
+        ids = _target(prompt, _whole([other], tokenizer, conventions).get(id(other)))
     except DataError:  # a template that takes no other answer
         ids = []
     before, there, behind = decoded(tokenizer, up_to_stop(ids, stops)).partition(_ANYTHING)

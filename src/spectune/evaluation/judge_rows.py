@@ -45,8 +45,9 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
         DataError: rows that cannot be encoded.
         OutOfMemoryError: not even one row at a time fits.
     """
-    encoded = encode(task.rows, tokenizer, max_length=task.max_length, separator=task.separator)
-    _check_room(model, encoded, task.max_length)
+    length, truncation = task.max_length, task.truncation
+    encoded = encode(task.rows, tokenizer, max_length=length, truncation=truncation, **task.conventions)
+    _check_room(model, encoded, length)
     losses = row_losses(model, encoded.examples, pad_token_id(tokenizer), task.batch_size)
     place_of = {id(row): place for place, row in enumerate(task.rows)}
     sums, targets = defaultdict[int, list[float]](list), defaultdict[int, int](int)
@@ -65,7 +66,7 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
         JudgedRow(
             place, found.row.origin, math.fsum(sums[place]), targets[place], found.metrics, found.statistics,
             prompt_of(found.row) if has_prompt(found.row) else None, found.prediction, found.references,
-            getattr(found.row, "source", None),
+            found.row.source,
         )
         for place, found in enumerate(measured) if place in sums
     ]  # fmt: skip
@@ -103,7 +104,7 @@ def _chosen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Ta
 
     def score(size: int) -> list[ChoiceScores]:
         return choice_log_likelihoods(
-            model, tokenizer, rows, max_length=task.max_length, separator=task.separator, batch_size=size
+            model, tokenizer, rows, max_length=task.max_length, batch_size=size, **task.conventions
         )
 
     scores = halving(score, task.batch_size, f"scoring the choices of {len(rows)} rows")

@@ -14,10 +14,10 @@ def has_prompt(row: Row) -> bool:
 
 
 def prompt_of(row: Row) -> str:
-    """The prompt as a reader sees it; of a chat the messages before the answer, one a line."""
+    """The prompt as a reader sees it; of a chat the messages before the answer, one a line; with earlier turns."""
     if row.messages:
         return "\n".join(f"{message['role']}: {_said(message)}" for message in row.asked)
-    return row.prompt if row.prompt is not None else row.text or ""
+    return row.before if row.prompt is not None else row.text or ""
 
 
 def references_of(row: Row) -> tuple[str, ...]:

@@ -52,12 +52,16 @@ class Task:
     separator: str
     choice_normalization: str = "sum"
     bleu_tokenizer: str = "13a"
+    train_on: str = "all"
+    truncation: str = "start"
+    today: str | None = None
 
     @classmethod
     def of(
         cls, rows: Sequence[Row], *, train_rows: Sequence[Row] = (), metric: str | None = "auto",
         generate_rows: int = 64, max_new_tokens: int | None = None, batch_size: int = 16, max_length: int,
-        separator: str = "", choice_normalization: str = "sum",
+        separator: str = "", choice_normalization: str = "sum", train_on: str = "all", truncation: str = "start",
+        today: str | None = None,
     ) -> Task:  # fmt: skip
         """Decide what is measured.
 
@@ -74,7 +78,7 @@ class Task:
                 them, so that sorted data is met everywhere; no draw, the same for every model.
             max_new_tokens: of a written row.
             batch_size: rows at a time; where memory does not suffice, it is halved.
-            max_length, separator: as in training.
+            max_length, separator, train_on, truncation, today: as in training, see `spectune.data.encode`.
             choice_normalization: "sum", "token" or "byte": see `ChoiceScores.best`.
 
         Raises:
@@ -103,8 +107,14 @@ class Task:
             rows=tuple(own), to_choose=tuple(to_choose), to_write=to_write, writable=len(writable),
             text_metrics=wanted.text if to_write else (), custom=wanted.custom if to_write else (), choices=choices,
             max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length, separator=separator,
-            choice_normalization=choice_normalization, bleu_tokenizer=bleu_tokenizer(references),
+            choice_normalization=choice_normalization, bleu_tokenizer=bleu_tokenizer(references), train_on=train_on,
+            truncation=truncation, today=today,
         )  # fmt: skip
+
+    @property
+    def conventions(self) -> dict[str, Any]:
+        """How rows become ids, cutting apart: arguments of `encode` and of `prompts_ids`."""
+        return {"separator": self.separator, "train_on": self.train_on, "today": self.today}
 
     @property
     def higher_is_better(self) -> dict[str, bool]:

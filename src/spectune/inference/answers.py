@@ -20,11 +20,6 @@ def answer_of(row: Row) -> str | None:
     return row.completion
 
 
-def answer_start(example: Example) -> int:
-    """Where the row's answer begins in an example: its last learned stretch."""
-    return int(getattr(example, "answer_start", example.prompt_length))
-
-
 def last_examples(examples: Sequence[Example]) -> dict[int, Example]:
     """By the `id` of its row the last example of each: the one that the answer stands in."""
     return {id(example.row): example for example in examples}

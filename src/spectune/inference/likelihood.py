@@ -5,6 +5,7 @@ import itertools
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.compute.evaluating import evaluating
 from spectune.data import Example, Row, by_length, collate, encode, pad_token_id
 from spectune.errors import DataError
-from spectune.inference.answers import UNLIMITED, answer_of, answer_start, last_examples, shortened
+from spectune.inference.answers import UNLIMITED, answer_of, last_examples, shortened
 from spectune.objectives import CAUSAL_LM
 
 #: how choices of unlike length are compared: by log p, by its mean over their tokens, or over their UTF-8 bytes
@@ -93,7 +94,7 @@ class ChoiceScores:
 
 def choice_log_likelihoods(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, max_length: int,
-    separator: str = "", batch_size: int = 16
+    separator: str = "", batch_size: int = 16, train_on: str = "all", today: str | None = None
 ) -> list[ChoiceScores]:  # fmt: skip
     """The likelihood of every choice of every row, each written exactly as training would write it after the prompt,
     EOS included: "yes" is then not favoured over "yes, sir" for being its beginning.
@@ -104,7 +105,7 @@ def choice_log_likelihoods(
 
     Args:
         max_length: tokens of prompt and choice together, as in training.
-        separator: what stands between prompt and completion, as in training.
+        separator, train_on, today: as in training, see `spectune.data.encode`.
 
     Raises:
         DataError: a row without choices or without a prompt, with two choices that are the same tokens, or with one
@@ -115,9 +116,10 @@ def choice_log_likelihoods(
         raise DataError("rows whose choices cannot be compared", problems)
     if not rows:
         return []
-    completed = [[_with_answer(row, choice) for choice in choices_as_trained(row)] for row in rows]
+    completed = [[row.answered_with(choice) for choice in choices_as_trained(row)] for row in rows]
     flat = [answered for of_row in completed for answered in of_row]
-    found = last_examples(encode(flat, tokenizer, max_length=UNLIMITED, separator=separator).examples)
+    how: dict[str, Any] = {"separator": separator, "train_on": train_on, "today": today}
+    found = last_examples(encode(flat, tokenizer, max_length=UNLIMITED, **how).examples)
     examples: list[Example] = []
     for row, of_row in zip(rows, completed, strict=True):
         encoded = [found[id(answered)] for answered in of_row if id(answered) in found]
@@ -177,7 +179,7 @@ def _unfit(row: Row) -> str | None:
 
 def _parted(encoded: Sequence[Example]) -> tuple[list[int], list[list[int]]]:
     """What all choices of a row stand behind, and what stands there of each."""
-    prompts = [example.input_ids[: answer_start(example)] for example in encoded]
+    prompts = [example.input_ids[: example.answer_start] for example in encoded]
     # templates that look at the answer before they write the prompt are none that we know; the score is right even so
     shared = len(os.path.commonprefix(prompts))  # noqa: RUF071
     return prompts[0][:shared], [example.input_ids[shared:] for example in encoded]
@@ -199,10 +201,3 @@ def _incomparable(row: Row, prompt: list[int], targets: Sequence[list[int]], max
             f"{max_length - 1} beside one token of the prompt; raise max_length or shorten the choice"
         )
     return None
-
-
-def _with_answer(row: Row, choice: str) -> Row:
-    """The row as a training row that was answered with `choice`."""
-    if row.messages:
-        return dataclasses.replace(row, messages=[*row.asked, {"role": "assistant", "content": choice}])
-    return dataclasses.replace(row, completion=choice)
