@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tests.data.labels_by_hand import CASES, TODAY
 from tests.support import make_model, make_tokenizer
 from tests.support.by_heart import ByHeart
+from tests.support.chat_templates import TEMPLATES, tokenizer_for
 from tests.support.tiny_tokenizers import CHATML, EMPTY_THOUGHTS, HEADER, THINKING, byte_level, metaspace, wordpiece
+from tests.support.tokenizers_zoo import KINDS
 from transformers import PreTrainedTokenizerFast
 
 from spectune.data import encode, load_rows
@@ -26,7 +29,8 @@ THOUGHTS = ("<think>", "</think>")
 
 def by_heart(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[JudgedRow]:
     options = {"max_length": 256, **options}
-    how = {name: options[name] for name in ("max_length", "separator", "train_on", "truncation") if name in options}
+    conventions = ("max_length", "separator", "train_on", "truncation", "today")
+    how = {name: options[name] for name in conventions if name in options}
     loaded = load_rows(rows)
     model = ByHeart(encode(loaded, tokenizer, **how).examples, len(tokenizer))
     return judge(model, tokenizer, Task.of(loaded, **options))
@@ -115,6 +119,15 @@ def test_several_turns_are_asked_for_the_last_one() -> None:
     assert row.prompt == "system: the system\nuser: one\nassistant: yes\nuser: two"
 
 
+def test_the_last_answer_that_is_learned_is_the_one_that_is_asked_for() -> None:
+    tokenizer = byte_level(special=[*TURNS, *THOUGHTS])
+    tokenizer.chat_template = HEADER
+    turns = [*chat("one", "yes")["messages"], *chat("two", "no", weight=0)["messages"]]
+    [row] = by_heart([{"messages": turns}], tokenizer)
+    assert texts([row]) == ["yes"]
+    assert row.prompt == "user: one"
+
+
 def test_an_answer_longer_than_256_tokens_has_room() -> None:
     long = " ".join(f"w{i}" for i in range(100))
     assert texts(by_heart([{"prompt": "q:", "completion": long}], byte_level(), max_length=500)) == [long]
@@ -197,6 +210,17 @@ def test_thoughts_that_the_template_cuts_from_earlier_turns(train_on: str) -> No
     rows = [{"messages": first}, {"messages": [*first, *second]}]
     wanted = ["the reason\n</think>\nyes", "another one\n</think>\nno"]
     assert texts(by_heart(rows, tokenizer, train_on=train_on)) == wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
+def test_every_family_s_template(template: str, kind: str) -> None:
+    """The conversations whose labels are written out by hand, one by one: two may ask the same and answer otherwise."""
+    tokenizer = tokenizer_for(template, kind)
+    for case in CASES:
+        if case.template == template and not case.refused:
+            judged = by_heart([case.record], tokenizer, max_length=400, today=TODAY, **case.settings)
+            assert texts(judged) == [judged[0].references[0]], case.name
 
 
 def test_a_trained_model() -> None:

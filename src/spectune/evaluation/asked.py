@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spectune.data import Example, Row, encode, prompts_ids
 from spectune.errors import DataError
-from spectune.evaluation.references import answer_of
+from spectune.evaluation.references import asked_place, written_of
 from spectune.evaluation.task import Task
 from spectune.inference import UNLIMITED, decoded, last_examples, shortened, up_to_stop
 
@@ -68,7 +68,7 @@ def ask(
         before, behind = _around(row, target, tokenizer, stops, task.conventions)
         references = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in row.references]
         if not references:
-            references = [target or list(tokenizer(answer_of(row) or "", add_special_tokens=False)["input_ids"])]
+            references = [target or list(tokenizer(written_of(row) or "", add_special_tokens=False)["input_ids"])]
         texts = [decoded(tokenizer, up_to_stop(ids, stops)) for ids in references]
         if not row.references:
             texts = [_without(text, before, behind) for text in texts]
@@ -110,8 +110,8 @@ def _around(
     conventions: Mapping[str, Any],
 ) -> tuple[str, str]:
     """What the template puts before and behind the answer, as the target decodes."""
-    answer = (answer_of(row) or "").strip()
-    if not row.messages or not target or not answer or row.messages[-1].get("tool_calls"):
+    answer, place = (written_of(row) or "").strip(), asked_place(row)
+    if not row.messages or place is None or not target or not answer or row.messages[place].get("tool_calls"):
         return "", ""
     text = decoded(tokenizer, up_to_stop(target, stops))
     as_written = decoded(tokenizer, tokenizer(answer, add_special_tokens=False)["input_ids"]).strip()
@@ -120,8 +120,8 @@ def _around(
             before, _, behind = text.partition(content)
             return before.strip(), behind.strip()
     # it is a part of what stands around it, or the template changed it: see what stands around another answer
-    last = {**row.messages[-1], "content": _ANYTHING}
-    other = replace(row, messages=[*row.messages[:-1], last])
+    changed = {**row.messages[place], "content": _ANYTHING}
+    other = replace(row, messages=[*row.messages[:place], changed, *row.messages[place + 1 :]])
     try:
         [prompt] = prompts_ids([other], tokenizer, **conventions)
         ids = _target(prompt, _whole([other], tokenizer, conventions).get(id(other)))
