@@ -74,7 +74,7 @@ def generate(
 def _row_of(typed: str, number: int, config: dict[str, Any]) -> Row:
     """A typed prompt as a row of the shape that the run was trained on (`row_shape` and `prompt_ends_with`)."""
     from spectune.data import Row
-    from spectune.data.loading import unencodable
+    from spectune.data.shapes import unencodable
 
     origin, shape = f"prompt {number}", config.get("row_shape")
     if (wrong := unencodable(typed)) is not None:

@@ -2,10 +2,10 @@
 
 from spectune.data.batching import batches, by_length, collate, collate_packs, pad_token_id, padded
 from spectune.data.bin_packing import best_fit, pack_step, places
+from spectune.data.data_report import DataReport
 from spectune.data.encoding import Encoded, encode, prompt_ids, prompts_ids
-from spectune.data.examples import Example
+from spectune.data.example import Example
 from spectune.data.loading import HELD_OUT, Rows, load_rows, split_rows
-from spectune.data.report import DataReport
 from spectune.data.shapes import Row
 
 __all__ = [

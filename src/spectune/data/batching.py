@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from spectune.data.examples import Example
+from spectune.data.example import Example
 from spectune.errors import ConfigError
 
 IGNORED = -100

@@ -1,10 +1,4 @@
-"""A chat as its tokenizer's own template writes it, and where in that text each assistant's turn stands.
-
-The template is asked twice about a turn: for the whole conversation, which is what is learned, and for the messages
-before the turn with the generation prompt, which is what the model will be asked with. The second has to be a prefix of
-the first; the turn is what follows. So what the template itself puts into an answer (an empty thought, a tool call's
-brackets, the end of the turn) is learned, and a row for which the two do not agree is refused.
-"""
+"""Conversations as a tokenizer's own chat template writes them, and what that template puts around a turn."""
 
 import dataclasses
 import datetime
@@ -17,9 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from spectune.data.problem import RowProblem
-from spectune.data.rendering import Rendered, ending_at_eos
 from spectune.data.shapes import Row
-from spectune.data.template_checks import check_rendered, thoughts_cut, visible
 from spectune.errors import ConfigError, first_line
 
 #: stands for an answer where the template's own text is looked for
@@ -68,46 +60,15 @@ class ChatTemplate:
         self._compiled: dict[bool, tuple[str, Any]] = {}
         self._skipped: dict[tuple[str, ...], frozenset[int]] = {}
 
-    def sequences(self, row: Row, *, last_only: bool = False) -> list[Rendered]:
-        """The sequences that a conversation is learned in.
-
-        One, with all learned turns, where each turn's prompt is a prefix of the whole. An earlier turn for which that
-        is not so, because the template rewrites what is history, has a sequence of its own before that.
-
-        Raises:
-            RowProblem: the template refuses the messages, leaves one of them out, or writes a turn behind another
-                text than the one that the model would be asked with.
-        """
-        messages = row.messages or []
-        places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i not in row.unlearned]
-        if last_only:
-            places = places[-1:]
-        whole, marks = self._whole(row, messages)
-        check_rendered(row, whole, self._source(row), self._left_out(row))
-        found, own = list[Span](), list[Rendered]()
-        for place in places:
-            stretch = self._stretch(row, place, whole)
-            if stretch is not None:
-                found.append(stretch)
-            elif place < len(messages) - 1:
-                alone = dataclasses.replace(row, messages=messages[: place + 1], references=(), choices=())
-                own += self.sequences(alone, last_only=True)
-            else:
-                raise self._no_prefix(row, place, whole)
-        found = [span for span in self._marked(found, marks, whole) if span[0] < span[1]]
-        learned = tuple((start, ending_at_eos(whole, start, stop, self.eos)) for start, stop in found)
-        text = whole[: learned[-1][1]] if learned else ""
-        return [*own, Rendered(text, learned, len(learned), thoughts_cut(row, whole, places), front=False)]
-
     def prompt(self, row: Row) -> str:
         """What the model is asked with for the next turn of a conversation that has no answer yet. Raises RowProblem:
         the template refuses the messages."""
-        text = self._asked(row, row.asked)
+        text = self.asked(row, row.asked)
         if not self._marks(row):
             return text
         # what stands between the generation prompt and the marked answer is not learned, so it has to be given
         probe = dataclasses.replace(row, messages=[*row.asked, {"role": "assistant", "content": _PROBE}])
-        whole, marks = self._whole(probe, probe.messages or [])
+        whole, marks = self.whole(probe, probe.messages or [])
         begins = [start for start, stop in marks or () if _PROBE in whole[start:stop] and whole.startswith(text)]
         return text + whole[len(text) : begins[-1]] if begins else text
 
@@ -116,11 +77,11 @@ class ChatTemplate:
         """Whether what it writes depends on the day."""
         return "strftime_now" in str(self.tokenizer.chat_template)
 
-    def _whole(self, row: Row, messages: Sequence[Message]) -> tuple[str, list[Span] | None]:
+    def whole(self, row: Row, messages: Sequence[Message]) -> tuple[str, list[Span] | None]:
         """Messages as text, without a generation prompt behind them, and the spans that the template marks as the
         assistant's; None where it marks none."""
         if not self._marks(row):
-            return self._without_trailing(self._render(row, messages)), None
+            return self.without_trailing(self.render(row, messages)), None
         marks: Any = chat_template_utils._render_with_assistant_indices
         template = self._template(row)
         try:
@@ -129,7 +90,7 @@ class ChatTemplate:
             raise _refusal(error) from error
         return str(text), [(int(start), int(stop)) for start, stop in spans]
 
-    def _render(self, row: Row, messages: Sequence[Message], *, generation: bool = False) -> str:
+    def render(self, row: Row, messages: Sequence[Message], *, generation: bool = False) -> str:
         """Messages as text, with the row's tools, documents and template arguments."""
         template, given = self._template(row), self._given(row)
         try:
@@ -137,56 +98,27 @@ class ChatTemplate:
         except Exception as error:  # templates raise what they like: jinja's errors, and their own
             raise _refusal(error) from error
 
-    def _asked(self, row: Row, messages: Sequence[Message]) -> str:
+    def asked(self, row: Row, messages: Sequence[Message]) -> str:
         """What the model is asked with behind these messages."""
-        text = self._render(row, messages, generation=True)
-        return text if "add_generation_prompt" in self._source(row) else text + self._turn.header
-
-    def _stretch(self, row: Row, place: int, whole: str) -> Span | None:
-        """Where the turn at a place stands in the whole conversation; None where what the model would be asked with is
-        not what stands before it."""
-        messages = row.messages or []
-        prompt, content = self._asked(row, messages[:place]), messages[place]["content"]
-        if not whole.startswith(prompt) or len(prompt) == len(whole):
-            return None
-        start = len(prompt)
-        if place == len(messages) - 1:
-            return start, len(whole)
-        end = self._turn.end
-        for written in (content, content.strip()) if content and end else ():
-            if whole.startswith(written + end, start):
-                return start, start + len(written) + len(end)
-        part = self._without_trailing(self._render(row, messages[: place + 1]))
-        if whole.startswith(part) and len(part) > start:
-            return start, len(part)
-        # the template writes this turn otherwise now that it is history
-        at = whole.find(visible(content), start)
-        if at < 0 or not end or end in whole[start:at]:
-            return None
-        stop = whole.find(end, at + len(visible(content)))
-        return None if stop < 0 else (start, stop + len(end))
-
-    def _marked(self, found: Sequence[Span], marks: Sequence[Span] | None, whole: str) -> list[Span]:
-        """Of each turn what the template marks as the assistant's, where it marks any, and the EOS behind that."""
-        if marks is None:
-            return list(found)
-        marks = [(begin, end + len(self.eos) * whole.startswith(self.eos, end)) for begin, end in marks]
-        return [(max(a, begin), end) for a, b in found for begin, end in marks if end > a and begin < b]
+        text = self.render(row, messages, generation=True)
+        return text if "add_generation_prompt" in self.source(row) else text + self.turn.header
 
     @cached_property
-    def _turn(self) -> TurnTexts:
+    def turn(self) -> TurnTexts:
         """Found by rendering a short conversation."""
         user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}
         row = Row("probe", messages=[])
         try:
-            asked, prompt = self._render(row, [user]), self._render(row, [user], generation=True)
-            one, two = self._render(row, [user, answer]), self._render(row, [user, answer, user])
+            asked, prompt = self.render(row, [user]), self.render(row, [user], generation=True)
+            one, two = self.render(row, [user, answer]), self.render(row, [user, answer, user])
         except RowProblem:
             return TurnTexts("", "", "")
         if _PROBE not in one or _PROBE not in two:
             return TurnTexts("", "", "")
         (before, _, last), (_, _, behind) = one.rpartition(_PROBE), two.partition(_PROBE)
         header = before[len(asked) :] if prompt == asked and before.startswith(asked) else ""
+        if not header.strip():  # white space before an answer is the answer's: engines ask without it
+            header = ""
         if behind.startswith(last):
             return TurnTexts(header, last, "")
         specials = map(re.escape, sorted(map(str, self.tokenizer.all_special_tokens), key=len, reverse=True))
@@ -195,19 +127,19 @@ class ChatTemplate:
         trailing = last[len(end) :] if last.startswith(end) else ""
         return TurnTexts(header, end, trailing if prompt == asked and asked.endswith(trailing) else "")
 
-    def _without_trailing(self, text: str) -> str:
+    def without_trailing(self, text: str) -> str:
         if "add_generation_prompt" in str(self.tokenizer.chat_template):
             return text
-        return text.removesuffix(self._turn.trailing)
+        return text.removesuffix(self.turn.trailing)
 
-    def _left_out(self, row: Row) -> frozenset[int]:
+    def left_out(self, row: Row) -> frozenset[int]:
         """The places of messages that the template leaves out, whatever they say: found once for messages of these
         roles."""
         messages = row.messages or []
         roles = (str(bool(row.tools)), *(message["role"] for message in messages))
         if roles not in self._skipped:
             try:
-                text = self._render(row, [{**m, "content": f"{_PROBE}{i}x"} for i, m in enumerate(messages)])
+                text = self.render(row, [{**m, "content": f"{_PROBE}{i}x"} for i, m in enumerate(messages)])
             except RowProblem:  # it wants other contents than probes: what is written is looked for, row by row
                 return frozenset()
             written = (i for i, m in enumerate(messages) if m.get("tool_calls") or f"{_PROBE}{i}x" in text)
@@ -218,9 +150,9 @@ class ChatTemplate:
         return {**self._globals, "tools": row.tools, "documents": row.documents, **(row.template_kwargs or {})}
 
     def _marks(self, row: Row) -> bool:
-        return _MARKS.search(self._source(row)) is not None
+        return _MARKS.search(self.source(row)) is not None
 
-    def _source(self, row: Row) -> str:
+    def source(self, row: Row) -> str:
         return self._of(row)[0]
 
     def _template(self, row: Row) -> Any:
@@ -239,15 +171,6 @@ class ChatTemplate:
             except Exception as error:
                 raise ConfigError(f"the tokenizer's chat template is no Jinja template: {first_line(error)}") from error
         return self._compiled[has_tools]
-
-    def _no_prefix(self, row: Row, place: int, whole: str) -> RowProblem:
-        prompt = self._asked(row, (row.messages or [])[:place])
-        alike = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-        return RowProblem(
-            f"messages[{place + 1}] cannot be learned: the model would be asked with a text that goes on "
-            f"{prompt[alike : alike + 40]!r} where the chat template writes {whole[alike : alike + 40]!r}; "
-            "write the answer so that it begins as the generation prompt ends"
-        )
 
 
 def _clock(today: str | None) -> Callable[[str], str]:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from spectune.data.chat_template import ChatTemplate
+from spectune.data.chat_turns import conversation_sequences
 from spectune.data.cutting import TRUNCATIONS, cut, windows
-from spectune.data.examples import Example
+from spectune.data.data_report import DataReport
+from spectune.data.example import Example
 from spectune.data.loading import Rows, bad_rows
 from spectune.data.problem import RowProblem
 from spectune.data.rendering import Rendered, ending_at_eos, joined
-from spectune.data.report import DataReport
 from spectune.data.shapes import Row, other_shapes
 from spectune.data.tokenizing import Text, TextTokenizer, Tokens
 from spectune.errors import ConfigError, DataError
@@ -93,8 +94,7 @@ def encode(
         report.kept += 1
         report.ignored.update(other_shapes(row))
         report.sources.update([row.source] if row.source else [])
-        for example in found:
-            report.count(example, encoder.eos)
+        _count(report, found, encoder.eos)
         examples += found
     if problems and not (isinstance(rows, Rows) and rows.skip_bad_rows):
         raise bad_rows("the data", problems, report.rows)
@@ -102,6 +102,15 @@ def encode(
     if not examples:
         raise DataError(f"none of {report.rows} rows has a token to learn", [d["origin"] for d in report.dropped])
     return Encoded(examples, report)
+
+
+def _count(report: DataReport, examples: Sequence[Example], eos: int) -> None:
+    for example in examples:
+        report.examples += 1
+        report.tokens += example.length
+        report.target_tokens += example.target_tokens
+        report.longest = max(report.longest, example.length)
+        report.ends_with_eos += example.last_id == eos
 
 
 def prompt_ids(
@@ -193,7 +202,7 @@ class RowEncoder:
     def _rendered(self, row: Row) -> list[Rendered] | RowProblem:
         try:
             if row.messages is not None:
-                return self.template.sequences(row, last_only=self.last_only)
+                return conversation_sequences(self.template, row, last_only=self.last_only)
             if row.text is not None:
                 end = ending_at_eos(row.text, 0, len(row.text), self._eos_text)
                 return [Rendered(row.text[:end], ((0, end),))]

@@ -191,6 +191,8 @@ def _objects(record: Mapping[str, Any], key: str) -> list[Any] | None:
     found = json_value(record.get(key), key)
     if not found:
         return None
+    if isinstance(found, list):  # Arrow keeps lists of unlike objects as JSON texts
+        found = [json_value(part, key) for part in found]
     if not isinstance(found, list | tuple) or not all(isinstance(part, Mapping) for part in found):
         raise RowProblem(f"{key} is {kind_of(found)}, expected a list of objects")
     return list(found)

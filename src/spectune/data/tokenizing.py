@@ -123,14 +123,13 @@ class TextTokenizer:
                 inside = [place for place in text.places if begin <= place <= end]
                 piece = self._piece(text, begin, end, inside, ids)
                 if piece is None:
-                    return RowProblem(
-                        f"the tokenizer has no ids for {text.text[begin:end][:40]!r} behind "
-                        f"{text.text[max(0, begin - 20) : begin]!r} that decode to it; move the space"
-                    )
+                    return _no_ids(text.text, begin, end)
                 found, located = piece
                 covered += [place for place, at in zip(inside, located, strict=True) if at is None]
                 places |= {p: len(ids) + at for p, at in zip(inside, located, strict=True) if at is not None}
                 ids += found
+            if covered and covered[0] in cuts:
+                return _no_ids(text.text, covered[0], len(text.text))
             if not covered:
                 return Tokens(ids, tuple(places[place] for place in text.places), False)
             cuts = sorted({*cuts, covered[0]})
@@ -157,7 +156,11 @@ class TextTokenizer:
             located = self._located(part, encoding)
             ids_of = self._ids_of({at.text for at in located if isinstance(at, _Prefix)})
             ends = [at.end(encoding.ids, ids_of) if isinstance(at, _Prefix) else at for at in located]
-            return ids, [None if at is None else at - lead for at in ends]
+            at_edges = {begin: 0, end: len(ids)}
+            return ids, [
+                at_edges[place] if place in at_edges else None if at is None else at - lead
+                for place, at in zip(inside, ends, strict=True)
+            ]
         return None
 
     def _proved(self, texts: Sequence[Text], found: list[Tokens | RowProblem]) -> list[Tokens | RowProblem]:
@@ -197,6 +200,13 @@ class TextTokenizer:
             encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
             return [_Encoding(encoding.ids, encoding.offsets) for encoding in encodings]
         return [_Encoding(list(self.tokenizer(text, add_special_tokens=False)["input_ids"])) for text in texts]
+
+
+def _no_ids(text: str, begin: int, end: int) -> RowProblem:
+    return RowProblem(
+        f"the tokenizer has no ids for {text[begin:end][:40]!r} behind {text[max(0, begin - 20) : begin]!r} that "
+        "decode to it; move the space"
+    )
 
 
 class _Encoding:

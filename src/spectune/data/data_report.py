@@ -4,8 +4,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from spectune.data.examples import Example
-
 #: origins named of what is only counted
 _NAMED = 5
 
@@ -95,11 +93,3 @@ class DataReport:
             keys = ", ".join(f"{key} ({count:,} rows)" for key, count in self.ignored.items())
             parts.append(f"not used beside the shape that is taken: {keys}; name it in columns to take it")
         return f"{name}: {'; '.join(parts)}" if parts else ""
-
-    def count(self, example: Example, eos: int) -> None:
-        """Add an example's tokens."""
-        self.examples += 1
-        self.tokens += example.length
-        self.target_tokens += example.target_tokens
-        self.longest = max(self.longest, example.length)
-        self.ends_with_eos += example.last_id == eos
