@@ -9,7 +9,7 @@ brackets, the end of the turn) is learned, and a row for which the two do not ag
 import dataclasses
 from collections.abc import Sequence
 
-from spectune.data.chat_template import ChatTemplate, Span
+from spectune.data.chat_template import ChatTemplate, Span, Whole
 from spectune.data.problem import RowProblem
 from spectune.data.rendering import Rendered, ending_at_eos
 from spectune.data.shapes import Row
@@ -30,21 +30,22 @@ def conversation_sequences(template: ChatTemplate, row: Row, *, last_only: bool 
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i not in row.unlearned]
     if last_only:
         places = places[-1:]
-    whole, marks = template.whole(row, messages)
+    conversation = template.whole(row, messages)
+    whole = conversation.text
     check_rendered(row, whole, template.source(row), template.left_out(row))
     found, own = list[Span](), list[Rendered]()
     for place in places:
-        stretch = _stretch(template, row, place, whole)
+        stretch = _stretch(template, row, place, conversation)
         if stretch is not None:
             found.append(stretch)
         elif place < len(messages) - 1:
             alone = dataclasses.replace(row, messages=messages[: place + 1], references=(), choices=())
             own += conversation_sequences(template, alone, last_only=True)
         else:
-            raise _no_prefix(template, row, place, whole)
+            raise _no_prefix(template, row, place, conversation)
     learned = tuple(
         (start, ending_at_eos(whole, start, stop, template.eos))
-        for start, stop in _marked(found, marks)
+        for start, stop in _marked(found, conversation.marks)
         if start < stop
     )
     learned = tuple((start, stop + _eos_behind(template, whole, start, stop)) for start, stop in learned)
@@ -58,11 +59,11 @@ def _eos_behind(template: ChatTemplate, whole: str, start: int, stop: int) -> in
     return len(eos) if eos and whole.startswith(eos, stop) and not whole.endswith(eos, start, stop) else 0
 
 
-def _stretch(template: ChatTemplate, row: Row, place: int, whole: str) -> Span | None:
+def _stretch(template: ChatTemplate, row: Row, place: int, conversation: Whole) -> Span | None:
     """Where the turn at a place stands in the whole conversation; None where what the model would be asked with is
     not what stands before it."""
-    messages = row.messages or []
-    prompt, content = template.asked(row, messages[:place]), messages[place]["content"]
+    messages, whole = row.messages or [], conversation.text
+    prompt, content = template.asked(row, place, conversation), messages[place]["content"]
     if not whole.startswith(prompt) or len(prompt) == len(whole):
         return None
     start = len(prompt)
@@ -72,7 +73,7 @@ def _stretch(template: ChatTemplate, row: Row, place: int, whole: str) -> Span |
     for written in (content, content.strip()) if content and end else ():
         if whole.startswith(written + end, start):
             return start, start + len(written) + len(end)
-    part = template.without_trailing(template.render(row, messages[: place + 1]))
+    part = template.without_trailing(template.beginning(row, place + 1, conversation, generation=False))
     if whole.startswith(part) and len(part) > start:
         return start, len(part)
     # the template writes this turn otherwise now that it is history
@@ -90,8 +91,8 @@ def _marked(found: Sequence[Span], marks: Sequence[Span] | None) -> list[Span]:
     return [(max(a, begin), end) for a, b in found for begin, end in marks if end > a and begin < b]
 
 
-def _no_prefix(template: ChatTemplate, row: Row, place: int, whole: str) -> RowProblem:
-    prompt = template.asked(row, (row.messages or [])[:place])
+def _no_prefix(template: ChatTemplate, row: Row, place: int, conversation: Whole) -> RowProblem:
+    prompt, whole = template.asked(row, place, conversation), conversation.text
     alike = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
     return RowProblem(
         f"messages[{place + 1}] cannot be learned: the model would be asked with a text that goes on "
