@@ -147,7 +147,9 @@ def chats(data: Path, turns: int, count: int) -> list[dict[str, Any]]:
 
 def asked_and_answered(data: Path) -> Iterator[tuple[str, str]]:
     """Of instructions and of E2E, by turns."""
-    instructed = ((f"{r['instruction']}\n{r['input']}", r["output"]) for r in records(data / "instruct_rasbt/train.jsonl"))
+    instructed = (
+        (f"{r['instruction']}\n{r['input']}", r["output"]) for r in records(data / "instruct_rasbt/train.jsonl")
+    )
     described = ((r["prompt"], r["completion"]) for r in records(data / "e2e/train.jsonl"))
     for pair in zip(itertools.cycle(list(instructed)), described, strict=False):
         yield from pair

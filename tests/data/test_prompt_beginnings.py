@@ -13,7 +13,16 @@ from tests.data.test_template_properties import PROPERTY, TODAY, Conversation, c
 from tests.support.chat_templates import CHATML, CHATML_PROMPT, TEMPLATES, tokenizer_for, turns
 
 #: of these every prompt is known
-FOLLOWED = ("chatml", "chatml_default_system", "hermes", "llama3", "llama31", "gemma2_folded_no_check", "phi4", "zephyr")
+FOLLOWED = (
+    "chatml",
+    "chatml_default_system",
+    "hermes",
+    "llama3",
+    "llama31",
+    "gemma2_folded_no_check",
+    "phi4",
+    "zephyr",
+)
 USER, ANSWER = {"role": "user", "content": "zq1zq"}, {"role": "assistant", "content": "zq2zq"}
 ROUND = r"{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 #: text behind or inside of the loop that depends on what comes later, so that nothing may be taken for known

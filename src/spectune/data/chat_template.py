@@ -99,7 +99,9 @@ class ChatTemplate:
         probe = dataclasses.replace(row, messages=[*row.asked, {"role": "assistant", "content": _PROBE}])
         whole = self.whole(probe, probe.messages or [])
         begins = [
-            start for start, stop in whole.marks or () if _PROBE in whole.text[start:stop] and whole.text.startswith(text)
+            start
+            for start, stop in whole.marks or ()
+            if _PROBE in whole.text[start:stop] and whole.text.startswith(text)
         ]
         return text + whole.text[len(text) : begins[-1]] if begins else text
 
@@ -114,9 +116,7 @@ class ChatTemplate:
         if compiled.marks:
             marks: Any = chat_template_utils._render_with_assistant_indices
             try:
-                text, spans = marks(
-                    compiled.template, list(messages), add_generation_prompt=False, **self._given(row)
-                )
+                text, spans = marks(compiled.template, list(messages), add_generation_prompt=False, **self._given(row))
             except Exception as error:  # templates raise what they like: jinja's errors, and their own
                 raise _refusal(error) from error
             return Whole(str(text), [(int(start), int(stop)) for start, stop in spans])

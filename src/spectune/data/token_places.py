@@ -1,0 +1,129 @@
+"""Where in a text its tokens stand: by what the tokenizer says, or by the bytes that each token stands for."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Protocol
+
+from tokenizers import decoders, pre_tokenizers
+
+#: what decoders write for bytes that are no text
+_REPLACED = "\ufffd"
+
+
+class Encoding(Protocol):
+    """Token ids of a text.
+
+    Attributes:
+        proved: they are known to decode to the text, and so does what stands between any two of them.
+    """
+
+    ids: list[int]
+    proved: bool
+
+    def token_at(self, place: int) -> int | None:
+        """The index of the token that begins at a character; None where a token covers the place, -1 where the
+        tokenizer does not say (it leaves characters out, such as spaces)."""
+        ...
+
+    def since(self, token: int, place: int) -> str:
+        """The text from the beginning of a token to a character."""
+        ...
+
+
+class BareIds:
+    """Ids of a tokenizer that does not say where they stand."""
+
+    __slots__ = ("ids", "text")
+    proved = False
+
+    def __init__(self, ids: list[int], text: str) -> None:
+        self.ids, self.text = ids, text
+
+    def token_at(self, _place: int) -> int | None:
+        return -1
+
+    def since(self, token: int, _place: int) -> str:
+        raise LookupError(f"no one knows where token {token} begins")
+
+
+class ByOffsets:
+    """By the tokenizer's own offsets, which are asked for where they are needed: as lists they would be most of the work
+    of encoding a row."""
+
+    __slots__ = ("_encoding", "ids", "text")
+    proved = False
+
+    def __init__(self, encoding: Any, text: str) -> None:
+        self.ids: list[int] = encoding.ids
+        self.text, self._encoding = text, encoding
+
+    def token_at(self, place: int) -> int | None:
+        token = self._encoding.char_to_token(place)
+        if token is None:
+            return -1
+        if self._encoding.token_to_chars(token)[0] < place:
+            return None
+        if token == 0:
+            return -1
+        before = self._encoding.token_to_chars(token - 1)[1]
+        return int(token) if before == place else None if before > place else -1
+
+    def since(self, token: int, place: int) -> str:
+        return self.text[self._encoding.token_to_chars(token)[0] : place]
+
+
+class ByBytes:
+    """By the bytes of each token, one after the other: those of a byte-level tokenizer, where they give the text."""
+
+    __slots__ = ("_data", "_ends", "_plain", "ids", "text")
+    proved = True
+
+    def __init__(self, ids: list[int], text: str, data: bytes, ends: list[int]) -> None:
+        self.ids, self.text, self._data, self._ends = ids, text, data, ends
+        self._plain = len(data) == len(text)
+
+    def _byte(self, place: int) -> int:
+        return place if self._plain else len(self.text[:place].encode())
+
+    def token_at(self, place: int) -> int | None:
+        byte = self._byte(place)
+        before = bisect_left(self._ends, byte)
+        return before + 1 if self._ends[before] == byte else None
+
+    def since(self, token: int, place: int) -> str:
+        return self._data[self._ends[token - 1] if token else 0 : self._byte(place)].decode()
+
+
+class TokenBytes(dict[int, int]):
+    """How many bytes of text each id of a byte-level tokenizer stands for, found as it is asked for."""
+
+    def __init__(self, backend: Any) -> None:
+        super().__init__()
+        self._backend = backend
+        self._alphabet = frozenset(pre_tokenizers.ByteLevel.alphabet())
+
+    @classmethod
+    def of(cls, backend: Any) -> "TokenBytes | None":
+        """None: the tokenizer decodes in another way."""
+        return cls(backend) if isinstance(backend.decoder, decoders.ByteLevel) else None
+
+    def __missing__(self, token: int) -> int:
+        written = str(self._backend.id_to_token(token))
+        # one letter a byte; a token that was added as text is that text, unless it could be read as the other
+        self[token] = length = len(written) if self._alphabet.issuperset(written) else len(written.encode())
+        return length
+
+    def placed(self, ids: list[int], text: str, decoded: str) -> ByBytes | None:
+        """The ids with their places. None: they do not decode to the text, or it cannot be told from it."""
+        # decoding puts a token's bytes behind another's, so if that gave the text, each part of the bytes is that part
+        # of the text; the sign for bytes that are no text could be either
+        if decoded != text or not ids or _REPLACED in text:
+            return None
+        data, ends = text.encode(), list(accumulate(map(self.__getitem__, ids)))
+        return ByBytes(ids, text, data, ends) if ends[-1] == len(data) else None
+
+
+def special_before(ids: Sequence[int], token: int, specials: frozenset[int], furthest: int = 40) -> int | None:
+    """The index of the last special token before a token, where it is near."""
+    return next((at for at in range(token - 1, max(token - furthest, -1), -1) if ids[at] in specials), None)
