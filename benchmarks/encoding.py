@@ -1,6 +1,6 @@
-"""Rows as ids and labels: the time of `encode` beside that of tokenizing the same text alone, and the memory of many rows.
+"""Rows as ids and labels: the time of `encode` beside that of tokenizing the same text alone, and the memory of many.
 
-    PYTHONPATH=src python -m benchmarks.encoding --base BASE --data FOLDER                   time, 20,000 chats of each kind
+    PYTHONPATH=src python -m benchmarks.encoding --base BASE --data FOLDER                   20,000 chats of each kind
     PYTHONPATH=src python -m benchmarks.encoding --base BASE --data FOLDER --rows 1000000    memory, short rows
 
 FOLDER holds `chat_sgd`, `instruct_rasbt` and `e2e`; BASE is any base with a fast tokenizer, to which the end-of-turn
@@ -138,7 +138,7 @@ def chats(data: Path, turns: int, count: int) -> list[dict[str, Any]]:
             for asked, answer in asked_and_answered(data)
         ]
         each = turns // 2
-        found = [sum(pairs[at : at + each], []) for at in range(0, len(pairs) - each, each)]
+        found = [list(itertools.chain(*pairs[at : at + each])) for at in range(0, len(pairs) - each, each)]
     return [
         {"messages": [{**messages[0], "content": f"{number}: {messages[0]['content']}"}, *messages[1:]]}
         for number, messages in enumerate(itertools.islice(itertools.cycle(found), count))

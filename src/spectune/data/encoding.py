@@ -286,14 +286,15 @@ class RowEncoder:
         report.turns += sum(one.rendered.turns for one in made) if row.text is None else 0
         report.thoughts_cut += sum(one.rendered.thoughts_cut for one in made)
         report.inexact += any(not one.exact for one in made)
-        report.unknown += any(self.tokenizer.unk_token_id in one.ids for one in made) and self._unknown_is_one
+        report.unknown += self._unknown is not None and any(self._unknown in one.ids for one in made)
         report.eos_inside += any(self.eos in one.ids[a : b - 1] for one in made for a, b in one.learned)
         return found
 
-    @property
-    def _unknown_is_one(self) -> bool:
-        """Whether the unknown token means nothing else (GPT-2's is EOS)."""
-        return self.tokenizer.unk_token_id not in (None, self.eos, self.tokenizer.pad_token_id)
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The unknown token, where it means nothing else (GPT-2's is EOS)."""
+        unknown: int | None = self.tokenizer.unk_token_id
+        return unknown if unknown not in (self.eos, self.tokenizer.pad_token_id) else None
 
     def _lead(self, ids: Sequence[int], learned: Sequence[tuple[int, int]]) -> int:
         """How many ids of the beginning stay where it is cut: BOS."""

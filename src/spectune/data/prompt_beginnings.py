@@ -42,7 +42,7 @@ class MarkedTemplate:
         if (loop := _last_loop(tree)) is None:
             return None
         loop.iter = nodes.Call(nodes.Name(_LOOP, "load"), [loop.iter], [], None, None)
-        loop.body.append(nodes.ExprStmt(nodes.Call(nodes.Name(_ROUND, "load"), [], [], None, None)))
+        loop.body.append(nodes.Output([nodes.Name(_ROUND, "load")]))  # written as an empty text: a call takes longer
         tree.set_environment(environment).set_lineno(loop.lineno)
         return cls(plain_globals(environment.from_string(tree)))
 
@@ -51,25 +51,18 @@ class MarkedTemplate:
         for so many alone. Raises whatever the template raises, or one that needs a real list."""
         pieces, ends = list[str](), dict[int, int]()
         seen = _Seen()
-        first = rounds = 0
+        rounds = _Rounds(seen, pieces, ends)
 
         def looped(value: Any) -> Any:
-            nonlocal first
             if isinstance(value, _Messages):
-                first = value._first
+                rounds.expected = value._first
             else:
                 seen.all()
             return value
 
-        def end_of_round() -> None:
-            nonlocal rounds
-            rounds += 1
-            if seen.count == first + rounds:  # nothing behind this round's message was read, not even that there is one
-                ends[seen.count] = len(pieces)
-
         context = self._template.new_context(
             {**given, "messages": _Messages(messages, 0, seen), "add_generation_prompt": False, _LOOP: looped,
-             _ROUND: end_of_round}
+             _ROUND: rounds}
         )  # fmt: skip
         lengths = [0]
         for piece in self._template.root_render_func(context):
@@ -119,6 +112,24 @@ class _Seen:
 
     def all(self) -> None:
         self.count = 1 << 60
+
+
+class _Rounds:
+    """What the end of a round writes: nothing. That it is asked for it tells that the round has ended."""
+
+    __slots__ = ("_ends", "_pieces", "_seen", "expected")
+
+    def __init__(self, seen: _Seen, pieces: list[str], ends: dict[int, int]) -> None:
+        self._seen, self._pieces, self._ends = seen, pieces, ends
+        self.expected = (
+            0  # messages that a template has to have read by the end of the round, if it does not look ahead
+        )
+
+    def __str__(self) -> str:
+        self.expected += 1
+        if self._seen.count == self.expected:  # nothing behind this round's was read, not even that there is one
+            self._ends[self.expected] = len(self._pieces)
+        return ""
 
 
 class _Messages:

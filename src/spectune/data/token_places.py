@@ -48,8 +48,8 @@ class BareIds:
 
 
 class ByOffsets:
-    """By the tokenizer's own offsets, which are asked for where they are needed: as lists they would be most of the work
-    of encoding a row."""
+    """By the tokenizer's own offsets, which are asked for where they are needed: as lists they would take longer than all
+    else that is done for a row."""
 
     __slots__ = ("_encoding", "ids", "text")
     proved = False
@@ -126,4 +126,7 @@ class TokenBytes(dict[int, int]):
 
 def special_before(ids: Sequence[int], token: int, specials: frozenset[int], furthest: int = 40) -> int | None:
     """The index of the last special token before a token, where it is near."""
-    return next((at for at in range(token - 1, max(token - furthest, -1), -1) if ids[at] in specials), None)
+    for at in range(token - 1, max(token - furthest, -1), -1):
+        if ids[at] in specials:
+            return at
+    return None
