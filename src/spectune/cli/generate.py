@@ -49,16 +49,16 @@ def generate(
         raise ConfigError("prompts come from the command line or from --data, not from both")
     found = run_on(run, model)
     with work(as_json=as_json) as out:
-        from spectune.data import prompt_ids
+        from spectune.data import prompts_ids
         from spectune.inference import Sampling, generate_texts
 
         if prompts:
             asked = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)]
         else:
-            asked = _rows_with_prompts(rows_of(data, "test")[0], rows)
+            asked = _rows_with_prompts(rows_of(data, "test", found.row_options)[0], rows)
         note(f"run: {found.folder}")
         base_model, tokenizer = found.load(device, dtype, base_precision)
-        asked_ids = [prompt_ids(row, tokenizer, found.separator) for row in asked]
+        asked_ids = prompts_ids(asked, tokenizer, **found.prompt_options)
         sampling = Sampling(seed=seed or 0, temperature=temperature, top_p=top_p) if do_sample else None
         texts = generate_texts(base_model, tokenizer, asked_ids, max_new_tokens=max_new_tokens, sampling=sampling)
         written = [_record(row, text) for row, text in zip(asked, texts, strict=True)]

@@ -13,6 +13,7 @@ from spectune.errors import ConfigError
 if TYPE_CHECKING:
     import yaml
 
+    from spectune.data import Source
     from spectune.deltas import Method
     from spectune.training import TrainingConfig
 
@@ -55,6 +56,7 @@ class Settings:
         given = {} if config is None else _read_yaml(config)
         for assignment in assignments or ():
             given |= _parse_assignment(assignment)
+        _gather_columns(given)
         shown = {key: "--" + key.replace("_", "-") for key, value in flags.items() if value is not None}
         return cls(given | {key: Given(flags[key], where) for key, where in shown.items()})
 
@@ -82,6 +84,37 @@ class Settings:
         if value is not None and not isinstance(value, str | Path):
             raise self._unexpected(key, "text")
         return None if value is None else str(value)
+
+    def rows(self, key: str) -> str | list[Source] | None:
+        """A key that names data, as `spectune.data.load_rows` takes it: a file, or several with weights.
+
+        In YAML an entry is `FILE`, `FILE=WEIGHT` or `{path: FILE, weight: 2, name: web}`. Raises ConfigError: it is
+        something else.
+        """
+        from spectune.data import Source
+
+        value = self.get(key)
+        entries = value if isinstance(value, list) else [] if value is None else [value]
+        found = []
+        for entry in entries:
+            if (
+                isinstance(entry, dict)
+                and set(entry) <= {"path", "weight", "name"}
+                and isinstance(entry.get("path"), str)
+            ):
+                weight = entry.get("weight", 1.0)
+                if isinstance(weight, bool) or not isinstance(weight, int | float):
+                    raise self._unexpected(key, "a weight that is a number, such as {path: a.jsonl, weight: 2}")
+                found.append(Source(entry["path"], float(weight), entry.get("name")))
+            elif isinstance(entry, str | Path):
+                found.append(Source(*_weighted(str(entry))))
+            else:
+                raise self._unexpected(key, "a file, or a list of files such as [a.jsonl, {path: b.jsonl, weight: 2}]")
+        if not found:
+            return None
+        if len(found) == 1 and found[0].weight == 1 and found[0].name is None:
+            return str(found[0].data)
+        return found
 
     def whole(self, key: str) -> int | None:
         """A key of the command itself that has to be a whole number. Raises ConfigError: it is something else."""
@@ -195,6 +228,27 @@ def _suggest(word: str, known: Iterable[str]) -> str:
         return f"did you mean {SYNONYMS[word]!r}?"
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """A file and its weight: `b.jsonl=0.5`; a file that is there by that whole name has none."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        return text, 1.0
+
+
+def _gather_columns(given: dict[str, Given]) -> None:
+    """`columns.prompt=question` and its like, as the one key `columns`."""
+    parts = {key: given.pop(key) for key in [key for key in given if key.startswith("columns.")]}
+    if parts:
+        whole = given.get("columns")
+        base = dict(whole.value) if whole is not None and isinstance(whole.value, dict) else {}
+        renamed = {key.removeprefix("columns."): part.value for key, part in parts.items()}
+        given["columns"] = Given(base | renamed, next(iter(parts.values())).where)
 
 
 def _parse_assignment(text: str) -> dict[str, Given]:

@@ -44,10 +44,10 @@ def validate(
         from spectune.storage import load
 
         chosen = settings.training()
-        rows, source = rows_of(settings.text("data"), "training", skip_bad_rows)
+        rows, source = rows_of(settings.rows("data"), "training", chosen.row_options)
         base, tokenizer = load(settings.base, device="cpu")
         length = row_length(base, chosen.max_length)
-        encoded = encode(rows, tokenizer, max_length=length, separator=chosen.separator)
+        encoded = encode(rows, tokenizer, max_length=length, **chosen.encode_options)
         report = encoded.report.to_dict()
         note_losses(encoded.report, source)
         shown = [_mask(example, tokenizer) for example in encoded.examples[:show]]

@@ -12,7 +12,7 @@ from spectune.compute.evaluating import evaluating
 from spectune.data import by_length, pad_token_id, padded
 from spectune.deltas import Attachment
 from spectune.errors import ConfigError
-from spectune.families import describe
+from spectune.families import describe, vocabulary_rows
 from spectune.inference.answers import decoded, up_to_stop
 from spectune.inference.modes import generation_defaults, seeded
 
@@ -49,7 +49,7 @@ def generate_texts(
     """
     found = generate_ids(
         model, prompts_ids, max_new_tokens=max_new_tokens, stops=stop_ids(model, tokenizer),
-        pad_token_id=pad_token_id(tokenizer), batch_size=batch_size, sampling=sampling,
+        pad_token_id=pad_token_id(tokenizer, vocabulary_rows(model)), batch_size=batch_size, sampling=sampling,
     )  # fmt: skip
     return [decoded(tokenizer, ids) for ids in found]
 

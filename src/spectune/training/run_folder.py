@@ -78,7 +78,8 @@ class RunFolder(Keeper):
         #: the weights of the lowest validation loss so far; before the first validation those of the start
         self.best = best if best is not None else self._copy()
         self.identity = prepared.identity
-        own = {"separator": run.config.separator, "max_length": self.identity["max_length"]}
+        kept = {"separator", "train_on", "truncation", "template_date"}
+        own = {"max_length": self.identity["max_length"], **run.config.model_dump(include=kept)}
         self.training = {**own, **described(prepared.rows)}
         self._metrics: Any = None
         self._board: Any = None
