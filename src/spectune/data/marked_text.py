@@ -32,16 +32,14 @@ def stretches(example: Example, tokenizer: PreTrainedTokenizerBase, *, whole: bo
         first = max(start, 1)
         spans += [(at, first, False), (first, stop, True)]
         at = stop
-    found = list[Stretch]()
-    before, text = 0, ""
+    found, text = list[Stretch](), ""
     for start, stop, learned in spans:
         if start == stop:
             continue
-        assert before == start
         # some decoders drop the space that begins a text: what a stretch adds to the text before it has all of its own
         longer = _decoded(tokenizer, ids[:stop])
         added = longer[len(text) :] if longer.startswith(text) else _decoded(tokenizer, ids[start:stop])
-        before, text = stop, longer
+        text = longer
         short = not learned and not whole and stop - start > 2 * _ENDS
         found.append(Stretch(_shortened(tokenizer, ids[start:stop], added) if short else added, learned))
     return found
@@ -54,11 +52,11 @@ def marked(pieces: Iterable[Stretch]) -> str:
 
 def _shortened(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> str:
     head, tail = list(ids[:_ENDS]), list(ids[-_ENDS:])
-    # no character is cut in two
-    while head and _decoded(tokenizer, head).endswith(_HALF_A_CHARACTER):
-        head.pop()
-    while tail and _decoded(tokenizer, tail).startswith(_HALF_A_CHARACTER):
-        tail.pop(0)
+    for _ in range(3):  # no character is cut in two: it has at most four tokens
+        if _decoded(tokenizer, head).endswith(_HALF_A_CHARACTER):
+            head.pop()
+        if _decoded(tokenizer, tail).startswith(_HALF_A_CHARACTER):
+            tail.pop(0)
     begins, ends = _decoded(tokenizer, head), _decoded(tokenizer, tail)
     if text.startswith(f" {begins}"):
         begins = f" {begins}"
