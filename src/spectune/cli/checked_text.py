@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: control characters but for tab and line end: a terminal would obey them
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-_WIDTH = 30
+_WIDTH = 32
 #: origins that are named of what is counted
 _NAMED = 3
 
@@ -68,7 +68,7 @@ def print_part(out: Console, part: Checked) -> None:
         if count:
             _line(out, label, f"{count:,}")
     for key, count in report.ignored.items():
-        _line(out, f"rows whose {key} is not used", f"{count:,} (name it in columns to take it)")
+        _line(out, f"rows with {key}, not used", f"{count:,} (name it in columns to take it)")
     _repeats(out, part.seen.repeats, "copies of an earlier row", "earlier prompt, other answer")
     say(out, "")
 
@@ -80,9 +80,7 @@ def print_overlaps(out: Console, overlaps: Sequence[dict[str, Any]]) -> None:
     for found in overlaps:
         say(out, f"{found['of']} rows ({found['of_rows']:,}) that are in {found['in']}", style="bold")
         pairs = {key: [Twins(*pair) for pair in found[key]] for key in ("equal_rows", "equal_prompts")}
-        _repeats(
-            out, Repeats(found["rows"], found["prompts"], **pairs), "equal rows", "equal prompts, other answer"
-        )
+        _repeats(out, Repeats(found["rows"], found["prompts"], **pairs), "equal rows", "equal prompts, other answer")
 
 
 def _heading(row: Shown) -> str:
@@ -106,7 +104,10 @@ def _rare(part: Checked) -> dict[str, int]:
 
 
 def _repeats(out: Console, repeats: Repeats, rows: str, prompts: str) -> None:
-    for label, count, pairs in ((rows, repeats.rows, repeats.equal_rows), (prompts, repeats.prompts, repeats.equal_prompts)):
+    for label, count, pairs in (
+        (rows, repeats.rows, repeats.equal_rows),
+        (prompts, repeats.prompts, repeats.equal_prompts),
+    ):
         _line(out, label, _some(count, [f"{pair.row} = {pair.earlier}" for pair in pairs]))
 
 

@@ -133,4 +133,3 @@ def check(
     if encoded.report.bad and not skip_bad_rows:
         raise bad_rows(source, encoded.report.bad, encoded.report.rows)
     return Checked(name, source, rows, encoded, max_length, int(tokenizer.eos_token_id))
-
