@@ -128,7 +128,10 @@ def check(
     try:
         encoded = encode(rows, tokenizer, max_length=max_length, **how)
     except DataError:  # none of the rows is left: what is wrong with them is said where they are not to be skipped
-        encode(Rows(list(rows), rows.skipped), tokenizer, max_length=max_length, **how)
+        try:
+            encode(Rows(list(rows), []), tokenizer, max_length=max_length, **how)
+        except DataError as error:
+            raise DataError(str(error), rows.skipped) from error
         raise
     if encoded.report.bad and not skip_bad_rows:
         raise bad_rows(source, encoded.report.bad, encoded.report.rows)

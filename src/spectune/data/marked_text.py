@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from spectune.data.example import Example
 
-#: what is not learned is shortened where it is longer than both ends together
-_ENDS = 100
+#: what is not learned is shortened where it is longer; so many tokens of each end stay
+_LONG, _ENDS = 400, 100
 _HALF_A_CHARACTER = "\ufffd"
 
 
@@ -40,7 +40,7 @@ def stretches(example: Example, tokenizer: PreTrainedTokenizerBase, *, whole: bo
         longer = _decoded(tokenizer, ids[:stop])
         added = longer[len(text) :] if longer.startswith(text) else _decoded(tokenizer, ids[start:stop])
         text = longer
-        short = not learned and not whole and stop - start > 2 * _ENDS
+        short = not learned and not whole and stop - start > _LONG
         found.append(Stretch(_shortened(tokenizer, ids[start:stop], added) if short else added, learned))
     return found
 
