@@ -29,7 +29,7 @@ RUN_KEYS = frozenset(
     # a comparison's
     | {"preset", "seeds", "fractions", "metric", "generate_rows", "choice_normalization"}
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
-    | {"row_shape", "prompt_ends_with"}
+    | {"row_shape", "prompt_ends_with", "row_system", "row_tools", "row_template_kwargs", "row_answers"}
 )
 #: the keys that name a command's methods
 NAMING = ("methods", "method", "method.name")
@@ -56,7 +56,8 @@ class Settings:
         given = {} if config is None else _read_yaml(config)
         for assignment in assignments or ():
             given |= _parse_assignment(assignment)
-        _gather_columns(given)
+        _gather(given, "columns")
+        _gather(given, "row_template_kwargs")
         shown = {key: "--" + key.replace("_", "-") for key, value in flags.items() if value is not None}
         return cls(given | {key: Given(flags[key], where) for key, where in shown.items()})
 
@@ -241,14 +242,14 @@ def _weighted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _gather_columns(given: dict[str, Given]) -> None:
-    """`columns.prompt=question` and its like, as the one key `columns`."""
-    parts = {key: given.pop(key) for key in [key for key in given if key.startswith("columns.")]}
+def _gather(given: dict[str, Given], name: str) -> None:
+    """The entries of a mapping, such as `columns.prompt=question`, as one key."""
+    parts = {key: given.pop(key) for key in [key for key in given if key.startswith(f"{name}.")]}
     if parts:
-        whole = given.get("columns")
+        whole = given.get(name)
         base = dict(whole.value) if whole is not None and isinstance(whole.value, dict) else {}
-        renamed = {key.removeprefix("columns."): part.value for key, part in parts.items()}
-        given["columns"] = Given(base | renamed, next(iter(parts.values())).where)
+        entries = {key.removeprefix(f"{name}."): part.value for key, part in parts.items()}
+        given[name] = Given(base | entries, next(iter(parts.values())).where)
 
 
 def _parse_assignment(text: str) -> dict[str, Given]:
