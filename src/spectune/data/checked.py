@@ -82,11 +82,13 @@ class Checked:
         found = dict[str, list[list[Example]]]()
         for _, group in itertools.groupby(self.encoded.examples, key=lambda example: id(example.row)):
             examples = list(group)
-            found.setdefault(examples[0].row.shape, []).append(examples)
+            of_shape = found.setdefault(examples[0].row.shape, [])
+            if len(of_shape) < count:
+                of_shape.append(examples)
         return [
             Shown(example, number, len(examples))
             for rows in found.values()
-            for examples in rows[:count]
+            for examples in rows
             for number, example in enumerate(examples, start=1)
             if number == 1 or example.row.text is None
         ]
