@@ -182,7 +182,7 @@ all bad rows are named at once, and the command ends with 3. `--skip-bad-rows` l
 
 ## Columns
 
-Columns of other names are told: `--set 'columns={prompt: question, completion: answer}'`, or in YAML
+Columns of other names are told: `--set columns.prompt=question --set columns.completion=answer`, or in YAML
 
 ```yaml
 columns:
@@ -237,6 +237,8 @@ def sections() -> Iterator[str]:
         "token a byte, so that all numbers can be counted."
     )
     yield FILES
+    renamed = ("--set", "columns.prompt=question", "--set", "columns.completion=answer")
+    yield Example([{"id": 7, "question": "Capital of France?", "answer": " Paris."}], flags=renamed).markdown()
     yield MIXING
     yield RULES
     yield "## Shapes"
