@@ -162,17 +162,6 @@ def test_no_run_says_what_makes_one(spectune: Spectune) -> None:
         assert "`spectune train` or `spectune compare` makes one" in result.stderr
 
 
-def test_validate_shows_the_mask(spectune: Spectune, base: Path, rows: Path) -> None:
-    result = spectune("validate", "--model", base, "--data", rows, "--show", "1")
-    assert result.exit_code == 0, result.stderr
-    assert f"{rows}:1: 17 tokens, 9 in the loss" in result.stdout
-    assert "'number 0'" in result.stdout
-    assert "' is even<|endoftext|>'" in result.stdout
-    answer = json.loads(spectune("validate", "--model", base, "--data", rows, "--json").stdout)
-    assert answer["report"]["rows_that_end_with_eos"] == 12
-    assert answer["rows"][0]["ends_with_eos"] is True
-
-
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
