@@ -140,7 +140,8 @@ def test_generate(spectune: Spectune, run: Path, rows: Path) -> None:
 
 
 def test_eval_prints_tuned_and_base(spectune: Spectune, run: Path, rows: Path) -> None:
-    result = spectune("eval", "--data", rows, "--generate-rows", "2", "--max-new-tokens", "4")
+    of_texts = ("--metric", "exact_match,bleu", "--generate-rows", "2", "--max-new-tokens", "4")
+    result = spectune("eval", "--data", rows, *of_texts)
     assert result.exit_code == 0, result.stderr
     for word in ("tuned", "bare base", "perplexity", "exact match", "bleu"):
         assert word in result.stdout
