@@ -95,8 +95,7 @@ def compare(
     model, tokenizer = _base(base, tokenizer, device, dtype, base_precision)
     _check_base(model, preset, named=isinstance(base, str | Path))
     recorded = _recorded(str(model.config._name_or_path), settings, arms, own, origin)
-    length = _max_length(model, arms, settings, before)
-    settings = dated(_begun(settings, length, before), tokenizer)
+    settings = dated(_begun(settings, _max_length(model, arms, settings, before), before), tokenizer)
     judged: dict[str, Any] = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
     inputs = Inputs.of(rows, tokenizer, settings, vocab_size=vocabulary_rows(model), **judged)
     virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
