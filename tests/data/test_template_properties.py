@@ -32,7 +32,7 @@ ENDS = re.compile(r"(\s|</s>|<\|end\|>|<\|return\|>|<\|im_end\|>|<\|endoftext\|>
 MARKS = (
     "<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "<|endoftext|>", "</s>", "<s>", "[INST]", "[/INST]",
     "<think>", "</think>", "<|end|>", "<|user|>", "Assistant:", " ", "  ", "\n", "\n\n", "\t", "é", "e\u0301", "🙂",
-    "日本", "a", "yes", " yes", "[[", "]]", "{{ x }}", "\u2028", "\xa0", "'", '"', "\\n",
+    "日本", "a", "yes", " yes", "{{ x }}", "\u2028", "\xa0", "'", '"', "\\n",
 )  # fmt: skip
 SWITCHES: list[dict[str, Any]] = [{}, {}, {}, {}, {"weight": 0}, {"train": False}, {"weight": 1}]
 TEXT = st.text(max_size=8) | st.lists(st.sampled_from(MARKS), max_size=5).map("".join)
@@ -173,7 +173,7 @@ def check_sequence(example: Example, tokenizer: PreTrainedTokenizerFast, whole: 
 
 def readable(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     # Metaspace writes its sign for a space, so a text that has the sign itself comes back with a space
-    return comparable(tokenizer, text.replace("▁", " "))
+    return comparable(tokenizer, text).replace("▁", " ")
 
 
 def printable(text: str) -> bool:

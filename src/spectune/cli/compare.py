@@ -79,6 +79,7 @@ def compare(
     output_dir: options.OutputDir = None,
     config: options.Config = None,
     assignments: options.Set = None,
+    train_on: options.TrainOn = None,
     seed: options.Seed = None,
     resume: options.Resume = False,
     dry: options.DryRun = False,
@@ -147,13 +148,13 @@ def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], 
 
     wanted = settings.training()
     folder = output_folder(settings.text("output_dir"), "compare", resume=wanted.resume)
-    data, valid = settings.text("data"), settings.text("valid")
+    data, valid = settings.rows("data"), settings.rows("valid")
     if data is None:
         data, valid = str(embedded.TRAIN), valid or str(embedded.VALID)
     note(f"base: {settings.base}; methods: {', '.join(method.name for method in methods)}; folder: {folder}")
     try:
         return comparing.compare(
-            settings.base, data, valid, test_rows=settings.text("test"), methods=methods, **asked(settings),
+            settings.base, data, valid, test_rows=settings.rows("test"), methods=methods, **asked(settings),
             limits=Limits(**limits) if limits else None, output_dir=folder, config=wanted, seed=wanted.seed,
             **settings.placement, retain=settings.text("retain"), resume=wanted.resume, origin=origin(settings),
             console=out,

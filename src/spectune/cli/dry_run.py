@@ -30,15 +30,15 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
     from spectune.comparing.measure import retained_passages
     from spectune.data import Encoded, encode
     from spectune.deltas import attach
+    from spectune.families import vocabulary_rows
     from spectune.storage import load
-    from spectune.training.prepare import max_length
+    from spectune.training.prepare import dated, max_length
 
     wanted = settings.training()
     if label == "compare":
         check_settings(**asked(settings))
     folder = output_folder(settings.text("output_dir"), label, resume=wanted.resume)
-    data, valid = settings.text("data"), settings.text("valid")
-    rows, held_out, source = training_rows(data, valid, wanted.seed, wanted.skip_bad_rows)
+    rows, held_out, source = training_rows(settings.rows("data"), settings.rows("valid"), wanted)
     note(f"dry run: one step for each method, nothing is written (a run would go to {folder})\ndata: {source}")
     found = []
     for number, method in enumerate(methods):
@@ -49,7 +49,9 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
         if number == 0 and label == "compare":
             _check_judging(settings, rows, held_out, tokenizer, row_length(model, wanted.max_length))
         delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
-        how: dict[str, Any] = {"max_length": max_length(model, method, wanted), "separator": wanted.separator}
+        dressed = dated(wanted, tokenizer)
+        how: dict[str, Any] = {"max_length": max_length(model, method, wanted), "vocab_size": vocabulary_rows(model)}
+        how |= dressed.encode_options
         train, judged = encode(rows, tokenizer, **how), encode(held_out, tokenizer, **how)
         # all validation rows are read; of these the longest are evaluated
         longest = sorted(judged.examples, key=lambda example: -len(example.input_ids))
@@ -82,9 +84,9 @@ def _check_judging(
     from spectune.data import encode, load_rows
     from spectune.evaluation import Task
 
-    wanted, test = settings.training(), settings.text("test")
-    judged = held_out if test is None else load_rows(test, skip_bad_rows=wanted.skip_bad_rows)
-    encode(judged, tokenizer, max_length=length, separator=wanted.separator)
+    wanted, test = settings.training(), settings.rows("test")
+    judged = held_out if test is None else load_rows(test, **wanted.row_options)
+    encode(judged, tokenizer, max_length=length, **wanted.encode_options)
     own = asked(settings)
     how = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
     Task.of(judged, train_rows=rows, max_length=length, separator=wanted.separator, **how)

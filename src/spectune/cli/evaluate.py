@@ -93,7 +93,7 @@ def evaluate(
                 harness.harness_metrics,
                 tasks=tasks, batch_size=batch_size, limit=lm_eval_limit, include=lm_eval_include,
             )  # fmt: skip
-        rows, source = rows_of(data, "test", skip_bad_rows)
+        rows, source = rows_of(data, "test", {**found.row_options, "skip_bad_rows": skip_bad_rows})
         note(f"run: {found.folder}; rows: {source}")
         loaded = found.load(device, dtype, base_precision)
         of_rows: dict[str, Any] = {
@@ -122,13 +122,16 @@ def _measured(
     from spectune.data import encode
     from spectune.deltas import route
     from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, perplexity
+    from spectune.families import vocabulary_rows
 
     model, tokenizer = loaded
     max_length = row_length(model, run.config.get("max_length"))
-    encoded = encode(rows, tokenizer, max_length=max_length, separator=run.separator)
+    vocab_size = vocabulary_rows(model)
+    encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=vocab_size, **run.encode_options)
     note_losses(encoded.report, source)
     # a row that encoding drops has nothing to be judged on
-    task = Task.of(encoded.rows, max_length=max_length, separator=run.separator, **wanted)
+    answers = [str(answer) for answer in run.config.get("row_answers") or ()]
+    task = Task.of(encoded.rows, max_length=max_length, answers=answers, **run.encode_options, **wanted)
     note(task.describe())
 
     def measured() -> dict[str, float]:

@@ -3,64 +3,84 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spectune.cli.console import note
 from spectune.cli.runs import Run, find_run, is_delta
-from spectune.errors import DataError
+from spectune.cli.settings import Settings
+from spectune.errors import DataError, SpectuneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from spectune.data import DataReport, Row
+    from spectune.data import DataReport, Row, Source
+    from spectune.training import TrainingConfig
+
+    #: what names rows: a file, several with weights, or None for the embedded ones
+    Data = str | list[Source] | None
 
 
-def training_rows(
-    data: str | None, valid: str | None, seed: int, skip_bad_rows: bool
-) -> tuple[list[Row], list[Row], str]:
+def training_rows(data: Data, valid: Data, config: TrainingConfig) -> tuple[list[Row], list[Row], str]:
     """Training rows, validation rows, and a sentence that says where both came from. Raises DataError: a file is
     missing, empty or has bad rows, or there is but one row and no --valid."""
     from spectune import embedded
     from spectune.data import load_rows, split_rows
 
+    how = config.row_options
     if data is None:
         train = load_rows(embedded.TRAIN)
-        held_out = load_rows(embedded.VALID if valid is None else valid, skip_bad_rows=skip_bad_rows)
+        held_out = load_rows(embedded.VALID) if valid is None else load_rows(valid, **how)
         return train, held_out, f"{len(train):,} rows of the embedded task, {len(held_out):,} for validation"
-    rows = load_rows(data, skip_bad_rows=skip_bad_rows)
+    rows = load_rows(data, **how)
     if valid is not None:
-        held_out = load_rows(valid, skip_bad_rows=skip_bad_rows)
-        return rows, held_out, f"{len(rows):,} rows of {data}, {len(held_out):,} of {valid} for validation"
-    train, held_out = split_rows(rows, seed=seed)
-    more = f"{len(held_out):,} more, drawn with seed {seed}, are held out for validation"
-    return train, held_out, f"{len(train):,} rows of {data}; {more}"
+        held_out = load_rows(valid, **how)
+        return (
+            rows,
+            held_out,
+            f"{len(rows):,} rows of {named(data)}, {len(held_out):,} of {named(valid)} for validation",
+        )
+    train, held_out = split_rows(rows, seed=config.seed)
+    more = f"{len(held_out):,} more, drawn with seed {config.seed}, are held out for validation"
+    return train, held_out, f"{len(train):,} rows of {named(data)}; {more}"
 
 
-def rows_of(data: str | None, part: Literal["training", "test"], skip_bad_rows: bool = False) -> tuple[list[Row], str]:
-    """The rows of a file, or that part of the embedded ones; and their name."""
+def named(data: Data) -> str:
+    """A file, or several with their weights, for a sentence."""
+    if isinstance(data, list):
+        return ", ".join(f"{part.data}" + (f" x {part.weight:g}" if part.weight != 1 else "") for part in data)
+    return str(data)
+
+
+def rows_of(
+    data: Data, part: Literal["training", "test"], how: Mapping[str, Any] | None = None
+) -> tuple[list[Row], str]:
+    """The rows of a file, or that part of the embedded ones; and their name. `how`: arguments of `load_rows`."""
     from spectune import embedded
     from spectune.data import load_rows
 
     if data is None:
         return load_rows(embedded.TRAIN if part == "training" else embedded.TEST), f"the embedded {part} rows"
-    return load_rows(data, skip_bad_rows=skip_bad_rows), data
+    return load_rows(data, **(how or {})), named(data)
 
 
-def rows_to_measure(data: str | None, config: dict[str, Any]) -> tuple[list[Row], str]:
+def rows_to_measure(data: str | None, config: Path | None, options: Mapping[str, Any]) -> tuple[list[Row], str]:
     """Rows to compare two models on: the file's; else those that the run with this `config.yaml` was validated on;
-    else the embedded test rows; and their name."""
-    trained_on, valid = config.get("data"), config.get("valid")
-    if data is None and isinstance(trained_on or valid, str):
-        skip, seed = bool(config.get("skip_bad_rows")), int(config.get("seed") or 0)
-        try:
-            if valid is not None:
-                return rows_of(str(valid), "test", skip)
-            held_out = training_rows(str(trained_on), None, seed, skip)[1]
-            return held_out, f"the rows of {trained_on} that the run held out"
-        except DataError as error:  # moved, or another working directory: no reason not to merge
-            note(f"the run's validation rows are not to be had, so the embedded test rows are taken: {error}")
-    return rows_of(data, "test")
+    else the embedded test rows; and their name. `options`: how the run read its rows."""
+    if data is None and config is not None and config.is_file():
+        recorded = Settings.collect(config, None, {})
+        trained_on, valid = recorded.rows("data"), recorded.rows("valid")
+        if trained_on is not None or valid is not None:
+            try:
+                wanted = recorded.training()
+                if valid is not None:
+                    return rows_of(valid, "test", wanted.row_options)
+                held_out = training_rows(trained_on, None, wanted)[1]
+                return held_out, f"the rows of {named(trained_on)} that the run held out"
+            except SpectuneError as error:  # moved, or another working directory: no reason not to merge
+                note(f"the run's validation rows are not to be had, so the embedded test rows are taken: {error}")
+    return rows_of(data, "test", options)
 
 
 def run_on(given: Path | None, model: str | None) -> Run:

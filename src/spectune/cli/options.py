@@ -27,7 +27,14 @@ def flags(context: typer.Context, own: Collection[str] = ()) -> dict[str, Any]:
         own: further flags that are no settings.
     """
     given = {name: value for name, value in context.params.items() if name not in OWN and name not in own}
-    return {name: None if value is False else value for name, value in given.items()}
+    return {name: _single(value) for name, value in given.items()}
+
+
+def _single(value: Any) -> Any:
+    """A flag's value: None where it was not given, and the only one of a flag that may come several times."""
+    if isinstance(value, list | tuple):  # a flag that may come several times is () where it was not given
+        return None if not value else value[0] if len(value) == 1 else list(value)
+    return None if value is False else value
 
 
 Model = Annotated[
@@ -41,7 +48,16 @@ BaseOfRun = Annotated[
     ),
 ]
 Data = Annotated[
-    str | None, typer.Option(help="Training rows: JSONL, JSON, CSV, Parquet or text.", show_default="the embedded task")
+    list[str] | None,
+    typer.Option(
+        help="Training rows: JSONL, JSON, CSV, Parquet, Arrow or text, also .gz or .zst; a folder, or a hub name. "
+        "Repeatable; FILE=2 has each row twice an epoch, FILE=0.5 half of the rows.",
+        show_default="the embedded task",
+    ),
+]
+TrainOn = Annotated[
+    str | None,
+    typer.Option(help="Turns of a chat to learn: all (of the assistant) or last.", show_default="all"),
 ]
 Valid = Annotated[
     str | None, typer.Option(help="Validation rows.", show_default="a seeded tenth of --data is held out")

@@ -10,7 +10,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import complain, note, print_answer, work
-from spectune.cli.input_rows import rows_of, training_rows
+from spectune.cli.input_rows import named, rows_of, training_rows
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DoesNotFitError
 
@@ -164,7 +164,7 @@ class Plans:
         rooms = [] if positions is None else [positions - method.virtual_tokens for method in methods]
         most = min((room for room in rooms if room >= 2), default=positions or DEFAULT_LENGTH)
         length = config.max_length or min(DEFAULT_LENGTH, most)
-        rows = _rows(settings, config) if needs_rows or settings.text("data") is not None else None
+        rows = _rows(settings, config) if needs_rows or settings.get("data") is not None else None
         return cls(settings, config, base, positions, device, limit, length, rows)
 
     def arm(self, method: Method) -> Arm:
@@ -184,14 +184,15 @@ class Plans:
 
     def encoded(self, length: int) -> tuple[list[Example], list[Example]]:
         """Training and validation rows of at most so many tokens; empty where there are none."""
-        from spectune.data import encode
+        from spectune.data import encode, weighted
         from spectune.storage.bases import load_tokenizer
 
         if self.rows is None:
             return [], []
         if length not in self._encoded:
-            tokenizer, separator = load_tokenizer(self.settings.base), self.config.separator
-            train, valid = (encode(part, tokenizer, max_length=length, separator=separator) for part in self.rows)
+            tokenizer, how = load_tokenizer(self.settings.base), self.config.encode_options
+            train, valid = (encode(part, tokenizer, max_length=length, **how) for part in self.rows)
+            train = weighted(train, getattr(self.rows[0], "weights", {}), self.config.seed)
             self._encoded[length] = train.examples, valid.examples
         return self._encoded[length]
 
@@ -240,12 +241,12 @@ def _plan(
 
 def _rows(settings: Settings, config: TrainingConfig) -> tuple[list[Row], list[Row]]:
     """Rows to train on and to validate on, as a run takes them; none of the latter where there is but one."""
-    data, valid = settings.text("data"), settings.text("valid")
+    data, valid = settings.rows("data"), settings.rows("valid")
     if valid is None and data is not None:
-        rows, _ = rows_of(data, "training", config.skip_bad_rows)
+        rows, _ = rows_of(data, "training", config.row_options)
         if len(rows) < 2:
             return rows, []
-    return training_rows(data, valid, config.seed, config.skip_bad_rows)[:2]
+    return training_rows(data, valid, config)[:2]
 
 
 def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
     from spectune.families import family_from_config
     from spectune.planning.flops import flops_per_token
 
-    config, family = plans.config, family_from_config(plans.base)
+    config, family, data = plans.config, family_from_config(plans.base), plans.settings.rows("data")
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     lengths = [len(example.input_ids) for example in plans.examples()]
     mean, flops = max(1, sum(lengths) // len(lengths)), {}
@@ -261,7 +262,7 @@ def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
         again = arm.execution.recomputation in (True, "offload")
         flops[arm.method.name] = sum(lengths) * flops_per_token(family, arm.method, mean, checkpointing=again)
     return {
-        "source": plans.settings.text("data") or "the embedded training rows", "rows": len(lengths),
+        "source": "the embedded training rows" if data is None else named(data), "rows": len(lengths),
         "tokens": sum(lengths), "longest_row_tokens": max(lengths),
         "steps_per_epoch": math.ceil(len(lengths) / rows), "flops_per_epoch": flops,
     }  # fmt: skip

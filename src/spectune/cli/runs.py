@@ -60,10 +60,12 @@ def free_folder(given: Path | None, default: Path) -> Path:
     return folder
 
 
-def origin(settings: Settings) -> dict[str, str]:
+def origin(settings: Settings) -> dict[str, Any]:
     """The origin of base and data for a run's config.yaml, so that `--config` with that file repeats the run."""
-    keys = ("data", "valid", "test", "retain", "device", "dtype", "base_precision")
-    return {"model": settings.base, **{key: value for key in keys if (value := settings.text(key)) is not None}}
+    keys = ("retain", "device", "dtype", "base_precision")
+    named = {key: value for key in ("data", "valid", "test") if (value := settings.get(key)) is not None}
+    kept = {key: value for key in keys if (value := settings.text(key)) is not None}
+    return {"model": settings.base, **named, **kept}
 
 
 def resumed(settings: Settings) -> Settings:
@@ -95,9 +97,23 @@ class Run:
     config: dict[str, Any]
 
     @property
-    def separator(self) -> str:
-        """What stood between prompt and completion in training."""
-        return str(self.config.get("separator", ""))
+    def prompt_options(self) -> dict[str, Any]:
+        """How training made a prompt of a row: arguments of `spectune.data.prompts_ids`."""
+        train_on, today = str(self.config.get("train_on") or "all"), self.config.get("template_date")
+        return {
+            "separator": str(self.config.get("separator") or ""), "train_on": train_on,
+            "today": None if today is None else str(today),
+        }  # fmt: skip
+
+    @property
+    def encode_options(self) -> dict[str, Any]:
+        """How training made token ids of rows: arguments of `spectune.data.encode`, beside the length."""
+        return {**self.prompt_options, "truncation": str(self.config.get("truncation") or "start")}
+
+    @property
+    def row_options(self) -> dict[str, Any]:
+        """How the run's data were read: arguments of `spectune.data.load_rows`, beside `skip_bad_rows`."""
+        return {key: self.config.get(key) for key in ("columns", "delimiter", "encoding")}
 
     def load(
         self, device: str | None, dtype: str | None, base_precision: str | None = None

@@ -13,6 +13,7 @@ from spectune.errors import ConfigError
 if TYPE_CHECKING:
     import yaml
 
+    from spectune.data import Source
     from spectune.deltas import Method
     from spectune.training import TrainingConfig
 
@@ -28,7 +29,7 @@ RUN_KEYS = frozenset(
     # a comparison's
     | {"preset", "seeds", "fractions", "metric", "generate_rows", "choice_normalization"}
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
-    | {"row_shape", "prompt_ends_with"}
+    | {"row_shape", "prompt_ends_with", "row_system", "row_tools", "row_template_kwargs", "row_answers"}
 )
 #: the keys that name a command's methods
 NAMING = ("methods", "method", "method.name")
@@ -55,6 +56,8 @@ class Settings:
         given = {} if config is None else _read_yaml(config)
         for assignment in assignments or ():
             given |= _parse_assignment(assignment)
+        _gather(given, "columns")
+        _gather(given, "row_template_kwargs")
         shown = {key: "--" + key.replace("_", "-") for key, value in flags.items() if value is not None}
         return cls(given | {key: Given(flags[key], where) for key, where in shown.items()})
 
@@ -82,6 +85,37 @@ class Settings:
         if value is not None and not isinstance(value, str | Path):
             raise self._unexpected(key, "text")
         return None if value is None else str(value)
+
+    def rows(self, key: str) -> str | list[Source] | None:
+        """A key that names data, as `spectune.data.load_rows` takes it: a file, or several with weights.
+
+        In YAML an entry is `FILE`, `FILE=WEIGHT` or `{path: FILE, weight: 2, name: web}`. Raises ConfigError: it is
+        something else.
+        """
+        from spectune.data import Source
+
+        value = self.get(key)
+        entries = value if isinstance(value, list) else [] if value is None else [value]
+        found = []
+        for entry in entries:
+            if (
+                isinstance(entry, dict)
+                and set(entry) <= {"path", "weight", "name"}
+                and isinstance(entry.get("path"), str)
+            ):
+                weight = entry.get("weight", 1.0)
+                if isinstance(weight, bool) or not isinstance(weight, int | float):
+                    raise self._unexpected(key, "a weight that is a number, such as {path: a.jsonl, weight: 2}")
+                found.append(Source(entry["path"], float(weight), entry.get("name")))
+            elif isinstance(entry, str | Path):
+                found.append(Source(*_weighted(str(entry))))
+            else:
+                raise self._unexpected(key, "a file, or a list of files such as [a.jsonl, {path: b.jsonl, weight: 2}]")
+        if not found:
+            return None
+        if len(found) == 1 and found[0].weight == 1 and found[0].name is None:
+            return str(found[0].data)
+        return found
 
     def whole(self, key: str) -> int | None:
         """A key of the command itself that has to be a whole number. Raises ConfigError: it is something else."""
@@ -195,6 +229,27 @@ def _suggest(word: str, known: Iterable[str]) -> str:
         return f"did you mean {SYNONYMS[word]!r}?"
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """A file and its weight: `b.jsonl=0.5`; a file that is there by that whole name has none."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        return text, 1.0
+
+
+def _gather(given: dict[str, Given], name: str) -> None:
+    """The entries of a mapping, such as `columns.prompt=question`, as one key."""
+    parts = {key: given.pop(key) for key in [key for key in given if key.startswith(f"{name}.")]}
+    if parts:
+        whole = given.get(name)
+        base = dict(whole.value) if whole is not None and isinstance(whole.value, dict) else {}
+        entries = {key.removeprefix(f"{name}."): part.value for key, part in parts.items()}
+        given[name] = Given(base | entries, next(iter(parts.values())).where)
 
 
 def _parse_assignment(text: str) -> dict[str, Given]:

@@ -33,6 +33,7 @@ def train(
     output_dir: options.OutputDir = None,
     config: options.Config = None,
     assignments: options.Set = None,
+    train_on: options.TrainOn = None,
     seed: options.Seed = None,
     resume: options.Resume = False,
     dry: options.DryRun = False,
@@ -72,8 +73,7 @@ def _train(method: Method, settings: Settings, out: Console) -> dict[str, Any]:
 
     wanted = settings.training()
     folder = output_folder(settings.text("output_dir"), method.name, resume=wanted.resume)
-    data, valid = settings.text("data"), settings.text("valid")
-    rows, held_out, source = training_rows(data, valid, wanted.seed, wanted.skip_bad_rows)
+    rows, held_out, source = training_rows(settings.rows("data"), settings.rows("valid"), wanted)
     model, tokenizer = load(settings.base, **settings.placement)
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
     if (precision := settings.text("base_precision")) is not None:

@@ -25,7 +25,7 @@ from spectune.deltas import Method, attached, base_name
 from spectune.errors import ConfigError, InterruptedRun
 from spectune.evaluation import row_losses
 from spectune.families import base_precision as precision_of
-from spectune.families import describe, fingerprint
+from spectune.families import describe, fingerprint, vocabulary_rows
 from spectune.files.atomic import atomic_write_text
 from spectune.inference import CHOICE_NORMALIZATIONS
 from spectune.methods import BY_NAME, method_from_name
@@ -35,7 +35,7 @@ from spectune.results.comparison_file import Base, Data
 from spectune.storage import TINY, load
 from spectune.training import TrainingConfig, environment
 from spectune.training.identity import FREE
-from spectune.training.prepare import max_length
+from spectune.training.prepare import dated, max_length
 
 GENERATE_ROWS = 64
 #: settings that no result depends on (speed and memory do on recomputation), and the one that differs between its runs
@@ -95,9 +95,9 @@ def compare(
     model, tokenizer = _base(base, tokenizer, device, dtype, base_precision)
     _check_base(model, preset, named=isinstance(base, str | Path))
     recorded = _recorded(str(model.config._name_or_path), settings, arms, own, origin)
-    settings = settings.model_copy(update={"max_length": _max_length(model, arms, settings, before)})
+    settings = dated(_begun(settings, _max_length(model, arms, settings, before), before), tokenizer)
     judged: dict[str, Any] = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
-    inputs = Inputs.of(rows, tokenizer, settings, **judged)
+    inputs = Inputs.of(rows, tokenizer, settings, vocab_size=vocabulary_rows(model), **judged)
     virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
     passages = retained_passages(model, tokenizer, retain, settings.seed, virtual_tokens=virtual_tokens)
     schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, seeds=seeds, fractions=fractions)
@@ -115,8 +115,8 @@ def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
         job.print(job.inputs.notice)
     try:
         if base.valid_loss is None:
-            size = job.config.per_device_eval_batch_size
-            losses = row_losses(job.model, job.inputs.valid.examples, pad_token_id(job.tokenizer), size)
+            size, pad = job.config.per_device_eval_batch_size, pad_token_id(job.tokenizer, vocabulary_rows(job.model))
+            losses = row_losses(job.model, job.inputs.valid.examples, pad, size)
             base.valid_loss = losses.mean_per_token
         if base.judged_loss is None or not base_rows(job).is_file():
             base.judged_loss, base.metrics = judge_base(job)
@@ -208,6 +208,14 @@ def _begin(
     before = conditions.read(folder) if (folder / conditions.FILE).is_file() else None
     seed = settings.seed if seed is None else seed
     return settings.model_copy(update={"seed": seed, "resume": False, "output_dir": None}), folder, before
+
+
+def _begun(settings: TrainingConfig, max_length: int, before: RecordedConditions | None) -> TrainingConfig:
+    """The settings with the length of rows, and with the date of the day on which the comparison began, where chat
+    templates saw one."""
+    recorded = before.identity.get("template_date") if before is not None else None
+    date = settings.template_date or recorded
+    return settings.model_copy(update={"max_length": max_length, "template_date": date})
 
 
 def _folder(given: str | Path | None, resume: bool) -> Path:

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from spectune import data
 from spectune.comparing.conditions import key
-from spectune.data import HELD_OUT, Encoded, Row, encode, load_rows, split_rows
+from spectune.data import HELD_OUT, Encoded, Row, encode, load_rows, split_rows, weighted
 from spectune.evaluation import Task
 from spectune.training import TrainingConfig
 
@@ -20,7 +21,7 @@ class Rows:
     """The rows that were given. `held_out` is the share of the training rows that validates, None where rows for that
     were given; `test` is None where the validation rows are judged."""
 
-    train: Sequence[Row]
+    train: data.Rows
     valid: Sequence[Row]
     held_out: float | None
     test: Sequence[Row] | None
@@ -28,14 +29,14 @@ class Rows:
     @classmethod
     def read(cls, train: Any, valid: Any, test: Any, settings: TrainingConfig) -> Rows:
         """From what `load_rows` takes. Raises DataError: rows are missing or bad."""
-        skip = settings.skip_bad_rows
-        rows = load_rows(train, skip_bad_rows=skip)
+        how = settings.row_options
+        rows = load_rows(train, **how)
         held_out = None if valid is not None else HELD_OUT
         if valid is not None:
-            held = load_rows(valid, skip_bad_rows=skip)
+            held = load_rows(valid, **how)
         else:
             rows, held = split_rows(rows, seed=settings.seed)
-        return cls(rows, held, held_out, None if test is None else load_rows(test, skip_bad_rows=skip))
+        return cls(rows, held, held_out, None if test is None else load_rows(test, **how))
 
     @property
     def judged(self) -> Sequence[Row]:
@@ -59,22 +60,28 @@ class Inputs:
     @classmethod
     def of(
         cls, rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: TrainingConfig, *, metric: str,
-        generate_rows: int, choice_normalization: str = "sum",
+        generate_rows: int, choice_normalization: str = "sum", vocab_size: int | None = None,
     ) -> Inputs:  # fmt: skip
         """Encode the rows, at most `settings.max_length` tokens of each.
+
+        Args:
+            vocab_size: rows of the base's embedding, where they are known.
 
         Raises:
             ConfigError, DataError: rows that cannot be encoded, or a metric that they cannot give.
         """
         assert settings.max_length is not None
-        length, separator = settings.max_length, settings.separator
+        length, how = settings.max_length, settings.encode_options
         parts = (rows.train, rows.valid) if rows.test is None else (rows.train, rows.valid, rows.test)
-        train, valid, *test = (encode(part, tokenizer, max_length=length, separator=separator) for part in parts)
+        train, valid, *test = (
+            encode(part, tokenizer, max_length=length, vocab_size=vocab_size, **how) for part in parts
+        )
+        train = weighted(train, rows.train.weights, settings.seed)
         # a row that encoding drops has nothing to be judged on
         task = Task.of(
             (test[0] if test else valid).rows, train_rows=rows.train, metric=metric, generate_rows=generate_rows,
-            choice_normalization=choice_normalization, max_length=length, separator=separator,
-            batch_size=settings.per_device_eval_batch_size,
+            choice_normalization=choice_normalization, max_length=length,
+            batch_size=settings.per_device_eval_batch_size, **how,
         )  # fmt: skip
         # of the rows to train and to validate on each run tells itself
         return cls(rows, train, valid, task, test[0].report.summary("test") if test else "")

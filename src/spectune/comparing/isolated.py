@@ -85,7 +85,8 @@ def memory_job(
         train_rows: a path, or rows.
         base_precision: as in `spectune.load`.
     """
-    fields = ("origin", "prompt", "completion", "text", "messages")
+    fields = ("origin", "prompt", "completion", "text", "messages", "history", "unlearned", "tools", "documents",
+              "template_kwargs")  # fmt: skip
     rows: Any = train_rows
     if not isinstance(train_rows, str | Path):
         rows = [{key: getattr(row, key) for key in fields} for row in train_rows]
@@ -108,7 +109,7 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     """The child's work: the run's own steps, executed as the run's are."""
     config, method = TrainingConfig(**job["config"]), method_from_dict(job["method"])
     source = job["rows"] if isinstance(job["rows"], str) else [Row(**row) for row in job["rows"]]
-    rows = load_rows(source, skip_bad_rows=config.skip_bad_rows)
+    rows = load_rows(source, **config.row_options)
     model, tokenizer = load(**job["base"])
     torch.manual_seed(config.seed)
     delta = attach(model, method, "memory", tokenizer=tokenizer, seed=config.seed)

@@ -15,10 +15,13 @@ IGNORED = -100
 GROUP = 50
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands where a row has no token; it is masked, so any id will do."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(pad or 0)
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:
+    """What stands where a row has no token: padding, else EOS, else 0. It is masked, so any id will do that the base's
+    embedding, of `vocab_size` rows, has; a tokenizer may have been given a padding token that it has not."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int) and (vocab_size is None or token < vocab_size):
+            return token
+    return 0
 
 
 def padded(

@@ -1,9 +1,11 @@
 """Rows from any source, every bad one named at once, and the share that is held out."""
 
+import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spectune.data.mixing import Source, named_sources
 from spectune.data.problem import RowProblem
 from spectune.data.shapes import EXPECTED, KNOWN, Row, row_of
 from spectune.data.sources import Bad, records
@@ -15,19 +17,27 @@ _LISTED = 50
 
 
 class Rows(list[Row]):
-    """Rows, and what was left out under `--skip-bad-rows`; `skip_bad_rows`: what cannot be encoded is to be, too."""
+    """Rows, and what was left out under `--skip-bad-rows`.
 
-    def __init__(self, rows: list[Row], skipped: list[str], *, skip_bad_rows: bool = False) -> None:
+    Attributes:
+        skip_bad_rows: what cannot be encoded is to be left out, too.
+        weights: of several sources, by their names, how often an epoch of training has each row.
+    """
+
+    def __init__(
+        self, rows: list[Row], skipped: list[str], *, skip_bad_rows: bool = False,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(rows)
-        self.skipped, self.skip_bad_rows = skipped, skip_bad_rows
+        self.skipped, self.skip_bad_rows, self.weights = skipped, skip_bad_rows, dict(weights or {})
 
 
 def load_rows(
     source: Any, *, skip_bad_rows: bool = False, columns: Mapping[str, str | None] | None = None,
     delimiter: str | None = None, encoding: str | None = None,
 ) -> Rows:  # fmt: skip
-    """The rows of a file, a list of dicts, a list of `Row`, a data frame, a `datasets` object, or a hub data set
-    (`name:split`).
+    """The rows of a file, a list of dicts, a list of `Row`, a data frame, a `datasets` object, a hub data set
+    (`name:split`), or several of these as a list of `Source`.
 
     Args:
         skip_bad_rows: leave bad rows out; they are counted in the result's `skipped` and in the data report.
@@ -44,9 +54,13 @@ def load_rows(
     if isinstance(source, list) and source and all(isinstance(row, Row) for row in source):
         return Rows(source, [])
     renamed = _checked(columns or {})
+    if isinstance(source, list) and source and all(isinstance(part, Source) for part in source):
+        how: dict[str, Any] = {"columns": columns, "delimiter": delimiter, "encoding": encoding}
+        return _mixed(named_sources(source), skip_bad_rows, how)
     rows: list[Row] = []
     problems: list[str] = []
-    for origin, record in records(source):
+    their_keys = {theirs: ours for ours, theirs in renamed.items() if theirs is not None}
+    for origin, record in records(source, delimiter=delimiter, encoding=encoding, known=their_keys):
         try:
             if isinstance(record, Bad):
                 raise RowProblem(record)
@@ -59,6 +73,18 @@ def load_rows(
     if not rows:
         raise DataError(f"{named}: no rows; {EXPECTED} in each", problems[:_LISTED])
     return Rows(rows, problems, skip_bad_rows=skip_bad_rows)
+
+
+def _mixed(sources: Sequence[Source], skip_bad_rows: bool, how: Mapping[str, Any]) -> Rows:
+    """The rows of all sources, one source after the other. Raises DataError: the bad rows of all."""
+    rows, skipped, problems = list[Row](), list[str](), list[str]()
+    for source in sources:
+        found = load_rows(source.data, skip_bad_rows=True, **how)
+        rows += [dataclasses.replace(row, source=source.name) for row in found]
+        (skipped if skip_bad_rows else problems).extend(found.skipped)
+    if problems:
+        raise bad_rows(", ".join(source.label for source in sources), problems, len(rows) + len(problems))
+    return Rows(rows, skipped, skip_bad_rows=skip_bad_rows, weights={s.label: s.weight for s in sources})
 
 
 def bad_rows(named: str, problems: list[str], count: int) -> DataError:
@@ -98,6 +124,9 @@ def split_rows(rows: list[Row], share: float = HELD_OUT, seed: int = 0) -> tuple
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
     held = set(random.Random(seed).sample(range(len(rows)), count))
     train, valid = ([row for i, row in enumerate(rows) if (i in held) is out] for out in (False, True))
-    skip = isinstance(rows, Rows) and rows.skip_bad_rows
-    skipped = rows.skipped if isinstance(rows, Rows) else []
-    return Rows(train, skipped, skip_bad_rows=skip), Rows(valid, [], skip_bad_rows=skip)
+    given = rows if isinstance(rows, Rows) else Rows([], [])
+    skip = given.skip_bad_rows
+    return (
+        Rows(train, given.skipped, skip_bad_rows=skip, weights=given.weights),
+        Rows(valid, [], skip_bad_rows=skip, weights=given.weights),
+    )

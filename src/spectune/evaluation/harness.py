@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune import inference
 from spectune.data import Example, Row, encode, pad_token_id, prompt_ids
 from spectune.errors import ConfigError, DataError, first_line
+from spectune.families import vocabulary_rows
 from spectune.inference import Sampling, context_length, halving, target_likelihoods
 
 DEFAULT_LENGTH = 2048
@@ -118,7 +119,10 @@ class HarnessModel:
         return halving(write, self.batch_size, f"writing {len(prompts)} answers")
 
     def _likelihoods(self, examples: Sequence[Example]) -> list[tuple[float, bool]]:
-        pad, doing = pad_token_id(self.tokenizer), f"taking the likelihood of {len(examples)} texts"
+        pad, doing = (
+            pad_token_id(self.tokenizer, vocabulary_rows(self.model)),
+            f"taking the likelihood of {len(examples)} texts",
+        )
         return halving(lambda size: target_likelihoods(self.model, examples, pad, size), self.batch_size, doing)
 
     def _example(self, context: str, continuation: str) -> Example:

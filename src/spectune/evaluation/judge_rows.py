@@ -18,6 +18,7 @@ from spectune.evaluation.losses import row_losses
 from spectune.evaluation.metrics import exact_match, rouge_l
 from spectune.evaluation.references import has_prompt, prompt_of, references_of
 from spectune.evaluation.task import Task
+from spectune.families import vocabulary_rows
 from spectune.inference import (
     ChoiceScores,
     choice_log_likelihoods,
@@ -46,9 +47,11 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
         OutOfMemoryError: not even one row at a time fits.
     """
     length, truncation = task.max_length, task.truncation
-    encoded = encode(task.rows, tokenizer, max_length=length, truncation=truncation, **task.conventions)
+    vocab_size = vocabulary_rows(model)
+    how = {**task.conventions, "max_length": length, "truncation": truncation, "vocab_size": vocab_size}
+    encoded = encode(task.rows, tokenizer, **how)
     _check_room(model, encoded, length)
-    losses = row_losses(model, encoded.examples, pad_token_id(tokenizer), task.batch_size)
+    losses = row_losses(model, encoded.examples, pad_token_id(tokenizer, vocab_size), task.batch_size)
     place_of = {id(row): place for place, row in enumerate(task.rows)}
     sums, targets = defaultdict[int, list[float]](list), defaultdict[int, int](int)
     for example, loss, count in zip(encoded.examples, losses.loss_sums, losses.target_tokens, strict=True):

@@ -3,7 +3,7 @@
 from spectune.families.base_fingerprint import differences, fingerprint
 from spectune.families.biases import Bias
 from spectune.families.family import Family, FeedForward, Layer, Linear, describe, family_from_config
-from spectune.families.module_kinds import linear_shape, token_embedding
+from spectune.families.module_kinds import linear_shape, token_embedding, vocabulary_rows
 from spectune.families.parts import Slice
 from spectune.families.quantised import base_precision, dense_weight, quantised_weights
 from spectune.families.self_attention import Attention
@@ -11,5 +11,5 @@ from spectune.families.self_attention import Attention
 __all__ = [
     "Attention", "Bias", "Family", "FeedForward", "Layer", "Linear", "Slice", "base_precision", "dense_weight",
     "describe", "differences", "family_from_config", "fingerprint", "linear_shape", "quantised_weights",
-    "token_embedding",
+    "token_embedding", "vocabulary_rows",
 ]  # fmt: skip

@@ -28,6 +28,12 @@ def token_embedding(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """Rows of the table of token embeddings: ids that the model takes are below this number, whatever its tokenizer
+    has."""
+    return int(token_embedding(model).weight.shape[0])
+
+
 def is_norm(module: nn.Module) -> bool:
     """A normalisation: a leaf whose weight is a vector (its bias, if any, is added last)."""
     weight = getattr(module, "weight", None)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.compute.evaluating import evaluating
 from spectune.data import Example, Row, by_length, collate, encode, pad_token_id
 from spectune.errors import DataError
+from spectune.families import vocabulary_rows
 from spectune.inference.answers import UNLIMITED, answer_of, last_examples, shortened
 from spectune.objectives import CAUSAL_LM
 
@@ -134,7 +135,9 @@ def choice_log_likelihoods(
         examples += [Example([*prompt, *target], len(prompt), row) for target in targets]
     if problems:
         raise DataError("rows whose choices cannot be compared", problems)
-    scored = zip(*row_loss_sums(model, examples, pad_token_id(tokenizer), batch_size), strict=True)
+    scored = zip(
+        *row_loss_sums(model, examples, pad_token_id(tokenizer, vocabulary_rows(model)), batch_size), strict=True
+    )
     scores = []
     for row in rows:
         sums, counts = zip(*itertools.islice(scored, len(row.choices)), strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -27,6 +27,13 @@ class TrainingConfig(BaseModel):
         max_grad_norm: gradients are clipped to this norm; 0 leaves them.
         max_length: tokens of a row; None is the base's context (at most 1,024) less virtual tokens.
         separator: goes between prompt and completion.
+        train_on: which turns of a chat are learned: "all" those of the assistant, or the "last".
+        truncation: what a row that is too long loses: its "start" (but for BOS), the "middle" of what stands before its
+            last answer; or it is a bad row ("refuse").
+        columns: names of the data's columns by what they are taken for, such as `{"prompt": "question"}`; None for a
+            key that is to be ignored.
+        delimiter, encoding: of CSV and text files; found where they are not given.
+        template_date: the current date as chat templates see it, ISO; by default the day on which the run begins.
         eval_steps, save_steps, logging_steps: None is once each epoch (logging: every step).
         early_stopping_patience: validations without improvement before training ends; None never.
         load_best_at_end: the delta ends as the best one of validation.
@@ -69,6 +76,12 @@ class TrainingConfig(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0)
     max_length: int | None = Field(None, ge=2)
     separator: str = ""
+    train_on: Literal["all", "last"] = "all"
+    truncation: Literal["start", "middle", "refuse"] = "start"
+    columns: dict[str, str | None] = Field(default_factory=dict)
+    delimiter: str | None = Field(None, min_length=1, max_length=1)
+    encoding: str | None = None
+    template_date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
     seed: int = 0
     eval_steps: int | None = Field(None, ge=1)
     save_steps: int | None = Field(None, ge=1)
@@ -84,6 +97,22 @@ class TrainingConfig(BaseModel):
     resume: bool = False
     skip_bad_rows: bool = False
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
+
+    @property
+    def row_options(self) -> dict[str, Any]:
+        """How rows are read: arguments of `spectune.data.load_rows`."""
+        return {
+            "skip_bad_rows": self.skip_bad_rows, "columns": self.columns, "delimiter": self.delimiter,
+            "encoding": self.encoding,
+        }  # fmt: skip
+
+    @property
+    def encode_options(self) -> dict[str, Any]:
+        """How rows become token ids: arguments of `spectune.data.encode`, beside the length."""
+        return {
+            "separator": self.separator, "train_on": self.train_on, "truncation": self.truncation,
+            "today": self.template_date,
+        }  # fmt: skip
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:

@@ -1,5 +1,6 @@
 """From rows and settings to what a run trains on: token ids, length, rate, and the run's identity."""
 
+import datetime
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,13 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.data import Encoded, Example, Row, encode, load_rows, pad_token_id, split_rows
+from spectune.data import Encoded, Example, Row, encode, load_rows, pad_token_id, split_rows, weighted
 from spectune.deltas import Method
 from spectune.errors import ConfigError
-from spectune.families import base_precision
+from spectune.families import base_precision, vocabulary_rows
 from spectune.planning.workload import context_of
 from spectune.training.config import TrainingConfig
-from spectune.training.identity import identity_of
+from spectune.training.identity import FILE, identity_of, read_identity
 
 #: tokens of a row where the user says nothing, if the base has room for them
 DEFAULT_LENGTH = 1024
@@ -54,23 +55,37 @@ def prepare(
     Raises:
         ConfigError, DataError: a length that the base has no room for, or bad data.
     """
-    length = max_length(model, method, config)
+    length, vocab_size = max_length(model, method, config), vocabulary_rows(model)
+    config = dated(config, tokenizer)
     if isinstance(train_rows, Encoded):
         train, valid, rows = train_rows, valid_rows, train_rows.rows
     else:
-        rows = load_rows(train_rows, skip_bad_rows=config.skip_bad_rows)
+        rows = load_rows(train_rows, **config.row_options)
         if valid_rows is None:
             rows, held_out = split_rows(rows, seed=config.seed)
         else:
-            held_out = load_rows(valid_rows, skip_bad_rows=config.skip_bad_rows)
-        parts, separator = (rows, held_out), config.separator
-        train, valid = (encode(part, tokenizer, max_length=length, separator=separator) for part in parts)
+            held_out = load_rows(valid_rows, **config.row_options)
+        how: dict[str, Any] = {"max_length": length, "vocab_size": vocab_size, **config.encode_options}
+        train, valid = (encode(part, tokenizer, **how) for part in (rows, held_out))
+        train = weighted(train, rows.weights, config.seed)
     rate = config.learning_rate or method.default_learning_rate
     identity = identity_of(
         config, method, learning_rate=rate, max_length=length, encoded=(train, valid), base=base,
         dtype=str(model.dtype).removeprefix("torch."), base_precision=base_precision(model),
     )  # fmt: skip
-    return Prepared(config, rows, (train, valid), rate, length, identity, pad_token_id(tokenizer))
+    return Prepared(config, rows, (train, valid), rate, length, identity, pad_token_id(tokenizer, vocab_size))
+
+
+def dated(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingConfig:
+    """The config with the date that the tokenizer's chat template is to see, if that writes one: the day on which the
+    run began, whenever it goes on."""
+    if config.template_date is not None or "strftime_now" not in str(tokenizer.chat_template):
+        return config
+    folder = config.output_dir
+    begun = folder is not None and config.resume and (folder / FILE).is_file()
+    recorded = read_identity(folder).get("template_date") if begun and folder is not None else None
+    today = datetime.date.today().isoformat()
+    return config.model_copy(update={"template_date": recorded or today})
 
 
 def total_steps(rows: int, config: TrainingConfig, processes: int = 1) -> int:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from spectune.data import Encoded, Row
 from spectune.deltas import Delta
 from spectune.errors import ConfigError, DataError
+from spectune.evaluation import common_answers
 from spectune.files.strict_json import strict_json
 from spectune.results.run_result import RunResult
 from spectune.storage import atomic_write_text
@@ -55,16 +56,37 @@ def load_end(folder: Path, delta: Delta) -> None:
     delta.load_training_state_dict(state)
 
 
-def described(rows: Sequence[Row]) -> dict[str, str]:
+def described(rows: Sequence[Row]) -> dict[str, Any]:
     """What a command that writes with the run must know of its training rows, for config.yaml and training.json.
 
-    `row_shape`: "messages", "prompt" or "text", the commonest one. `prompt_ends_with`: the white space that every
-    prompt ends in, "" where they share none.
+    `row_shape`: "messages", "alpaca", "prompt" or "text", the commonest one. `prompt_ends_with`: the white space that
+    every prompt ends in, "" where they share none. `row_system`, `row_tools`, `row_template_kwargs`: what all chats
+    have before their first question, and give their template; absent where they differ. `row_answers`: the few labels
+    that all rows are answered with, where that is so.
     """
-    shapes = Counter("messages" if row.messages else "text" if row.text is not None else "prompt" for row in rows)
+    shapes = Counter(_shape(row) for row in rows)
     prompts = [row.prompt for row in rows if row.prompt is not None]
     ending = os.path.commonprefix([prompt[len(prompt.rstrip()) :][::-1] for prompt in prompts])[::-1]  # noqa: RUF071
-    return {"row_shape": shapes.most_common(1)[0][0] if rows else "prompt", "prompt_ends_with": ending}
+    found: dict[str, Any] = {
+        "row_shape": shapes.most_common(1)[0][0] if rows else "prompt", "prompt_ends_with": ending
+    }  # fmt: skip
+    chats = [row for row in rows if row.messages]
+    systems = [m["content"] if (m := (row.messages or [{}])[0])["role"] == "system" else None for row in chats]
+    for key, values in (
+        ("row_system", systems), ("row_tools", [row.tools for row in chats]),
+        ("row_template_kwargs", [row.template_kwargs for row in chats]),
+    ):  # fmt: skip
+        if values and values[0] is not None and all(value == values[0] for value in values):
+            found[key] = values[0]
+    if answers := common_answers(rows):
+        found["row_answers"] = list(answers)
+    return found
+
+
+def _shape(row: Row) -> str:
+    if row.messages:
+        return "messages"
+    return "text" if row.text is not None else "alpaca" if row.shape == "alpaca" else "prompt"
 
 
 class RunFolder(Keeper):
@@ -78,7 +100,8 @@ class RunFolder(Keeper):
         #: the weights of the lowest validation loss so far; before the first validation those of the start
         self.best = best if best is not None else self._copy()
         self.identity = prepared.identity
-        own = {"separator": run.config.separator, "max_length": self.identity["max_length"]}
+        kept = {"separator", "train_on", "truncation", "template_date"}
+        own = {"max_length": self.identity["max_length"], **run.config.model_dump(include=kept)}
         self.training = {**own, **described(prepared.rows)}
         self._metrics: Any = None
         self._board: Any = None
