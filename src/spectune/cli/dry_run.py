@@ -54,7 +54,7 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
         how |= dressed.encode_options
         train, judged = encode(rows, tokenizer, **how), encode(held_out, tokenizer, **how)
         # all validation rows are read; of these the longest are evaluated
-        longest = sorted(judged.examples, key=lambda example: -len(example.input_ids))
+        longest = sorted(judged.examples, key=lambda example: -example.length)
         few = Encoded(longest[: wanted.per_device_eval_batch_size], judged.report)
         step = wanted.model_copy(update={"output_dir": None, "resume": False, "max_steps": 1})
         result = training.train(model, tokenizer, delta, train, few, step, console=out, rehearsed=wanted)

@@ -256,7 +256,7 @@ def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
 
     config, family, data = plans.config, family_from_config(plans.base), plans.settings.rows("data")
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    lengths = [len(example.input_ids) for example in plans.examples()]
+    lengths = [example.length for example in plans.examples()]
     mean, flops = max(1, sum(lengths) // len(lengths)), {}
     for arm in arms:
         again = arm.execution.recomputation in (True, "offload")
@@ -284,7 +284,7 @@ def _timed(method: Method, plans: Plans) -> dict[str, Any]:
     few = {"output_dir": None, "resume": False, "max_steps": CALIBRATION_STEPS, "report_to": "none"}
     config = plans.config.model_copy(update=few)
     result = train(model, tokenizer, delta, rows, rows[:1], config, console=Console(quiet=True))
-    tokens, speed = sum(len(example.input_ids) for example in examples), result.train_tokens_per_second
+    tokens, speed = sum(example.length for example in examples), result.train_tokens_per_second
     return {
         "method": method.name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
         "timed_steps": CALIBRATION_STEPS - 2, "tokens_per_second": speed, "seconds_per_epoch": tokens / speed,

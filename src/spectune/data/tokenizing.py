@@ -79,7 +79,8 @@ class TextTokenizer:
         for text, encoding, places in zip(texts, encodings, located, strict=True):
             ends = [at.end(encoding.ids, ids_of) if isinstance(at, _Prefix) else at for at in places]
             if None in ends:
-                found.append(self._apart(text))
+                covered = [place for place, end in zip(text.places, ends, strict=True) if end is None]
+                found.append(self._apart(text, encoding.ids, covered))
             else:
                 found.append(Tokens(encoding.ids, tuple(end for end in ends if end is not None), encoding.proved))
         return self._proved(texts, found)
@@ -114,51 +115,58 @@ class TextTokenizer:
             self._kept |= {text: ids for text, ids in found.items() if len(text) <= _SHORT}
         return {text: found[text] if text in found else self._kept[text] for text in texts}
 
-    def _apart(self, text: Text) -> Tokens | RowProblem:
-        """The ids of a text that is cut at those places that a token would cover."""
-        cuts = [0, len(text.text)]
+    def _apart(self, text: Text, whole: list[int], covered: Sequence[int]) -> Tokens | RowProblem:
+        """The ids of a text that is cut at those places that a token would cover.
+
+        All of these are cut at first, and then what is covered in a piece alone: one cut after the other would take the
+        time of the whole text for each of a conversation's turns.
+        """
+        exact = self.decode(whole) == text.text
+        cuts = [0, *covered, len(text.text)]
         while True:
-            ids, places, covered = list[int](), dict[int, int](), list[int]()
+            ids, places, more = list[int](), dict[int, int](), list[int]()
             for begin, end in itertools.pairwise(cuts):
                 inside = [place for place in text.places if begin <= place <= end]
-                piece = self._piece(text, begin, end, inside, ids)
+                piece = self._piece(text, begin, end, inside, ids, exact)
                 if piece is None:
                     return _no_ids(text.text, begin, end)
                 found, located = piece
-                covered += [place for place, at in zip(inside, located, strict=True) if at is None]
+                more += [place for place, at in zip(inside, located, strict=True) if at is None]
                 places |= {p: len(ids) + at for p, at in zip(inside, located, strict=True) if at is not None}
                 ids += found
-            if covered and covered[0] in cuts:
-                return _no_ids(text.text, covered[0], len(text.text))
-            if not covered:
+            if more and more[0] in cuts:
+                return _no_ids(text.text, more[0], len(text.text))
+            if not more:
                 return Tokens(ids, tuple(places[place] for place in text.places), False)
-            cuts = sorted({*cuts, covered[0]})
+            cuts = sorted({*cuts, *more})
 
     def _piece(
-        self, text: Text, begin: int, end: int, inside: Sequence[int], before: list[int]
+        self, text: Text, begin: int, end: int, inside: Sequence[int], before: list[int], exact: bool
     ) -> tuple[list[int], list[int | None]] | None:
         """Ids of a piece of a text behind ids of what stands before it, and the places inside of it; None where there
         are none that decode to the text."""
-        wanted = self.decode(self.ids(text.text[:end]))
+        written = text.text[begin:end]
+        wanted = text.text[:end] if exact else self.decode(self.ids(text.text[:end]))
         for sentinel in _SENTINELS if begin else ("",):
-            shift, lead = len(sentinel), len(self.ids(sentinel)) if sentinel else 0
+            shift, lead = len(sentinel), self._ids_of({sentinel})[sentinel]
             part = Text(
-                sentinel + text.text[begin:end],
+                sentinel + written,
                 tuple(place - begin + shift for place in inside),
                 frozenset(place - begin for place in text.starts if not begin and 0 < place < end),
             )
             encoding = self._encode([part.text])[0]
-            ids = encoding.ids[lead:]
-            if encoding.ids[:lead] != (self.ids(sentinel) if sentinel else []):
+            ids = encoding.ids[len(lead) :]
+            if encoding.ids[: len(lead)] != lead:
                 continue
-            if self.decode(before + ids) != wanted:
+            # bytes that are proved to be the piece's are so behind any others
+            if not (exact and encoding.proved) and self.decode(before + ids) != wanted:
                 continue
             located = self._located(part, encoding)
             ids_of = self._ids_of({at.text for at in located if isinstance(at, _Prefix)})
             ends = [at.end(encoding.ids, ids_of) if isinstance(at, _Prefix) else at for at in located]
             at_edges = {begin: 0, end: len(ids)}
             return ids, [
-                at_edges[place] if place in at_edges else None if at is None else at - lead
+                at_edges[place] if place in at_edges else None if at is None else at - len(lead)
                 for place, at in zip(inside, ends, strict=True)
             ]
         return None

@@ -122,7 +122,7 @@ class Loop:
         run, number = self.run, self.run.progress.step + len(self._in_flight)
         members = [self.batches.examples[i] for batch in window for i in batch]
         targets = sum(example.target_tokens for example in members)
-        tokens = sum(len(example.input_ids) for example in members)
+        tokens = sum(example.length for example in members)
         # data are made ready before the clock starts: speed is that of computing
         collated = [self.batches.collate(packs) if packs else None for packs in self.batches.of_step(window)]
         measured = self.peaks.of_step(first=self._is_first(number))
@@ -196,7 +196,7 @@ class Loop:
         if not self._has_validated:
             # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
             # run's own validation, which counting tensors would slow down
-            order = sorted(run.valid_examples, key=lambda example: -len(example.input_ids))
+            order = sorted(run.valid_examples, key=lambda example: -example.length)
             with self.peaks.of("valid"):
                 self.valid_loss(order[: run.config.per_device_eval_batch_size])
             self._has_validated = True
