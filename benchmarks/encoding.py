@@ -4,8 +4,9 @@
     PYTHONPATH=src python -m benchmarks.encoding --base BASE --data FOLDER --rows 1000000    memory, short rows
 
 FOLDER holds `chat_sgd`, `instruct_rasbt` and `e2e`; BASE is any base with a fast tokenizer, to which the end-of-turn
-tokens of ChatML are added. The two sides take turns, and the least of each is printed. The tokenizer alone gets all
-texts in one call, which is the fastest that it has, and (`loop`) one text a call.
+tokens of ChatML are added. The two sides take turns, and the least of each is printed, in seconds by the clock and in
+seconds of all cores (CPU), which say more where other work runs on the machine. The tokenizer alone gets all texts in
+one call, which is the fastest that it has, and one text a call.
 """
 
 from __future__ import annotations
@@ -166,43 +167,44 @@ def tokenizer_of(base: Path, template: str) -> PreTrainedTokenizerBase:
     return found
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def seconds(work: Callable[[], Any]) -> tuple[float, float]:
+    """By the clock, and of all cores."""
     gc.collect()
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     kept = work()  # what is made is part of the work, what becomes of it is not
-    end = time.perf_counter()
+    found = time.perf_counter() - begin, time.process_time() - used
     del kept
-    return end - begin
+    return found
 
 
-def times(rows: list[Row], tokenizer: PreTrainedTokenizerBase, repeats: int, *, loop: bool) -> dict[str, float]:
+def times(rows: list[Row], tokenizer: PreTrainedTokenizerBase, repeats: int) -> dict[str, tuple[float, float]]:
     """The least seconds of each way, which take turns."""
     texts = [str(tokenizer.apply_chat_template(row.messages or [], tokenize=False)) for row in rows]
     ways: dict[str, Callable[[], Any]] = {
-        "one call": lambda: tokenizer(texts, add_special_tokens=False),
+        "call": lambda: tokenizer(texts, add_special_tokens=False),
         "encode": lambda: encode(rows, tokenizer, max_length=LONGEST),
+        "loop": lambda: [tokenizer(text, add_special_tokens=False) for text in texts],
     }
-    if loop:
-        ways["loop"] = lambda: [tokenizer(text, add_special_tokens=False) for text in texts]
     tokenizer(texts[:64])
     found = [{name: seconds(way) for name, way in ways.items()} for _ in range(repeats)]
-    return {name: min(one[name] for one in found) for name in ways}
+    return {name: (min(one[name][0] for one in found), min(one[name][1] for one in found)) for name in ways}
 
 
 def compare(args: argparse.Namespace) -> None:
     print(f"{args.count:,} chats of each kind; {os.cpu_count()} cores; TOKENIZERS_PARALLELISM="
           f"{os.environ.get('TOKENIZERS_PARALLELISM', '(not set)')}; least of {args.repeats}")  # fmt: skip
-    print("| messages | template | tokens | one call, s | a call each, s | encode, s | of one call | of a call each |")
+    print("| messages | template | tokens | one call, s (CPU) | a call each | encode | of one call | of a call each |")
     print("|---:|---|---:|---:|---:|---:|---:|---:|", flush=True)
     for turns in args.turns:
         rows = load_rows(chats(args.data, turns, args.count))
         for name in args.templates:
             tokenizer = tokenizer_of(args.base, TEMPLATES[name])
             tokens = encode(rows, tokenizer, max_length=LONGEST).report.tokens
-            least = times(rows, tokenizer, args.repeats, loop=not args.no_loop)
-            ours, one, loop = least["encode"], least["one call"], least.get("loop", float("nan"))
-            print(f"| {turns} | {name} | {tokens:,} | {one:.2f} | {loop:.2f} | {ours:.2f} | {ours / one:.2f} "
-                  f"| {ours / loop:.2f} |", flush=True)  # fmt: skip
+            least = times(rows, tokenizer, args.repeats)
+            call, loop, ours = (least[way] for way in ("call", "loop", "encode"))
+            cells = [f"{clock:.2f} ({cpu:.2f})" for clock, cpu in (call, loop, ours)]
+            cells += [f"{ours[0] / other[0]:.2f} ({ours[1] / other[1]:.2f})" for other in (call, loop)]
+            print(f"| {turns} | {name} | {tokens:,} | {' | '.join(cells)} |", flush=True)
 
 
 def remember(args: argparse.Namespace) -> None:
@@ -234,11 +236,7 @@ def remember(args: argparse.Namespace) -> None:
 def _memory(step: str, begin: float) -> str:
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return f"| {step} | {time.perf_counter() - begin:.1f} | {resource_text(resident)} | {resource_text(peak)} |"
-
-
-def resource_text(count: int) -> str:
-    return f"{count / 2**20:,.0f}"
+    return f"| {step} | {time.perf_counter() - begin:.1f} | {resident / 2**20:,.0f} | {peak / 2**20:,.0f} |"
 
 
 def main() -> int:
@@ -250,7 +248,6 @@ def main() -> int:
     add("--turns", type=int, nargs="*", default=[16, 4, 2], help="messages of a chat")
     add("--templates", nargs="*", default=list(TEMPLATES), choices=list(TEMPLATES))
     add("--repeats", type=int, default=3)
-    add("--no-loop", action="store_true", help="leave out the tokenizer with one text a call")
     add("--rows", type=int, help="measure memory with so many short rows instead")
     args = parser.parse_args()
     remember(args) if args.rows else compare(args)

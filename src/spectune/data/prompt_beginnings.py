@@ -171,7 +171,7 @@ class _Messages:
 
     def __reversed__(self) -> Iterator[Any]:
         self._seen.all()
-        return reversed(self._of[self._first :])
+        return iter([*reversed(self._of[self._first :])])
 
     def __eq__(self, other: Any) -> bool:
         raise TypeError("only a list can be compared")

@@ -9,6 +9,8 @@ from tokenizers import decoders, pre_tokenizers
 
 #: what decoders write for bytes that are no text
 _REPLACED = "\ufffd"
+#: tokens or characters within which one is looked for
+_NEAR = 40
 
 
 class Encoding(Protocol):
@@ -24,6 +26,10 @@ class Encoding(Protocol):
     def token_at(self, place: int) -> int | None:
         """The index of the token that begins at a character; None where a token covers the place, -1 where the
         tokenizer does not say (it leaves characters out, such as spaces)."""
+        ...
+
+    def special_before(self, place: int, at: int, specials: frozenset[int]) -> int | None:
+        """The index of the last special token before a place, where it is near. `at`: what `token_at` says."""
         ...
 
     def since(self, token: int, place: int) -> str:
@@ -43,13 +49,16 @@ class BareIds:
     def token_at(self, _place: int) -> int | None:
         return -1
 
+    def special_before(self, _place: int, _at: int, _specials: frozenset[int]) -> int | None:
+        return None
+
     def since(self, token: int, _place: int) -> str:
         raise LookupError(f"no one knows where token {token} begins")
 
 
 class ByOffsets:
-    """By the tokenizer's own offsets, which are asked for where they are needed: as lists they would take longer than all
-    else that is done for a row."""
+    """By the tokenizer's own offsets, which are asked for one by one: a list of them would take longer than all else
+    that is done for a row."""
 
     __slots__ = ("_encoding", "ids", "text")
     proved = False
@@ -68,6 +77,13 @@ class ByOffsets:
             return -1
         before = self._encoding.token_to_chars(token - 1)[1]
         return int(token) if before == place else None if before > place else -1
+
+    def special_before(self, place: int, at: int, specials: frozenset[int]) -> int | None:
+        if at < 0:  # what is left out, such as a header's end of line, is short
+            behind = map(self._encoding.char_to_token, range(place, min(place + _NEAR, len(self.text))))
+            at = next((token for token in behind if token is not None), 0)
+        special = _last(self.ids, at, specials)
+        return special if special is not None and self._encoding.token_to_chars(special)[1] <= place else None
 
     def since(self, token: int, place: int) -> str:
         return self.text[self._encoding.token_to_chars(token)[0] : place]
@@ -90,6 +106,9 @@ class ByBytes:
         byte = self._byte(place)
         before = bisect_left(self._ends, byte)
         return before + 1 if self._ends[before] == byte else None
+
+    def special_before(self, _place: int, at: int, specials: frozenset[int]) -> int | None:
+        return _last(self.ids, at, specials)
 
     def since(self, token: int, place: int) -> str:
         return self._data[self._ends[token - 1] if token else 0 : self._byte(place)].decode()
@@ -124,9 +143,8 @@ class TokenBytes(dict[int, int]):
         return ByBytes(ids, text, data, ends) if ends[-1] == len(data) else None
 
 
-def special_before(ids: Sequence[int], token: int, specials: frozenset[int], furthest: int = 40) -> int | None:
-    """The index of the last special token before a token, where it is near."""
-    for at in range(token - 1, max(token - furthest, -1), -1):
+def _last(ids: Sequence[int], token: int, specials: frozenset[int]) -> int | None:
+    for at in range(token - 1, max(token - _NEAR, -1), -1):
         if ids[at] in specials:
             return at
     return None

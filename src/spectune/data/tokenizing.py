@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from spectune.data.problem import RowProblem
-from spectune.data.token_places import BareIds, ByOffsets, Encoding, TokenBytes, special_before
+from spectune.data.token_places import BareIds, ByOffsets, Encoding, TokenBytes
 
 #: texts that are put before the second part of a text that is tokenized in two, so that a tokenizer which treats a
 #: text's beginning otherwise (a space put in front, no `##`) takes the part for what it is; the first that works
@@ -103,10 +103,9 @@ class TextTokenizer:
     def _prefix(self, encoding: Encoding, text: str, place: int, at: int) -> "_Prefix":
         """What stands before a place, from the last special token on: tokenizers cut a text at these first, so what
         stands before one has no part in the ids behind it."""
-        special = special_before(encoding.ids, at, self._specials) if at > 0 else None
-        if special is None:
-            return _Prefix(0, text[:place], at if at >= 0 else None)
-        return _Prefix(special, encoding.since(special, place), at)
+        special = encoding.special_before(place, at, self._specials)
+        before = text[:place] if special is None else encoding.since(special, place)
+        return _Prefix(special or 0, before, at if at >= 0 else None)
 
     def _ids_of(self, texts: set[str]) -> dict[str, list[int]]:
         new = [text for text in texts if text not in self._kept]
