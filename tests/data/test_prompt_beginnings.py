@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from spectune.data import load_rows
 from spectune.data.chat_template import ChatTemplate, Whole
@@ -13,16 +16,7 @@ from tests.data.test_template_properties import PROPERTY, TODAY, Conversation, c
 from tests.support.chat_templates import CHATML, CHATML_PROMPT, TEMPLATES, tokenizer_for, turns
 
 #: of these every prompt is known
-FOLLOWED = (
-    "chatml",
-    "chatml_default_system",
-    "hermes",
-    "llama3",
-    "llama31",
-    "gemma2_folded_no_check",
-    "phi4",
-    "zephyr",
-)
+FOLLOWED = ("chatml", "chatml_default_system", "hermes", "llama3", "phi4", "zephyr", "glm4")
 USER, ANSWER = {"role": "user", "content": "zq1zq"}, {"role": "assistant", "content": "zq2zq"}
 ROUND = r"{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 #: text behind or inside of the loop that depends on what comes later, so that nothing may be taken for known
@@ -68,14 +62,21 @@ def check(template: ChatTemplate, record: dict[str, object]) -> list[int]:
     return list(whole.ends)
 
 
-@PROPERTY
+@settings(PROPERTY, max_examples=150)
+@given(conversations(), st.sampled_from(sorted(TEMPLATES)))
+def test_what_is_known_of_a_beginning_is_its_rendering(conversation: Conversation, name: str) -> None:
+    check(ChatTemplate(tokenizer_for(name, "byte_level"), TODAY), conversation.record)
+
+
+@pytest.mark.slow
+@settings(PROPERTY, max_examples=200)
 @given(conversations())
 def test_what_is_known_of_a_beginning_is_its_rendering_under_every_template(conversation: Conversation) -> None:
     for name in TEMPLATES:
         check(ChatTemplate(tokenizer_for(name, "byte_level"), TODAY), conversation.record)
 
 
-@pytest.mark.parametrize("name", [name for name in FOLLOWED if name in TEMPLATES])
+@pytest.mark.parametrize("name", FOLLOWED)
 def test_all_beginnings_of_a_plain_conversation_are_known(name: str) -> None:
     template = ChatTemplate(tokenizer_for(name, "byte_level"), TODAY)
     assert check(template, {"messages": [USER, ANSWER, USER, ANSWER]}) == [1, 2, 3, 4]
@@ -124,7 +125,7 @@ def test_a_row_s_own_template_arguments_are_seen_behind_its_messages() -> None:
         assert style in template.asked(row, 1, template.whole(row, row.messages or []))
 
 
-@given(st.integers(1, 3))
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_what_is_not_known_is_rendered(count: int) -> None:
     template = ChatTemplate(tokenizer_for("chatml", "byte_level"), TODAY)
     [row] = load_rows([{"messages": [USER, ANSWER, USER, ANSWER]}])
@@ -132,9 +133,7 @@ def test_what_is_not_known_is_rendered(count: int) -> None:
     assert found == template.render(row, (row.messages or [])[:count], generation=True)
 
 
-def _with(tokenizer: object, text: str) -> object:
-    import copy
-
+def _with(tokenizer: PreTrainedTokenizerFast, text: str) -> PreTrainedTokenizerFast:
     made = copy.copy(tokenizer)
-    made.chat_template = text  # type: ignore[attr-defined]
+    made.chat_template = text
     return made
