@@ -37,8 +37,9 @@ def test_bytes_and_offsets_tell_the_same_places(first: str, second: str) -> None
     tokenizer = tokenizer_for("chatml", "byte_level")
     backend, text = tokenizer.backend_tokenizer, f"{first}<|im_start|>{second}"
     told = backend.encode(text, add_special_tokens=False)
-    found = TokenBytes(backend).placed(told.ids, text, backend.decode(told.ids, skip_special_tokens=False))
+    found = TokenBytes(backend).placed(told.ids, text)
     assert found is not None
+    assert backend.decode(told.ids, skip_special_tokens=False) == text
     offsets = ByOffsets(told, text)
     specials = frozenset(tokenizer.all_special_ids)
     for place in range(1, len(text)):
@@ -53,10 +54,19 @@ def test_bytes_and_offsets_tell_the_same_places(first: str, second: str) -> None
 def test_ids_that_do_not_give_the_text_are_told_no_places_by_their_bytes() -> None:
     backend = tokenizer_for("chatml", "byte_level").backend_tokenizer
     ids = backend.encode("a text", add_special_tokens=False).ids
-    assert TokenBytes(backend).placed(ids, "a text", "a text") is not None
-    assert TokenBytes(backend).placed(ids, "a text", "A text") is None
-    assert TokenBytes(backend).placed(ids, "a texts", "a texts") is None
-    assert TokenBytes(backend).placed([], "", "") is None
+    assert TokenBytes(backend).placed(ids, "a text") is not None
+    assert TokenBytes(backend).placed(ids, "A text") is None
+    assert TokenBytes(backend).placed(ids, "a texts") is None
+    assert TokenBytes(backend).placed([], "") is None
+
+
+def test_each_token_s_bytes_are_what_the_tokenizer_decodes_it_to() -> None:
+    tokenizer = tokenizer_for("chatml", "byte_level")
+    backend = tokenizer.backend_tokenizer
+    found = TokenBytes(backend)
+    for token in range(len(tokenizer)):
+        assert found[token].decode(errors="replace") == backend.decode([token], skip_special_tokens=False)
+        assert found[token]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import decoders
 
-#: what decoders write for bytes that are no text
-_REPLACED = "\ufffd"
 #: tokens or characters within which one is looked for
 _NEAR = 40
 
@@ -114,33 +112,37 @@ class ByBytes:
         return self._data[self._ends[token - 1] if token else 0 : self._byte(place)].decode()
 
 
-class TokenBytes(dict[int, int]):
-    """How many bytes of text each id of a byte-level tokenizer stands for, found as it is asked for."""
+class TokenBytes(dict[int, bytes]):
+    """The bytes of text that each id of a byte-level tokenizer stands for, found as they are asked for."""
 
     def __init__(self, backend: Any) -> None:
         super().__init__()
         self._backend = backend
-        self._alphabet = frozenset(pre_tokenizers.ByteLevel.alphabet())
+        # GPT-2's letters for bytes: those that can be printed stand for themselves, the others for what comes behind
+        printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printed]
+        self._bytes = {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
     @classmethod
     def of(cls, backend: Any) -> "TokenBytes | None":
         """None: the tokenizer decodes in another way."""
         return cls(backend) if isinstance(backend.decoder, decoders.ByteLevel) else None
 
-    def __missing__(self, token: int) -> int:
+    def __missing__(self, token: int) -> bytes:
         written = str(self._backend.id_to_token(token))
-        # one letter a byte; a token that was added as text is that text, unless it could be read as the other
-        self[token] = length = len(written) if self._alphabet.issuperset(written) else len(written.encode())
-        return length
+        # a token that was added as text is that text, unless it could be read as letters for bytes
+        bytewise = all(letter in self._bytes for letter in written)
+        found = bytes(map(self._bytes.__getitem__, written)) if bytewise else written.encode()
+        if self._backend.decode([token], skip_special_tokens=False) != found.decode(errors="replace"):
+            found = b""  # another way of decoding after all: no text will come of it
+        self[token] = found
+        return found
 
-    def placed(self, ids: list[int], text: str, decoded: str) -> ByBytes | None:
-        """The ids with their places. None: they do not decode to the text, or it cannot be told from it."""
-        # decoding puts a token's bytes behind another's, so if that gave the text, each part of the bytes is that part
-        # of the text; the sign for bytes that are no text could be either
-        if decoded != text or not ids or _REPLACED in text:
-            return None
-        data, ends = text.encode(), list(accumulate(map(self.__getitem__, ids)))
-        return ByBytes(ids, text, data, ends) if ends[-1] == len(data) else None
+    def placed(self, ids: list[int], text: str) -> ByBytes | None:
+        """The ids with their places, where they decode to the text: such a decoder puts a token's bytes behind
+        another's, so what stands between any two of them is that part of the text, too."""
+        parts, data = list(map(self.__getitem__, ids)), text.encode()
+        return ByBytes(ids, text, data, list(accumulate(map(len, parts)))) if ids and b"".join(parts) == data else None
 
 
 def _last(ids: Sequence[int], token: int, specials: frozenset[int]) -> int | None:

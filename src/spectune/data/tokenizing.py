@@ -215,7 +215,7 @@ class TextTokenizer:
             encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
             return [ByOffsets(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
         ids = self._ids(texts)
-        placed = [self._bytes.placed(*one) for one in zip(ids, texts, self._decode_all(ids), strict=True)]
+        placed = [self._bytes.placed(*one) for one in zip(ids, texts, strict=True)]
         others = [text for text, found in zip(texts, placed, strict=True) if found is None]
         encodings = iter(self._backend.encode_batch(others, add_special_tokens=False) if others else ())
         return [
