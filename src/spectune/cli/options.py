@@ -32,8 +32,8 @@ def flags(context: typer.Context, own: Collection[str] = ()) -> dict[str, Any]:
 
 def _single(value: Any) -> Any:
     """A flag's value: None where it was not given, and the only one of a flag that may come several times."""
-    if isinstance(value, list):
-        return None if not value else value[0] if len(value) == 1 else value
+    if isinstance(value, list | tuple):
+        return None if not value else value[0] if len(value) == 1 else list(value)
     return None if value is False else value
 
 

@@ -254,11 +254,13 @@ def _plan(
 
 def _rows(settings: Settings, config: TrainingConfig) -> tuple[Rows, Rows]:
     """Rows to train on and to validate on, as a run takes them; none of the latter where there is but one."""
+    from spectune.data import Rows
+
     data, valid = settings.rows("data"), settings.rows("valid")
     if valid is None and data is not None:
         rows, _ = rows_of(data, "training", config.row_options)
         if len(rows) < 2:
-            return rows, []
+            return rows, Rows([], [])
     return training_rows(data, valid, config)[:2]
 
 
