@@ -30,6 +30,12 @@ Metric = Annotated[
         "your own as package.module:function or file.py:function, comma-separated; loss alone: loss."
     ),
 ]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Rows to evaluate on. Repeatable: losses are by file, too.", show_default="the embedded test rows"
+    ),
+]
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(
@@ -53,12 +59,7 @@ LmEvalLimit = Annotated[
 def evaluate(
     run: options.Run = None,
     model: options.BaseOfRun = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Rows to evaluate on. Repeatable: losses are by file, too.", show_default="the embedded test rows"
-        ),
-    ] = None,
+    data: Data = None,
     metric: Metric = "auto",
     generate_rows: Annotated[
         int, typer.Option(min=0, help="Rows to generate completions for and compare with their references; 0: none.")

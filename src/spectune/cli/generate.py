@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,7 +37,8 @@ def generate(
     """Generate a completion for each prompt, with the newest run or the one that --run names.
 
     A prompt goes to the model exactly as a training row's prompt did: with the run's separator and
-    the line end that all its training prompts end with, or as a user's message in the chat template.
+    the line end that all its training prompts end with, in the form of an instruction, or as a user's message in the
+    chat template.
 
     \b
     Examples:
@@ -74,19 +76,35 @@ def generate(
 def _row_of(typed: str, number: int, config: dict[str, Any]) -> Row:
     """A typed prompt as a row of the shape that the run was trained on (`row_shape` and `prompt_ends_with`)."""
     from spectune.data import Row
-    from spectune.data.shapes import unencodable
+    from spectune.data.shapes import row_of, unencodable
 
     origin, shape = f"prompt {number}", config.get("row_shape")
     if (wrong := unencodable(typed)) is not None:
         raise ConfigError(f"{origin} holds {wrong}, which is no Unicode text; expected text in UTF-8")
     if shape == "messages":
-        return Row(origin, messages=[{"role": "user", "content": typed}])
+        return _question(origin, typed, config)
     if shape == "text":
         return Row(origin, text=typed)
+    if shape == "alpaca":
+        made = row_of(origin, {"instruction": typed, "output": "-"})
+        note(f"{origin}: put into the form of an instruction, as every prompt in training was")
+        return dataclasses.replace(made, completion="")
     prompt = _ending(typed, str(config.get("prompt_ends_with") or ""))
     if prompt != typed:
         note(f"{origin}: {prompt[len(typed) :]!r} is put at its end, as every prompt in training ended so")
     return Row(origin, prompt=prompt, completion="")
+
+
+def _question(origin: str, typed: str, config: dict[str, Any]) -> Row:
+    """A user's message, behind the system message and with the tools that all chats in training had."""
+    from spectune.data import Row
+
+    messages = [{"role": "user", "content": typed}]
+    if (system := config.get("row_system")) is not None:
+        messages = [{"role": "system", "content": str(system)}, *messages]
+        note(f"{origin}: behind the system message that every chat in training began with")
+    arguments = config.get("row_template_kwargs")
+    return Row(origin, messages=messages, tools=config.get("row_tools"), template_kwargs=arguments)
 
 
 def _ending(prompt: str, ending: str) -> str:

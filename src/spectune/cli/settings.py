@@ -30,8 +30,10 @@ RUN_KEYS = frozenset(
     # a comparison's
     | {"preset", "seeds", "fractions", "metric", "generate_rows", "choice_normalization"}
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
-    | {"row_shape", "prompt_ends_with"}
+    | {"row_shape", "prompt_ends_with", "row_system", "row_tools", "row_template_kwargs"}
 )
+#: keys that may be a mapping of their own
+MAPPINGS = ("columns", "row_template_kwargs", "data", "valid", "test")
 #: the keys of an entry that names data, with their defaults
 _ENTRY: dict[str, Any] = {"path": None, "weight": 1.0, "name": None}
 #: the keys that name a command's methods
@@ -59,7 +61,8 @@ class Settings:
         given = {} if config is None else _read_yaml(config)
         for assignment in assignments or ():
             given |= _parse_assignment(assignment)
-        _gather(given)
+        for key in MAPPINGS:
+            _gather(given, key)
         shown = {key: "--" + key.replace("_", "-") for key, value in flags.items() if value is not None}
         return cls(given | {key: Given(flags[key], where) for key, where in shown.items()})
 
@@ -250,15 +253,14 @@ def _weighted(text: str) -> dict[str, Any]:
         return {"path": path, "weight": weight} if os.path.exists(path) else {"path": text}
 
 
-def _gather(given: dict[str, Given]) -> None:
-    """`columns.prompt=question` and its like as the one key `columns`; a block `data:` as its one entry."""
-    for key in ("columns", "data", "valid", "test"):
-        parts = {name: given.pop(name) for name in [name for name in given if name.startswith(f"{key}.")]}
-        if parts:
-            whole = given.get(key)
-            base = dict(whole.value) if whole is not None and isinstance(whole.value, dict) else {}
-            block = {name.removeprefix(f"{key}."): part.value for name, part in parts.items()}
-            given[key] = Given(base | block, next(iter(parts.values())).where)
+def _gather(given: dict[str, Given], name: str) -> None:
+    """The entries of a mapping, such as `columns.prompt=question` or those of a block `data:`, as one key."""
+    parts = {key: given.pop(key) for key in [key for key in given if key.startswith(f"{name}.")]}
+    if parts:
+        whole = given.get(name)
+        base = dict(whole.value) if whole is not None and isinstance(whole.value, dict) else {}
+        entries = {key.removeprefix(f"{name}."): part.value for key, part in parts.items()}
+        given[name] = Given(base | entries, next(iter(parts.values())).where)
 
 
 def _parse_assignment(text: str) -> dict[str, Given]:

@@ -66,8 +66,9 @@ def generate_ids(
         sampling: as in `generate_texts`.
 
     Raises:
-        ConfigError: see `generate_texts`.
+        ConfigError: see `generate_texts`; an id beyond the model's embedding.
     """
+    _check_ids(model, prompts_ids)
     rooms = _rooms(model, prompts_ids, max_new_tokens)
     results: list[list[int]] = [[] for _ in prompts_ids]
     drawn = {} if sampling is None else {"do_sample": True, **asdict(sampling)}
@@ -98,6 +99,17 @@ def context_length(model: PreTrainedModel) -> int | None:
     if not isinstance(limit, int) or limit <= 0:
         return None
     return limit - (0 if attachment is None else attachment.state.most_virtual_tokens)
+
+
+def _check_ids(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises ConfigError: an id that the model's embedding does not have."""
+    rows = vocabulary_rows(model)
+    for number, prompt in enumerate(prompts, start=1):
+        if prompt and max(prompt) >= rows:
+            raise ConfigError(
+                f"prompt {number} holds the token id {max(prompt)}, and the base's embedding has {rows} rows: make it "
+                "larger with model.resize_token_embeddings(len(tokenizer)), or use the base's own tokenizer"
+            )
 
 
 def _rooms(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:

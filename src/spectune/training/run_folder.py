@@ -55,16 +55,34 @@ def load_end(folder: Path, delta: Delta) -> None:
     delta.load_training_state_dict(state)
 
 
-def described(rows: Sequence[Row]) -> dict[str, str]:
+def described(rows: Sequence[Row]) -> dict[str, Any]:
     """What a command that writes with the run must know of its training rows, for config.yaml and training.json.
 
-    `row_shape`: "messages", "prompt" or "text", the commonest one. `prompt_ends_with`: the white space that every
-    prompt ends in, "" where they share none.
+    `row_shape`: "messages", "alpaca", "prompt" or "text", the commonest one. `prompt_ends_with`: the white space that
+    every prompt ends in, "" where they share none. `row_system`, `row_tools`, `row_template_kwargs`: what all chats
+    have before their first question, and give their template; absent where they differ.
     """
-    shapes = Counter("messages" if row.messages else "text" if row.text is not None else "prompt" for row in rows)
+    shapes = Counter(_shape(row) for row in rows)
     prompts = [row.prompt for row in rows if row.prompt is not None]
     ending = os.path.commonprefix([prompt[len(prompt.rstrip()) :][::-1] for prompt in prompts])[::-1]  # noqa: RUF071
-    return {"row_shape": shapes.most_common(1)[0][0] if rows else "prompt", "prompt_ends_with": ending}
+    found: dict[str, Any] = {
+        "row_shape": shapes.most_common(1)[0][0] if rows else "prompt", "prompt_ends_with": ending
+    }  # fmt: skip
+    chats = [row for row in rows if row.messages]
+    systems = [m["content"] if (m := (row.messages or [{}])[0])["role"] == "system" else None for row in chats]
+    for key, values in (
+        ("row_system", systems), ("row_tools", [row.tools for row in chats]),
+        ("row_template_kwargs", [row.template_kwargs for row in chats]),
+    ):  # fmt: skip
+        if values and values[0] is not None and all(value == values[0] for value in values):
+            found[key] = values[0]
+    return found
+
+
+def _shape(row: Row) -> str:
+    if row.messages:
+        return "messages"
+    return "text" if row.text is not None else "alpaca" if row.shape == "alpaca" else "prompt"
 
 
 class RunFolder(Keeper):
