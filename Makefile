@@ -21,7 +21,7 @@ help:
 	@echo "make test-floor  the tests with the oldest supported torch and transformers"
 	@echo "make lint        ruff, mypy, import-linter, docs"
 	@echo "make format      ruff's formatter and its safe fixes"
-	@echo "make docs        write docs/cli.md from the commands, check every link"
+	@echo "make docs        write docs/cli.md and docs/data.md from the commands, check every link"
 	@echo "make clean       remove environments and caches; runs/ stays"
 
 $(VENV)/bin/python:
@@ -72,6 +72,7 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .
 
 docs: $(VENV)/.installed
+	$(VENV)/bin/python tools/data_page.py
 	$(VENV)/bin/python tools/make_docs.py
 
 clean:

@@ -40,6 +40,7 @@ ENTRY_POINTS = {
     "cli plan": "flags",
     "cli recommend": "flags",
     "cli train": "flags",
+    "cli validate": "flags",
     "comparing compare": "spectune.compare",
     "evaluation of": "spectune.evaluation.Task.of",
     "planning plan": "spectune.plan",

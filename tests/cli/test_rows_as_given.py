@@ -191,3 +191,14 @@ def test_the_last_turn_alone_is_learned_where_the_user_says_so(spectune: Spectun
         assert spectune("train", *given).exit_code == 0
         turns[train_on] = json.loads((Path(train_on) / "data_report.json").read_text())["train"]["turns"]
     assert turns == {"all": 10, "last": 5}
+
+
+def test_eval_chooses_where_compare_does(spectune: Spectune, base: Path, tmp_path: Path) -> None:
+    """The few labels that all training rows are answered with are the choices of rows to evaluate on, too."""
+    rows = [{"prompt": f"{i}?", "completion": " even" if i % 2 == 0 else " odd"} for i in range(12)]
+    data = written(tmp_path / "a.jsonl", rows)
+    assert spectune("train", "--model", base, "--data", data, *QUICK, "--output-dir", "out").exit_code == 0
+    one = written(tmp_path / "one.jsonl", [{"prompt": "1?", "completion": " odd"}])
+    answer = json.loads(spectune("eval", "--run", "out", "--data", one, "--json").stdout)
+    assert set(answer["tuned"]) >= {"choice_accuracy"}
+    assert "exact_match" not in answer["tuned"]

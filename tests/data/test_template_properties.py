@@ -173,7 +173,7 @@ def check_sequence(example: Example, tokenizer: PreTrainedTokenizerFast, whole: 
 
 def readable(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     # Metaspace writes its sign for a space, so a text that has the sign itself comes back with a space
-    return comparable(tokenizer, text.replace("▁", " "))
+    return comparable(tokenizer, text).replace("▁", " ")
 
 
 def printable(text: str) -> bool:

@@ -137,7 +137,8 @@ def _measured(
     encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=vocab_size, **run.encode_options)
     note_losses(encoded.report, source)
     # a row that encoding drops has nothing to be judged on
-    task = Task.of(encoded.rows, max_length=max_length, **run.encode_options, **wanted)
+    answers = [str(answer) for answer in run.config.get("row_answers") or ()]
+    task = Task.of(encoded.rows, max_length=max_length, answers=answers, **run.encode_options, **wanted)
     note(task.describe())
 
     def measured() -> dict[str, Any]:

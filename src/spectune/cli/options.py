@@ -32,7 +32,7 @@ def flags(context: typer.Context, own: Collection[str] = ()) -> dict[str, Any]:
 
 def _single(value: Any) -> Any:
     """A flag's value: None where it was not given, and the only one of a flag that may come several times."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple):  # a flag that may come several times is () where it was not given
         return None if not value else value[0] if len(value) == 1 else list(value)
     return None if value is False else value
 

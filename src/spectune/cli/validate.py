@@ -7,70 +7,146 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import print_answer, say, work
-from spectune.cli.input_rows import note_losses, row_length, rows_of
+from spectune.cli.checked_text import print_overlaps, print_part, print_rows
+from spectune.cli.console import print_answer, work
+from spectune.cli.input_rows import named, row_length
 from spectune.cli.settings import Settings
+from spectune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-    from spectune.data import Example
+    from spectune.data import Rows
+    from spectune.data.checked import Checked
+    from spectune.training import TrainingConfig
 
 
 def validate(
+    context: typer.Context,
     data: options.Data = None,
+    valid: options.Valid = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows that a comparison is judged on. Repeatable.", show_default="none are checked"),
+    ] = None,
     model: options.Model = None,
     config: options.Config = None,
     assignments: options.Set = None,
-    show: Annotated[int, typer.Option(min=0, help="Rows to show with their loss mask.")] = 3,
+    train_on: options.TrainOn = None,
+    show: Annotated[int, typer.Option(min=0, help="Rows of each shape to show with what is learned of them.")] = 3,
     skip_bad_rows: options.SkipBadRows = False,
     as_json: options.Json = False,
 ) -> None:
-    """Check a data file against a base's tokenizer, report on every row, and show the loss mask of a few.
+    """Check data against a base's tokenizer: show what is learned of a few rows, and count what is lost, doubled or
+    shared between train, valid and test.
 
-    The loss is computed on the text after `target`, which must end with the end-of-text token. All bad rows are listed
-    at once with file:line; exit code 3.
+    What is learned is green on a terminal, and stands between [[ and ]] elsewhere; nothing else has a loss. All bad
+    rows are listed at once with file:line; exit code 3. No weights are read.
 
     \b
     Examples:
-      spectune validate --data train.jsonl --model gpt2
-      spectune validate --data train.jsonl --set max_length=256 --set 'separator="\\n"'
+      spectune validate --data train.jsonl --valid valid.jsonl --test test.jsonl --model gpt2
+      spectune validate --data train.jsonl --set max_length=256 --set 'separator="\\n"' --show 10
+      spectune validate --data chats.jsonl --model ./my-model --train-on last --json > checked.json
     """
-    settings = Settings.collect(config, assignments, {"data": data, "model": model})
+    settings = Settings.collect(config, assignments, options.flags(context, own={"show"}))
     settings.methods([])
     with work(as_json=as_json) as out:
-        from spectune.data import encode
-        from spectune.storage import load
+        from spectune.storage import load_tokenizer
 
-        chosen = settings.training()
-        rows, source = rows_of(settings.rows("data"), "training", chosen.row_options)
-        base, tokenizer = load(settings.base, device="cpu")
-        length = row_length(base, chosen.max_length)
-        encoded = encode(rows, tokenizer, max_length=length, **chosen.encode_options)
-        report = encoded.report.to_dict()
-        note_losses(encoded.report, source)
-        shown = [_mask(example, tokenizer) for example in encoded.examples[:show]]
+        tokenizer = load_tokenizer(settings.base)
+        parts = _checked(settings, tokenizer)
+        overlaps = _overlaps(parts, settings.training())
+        shown = parts[0].shown(show)
         if not as_json:
-            _print(out, source, report, shown)
-    print_answer({"data": source, "report": report, "rows": shown}, as_json=as_json)
+            print_rows(out, shown, tokenizer)
+            for part in parts:
+                print_part(out, part)
+            print_overlaps(out, overlaps)
+    answer: dict[str, Any] = parts[0].to_dict()
+    answer |= {"duplicates": {part.name: part.seen.repeats.to_dict() for part in parts}, "overlaps": overlaps}
+    answer |= {part.name: part.to_dict() for part in parts[1:]}
+    print_answer(answer | {"rows": [row.to_dict(tokenizer) for row in shown]}, as_json=as_json)
 
 
-def _mask(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    ids, cut = example.input_ids, example.prompt_length
+def _checked(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Checked]:
+    """Train, valid and test, as far as they are given. Raises ConfigError: the rows are chats, and the tokenizer has no
+    chat template. Raises DataError: the bad rows of all parts at once."""
+    from spectune.data.checked import check
+    from spectune.families import vocabulary_rows
+    from spectune.objectives import CAUSAL_LM
+    from spectune.storage import load_config
+
+    chosen = settings.training()
+    base = CAUSAL_LM.empty_model(load_config(settings.base))  # no weights: how many positions and tokens it has
+    length, how = row_length(base, chosen.max_length), {**chosen.encode_options, "vocab_size": vocabulary_rows(base)}
+    found, problems = list["Checked"](), list[DataError]()
+    for name, (source, data) in _sources(settings).items():
+        try:
+            rows = _rows(data, chosen)
+            _need_template(rows, tokenizer, settings)
+            found.append(
+                check(name, source, rows, tokenizer, skip_bad_rows=chosen.skip_bad_rows, max_length=length, how=how)
+            )
+        except DataError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise DataError("\n".join(map(str, problems)))
+    return found
+
+
+def _rows(data: Any, chosen: TrainingConfig) -> Rows:
+    from spectune.data import load_rows
+
+    try:
+        return load_rows(data, **{**chosen.row_options, "skip_bad_rows": True})
+    except DataError:  # no row is left: what is wrong with them is said where they are not to be skipped
+        return load_rows(data, **chosen.row_options)
+
+
+def _sources(settings: Settings) -> dict[str, tuple[str, Any]]:
+    """By part where its rows are from, in words and as `load_rows` takes it."""
+    from spectune import embedded
+
+    given = {"train": settings.rows("data"), "valid": settings.rows("valid"), "test": settings.rows("test")}
+    found = {name: (named(data), data) for name, data in given.items() if data is not None}
+    if found:
+        return found if "train" in found else {"train": ("the embedded training rows", embedded.TRAIN), **found}
     return {
-        "origin": example.row.origin, "tokens": len(ids), "target_tokens": example.target_tokens,
-        "prompt": tokenizer.decode(ids[:cut]), "target": tokenizer.decode(ids[cut:]),
-        "ends_with_eos": ids[-1] == tokenizer.eos_token_id,
-    }  # fmt: skip
+        "train": ("the embedded training rows", embedded.TRAIN),
+        "valid": ("the embedded validation rows", embedded.VALID),
+        "test": ("the embedded test rows", embedded.TEST),
+    }
 
 
-def _print(out: Console, source: str, report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
-    say(out, source, style="bold")
-    for key, value in report.items():
-        if isinstance(value, int):  # and no list of rows
-            say(out, f"  {key.replace('_', ' '):<28} {value:,}")
-    for row in shown:
-        say(out, f"\n{row['origin']}: {row['tokens']} tokens, {row['target_tokens']} in the loss")
-        say(out, f"  prompt  {row['prompt']!r}", style="dim")
-        say(out, f"  target  {row['target']!r}", style="green")
+def _need_template(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+    chat = next((row for row in rows if row.messages is not None), None)
+    if chat is None or tokenizer.chat_template is not None:
+        return
+    whose = settings.base if settings.get("model") is not None else f"{settings.base}, which is taken without --model,"
+    raise ConfigError(
+        f"{chat.origin}: the row is a chat ({chat.shape}), and the tokenizer of {whose} has no chat template. Name the "
+        "base that you will train with --model; if it has none, put one into a copy of its folder "
+        "(chat_template.jinja), or write the rows as prompt and completion."
+    )
+
+
+def _overlaps(parts: list[Checked], chosen: TrainingConfig) -> list[dict[str, Any]]:
+    """What each part has in common with those before it; where training holds out rows of its own, these with the
+    rest."""
+    from spectune.data import split_rows
+    from spectune.data.overlaps import Seen
+
+    found = []
+    train, later = parts[0], parts[1:]
+    doubled = train.seen.repeats.rows + train.seen.repeats.prompts > 0
+    if all(part.name != "valid" for part in later) and doubled:
+        rest, held = split_rows(train.rows, seed=chosen.seed)
+        found.append({"of": "held out", "in": "train", "of_rows": len(held), **Seen(rest).repeated(held).to_dict()})
+    for place, part in enumerate(later, start=1):
+        for earlier in parts[:place]:
+            repeats = earlier.seen.repeated(part.rows).to_dict()
+            found.append({"of": part.name, "in": earlier.name, "of_rows": len(part.rows), **repeats})
+    return found

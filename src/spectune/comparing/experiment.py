@@ -94,9 +94,9 @@ def compare(
     model, tokenizer = _base(base, tokenizer, device, dtype, base_precision)
     _check_base(model, preset, named=isinstance(base, str | Path))
     recorded = _recorded(str(model.config._name_or_path), settings, arms, own, origin)
-    settings = settings.model_copy(update={"max_length": _max_length(model, arms, settings, before)})
+    length = _max_length(model, arms, settings, before)
+    settings = dated(_begun(settings, length, before), tokenizer)
     judged: dict[str, Any] = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
-    settings = dated(_begun(settings, before), tokenizer)
     inputs = Inputs.of(rows, tokenizer, settings, vocab_size=vocabulary_rows(model), **judged)
     virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
     passages = retained_passages(model, tokenizer, retain, settings.seed, virtual_tokens=virtual_tokens)
@@ -211,10 +211,12 @@ def _begin(
     return settings.model_copy(update={"seed": seed, "resume": False, "output_dir": None}), folder, before
 
 
-def _begun(settings: TrainingConfig, before: RecordedConditions | None) -> TrainingConfig:
-    """The settings with the date of the day on which the comparison began, where chat templates saw one."""
+def _begun(settings: TrainingConfig, max_length: int, before: RecordedConditions | None) -> TrainingConfig:
+    """The settings with the length of rows, and with the date of the day on which the comparison began, where chat
+    templates saw one."""
     recorded = before.identity.get("template_date") if before is not None else None
-    return settings if settings.template_date else settings.model_copy(update={"template_date": recorded})
+    date = settings.template_date or recorded
+    return settings.model_copy(update={"max_length": max_length, "template_date": date})
 
 
 def _folder(given: str | Path | None, resume: bool) -> Path:

@@ -1,5 +1,6 @@
 """What a tuned model is worth: its loss on rows, metrics of what it writes, and what it forgot of its base."""
 
+from spectune.evaluation.choices import common_answers
 from spectune.evaluation.corpus import CORPUS_METRICS, corpus_score, corpus_statistics
 from spectune.evaluation.custom import CustomMetric, load_metric
 from spectune.evaluation.divergence import passage_kls, sample_passages
@@ -10,7 +11,24 @@ from spectune.evaluation.metrics import perplexity
 from spectune.evaluation.task import METRICS, Task
 
 __all__ = [
-    "CORPUS_METRICS", "METRICS", "CustomMetric", "JudgedRow", "RowLosses", "Task", "corpus_metrics",
-    "corpus_score", "corpus_statistics", "judge", "judged_loss", "load_metric", "loss_by_source", "passage_kls",
-    "perplexity", "read_rows", "row_losses", "sample_passages", "write_rows",
+    "CORPUS_METRICS",
+    "METRICS",
+    "CustomMetric",
+    "JudgedRow",
+    "RowLosses",
+    "Task",
+    "common_answers",
+    "corpus_metrics",
+    "corpus_score",
+    "corpus_statistics",
+    "judge",
+    "judged_loss",
+    "load_metric",
+    "loss_by_source",
+    "passage_kls",
+    "perplexity",
+    "read_rows",
+    "row_losses",
+    "sample_passages",
+    "write_rows",
 ]  # fmt: skip

@@ -14,12 +14,11 @@ from spectune.inference import answered_choice
 MOST_CHOICES, FEWEST_ROWS, LONGEST_CHOICE = 20, 3, 60
 
 
-def inferred_choices(train_rows: Sequence[Row], judged_rows: Sequence[Row]) -> tuple[str, ...]:
+def common_answers(train_rows: Sequence[Row]) -> tuple[str, ...]:
     """The distinct answers of the training rows where they are labels, else ().
 
     They are where there are 2 to 20 of them, of at most 60 characters, each in at least 3 training rows, all on
-    prompts; and where every judged row has a prompt, no list of references, and one of them as its answer.
-    Word for word, outer spaces included; in the order of the alphabet.
+    prompts, and no row has choices. Word for word, outer spaces included; in the order of the alphabet.
     """
     if not train_rows or any(row.choices for row in train_rows):
         return ()
@@ -29,10 +28,16 @@ def inferred_choices(train_rows: Sequence[Row], judged_rows: Sequence[Row]) -> t
         if answer is None or len(answer) > LONGEST_CHOICE or not has_prompt(row) or len(answers) > MOST_CHOICES:
             return ()
         answers[answer] += 1
-    if not 2 <= len(answers) <= MOST_CHOICES or min(answers.values()) < FEWEST_ROWS:
-        return ()
-    fit = all(has_prompt(row) and len(row.references) < 2 and answer_of(row) in answers for row in judged_rows)
-    return tuple(sorted(answers)) if fit else ()
+    labels = 2 <= len(answers) <= MOST_CHOICES and min(answers.values()) >= FEWEST_ROWS
+    return tuple(sorted(answers)) if labels else ()
+
+
+def inferred_choices(answers: Sequence[str], judged_rows: Sequence[Row]) -> tuple[str, ...]:
+    """The training rows' answers (`common_answers`) as choices of the judged rows, if every one of these has a prompt,
+    no list of references, and one of them as its answer; else ()."""
+    known = set(answers)
+    fit = all(has_prompt(row) and len(row.references) < 2 and answer_of(row) in known for row in judged_rows)
+    return tuple(answers) if fit else ()
 
 
 def labelled(rows: Sequence[Row]) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from spectune.data import Row
 from spectune.errors import ConfigError, DataError, did_you_mean
-from spectune.evaluation.choices import inferred_choices, labelled
+from spectune.evaluation.choices import common_answers, inferred_choices, labelled
 from spectune.evaluation.corpus import CORPUS_METRICS
 from spectune.evaluation.custom import CustomMetric, load_metric
 from spectune.evaluation.references import answer_of, has_prompt, references_of
@@ -61,17 +61,18 @@ class Task:
         cls, rows: Sequence[Row], *, train_rows: Sequence[Row] = (), metric: str | None = "auto",
         generate_rows: int = 64, max_new_tokens: int | None = None, batch_size: int = 16, max_length: int,
         separator: str = "", choice_normalization: str = "sum", train_on: str = "all", truncation: str = "start",
-        today: str | None = None,
+        today: str | None = None, answers: Sequence[str] = (),
     ) -> Task:  # fmt: skip
         """Decide what is measured.
 
         `metric="auto"` (or None): rows with `choices` and a label, or an answer that is one of these, are chosen, by
-        likelihood; so are rows whose training rows show that they have choices (see `inferred_choices`); other rows
+        likelihood; so are rows whose training rows show that they have choices (see `common_answers`); other rows
         with a prompt and references, or an answer of their own, are written; `text` rows have their loss alone.
 
         Args:
             rows: those to judge on.
             train_rows: only looked at to find out whether the answers are a few labels.
+            answers: those labels, where they are known without the rows.
             metric: names out of loss, exact_match, rouge_l, bleu, chrf, accuracy, or import paths of functions (see
                 `spectune.evaluation.custom`), comma-separated. The loss is always taken.
             generate_rows: how many rows are written at most: of more, that many at even distances, the first among
@@ -97,7 +98,7 @@ class Task:
             expected = f"expected one of {', '.join(CHOICE_NORMALIZATIONS)}"
             raise ConfigError(f"choice_normalization {choice_normalization!r}{near}: {expected}")
         wanted = _wanted(metric)
-        own, choices = _with_choices(rows, train_rows, wanted)
+        own, choices = _with_choices(rows, train_rows, answers, wanted)
         to_choose = _choosable(own, wanted)
         writable = _writable(own, wanted, to_choose, generate_rows)
         count = min(len(writable), generate_rows)
@@ -189,7 +190,9 @@ def _wanted(metric: str | None) -> _Wanted:
     return _Wanted(metric, tuple(name for name in TEXT_METRICS if name in words), "accuracy" in words, custom)
 
 
-def _with_choices(rows: Sequence[Row], train_rows: Sequence[Row], wanted: _Wanted) -> tuple[list[Row], tuple[str, ...]]:
+def _with_choices(
+    rows: Sequence[Row], train_rows: Sequence[Row], answers: Sequence[str], wanted: _Wanted
+) -> tuple[list[Row], tuple[str, ...]]:
     """The rows, with the choices that were inferred where none has any; and these choices."""
     # a row of its own each: the same object given twice is two rows
     own = [dataclasses.replace(row) for row in rows]
@@ -197,7 +200,8 @@ def _with_choices(rows: Sequence[Row], train_rows: Sequence[Row], wanted: _Wante
         return own, ()
     if any(row.choices for row in own):
         return labelled(own), ()
-    choices = inferred_choices(train_rows or (() if wanted.auto else own), own)
+    known = answers or common_answers(train_rows or (() if wanted.auto else own))
+    choices = inferred_choices(known, own)
     if choices:
         own = [dataclasses.replace(row, choices=choices, label=answer_of(row)) for row in own]
     return own, choices

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from spectune.data import Encoded, Row
 from spectune.deltas import Delta
 from spectune.errors import ConfigError, DataError
+from spectune.evaluation import common_answers
 from spectune.files.strict_json import strict_json
 from spectune.results.run_result import RunResult
 from spectune.storage import atomic_write_text
@@ -60,7 +61,8 @@ def described(rows: Sequence[Row]) -> dict[str, Any]:
 
     `row_shape`: "messages", "alpaca", "prompt" or "text", the commonest one. `prompt_ends_with`: the white space that
     every prompt ends in, "" where they share none. `row_system`, `row_tools`, `row_template_kwargs`: what all chats
-    have before their first question, and give their template; absent where they differ.
+    have before their first question, and give their template; absent where they differ. `row_answers`: the few labels
+    that all rows are answered with, where that is so.
     """
     shapes = Counter(_shape(row) for row in rows)
     prompts = [row.prompt for row in rows if row.prompt is not None]
@@ -76,6 +78,8 @@ def described(rows: Sequence[Row]) -> dict[str, Any]:
     ):  # fmt: skip
         if values and values[0] is not None and all(value == values[0] for value in values):
             found[key] = values[0]
+    if answers := common_answers(rows):
+        found["row_answers"] = list(answers)
     return found
 
 
