@@ -1,5 +1,6 @@
 """Compare methods on one base and one data set: search, repeat, measure, judge, recommend."""
 
+import datetime
 import hashlib
 import math
 import tempfile
@@ -214,7 +215,7 @@ def _begun(settings: TrainingConfig, max_length: int, before: RecordedConditions
     """The settings with the length of rows, and with the date of the day on which the comparison began, where chat
     templates saw one."""
     recorded = before.identity.get("template_date") if before is not None else None
-    date = settings.template_date or recorded
+    date = settings.template_date or (datetime.date.fromisoformat(recorded) if recorded else None)
     return settings.model_copy(update={"max_length": max_length, "template_date": date})
 
 
