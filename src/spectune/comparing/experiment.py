@@ -1,5 +1,6 @@
 """Compare methods on one base and one data set: search, repeat, measure, judge, recommend."""
 
+import datetime
 import hashlib
 import math
 import tempfile
@@ -94,8 +95,7 @@ def compare(
     model, tokenizer = _base(base, tokenizer, device, dtype, base_precision)
     _check_base(model, preset, named=isinstance(base, str | Path))
     recorded = _recorded(str(model.config._name_or_path), settings, arms, own, origin)
-    length = _max_length(model, arms, settings, before)
-    settings = dated(_begun(settings, length, before), tokenizer)
+    settings = dated(_begun(settings, _max_length(model, arms, settings, before), before), tokenizer)
     judged: dict[str, Any] = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
     inputs = Inputs.of(rows, tokenizer, settings, vocab_size=vocabulary_rows(model), **judged)
     virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
@@ -215,7 +215,7 @@ def _begun(settings: TrainingConfig, max_length: int, before: RecordedConditions
     """The settings with the length of rows, and with the date of the day on which the comparison began, where chat
     templates saw one."""
     recorded = before.identity.get("template_date") if before is not None else None
-    date = settings.template_date or recorded
+    date = settings.template_date or (datetime.date.fromisoformat(recorded) if recorded else None)
     return settings.model_copy(update={"max_length": max_length, "template_date": date})
 
 

@@ -94,8 +94,8 @@ def dated(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> Trainin
     folder = config.output_dir
     begun = folder is not None and config.resume and (folder / FILE).is_file()
     recorded = read_identity(folder).get("template_date") if begun and folder is not None else None
-    today = datetime.date.today().isoformat()
-    return config.model_copy(update={"template_date": recorded or today})
+    date = datetime.date.fromisoformat(recorded) if recorded else datetime.date.today()
+    return config.model_copy(update={"template_date": date})
 
 
 def total_steps(rows: int, config: TrainingConfig, processes: int = 1) -> int:
