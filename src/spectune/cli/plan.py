@@ -205,6 +205,7 @@ class Plans:
             return None
         if length not in self._encoded:
             tokenizer, how = load_tokenizer(self.settings.base), self.config.encode_options
+            how["vocab_size"] = getattr(self.base.get_text_config(), "vocab_size", None)
             train, valid = (encode(part, tokenizer, max_length=length, **how) for part in self.rows)
             self._encoded[length] = weighted(train, self.rows[0].weights, self.config.seed), valid
         return self._encoded[length]
