@@ -150,8 +150,8 @@ def test_file_names_are_no_markup_and_lines_are_not_folded(
     result = spectune("validate", "--model", base, "--data", path)
     assert result.exit_code == 0, result.stderr
     assert f"{path}\n" in result.stdout
-    assert f"\n{path}:1: 144 tokens" in result.stdout
-    assert repr("[red]c :dog: " + "c" * 30 + "<|endoftext|>") in result.stdout
+    assert f"{path}:1 (prompt): 144 tokens" in result.stdout
+    assert "[[[red]c :dog: " + "c" * 30 + "<|endoftext|>]]" in result.stdout
     judged = spectune("eval", "--data", path, "--generate-rows", "0")
     assert f"1 rows of {path}\n" in judged.stdout
 

@@ -36,7 +36,9 @@ WORDS = (
     "\\n",
 )
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "get_time", "arguments": {"city": "York"}}}
-TOOLS = [{"type": "function", "function": {"name": "get_time", "description": "the time", "parameters": {"type": "object"}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "get_time", "description": "the time", "parameters": {"type": "object"}}}
+]
 
 
 def chats(count: int) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import typer
 from spectune.cli import options
 from spectune.cli.checked_text import print_overlaps, print_part, print_rows
 from spectune.cli.console import print_answer, work
-from spectune.cli.input_rows import named, row_length
+from spectune.cli.input_rows import named, note_losses, row_length
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DataError
 
@@ -26,7 +26,8 @@ def validate(
     data: options.Data = None,
     valid: options.Valid = None,
     test: Annotated[
-        str | None, typer.Option(help="Rows that a comparison is judged on.", show_default="none are checked")
+        list[str] | None,
+        typer.Option(help="Rows that a comparison is judged on. Repeatable.", show_default="none are checked"),
     ] = None,
     model: options.Model = None,
     config: options.Config = None,
@@ -57,6 +58,8 @@ def validate(
         parts = _checked(settings, tokenizer)
         overlaps = _overlaps(parts, settings.training())
         shown = parts[0].shown(show)
+        for part in parts:
+            note_losses(part.encoded.report, part.source)
         if not as_json:
             print_rows(out, shown, tokenizer)
             for part in parts:

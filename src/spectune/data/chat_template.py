@@ -79,8 +79,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, today: str | None = None) -> None:
         if tokenizer.chat_template is None:
             raise ConfigError(
-                "the rows are chats (messages), but this tokenizer has no chat template; set tokenizer.chat_template, "
-                "or give the rows as prompt + completion"
+                "the rows are chats (messages), but this tokenizer has no chat template; put one into a copy of the "
+                "base's folder (chat_template.jinja; in Python: set tokenizer.chat_template), or give the rows as "
+                "prompt + completion"
             )
         self.tokenizer = tokenizer
         self.eos = str(tokenizer.eos_token or "")

@@ -94,7 +94,7 @@ def encode(
             continue
         report.kept += 1
         report.ignored.update(other_shapes(row))
-        report.sources.update([row.source] if row.source else [])
+        report.count_source(row.source, found)
         _count(report, found, encoder.eos)
         examples += found
     if problems and not (isinstance(rows, Rows) and rows.skip_bad_rows):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class TrainingConfig(BaseModel):
@@ -33,7 +34,7 @@ class TrainingConfig(BaseModel):
         columns: names of the data's columns by what they are taken for, such as `{"prompt": "question"}`; None for a
             key that is to be ignored.
         delimiter, encoding: of CSV and text files; found where they are not given.
-        template_date: the current date as chat templates see it, ISO; by default the day on which the run begins.
+        template_date: the current date as chat templates see it; by default the day on which the run begins.
         eval_steps, save_steps, logging_steps: None is once each epoch (logging: every step).
         early_stopping_patience: validations without improvement before training ends; None never.
         load_best_at_end: the delta ends as the best one of validation.
@@ -81,7 +82,7 @@ class TrainingConfig(BaseModel):
     columns: dict[str, str | None] = Field(default_factory=dict)
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     encoding: str | None = None
-    template_date: str | None = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$")
+    template_date: datetime.date | None = None
     seed: int = 0
     eval_steps: int | None = Field(None, ge=1)
     save_steps: int | None = Field(None, ge=1)
@@ -98,6 +99,11 @@ class TrainingConfig(BaseModel):
     skip_bad_rows: bool = False
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
 
+    @field_validator("memory_check", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` so
+
     @property
     def row_options(self) -> dict[str, Any]:
         """How rows are read: arguments of `spectune.data.load_rows`."""
@@ -111,7 +117,7 @@ class TrainingConfig(BaseModel):
         """How rows become token ids: arguments of `spectune.data.encode`, beside the length."""
         return {
             "separator": self.separator, "train_on": self.train_on, "truncation": self.truncation,
-            "today": self.template_date,
+            "today": None if self.template_date is None else self.template_date.isoformat(),
         }  # fmt: skip
 
     @model_validator(mode="after")

@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.data import Encoded, Example, Row, encode, load_rows, pad_token_id, split_rows, weighted
+from spectune.data import DataReport, Encoded, Example, Row, encode, load_rows, pad_token_id, split_rows, weighted
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import base_precision, vocabulary_rows
 from spectune.planning.workload import context_of
+from spectune.results.run_result import TrainSource
 from spectune.training.config import TrainingConfig
 from spectune.training.identity import FILE, identity_of, read_identity
 
@@ -76,6 +77,15 @@ def prepare(
     return Prepared(config, rows, (train, valid), rate, length, identity, pad_token_id(tokenizer, vocab_size))
 
 
+def train_sources(report: DataReport) -> dict[str, TrainSource]:
+    """Of training rows that were mixed from sources, what an epoch has of each; {} of others."""
+    return {
+        name: TrainSource(rows=found.rows, weight=found.weight, examples=found.epoch_examples)
+        for name, found in report.sources.items()
+        if found.weight is not None
+    }
+
+
 def dated(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingConfig:
     """The config with the date that the tokenizer's chat template is to see, if that writes one: the day on which the
     run began, whenever it goes on."""
@@ -84,8 +94,8 @@ def dated(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> Trainin
     folder = config.output_dir
     begun = folder is not None and config.resume and (folder / FILE).is_file()
     recorded = read_identity(folder).get("template_date") if begun and folder is not None else None
-    today = datetime.date.today().isoformat()
-    return config.model_copy(update={"template_date": recorded or today})
+    date = datetime.date.fromisoformat(recorded) if recorded else datetime.date.today()
+    return config.model_copy(update={"template_date": date})
 
 
 def total_steps(rows: int, config: TrainingConfig, processes: int = 1) -> int:

@@ -101,7 +101,7 @@ class RunFolder(Keeper):
         self.best = best if best is not None else self._copy()
         self.identity = prepared.identity
         kept = {"separator", "train_on", "truncation", "template_date"}
-        own = {"max_length": self.identity["max_length"], **run.config.model_dump(include=kept)}
+        own = {"max_length": self.identity["max_length"], **run.config.model_dump(mode="json", include=kept)}
         self.training = {**own, **described(prepared.rows)}
         self._metrics: Any = None
         self._board: Any = None
