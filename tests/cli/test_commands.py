@@ -82,7 +82,8 @@ def test_resume(spectune: Spectune, base: Path, rows: Path) -> None:
     assert "--output-dir" in nowhere.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# Ctrl-C inside of the loop is sent to this process in tests/training, and its exit code is tested below and for resume
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupt(base: Path, rows: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A real process, a real signal: exit 130, a checkpoint, and the command that goes on."""
     command = [sys.executable, "-m", "spectune", "train", "--model", str(base), "--data", str(rows)]

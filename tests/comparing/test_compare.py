@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("short_measurements")
 def test_all_methods_side_by_side(tmp_path: Path) -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
-    found = run(tmp_path / "c", model, config=SIX_STEPS.model_copy(update={"memory_check": "refuse"}))
+    found = run(tmp_path / "c", model)
     assert [r["method"] for r in found.runs] == list(BY_NAME)
     assert not found.failed
     assert not attached(model)
