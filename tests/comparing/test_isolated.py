@@ -29,15 +29,15 @@ def weights() -> int:
 
 
 def test_full_fine_tuning_holds_weights_gradients_and_moments_at_its_longest_batch(weights: int) -> None:
-    rows = load_rows(embedded.TRAIN)
+    rows = load_rows(embedded.VALID)
     peaks = train_memory_in_own_process(memory_job("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, rows))
     assert 4 * weights < peaks["train_allocated"] < 6 * weights
     assert 3 * weights < peaks["valid_allocated"] < peaks["train_allocated"]
     assert any(key.startswith("train_resident") for key in peaks)
     # only tensors are counted, so another process gives the same number; a path gives what rows give
-    here = _measure(memory_job("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, embedded.TRAIN))
+    here = _measure(memory_job("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, embedded.VALID))
     assert here["train_allocated"] == peaks["train_allocated"]
-    lora = _measure(memory_job("spectune-tiny", "cpu", "float32", LoRA(), SMALL, embedded.TRAIN))
+    lora = _measure(memory_job("spectune-tiny", "cpu", "float32", LoRA(), SMALL, embedded.VALID))
     assert lora["train_allocated"] < peaks["train_allocated"] - weights
 
 

@@ -36,7 +36,7 @@ def _one_thread_each() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=[gpt2, llama], ids=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=[pytest.param(gpt2, marks=pytest.mark.slow), llama], ids=["gpt2", "llama"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     torch.manual_seed(0)
     found: PreTrainedModel = request.param().eval()
