@@ -140,7 +140,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "selective": {"packing": False, "gradient_checkpointing": "selective", "gradient_accumulation_steps": 2},
     "compiled": {"torch_compile": True, "packing": False},
 }
-#: what a method can be to a plan: it trains the base, has tokens of its own, has weights beside the base's. Every method
+#: what a method can be to a plan: it trains the base, has tokens of its own, has weights beside the base's. Each method
 #: is asked for as it is; the others' further settings are behind `-m slow`
 KINDS = (FullFineTuning, PrefixTuning, LoRA)
 
