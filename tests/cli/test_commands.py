@@ -20,6 +20,7 @@ from spectune.methods import METHODS
 
 Spectune = Callable[..., Any]
 QUICK = ("--set", "max_steps=2", "--device", "cpu")
+UNPLANNED = ("--set", "memory_check=off")  # of each run; plans have tests of their own
 
 
 @pytest.fixture
@@ -82,7 +83,8 @@ def test_resume(spectune: Spectune, base: Path, rows: Path) -> None:
     assert "--output-dir" in nowhere.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# Ctrl-C inside of the loop is sent to this process in tests/training, and its exit code is tested below and for resume
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupt(base: Path, rows: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A real process, a real signal: exit 130, a checkpoint, and the command that goes on."""
     command = [sys.executable, "-m", "spectune", "train", "--model", str(base), "--data", str(rows)]
@@ -248,6 +250,7 @@ def test_compare(spectune: Spectune, base: Path, rows: Path) -> None:
         "4,1",
         "--max-memory",
         "1GiB",
+        *UNPLANNED,
     )
     result = spectune(*command, "--output-dir", "out", "--json")
     assert result.exit_code == 0, result.stderr
@@ -283,7 +286,7 @@ def test_compare(spectune: Spectune, base: Path, rows: Path) -> None:
 
 def test_compare_with_a_failed_run_is_exit_1(spectune: Spectune, base: Path, rows: Path) -> None:
     command = ("compare", "--model", base, "--data", rows, "--methods", "lora,bitfit", *QUICK)
-    result = spectune(*command, "--set", "lora.target_modules=[nothing]", "--seeds", "1", "--json")
+    result = spectune(*command, *UNPLANNED, "--set", "lora.target_modules=[nothing]", "--seeds", "1", "--json")
     assert result.exit_code == 1
     answer = json.loads(result.stdout)
     assert [run["method"] for run in answer["runs"]] == ["bitfit"]

@@ -47,7 +47,7 @@ def test_one_method_for_a_device_that_is_not_here(spectune: Spectune, base: Path
 
 def test_what_does_not_fit_is_exit_4_and_says_what_does(spectune: Spectune, base: Path) -> None:
     of_base = ("plan", "--model", base, "--device", "cpu", "--set", "per_device_eval_batch_size=1")
-    asked = (*of_base, "--method", "lora")
+    asked = (*of_base, "--method", "bitfit")
     memory = json.loads(spectune(*asked, "--json").stdout)["methods"][0]["needed"] * 4 // 10
     result = spectune(*asked, "--memory", memory, "--json")
     assert result.exit_code == 4

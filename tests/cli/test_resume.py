@@ -65,10 +65,10 @@ def test_a_finished_run_with_other_flags_is_exit_2(
 
 
 def test_compare_goes_on_with_what_the_folder_has(spectune: Spectune, base: Path, rows: Path) -> None:
-    command = ("compare", "--model", base, "--data", rows, "--methods", "lora,bitfit", "--set", "lora.r=2", *QUICK)
+    command = ("compare", "--model", base, "--data", rows, "--methods", "lora", "--set", "lora.r=2", *QUICK)
     assert spectune(*command, "--quick", "--seeds", "1", "--output-dir", "out").exit_code == 0
     before = {path: path.read_text() for path in Path("out").rglob("config.yaml")}
-    assert len(before) > 2
+    assert len(before) > 1  # the comparison's and the run's
     first = json.loads(Path("out/comparison.json").read_text())
     again = spectune("compare", "--resume", "--output-dir", "out", "--json")
     assert again.exit_code == 0, again.stderr

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("short_measurements")
 def test_all_methods_side_by_side(tmp_path: Path) -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
-    found = run(tmp_path / "c", model, config=SIX_STEPS.model_copy(update={"memory_check": "refuse"}))
+    found = run(tmp_path / "c", model)
     assert [r["method"] for r in found.runs] == list(BY_NAME)
     assert not found.failed
     assert not attached(model)
@@ -138,7 +138,7 @@ def test_resuming_with_other_settings_is_refused_before_anything_runs(
 
 
 def test_seed_folder_and_resume_of_the_config_count(tmp_path: Path) -> None:
-    config = TrainingConfig(max_steps=2, learning_rate=1e-2, seed=5, output_dir=tmp_path / "c")
+    config = TrainingConfig(max_steps=2, learning_rate=1e-2, seed=5, output_dir=tmp_path / "c", memory_check="off")
     found = run(tmp_path / "unused", methods=["bitfit"], config=config, output_dir=None)
     assert found.folder == tmp_path / "c"
     assert found.runs[0]["seed"] == 5
@@ -167,7 +167,7 @@ def test_a_failed_run_is_not_warned_of_where_a_console_is_given(
 
 @pytest.mark.usefixtures("with_reports")
 def test_a_run_that_diverges_in_validation_fails_alone_and_the_files_are_strict_json(tmp_path: Path) -> None:
-    config = TrainingConfig(max_steps=1, learning_rate=1e30, per_device_train_batch_size=4)
+    config = TrainingConfig(max_steps=1, learning_rate=1e30, per_device_train_batch_size=4, memory_check="off")
     found = run(tmp_path / "c", methods=["bitfit", "lora"], config=config)
     assert {f["method"] for f in found.failed} == {"bitfit", "lora"}
     Comparison(tmp_path / "c", ComparisonResult.model_validate({**found.content, "extra": float("nan")})).save()
@@ -200,14 +200,14 @@ def test_search_seeds_and_curve(tmp_path: Path) -> None:
 
 
 def test_a_killed_comparison_goes_on_and_comes_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {"methods": ["lora", "bitfit"], "config": SEARCHED, "preset": "default", "seeds": 2}
+    given: dict[str, Any] = {"methods": ["lora", "bitfit"], "config": SEARCHED, "preset": "quick", "seeds": 2}
     whole = run(tmp_path / "whole", **given)
     real = job.train
     calls: list[int] = []
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) % 9 == 0:
+        if len(calls) % 4 == 0:
             raise InterruptedRun("SIGTERM after step 1 of 2.")
         return real(*args, **kwargs)
 

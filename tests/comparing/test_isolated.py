@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 from spectune import embedded
+from spectune.comparing import isolated
 from spectune.comparing.isolated import STEPS, _measure, memory_job, train_memory_in_own_process
 from spectune.data import Row, load_rows
 from spectune.errors import ConfigError, DataError, OutOfMemoryError, SpectuneError
@@ -26,19 +29,30 @@ def weights() -> int:
 
 
 def test_full_fine_tuning_holds_weights_gradients_and_moments_at_its_longest_batch(weights: int) -> None:
-    rows = load_rows(embedded.TRAIN)
+    rows = load_rows(embedded.VALID)
     peaks = train_memory_in_own_process(memory_job("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, rows))
     assert 4 * weights < peaks["train_allocated"] < 6 * weights
     assert 3 * weights < peaks["valid_allocated"] < peaks["train_allocated"]
     assert any(key.startswith("train_resident") for key in peaks)
     # only tensors are counted, so another process gives the same number; a path gives what rows give
-    here = _measure(memory_job("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, embedded.TRAIN))
+    here = _measure(memory_job("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, embedded.VALID))
     assert here["train_allocated"] == peaks["train_allocated"]
-    lora = _measure(memory_job("spectune-tiny", "cpu", "float32", LoRA(), SMALL, embedded.TRAIN))
+    lora = _measure(memory_job("spectune-tiny", "cpu", "float32", LoRA(), SMALL, embedded.VALID))
     assert lora["train_allocated"] < peaks["train_allocated"] - weights
 
 
-def test_the_childs_error_is_the_parents() -> None:
+def test_the_childs_error_is_the_parents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child's program, in this process: that it runs in one of its own is tested above."""
+
+    def child(*_: Any, input: str, **__: Any) -> Any:
+        said = io.StringIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO(input))
+            patch.setattr(sys, "stdout", said)
+            isolated._main()
+        return subprocess.CompletedProcess([], 0, said.getvalue(), "")
+
+    monkeypatch.setattr(subprocess, "run", child)
     method = LoRA(target_modules=["nothing"])
     job = memory_job("spectune-tiny", "cpu", "float32", method, SMALL, load_rows(embedded.VALID)[:4])
     with pytest.raises(ConfigError, match=r"memory of LoRA in a process of its own: .*nothing"):

@@ -36,7 +36,7 @@ def _one_thread_each() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=[gpt2, llama], ids=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=[pytest.param(gpt2, marks=pytest.mark.slow), llama], ids=["gpt2", "llama"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     torch.manual_seed(0)
     found: PreTrainedModel = request.param().eval()
@@ -157,8 +157,7 @@ def test_two_models_in_two_threads_do_not_see_each_other() -> None:
         assert all(pool.map(work, range(2)))
 
 
-@pytest.mark.parametrize("share", ["threads", "coroutines"])
-def test_compiled_models_follow_the_route_of_their_thread_and_task(share: str) -> None:
+def test_compiled_models_follow_the_route_of_their_thread_and_task() -> None:
     torch.compiler.reset()  # what other tests compiled of the same code counts against the limit
     torch.manual_seed(0)
     model = llama().eval()
@@ -174,28 +173,26 @@ def test_compiled_models_follow_the_route_of_their_thread_and_task(share: str) -
     for name in names:
         with route(model, name):
             assert right(name)
-    if share == "threads":
 
-        def work(name: str) -> bool:
-            with route(model, name):
-                return all(right(name) for _ in range(10))
+    def work(name: str) -> bool:
+        with route(model, name):
+            return all(right(name) for _ in range(10))
 
-        with ThreadPoolExecutor(len(names)) as pool:
-            assert all(pool.map(work, names))
-    else:
+    with ThreadPoolExecutor(len(names)) as pool:
+        assert all(pool.map(work, names))
 
-        async def task(name: str) -> bool:
-            good = True
-            with route(model, name):
-                for _ in range(10):
-                    await asyncio.sleep(0)
-                    good &= right(name)
-            return good
+    async def task(name: str) -> bool:
+        good = True
+        with route(model, name):
+            for _ in range(10):
+                await asyncio.sleep(0)
+                good &= right(name)
+        return good
 
-        async def everyone() -> list[bool]:
-            return list(await asyncio.gather(*map(task, names)))
+    async def everyone() -> list[bool]:
+        return list(await asyncio.gather(*map(task, names)))
 
-        assert all(asyncio.run(everyone()))
+    assert all(asyncio.run(everyone()))
 
 
 def test_a_delta_that_another_thread_uses_is_not_detached() -> None:

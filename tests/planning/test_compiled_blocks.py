@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from spectune.blocks.call import Wrapper, wrapped
 from spectune.blocks.compile import compiled, memory_budget
 from spectune.blocks.execution import Execution
-from spectune.deltas import attach
-from spectune.methods import method_from_name
+from spectune.deltas import Method, attach
+from spectune.methods import LoRA, method_from_name
 from spectune.planning.planner import Planner
 from spectune.planning.shape import Shape
 from spectune.planning.trace import Trace
@@ -26,6 +26,8 @@ ROWS, LENGTH = 4, 40
 SHAPE = Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1))
 #: inductor's decompositions and the partitioner that it has, without its kernels
 PARTITIONED = "aot_eager_decomp_partition"
+#: for what is not about a method: one weight a layer is traced and compiled sooner than seven
+ONE_LINEAR = LoRA(target_modules=["down_proj"])
 
 
 def gpt2(layers: int = 3) -> PreTrainedModel:
@@ -46,6 +48,10 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def method_of(method: str | Method) -> Method:
+    return method_from_name(method) if isinstance(method, str) else method
+
+
 def alive(trace: Trace, until: int) -> set[int]:
     found: set[int] = set()
     for event in trace.events[:until]:
@@ -53,10 +59,10 @@ def alive(trace: Trace, until: int) -> set[int]:
     return found
 
 
-def kept_by_plan(model: PreTrainedModel, method: str, checkpointing: Any) -> int:
+def kept_by_plan(model: PreTrainedModel, method: str | Method, checkpointing: Any) -> int:
     """Bytes that the second block makes and that are there when the last one is done."""
     planner = Planner(
-        Workload.of(model, method_from_name(method), torch.float32, "cpu"),
+        Workload.of(model, method_of(method), torch.float32, "cpu"),
         Execution(recomputation=checkpointing, compiled=True),
     )
     trace = planner.trace(SHAPE)
@@ -66,9 +72,9 @@ def kept_by_plan(model: PreTrainedModel, method: str, checkpointing: Any) -> int
     return sum(trace.sizes[number] for number in made & alive(trace, marks["head"]))
 
 
-def kept_by_blocks(model: PreTrainedModel, method: str, backend: str, checkpointing: Any) -> int:
+def kept_by_blocks(model: PreTrainedModel, method: str | Method, backend: str, checkpointing: Any) -> int:
     """Bytes that autograd is given to keep by the second block, and that nobody had before, its output among them."""
-    delta = attach(model, method_from_name(method))
+    delta = attach(model, method_of(method))
     model.train()
     known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *delta.parameters()]}
     held, found, inside = [], [], [False]
@@ -123,11 +129,18 @@ def test_a_block_keeps_what_the_plan_says(make: Callable[[], PreTrainedModel], m
     assert planned == kept_by_blocks(make(), method, PARTITIONED, False)
 
 
-@pytest.mark.parametrize("make", [pytest.param(gpt2, marks=pytest.mark.slow), llama])
-def test_within_a_budget_too(make: Callable[[], PreTrainedModel]) -> None:
-    kept = [kept_by_plan(make(), "lora", mode) for mode in (False, "selective", True)]
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (llama, ONE_LINEAR),
+        pytest.param(llama, "lora", marks=pytest.mark.slow),
+        pytest.param(gpt2, "lora", marks=pytest.mark.slow),
+    ],
+)
+def test_within_a_budget_too(make: Callable[[], PreTrainedModel], method: str | Method) -> None:
+    kept = [kept_by_plan(make(), method, mode) for mode in (False, "selective", True)]
     for planned, mode in zip(kept[1:], ("selective", True), strict=True):
-        assert planned == kept_by_blocks(make(), "lora", PARTITIONED, mode)
+        assert planned == kept_by_blocks(make(), method, PARTITIONED, mode)
     assert kept[0] > kept[1] > kept[2] == ROWS * LENGTH * 64 * 4  # the next block's input alone
 
 

@@ -12,18 +12,19 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from spectune.blocks.execution import Execution
-from spectune.methods import method_from_name
+from spectune.deltas import Method
+from spectune.methods import PrefixTuning
 from spectune.planning import plan
 from spectune.planning.planner import Planner
 from spectune.planning.shape import Shape
 from spectune.planning.workload import Workload
-from tests.planning.test_compiled_blocks import LENGTH, ROWS, SHAPE, fresh_compiler, llama
+from tests.planning.test_compiled_blocks import LENGTH, ONE_LINEAR, ROWS, SHAPE, fresh_compiler, llama
 
 __all__ = ["fresh_compiler"]
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix"])
-def test_few_layers_stand_for_many(method: str) -> None:
+@pytest.mark.parametrize("method", [ONE_LINEAR, PrefixTuning()], ids=["lora", "prefix"])
+def test_few_layers_stand_for_many(method: Method) -> None:
     workload = Workload.of(llama(7), method, torch.bfloat16, "cuda")
     short, whole = (Planner(workload, Execution(compiled=True), all_layers=every) for every in (False, True))
     assert short.peak(SHAPE) == whole.peak(SHAPE)
@@ -38,13 +39,11 @@ def test_a_plan_does_not_depend_on_when_garbage_is_collected() -> None:
     """What tracing leaves behind held a block's positions until the collector came by, or did not."""
     before, peaks = gc.get_threshold(), set()
     try:
-        for often in ((0, 0, 0), (50, 2, 2), before):
+        for often in ((0, 0, 0), (50, 2, 2)):
             gc.set_threshold(*often)
             torch._dynamo.reset()
             peaks.add(
-                Planner(
-                    Workload.of(llama(), method_from_name("lora"), torch.bfloat16, "cuda"), Execution(compiled=True)
-                ).peak(SHAPE)
+                Planner(Workload.of(llama(), ONE_LINEAR, torch.bfloat16, "cuda"), Execution(compiled=True)).peak(SHAPE)
             )
     finally:
         gc.set_threshold(*before)
@@ -55,12 +54,12 @@ def test_compiled_blocks_take_less_and_recomputed_ones_keep_their_input() -> Non
     base = llama(6).config
     asked: dict[str, Any] = {"batch": Shape(8, 512, 8, 64), "dtype": "bfloat16"}
     eager, fast, lean = (
-        plan(base, "lora", **asked, torch_compile=compiled, gradient_checkpointing=mode)
+        plan(base, ONE_LINEAR, **asked, torch_compile=compiled, gradient_checkpointing=mode)
         for compiled, mode in ((False, False), (True, False), (True, True))
     )
     assert (eager.torch_compile, fast.torch_compile, lean.torch_compile) == (False, True, True)
     assert eager.peak_allocated > fast.peak_allocated > lean.peak_allocated
-    deeper = plan(llama(12).config, "lora", **asked, torch_compile=True, gradient_checkpointing=True)
+    deeper = plan(llama(12).config, ONE_LINEAR, **asked, torch_compile=True, gradient_checkpointing=True)
     assert (deeper.activations - lean.activations) / 6 == pytest.approx(2 * 8 * 512 * 64, rel=0.02)
 
 
@@ -91,7 +90,7 @@ def test_a_plan_leaves_the_compiler_s_settings_and_the_process_alone() -> None:
 
     before = functorch.activation_memory_budget, functorch.ban_recompute_used_far_apart, FakeTensorMode.__init__
     model = llama()
-    plan(model, "lora", ROWS, LENGTH, device="cpu", torch_compile=True, gradient_checkpointing="selective")
+    plan(model, ONE_LINEAR, ROWS, LENGTH, device="cpu", torch_compile=True, gradient_checkpointing="selective")
     after = functorch.activation_memory_budget, functorch.ban_recompute_used_far_apart, FakeTensorMode.__init__
     assert after == before
     assert not any("_compiled_call_impl" in module.__dict__ for module in model.modules())

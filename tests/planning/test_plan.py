@@ -142,20 +142,22 @@ def test_block_inputs_in_host_memory_do_not_add_up() -> None:
 
 def test_forms_of_recomputation_keep_less_and_auto_takes_the_first_that_fits() -> None:
     asked: dict[str, Any] = {"batch": learned(8, 1024, 16), "dtype": "bfloat16"}
-    config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 24})
-    found = [plan(config, "lora", **asked, gradient_checkpointing=mode) for mode in ORDER]
+    config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 12})
+    found = [plan(config, BitFit(), **asked, gradient_checkpointing=mode) for mode in ORDER]
     needs = [estimate.needed for estimate in found]
     assert needs == sorted(needs, reverse=True)
     assert len(set(needs)) == 4
     for mode, need in zip(ORDER, needs, strict=True):
-        assert plan(config, "lora", **asked, gradient_checkpointing="auto", memory=need).gradient_checkpointing == mode
-    nothing = plan(config, "lora", **asked, gradient_checkpointing="auto", memory="1MiB")
+        assert (
+            plan(config, BitFit(), **asked, gradient_checkpointing="auto", memory=need).gradient_checkpointing == mode
+        )
+    nothing = plan(config, BitFit(), **asked, gradient_checkpointing="auto", memory="1MiB")
     assert nothing.gradient_checkpointing == "offload"
     assert not nothing.fits("1MiB")
     on_cpu = {**asked, "device": "cpu"}
-    assert plan(config, "lora", **on_cpu, gradient_checkpointing="auto", memory="1MiB").gradient_checkpointing is True
+    assert plan(config, BitFit(), **on_cpu, gradient_checkpointing="auto", memory="1MiB").gradient_checkpointing is True
     with pytest.raises(ConfigError, match="offload needs a CUDA device"):
-        plan(config, "lora", **on_cpu, gradient_checkpointing="offload")
+        plan(config, BitFit(), **on_cpu, gradient_checkpointing="offload")
 
 
 def test_more_rows_more_tokens_and_masks_take_more() -> None:
@@ -271,11 +273,11 @@ def test_an_estimate_is_a_value() -> None:
 
 
 def test_an_execution_says_what_the_settings_say() -> None:
-    settings = plan(LLAMA, "lora", 4, 64, torch_compile=True, cuda_graphs=True, validation=2)
-    said = plan(LLAMA, "lora", Shape.whole(4, 64), execution=Execution(True, True), validation=Shape.whole(2, 64))
+    settings = plan(LLAMA, BitFit(), 4, 64, torch_compile=True, cuda_graphs=True, validation=2)
+    said = plan(LLAMA, BitFit(), Shape.whole(4, 64), execution=Execution(True, True), validation=Shape.whole(2, 64))
     assert said == settings
-    lean = plan(LLAMA, "lora", 4, 64, execution=Execution(recomputation="selective"))
-    assert lean == plan(LLAMA, "lora", 4, 64, gradient_checkpointing="selective")
+    lean = plan(LLAMA, BitFit(), 4, 64, execution=Execution(recomputation="selective"))
+    assert lean == plan(LLAMA, BitFit(), 4, 64, gradient_checkpointing="selective")
     # on masks alone cuDNN's kernels and flash attention keep other tensors
     masked = replace(Shape.whole(4, 64), padded=True)
     with_cudnn, without = (

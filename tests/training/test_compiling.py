@@ -23,6 +23,8 @@ from spectune.training.decisions import worth_compiling
 from tests.support import make_model, make_rows, make_tokenizer
 
 DEPTH = 5
+#: for what is not about a method: one weight a layer is compiled sooner than seven
+ONE_LINEAR = ["down_proj"]
 
 
 def gpt2() -> PreTrainedModel:
@@ -90,13 +92,16 @@ def test_equals_eager_and_all_layers_share_a_graph(
         before = graphs()
         steps(model, delta)
         assert graphs() == before
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert len(found[1]) == len(expected[1]) > 0
     for one, other in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_no_method_breaks_a_graph(graphs: Callable[[], int]) -> None:
+@pytest.mark.slow
+def test_no_method_breaks_a_graph_after_another(graphs: Callable[[], int]) -> None:
+    """In one process, without a reset; each by itself, and one after another of them, is tested with every run."""
     for method in METHODS:
         model, delta = built(llama, undropped(method))
         with compiled(model, delta.family, backend="aot_eager"):
@@ -111,7 +116,7 @@ def test_one_model_after_another_is_right() -> None:
     ids = torch.arange(12)[None]
     with compiled(bare, describe(bare), backend="aot_eager"):
         before = bare(input_ids=ids, use_cache=False).logits
-    for method in (LoRA(), LoRA(r=4)):
+    for method in (LoRA(target_modules=ONE_LINEAR), LoRA(r=4, target_modules=ONE_LINEAR)):
         model, delta = built(llama, method)
         eager = model(input_ids=ids, use_cache=False).logits
         with compiled(model, delta.family, backend="aot_eager"):
@@ -121,12 +126,12 @@ def test_one_model_after_another_is_right() -> None:
 
 
 def test_lengths_may_vary_without_a_graph_for_each(graphs: Callable[[], int]) -> None:
-    model, delta = built(llama, LoRA())
+    model, delta = built(llama, LoRA(target_modules=ONE_LINEAR))
     lengths = (12, 14, 9, 11, 17, 8, 21, 30, 10, 13)
     with compiled(model, delta.family, backend="aot_eager"):
         found = steps(model, delta, lengths)
         assert graphs() <= 4
-    model, delta = built(llama, LoRA())
+    model, delta = built(llama, LoRA(target_modules=ONE_LINEAR))
     assert found[0] == pytest.approx(steps(model, delta, lengths)[0], rel=1e-5)
 
 

@@ -28,7 +28,7 @@ from spectune.data import encode, load_rows
 from spectune.deltas import Method, attach
 from spectune.errors import ConfigError
 from spectune.families import describe, family_from_config
-from spectune.methods import METHODS, LoRA
+from spectune.methods import METHODS, FullFineTuning, LoRA, PrefixTuning
 from spectune.storage import load
 from spectune.storage.bases import load_config
 from spectune.training import TrainingConfig, run_state, train, trainer
@@ -135,16 +135,29 @@ def value(found: Any, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     return {name: field for name, field in found.items() if name not in {"model", "label", "fits", *without}}
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "selective": {"packing": False, "gradient_checkpointing": "selective", "gradient_accumulation_steps": 2},
+    "compiled": {"torch_compile": True, "packing": False},
+}
+#: what a method can be to a plan: it trains the base, has tokens of its own, has weights beside the base's. Each method
+#: is asked for as it is; the others' further settings are behind `-m slow`
+KINDS = (FullFineTuning, PrefixTuning, LoRA)
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("method", "settings"),
     [
-        {},
-        {"packing": False, "gradient_checkpointing": "selective", "gradient_accumulation_steps": 2},
-        {"torch_compile": True, "packing": False},
+        pytest.param(
+            method,
+            settings,
+            id=f"{method.__name__}-{name}",
+            marks=[] if name == "auto" or method in KINDS else pytest.mark.slow,
+        )
+        for method in METHODS
+        for name, settings in SETTINGS.items()
     ],
-    ids=["auto", "selective", "compiled"],
 )
-@pytest.mark.parametrize("method", METHODS)
 def test_the_plan_of_an_arm_is_the_plan_of_its_run_by_every_route(
     method: type[Method], settings: dict[str, Any], files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

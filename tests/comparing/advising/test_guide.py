@@ -94,7 +94,9 @@ def test_the_command_is_one_that_compare_takes(
         return
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(8)))
-    result = CliRunner().invoke(build_app(), [*words[1:], "--dry-run", "--set", "max_steps=1"])
+    result = CliRunner().invoke(
+        build_app(), [*words[1:], "--dry-run", "--set", "max_steps=1", "--set", "memory_check=off"]
+    )
     assert result.exit_code == 0, result.stderr
 
 
