@@ -7,9 +7,11 @@ brackets, the end of the turn) is learned, and a row for which the two do not ag
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
-from spectune.data.chat_template import ChatTemplate, Span
+from spectune.data.chat_template import PROBE, ChatTemplate, Span
+from spectune.data.conversations import REASONING
 from spectune.data.problem import RowProblem
 from spectune.data.rendering import Rendered, ending_at_eos
 from spectune.data.shapes import Row
@@ -31,15 +33,21 @@ def conversation_sequences(template: ChatTemplate, row: Row, *, last_only: bool 
     if last_only:
         places = places[-1:]
     whole, marks = template.whole(row, messages)
-    check_rendered(row, whole, template.source(row), template.left_out(row))
-    found, own = list[Span](), list[Rendered]()
+    calls_written = all("tool_calls" not in message for message in messages) or template.forms(row).calls_written
+    check_rendered(row, whole, template.source(row), template.left_out(row), calls_written=calls_written)
+    unasked = [place for place in places if _is_greeting(row, place) and not _can_be_asked(template, row, place, whole)]
+    places = [place for place in places if place not in unasked]
+    found, inside, own, answer = list[Span](), list[int](), list[Rendered](), list[Rendered]()
     for place in places:
         stretch = _stretch(template, row, place, whole)
         if stretch is not None:
-            found.append(stretch)
+            found.append(stretch if place == len(messages) - 1 else _without_history_s_end(template, whole, stretch))
+            inside.append(place)
         elif place < len(messages) - 1:
             alone = dataclasses.replace(row, messages=messages[: place + 1], references=(), choices=())
             own += conversation_sequences(template, alone, last_only=True)
+        elif (rewritten := _behind_its_prompt(template, row, whole)) is not None:
+            answer = [rewritten]
         else:
             raise _no_prefix(template, row, place, whole)
     learned = tuple(
@@ -49,7 +57,60 @@ def conversation_sequences(template: ChatTemplate, row: Row, *, last_only: bool 
     )
     learned = tuple((start, stop + _eos_behind(template, whole, start, stop)) for start, stop in learned)
     text = whole[: learned[-1][1]] if learned else ""
-    return [*own, Rendered(text, learned, len(learned), thoughts_cut(row, whole, places), front=False)]
+    cut = thoughts_cut(row, whole, inside)
+    rest = Rendered(text, learned, len(learned), cut, len(unasked), front=False)
+    if answer and not learned:
+        return [*own, dataclasses.replace(answer[0], unasked=len(unasked))]
+    return [*own, rest, *answer]
+
+
+def _is_greeting(row: Row, place: int) -> bool:
+    """Whether the assistant begins: nobody has said a thing yet, and somebody will."""
+    messages = row.messages or []
+    return place < len(messages) - 1 and all(
+        message["role"] in ("system", "developer", "assistant") for message in messages[:place]
+    )
+
+
+def _can_be_asked(template: ChatTemplate, row: Row, place: int, whole: str) -> bool:
+    """Whether a template that asks for answers asks for the turn at a place, too: some refuse a conversation without a
+    question, or write no generation prompt behind it."""
+    before = (row.messages or [])[:place]
+    try:
+        prompt, said = template.asked(row, before), template.render(row, before)
+    except RowProblem:
+        return False
+    return whole.startswith(prompt) and ("add_generation_prompt" not in template.source(row) or prompt != said)
+
+
+def _without_history_s_end(template: ChatTemplate, whole: str, stretch: Span) -> Span:
+    """An earlier turn without its end, where a turn ends otherwise when it is written (gpt-oss: with `<|return|>`)."""
+    start, stop = stretch
+    if not template.turn.ends_otherwise:
+        return stretch
+    return start, start + len(whole[start:stop].removesuffix(template.turn.end))
+
+
+def _behind_its_prompt(template: ChatTemplate, row: Row, whole: str) -> Rendered | None:
+    """The last turn behind what the model is asked with, where the template writes earlier messages otherwise as soon
+    as the answer stands there (gpt-oss cuts the thoughts before tool calls); None where the turn does not begin as the
+    generation prompt says."""
+    *before, last = row.messages or []
+    prompt, said = template.asked(row, before), template.render(row, before)
+    asks = prompt[len(said) :] if prompt.startswith(said) else ""
+    known = before[-1]["content"].strip() if before else ""
+    if not asks.strip() or not known:
+        return None
+    # where another answer is written alike, this one has not begun
+    probe = {**last, **{key: PROBE for key in ("content", *REASONING) if last.get(key)}}
+    other = template.render(row, [*before, probe])
+    alike = _alike(whole, other)
+    begins = whole.rfind(asks, 0, alike)
+    if not -1 < whole.rfind(known, 0, alike) < begins:
+        return None
+    text = prompt + whole[begins + len(asks) :]
+    stop = ending_at_eos(text, len(prompt), len(text), template.eos)
+    return Rendered(text[:stop], ((len(prompt), stop),), 1, front=False)
 
 
 def _eos_behind(template: ChatTemplate, whole: str, start: int, stop: int) -> int:
@@ -80,7 +141,11 @@ def _stretch(template: ChatTemplate, row: Row, place: int, whole: str) -> Span |
     if at < 0 or not end or end in whole[start:at]:
         return None
     stop = whole.find(end, at + len(visible(content)))
-    return None if stop < 0 else (start, stop + len(end))
+    # a call may end otherwise than an answer does: then this end is that of the message behind it
+    behind = messages[place + 1]["content"].strip() if messages[place].get("tool_calls") else ""
+    if stop < 0 or (behind and -1 < whole.find(behind, start) < stop):
+        return None
+    return start, stop + len(end)
 
 
 def _marked(found: Sequence[Span], marks: Sequence[Span] | None) -> list[Span]:
@@ -92,9 +157,17 @@ def _marked(found: Sequence[Span], marks: Sequence[Span] | None) -> list[Span]:
 
 def _no_prefix(template: ChatTemplate, row: Row, place: int, whole: str) -> RowProblem:
     prompt = template.asked(row, (row.messages or [])[:place])
-    alike = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+    alike = _alike(prompt, whole)
+    switch = "enable_thinking"
+    off = re.search(rf"\b{switch}\b", template.source(row)) and switch not in (row.template_kwargs or {})
     return RowProblem(
         f"messages[{place + 1}] cannot be learned: the model would be asked with a text that goes on "
         f"{prompt[alike : alike + 40]!r} where the chat template writes {whole[alike : alike + 40]!r}; "
         "write the answer so that it begins as the generation prompt ends"
+        + (f', or try chat_template_kwargs = {{"{switch}": false}}' if off and "<think>" in prompt[-20:] else "")
     )
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts begin alike with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

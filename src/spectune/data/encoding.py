@@ -256,6 +256,7 @@ class RowEncoder:
             return []
         report.turns += sum(one.rendered.turns for one in made) if row.text is None else 0
         report.thoughts_cut += sum(one.rendered.thoughts_cut for one in made)
+        report.unasked += sum(one.rendered.unasked for one in made)
         report.inexact += any(not one.exact for one in made)
         report.unknown += any(self.tokenizer.unk_token_id in one.ids for one in made) and self._unknown_is_one
         report.eos_inside += any(self.eos in one.ids[a : b - 1] for one in made for a, b in one.learned)
