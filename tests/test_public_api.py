@@ -30,6 +30,7 @@ PROMISED = {
     "PrefixTuning",
     "PromptTuning",
     "RunResult",
+    "Source",
     "SpectuneError",
     "TrainingConfig",
     "attach",

@@ -197,10 +197,10 @@ are kept with the row and never shown to the model."""
 
 #: its own section, so that it can be rewritten as a whole
 MIXING = """\
-## Several files
+## Mixing: several files
 
-`--data web.jsonl --data books.jsonl=2 --data code.jsonl=0.5` takes several: each row of the second twice an epoch, of the
-third a seeded half. In YAML:
+`--data web.jsonl --data books.jsonl=2 --data code.jsonl=0.5` takes several files: each row of the second twice an epoch, of
+the third a half that is drawn with the seed (1.5: all of them, and a half once more). A long text stays whole. In YAML:
 
 ```yaml
 data:
@@ -208,7 +208,17 @@ data:
   - {path: books.jsonl, weight: 2, name: books}
 ```
 
-Rows to validate and to judge on are taken once each, whatever the weight. Each row keeps the name of its file."""
+In Python: `spectune.train(..., [Source("web.jsonl"), Source("books.jsonl", weight=2, name="books")])`, and `compare` alike.
+
+`train`, `compare`, `plan` and `--dry-run` say what it comes to: `54 rows of web (x 0.5), 36 of books (x 2): 99 examples an
+epoch`; `data_report.json` has rows, tokens and learned tokens of each source, once and by epoch. Rows to validate and to
+judge on are taken once each, whatever the weight, and `--valid`, `--test` and `eval --data` take several files, too. Where
+such rows are of several sources, losses are by source as well: `valid_loss_by_source` in `result.json`, a table of all
+methods and the bare base in a comparison.
+
+A source is called as its file, without folder and suffix (`train`, the next one `train-2`), or by its `name`. A weight must
+be above 0 and leave at least one row. `--resume` refuses another weight by name. A file whose own name has a `=` is taken as
+it is, where it exists."""
 
 RULES = """\
 ## The rules

@@ -134,7 +134,12 @@ def prompts_of(monkeypatch: pytest.MonkeyPatch, spectune: Spectune, typed: str) 
     return seen
 
 
-@pytest.mark.parametrize("command", [("train",), ("train", "--dry-run"), ("compare", "--quick", "--methods", "lora")])
+COMMANDS = [
+    ("train",), ("train", "--dry-run"), ("compare", "--quick", "--methods", "lora"), ("plan",), ("validate",)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_ids_beyond_the_embedding_are_refused_by_name(
     spectune: Spectune, base: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
@@ -143,7 +148,8 @@ def test_ids_beyond_the_embedding_are_refused_by_name(
     data = written(
         tmp_path / "a.jsonl", [{"prompt": f"{i}", "completion": "<river>" if i == 3 else "x"} for i in range(6)]
     )
-    result = spectune(*command, "--model", model, "--data", data, *QUICK, "--output-dir", "out")
+    more = () if command[0] in ("plan", "validate") else ("--output-dir", "out", "--device", "cpu")
+    result = spectune(*command, "--model", model, "--data", data, "--set", "max_steps=2", *more)
     assert result.exit_code == 3
     assert f"{data}:4: holds the token '<river>' with id 257, and the base's embedding has 257 rows" in result.stderr
     assert "resize_token_embeddings" in result.stderr

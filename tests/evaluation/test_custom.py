@@ -7,6 +7,7 @@ import pytest
 from spectune.data import load_rows
 from spectune.errors import ConfigError
 from spectune.evaluation import load_metric
+from spectune.evaluation.custom import row_dict
 
 CODE = """
 def shortness(prediction, references, row):
@@ -63,3 +64,13 @@ def test_a_failure_names_row_and_function(folder: Path) -> None:
         load_metric("own_metrics_for_a_test.py:broken")("x", ("b",), ROW)
     with pytest.raises(ConfigError, match=r"test\.py:endless on row .*1 is inf; expected a finite number"):
         load_metric("own_metrics_for_a_test.py:endless")("x", ("b",), ROW)
+
+
+def test_a_row_is_what_the_data_held() -> None:
+    given = {
+        "messages": [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "even"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "level": 3,
+    }
+    [row] = load_rows([given])
+    assert row_dict(row) == {**given, "origin": "row 1"}

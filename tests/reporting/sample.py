@@ -37,6 +37,8 @@ ARMS: dict[str, tuple[str, int, float, float, int, float, float, bool, float]] =
     "lora-2": ("LoRA", 71_680, 0.342, 1.61, 99_500_000, 4350, 0.31, True, 4e-3),
 }
 HALF_WIDTH = 0.016
+#: name: its loss as a share of the whole; one name is long, one hostile
+SOURCES = {"web": 1.2, "books": 0.8, "questions-and-answers-of-a-long-name": 1.0, HOSTILE: 0.9}
 
 
 def sample(folder: Path | None = None) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def sample(folder: Path | None = None) -> dict[str, Any]:
             "decode_tokens_per_second": 400.0,
             "decode": {"1": 400.0, "16": 3100.0},
             "metrics": {"rouge_l": 0.112, "bleu": 1.3},
+            "judged_loss_by_source": {name: BASE_LOSS * factor for name, factor in SOURCES.items()},
         },
         "data": {
             "train_rows": 4800,
@@ -65,6 +68,7 @@ def sample(folder: Path | None = None) -> dict[str, Any]:
             "retained_tokens": 2048,
             "retained_from": "sampled from the base at temperature 1",
             "target_tokens_per_step": 134.0,
+            "mixture": "2,400 rows of web (x 0.5), 1,800 of books (x 2): 4,800 examples an epoch",
         },
         "settings": {"max_steps": STEPS, "per_device_train_batch_size": 8, "lr_scheduler_type": "linear", "seed": 0},
         "preset": {
@@ -194,6 +198,7 @@ def _run(name: str, seed: int, chance: random.Random) -> dict[str, Any]:
         "valid_perplexity": math.exp(loss),
         "judged_loss": loss,
         "judged_on": "valid",
+        "judged_loss_by_source": {source: loss * factor for source, factor in SOURCES.items()},
         "train_tokens_per_second": speed * chance.uniform(0.98, 1.02),
         "train_seconds": 160_000 / speed,
         "evaluation_seconds": 4.2,

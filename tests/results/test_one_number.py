@@ -124,6 +124,29 @@ def test_page_table_markdown_and_csv_have_the_same_numbers(tmp_path: Path, with_
         )
 
 
+def test_losses_by_source_are_the_same_means_everywhere(tmp_path: Path) -> None:
+    content = invent(tmp_path, LEVELS)
+    content["data"] = {"judged_on": "test", "judged_rows": 200}
+    content["base"]["judged_loss_by_source"] = {"web": 4.5, "books": 3.25}
+    for run in content["runs"]:
+        run["judged_loss_by_source"] = {"web": run["valid_loss"] + run["seed"] / 7, "books": run["valid_loss"] / 2}
+    result = ComparisonResult.model_validate(content)
+    result.verdict = verdict(result, tmp_path)
+    write_reports(result, tmp_path)
+    lines, [terminal, markdown, _] = everywhere(result, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for line in lines:
+        assert float(line["judged_loss[web]"]) == pytest.approx(LEVELS[line["name"]] + 1 / 7)
+        cells = [units.number(float(line[f"judged_loss[{name}]"])) for name in ("web", "books")]
+        for found in (terminal, markdown):
+            assert [found[line["label"]][name] for name in ("web", "books")] == cells
+        assert f'<th scope="row">{line["label"]}</th><td>{cells[0]}</td><td>{cells[1]}</td>' in page
+        assert (line["base_judged_loss[web]"], line["base_judged_loss[books]"]) == ("4.5", "3.25")
+    for found in (terminal, markdown):
+        assert (found["Bare base"]["web"], found["Bare base"]["books"]) == ("4.500", "3.250")
+    assert '<th scope="row">Bare base</th><td>4.500</td><td>3.250</td>' in page
+
+
 def test_the_recommendation_names_the_tables_relative_performance_which_is_that_of_the_judged_loss(
     tmp_path: Path,
 ) -> None:

@@ -48,7 +48,7 @@ def print_part(out: Console, part: Checked) -> None:
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in part.shapes.items())
     _line(out, "rows", f"{report.rows:,} ({shapes})")
     if len(report.sources) > 1:
-        _line(out, "rows by source", ", ".join(f"{count:,} {name}" for name, count in report.sources.items()))
+        _line(out, "rows by source", ", ".join(f"{found.rows:,} {name}" for name, found in report.sources.items()))
     _line(out, "bad rows left out", _some(len(report.bad), report.bad))
     without = [f"{reason} ({', '.join(origins[:_NAMED])})" for reason, origins in part.dropped.items()]
     _line(out, "rows without a learned token", _some(len(report.dropped), without))

@@ -28,7 +28,8 @@ Methods = Annotated[
     str | None, typer.Option(help=f"Methods, comma-separated: {options.method_names()}.", show_default="all of them")
 ]
 Test = Annotated[
-    str | None, typer.Option(help="Rows that final runs are evaluated on.", show_default="the validation rows")
+    list[str] | None,
+    typer.Option(help="Rows that final runs are evaluated on. Repeatable.", show_default="the validation rows"),
 ]
 Quick = Annotated[
     bool, typer.Option("--quick", help=f"Six methods, 3 learning rates, one final run of {QUICK_STEPS} steps each.")

@@ -28,7 +28,7 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
     from spectune import training
     from spectune.comparing.experiment import check_settings
     from spectune.comparing.measure import retained_passages
-    from spectune.data import Encoded, encode
+    from spectune.data import Encoded, encode, weighted
     from spectune.deltas import attach
     from spectune.families import vocabulary_rows
     from spectune.storage import load
@@ -52,9 +52,10 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
         dressed = dated(wanted, tokenizer)
         how: dict[str, Any] = {"max_length": max_length(model, method, wanted), "vocab_size": vocabulary_rows(model)}
         how |= dressed.encode_options
-        train, judged = encode(rows, tokenizer, **how), encode(held_out, tokenizer, **how)
+        train = weighted(encode(rows, tokenizer, **how), rows.weights, wanted.seed)
+        judged = encode(held_out, tokenizer, **how)
         # all validation rows are read; of these the longest are evaluated
-        longest = sorted(judged.examples, key=lambda example: -len(example.input_ids))
+        longest = sorted(judged.examples, key=lambda example: -example.length)
         few = Encoded(longest[: wanted.per_device_eval_batch_size], judged.report)
         step = wanted.model_copy(update={"output_dir": None, "resume": False, "max_steps": 1})
         result = training.train(model, tokenizer, delta, train, few, step, console=out, rehearsed=wanted)

@@ -12,6 +12,7 @@ import typer
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
 from spectune.cli.input_rows import note_losses, row_length, rows_of, run_on
+from spectune.cli.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +28,12 @@ Metric = Annotated[
     typer.Option(
         help="What to measure beside the loss: auto, or some of exact_match, rouge_l, bleu, chrf, accuracy, and "
         "your own as package.module:function or file.py:function, comma-separated; loss alone: loss."
+    ),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Rows to evaluate on. Repeatable: losses are by file, too.", show_default="the embedded test rows"
     ),
 ]
 MaxNewTokens = Annotated[
@@ -52,9 +59,7 @@ LmEvalLimit = Annotated[
 def evaluate(
     run: options.Run = None,
     model: options.BaseOfRun = None,
-    data: Annotated[
-        str | None, typer.Option(help="Rows to evaluate on.", show_default="the embedded test rows")
-    ] = None,
+    data: Data = None,
     metric: Metric = "auto",
     generate_rows: Annotated[
         int, typer.Option(min=0, help="Rows to generate completions for and compare with their references; 0: none.")
@@ -79,6 +84,7 @@ def evaluate(
     Examples:
       spectune eval
       spectune eval --run runs/2026-01-31-lora-1 --data test.jsonl
+      spectune eval --data web.jsonl --data books.jsonl
       spectune eval --metric rouge_l,my_metrics.py:shortness --json
     """
     found = run_on(run, model)
@@ -93,7 +99,8 @@ def evaluate(
                 harness.harness_metrics,
                 tasks=tasks, batch_size=batch_size, limit=lm_eval_limit, include=lm_eval_include,
             )  # fmt: skip
-        rows, source = rows_of(data, "test", {**found.row_options, "skip_bad_rows": skip_bad_rows})
+        files = Settings.collect(None, None, {"data": data or None}).rows("data")
+        rows, source = rows_of(files, "test", {**found.row_options, "skip_bad_rows": skip_bad_rows})
         note(f"run: {found.folder}; rows: {source}")
         loaded = found.load(device, dtype, base_precision)
         of_rows: dict[str, Any] = {
@@ -121,7 +128,7 @@ def _measured(
     """
     from spectune.data import encode
     from spectune.deltas import route
-    from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, perplexity
+    from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, loss_by_source, perplexity
     from spectune.families import vocabulary_rows
 
     model, tokenizer = loaded
@@ -134,15 +141,17 @@ def _measured(
     task = Task.of(encoded.rows, max_length=max_length, answers=answers, **run.encode_options, **wanted)
     note(task.describe())
 
-    def measured() -> dict[str, float]:
+    def measured() -> dict[str, Any]:
         """Of one model, under whatever route is current."""
         judged = judge(model, tokenizer, task)
         loss, metrics = judged_loss(judged), corpus_metrics(judged)
-        found = {"loss_nats_per_token": loss, "perplexity": perplexity(loss)}
+        found: dict[str, Any] = {"loss_nats_per_token": loss, "perplexity": perplexity(loss)}
         found["target_tokens"] = sum(row.target_tokens for row in judged)
         found |= {"choice_accuracy" if name == "accuracy" else name: value for name, value in metrics.items()}
         if task.to_write:
             found["generated_rows"] = len(task.to_write)
+        if sources := loss_by_source(judged):
+            found["loss_by_source"] = sources
         return found | (harness_metrics(model, tokenizer) if harness_metrics else {})
 
     tuned = measured()
@@ -153,12 +162,20 @@ def _measured(
 
 def _print(out: Console, answer: dict[str, Any]) -> None:
     from rich.table import Column, Table
+    from rich.text import Text
 
     say(out, f"{answer['rows']:,} rows of {answer['data']}", style="italic")  # a table's title would be folded
     table = Table("", Column("tuned", justify="right"), Column("bare base", justify="right"))
     for key, value in answer["tuned"].items():
-        table.add_row(key.replace("_", " "), _number(value), _number(answer["base"].get(key)))
+        if key != "loss_by_source":
+            table.add_row(key.replace("_", " "), _number(value), _number(answer["base"].get(key)))
     out.print(table)
+    if sources := answer["tuned"].get("loss_by_source"):
+        bare = answer["base"].get("loss_by_source", {})
+        table = Table("loss by source", Column("tuned", justify="right"), Column("bare base", justify="right"))
+        for name, loss in sources.items():
+            table.add_row(Text(name), _number(loss), _number(bare.get(name)))
+        out.print(table)
 
 
 def _number(value: float | None) -> str:

@@ -15,14 +15,14 @@ from spectune.errors import DataError, SpectuneError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from spectune.data import DataReport, Row, Source
+    from spectune.data import DataReport, Row, Rows, Source
     from spectune.training import TrainingConfig
 
     #: what names rows: a file, several with weights, or None for the embedded ones
     Data = str | list[Source] | None
 
 
-def training_rows(data: Data, valid: Data, config: TrainingConfig) -> tuple[list[Row], list[Row], str]:
+def training_rows(data: Data, valid: Data, config: TrainingConfig) -> tuple[Rows, Rows, str]:
     """Training rows, validation rows, and a sentence that says where both came from. Raises DataError: a file is
     missing, empty or has bad rows, or there is but one row and no --valid."""
     from spectune import embedded
@@ -53,9 +53,7 @@ def named(data: Data) -> str:
     return str(data)
 
 
-def rows_of(
-    data: Data, part: Literal["training", "test"], how: Mapping[str, Any] | None = None
-) -> tuple[list[Row], str]:
+def rows_of(data: Data, part: Literal["training", "test"], how: Mapping[str, Any] | None = None) -> tuple[Rows, str]:
     """The rows of a file, or that part of the embedded ones; and their name. `how`: arguments of `load_rows`."""
     from spectune import embedded
     from spectune.data import load_rows

@@ -60,7 +60,8 @@ TrainOn = Annotated[
     typer.Option(help="Turns of a chat to learn: all (of the assistant) or last.", show_default="all"),
 ]
 Valid = Annotated[
-    str | None, typer.Option(help="Validation rows.", show_default="a seeded tenth of --data is held out")
+    list[str] | None,
+    typer.Option(help="Validation rows. Repeatable.", show_default="a seeded tenth of --data is held out"),
 ]
 OutputDir = Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/<date>-<method>-<n>")]
 Config = Annotated[

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from spectune.blocks.execution import Execution
-    from spectune.data import Example, Row
+    from spectune.data import Encoded, Example, Rows
     from spectune.deltas import Method
     from spectune.planning import Estimate
     from spectune.training import TrainingConfig
@@ -42,7 +42,10 @@ Recompute = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of keeping them.")
 ]
 Data = Annotated[
-    str | None, typer.Option(help="Training rows: their longest batch is planned, their steps are counted.")
+    list[str] | None,
+    typer.Option(
+        help="Training rows: their longest batch is planned, their steps are counted. Repeatable; FILE=WEIGHT."
+    ),
 ]
 Calibrate = Annotated[
     bool, typer.Option("--calibrate", help="Load the base and time a few steps here: seconds for an epoch.")
@@ -142,8 +145,8 @@ class Plans:
     device: str
     limit: int | None
     length: int
-    rows: tuple[list[Row], list[Row]] | None
-    _encoded: dict[int, tuple[list[Example], list[Example]]] = field(default_factory=dict)
+    rows: tuple[Rows, Rows] | None
+    _encoded: dict[int, tuple[Encoded, Encoded]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, methods: Sequence[Method], settings: Settings, memory: str | None, *, needs_rows: bool) -> Plans:
@@ -184,16 +187,27 @@ class Plans:
 
     def encoded(self, length: int) -> tuple[list[Example], list[Example]]:
         """Training and validation rows of at most so many tokens; empty where there are none."""
+        found = self._reported(length)
+        return ([], []) if found is None else (found[0].examples, found[1].examples)
+
+    def mixture(self) -> str:
+        """What an epoch has of each source, where there are several."""
+        from spectune.data import mixture
+
+        found = self._reported(self.length)
+        return "" if found is None else mixture(found[0].report)
+
+    def _reported(self, length: int) -> tuple[Encoded, Encoded] | None:
         from spectune.data import encode, weighted
         from spectune.storage.bases import load_tokenizer
 
         if self.rows is None:
-            return [], []
+            return None
         if length not in self._encoded:
             tokenizer, how = load_tokenizer(self.settings.base), self.config.encode_options
+            how["vocab_size"] = getattr(self.base.get_text_config(), "vocab_size", None)
             train, valid = (encode(part, tokenizer, max_length=length, **how) for part in self.rows)
-            train = weighted(train, getattr(self.rows[0], "weights", {}), self.config.seed)
-            self._encoded[length] = train.examples, valid.examples
+            self._encoded[length] = weighted(train, self.rows[0].weights, self.config.seed), valid
         return self._encoded[length]
 
     def examples(self) -> list[Example]:
@@ -239,13 +253,15 @@ def _plan(
     return answer, misfits
 
 
-def _rows(settings: Settings, config: TrainingConfig) -> tuple[list[Row], list[Row]]:
+def _rows(settings: Settings, config: TrainingConfig) -> tuple[Rows, Rows]:
     """Rows to train on and to validate on, as a run takes them; none of the latter where there is but one."""
+    from spectune.data import Rows
+
     data, valid = settings.rows("data"), settings.rows("valid")
     if valid is None and data is not None:
         rows, _ = rows_of(data, "training", config.row_options)
         if len(rows) < 2:
-            return rows, []
+            return rows, Rows([], [])
     return training_rows(data, valid, config)[:2]
 
 
@@ -256,13 +272,14 @@ def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
 
     config, family, data = plans.config, family_from_config(plans.base), plans.settings.rows("data")
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    lengths = [len(example.input_ids) for example in plans.examples()]
+    lengths = [example.length for example in plans.examples()]
     mean, flops = max(1, sum(lengths) // len(lengths)), {}
     for arm in arms:
         again = arm.execution.recomputation in (True, "offload")
         flops[arm.method.name] = sum(lengths) * flops_per_token(family, arm.method, mean, checkpointing=again)
     return {
         "source": "the embedded training rows" if data is None else named(data), "rows": len(lengths),
+        "mixture": plans.mixture(),
         "tokens": sum(lengths), "longest_row_tokens": max(lengths),
         "steps_per_epoch": math.ceil(len(lengths) / rows), "flops_per_epoch": flops,
     }  # fmt: skip
@@ -284,7 +301,7 @@ def _timed(method: Method, plans: Plans) -> dict[str, Any]:
     few = {"output_dir": None, "resume": False, "max_steps": CALIBRATION_STEPS, "report_to": "none"}
     config = plans.config.model_copy(update=few)
     result = train(model, tokenizer, delta, rows, rows[:1], config, console=Console(quiet=True))
-    tokens, speed = sum(len(example.input_ids) for example in examples), result.train_tokens_per_second
+    tokens, speed = sum(example.length for example in examples), result.train_tokens_per_second
     return {
         "method": method.name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
         "timed_steps": CALIBRATION_STEPS - 2, "tokens_per_second": speed, "seconds_per_epoch": tokens / speed,
@@ -357,6 +374,8 @@ def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> N
     if (data := answer.get("data")) is not None:
         note(f"data: {data['source']}: {data['rows']:,} rows, {data['tokens']:,} tokens, the longest row has "
              f"{data['longest_row_tokens']:,}; {data['steps_per_epoch']:,} steps an epoch")  # fmt: skip
+        if data["mixture"]:
+            note(f"  {data['mixture']}")
         for name, flops in data["flops_per_epoch"].items():
             note(f"  {name}: {flops / 1e12:,.3g} TFLOP an epoch")
     for timed in answer.get("calibration", ()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,10 @@ RUN_KEYS = frozenset(
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
     | {"row_shape", "prompt_ends_with", "row_system", "row_tools", "row_template_kwargs", "row_answers"}
 )
+#: keys that may be a mapping of their own
+MAPPINGS = ("columns", "row_template_kwargs", "data", "valid", "test")
+#: the keys of an entry that names data, with their defaults
+_ENTRY: dict[str, Any] = {"path": None, "weight": 1.0, "name": None}
 #: the keys that name a command's methods
 NAMING = ("methods", "method", "method.name")
 
@@ -56,8 +61,8 @@ class Settings:
         given = {} if config is None else _read_yaml(config)
         for assignment in assignments or ():
             given |= _parse_assignment(assignment)
-        _gather(given, "columns")
-        _gather(given, "row_template_kwargs")
+        for key in MAPPINGS:
+            _gather(given, key)
         shown = {key: "--" + key.replace("_", "-") for key, value in flags.items() if value is not None}
         return cls(given | {key: Given(flags[key], where) for key, where in shown.items()})
 
@@ -89,33 +94,39 @@ class Settings:
     def rows(self, key: str) -> str | list[Source] | None:
         """A key that names data, as `spectune.data.load_rows` takes it: a file, or several with weights.
 
-        In YAML an entry is `FILE`, `FILE=WEIGHT` or `{path: FILE, weight: 2, name: web}`. Raises ConfigError: it is
-        something else.
+        An entry is `FILE`, `FILE=WEIGHT` or, in YAML, `{path: FILE, weight: 2, name: web}`. Raises ConfigError: it is
+        something else, or a weight is no number above 0.
         """
-        from spectune.data import Source
-
         value = self.get(key)
         entries = value if isinstance(value, list) else [] if value is None else [value]
-        found = []
-        for entry in entries:
-            if (
-                isinstance(entry, dict)
-                and set(entry) <= {"path", "weight", "name"}
-                and isinstance(entry.get("path"), str)
-            ):
-                weight = entry.get("weight", 1.0)
-                if isinstance(weight, bool) or not isinstance(weight, int | float):
-                    raise self._unexpected(key, "a weight that is a number, such as {path: a.jsonl, weight: 2}")
-                found.append(Source(entry["path"], float(weight), entry.get("name")))
-            elif isinstance(entry, str | Path):
-                found.append(Source(*_weighted(str(entry))))
-            else:
-                raise self._unexpected(key, "a file, or a list of files such as [a.jsonl, {path: b.jsonl, weight: 2}]")
+        found = [self._source(key, entry) for entry in entries]
         if not found:
             return None
         if len(found) == 1 and found[0].weight == 1 and found[0].name is None:
             return str(found[0].data)
         return found
+
+    def _source(self, key: str, entry: Any) -> Source:
+        from spectune.data import Source
+
+        if isinstance(entry, str | Path):
+            given: dict[Any, Any] = _weighted(str(entry))
+        elif isinstance(entry, dict):
+            given = entry
+        else:
+            raise self._unexpected(key, "a file, or a list of files such as [a.jsonl, {path: b.jsonl, weight: 2}]")
+        where = self.given[key].where
+        if unknown := [str(name) for name in given if name not in _ENTRY]:
+            hints = "; ".join(f"{name!r}: {_suggest(name, _ENTRY)}" for name in unknown)
+            raise ConfigError(f"{where}: {key} has an entry with unknown keys: {hints}")
+        if not isinstance(given.get("path"), str):
+            raise ConfigError(f"{where}: {key} has the entry {_shown(entry)}; expected {{path: FILE, weight: 2}}")
+        try:
+            return Source(
+                given["path"], *(given.get(name, default) for name, default in _ENTRY.items() if name != "path")
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
 
     def whole(self, key: str) -> int | None:
         """A key of the command itself that has to be a whole number. Raises ConfigError: it is something else."""
@@ -231,19 +242,19 @@ def _suggest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
 
 
-def _weighted(text: str) -> tuple[str, float]:
+def _weighted(text: str) -> dict[str, Any]:
     """A file and its weight: `b.jsonl=0.5`; a file that is there by that whole name has none."""
     path, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return text, 1.0
+    if not equals or os.path.exists(text):
+        return {"path": text}
     try:
-        return path, float(weight)
-    except ValueError:
-        return text, 1.0
+        return {"path": path, "weight": float(weight)}
+    except ValueError:  # a name that is no file's is a hub's, whatever it holds
+        return {"path": path, "weight": weight} if os.path.exists(path) else {"path": text}
 
 
 def _gather(given: dict[str, Given], name: str) -> None:
-    """The entries of a mapping, such as `columns.prompt=question`, as one key."""
+    """The entries of a mapping, such as `columns.prompt=question` or those of a block `data:`, as one key."""
     parts = {key: given.pop(key) for key in [key for key in given if key.startswith(f"{name}.")]}
     if parts:
         whole = given.get(name)

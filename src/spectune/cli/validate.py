@@ -26,7 +26,8 @@ def validate(
     data: options.Data = None,
     valid: options.Valid = None,
     test: Annotated[
-        str | None, typer.Option(help="Rows that a comparison is judged on.", show_default="none are checked")
+        list[str] | None,
+        typer.Option(help="Rows that a comparison is judged on. Repeatable.", show_default="none are checked"),
     ] = None,
     model: options.Model = None,
     config: options.Config = None,

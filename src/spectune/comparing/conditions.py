@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from spectune.data import weight_changes
 from spectune.errors import DataError
 from spectune.families import differences
 from spectune.results import Limits
@@ -87,6 +88,9 @@ def check(recorded: RecordedConditions, wanted: RecordedConditions, folder: Path
     # by way of JSON, which has no tuples
     now = json.loads(json.dumps(wanted.identity, default=str))
     lines = _differences(recorded.identity, now)
+    if recorded.identity.get("data_sha256") != now.get("data_sha256"):
+        before, after = ({n: s.weight for n, s in found.data.sources.items()} for found in (recorded, wanted))
+        lines += weight_changes(before, after, "comparison")
     kinds = [found.base.device.partition(":")[0] for found in (recorded, wanted)]
     if kinds[0] != kinds[1]:
         lines.append(f"device: {kinds[0]} in the comparison, {kinds[1]} now: speed and memory would not compare")

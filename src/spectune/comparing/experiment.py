@@ -58,8 +58,8 @@ def compare(
 
     Args:
         base: a loaded model, a hub id, a folder, or "spectune-tiny".
-        train_rows, valid_rows: paths, lists of dicts, or `datasets` objects; without `valid_rows` a seeded tenth of
-            the training rows is held out.
+        train_rows, valid_rows: paths, lists of dicts, `datasets` objects, or several of them with weights, as a list of
+            `spectune.Source`; without `valid_rows` a seeded tenth of the training rows is held out.
         test_rows: rows that only the final runs are judged on; without them they are judged on the validation rows,
             which have also chosen the rates.
         methods: names or configs; all of them by default.
@@ -71,10 +71,9 @@ def compare(
         generate_rows: judged rows that every final run writes a completion for.
         limits: of the user, for the recommendation; a resumption without any keeps those it began with.
         seed: of weights, data order and splits; default is the config's.
-        output_dir: default is the config's, else a new temporary folder.
+        output_dir, resume: default is the config's, else a new temporary folder; to go on there with what has ended.
         base_precision: what the frozen base's weights are stored in, see `spectune.load`.
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
-        resume: go on in `output_dir`: runs that ended are not run again.
         choice_normalization: "sum", "token" or "byte", see `spectune.evaluation.Task`.
         origin: entries for config.yaml, the comparison's and each run's, see `train`.
 
@@ -112,15 +111,16 @@ def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
     folder, base = job.folder, job.conditions.base
     if not (folder / "config.yaml").is_file():  # what a resumption goes on with stays as it was
         atomic_write_text(folder / "config.yaml", yaml.safe_dump(dict(recorded), sort_keys=False))
-    if job.inputs.notice:
-        job.print(job.inputs.notice)
+    for line in (job.conditions.data.mixture, job.inputs.notice):
+        if line:
+            job.print(line)
     try:
         if base.valid_loss is None:
             size, pad = job.config.per_device_eval_batch_size, pad_token_id(job.tokenizer, vocabulary_rows(job.model))
             losses = row_losses(job.model, job.inputs.valid.examples, pad, size)
             base.valid_loss = losses.mean_per_token
         if base.judged_loss is None or not base_rows(job).is_file():
-            base.judged_loss, base.metrics = judge_base(job)
+            judge_base(job)
         job.conditions.write(folder / conditions.FILE)
         Runner(job).run()
     except InterruptedRun as stop:  # what it says is of one run

@@ -13,7 +13,7 @@ from spectune.comparing.job import FAILED, Arm, Job
 from spectune.comparing.measure import forgetting, measure
 from spectune.deltas import Delta
 from spectune.errors import DataError
-from spectune.evaluation import corpus_metrics, judge, judged_loss, read_rows, write_rows
+from spectune.evaluation import corpus_metrics, judge, judged_loss, loss_by_source, read_rows, write_rows
 from spectune.families import base_precision
 from spectune.files.atomic import atomic_write_text
 from spectune.results import RunResult
@@ -52,13 +52,15 @@ def base_rows(job: Job) -> Path:
     return job.folder / "base" / "rows.jsonl"
 
 
-def judge_base(job: Job) -> tuple[float, dict[str, float | None]]:
-    """The bare base's loss and metrics on the judged rows; its rows go to base/."""
+def judge_base(job: Job) -> None:
+    """Put the bare base's loss and metrics on the judged rows into the job's conditions; its rows go to base/."""
     judged = judge(job.model, job.tokenizer, job.inputs.task)
     write_rows(base_rows(job), judged)
     tokens = {"tokens": [len(passage) for passage in job.passages]}
     atomic_write_text(base_rows(job).with_name("passages.json"), json.dumps(tokens) + "\n")
-    return judged_loss(judged), {**corpus_metrics(judged)}
+    base = job.conditions.base
+    base.judged_loss, base.metrics = judged_loss(judged), {**corpus_metrics(judged)}
+    base.judged_loss_by_source = {**loss_by_source(judged)}
 
 
 def _judged(job: Job, folder: Path) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def _judged(job: Job, folder: Path) -> dict[str, Any]:
     return {
         "judged_on": job.inputs.rows.judged_on,
         "judged_loss": judged_loss(judged),
+        "judged_loss_by_source": loss_by_source(judged),
         "metrics": corpus_metrics(judged),
         "rows_file": str((folder / "rows.jsonl").relative_to(job.folder)),
         "evaluation_seconds": time.perf_counter() - begin,

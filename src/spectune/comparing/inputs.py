@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from spectune import data
 from spectune.comparing.conditions import key
-from spectune.data import HELD_OUT, Encoded, Row, encode, load_rows, split_rows, weighted
+from spectune.data import HELD_OUT, Encoded, Row, encode, load_rows, mixture, split_rows, weighted
 from spectune.evaluation import Task
 from spectune.training import TrainingConfig
+from spectune.training.prepare import train_sources
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Inputs:
 
     def describe(self) -> dict[str, Any]:
         """For `comparison.json`."""
+        sources = train_sources(self.train.report)
         return {
             "train_rows": len(self.rows.train),
             "train_examples": len(self.train.examples),
@@ -103,6 +105,7 @@ class Inputs:
             "generated_rows": len(self.task.to_write),
             "higher_is_better": self.task.higher_is_better,
             "task": self.task.describe(),
+            **({"sources": sources, "mixture": mixture(self.train.report)} if sources else {}),
         }
 
     def identity(self) -> dict[str, Any]:

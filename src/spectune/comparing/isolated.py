@@ -125,7 +125,7 @@ def _of_longest_rows(prepared: Prepared, execution: Execution) -> Prepared:
     """A run all of whose steps are its first one, which holds the longest row, validated on its longest rows."""
     examples, config = prepared.examples, prepared.config
     [first, *_] = Batches(examples, config, execution.packing, World()).windows(0)
-    by_length = sorted(examples, key=lambda example: -len(example.input_ids))
+    by_length = sorted(examples, key=lambda example: -example.length)
     parts = [examples[row] for batch in first for row in batch], by_length[: config.per_device_eval_batch_size]
     # until blocks are traced, captured and replayed
     steps = STEPS + (WARM_UPS + 1 if execution.graphs else 0)

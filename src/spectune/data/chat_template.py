@@ -12,6 +12,7 @@ from transformers.utils import chat_template_utils
 
 from spectune.data.message_forms import MessageForms, disputed, find_forms
 from spectune.data.problem import RowProblem
+from spectune.data.prompt_beginnings import MarkedTemplate, plain_globals
 from spectune.data.shapes import Row
 from spectune.errors import ConfigError, first_line
 
@@ -42,6 +43,33 @@ class TurnTexts(NamedTuple):
     ends_otherwise: bool = False
 
 
+@dataclasses.dataclass(slots=True)
+class Whole:
+    """A whole conversation as it is written.
+
+    Attributes:
+        text: without a generation prompt behind it.
+        marks: the spans that the template marks as the assistant's; None where it marks none.
+        ends: by a number of messages, where the part of the text ends that is written for so many alone, where that is
+            known.
+        behind: what is written behind such a part, by whether a generation prompt is asked for.
+    """
+
+    text: str
+    marks: list[Span] | None = None
+    ends: dict[int, int] = dataclasses.field(default_factory=dict)
+    behind: dict[bool, str] = dataclasses.field(default_factory=dict)
+
+
+class _Compiled(NamedTuple):
+    """A template's text, what jinja makes of it, and that with its loop over the messages marked, where that helps."""
+
+    source: str
+    template: Any
+    marks: bool
+    marked: MarkedTemplate | None
+
+
 class ChatTemplate:
     """A tokenizer's chat template.
 
@@ -62,45 +90,69 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.eos = str(tokenizer.eos_token or "")
         self._globals = {**tokenizer.special_tokens_map, "strftime_now": _clock(today)}
-        self._compiled: dict[bool, tuple[str, Any]] = {}
+        self._compiled: dict[bool, _Compiled] = {}
+        self._behind: dict[bool, str] = {}
         self._skipped: dict[tuple[str, ...], frozenset[int]] = {}
         self._forms: dict[bool, MessageForms] = {}
 
     def prompt(self, row: Row) -> str:
         """What the model is asked with for the next turn of a conversation that has no answer yet. Raises RowProblem:
         the template refuses the messages."""
-        text = self.asked(row, row.asked)
-        if not self._marks(row):
+        text = self.asked(row, len(row.asked), Whole(""))
+        if not self._of(row).marks:
             return text
         # what stands between the generation prompt and the marked answer is not learned, so it has to be given
         probe = dataclasses.replace(row, messages=[*row.asked, {"role": "assistant", "content": PROBE}])
-        whole, marks = self.whole(probe, probe.messages or [])
-        begins = [start for start, stop in marks or () if PROBE in whole[start:stop] and whole.startswith(text)]
-        return text + whole[len(text) : begins[-1]] if begins else text
+        whole = self.whole(probe, probe.messages or [])
+        begins = [
+            start
+            for start, stop in whole.marks or ()
+            if PROBE in whole.text[start:stop] and whole.text.startswith(text)
+        ]
+        return text + whole.text[len(text) : begins[-1]] if begins else text
 
     @property
     def has_date(self) -> bool:
         """Whether what it writes depends on the day."""
         return "strftime_now" in str(self.tokenizer.chat_template)
 
-    def whole(self, row: Row, messages: Sequence[Message]) -> tuple[str, list[Span] | None]:
-        """Messages as text, without a generation prompt behind them, and the spans that the template marks as the
-        assistant's; None where it marks none."""
-        if not self._marks(row):
-            return self.without_trailing(self.render(row, messages)), None
-        marks: Any = chat_template_utils._render_with_assistant_indices
-        template = self._template(row)
-        try:
-            shown = self.forms(row).shown(messages) if disputed(messages) else list(messages)
-            text, spans = marks(template, shown, add_generation_prompt=False, **self._given(row))
-        except Exception as error:  # templates raise what they like: jinja's errors, and their own
-            raise _refusal(error) from error
-        return str(text), [(int(start), int(stop)) for start, stop in spans]
+    def whole(self, row: Row, messages: Sequence[Message]) -> Whole:
+        """Messages as text. Raises RowProblem: the template refuses them."""
+        compiled = self._of(row)
+        shown = self.forms(row).shown(messages) if disputed(messages) else list(messages)
+        if compiled.marks:
+            marks: Any = chat_template_utils._render_with_assistant_indices
+            try:
+                text, spans = marks(compiled.template, shown, add_generation_prompt=False, **self._given(row))
+            except Exception as error:  # templates raise what they like: jinja's errors, and their own
+                raise _refusal(error) from error
+            return Whole(str(text), [(int(start), int(stop)) for start, stop in spans])
+        if compiled.marked is not None:
+            try:
+                text, ends = compiled.marked.render(shown, self._given(row))
+            except Exception:  # the messages are refused, or the template wants more of them than can be followed
+                return Whole(self.without_trailing(self.render(row, messages)))
+            alone = row.tools or row.documents or row.template_kwargs
+            return Whole(self.without_trailing(text), None, ends, {} if alone else self._behind)
+        return Whole(self.without_trailing(self.render(row, messages)))
+
+    def beginning(self, row: Row, count: int, whole: Whole, *, generation: bool) -> str:
+        """What `render` gives for the row's first messages, of which the whole is known."""
+        messages = (row.messages or [])[:count]
+        if (end := whole.ends.get(count)) is None:
+            return self.render(row, messages, generation=generation)
+        if generation not in whole.behind:
+            text = self.render(row, messages, generation=generation)
+            if not text.startswith(whole.text[:end]):  # cannot be; if it is, nothing of this is taken for true
+                whole.ends.clear()
+                return text
+            whole.behind[generation] = text[end:]
+        return whole.text[:end] + whole.behind[generation]
 
     def render(self, row: Row, messages: Sequence[Message], *, generation: bool = False, as_given: bool = False) -> str:
         """Messages as text, with the row's tools, documents and template arguments; as they are given, or in the forms
         that the template wants."""
-        template, given = self._template(row), self._given(row)
+        template, given = self._of(row).template, self._given(row)
         if not as_given and disputed(messages):
             messages = self.forms(row).shown(messages)
         try:
@@ -115,9 +167,9 @@ class ChatTemplate:
             self._forms[has_tools] = find_forms(lambda messages: self.render(row, messages, as_given=True))
         return self._forms[has_tools]
 
-    def asked(self, row: Row, messages: Sequence[Message]) -> str:
-        """What the model is asked with behind these messages."""
-        text = self.render(row, messages, generation=True)
+    def asked(self, row: Row, count: int, whole: Whole) -> str:
+        """What the model is asked with behind the first messages."""
+        text = self.beginning(row, count, whole, generation=True)
         return text if "add_generation_prompt" in self.source(row) else text + self.turn.header
 
     @cached_property
@@ -167,17 +219,11 @@ class ChatTemplate:
     def _given(self, row: Row) -> dict[str, Any]:
         return {**self._globals, "tools": row.tools, "documents": row.documents, **(row.template_kwargs or {})}
 
-    def _marks(self, row: Row) -> bool:
-        return _MARKS.search(self.source(row)) is not None
-
     def source(self, row: Row) -> str:
-        return self._of(row)[0]
+        return self._of(row).source
 
-    def _template(self, row: Row) -> Any:
-        return self._of(row)[1]
-
-    def _of(self, row: Row) -> tuple[str, Any]:
-        """The template's text and what jinja makes of it; a tokenizer may have another one for rows with tools."""
+    def _of(self, row: Row) -> _Compiled:
+        """The template for a row: a tokenizer may have another one for rows with tools."""
         has_tools = bool(row.tools)
         if has_tools not in self._compiled:
             source = str(self.tokenizer.get_chat_template(tools=row.tools or None))
@@ -185,9 +231,12 @@ class ChatTemplate:
             # such as the clock, which is why the template that it compiles is called, and not the function
             compile_template: Any = chat_template_utils._compile_jinja_template
             try:
-                self._compiled[has_tools] = source, compile_template(source)
+                environment = compile_template(source).environment
+                template, marked = environment.from_string(source), MarkedTemplate.of(environment, source)
             except Exception as error:
                 raise ConfigError(f"the tokenizer's chat template is no Jinja template: {first_line(error)}") from error
+            marks = _MARKS.search(source) is not None
+            self._compiled[has_tools] = _Compiled(source, plain_globals(template), marks, marked)
         return self._compiled[has_tools]
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from spectune.data.chat_template import PROBE, ChatTemplate, Span
+from spectune.data.chat_template import PROBE, ChatTemplate, Span, Whole
 from spectune.data.conversations import REASONING
 from spectune.data.problem import RowProblem
 from spectune.data.rendering import Rendered, ending_at_eos
@@ -32,27 +32,29 @@ def conversation_sequences(template: ChatTemplate, row: Row, *, last_only: bool 
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i not in row.unlearned]
     if last_only:
         places = places[-1:]
-    whole, marks = template.whole(row, messages)
+    conversation = template.whole(row, messages)
+    whole = conversation.text
     calls_written = all("tool_calls" not in message for message in messages) or template.forms(row).calls_written
     check_rendered(row, whole, template.source(row), template.left_out(row), calls_written=calls_written)
-    unasked = [place for place in places if _is_greeting(row, place) and not _can_be_asked(template, row, place, whole)]
+    greetings = [place for place in places if _is_greeting(row, place)]
+    unasked = [place for place in greetings if not _can_be_asked(template, row, place, conversation)]
     places = [place for place in places if place not in unasked]
     found, inside, own, answer = list[Span](), list[int](), list[Rendered](), list[Rendered]()
     for place in places:
-        stretch = _stretch(template, row, place, whole)
+        stretch = _stretch(template, row, place, conversation)
         if stretch is not None:
             found.append(stretch if place == len(messages) - 1 else _without_history_s_end(template, whole, stretch))
             inside.append(place)
         elif place < len(messages) - 1:
             alone = dataclasses.replace(row, messages=messages[: place + 1], references=(), choices=())
             own += conversation_sequences(template, alone, last_only=True)
-        elif (rewritten := _behind_its_prompt(template, row, whole)) is not None:
+        elif (rewritten := _behind_its_prompt(template, row, conversation)) is not None:
             answer = [rewritten]
         else:
-            raise _no_prefix(template, row, place, whole)
+            raise _no_prefix(template, row, place, conversation)
     learned = tuple(
         (start, ending_at_eos(whole, start, stop, template.eos))
-        for start, stop in _marked(found, marks)
+        for start, stop in _marked(found, conversation.marks)
         if start < stop
     )
     learned = tuple((start, stop + _eos_behind(template, whole, start, stop)) for start, stop in learned)
@@ -72,15 +74,17 @@ def _is_greeting(row: Row, place: int) -> bool:
     )
 
 
-def _can_be_asked(template: ChatTemplate, row: Row, place: int, whole: str) -> bool:
+def _can_be_asked(template: ChatTemplate, row: Row, place: int, conversation: Whole) -> bool:
     """Whether a template that asks for answers asks for the turn at a place, too: some refuse a conversation without a
     question, or write no generation prompt behind it."""
-    before = (row.messages or [])[:place]
     try:
-        prompt, said = template.asked(row, before), template.render(row, before)
+        prompt = template.asked(row, place, conversation)
+        said = template.beginning(row, place, conversation, generation=False)
     except RowProblem:
         return False
-    return whole.startswith(prompt) and ("add_generation_prompt" not in template.source(row) or prompt != said)
+    return conversation.text.startswith(prompt) and (
+        "add_generation_prompt" not in template.source(row) or prompt != said
+    )
 
 
 def _without_history_s_end(template: ChatTemplate, whole: str, stretch: Span) -> Span:
@@ -91,12 +95,13 @@ def _without_history_s_end(template: ChatTemplate, whole: str, stretch: Span) ->
     return start, start + len(whole[start:stop].removesuffix(template.turn.end))
 
 
-def _behind_its_prompt(template: ChatTemplate, row: Row, whole: str) -> Rendered | None:
+def _behind_its_prompt(template: ChatTemplate, row: Row, conversation: Whole) -> Rendered | None:
     """The last turn behind what the model is asked with, where the template writes earlier messages otherwise as soon
     as the answer stands there (gpt-oss cuts the thoughts before tool calls); None where the turn does not begin as the
     generation prompt says."""
     *before, last = row.messages or []
-    prompt, said = template.asked(row, before), template.render(row, before)
+    whole, prompt = conversation.text, template.asked(row, len(before), conversation)
+    said = template.beginning(row, len(before), conversation, generation=False)
     asks = prompt[len(said) :] if prompt.startswith(said) else ""
     known = before[-1]["content"].strip() if before else ""
     if not asks.strip() or not known:
@@ -119,11 +124,11 @@ def _eos_behind(template: ChatTemplate, whole: str, start: int, stop: int) -> in
     return len(eos) if eos and whole.startswith(eos, stop) and not whole.endswith(eos, start, stop) else 0
 
 
-def _stretch(template: ChatTemplate, row: Row, place: int, whole: str) -> Span | None:
+def _stretch(template: ChatTemplate, row: Row, place: int, conversation: Whole) -> Span | None:
     """Where the turn at a place stands in the whole conversation; None where what the model would be asked with is
     not what stands before it."""
-    messages = row.messages or []
-    prompt, content = template.asked(row, messages[:place]), messages[place]["content"]
+    messages, whole = row.messages or [], conversation.text
+    prompt, content = template.asked(row, place, conversation), messages[place]["content"]
     if not whole.startswith(prompt) or len(prompt) == len(whole):
         return None
     start = len(prompt)
@@ -133,7 +138,7 @@ def _stretch(template: ChatTemplate, row: Row, place: int, whole: str) -> Span |
     for written in (content, content.strip()) if content and end else ():
         if whole.startswith(written + end, start):
             return start, start + len(written) + len(end)
-    part = template.without_trailing(template.render(row, messages[: place + 1]))
+    part = template.without_trailing(template.beginning(row, place + 1, conversation, generation=False))
     if whole.startswith(part) and len(part) > start:
         return start, len(part)
     # the template writes this turn otherwise now that it is history
@@ -155,8 +160,8 @@ def _marked(found: Sequence[Span], marks: Sequence[Span] | None) -> list[Span]:
     return [(max(a, begin), end) for a, b in found for begin, end in marks if end > a and begin < b]
 
 
-def _no_prefix(template: ChatTemplate, row: Row, place: int, whole: str) -> RowProblem:
-    prompt = template.asked(row, (row.messages or [])[:place])
+def _no_prefix(template: ChatTemplate, row: Row, place: int, conversation: Whole) -> RowProblem:
+    prompt, whole = template.asked(row, place, conversation), conversation.text
     alike = _alike(prompt, whole)
     switch = "enable_thinking"
     off = re.search(rf"\b{switch}\b", template.source(row)) and switch not in (row.template_kwargs or {})

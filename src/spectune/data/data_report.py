@@ -1,11 +1,61 @@
 """Where every input row went, and what of it is learned."""
 
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
+
+from spectune.data.example import Example
 
 #: origins named of what is only counted
 _NAMED = 5
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One of several sources: its rows that are kept, each counted once; and what an epoch of training has of it.
+
+    Attributes:
+        weight: how often an epoch has each row; None of rows that are not weighted, those to validate on.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    weight: float | None = None
+    epoch_examples: int = 0
+    epoch_tokens: int = 0
+    epoch_target_tokens: int = 0
+
+    def with_row(self, examples: Sequence[Example]) -> Self:
+        """With one row more, of these examples."""
+        return replace(
+            self,
+            rows=self.rows + 1,
+            examples=self.examples + len(examples),
+            tokens=self.tokens + _tokens(examples),
+            target_tokens=self.target_tokens + _target_tokens(examples),
+        )
+
+    def with_epoch(self, examples: Sequence[Example]) -> Self:
+        """With these as the examples of an epoch."""
+        tokens, targets = _tokens(examples), _target_tokens(examples)
+        return replace(self, epoch_examples=len(examples), epoch_tokens=tokens, epoch_target_tokens=targets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without what an epoch has, where the rows are not weighted."""
+        found = asdict(self)
+        ours = ("rows", "examples", "tokens", "target_tokens")
+        return {name: found[name] for name in ours} if self.weight is None else found
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(example.length for example in examples)
+
+
+def _target_tokens(examples: Sequence[Example]) -> int:
+    return sum(example.target_tokens for example in examples)
 
 
 @dataclass
@@ -25,6 +75,7 @@ class DataReport:
         inexact: rows whose text decoding does not give back, because the tokenizer changes it (case, white space).
         unknown: rows with an unknown token.
         ignored: keys of another shape that rows hold beside the one that is taken, and in how many.
+        sources: of several sources, what each has, by its name.
     """
 
     rows: int = 0
@@ -46,7 +97,12 @@ class DataReport:
     dropped: list[dict[str, str]] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
+    sources: dict[str, SourceReport] = field(default_factory=dict)
+
+    def count_source(self, name: str | None, examples: Sequence[Example]) -> None:
+        """Count a kept row with these examples under its source, where it has one."""
+        if name is not None:
+            self.sources[name] = self.sources.get(name, SourceReport()).with_row(examples)
 
     @property
     def tokens_lost(self) -> int:
@@ -54,6 +110,7 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         lists: dict[str, list[Any]] = {"cut": self.cut, "split": self.split, "dropped": self.dropped, "bad": self.bad}
+        sources = {name: found.to_dict() for name, found in self.sources.items()}
         return {
             **{name: getattr(self, name) for name in ("rows", "kept", "examples", "turns")},
             **{name: len(rows) for name, rows in lists.items()},
@@ -67,7 +124,7 @@ class DataReport:
             "turns_without_their_thought": self.thoughts_cut,
             "turns_without_a_prompt": self.unasked,
             **({"ignored_keys": dict(self.ignored)} if self.ignored else {}),
-            **({"rows_by_source": dict(self.sources)} if self.sources else {}),
+            **({"sources": sources} if sources else {}),
             **{f"{name}_rows": rows for name, rows in lists.items()},
         }
 

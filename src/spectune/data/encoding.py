@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,11 +23,12 @@ from spectune.data.problem import RowProblem
 from spectune.data.rendering import Rendered, ending_at_eos, joined
 from spectune.data.shapes import Row, other_shapes
 from spectune.data.tokenizing import Text, TextTokenizer, Tokens
+from spectune.data.working_ahead import with_work_done
 from spectune.errors import ConfigError, DataError
 
 TrainOn = Literal["all", "last"]
-#: rows that are tokenized together
-_CHUNK = 1024
+#: rows and characters that are tokenized together; so much is held beside the rows and the examples, three times
+_CHUNK, _CHARACTERS = 512, 1 << 22
 
 
 @dataclass
@@ -93,7 +94,7 @@ def encode(
             continue
         report.kept += 1
         report.ignored.update(other_shapes(row))
-        report.sources.update([row.source] if row.source else [])
+        report.count_source(row.source, found)
         _count(report, found, encoder.eos)
         examples += found
     if problems and not (isinstance(rows, Rows) and rows.skip_bad_rows):
@@ -160,6 +161,14 @@ class OneSequence:
     exact: bool
 
 
+class _Chunk(NamedTuple):
+    """Rows, what each is as text, and all of these texts."""
+
+    rows: list[Row]
+    rendered: list[list[Rendered] | RowProblem]
+    texts: list[Text]
+
+
 class RowEncoder:
     """From rows to ids, under one tokenizer and one set of conventions; arguments as `encode` has them."""
 
@@ -186,18 +195,38 @@ class RowEncoder:
 
     def encoded(self, rows: Sequence[Row]) -> Iterator[tuple[Row, list[OneSequence] | RowProblem]]:
         """The sequences of each row, whatever their length; or what is wrong with it."""
-        for start in range(0, len(rows), _CHUNK):
-            chunk = rows[start : start + _CHUNK]
-            rendered = [self._rendered(row) for row in chunk]
-            flat = [one for of_row in rendered if isinstance(of_row, list) for one in of_row]
-            tokens = iter(self.texts.tokenize([_text(one) for one in flat]))
-            for row, of_row in zip(chunk, rendered, strict=True):
-                if isinstance(of_row, RowProblem):
-                    yield row, of_row
+        chunks = self._chunks(rows)
+        few = len(rows) <= _CHUNK
+        tokenized = ((chunk, self._tokens(chunk)) for chunk in chunks) if few else with_work_done(self._tokens, chunks)
+        for chunk, found in tokenized:
+            tokens = iter(zip(chunk.texts, found, strict=True))
+            for row, rendered in zip(chunk.rows, chunk.rendered, strict=True):
+                if isinstance(rendered, RowProblem):
+                    yield row, rendered
                     continue
-                made = [self._sequence(one, next(tokens)) for one in of_row]
+                made = [self._sequence(one, *next(tokens)) for one in rendered]
                 wrong = next((one for one in made if isinstance(one, RowProblem)), None)
                 yield row, wrong or [one for one in made if isinstance(one, OneSequence)]
+
+    def _tokens(self, chunk: "_Chunk") -> list[Tokens | RowProblem]:
+        return self.texts.tokenize(chunk.texts)
+
+    def _chunks(self, rows: Sequence[Row]) -> Iterator["_Chunk"]:
+        """Rows that are tokenized together, as text: not too many, and no more text than memory has room for."""
+        chunk = _Chunk([], [], [])
+        characters = 0
+        for row in rows:
+            rendered = self._rendered(row)
+            texts = [] if isinstance(rendered, RowProblem) else [_text(one) for one in rendered]
+            chunk.rows.append(row)
+            chunk.rendered.append(rendered)
+            chunk.texts.extend(texts)
+            characters += sum(len(one.text) for one in texts)
+            if len(chunk.rows) == _CHUNK or characters > _CHARACTERS:
+                yield chunk
+                chunk, characters = _Chunk([], [], []), 0
+        if chunk.rows:
+            yield chunk
 
     def _rendered(self, row: Row) -> list[Rendered] | RowProblem:
         try:
@@ -211,10 +240,10 @@ class RowEncoder:
         except RowProblem as problem:
             return problem
 
-    def _sequence(self, rendered: Rendered, tokens: Tokens | RowProblem) -> OneSequence | RowProblem:
+    def _sequence(self, rendered: Rendered, text: Text, tokens: Tokens | RowProblem) -> OneSequence | RowProblem:
         if isinstance(tokens, RowProblem):
             return tokens
-        place_of = dict(zip(_text(rendered).places, tokens.places, strict=True))
+        place_of = dict(zip(text.places, tokens.places, strict=True))
         ids, learned = tokens.ids, [(place_of[start], place_of[stop]) for start, stop in rendered.learned]
         front = self.texts.front if rendered.front else []
         if front and ids[: len(front)] != front:  # else the text begins with BOS already
@@ -258,14 +287,15 @@ class RowEncoder:
         report.thoughts_cut += sum(one.rendered.thoughts_cut for one in made)
         report.unasked += sum(one.rendered.unasked for one in made)
         report.inexact += any(not one.exact for one in made)
-        report.unknown += any(self.tokenizer.unk_token_id in one.ids for one in made) and self._unknown_is_one
+        report.unknown += self._unknown is not None and any(self._unknown in one.ids for one in made)
         report.eos_inside += any(self.eos in one.ids[a : b - 1] for one in made for a, b in one.learned)
         return found
 
-    @property
-    def _unknown_is_one(self) -> bool:
-        """Whether the unknown token means nothing else (GPT-2's is EOS)."""
-        return self.tokenizer.unk_token_id not in (None, self.eos, self.tokenizer.pad_token_id)
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The unknown token, where it means nothing else (GPT-2's is EOS)."""
+        unknown: int | None = self.tokenizer.unk_token_id
+        return unknown if unknown not in (self.eos, self.tokenizer.pad_token_id) else None
 
     def _lead(self, ids: Sequence[int], learned: Sequence[tuple[int, int]]) -> int:
         """How many ids of the beginning stay where it is cut: BOS."""

@@ -3,9 +3,10 @@
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from spectune.data.mixing import Source, named_sources
+from spectune.data.mixing import Source, sources_in
 from spectune.data.problem import RowProblem
 from spectune.data.shapes import EXPECTED, KNOWN, Row, row_of
 from spectune.data.sources import Bad, records
@@ -54,37 +55,62 @@ def load_rows(
     if isinstance(source, list) and source and all(isinstance(row, Row) for row in source):
         return Rows(source, [])
     renamed = _checked(columns or {})
-    if isinstance(source, list) and source and all(isinstance(part, Source) for part in source):
-        how: dict[str, Any] = {"columns": columns, "delimiter": delimiter, "encoding": encoding}
-        return _mixed(named_sources(source), skip_bad_rows, how)
-    rows: list[Row] = []
-    problems: list[str] = []
-    their_keys = {theirs: ours for ours, theirs in renamed.items() if theirs is not None}
-    for origin, record in records(source, delimiter=delimiter, encoding=encoding, known=their_keys):
-        try:
-            if isinstance(record, Bad):
-                raise RowProblem(record)
-            rows.append(row_of(origin, _renamed(record, renamed), tuple(renamed)))
-        except RowProblem as problem:
-            problems.append(f"{origin}: {problem}")
+    how = _How(renamed, delimiter, encoding)
+    if sources := sources_in(source):
+        return _mixed(sources, skip_bad_rows, how)
+    rows, problems = how.read(source)
     named = source if isinstance(source, str) or hasattr(source, "__fspath__") else "the data"
     if problems and not skip_bad_rows:
         raise bad_rows(str(named), problems, len(rows) + len(problems))
     if not rows:
-        raise DataError(f"{named}: no rows; {EXPECTED} in each", problems[:_LISTED])
+        raise _no_rows(named, problems)
     return Rows(rows, problems, skip_bad_rows=skip_bad_rows)
 
 
-def _mixed(sources: Sequence[Source], skip_bad_rows: bool, how: Mapping[str, Any]) -> Rows:
-    """The rows of all sources, one source after the other. Raises DataError: the bad rows of all."""
-    rows, skipped, problems = list[Row](), list[str](), list[str]()
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How the records of a source become rows."""
+
+    columns: Mapping[str, str | None]
+    delimiter: str | None
+    encoding: str | None
+
+    def read(self, source: Any) -> tuple[list[Row], list[str]]:
+        """The good rows, and what is wrong with each of the others."""
+        rows, problems = list[Row](), list[str]()
+        if isinstance(source, Rows):
+            return list(source), source.skipped
+        if isinstance(source, list) and source and all(isinstance(row, Row) for row in source):
+            return source, []
+        known = {theirs: ours for ours, theirs in self.columns.items() if theirs is not None}
+        for origin, record in records(source, delimiter=self.delimiter, encoding=self.encoding, known=known):
+            try:
+                if isinstance(record, Bad):
+                    raise RowProblem(record)
+                rows.append(row_of(origin, _renamed(record, self.columns), tuple(self.columns)))
+            except RowProblem as problem:
+                problems.append(f"{origin}: {problem}")
+        return rows, problems
+
+
+def _mixed(sources: Sequence[Source], skip_bad_rows: bool, how: _How) -> Rows:
+    """The rows of all sources, one source after the other. Raises DataError: the bad rows of all, or a source without
+    rows."""
+    rows, problems = list[Row](), list[str]()
     for source in sources:
-        found = load_rows(source.data, skip_bad_rows=True, **how)
+        found, wrong = how.read(source.data)
+        if not found and (skip_bad_rows or not wrong):
+            raise _no_rows(source.data if isinstance(source.data, str | Path) else source.label, wrong)
         rows += [dataclasses.replace(row, source=source.name) for row in found]
-        (skipped if skip_bad_rows else problems).extend(found.skipped)
-    if problems:
+        problems += wrong
+    if problems and not skip_bad_rows:
         raise bad_rows(", ".join(source.label for source in sources), problems, len(rows) + len(problems))
-    return Rows(rows, skipped, skip_bad_rows=skip_bad_rows, weights={s.label: s.weight for s in sources})
+    weights = {source.label: source.weight for source in sources}
+    return Rows(rows, problems, skip_bad_rows=skip_bad_rows, weights=weights)
+
+
+def _no_rows(named: Any, problems: Sequence[str]) -> DataError:
+    return DataError(f"{named}: no rows; {EXPECTED} in each", list(problems[:_LISTED]))
 
 
 def bad_rows(named: str, problems: list[str], count: int) -> DataError:

@@ -173,6 +173,8 @@ _SHAPES: tuple[tuple[tuple[str, ...], Any, str], ...] = (
 
 def other_shapes(row: Row) -> list[str]:
     """The shapes that a row holds beside the one that was taken, by the key that names them in `columns`."""
+    if not row.columns:
+        return []
     return [keys[0] for keys, _, name in _SHAPES if name != row.shape and all(key in row.columns for key in keys)]
 
 

@@ -6,7 +6,6 @@ tokenized apart.
 """
 
 import itertools
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from spectune.data.problem import RowProblem
+from spectune.data.token_places import BareIds, ByOffsets, Encoding, TokenBytes
 
 #: texts that are put before the second part of a text that is tokenized in two, so that a tokenizer which treats a
 #: text's beginning otherwise (a space put in front, no `##`) takes the part for what it is; the first that works
@@ -58,15 +58,16 @@ class TextTokenizer:
         bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
         fits = (i for i in range(len(with_specials)) if with_specials[i : i + len(bare)] == bare)
         self.front: list[int] = with_specials[: next(fits, 0)]
-        self._specials = {*map(int, tokenizer.all_special_ids), *map(int, tokenizer.added_tokens_decoder)}
+        self._specials = frozenset({*map(int, tokenizer.all_special_ids), *map(int, tokenizer.added_tokens_decoder)})
         backend = getattr(tokenizer, "backend_tokenizer", None)
         fast = backend is not None and backend.encode("a", add_special_tokens=False).ids == bare
         self._backend: Any = backend if fast else None
+        self._bytes = TokenBytes.of(backend) if fast and self.decode(bare) == "a" else None
         self._kept: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
         """The ids of one text, without what the tokenizer puts in front."""
-        return self._encode([text])[0].ids
+        return self._ids([text])[0]
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | RowProblem]:
         """The ids of each text, without what the tokenizer puts in front of one; a problem where no ids have all of the
@@ -77,13 +78,14 @@ class TextTokenizer:
         found: list[Tokens | RowProblem] = []
         for text, encoding, places in zip(texts, encodings, located, strict=True):
             ends = [at.end(encoding.ids, ids_of) if isinstance(at, _Prefix) else at for at in places]
-            if any(end is None for end in ends):
-                found.append(self._apart(text, encoding.ids))
+            if None in ends:
+                covered = [place for place, end in zip(text.places, ends, strict=True) if end is None]
+                found.append(self._apart(text, encoding.ids, covered))
             else:
-                found.append(Tokens(encoding.ids, tuple(end for end in ends if end is not None), False))
+                found.append(Tokens(encoding.ids, tuple(end for end in ends if end is not None), encoding.proved))
         return self._proved(texts, found)
 
-    def _located(self, text: Text, encoding: "_Encoding") -> list["int | _Prefix | None"]:
+    def _located(self, text: Text, encoding: Encoding) -> list["int | _Prefix | None"]:
         """The index of the first token of each place; None where a token covers it, and what is to be compared where
         that decides."""
         found: list[int | _Prefix | None] = []
@@ -93,98 +95,103 @@ class TextTokenizer:
                 continue
             at = encoding.token_at(place)
             if at is not None and (at < 0 or place in text.starts):
-                found.append(self._prefix(text.text, encoding, place, at))
+                found.append(self._prefix(encoding, text.text, place, at))
             else:
                 found.append(at)
         return found
 
-    def _prefix(self, text: str, encoding: "_Encoding", place: int, at: int) -> "_Prefix":
+    def _prefix(self, encoding: Encoding, text: str, place: int, at: int) -> "_Prefix":
         """What stands before a place, from the last special token on: tokenizers cut a text at these first, so what
         stands before one has no part in the ids behind it."""
-        if at > 0:
-            for token in range(at - 1, max(at - 40, -1), -1):
-                if encoding.ids[token] in self._specials:
-                    return _Prefix(token, text[encoding.starts[token] : place], at)
-        return _Prefix(0, text[:place], at if at >= 0 else None)
+        special = encoding.special_before(place, at, self._specials)
+        before = text[:place] if special is None else encoding.since(special, place)
+        return _Prefix(special or 0, before, at if at >= 0 else None)
 
     def _ids_of(self, texts: set[str]) -> dict[str, list[int]]:
         new = [text for text in texts if text not in self._kept]
-        found = dict(zip(new, (encoding.ids for encoding in self._encode(new)), strict=True))
+        found = dict(zip(new, self._ids(new), strict=True))
         if len(self._kept) < _KEPT:
             self._kept |= {text: ids for text, ids in found.items() if len(text) <= _SHORT}
         return {text: found[text] if text in found else self._kept[text] for text in texts}
 
-    def _apart(self, text: Text, whole: list[int]) -> Tokens | RowProblem:
-        """The ids of a text that is cut at those places that a token would cover."""
-        cuts = [0, len(text.text)]
+    def _apart(self, text: Text, whole: list[int], covered: Sequence[int]) -> Tokens | RowProblem:
+        """The ids of a text that is cut at those places that a token would cover.
+
+        All of these are cut at first, and then what is covered in a piece alone: one cut after the other would take the
+        time of the whole text for each of a conversation's turns.
+        """
+        exact = self.decode(whole) == text.text
+        cuts = [0, *covered, len(text.text)]
         while True:
-            ids, places, covered = list[int](), dict[int, int](), list[int]()
+            ids, places, more = list[int](), dict[int, int](), list[int]()
             for begin, end in itertools.pairwise(cuts):
                 inside = [place for place in text.places if begin <= place <= end]
-                piece = self._piece(text, begin, end, inside, ids)
+                piece = self._piece(text, begin, end, inside, ids, exact)
                 if piece is None:
                     return _no_ids(text.text, begin, end)
                 found, located = piece
-                covered += [place for place, at in zip(inside, located, strict=True) if at is None]
+                more += [place for place, at in zip(inside, located, strict=True) if at is None]
                 places |= {p: len(ids) + at for p, at in zip(inside, located, strict=True) if at is not None}
                 ids += found
-            if covered and covered[0] in cuts:
-                return _no_ids(text.text, covered[0], len(text.text))
-            if not covered:
+            if more and more[0] in cuts:
+                return _no_ids(text.text, more[0], len(text.text))
+            if not more:
                 return Tokens(ids, tuple(places[place] for place in text.places), False)
-            cuts = sorted({*cuts, covered[0]})
+            cuts = sorted({*cuts, *more})
 
     def _piece(
-        self, text: Text, begin: int, end: int, inside: Sequence[int], before: list[int]
+        self, text: Text, begin: int, end: int, inside: Sequence[int], before: list[int], exact: bool
     ) -> tuple[list[int], list[int | None]] | None:
         """Ids of a piece of a text behind ids of what stands before it, and the places inside of it; None where there
         are none that decode to the text."""
-        wanted = self.decode(self.ids(text.text[:end]))
+        written = text.text[begin:end]
+        wanted = text.text[:end] if exact else self.decode(self.ids(text.text[:end]))
         for sentinel in _SENTINELS if begin else ("",):
-            shift, lead = len(sentinel), len(self.ids(sentinel)) if sentinel else 0
+            shift, lead = len(sentinel), self._ids_of({sentinel})[sentinel]
             part = Text(
-                sentinel + text.text[begin:end],
+                sentinel + written,
                 tuple(place - begin + shift for place in inside),
                 frozenset(place - begin for place in text.starts if not begin and 0 < place < end),
             )
             encoding = self._encode([part.text])[0]
-            ids = encoding.ids[lead:]
-            if encoding.ids[:lead] != (self.ids(sentinel) if sentinel else []):
+            ids = encoding.ids[len(lead) :]
+            if encoding.ids[: len(lead)] != lead:
                 continue
-            if self.decode(before + ids) != wanted:
+            # bytes that are proved to be the piece's are so behind any others
+            if not (exact and encoding.proved) and self.decode(before + ids) != wanted:
                 continue
             located = self._located(part, encoding)
             ids_of = self._ids_of({at.text for at in located if isinstance(at, _Prefix)})
             ends = [at.end(encoding.ids, ids_of) if isinstance(at, _Prefix) else at for at in located]
             at_edges = {begin: 0, end: len(ids)}
             return ids, [
-                at_edges[place] if place in at_edges else None if at is None else at - lead
+                at_edges[place] if place in at_edges else None if at is None else at - len(lead)
                 for place, at in zip(inside, ends, strict=True)
             ]
         return None
 
     def _proved(self, texts: Sequence[Text], found: list[Tokens | RowProblem]) -> list[Tokens | RowProblem]:
         """Each with whether its ids decode to its text; where they do, so must each stretch between two places."""
-        members = [(text, tokens) for text, tokens in zip(texts, found, strict=True) if isinstance(tokens, Tokens)]
-        decoded = iter(self._decode_all([tokens.ids for _, tokens in members]))
-        exact = {id(tokens): next(decoded) == text.text for text, tokens in members}
+        members = [
+            (at, text, tokens)
+            for at, (text, tokens) in enumerate(zip(texts, found, strict=True))
+            if isinstance(tokens, Tokens) and not tokens.exact
+        ]
+        decoded = self._decode_all([tokens.ids for *_, tokens in members])
+        exact = [one for one, said in zip(members, decoded, strict=True) if said == one[1].text]
+        for at, _, tokens in exact:
+            found[at] = Tokens(tokens.ids, tokens.places, exact=True)
         spans = [
-            (tokens, text.text[a:b], tokens.ids[i:j])
-            for text, tokens in members
-            if exact[id(tokens)]
+            (at, text.text[a:b], tokens.ids[i:j])
+            for at, text, tokens in exact
             for a, b, i, j in zip(text.places[:-1], text.places[1:], tokens.places[:-1], tokens.places[1:], strict=True)
         ]
-        wrong = {
-            id(tokens): RowProblem(
-                f"what is learned decodes to {said[:60]!r}, and not to what is written, {text[:60]!r}"
-            )
-            for (tokens, text, _), said in zip(spans, self._decode_all([ids for *_, ids in spans]), strict=True)
-            if said != text and said != text.removeprefix(" ")  # decoders drop the space that begins a text
-        }
-        return [
-            wrong.get(id(one), Tokens(one.ids, one.places, exact[id(one)])) if isinstance(one, Tokens) else one
-            for one in found
-        ]
+        for (at, text, _), said in zip(spans, self._decode_all([ids for *_, ids in spans]), strict=True):
+            if said != text and said != text.removeprefix(" "):  # decoders drop the space that begins a text
+                found[at] = RowProblem(
+                    f"what is learned decodes to {said[:60]!r}, and not to what is written, {text[:60]!r}"
+                )
+        return found
 
     def decode(self, ids: list[int]) -> str:
         """Ids as text, special tokens included."""
@@ -192,14 +199,29 @@ class TextTokenizer:
 
     def _decode_all(self, many: Sequence[list[int]]) -> list[str]:
         if self._backend is not None:
-            return list(self._backend.decode_batch(list(many), skip_special_tokens=False))
+            return list(self._backend.decode_batch(list(many), skip_special_tokens=False)) if many else []
         return [str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in many]
 
-    def _encode(self, texts: Sequence[str]) -> list["_Encoding"]:
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False) if texts else []
+            return [encoding.ids for encoding in encodings]
+        return [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoding]:
+        if self._backend is None:
+            return [BareIds(ids, text) for ids, text in zip(self._ids(texts), texts, strict=True)]
+        if self._bytes is None:
             encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-            return [_Encoding(encoding.ids, encoding.offsets) for encoding in encodings]
-        return [_Encoding(list(self.tokenizer(text, add_special_tokens=False)["input_ids"])) for text in texts]
+            return [ByOffsets(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
+        ids = self._ids(texts)
+        placed = [self._bytes.placed(*one) for one in zip(ids, texts, strict=True)]
+        others = [text for text, found in zip(texts, placed, strict=True) if found is None]
+        encodings = iter(self._backend.encode_batch(others, add_special_tokens=False) if others else ())
+        return [
+            ByOffsets(next(encodings), text) if found is None else found
+            for text, found in zip(texts, placed, strict=True)
+        ]
 
 
 def _no_ids(text: str, begin: int, end: int) -> RowProblem:
@@ -209,29 +231,7 @@ def _no_ids(text: str, begin: int, end: int) -> RowProblem:
     )
 
 
-class _Encoding:
-    """Ids of a text, and where in it they stand, where the tokenizer says so."""
-
-    __slots__ = ("ids", "spans", "starts")
-
-    def __init__(self, ids: list[int], spans: list[tuple[int, int]] | None = None) -> None:
-        self.ids, self.spans = ids, spans
-        self.starts = [start for start, _ in spans or ()]
-
-    def token_at(self, place: int) -> int | None:
-        """The index of the token that begins at a character; None where a token covers the place, -1 where the
-        tokenizer does not say (it leaves characters out, such as spaces)."""
-        if self.spans is None or (token := bisect_left(self.starts, place)) == 0:
-            return -1
-        before = self.spans[token - 1][1]
-        if before > place:
-            return None
-        begins = token < len(self.starts) and self.starts[token] == place
-        return token if begins and before == place else -1
-
-
-@dataclass(frozen=True, slots=True)
-class _Prefix:
+class _Prefix(NamedTuple):
     """A place that is one between tokens only if the ids from `first` on are those of `text` by itself; `at`: the index
     behind them, where it is known."""
 

@@ -79,8 +79,11 @@ def load_metric(source: str) -> CustomMetric:
 
 def row_dict(row: Row) -> dict[str, Any]:
     """A row as a metric gets it: what it holds, and no key for what it lacks."""
-    fields = {key: value for key, value in asdict(row).items() if value not in (None, (), {})}
+    own = ("shape", "unlearned")  # how it was read, which is not in the data
+    fields = {key: value for key, value in asdict(row).items() if value not in (None, (), {}) and key not in own}
     columns: dict[str, Any] = fields.pop("columns", {})
+    if arguments := fields.pop("template_kwargs", None):
+        fields["chat_template_kwargs"] = arguments
     return columns | {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
 

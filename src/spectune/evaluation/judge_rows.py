@@ -91,10 +91,10 @@ class _Measured:
 
 def _check_room(model: PreTrainedModel, encoded: Encoded, length: int) -> None:
     limit = context_length(model)
-    longest = max(encoded.examples, key=lambda example: len(example.input_ids))
-    if limit is not None and len(longest.input_ids) > limit:
+    longest = max(encoded.examples, key=lambda example: example.length)
+    if limit is not None and longest.length > limit:
         raise ConfigError(
-            f"{longest.row.origin} has {len(longest.input_ids)} tokens at max_length = {length}, and under this delta "
+            f"{longest.row.origin} has {longest.length} tokens at max_length = {length}, and under this delta "
             f"the base takes {limit}: judge all models with max_length = {limit}"
         )
 

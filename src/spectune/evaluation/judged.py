@@ -12,6 +12,7 @@ from typing import Any
 
 from spectune.errors import DataError
 from spectune.evaluation.corpus import corpus_score
+from spectune.evaluation.losses import by_source, mean_per_token
 from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_write_text
 
@@ -78,22 +79,16 @@ def read_rows(path: str | Path) -> list[JudgedRow]:
 def judged_loss(judged: Sequence[JudgedRow]) -> float:
     """Nats per target token over all rows: every token weighs the same, whichever row it stands in. Raises DataError:
     no row, or none with a target token."""
-    tokens = sum(row.target_tokens for row in judged)
-    if tokens == 0:
+    if not any(row.target_tokens for row in judged):
         raise DataError(f"{len(judged)} judged rows without a target token; expected at least one")
-    return math.fsum(row.loss_sum for row in judged) / tokens
+    return mean_per_token([row.loss_sum for row in judged], [row.target_tokens for row in judged])
 
 
 def loss_by_source(judged: Sequence[JudgedRow]) -> dict[str, float]:
     """Nats per target token over the rows of each source that has any, in the order of the rows; {} where there is but
     one source, or none is known."""
-    of_source = defaultdict[str, list[JudgedRow]](list)
-    for row in judged:
-        if row.source is not None:
-            of_source[row.source].append(row)
-    if len(of_source) < 2:
-        return {}
-    return {name: judged_loss(rows) for name, rows in of_source.items() if any(row.target_tokens for row in rows)}
+    columns = [row.source for row in judged], [row.loss_sum for row in judged], [row.target_tokens for row in judged]
+    return by_source(*columns)
 
 
 def corpus_metrics(judged: Sequence[JudgedRow]) -> dict[str, float]:

@@ -62,7 +62,7 @@ def _batches(
     model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches on the model's device, the longest examples first, each with the indices of its examples."""
-    for members in by_length(range(len(examples)), [len(example.input_ids) for example in examples], batch_size):
+    for members in by_length(range(len(examples)), [example.length for example in examples], batch_size):
         batch = collate([examples[index] for index in members], pad_token_id)
         yield members, {name: tensor.to(model.device) for name, tensor in batch.items()}
 

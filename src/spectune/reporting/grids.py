@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from spectune.reporting import units
-from spectune.reporting.columns import METHOD, Column, columns_of, metric_text
-from spectune.results.arm_result import ArmResult, arm_results, metric_names
+from spectune.reporting.columns import METHOD, Column, columns_of, loss_title, metric_text
+from spectune.results.arm_result import ArmResult, arm_results, base_loss_by_source, metric_names, source_names
 from spectune.results.comparison_file import ComparisonResult, Share
 
 SCALE_TITLE = "Share of the weights on models of known size"
@@ -22,14 +22,15 @@ class Grid:
 
 
 def grids(comparison: ComparisonResult) -> list[Grid]:
-    """Quality, task metrics, cost, learning rates, and what a textbook says; those that there is nothing for are
-    left out."""
+    """Quality, task metrics, loss by source, cost, learning rates, and what a textbook says; those that there is
+    nothing for are left out."""
     rows = arm_results(comparison)
     base = comparison.base
     facts = f"{units.count(base.total_parameters)} weights, validation loss {units.number(base.valid_loss)}"
     columns = columns_of(comparison, rows)
     found = [_over_arms(f"Quality: {base.name} ({facts} before training)", columns.quality, rows)]
     found += [_metrics(comparison, columns.metrics, rows)] if columns.metrics else []
+    found += [by_source] if (by_source := sources_grid(comparison)) is not None else []
     found.append(_over_arms("Cost of training", columns.training, rows))
     if len(columns.overheads) == 1:
         found.append(_over_arms("Cost of serving", [*columns.overheads, *columns.storage], rows))
@@ -54,6 +55,16 @@ def _metrics(comparison: ComparisonResult, columns: Sequence[Column], rows: Sequ
     if bare := comparison.base.metrics:
         grid.body.append(["Bare base", *(metric_text(name, bare.get(name)) for name in metric_names(rows))])
     return grid
+
+
+def sources_grid(comparison: ComparisonResult) -> Grid | None:
+    """The judged loss on the rows of each source, of every arm and of the bare base; None where there is one source."""
+    if not (names := source_names(comparison)):
+        return None
+    rows = [(row.label, row.loss_by_source) for row in arm_results(comparison) if not row.failed]
+    rows.append(("Bare base", base_loss_by_source(comparison)))
+    body = [[label, *(units.number(losses.get(name)) for name in names)] for label, losses in rows]
+    return Grid(f"{loss_title(comparison)} by source", ["Method", *names], body)
 
 
 def _searches(comparison: ComparisonResult) -> Grid:

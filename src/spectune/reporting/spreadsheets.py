@@ -5,7 +5,16 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from spectune.results.arm_result import MEMORY_KEY, PLAIN, PREDICTED_KEY, arm_results, method_of, metric_names
+from spectune.results.arm_result import (
+    MEMORY_KEY,
+    PLAIN,
+    PREDICTED_KEY,
+    arm_results,
+    base_loss_by_source,
+    method_of,
+    metric_names,
+    source_names,
+)
 from spectune.results.comparison_file import ComparisonResult
 
 #: fields of a run's result that are one number or word
@@ -19,17 +28,21 @@ RUN_FIELDS = (
 
 def comparison_csv(comparison: ComparisonResult) -> str:
     """One arm a line: the means over its seeds. Empty where a number does not exist; metrics have columns
-    `metric_<name>`, with `_low` and `_high` where there are intervals."""
+    `metric_<name>`, with `_low` and `_high` where there are intervals, and the rows of several sources
+    `judged_loss[<name>]`, with the bare base's beside it."""
     rows = arm_results(comparison)
     names = metric_names(rows)
+    sources, base = source_names(comparison), base_loss_by_source(comparison)
     ranged = [name for name in names if any(name in row.metric_intervals for row in rows)]
     header = [*PLAIN, *(f"metric_{name}" for name in names)]
     header += [f"metric_{name}_{end}" for name in ranged for end in ("low", "high")]
+    header += [f"{whose}judged_loss[{name}]" for whose in ("", "base_") for name in sources]
     lines = [
         [
             *(getattr(row, column) for column in PLAIN),
             *(row.metrics.get(name) for name in names),
             *(bound for name in ranged for bound in row.metric_intervals.get(name, (None, None))),
+            *(losses.get(name) for losses in (row.loss_by_source, base) for name in sources),
         ]
         for row in rows
     ]
@@ -42,11 +55,13 @@ def runs_csv(comparison: ComparisonResult) -> str:
     runs = [run for found in comparison.runs_by_arm.values() for run in found]
     names = list(dict.fromkeys(key for run in runs for key in run.metrics))
     header = ["name", "method", "label", "seed", *RUN_FIELDS, "train_memory_bytes", "predicted_memory_bytes"]
-    header += [*(f"metric_{name}" for name in names), "failed"]
+    sources = source_names(comparison)
+    header += [*(f"metric_{name}" for name in names), *(f"judged_loss[{name}]" for name in sources), "failed"]
     lines: list[list[Any]] = []
     for run in runs:
         memory = run.peak_memory_bytes.get(MEMORY_KEY), run.predicted_memory_bytes.get(PREDICTED_KEY)
         numbers = [*(getattr(run, key) for key in RUN_FIELDS), *memory, *(run.metrics.get(name) for name in names)]
+        numbers += [run.judged_loss_by_source.get(name) for name in sources]
         lines.append([run.name, run.method, labels[run.name], run.seed, *numbers, None])
     blank = [None] * (len(header) - 6)
     lines += [

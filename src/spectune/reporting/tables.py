@@ -1,5 +1,6 @@
 """The tables that a student of fine-tuning knows, filled with measurements: on a terminal, as Markdown and HTML."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from spectune.reporting import words
 from spectune.reporting.columns import METHOD, columns_of
-from spectune.reporting.grids import Grid, grids
+from spectune.reporting.grids import Grid, grids, sources_grid
 from spectune.reporting.text import one_line
 from spectune.results import ComparisonResult
 from spectune.results.arm_result import arm_results
@@ -53,18 +54,26 @@ def comparison_markdown(comparison: ComparisonResult) -> str:
 
 
 def comparison_html(comparison: ComparisonResult) -> str:
-    """For notebooks: the verdict, and quality and cost as one plain table with a caption; all text is escaped."""
+    """For notebooks: the verdict, quality and cost as one plain table with a caption, and the losses by source as one
+    where there are several; all text is escaped."""
     rows = arm_results(comparison)
     of = columns_of(comparison, rows)
     columns = [METHOD, *of.quality, *of.metrics, *of.training, *of.overheads, *of.storage]
     titles = [*(column.title for column in columns), "Best for (rule of thumb)"]
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     lines = [[*(column.text(row) for column in columns), row.best_for] for row in rows]
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+    tables = _html(comparison.base.name, titles, lines)
+    if (by_source := sources_grid(comparison)) is not None:
+        tables += _html(by_source.title, by_source.header, by_source.body)
     above = "".join(f"<p><strong>{escape(text)}</strong></p>" for text in words.verdict_sentences(comparison)[:1])
     below = "<br>".join(map(escape, [*words.failure_lines(comparison), *words.notes(comparison)]))
-    caption = f"<caption>{escape(comparison.base.name)}</caption>"
-    return f"{above}<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{below}</p>"
+    return f"{above}{tables}<p>{below}</p>"
+
+
+def _html(caption: str, titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+    caption = f"<caption>{escape(caption)}</caption>"
+    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _rich(grid: Grid) -> Table:

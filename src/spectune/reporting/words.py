@@ -95,6 +95,7 @@ def notes(comparison: ComparisonResult) -> list[str]:
     rows = "test" if data.judged_on == "test" else "validation"
     judged = f"{data.valid_rows:,}" if data.judged_rows is None else f"{data.judged_rows:,} {rows}"
     found = _budget(comparison.preset, searched=bool(comparison.searches))
+    found += [f"Trained on {data.mixture}."] if data.mixture else []
     found += [_meaning_of_intervals(verdict)] if verdict.arms else []
     found += [
         f"Relative perf.: 100 x (base - method) / (base - full) of {rows} loss"

@@ -31,7 +31,8 @@ class ArmResult:
     Numbers are means over the seeds that ended, except: `train_memory_bytes` is the largest peak, `valid_perplexity`
     the exponential of the mean loss, and an overhead's noise the mean of the runs'. `loss` is what the verdict ranks
     by: nats per target token on the judged rows, with its interval `loss_low` to `loss_high` where there is a verdict.
-    `relative_performance` is of that loss. One run is shown as it is.
+    `relative_performance` is of that loss. `loss_by_source`: the judged loss on the rows of each source. One run is
+    shown as it is.
     """
 
     name: str
@@ -76,6 +77,7 @@ class ArmResult:
     inference_overhead_16_merged_noise: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     metric_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    loss_by_source: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def loss_interval(self) -> tuple[float, float] | None:
@@ -86,8 +88,8 @@ class ArmResult:
         return _interval(self.forgetting_low, self.forgetting_high)
 
 
-#: the fields that are one number or word each; metrics have names of their own
-PLAIN = tuple(f.name for f in fields(ArmResult) if f.name not in ("metrics", "metric_intervals"))
+#: the fields that are one number or word each; metrics and sources have names of their own
+PLAIN = tuple(f.name for f in fields(ArmResult) if f.name not in ("metrics", "metric_intervals", "loss_by_source"))
 
 
 def arm_results(comparison: ComparisonResult) -> list[ArmResult]:
@@ -175,6 +177,17 @@ def metric_names(arms: Iterable[ArmResult]) -> list[str]:
     return list(dict.fromkeys(name for arm in arms for name in arm.metrics))
 
 
+def source_names(comparison: ComparisonResult) -> list[str]:
+    """The sources of the judged rows, in the order in which they come; none where all rows are of one."""
+    of_all = [comparison.base.judged_loss_by_source, *(run.judged_loss_by_source for run in comparison.runs)]
+    return list(dict.fromkeys(name for found in of_all for name in found))
+
+
+def base_loss_by_source(comparison: ComparisonResult) -> dict[str, float]:
+    """The bare base's loss on the judged rows of each source, where it was measured and is finite."""
+    return {name: loss for name, loss in comparison.base.judged_loss_by_source.items() if is_finite(loss)}
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """Mean of the values that are there; None where none is."""
     found = [value for value in values if value is not None]
@@ -232,8 +245,15 @@ def _quality(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], compariso
         "forgetting_low": forgetting.low,
         "forgetting_high": forgetting.high,
         "metrics": metrics,
+        "loss_by_source": _by_source(runs),
         "metric_intervals": {metric: bounds for metric, bounds in intervals.items() if bounds is not None},
     }
+
+
+def _by_source(runs: Sequence[ComparedRun]) -> dict[str, float]:
+    names = dict.fromkeys(name for run in runs for name in run.judged_loss_by_source)
+    means = {name: mean(run.judged_loss_by_source.get(name) for run in runs) for name in names}
+    return {name: loss for name, loss in means.items() if loss is not None}
 
 
 def _costs(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], comparison: ComparisonResult) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from spectune.errors import DataError
 from spectune.results.recommendation import Recommendation
 from spectune.results.record import Record, first_problem
-from spectune.results.run_result import RunRecord
+from spectune.results.run_result import RunRecord, TrainSource
 from spectune.results.verdict_record import Verdict
 
 FILE = "comparison.json"
@@ -21,7 +21,8 @@ FORMAT_VERSION = 1
 
 
 class Base(Record):
-    """The base that all methods adapt. `judged_loss` and `metrics` are the bare base's on the judged rows."""
+    """The base that all methods adapt. `judged_loss` and `metrics` are the bare base's on the judged rows;
+    `judged_loss_by_source` is empty where those are of one source."""
 
     name: str = ""
     total_parameters: int | None = None
@@ -29,13 +30,15 @@ class Base(Record):
     dtype: str = ""
     precision: str | None = None
     judged_loss: float | None = None
+    judged_loss_by_source: dict[str, float | None] = Field(default_factory=dict)
     metrics: dict[str, float | None] = Field(default_factory=dict)
     valid_loss: float | None = None
     decode_tokens_per_second: float | None = None
 
 
 class Data(Record):
-    """The rows. `held_out`: the share of the training rows that validates, None where rows for that were given."""
+    """The rows. `held_out`: the share of the training rows that validates, None where rows for that were given.
+    `sources` and `mixture`, the same as a sentence: where the training rows are of several sources."""
 
     train_rows: int = 0
     train_examples: int | None = None
@@ -50,6 +53,8 @@ class Data(Record):
     retained_tokens: int | None = None
     retained_from: str = ""
     target_tokens_per_step: float | None = None
+    sources: dict[str, TrainSource] = Field(default_factory=dict)
+    mixture: str = ""
 
 
 class Share(Record):

@@ -14,6 +14,15 @@ from spectune.files.strict_json import strict_json
 from spectune.results.record import Record, first_problem
 
 
+class TrainSource(Record):
+    """One of several sources that a run was trained on: its rows, how often an epoch has each (`weight`), and the
+    examples that an epoch has of it."""
+
+    rows: int = 0
+    weight: float = 1.0
+    examples: int = 0
+
+
 class RunRecord(Record):
     """A run as a comparison's file has it. Files of earlier versions lack some fields, and in published ones what was
     not measured alone is null; see `RunResult` for what the fields mean."""
@@ -33,6 +42,8 @@ class RunRecord(Record):
     target_tokens: int | None = None
     train_loss: float | None = None
     valid_loss: float | None = None
+    valid_loss_by_source: Mapping[str, float | None] = Field(default_factory=dict)
+    train_sources: Mapping[str, TrainSource] = Field(default_factory=dict)
     base_valid_loss: float | None = None
     valid_perplexity: float | None = None
     train_tokens_per_second: float | None = None
@@ -58,6 +69,7 @@ class RunRecord(Record):
     key: str | None = None
     last_valid_loss: float | None = None
     judged_loss: float | None = None
+    judged_loss_by_source: Mapping[str, float | None] = Field(default_factory=dict)
     judged_on: str | None = None
     rows_file: str | None = None
     evaluation_seconds: float | None = None
@@ -90,6 +102,8 @@ class RunResult(RunRecord):
     are the quartiles of the extra time over the rounds, as shares of the bare base's time in the same round.
     `retained_sha256`: of the passages that forgetting was measured on; `forgetting_by_passage`: nats, summed over each.
     `valid_loss` is the kept weights', `last_valid_loss` that after the last step: above it where a run overfits.
+    `valid_loss_by_source` and `judged_loss_by_source`: the same losses over the rows of each source, by its name; empty
+    where the rows are of one source. `train_sources`: of a run on several, or on weighted ones.
     `judged_loss` and `metrics`: of the kept weights on the rows that are judged (`judged_on`: "valid" or "test"), row
     by row in `rows_file`, a path within the comparison's folder. `key`: of all that the run depends on.
     `decode`: speeds by batch size, see `spectune.comparing.measure`. Fields that only a comparison measures

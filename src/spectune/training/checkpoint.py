@@ -45,7 +45,9 @@ class Progress:
     last_epoch_loss: float | None = None
     base_valid_loss: float | None = None
     valid_loss: float | None = None
+    valid_loss_by_source: dict[str, float] = field(default_factory=dict)
     best_loss: float | None = None
+    best_loss_by_source: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     without_improvement: int = 0
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class TrainingConfig(BaseModel):
@@ -98,6 +98,11 @@ class TrainingConfig(BaseModel):
     resume: bool = False
     skip_bad_rows: bool = False
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
+
+    @field_validator("memory_check", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` so
 
     @property
     def row_options(self) -> dict[str, Any]:

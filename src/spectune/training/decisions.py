@@ -87,7 +87,7 @@ def decide(
 def decide_run(delta: Delta, prepared: Prepared, processes: int = 1, config: TrainingConfig | None = None) -> Execution:
     """How a run of an attached delta is executed, as far as memory has no say in it; raises as `decide`. With `config`:
     as if the run had these settings."""
-    lengths, config = [len(example.input_ids) for example in prepared.examples], config or prepared.config
+    lengths, config = [example.length for example in prepared.examples], config or prepared.config
     steps = total_steps(len(lengths), config, processes)
     device_type = delta.model.device.type
     return decide(config, delta.family, delta.method, lengths, device_type, steps=steps, delta=delta)

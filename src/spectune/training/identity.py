@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectune.data import Encoded
+from spectune.data import Encoded, weight_changes
 from spectune.deltas import Method
 from spectune.errors import ConfigError, DataError
 from spectune.families import differences
@@ -43,6 +43,7 @@ def identity_of(
         "learning_rate": learning_rate,
         "max_length": max_length,
         "method": method.model_dump(mode="json"),
+        "weights": {name: found.weight for name, found in train.report.sources.items() if found.weight is not None},
         "data_sha256": hashlib.sha256(f"{train.sha256} {valid.sha256}".encode()).hexdigest(),
         "dtype": dtype,
         "base_precision": base_precision,
@@ -78,6 +79,8 @@ def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], place
         OtherRunError: names every difference.
     """
     changed = [line for key in wanted for line in _changes(key, recorded.get(key), wanted[key], what)]
+    if recorded.get("data_sha256") != wanted.get("data_sha256"):  # the same rows as often: the names of files are free
+        changed += weight_changes(recorded.get("weights") or {}, wanted.get("weights") or {}, what)
     if changed:
         raise OtherRunError(
             f"{place} is of a run with other settings; go on with the same, or start in a new folder:\n"
@@ -86,7 +89,7 @@ def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], place
 
 
 def _changes(key: str, before: Any, now: Any, what: str) -> list[str]:
-    if before == now:
+    if before == now or key == "weights":
         return []
     if key == "base" and before is not None:
         # not by equality: the same base in another precision, or quantised, has the same fingerprint nearly

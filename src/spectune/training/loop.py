@@ -21,7 +21,7 @@ from spectune.compute.memory import PeakMemory
 from spectune.data import Example
 from spectune.deltas import route
 from spectune.errors import InterruptedRun, OutOfMemoryError
-from spectune.evaluation import row_losses
+from spectune.evaluation import RowLosses, row_losses
 from spectune.inference import is_out_of_memory, wait_for
 from spectune.objectives import CAUSAL_LM
 from spectune.training.async_scalars import AsyncScalars
@@ -122,7 +122,7 @@ class Loop:
         run, number = self.run, self.run.progress.step + len(self._in_flight)
         members = [self.batches.examples[i] for batch in window for i in batch]
         targets = sum(example.target_tokens for example in members)
-        tokens = sum(len(example.input_ids) for example in members)
+        tokens = sum(example.length for example in members)
         # data are made ready before the clock starts: speed is that of computing
         collated = [self.batches.collate(packs) if packs else None for packs in self.batches.of_step(window)]
         measured = self.peaks.of_step(first=self._is_first(number))
@@ -196,23 +196,25 @@ class Loop:
         if not self._has_validated:
             # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
             # run's own validation, which counting tensors would slow down
-            order = sorted(run.valid_examples, key=lambda example: -len(example.input_ids))
+            order = sorted(run.valid_examples, key=lambda example: -example.length)
             with self.peaks.of("valid"):
-                self.valid_loss(order[: run.config.per_device_eval_batch_size])
+                self.valid_losses(order[: run.config.per_device_eval_batch_size])
             self._has_validated = True
-        valid_loss = self.valid_loss()
+        losses = self.valid_losses()
+        valid_loss = losses.mean_per_token
         self.peaks.resume()
         if not math.isfinite(valid_loss):
             raise run.diverged(f"the validation loss is {valid_loss} after step {run.progress.step}")
         per_step = run.config.per_device_train_batch_size * self.world.size * run.config.gradient_accumulation_steps
-        display.say(run.validated(valid_loss, math.ceil(len(self.batches.examples) / per_step)))
+        sources = losses.by_source(run.valid_examples)
+        display.say(run.validated(valid_loss, sources, math.ceil(len(self.batches.examples) / per_step)))
         return run.has_stopped_improving
 
-    def valid_loss(self, examples: Sequence[Example] | None = None) -> float:
-        """Mean loss per target token of the validation rows, or of these, under the current route."""
+    def valid_losses(self, examples: Sequence[Example] | None = None) -> RowLosses:
+        """The loss of each validation row, or of these, under the current route. Every process takes all of them."""
         rows = self.run.valid_examples if examples is None else examples
         batch = self.run.config.per_device_eval_batch_size
-        return row_losses(self.model, rows, self.batches.pad_token_id, batch).mean_per_token
+        return row_losses(self.model, rows, self.batches.pad_token_id, batch)
 
     def _settle(self, left: int, display: Display) -> None:
         """Finish steps until so many are left in flight."""

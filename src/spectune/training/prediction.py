@@ -167,7 +167,7 @@ def plan_unloaded(
         ConfigError: as `decide` and `spectune.planning.plan`.
     """
     device = workload.device
-    lengths = [len(example.input_ids) for example in examples] or [length]
+    lengths = [example.length for example in examples] or [length]
     steps = steps_of_run(examples, config)
     execution = decide(config, family_from_config(workload.config), workload.method, lengths, device, steps=steps)
     batch, judged = Shape.whole(config.per_device_train_batch_size, length), config.per_device_eval_batch_size
@@ -262,13 +262,13 @@ def _validation(valid: Sequence[Example], config: TrainingConfig, *, padded: boo
         return None
     whole = shape_of([[row] for row in valid])
     rows = min(config.per_device_eval_batch_size, whole.rows)
-    longest = shape_of([[row] for row in sorted(valid, key=lambda row: -len(row.input_ids))[:rows]])
+    longest = shape_of([[row] for row in sorted(valid, key=lambda row: -row.length)[:rows]])
     return Shape(rows, whole.length, whole.targets, rows * whole.targets, padded, longest.columns)
 
 
 def shape_of(packs: Sequence[Sequence[Example]], packing: Packing | None = None) -> Shape:
     """Of a batch of these packs of rows; without `packing`, of one row each, with a mask where it is padded."""
-    rows = [[len(row.input_ids) for row in pack] for pack in packs]
+    rows = [[row.length for row in pack] for pack in packs]
     lengths = [sum(pack) for pack in rows]
     targets = [sum(row.target_tokens for row in pack) for pack in packs]
     padded = min(lengths) < max(lengths) and (packing is None or not packing.mask_free)
@@ -284,7 +284,7 @@ def _columns(packs: Sequence[Sequence[Example]]) -> int:
     for pack in packs:
         begin = 0
         for row in pack:
-            length = len(row.input_ids)
+            length = row.length
             found.update(range(begin + max(0, length - row.target_tokens - 1), begin + length - 1))
             begin += length
     return len(found)

@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.data import Encoded, Example, Row, encode, load_rows, pad_token_id, split_rows, weighted
+from spectune.data import DataReport, Encoded, Example, Row, encode, load_rows, pad_token_id, split_rows, weighted
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import base_precision, vocabulary_rows
 from spectune.planning.workload import context_of
+from spectune.results.run_result import TrainSource
 from spectune.training.config import TrainingConfig
 from spectune.training.identity import FILE, identity_of, read_identity
 
@@ -74,6 +75,15 @@ def prepare(
         dtype=str(model.dtype).removeprefix("torch."), base_precision=base_precision(model),
     )  # fmt: skip
     return Prepared(config, rows, (train, valid), rate, length, identity, pad_token_id(tokenizer, vocab_size))
+
+
+def train_sources(report: DataReport) -> dict[str, TrainSource]:
+    """Of training rows that were mixed from sources, what an epoch has of each; {} of others."""
+    return {
+        name: TrainSource(rows=found.rows, weight=found.weight, examples=found.epoch_examples)
+        for name, found in report.sources.items()
+        if found.weight is not None
+    }
 
 
 def dated(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> TrainingConfig:

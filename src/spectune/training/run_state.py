@@ -87,18 +87,21 @@ class RunState:
             entry = {"step": now.step, "epoch": now.epoch, "loss": loss, "learning_rate": rate, "grad_norm": norm}
             self.keeper.log({**entry, "tokens": now.tokens, "seconds": now.seconds})
 
-    def validated(self, valid_loss: float, steps_per_epoch: int) -> str:
-        """Keep the best. Returns a line that says what was found."""
+    def validated(self, valid_loss: float, by_source: dict[str, float], steps_per_epoch: int) -> str:
+        """Keep the best. Returns a line that says what was found. `by_source`: the same of each source's rows."""
         now = self.progress
         train_loss = now.epoch_loss / max(1, now.epoch_targets)
-        now.valid_loss = valid_loss
+        now.valid_loss, now.valid_loss_by_source = valid_loss, by_source
         best = now.best_loss is None or valid_loss < now.best_loss
         if best:
             now.best_loss, now.best_step, now.without_improvement = valid_loss, now.step, 0
+            now.best_loss_by_source = by_source
             self.keeper.keep_best()
         else:
             now.without_improvement += 1
-        self.keeper.log({"step": now.step, "epoch": now.epoch, "train_loss": train_loss, "valid_loss": valid_loss})
+        sources = {f"valid_loss[{name}]": loss for name, loss in by_source.items()}
+        found = {"train_loss": train_loss, "valid_loss": valid_loss, **sources}
+        self.keeper.log({"step": now.step, "epoch": now.epoch, **found})
         return (
             f"step {now.step} of {self.total_steps} (epoch {now.epoch + now.window / steps_per_epoch:.2f}): "
             f"training loss {train_loss:.4f}, validation loss {valid_loss:.4f}, "

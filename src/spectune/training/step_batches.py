@@ -23,7 +23,7 @@ class Batches:
     ) -> None:
         self.examples, self.config, self.packing, self.world = examples, config, packing, world
         self.pad_token_id = pad_token_id
-        self.lengths = [len(example.input_ids) for example in examples]
+        self.lengths = [example.length for example in examples]
         self._one_text_rows = OneTextRows()
 
     def windows(self, epoch: int) -> list[list[list[int]]]:

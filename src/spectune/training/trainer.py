@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.blocks.execution import Execution
+from spectune.data import mixture
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
@@ -22,7 +23,7 @@ from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.machine import environment
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
-from spectune.training.prepare import Prepared, prepare
+from spectune.training.prepare import Prepared, prepare, train_sources
 from spectune.training.run_folder import RunFolder, check_folder, load_end
 from spectune.training.run_state import RunState, trained_parameters
 
@@ -47,8 +48,9 @@ def train(
     """Train one method (attached as `name`) or an attached delta; the delta ends as the best of validation.
 
     Args:
-        train_rows, valid_rows: what `spectune.data.load_rows` takes: paths, lists of dicts, `datasets` objects.
-            Without `valid_rows` a seeded tenth of the training rows is held out.
+        train_rows, valid_rows: what `spectune.data.load_rows` takes: paths, lists of dicts, `datasets` objects, or
+            several of them as a list of `spectune.Source`, with weights by which training mixes them. Without
+            `valid_rows` a seeded tenth of the training rows is held out.
         config: see `TrainingConfig`; with an `output_dir` everything is written there.
         origin: entries for config.yaml that say where base and data came from (model, data, valid, device, dtype).
         console: where to print; default is standard output.
@@ -155,7 +157,7 @@ def _base_loss(loop: Loop) -> float:
     delta = loop.run.delta
     # full fine-tuning is at its base until the first step; all others leave the base as it is
     with route(loop.model, delta.name if delta.method.trains_base else None):
-        loss = loop.valid_loss()
+        loss = loop.valid_losses().mean_per_token
     if not math.isfinite(loss):
         raise DivergedError(
             f"the validation loss of the bare base is {loss}, before any step: nothing was trained. Try another dtype "
@@ -166,7 +168,8 @@ def _base_loss(loop: Loop) -> float:
 
 def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stopped: bool) -> RunResult:
     delta, progress, config = folder.run.delta, folder.run.progress, folder.run.config
-    valid_loss = progress.best_loss if config.load_best_at_end else progress.valid_loss
+    best = config.load_best_at_end
+    valid_loss = progress.best_loss if best else progress.valid_loss
     tokens = progress.timed_tokens or progress.tokens
     return RunResult(
         method=delta.method.name,
@@ -179,6 +182,8 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         steps=progress.step, best_step=progress.best_step,
         train_tokens=progress.tokens, target_tokens=progress.targets,
         train_loss=progress.last_epoch_loss, valid_loss=valid_loss, last_valid_loss=progress.valid_loss,
+        valid_loss_by_source=progress.best_loss_by_source if best else progress.valid_loss_by_source,
+        train_sources=train_sources(prepared.encoded[0].report),
         base_valid_loss=progress.base_valid_loss,
         valid_perplexity=None if valid_loss is None else perplexity(valid_loss),
         train_tokens_per_second=tokens / (progress.timed_seconds or progress.seconds),
@@ -204,6 +209,7 @@ def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execut
         f"{len(prepared.examples):,} rows to train on, {len(prepared.valid):,} to validate, learning rate "
         f"{prepared.learning_rate:g}"
         + ("" if config.learning_rate else f" (default; {delta.method.default_learning_rate_source})"),
+        mixture(prepared.encoded[0].report) or None,
         None if notice is None else f"note: {notice}",
         execution.reason("packing"),
         *(f"{line} (see data_report.json)" for line in summaries if line),

@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from spectune.reporting import columns, units, words
+from spectune.reporting.grids import sources_grid
 from spectune.reporting.page import reproduce
 from spectune.reporting.page.examples import examples
 from spectune.reporting.page.svg import inline
@@ -44,6 +45,7 @@ def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[
         groups=groups,
         columns=[column for _, found in groups for column in found],
         table=rows,
+        by_source=sources_grid(comparison),
         failures=words.failure_lines(comparison),
         notes=words.notes(comparison),
         verdict_plots=[shown[name] for name in ("verdict", "differences") if name in shown],
