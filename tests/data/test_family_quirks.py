@@ -171,3 +171,42 @@ def test_a_refusal_names_the_switch_that_a_template_has_for_thoughts() -> None:
         encoded(ONE, quirks.quirky(template))
     said = learned(ONE, quirks.quirky(template), chat_template_kwargs={"enable_thinking": False})
     assert said == [IM_HI + "[[yes<|im_end|>]]"]
+
+
+def test_calls_that_a_template_leaves_away_behind_the_first_are_missed() -> None:
+    calls = [call(CITY), call({"city": "Leeds"})]
+    messages = [user("what time"), bot(None, tool_calls=calls), tool("10:15"), tool("11:15"), bot("ten")]
+    for template in (quirks.CALLS_WITH_THOUGHTS, quirks.NULL_IS_A_CALL):
+        with pytest.raises(
+            DataError, match=r"messages\[2\]: the chat template writes the first of several calls alone"
+        ):
+            encoded(messages, quirks.quirky(template))
+    [said] = learned(messages, quirks.quirky(quirks.TEXT_ARGUMENTS))
+    assert said.startswith(
+        BEFORE + '[[<call>get_time\n{"city": "York"}</call><call>get_time\n{"city": "Leeds"}</call><|im_end|>]]'
+    )
+
+
+@pytest.mark.parametrize(
+    "thought", [r"<think>\n\n</think>\n\n", r"<|channel>thought\n<channel|>", "<|START_THINKING|><|END_THINKING|>"]
+)
+def test_an_answer_is_learned_behind_the_empty_thought_of_its_prompt(thought: str) -> None:
+    """Gemma 4's template writes it into the generation prompt, and not into what is history."""
+    tokenizer = quirks.quirky(quirks.CHATML + quirks.prompt(r"<|im_start|>assistant\n" + thought))
+    hi, ho = IM_HI + thought.replace(r"\n", "\n"), IM_HO + thought.replace(r"\n", "\n")
+    assert learned(ONE, tokenizer) == [hi + "[[yes<|im_end|>]]"]
+    assert learned(TWO, tokenizer) == [hi + "[[yes<|im_end|>]]", IM_HI + "yes<|im_end|>" + ho + "[[no<|im_end|>]]"]
+    other = thought.replace(r"\n", "\n").replace("<", "the reason<")[len("the reason") :]
+    with pytest.raises(DataError, match=r"messages\[2\] cannot be learned"):
+        encoded([user("hi"), bot(other + "yes")], tokenizer)
+
+
+def test_a_turn_that_is_marked_in_pieces_is_one_turn() -> None:
+    template = quirks.turns(
+        r"{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        r"{% endgeneration %}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+        r"{{ m.content + '<|im_end|>\n' }}{% endif %}"
+    )
+    tokenizer = quirks.quirky(template + quirks.CHATML_PROMPT)
+    assert learned(TWO, tokenizer) == [IM_HI + "[[yes<|im_end|>]]" + IM_HO + "[[no<|im_end|>]]"]
+    assert encoded(TWO, tokenizer).report.turns == 2

@@ -17,6 +17,12 @@ from spectune.data.rendering import Rendered, ending_at_eos
 from spectune.data.shapes import Row
 from spectune.data.template_checks import check_rendered, thoughts_cut, visible
 
+#: a generation prompt that ends with a thought which is empty and over, as it does where thoughts are switched off
+_NO_THOUGHT = re.compile(
+    r"(?:(<think>)\s*(</think>)|(<\|channel>thought)\s*(<channel\|>)|"
+    r"(<\|START_THINKING\|>)\s*(<\|END_THINKING\|>))\s*\Z"
+)
+
 
 def conversation_sequences(template: ChatTemplate, row: Row, *, last_only: bool = False) -> list[Rendered]:
     """The sequences that a conversation is learned in.
@@ -34,8 +40,8 @@ def conversation_sequences(template: ChatTemplate, row: Row, *, last_only: bool 
         places = places[-1:]
     conversation = template.whole(row, messages)
     whole = conversation.text
-    calls_written = all("tool_calls" not in message for message in messages) or template.forms(row).calls_written
-    check_rendered(row, whole, template.source(row), template.left_out(row), calls_written=calls_written)
+    forms = template.forms(row) if any("tool_calls" in message for message in messages) else None
+    check_rendered(row, whole, template.source(row), template.left_out(row), forms=forms)
     greetings = [place for place in places if _is_greeting(row, place)]
     unasked = [place for place in greetings if not _can_be_asked(template, row, place, conversation)]
     places = [place for place in places if place not in unasked]
@@ -96,11 +102,15 @@ def _without_history_s_end(template: ChatTemplate, whole: str, stretch: Span) ->
 
 
 def _behind_its_prompt(template: ChatTemplate, row: Row, conversation: Whole) -> Rendered | None:
-    """The last turn behind what the model is asked with, where the template writes earlier messages otherwise as soon
-    as the answer stands there (gpt-oss cuts the thoughts before tool calls); None where the turn does not begin as the
-    generation prompt says."""
+    """The last turn behind what the model is asked with, where the template writes that otherwise as soon as the answer
+    stands there: gpt-oss cuts the thoughts before tool calls, Gemma 4 the empty thought of its generation prompt. None
+    where the turn does not begin as the generation prompt says."""
     *before, last = row.messages or []
     whole, prompt = conversation.text, template.asked(row, len(before), conversation)
+    if (over := _NO_THOUGHT.search(prompt)) and whole.startswith(prompt[: over.start()]):
+        if whole[over.start() :].lstrip().startswith(tuple(filter(None, over.groups()))):
+            return None  # it has another thought
+        return _behind(template, prompt, whole[over.start() :])
     said = template.beginning(row, len(before), conversation, generation=False)
     asks = prompt[len(said) :] if prompt.startswith(said) else ""
     known = before[-1]["content"].strip() if before else ""
@@ -113,7 +123,11 @@ def _behind_its_prompt(template: ChatTemplate, row: Row, conversation: Whole) ->
     begins = whole.rfind(asks, 0, alike)
     if not -1 < whole.rfind(known, 0, alike) < begins:
         return None
-    text = prompt + whole[begins + len(asks) :]
+    return _behind(template, prompt, whole[begins + len(asks) :])
+
+
+def _behind(template: ChatTemplate, prompt: str, turn: str) -> Rendered:
+    text = prompt + turn
     stop = ending_at_eos(text, len(prompt), len(text), template.eos)
     return Rendered(text[:stop], ((len(prompt), stop),), 1, front=False)
 
@@ -157,7 +171,13 @@ def _marked(found: Sequence[Span], marks: Sequence[Span] | None) -> list[Span]:
     """Of each turn what the template marks as the assistant's, where it marks any."""
     if marks is None:
         return list(found)
-    return [(max(a, begin), end) for a, b in found for begin, end in marks if end > a and begin < b]
+    spans = list[Span]()
+    for start, stop in ((max(a, begin), end) for a, b in found for begin, end in marks if end > a and begin < b):
+        if spans and spans[-1][1] == start:  # a turn that is marked in pieces
+            spans[-1] = spans[-1][0], stop
+        else:
+            spans.append((start, stop))
+    return spans
 
 
 def _no_prefix(template: ChatTemplate, row: Row, place: int, conversation: Whole) -> RowProblem:

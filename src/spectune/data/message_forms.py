@@ -5,6 +5,7 @@ their text as they are, and need JSON text (DeepSeek); some tell a call from an 
 write a thought from its own field alone, and put an empty one before an answer that holds its thought.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from spectune.data.problem import RowProblem
 
 Message = dict[str, Any]
 
-_NAME, _KEY, _VALUE = "spectuneprobe", "spectunekey", "spectunevalue"
+_NAME, _OTHER, _KEY, _VALUE = "spectuneprobe", "spectuneother", "spectunekey", "spectunevalue"
 _OPENS, _CLOSES = "<think>", "</think>"
 #: what stands in place of a call's content where there are no words
 _CONTENTS: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
@@ -33,12 +34,14 @@ class MessageForms:
         arguments_as_text: calls have their arguments as JSON text.
         thoughts_apart: a thought inside of the content is moved to the fields of its own.
         calls_written: whether calls are written at all.
+        first_call_alone: of several calls in one message the first is written (gpt-oss).
     """
 
     content: tuple[tuple[str, Any], ...] = (("content", ""),)
     arguments_as_text: bool = False
     thoughts_apart: bool = False
     calls_written: bool = True
+    first_call_alone: bool = False
 
     def shown(self, messages: Iterable[Message]) -> list[Message]:
         return [self._shown(message) for message in messages]
@@ -83,19 +86,24 @@ def find_forms(render: Render) -> MessageForms:
             if text and all(part in text for part in (_NAME, _KEY, _VALUE)) and not any(w in text for w in wrong):
                 fits.append((len(text), form.content))
         if fits:  # the one with the least around the call: "None", or an empty answer behind it, are longer
-            return MessageForms(min(fits, key=lambda fit: fit[0])[1], as_text, apart)
+            form = MessageForms(min(fits, key=lambda fit: fit[0])[1], as_text, apart)
+            two = _first(render, [form.shown(messages) for messages in _called(_NAME, _OTHER)])
+            return dataclasses.replace(form, first_call_alone=two is not None and _OTHER not in two)
     named = not refused and any(
         _NAME in (_first(render, [MessageForms().shown(messages)]) or "") for messages in _called()
     )
     return MessageForms(thoughts_apart=apart, calls_written=refused or named)
 
 
-def _called() -> list[list[Message]]:
+def _called(*names: str) -> list[list[Message]]:
     """Conversations with a call: one that goes on behind it, and one that ends with it."""
-    call = {"id": "spectune1", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}
-    asked: list[Message] = [_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    result = {"role": "tool", "name": _NAME, "tool_call_id": "spectune1", "content": "done"}
-    return [[*asked, result, {"role": "assistant", "content": "Hello"}], asked]
+    functions: list[dict[str, Any]] = [{"name": name, "arguments": {_KEY: _VALUE}} for name in names or (_NAME,)]
+    calls: list[dict[str, Any]] = [
+        {"id": f"spectune{i}", "type": "function", "function": f} for i, f in enumerate(functions, start=1)
+    ]
+    asked: list[Message] = [_ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]
+    results = [{"role": "tool", "name": c["function"]["name"], "tool_call_id": c["id"], "content": "x"} for c in calls]
+    return [[*asked, *results, {"role": "assistant", "content": "Hello"}], asked]
 
 
 def _thoughts_apart(render: Render) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from spectune.data.conversations import REASONING
+from spectune.data.message_forms import MessageForms
 from spectune.data.problem import RowProblem
 from spectune.data.shapes import Row
 
@@ -18,14 +19,15 @@ def visible(content: str) -> str:
 
 
 def check_rendered(
-    row: Row, text: str, template: str, left_out: Collection[int], *, calls_written: bool = True
+    row: Row, text: str, template: str, left_out: Collection[int], *, forms: MessageForms | None = None
 ) -> None:
     """Look for each message, tool, document and argument in a conversation as it was rendered.
 
     Args:
         template: the template's own text.
         left_out: places of messages that the template is known to leave out.
-        calls_written: whether the template is known to leave calls out; their names may stand among the tools.
+        forms: what the template is known to write of calls, where the row has some; a call's name that stands in the
+            text may be that of a listed tool, or of another call.
 
     Raises:
         RowProblem: something of the row is not there.
@@ -43,8 +45,13 @@ def check_rendered(
                 f"{message['content'][:40]!r}; use a role that the template knows, or leave the message out"
             )
         for call in message.get("tool_calls", ()):
-            if (name := call["function"]["name"]) not in text or not calls_written:
+            if (name := call["function"]["name"]) not in text or (forms and not forms.calls_written):
                 raise RowProblem(f"messages[{place + 1}]: the chat template does not write the call of {name!r}")
+        if forms and forms.first_call_alone and len(message.get("tool_calls", ())) > 1:
+            raise RowProblem(
+                f"messages[{place + 1}]: the chat template writes the first of several calls alone; write each as a "
+                "message of its own, with its result behind it"
+            )
     last = messages[-1] if messages else {}
     if (thought := reasoning(last)) and thought not in text:
         raise RowProblem(f"messages[{len(messages)}]: the chat template does not write the reasoning of the last turn")
