@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from spectune.data import load_rows
-from spectune.data.sources import records
+from spectune.data.reading.sources import records
 from spectune.errors import DataError
 
 ROWS = [{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "d"}]

@@ -18,7 +18,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectune.data.sources import records
+from spectune.data.reading.sources import records
 
 LISTS = ("references", "choices", "messages")
 #: half a surrogate pair is no text, and no table takes it

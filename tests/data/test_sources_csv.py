@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectune.data import load_rows
-from spectune.data.sources import Bad, records
+from spectune.data.reading.sources import Bad, records
 from spectune.errors import DataError
 
 HEAD = "prompt,completion\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spectune.data.sources import Bad, records
+from spectune.data.reading.sources import Bad, records
 from spectune.errors import DataError
 
 ROW = {"prompt": "p", "completion": "c"}

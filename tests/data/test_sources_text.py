@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from spectune.data.sources import records
+from spectune.data.reading.sources import records
 from spectune.errors import DataError
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {

@@ -8,8 +8,8 @@ from typing import Any
 
 from spectune.data.mixing import Source, sources_in
 from spectune.data.problem import RowProblem
+from spectune.data.reading import Bad, records
 from spectune.data.shapes import EXPECTED, KNOWN, Row, row_of
-from spectune.data.sources import Bad, records
 from spectune.errors import ConfigError, DataError
 
 #: the default share of the rows that is held out for validation

@@ -7,9 +7,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from spectune.data.csv_cells import CsvRows, UnclosedQuoteError
-from spectune.data.raw_records import AS_JSON, NAMES, SHAPES, Bad, Record, as_record, json_object
-from spectune.data.text_stream import lines
+from spectune.data.reading.csv_cells import CsvRows, UnclosedQuoteError
+from spectune.data.reading.raw_records import AS_JSON, NAMES, SHAPES, Bad, Record, as_record, json_object
+from spectune.data.reading.text_stream import lines
 from spectune.errors import DataError, did_you_mean, some
 
 #: delimiters that are looked for, and how each is called

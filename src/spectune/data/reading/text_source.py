@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from spectune.data.raw_records import Record
-from spectune.data.text_stream import lines
+from spectune.data.reading.raw_records import Record
+from spectune.data.reading.text_stream import lines
 
 #: stands in a line of its own between two documents
 SEPARATOR = "<|endoftext|>"

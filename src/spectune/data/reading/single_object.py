@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from spectune.data.raw_records import AS_JSON, SHAPES, SPLITS, Doubled
+from spectune.data.reading.raw_records import AS_JSON, SHAPES, SPLITS, Doubled
 from spectune.errors import DataError, some
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from spectune.data.file_source import near
-from spectune.data.object_source import dataset_records
-from spectune.data.raw_records import Record
+from spectune.data.reading.file_source import near
+from spectune.data.reading.object_source import dataset_records
+from spectune.data.reading.raw_records import Record
 from spectune.errors import DataError, first_line
 
 

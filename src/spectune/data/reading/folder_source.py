@@ -5,9 +5,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from spectune.data.file_source import KNOWN, file_records, kind_of, suffix_of
-from spectune.data.object_source import dataset_records
-from spectune.data.raw_records import SPLITS, Record
+from spectune.data.reading.file_source import KNOWN, file_records, kind_of, suffix_of
+from spectune.data.reading.object_source import dataset_records
+from spectune.data.reading.raw_records import SPLITS, Record
 from spectune.errors import DataError, first_line, some
 
 _SAVED = ("dataset_dict.json", "state.json")

@@ -6,7 +6,7 @@ for a cell that ends with the file.
 
 from collections.abc import Iterator
 
-from spectune.data.raw_records import Bad
+from spectune.data.reading.raw_records import Bad
 
 
 class UnclosedQuoteError(Exception):

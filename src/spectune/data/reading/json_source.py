@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from spectune.data.raw_records import Bad, Record, as_record, json_object
-from spectune.data.single_object import rows_of_object
-from spectune.data.text_stream import lines, texts
+from spectune.data.reading.raw_records import Bad, Record, as_record, json_object
+from spectune.data.reading.single_object import rows_of_object
+from spectune.data.reading.text_stream import lines, texts
 from spectune.errors import DataError
 
 

@@ -4,12 +4,12 @@ import difflib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from spectune.data.csv_source import csv_records
-from spectune.data.json_source import json_lines_records, json_records
-from spectune.data.raw_records import Record
-from spectune.data.table_source import arrow_records, parquet_records
-from spectune.data.text_source import text_records
-from spectune.data.text_stream import PACKED
+from spectune.data.reading.csv_source import csv_records
+from spectune.data.reading.json_source import json_lines_records, json_records
+from spectune.data.reading.raw_records import Record
+from spectune.data.reading.table_source import arrow_records, parquet_records
+from spectune.data.reading.text_source import text_records
+from spectune.data.reading.text_stream import PACKED
 from spectune.errors import DataError
 
 #: by suffix, the kind of file

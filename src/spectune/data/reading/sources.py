@@ -5,12 +5,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from spectune.data.file_source import file_records, kind_of, near
-from spectune.data.folder_source import folder_records
-from spectune.data.hub_source import hub_records
-from spectune.data.object_source import object_records
-from spectune.data.raw_records import Bad, Record
-from spectune.data.text_source import SEPARATOR
+from spectune.data.reading.file_source import file_records, kind_of, near
+from spectune.data.reading.folder_source import folder_records
+from spectune.data.reading.hub_source import hub_records
+from spectune.data.reading.object_source import object_records
+from spectune.data.reading.raw_records import Bad, Record
+from spectune.data.reading.text_source import SEPARATOR
 from spectune.errors import DataError
 
 __all__ = ["SEPARATOR", "Bad", "Record", "records"]

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from spectune.data.raw_records import SHAPES, Record, as_record
-from spectune.data.single_object import refuse_splits, rows_of_columns
-from spectune.data.table_source import batch_records, check_names
+from spectune.data.reading.raw_records import SHAPES, Record, as_record
+from spectune.data.reading.single_object import refuse_splits, rows_of_columns
+from spectune.data.reading.table_source import batch_records, check_names
 from spectune.errors import DataError, some
 
 _EXPECTED = (

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spectune.data.raw_records import Record, as_record
+from spectune.data.reading.raw_records import Record, as_record
 from spectune.errors import DataError, first_line, some
 
 #: so many rows are Python objects at once
