@@ -214,14 +214,15 @@ THINKING = [
     case("harmony", "one", ONE,
          "<|start|>system<|message|>Current date: 2026-02-03<|end|><|start|>user<|message|>hi<|end|><|start|>assistant"
          "[[<|channel|>final<|message|>yes<|return|>]]"),
+    # a model that is asked has to write <|return|>: the <|end|> of an answer that has become history is not learned
     case("harmony", "two", TWO,
          "<|start|>system<|message|>Current date: 2026-02-03<|end|><|start|>user<|message|>hi<|end|><|start|>assistant"
-         "[[<|channel|>final<|message|>yes<|end|>]]<|start|>user<|message|>ho<|end|><|start|>assistant"
+         "[[<|channel|>final<|message|>yes]]<|end|><|start|>user<|message|>ho<|end|><|start|>assistant"
          "[[<|channel|>final<|message|>no<|return|>]]"),
     case("harmony", "two thoughts",
          [user("hi"), bot("yes", reasoning_content="the reason"), user("ho"), bot("no", reasoning_content="because")],
          "<|start|>system<|message|>Current date: 2026-02-03<|end|><|start|>user<|message|>hi<|end|><|start|>assistant"
-         "[[<|channel|>final<|message|>yes<|end|>]]<|start|>user<|message|>ho<|end|><|start|>assistant"
+         "[[<|channel|>final<|message|>yes]]<|end|><|start|>user<|message|>ho<|end|><|start|>assistant"
          "[[<|channel|>analysis<|message|>because<|end|><|start|>assistant<|channel|>final<|message|>no<|return|>]]"),
     case("harmony", "tools", CALLED,
          "<|start|>system<|message|>Current date: 2026-02-03<|end|><|start|>user<|message|>what time<|end|>"

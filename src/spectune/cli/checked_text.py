@@ -100,6 +100,7 @@ def _rare(part: Checked) -> dict[str, int]:
         "rows with unknown tokens": report.unknown,
         "rows the tokenizer changes": report.inexact,
         "turns without their thought": report.thoughts_cut,
+        "turns without a prompt": report.unasked,
     }
 
 

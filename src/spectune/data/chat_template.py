@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from spectune.data.message_forms import MessageForms, disputed, find_forms
 from spectune.data.problem import RowProblem
 from spectune.data.prompt_beginnings import MarkedTemplate, plain_globals
 from spectune.data.shapes import Row
 from spectune.errors import ConfigError, first_line
 
 #: stands for an answer where the template's own text is looked for
-_PROBE = "spectuneprobe"
+PROBE = "spectuneprobe"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: what looks like a special token, whether the tokenizer has it as one or not
 _TAG = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
@@ -32,11 +33,14 @@ class TurnTexts(NamedTuple):
         header: between a prompt and the answer, where the template has no generation prompt of its own.
         end: behind an answer that is followed by another message.
         trailing: behind the last turn, where the template always writes a generation prompt.
+        ends_otherwise: an answer that ends the conversation ends with EOS, and `end` is something else. A model that is
+            asked has to write the former (gpt-oss: `<|return|>`, and `<|end|>` in what is history).
     """
 
     header: str
     end: str
     trailing: str
+    ends_otherwise: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -89,6 +93,7 @@ class ChatTemplate:
         self._compiled: dict[bool, _Compiled] = {}
         self._behind: dict[bool, str] = {}
         self._skipped: dict[tuple[str, ...], frozenset[int]] = {}
+        self._forms: dict[bool, MessageForms] = {}
 
     def prompt(self, row: Row) -> str:
         """What the model is asked with for the next turn of a conversation that has no answer yet. Raises RowProblem:
@@ -97,12 +102,12 @@ class ChatTemplate:
         if not self._of(row).marks:
             return text
         # what stands between the generation prompt and the marked answer is not learned, so it has to be given
-        probe = dataclasses.replace(row, messages=[*row.asked, {"role": "assistant", "content": _PROBE}])
+        probe = dataclasses.replace(row, messages=[*row.asked, {"role": "assistant", "content": PROBE}])
         whole = self.whole(probe, probe.messages or [])
         begins = [
             start
             for start, stop in whole.marks or ()
-            if _PROBE in whole.text[start:stop] and whole.text.startswith(text)
+            if PROBE in whole.text[start:stop] and whole.text.startswith(text)
         ]
         return text + whole.text[len(text) : begins[-1]] if begins else text
 
@@ -114,16 +119,17 @@ class ChatTemplate:
     def whole(self, row: Row, messages: Sequence[Message]) -> Whole:
         """Messages as text. Raises RowProblem: the template refuses them."""
         compiled = self._of(row)
+        shown = self.forms(row).shown(messages) if disputed(messages) else list(messages)
         if compiled.marks:
             marks: Any = chat_template_utils._render_with_assistant_indices
             try:
-                text, spans = marks(compiled.template, list(messages), add_generation_prompt=False, **self._given(row))
+                text, spans = marks(compiled.template, shown, add_generation_prompt=False, **self._given(row))
             except Exception as error:  # templates raise what they like: jinja's errors, and their own
                 raise _refusal(error) from error
             return Whole(str(text), [(int(start), int(stop)) for start, stop in spans])
         if compiled.marked is not None:
             try:
-                text, ends = compiled.marked.render(messages, self._given(row))
+                text, ends = compiled.marked.render(shown, self._given(row))
             except Exception:  # the messages are refused, or the template wants more of them than can be followed
                 return Whole(self.without_trailing(self.render(row, messages)))
             alone = row.tools or row.documents or row.template_kwargs
@@ -143,13 +149,23 @@ class ChatTemplate:
             whole.behind[generation] = text[end:]
         return whole.text[:end] + whole.behind[generation]
 
-    def render(self, row: Row, messages: Sequence[Message], *, generation: bool = False) -> str:
-        """Messages as text, with the row's tools, documents and template arguments."""
+    def render(self, row: Row, messages: Sequence[Message], *, generation: bool = False, as_given: bool = False) -> str:
+        """Messages as text, with the row's tools, documents and template arguments; as they are given, or in the forms
+        that the template wants."""
         template, given = self._of(row).template, self._given(row)
+        if not as_given and disputed(messages):
+            messages = self.forms(row).shown(messages)
         try:
             return str(template.render(messages=messages, add_generation_prompt=generation, **given))
         except Exception as error:  # templates raise what they like: jinja's errors, and their own
             raise _refusal(error) from error
+
+    def forms(self, row: Row) -> MessageForms:
+        """What messages are to be for the template; found once for rows with tools, and once for those without."""
+        has_tools = bool(row.tools)
+        if has_tools not in self._forms:
+            self._forms[has_tools] = find_forms(lambda messages: self.render(row, messages, as_given=True))
+        return self._forms[has_tools]
 
     def asked(self, row: Row, count: int, whole: Whole) -> str:
         """What the model is asked with behind the first messages."""
@@ -159,16 +175,16 @@ class ChatTemplate:
     @cached_property
     def turn(self) -> TurnTexts:
         """Found by rendering a short conversation."""
-        user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE}
+        user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": PROBE}
         row = Row("probe", messages=[])
         try:
             asked, prompt = self.render(row, [user]), self.render(row, [user], generation=True)
             one, two = self.render(row, [user, answer]), self.render(row, [user, answer, user])
         except RowProblem:
             return TurnTexts("", "", "")
-        if _PROBE not in one or _PROBE not in two:
+        if PROBE not in one or PROBE not in two:
             return TurnTexts("", "", "")
-        (before, _, last), (_, _, behind) = one.rpartition(_PROBE), two.partition(_PROBE)
+        (before, _, last), (_, _, behind) = one.rpartition(PROBE), two.partition(PROBE)
         header = before[len(asked) :] if prompt == asked and before.startswith(asked) else ""
         if not header.strip():  # white space before an answer is the answer's: engines ask without it
             header = ""
@@ -178,7 +194,8 @@ class ChatTemplate:
         tag = re.match(rf"\s*(?:{'|'.join([*specials, _TAG])})?\s*", behind)
         end = tag[0] if tag else ""
         trailing = last[len(end) :] if last.startswith(end) else ""
-        return TurnTexts(header, end, trailing if prompt == asked and asked.endswith(trailing) else "")
+        otherwise = bool(self.eos) and last.strip() == self.eos and end.strip() not in ("", self.eos)
+        return TurnTexts(header, end, trailing if prompt == asked and asked.endswith(trailing) else "", otherwise)
 
     def without_trailing(self, text: str) -> str:
         if "add_generation_prompt" in str(self.tokenizer.chat_template):
@@ -192,10 +209,10 @@ class ChatTemplate:
         roles = (str(bool(row.tools)), *(message["role"] for message in messages))
         if roles not in self._skipped:
             try:
-                text = self.render(row, [{**m, "content": f"{_PROBE}{i}x"} for i, m in enumerate(messages)])
+                text = self.render(row, [{**m, "content": f"{PROBE}{i}x"} for i, m in enumerate(messages)])
             except RowProblem:  # it wants other contents than probes: what is written is looked for, row by row
                 return frozenset()
-            written = (i for i, m in enumerate(messages) if m.get("tool_calls") or f"{_PROBE}{i}x" in text)
+            written = (i for i, m in enumerate(messages) if m.get("tool_calls") or f"{PROBE}{i}x" in text)
             self._skipped[roles] = frozenset(range(len(messages))) - frozenset(written)
         return self._skipped[roles]
 

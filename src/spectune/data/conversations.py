@@ -1,7 +1,8 @@
 """Messages as chat templates take them: one spelling of roles, plain text, tool calls with their arguments as objects.
 
 What other tools write is read: OpenAI's fine-tuning format (`weight`, `tool_calls` with arguments as JSON text, content
-in parts), sharegpt (`from`, `value`, `function_call`, `observation`), axolotl's `train`.
+in parts; its old `function_call` and role `function`), sharegpt (`from`, `value`, `function_call`, `observation`),
+axolotl's `train`.
 """
 
 import json
@@ -14,7 +15,7 @@ from spectune.data.problem import RowProblem
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
     "chatbot": "assistant", "model": "assistant", "ai": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function_call": "assistant",
+    "observation": "tool", "function_call": "assistant", "function": "tool",
 }  # fmt: skip
 #: transformers shows templates a message's reasoning under each of these names
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -63,6 +64,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     content = message.get(names[1])
     if role.strip().lower() == "function_call" and "tool_calls" not in found:
         found["tool_calls"], content = json_value(content, where) or [], ""
+    if (legacy := found.pop("function_call", None)) and "tool_calls" not in found:
+        found["tool_calls"] = [{"function": legacy}]
     if "tool_calls" in found:
         found["tool_calls"] = _tool_calls(found["tool_calls"], f"{where}.tool_calls")
     found["content"] = _content(content, where, optional=bool(found.get("tool_calls")) or REASONING[0] in found)

@@ -68,6 +68,8 @@ class DataReport:
         tokens: those of all examples; `target_tokens`: those of them that are learned.
         turns: assistant turns that are learned.
         thoughts_cut: earlier turns that are learned without their thought, because the chat template cuts it.
+        unasked: the assistant's turns before the first question that are not learned, because the chat template has no
+            prompt for them.
         lost_beginning: rows whose beginning was cut.
         eos_inside: rows with an EOS inside of a learned turn, where generation would end.
         inexact: rows whose text decoding does not give back, because the tokenizer changes it (case, white space).
@@ -85,6 +87,7 @@ class DataReport:
     longest: int = 0
     ends_with_eos: int = 0
     thoughts_cut: int = 0
+    unasked: int = 0
     lost_beginning: int = 0
     eos_inside: int = 0
     inexact: int = 0
@@ -119,6 +122,7 @@ class DataReport:
             "rows_with_unknown_tokens": self.unknown,
             "rows_that_the_tokenizer_changes": self.inexact,
             "turns_without_their_thought": self.thoughts_cut,
+            "turns_without_a_prompt": self.unasked,
             **({"ignored_keys": dict(self.ignored)} if self.ignored else {}),
             **({"sources": sources} if sources else {}),
             **{f"{name}_rows": rows for name, rows in lists.items()},
@@ -142,6 +146,8 @@ class DataReport:
             parts.append(f"{self.lost_beginning:,} rows lost the beginning of what stands before the answer")
         if self.thoughts_cut:
             parts.append(f"{self.thoughts_cut:,} earlier turns without their thought, which the chat template cuts")
+        if self.unasked:
+            parts.append(f"{self.unasked:,} turns before the first question not learned: the chat template cannot ask")
         if self.eos_inside:
             parts.append(f"{self.eos_inside:,} rows with an EOS inside of an answer, where generation will end")
         if self.unknown:

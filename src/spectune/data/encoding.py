@@ -285,6 +285,7 @@ class RowEncoder:
             return []
         report.turns += sum(one.rendered.turns for one in made) if row.text is None else 0
         report.thoughts_cut += sum(one.rendered.thoughts_cut for one in made)
+        report.unasked += sum(one.rendered.unasked for one in made)
         report.inexact += any(not one.exact for one in made)
         report.unknown += self._unknown is not None and any(self._unknown in one.ids for one in made)
         report.eos_inside += any(self.eos in one.ids[a : b - 1] for one in made for a, b in one.learned)

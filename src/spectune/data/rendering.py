@@ -13,6 +13,7 @@ class Rendered:
         learned: `(start, stop)` of each learned stretch, in characters, ascending, none of them touching another.
         turns: how many assistant turns that is.
         thoughts_cut: earlier turns whose reasoning the chat template leaves out.
+        unasked: turns before the first question, which the chat template cannot ask for.
         front: the tokenizer puts in front what it puts in front of a text (BOS); not where a chat template does that.
     """
 
@@ -20,6 +21,7 @@ class Rendered:
     learned: tuple[tuple[int, int], ...]
     turns: int = 1
     thoughts_cut: int = 0
+    unasked: int = 0
     front: bool = True
 
 
