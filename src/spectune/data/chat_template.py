@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -227,17 +228,24 @@ class ChatTemplate:
         has_tools = bool(row.tools)
         if has_tools not in self._compiled:
             source = str(self.tokenizer.get_chat_template(tools=row.tools or None))
-            # transformers' own function hides from templates what they could do harm with; that includes callables
-            # such as the clock, which is why the template that it compiles is called, and not the function
-            compile_template: Any = chat_template_utils._compile_jinja_template
             try:
-                environment = compile_template(source).environment
-                template, marked = environment.from_string(source), MarkedTemplate.of(environment, source)
+                self._compiled[has_tools] = _compiled(source)
             except Exception as error:
                 raise ConfigError(f"the tokenizer's chat template is no Jinja template: {first_line(error)}") from error
-            marks = _MARKS.search(source) is not None
-            self._compiled[has_tools] = _Compiled(source, plain_globals(template), marks, marked)
         return self._compiled[has_tools]
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(source: str) -> _Compiled:
+    """A template, compiled once, whoever uses it: that takes longer than rendering a hundred conversations.
+
+    Transformers' own function for rendering hides from templates what they could do harm with; that includes callables
+    such as the clock, which is why the template that it compiles is called, in its environment, and not the function.
+    """
+    compile_template: Any = chat_template_utils._compile_jinja_template
+    environment = compile_template(source).environment
+    template, marked = environment.from_string(source), MarkedTemplate.of(environment, source)
+    return _Compiled(source, plain_globals(template), _MARKS.search(source) is not None, marked)
 
 
 def _clock(today: str | None) -> Callable[[str], str]:
