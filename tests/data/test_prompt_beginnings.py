@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from spectune.data import load_rows
-from spectune.data.chat_template import ChatTemplate, Whole
+from spectune.data.chats.chat_template import ChatTemplate, Whole
 from spectune.data.problem import RowProblem
 from tests.data.test_template_properties import PROPERTY, TODAY, Conversation, conversations
 from tests.support.chat_templates import CHATML, CHATML_PROMPT, TEMPLATES, tokenizer_for, turns

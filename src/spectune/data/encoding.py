@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from spectune.data.chat_template import ChatTemplate
-from spectune.data.chat_turns import conversation_sequences
+from spectune.data.chats.chat_template import ChatTemplate
+from spectune.data.chats.chat_turns import conversation_sequences
 from spectune.data.cutting import TRUNCATIONS, cut, windows
 from spectune.data.data_report import DataReport
 from spectune.data.example import Example

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spectune.data.conversations import conversation, json_value, kind_of
+from spectune.data.chats.conversations import conversation, json_value, kind_of
 from spectune.data.problem import RowProblem
 
 KEYS = ("text", "prompt", "completion", "messages", "instruction", "output", "conversations")

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from spectune.data.message_forms import MessageForms, disputed, find_forms
+from spectune.data.chats.message_forms import MessageForms, disputed, find_forms
+from spectune.data.chats.prompt_beginnings import MarkedTemplate, plain_globals
 from spectune.data.problem import RowProblem
-from spectune.data.prompt_beginnings import MarkedTemplate, plain_globals
 from spectune.data.shapes import Row
 from spectune.errors import ConfigError, first_line
 

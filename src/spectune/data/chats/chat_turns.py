@@ -10,12 +10,12 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from spectune.data.chat_template import PROBE, ChatTemplate, Span, Whole
-from spectune.data.conversations import REASONING
+from spectune.data.chats.chat_template import PROBE, ChatTemplate, Span, Whole
+from spectune.data.chats.conversations import REASONING
+from spectune.data.chats.template_checks import check_rendered, thoughts_cut, visible
 from spectune.data.problem import RowProblem
 from spectune.data.rendering import Rendered, ending_at_eos
 from spectune.data.shapes import Row
-from spectune.data.template_checks import check_rendered, thoughts_cut, visible
 
 #: a generation prompt that ends with a thought which is empty and over, as it does where thoughts are switched off
 _NO_THOUGHT = re.compile(

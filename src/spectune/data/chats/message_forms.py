@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectune.data.conversations import REASONING
+from spectune.data.chats.conversations import REASONING
 from spectune.data.problem import RowProblem
 
 Message = dict[str, Any]

@@ -5,8 +5,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from spectune.data.conversations import REASONING
-from spectune.data.message_forms import MessageForms
+from spectune.data.chats.conversations import REASONING
+from spectune.data.chats.message_forms import MessageForms
 from spectune.data.problem import RowProblem
 from spectune.data.shapes import Row
 
