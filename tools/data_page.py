@@ -234,6 +234,11 @@ RULES = """\
 - Special tokens that stand in a row's text are special tokens. EOS in the middle of an answer stays, and is counted:
   generation ends there.
 - Nothing is trimmed, but for what a template itself trims. A prompt and its completion are joined as they are written.
+- A conversation may begin with the assistant's greeting: it is learned where the template can ask for it, else it is read,
+  not learned, and counted. Where a template ends an earlier turn with another token than the last (gpt-oss), that token is
+  not learned: a model that is asked has to write the last one's.
+- Roles are read in other tools' spellings (`human`, `gpt`, `bot`, `model`, `function`, ...), tool calls as OpenAI's API
+  writes them (`content: null`, arguments as JSON, the old `function_call`), in the form that the template wants.
 - Ids that the base's embedding does not have are refused, and so are roles, tools, documents and arguments that the
   template leaves out without a word."""
 
