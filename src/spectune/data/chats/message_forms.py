@@ -112,7 +112,8 @@ def _thoughts_apart(render: Render) -> bool:
     one, other = _first(render, [[_ASKED, inside]]), _first(render, [[_ASKED, apart]])
     if one is None or other is None or _KEY not in other:
         return False
-    return one.count(_OPENS) == other.count(_OPENS) + 1
+    # an empty one before the one in the content; where thoughts are written in other words, content is content
+    return one.count(_OPENS) == other.count(_OPENS) + 1 >= 2
 
 
 def _first(render: Render, conversations: Sequence[list[Message]]) -> str | None:
