@@ -18,6 +18,7 @@ DATED = (
     "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+UNDATED = DATED.replace("{{ strftime_now('%Y-%m-%d') }}", "")
 CHATS = [
     {"messages": [{"role": "system", "content": "brief"}, {"role": "user", "content": f"{i}?"},
                   {"role": "assistant", "content": "even" if i % 2 == 0 else "odd"}]}
@@ -41,6 +42,15 @@ def written(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
+def chats(base: Path, folder: Path, template: str, records: list[dict[str, Any]] = CHATS) -> tuple[Path, Path]:
+    """A base with that chat template, and conversations for it."""
+
+    def dress(tokenizer: Any) -> None:
+        tokenizer.chat_template = template
+
+    return copied(base, folder / "chat", dress), written(folder / "chats.jsonl", records)
+
+
 class Day(datetime.date):
     """A clock that stands."""
 
@@ -61,10 +71,7 @@ def day(monkeypatch: pytest.MonkeyPatch) -> type[Day]:
 def test_a_run_keeps_the_date_that_it_began_with(
     spectune: Spectune, base: Path, tmp_path: Path, day: type[Day], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dress(tokenizer: Any) -> None:
-        tokenizer.chat_template = DATED
-
-    model, data = copied(base, tmp_path / "dated", dress), written(tmp_path / "chats.jsonl", CHATS)
+    model, data = chats(base, tmp_path, DATED)
     given = ("train", "--model", model, "--data", data, *QUICK, "--output-dir", "out")
     assert spectune(*given, "--set", "save_steps=1").exit_code == 0
     assert yaml.safe_load(Path("out/config.yaml").read_text())["template_date"] == "2026-02-03"
@@ -83,10 +90,7 @@ def test_a_run_keeps_the_date_that_it_began_with(
 def test_a_comparison_keeps_the_date_that_it_began_with(
     spectune: Spectune, base: Path, tmp_path: Path, day: type[Day], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dress(tokenizer: Any) -> None:
-        tokenizer.chat_template = DATED
-
-    model, data = copied(base, tmp_path / "dated", dress), written(tmp_path / "chats.jsonl", CHATS)
+    model, data = chats(base, tmp_path, DATED)
     given = ("compare", "--quick", "--model", model, "--data", data, *QUICK, "--methods", "bitfit", "--seeds", "1")
     assert spectune(*given, "--output-dir", "out").exit_code == 0
     monkeypatch.setattr(day, "now", "2026-02-04")
@@ -97,10 +101,7 @@ def test_a_comparison_keeps_the_date_that_it_began_with(
 def test_a_typed_question_stands_behind_the_system_message_of_all_chats(
     spectune: Spectune, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dress(tokenizer: Any) -> None:
-        tokenizer.chat_template = DATED.replace("{{ strftime_now('%Y-%m-%d') }}", "")
-
-    model, data = copied(base, tmp_path / "chat", dress), written(tmp_path / "chats.jsonl", CHATS)
+    model, data = chats(base, tmp_path, UNDATED)
     assert spectune("train", "--model", model, "--data", data, *QUICK, "--output-dir", "out").exit_code == 0
     assert prompts_of(monkeypatch, spectune, "4?") == ["<system>brief<|endoftext|><user>4?<|endoftext|><assistant>"]
 
@@ -186,11 +187,8 @@ def test_columns_are_renamed_and_the_run_remembers(spectune: Spectune, base: Pat
 
 
 def test_the_last_turn_alone_is_learned_where_the_user_says_so(spectune: Spectune, base: Path, tmp_path: Path) -> None:
-    def dress(tokenizer: Any) -> None:
-        tokenizer.chat_template = DATED.replace("{{ strftime_now('%Y-%m-%d') }}", "")
-
     twice = [{"messages": [*CHATS[i]["messages"], *CHATS[i]["messages"][1:]]} for i in range(6)]
-    model, data = copied(base, tmp_path / "chat", dress), written(tmp_path / "chats.jsonl", twice)
+    model, data = chats(base, tmp_path, UNDATED, twice)
     turns = {}
     for train_on in ("all", "last"):
         given = ("--model", model, "--data", data, *QUICK, "--train-on", train_on, "--output-dir", train_on)

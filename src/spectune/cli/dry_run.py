@@ -46,12 +46,12 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
         model, tokenizer = load(settings.base, **settings.placement)
         if number == 0 and (retain := settings.text("retain")) is not None:
             retained_passages(model, tokenizer, retain, wanted.seed)
+        as_run = {**dated(wanted, tokenizer).encode_options, "vocab_size": vocabulary_rows(model)}
         if number == 0 and label == "compare":
-            _check_judging(settings, rows, held_out, tokenizer, row_length(model, wanted.max_length))
+            length = row_length(model, wanted.max_length)
+            _check_judging(settings, rows, held_out, tokenizer, {**as_run, "max_length": length})
         delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
-        dressed = dated(wanted, tokenizer)
-        how: dict[str, Any] = {"max_length": max_length(model, method, wanted), "vocab_size": vocabulary_rows(model)}
-        how |= dressed.encode_options
+        how: dict[str, Any] = {**as_run, "max_length": max_length(model, method, wanted)}
         train = weighted(encode(rows, tokenizer, **how), rows.weights, wanted.seed)
         judged = encode(held_out, tokenizer, **how)
         # all validation rows are read; of these the longest are evaluated
@@ -79,15 +79,20 @@ def asked(settings: Settings) -> dict[str, Any]:
 
 
 def _check_judging(
-    settings: Settings, rows: list[Row], held_out: list[Row], tokenizer: PreTrainedTokenizerBase, length: int
-) -> None:
-    """Read and encode the rows that final runs would be judged on, and find out whether they give the metrics."""
+    settings: Settings, rows: list[Row], held_out: list[Row], tokenizer: PreTrainedTokenizerBase,
+    as_run: dict[str, Any],
+) -> None:  # fmt: skip
+    """Read and encode the rows that final runs would be judged on, and find out whether they give the metrics.
+
+    Args:
+        as_run: how the runs encode rows, as `encode` takes it.
+    """
     from spectune.data import encode, load_rows
     from spectune.evaluation import Task
 
     wanted, test = settings.training(), settings.rows("test")
     judged = held_out if test is None else load_rows(test, **wanted.row_options)
-    encode(judged, tokenizer, max_length=length, **wanted.encode_options)
+    encode(judged, tokenizer, **as_run)
     own = asked(settings)
     how = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
-    Task.of(judged, train_rows=rows, max_length=length, separator=wanted.separator, **how)
+    Task.of(judged, train_rows=rows, max_length=as_run["max_length"], separator=wanted.separator, **how)

@@ -140,18 +140,15 @@ class DataReport:
             parts.append(f"{len(self.split):,} long texts split into {windows:,} windows (no token lost)")
         if self.dropped:
             parts.append(f"{len(self.dropped):,} rows dropped ({self.dropped[0]['reason']})")
-        if self.bad:
-            parts.append(f"{len(self.bad):,} bad rows left out")
-        if self.lost_beginning:
-            parts.append(f"{self.lost_beginning:,} rows lost the beginning of what stands before the answer")
-        if self.thoughts_cut:
-            parts.append(f"{self.thoughts_cut:,} earlier turns without their thought, which the chat template cuts")
-        if self.unasked:
-            parts.append(f"{self.unasked:,} turns before the first question not learned: the chat template cannot ask")
-        if self.eos_inside:
-            parts.append(f"{self.eos_inside:,} rows with an EOS inside of an answer, where generation will end")
-        if self.unknown:
-            parts.append(f"{self.unknown:,} rows with characters that the tokenizer does not know")
+        counted = (
+            (len(self.bad), "bad rows left out"),
+            (self.lost_beginning, "rows lost the beginning of what stands before the answer"),
+            (self.thoughts_cut, "earlier turns without their thought, which the chat template cuts"),
+            (self.unasked, "turns before the first question not learned: the chat template cannot ask"),
+            (self.eos_inside, "rows with an EOS inside of an answer, where generation will end"),
+            (self.unknown, "rows with characters that the tokenizer does not know"),
+        )
+        parts += [f"{count:,} {what}" for count, what in counted if count]
         if self.ignored:
             keys = ", ".join(f"{key} ({count:,} rows)" for key, count in self.ignored.items())
             parts.append(f"not used beside the shape that is taken: {keys}; name it in columns to take it")

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +26,6 @@ from spectune.data.tokenizing import Text, TextTokenizer, Tokens
 from spectune.data.working_ahead import with_work_done
 from spectune.errors import ConfigError, DataError
 
-TrainOn = Literal["all", "last"]
 #: rows and characters that are tokenized together; so much is held beside the rows and the examples, three times
 _CHUNK, _CHARACTERS = 512, 1 << 22
 
@@ -299,9 +298,10 @@ class RowEncoder:
 
     def _lead(self, ids: Sequence[int], learned: Sequence[tuple[int, int]]) -> int:
         """How many ids of the beginning stay where it is cut: BOS."""
-        return int(ids[0] == self.tokenizer.bos_token_id and learned[0][0] > 0 and ids[0] != self.eos) or int(
-            bool(self.texts.front) and list(ids[: len(self.texts.front)]) == self.texts.front and learned[0][0] > 0
-        )
+        front = self.texts.front
+        bos = ids[0] == self.tokenizer.bos_token_id and ids[0] != self.eos
+        put_there = bool(front) and list(ids[: len(front)]) == front
+        return int(learned[0][0] > 0 and (bos or put_there))
 
     def asked(self, row: Row) -> list[int]:
         """The ids of a row without an answer. Raises RowProblem: the chat template refuses it."""

@@ -9,7 +9,8 @@ from typing import Any
 from spectune.data.mixing import Source, sources_in
 from spectune.data.problem import RowProblem
 from spectune.data.reading import Bad, records
-from spectune.data.shapes import EXPECTED, KNOWN, Row, row_of
+from spectune.data.reading.raw_records import NAMES
+from spectune.data.shapes import EXPECTED, Row, row_of
 from spectune.errors import ConfigError, DataError
 
 #: the default share of the rows that is held out for validation
@@ -52,7 +53,7 @@ def load_rows(
     """
     if isinstance(source, Rows):
         return source
-    if isinstance(source, list) and source and all(isinstance(row, Row) for row in source):
+    if _are_rows(source):
         return Rows(source, [])
     renamed = _checked(columns or {})
     how = _How(renamed, delimiter, encoding)
@@ -65,6 +66,10 @@ def load_rows(
     if not rows:
         raise _no_rows(named, problems)
     return Rows(rows, problems, skip_bad_rows=skip_bad_rows)
+
+
+def _are_rows(source: Any) -> bool:
+    return isinstance(source, list) and bool(source) and all(isinstance(row, Row) for row in source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,7 @@ class _How:
         rows, problems = list[Row](), list[str]()
         if isinstance(source, Rows):
             return list(source), source.skipped
-        if isinstance(source, list) and source and all(isinstance(row, Row) for row in source):
+        if _are_rows(source):
             return source, []
         known = {theirs: ours for ours, theirs in self.columns.items() if theirs is not None}
         for origin, record in records(source, delimiter=self.delimiter, encoding=self.encoding, known=known):
@@ -124,10 +129,10 @@ def bad_rows(named: str, problems: list[str], count: int) -> DataError:
 
 
 def _checked(columns: Mapping[str, str | None]) -> dict[str, str | None]:
-    if unknown := [key for key in columns if key not in KNOWN]:
+    if unknown := [key for key in columns if key not in NAMES]:
         raise ConfigError(
             f"columns renames to {', '.join(unknown)}: expected the data's own names by what they are taken for, "
-            f"such as prompt: question, with keys out of {', '.join(KNOWN)}"
+            f"such as prompt: question, with keys out of {', '.join(NAMES)}"
         )
     return dict(columns)
 

@@ -13,12 +13,9 @@ from typing import Any
 
 from spectune.data.chats.conversations import conversation, json_value, kind_of
 from spectune.data.problem import RowProblem
+from spectune.data.reading.raw_records import SHAPES
 
-KEYS = ("text", "prompt", "completion", "messages", "instruction", "output", "conversations")
 EXPECTED = "expected text, prompt + completion, messages, instruction + output (alpaca), or conversations (sharegpt)"
-#: every key that means something in a row of some shape
-KNOWN = (*KEYS, "input", "system", "history", "tools", "documents", "chat_template_kwargs", "references", "label",
-         "choices")  # fmt: skip
 #: lists and objects within each other: what is deeper is no row, and would end in Python's own recursion limit
 _DEEPEST = 100
 _PREAMBLE = (
@@ -92,7 +89,7 @@ def row_of(origin: str, given: Mapping[str, Any], preferred: Sequence[str] = ())
     """
     _check_text(given)
     record = {key: value for key, value in given.items() if value is not None}
-    shapes = [shape for shape in _SHAPES if all(key in record for key in shape[0])]
+    shapes = [shape for shape in _READERS if all(key in record for key in shape[0])]
     if not shapes:
         raise RowProblem(_missing(given))
     keys, read, name = next((s for s in shapes if any(key in preferred for key in s[0])), shapes[0])
@@ -164,7 +161,7 @@ def _alpaca(record: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     return fields, {"input", "system", "history"}
 
 
-_SHAPES: tuple[tuple[tuple[str, ...], Any, str], ...] = (
+_READERS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("prompt", "completion"), _prompt, "prompt"), (("messages",), _chat, "messages"),
     (("conversations",), _sharegpt, "sharegpt"), (("instruction", "output"), _alpaca, "alpaca"),
     (("text",), _text, "text"),
@@ -175,7 +172,7 @@ def other_shapes(row: Row) -> list[str]:
     """The shapes that a row holds beside the one that was taken, by the key that names them in `columns`."""
     if not row.columns:
         return []
-    return [keys[0] for keys, _, name in _SHAPES if name != row.shape and all(key in row.columns for key in keys)]
+    return [keys[0] for keys, _, name in _READERS if name != row.shape and all(key in row.columns for key in keys)]
 
 
 def _history(record: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -262,8 +259,8 @@ def _missing(record: Mapping[str, Any]) -> str:
                 return f"{other} is null; expected text"
             near = difflib.get_close_matches(other, keys, n=1, cutoff=0.6)
             return f"{key} without {other}" + (f" (is {near[0]!r} meant?)" if near else "") + f"; {EXPECTED}"
-    if nulls := [key for key in keys if key in KEYS and record[key] is None]:
+    if nulls := [key for key in keys if key in SHAPES and record[key] is None]:
         return f"{nulls[0]} is null; {EXPECTED}"
-    alike = [(k, m[0]) for k in keys if (m := difflib.get_close_matches(k, KEYS, n=1, cutoff=0.7))]
+    alike = [(k, m[0]) for k in keys if (m := difflib.get_close_matches(k, SHAPES, n=1, cutoff=0.7))]
     hint = f" (did you mean {alike[0][1]!r} for {alike[0][0]!r}?)" if alike else ""
     return f"has {', '.join(keys) or 'no keys'}{hint}; {EXPECTED}, or `columns` that rename yours"

@@ -112,11 +112,6 @@ class ChatTemplate:
         ]
         return text + whole.text[len(text) : begins[-1]] if begins else text
 
-    @property
-    def has_date(self) -> bool:
-        """Whether what it writes depends on the day."""
-        return "strftime_now" in str(self.tokenizer.chat_template)
-
     def whole(self, row: Row, messages: Sequence[Message]) -> Whole:
         """Messages as text. Raises RowProblem: the template refuses them."""
         compiled = self._of(row)

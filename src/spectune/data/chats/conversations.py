@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spectune.data.problem import RowProblem
+from spectune.data.reading.raw_records import plain
 
 #: other spellings of roles; what is not here goes to the chat template as it is
 _ROLES = {
@@ -55,7 +56,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     role = message.get(names[0])
     if not isinstance(role, str) or not role.strip():
         raise RowProblem(f"{where} has no role; {_EXPECTED_MESSAGE}")
-    found: dict[str, Any] = {str(k): _plain(v) for k, v in message.items() if v is not None and k not in names}
+    found: dict[str, Any] = {str(k): v for k, v in message.items() if v is not None and k not in names}
     found["role"] = _ROLES.get(role.strip().lower(), role)
     for name in REASONING:
         if name in found:
@@ -126,19 +127,12 @@ def _learned(message: dict[str, Any], where: str) -> bool:
     return learned or message["role"] != "assistant"
 
 
-def _plain(value: Any) -> Any:
-    """Nested values as plain JSON types; a null in an object is an absent key."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items() if part is not None}
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
-
-
 def json_value(value: Any, key: str) -> Any:
     """What stands there, read as JSON where it is text. Raises RowProblem: it is text, and no JSON."""
     if not isinstance(value, str):
-        return _plain(value)
+        return value
     try:
-        return _plain(json.loads(value)) if value.strip() else None
+        return plain(json.loads(value)) if value.strip() else None
     except (ValueError, RecursionError):
         raise RowProblem(f"{key} is {kind_of(value)}, expected a list or object, or that as JSON") from None
 

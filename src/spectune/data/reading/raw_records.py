@@ -11,7 +11,7 @@ AS_JSON = (
     "references", "choices", "messages", "conversations", "tools", "documents", "chat_template_kwargs", "history",
 )  # fmt: skip
 #: every name that means something in a row
-NAMES = (*SHAPES, *AS_JSON, "input", "system", "label")
+NAMES = tuple(dict.fromkeys((*SHAPES, *AS_JSON, "input", "system", "label")))
 #: names of parts of a data set, of which only one can be meant
 SPLITS = (
     "train", "training", "valid", "validation", "val", "dev", "eval", "evaluation", "test", "holdout", "held_out",
@@ -62,24 +62,24 @@ def as_record(found: Any) -> Mapping[str, Any] | Bad:
     try:
         if isinstance(found, Doubled):
             raise _DoubledError(found.key)
-        return {key: _plain(value, 1) for key, value in found.items()}
+        return {key: plain(value) for key, value in found.items()}
     except _DoubledError as error:
         return Bad(f"the key {str(error)!r} stands twice in one object; expected each key once")
 
 
-def _plain(value: Any, depth: int) -> Any:
-    """Lists, dicts and Python's own scalars for whatever a library gives."""
+def plain(value: Any, depth: int = 1) -> Any:
+    """Lists, dicts and Python's own scalars for whatever a library gives; a null in an object is an absent key."""
     if type(value) in _SCALARS or depth > _DEEPEST:
         return value
     if isinstance(value, Doubled):
         raise _DoubledError(value.key)
     if isinstance(value, Mapping):
-        parts = ((key, _plain(part, depth + 1)) for key, part in value.items())
+        parts = ((key, plain(part, depth + 1)) for key, part in value.items())
         return {key: part for key, part in parts if part is not None}
     if isinstance(value, list | tuple):  # a null keeps its place here: positions mean something
-        return [_plain(part, depth + 1) for part in value]
+        return [plain(part, depth + 1) for part in value]
     if hasattr(value, "dtype") and hasattr(value, "tolist"):  # of numpy, or a tensor
-        return _plain(value.tolist(), depth + 1)
+        return plain(value.tolist(), depth + 1)
     if isinstance(value, str):
         return str(value)
     if type(value).__name__ in _ABSENT:
