@@ -102,24 +102,14 @@ def _comparison(folder: Path, log: Path) -> dict[str, Any]:
         "method", "valid_loss", "judged_loss", "learning_rate", "train_seconds", "evaluation_seconds", "phases",
         "train_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes", "phase_seconds",
     )  # fmt: skip
-    searched = [trial for search in content["searches"] for trial in _trials(search)]
     return {
-        "verdict": content["verdict"].get("sentence"),
-        "groups": content["verdict"],
+        "verdict": [sorted(sorted(group) for group in content["verdict"][key]) for key in ("groups", "order")],
+        "sentences": content["verdict"]["sentences"],
         "runs": [{key: run.get(key) for key in kept if run.get(key) is not None} for run in content["runs"]],
-        "searched_seconds": sum(trial.get("train_seconds") or 0 for trial in searched),
+        "searched_steps": sum(trial["steps"] for search in content["searches"].values() for trial in search["trials"]),
         "phases": content.get("phases") or content.get("phase_seconds"),
         "failed": content["failed"],
     }
-
-
-def _trials(search: Any) -> list[dict[str, Any]]:
-    """The trials of a search, wherever the file has them."""
-    if isinstance(search, dict):
-        if "train_seconds" in search:
-            return [search]
-        return [trial for value in search.values() for trial in _trials(value)]
-    return [trial for value in search for trial in _trials(value)] if isinstance(search, list) else []
 
 
 def said_of_comparison(line: dict[str, Any]) -> str:
@@ -127,7 +117,7 @@ def said_of_comparison(line: dict[str, Any]) -> str:
     if "error" in line:
         return f"{head}, FAILED: {line['error']}"
     steps = sum(run["train_seconds"] for run in line["runs"])
-    head += f", its final runs' steps {steps:.0f} s, search {line['searched_seconds']:.0f} s"
+    head += f", its final runs' steps {steps:.0f} s, {line['searched_steps']} steps of search"
     for run in line["runs"]:
         peaks = run["peak_memory_bytes"]
         head += (
@@ -140,7 +130,7 @@ def said_of_comparison(line: dict[str, Any]) -> str:
             head += f"\n             {phases}"
     if line["phases"]:
         head += f"\n    phases: {line['phases']}"
-    return f"{head}\n    verdict: {line['verdict']}"
+    return f"{head}\n    verdict: {' '.join(line['sentences'])}"
 
 
 def packed(base: Path, rows: Path, out: Path, steps: int, timeout: float, *, small: bool = False) -> dict[str, Any]:
