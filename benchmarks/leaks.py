@@ -43,7 +43,7 @@ class Memory:
     """What is allocated on a device now, and what of it was not there before."""
 
     def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
+        self.device, self.cuda = device, device == "cuda"
 
     def settle(self) -> int:
         """Bytes, when all that can be collected is."""
@@ -59,10 +59,13 @@ class Memory:
     def tensors(self) -> dict[int, tuple[int, str]]:
         """Address -> bytes and shape of what Python knows."""
         import torch
+        from torch._subclasses import FakeTensor
 
         found = {}
         for thing in gc.get_objects():
-            if issubclass(type(thing), torch.Tensor) and thing.is_cuda is self.cuda and thing.layout is torch.strided:
+            if not issubclass(type(thing), torch.Tensor) or isinstance(thing, FakeTensor):
+                continue
+            if thing.device.type == self.device and thing.layout is torch.strided:
                 size = thing.untyped_storage().nbytes()
                 if size:
                     what = f"{type(thing).__name__} {tuple(thing.shape)} {str(thing.dtype).removeprefix('torch.')}"
