@@ -4,7 +4,7 @@
     PYTHONPATH=src python -m benchmarks.leaks --out leaks.jsonl --small             a check of this script, on a CPU
 
 For each method ten runs in one process, on one base: as the defaults are, with CUDA graphs, with neither graphs nor
-compiler, and (three methods) compiled; and a comparison of three methods, with what is allocated as each of its runs
+compiler, and (three methods) compiled; then a comparison of three methods, with what is allocated as each of its runs
 begins. 0 is right, to the byte. Where something is left, the line has the tensors that Python knows, what is left when
 cuBLAS's workspaces are cleared, and where the blocks that one more run leaves were allocated. The modes are processes
 of their own, side by side: each counts its own memory. On a CPU the bytes are those of tensors that Python knows.
@@ -110,8 +110,8 @@ def base_of(args: argparse.Namespace) -> tuple[Any, Any, list[dict[str, str]], s
     return (*spectune.load(str(args.bases / "27M"), device="cuda"), rows_of(args.bases / "rows"), "cuda")
 
 
-def work(args: argparse.Namespace, mode: str) -> Iterator[dict[str, Any]]:
-    """The lines of one mode."""
+def work(args: argparse.Namespace, mode: str, names: list[str]) -> Iterator[dict[str, Any]]:
+    """The lines of one mode and some methods."""
     from rich.console import Console
 
     import spectune
@@ -124,7 +124,7 @@ def work(args: argparse.Namespace, mode: str) -> Iterator[dict[str, Any]]:
     config = spectune.TrainingConfig(
         max_steps=args.steps, per_device_train_batch_size=BATCH, max_length=LENGTH, learning_rate=1e-4, **MODES[mode]
     )
-    for name in COMPILED if mode == "compiled" else BY_NAME:
+    for name in names:
         method, plans = BY_NAME[name], Predictions()
 
         def once(method: Any = method, plans: Predictions = plans) -> None:
@@ -192,7 +192,7 @@ def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from spectune.comparing import job
 
     model, tokenizer, rows, device = base_of(args)
-    memory, plain = Memory(device), job.train
+    memory, plain = Memory(device), job.train  # type: ignore[attr-defined]
     line: dict[str, Any] = {"mode": "compare", "method": "+".join(COMPILED), "left": [], "runs": []}
     before, begin = memory.settle(), time.perf_counter()
 
@@ -223,6 +223,21 @@ def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     finally:
         job.train = plain  # type: ignore[attr-defined]
     yield {**line, "seconds": round(time.perf_counter() - begin, 1), "base_bytes": before}
+
+
+def orders(modes: list[str]) -> list[str]:
+    """What each process does: a mode, and methods; compiling takes longest."""
+    from spectune.methods import BY_NAME
+
+    found = []
+    for mode in modes:
+        if mode == "compare":
+            found.append(mode)
+        elif mode == "compiled":
+            found += [f"{mode} {name}" for name in COMPILED]
+        else:
+            found += [" ".join((mode, *list(BY_NAME)[half::2])) for half in range(2)]
+    return found
 
 
 def said(line: dict[str, Any]) -> str:
@@ -269,8 +284,8 @@ def main() -> int:
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        lines = compare(args) if args.worker == "compare" else work(args, args.worker)
-        for line in lines:
+        mode, *names = args.worker.split()
+        for line in compare(args) if mode == "compare" else work(args, mode, names):
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(said(line), flush=True)
@@ -285,14 +300,14 @@ def main() -> int:
     begin = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))), "HF_HUB_OFFLINE": "1"}
     workers = [
-        subprocess.Popen([sys.executable, "-m", "benchmarks.leaks", *sys.argv[1:], "--worker", mode], env=environment)
-        for mode in args.modes
+        subprocess.Popen([sys.executable, "-m", "benchmarks.leaks", *sys.argv[1:], "--worker", order], env=environment)
+        for order in orders(args.modes)
     ]
     for worker in workers:
         try:
             worker.wait(max(0.0, args.seconds - (time.monotonic() - begin)))
         except subprocess.TimeoutExpired:
-            print("out of time: a mode is stopped", flush=True)
+            print("out of time: a process is stopped", flush=True)
             worker.kill()
             worker.wait()
     lines = [json.loads(text) for text in args.out.read_text("utf-8").splitlines()] if args.out.exists() else []

@@ -57,7 +57,8 @@ class Running:
 
 @dataclass
 class Scheduler:
-    """Runs cells side by side: the first of the waiting ones that fits begins.
+    """Runs cells side by side: the first of the waiting ones that fits begins; behind one that has been passed over for
+    a while, none does until it fits.
 
     Attributes:
         limit: GB that the claims of running cells may come to; a single cell may always begin.
@@ -75,7 +76,9 @@ class Scheduler:
     ready: Callable[[Cell], bool]
     may_come: Callable[[], bool]
     scratch: Path
+    patience: float = 15
     running: list[Running] = field(default_factory=list)
+    passed: dict[str, float] = field(default_factory=dict)
 
     def run(self, waiting: list[Cell]) -> None:
         waiting, again = list(waiting), set[str]()
@@ -100,7 +103,11 @@ class Scheduler:
     def _begin(self, waiting: list[Cell]) -> None:
         for cell in [cell for cell in waiting if self.ready(cell)]:
             taken = sum(one.cell.claim for one in self.running)
-            if len(self.running) >= self.jobs or (self.running and taken + cell.claim > self.limit):
+            if len(self.running) >= self.jobs:
+                return
+            if self.running and taken + cell.claim > self.limit:
+                if time.monotonic() - self.passed.setdefault(cell.name, time.monotonic()) > self.patience:
+                    return
                 continue
             waiting.remove(cell)
             folder = Path(tempfile.mkdtemp(dir=self.scratch))

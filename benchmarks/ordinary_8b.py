@@ -76,7 +76,13 @@ def compared(
                 "--set", f"per_device_train_batch_size={8 if small else 64}", *(["--device", "cpu"] if small else []),
             ]  # fmt: skip
             seconds, code = timed(words, environment(tree), folder / "log", timeout)
-            line = {"what": "compare", "base": base.name, "tree": str(tree), "seconds": seconds, "exit": code}
+            line: dict[str, Any] = {
+                "what": "compare",
+                "base": base.name,
+                "tree": str(tree),
+                "seconds": seconds,
+                "exit": code,
+            }
             line |= _comparison(folder / "run", folder / "log")
             shutil.copy(folder / "log", out.parent / f"compare-{tree.name}.txt")
         lines.append(line)

@@ -15,10 +15,10 @@ HEADER = (
     "Made by `python -m benchmarks.ordinary` on MACHINE. Each run is a `spectune train` or an arm of a `spectune "
     "compare --quick`, as a user types it, with the defaults of everything that is not named. Rows: `short` and "
     "`packed` are records and sentences of E2E, 64 a step, padded and packed; `text` is windows of 1,024 tokens "
-    "(GPT-2) or 2,048 (Llama), 8 a step; `chat` is dialogues of several turns, 16 a step (8 at 8B). The 27M is trained "
-    "where its weights were carried, the other bases have random weights. Planned: `predicted_memory_bytes` of "
-    "result.json, said before the first step; measured: the peak of all steps, of torch's allocator. Errors are "
-    "measured / planned - 1. Runs shared the card, so their seconds are no benchmark."
+    "(GPT-2) or 2,048 (Llama), 8 a step; `chat` is dialogues of several turns, 16 a step (at 8B half of both). The "
+    "27M is trained where its weights were carried, the other bases have random weights. Planned: "
+    "`predicted_memory_bytes` of result.json, said before the first step; measured: the peak of all steps, of torch's "
+    "allocator. Errors are measured / planned - 1. Runs shared the card, so their seconds are no benchmark."
 )
 _HEAD = "| runs | allocated: median | worst | reserved: median | worst |"
 
