@@ -84,7 +84,7 @@ def compared(
                 "exit": code,
             }
             line |= _comparison(folder / "run", folder / "log")
-            shutil.copy(folder / "log", out.parent / f"compare-{tree.name}.txt")
+            shutil.copy(folder / "log", out.parent / f"compare-{len(lines) + 1}.txt")
         lines.append(line)
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

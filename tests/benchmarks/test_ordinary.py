@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.leaks import orders, said, verdict
 from benchmarks.ordinary import Scheduler
 from benchmarks.ordinary_cells import BASES, DATA, Cell, cells
 from benchmarks.ordinary_data import pack, unpack
 from benchmarks.ordinary_page import newest, page, runs, table
+
+from spectune.methods import BY_NAME
 
 RESULT = {
     "method": "lora", "predicted_memory_bytes": {"peak_allocated": 100, "peak_reserved": 200},
@@ -156,3 +159,22 @@ def test_what_is_carried_arrives_bit_for_bit(tmp_path: Path) -> None:
     assert "im_start" in json.loads((tmp_path / "bases/27M-chat/tokenizer_config.json").read_text())["chat_template"]
     assert len((tmp_path / "bases/rows/rows.jsonl").read_text("utf-8").splitlines()) == 3200
     assert json.loads((tmp_path / "bases/rows/chat.jsonl").read_text("utf-8").splitlines()[0]).keys() == {"messages"}
+
+
+def test_bytes_that_are_left_are_said_by_method_and_mode() -> None:
+    line = {"mode": "graphs", "method": "lora", "left": [0, 0], "seconds": 1.0}
+    lines = [line, {**line, "method": "full", "left": [0, 4096], "left_without_workspaces": 0}]
+    lines.append({**line, "mode": "compare", "left": [], "error": "no"})
+
+    text = verdict(lines)
+    assert "| lora | 0 | failed |" in text
+    assert "| full | 4,096 | - |" in text
+    assert text.endswith("1 of 3 leave nothing")
+    assert "after each: 0, 4,096" in said(lines[1])
+    assert "without cuBLAS's workspaces: 0" in said(lines[1])
+
+
+def test_processes_cover_every_mode_and_method_once() -> None:
+    found = [tuple(order.split()) for order in orders(["neither", "compiled", "compare"])]
+    assert sorted(name for mode, *names in found if mode == "neither" for name in names) == sorted(BY_NAME)
+    assert [names for mode, *names in found if mode != "neither"] == [["lora"], ["prompt"], ["full"], []]
