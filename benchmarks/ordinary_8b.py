@@ -63,7 +63,7 @@ def compared(
     base: Path, rows: Path, trees: Sequence[Path], out: Path, timeout: float, *, small: bool = False
 ) -> list[dict[str, Any]]:
     """The same comparison with each tree, one after another; one JSON line each, and a line for people."""
-    lines = []
+    lines: list[dict[str, Any]] = []
     for tree in trees:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
