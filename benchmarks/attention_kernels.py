@@ -1,0 +1,155 @@
+"""Attention kernels against float64, forward and gradients: which are finite and right, by mask, type and size; and a
+plain transformers loop on padded rows, with cuDNN's attention and without.
+
+    PYTHONPATH=src python benchmarks/attention_kernels.py --out kernels.jsonl --seconds 75                  on a CUDA device
+    PYTHONPATH=src python benchmarks/attention_kernels.py --out tiny.jsonl --tiny                           a check of this script
+    PYTHONPATH=src python benchmarks/attention_kernels.py --out kernels.jsonl --page docs/results/kernels.md     measures nothing
+
+One JSON line for each call and kernel, as it is found; what a file has already is not measured again. A process of its
+own measures, and is followed by another one where the device gave up: then the call is recorded as what broke it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from attention_page import page, table
+from plain_loop import plain_loop
+
+from spectune.compute.attention_cases import FEW, AttentionCase, cases
+from spectune.compute.attention_check import check_case
+from spectune.errors import first_line
+
+#: a worker that broke down is followed by another one so often
+MOST_WORKERS = 12
+BROKEN = "broke the device"
+
+
+def recorded(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wanted(args: argparse.Namespace) -> Iterator[AttentionCase]:
+    found = iter(FEW) if args.tiny else cases()
+    yield from islice((case for case in found if case.length <= args.longest), args.most)
+
+
+def write(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def work(args: argparse.Namespace) -> None:
+    """Measure what the file has not, until the time is over. The case at hand stands in a file beside it."""
+    device, at_hand = torch.device(args.device), args.out.with_suffix(".at_hand")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    lines = recorded(args.out)
+    known = {line["name"] for line in lines if line["kind"] == "kernel"}
+    if not any(line["kind"] == "machine" for line in lines):
+        write(args.out, {"kind": "machine", **machine(device)})
+    if not args.no_loop:
+        loops = {line["name"] for line in lines if line["kind"] == "loop"}
+        for cudnn in (True, False):
+            name = f"cudnn={cudnn}"
+            if name not in loops:
+                at_hand.write_text(json.dumps({"kind": "loop", "name": name, "cudnn": cudnn}))
+                found = plain_loop(device, cudnn=cudnn, tiny=args.tiny)
+                write(args.out, {"kind": "loop", "name": name, "cudnn": cudnn, **found})
+    for case in wanted(args):
+        if time.time() > args.until:
+            return
+        if str(case) in known:
+            continue
+        at_hand.write_text(json.dumps({"kind": "kernel", "name": str(case), "case": asdict(case), "kernel": "all"}))
+        try:
+            findings = check_case(case, device)
+        except torch.OutOfMemoryError as error:
+            write(args.out, {**json.loads(at_hand.read_text()), "status": "out of memory", "why": first_line(error)})
+            continue
+        for finding in findings:
+            write(
+                args.out,
+                {
+                    "kind": "kernel",
+                    "name": str(case),
+                    "case": asdict(case),
+                    "kernel": finding.kernel,
+                    "status": finding.status,
+                    "errors": finding.errors,
+                    "why": finding.why,
+                },
+            )
+    write(args.out, {"kind": "whole"})
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "transformers": transformers.__version__,
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    """Workers one after the other until all is measured or the time is over."""
+    until, at_hand = time.time() + args.seconds, args.out.with_suffix(".at_hand")
+    for _ in range(MOST_WORKERS):
+        command = [sys.executable, __file__, "--worker", "--until", str(until), *sys.argv[1:]]
+        try:
+            code = subprocess.run(command, timeout=max(1, until + 30 - time.time())).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        if code == 0:
+            break
+        if at_hand.exists():
+            write(args.out, {**json.loads(at_hand.read_text()), "status": BROKEN, "why": f"exit code {code}"})
+            at_hand.unlink()
+        if time.time() > until:
+            break
+    at_hand.unlink(missing_ok=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="JSON lines, appended to")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seconds", type=float, default=75, help="no call begins later; the most telling ones come first")
+    add("--tiny", action="store_true", help="a few calls, a tiny loop")
+    add("--longest", type=int, default=10**6, help="tokens of a row")
+    add("--most", type=int, help="calls")
+    add("--no-loop", action="store_true", help="leave out the plain loop")
+    add("--page", type=Path, help="write the page from --out, and measure nothing")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    add("--until", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args)
+        return 0
+    if args.page:
+        args.page.write_text(page(recorded(args.out)))
+        return 0
+    begin = time.time()
+    run(args)
+    print(table(recorded(args.out)))
+    print(f"{time.time() - begin:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
