@@ -1,10 +1,11 @@
 """Attention kernels against float64, forward and gradients: which are finite and right, by mask, type and size; and a
 plain transformers loop on padded rows, with cuDNN's attention and without.
 
-    PYTHONPATH=src python benchmarks/attention_kernels.py --out kernels.jsonl --seconds 75                  on a CUDA device
-    PYTHONPATH=src python benchmarks/attention_kernels.py --out tiny.jsonl --tiny                           a check of this script
-    PYTHONPATH=src python benchmarks/attention_kernels.py --out kernels.jsonl --page docs/results/kernels.md     measures nothing
+    PYTHONPATH=src python benchmarks/attention_kernels.py --out kernels.jsonl --seconds 70
+    PYTHONPATH=src python benchmarks/attention_kernels.py --out tiny.jsonl --tiny
+    PYTHONPATH=src python benchmarks/attention_kernels.py --out kernels.jsonl --page docs/results/kernels.md
 
+The first measures on a CUDA device, the second checks this script anywhere, the third measures nothing.
 One JSON line for each call and kernel, as it is found; what a file has already is not measured again. A process of its
 own measures, and is followed by another one where the device gave up: then the call is recorded as what broke it.
 """

@@ -46,20 +46,24 @@ def page(lines: list[dict[str, Any]]) -> str:
     whole = any(line["kind"] == "whole" for line in lines)
     bounds = ", ".join(f"{dtype} {bound:g}" for dtype, bound in BOUNDS.items())
     names = len({line["name"] for line in found})
+    left_out = (
+        " (of the grid, those that the time was enough for; every three of mask, type, head size, groups and length "
+        "come first)"
+    )
     text = [
         "# Attention kernels: which are finite and right",
         "",
-        f"Made by `benchmarks/attention_kernels.py` on {on.get('device')}, torch {on.get('torch')}, CUDA {on.get('cuda')}, cuDNN "
-        f"{on.get('cudnn')}, transformers {on.get('transformers')}: {names} calls of attention"
-        f"{'' if whole else ' (of the grid, those that the time was enough for; every three of mask, type, head size, groups and length first)'}, "
-        "each given to every kernel that torch has for it. Output and the gradients of queries, keys and values against "
-        "float64: finite everywhere, in padding and for queries that see nothing too, and a relative error (of the norm) "
-        f"of at most: {bounds}. Masks are boolean, as transformers makes them: `right` and `left` are padding, `prefix` "
-        "has keys before the rows' own, `window` slides, `packs` hold documents beside each other. Lengths 1 to 2,048, "
-        "head sizes 32 to 256 (and 36), heads alike or two to a group, rows as transformers lays them out, GPT-2's too.",
+        f"Made by `benchmarks/attention_kernels.py` on {on.get('device')}, torch {on.get('torch')}, CUDA "
+        f"{on.get('cuda')}, cuDNN {on.get('cudnn')}, transformers {on.get('transformers')}: {names} calls of attention"
+        f"{'' if whole else left_out}, each given to every kernel that torch has for it. Output and the gradients of "
+        "queries, keys and values against float64: finite everywhere, in padding and for queries that see nothing too, "
+        f"and a relative error (of the norm) of at most: {bounds}. Masks are boolean, as transformers makes them: "
+        "`right` and `left` are padding, `prefix` has keys before the rows' own, `window` slides, `packs` hold "
+        "documents beside each other. Lengths 1 to 2,048, head sizes 32 to 256 (and 36), heads alike or two to a "
+        "group, rows as transformers lays them out, GPT-2's too.",
         "",
-        "A cell: calls that were right of those that the kernel took, and the worst error of the right ones. `-`: torch "
-        "gives this kernel no such call.",
+        "A cell: calls that were right of those that the kernel took, and the worst error of the right ones. `-`: "
+        "torch gives this kernel no such call.",
         "",
         f"| kernel | type | {' | '.join(MASKS)} | taken by spectune for |",
         f"|{'---|' * (len(MASKS) + 3)}",
@@ -82,9 +86,9 @@ def page(lines: list[dict[str, Any]]) -> str:
             "",
             "## A plain transformers loop on padded rows",
             "",
-            "GPT-2 of 27M weights (random), bfloat16, batches of 64 rows of 24 to 192 tokens padded on the right with a "
-            "mask, AdamW at 1e-3; nothing of spectune in it (`benchmarks/plain_loop.py`). torch's own choice is to allow "
-            "cuDNN's attention.",
+            "GPT-2 of 27M weights (random), bfloat16, batches of 64 rows of 24 to 192 tokens padded on the right with "
+            "a mask, AdamW at 1e-3; nothing of spectune in it (`benchmarks/plain_loop.py`). torch's own choice is to "
+            "allow cuDNN's attention.",
             "",
             "| cuDNN's attention | what came |",
             "|---|---|",

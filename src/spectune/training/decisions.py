@@ -14,7 +14,15 @@ from spectune.blocks.recompute import Recomputation, modes
 from spectune.compute.pack_layout import Kernel
 from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_document
 from spectune.data import batches, by_length, pack_step, places
-from spectune.deltas import Delta, Method, kernel_serves, route, why_mask_is_needed, why_not_packed
+from spectune.deltas import (
+    Delta,
+    Method,
+    kernel_serves,
+    route,
+    why_mask_is_needed,
+    why_not_cudnn,
+    why_not_packed,
+)
 from spectune.errors import ConfigError
 from spectune.families import Family
 from spectune.methods import LoRA
@@ -81,6 +89,8 @@ def decide(
         tokens = steps * rows * config.gradient_accumulation_steps * length
         compiled = worth_compiling(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
     cudnn = takes_cudnn(family, lengths, steps, config, packs=packing.on)
+    if cudnn and delta is not None:
+        cudnn = _calls_suit_cudnn(delta, max(lengths))
     return Execution(compiled, graphs, mode, cudnn, packing).because("packing", why_packing)
 
 
@@ -155,7 +165,8 @@ def check_graphs(device_type: str, packs: bool, mode: Recomputation) -> None:
 
 
 def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: TrainingConfig, *, packs: bool) -> bool:
-    """Whether a run's steps take cuDNN's attention on CUDA: where it saves more than its plans take.
+    """Whether a run's steps take cuDNN's attention on CUDA: where it saves more than its plans take. Steps that have a
+    mask never do (`Execution.attention`), nor does a model that makes masks of its own (`why_not_cudnn`).
 
     Args:
         lengths: tokens of the training rows.
@@ -163,10 +174,12 @@ def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: Trai
         packs: rows share sequences; no two batches are alike then, and on CUDA another kernel attends.
     """
     shapes = len(set(lengths))
+    if packs:
+        return False
     if shapes == 1:
         return True
     mean = sum(lengths) / len(lengths)
-    if packs or mean <= _SHORT:
+    if mean <= _SHORT:
         return False
     batch_count = steps * config.gradient_accumulation_steps
     # causal, forward and backward: 3.5 times two products of which a half is masked
@@ -225,6 +238,15 @@ def _needs_no_mask(delta: Delta) -> bool:
         reason = why_mask_is_needed(delta.model)
     if reason is not None:
         log.info("batches that are padded have an attention mask: %s", reason)
+    return reason is None
+
+
+def _calls_suit_cudnn(delta: Delta, length: int) -> bool:
+    """Whether attention is called as cuDNN is known to be right for. It decides about the speed alone."""
+    with route(delta.model, delta.name):
+        reason = why_not_cudnn(delta.model, length)
+    if reason is not None:
+        log.info("cuDNN's attention is left out: %s", reason)
     return reason is None
 
 
