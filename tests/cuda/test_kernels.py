@@ -22,14 +22,8 @@ WIDE = [AttentionCase(mask, 1000, dim, dtype) for mask in MASKS for dim, dtype i
 @pytest.mark.parametrize("case", [*FEW, *SPECIAL, *WIDE], ids=str)
 def test_what_a_run_may_take_is_finite_and_right(case: AttentionCase) -> None:
     found = check_case(case, torch.device("cuda"))
-    # cuDNN's is taken without a mask and without dropout alone
-    asked = [
-        finding for finding in found
-        if finding.kernel.split(",")[0] != "cudnn" or (case.mask == "causal" and not case.dropout)
-        or finding.kernel == "cudnn, zero queries"
-    ]  # fmt: skip
-    wrong = [f"{finding.kernel}: {finding.status} {finding.why}" for finding in asked
-             if finding.status not in (RIGHT, REFUSED)]  # fmt: skip
+    wrong = [f"{finding.kernel}: {finding.status} {finding.why}" for finding in found
+             if finding.asked and finding.status not in (RIGHT, REFUSED)]  # fmt: skip
     assert not wrong, wrong
     assert {finding.kernel: finding.status for finding in found}.get("chosen", RIGHT) == RIGHT
 

@@ -56,6 +56,13 @@ class Finding:
     def worst(self) -> float:
         return max(self.errors.values(), default=0.0)
 
+    @property
+    def asked(self) -> bool:
+        """Whether a run may make such a call of this kernel: cuDNN's is for no mask, and for no dropout."""
+        if not self.kernel.startswith("cudnn"):
+            return True
+        return (self.case.mask == "causal" or "zero queries" in self.kernel) and not self.case.dropout
+
 
 def kernels_for(case: AttentionCase) -> list[str]:
     """The kernels that a case is for. What takes no mask is asked where a run asks it: never for what needs one."""
