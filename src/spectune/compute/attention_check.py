@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spectune.compute.attention_cases import AttentionCase, Inputs
 from spectune.compute.cudnn import cudnn_attention
+from spectune.compute.pack_layout import Kernel
 from spectune.compute.varlen import flash_by_document, flash_takes, loop_by_document
 from spectune.errors import first_line
 
@@ -146,7 +148,11 @@ def _attend(kernel: str, inputs: Inputs, query: Tensor, key: Tensor, value: Tens
     if before:  # queries of zeros make it square, see deltas/hooks/prefix_kernel
         query = F.pad(query, (0, 0, before, 0))
     causal = mask is None and query.shape[2] > 1
-    settings = {"dropout_p": case.dropout, "is_causal": causal, "enable_gqa": mask is None and groups > 1}
+    settings: dict[str, Any] = {
+        "dropout_p": case.dropout,
+        "is_causal": causal,
+        "enable_gqa": mask is None and groups > 1,
+    }
     if kernel == "chosen":
         with cudnn_attention(False):
             out = F.scaled_dot_product_attention(query, key, value, mask, **settings)
@@ -159,10 +165,11 @@ def _attend(kernel: str, inputs: Inputs, query: Tensor, key: Tensor, value: Tens
 def _by_document(kernel: str, inputs: Inputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if kernel == "documents" and not flash_takes(query, key, value):
         raise RuntimeError("flash attention does not take these")
-    tokens = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
-    attend = flash_by_document if kernel == "documents" else loop_by_document
-    found = attend(*tokens, inputs.spans, inputs.spans)
-    return found.unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2)
+    one, two, three = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    attend: Kernel = flash_by_document if kernel == "documents" else loop_by_document
+    found = attend(one, two, three, inputs.spans, inputs.spans)
+    rows, heads, length, dim = query.shape
+    return found.reshape(rows, length, heads, dim).transpose(1, 2)
 
 
 def _reference(inputs: Inputs, kept: Tensor | None) -> list[Tensor]:

@@ -11,10 +11,11 @@ from spectune.compute.health.outcome import Outcome
 
 def check(name: str, arguments: list[str]) -> Outcome:
     """What a check finds; each imports what it needs."""
-    if name == "output folder" or name == "cache folder":
+    if name in ("output folder", "cache folder"):
         from spectune.compute.health.disk import disk
 
-        return disk(name, *arguments)
+        [folder] = arguments
+        return disk(name, folder)
     if name in ("compile", "CUDA graphs"):
         from spectune.compute.health import compiling
 
