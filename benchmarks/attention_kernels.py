@@ -35,7 +35,7 @@ from spectune.errors import first_line
 
 #: a worker that broke down is followed by another one so often
 MOST_WORKERS = 12
-BROKEN = "broke the device"
+BROKEN, LATE = "broke the device", "did not end in the time given"
 
 
 def recorded(path: Path) -> list[dict[str, Any]]:
@@ -111,14 +111,16 @@ def run(args: argparse.Namespace) -> None:
     until, at_hand = time.time() + args.seconds, args.out.with_suffix(".at_hand")
     for _ in range(MOST_WORKERS):
         command = [sys.executable, __file__, "--worker", "--until", str(until), *sys.argv[1:]]
+        status, why = BROKEN, ""
         try:
             code = subprocess.run(command, timeout=max(1, until + 30 - time.time())).returncode
+            why = f"exit code {code}"
         except subprocess.TimeoutExpired:
-            code = -1
+            code, status = None, LATE
         if code == 0:
             break
         if at_hand.exists():
-            write(args.out, {**json.loads(at_hand.read_text()), "status": BROKEN, "why": f"exit code {code}"})
+            write(args.out, {**json.loads(at_hand.read_text()), "status": status, "why": why})
             at_hand.unlink()
         if time.time() > until:
             break

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from spectune.compute.attention_cases import DTYPES, MASKS
-from spectune.compute.attention_check import BOUNDS
+from spectune.compute.attention_cases import DTYPES, MASKS, AttentionCase
+from spectune.compute.attention_check import BOUNDS, Finding
 
 RIGHT, REFUSED = "right", "refused"
 #: kernel -> what of our runs takes it
@@ -59,8 +59,8 @@ def page(lines: list[dict[str, Any]]) -> str:
         "queries, keys and values against float64: finite everywhere, in padding and for queries that see nothing too, "
         f"and a relative error (of the norm) of at most: {bounds}. Masks are boolean, as transformers makes them: "
         "`right` and `left` are padding, `prefix` has keys before the rows' own, `window` slides, `packs` hold "
-        "documents beside each other. Lengths 1 to 2,048, head sizes 32 to 256 (and 36), heads alike or two to a "
-        "group, rows as transformers lays them out, GPT-2's too.",
+        "documents beside each other. Queries and keys with heads alike or two to a group, rows as transformers lays "
+        "them out, GPT-2's too.",
         "",
         "A cell: calls that were right of those that the kernel took, and the worst error of the right ones. `-`: "
         "torch gives this kernel no such call.",
@@ -71,6 +71,15 @@ def page(lines: list[dict[str, Any]]) -> str:
     for kernel in _kernels(found):
         for dtype, cells in _by_type(found, kernel):
             text.append(f"| {kernel} | {dtype} | {' | '.join(cells)} | {TAKEN.get(kernel.split(',')[0], '')} |")
+    for title, key in (("head size", "dim"), ("tokens of a row", "length")):
+        sizes = sorted({line["case"][key] for line in found})
+        text += ["", f"By {title}, of the calls that a run may make:", "",
+                 f"| kernel | {' | '.join(map(str, sizes))} |", f"|{'---|' * (len(sizes) + 1)}"]  # fmt: skip
+        for kernel in _kernels(found):
+            mine = [line for line in found if line["kernel"] == kernel and _asked(line)]
+            if mine:
+                cells = [_cell([line for line in mine if line["case"][key] == size]) for size in sizes]
+                text.append(f"| {kernel} | {' | '.join(cells)} |")
     wrong = [line for line in found if line["status"] not in (RIGHT, REFUSED)]
     text += ["", "## What was not right", ""]
     if not wrong:
@@ -95,6 +104,10 @@ def page(lines: list[dict[str, Any]]) -> str:
             *(f"| {'allowed' if line['cudnn'] else 'switched off'} | {_loop(line)} |" for line in loops),
         ]
     return "\n".join(text) + "\n"
+
+
+def _asked(line: dict[str, Any]) -> bool:
+    return Finding(AttentionCase(**line["case"]), line["kernel"], line["status"]).asked
 
 
 def _kernels(found: list[dict[str, Any]]) -> list[str]:
