@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,12 @@ def work(args: argparse.Namespace) -> None:
         write(args.out, {"kind": "machine", **machine(device)})
     if not args.no_loop:
         loops = {line["name"] for line in lines if line["kind"] == "loop"}
-        for cudnn in (True, False):
-            name = f"cudnn={cudnn}"
+        for cudnn, whole in product((True, False), (0, 1)):
+            name = f"cudnn={cudnn}, {whole} whole"
             if name not in loops:
-                at_hand.write_text(json.dumps({"kind": "loop", "name": name, "cudnn": cudnn}))
-                found = plain_loop(device, cudnn=cudnn, tiny=args.tiny)
-                write(args.out, {"kind": "loop", "name": name, "cudnn": cudnn, **found})
+                line = {"kind": "loop", "name": name, "cudnn": cudnn, "whole": whole}
+                at_hand.write_text(json.dumps(line))
+                write(args.out, {**line, **plain_loop(device, cudnn=cudnn, whole=whole, tiny=args.tiny)})
     for case in wanted(args):
         if time.time() > args.until:
             return

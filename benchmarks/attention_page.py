@@ -77,7 +77,7 @@ def page(lines: list[dict[str, Any]]) -> str:
                  f"| kernel | {' | '.join(map(str, sizes))} |", f"|{'---|' * (len(sizes) + 1)}"]  # fmt: skip
         for kernel in _kernels(found):
             mine = [line for line in found if line["kernel"] == kernel and _asked(line)]
-            if mine:
+            if any(line["status"] != REFUSED for line in mine):
                 cells = [_cell([line for line in mine if line["case"][key] == size]) for size in sizes]
                 text.append(f"| {kernel} | {' | '.join(cells)} |")
     wrong = [line for line in found if line["status"] not in (RIGHT, REFUSED)]
@@ -99,9 +99,13 @@ def page(lines: list[dict[str, Any]]) -> str:
             "a mask, AdamW at 1e-3; nothing of spectune in it (`benchmarks/plain_loop.py`). torch's own choice is to "
             "allow cuDNN's attention.",
             "",
-            "| cuDNN's attention | what came |",
-            "|---|---|",
-            *(f"| {'allowed' if line['cudnn'] else 'switched off'} | {_loop(line)} |" for line in loops),
+            "| cuDNN's attention | first batch | what came |",
+            "|---|---|---|",
+            *(
+                f"| {'allowed' if line['cudnn'] else 'switched off'} | {'whole' if line['whole'] else 'padded'} | "
+                f"{_loop(line)} |"
+                for line in loops
+            ),
         ]
     return "\n".join(text) + "\n"
 

@@ -18,9 +18,10 @@ TINY = {"vocab_size": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions"
 WIDTHS = (1.0, 1.0, 0.975, 0.92, 1.0, 0.83, 1.0, 0.99)
 
 
-def plain_loop(device: torch.device, *, cudnn: bool, tiny: bool = False) -> dict[str, Any]:
+def plain_loop(device: torch.device, *, cudnn: bool, whole: int = 0, tiny: bool = False) -> dict[str, Any]:
     """Losses by step; the first step with a gradient that is not finite (None: none was), how many weights have one
-    there, and the calls of attention that were given finite numbers and gave others."""
+    there, and the calls of attention that were given finite numbers and gave others. `whole`: the first batches, so
+    many, have rows of one length."""
     torch.manual_seed(0)
     sizes, rows, longest = (TINY, 4, 24) if tiny else (SIZES, 64, 192)
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -36,7 +37,7 @@ def plain_loop(device: torch.device, *, cudnn: bool, tiny: bool = False) -> dict
             width = round(share * longest)
             ids = torch.randint(1, sizes["vocab_size"], (rows, width), generator=generator)
             lengths = torch.randint(longest // 8, width + 1, (rows, 1), generator=generator)
-            lengths[0] = width
+            lengths[: rows if step <= whole else 1] = width
             mask = (torch.arange(width) < lengths).long()
             batch = {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
             with watched(calls):

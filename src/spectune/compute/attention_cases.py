@@ -119,11 +119,11 @@ class Inputs:
     def __init__(self, case: AttentionCase, device: torch.device) -> None:
         self.case, self.device = case, device
         dtype: torch.dtype = getattr(torch, case.dtype)
-        generator = torch.Generator().manual_seed(case.length * 1000 + case.dim)
+        generator = torch.Generator(device).manual_seed(case.length * 1000 + case.dim)
         keys = case.lead + case.length
 
         def random_of(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype).to(device)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         sizes = ((case.heads, case.length), (case.kv_heads, keys), (case.kv_heads, keys))
         if case.layout == "fused":
