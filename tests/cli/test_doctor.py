@@ -13,8 +13,8 @@ from spectune.compute.health.outcome import FAILED, OK, Outcome
 
 Spectune = Callable[..., Any]
 #: what takes long to look at; tests/compute/test_health.py looks at each
-LONG = [flag for name in ("compile", "processes", "CUDA graphs", "int8 and nf4", "fp8") for flag in ("--skip", name)]
-IN_PROCESSES = [*LONG, *(f for name in ("attention", "output folder", "cache folder") for f in ("--skip", name))]
+LONG = [flag for name in ("compile", "processes", "graphs", "int8-nf4", "fp8") for flag in ("--skip", name)]
+IN_PROCESSES = [*LONG, *(f for name in ("attention", "output-folder", "cache-folder") for f in ("--skip", name))]
 
 
 def test_a_real_run(spectune: Spectune) -> None:
@@ -24,7 +24,7 @@ def test_a_real_run(spectune: Spectune) -> None:
     assert found["ok"] is True
     assert 0 < found["seconds"] < 60
     names = {check["name"] for check in found["checks"]}
-    assert names == {"versions", "cores", "quiet", "memory", "attention", "output folder", "cache folder"}
+    assert names == {"versions", "cores", "quiet", "memory", "attention", "output-folder", "cache-folder"}
     for check in found["checks"]:
         assert set(check) == {"name", "status", "says", "advice", "seconds"}
         assert check["status"] in ("ok", "not here")
@@ -43,6 +43,16 @@ def test_what_failed_is_said_and_exits_with_1(spectune: Spectune, monkeypatch: p
     answer = spectune("doctor", "--json", *IN_PROCESSES)
     assert answer.exit_code == 1
     assert json.loads(answer.stdout)["ok"] is False
+
+
+def test_a_check_that_raises_is_a_line(spectune: Spectune, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(_: str) -> None:
+        raise ImportError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setattr("spectune.planning.device_memory.free_memory", raises)
+    result = spectune("doctor", *IN_PROCESSES)
+    assert result.exit_code == 1
+    assert "FAILED    memory          ImportError: libcudart.so.12" in result.stdout
 
 
 def test_a_check_by_a_wrong_name_is_a_usage_error(spectune: Spectune, monkeypatch: pytest.MonkeyPatch) -> None:

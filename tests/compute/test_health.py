@@ -149,10 +149,10 @@ def test_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = disk("output folder", str(tmp_path / "not" / "there"))
+    found = disk("output-folder", str(tmp_path / "not" / "there"))
     assert found.status == OK
     assert list(tmp_path.iterdir()) == []
-    full = disk("output folder", str(tmp_path), least_free=2**62)
+    full = disk("output-folder", str(tmp_path), least_free=2**62)
     assert full.status == FAILED
     assert "--output-dir" in full.advice
 
@@ -160,7 +160,7 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("os.fsync", refuse)
-    refused = disk("cache folder", str(tmp_path))
+    refused = disk("cache-folder", str(tmp_path))
     assert refused.status == FAILED
     assert "Read-only" in refused.says
     assert "HF_HOME" in refused.advice

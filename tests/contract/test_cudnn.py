@@ -62,6 +62,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
     # of every run that may: the numbers decide elsewhere
+    monkeypatch.setattr(decisions, "has_cudnn", lambda _: True)
     monkeypatch.setattr(decisions, "takes_cudnn", lambda *_, packs, **__: not packs)
     assert cudnn_allowed()
     yield found

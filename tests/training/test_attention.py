@@ -72,6 +72,7 @@ def test_steps_take_what_was_decided_and_validation_never_does(taken: bool, monk
             seen.add((module.training, cudnn_allowed()))
 
     model.register_forward_pre_hook(look, with_kwargs=True)
+    monkeypatch.setattr(decisions, "has_cudnn", lambda _: True)
     monkeypatch.setattr(decisions, "takes_cudnn", lambda *_, **__: taken)
     train(model, make_tokenizer(), LoRA(), make_rows(), make_rows(6),
           TrainingConfig(max_steps=2, packing=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import print_answer
-from spectune.errors import ConfigError, did_you_mean
+from spectune.errors import ConfigError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from spectune.compute.health.outcome import Outcome
@@ -53,7 +53,8 @@ def doctor(
     answer = {"ok": not failed, "seconds": seconds, "checks": [outcome.to_dict() for outcome in outcomes]}
     if not as_json:
         typer.echo(f"{f'{len(failed)} failed: ' + ', '.join(failed) if failed else 'nothing failed'}, {seconds:.0f} s")
-    print_answer(answer, as_json=as_json)
+    if as_json:  # not by way of what imports torch, which may be what is broken
+        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
     if failed:
         raise typer.Exit(1)
 
@@ -70,13 +71,11 @@ def found_by(output: Path, skip: list[str]) -> Iterator[Outcome]:
     looks: dict[str, Callable[[], Outcome]] = {
         "versions": known_faults.versions, "cores": machine_load.cores, "quiet": machine_load.busy,
     }  # fmt: skip
-    yield from (_timed(look) for name, look in looks.items() if name not in skip)
+    yield from (_looked(name, look) for name, look in looks.items() if name not in skip)
     wanted = [check for check in others if check.name not in skip]
     with Checkup(SECONDS).started(wanted) as outcomes:
         if "memory" not in skip:
-            from spectune.planning.device_memory import free_memory
-
-            yield _timed(lambda: machine_load.memory(free_memory("cpu")))
+            yield _looked("memory", _memory)
         yield from outcomes
 
 
@@ -86,6 +85,22 @@ def _check_names(skip: list[str], known: list[str]) -> None:
             raise ConfigError(f"--skip {name}: no such check{did_you_mean(name, known)}; they are {', '.join(known)}")
 
 
-def _timed(look: Callable[[], Outcome]) -> Outcome:
+def _looked(name: str, look: Callable[[], Outcome]) -> Outcome:
+    """What a check in this process found. It may raise whatever is broken: torch itself, or the system's own files."""
+    from spectune.compute.health.outcome import FAILED, Outcome
+
     began = time.monotonic()
-    return replace(look(), seconds=time.monotonic() - began)
+    try:
+        found = look()
+    except Exception as error:
+        found = Outcome(
+            name, FAILED, f"{type(error).__name__}: {first_line(error)}", "Mend what it names, or install it anew"
+        )
+    return replace(found, seconds=time.monotonic() - began)
+
+
+def _memory() -> Outcome:
+    from spectune.compute.health.machine_load import memory
+    from spectune.planning.device_memory import free_memory
+
+    return memory(free_memory("cpu"))

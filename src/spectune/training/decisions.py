@@ -88,7 +88,7 @@ def decide(
     if config.torch_compile == "auto":
         tokens = steps * rows * config.gradient_accumulation_steps * length
         compiled = worth_compiling(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
-    cudnn = takes_cudnn(family, lengths, steps, config, packs=packing.on)
+    cudnn = has_cudnn(device_type) and takes_cudnn(family, lengths, steps, config, packs=packing.on)
     if cudnn and delta is not None:
         cudnn = _calls_suit_cudnn(delta, max(lengths))
     return Execution(compiled, graphs, mode, cudnn, packing).because("packing", why_packing)
@@ -162,6 +162,11 @@ def check_graphs(device_type: str, packs: bool, mode: Recomputation) -> None:
             f"cuda_graphs=true and gradient_checkpointing={mode}: a captured block keeps its activations. "
             "Set gradient_checkpointing=false, or leave cuda_graphs at auto"
         )
+
+
+def has_cudnn(device_type: str) -> bool:
+    """Whether there may be kernels of cuDNN's on such a device."""
+    return device_type == "cuda"
 
 
 def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: TrainingConfig, *, packs: bool) -> bool:

@@ -34,11 +34,11 @@ def checks(output: str, cache: str) -> list[Check]:
         Check("compile", seconds=45, advice="Train with --set torch_compile=false"),
         Check("processes", seconds=40, advice="Train in one process, without torchrun"),
         Check("attention", seconds=40, advice="Load bases with eager attention, or use another torch"),
-        Check("CUDA graphs", advice="Train with --set cuda_graphs=false"),
-        Check("int8 and nf4", advice="Do not load bases with base_precision=int8 or nf4 here"),
+        Check("graphs", advice="Train with --set cuda_graphs=false"),
+        Check("int8-nf4", advice="Do not load bases with base_precision=int8 or nf4 here"),
         Check("fp8", advice="Do not load bases with base_precision=fp8 here"),
-        Check("output folder", (output,), advice="Choose another folder (--output-dir)"),
-        Check("cache folder", (cache,), advice="Choose another folder (HF_HOME)"),
+        Check("output-folder", (output,), advice="Choose another folder (--output-dir)"),
+        Check("cache-folder", (cache,), advice="Choose another folder (HF_HOME)"),
     ]
 
 

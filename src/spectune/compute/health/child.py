@@ -11,12 +11,12 @@ from spectune.compute.health.outcome import Outcome
 
 def check(name: str, arguments: list[str]) -> Outcome:
     """What a check finds; each imports what it needs."""
-    if name in ("output folder", "cache folder"):
+    if name in ("output-folder", "cache-folder"):
         from spectune.compute.health.disk import disk
 
         [folder] = arguments
         return disk(name, folder)
-    if name in ("compile", "CUDA graphs"):
+    if name in ("compile", "graphs"):
         from spectune.compute.health import compiling
 
         return compiling.compiled_block() if name == "compile" else compiling.recorded_graph()
@@ -26,7 +26,7 @@ def check(name: str, arguments: list[str]) -> Outcome:
         return between_processes()
     from spectune.compute.health import numbers
 
-    return {"attention": numbers.attention, "fp8": numbers.fp8, "int8 and nf4": numbers.codes}[name]()
+    return {"attention": numbers.attention, "fp8": numbers.fp8, "int8-nf4": numbers.codes}[name]()
 
 
 def main(arguments: list[str]) -> None:

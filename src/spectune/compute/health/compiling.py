@@ -63,7 +63,7 @@ def _pass(block: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> list[
 
 def recorded_graph() -> Outcome:
     """Forward and backward of a block recorded as one CUDA graph, replayed on another input."""
-    name = "CUDA graphs"
+    name = "graphs"
     device = here()
     if device.type != "cuda":
         return Outcome(name, NOT_HERE, "there is no CUDA device", "Nothing: a CPU launches no kernels")

@@ -84,7 +84,7 @@ def codes() -> Outcome:
     has_nf4 = importlib.util.find_spec("bitsandbytes") is not None
     if has_nf4:
         kinds.append(FrozenNf4Linear)
-    found = stored_products("int8 and nf4", kinds)
+    found = stored_products("int8-nf4", kinds)
     if found.status == OK and not has_nf4:
         says = f"{found.says}; nf4 needs bitsandbytes, which is not installed"
         advice = "A base in int8 takes twice the memory of one in nf4: pip install 'spectune[quantised]'"
