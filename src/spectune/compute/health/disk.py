@@ -21,7 +21,7 @@ def disk(name: str, folder: str, least_free: int = LEAST_FREE) -> Outcome:
     Leaves nothing behind."""
     path = Path(folder).expanduser().absolute()
     existing = next(place for place in (path, *path.parents) if place.is_dir())
-    advice = f"Choose another folder for it ({'--output-dir' if name == 'output folder' else 'HF_HOME'})"
+    advice = f"Choose another folder for it ({'--output-dir' if name == 'output-folder' else 'HF_HOME'})"
     block = os.urandom(4 * 2**20)
     try:
         free = shutil.disk_usage(existing).free
