@@ -1,7 +1,7 @@
 """Attention kernels against float64, forward and gradients: which are finite and right, by mask, type and size; and a
 plain transformers loop on padded rows, with cuDNN's attention and without.
 
-    PYTHONPATH=src python benchmarks/attention_kernels.py --out kernels.jsonl --seconds 70
+    PYTHONPATH=src python benchmarks/attention_kernels.py --out kernels.jsonl --seconds 70 --jobs 8
     PYTHONPATH=src python benchmarks/attention_kernels.py --out tiny.jsonl --tiny
     PYTHONPATH=src python benchmarks/attention_kernels.py --out kernels.jsonl --page docs/results/kernels.md
 
@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice, product
 from pathlib import Path
@@ -27,7 +30,7 @@ from typing import Any
 import torch
 import transformers
 from attention_page import page, table
-from plain_loop import plain_loop
+from plain_loop import LOOPS, plain_loop
 
 from spectune.compute.attention_cases import FEW, AttentionCase, cases
 from spectune.compute.attention_check import check_case
@@ -54,23 +57,25 @@ def write(path: Path, line: dict[str, Any]) -> None:
 
 def work(args: argparse.Namespace) -> None:
     """Measure what the file has not, until the time is over. The case at hand stands in a file beside it."""
-    device, at_hand = torch.device(args.device), args.out.with_suffix(".at_hand")
+    device, at_hand = torch.device(args.device), args.out.with_suffix(f".at_hand{args.number}")
     torch.backends.cuda.matmul.allow_tf32 = False
     lines = recorded(args.out)
     known = {line["name"] for line in lines if line["kind"] == "kernel"}
-    if not any(line["kind"] == "machine" for line in lines):
+    if args.number == 0 and not any(line["kind"] == "machine" for line in lines):
         write(args.out, {"kind": "machine", **machine(device)})
     if not args.no_loop:
         loops = {line["name"] for line in lines if line["kind"] == "loop"}
-        for cudnn, whole in product((True, False), (0, 1)):
-            name = f"cudnn={cudnn}, {whole} whole"
-            if name not in loops:
-                line = {"kind": "loop", "name": name, "cudnn": cudnn, "whole": whole}
+        for number, ((side, spoilt), cudnn) in enumerate(product(LOOPS, (True, False))):
+            name = f"{side}, cudnn={cudnn}{', spoilt memory' if spoilt else ''}"
+            if name not in loops and number % args.jobs == args.number:
+                line = {"kind": "loop", "name": name, "cudnn": cudnn, "side": side, "spoilt": spoilt}
                 at_hand.write_text(json.dumps(line))
-                write(args.out, {**line, **plain_loop(device, cudnn=cudnn, whole=whole, tiny=args.tiny)})
-    for case in wanted(args):
+                write(args.out, {**line, **plain_loop(device, cudnn=cudnn, side=side, spoilt=spoilt, tiny=args.tiny)})
+    for number, case in enumerate(wanted(args)):
         if time.time() > args.until:
             return
+        if number % args.jobs != args.number:
+            continue
         if str(case) in known:
             continue
         at_hand.write_text(json.dumps({"kind": "kernel", "name": str(case), "case": asdict(case), "kernel": "all"}))
@@ -92,7 +97,7 @@ def work(args: argparse.Namespace) -> None:
                     "why": finding.why,
                 },
             )
-    write(args.out, {"kind": "whole"})
+    write(args.out, {"kind": "whole", "number": args.number, "jobs": args.jobs})
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -106,11 +111,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def run(args: argparse.Namespace) -> None:
-    """Workers one after the other until all is measured or the time is over."""
-    until, at_hand = time.time() + args.seconds, args.out.with_suffix(".at_hand")
+def run(args: argparse.Namespace, until: float, number: int) -> None:
+    """One share of the calls: workers one after the other until all is measured or the time is over."""
+    at_hand = args.out.with_suffix(f".at_hand{number}")
     for _ in range(MOST_WORKERS):
-        command = [sys.executable, __file__, "--worker", "--until", str(until), *sys.argv[1:]]
+        command = [sys.executable, __file__, "--worker", "--until", str(until), "--number", str(number),
+                   *sys.argv[1:]]  # fmt: skip
         status, why = BROKEN, ""
         try:
             code = subprocess.run(command, timeout=max(1, until + 30 - time.time())).returncode
@@ -140,15 +146,20 @@ def main() -> int:
     add("--page", type=Path, help="write the page from --out, and measure nothing")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     add("--until", type=float, help=argparse.SUPPRESS)
+    add("--number", type=int, default=0, help=argparse.SUPPRESS)
+    add("--jobs", type=int, default=1, help="processes side by side: cuDNN's plans take the host's time")
     args = parser.parse_args()
     if args.worker:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+        warnings.filterwarnings("ignore", category=UserWarning)  # why torch refuses a kernel, which is recorded
         work(args)
         return 0
     if args.page:
         args.page.write_text(page(recorded(args.out)))
         return 0
     begin = time.time()
-    run(args)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda number: run(args, begin + args.seconds, number), range(args.jobs)))
     print(table(recorded(args.out)))
     print(f"{time.time() - begin:.0f} s in all")
     return 0

@@ -43,7 +43,8 @@ def table(lines: list[dict[str, Any]]) -> str:
 def page(lines: list[dict[str, Any]]) -> str:
     found = [line for line in lines if line["kind"] == "kernel"]
     on = next((line for line in lines if line["kind"] == "machine"), {})
-    whole = any(line["kind"] == "whole" for line in lines)
+    whole = {line["number"] for line in lines if line["kind"] == "whole"}
+    whole = bool(whole) and whole >= set(range(max(line["jobs"] for line in lines if line["kind"] == "whole")))
     bounds = ", ".join(f"{dtype} {bound:g}" for dtype, bound in BOUNDS.items())
     names = len({line["name"] for line in found})
     left_out = (
@@ -95,16 +96,16 @@ def page(lines: list[dict[str, Any]]) -> str:
             "",
             "## A plain transformers loop on padded rows",
             "",
-            "GPT-2 of 27M weights (random), bfloat16, batches of 64 rows of 24 to 192 tokens padded on the right with "
-            "a mask, AdamW at 1e-3; nothing of spectune in it (`benchmarks/plain_loop.py`). torch's own choice is to "
-            "allow cuDNN's attention.",
+            "GPT-2 of 27M weights (random), bfloat16, batches of 64 rows of 24 to 192 tokens padded with a mask, "
+            "AdamW at 1e-3; nothing of spectune in it (`benchmarks/plain_loop.py`). torch's own choice is to allow "
+            "cuDNN's attention. Memory that held NaN shows what a kernel leaves unwritten.",
             "",
-            "| cuDNN's attention | first batch | what came |",
-            "|---|---|---|",
+            "| rows padded on the | cuDNN's attention | memory before a step | what came |",
+            "|---|---|---|---|",
             *(
-                f"| {'allowed' if line['cudnn'] else 'switched off'} | {'whole' if line['whole'] else 'padded'} | "
-                f"{_loop(line)} |"
-                for line in loops
+                f"| {line['side']} | {'allowed' if line['cudnn'] else 'switched off'} | "
+                f"{'NaN' if line['spoilt'] else 'as it was'} | {_loop(line)} |"
+                for line in sorted(loops, key=lambda line: line["name"], reverse=True)
             ),
         ]
     return "\n".join(text) + "\n"

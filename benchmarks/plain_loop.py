@@ -4,6 +4,7 @@ from the shape of gpt2-27m. With cuDNN's attention and without: where the first 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +19,19 @@ TINY = {"vocab_size": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions"
 WIDTHS = (1.0, 1.0, 0.975, 0.92, 1.0, 0.83, 1.0, 0.99)
 
 
-def plain_loop(device: torch.device, *, cudnn: bool, whole: int = 0, tiny: bool = False) -> dict[str, Any]:
+#: padding on the right or the left; what was freed before a step holds NaN or what it held
+LOOPS = tuple(itertools.product(("right", "left"), (False, True)))
+
+
+def plain_loop(device: torch.device, *, cudnn: bool, side: str, spoilt: bool, tiny: bool = False) -> dict[str, Any]:
     """Losses by step; the first step with a gradient that is not finite (None: none was), how many weights have one
-    there, and the calls of attention that were given finite numbers and gave others. `whole`: the first batches, so
-    many, have rows of one length."""
+    there, and the calls of attention that were given finite numbers and gave others.
+
+    Args:
+        side: where rows are padded.
+        spoilt: the memory that a step takes held NaN before: what a kernel does not write stays so. Without it, it
+            holds what earlier steps left there.
+    """
     torch.manual_seed(0)
     sizes, rows, longest = (TINY, 4, 24) if tiny else (SIZES, 64, 192)
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -37,8 +47,11 @@ def plain_loop(device: torch.device, *, cudnn: bool, whole: int = 0, tiny: bool 
             width = round(share * longest)
             ids = torch.randint(1, sizes["vocab_size"], (rows, width), generator=generator)
             lengths = torch.randint(longest // 8, width + 1, (rows, 1), generator=generator)
-            lengths[: rows if step <= whole else 1] = width
-            mask = (torch.arange(width) < lengths).long()
+            lengths[0] = width
+            place = torch.arange(width)
+            mask = (place < lengths if side == "right" else place >= width - lengths).long()
+            if spoilt:
+                spoil(device, tiny)
             batch = {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
             with watched(calls):
                 loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
@@ -54,6 +67,13 @@ def plain_loop(device: torch.device, *, cudnn: bool, whole: int = 0, tiny: bool 
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
     return {"losses": losses, "broken": broken, "calls": [call for call in calls if call["at_fault"]][:8]}
+
+
+def spoil(device: torch.device, tiny: bool) -> None:
+    """Leave NaN in memory that the allocator has free, in large blocks and small ones."""
+    counts = (2**10, 2**14) if tiny else (2**12, 2**18, 2**22, 2**24, 2**26)
+    kept = [torch.full((count,), torch.nan, device=device) for count in counts for _ in range(8)]
+    del kept
 
 
 @contextlib.contextmanager

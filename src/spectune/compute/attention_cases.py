@@ -100,6 +100,7 @@ FEW = (
     AttentionCase("causal", 130, 128, kv_heads=2),
     AttentionCase("causal", 64, dtype="float32"),
     *(AttentionCase(mask, 130) for mask in MASKS[1:]),
+    AttentionCase("left", 192),
     AttentionCase("right", 64, dtype="float32"),
     AttentionCase("packs", 130, 128, kv_heads=2),
 )

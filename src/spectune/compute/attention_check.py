@@ -45,7 +45,8 @@ class Finding:
     Attributes:
         status: "right", "wrong", "not finite" or "refused" (by torch, which would take another kernel).
         errors: of "out", "query", "key", "value", relative; those that are finite.
-        why: of a refusal its first line; else which of the four are not finite or off.
+        why: of a refusal its first line; else which of the four are not finite or off, and whether the queries of
+            padding alone are.
     """
 
     case: AttentionCase
@@ -103,7 +104,9 @@ def _check(name: str, kernel: str, inputs: Inputs, wanted: list[Tensor] | None, 
             if abs(share - (1 - case.dropout)) > 0.03:
                 return Finding(case, name, WRONG, why=f"dropout keeps {share:.3f} of the weights")
             wanted = _reference(inputs, kept / (1 - case.dropout))
+        spoil_free_memory(inputs)
         out = run()
+        spoil_free_memory(inputs)
         found = [out.detach(), *torch.autograd.grad(out, inputs.tensors, inputs.grad)]
         found = [tensor.double() for tensor in found]
     except RuntimeError as error:
@@ -112,6 +115,17 @@ def _check(name: str, kernel: str, inputs: Inputs, wanted: list[Tensor] | None, 
         return Finding(case, name, REFUSED, why=first_line(error))
     assert wanted is not None
     return judge(name, inputs, found, wanted)
+
+
+def spoil_free_memory(inputs: Inputs) -> None:
+    """Leave NaN where the allocator takes the next tensors from: a kernel that does not write all of its output, as one
+    may that skips what a mask hides, is found out now, and not in the second step of some run."""
+    shapes = {tensor.shape for tensor in (inputs.grad, *inputs.tensors)} | {inputs.grad.shape[:-1]}
+    kept = [
+        torch.full(shape, torch.nan, dtype=dtype, device=inputs.device)
+        for shape in shapes for dtype in (inputs.grad.dtype, torch.float32) for _ in range(4)
+    ]  # fmt: skip
+    del kept
 
 
 def judge(kernel: str, inputs: Inputs, found: list[Tensor], wanted: list[Tensor]) -> Finding:
@@ -130,7 +144,12 @@ def judge(kernel: str, inputs: Inputs, found: list[Tensor], wanted: list[Tensor]
     bound = BOUNDS[inputs.case.dtype]
     wrong = [name for name, error in errors.items() if error > bound]
     status = NOT_FINITE if broken else WRONG if wrong else RIGHT
-    return Finding(inputs.case, kernel, status, errors, ", ".join(broken or wrong))
+    why = ", ".join(broken or wrong)
+    seen = inputs.scored & inputs.real[:, None, :, None]
+    by_query = [tensor for name, tensor in zip(names[:2], found, strict=False) if name in broken]
+    if broken and set(broken) <= set(names[:2]) and all(bool(t[seen.expand_as(t)].isfinite().all()) for t in by_query):
+        why += ", in padding alone"
+    return Finding(inputs.case, kernel, status, errors, why)
 
 
 def _attend(kernel: str, inputs: Inputs, query: Tensor, key: Tensor, value: Tensor, *, masked: bool | None) -> Tensor:
