@@ -2,8 +2,8 @@
 
 On long rows it is up to twice as fast as flash attention. But it makes an execution plan for each shape that it has not
 met, 40 to 80 ms in forward and as much in backward (H200, torch 2.11), where attention itself takes a fraction of one.
-Batches of unlike rows are such shapes, and so is each token that is generated: it adds a key. And with a mask its
-gradients were not finite there (docs/results/kernels.md).
+Batches of unlike rows are such shapes, and so is each token that is generated: it adds a key. And with a mask that
+leaves a query nothing to see, its gradients were not finite there (docs/results/kernels.md).
 
 So it is off wherever the library runs a model, but for training steps of which a run has decided, and proved, that they
 call attention as cuDNN is known to be right for (`why_not`).

@@ -45,9 +45,9 @@ KNOWN = (
     ),
     KnownFault(
         "torch", (2, 11), None,
-        "cuDNN's attention with a mask gives gradients that are not finite on Hopper (loops of your own: "
-        "torch.backends.cuda.enable_cudnn_sdp(False))",
-        "docs/results/kernels.md: found with 2.11 and cuDNN on an H200; later versions were not looked at there",
+        "cuDNN's attention with a mask gives gradients that are not finite on Hopper, where a query sees nothing "
+        "(loops of your own: torch.backends.cuda.enable_cudnn_sdp(False))",
+        "docs/results/kernels.md: found with 2.11 and cuDNN 9.19 on an H200; later versions were not looked at there",
         needs=("nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
     ),
 )  # fmt: skip
