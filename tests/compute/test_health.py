@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spectune.compute.attention_cases import FEW, MASKS, AttentionCase, Inputs, cases
 from spectune.compute.attention_check import NOT_FINITE, REFUSED, RIGHT, WRONG, Finding, check_case, judge
+from spectune.compute.fp8 import FrozenFp8Linear
 from spectune.compute.health import compiling, machine_load, numbers, processes
 from spectune.compute.health.checkup import Check, Checkup, checks
 from spectune.compute.health.disk import disk
@@ -96,6 +97,7 @@ class NoNumber(FrozenInt8Linear):
 def test_products_in_few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         assert numbers.fp8().status == NOT_HERE
+    assert numbers.stored_products("fp8", [FrozenFp8Linear]).status == OK, "by float32 copies on a CPU"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     without = numbers.codes()
     assert without.status == NOT_HERE
