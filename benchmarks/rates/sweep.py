@@ -44,7 +44,7 @@ class Arm:
         known = set(self.losses) | self.flying
         if first := [k for k in (0, 2, -2) if k not in known]:
             return first[0]
-        if self.flying and len(self.losses) < 3 or len(known) >= MOST:
+        if (self.flying and len(self.losses) < 3) or len(known) >= MOST:
             return None
         best = min(self.losses, key=lambda k: self.losses[k])
         if math.isinf(self.losses[best]):

@@ -236,7 +236,7 @@ def losses(plain: PreTrainedModel) -> Callable[[str, str | None], tuple[float, f
     def trained(name: str, precision: str | None) -> tuple[float, float]:
         method = method_from_name(name, **SMALL.get(name, {}))
         config = spectune.TrainingConfig(
-            learning_rate=method.default_learning_rate / 4,
+            learning_rate=method.learning_rates.at(224).rate / 4,
             max_steps=6,
             max_length=96,
             per_device_train_batch_size=4,
