@@ -27,6 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     sweeping.add_argument("--batch", type=int, default=64)
     sweeping.add_argument("--workers", type=int, default=8)
     sweeping.add_argument("--threads", type=int, default=1)
+    paging = commands.add_parser("page", help="docs/results/rates.md from the results")
+    paging.add_argument("--results", type=Path, default=Path("docs/results/rates.jsonl"))
     for command in (making, sweeping):
         command.add_argument("--material", type=Path, required=True)
         command.add_argument("--made", type=Path, required=True, help="folder of the bases that were made")
@@ -51,6 +53,10 @@ def main() -> None:
             file.write(json.dumps(record) + "\n")
     elif given.command == "sweep":
         _sweep(given)
+    elif given.command == "page":
+        from benchmarks.rates.page import write_page
+
+        write_page(given.results)
 
 
 def _sweep(given: argparse.Namespace) -> None:
