@@ -84,7 +84,7 @@ def _row(name: str, base: str, hidden: int, runs: Sequence[dict[str, Any]]) -> t
     ended = sorted((r["rate"], r["valid_loss"]) for r in runs if r["valid_loss"] is not None)
     best, lowest = min(ended, key=lambda run: run[1])
     gain = next(r["base_loss"] for r in runs if r["base_loss"] is not None) - lowest
-    at_default = _between(ended, default)
+    at_default = loss_between(ended, default)
     near = [rate for rate, loss in ended if loss <= lowest + 0.02 * gain]
     reached = "-" if at_default is None else f"{100 * (1 - (at_default - lowest) / gain):.1f}%"
     edge = " (edge)" if best in (ended[0][0], max(r["rate"] for r in runs)) else ""
@@ -95,7 +95,7 @@ def _row(name: str, base: str, hidden: int, runs: Sequence[dict[str, Any]]) -> t
     )  # fmt: skip
 
 
-def _between(ended: Sequence[tuple[float, float]], rate: float) -> float | None:
+def loss_between(ended: Sequence[tuple[float, float]], rate: float) -> float | None:
     """The loss at a rate, on the line between its neighbours over the logarithm; None outside of what was tried."""
     for rate_known, loss in ended:
         if math.isclose(rate_known, rate, rel_tol=0.03):
