@@ -78,9 +78,10 @@ class BottleneckAdapter(Method):
     label: ClassVar[str] = "Adapter"
     best_for: ClassVar[str] = "many tasks on one base, where a little latency is affordable"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(224, 0.01, SWEEPS),
-        RatePoint(448, 0.007, SWEEPS),
-        RatePoint(4096, 0.0003, "LLM-Adapters' setting for LLaMA-7B", strong=False),
+        RatePoint(224, 9e-3, SWEEPS),
+        RatePoint(448, 6e-3, SWEEPS),
+        RatePoint(896, 6e-3, SWEEPS),
+        RatePoint(4096, 3e-4, "LLM-Adapters' setting for LLaMA-7B", strong=False),
     ))  # fmt: skip
 
     def model_post_init(self, _: object) -> None:

@@ -74,9 +74,11 @@ class BitFit(Method):
     label: ClassVar[str] = "BitFit"
     best_for: ClassVar[str] = "the smallest files that still reach every layer; small shifts of style or domain"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(224, 0.014, SWEEPS),
-        RatePoint(448, 0.019, SWEEPS),
-        RatePoint(4096, 0.001, "the authors' code and GPT-3's runs (1e-3 and 1.6e-3)", strong=False),
+        RatePoint(224, 0.02, SWEEPS),
+        RatePoint(448, 0.04, SWEEPS),
+        RatePoint(640, 0.08, SWEEPS),
+        RatePoint(896, 0.12, SWEEPS),
+        RatePoint(4096, 1e-3, "the settings of its authors and for GPT-3 (1e-3 and 1.6e-3)", strong=False),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
 

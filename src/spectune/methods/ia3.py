@@ -65,9 +65,11 @@ class IA3(Method):
     label: ClassVar[str] = "IA3"
     best_for: ClassVar[str] = "very few examples, and files of some kilobytes"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(224, 0.1, SWEEPS),
-        RatePoint(448, 0.17, SWEEPS),
-        RatePoint(4096, 0.003, "T-Few's setting for 3B and 11B", strong=False),
+        RatePoint(224, 0.17, SWEEPS),
+        RatePoint(448, 0.2, SWEEPS),
+        RatePoint(640, 0.46, SWEEPS),
+        RatePoint(896, 0.43, SWEEPS),
+        RatePoint(4096, 3e-3, "T-Few's setting for 3B and 11B", strong=False),
     ))  # fmt: skip
 
     def sites(self, family: Family) -> list[Site]:

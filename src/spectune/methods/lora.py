@@ -102,10 +102,12 @@ class LoRA(Method):
     label: ClassVar[str] = "LoRA"
     best_for: ClassVar[str] = "the default: near full quality, merges away at inference"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(224, 0.0027, SWEEPS),
-        RatePoint(448, 0.006, SWEEPS),
-        RatePoint(2048, 0.001, TINKER),
-        RatePoint(4096, 0.0003, TINKER),
+        RatePoint(224, 4e-3, SWEEPS),
+        RatePoint(448, 7e-3, SWEEPS),
+        RatePoint(640, 4.2e-3, SWEEPS),
+        RatePoint(896, 4e-3, SWEEPS),
+        RatePoint(2048, 1e-3, TINKER),
+        RatePoint(4096, 3e-4, TINKER),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
 

@@ -101,9 +101,11 @@ class PrefixTuning(Method):
     label: ClassVar[str] = "Prefix tuning"
     best_for: ClassVar[str] = "generation tasks on a frozen base, many users in one batch"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(224, 0.3, SWEEPS),
-        RatePoint(448, 0.13, SWEEPS),
-        RatePoint(4096, 0.01, "T-Few's and LLM-Adapters' settings (1e-2 and 3e-2)", strong=False),
+        RatePoint(224, 0.2, SWEEPS),
+        RatePoint(448, 0.2, SWEEPS),
+        RatePoint(640, 0.3, SWEEPS),
+        RatePoint(896, 0.45, SWEEPS),
+        RatePoint(4096, 1e-2, "T-Few's and LLM-Adapters' settings (1e-2 and 3e-2)", strong=False),
     ))  # fmt: skip
     starts_at_identity: ClassVar[bool] = False
 

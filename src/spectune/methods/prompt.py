@@ -61,6 +61,8 @@ class PromptTuning(Method):
     learning_rates: ClassVar[RateRule] = RateRule((
         RatePoint(224, 0.025, SWEEPS),
         RatePoint(448, 0.12, SWEEPS),
+        RatePoint(640, 0.04, SWEEPS),
+        RatePoint(896, 0.025, SWEEPS),
         RatePoint(4096, 0.02, "TRL's examples (1e-2 to 3e-2)", strong=False),
     ))  # fmt: skip
     starts_at_identity: ClassVar[bool] = False
