@@ -130,7 +130,7 @@ def predict(
     if config.memory_check == "off":
         return Prediction(execution)
     possible = possible_modes(config, model.device.type, model)
-    free, known = free_memory(model.device), known or Predictions()
+    free, known = world.least(free_memory(model.device)), known or Predictions()
     try:
         found = PlannedBatches.of((prepared.examples, prepared.valid), config, execution.packing, world)
         workload = Workload.of(model, delta.method, None, model.device, optim=config.optim,

@@ -11,17 +11,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.blocks.execution import Execution
 from spectune.data import mixture
 from spectune.deltas import Delta, Method, attach, attached, route
-from spectune.errors import ConfigError, DivergedError
+from spectune.errors import ConfigError, DivergedError, InterruptedRun
 from spectune.evaluation import perplexity
 from spectune.results.run_result import RunResult
-from spectune.training.checkpoint import latest_checkpoint, read_state, restore
+from spectune.training.checkpoint import check_same_step, latest_checkpoint, read_state, restore
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import check_graphs
 from spectune.training.display import Display
 from spectune.training.distribution import World
-from spectune.training.identity import check_identity, read_identity
+from spectune.training.identity import check_alike, check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.machine import environment
+from spectune.training.membership import membership
+from spectune.training.peaks import largest
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
 from spectune.training.prepare import Prepared, prepare, train_sources
 from spectune.training.run_folder import RunFolder, check_folder, load_end
@@ -30,6 +32,7 @@ from spectune.training.run_state import RunState, trained_parameters
 _COMPILES = "the blocks are compiled in the first step, which takes a minute or so (torch_compile=false: not)"
 
 
+@membership()
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -64,31 +67,37 @@ def train(
         DoesNotFitError: the plan says that the run does not fit into memory, and `memory_check` is "refuse".
         InterruptedRun, OutOfMemoryError, DivergedError: see `spectune.errors`.
     """
-    config, world = config or TrainingConfig(), World()
+    config, world = config or TrainingConfig(), World(model.device)
     out = (console or Console()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
     delta = _attach(model, tokenizer, method_or_delta, name, config.seed)
-    prepared = prepare(model, tokenizer, delta.method, train_rows, valid_rows, config, delta.base_fingerprint)
+    prepared = prepare(
+        model, tokenizer, delta.method, train_rows, valid_rows, config, delta.base_fingerprint, world.size
+    )
+    check_alike(world.gather(prepared.identity))
     if finished is not None:
         return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
-    predicted = predict(delta, prepared, world, predictions, rehearsed)
-    check_memory(predicted, delta, config.memory_check)
+    predicted = predict(delta, prepared, world.first, predictions, rehearsed)
+    with world.agreed():
+        check_memory(predicted, delta, config.memory_check)
     execution = predicted.execution
     if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
         check_graphs(model.device.type, execution.packing.on, execution.recomputation)
+    world.broadcast(delta.parameters())
     run, folder = _start_or_resume(delta, tokenizer, prepared, execution, world, out)
     folder.begin(prepared.encoded, {**environment(), **execution.settings()}, origin or {})
     _announce(out, run, prepared, execution)
     stopped = _run_to_end(Loop(run, execution), folder, out, base_valid_loss)
     if config.load_best_at_end and run.progress.best_step != run.progress.step:
-        delta.load_training_state_dict(folder.best)
+        folder.load_best()
     folder.keep_end()
-    world.barrier()
+    run.progress.peak_memory_bytes = largest(world.gather(run.progress.peak_memory_bytes))
     result = _result(folder, prepared, predicted, stopped)
     if folder.folder is not None:
         result.save(folder.folder / "result.json")
+    world.barrier()  # all are done, or none
     return result
 
 
@@ -133,7 +142,8 @@ def _start_or_resume(
         check_identity(recorded, prepared.identity, checkpoint, "checkpoint")
         best = restore(checkpoint, delta, run.optimizer)
         out.print(f"going on from {checkpoint}", soft_wrap=True, highlight=False)
-    return run, RunFolder(folder if world.leads else None, run, best, prepared, tokenizer)
+    check_same_step(world.gather(run.progress.step), folder)
+    return run, RunFolder(folder, run, best, prepared, tokenizer)
 
 
 def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
@@ -144,8 +154,12 @@ def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: fl
             run.progress.base_valid_loss = _base_loss(loop) if base_valid_loss is None else base_valid_loss
         with Display(out, run.delta.method.label, run.total_steps, run.progress.step) as display:
             return loop.drive(display)
-    except DivergedError:
+    except DivergedError:  # on all processes alike: none ends before what is kept is written
         folder.go_back()
+        loop.world.barrier()
+        raise
+    except InterruptedRun:
+        loop.world.barrier()
         raise
     finally:
         loop.model.train(False)
@@ -193,8 +207,13 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         memory_prediction_source=predicted.source,
         gradient_checkpointing=predicted.execution.recomputation,
         stopped_early=stopped,
+        processes=folder.run.batches.world.size,
         folder=None if config.output_dir is None else str(config.output_dir),
     )  # fmt: skip
+
+
+def _spread(world: World) -> str:
+    return "" if world.size == 1 else f" on {world.size} processes"
 
 
 def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execution) -> None:
@@ -203,9 +222,11 @@ def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execut
     notice = delta.method.notice(delta.family)
     # nothing is cut or dropped in silence; data_report.json has every row
     summaries = [found.report.summary(part) for part, found in zip(("train", "valid"), prepared.encoded, strict=True)]
+    world = run.batches.world
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
     lines = [
         f"{delta.method.label}: {trained:,} trainable of {base:,} weights ({100 * trained / base:.4g}%)",
-        f"{run.total_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps} rows, "
+        f"{run.total_steps} steps of {rows} rows{_spread(world)}, "
         f"{len(prepared.examples):,} rows to train on, {len(prepared.valid):,} to validate, learning rate "
         f"{prepared.learning_rate:g}"
         + ("" if config.learning_rate else f" (default; {delta.method.default_learning_rate_source})"),
