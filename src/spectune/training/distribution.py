@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from spectune.errors import ConfigError, PeerFailedError, SpectuneError, first_line
 from spectune.torchrun import Place
@@ -155,14 +156,28 @@ def _join(device: torch.device) -> None:
     """Raises ConfigError where there is no way between such devices, SpectuneError where the others do not come."""
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"several processes train on CUDA devices or on a CPU, not on {device.type!r}: --device cpu")
+    place, own = Place.from_environment(), None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        own = device
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=device, timeout=PATIENCE)
-        else:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+        store = shared_store(place, PATIENCE)
+        if store is not None:  # processes that have parted meet again under another name
+            meeting = store.add(f"spectune/met/{place.attempt}/{place.rank}", 1)
+            store = PrefixStore(f"spectune/{place.attempt}/{meeting}", store)
+        of_store = {} if store is None else {"store": store, "rank": place.rank, "world_size": place.size}
+        backend = "gloo" if own is None else "nccl"
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=own, **of_store)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
         raise SpectuneError(f"the processes do not find each other: {first_line(error)}") from error
+
+
+def shared_store(place: Place, patience: datetime.timedelta) -> Store | None:
+    """A connection to what torchrun keeps for all its processes; None without torchrun."""
+    if place.shared_store is None:
+        return None
+    host, port = place.shared_store
+    return dist.TCPStore(host, port, is_master=False, timeout=patience)  # type: ignore[attr-defined]
 
 
 def _in_buckets(tensors: Iterable[Tensor], send: Callable[[Tensor], object]) -> None:

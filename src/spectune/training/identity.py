@@ -83,7 +83,8 @@ def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], place
     """
     kept = [key for key in wanted if key not in _OF_STEP]
     changed = [line for key in kept for line in _changes(key, recorded.get(key), wanted[key], what)]
-    if (before := _rows_of_step(recorded)) != (now := _rows_of_step(wanted)):
+    if _rows_of_step(recorded)[0] != _rows_of_step(wanted)[0]:
+        before, now = ("{} ({})".format(*_rows_of_step(identity)) for identity in (recorded, wanted))
         changed.append(f"rows of a step: {before} in the {what}, {now} now")
     if recorded.get("data_sha256") != wanted.get("data_sha256"):  # the same rows as often: the names of files are free
         changed += weight_changes(recorded.get("weights") or {}, wanted.get("weights") or {}, what)
@@ -105,11 +106,11 @@ def check_alike(identities: Sequence[Mapping[str, Any]]) -> None:
             raise kind(f"process {rank} has another run than process 0, and all have to have the same: {lines}")
 
 
-def _rows_of_step(identity: Mapping[str, Any]) -> str:
-    """`16 (8 x 1 on 2 processes)`, of which the first number counts."""
+def _rows_of_step(identity: Mapping[str, Any]) -> tuple[int, str]:
+    """Their number, and how it comes about: 16, "8 x 1 on 2 processes"."""
     each, batches, processes = (int(identity.get(key) or 1) for key in _OF_STEP)
     where = f" on {processes} processes" if processes > 1 else ""
-    return f"{each * batches * processes} ({each} x {batches}{where})"
+    return each * batches * processes, f"{each} x {batches}{where}"
 
 
 def _changes(key: str, before: Any, now: Any, what: str) -> list[str]:

@@ -18,14 +18,15 @@ from dataclasses import asdict, dataclass
 from typing import NoReturn
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store, TCPStore
+from torch.distributed.distributed_c10d import Store
 
 from spectune.errors import InterruptedRun, PeerFailedError, SpectuneError, first_line
 from spectune.torchrun import Place
+from spectune.training.distribution import shared_store
 
 _KEY = "spectune/failure"
-#: the first process speaks for all where all fail alike: the others give it so long
-_FIRST = datetime.timedelta(seconds=1)
+#: the first process speaks for all where all fail alike: the others give it so many seconds
+_FIRST = 1.0
 #: seconds between two looks at the board, and those that a process has to end by itself once another has failed
 _LOOKS_EVERY, _GRACE = 0.5, 3.0
 
@@ -45,10 +46,8 @@ class Board:
     def __init__(self, place: Place) -> None:
         self.place, self._key = place, f"{_KEY}/{place.attempt}"
         self._store: Store | None = None
-        if place.shared_store is not None:
-            with contextlib.suppress(RuntimeError):  # torchrun itself is gone
-                host, port = place.shared_store
-                self._store = TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=20))
+        with contextlib.suppress(RuntimeError):  # torchrun itself is gone
+            self._store = shared_store(place, datetime.timedelta(seconds=20))
 
     def read(self) -> Notice | None:
         """The first notice, None where there is none."""
@@ -63,8 +62,9 @@ class Board:
             return own
         try:
             if not self.place.leads:
-                with contextlib.suppress(dist.DistStoreError):  # it took too long: it has not failed
-                    self._store.wait([self._key], _FIRST)
+                until = time.monotonic() + _FIRST  # where it takes longer it has not failed
+                while time.monotonic() < until and not self._store.check([self._key]):
+                    time.sleep(0.05)
             return Notice(**json.loads(self._store.compare_set(self._key, "", json.dumps(asdict(own)))))
         except RuntimeError:
             return own
