@@ -64,10 +64,8 @@ def test_two_processes_train_as_one_with_the_same_rows_a_step(name: str, launche
     )
     assert len(losses) == len(own)
     for line, expected in zip(losses, own, strict=True):
-        for key in {"loss", "train_loss", "valid_loss", "tokens"} & expected.keys():
+        for key in {"loss", "train_loss", "valid_loss", "grad_norm", "tokens"} & expected.keys():
             assert line[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), (line, key)
-        # Adam divides by the gradient's size: where that is rounding alone, so is the step, which the next norm tells
-        assert line.get("grad_norm") == pytest.approx(expected.get("grad_norm"), rel=2e-4)
     assert alike(load_file(folder / f"{name}.safetensors"), state)
     first, second = found[name]
     assert first["processes"] == second["processes"] == 2

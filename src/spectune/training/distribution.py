@@ -8,6 +8,7 @@ beside that goes through `gather`, at the bounds of phases, and with each step's
 import contextlib
 import copy
 import datetime
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -182,13 +183,15 @@ def shared_store(place: Place, patience: datetime.timedelta) -> Store | None:
 
 def _in_buckets(tensors: Iterable[Tensor], send: Callable[[Tensor], object]) -> None:
     """Apply a collective in place, to small tensors of one kind together: each call costs as much as megabytes do."""
-    waiting: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    waiting = defaultdict[tuple[torch.device, torch.dtype], list[Tensor]](list)
+    sizes = defaultdict[tuple[torch.device, torch.dtype], int](int)
     for tensor in tensors:
-        bucket = waiting.setdefault((tensor.device, tensor.dtype), [])
-        if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
-            _send(bucket, send)
-            bucket.clear()
-        bucket.append(tensor)
+        kind, size = (tensor.device, tensor.dtype), tensor.nbytes
+        if waiting[kind] and sizes[kind] + size > BUCKET_BYTES:
+            _send(waiting.pop(kind), send)
+            sizes[kind] = 0
+        waiting[kind].append(tensor)
+        sizes[kind] += size
     for bucket in waiting.values():
         _send(bucket, send)
 
@@ -208,7 +211,9 @@ def _collective(call: Callable[[], object]) -> None:
     try:
         call()
     except RuntimeError as error:
+        said = first_line(error)
+        why = "" if "Connection closed" in said or "Connection reset" in said else f" ({said})"
         raise SpectuneError(
-            f"the connection to another process was lost ({first_line(error)}): it was killed, perhaps for want of "
+            f"the connection to another process was lost{why}: it has ended without a word, killed perhaps for want of "
             "memory. To go on from the newest checkpoint: the same command with --resume"
         ) from error
