@@ -79,13 +79,8 @@ def train(
     if finished is not None:
         return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
-    predicted = predict(delta, prepared, world.first, predictions, rehearsed)
-    with world.agreed():
-        check_memory(predicted, delta, config.memory_check)
+    predicted = _planned(delta, prepared, world, predictions, rehearsed)
     execution = predicted.execution
-    if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
-        check_graphs(model.device.type, execution.packing.on, execution.recomputation)
-    world.broadcast(delta.parameters())
     run, folder = _start_or_resume(delta, tokenizer, prepared, execution, world, out)
     folder.begin(prepared.encoded, {**environment(), **execution.settings()}, origin or {})
     _announce(out, run, prepared, execution)
@@ -93,7 +88,6 @@ def train(
     if config.load_best_at_end and run.progress.best_step != run.progress.step:
         folder.load_best()
     folder.keep_end()
-    run.progress.peak_memory_bytes = largest(world.gather(run.progress.peak_memory_bytes))
     result = _result(folder, prepared, predicted, stopped)
     if folder.folder is not None:
         result.save(folder.folder / "result.json")
@@ -120,6 +114,19 @@ def _attach(
     return delta
 
 
+def _planned(
+    delta: Delta, prepared: Prepared, world: World, known: Predictions | None, rehearsed: TrainingConfig | None
+) -> Prediction:
+    """How the run is executed, the same on all processes, each of which has the memory for it."""
+    predicted = predict(delta, prepared, world.first, known, rehearsed)
+    with world.agreed():
+        check_memory(predicted, delta, prepared.config.memory_check)
+    how = predicted.execution
+    if prepared.config.cuda_graphs is True:  # what is recomputed may be decided by what is free
+        check_graphs(delta.model.device.type, how.packing.on, how.recomputation)
+    return predicted
+
+
 def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out: Console) -> RunResult:
     """Of a run that was finished before: its weights and its result."""
     folder = prepared.config.output_dir
@@ -135,6 +142,7 @@ def _start_or_resume(
     out: Console
 ) -> tuple[RunState, RunFolder]:  # fmt: skip
     """The run at its start, or where its newest checkpoint is; and what it keeps."""
+    world.broadcast(delta.parameters())
     run = RunState.of(delta, prepared, execution.packing, world)
     folder, best = prepared.config.output_dir, None
     if folder is not None and prepared.config.resume and (checkpoint := latest_checkpoint(folder)) is not None:
@@ -184,7 +192,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
     delta, progress, config = folder.run.delta, folder.run.progress, folder.run.config
     best = config.load_best_at_end
     valid_loss = progress.best_loss if best else progress.valid_loss
-    tokens = progress.timed_tokens or progress.tokens
+    tokens, world = progress.timed_tokens or progress.tokens, folder.run.batches.world
     return RunResult(
         method=delta.method.name,
         name=delta.name,
@@ -202,12 +210,12 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         valid_perplexity=None if valid_loss is None else perplexity(valid_loss),
         train_tokens_per_second=tokens / (progress.timed_seconds or progress.seconds),
         train_seconds=progress.seconds,
-        peak_memory_bytes=progress.peak_memory_bytes,
+        peak_memory_bytes=largest(world.gather(progress.peak_memory_bytes)),
         predicted_memory_bytes=predicted.memory,
         memory_prediction_source=predicted.source,
         gradient_checkpointing=predicted.execution.recomputation,
         stopped_early=stopped,
-        processes=folder.run.batches.world.size,
+        processes=world.size,
         folder=None if config.output_dir is None else str(config.output_dir),
     )  # fmt: skip
 
