@@ -23,6 +23,7 @@ from spectune.cli import main
 from spectune.deltas import Method, attached
 from spectune.errors import DoesNotFitError, SpectuneError
 from spectune.methods import METHODS, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from spectune.objectives import CAUSAL_LM
 from spectune.training import RunResult, TrainingConfig, train, trainer
 from spectune.training import loop as loop_module
 from spectune.training.distribution import World
@@ -86,6 +87,18 @@ def does_not_fit(*_: object) -> None:
     raise DoesNotFitError("too large")
 
 
+class Broken:
+    """The objective, whose loss is no number in the third step, on one process alone: its rows are the others'."""
+
+    def __init__(self, on: bool) -> None:
+        self.on, self.calls = on, 0
+
+    def loss_sum(self, *given: Any, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, counts = CAUSAL_LM.loss_sum(*given, **how)
+        self.calls += 1
+        return loss * (float("nan") if self.on and self.calls > 4 else 1.0), counts
+
+
 def several(folder: Path) -> dict[str, Any]:
     world, found = World(torch.device("cpu")), {}
     for name, (method, changes) in CASES.items():
@@ -99,6 +112,11 @@ def several(folder: Path) -> dict[str, Any]:
     trainer.check_memory = check if world.leads else does_not_fit
     found["does not fit"] = failure(lambda: run(LoRA(), settings(2)))
     trainer.check_memory = check
+
+    objective = loop_module.CAUSAL_LM
+    loop_module.CAUSAL_LM = Broken(world.leads)
+    found["diverged"] = failure(lambda: run(LoRA(), settings(2, output_dir=folder / "diverged")))
+    loop_module.CAUSAL_LM = objective
 
     loop_module.Loop.finish = finish if world.leads else interrupt_after(2)
     found["interrupted"] = failure(lambda: run(LoRA(), settings(2, output_dir=folder / "two")))
