@@ -7,8 +7,8 @@
 - speed: LoRA r16 (all linears) on a base of Llama-3-8B's shape, random weights made on the device, bfloat16, 4 rows of
   2,048 tokens a device, through the training loop. One device first, the other one waiting, then both.
 - same: every method on a small base in float32 without dropout (its masks are each process's own), five steps of
-  `train`, two devices against one with the same rows a step. (Not at 8B: bfloat16 rounds more than the difference that
-  is looked for.)
+  `train`, two devices against one with the same rows a step. Not at 8B: bfloat16 rounds more than the difference that
+  is looked for. Adam's epsilon is 1e-6: with 1e-8, a gradient that is rounding alone is a step of the learning rate.
 - commands: `torchrun -m spectune train` on a base of gpt2-27m's shape: lora, prompt, full; Ctrl-C, and the run gone on
   with on one device; a device whose memory is taken, before the run and during it; more processes than devices.
 """

@@ -28,7 +28,7 @@ _KEY = "spectune/failure"
 #: the first process speaks for all where all fail alike: the others give it so many seconds
 _FIRST = 1.0
 #: seconds between two looks at the board, and those that a process has to end by itself once another has failed
-_LOOKS_EVERY, _GRACE = 0.5, 3.0
+_LOOKS_EVERY, _GRACE = 0.5, 5.0
 
 
 @dataclass(frozen=True)
