@@ -8,7 +8,7 @@
   2,048 tokens a device, through the training loop. One device first, the other one waiting, then both.
 - same: every method on a small base in float32 without dropout (its masks are each process's own), five steps of
   `train`, two devices against one with the same rows a step. Not at 8B: bfloat16 rounds more than the difference that
-  is looked for. Adam's epsilon is 1e-6: with 1e-8, a gradient that is rounding alone is a step of the learning rate.
+  is looked for.
 - commands: `torchrun -m spectune train` on a base of gpt2-27m's shape: lora, prompt, full; Ctrl-C, and the run gone on
   with on one device; a device whose memory is taken, before the run and during it; more processes than devices.
 """
@@ -351,7 +351,7 @@ def train_small(given: argparse.Namespace) -> None:
             model = build(config, device, torch.float32).eval()
             settings = TrainingConfig(
                 per_device_train_batch_size=8 // place.size, gradient_accumulation_steps=2, max_steps=5,
-                learning_rate=1e-3, eval_steps=1, max_length=128, torch_compile=False,
+                learning_rate=1e-4, eval_steps=1, max_length=128, torch_compile=False,
                 output_dir=given.folder / f"same-{place.size}-{method.model_fields['name'].default}",
             )  # fmt: skip
             name = method.model_fields["name"].default
