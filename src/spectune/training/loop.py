@@ -30,6 +30,7 @@ from spectune.training.distribution import World
 from spectune.training.interrupt import Interrupts
 from spectune.training.peaks import MEMORY_STEPS, Peaks
 from spectune.training.run_state import RunState
+from spectune.training.shared_validation import shared_losses
 
 
 @dataclass
@@ -206,7 +207,7 @@ class Loop:
             # run's own validation, which counting tensors would slow down
             order = sorted(run.valid_examples, key=lambda example: -example.length)
             with self.peaks.of("valid"):
-                self._losses(order[: run.config.per_device_eval_batch_size])
+                self.valid_losses(order[: run.config.per_device_eval_batch_size])
             self._has_validated = True
         losses = self.valid_losses()
         valid_loss = losses.mean_per_token
@@ -218,24 +219,17 @@ class Loop:
         display.say(run.validated(valid_loss, sources, math.ceil(len(self.batches.examples) / per_step)))
         return run.has_stopped_improving
 
-    def valid_losses(self) -> RowLosses:
-        """The loss of each validation row under the current route; each process takes its share of them."""
-        rows, world = self.run.valid_examples, self.world
-        if world.size == 1:
-            return self._losses(rows)
-        # rows of like length side by side, so that shares take as long as each other
-        own = world.share(sorted(range(len(rows)), key=lambda i: -rows[i].length))
-        found = torch.zeros(2, len(rows), dtype=torch.float64)
-        if own:
-            losses = self._losses([rows[i] for i in own])
-            found[:, list(own)] = torch.tensor([losses.loss_sums, losses.target_tokens], dtype=torch.float64)
-        # each row is one process's, so that the sum has its numbers as they are
-        sums, counts = world.sum(found.to(self.model.device)).tolist()
-        return RowLosses(tuple(sums), tuple(map(int, counts)))
-
-    def _losses(self, rows: Sequence[Example]) -> RowLosses:
+    def valid_losses(self, examples: Sequence[Example] | None = None) -> RowLosses:
+        """The loss of each validation row under the current route, of which each process takes a share; of these
+        examples, if there are any, on this process alone."""
         batch = self.run.config.per_device_eval_batch_size
-        return row_losses(self.model, rows, self.batches.pad_token_id, batch)
+
+        def losses(rows: Sequence[Example]) -> RowLosses:
+            return row_losses(self.model, rows, self.batches.pad_token_id, batch)
+
+        if examples is not None:
+            return losses(examples)
+        return shared_losses(self.run.valid_examples, losses, self.world, self.model.device)
 
     def _settle(self, left: int, display: Display) -> None:
         """Finish steps until so many are left in flight."""

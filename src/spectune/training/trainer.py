@@ -75,7 +75,6 @@ def train(
     prepared = prepare(
         model, tokenizer, delta.method, train_rows, valid_rows, config, delta.base_fingerprint, world.size
     )
-    check_alike(world.gather(prepared.identity))
     if finished is not None:
         return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
@@ -117,7 +116,8 @@ def _attach(
 def _planned(
     delta: Delta, prepared: Prepared, world: World, known: Predictions | None, rehearsed: TrainingConfig | None
 ) -> Prediction:
-    """How the run is executed, the same on all processes, each of which has the memory for it."""
+    """How the run is executed, which is the same run on all processes, each of which has the memory for it."""
+    check_alike(world.gather(prepared.identity))
     predicted = predict(delta, prepared, world.first, known, rehearsed)
     with world.agreed():
         check_memory(predicted, delta, prepared.config.memory_check)
