@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from typing import NoReturn
@@ -74,22 +76,24 @@ def stop(error: BaseException, message: str | None = None) -> NoReturn:
 
 
 def _stop_one_of_several(error: BaseException, message: str | None, place: Place) -> NoReturn:
-    from spectune.training.membership import Board, deaf, described, leave, tell_torchrun
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's, as soon as another process has ended
+            signal.signal(number, signal.SIG_IGN)
+    from spectune.training.membership import Board, described, leave, tell_torchrun
 
-    with deaf():
-        own, code = described(error)
-        text = message or own
-        if not isinstance(error, PeerFailedError):
-            notice = Board(place).post(text, code)
-            if notice.rank == place.rank:
-                who = "" if place.leads else f"process {place.rank}: "
-                if code == 1 and not hasattr(error, "exit_code"):
-                    traceback.print_exception(error, file=sys.stderr)
-                complain(who + text, label="stopped" if _interrupts(error) else "error")
-            else:
-                text, code = f"stopped: process {notice.rank} failed", notice.exit_code
-        tell_torchrun(text)
-        leave(code)
+    own, code = described(error)
+    text = message or own
+    if not isinstance(error, PeerFailedError):
+        notice = Board(place).post(text, code)
+        if notice.rank == place.rank:
+            who = "" if place.leads else f"process {place.rank}: "
+            if code == 1 and not hasattr(error, "exit_code"):
+                traceback.print_exception(error, file=sys.stderr)
+            complain(who + text, label="stopped" if _interrupts(error) else "error")
+        else:
+            text, code = f"stopped: process {notice.rank} failed", notice.exit_code
+    tell_torchrun(text)
+    leave(code)
 
 
 def _interrupts(error: BaseException) -> bool:
