@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectune.comparing.budget import Budget, duration
+from spectune.comparing.budget import Budget
 from spectune.comparing.final_runs import final_folder, final_run
 from spectune.comparing.job import FAILED, Arm, FailureNote, Job
 from spectune.comparing.search import successive_halving
 from spectune.comparing.short_runs import on_fewer, step_seconds, trial
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError
 from spectune.results.comparison_file import Trial
+from spectune.sizes import duration
 
 log = logging.getLogger("spectune")
 
