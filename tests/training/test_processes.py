@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectune.cli.processes import refuse_several
+from spectune.cli.one_of_several import refuse_several
 from spectune.errors import ConfigError, InterruptedRun
 from spectune.methods import LoRA
 from spectune.storage import resolve_device

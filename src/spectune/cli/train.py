@@ -11,7 +11,7 @@ from spectune.cli import options
 from spectune.cli.console import note, print_answer, work
 from spectune.cli.dry_run import dry_run
 from spectune.cli.input_rows import training_rows
-from spectune.cli.processes import joined, of_first
+from spectune.cli.one_of_several import joined, of_first
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, InterruptedRun

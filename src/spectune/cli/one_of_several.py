@@ -17,8 +17,8 @@ from spectune.cli.console import complain
 from spectune.errors import ConfigError, InterruptedRun, PeerFailedError
 from spectune.torchrun import Place
 
-#: what runs in any number of processes; `env` is asked of each machine
-SHARED = ("train", "env")
+#: what runs in any number of processes; a machine is looked at by any of them
+SHARED = ("train", "env", "doctor")
 
 
 def refuse_several(command: str | None) -> None:
