@@ -8,19 +8,20 @@ import typer
 from typer.core import TyperGroup
 
 from spectune.cli.compare import compare
-from spectune.cli.console import complain
 from spectune.cli.doctor import doctor
 from spectune.cli.env import env
 from spectune.cli.evaluate import evaluate
 from spectune.cli.export import export
 from spectune.cli.generate import generate
 from spectune.cli.merge import merge
+from spectune.cli.one_of_several import refuse_several, stop
 from spectune.cli.plan import plan
 from spectune.cli.recommend import recommend
 from spectune.cli.report import report
 from spectune.cli.train import train
 from spectune.cli.validate import validate
-from spectune.errors import InterruptedRun, SpectuneError
+from spectune.errors import SpectuneError
+from spectune.torchrun import Place
 from spectune.version import __version__
 
 
@@ -34,16 +35,22 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except SpectuneError as error:
-            complain(str(error), label="stopped" if isinstance(error, InterruptedRun) else "error")
-            raise typer.Exit(error.exit_code) from error
+            stop(error)
         except KeyboardInterrupt as error:
-            complain("interrupted", label="stopped")
-            raise typer.Exit(InterruptedRun.exit_code) from error
+            stop(error, "interrupted")
         except BrokenPipeError:
             raise  # the reader of our output has left (`| head`): typer closes quietly
         except OSError as error:
-            complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
-            raise typer.Exit(SpectuneError.exit_code) from error
+            stop(error, f"{error.filename or 'input or output'}: {error.strerror or error}")
+        except Exception as error:
+            if Place.from_environment().alone or isinstance(error, typer.Exit | typer.Abort):
+                raise
+            stop(error)  # a usage error, or a fault of ours
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        found = super().resolve_command(ctx, args)
+        refuse_several(found[0])
+        return found
 
 
 def build_app() -> typer.Typer:

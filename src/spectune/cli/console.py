@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from spectune.torchrun import Place
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,11 +21,12 @@ WIDE = 240
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console on stdout or stderr that folds lines on a terminal only."""
+    """A rich console on stdout or stderr that folds lines on a terminal only. Of several processes the first prints."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False)
+    quiet = not Place.from_environment().leads
+    return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False, quiet=quiet)
 
 
 def say(out: Console, text: str, style: str | None = None) -> None:
@@ -38,14 +41,15 @@ def complain(message: str, label: str = "error") -> None:
 
 def note(message: str) -> None:
     """Write a line for the user to stderr, so that stdout stays the result's."""
-    typer.echo(message, err=True)
+    if Place.from_environment().leads:
+        typer.echo(message, err=True)
 
 
 def print_answer(answer: Any, *, as_json: bool) -> None:
     """With `as_json` print one JSON object. Numbers that are not finite become null: JSON has no word for them."""
     from spectune.files.strict_json import finite  # its room imports torch: here, when a command has run
 
-    if as_json:
+    if as_json and Place.from_environment().leads:
         typer.echo(json.dumps(finite(answer), indent=2, ensure_ascii=False, allow_nan=False, default=str))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from spectune.cli import options
 from spectune.cli.console import note, print_answer, work
 from spectune.cli.dry_run import dry_run
 from spectune.cli.input_rows import training_rows
+from spectune.cli.one_of_several import joined, of_first
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, InterruptedRun
@@ -60,7 +62,7 @@ def train(
     names = settings.method_names([DEFAULT_METHOD])
     if len(names) != 1:
         raise ConfigError(f"train takes one method, given {', '.join(names)}; `spectune compare` takes many")
-    with work(as_json=as_json) as out:
+    with work(as_json=as_json) as out, joined(settings.placement["device"]):
         [chosen] = settings.methods(names)
         answer = dry_run([chosen], settings, chosen.name, out) if dry else _train(chosen, settings, out)
     print_answer(answer, as_json=as_json)
@@ -72,7 +74,7 @@ def _train(method: Method, settings: Settings, out: Console) -> dict[str, Any]:
     from spectune.storage import load
 
     wanted = settings.training()
-    folder = output_folder(settings.text("output_dir"), method.name, resume=wanted.resume)
+    folder = Path(of_first(str(output_folder(settings.text("output_dir"), method.name, resume=wanted.resume))))
     rows, held_out, source = training_rows(settings.rows("data"), settings.rows("valid"), wanted)
     model, tokenizer = load(settings.base, **settings.placement)
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"

@@ -139,7 +139,7 @@ def predict(
     if config.memory_check == "off":
         return Prediction(execution)
     possible = possible_modes(config, model.device.type, model)
-    free, known = free_memory(model.device), known or Predictions()
+    free, known = world.least(free_memory(model.device)), known or Predictions()
     try:
         rows = prepared.examples, prepared.valid
         found = PlannedBatches.of(rows, config, execution.packing, world, model.device.type)

@@ -44,7 +44,7 @@ class Prepared:
 
 def prepare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, train_rows: Any, valid_rows: Any,
-    config: TrainingConfig, base: Mapping[str, Any],
+    config: TrainingConfig, base: Mapping[str, Any], processes: int = 1,
 ) -> Prepared:  # fmt: skip
     """Read and encode the rows for one method on one base.
 
@@ -52,6 +52,7 @@ def prepare(
         train_rows, valid_rows: what `train` takes; both `Encoded`, at most the config's `max_length` long: used as
             they are, so that many runs on the same rows encode them once.
         base: the fingerprint of the base before training.
+        processes: that share out each step's rows.
 
     Raises:
         ConfigError, DataError: a length that the base has no room for, or bad data.
@@ -74,6 +75,7 @@ def prepare(
         config, method, learning_rate=rate, max_length=length, encoded=(train, valid), base=base,
         dtype=str(model.dtype).removeprefix("torch."), base_precision=base_precision(model),
     )  # fmt: skip
+    identity["processes"] = processes
     return Prepared(config, rows, (train, valid), rate, length, identity, pad_token_id(tokenizer, vocab_size))
 
 
