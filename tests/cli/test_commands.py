@@ -364,7 +364,7 @@ def test_python_m_spectune_answers_without_torch() -> None:
 
 
 def test_help_of_every_command_lists_every_method(spectune: Spectune) -> None:
-    from spectune.cli.options import method_names
+    from spectune.cli.known_keys import method_names
     from spectune.methods import BY_NAME
 
     assert set(method_names().split(", ")) == set(BY_NAME)

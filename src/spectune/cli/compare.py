@@ -10,8 +10,11 @@ import typer
 from spectune.cli import limits, options
 from spectune.cli.console import complain, note, print_answer, work
 from spectune.cli.dry_run import asked, dry_run
+from spectune.cli.given import Given
+from spectune.cli.input_rows import check_inputs
+from spectune.cli.known_keys import method_names
 from spectune.cli.runs import origin, output_folder, resumed
-from spectune.cli.settings import NAMING, Given, Settings
+from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ QUICK_STEPS = 120
 
 
 Methods = Annotated[
-    str | None, typer.Option(help=f"Methods, comma-separated: {options.method_names()}.", show_default="all of them")
+    str | None, typer.Option(help=f"Methods, comma-separated: {method_names()}.", show_default="all of them")
 ]
 Test = Annotated[
     list[str] | None,
@@ -118,6 +121,7 @@ def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, a
     """The command with its settings and limits (`given`)."""
     failed = False
     with work(as_json=as_json) as out:
+        check_inputs(settings, settings.method_names([]))
         from spectune.methods import BY_NAME, SPECTRUM
 
         default = [str(method.model_fields["name"].default) for method in SPECTRUM] if quick else list(BY_NAME)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,18 +16,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from spectune.data import DataReport, Row, Rows, Source
-    from spectune.training import TrainingConfig
 
     #: what names rows: a file, several with weights, or None for the embedded ones
     Data = str | list[Source] | None
 
 
-def training_rows(data: Data, valid: Data, config: TrainingConfig) -> tuple[Rows, Rows, str]:
+def check_inputs(settings: Settings, methods: Sequence[str] = ()) -> None:
+    """Check methods, keys, and that the base and the files that are named are there, without importing torch: what is
+    mistyped is said at once. Raises ConfigError, DataError."""
+    from spectune.data.reading import missing
+    from spectune.files.local_folder import check_local
+
+    settings.check(methods)
+    check_local(settings.base)
+    for key in ("data", "valid", "test"):
+        rows = settings.rows(key)
+        for path in [part.data for part in rows] if isinstance(rows, list) else [rows]:
+            if path is not None and (problem := missing(path)) is not None:
+                raise DataError(problem)
+    retain = settings.text("retain")
+    if retain is not None and not Path(retain).is_file():
+        raise DataError(f"--retain {retain}: no such file; expected a text file")
+
+
+def training_rows(settings: Settings) -> tuple[Rows, Rows, str]:
     """Training rows, validation rows, and a sentence that says where both came from. Raises DataError: a file is
     missing, empty or has bad rows, or there is but one row and no --valid."""
     from spectune import embedded
     from spectune.data import load_rows, split_rows
 
+    data, valid, config = settings.rows("data"), settings.rows("valid"), settings.training()
     how = config.row_options
     if data is None:
         train = load_rows(embedded.TRAIN)
@@ -41,8 +59,10 @@ def training_rows(data: Data, valid: Data, config: TrainingConfig) -> tuple[Rows
             held_out,
             f"{len(rows):,} rows of {named(data)}, {len(held_out):,} of {named(valid)} for validation",
         )
-    train, held_out = split_rows(rows, seed=config.seed)
-    more = f"{len(held_out):,} more, drawn with seed {config.seed}, are held out for validation"
+    seed = settings.whole("split_seed")
+    seed = config.seed if seed is None else seed
+    train, held_out = split_rows(rows, seed=seed)
+    more = f"{len(held_out):,} more, drawn with seed {seed}, are held out for validation"
     return train, held_out, f"{len(train):,} rows of {named(data)}; {more}"
 
 

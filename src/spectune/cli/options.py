@@ -1,20 +1,10 @@
 """The flags that commands share, each written once."""
 
-import importlib.util
-import pkgutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-
-def method_names() -> str:
-    """The methods for a help text, found without importing torch: a method is one file, named as the method is."""
-    room = importlib.util.find_spec("spectune.methods")
-    places = room.submodule_search_locations if room is not None else None
-    return ", ".join(module.name for module in pkgutil.iter_modules(places))
-
 
 #: flags of the command itself; all others are settings, of the same name
 OWN = {"config", "assignments", "dry", "as_json"}

@@ -10,7 +10,8 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import complain, note, print_answer, work
-from spectune.cli.input_rows import named, rows_of, training_rows
+from spectune.cli.input_rows import check_inputs, named, rows_of, training_rows
+from spectune.cli.known_keys import method_names
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DoesNotFitError
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 CALIBRATION_STEPS = 6
 
 OneMethod = Annotated[
-    str | None, typer.Option(help=f"One of {options.method_names()}.", show_default="all of them, as a table")
+    str | None, typer.Option(help=f"One of {method_names()}.", show_default="all of them, as a table")
 ]
 Memory = Annotated[
     str | None, typer.Option(help="Memory of the device: 24GiB, 80GB.", show_default="what is free here")
@@ -91,12 +92,13 @@ def plan(
     flags = options.flags(context, {"memory", "batch", "length", "calibrate"})
     flags |= {"per_device_train_batch_size": batch, "max_length": length}
     settings = Settings.collect(config, assignments, flags)
+    if method is not None and methods is not None:
+        raise ConfigError("--method and --methods: expected one of them, or neither")
+    named = bool(settings.method_names([]))
     with work(as_json=as_json) as out:
+        check_inputs(settings, settings.method_names([]))
         from spectune.methods import BY_NAME
 
-        if method is not None and methods is not None:
-            raise ConfigError("--method and --methods: expected one of them, or neither")
-        named = bool(settings.method_names([]))
         chosen = settings.methods(settings.method_names(list(BY_NAME)))
         answer, misfits = _plan(chosen, settings, memory, out, named=named, calibrate=calibrate)
     print_answer(answer, as_json=as_json)
@@ -257,12 +259,12 @@ def _rows(settings: Settings, config: TrainingConfig) -> tuple[Rows, Rows]:
     """Rows to train on and to validate on, as a run takes them; none of the latter where there is but one."""
     from spectune.data import Rows
 
-    data, valid = settings.rows("data"), settings.rows("valid")
-    if valid is None and data is not None:
+    data = settings.rows("data")
+    if settings.rows("valid") is None and data is not None:
         rows, _ = rows_of(data, "training", config.row_options)
         if len(rows) < 2:
             return rows, Rows([], [])
-    return training_rows(data, valid, config)[:2]
+    return training_rows(settings)[:2]
 
 
 def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:

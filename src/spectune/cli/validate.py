@@ -9,7 +9,7 @@ import typer
 from spectune.cli import options
 from spectune.cli.checked_text import print_overlaps, print_part, print_rows
 from spectune.cli.console import print_answer, work
-from spectune.cli.input_rows import named, note_losses, row_length
+from spectune.cli.input_rows import check_inputs, named, note_losses, row_length
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DataError
 
@@ -50,8 +50,8 @@ def validate(
       spectune validate --data chats.jsonl --model ./my-model --train-on last --json > checked.json
     """
     settings = Settings.collect(config, assignments, options.flags(context, own={"show"}))
-    settings.methods([])
     with work(as_json=as_json) as out:
+        check_inputs(settings)
         from spectune.storage import load_tokenizer
 
         tokenizer = load_tokenizer(settings.base)

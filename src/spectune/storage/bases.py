@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from spectune import embedded
 from spectune.errors import ConfigError, DataError, first_line
+from spectune.files.local_folder import check_local
 from spectune.objectives import CAUSAL_LM
 from spectune.storage.base_precision import base_dtype, check_precision, quantise_base
 from spectune.storage.devices import resolve_device
@@ -85,6 +86,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _read(source: str, read: Any) -> Any:
+    check_local(source)
     try:
         _refuse_unreachable(source)
         return read()
