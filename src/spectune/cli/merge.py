@@ -84,7 +84,7 @@ def _merge(found: Run, folder: Path, data: str | None, device: str | None, dtype
     from spectune.deltas import merge_and_measure
     from spectune.storage import write_model
 
-    rows, source = rows_to_measure(data, found.folder / "config.yaml", found.row_options)
+    rows, source = rows_to_measure(data, found)
     model, tokenizer = found.load(device, dtype)
     max_length = row_length(model, found.config.get("max_length"))
     encoded = encode(rows, tokenizer, max_length=max_length, **found.encode_options)

@@ -34,7 +34,10 @@ Model = Annotated[
 BaseOfRun = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Base of the run: a hub id, a local folder, or spectune-tiny.", show_default="as the run says"
+        "--model",
+        help="With --run: the base to put its delta on, which has to be the run's. Without: a base, a merged model, or "
+        "the folder of a delta (PEFT's, too), taken as it is.",
+        show_default="as the run says",
     ),
 ]
 Data = Annotated[
@@ -93,7 +96,7 @@ ComparedOn = Annotated[
     typer.Option(
         "--data",
         help="Rows to compare the merged and the unmerged model on.",
-        show_default="the run's validation rows, or the embedded test rows",
+        show_default="the rows that the run was judged on",
     ),
 ]
 Run = Annotated[
