@@ -197,7 +197,7 @@ def test_skip_bad_rows_counts_them(spectune: Spectune, base: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (("train", "--no-such-flag"), 2, "No such option: --no-such-flag"),
+        (("train", "--no-such-flag"), 2, "spectune train has no flag --no-such-flag"),
         (("train", "--set", "learning_rat=1"), 2, "did you mean 'learning_rate'"),
         (("train", "--method", "lorra"), 2, "did you mean 'lora'"),
         (("train", "--method", "lora,bitfit"), 2, "train takes one method"),

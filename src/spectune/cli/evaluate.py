@@ -111,16 +111,7 @@ def evaluate(
             rows, source = rows_of(files, "test", {**found.row_options, "skip_bad_rows": skip_bad_rows})
         note(f"{found.name}; rows: {source}")
 
-        from spectune.evaluation import harness
-
-        harness_metrics: Measure | None = None
-        if lm_eval_tasks is not None:
-            harness.check_installed()
-            tasks = [word.strip() for word in lm_eval_tasks.split(",") if word.strip()]
-            harness_metrics = partial(
-                harness.harness_metrics,
-                tasks=tasks, batch_size=batch_size, limit=lm_eval_limit, include=lm_eval_include,
-            )  # fmt: skip
+        asked_of_it = _harness(lm_eval_tasks, batch_size, lm_eval_limit, lm_eval_include)
         loaded = found.load(device, dtype, base_precision)
         of_rows: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         if files is None:  # a comparison's own rows are measured as it did
@@ -128,10 +119,21 @@ def evaluate(
         flags = {"metric": metric, "generate_rows": generate_rows, "choice_normalization": choice_normalization}
         of_rows |= {key: value for key, value in flags.items() if value is not None}
         answer = {"run": found.folder_name, "base_model": found.base, "data": source}
-        answer |= _measured(found, loaded, rows, source, of_rows, harness_metrics)
+        answer |= _measured(found, loaded, rows, source, of_rows, asked_of_it)
         if not as_json:
             _print(out, answer)
     print_answer(answer, as_json=as_json)
+
+
+def _harness(tasks: str | None, batch_size: int, limit: int | None, include: Path | None) -> Measure | None:
+    """What measures a model on tasks of lm-eval-harness, None where none is asked for."""
+    if tasks is None:
+        return None
+    from spectune.evaluation import harness
+
+    harness.check_installed()
+    names = [word.strip() for word in tasks.split(",") if word.strip()]
+    return partial(harness.harness_metrics, tasks=names, batch_size=batch_size, limit=limit, include=include)
 
 
 def _measured(
