@@ -127,6 +127,7 @@ def test_dry_run_writes_nothing(spectune: Spectune, base: Path, rows: Path, meth
     assert result.exit_code == 0, result.stderr
     [found] = json.loads(result.stdout)["runs"]
     assert found["steps"] == 1
+    assert "saved" not in result.stderr
     assert list(Path().iterdir()) == []
 
 

@@ -28,7 +28,10 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
     wanted = settings.training()
     folder = output_folder(settings.text("output_dir"), label, resume=wanted.resume)
     rows, held_out, source = training_rows(settings)
-    note(f"dry run: one step for each method, nothing is written (a run would go to {folder})\ndata: {source}")
+    note(
+        f"dry run: one step for each method on its longest batch, validated on the longest rows; nothing is written (a "
+        f"run would go to {folder})\ndata: {source}"
+    )
 
     from spectune import training
     from spectune.comparing.experiment import check_settings
