@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import limits, options
-from spectune.cli.console import complain, note, print_answer, work
+from spectune.cli.console import complain, import_libraries, note, print_answer, work
 from spectune.cli.dry_run import asked, dry_run
 from spectune.cli.evaluate import JUDGING
 from spectune.cli.given import Given
@@ -123,6 +123,7 @@ def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, a
     failed = False
     with work(as_json=as_json) as out:
         check_inputs(settings, settings.method_names([]))
+        import_libraries()
         from spectune.methods import BY_NAME, SPECTRUM
 
         default = [str(method.model_fields["name"].default) for method in SPECTRUM] if quick else list(BY_NAME)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import sys
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Off a terminal rich would fold lines at 80 columns, and a folded `file:line` cannot be searched for.
 WIDE = 240
+#: they import all else that takes long
+LIBRARIES = ("transformers.modeling_utils", "spectune.methods", "spectune.training.prediction")
 #: transformers and datasets read these when they are imported, which is when a command needs them
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -52,6 +56,20 @@ def print_answer(answer: Any, *, as_json: bool) -> None:
 
     if as_json:
         typer.echo(json.dumps(finite(answer), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def import_libraries() -> None:
+    """Import torch, transformers and what trains, once a command's words are checked, without the garbage collector: it
+    would look again and again at what a hundred thousand lines of imports make, and find nothing to collect."""
+    if "torch" in sys.modules:
+        return
+    gc.disable()
+    try:
+        for name in LIBRARIES:
+            importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import complain, note, print_answer, work
+from spectune.cli.console import complain, import_libraries, note, print_answer, work
 from spectune.cli.input_rows import check_inputs, named, rows_of, training_rows
 from spectune.cli.known_keys import method_names
 from spectune.cli.planned_text import Arm, decisions, print_plan
@@ -96,6 +96,7 @@ def plan(
     named = bool(settings.method_names([]))
     with work(as_json=as_json) as out:
         check_inputs(settings, settings.method_names([]))
+        import_libraries()
         from spectune.methods import BY_NAME
 
         chosen = settings.methods(settings.method_names(list(BY_NAME)))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import note, print_answer, work
+from spectune.cli.console import import_libraries, note, print_answer, work
 from spectune.cli.dry_run import dry_run
 from spectune.cli.input_rows import check_inputs, training_rows
 from spectune.cli.known_keys import method_names
@@ -68,6 +68,7 @@ def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
     folder = output_folder(settings.text("output_dir"), name, resume=wanted.resume)
     rows, held_out, source = training_rows(settings)
 
+    import_libraries()
     from spectune import training
     from spectune.deltas import attach
     from spectune.storage import load
