@@ -147,7 +147,7 @@ def run_on(given: Path | None, model: str | None) -> Run:
 def row_length(model: PreTrainedModel, wanted: int | None) -> int:
     """Tokens of a row: as wanted, else as training takes it where nobody says."""
     from spectune.inference import context_length
-    from spectune.training.prepare import DEFAULT_LENGTH
+    from spectune.training.config import DEFAULT_LENGTH
 
     return wanted or min(context_length(model) or DEFAULT_LENGTH, DEFAULT_LENGTH)
 

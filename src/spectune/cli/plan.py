@@ -133,18 +133,17 @@ class Plans:
     def of(cls, methods: Sequence[Method], settings: Settings, memory: str | None, *, needs_rows: bool) -> Plans:
         """From the command's flags; `needs_rows`: the embedded rows are taken where there is no --data."""
         from spectune.planning.device_memory import free_memory
-        from spectune.planning.workload import context_of
         from spectune.sizes import bytes_of
-        from spectune.storage.bases import load_config
+        from spectune.storage.descriptions import load_config, positions_of
         from spectune.storage.devices import resolve_device
-        from spectune.training.prepare import DEFAULT_LENGTH
+        from spectune.training.config import DEFAULT_LENGTH
 
         config = settings.training()
         name = settings.text("device") or ("cuda" if memory is not None else "auto")
         device = str(resolve_device(name)) if name == "auto" else name
         limit = free_memory(device) if memory is None else bytes_of(memory, "--memory")
         base = load_config(settings.base)
-        positions = context_of(base)
+        positions = positions_of(base)
         rooms = [] if positions is None else [positions - method.virtual_tokens for method in methods]
         most = min((room for room in rooms if room >= 2), default=positions or DEFAULT_LENGTH)
         length = config.max_length or min(DEFAULT_LENGTH, most)
