@@ -22,9 +22,7 @@ from spectune.data import Example, collate, encode, load_rows
 
 def main(steps: int = 40, folder: str | None = None) -> tuple[float, Path]:
     if not is_accelerate_available():
-        raise SystemExit(
-            "transformers' Trainer needs accelerate: pip install 'spectune[examples]', or accelerate alone"
-        )
+        raise SystemExit("transformers' Trainer needs accelerate: pip install 'spectune[examples]'")
     model, tokenizer = spectune.load("spectune-tiny")
     examples = encode(load_rows(embedded.TRAIN), tokenizer, max_length=128).examples
     delta = spectune.attach(model, spectune.BottleneckAdapter(bottleneck_dim=32), name="sentences")
