@@ -109,6 +109,12 @@ class Run:
         return f"run: {self.folder}" if self.delta_folder is not None else f"model: {self.base}, as it is"
 
     @property
+    def delta(self) -> Path:
+        """The delta's folder, of what has one."""
+        assert self.delta_folder is not None, "a model as it is has no delta"
+        return self.delta_folder
+
+    @property
     def folder_name(self) -> str | None:
         """For JSON: None where there is no run."""
         return str(self.folder) if self.delta_folder is not None else None

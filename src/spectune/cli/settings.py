@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,13 +185,13 @@ class Settings:
             block, _, inner = key.rpartition(".")
             if block in there:  # one method's own block; a file may hold blocks of methods that this run leaves out
                 targets = [block] if inner in fields[block] else []
-                candidates: Iterable[str] = fields[block]
+                candidates: set[str] = set(fields[block])
             else:
                 targets = [name for name in meant if inner in fields[name]] if block in ("", "method") else []
                 candidates = set().union(*(fields[name] for name in meant)) | (plain if block == "" else set())
             if not targets:
                 hint = suggest(inner, candidates)
-                other = inner if SYNONYMS.get(inner) in candidates else SYNONYMS.get(inner, inner)
+                other = inner if SYNONYMS.get(inner, inner) in candidates else SYNONYMS.get(inner, inner)
                 if owners := [name for name in there if other in fields[name] and block in ("", "method")]:
                     hint = f"{other!r} belongs to {' and '.join(owners)}, and this command has {', '.join(meant)}"
                 problems.append(f"{given.where}: unknown key {key!r}; {hint}")

@@ -59,7 +59,8 @@ def train(
         raise ConfigError(f"train takes one method, given {', '.join(names)}; `spectune compare` takes many")
     with work(as_json=as_json) as out:
         check_inputs(settings, names)
-        answer = dry_run(settings.methods(names), settings, *names, out) if dry else _train(*names, settings, out)
+        [name] = names
+        answer = dry_run(settings.methods(names), settings, name, out) if dry else _train(name, settings, out)
     print_answer(answer, as_json=as_json)
 
 

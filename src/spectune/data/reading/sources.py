@@ -43,7 +43,7 @@ def records(
     elif (problem := missing(source)) is not None:
         raise DataError(problem)
     else:
-        yield from hub_records(source)
+        yield from hub_records(str(source))
 
 
 def missing(source: str | os.PathLike[str]) -> str | None:
