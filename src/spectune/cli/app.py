@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from spectune.cli.compare import compare
 from spectune.cli.console import complain
+from spectune.cli.doctor import doctor
 from spectune.cli.env import env
 from spectune.cli.evaluate import evaluate
 from spectune.cli.export import export
@@ -66,6 +67,7 @@ def build_app() -> typer.Typer:
     command("report", short_help="Rebuild a comparison's page, table and plots from its runs.")(report)
     command("validate", short_help="Check a data file, and show what the model will be trained on.")(validate)
     command("env", short_help="Print versions, devices and methods.")(env)
+    command("doctor", short_help="Check what of the fast paths works on this machine.")(doctor)
     return app
 
 

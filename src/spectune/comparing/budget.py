@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from spectune.sizes import duration
+
 
 @dataclass
 class Budget:
@@ -50,11 +52,3 @@ class Budget:
         left = self.seconds_left()
         when = "" if left is None or not self.left else f", about {duration(left)} left"
         return f"{100 * share:.0f}% of the budget done{when}"
-
-
-def duration(seconds: float) -> str:
-    """35 s, 4 min, 2 h 10 min."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -14,7 +14,8 @@ from spectune.comparing.conditions import RecordedConditions, run_key
 from spectune.comparing.inputs import Inputs
 from spectune.comparing.schedule import Schedule
 from spectune.data import DataReport, Encoded
-from spectune.deltas import Delta, Method, attach, attached, detach
+from spectune.deltas import BaseRate, Delta, Method, attach, attached, detach
+from spectune.families import embedding_width
 from spectune.results import RunResult
 from spectune.results import comparison_file as results
 from spectune.results.comparison_file import Failure
@@ -76,11 +77,15 @@ class Job:
 
     def check_memory(self, arm: Arm) -> None:
         """Raise DoesNotFitError where the plan says that an arm's longest batch does not fit."""
-        config = self.config_of(arm.method.default_learning_rate, self.schedule.final_steps, self.config.seed)
+        config = self.config_of(self.rates(arm).rate, self.schedule.final_steps, self.config.seed)
         with self.attached(arm, config.seed) as delta:
             base, rows = delta.base_fingerprint, self.inputs
             prepared = prepare(self.model, self.tokenizer, arm.method, rows.train, rows.valid, config, base)
             check_memory(predict(delta, prepared, World(), self.predictions), delta, config.memory_check)
+
+    def rates(self, arm: Arm) -> BaseRate:
+        """The default learning rate of an arm on this base, and where a search begins."""
+        return arm.method.learning_rates.at(embedding_width(self.model))
 
     def key(self, arm: Arm, rate: float, steps: int, seed: int, rows: int | None = None) -> str:
         return run_key(self.conditions.identity, arm.method.model_dump(mode="json"), rate, steps, seed, rows)

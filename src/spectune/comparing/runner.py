@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectune.comparing.budget import Budget, duration
+from spectune.comparing.budget import Budget
 from spectune.comparing.final_runs import final_folder, final_run
 from spectune.comparing.job import FAILED, Arm, FailureNote, Job
 from spectune.comparing.search import successive_halving
 from spectune.comparing.short_runs import on_fewer, step_seconds, trial
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError
 from spectune.results.comparison_file import Trial
+from spectune.sizes import duration
 
 log = logging.getLogger("spectune")
 
@@ -97,10 +98,8 @@ class Runner:
         """The best rate of an arm; what was tried goes to its search.json."""
         folder = self.job.folder / "search" / arm.name
         method, schedule = arm.method, self.schedule
-        bounds, source = method.learning_rate_range, method.learning_rate_range_source
-        if schedule.preset.from_default is not None:
-            default, factor = method.default_learning_rate, schedule.preset.from_default
-            bounds, source = (default, default * factor), "from the method's default up"
+        rates, ratio = self.job.rates(arm), schedule.preset.around_default
+        bounds = rates.search_range if ratio is None else rates.around(ratio)
 
         def run(rate: float, steps: int) -> Trial:
             found, seconds = trial(self.job, arm, rate, steps)
@@ -109,7 +108,7 @@ class Runner:
 
         try:
             extensions = schedule.preset.extensions
-            found = successive_halving(bounds, schedule.rungs, run, source=source, extensions=extensions)
+            found = successive_halving(bounds, schedule.rungs, run, source=rates.sentence, extensions=extensions)
         except InterruptedRun:
             raise
         except SpectuneError as error:

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectune.data.batching import batches, by_length, collate, collate_packs, pad_token_id, padded
+    from spectune.data.batching import batches, by_length, collate, collate_packs, filled, pad_token_id, padded
     from spectune.data.bin_packing import best_fit, pack_step, places
     from spectune.data.data_report import DataReport
     from spectune.data.encoding import Encoded, encode, prompt_ids, prompts_ids
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: file -> its names, as above; `tests/test_public_api.py` holds both together
 _PUBLIC: dict[str, tuple[str, ...]] = {
-    "spectune.data.batching": ("batches", "by_length", "collate", "collate_packs", "pad_token_id", "padded"),
+    "spectune.data.batching": ("batches", "by_length", "collate", "collate_packs", "filled", "pad_token_id", "padded"),
     "spectune.data.bin_packing": ("best_fit", "pack_step", "places"),
     "spectune.data.data_report": ("DataReport",),
     "spectune.data.encoding": ("Encoded", "encode", "prompt_ids", "prompts_ids"),
@@ -34,8 +34,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
 
 __all__ = [
     "HELD_OUT", "DataReport", "Encoded", "Example", "Row", "Rows", "Source", "batches", "best_fit", "by_length",
-    "collate", "collate_packs", "encode", "load_rows", "mixture", "pack_step", "pad_token_id", "padded", "places",
-    "prompt_ids", "prompts_ids", "split_rows", "weight_changes", "weighted",
+    "collate", "collate_packs", "encode", "filled", "load_rows", "mixture", "pack_step", "pad_token_id", "padded",
+    "places", "prompt_ids", "prompts_ids", "split_rows", "weight_changes", "weighted",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that is there

@@ -4,6 +4,7 @@ import functools
 import logging
 import sysconfig
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +15,22 @@ from spectune.blocks.recompute import Recomputation, modes
 from spectune.compute.pack_layout import Kernel
 from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_document
 from spectune.data import batches, by_length, pack_step, places
-from spectune.deltas import Delta, Method, kernel_serves, route, why_mask_is_needed, why_not_packed
+from spectune.deltas import (
+    Delta,
+    Method,
+    kernel_serves,
+    route,
+    why_mask_is_needed,
+    why_not_cudnn,
+    why_not_packed,
+)
 from spectune.errors import ConfigError
 from spectune.families import Family
 from spectune.methods import LoRA
 from spectune.planning.flops import flops_per_token, virtual_in_sequence
 from spectune.planning.workload import Workload
+from spectune.sizes import duration
+from spectune.training.batch_shapes import batch_shapes
 from spectune.training.config import TrainingConfig
 from spectune.training.prepare import Prepared, total_steps
 
@@ -29,11 +40,10 @@ log = logging.getLogger("spectune")
 LAUNCH_SECONDS_PER_LAYER = 1.5e-3
 #: what a GPU computes of a block's operations
 OPERATIONS_PER_SECOND = 4e14
-#: what it takes to compile the blocks of a model, about; see docs/performance.md
-COMPILE_SECONDS = 60.0
-#: kind of device -> the share of a step that compiling saves, and the operations that training without it reaches in a
-#: second (on a fast device: what is long there is long on any)
-_COMPILING = {"cuda": (0.2, 3e14), "cpu": (0.1, 5e11)}
+#: kind of device -> seconds that it takes to compile the blocks of a model, about; the share of a step that this saves;
+#: the operations that training without it reaches in a second (on a fast device: what is long there is long on any).
+#: See docs/performance.md: on an H200 3 to 26 s, and 8B packed rows at 11,197 tokens/s eagerly, 18,438 compiled
+_COMPILING = {"cuda": (25.0, 0.3, 3e14), "cpu": (60.0, 0.1, 5e11)}
 #: `packing="auto"` packs where that leaves out so much of the tokens that are computed: below it, a step's time changes
 #: by less than it does from run to run, and each batch's shape would be another for it
 WORTH = 0.1
@@ -84,12 +94,27 @@ def decide(
     if config.cuda_graphs == "auto":
         possible = device_type == "cuda" and not packing.on and mode is False
         graphs = possible and launch_bound(family, method, tokens=rows * length, length=length)
-    compiled, steps = config.torch_compile is True, steps or 0
+    compiled, why_compiled, steps = config.torch_compile is True, None, steps or 0
     if config.torch_compile == "auto":
         tokens = steps * rows * config.gradient_accumulation_steps * length
-        compiled = worth_compiling(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
-    cudnn = takes_cudnn(family, lengths, steps, config, packs=packing.on)
-    return Execution(compiled, graphs, mode, cudnn, packing).because("packing", why_packing)
+        gain = compiling_gain(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
+        compiled, why_compiled = gain is not None and gain.pays, None if gain is None or not steps else str(gain)
+    cudnn = has_cudnn(device_type) and takes_cudnn(family, lengths, steps, config, packs=packing.on)
+    if cudnn and delta is not None:
+        cudnn = _calls_suit_cudnn(delta, max(lengths))
+    execution = Execution(compiled, graphs, mode, cudnn, packing).because("packing", why_packing)
+    execution = execution.because("torch_compile", why_compiled)
+    return _in_few_shapes(execution, lengths, config) if graphs else execution
+
+
+def _in_few_shapes(execution: Execution, lengths: Sequence[int], config: TrainingConfig) -> Execution:
+    """With batches of the few shapes that are captured, and a line on what that costs."""
+    shapes = batch_shapes(lengths, config)
+    packing = replace(execution.packing, lengths=shapes.lengths, rows=shapes.rows)
+    said = f"{shapes.cost:.1%} more tokens than padded to the longest row of each"
+    many = "one length" if len(shapes.lengths) == 1 else f"{len(shapes.lengths)} lengths"
+    line = f"blocks are captured as CUDA graphs, for batches padded to {many} ({said})" if shapes.cost > 0 else None
+    return replace(execution, packing=packing).because("cuda_graphs", line)
 
 
 def decide_run(delta: Delta, prepared: Prepared, processes: int = 1, config: TrainingConfig | None = None) -> Execution:
@@ -114,15 +139,38 @@ def possible_modes(
     return found[found.index(True) :] if wanted == "auto" else (True,) if wanted is False else found
 
 
-def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
-    """Whether a run of so many `tokens`, in rows of `length` on average, saves more time by compiling than it takes."""
+@dataclass(frozen=True)
+class CompilingGain:
+    """What compiling the blocks would do to a run, in seconds: what its steps take without, how much less they take
+    with it, and how long it takes to compile."""
+
+    steps: float
+    saved: float
+    wait: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether the run ends earlier."""
+        return self.saved > self.wait
+
+    def __str__(self) -> str:
+        saves, wait = f"{duration(self.saved)} of about {duration(self.steps)} of steps", duration(self.wait)
+        if self.pays:
+            return f"the blocks are compiled in the first step: it takes about {wait}, and saves about {saves}"
+        return f"the blocks are not compiled: it would take about {wait} to save {saves} (torch_compile=true does it)"
+
+
+def compiling_gain(
+    family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str
+) -> CompilingGain | None:
+    """What compiling does to a run of so many `tokens`, in rows of `length` on average; None where nothing compiles."""
     if device_type not in _COMPILING or (device_type == "cpu" and not has_cpu_compiler()):
-        return False
-    saved, operations_per_second = _COMPILING[device_type]
+        return None
+    wait, saved, operations_per_second = _COMPILING[device_type]
     seconds = tokens * flops_per_token(family, method, max(1, length)) / operations_per_second
     if device_type == "cuda":
         seconds = max(seconds, steps * len(family.layers) * LAUNCH_SECONDS_PER_LAYER)
-    return seconds * saved > COMPILE_SECONDS
+    return CompilingGain(seconds, seconds * saved, wait)
 
 
 @functools.cache
@@ -162,8 +210,14 @@ def check_graphs(device_type: str, packs: bool, mode: Recomputation) -> None:
         )
 
 
+def has_cudnn(device_type: str) -> bool:
+    """Whether there may be kernels of cuDNN's on such a device."""
+    return device_type == "cuda"
+
+
 def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: TrainingConfig, *, packs: bool) -> bool:
-    """Whether a run's steps take cuDNN's attention on CUDA: where it saves more than its plans take.
+    """Whether a run's steps take cuDNN's attention on CUDA: where it saves more than its plans take. Steps that have a
+    mask never do (`Execution.attention`), nor does a model that makes masks of its own (`why_not_cudnn`).
 
     Args:
         lengths: tokens of the training rows.
@@ -171,10 +225,12 @@ def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: Trai
         packs: rows share sequences; no two batches are alike then, and on CUDA another kernel attends.
     """
     shapes = len(set(lengths))
+    if packs:
+        return False
     if shapes == 1:
         return True
     mean = sum(lengths) / len(lengths)
-    if packs or mean <= _SHORT:
+    if mean <= _SHORT:
         return False
     batch_count = steps * config.gradient_accumulation_steps
     # causal, forward and backward: 3.5 times two products of which a half is masked
@@ -253,6 +309,15 @@ def _needs_no_mask(delta: Delta) -> bool:
         reason = why_mask_is_needed(delta.model)
     if reason is not None:
         log.info("batches that are padded have an attention mask: %s", reason)
+    return reason is None
+
+
+def _calls_suit_cudnn(delta: Delta, length: int) -> bool:
+    """Whether attention is called as cuDNN is known to be right for. It decides about the speed alone."""
+    with route(delta.model, delta.name):
+        reason = why_not_cudnn(delta.model, length)
+    if reason is not None:
+        log.info("cuDNN's attention is left out: %s", reason)
     return reason is None
 
 

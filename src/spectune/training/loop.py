@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spectune.blocks.compile import can_compile_now
 from spectune.blocks.execution import Execution
-from spectune.compute.memory import PeakMemory
+from spectune.compute.memory import PeakMemory, counts_tensors
 from spectune.data import Example
 from spectune.deltas import route
 from spectune.errors import InterruptedRun, OutOfMemoryError
@@ -109,7 +109,8 @@ class Loop:
         delta = self.run.delta
         self.model.train()
         # by name: whatever else is attached, or active, this delta is what is trained and validated
-        with route(self.model, delta.name), self.execution.applied(delta), self.batches.listening(self.model):
+        applied = self.execution.applied(delta, around_capture=self.peaks.set_aside)
+        with route(self.model, delta.name), applied, self.batches.listening(self.model):
             yield
 
     def step(self, window: list[list[int]]) -> float:
@@ -180,7 +181,7 @@ class Loop:
         if batch is None:
             return torch.zeros((), device=self.model.device)
         try:
-            with self.batches.placed(self.model, batch) as placed:
+            with self.batches.placed(self.model, batch) as placed, self.execution.attention(placed):
                 loss_sum, _ = CAUSAL_LM.loss_sum(self.model, placed, fuse=self.execution.compiled and can_compile_now())
                 torch.autograd.backward(loss_sum / targets)
                 return loss_sum.detach()
@@ -193,14 +194,18 @@ class Loop:
         """Validation loss; keeps the best. Returns whether to stop early. Raises DivergedError: it is not finite."""
         run = self.run
         self.peaks.pause()
-        if not self._has_validated:
-            # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
-            # run's own validation, which counting tensors would slow down
-            order = sorted(run.valid_examples, key=lambda example: -example.length)
-            with self.peaks.of("valid"):
-                self.valid_losses(order[: run.config.per_device_eval_batch_size])
+        if counts_tensors(self.model.device.type):
+            if not self._has_validated:
+                # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
+                # run's own validation, which counting tensors would slow down
+                order = sorted(run.valid_examples, key=lambda example: -example.length)
+                with self.peaks.of("valid"):
+                    self.valid_losses(order[: run.config.per_device_eval_batch_size])
             self._has_validated = True
-        losses = self.valid_losses()
+            losses = self.valid_losses()
+        else:
+            with self.peaks.of("valid"):
+                losses = self.valid_losses()
         valid_loss = losses.mean_per_token
         self.peaks.resume()
         if not math.isfinite(valid_loss):

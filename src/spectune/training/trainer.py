@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.blocks.execution import Execution
+from spectune.compute.memory import leaving_nothing
 from spectune.data import mixture
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
@@ -26,8 +28,6 @@ from spectune.training.prediction import Prediction, Predictions, check_memory, 
 from spectune.training.prepare import Prepared, prepare, train_sources
 from spectune.training.run_folder import RunFolder, check_folder, load_end
 from spectune.training.run_state import RunState, trained_parameters
-
-_COMPILES = "the blocks are compiled in the first step, which takes a minute or so (torch_compile=false: not)"
 
 
 def train(
@@ -64,24 +64,47 @@ def train(
         DoesNotFitError: the plan says that the run does not fit into memory, and `memory_check` is "refuse".
         InterruptedRun, OutOfMemoryError, DivergedError: see `spectune.errors`.
     """
-    config, world = config or TrainingConfig(), World()
-    out = (console or Console()) if world.leads else Console(quiet=True)
+    asked = _Asked(config or TrainingConfig(), name, origin or {}, console, base_valid_loss, predictions, rehearsed)
+    with leaving_nothing(model.device):
+        return _trained(model, tokenizer, method_or_delta, (train_rows, valid_rows), asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `train` is given beside a model, a method and rows."""
+
+    config: TrainingConfig
+    name: str
+    origin: Mapping[str, Any]
+    console: Console | None
+    base_valid_loss: float | None
+    predictions: Predictions | None
+    rehearsed: TrainingConfig | None
+
+
+def _trained(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method_or_delta: Method | Delta, rows: tuple[Any, Any],
+    asked: _Asked
+) -> RunResult:  # fmt: skip
+    """`train`. When it returns, it holds nothing of the device any more but the delta's weights."""
+    config, world = asked.config, World()
+    out = (asked.console or Console()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
-    delta = _attach(model, tokenizer, method_or_delta, name, config.seed)
-    prepared = prepare(model, tokenizer, delta.method, train_rows, valid_rows, config, delta.base_fingerprint)
+    delta = _attach(model, tokenizer, method_or_delta, asked.name, config.seed)
+    prepared = prepare(model, tokenizer, delta.method, *rows, config, delta.base_fingerprint)
     if finished is not None:
         return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
-    predicted = predict(delta, prepared, world, predictions, rehearsed)
+    predicted = predict(delta, prepared, world, asked.predictions, asked.rehearsed)
     check_memory(predicted, delta, config.memory_check)
     execution = predicted.execution
     if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
         check_graphs(model.device.type, execution.packing.on, execution.recomputation)
     run, folder = _start_or_resume(delta, tokenizer, prepared, execution, world, out)
-    folder.begin(prepared.encoded, {**environment(), **execution.settings()}, origin or {})
+    folder.begin(prepared.encoded, {**environment(), **execution.settings()}, asked.origin)
     _announce(out, run, prepared, execution)
-    stopped = _run_to_end(Loop(run, execution), folder, out, base_valid_loss)
+    stopped = _run_to_end(Loop(run, execution), folder, out, asked.base_valid_loss)
     if config.load_best_at_end and run.progress.best_step != run.progress.step:
         delta.load_training_state_dict(folder.best)
     folder.keep_end()
@@ -208,13 +231,14 @@ def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execut
         f"{run.total_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps} rows, "
         f"{len(prepared.examples):,} rows to train on, {len(prepared.valid):,} to validate, learning rate "
         f"{prepared.learning_rate:g}"
-        + ("" if config.learning_rate else f" (default; {delta.method.default_learning_rate_source})"),
+        + ("" if config.learning_rate else f" ({delta.method.learning_rates.at(delta.family.hidden_size).sentence})"),
         mixture(prepared.encoded[0].report) or None,
         None if notice is None else f"note: {notice}",
         execution.reason("packing"),
+        execution.reason("cuda_graphs"),
         *(f"{line} (see data_report.json)" for line in summaries if line),
         execution.reason("gradient_checkpointing"),
-        _COMPILES if execution.compiled else None,
+        execution.reason("torch_compile"),
     ]
     for line in (line for line in lines if line is not None):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
