@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ from spectune.cli.plan import plan
 from spectune.cli.recommend import recommend
 from spectune.cli.report import report
 from spectune.cli.train import train
+from spectune.cli.unknown_flags import Command
 from spectune.cli.validate import validate
 from spectune.errors import SpectuneError
 from spectune.torchrun import Place
@@ -60,18 +62,19 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )  # fmt: skip
     app.callback(invoke_without_command=True)(_root)
-    app.command("compare", short_help="Train methods and measure them side by side.")(compare)
-    app.command("train", short_help="Train one method.")(train)
-    app.command("plan", short_help="Predict the memory that training needs, before anything is loaded.")(plan)
-    app.command("recommend", short_help="Recommend a method, with the reasons.")(recommend)
-    app.command("generate", short_help="Generate text with a tuned model.")(generate)
-    app.command("eval", short_help="Evaluate a tuned model on your own rows.")(evaluate)
-    app.command("merge", short_help="Merge a run's delta into its base: a plain transformers folder.")(merge)
-    app.command("export", short_help="Export a run's delta for PEFT, vLLM and other programs.")(export)
-    app.command("report", short_help="Rebuild a comparison's page, table and plots from its runs.")(report)
-    app.command("validate", short_help="Check a data file, and show what the model will be trained on.")(validate)
-    app.command("env", short_help="Print versions, devices and methods.")(env)
-    app.command("doctor", short_help="Check what of the fast paths works on this machine.")(doctor)
+    command = partial(app.command, cls=Command)
+    command("compare", short_help="Train methods and measure them side by side.")(compare)
+    command("train", short_help="Train one method.")(train)
+    command("plan", short_help="Predict the memory that training needs, before anything is loaded.")(plan)
+    command("recommend", short_help="Recommend a method, with the reasons.")(recommend)
+    command("generate", short_help="Generate text with a tuned model.")(generate)
+    command("eval", short_help="Evaluate a tuned model on your own rows.")(evaluate)
+    command("merge", short_help="Merge a run's delta into its base: a plain transformers folder.")(merge)
+    command("export", short_help="Export a run's delta for PEFT, vLLM and other programs.")(export)
+    command("report", short_help="Rebuild a comparison's page, table and plots from its runs.")(report)
+    command("validate", short_help="Check a data file, and show what the model will be trained on.")(validate)
+    command("env", short_help="Print versions, devices and methods.")(env)
+    command("doctor", short_help="Check what of the fast paths works on this machine.")(doctor)
     return app
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import sys
@@ -18,6 +20,13 @@ if TYPE_CHECKING:
 
 #: Off a terminal rich would fold lines at 80 columns, and a folded `file:line` cannot be searched for.
 WIDE = 240
+#: they import all else that takes long
+LIBRARIES = ("transformers.modeling_utils", "spectune.methods", "spectune.training.prediction")
+#: transformers and datasets read these when they are imported, which is when a command needs them
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+}  # fmt: skip
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -47,10 +56,24 @@ def note(message: str) -> None:
 
 def print_answer(answer: Any, *, as_json: bool) -> None:
     """With `as_json` print one JSON object. Numbers that are not finite become null: JSON has no word for them."""
-    from spectune.files.strict_json import finite  # its room imports torch: here, when a command has run
+    from spectune.files.strict_json import finite
 
     if as_json and Place.from_environment().leads:
         typer.echo(json.dumps(finite(answer), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def import_libraries() -> None:
+    """Import torch, transformers and what trains, once a command's words are checked, without the garbage collector: it
+    would look again and again at what a hundred thousand lines of imports make, and find nothing to collect."""
+    if "torch" in sys.modules:
+        return
+    gc.disable()
+    try:
+        for name in LIBRARIES:
+            importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager
@@ -60,12 +83,12 @@ def work(*, as_json: bool = False) -> Iterator[Console]:
     With `as_json` all of it goes to stderr, and so does whatever a library prints, until the block ends. The chatter of
     transformers and datasets is silenced: what matters is said in the project's own words.
     """
-    import transformers
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if "transformers" in sys.modules:  # it has read them already
+        import transformers
 
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # datasets is imported only where rows come from a hub data set, and reads these then
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield console(stderr=as_json)

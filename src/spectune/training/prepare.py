@@ -12,13 +12,10 @@ from spectune.data import DataReport, Encoded, Example, Row, encode, load_rows, 
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import base_precision, embedding_width, vocabulary_rows
-from spectune.planning.workload import context_of
 from spectune.results.run_result import TrainSource
-from spectune.training.config import TrainingConfig
+from spectune.storage.descriptions import positions_of
+from spectune.training.config import DEFAULT_LENGTH, TrainingConfig
 from spectune.training.identity import FILE, identity_of, read_identity
-
-#: tokens of a row where the user says nothing, if the base has room for them
-DEFAULT_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def steps_of_run(examples: Sequence[Example], config: TrainingConfig) -> int | N
 
 def max_length(model: PreTrainedModel, method: Method, config: TrainingConfig) -> int:
     """`row_tokens` of a loaded model."""
-    return row_tokens(context_of(model.config), method, config)
+    return row_tokens(positions_of(model.config), method, config)
 
 
 def row_tokens(positions: int | None, method: Method, config: TrainingConfig) -> int:

@@ -212,6 +212,10 @@ class RunFolder(Keeper):
             f"--output-dir {self.run.config.output_dir} --resume"
         )
 
+    @property
+    def kept_word(self) -> str:
+        return "" if self.folder is None else ", saved"
+
     def kept_state(self) -> str:
         where = f" in {self.folder / 'best'}" if self.folder is not None else ""
         if self.run.progress.best_step is None:
