@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from spectune.compute import allocator_settings
 from spectune.torchrun import Place
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def work(*, as_json: bool = False) -> Iterator[Console]:
     With `as_json` all of it goes to stderr, and so does whatever a library prints, until the block ends. The chatter of
     transformers and datasets is silenced: what matters is said in the project's own words.
     """
+    allocator_settings.use_expandable_segments()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if "transformers" in sys.modules:  # it has read them already
