@@ -31,8 +31,8 @@ class Packing:
         virtual: virtual tokens that stand in the sequence before each row.
         longest: tokens of the longest row, of those that one compiled graph is to serve.
         mask_free: padding needs no mask: it stands on the right, and the model is causal throughout.
-        lengths: tokens that padded batches are filled up to, ascending, so that they come in few shapes; without any,
-            each is as long as its longest row.
+        lengths: tokens that padded batches are filled up to, so that they come in few shapes; for a plan in the order
+            in which these come. Without any, each batch is as long as its longest row.
         rows: rows that these are filled up to.
     """
 
@@ -47,7 +47,7 @@ class Packing:
     def filled(self, rows: int, length: int) -> tuple[int, int]:
         """Rows and tokens of a padded batch of `rows` whose longest has `length` tokens."""
         longer = [size for size in self.lengths if size >= length]
-        return (max(rows, self.rows), longer[0]) if longer else (rows, length)
+        return (max(rows, self.rows), min(longer)) if longer else (rows, length)
 
 
 @dataclass(frozen=True)

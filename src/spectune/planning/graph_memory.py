@@ -69,8 +69,7 @@ def graph_buffers(
     kept, sizes = trace.alive(trace.head), zip(tensors.numbers, tensors.outputs, strict=True)
     unsaved = at_full_depth([0 if number in kept else size for number, size in sizes])
     hidden = [*at_full_depth(tensors.gradients), tensors.last]
-    block = _block(trace, split_by_graph_pool(trace)[0])
-    return GraphBuffers(tensors.copies, at_full_depth(tensors.outputs), unsaved, hidden, list(weights), block)
+    return GraphBuffers(tensors.copies, at_full_depth(tensors.outputs), unsaved, hidden, list(weights))
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,8 @@ class GraphMemory:
         arguments: copies of the blocks' arguments, of all shapes.
         pool: all else of all shapes, and what a replay makes and frees. Shapes are captured one after the other into
             one pool: what an earlier one keeps from pass to pass is not free for a later one's step.
-        uncaptured: of a pass of the second largest shape before its capture, which recomputes its blocks, beside the
-            pool: their inputs, and one block's step or the loss. 0 where there is no other shape: what is captured
-            first has its pass before there is a pool.
+        uncaptured: of a pass of another shape before its capture, which recomputes its blocks, beside the pool. 0 where
+            there is no other shape: what is captured first has its pass before there is a pool.
     """
 
     arguments: int
@@ -91,19 +89,18 @@ class GraphMemory:
     uncaptured: int
 
     @classmethod
-    def of(cls, trace: Trace, shares: Sequence[float]) -> GraphMemory:
-        """Of a trace with `buffers`, and of smaller shapes with these shares of its tokens, the largest first."""
-        buffers = trace.buffers
-        assert buffers is not None
-        outside = max(split_by_graph_pool(trace)[1])
-        uncaptured = shares[0] * (sum(buffers.outputs) + max(buffers.block, outside)) if shares else 0
-        return cls(int(sum(buffers.arguments) * (1 + sum(shares))), _captured(trace, shares), int(uncaptured))
+    def of(cls, trace: Trace, shares: Sequence[float], uncaptured: Trace | None = None) -> GraphMemory:
+        """Of a trace with `buffers`, of smaller shapes with these shares of its tokens, in the order of their capture,
+        and of the trace of a pass of the largest that recomputes its blocks."""
+        assert trace.buffers is not None
+        lean = 0 if uncaptured is None else max(shares, default=0.0) * max(uncaptured.live())
+        return cls(int(sum(trace.buffers.arguments) * (1 + sum(shares))), _captured(trace, shares), int(lean))
 
 
 def _captured(trace: Trace, shares: Sequence[float]) -> int:
     """Bytes of the pool once all shapes are captured, by the allocator's rules: what blocks hand to each other and the
     gradients of weights stay, all else is given back."""
-    allocator, inside = CachingAllocator(expandable=has_expandable_segments()), _in_pool(trace)
+    allocator, inside = CachingAllocator(expandable=has_expandable_segments()), in_pool(trace)
     assert trace.buffers is not None
     for share in (1.0, *shares):
         blocks: dict[int, Block] = {}
@@ -123,21 +120,13 @@ def _captured(trace: Trace, shares: Sequence[float]) -> int:
     return allocator.reserved
 
 
-def _block(trace: Trace, inside: Sequence[int]) -> int:
-    """Bytes of a block's forward and backward by itself, where that is most: by how much memory falls from its peak in
-    the block's backward to the end of that."""
-    begins = [at for name, at in trace.marks if name[0] == "B"]
-    ends = [*begins[1:], len(trace.events)]
-    return max((max(inside[a : b + 1]) - inside[b] for a, b in zip(begins, ends, strict=True)), default=0)
-
-
 def split_by_graph_pool(trace: Trace) -> tuple[list[int], list[int]]:
     """Live bytes inside and outside of the graphs' pool, after 0, 1, 2, ... events.
 
     Nothing else may use the pool's memory, so that the peaks of both add up at any time. Gradients of weights are
     copied out of it.
     """
-    pool = _in_pool(trace)
+    pool = in_pool(trace)
     inside, outside = (
         list(accumulate((trace.signed(e) if (max(e, ~e) in pool) is own else 0 for e in trace.events), initial=0))
         for own in (True, False)
@@ -145,7 +134,7 @@ def split_by_graph_pool(trace: Trace) -> tuple[list[int], list[int]]:
     return inside, outside
 
 
-def _in_pool(trace: Trace) -> set[int]:
+def in_pool(trace: Trace) -> set[int]:
     """Numbers of the tensors that blocks make, but for the gradients of weights, which are copied out."""
     begin, head, backward = dict(trace.marks)["F0"], trace.head, trace.begin_of_backward
     return {

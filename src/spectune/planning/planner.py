@@ -50,6 +50,7 @@ class Planner:
         """`all_layers`: trace each, not a few that stand for the others."""
         self.workload, self._all_layers, self._longest = workload, all_layers, 0
         self.execution = execution.recomputing(execution.recomputation)
+        self._recomputing: Planner | None = None
         #: bytes that CUDA graphs hold of the device between steps
         self._graph_bytes = 0
         #: the newest traces, by batch, training and accumulating
@@ -142,13 +143,21 @@ class Planner:
     def _resident(self, largest: Shape | None = None) -> ResidentMemory:
         """`largest`: the shape of the batch with most tokens, where blocks are captured."""
         shares = () if largest is None else self._shares(largest)
-        return ResidentMemory(self.built.whole, self.workload.device, self.workload.optim, shares)
+        uncaptured = self._uncaptured(largest) if largest is not None and shares else None
+        return ResidentMemory(self.built.whole, self.workload.device, self.workload.optim, shares, uncaptured)
+
+    def _uncaptured(self, shape: Shape) -> Trace:
+        """A pass of a shape that is not captured yet, where others are."""
+        if self._recomputing is None:
+            how = replace(self.execution, graphs=False, compiled=False, recomputation=True)
+            self._recomputing = Planner(self.workload, how, all_layers=self._all_layers)
+        return self._recomputing.trace(shape)
 
     def _shares(self, largest: Shape) -> tuple[float, ...]:
-        """Of the other shapes that are captured, in the largest one's tokens, the largest first."""
+        """Of the other shapes that are captured, in the largest one's tokens, in the order of their capture."""
         lengths = self.execution.packing.lengths if self.execution.graphs else ()
         virtual = self.workload.method.virtual_tokens
-        others = [length for length in reversed(lengths) if length < largest.length]
+        others = [length for length in lengths if length < largest.length]
         return tuple((length + virtual) / (largest.length + virtual) for length in others)
 
     def _build(self, length: int) -> None:

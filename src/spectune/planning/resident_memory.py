@@ -1,13 +1,13 @@
 """What is in memory across steps, and the peaks of steps on top of it."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
 from spectune.compute.memory import has_expandable_segments
 from spectune.planning.allocator import LARGE_SEGMENT, Block, CachingAllocator
-from spectune.planning.graph_memory import GraphMemory, split_by_graph_pool
+from spectune.planning.graph_memory import GraphMemory, in_pool, split_by_graph_pool
 from spectune.planning.optimizer_memory import OptimizerStep
 from spectune.planning.skeleton import WholeModel
 from spectune.planning.trace import TERMS, Moment, Trace
@@ -15,8 +15,6 @@ from spectune.planning.trace import TERMS, Moment, Trace
 #: of cuBLAS, one for each thread that multiplies: forward's and backward's (aten/src/ATen/cuda/CublasHandlePool.cpp)
 CUBLAS_WORKSPACE = 4096 * 8 * 1024
 CUBLAS_WORKSPACE_BEFORE_HOPPER = (4096 * 2 + 16 * 8) * 1024
-#: what the allocator holds unused beside CUDA graphs: half a segment for each stream's and the graphs' large tensors
-GRAPHS_UNUSED = 3 * LARGE_SEGMENT // 2
 
 
 class ResidentMemory:
@@ -28,9 +26,11 @@ class ResidentMemory:
         terms: what persists, by term.
     """
 
-    def __init__(self, whole: WholeModel, device: str, optim: str, shares: Sequence[float] = ()) -> None:
-        """`shares`: of other shapes that are captured as CUDA graphs, as `GraphMemory.of` has it."""
-        self.cuda, self.shares = device == "cuda", shares
+    def __init__(
+        self, whole: WholeModel, device: str, optim: str, shares: Sequence[float] = (), uncaptured: Trace | None = None
+    ) -> None:
+        """`shares` of other shapes that are captured as CUDA graphs, and a pass that is not: as `GraphMemory.of`."""
+        self.cuda, self.shares, self.uncaptured = device == "cuda", shares, uncaptured
         self.weights = whole.weights
         self.optimizer = OptimizerStep(whole.trained, optim)
         self.gradients = sum(p.numel() * p.element_size() for p in whole.trained)
@@ -48,7 +48,7 @@ class ResidentMemory:
         static, idle = dict[str, int](), 0
         if buffers is not None:
             inside, live = split_by_graph_pool(trace)
-            graphs, static = GraphMemory.of(trace, self.shares), buffers.terms()
+            graphs, static = GraphMemory.of(trace, self.shares, self.uncaptured), buffers.terms()
             static["activations"] += graphs.arguments - sum(buffers.arguments)
             idle = graphs.pool - sum(buffers.extra) + sum(buffers.arguments)
         accumulated = {"gradients": self.gradients} if accumulating else {}
@@ -69,7 +69,7 @@ class ResidentMemory:
         """Bytes allocated and reserved at the peak of some steps, one trace a batch; the optimizer's states are made in
         the first. Where blocks are captured, the first is of the largest shape."""
         if (graphed := steps[0][0]).buffers is not None:
-            return self._with_graph_pool(steps, GraphMemory.of(graphed, self.shares))
+            return self._with_graph_pool(steps, GraphMemory.of(graphed, self.shares, self.uncaptured))
         return self._played(steps) if self.cuda else self._counted(steps)
 
     def _counted(self, steps: Sequence[Sequence[Trace]]) -> tuple[int, int]:
@@ -122,9 +122,35 @@ class ResidentMemory:
         outside = max(max(split_by_graph_pool(trace)[1]) for trace in traces.values())
         gradients = steps[0][0].by_label().get("gradients", 0)
         accumulated = self.gradients if any(len(traces) > 1 for traces in steps) else 0
-        outside = max(outside, graphs.uncaptured, gradients + self.optimizer.most(first=False)) + accumulated
+        stepping = gradients + self.optimizer.most(first=False)
+        outside = max(outside, graphs.uncaptured, stepping) + accumulated
         allocated = sum((*self.terms.values(), graphs.arguments, graphs.pool, outside))
-        return allocated, allocated + GRAPHS_UNUSED
+        # the graphs' pool is counted as it is held; the weights have segments of their own, all else shares others
+        allocator = CachingAllocator(expandable=has_expandable_segments())
+        for size in (*self.optimizer.masters, *self.optimizer.states, self.workspace, self.workspace):
+            allocator.take(size)
+        for size in (graphs.arguments, accumulated):
+            allocator.take(size)
+        if self.uncaptured is not None:
+            _play(allocator, self.uncaptured, max(self.shares))
+        for trace in traces.values():
+            _play(allocator, trace, without=in_pool(trace))
+        allocator.give(allocator.take(stepping))
+        weights = -(-self.terms["weights"] // LARGE_SEGMENT) * LARGE_SEGMENT
+        return allocated, max(allocated, weights + graphs.pool + allocator.reserved)
+
+
+def _play(allocator: CachingAllocator, trace: Trace, share: float = 1.0, without: Collection[int] = ()) -> None:
+    """What a trace makes and frees, but for some tensors, in sizes that are a share of its own; what it leaves is freed
+    at its end."""
+    blocks: dict[int, Block] = {}
+    for event in trace.events:
+        if event >= 0 and event not in without:
+            blocks[event] = allocator.take(int(share * trace.sizes[event]))
+        elif (block := blocks.pop(~event, None)) is not None:
+            allocator.give(block)
+    for block in blocks.values():
+        allocator.give(block)
 
 
 def _cublas() -> int:

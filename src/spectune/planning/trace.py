@@ -19,7 +19,6 @@ class GraphBuffers:
         unsaved: those of `outputs` that a step's forward would not keep for backward.
         hidden: gradients of blocks' inputs, each, and of the last one's output.
         weights: gradients of the weights inside of blocks.
-        block: what a block's forward and backward take by themselves.
     """
 
     arguments: list[int]
@@ -27,7 +26,6 @@ class GraphBuffers:
     unsaved: list[int]
     hidden: list[int]
     weights: list[int]
-    block: int = 0
 
     @property
     def bytes(self) -> int:

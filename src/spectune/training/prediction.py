@@ -56,11 +56,13 @@ class PlannedBatches:
             by that.
         steps: of the steps whose peak is the run's measured one, as this process runs them (see `_planned_steps`).
         validation: the longest of validation, or rows of one that is as long as training's; None where there is none.
+        lengths: that padded batches are filled up to, in the order in which they come.
     """
 
     longest: Shape
     steps: tuple[tuple[Shape, ...], ...]
     validation: Shape | int | None
+    lengths: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -76,7 +78,13 @@ class PlannedBatches:
             shape_of(first, padding),
             tuple(tuple(shape_of(packs, packing) for packs in step) for step in steps),
             _validation(valid, config, padded=len({row.length for [row] in first}) > 1),
+            _lengths_as_they_come(examples, config, packing, world),
         )
+
+    def planned(self, execution: Execution) -> Execution:
+        """The execution as the planner takes it."""
+        packing = replace(execution.packing, lengths=self.lengths) if execution.graphs else execution.packing
+        return replace(execution, packing=packing)
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ def predict(
 
         def planned(mode: Recomputation) -> tuple[Execution, Estimate, dict[str, int]]:
             how = execution.recomputing(mode)
-            return how, *known.of(workload, found, how.of_first_steps(model.device.type))
+            return how, *known.of(workload, found, found.planned(how.of_first_steps(model.device.type)))
 
         how, estimate, memory = planned(possible[0])
         if free is not None:
@@ -211,7 +219,7 @@ def plan_unloaded(
 
     def planned(mode: Recomputation) -> tuple[Execution, Estimate]:
         how = execution.recomputing(mode)
-        return how, estimate_of(workload, found.longest, found.validation, how.of_first_steps(device))
+        return how, estimate_of(workload, found.longest, found.validation, found.planned(how.of_first_steps(device)))
 
     possible = possible_modes(config, device, None)
     how, estimate = (
@@ -307,6 +315,21 @@ def _planned_steps(
     others = [step(window) for window in later[count : min(total, _LOOKED_AT)]]
     most = [max(others, key=size, default=steps[0]) for size in (_places, _targets)]
     return [*steps, *(step for number, step in enumerate(most) if step not in most[:number])]
+
+
+def _lengths_as_they_come(
+    examples: Sequence[Example], config: TrainingConfig, packing: Packing, world: World
+) -> tuple[int, ...]:
+    """The lengths that padded batches are filled up to, in the order of their first batches; last what it lacks."""
+    found: dict[int, None] = {}
+    if packing.lengths:
+        batches = Batches(examples, config, packing, world)
+        for window in batches.windows(0):
+            for batch in window:
+                found[packing.filled(1, max(batches.lengths[row] for row in batch))[1]] = None
+            if len(found) == len(packing.lengths):
+                break
+    return (*found, *(length for length in packing.lengths if length not in found))
 
 
 def _places(step: Sequence[Sequence[Sequence[Example]]]) -> int:
