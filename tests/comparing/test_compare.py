@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
     expected = {"conditions.json", "base", "runs", "comparison.json", "comparison.csv", "comparison.md"}
     assert expected | {"shares-and-performance.png"} <= files
     assert Comparison.load(tmp_path / "c").content == found.content
+    # two of the six judged rows are written: the others have nothing to show
+    page = (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
+    assert "2 of the 2 rows that every method wrote" in page
+    for name in ("report.html", "comparison.md", "comparison.csv", "runs.csv"):
+        text = (tmp_path / "c" / name).read_text(encoding="utf-8")
+        assert not re.findall(r".{30}\b(?:None|nan|NaN)\b.{30}", text), name
 
 
 def test_a_failed_run_stays_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
