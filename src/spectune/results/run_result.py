@@ -48,6 +48,7 @@ class RunRecord(Record):
     valid_perplexity: float | None = None
     train_tokens_per_second: float | None = None
     train_seconds: float | None = None
+    seconds_by_phase: dict[str, float] = Field(default_factory=dict)
     peak_memory_bytes: dict[str, int] = Field(default_factory=dict)
     predicted_memory_bytes: dict[str, int] = Field(default_factory=dict)
     memory_prediction_source: str | None = None
@@ -92,6 +93,8 @@ class RunResult(RunRecord):
     are made and freed, weights and optimizer states included, scratch space within an operation not); `reserved`
     (CUDA), what the allocator held of the device; `resident` (CPU), physical memory of the whole process, Python and
     libraries included.
+    `seconds_by_phase`: where the time of the whole run went, see `spectune.phases`; what is in no phase is "other", so
+    that the sum is the time that passed, over all calls where it was resumed.
     `train_tokens_per_second` counts computing alone: no start-up, no making of batches, no validation, no writing, and
     not the first steps, in which memory is counted. `train_seconds` are those of all steps.
     `predicted_memory_bytes` is the plan of the longest batch, made before the first step (`spectune.plan`): terms,

@@ -51,6 +51,7 @@ class Progress:
     best_step: int | None = None
     without_improvement: int = 0
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
 
 
 def save_checkpoint(

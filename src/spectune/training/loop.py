@@ -191,6 +191,10 @@ class Loop:
 
     def validate(self, display: Display) -> bool:
         """Validation loss; keeps the best. Returns whether to stop early. Raises DivergedError: it is not finite."""
+        with self.run.phases.of("validation"):
+            return self._validate(display)
+
+    def _validate(self, display: Display) -> bool:
         run = self.run
         self.peaks.pause()
         if not self._has_validated:

@@ -12,6 +12,7 @@ from spectune.blocks.execution import Packing
 from spectune.data import Example
 from spectune.deltas import Delta
 from spectune.errors import ConfigError, DivergedError
+from spectune.phases import Phases
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
@@ -47,6 +48,7 @@ class RunState:
     Attributes:
         batches: the training rows, in batches.
         total_steps: optimizer steps of the whole run.
+        phases: where its time goes.
     """
 
     delta: Delta
@@ -58,6 +60,7 @@ class RunState:
     total_steps: int
     progress: Progress = field(default_factory=Progress)
     keeper: Keeper = field(default_factory=Keeper)
+    phases: Phases = field(default_factory=Phases)
 
     @classmethod
     def of(cls, delta: Delta, prepared: Prepared, packing: Packing, world: World) -> RunState:

@@ -8,11 +8,13 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectune.blocks.compile import seconds_compiling
 from spectune.blocks.execution import Execution
 from spectune.data import mixture
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
+from spectune.phases import Phases
 from spectune.results.run_result import RunResult
 from spectune.training.checkpoint import latest_checkpoint, read_state, restore
 from spectune.training.config import TrainingConfig
@@ -44,6 +46,7 @@ def train(
     base_valid_loss: float | None = None,
     predictions: Predictions | None = None,
     rehearsed: TrainingConfig | None = None,
+    phases: Phases | None = None,
 ) -> RunResult:
     """Train one method (attached as `name`) or an attached delta; the delta ends as the best of validation.
 
@@ -57,6 +60,7 @@ def train(
         base_valid_loss: the bare base's loss on the validation rows, where it is known already.
         predictions: what was planned of earlier runs, for callers that train many on one base.
         rehearsed: settings of a longer run that this one stands for: steps are executed as that one's would be.
+        phases: a stopwatch that counts what came before this call, loading the base say, as this run's.
 
     Raises:
         ConfigError, DataError: bad settings or data, a delta that is not of this model or that nothing may be trained
@@ -64,28 +68,35 @@ def train(
         DoesNotFitError: the plan says that the run does not fit into memory, and `memory_check` is "refuse".
         InterruptedRun, OutOfMemoryError, DivergedError: see `spectune.errors`.
     """
-    config, world = config or TrainingConfig(), World()
+    config, world, phases = config or TrainingConfig(), World(), phases or Phases()
     out = (console or Console()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
-    delta = _attach(model, tokenizer, method_or_delta, name, config.seed)
-    prepared = prepare(model, tokenizer, delta.method, train_rows, valid_rows, config, delta.base_fingerprint)
+    with phases.of("prove"):
+        delta = _attach(model, tokenizer, method_or_delta, name, config.seed)
+    with phases.of("rows"):
+        prepared = prepare(model, tokenizer, delta.method, train_rows, valid_rows, config, delta.base_fingerprint)
     if finished is not None:
         return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
-    predicted = predict(delta, prepared, world, predictions, rehearsed)
+    with phases.of("plan"):
+        predicted = predict(delta, prepared, world, predictions, rehearsed)
     check_memory(predicted, delta, config.memory_check)
     execution = predicted.execution
     if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
         check_graphs(model.device.type, execution.packing.on, execution.recomputation)
-    run, folder = _start_or_resume(delta, tokenizer, prepared, execution, world, out)
-    folder.begin(prepared.encoded, {**environment(), **execution.settings()}, origin or {})
+    with phases.of("save"):
+        run, folder = _start_or_resume(delta, tokenizer, prepared, execution, world, out)
+        run.phases = phases
+        phases.add(run.progress.seconds_by_phase)
+        folder.begin(prepared.encoded, {**environment(), **execution.settings()}, origin or {})
     _announce(out, run, prepared, execution)
     stopped = _run_to_end(Loop(run, execution), folder, out, base_valid_loss)
-    if config.load_best_at_end and run.progress.best_step != run.progress.step:
-        delta.load_training_state_dict(folder.best)
-    folder.keep_end()
-    world.barrier()
+    with phases.of("save"):
+        if config.load_best_at_end and run.progress.best_step != run.progress.step:
+            delta.load_training_state_dict(folder.best)
+        folder.keep_end()
+        world.barrier()
     result = _result(folder, prepared, predicted, stopped)
     if folder.folder is not None:
         result.save(folder.folder / "result.json")
@@ -138,16 +149,19 @@ def _start_or_resume(
 
 def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
     """The run to its end. Returns whether that came early because validation stopped improving."""
-    run = loop.run
+    run, compiled = loop.run, seconds_compiling()
     try:
         if run.progress.base_valid_loss is None:
-            run.progress.base_valid_loss = _base_loss(loop) if base_valid_loss is None else base_valid_loss
+            with run.phases.of("validation"):
+                run.progress.base_valid_loss = _base_loss(loop) if base_valid_loss is None else base_valid_loss
         with Display(out, run.delta.method.label, run.total_steps, run.progress.step) as display:
-            return loop.drive(display)
+            with run.phases.of("steps"):
+                return loop.drive(display)
     except DivergedError:
         folder.go_back()
         raise
     finally:
+        run.phases.move(max(0.0, seconds_compiling() - compiled), "steps", "compile")
         loop.model.train(False)
         run.optimizer.close()
         folder.close()
@@ -188,6 +202,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         valid_perplexity=None if valid_loss is None else perplexity(valid_loss),
         train_tokens_per_second=tokens / (progress.timed_seconds or progress.seconds),
         train_seconds=progress.seconds,
+        seconds_by_phase=folder.run.phases.record(),
         peak_memory_bytes=progress.peak_memory_bytes,
         predicted_memory_bytes=predicted.memory,
         memory_prediction_source=predicted.source,
