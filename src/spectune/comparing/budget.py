@@ -31,6 +31,11 @@ class Budget:
             before = self._spent.get(arm, (0, 0.0))
             self._spent[arm] = (before[0] + steps, before[1] + seconds)
 
+    @property
+    def has_spent(self) -> bool:
+        """Whether a run has ended that was not there before."""
+        return bool(self._spent)
+
     def drop(self, arm: str) -> None:
         """An arm has failed: what was planned of it is not done."""
         self.total_steps -= sum(steps for name, steps in self.left if name == arm)

@@ -30,6 +30,7 @@ from spectune.families import describe, fingerprint, vocabulary_rows
 from spectune.files.atomic import atomic_write_text
 from spectune.inference import CHOICE_NORMALIZATIONS
 from spectune.methods import BY_NAME, method_from_name
+from spectune.phases import Phases
 from spectune.planning import reference_shares
 from spectune.results import Limits
 from spectune.results.comparison_file import Base, Data
@@ -86,23 +87,29 @@ def compare(
 
     A run that fails stays in the result with its reason, and the others go on.
     """
+    phases = Phases()
     own: dict[str, Any] = {"preset": preset, "seeds": seeds, "fractions": list(fractions), "metric": metric}
     own |= {"generate_rows": generate_rows, "choice_normalization": choice_normalization}
     check_settings(**own)
     settings, folder, before = _begin(config, seed, output_dir, resume)
     arms = _arms(methods, base_precision)
-    rows = Rows.read(train_rows, valid_rows, test_rows, settings)
-    model, tokenizer = _base(base, tokenizer, device, dtype, base_precision)
+    with phases.of("rows"):
+        rows = Rows.read(train_rows, valid_rows, test_rows, settings)
+    with phases.of("load"):
+        model, tokenizer = _base(base, tokenizer, device, dtype, base_precision)
     _check_base(model, preset, named=isinstance(base, str | Path))
     recorded = _recorded(str(model.config._name_or_path), settings, arms, own, origin)
     settings = dated(_begun(settings, _max_length(model, arms, settings, before), before), tokenizer)
     judged: dict[str, Any] = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
-    inputs = Inputs.of(rows, tokenizer, settings, vocab_size=vocabulary_rows(model), **judged)
-    virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
-    passages = retained_passages(model, tokenizer, retain, settings.seed, virtual_tokens=virtual_tokens)
+    with phases.of("rows"):
+        inputs = Inputs.of(rows, tokenizer, settings, vocab_size=vocabulary_rows(model), **judged)
+    with phases.of("forget"):
+        virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
+        passages = retained_passages(model, tokenizer, retain, settings.seed, virtual_tokens=virtual_tokens)
     schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, seeds=seeds, fractions=fractions)
-    job = Job(folder, model, tokenizer, arms, settings, inputs, passages, schedule, origin, console)
+    job = Job(folder, model, tokenizer, arms, settings, inputs, passages, schedule, origin, console, phases)
     job.conditions = _checked(_conditions(job, retain), before, limits, folder)
+    phases.add(job.conditions.seconds_by_phase)
     return _carry_out(job, recorded)
 
 
@@ -117,13 +124,17 @@ def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
     try:
         if base.valid_loss is None:
             size, pad = job.config.per_device_eval_batch_size, pad_token_id(job.tokenizer, vocabulary_rows(job.model))
-            losses = row_losses(job.model, job.inputs.valid.examples, pad, size)
-            base.valid_loss = losses.mean_per_token
+            with job.phases.of("validation"):
+                base.valid_loss = row_losses(job.model, job.inputs.valid.examples, pad, size).mean_per_token
         if base.judged_loss is None or not base_rows(job).is_file():
             judge_base(job)
         job.conditions.write(folder / conditions.FILE)
-        Runner(job).run()
+        runner = Runner(job)
+        runner.run()
+        if runner.has_run:  # what finds all runs there is none of their time
+            job.record_time()
     except InterruptedRun as stop:  # what it says is of one run
+        job.record_time()
         raise InterruptedRun(
             f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
         ) from stop
@@ -139,6 +150,7 @@ def _checked(
     write them."""
     found.limits = limits or (before.limits if before is not None else Limits())
     if before is not None:
+        found.seconds_by_phase = before.seconds_by_phase
         conditions.check(before, found, folder)
         found.base = Base(**{**found.base.to_dict(), **before.base.to_dict()})
         if before.metric_code not in (None, found.metric_code):

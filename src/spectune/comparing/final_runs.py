@@ -16,6 +16,7 @@ from spectune.errors import DataError
 from spectune.evaluation import corpus_metrics, judge, judged_loss, loss_by_source, read_rows, write_rows
 from spectune.families import base_precision
 from spectune.files.atomic import atomic_write_text
+from spectune.phases import Phases
 from spectune.results import RunResult
 from spectune.training import TrainingConfig
 
@@ -33,17 +34,17 @@ def final_run(job: Job, arm: Arm, rate: float, seed: int, *, timed: bool) -> tup
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, job.schedule.final_steps, seed, output_dir=folder, resume=True)
-    with job.attached(arm, seed) as delta:
-        result = job.run(delta, config, job.inputs.train, job.inputs.valid, job.console)
-        (folder / FAILED).unlink(missing_ok=True)
-        # memory is measured as the run was: what "auto" chose here is not chosen again there
-        same = config.model_copy(update={"gradient_checkpointing": result.gradient_checkpointing or False})
-        found = _judged(job, folder) | _costs(job, delta, folder, same, timed)
-    key = folder.name.rsplit("-", 1)[-1]
-    result = result.with_measured(
-        {**found, "name": arm.name, "key": key, "retained_sha256": job.conditions.identity["passages_sha256"]}
-    )
-    result.save(folder / "result.json")
+    with job.phases.apart() as phases:
+        with job.attached(arm, seed, phases) as delta:
+            result = job.run(delta, config, job.inputs.train, job.inputs.valid, phases, job.console)
+            (folder / FAILED).unlink(missing_ok=True)
+            # memory is measured as the run was: what "auto" chose here is not chosen again there
+            same = config.model_copy(update={"gradient_checkpointing": result.gradient_checkpointing or False})
+            found = _judged(job, folder, phases) | _costs(job, delta, folder, same, phases, timed)
+        key, passages = folder.name.rsplit("-", 1)[-1], job.conditions.identity["passages_sha256"]
+        found |= {"name": arm.name, "key": key, "retained_sha256": passages, "seconds_by_phase": phases.record()}
+        result = result.with_measured(found)
+        result.save(folder / "result.json")
     return result, time.perf_counter() - begin
 
 
@@ -54,7 +55,7 @@ def base_rows(job: Job) -> Path:
 
 def judge_base(job: Job) -> None:
     """Put the bare base's loss and metrics on the judged rows into the job's conditions; its rows go to base/."""
-    judged = judge(job.model, job.tokenizer, job.inputs.task)
+    judged = judge(job.model, job.tokenizer, job.inputs.task, questions=job.questions, phases=job.phases)
     write_rows(base_rows(job), judged)
     tokens = {"tokens": [len(passage) for passage in job.passages]}
     atomic_write_text(base_rows(job).with_name("passages.json"), json.dumps(tokens) + "\n")
@@ -63,10 +64,10 @@ def judge_base(job: Job) -> None:
     base.judged_loss_by_source = {**loss_by_source(judged)}
 
 
-def _judged(job: Job, folder: Path) -> dict[str, Any]:
+def _judged(job: Job, folder: Path, phases: Phases) -> dict[str, Any]:
     """The attached delta on the judged rows."""
     begin = time.perf_counter()
-    judged = judge(job.model, job.tokenizer, job.inputs.task)
+    judged = judge(job.model, job.tokenizer, job.inputs.task, questions=job.questions, phases=phases)
     write_rows(folder / "rows.jsonl", judged)
     return {
         "judged_on": job.inputs.rows.judged_on,
@@ -78,12 +79,19 @@ def _judged(job: Job, folder: Path) -> dict[str, Any]:
     }
 
 
-def _costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig, timed: bool) -> dict[str, Any]:
+def _costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig, phases: Phases, timed: bool) -> dict[str, Any]:
     """Forgetting for every seed; for one of them (`timed`) speed, swapping and, with the preset's `own_process`, memory
     in a process of its own."""
-    if not timed:
-        return forgetting(job.model, job.passages)
-    found = measure(job.model, job.tokenizer, delta, folder / "best", job.passages)
+    with phases.of("forget"):
+        found = forgetting(job.model, job.passages, job.base_passages)
+    if timed:
+        with phases.of("costs"):
+            found |= _timed_costs(job, delta, folder, config)
+    return found
+
+
+def _timed_costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig) -> dict[str, Any]:
+    found = measure(job.model, job.tokenizer, delta, folder / "best")
     if job.schedule.preset.own_process:
         model, precision = job.model, base_precision(job.model)
         where = model.config._name_or_path, str(model.device), str(model.dtype).removeprefix("torch.")

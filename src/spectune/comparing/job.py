@@ -1,6 +1,7 @@
 """The parts of every run of a comparison: attach, train, and the settings and the key that a run has."""
 
 import contextlib
+import functools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,14 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.comparing.conditions import RecordedConditions, run_key
+from spectune.comparing.conditions import FILE, RecordedConditions, run_key
 from spectune.comparing.inputs import Inputs
 from spectune.comparing.schedule import Schedule
 from spectune.data import DataReport, Encoded
 from spectune.deltas import Delta, Method, attach, attached, detach
+from spectune.evaluation import KeptLogits, Questions
+from spectune.families import vocabulary_rows
+from spectune.phases import Phases
 from spectune.results import RunResult
 from spectune.results import comparison_file as results
 from spectune.results.comparison_file import Failure
@@ -59,6 +63,7 @@ class Job:
         passages: token ids of the text on which forgetting is measured.
         origin: entries for each run's config.yaml.
         console: where final runs show their progress.
+        phases: where the time goes that is no arm's own: each run records its own.
     """
 
     folder: Path
@@ -71,16 +76,28 @@ class Job:
     schedule: Schedule
     origin: Mapping[str, Any] | None
     console: Console | None
+    phases: Phases = field(default_factory=Phases)
     conditions: RecordedConditions = field(default_factory=RecordedConditions)
     predictions: Predictions = field(default_factory=Predictions, init=False)
+    base_passages: KeptLogits = field(default_factory=KeptLogits, init=False)
+
+    @functools.cached_property
+    def questions(self) -> Questions:
+        """What every model is judged on."""
+        return Questions(self.inputs.task, self.tokenizer, vocabulary_rows(self.model))
 
     def check_memory(self, arm: Arm) -> None:
         """Raise DoesNotFitError where the plan says that an arm's longest batch does not fit."""
         config = self.config_of(arm.method.default_learning_rate, self.schedule.final_steps, self.config.seed)
-        with self.attached(arm, config.seed) as delta:
+        with self.attached(arm, config.seed, self.phases) as delta, self.phases.of("plan"):
             base, rows = delta.base_fingerprint, self.inputs
             prepared = prepare(self.model, self.tokenizer, arm.method, rows.train, rows.valid, config, base)
             check_memory(predict(delta, prepared, World(), self.predictions), delta, config.memory_check)
+
+    def record_time(self) -> None:
+        """Write where the time went that is no arm's own."""
+        self.conditions.seconds_by_phase = self.phases.record()
+        self.conditions.write(self.folder / FILE)
 
     def key(self, arm: Arm, rate: float, steps: int, seed: int, rows: int | None = None) -> str:
         return run_key(self.conditions.identity, arm.method.model_dump(mode="json"), rate, steps, seed, rows)
@@ -93,24 +110,27 @@ class Job:
         return self.config.model_copy(update={**fixed, **more})
 
     def run(
-        self, delta: Delta, config: TrainingConfig, rows: Encoded, valid: Encoded, console: Console | None
-    ) -> RunResult:
-        """Train an attached delta."""
+        self, delta: Delta, config: TrainingConfig, rows: Encoded, valid: Encoded, phases: Phases,
+        console: Console | None,
+    ) -> RunResult:  # fmt: skip
+        """Train an attached delta; where its time goes is told to `phases`."""
         base_loss, known = self.conditions.base.valid_loss, self.predictions
         return train(
             self.model, self.tokenizer, delta, rows, valid, config, origin=self.origin, console=console,
-            base_valid_loss=base_loss, predictions=known,
+            base_valid_loss=base_loss, predictions=known, phases=phases,
         )  # fmt: skip
 
     def print(self, line: str) -> None:
         (self.console or Console()).print(line, soft_wrap=True, highlight=False, markup=False)
 
     @contextlib.contextmanager
-    def attached(self, arm: Arm, seed: int) -> Iterator[Delta]:
+    def attached(self, arm: Arm, seed: int, phases: Phases) -> Iterator[Delta]:
         """An arm's method attached to the base, inside a `with`; after it the base is bare again, come what may."""
         keep = arm.method.trains_base
         try:
-            yield attach(self.model, arm.method, arm.name, tokenizer=self.tokenizer, seed=seed, keep_base=keep)
+            with phases.of("prove"):
+                delta = attach(self.model, arm.method, arm.name, tokenizer=self.tokenizer, seed=seed, keep_base=keep)
+            yield delta
         finally:
             for name in list(attached(self.model)):
                 detach(self.model, name)

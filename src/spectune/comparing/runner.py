@@ -47,6 +47,11 @@ class Runner:
             except _GivenUpError:
                 self.budget.drop(arm.name)
 
+    @property
+    def has_run(self) -> bool:
+        """Whether there was anything to run that an earlier call had not made."""
+        return self.budget.has_spent
+
     def _announce(self, left: Sequence[Arm]) -> None:
         """Say what there is to do, and how long it will take."""
         schedule, arms = self.schedule, len(self.arms)

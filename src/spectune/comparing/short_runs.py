@@ -12,6 +12,7 @@ from spectune.comparing.job import Arm, Job, subset
 from spectune.comparing.schedule import SEARCH_ROWS
 from spectune.data import Encoded
 from spectune.errors import DivergedError
+from spectune.phases import Phases
 from spectune.results import RunResult
 from spectune.results.comparison_file import CurvePoint, Trial
 from spectune.results.record import Record
@@ -35,20 +36,26 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
     begin = time.perf_counter()
     config = job.config_of(rate, steps, seed, eval_steps=steps)
     reason, loss, targets = None, None, 0
-    try:
-        result = _run(job, arm, config, job.inputs.train, subset(job.inputs.valid, SEARCH_ROWS, job.config.seed))
-        loss, targets = result.valid_loss, result.target_tokens
-    except DivergedError as error:
-        reason = str(error).split(". ", 1)[0]
-    run = Trial(learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False)
-    run.write(path)
+    with job.phases.apart() as phases:
+        rows = job.inputs.train, subset(job.inputs.valid, SEARCH_ROWS, job.config.seed)
+        try:
+            result = _run(job, arm, config, *rows, phases)
+            loss, targets = result.valid_loss, result.target_tokens
+        except DivergedError as error:
+            reason = str(error).split(". ", 1)[0]
+        run = Trial(
+            learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False,
+            seconds_by_phase=phases.record(),
+        )  # fmt: skip
+        run.write(path)
     return run, time.perf_counter() - begin
 
 
 def step_seconds(job: Job, arm: Arm, steps: int = 2) -> float:
     """Seconds of a training step of this arm, of a run that is thrown away."""
     config = job.config_of(1e-6, steps, job.config.seed, eval_steps=steps)
-    return _run(job, arm, config, job.inputs.train, subset(job.inputs.valid, 1, 0)).train_seconds / steps
+    rows = job.inputs.train, subset(job.inputs.valid, 1, 0)
+    return _run(job, arm, config, *rows, job.phases).train_seconds / steps
 
 
 def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) -> tuple[CurvePoint, float | None]:
@@ -60,9 +67,12 @@ def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) 
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
-    result = _run(job, arm, config, subset(job.inputs.train, rows, job.config.seed), job.inputs.valid)
-    point = curve_point(result, arm.name, rows)
-    point.write(path)
+    with job.phases.apart() as phases:
+        some = subset(job.inputs.train, rows, job.config.seed), job.inputs.valid
+        result = _run(job, arm, config, *some, phases)
+        point = curve_point(result, arm.name, rows)
+        point.seconds_by_phase = phases.record()
+        point.write(path)
     return point, time.perf_counter() - begin
 
 
@@ -72,9 +82,9 @@ def curve_point(result: RunResult, arm: str, rows: int) -> CurvePoint:
     return CurvePoint(name=arm, rows=rows, **result.model_dump(include=kept))
 
 
-def _run(job: Job, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encoded) -> RunResult:
-    with job.attached(arm, config.seed) as delta:
-        return job.run(delta, config, rows, valid, QUIET)
+def _run(job: Job, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encoded, phases: Phases) -> RunResult:
+    with job.attached(arm, config.seed, phases) as delta:
+        return job.run(delta, config, rows, valid, phases, QUIET)
 
 
 def _saved(path: Path, kind: type[R]) -> R | None:
@@ -83,4 +93,5 @@ def _saved(path: Path, kind: type[R]) -> R | None:
         found = kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if found.model_fields_set >= set(kind.model_fields) else None
+    # files of earlier versions do not say where their time went
+    return found if found.model_fields_set >= set(kind.model_fields) - {"seconds_by_phase"} else None

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from spectune.errors import DataError
 from spectune.files.atomic import atomic_write_text
 from spectune.files.strict_json import strict_json
+from spectune.results.machine_load import MachineLoad
 from spectune.results.record import Record, first_problem
 
 
@@ -66,6 +67,7 @@ class RunRecord(Record):
     inference_overhead_merged_range: tuple[float, float] | None = None
     retained_sha256: str | None = None
     swap_seconds: float | None = None
+    machine_load: dict[str, MachineLoad] = Field(default_factory=dict)
     folder: str | None = None
     key: str | None = None
     last_valid_loss: float | None = None
@@ -101,8 +103,9 @@ class RunResult(RunRecord):
     and `peak_allocated` and `peak_reserved` to compare with `train_allocated` and `train_reserved`;
     `memory_prediction_source` is its source, "none" where the base could not be described.
     `gradient_checkpointing`: what was recomputed (false, "selective", true, "offload"), whatever the setting was.
-    Decoding speeds are medians over rounds, their `_spread` is half the interquartile range; `inference_overhead_range`
-    are the quartiles of the extra time over the rounds, as shares of the bare base's time in the same round.
+    Decoding speeds are medians over rounds, their `_spread` is half of what they range over; `inference_overhead_range`
+    are the least and the most extra time of a round, as shares of the bare base's time in the same round.
+    `machine_load`: what else the machine did meanwhile, in training ("train") and in decoding ("decode").
     `retained_sha256`: of the passages that forgetting was measured on; `forgetting_by_passage`: nats, summed over each.
     `valid_loss` is the kept weights', `last_valid_loss` that after the last step: above it where a run overfits.
     `valid_loss_by_source` and `judged_loss_by_source`: the same losses over the rows of each source, by its name; empty

@@ -41,6 +41,7 @@ class Progress:
     targets: int = 0
     timed_tokens: int = 0
     timed_seconds: float = 0.0
+    timed_cpu_seconds: float = 0.0
     seconds: float = 0.0
     last_epoch_loss: float | None = None
     base_valid_loss: float | None = None

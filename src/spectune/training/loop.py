@@ -7,7 +7,6 @@ still, for a fifth of a step of a small model. What a step gave is looked at bef
 
 import contextlib
 import math
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from spectune.objectives import CAUSAL_LM
 from spectune.training.async_scalars import AsyncScalars
 from spectune.training.display import Display
 from spectune.training.interrupt import Interrupts
+from spectune.training.machine import Gauges
 from spectune.training.peaks import MEMORY_STEPS, Peaks
 from spectune.training.run_state import RunState
 
@@ -37,7 +37,7 @@ class _Step:
 
     Attributes:
         scalars: its loss sum and the gradient's norm.
-        began: when the host was done with the data.
+        began: when the host was done with the data, and the CPU time by then.
         memory: what was allocated, where tensors are counted; None otherwise.
     """
 
@@ -45,7 +45,7 @@ class _Step:
     targets: int
     tokens: int
     rate: float
-    began: float
+    began: tuple[float, float]
     memory: PeakMemory | None
 
 
@@ -63,7 +63,8 @@ class Loop:
         self._in_flight: deque[_Step] = deque()
         #: carried to the next step in flight: 0 if the one before it was applied, NaN if it was skipped
         self._poison: Tensor | None = None
-        self._last_end = 0.0
+        self._gauges = Gauges.of(self.model.device.type)
+        self._last_end = 0.0, 0.0
         self._has_validated = False
 
     def drive(self, display: Display) -> bool:
@@ -130,7 +131,7 @@ class Loop:
 
         if not self._in_flight:
             wait_for(self.model.device)
-        began = time.perf_counter()
+        began = self._gauges.wall(), self._gauges.cpu()
         with measured as memory:
             run.optimizer.begin(rate)
             loss_sum = torch.zeros((), device=self.model.device)
@@ -154,9 +155,10 @@ class Loop:
         total, norm = step.scalars.values()
         if not self._in_flight:
             wait_for(self.model.device)
-        ended = time.perf_counter()
+        ended = self._gauges.wall(), self._gauges.cpu()
         # behind another step it began when that one ended
-        seconds, self._last_end = ended - max(step.began, self._last_end), ended
+        seconds, cpu = (end - max(begun) for end, *begun in zip(ended, step.began, self._last_end, strict=True))
+        self._last_end = ended
         loss = total / step.targets
         for what, value in (("loss", loss), ("gradient's norm", norm)):
             if not math.isfinite(value):
@@ -165,6 +167,7 @@ class Loop:
         if not self._is_first(now.step):
             now.timed_tokens += step.tokens
             now.timed_seconds += seconds
+            now.timed_cpu_seconds += cpu
         self.peaks.keep("train", step.memory)
         run.took_step(loss, norm, rate=step.rate, tokens=step.tokens, targets=step.targets, seconds=seconds)
         return loss

@@ -23,7 +23,7 @@ from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
-from spectune.training.machine import environment
+from spectune.training.machine import Gauges, environment, load_of
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
 from spectune.training.prepare import Prepared, prepare, train_sources
 from spectune.training.run_folder import RunFolder, check_folder, load_end
@@ -77,6 +77,7 @@ def train(
     with phases.of("rows"):
         prepared = prepare(model, tokenizer, delta.method, train_rows, valid_rows, config, delta.base_fingerprint)
     if finished is not None:
+        phases.add(finished.seconds_by_phase)
         return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
     with phases.of("plan"):
@@ -154,9 +155,9 @@ def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: fl
         if run.progress.base_valid_loss is None:
             with run.phases.of("validation"):
                 run.progress.base_valid_loss = _base_loss(loop) if base_valid_loss is None else base_valid_loss
-        with Display(out, run.delta.method.label, run.total_steps, run.progress.step) as display:
-            with run.phases.of("steps"):
-                return loop.drive(display)
+        display = Display(out, run.delta.method.label, run.total_steps, run.progress.step)
+        with display, run.phases.of("steps"):
+            return loop.drive(display)
     except DivergedError:
         folder.go_back()
         raise
@@ -185,6 +186,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
     best = config.load_best_at_end
     valid_loss = progress.best_loss if best else progress.valid_loss
     tokens = progress.timed_tokens or progress.tokens
+    load = load_of(progress.timed_seconds, progress.timed_cpu_seconds, Gauges.of(delta.model.device.type))
     return RunResult(
         method=delta.method.name,
         name=delta.name,
@@ -202,6 +204,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         valid_perplexity=None if valid_loss is None else perplexity(valid_loss),
         train_tokens_per_second=tokens / (progress.timed_seconds or progress.seconds),
         train_seconds=progress.seconds,
+        machine_load={"train": load},
         seconds_by_phase=folder.run.phases.record(),
         peak_memory_bytes=progress.peak_memory_bytes,
         predicted_memory_bytes=predicted.memory,
