@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from typing import ParamSpec, TypeVar
 
 #: in the order in which they are shown, each with what it is called
 PHASES = {
@@ -22,6 +23,7 @@ PHASES = {
     "other": "Other",
 }
 OTHER = "other"
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 class Phases:
@@ -48,6 +50,11 @@ class Phases:
         finally:
             self._charge()
             self._inside.pop()
+
+    def call(self, phase: str, function: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        """What the function gives, its time being of this phase."""
+        with self.of(phase):
+            return function(*arguments, **named)
 
     @contextlib.contextmanager
     def apart(self) -> Iterator["Phases"]:

@@ -93,29 +93,25 @@ def compare(
     check_settings(**own)
     settings, folder, before = _begin(config, seed, output_dir, resume)
     arms = _arms(methods, base_precision)
-    with phases.of("rows"):
-        rows = Rows.read(train_rows, valid_rows, test_rows, settings)
-    with phases.of("load"):
-        model, tokenizer = _base(base, tokenizer, device, dtype, base_precision)
+    rows = phases.call("rows", Rows.read, train_rows, valid_rows, test_rows, settings)
+    model, tokenizer = phases.call("load", _base, base, tokenizer, device, dtype, base_precision)
     _check_base(model, preset, named=isinstance(base, str | Path))
     recorded = _recorded(str(model.config._name_or_path), settings, arms, own, origin)
     settings = dated(_begun(settings, _max_length(model, arms, settings, before), before), tokenizer)
     judged: dict[str, Any] = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
-    with phases.of("rows"):
-        inputs = Inputs.of(rows, tokenizer, settings, vocab_size=vocabulary_rows(model), **judged)
-    with phases.of("forget"):
-        virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
-        passages = retained_passages(model, tokenizer, retain, settings.seed, virtual_tokens=virtual_tokens)
+    inputs = phases.call("rows", Inputs.of, rows, tokenizer, settings, vocab_size=vocabulary_rows(model), **judged)
+    virtual = max(arm.method.virtual_tokens for arm in arms)
+    text = phases.call("forget", retained_passages, model, tokenizer, retain, settings.seed, virtual_tokens=virtual)
     schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, seeds=seeds, fractions=fractions)
-    job = Job(folder, model, tokenizer, arms, settings, inputs, passages, schedule, origin, console, phases)
+    job = Job(folder, model, tokenizer, arms, settings, inputs, text, schedule, origin, console, phases)
     job.conditions = _checked(_conditions(job, retain), before, limits, folder)
-    phases.add(job.conditions.seconds_by_phase)
     return _carry_out(job, recorded)
 
 
 def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
     """Make all runs that are not there yet, and the comparison from all of them. `recorded`: for config.yaml."""
     folder, base = job.folder, job.conditions.base
+    job.phases.add(job.conditions.seconds_by_phase)
     if not (folder / "config.yaml").is_file():  # what a resumption goes on with stays as it was
         atomic_write_text(folder / "config.yaml", yaml.safe_dump(dict(recorded), sort_keys=False))
     for line in (job.conditions.data.mixture, job.inputs.notice):

@@ -15,7 +15,7 @@ from spectune.comparing.conditions import FILE, RecordedConditions, run_key
 from spectune.comparing.inputs import Inputs
 from spectune.comparing.schedule import Schedule
 from spectune.data import DataReport, Encoded
-from spectune.deltas import Delta, Method, attach, attached, detach
+from spectune.deltas import BaseFacts, Delta, Method, attach, attached, detach
 from spectune.evaluation import KeptLogits, Questions
 from spectune.families import vocabulary_rows
 from spectune.phases import Phases
@@ -80,6 +80,7 @@ class Job:
     conditions: RecordedConditions = field(default_factory=RecordedConditions)
     predictions: Predictions = field(default_factory=Predictions, init=False)
     base_passages: KeptLogits = field(default_factory=KeptLogits, init=False)
+    base_facts: BaseFacts = field(default_factory=BaseFacts, init=False)
 
     @functools.cached_property
     def questions(self) -> Questions:
@@ -129,7 +130,8 @@ class Job:
         keep = arm.method.trains_base
         try:
             with phases.of("prove"):
-                delta = attach(self.model, arm.method, arm.name, tokenizer=self.tokenizer, seed=seed, keep_base=keep)
+                how: dict[str, Any] = {"tokenizer": self.tokenizer, "seed": seed, "keep_base": keep}
+                delta = attach(self.model, arm.method, arm.name, **how, facts=self.base_facts)
             yield delta
         finally:
             for name in list(attached(self.model)):

@@ -16,7 +16,7 @@ Each file imports only files that stand above it here:
 """
 
 from spectune.deltas.attaching import attach, attached, detach, place, unplaced
-from spectune.deltas.attachment import Attachment
+from spectune.deltas.attachment import Attachment, BaseFacts
 from spectune.deltas.delta import Delta
 from spectune.deltas.folder import base_name
 from spectune.deltas.merging import merge, merge_and_measure
@@ -32,9 +32,9 @@ from spectune.deltas.routing import route
 from spectune.deltas.site import AttentionSite, InputSite, OutputSite, ParameterSite, Site
 
 __all__ = [
-    "Attachment", "AttentionModule", "AttentionSite", "Delta", "DeltaModule", "InitContext", "InputModule", "InputSite",
-    "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Site", "attach", "attached",
-    "base_name", "cached_values", "capture_keys_and_values", "detach", "kernel_serves", "merge", "merge_and_measure",
-    "packed", "packing", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced", "why_mask_is_needed",
-    "why_not_packed",
+    "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "Delta", "DeltaModule", "InitContext",
+    "InputModule", "InputSite", "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Site",
+    "attach", "attached", "base_name", "cached_values", "capture_keys_and_values", "detach", "kernel_serves", "merge",
+    "merge_and_measure", "packed", "packing", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced",
+    "why_mask_is_needed", "why_not_packed",
 ]  # fmt: skip

@@ -137,10 +137,10 @@ class RunResult(RunRecord):
     decode: dict[str, dict[str, Any]] | None = None
 
     def with_measured(self, found: Mapping[str, Any]) -> RunResult:
-        """This result with fields that were measured after training; the phases of `peak_memory_bytes` are added to
-        those that are there."""
-        peaks = {**self.peak_memory_bytes, **found.get("peak_memory_bytes", {})}
-        return self.model_copy(update={**found, "peak_memory_bytes": peaks})
+        """This result with fields that were measured after training; `peak_memory_bytes` and `machine_load` are added
+        to what is there."""
+        both = {key: {**getattr(self, key), **found.get(key, {})} for key in ("peak_memory_bytes", "machine_load")}
+        return self.model_copy(update={**found, **both})
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically; a number that is not finite becomes null."""

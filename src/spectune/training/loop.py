@@ -65,7 +65,6 @@ class Loop:
         self._poison: Tensor | None = None
         self._gauges = Gauges.of(self.model.device.type)
         self._last_end = 0.0, 0.0
-        self._has_validated = False
 
     def drive(self, display: Display) -> bool:
         """Train to the end. Returns whether it ended early because validation stopped improving.
@@ -200,13 +199,12 @@ class Loop:
     def _validate(self, display: Display) -> bool:
         run = self.run
         self.peaks.pause()
-        if not self._has_validated:
+        if not any(name.startswith("valid_") for name in self.peaks.found):
             # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
             # run's own validation, which counting tensors would slow down
             order = sorted(run.valid_examples, key=lambda example: -example.length)
             with self.peaks.of("valid"):
                 self.valid_losses(order[: run.config.per_device_eval_batch_size])
-            self._has_validated = True
         losses = self.valid_losses()
         valid_loss = losses.mean_per_token
         self.peaks.resume()

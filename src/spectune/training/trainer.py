@@ -72,36 +72,35 @@ def train(
     out = (console or Console()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
-    with phases.of("prove"):
-        delta = _attach(model, tokenizer, method_or_delta, name, config.seed)
-    with phases.of("rows"):
-        prepared = prepare(model, tokenizer, delta.method, train_rows, valid_rows, config, delta.base_fingerprint)
+    delta = phases.call("prove", _attach, model, tokenizer, method_or_delta, name, config.seed)
+    given = delta.method, train_rows, valid_rows, config, delta.base_fingerprint
+    prepared = phases.call("rows", prepare, model, tokenizer, *given)
     if finished is not None:
         phases.add(finished.seconds_by_phase)
         return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
-    with phases.of("plan"):
-        predicted = predict(delta, prepared, world, predictions, rehearsed)
-    check_memory(predicted, delta, config.memory_check)
-    execution = predicted.execution
-    if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
-        check_graphs(model.device.type, execution.packing.on, execution.recomputation)
-    with phases.of("save"):
-        run, folder = _start_or_resume(delta, tokenizer, prepared, execution, world, out)
-        run.phases = phases
-        phases.add(run.progress.seconds_by_phase)
-        folder.begin(prepared.encoded, {**environment(), **execution.settings()}, origin or {})
+    predicted = phases.call("plan", predict, delta, prepared, world, predictions, rehearsed)
+    execution = _checked(predicted, delta, config)
+    run, folder = phases.call("save", _start_or_resume, delta, tokenizer, prepared, execution, world, phases, out)
+    machine = {**environment(), **execution.settings()}
+    phases.call("save", folder.begin, prepared.encoded, machine, origin or {})
     _announce(out, run, prepared, execution)
     stopped = _run_to_end(Loop(run, execution), folder, out, base_valid_loss)
-    with phases.of("save"):
-        if config.load_best_at_end and run.progress.best_step != run.progress.step:
-            delta.load_training_state_dict(folder.best)
-        folder.keep_end()
-        world.barrier()
+    phases.call("save", _keep, folder)
+    world.barrier()
     result = _result(folder, prepared, predicted, stopped)
     if folder.folder is not None:
         result.save(folder.folder / "result.json")
     return result
+
+
+def _checked(predicted: Prediction, delta: Delta, config: TrainingConfig) -> Execution:
+    """How the run is executed. Raises DoesNotFitError or ConfigError where it cannot be."""
+    check_memory(predicted, delta, config.memory_check)
+    execution = predicted.execution
+    if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
+        check_graphs(delta.model.device.type, execution.packing.on, execution.recomputation)
+    return execution
 
 
 def _attach(
@@ -135,17 +134,27 @@ def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out:
 
 def _start_or_resume(
     delta: Delta, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, execution: Execution, world: World,
-    out: Console
+    phases: Phases, out: Console
 ) -> tuple[RunState, RunFolder]:  # fmt: skip
     """The run at its start, or where its newest checkpoint is; and what it keeps."""
     run = RunState.of(delta, prepared, execution.packing, world)
+    run.phases = phases
     folder, best = prepared.config.output_dir, None
     if folder is not None and prepared.config.resume and (checkpoint := latest_checkpoint(folder)) is not None:
         run.progress, recorded = read_state(checkpoint)
         check_identity(recorded, prepared.identity, checkpoint, "checkpoint")
         best = restore(checkpoint, delta, run.optimizer)
+        phases.add(run.progress.seconds_by_phase)
         out.print(f"going on from {checkpoint}", soft_wrap=True, highlight=False)
     return run, RunFolder(folder if world.leads else None, run, best, prepared, tokenizer)
+
+
+def _keep(folder: RunFolder) -> None:
+    """What the run ends with."""
+    run = folder.run
+    if run.config.load_best_at_end and run.progress.best_step != run.progress.step:
+        run.delta.load_training_state_dict(folder.best)
+    folder.keep_end()
 
 
 def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
