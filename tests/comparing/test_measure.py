@@ -107,6 +107,7 @@ def test_a_result_takes_them_in_and_keeps_the_memory_of_training(tmp_path: Path)
     found = module.measure(model, tokenizer, delta, tmp_path / "best", batches=(1,))
     given: dict[str, Any] = dict.fromkeys(RunResult.model_fields, 1)
     given |= {"method": "lora", "name": "a", "settings": {}, "peak_memory_bytes": {"train_allocated": 7}, "metrics": {}}
+    given["machine_load"] = {}
     result = RunResult.model_construct(**given).with_measured(found)
     assert result.peak_memory_bytes["train_allocated"] == 7
     assert result.peak_memory_bytes["load_allocated"] == found["peak_memory_bytes"]["load_allocated"]

@@ -36,7 +36,9 @@ def final_run(job: Job, arm: Arm, rate: float, seed: int, *, timed: bool) -> tup
     config = job.config_of(rate, job.schedule.final_steps, seed, output_dir=folder, resume=True)
     with job.phases.apart() as phases:
         with job.attached(arm, seed, phases) as delta:
-            result = job.run(delta, config, job.inputs.train, job.inputs.valid, phases, job.console)
+            result = job.run(delta, config, job.inputs.train, job.inputs.valid, phases)
+            rows = len(job.inputs.task.rows)
+            job.print(f"{arm.method.label}, seed {seed}: trained; now judged on {rows:,} rows and measured")
             (folder / FAILED).unlink(missing_ok=True)
             # memory is measured as the run was: what "auto" chose here is not chosen again there
             same = config.model_copy(update={"gradient_checkpointing": result.gradient_checkpointing or False})

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectune.blocks.recompute import Recomputation
+from spectune.comparing.budget import Budget
 from spectune.comparing.conditions import FILE, RecordedConditions, run_key
 from spectune.comparing.inputs import Inputs
 from spectune.comparing.schedule import Schedule
@@ -23,10 +25,12 @@ from spectune.results import RunResult
 from spectune.results import comparison_file as results
 from spectune.results.comparison_file import Failure
 from spectune.training import TrainingConfig, train
+from spectune.training.display import Display, Heartbeat
 from spectune.training.distribution import World
 from spectune.training.prediction import Predictions, check_memory, predict
 from spectune.training.prepare import prepare
 
+QUIET = Console(quiet=True)
 #: in the folder of a run, or of a search, that failed
 FAILED = "failed.json"
 
@@ -81,6 +85,9 @@ class Job:
     predictions: Predictions = field(default_factory=Predictions, init=False)
     base_passages: KeptLogits = field(default_factory=KeptLogits, init=False)
     base_facts: BaseFacts = field(default_factory=BaseFacts, init=False)
+    budget: Budget = field(default_factory=lambda: Budget([]), init=False)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat, init=False)
+    recomputation: dict[str, Recomputation] = field(default_factory=dict, init=False)
 
     @functools.cached_property
     def questions(self) -> Questions:
@@ -88,12 +95,15 @@ class Job:
         return Questions(self.inputs.task, self.tokenizer, vocabulary_rows(self.model))
 
     def check_memory(self, arm: Arm) -> None:
-        """Raise DoesNotFitError where the plan says that an arm's longest batch does not fit."""
+        """Raise DoesNotFitError where the plan says that an arm's longest batch does not fit; and keep what its runs
+        have to recompute, so that those of the search, which have other rows, need no plan of their own."""
         config = self.config_of(arm.method.default_learning_rate, self.schedule.final_steps, self.config.seed)
         with self.attached(arm, config.seed, self.phases) as delta, self.phases.of("plan"):
             base, rows = delta.base_fingerprint, self.inputs
             prepared = prepare(self.model, self.tokenizer, arm.method, rows.train, rows.valid, config, base)
-            check_memory(predict(delta, prepared, World(), self.predictions), delta, config.memory_check)
+            predicted = predict(delta, prepared, World(), self.predictions)
+            check_memory(predicted, delta, config.memory_check)
+        self.recomputation[arm.name] = predicted.execution.recomputation
 
     def record_time(self) -> None:
         """Write where the time went that is no arm's own."""
@@ -111,18 +121,34 @@ class Job:
         return self.config.model_copy(update={**fixed, **more})
 
     def run(
-        self, delta: Delta, config: TrainingConfig, rows: Encoded, valid: Encoded, phases: Phases,
-        console: Console | None,
+        self, delta: Delta, config: TrainingConfig, rows: Encoded, valid: Encoded, phases: Phases, trying: str = "",
     ) -> RunResult:  # fmt: skip
-        """Train an attached delta; where its time goes is told to `phases`."""
-        base_loss, known = self.conditions.base.valid_loss, self.predictions
+        """Train an attached delta; where its time goes is told to `phases`. `trying`: what a short run is for, of which
+        nothing is shown but how far it is."""
+        console = QUIET if trying else self.console
         return train(
             self.model, self.tokenizer, delta, rows, valid, config, origin=self.origin, console=console,
-            base_valid_loss=base_loss, predictions=known, phases=phases,
+            base_valid_loss=self.conditions.base.valid_loss, predictions=self.predictions, phases=phases,
+            display=self._display(delta, config, trying),
+        )  # fmt: skip
+
+    def _display(self, delta: Delta, config: TrainingConfig, trying: str) -> Display:
+        name, steps = delta.name, config.max_steps
+        label = f"{delta.method.label}, {trying or f'seed {config.seed}'}"
+        return Display(
+            self.console or Console(), label, steps, 0, heartbeat=self.heartbeat, says=not trying,
+            behind=lambda: self.budget.seconds_behind(name, steps),
         )  # fmt: skip
 
     def print(self, line: str) -> None:
         (self.console or Console()).print(line, soft_wrap=True, highlight=False, markup=False)
+
+    def planned(self, arm: Arm, config: TrainingConfig) -> TrainingConfig:
+        """The config of a short run, which is executed as the arm's final runs were planned, and not planned again."""
+        if arm.name not in self.recomputation:
+            return config
+        known = {"memory_check": "off", "gradient_checkpointing": self.recomputation[arm.name]}
+        return config.model_copy(update=known)
 
     @contextlib.contextmanager
     def attached(self, arm: Arm, seed: int, phases: Phases) -> Iterator[Delta]:

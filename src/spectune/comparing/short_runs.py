@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
-
 from spectune.comparing.conditions import curve_place
 from spectune.comparing.job import Arm, Job, subset
 from spectune.comparing.schedule import SEARCH_ROWS
@@ -22,7 +20,6 @@ from spectune.training import TrainingConfig
 CURVE_VALIDATIONS = 5
 #: trials draw weights and batches with seeds of their own: the rate is not chosen by the luck of a final run's seed
 SEARCH_SEED = 10_000
-QUIET = Console(quiet=True)
 R = TypeVar("R", bound=Record)
 
 
@@ -39,7 +36,7 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
     with job.phases.apart() as phases:
         rows = job.inputs.train, subset(job.inputs.valid, SEARCH_ROWS, job.config.seed)
         try:
-            result = _run(job, arm, config, *rows, phases)
+            result = _run(job, arm, config, *rows, phases, f"trying learning rate {rate:g}")
             loss, targets = result.valid_loss, result.target_tokens
         except DivergedError as error:
             reason = str(error).split(". ", 1)[0]
@@ -55,7 +52,7 @@ def step_seconds(job: Job, arm: Arm, steps: int = 2) -> float:
     """Seconds of a training step of this arm, of a run that is thrown away."""
     config = job.config_of(1e-6, steps, job.config.seed, eval_steps=steps)
     rows = job.inputs.train, subset(job.inputs.valid, 1, 0)
-    return _run(job, arm, config, *rows, job.phases).train_seconds / steps
+    return _run(job, arm, config, *rows, job.phases, "timing a step").train_seconds / steps
 
 
 def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) -> tuple[CurvePoint, float | None]:
@@ -69,7 +66,7 @@ def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) 
     config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
     with job.phases.apart() as phases:
         some = subset(job.inputs.train, rows, job.config.seed), job.inputs.valid
-        result = _run(job, arm, config, *some, phases)
+        result = _run(job, arm, config, *some, phases, f"on {rows:,} rows")
         point = curve_point(result, arm.name, rows)
         point.seconds_by_phase = phases.record()
         point.write(path)
@@ -82,9 +79,11 @@ def curve_point(result: RunResult, arm: str, rows: int) -> CurvePoint:
     return CurvePoint(name=arm, rows=rows, **result.model_dump(include=kept))
 
 
-def _run(job: Job, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encoded, phases: Phases) -> RunResult:
+def _run(
+    job: Job, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encoded, phases: Phases, trying: str
+) -> RunResult:
     with job.attached(arm, config.seed, phases) as delta:
-        return job.run(delta, config, rows, valid, phases, QUIET)
+        return job.run(delta, job.planned(arm, config), rows, valid, phases, trying)
 
 
 def _saved(path: Path, kind: type[R]) -> R | None:

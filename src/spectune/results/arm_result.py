@@ -266,7 +266,7 @@ def _costs(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], comparison:
     found: dict[str, Any] = {
         "train_memory_bytes": max(peaks, default=None),
         "predicted_memory_bytes": predicted[0] if predicted else None,
-        "speed_to_full": None if speed is None or not full_speed else speed / full_speed,
+        "speed_to_full": None if speed is None or not full_speed or _busy(full, "train") else speed / full_speed,
     }
     for batch, at in ((1, ""), (16, "_16")):
         floor = noise_floor(comparison, batch)
@@ -277,8 +277,7 @@ def _costs(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], comparison:
             noise = mean((ends[1] - ends[0]) / 2 for _, ends in measured if ends is not None)
             found[f"inference_overhead{at}{kind}_noise"] = None if noise is None else max(noise, floor)
     for timed, where in (("train", "training"), ("decode", "decoding")):
-        loads = [run.machine_load.get(timed) for run in runs]
-        found[f"busy_in_{where}"] = any(load is not None and load.busy for load in loads)
+        found[f"busy_in_{where}"] = _busy(runs, timed)
     return found
 
 
@@ -287,6 +286,11 @@ def noise_floor(comparison: ComparisonResult, batch: int = 1) -> float:
     own operations, was off the bare base, as a share of its time. 0 where none was timed."""
     ranges = [overhead(run, comparison, batch, merged=True)[1] for run in comparison.runs]
     return max((abs(end) for ends in ranges if ends is not None for end in ends), default=0.0)
+
+
+def _busy(runs: Sequence[ComparedRun], timed: str) -> bool:
+    loads = [run.machine_load.get(timed) for run in runs]
+    return any(load is not None and load.busy for load in loads)
 
 
 def _interval(low: float | None, high: float | None) -> tuple[float, float] | None:

@@ -47,6 +47,7 @@ def train(
     predictions: Predictions | None = None,
     rehearsed: TrainingConfig | None = None,
     phases: Phases | None = None,
+    display: Display | None = None,
 ) -> RunResult:
     """Train one method (attached as `name`) or an attached delta; the delta ends as the best of validation.
 
@@ -61,6 +62,7 @@ def train(
         predictions: what was planned of earlier runs, for callers that train many on one base.
         rehearsed: settings of a longer run that this one stands for: steps are executed as that one's would be.
         phases: a stopwatch that counts what came before this call, loading the base say, as this run's.
+        display: what shows how far it is; by default one on `console`.
 
     Raises:
         ConfigError, DataError: bad settings or data, a delta that is not of this model or that nothing may be trained
@@ -85,13 +87,11 @@ def train(
     machine = {**environment(), **execution.settings()}
     phases.call("save", folder.begin, prepared.encoded, machine, origin or {})
     _announce(out, run, prepared, execution)
-    stopped = _run_to_end(Loop(run, execution), folder, out, base_valid_loss)
+    display = display or Display(out, delta.method.label, run.total_steps, 0)
+    stopped = _run_to_end(Loop(run, execution), folder, display, base_valid_loss)
     phases.call("save", _keep, folder)
     world.barrier()
-    result = _result(folder, prepared, predicted, stopped)
-    if folder.folder is not None:
-        result.save(folder.folder / "result.json")
-    return result
+    return _finished(folder, _result(folder, prepared, predicted, stopped))
 
 
 def _checked(predicted: Prediction, delta: Delta, config: TrainingConfig) -> Execution:
@@ -157,14 +157,14 @@ def _keep(folder: RunFolder) -> None:
     folder.keep_end()
 
 
-def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
+def _run_to_end(loop: Loop, folder: RunFolder, display: Display, base_valid_loss: float | None) -> bool:
     """The run to its end. Returns whether that came early because validation stopped improving."""
     run, compiled = loop.run, seconds_compiling()
     try:
         if run.progress.base_valid_loss is None:
             with run.phases.of("validation"):
                 run.progress.base_valid_loss = _base_loss(loop) if base_valid_loss is None else base_valid_loss
-        display = Display(out, run.delta.method.label, run.total_steps, run.progress.step)
+        display.go_on_from(run.progress.step)
         with display, run.phases.of("steps"):
             return loop.drive(display)
     except DivergedError:
@@ -188,6 +188,12 @@ def _base_loss(loop: Loop) -> float:
             "(float32 or bfloat16), and look at the base and the data."
         )
     return loss
+
+
+def _finished(folder: RunFolder, result: RunResult) -> RunResult:
+    if folder.folder is not None:
+        result.save(folder.folder / "result.json")
+    return result
 
 
 def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stopped: bool) -> RunResult:
