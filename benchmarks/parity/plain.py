@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectune.data import collate
+from spectune.families import embedding_width
 from spectune.training.optimizer import learning_rate_at
 
 State = dict[str, Tensor]
@@ -56,7 +57,7 @@ def free_run(
     masters = {n: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for n, p in named.items()}
     if last_bit:
         _nudge(masters)
-    config, rate = task.config(), task.method.default_learning_rate
+    config, rate = task.config(), task.method.learning_rates.at(embedding_width(model)).rate
     optimizer = torch.optim.AdamW(
         masters.values(),
         lr=rate,

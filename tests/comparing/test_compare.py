@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from spectune.comparing import Comparison, final_runs, job, measure
-from spectune.deltas import attached
+from spectune.deltas import RatePoint, RateRule, attached
 from spectune.errors import ConfigError, DataError, DivergedError, DoesNotFitError, InterruptedRun
 from spectune.evaluation import read_rows
 from spectune.methods import BY_NAME, LoRA, PrefixTuning, PromptTuning
@@ -282,7 +282,7 @@ def test_wrong_settings_of_a_comparison(tmp_path: Path, changes: dict[str, Any],
 def test_where_every_rate_diverges_the_method_fails_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LoRA, "learning_rate_range", (1e29, 1e30))
+    monkeypatch.setattr(LoRA, "learning_rates", RateRule((RatePoint(1, 1e30, "a test"),)))
     found = run(tmp_path / "c", methods=[LoRA(r=2), "bitfit"], config=SEARCHED, preset="default")
     [failed] = found.failed
     assert failed["name"] == "lora"

@@ -104,9 +104,18 @@ def test_rates_that_diverge_are_no_edge_and_go_no_further() -> None:
     assert all(rate < 5e-3 for rate, steps in calls if steps > 10)
 
 
+def test_where_all_diverge_lower_rates_are_tried() -> None:
+    found = successive_halving(
+        (1e-2, 3e-2), [(2, 40)], bowl(4e-3, diverges_from=9e-3)[0], source="a test", extensions=3
+    )
+    assert found.best == pytest.approx(1e-2 / 3, rel=1e-2)
+    assert found.edge is None  # it went on to a third of that, which was worse
+    assert "because all others diverged" in found.sentence
+
+
 def test_where_all_diverge_there_is_no_best() -> None:
     found = successive_halving((1e-4, 1e-2), RUNGS, bowl(1.0, diverges_from=0)[0], source="a test", extensions=2)
     assert found.best is None
-    assert len(found.trials) == 8
+    assert len(found.trials) == 8 + 2
     assert "all of" in found.sentence
     assert found.to_dict()["trials"][0]["reason"] == "the loss is nan in step 3"

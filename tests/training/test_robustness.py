@@ -251,9 +251,11 @@ def test_numbers_that_json_has_no_word_for_are_null() -> None:
     assert json.loads(strict_json(value)) == {"a": None, "b": [1.5, None], "c": {"d": None}}
 
 
-def test_what_is_cut_is_said_before_training(tmp_path: Path) -> None:
+def test_what_is_cut_and_which_rule_gave_the_rate_is_said_before_training(tmp_path: Path) -> None:
     out = io.StringIO()
     config = TrainingConfig(max_steps=1, max_length=8, per_device_train_batch_size=4)
     train(make_model(), make_tokenizer(), LoRA(r=1), make_rows(), make_rows(4), config, console=Console(file=out))
     assert "train: 24 of 24 rows cut to max_length" in out.getvalue()
     assert "(see data_report.json)" in out.getvalue()
+    found = LoRA.learning_rates.at(make_model().config.hidden_size)
+    assert f"learning rate {found.rate:g} (by rule for hidden size 32, from {found.source}; strong" in out.getvalue()

@@ -32,7 +32,8 @@ Test = Annotated[
     typer.Option(help="Rows that final runs are evaluated on. Repeatable.", show_default="the validation rows"),
 ]
 Quick = Annotated[
-    bool, typer.Option("--quick", help=f"Six methods, 3 learning rates, one final run of {QUICK_STEPS} steps each.")
+    bool,
+    typer.Option("--quick", help=f"Six methods, 3 to 5 learning rates, one run of {QUICK_STEPS} steps each."),
 ]
 Thorough = Annotated[
     bool, typer.Option("--thorough", help="Twice the search, 5 seeds, each memory figure measured in its own process.")

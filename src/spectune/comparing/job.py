@@ -17,9 +17,9 @@ from spectune.comparing.conditions import FILE, RecordedConditions, run_key
 from spectune.comparing.inputs import Inputs
 from spectune.comparing.schedule import Schedule
 from spectune.data import DataReport, Encoded
-from spectune.deltas import BaseFacts, Delta, Method, attach, attached, detach
+from spectune.deltas import BaseFacts, BaseRate, Delta, Method, attach, attached, detach
 from spectune.evaluation import KeptLogits, Questions
-from spectune.families import vocabulary_rows
+from spectune.families import embedding_width, vocabulary_rows
 from spectune.phases import Phases
 from spectune.results import RunResult
 from spectune.results import comparison_file as results
@@ -97,7 +97,7 @@ class Job:
     def check_memory(self, arm: Arm) -> None:
         """Raise DoesNotFitError where the plan says that an arm's longest batch does not fit; and keep what its runs
         have to recompute, so that those of the search, which have other rows, need no plan of their own."""
-        config = self.config_of(arm.method.default_learning_rate, self.schedule.final_steps, self.config.seed)
+        config = self.config_of(self.rates(arm).rate, self.schedule.final_steps, self.config.seed)
         with self.attached(arm, config.seed, self.phases) as delta, self.phases.of("plan"):
             base, rows = delta.base_fingerprint, self.inputs
             prepared = prepare(self.model, self.tokenizer, arm.method, rows.train, rows.valid, config, base)
@@ -109,6 +109,10 @@ class Job:
         """Write where the time went that is no arm's own."""
         self.conditions.seconds_by_phase = self.phases.record()
         self.conditions.write(self.folder / FILE)
+
+    def rates(self, arm: Arm) -> BaseRate:
+        """The default learning rate of an arm on this base, and where a search begins."""
+        return arm.method.learning_rates.at(embedding_width(self.model))
 
     def key(self, arm: Arm, rate: float, steps: int, seed: int, rows: int | None = None) -> str:
         return run_key(self.conditions.identity, arm.method.model_dump(mode="json"), rate, steps, seed, rows)

@@ -110,10 +110,8 @@ class Runner:
         """The best rate of an arm; what was tried goes to its search.json."""
         folder = self.job.folder / "search" / arm.name
         method, schedule = arm.method, self.schedule
-        bounds, source = method.learning_rate_range, method.learning_rate_range_source
-        if schedule.preset.from_default is not None:
-            default, factor = method.default_learning_rate, schedule.preset.from_default
-            bounds, source = (default, default * factor), "from the method's default up"
+        rates, ratio = self.job.rates(arm), schedule.preset.around_default
+        bounds = rates.search_range if ratio is None else rates.around(ratio)
 
         def run(rate: float, steps: int) -> Trial:
             found, seconds = trial(self.job, arm, rate, steps)
@@ -122,7 +120,7 @@ class Runner:
 
         try:
             extensions = schedule.preset.extensions
-            found = successive_halving(bounds, schedule.rungs, run, source=source, extensions=extensions)
+            found = successive_halving(bounds, schedule.rungs, run, source=rates.sentence, extensions=extensions)
         except InterruptedRun:
             raise
         except SpectuneError as error:

@@ -26,7 +26,8 @@ def successive_halving(
         rungs: (rates, steps) of each rung; rates fall from one to the next.
         trial: runs one rate for so many steps; a divergence is a trial without a loss.
         extensions: where the best of the last rung is the lowest or highest rate tried so far, a rate as far beyond it
-            as the first rung's are apart is tried, as long as that helps, at most so many times.
+            as the first rung's are apart is tried, as long as that helps, at most so many times; where all diverged,
+            lower ones.
     """
     rates = candidates(*bounds, rungs[0][0])
     ratio = rates[1] / rates[0] if len(rates) > 1 else 3.0
@@ -44,18 +45,21 @@ def successive_halving(
         if all(t.valid_loss is None for t in last):
             break
     best = min(last, key=lambda t: t.rank)
-    if best.valid_loss is None:  # each rate in one rung or another
-        return _found(source, trials, None, None)
     steps = rungs[-1][1]
     for _ in range(extensions):
-        if (side := _edge(best.learning_rate, trials)) is None:
+        if none := best.valid_loss is None:  # each rate diverged in one rung or another
+            beyond = min(t.learning_rate for t in trials) / ratio
+        elif (side := _edge(best.learning_rate, trials)) is not None:
+            beyond = best.learning_rate * ratio if side == "high" else best.learning_rate / ratio
+        else:
             break
-        beyond = best.learning_rate * ratio if side == "high" else best.learning_rate / ratio
         further = trial(float(f"{beyond:.3g}"), steps)
         trials.append(further.model_copy(update={"extension": True}))
-        if further.rank >= best.rank:
+        if further.rank >= best.rank and not none:
             break
         best = further
+    if best.valid_loss is None:
+        return _found(source, trials, None, None)
     return _found(source, trials, best.learning_rate, _edge(best.learning_rate, trials))
 
 
@@ -64,9 +68,10 @@ def _found(source: str, trials: list[Trial], best: float | None, edge: str | Non
     low, high = min(rates), max(rates)
     text = f"{len(rates)} rates from {low:.3g} to {high:.3g} ({source})"
     text = f"all of {text} diverged" if best is None else f"best of {text}: {best:g}"
+    none_ended = all(trial.valid_loss is None for trial in trials if not trial.extension)
     if extended := sum(trial.extension for trial in trials):
         words = "one of them was tried" if extended == 1 else f"{extended} of them were tried"
-        text += f"; {words} because the best lay on the edge"
+        text += f"; {words} because {'all others diverged' if none_ended else 'the best lay on the edge'}"
     if edge is not None:
         text += f"; it is the {edge}est tried: a {edge}er one may be better still"
     return Search(source=source, trials=trials, best=best, edge=edge, range=(low, high), sentence=text)

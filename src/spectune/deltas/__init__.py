@@ -3,6 +3,7 @@
 Each file imports only files that stand above it here:
 
     site, modules, layout   plain values, and the modules that act at sites
+    rate_rule               a method's learning rate by the base's size
     slots                   where these modules stand in the model
     forward_state           what is in force in a forward pass
     method                  the contract of a method
@@ -28,13 +29,15 @@ from spectune.deltas.probes.documents import kernel_serves, why_not_packed
 from spectune.deltas.probes.embeddings import prove_reads_embeddings
 from spectune.deltas.probes.right_padding import why_mask_is_needed
 from spectune.deltas.probes.survey import uncalled
+from spectune.deltas.rate_rule import SWEEPS, TINKER, BaseRate, RatePoint, RateRule
 from spectune.deltas.routing import route
 from spectune.deltas.site import AttentionSite, InputSite, OutputSite, ParameterSite, Site
 
 __all__ = [
-    "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "Delta", "DeltaModule", "InitContext",
-    "InputModule", "InputSite", "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Site",
-    "attach", "attached", "base_name", "cached_values", "capture_keys_and_values", "detach", "kernel_serves", "merge",
-    "merge_and_measure", "packed", "packing", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced",
-    "why_mask_is_needed", "why_not_packed",
+    "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate", "Delta",
+    "DeltaModule", "InitContext", "InputModule", "InputSite", "Method", "OutputModule", "OutputSite",
+    "ParameterModule", "ParameterSite", "RatePoint", "RateRule", "Site", "attach", "attached", "base_name",
+    "cached_values", "capture_keys_and_values", "detach", "kernel_serves", "merge", "merge_and_measure", "packed",
+    "packing", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced", "why_mask_is_needed",
+    "why_not_packed",
 ]  # fmt: skip

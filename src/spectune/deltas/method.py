@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from spectune.deltas.modules import DeltaModule
+from spectune.deltas.rate_rule import RateRule
 from spectune.deltas.site import Site
 from spectune.families import Family
 
@@ -64,11 +65,8 @@ class Method(BaseModel, ABC):
     name: str
     label: ClassVar[str]
     best_for: ClassVar[str]
-    default_learning_rate: ClassVar[float]
-    default_learning_rate_source: ClassVar[str]
-    #: the rates that a search tries lie between these, evenly on a log scale
-    learning_rate_range: ClassVar[tuple[float, float]]
-    learning_rate_range_source: ClassVar[str]
+    #: the default and what a search tries, by the base's size
+    learning_rates: ClassVar[RateRule]
     #: the tuned model equals the base until the first step
     starts_at_identity: ClassVar[bool] = True
     #: the base itself is what is trained: no other delta can stand beside it

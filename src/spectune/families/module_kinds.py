@@ -28,6 +28,11 @@ def token_embedding(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
+def embedding_width(model: PreTrainedModel) -> int:
+    """Columns of that table: the base's hidden size, but in the few types that project embeddings."""
+    return int(token_embedding(model).weight.shape[1])
+
+
 def vocabulary_rows(model: PreTrainedModel) -> int:
     """Rows of the table of token embeddings: ids that the model takes are below this number, whatever its tokenizer
     has."""

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from spectune.deltas import DeltaModule, InitContext, Method, OutputModule, OutputSite, Site
+from spectune.deltas import (
+    SWEEPS,
+    DeltaModule,
+    InitContext,
+    Method,
+    OutputModule,
+    OutputSite,
+    RatePoint,
+    RateRule,
+    Site,
+)  # fmt: skip
 from spectune.errors import ConfigError
 from spectune.families import Family
 
@@ -67,12 +77,12 @@ class BottleneckAdapter(Method):
 
     label: ClassVar[str] = "Adapter"
     best_for: ClassVar[str] = "many tasks on one base, where a little latency is affordable"
-    default_learning_rate: ClassVar[float] = 1e-3
-    default_learning_rate_source: ClassVar[str] = "Houlsby et al. section 3.1 searched 3e-5 to 3e-3"
-    learning_rate_range: ClassVar[tuple[float, float]] = (1e-4, 2e-2)
-    learning_rate_range_source: ClassVar[str] = (
-        "Houlsby et al. section 3.1 searched 3e-5 to 3e-3; 1e-2 was best on E2E from a 27M base"
-    )
+    learning_rates: ClassVar[RateRule] = RateRule((
+        RatePoint(224, 9e-3, SWEEPS),
+        RatePoint(448, 6e-3, SWEEPS),
+        RatePoint(896, 6e-3, SWEEPS),
+        RatePoint(4096, 3e-4, "LLM-Adapters' setting for LLaMA-7B", strong=False),
+    ))  # fmt: skip
 
     def model_post_init(self, _: object) -> None:
         if self.activation not in ACT2FN:

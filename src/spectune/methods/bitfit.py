@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spectune.deltas import (
+    SWEEPS,
     DeltaModule,
     InitContext,
     Method,
@@ -21,8 +22,10 @@ from spectune.deltas import (
     OutputSite,
     ParameterModule,
     ParameterSite,
+    RatePoint,
+    RateRule,
     Site,
-)
+)  # fmt: skip
 from spectune.errors import ConfigError
 from spectune.families import Family
 
@@ -70,10 +73,13 @@ class BitFit(Method):
 
     label: ClassVar[str] = "BitFit"
     best_for: ClassVar[str] = "the smallest files that still reach every layer; small shifts of style or domain"
-    default_learning_rate: ClassVar[float] = 1e-2
-    default_learning_rate_source: ClassVar[str] = "the authors' code has 1e-3"
-    learning_rate_range: ClassVar[tuple[float, float]] = (1e-3, 1e-1)
-    learning_rate_range_source: ClassVar[str] = "the authors' code has 1e-3; 4e-2 was best on E2E"
+    learning_rates: ClassVar[RateRule] = RateRule((
+        RatePoint(224, 0.02, SWEEPS),
+        RatePoint(448, 0.04, SWEEPS),
+        RatePoint(640, 0.08, SWEEPS),
+        RatePoint(896, 0.12, SWEEPS),
+        RatePoint(4096, 1e-3, "the settings of its authors and for GPT-3 (1e-3 and 1.6e-3)", strong=False),
+    ))  # fmt: skip
     can_merge: ClassVar[bool] = True
 
     def sites(self, family: Family) -> list[Site]:

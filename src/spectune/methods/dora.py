@@ -74,7 +74,6 @@ class DoRA(LoRA):
 
     label: ClassVar[str] = "DoRA"
     best_for: ClassVar[str] = "LoRA's place where rank is small and training time is no matter"
-    default_learning_rate_source: ClassVar[str] = "LoRA's here; the authors' code has 1e-4 to 2e-4 for Llama"
 
     def build(self, site: Site) -> DoRALayer:
         lora = super().build(site)

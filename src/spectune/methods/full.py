@@ -7,8 +7,11 @@ it, and taking it off needs the copy that `attach(..., keep_base=True)` keeps in
 from collections.abc import Sequence
 from typing import ClassVar, Literal, NoReturn
 
-from spectune.deltas import DeltaModule, InitContext, Method, Site
+from spectune.deltas import SWEEPS, DeltaModule, InitContext, Method, RatePoint, RateRule, Site
 from spectune.families import Family
+
+#: their sweeps and "LoRA Without Regret" find LoRA's best at ten times that of full fine-tuning
+_TENTH = "a tenth of LoRA's best in Tinker's sweeps"
 
 
 class FullFineTuning(Method):
@@ -18,12 +21,14 @@ class FullFineTuning(Method):
 
     label: ClassVar[str] = "Full"
     best_for: ClassVar[str] = "the most data and compute, one task, quality above all"
-    default_learning_rate: ClassVar[float] = 3e-4
-    default_learning_rate_source: ClassVar[str] = "Li and Liang's code for GPT-2 has 5e-5; small bases take more"
-    learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 5e-3)
-    learning_rate_range_source: ClassVar[str] = (
-        "1e-5 is PEFT's method comparison on a 3B base; 2e-3 was best for a 27M one on E2E"
-    )
+    learning_rates: ClassVar[RateRule] = RateRule((
+        RatePoint(224, 8e-4, SWEEPS),
+        RatePoint(448, 1.4e-3, SWEEPS),
+        RatePoint(640, 8e-4, SWEEPS),
+        RatePoint(896, 5.5e-4, SWEEPS),
+        RatePoint(2048, 1e-4, _TENTH),
+        RatePoint(4096, 3e-5, _TENTH),
+    ))  # fmt: skip
     trains_base: ClassVar[bool] = True
     can_merge: ClassVar[bool] = True
 

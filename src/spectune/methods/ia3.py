@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectune.deltas import DeltaModule, InitContext, Method, OutputModule, OutputSite, Site, cached_values
+from spectune.deltas import (
+    SWEEPS,
+    DeltaModule,
+    InitContext,
+    Method,
+    OutputModule,
+    OutputSite,
+    RatePoint,
+    RateRule,
+    Site,
+    cached_values,
+)  # fmt: skip
 from spectune.errors import ConfigError
 from spectune.families import Family
 
@@ -53,10 +64,13 @@ class IA3(Method):
 
     label: ClassVar[str] = "IA3"
     best_for: ClassVar[str] = "very few examples, and files of some kilobytes"
-    default_learning_rate: ClassVar[float] = 1e-2
-    default_learning_rate_source: ClassVar[str] = "T-Few has 3e-3 with 1,000 steps; shorter runs take more"
-    learning_rate_range: ClassVar[tuple[float, float]] = (3e-3, 6e-1)
-    learning_rate_range_source: ClassVar[str] = "T-Few has 3e-3; 5e-2 to 4e-1 was best on three tasks from a 27M base"
+    learning_rates: ClassVar[RateRule] = RateRule((
+        RatePoint(224, 0.17, SWEEPS),
+        RatePoint(448, 0.2, SWEEPS),
+        RatePoint(640, 0.46, SWEEPS),
+        RatePoint(896, 0.43, SWEEPS),
+        RatePoint(4096, 3e-3, "T-Few's setting for 3B and 11B", strong=False),
+    ))  # fmt: skip
 
     def sites(self, family: Family) -> list[Site]:
         found: list[Site] = []

@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from spectune.deltas import DeltaModule, InitContext, Method, OutputModule, OutputSite, Site
+from spectune.deltas import (
+    SWEEPS,
+    TINKER,
+    DeltaModule,
+    InitContext,
+    Method,
+    OutputModule,
+    OutputSite,
+    RatePoint,
+    RateRule,
+    Site,
+)  # fmt: skip
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family, Linear
 
@@ -90,12 +101,14 @@ class LoRA(Method):
 
     label: ClassVar[str] = "LoRA"
     best_for: ClassVar[str] = "the default: near full quality, merges away at inference"
-    default_learning_rate: ClassVar[float] = 2e-3
-    default_learning_rate_source: ClassVar[str] = "LoRA paper table 11 has 2e-4 for GPT-2"
-    learning_rate_range: ClassVar[tuple[float, float]] = (1e-4, 2e-2)
-    learning_rate_range_source: ClassVar[str] = (
-        "LoRA paper table 11 has 2e-4 for GPT-2; 1e-2 was best for a 27M base on E2E"
-    )
+    learning_rates: ClassVar[RateRule] = RateRule((
+        RatePoint(224, 4e-3, SWEEPS),
+        RatePoint(448, 7e-3, SWEEPS),
+        RatePoint(640, 4.2e-3, SWEEPS),
+        RatePoint(896, 4e-3, SWEEPS),
+        RatePoint(2048, 1e-3, TINKER),
+        RatePoint(4096, 3e-4, TINKER),
+    ))  # fmt: skip
     can_merge: ClassVar[bool] = True
 
     @field_validator("target_modules")

@@ -17,14 +17,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spectune.deltas import (
+    SWEEPS,
     AttentionModule,
     AttentionSite,
     DeltaModule,
     InitContext,
     Method,
+    RatePoint,
+    RateRule,
     Site,
     capture_keys_and_values,
-)
+)  # fmt: skip
 from spectune.errors import ConfigError, DataError
 from spectune.families import Attention, Family
 
@@ -97,10 +100,13 @@ class PrefixTuning(Method):
 
     label: ClassVar[str] = "Prefix tuning"
     best_for: ClassVar[str] = "generation tasks on a frozen base, many users in one batch"
-    default_learning_rate: ClassVar[float] = 1e-2
-    default_learning_rate_source: ClassVar[str] = "LLM-Adapters has 3e-2, T-Few 1e-2"
-    learning_rate_range: ClassVar[tuple[float, float]] = (1e-3, 3e-1)
-    learning_rate_range_source: ClassVar[str] = "LLM-Adapters has 3e-2, T-Few 1e-2; 1e-1 was best on E2E"
+    learning_rates: ClassVar[RateRule] = RateRule((
+        RatePoint(224, 0.2, SWEEPS),
+        RatePoint(448, 0.2, SWEEPS),
+        RatePoint(640, 0.3, SWEEPS),
+        RatePoint(896, 0.45, SWEEPS),
+        RatePoint(4096, 1e-2, "T-Few's and LLM-Adapters' settings (1e-2 and 3e-2)", strong=False),
+    ))  # fmt: skip
     starts_at_identity: ClassVar[bool] = False
 
     @property

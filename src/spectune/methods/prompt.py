@@ -15,7 +15,18 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectune.deltas import DeltaModule, InitContext, InputModule, InputSite, Method, Site, prove_reads_embeddings
+from spectune.deltas import (
+    SWEEPS,
+    DeltaModule,
+    InitContext,
+    InputModule,
+    InputSite,
+    Method,
+    RatePoint,
+    RateRule,
+    Site,
+    prove_reads_embeddings,
+)  # fmt: skip
 from spectune.errors import ConfigError
 from spectune.families import Family, token_embedding
 
@@ -47,10 +58,13 @@ class PromptTuning(Method):
 
     label: ClassVar[str] = "Prompt tuning"
     best_for: ClassVar[str] = "very large bases and very many tasks; weakest on small bases"
-    default_learning_rate: ClassVar[float] = 1e-1
-    default_learning_rate_source: ClassVar[str] = "Lester et al. section 3 has 0.3 with Adafactor"
-    learning_rate_range: ClassVar[tuple[float, float]] = (1e-2, 3.0)
-    learning_rate_range_source: ClassVar[str] = "Lester et al. section 3 has 0.3 with Adafactor; 1.0 was best on E2E"
+    learning_rates: ClassVar[RateRule] = RateRule((
+        RatePoint(224, 0.025, SWEEPS),
+        RatePoint(448, 0.12, SWEEPS),
+        RatePoint(640, 0.04, SWEEPS),
+        RatePoint(896, 0.025, SWEEPS),
+        RatePoint(4096, 0.02, "TRL's examples (1e-2 to 3e-2)", strong=False),
+    ))  # fmt: skip
     starts_at_identity: ClassVar[bool] = False
 
     @model_validator(mode="after")

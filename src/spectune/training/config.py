@@ -14,7 +14,7 @@ class TrainingConfig(BaseModel):
 
     Attributes:
         output_dir: the run's folder; None writes nothing.
-        learning_rate: None is the method's default (`method.default_learning_rate`).
+        learning_rate: None is the method's default for a base of this size (`method.learning_rates`).
         num_train_epochs: may be a fraction.
         max_steps: optimizer steps; -1 leaves it to the epochs.
         per_device_train_batch_size, per_device_eval_batch_size: rows.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.data import DataReport, Encoded, Example, Row, encode, load_rows, pad_token_id, split_rows, weighted
 from spectune.deltas import Method
 from spectune.errors import ConfigError
-from spectune.families import base_precision, vocabulary_rows
+from spectune.families import base_precision, embedding_width, vocabulary_rows
 from spectune.planning.workload import context_of
 from spectune.results.run_result import TrainSource
 from spectune.training.config import TrainingConfig
@@ -69,7 +69,7 @@ def prepare(
         how: dict[str, Any] = {"max_length": length, "vocab_size": vocab_size, **config.encode_options}
         train, valid = (encode(part, tokenizer, **how) for part in (rows, held_out))
         train = weighted(train, rows.weights, config.seed)
-    rate = config.learning_rate or method.default_learning_rate
+    rate = config.learning_rate or method.learning_rates.at(embedding_width(model)).rate
     identity = identity_of(
         config, method, learning_rate=rate, max_length=length, encoded=(train, valid), base=base,
         dtype=str(model.dtype).removeprefix("torch."), base_precision=base_precision(model),

@@ -241,7 +241,7 @@ def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execut
         f"{run.total_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps} rows, "
         f"{len(prepared.examples):,} rows to train on, {len(prepared.valid):,} to validate, learning rate "
         f"{prepared.learning_rate:g}"
-        + ("" if config.learning_rate else f" (default; {delta.method.default_learning_rate_source})"),
+        + ("" if config.learning_rate else f" ({delta.method.learning_rates.at(delta.family.hidden_size).sentence})"),
         mixture(prepared.encoded[0].report) or None,
         None if notice is None else f"note: {notice}",
         execution.reason("packing"),

@@ -178,6 +178,26 @@ def test_failed_arms_are_named(tmp_path: Path) -> None:
     assert "Failed runs, left out: 1 of LoRA." in sentences
 
 
+def test_a_best_rate_on_the_edge_of_the_search_is_told_beside_the_headline(tmp_path: Path) -> None:
+    content = invent(tmp_path, {"lora": 1.0, "bitfit": 1.1, "prompt": 1.2})
+    trials = [{"learning_rate": rate} for rate in (1e-3, 3e-3, 9e-3)]
+    content["searches"] = {
+        "lora": {"best": 3e-3, "edge": None, "trials": trials},
+        "bitfit": {"best": 9e-3, "edge": "high", "trials": trials},
+    }
+    sentences = verdict(content, tmp_path)["sentences"]
+    assert sentences[0].startswith("LoRA is best")
+    assert sentences[1] == (
+        "The best learning rate of BitFit (0.009, the highest of 3) lies on the edge of what was tried: with a better "
+        "one it may stand higher than here."
+    )
+    content["searches"]["prompt"] = {"best": 1e-3, "edge": "low", "trials": trials}
+    assert (
+        "BitFit (0.009, the highest of 3) and prompt tuning (0.001, the lowest of 3)"
+        in verdict(content, tmp_path)["sentences"][1]
+    )
+
+
 def test_runs_on_other_rows_are_left_out_and_named(tmp_path: Path) -> None:
     content = invent(tmp_path, {"lora": 1.0, "bitfit": 1.1})
     path = tmp_path / content["runs"][0]["rows_file"]

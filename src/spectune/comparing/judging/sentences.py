@@ -150,6 +150,20 @@ def _fewer_seeds(judged: Judgement, names_of: Naming) -> list[str]:
     return [f"Fewer seeds: {counts}{note}."]
 
 
+def edge_sentences(comparison: ComparisonResult, names_of: Naming) -> list[str]:
+    """The arms whose best learning rate is the lowest or the highest tried: their place may be too low."""
+    on_edge = {
+        arm: f"{arm_label} ({search.best:g}, the {search.edge}est of {len(search.trials)})"
+        for arm, arm_label in names_of.labels.items()
+        if (search := comparison.searches.get(arm)) is not None and search.edge is not None and search.best is not None
+    }
+    if not on_edge:
+        return []
+    one = len(on_edge) == 1
+    text = f"the best learning rate of {listed(list(on_edge.values()))} lies on the edge of what was tried: "
+    return [sentence(text + f"with a better one {'it' if one else 'they'} may stand higher than here")]
+
+
 def failure_sentences(comparison: ComparisonResult) -> list[str]:
     """What failed: it is in no order."""
     ended = {run.name for run in comparison.runs}

@@ -9,7 +9,7 @@ import numpy as np
 
 from spectune.comparing.judging.evidence import Evidence, find_evidence
 from spectune.comparing.judging.partial_order import groups, reduction, transitive
-from spectune.comparing.judging.sentences import NO_DIFFERENCE, Naming, failure_sentences, sentences_of
+from spectune.comparing.judging.sentences import NO_DIFFERENCE, Naming, edge_sentences, failure_sentences, sentences_of
 from spectune.comparing.judging.statistics import CONFIDENCE, PairEstimate, estimate
 from spectune.results import ComparedRun, ComparisonResult, Judgement, Verdict
 from spectune.results.arm_result import is_finite
@@ -31,6 +31,7 @@ def verdict(comparison: ComparisonResult, folder: str | Path) -> Verdict:
         judged = _without_rows([run for run in comparison.runs if run.name], names)
     else:
         judged = _judge(findings.loss, "judged_loss", names, what="of its loss")
+    judged.sentences[1:1] = edge_sentences(comparison, names)  # beside the headline, which ranks these arms
     judged.sentences += findings.problems + failure_sentences(comparison)
     ways, forgetting = comparison.data.higher_is_better, findings.forgetting
     metrics = {n: _judge(e, n, names, higher_is_better=ways.get(n, True)) for n, e in findings.metrics.items()}

@@ -1,0 +1,49 @@
+"""The sweeps that the rate rules are fitted to: which rates are tried, and what the page makes of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from benchmarks.rates.page import loss_between
+from benchmarks.rates.sweep import MOST, Arm
+
+
+def tried(best: float, diverges_from: float = math.inf) -> Arm:
+    """An arm whose loss is lowest at a rate, run until it wants nothing more."""
+    arm = Arm("base", "lora", 1e-2)
+    while (k := arm.wanted()) is not None:
+        rate = arm.rate(k)
+        arm.losses[k] = math.inf if rate >= diverges_from else abs(math.log(rate / best))
+    return arm
+
+
+@pytest.mark.parametrize("best", [1e-2, 7e-3, 6e-2, 4e-4])
+def test_a_sweep_ends_with_worse_rates_close_on_both_sides_of_the_best(best: float) -> None:
+    arm = tried(best)
+    lowest = min(arm.losses, key=lambda k: arm.losses[k])
+    assert {lowest - 1, lowest + 1} <= set(arm.losses)
+    assert len(arm.losses) <= MOST
+    assert abs(math.log(arm.rate(lowest) / best)) <= math.log(3) / 4 + 0.01
+
+
+def test_where_all_diverge_a_sweep_goes_down() -> None:
+    arm = tried(1e-3, diverges_from=1.1e-3)
+    assert min(arm.losses.values()) < 1
+    assert len(arm.losses) <= MOST
+
+
+def test_what_runs_is_not_asked_for_again() -> None:
+    arm = Arm("base", "lora", 1e-2)
+    for _ in range(3):
+        k = arm.wanted()
+        assert k is not None
+        arm.flying.add(k)
+    assert arm.wanted() is None  # the edge is known when these have ended
+
+
+def test_the_loss_at_the_default_lies_between_its_neighbours() -> None:
+    ended = [(1e-3, 2.0), (1e-2, 1.0), (1e-1, 3.0)]
+    assert loss_between(ended, 1e-2) == 1.0
+    assert loss_between(ended, math.sqrt(1e-1 * 1e-2)) == pytest.approx(2.0)
+    assert loss_between(ended, 1.0) is None
