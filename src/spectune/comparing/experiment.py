@@ -15,16 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.comparing import conditions
 from spectune.comparing.comparison import Comparison
 from spectune.comparing.conditions import RecordedConditions
-from spectune.comparing.final_runs import base_rows, judge_base
+from spectune.comparing.final_runs import base_rows, judge_base, valid_loss_of_base
 from spectune.comparing.inputs import Inputs, Rows
 from spectune.comparing.job import Arm, Job
 from spectune.comparing.measure import retained_passages
 from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import PRESETS, Schedule
-from spectune.data import pad_token_id
 from spectune.deltas import Method, attached, base_name
 from spectune.errors import ConfigError, InterruptedRun
-from spectune.evaluation import row_losses
 from spectune.families import base_precision as precision_of
 from spectune.families import describe, fingerprint, vocabulary_rows
 from spectune.files.atomic import atomic_write_text
@@ -118,12 +116,11 @@ def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
         if line:
             job.print(line)
     try:
-        if base.valid_loss is None:
-            size, pad = job.config.per_device_eval_batch_size, pad_token_id(job.tokenizer, vocabulary_rows(job.model))
-            with job.phases.of("validation"):
-                base.valid_loss = row_losses(job.model, job.inputs.valid.examples, pad, size).mean_per_token
         if base.judged_loss is None or not base_rows(job).is_file():
             judge_base(job)
+        if base.valid_loss is None:
+            # the judged rows are those, unless there are rows to test on
+            base.valid_loss = base.judged_loss if job.inputs.rows.test is None else valid_loss_of_base(job)
         job.conditions.write(folder / conditions.FILE)
         runner = Runner(job)
         runner.run()

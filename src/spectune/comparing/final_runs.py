@@ -11,10 +11,11 @@ from spectune.comparing.conditions import final_place
 from spectune.comparing.isolated import memory_job, train_memory_in_own_process
 from spectune.comparing.job import FAILED, Arm, Job
 from spectune.comparing.measure import forgetting, measure
+from spectune.data import pad_token_id
 from spectune.deltas import Delta
 from spectune.errors import DataError
-from spectune.evaluation import corpus_metrics, judge, judged_loss, loss_by_source, read_rows, write_rows
-from spectune.families import base_precision
+from spectune.evaluation import corpus_metrics, judge, judged_loss, loss_by_source, read_rows, row_losses, write_rows
+from spectune.families import base_precision, vocabulary_rows
 from spectune.files.atomic import atomic_write_text
 from spectune.phases import Phases
 from spectune.results import RunResult
@@ -64,6 +65,14 @@ def judge_base(job: Job) -> None:
     base = job.conditions.base
     base.judged_loss, base.metrics = judged_loss(judged), {**corpus_metrics(judged)}
     base.judged_loss_by_source = {**loss_by_source(judged)}
+
+
+def valid_loss_of_base(job: Job) -> float:
+    """The bare base's loss on the validation rows."""
+    pad = pad_token_id(job.tokenizer, vocabulary_rows(job.model))
+    with job.phases.of("validation"):
+        losses = row_losses(job.model, job.inputs.valid.examples, pad, job.config.per_device_eval_batch_size)
+    return losses.mean_per_token
 
 
 def _judged(job: Job, folder: Path, phases: Phases) -> dict[str, Any]:
