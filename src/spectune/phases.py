@@ -23,7 +23,8 @@ PHASES = {
     "other": "Other",
 }
 OTHER = "other"
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Phases:

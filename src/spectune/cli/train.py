@@ -69,25 +69,25 @@ def train(
 def _train(method: Method, settings: Settings, out: Console) -> dict[str, Any]:
     from spectune import training
     from spectune.deltas import attach
-    from spectune.phases import Phases
     from spectune.storage import load
+    from spectune.training.observer import Observer
 
     wanted = settings.training()
     folder = output_folder(settings.text("output_dir"), method.name, resume=wanted.resume)
     rows, held_out, source = training_rows(settings.rows("data"), settings.rows("valid"), wanted)
-    phases = Phases()
-    with phases.of("load"):
+    observer = Observer()
+    with observer.phases.of("load"):
         model, tokenizer = load(settings.base, **settings.placement)
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
     if (precision := settings.text("base_precision")) is not None:
         place += f", frozen linears in {precision}"
     note(f"base: {settings.base} ({place})\ndata: {source}\nfolder: {folder}")
-    with phases.of("prove"):
+    with observer.phases.of("prove"):
         delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
     config = wanted.model_copy(update={"output_dir": folder})
     try:
         result = training.train(
-            model, tokenizer, delta, rows, held_out, config, origin=origin(settings), console=out, phases=phases
+            model, tokenizer, delta, rows, held_out, config, origin=origin(settings), console=out, observer=observer
         )
     except KeyboardInterrupt as stop:  # outside of the loop, which has its own answer
         raise InterruptedRun(

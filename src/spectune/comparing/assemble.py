@@ -72,8 +72,9 @@ def _add_arm(result: ComparisonResult, folder: Path, found: RecordedConditions, 
     noted = [note.model_dump(exclude={"given_up"}, exclude_unset=True) for note in failures if note is not None]
     result.failed += [Failure(**note) for note in noted]
     counts = {key: getattr(runs[0], key) if runs else None for key in ("stored_parameters", "trainable_parameters")}
-    search, curve = result.searches.get(arm.name, Search()), [p for p in result.curves if p.name == arm.name]
-    took = [part.seconds_by_phase for part in (*search.trials, *runs, *curve)]
+    took = [trial.seconds_by_phase for trial in result.searches.get(arm.name, Search()).trials]
+    took += [run.seconds_by_phase for run in runs]
+    took += [point.seconds_by_phase for point in result.curves if point.name == arm.name]
     result.arms.append(arm.model_copy(update={**counts, "seconds_by_phase": added(took)}))
 
 

@@ -20,6 +20,7 @@ from spectune.files.atomic import atomic_write_text
 from spectune.phases import Phases
 from spectune.results import RunResult
 from spectune.training import TrainingConfig
+from spectune.training.observer import Observer
 
 
 def final_folder(job: Job, arm: Arm, rate: float, seed: int) -> Path:
@@ -37,13 +38,14 @@ def final_run(job: Job, arm: Arm, rate: float, seed: int, *, timed: bool) -> tup
     config = job.config_of(rate, job.schedule.final_steps, seed, output_dir=folder, resume=True)
     with job.phases.apart() as phases:
         with job.attached(arm, seed, phases) as delta:
-            result = job.run(delta, config, job.inputs.train, job.inputs.valid, phases)
+            observer = Observer(phases)
+            result = job.run(delta, config, job.inputs.train, job.inputs.valid, observer)
             rows = len(job.inputs.task.rows)
             job.print(f"{arm.method.label}, seed {seed}: trained; now judged on {rows:,} rows and measured")
             (folder / FAILED).unlink(missing_ok=True)
             # memory is measured as the run was: what "auto" chose here is not chosen again there
             same = config.model_copy(update={"gradient_checkpointing": result.gradient_checkpointing or False})
-            found = _judged(job, folder, phases) | _costs(job, delta, folder, same, phases, timed)
+            found = _judged(job, folder, observer) | _costs(job, delta, folder, same, phases, timed)
         key, passages = folder.name.rsplit("-", 1)[-1], job.conditions.identity["passages_sha256"]
         found |= {"name": arm.name, "key": key, "retained_sha256": passages, "seconds_by_phase": phases.record()}
         result = result.with_measured(found)
@@ -75,10 +77,13 @@ def valid_loss_of_base(job: Job) -> float:
     return losses.mean_per_token
 
 
-def _judged(job: Job, folder: Path, phases: Phases) -> dict[str, Any]:
+def _judged(job: Job, folder: Path, observer: Observer) -> dict[str, Any]:
     """The attached delta on the judged rows."""
+    seen = observer.losses if job.inputs.rows.test is None else None  # else validated on other rows
     begin = time.perf_counter()
-    judged = judge(job.model, job.tokenizer, job.inputs.task, questions=job.questions, phases=phases)
+    judged = judge(
+        job.model, job.tokenizer, job.inputs.task, questions=job.questions, phases=observer.phases, losses=seen
+    )
     write_rows(folder / "rows.jsonl", judged)
     return {
         "judged_on": job.inputs.rows.judged_on,

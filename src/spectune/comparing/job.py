@@ -21,16 +21,20 @@ from spectune.deltas import BaseFacts, BaseRate, Delta, Method, attach, attached
 from spectune.evaluation import KeptLogits, Questions
 from spectune.families import embedding_width, vocabulary_rows
 from spectune.phases import Phases
+from spectune.planning.device_memory import free_memory
 from spectune.results import RunResult
 from spectune.results import comparison_file as results
 from spectune.results.comparison_file import Failure
 from spectune.training import TrainingConfig, train
 from spectune.training.display import Display, Heartbeat
 from spectune.training.distribution import World
+from spectune.training.observer import Observer
 from spectune.training.prediction import Predictions, check_memory, predict
 from spectune.training.prepare import prepare
 
 QUIET = Console(quiet=True)
+#: bytes of the bare base's logits that are kept for forgetting
+MOST_KEPT = 2 * 2**30
 #: in the folder of a run, or of a search, that failed
 FAILED = "failed.json"
 
@@ -83,7 +87,7 @@ class Job:
     phases: Phases = field(default_factory=Phases)
     conditions: RecordedConditions = field(default_factory=RecordedConditions)
     predictions: Predictions = field(default_factory=Predictions, init=False)
-    base_passages: KeptLogits = field(default_factory=KeptLogits, init=False)
+    base_passages: KeptLogits = field(default_factory=lambda: KeptLogits(_room()), init=False)
     base_facts: BaseFacts = field(default_factory=BaseFacts, init=False)
     budget: Budget = field(default_factory=lambda: Budget([]), init=False)
     heartbeat: Heartbeat = field(default_factory=Heartbeat, init=False)
@@ -125,15 +129,14 @@ class Job:
         return self.config.model_copy(update={**fixed, **more})
 
     def run(
-        self, delta: Delta, config: TrainingConfig, rows: Encoded, valid: Encoded, phases: Phases, trying: str = "",
+        self, delta: Delta, config: TrainingConfig, rows: Encoded, valid: Encoded, observer: Observer, trying: str = "",
     ) -> RunResult:  # fmt: skip
-        """Train an attached delta; where its time goes is told to `phases`. `trying`: what a short run is for, of which
-        nothing is shown but how far it is."""
-        console = QUIET if trying else self.console
+        """Train an attached delta. `trying`: what a short run is for, of which nothing is shown but how far it is."""
+        console, observer.display = QUIET if trying else self.console, self._display(delta, config, trying)
+        observer.memory = not trying
         return train(
             self.model, self.tokenizer, delta, rows, valid, config, origin=self.origin, console=console,
-            base_valid_loss=self.conditions.base.valid_loss, predictions=self.predictions, phases=phases,
-            display=self._display(delta, config, trying),
+            base_valid_loss=self.conditions.base.valid_loss, predictions=self.predictions, observer=observer,
         )  # fmt: skip
 
     def _display(self, delta: Delta, config: TrainingConfig, trying: str) -> Display:
@@ -166,6 +169,11 @@ class Job:
         finally:
             for name in list(attached(self.model)):
                 detach(self.model, name)
+
+
+def _room() -> int:
+    """Bytes of host memory that the bare base's logits may take: a small part of what is free."""
+    return min(MOST_KEPT, (free_memory("cpu") or 0) // 8)
 
 
 def subset(rows: Encoded, count: int, seed: int) -> Encoded:

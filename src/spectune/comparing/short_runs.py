@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from spectune.comparing.conditions import curve_place
 from spectune.comparing.job import Arm, Job, subset
-from spectune.comparing.schedule import SEARCH_ROWS
 from spectune.data import Encoded
 from spectune.errors import DivergedError
 from spectune.phases import Phases
@@ -15,6 +14,7 @@ from spectune.results import RunResult
 from spectune.results.comparison_file import CurvePoint, Trial
 from spectune.results.record import Record
 from spectune.training import TrainingConfig
+from spectune.training.observer import Observer
 
 #: a run on fewer rows is validated at so many points, and the best one counts
 CURVE_VALIDATIONS = 5
@@ -34,7 +34,7 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
     config = job.config_of(rate, steps, seed, eval_steps=steps)
     reason, loss, targets = None, None, 0
     with job.phases.apart() as phases:
-        rows = job.inputs.train, subset(job.inputs.valid, SEARCH_ROWS, job.config.seed)
+        rows = job.inputs.train, subset(job.inputs.valid, job.schedule.preset.search_rows, job.config.seed)
         try:
             result = _run(job, arm, config, *rows, phases, f"trying learning rate {rate:g}")
             loss, targets = result.valid_loss, result.target_tokens
@@ -83,7 +83,7 @@ def _run(
     job: Job, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encoded, phases: Phases, trying: str
 ) -> RunResult:
     with job.attached(arm, config.seed, phases) as delta:
-        return job.run(delta, job.planned(arm, config), rows, valid, phases, trying)
+        return job.run(delta, job.planned(arm, config), rows, valid, Observer(phases), trying)
 
 
 def _saved(path: Path, kind: type[R]) -> R | None:

@@ -46,15 +46,13 @@ def sample_passages(
     return [[start, *ids] for ids in drawn]
 
 
-#: bytes of the bare base's logits on all passages up to which they are kept
-MOST_KEPT = 512 * 2**20
-
-
 class KeptLogits:
     """The bare base's logits on the passages, batch by batch, in host memory: for many deltas of one base. Nothing is
-    kept where all of them would be too much, or where the device makes them faster than they are copied to it."""
+    kept where all of them would be more than `most` bytes, or where the device makes them faster than they are copied
+    to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 0) -> None:
+        self.most = most
         self._known: dict[int, Tensor] = {}
 
     def of(self, start: int, batches: int, make: Callable[[], Tensor]) -> Tensor:
@@ -62,7 +60,7 @@ class KeptLogits:
         if (known := self._known.get(start)) is not None:
             return known
         logits = make()
-        if logits.device.type == "cpu" and logits.nbytes * batches <= MOST_KEPT:
+        if logits.device.type == "cpu" and logits.nbytes * batches <= self.most:
             self._known[start] = logits
         return logits
 

@@ -13,7 +13,7 @@ from spectune.data import Encoded, Row, pad_token_id
 from spectune.errors import ConfigError
 from spectune.evaluation.corpus import CORPUS_METRICS, corpus_statistics
 from spectune.evaluation.judged import JudgedRow
-from spectune.evaluation.losses import row_losses
+from spectune.evaluation.losses import RowLosses, row_losses
 from spectune.evaluation.metrics import exact_match, rouge_l
 from spectune.evaluation.questions import Questions
 from spectune.evaluation.references import has_prompt, prompt_of, references_of
@@ -32,7 +32,7 @@ _OF_ROW = {"exact_match": exact_match, "rouge_l": rouge_l}
 
 def judge(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, *, questions: Questions | None = None,
-    phases: Phases | None = None,
+    phases: Phases | None = None, losses: RowLosses | None = None,
 ) -> list[JudgedRow]:  # fmt: skip
     """Measure every row of the task under the model's current route, in evaluation mode and without gradient.
 
@@ -43,6 +43,7 @@ def judge(
     Args:
         questions: of this task and tokenizer, for callers that judge many models.
         phases: is told where the time goes.
+        losses: of these rows under this route, where they have just been taken; of other rows they are not used.
 
     Raises:
         ConfigError: rows of the task's length have no room under this delta, or a custom metric fails.
@@ -52,13 +53,14 @@ def judge(
     phases = phases or Phases()
     with phases.of("judge"):
         questions = questions or Questions(task, tokenizer, vocabulary_rows(model))
-        return _judge(model, questions, phases)
+        return _judge(model, questions, phases, losses)
 
 
-def _judge(model: PreTrainedModel, questions: Questions, phases: Phases) -> list[JudgedRow]:
+def _judge(model: PreTrainedModel, questions: Questions, phases: Phases, losses: RowLosses | None) -> list[JudgedRow]:
     task, tokenizer, encoded = questions.task, questions.tokenizer, questions.encoded
     _check_room(model, encoded, task.max_length)
-    losses = row_losses(model, encoded.examples, pad_token_id(tokenizer, questions.vocab_size), task.batch_size)
+    if losses is None or losses.target_tokens != tuple(example.target_tokens for example in encoded.examples):
+        losses = row_losses(model, encoded.examples, pad_token_id(tokenizer, questions.vocab_size), task.batch_size)
     place_of = {id(row): place for place, row in enumerate(task.rows)}
     sums, targets = defaultdict[int, list[float]](list), defaultdict[int, int](int)
     for example, loss, count in zip(encoded.examples, losses.loss_sums, losses.target_tokens, strict=True):

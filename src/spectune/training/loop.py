@@ -125,7 +125,7 @@ class Loop:
         tokens = sum(example.length for example in members)
         # data are made ready before the clock starts: speed is that of computing
         collated = [self.batches.collate(packs) if packs else None for packs in self.batches.of_step(window)]
-        measured = self.peaks.of_step(first=self._is_first(number))
+        measured = self.peaks.of_step(first=run.observer.memory and self._is_first(number))
         rate = run.rate_at(number)
 
         if not self._in_flight:
@@ -193,13 +193,13 @@ class Loop:
 
     def validate(self, display: Display) -> bool:
         """Validation loss; keeps the best. Returns whether to stop early. Raises DivergedError: it is not finite."""
-        with self.run.phases.of("validation"):
+        with self.run.observer.phases.of("validation"):
             return self._validate(display)
 
     def _validate(self, display: Display) -> bool:
         run = self.run
         self.peaks.pause()
-        if not any(name.startswith("valid_") for name in self.peaks.found):
+        if run.observer.memory and not any(name.startswith("valid_") for name in self.peaks.found):
             # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
             # run's own validation, which counting tensors would slow down
             order = sorted(run.valid_examples, key=lambda example: -example.length)
@@ -213,6 +213,8 @@ class Loop:
         per_step = run.config.per_device_train_batch_size * self.world.size * run.config.gradient_accumulation_steps
         sources = losses.by_source(run.valid_examples)
         display.say(run.validated(valid_loss, sources, math.ceil(len(self.batches.examples) / per_step)))
+        if run.progress.best_step == run.progress.step or not run.config.load_best_at_end:
+            run.observer.losses = losses
         return run.has_stopped_improving
 
     def valid_losses(self, examples: Sequence[Example] | None = None) -> RowLosses:

@@ -179,12 +179,12 @@ class RunFolder(Keeper):
             self._board.flush()  # a kill after this goes on from here: what was logged up to here is not logged again
         if self.folder is not None:
             run = self.run
-            with run.phases.of("save"):
-                run.progress.seconds_by_phase = run.phases.record()
+            with run.observer.phases.of("save"):
+                run.progress.seconds_by_phase = run.observer.phases.record()
                 save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
 
     def keep_best(self) -> None:
-        with self.run.phases.of("save"):
+        with self.run.observer.phases.of("save"):
             self.best = self._copy()
             if self.folder is not None:
                 swap_best(self.folder, self.run.delta, self.run.progress.step, self.tokenizer, self.training)

@@ -12,10 +12,10 @@ from spectune.blocks.execution import Packing
 from spectune.data import Example
 from spectune.deltas import Delta
 from spectune.errors import ConfigError, DivergedError
-from spectune.phases import Phases
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
+from spectune.training.observer import Observer
 from spectune.training.optimizer import MasterAdamW, learning_rate_at
 from spectune.training.optimizers import make_optimizer
 from spectune.training.prepare import Prepared, total_steps
@@ -48,7 +48,7 @@ class RunState:
     Attributes:
         batches: the training rows, in batches.
         total_steps: optimizer steps of the whole run.
-        phases: where its time goes.
+        observer: what sees where its time goes, and more.
     """
 
     delta: Delta
@@ -60,7 +60,7 @@ class RunState:
     total_steps: int
     progress: Progress = field(default_factory=Progress)
     keeper: Keeper = field(default_factory=Keeper)
-    phases: Phases = field(default_factory=Phases)
+    observer: Observer = field(default_factory=Observer)
 
     @classmethod
     def of(cls, delta: Delta, prepared: Prepared, packing: Packing, world: World) -> RunState:

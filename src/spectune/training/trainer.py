@@ -14,7 +14,6 @@ from spectune.data import mixture
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
 from spectune.evaluation import perplexity
-from spectune.phases import Phases
 from spectune.results.run_result import RunResult
 from spectune.training.checkpoint import latest_checkpoint, read_state, restore
 from spectune.training.config import TrainingConfig
@@ -24,6 +23,7 @@ from spectune.training.distribution import World
 from spectune.training.identity import check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.machine import Gauges, environment, load_of
+from spectune.training.observer import Observer
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
 from spectune.training.prepare import Prepared, prepare, train_sources
 from spectune.training.run_folder import RunFolder, check_folder, load_end
@@ -46,8 +46,7 @@ def train(
     base_valid_loss: float | None = None,
     predictions: Predictions | None = None,
     rehearsed: TrainingConfig | None = None,
-    phases: Phases | None = None,
-    display: Display | None = None,
+    observer: Observer | None = None,
 ) -> RunResult:
     """Train one method (attached as `name`) or an attached delta; the delta ends as the best of validation.
 
@@ -61,8 +60,7 @@ def train(
         base_valid_loss: the bare base's loss on the validation rows, where it is known already.
         predictions: what was planned of earlier runs, for callers that train many on one base.
         rehearsed: settings of a longer run that this one stands for: steps are executed as that one's would be.
-        phases: a stopwatch that counts what came before this call, loading the base say, as this run's.
-        display: what shows how far it is; by default one on `console`.
+        observer: what sees more of the run than its result tells.
 
     Raises:
         ConfigError, DataError: bad settings or data, a delta that is not of this model or that nothing may be trained
@@ -70,7 +68,8 @@ def train(
         DoesNotFitError: the plan says that the run does not fit into memory, and `memory_check` is "refuse".
         InterruptedRun, OutOfMemoryError, DivergedError: see `spectune.errors`.
     """
-    config, world, phases = config or TrainingConfig(), World(), phases or Phases()
+    config, world, observer = config or TrainingConfig(), World(), observer or Observer()
+    phases = observer.phases
     out = (console or Console()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
@@ -83,12 +82,11 @@ def train(
     trained_parameters(delta)
     predicted = phases.call("plan", predict, delta, prepared, world, predictions, rehearsed)
     execution = _checked(predicted, delta, config)
-    run, folder = phases.call("save", _start_or_resume, delta, tokenizer, prepared, execution, world, phases, out)
+    run, folder = phases.call("save", _start_or_resume, delta, tokenizer, prepared, execution, world, observer, out)
     machine = {**environment(), **execution.settings()}
     phases.call("save", folder.begin, prepared.encoded, machine, origin or {})
     _announce(out, run, prepared, execution)
-    display = display or Display(out, delta.method.label, run.total_steps, 0)
-    stopped = _run_to_end(Loop(run, execution), folder, display, base_valid_loss)
+    stopped = _run_to_end(Loop(run, execution), folder, out, base_valid_loss)
     phases.call("save", _keep, folder)
     world.barrier()
     return _finished(folder, _result(folder, prepared, predicted, stopped))
@@ -134,17 +132,17 @@ def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out:
 
 def _start_or_resume(
     delta: Delta, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, execution: Execution, world: World,
-    phases: Phases, out: Console
+    observer: Observer, out: Console
 ) -> tuple[RunState, RunFolder]:  # fmt: skip
     """The run at its start, or where its newest checkpoint is; and what it keeps."""
     run = RunState.of(delta, prepared, execution.packing, world)
-    run.phases = phases
+    run.observer = observer
     folder, best = prepared.config.output_dir, None
     if folder is not None and prepared.config.resume and (checkpoint := latest_checkpoint(folder)) is not None:
         run.progress, recorded = read_state(checkpoint)
         check_identity(recorded, prepared.identity, checkpoint, "checkpoint")
         best = restore(checkpoint, delta, run.optimizer)
-        phases.add(run.progress.seconds_by_phase)
+        observer.phases.add(run.progress.seconds_by_phase)
         out.print(f"going on from {checkpoint}", soft_wrap=True, highlight=False)
     return run, RunFolder(folder if world.leads else None, run, best, prepared, tokenizer)
 
@@ -157,21 +155,22 @@ def _keep(folder: RunFolder) -> None:
     folder.keep_end()
 
 
-def _run_to_end(loop: Loop, folder: RunFolder, display: Display, base_valid_loss: float | None) -> bool:
+def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
     """The run to its end. Returns whether that came early because validation stopped improving."""
     run, compiled = loop.run, seconds_compiling()
+    display = run.observer.display or Display(out, run.delta.method.label, run.total_steps, 0)
     try:
         if run.progress.base_valid_loss is None:
-            with run.phases.of("validation"):
+            with run.observer.phases.of("validation"):
                 run.progress.base_valid_loss = _base_loss(loop) if base_valid_loss is None else base_valid_loss
         display.go_on_from(run.progress.step)
-        with display, run.phases.of("steps"):
+        with display, run.observer.phases.of("steps"):
             return loop.drive(display)
     except DivergedError:
         folder.go_back()
         raise
     finally:
-        run.phases.move(max(0.0, seconds_compiling() - compiled), "steps", "compile")
+        run.observer.phases.move(max(0.0, seconds_compiling() - compiled), "steps", "compile")
         loop.model.train(False)
         run.optimizer.close()
         folder.close()
@@ -220,7 +219,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         train_tokens_per_second=tokens / (progress.timed_seconds or progress.seconds),
         train_seconds=progress.seconds,
         machine_load={"train": load},
-        seconds_by_phase=folder.run.phases.record(),
+        seconds_by_phase=folder.run.observer.phases.record(),
         peak_memory_bytes=progress.peak_memory_bytes,
         predicted_memory_bytes=predicted.memory,
         memory_prediction_source=predicted.source,
