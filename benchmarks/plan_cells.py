@@ -204,7 +204,7 @@ def predict(cell: Cell, device: str) -> dict[str, Any]:
         execution = Execution(compiled, cell.recorded and device == "cuda", cell.checkpointing)  # type: ignore[arg-type]
         estimate = plan(config, method, whole, execution=execution, dtype=dtype, base_precision=cell.base_precision,
                         optim=cell.optim, device=device)  # fmt: skip
-        measured = estimate.of_first_steps([shapes] * MEASURED_STEPS)
+        measured = estimate.of_steps([shapes] * MEASURED_STEPS)
     except Exception as error:
         return {**found, "skipped": f"{type(error).__name__}: {error}"[:300]}
     peaks = {"peak_allocated": measured.peak_allocated, "peak_reserved": measured.peak_reserved}

@@ -16,7 +16,7 @@ import transformers
 from plan_cells import Cell, config_of, examples, method_of, needed, training_config
 from shapes import build
 
-from spectune.blocks.cuda_graphs import WARM_UPS
+from spectune.blocks.cuda_graphs import BEFORE_CAPTURE
 from spectune.compute.memory import PeakMemory
 from spectune.deltas import attach, detach
 from spectune.objectives import CAUSAL_LM
@@ -151,7 +151,7 @@ def measure(model: Any, cell: Cell, device: torch.device) -> dict[str, Any]:
             loop.step(window)
             if cell.recorded:
                 with PeakMemory(device, count_tensors=False) as peak:
-                    for _ in range(WARM_UPS + 1):  # traced, captured, proved
+                    for _ in range(BEFORE_CAPTURE + 1):  # traced, captured, proved
                         loop.step(window)
                 for kind, size in peak.result.items():
                     peaks = progress.peak_memory_bytes

@@ -1,4 +1,4 @@
-"""Sizes of memory and files as people write them."""
+"""Sizes of memory and files, and durations, as people write them."""
 
 import re
 
@@ -27,3 +27,11 @@ def bytes_of(size: int | str, what: str = "memory") -> int:
     if not value:
         raise ConfigError(f"{what} {size}: expected a size above zero, such as 24GiB, 2GB or 500MB")
     return value
+
+
+def duration(seconds: float) -> str:
+    """35 s, 4 min, 2 h 10 min."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

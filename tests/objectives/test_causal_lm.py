@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from spectune.compute.memory import AllocationTracker
 from spectune.objectives import CAUSAL_LM, causal_lm
 from spectune.objectives.causal_lm import causal_lm_loss_sum
 
@@ -193,6 +194,22 @@ def test_losses_of_tokens_add_up_to_the_sum_and_name_their_rows(make: type) -> N
     assert found.losses.shape == found.rows.shape == (count,)
     assert found.losses.sum().item() == pytest.approx(loss.item(), rel=1e-6)
     assert found.rows.tolist() == [0] * 5 + [1] * 4 + [2] * 2
+
+
+def test_losses_of_tokens_are_those_of_all_logits_which_never_exist() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40_000, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    model, ids = GPT2LMHeadModel(config).eval(), torch.randint(0, 40_000, (40, 32))
+    data = {"input_ids": ids, "labels": ids}
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].double()
+        CAUSAL_LM.prepare(model, data)
+        with AllocationTracker(model.parameters()) as tracker:
+            before = tracker.live_bytes
+            found = CAUSAL_LM.token_losses(model, data)
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(found.losses.double(), expected, rtol=1e-6, atol=1e-6)
+    assert tracker.peak_bytes - before < 4 * logits.numel() / 2
 
 
 def test_what_is_computed_ahead_changes_nothing() -> None:

@@ -62,3 +62,35 @@ def test_the_smallest_hole_that_fits_is_taken() -> None:
     allocator.take(13 * MIB)
     allocator.take(60 * MIB)
     assert allocator.reserved == 74 * MIB
+
+
+def test_expandable_segments_grow_at_their_end_and_cut_every_block_to_size() -> None:
+    allocator = CachingAllocator(expandable=True)
+    first = allocator.take(30 * MIB)
+    assert (allocator.allocated, allocator.reserved) == (30 * MIB, 40 * MIB)
+    second = allocator.take(9 * MIB)
+    assert (allocator.allocated, allocator.reserved) == (39 * MIB, 40 * MIB)
+    allocator.give(first)
+    # the hole is too small, and the last block is too: only what is missing is added to it
+    third = allocator.take(35 * MIB)
+    assert allocator.reserved == 80 * MIB
+    for block in (second, third):
+        allocator.give(block)
+    whole = allocator.take(79 * MIB)
+    assert (allocator.allocated, allocator.reserved) == (79 * MIB, 80 * MIB)
+    allocator.give(whole)
+    assert allocator.allocated == 0
+    small = allocator.take(1000)
+    assert (small.size, allocator.reserved) == (1024, 82 * MIB)
+
+
+def test_batches_of_unlike_sizes_leave_holes_in_segments_of_fixed_size_alone() -> None:
+    found = {}
+    for expandable in (False, True):
+        allocator = CachingAllocator(expandable=expandable)
+        for size in (20, 23, 26, 29, 33):
+            blocks = [allocator.take(size * MIB) for _ in range(10)]
+            for block in blocks:
+                allocator.give(block)
+        found[expandable] = allocator.reserved / allocator.peak_allocated
+    assert found[True] < 1.1 < 2 < found[False]

@@ -51,6 +51,7 @@ def test_the_prediction_stands_beside_what_was_measured(method: str, settings: d
         "workspace",
         "peak_allocated",
         "peak_reserved",
+        "validation",
     }
 
 

@@ -15,11 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from spectune.blocks import execution
 from spectune.blocks.compile import compiled
 from spectune.deltas import Delta, Method, attach, detach
-from spectune.families import describe
+from spectune.families import Family, describe
 from spectune.methods import METHODS, BottleneckAdapter, DoRA, LoRA
 from spectune.objectives import CAUSAL_LM
 from spectune.training import TrainingConfig, decisions, train
-from spectune.training.decisions import worth_compiling
+from spectune.training.decisions import CompilingGain, compiling_gain
 from tests.support import make_model, make_rows, make_tokenizer
 
 DEPTH = 5
@@ -181,12 +181,27 @@ def test_keeps_less_than_eager_steps_do() -> None:
     assert kept(True, DoRA(r=2)) < 1.4 * compiled_lora
 
 
+def pays(family: Family, device_type: str, **run: int) -> bool:
+    gain = compiling_gain(family, LoRA(), **run, device_type=device_type)
+    return gain is not None and gain.pays
+
+
 def test_a_run_is_compiled_where_that_pays() -> None:
     family = describe(llama())
     big = {"tokens": 10**9, "steps": 10**6, "length": 100}
-    assert worth_compiling(family, LoRA(), **big, device_type="cuda")
-    assert not worth_compiling(family, LoRA(), **big, device_type="mps")
-    assert not worth_compiling(family, LoRA(), tokens=10**4, steps=10, length=100, device_type="cuda")
+    assert pays(family, "cuda", **big)
+    assert not pays(family, "mps", **big)
+    assert not pays(family, "cuda", tokens=10**4, steps=10, length=100)
+
+
+def test_what_compiling_is_forecast_to_do_is_said_either_way() -> None:
+    assert str(CompilingGain(steps=600.0, saved=180.0, wait=25.0)) == (
+        "the blocks are compiled in the first step: it takes about 25 s, and saves about 3 min of about 10 min of steps"
+    )
+    assert str(CompilingGain(steps=40.0, saved=12.0, wait=25.0)) == (
+        "the blocks are not compiled: it would take about 25 s to save 12 s of about 40 s of steps "
+        "(torch_compile=true does it)"
+    )
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -194,8 +209,8 @@ def test_long_runs_on_a_cpu_need_a_compiler(there: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(decisions, "has_cpu_compiler", lambda: there)
     family = describe(llama())
     few = {"tokens": 10**6, "steps": 10**3, "length": 100}
-    assert worth_compiling(family, LoRA(), tokens=10**11, steps=10**6, length=100, device_type="cpu") is there
-    assert not worth_compiling(family, LoRA(), **few, device_type="cpu")
+    assert pays(family, "cpu", tokens=10**11, steps=10**6, length=100) is there
+    assert not pays(family, "cpu", **few)
 
 
 def test_a_run_that_counts_its_memory_is_compiled_all_the_same(

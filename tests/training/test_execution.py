@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from spectune.blocks.call import call_of, decoder_blocks
-from spectune.blocks.cuda_graphs import WARM_UPS
+from spectune.blocks.cuda_graphs import BEFORE_CAPTURE
 from spectune.blocks.execution import Execution, Packing
 from spectune.cli.app import build_app
 from spectune.comparing import isolated, job
@@ -32,7 +32,7 @@ from spectune.methods import METHODS, FullFineTuning, LoRA, PrefixTuning
 from spectune.storage import load
 from spectune.storage.bases import load_config
 from spectune.training import TrainingConfig, run_state, train, trainer
-from spectune.training.decisions import decide, launch_bound, worth_compiling
+from spectune.training.decisions import compiling_gain, decide, launch_bound
 from spectune.training.prediction import Prediction
 from tests.support import make_model, make_rows, make_tokenizer
 from tests.training.test_graphs import Again, batches, passes
@@ -220,7 +220,10 @@ def test_a_run_is_judged_by_the_rows_it_has() -> None:
     alike, unlike = [100] * 10, [100] * 10 + [5] * 10
     found = decide(config, family, method, alike, "cuda", steps=15)
     assert found.graphs is launch_bound(family, method, tokens=200, length=100)
-    assert found.compiled is worth_compiling(family, method, tokens=3000, steps=15, length=100, device_type="cuda")
+    gain = compiling_gain(family, method, tokens=3000, steps=15, length=100, device_type="cuda")
+    assert gain is not None
+    assert found.compiled is gain.pays
+    assert found.reason("torch_compile") == str(gain)
     assert not found.packing.on
     assert decide(config, family, method, unlike, "cpu", steps=15).packing.on
     # a GPU waits for the host here, with padding and without
@@ -275,9 +278,9 @@ def test_compiled_blocks_are_captured_with_what_compiles_them_inside() -> None:
     plain, applied = (attach(make_model(), LoRA(r=4)) for _ in range(2))
     for delta in (plain, applied):
         delta.model.train()
-    expected = passes(plain.model, plain, batches(WARM_UPS + 3))
+    expected = passes(plain.model, plain, batches(BEFORE_CAPTURE + 2))
     with Execution(compiled=True, graphs=True).applied(applied, backend="eager", capture=Again):
-        found = passes(applied.model, applied, batches(WARM_UPS + 3))
+        found = passes(applied.model, applied, batches(BEFORE_CAPTURE + 2))
     torch._dynamo.reset()
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectune.blocks.cuda_graphs import WARM_UPS, graphed
+from spectune.blocks.cuda_graphs import BEFORE_CAPTURE, graphed
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import describe
@@ -28,7 +28,7 @@ class Again:
 
     replays = 0
 
-    def running(self) -> AbstractContextManager[None]:
+    def running(self, release: Callable[[], None]) -> AbstractContextManager[None]:
         return nullcontext()
 
     def warm_up(self, function: Callable[[], None]) -> None:
@@ -49,8 +49,8 @@ class Again:
         return places, replay
 
 
-#: passes until all is captured: noted in the one after the warm-ups, captured in the next, proved in that after it
-BEFORE = WARM_UPS + 1
+#: passes until all is captured: traced in the first, captured in the next, proved in that after it
+BEFORE = BEFORE_CAPTURE
 
 
 def batches(count: int, length: int = 12) -> list[dict[str, Tensor]]:

@@ -4,6 +4,9 @@ On small models a GPU is done with a kernel before Python has launched the next.
 launches all its kernels at once (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). What is captured here
 are the blocks, forward and backward, one graph each: what stands before them (embeddings, masks) and after (the loss,
 whose size is another in every batch) makes decisions on the host, which no capture takes.
+
+A pass that is not replayed recomputes its blocks: what backward needs is then one block's, beside the graphs' own
+memory, which nothing else may use. So a run takes what its largest shape takes, however many it has.
 """
 
 from __future__ import annotations
@@ -23,21 +26,23 @@ from transformers import PreTrainedModel
 from spectune.blocks.call import Call, Wrapper, decoder_blocks, wrapped
 from spectune.blocks.compile import can_compile_now
 from spectune.blocks.graphed_block import CudaCapture, GraphedBlock, TracedCall, capture_blocks, signature
+from spectune.blocks.recompute import recomputed_call
 from spectune.errors import first_line
 from spectune.families import Family
 
 log = logging.getLogger("spectune")
 
-#: passes of a shape before it is traced and captured: what is compiled is compiled by then
-WARM_UPS = 2
-#: shapes that are captured: each has inputs and outputs of its own
-MOST_SHAPES = 8
+#: passes of a shape before it is captured: the first is traced, and compiles what is compiled
+BEFORE_CAPTURE = 1
+#: shapes that are captured: each has inputs, outputs and gradients of its own
+MOST_SHAPES = 4
 
 
 @contextlib.contextmanager
 def graphed(
     model: PreTrainedModel, family: Family, parameters: Sequence[nn.Parameter], *,
     capture: Callable[[], CudaCapture] = CudaCapture,
+    around_capture: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[None]:  # fmt: skip
     """Inside the `with`, capture the blocks for batches of shapes that come back, and replay them; leave the model as
     it was.
@@ -49,21 +54,27 @@ def graphed(
     Args:
         parameters: all that are trained.
         capture: what captures.
+        around_capture: entered for each shape's capture: while one is made, all that the graphs hold counts as
+            allocated, and never again.
     """
-    blocks = _Blocks([p for p in parameters if p.requires_grad], capture())
-    with wrapped(decoder_blocks(model, family), Wrapper.CAPTURED, blocks.of), blocks.capture.running():
+    blocks = _Blocks(model, [p for p in parameters if p.requires_grad], capture(), around_capture)
+    running = blocks.capture.running(blocks.release)
+    with running, wrapped(decoder_blocks(model, family), Wrapper.CAPTURED, blocks.of):
         yield
 
 
 class _Blocks:
     """The blocks of a model, and their graphs by the shape of the first one's input."""
 
-    def __init__(self, parameters: list[nn.Parameter], capture: CudaCapture) -> None:
+    def __init__(
+        self, model: PreTrainedModel, parameters: list[nn.Parameter], capture: CudaCapture,
+        around_capture: Callable[[], AbstractContextManager[None]],
+    ) -> None:  # fmt: skip
+        self.model, self.around_capture = model, around_capture
         self.plain: list[Call] = []
+        self.recomputed: list[Call] = []
         # one capture for all shapes: what lies between inputs and outputs shares its memory, as no two passes overlap
         self.parameters, self.capture, self.works = parameters, capture, True
-        self.seen: dict[Any, int] = {}
-        self.traces: dict[Any, CaptureTrace] = {}
         self.captured: dict[Any, list[GraphedBlock] | None] = {}
         self.shape: Any = None
         self.trace: CaptureTrace | None = None
@@ -72,7 +83,12 @@ class _Blocks:
     def of(self, index: int, layer: nn.Module, inner: Call) -> Call:
         """The call of one more block."""
         self.plain.append(inner)
+        self.recomputed.append(recomputed_call(self.model, layer, inner))
         return partial(self.call, index)
+
+    def release(self) -> None:
+        """Let go of all graphs, and of the memory that only they hold."""
+        self.captured, self.trace, self.replaying = {}, None, None
 
     def call(self, index: int, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not can_compile_now():
@@ -82,40 +98,39 @@ class _Blocks:
             self._begin(signature(leaves))
         if self.replaying is not None and self.replaying[index].takes(leaves, spec):
             return self._replay(index, leaves, args, kwargs)
-        output = self.plain[index](*args, **kwargs)
+        output = (self.recomputed if self.works else self.plain)[index](*args, **kwargs)
         if self.trace is not None:
             self.trace.add(index, leaves, spec, output)
         return output
 
     def _begin(self, shape: Any) -> None:
         """Decide what this pass does: run, run and be traced, or replay. Capture what the last pass traced."""
+        traced, trace = self.shape, self.trace
         self.shape, self.trace, self.replaying = shape, None, None
+        if trace is not None:
+            # at once, not when the shape comes back: what is captured after a larger shape finds room in its memory,
+            # and a run begins with the largest
+            trace.forget_the_pass()
+            blocks = self._captured(trace) if len(trace.calls) == len(self.plain) else None
+            if self.works:
+                self.captured[traced] = blocks
         if shape is None:
             return
-        if (trace := self.traces.pop(shape, None)) is not None:
-            trace.forget_the_pass()
-            self.captured[shape] = self._captured(trace) if len(trace.calls) == len(self.plain) else None
         if shape in self.captured:
             self.replaying = self.captured[shape]
             if self.replaying is not None:
                 self.replaying[0].inputs.clear()
-            return
-        self.seen[shape] = self.seen.get(shape, 0) + 1
-        if self.works and self.seen[shape] > WARM_UPS and len(self.captured) + len(self.traces) < MOST_SHAPES:
-            self.trace = self.traces[shape] = CaptureTrace()
+        elif self.works and len(self.captured) < MOST_SHAPES:
+            self.trace = CaptureTrace()
 
     def _captured(self, trace: CaptureTrace) -> list[GraphedBlock] | None:
         try:
-            with self._same_randomness():
-                blocks = capture_blocks(self.plain, trace.calls, self.parameters, self.capture)
+            with self.around_capture(), self._same_randomness():
+                return capture_blocks(self.plain, trace.calls, self.parameters, self.capture)
         except RuntimeError as error:
             log.warning("the blocks run without CUDA graphs: %s", first_line(error))
-            self.works = False  # what was begun in the graphs' pool cannot be taken back
+            self._give_up()
             return None
-        if self.parameters[0].device.type == "cuda":
-            # what replays hold is counted beside the allocator's peak, which passes before should not have set
-            torch.cuda.reset_peak_memory_stats(self.parameters[0].device)
-        return blocks
 
     def _replay(self, index: int, leaves: list[Any], args: Any, kwargs: Any) -> Any:
         assert self.replaying is not None
@@ -123,18 +138,24 @@ class _Blocks:
         if block.passes == 1:
             # whatever a block reads besides its arguments and weights is as it was when it was captured: look once,
             # with the batch after that one, whether it makes a difference
-            with self._same_randomness():
+            with self._same_randomness(), torch.no_grad():
                 output = self.plain[index](*args, **kwargs)
             with self._same_randomness():
                 agrees = block.agrees(leaves, output)
             if not agrees:
                 log.warning(
-                    "the blocks run without CUDA graphs for batches of this shape: block %d gives other results when "
-                    "it is replayed, so it reads something that changes from batch to batch", index,
+                    "the blocks run without CUDA graphs: block %d gives other results when it is replayed, so it reads "
+                    "something that changes from batch to batch", index,
                 )  # fmt: skip
-                self.captured[self.shape] = self.replaying = None
-                return output
+                self._give_up()
+                return self.plain[index](*args, **kwargs)
         return block(leaves)
+
+    def _give_up(self) -> None:
+        """From now on blocks run as they are. What was begun in the graphs' pool cannot be taken back, so that none of
+        its graphs is replayed."""
+        self.works = False
+        self.release()
 
     def _same_randomness(self) -> AbstractContextManager[None]:
         """Inside, random numbers that come after it once more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,9 @@ class Packing:
         virtual: virtual tokens that stand in the sequence before each row.
         longest: tokens of the longest row, of those that one compiled graph is to serve.
         mask_free: padding needs no mask: it stands on the right, and the model is causal throughout.
+        lengths: tokens that padded batches are filled up to, ascending, so that they come in few shapes; without any,
+            each is as long as its longest row.
+        rows: rows that these are filled up to.
     """
 
     on: bool = False
@@ -35,6 +39,13 @@ class Packing:
     virtual: int = 0
     longest: int = 0
     mask_free: bool = False
+    lengths: tuple[int, ...] = ()
+    rows: int = 0
+
+    def filled(self, rows: int, length: int) -> tuple[int, int]:
+        """Rows and tokens of a padded batch of `rows` whose longest has `length` tokens."""
+        longer = [size for size in self.lengths if size >= length]
+        return (max(rows, self.rows), longer[0]) if longer else (rows, length)
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,11 @@ class Execution:
 
     def recomputing(self, mode: Recomputation) -> Execution:
         """The same with another recomputation; graphs keep their activations, so they go with none alone."""
-        return replace(self, recomputation=mode, graphs=self.graphs and mode is False)
+        if not self.graphs or mode is False:
+            return replace(self, recomputation=mode)
+        reasons = tuple(reason for reason in self.reasons if reason[0] != "cuda_graphs")
+        packing = replace(self.packing, lengths=(), rows=0)
+        return replace(self, recomputation=mode, graphs=False, packing=packing, reasons=reasons)
 
     def of_first_steps(self, device_type: str) -> Execution:
         """The same as a run's first steps are executed, which hold its longest batch: not compiled where tensors are
@@ -82,13 +97,15 @@ class Execution:
     @contextlib.contextmanager
     def applied(
         self, delta: Delta, *, backend: str | Callable[..., Any] = "inductor",
-        capture: Callable[[], CudaCapture] = CudaCapture, transfers: Transfers | None = None
+        capture: Callable[[], CudaCapture] = CudaCapture, transfers: Transfers | None = None,
+        around_capture: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Iterator[None]:  # fmt: skip
         """Inside the `with`, the model of an attached delta trains like this; after it, it is as it was.
 
         Args:
             backend: of `torch.compile`.
             capture, transfers: what captures graphs, and what copies block inputs to host memory and back.
+            around_capture: as `graphed` has it.
 
         Raises:
             ConfigError: block inputs are to go to host memory, and the model is not on a CUDA device.
@@ -101,5 +118,7 @@ class Execution:
                 stack.enter_context(compiled(model, family, backend=backend, memory_budget=budget))
             stack.enter_context(recomputing(model, self.recomputation, transfers=transfers))
             if self.graphs:
-                stack.enter_context(graphed(model, family, list(delta.parameters()), capture=capture))
+                trained = list(delta.parameters())
+                graphs = graphed(model, family, trained, capture=capture, around_capture=around_capture)
+                stack.enter_context(graphs)
             yield

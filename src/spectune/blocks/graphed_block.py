@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from spectune.blocks.call import Call
+from spectune.compute.memory import release_workspaces
 
 #: what a call may hold beside tensors: values that are captured with it
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -37,10 +38,11 @@ class CudaCapture:
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """All passes run inside it, those that are not captured too."""
+    def running(self, release: Callable[[], None]) -> Iterator[None]:
+        """All passes run inside it, those that are not captured too; at its end graphs are let go by `release`."""
         outside = torch.cuda.current_stream()
-        torch.cuda.empty_cache()  # memory is kept by stream
+        release_workspaces()  # both are kept by stream
+        torch.cuda.empty_cache()
         self.stream.wait_stream(outside)
         try:
             with torch.cuda.stream(self.stream):
@@ -48,6 +50,8 @@ class CudaCapture:
         finally:
             outside.wait_stream(self.stream)
             torch.cuda.synchronize()
+            release()
+            release_workspaces()
             torch.cuda.empty_cache()
 
     def warm_up(self, function: Callable[[], None]) -> None:

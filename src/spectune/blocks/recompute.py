@@ -95,6 +95,11 @@ def _recomputed(
     return layers, Wrapper.RECOMPUTED, make
 
 
+def recomputed_call(model: PreTrainedModel, layer: nn.Module, inner: Call) -> Call:
+    """A block's call `inner`, which in training runs again in backward."""
+    return _RecomputedCall(model, layer, inner, {}, None, last=False)
+
+
 def modes(wanted: Recomputation | Literal["auto"], device_type: str) -> tuple[Recomputation, ...]:
     """What may be done on such a device, in the order in which it is tried: all of it for "auto", else what is wanted.
     Raises ConfigError where "offload" is wanted and block inputs are in host memory already."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from spectune.training.display import duration
+from spectune.sizes import duration
 
 
 @dataclass

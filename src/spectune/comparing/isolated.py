@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from spectune import errors
-from spectune.blocks.cuda_graphs import WARM_UPS
+from spectune.blocks.cuda_graphs import BEFORE_CAPTURE
 from spectune.blocks.execution import Execution
 from spectune.data import DataReport, Encoded, Row, load_rows
 from spectune.deltas import Method, attach
@@ -128,7 +128,7 @@ def _of_longest_rows(prepared: Prepared, execution: Execution) -> Prepared:
     by_length = sorted(examples, key=lambda example: -example.length)
     parts = [examples[row] for batch in first for row in batch], by_length[: config.per_device_eval_batch_size]
     # until blocks are traced, captured and replayed
-    steps = STEPS + (WARM_UPS + 1 if execution.graphs else 0)
+    steps = STEPS + (BEFORE_CAPTURE if execution.graphs else 0)
     changes = {"max_steps": steps, "eval_steps": None, "save_steps": None, "early_stopping_patience": None}
     train, valid = (Encoded(part, DataReport()) for part in parts)
     return replace(prepared, config=config.model_copy(update=changes), encoded=(train, valid))

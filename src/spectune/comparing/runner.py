@@ -13,7 +13,7 @@ from spectune.comparing.search import successive_halving
 from spectune.comparing.short_runs import on_fewer, step_seconds, trial
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError
 from spectune.results.comparison_file import Trial
-from spectune.training.display import duration
+from spectune.sizes import duration
 
 log = logging.getLogger("spectune")
 

@@ -23,6 +23,8 @@ log = logging.getLogger("spectune")
 
 #: tokens of a row that the model is run on
 _PROBED = 2
+#: of one model
+_PROBES_KEPT = 8
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -77,10 +79,13 @@ class _HeadCache:
     """What is known of one model's head, kept in the model's own `__dict__`: it lives as long as the model. Copies and
     pickles of a model start with an empty one, as their modules are others."""
 
-    #: decoder, head and names of inputs that were probed; and the recipe, or why there is none
-    probed: tuple[tuple[nn.Module, nn.Module, frozenset[str]], HeadRecipe | str] | None = None
     #: why the model's own forward is called, as last logged
     logged_reason: str | None = None
+
+    def __init__(self) -> None:
+        #: decoder, head and names of inputs that were probed -> the recipe, or why there is none; the newest few:
+        #: training, validation and packs have other names
+        self.probed: dict[tuple[nn.Module, nn.Module, frozenset[str]], HeadRecipe | str] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -145,14 +150,17 @@ def _check_unwatched(module: nn.Module, name: str) -> None:
 
 def _recipe(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> HeadRecipe:
     cache, key = _HeadCache.of(model), (decoder, head, frozenset(inputs))
-    if cache.probed is None or cache.probed[0] != key:
+    if (known := cache.probed.get(key)) is None:
         try:
-            cache.probed = key, _probe(model, decoder, head, inputs)
+            known = _probe(model, decoder, head, inputs)
         except NotPlainError as error:
-            cache.probed = key, str(error)
-    if isinstance(cache.probed[1], str):
-        raise NotPlainError(cache.probed[1])
-    return cache.probed[1]
+            known = str(error)
+        while len(cache.probed) >= _PROBES_KEPT:
+            del cache.probed[next(iter(cache.probed))]
+        cache.probed[key] = known
+    if isinstance(known, str):
+        raise NotPlainError(known)
+    return known
 
 
 def _probe(model: PreTrainedModel, decoder: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> HeadRecipe:

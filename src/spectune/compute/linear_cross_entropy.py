@@ -61,9 +61,23 @@ def linear_cross_entropy_sum(
     wanted = tuple(on and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
     settings = _Settings(scale, softcap, rows, fuse, wanted)
     if not any(wanted):
-        return _loss_and_gradients(hidden, weight, bias, targets, settings)[0]
+        return _sum(_losses_and_gradients(hidden, weight, bias, targets, settings)[0], hidden)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, settings)  # type: ignore[no-untyped-call]
     return loss
+
+
+def linear_cross_entropy_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
+    softcap: float | None = None, chunk_rows: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The losses that `linear_cross_entropy_sum` sums, `[N]` float32 (float64 where hidden is), without gradient.
+    Arguments and errors are the same."""
+    _check(hidden, weight, targets, bias)
+    rows = chunk_rows or rows_of_a_chunk(hidden.shape[0], weight, hidden.device.type)
+    settings = _Settings(scale, softcap, rows, fuse=False, wanted=(False, False, False))
+    with torch.no_grad():
+        found, _ = _losses_and_gradients(hidden, weight, bias, targets, settings)
+    return torch.cat(found) if found else hidden.new_empty(0, dtype=exact_dtype(hidden.dtype))
 
 
 def rows_of_a_chunk(rows: int, weight: Tensor, device_type: str) -> int:
@@ -95,9 +109,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
     ) -> Tensor:
-        loss, gradients = _loss_and_gradients(hidden, weight, bias, targets, settings)
+        losses, gradients = _losses_and_gradients(hidden, weight, bias, targets, settings)
         ctx.save_for_backward(*gradients)
-        return loss
+        return _sum(losses, hidden)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -107,12 +121,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*found, None, None)
 
 
-def _loss_and_gradients(
+def _sum(losses: list[Tensor], hidden: Tensor) -> Tensor:
+    """Of the losses of chunks; 0 of none."""
+    total = torch.zeros((), dtype=exact_dtype(hidden.dtype), device=hidden.device)
+    for of_chunk in losses:
+        total += of_chunk.sum()
+    return total
+
+
+def _losses_and_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss, and its gradients by hidden, weight and bias as far as they are wanted."""
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The losses of each chunk's rows, and their sum's gradients by hidden, weight and bias as far as they are
+    wanted."""
     exact, at_once = exact_dtype(hidden.dtype), min(settings.rows, hidden.shape[0])
-    loss = torch.zeros((), dtype=exact, device=hidden.device)
+    found: list[Tensor] = []
     vocabulary, weight = weight.shape[0], _filled_up(weight)
     filled_bias = None if bias is None else F.pad(bias, (0, weight.shape[0] - vocabulary))
     of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if settings.wanted[0] else None
@@ -132,10 +155,10 @@ def _loss_and_gradients(
         else:
             torch.addmm(filled_bias, rows, weight.t(), out=wide)
         logits = wide[:, :vocabulary]
-        losses, gradient = _losses_and_gradient(logits, expected, room, settings)
+        losses, gradient = _of_chunk(logits, expected, room, settings)
         if wide.shape != logits.shape:
             gradient = wide  # made in place; what was filled up has logits and gradients of zero
-        loss += losses.sum()
+        found.append(losses)
         if of_hidden is not None:
             torch.mm(gradient, weight, out=of_hidden[here])
         if of_weight is not None and of_weight.dtype == gradient.dtype:
@@ -145,12 +168,10 @@ def _loss_and_gradients(
         if of_bias is not None:
             of_bias += gradient[:, :vocabulary].sum(0, dtype=exact)
     made = None if of_weight is None else of_weight.to(weight.dtype)[:vocabulary]
-    return loss, [of_hidden, made, None if of_bias is None else of_bias.to(hidden.dtype)]
+    return found, [of_hidden, made, None if of_bias is None else of_bias.to(hidden.dtype)]
 
 
-def _losses_and_gradient(
-    logits: Tensor, targets: Tensor, room: Tensor | None, settings: _Settings
-) -> tuple[Tensor, Tensor]:
+def _of_chunk(logits: Tensor, targets: Tensor, room: Tensor | None, settings: _Settings) -> tuple[Tensor, Tensor]:
     """Losses of a chunk's rows and the gradient by its logits, whose memory is used."""
     scale, softcap, with_gradient = settings.scale, settings.softcap, any(settings.wanted)
     if settings.fuse and logits.shape[0] > 1:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -57,6 +58,19 @@ def collate(
         for begin, end in example.masked:
             row[start + begin : start + end] = IGNORED
     return batch | {"labels": labels}
+
+
+def filled(batch: dict[str, Tensor], rows: int, length: int, pad_token_id: int) -> dict[str, Tensor]:
+    """What `collate` gives, filled up to `[rows, length]` with what nothing is learned from: padding on the right, and
+    rows of padding that are not masked, since a row in which nothing may be attended to has no attention."""
+    more_rows, more_tokens = rows - batch["input_ids"].shape[0], length - batch["input_ids"].shape[1]
+    if not (more_rows or more_tokens):
+        return batch
+    values = {"input_ids": (pad_token_id, pad_token_id), "attention_mask": (0, 1), "labels": (IGNORED, IGNORED)}
+    return {
+        name: F.pad(F.pad(batch[name], (0, more_tokens), value=of_tokens), (0, 0, 0, more_rows), value=of_rows)
+        for name, (of_tokens, of_rows) in values.items()
+    }
 
 
 def collate_packs(packs: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:

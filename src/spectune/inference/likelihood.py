@@ -64,6 +64,7 @@ def _batches(
     """Batches on the model's device, the longest examples first, each with the indices of its examples."""
     for members in by_length(range(len(examples)), [example.length for example in examples], batch_size):
         batch = collate([examples[index] for index in members], pad_token_id)
+        CAUSAL_LM.precompute(batch)
         yield members, {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 

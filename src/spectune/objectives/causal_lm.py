@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, modeling_utils
 
-from spectune.compute.head import linear_head
-from spectune.compute.linear_cross_entropy import linear_cross_entropy_sum, rows_of_a_chunk
+from spectune.compute.head import LinearHead, linear_head
+from spectune.compute.linear_cross_entropy import (
+    linear_cross_entropy_losses,
+    linear_cross_entropy_sum,
+    rows_of_a_chunk,
+)
 from spectune.data.batching import IGNORED
 
 
@@ -125,28 +129,29 @@ class CausalLM:
         if head is None:
             found = self.labelled_logits(model, batch)
             return F.cross_entropy(found.logits.float(), found.targets, reduction="sum"), found.targets.numel()
-        labels: Tensor = batch["labels"]
-        # before the decoder runs: their number is read back from the device, which has least to finish now
-        positions: Tensor = batch["positions"] if "positions" in batch else target_positions(labels)
-        targets = labels.flatten().index_select(0, positions + 1)
-        hidden = head.hidden(inputs)
-        if hidden.shape[:2] != labels.shape:
-            raise ValueError(
-                f"the decoder of {type(model).__name__} gave hidden states for {list(hidden.shape[:2])} [batch, "
-                f"positions]; expected {list(labels.shape)}. Use causal_lm_loss_sum on the model's logits."
-            )
-        rows = hidden.flatten(0, 1).index_select(0, positions)
-        del hidden
+        rows, targets, _ = _labelled_states(model, head, inputs, batch)
         size = rows_of_a_chunk(rows.shape[0], head.weight, device_type or rows.device.type)
         loss = linear_cross_entropy_sum(
             rows, head.weight, targets, head.bias, scale=head.scale, softcap=head.softcap, chunk_rows=size, fuse=fuse
         )
         return loss, targets.numel()
 
-    def token_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> TokenLosses:
-        """The loss of each target of a batch, for validation: the same numbers that `loss_sum` sums, up to rounding."""
-        found = self.labelled_logits(model, batch)
-        return TokenLosses(F.cross_entropy(found.logits.float(), found.targets, reduction="none"), found.rows)
+    def token_losses(
+        self, model: nn.Module, batch: Mapping[str, Any], *, device_type: str | None = None
+    ) -> TokenLosses:
+        """The loss of each target of a batch, for validation: the same numbers that `loss_sum` sums, up to rounding,
+        without gradient; with a linear head a chunk of logits at a time, as there. Arguments and errors as there."""
+        inputs = _inputs(batch)
+        head = linear_head(model, inputs)
+        if head is None:
+            found = self.labelled_logits(model, batch)
+            return TokenLosses(F.cross_entropy(found.logits.float(), found.targets, reduction="none"), found.rows)
+        rows, targets, positions = _labelled_states(model, head, inputs, batch)
+        size = rows_of_a_chunk(rows.shape[0], head.weight, device_type or rows.device.type)
+        losses = linear_cross_entropy_losses(
+            rows, head.weight, targets, head.bias, scale=head.scale, softcap=head.softcap, chunk_rows=size
+        )
+        return TokenLosses(losses, positions // batch["labels"].shape[1])
 
     def labelled_logits(self, model: nn.Module, batch: Mapping[str, Any]) -> LabelledLogits:
         """The logits that predict the targets of a batch, with the model's head run on no more positions than it must.
@@ -180,6 +185,24 @@ class CausalLM:
 
 
 CAUSAL_LM = CausalLM()
+
+
+def _labelled_states(
+    model: nn.Module, head: LinearHead, inputs: Mapping[str, Any], batch: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the head is given for the targets of a batch `[N, d]`, the targets `[N]`, and the places that predict them
+    in the labels laid out flat `[N]`. Raises ValueError as `CausalLM.loss_sum`."""
+    labels: Tensor = batch["labels"]
+    # before the decoder runs: their number is read back from the device, which has least to finish now
+    positions: Tensor = batch["positions"] if "positions" in batch else target_positions(labels)
+    targets = labels.flatten().index_select(0, positions + 1)
+    hidden = head.hidden(inputs)
+    if hidden.shape[:2] != labels.shape:
+        raise ValueError(
+            f"the decoder of {type(model).__name__} gave hidden states for {list(hidden.shape[:2])} [batch, "
+            f"positions]; expected {list(labels.shape)}. Use causal_lm_loss_sum on the model's logits."
+        )
+    return hidden.flatten(0, 1).index_select(0, positions), targets, positions
 
 
 def head_selection(model: nn.Module) -> str:

@@ -189,12 +189,13 @@ class Estimate:
 
     def memory(self) -> dict[str, int]:
         """Terms and peaks: what a result stores beside what was measured."""
-        return {name: getattr(self, name) for name in (*TERMS, "peak_allocated", "peak_reserved")}
+        found = {name: getattr(self, name) for name in (*TERMS, "peak_allocated", "peak_reserved")}
+        return found if self.validation is None else found | {"validation": self.validation}
 
-    def of_first_steps(self, steps: Sequence[Sequence[Shape]]) -> Estimate:
-        """The estimate with the peaks of a run's first steps, each of some batches: what a run measures of itself. The
+    def of_steps(self, steps: Sequence[Sequence[Shape]]) -> Estimate:
+        """The estimate with the peaks of some steps of a run, each of some batches: what a run measures of itself. The
         optimizer's states are not there before the end of the first, which holds the longest batch."""
-        allocated, reserved = self.question.planner.first_steps(steps)
+        allocated, reserved = self.question.planner.steps(steps)
         return replace(self, peak_allocated=allocated, peak_reserved=reserved)
 
     def to_dict(self) -> dict[str, Any]:

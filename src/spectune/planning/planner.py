@@ -10,7 +10,7 @@ import torch
 
 from spectune.blocks.execution import Execution
 from spectune.errors import first_line
-from spectune.planning.graph_memory import graph_buffers, split_by_graph_pool
+from spectune.planning.graph_memory import GraphMemory, graph_buffers
 from spectune.planning.repeated_layers import UnlikeLayersError, repeat_layers
 from spectune.planning.resident_memory import ResidentMemory
 from spectune.planning.shape import Shape
@@ -63,24 +63,24 @@ class Planner:
         """The memory of a training step while the optimizer's states are there."""
         first, accumulates = self.trace(shape), self.workload.accumulates
         traces = [first, self.trace(shape, accumulating=True)] if accumulates else [first]
-        resident = self._resident()
+        resident = self._resident(shape)
         moments = resident.moments(traces[-1], accumulating=accumulates)
         largest = {term: max(moment.terms[term] for moment in moments) for term in TERMS}
         return StepMemory(tuple(moments), largest, *resident.peaks([traces, traces]))
 
-    def first_steps(self, steps: Sequence[Sequence[Shape]]) -> tuple[int, int]:
-        """Peaks, allocated and reserved, of a run's first steps of one or more batches each. The optimizer's states are
-        made at the end of the first."""
+    def steps(self, steps: Sequence[Sequence[Shape]]) -> tuple[int, int]:
+        """Peaks, allocated and reserved, of some steps of one or more batches each, of which the first has the longest
+        rows. The optimizer's states are made at its end."""
         batches = dict.fromkeys((shape, number > 0) for step in steps for number, shape in enumerate(step))
         traces = {(shape, late): self.trace(shape, accumulating=late) for shape, late in batches}
         played = [[traces[shape, number > 0] for number, shape in enumerate(step)] for step in steps]
-        return self._resident().peaks(played)
+        return self._resident(steps[0][0]).peaks(played)
 
     def peak(self, shape: Shape) -> int:
         """The peak of a step's tensors in bytes, without the allocator's rounding: quick."""
         accumulates = self.workload.accumulates
         trace = self.trace(shape, accumulating=accumulates)
-        return max(moment.total for moment in self._resident().moments(trace, accumulating=accumulates))
+        return max(moment.total for moment in self._resident(shape).moments(trace, accumulating=accumulates))
 
     def graph_buffers(self, shape: Shape) -> int:
         """Bytes of the static buffers of this batch's CUDA graphs; 0 where there are none."""
@@ -130,7 +130,8 @@ class Planner:
         if self.execution.graphs and training:
             built = self.built
             trace.buffers = graph_buffers(built.block_tensors, few, built.repeats, built.whole.in_blocks)
-            self._graph_bytes = sum(trace.buffers.extra) + max(split_by_graph_pool(trace)[0])
+            graphs = GraphMemory.of(trace, self._shares(shape))
+            self._graph_bytes = max(self._graph_bytes, graphs.arguments + graphs.pool)
         return trace
 
     def _run(self, shape: Shape, training: bool, accumulating: bool) -> Trace:
@@ -138,8 +139,17 @@ class Planner:
             return trace_step(self.built, shape, accumulating=accumulating)
         return trace_validation(self.built, shape)
 
-    def _resident(self) -> ResidentMemory:
-        return ResidentMemory(self.built.whole, self.workload.device, self.workload.optim)
+    def _resident(self, largest: Shape | None = None) -> ResidentMemory:
+        """`largest`: the shape of the batch with most tokens, where blocks are captured."""
+        shares = () if largest is None else self._shares(largest)
+        return ResidentMemory(self.built.whole, self.workload.device, self.workload.optim, shares)
+
+    def _shares(self, largest: Shape) -> tuple[float, ...]:
+        """Of the other shapes that are captured, in the largest one's tokens, the largest first."""
+        lengths = self.execution.packing.lengths if self.execution.graphs else ()
+        virtual = self.workload.method.virtual_tokens
+        others = [length for length in reversed(lengths) if length < largest.length]
+        return tuple((length + virtual) / (largest.length + virtual) for length in others)
 
     def _build(self, length: int) -> None:
         """Build anew where rows are longer than any before: sliding windows may make layers differ then."""

@@ -49,7 +49,7 @@ class _Deeper:
     """The longer trace while it is made."""
 
     def __init__(self, trace: Trace) -> None:
-        self.trace = Trace(list(trace.sizes), list(trace.labels))
+        self.trace = Trace(list(trace.sizes), list(trace.labels), between_blocks=set(trace.between_blocks))
         #: (layer, copy) -> traced number -> number: what a tensor is when that layer's events are played as that copy
         self._names: dict[tuple[int, int], dict[int, int]] = {}
         #: layer -> traced number -> number, seen from the layers above, whose neighbour is the last copy
@@ -68,6 +68,8 @@ class _Deeper:
             for _ in range(copies):
                 sizes.append(sizes[number])
                 labels.append(labels[number])
+                if number in self.trace.between_blocks:
+                    self.trace.between_blocks.add(len(sizes) - 1)
                 chain.append(len(sizes) - 1)
             last[number] = chain[-1]
             chain.append(upper)

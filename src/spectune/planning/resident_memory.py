@@ -5,15 +5,18 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from spectune.planning.allocator import Block, CachingAllocator
-from spectune.planning.graph_memory import split_by_graph_pool
+from spectune.compute.memory import has_expandable_segments
+from spectune.planning.allocator import LARGE_SEGMENT, Block, CachingAllocator
+from spectune.planning.graph_memory import GraphMemory, split_by_graph_pool
 from spectune.planning.optimizer_memory import OptimizerStep
 from spectune.planning.skeleton import WholeModel
-from spectune.planning.trace import TERMS, GraphBuffers, Moment, Trace
+from spectune.planning.trace import TERMS, Moment, Trace
 
 #: of cuBLAS, one for each thread that multiplies: forward's and backward's (aten/src/ATen/cuda/CublasHandlePool.cpp)
 CUBLAS_WORKSPACE = 4096 * 8 * 1024
 CUBLAS_WORKSPACE_BEFORE_HOPPER = (4096 * 2 + 16 * 8) * 1024
+#: what the allocator holds unused beside CUDA graphs: half a segment for each stream's and the graphs' large tensors
+GRAPHS_UNUSED = 3 * LARGE_SEGMENT // 2
 
 
 class ResidentMemory:
@@ -25,8 +28,9 @@ class ResidentMemory:
         terms: what persists, by term.
     """
 
-    def __init__(self, whole: WholeModel, device: str, optim: str) -> None:
-        self.cuda = device == "cuda"
+    def __init__(self, whole: WholeModel, device: str, optim: str, shares: Sequence[float] = ()) -> None:
+        """`shares`: of other shapes that are captured as CUDA graphs, as `GraphMemory.of` has it."""
+        self.cuda, self.shares = device == "cuda", shares
         self.weights = whole.weights
         self.optimizer = OptimizerStep(whole.trained, optim)
         self.gradients = sum(p.numel() * p.element_size() for p in whole.trained)
@@ -41,30 +45,32 @@ class ResidentMemory:
         """The parts of a step; `accumulating`: the trace is of a batch that finds gradients there. Where blocks are
         captured as CUDA graphs, all memory of what they make is the graphs' at any time."""
         buffers, inside, live = trace.buffers, [0] * (len(trace.events) + 1), trace.live()
+        static, idle = dict[str, int](), 0
         if buffers is not None:
             inside, live = split_by_graph_pool(trace)
-        pool, static = max(inside), {} if buffers is None else buffers.terms()
+            graphs, static = GraphMemory.of(trace, self.shares), buffers.terms()
+            static["activations"] += graphs.arguments - sum(buffers.arguments)
+            idle = graphs.pool - sum(buffers.extra) + sum(buffers.arguments)
         accumulated = {"gradients": self.gradients} if accumulating else {}
         head, backward, end = trace.head, trace.begin_of_backward, len(trace.events)
         moments = []
         for name, first, last in (("forward", 0, head), ("loss", head, backward), ("backward", backward, end)):
             at = max(range(first, last + 1), key=live.__getitem__)
-            idle = {"workspace": pool - inside[at]}
-            moments.append(self._moment(name, trace.by_label(at), accumulated, static, idle))
+            rest = {"workspace": idle - inside[at]}
+            moments.append(self._moment(name, trace.by_label(at), accumulated, static, rest if buffers else {}))
         # in the optimizer nothing but gradients is left, and float32 copies of some of them
         gradients = trace.by_label().get("gradients", 0) + self.optimizer.most(first=False)
-        return [*moments, self._moment("optimizer", {"gradients": gradients, "workspace": pool}, accumulated, static)]
+        return [*moments, self._moment("optimizer", {"gradients": gradients, "workspace": idle}, accumulated, static)]
 
     def _moment(self, name: str, *parts: Mapping[str, int]) -> Moment:
         return Moment(name, {term: sum(part.get(term, 0) for part in (self.terms, *parts)) for term in TERMS})
 
     def peaks(self, steps: Sequence[Sequence[Trace]]) -> tuple[int, int]:
         """Bytes allocated and reserved at the peak of some steps, one trace a batch; the optimizer's states are made in
-        the first."""
-        allocated, reserved = self._played(steps) if self.cuda else self._counted(steps)
-        buffers = steps[0][0].buffers
-        replayed = 0 if buffers is None else self._with_graph_pool(steps, buffers)
-        return max(allocated, replayed), max(reserved, replayed)
+        the first. Where blocks are captured, the first is of the largest shape."""
+        if (graphed := steps[0][0]).buffers is not None:
+            return self._with_graph_pool(steps, GraphMemory.of(graphed, self.shares))
+        return self._played(steps) if self.cuda else self._counted(steps)
 
     def _counted(self, steps: Sequence[Sequence[Trace]]) -> tuple[int, int]:
         """`peaks` of tensors alone."""
@@ -80,9 +86,8 @@ class ResidentMemory:
 
     def _played(self, steps: Sequence[Sequence[Trace]]) -> tuple[int, int]:
         """`peaks` by the rules of CUDA's allocator."""
-        allocator = CachingAllocator()
-        buffers = steps[0][0].buffers
-        for size in (*self.weights, *self.optimizer.masters, *(() if buffers is None else buffers.extra)):
+        allocator = CachingAllocator(expandable=has_expandable_segments())
+        for size in (*self.weights, *self.optimizer.masters):
             allocator.take(size)
         #: what the optimizer's steps have made and not freed, by name and size
         held: dict[tuple[str, int], list[Block]] = defaultdict(list)
@@ -111,15 +116,15 @@ class ResidentMemory:
                     allocator.give(rest.pop())
         return allocator.peak_allocated, allocator.reserved
 
-    def _with_graph_pool(self, steps: Sequence[Sequence[Trace]], buffers: GraphBuffers) -> int:
-        """Bytes of the device once graphs are replayed: what is made outside of them cannot use their memory."""
+    def _with_graph_pool(self, steps: Sequence[Sequence[Trace]], graphs: GraphMemory) -> tuple[int, int]:
+        """`peaks` where blocks are replayed: what is made outside of the graphs cannot use their memory."""
         traces = {id(trace): trace for traces in steps for trace in traces}
-        splits = [split_by_graph_pool(trace) for trace in traces.values()]
-        inside, outside = (max(max(split[number]) for split in splits) for number in (0, 1))
+        outside = max(max(split_by_graph_pool(trace)[1]) for trace in traces.values())
         gradients = steps[0][0].by_label().get("gradients", 0)
         accumulated = self.gradients if any(len(traces) > 1 for traces in steps) else 0
-        outside = max(outside, gradients + self.optimizer.most(first=False)) + accumulated
-        return sum((*self.terms.values(), *buffers.extra, inside, outside))
+        outside = max(outside, graphs.uncaptured, gradients + self.optimizer.most(first=False)) + accumulated
+        allocated = sum((*self.terms.values(), graphs.arguments, graphs.pool, outside))
+        return allocated, allocated + GRAPHS_UNUSED
 
 
 def _cublas() -> int:

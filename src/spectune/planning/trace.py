@@ -19,6 +19,7 @@ class GraphBuffers:
         unsaved: those of `outputs` that a step's forward would not keep for backward.
         hidden: gradients of blocks' inputs, each, and of the last one's output.
         weights: gradients of the weights inside of blocks.
+        block: what a block's forward and backward take by themselves.
     """
 
     arguments: list[int]
@@ -26,6 +27,7 @@ class GraphBuffers:
     unsaved: list[int]
     hidden: list[int]
     weights: list[int]
+    block: int = 0
 
     @property
     def bytes(self) -> int:
@@ -55,6 +57,8 @@ class Trace:
         marks: names of places among the events: `F<layer>` before a layer, `head` after the last one, `B<layer>` where
             backward comes to a layer.
         buffers: static buffers of the blocks' CUDA graphs, where there are any.
+        between_blocks: numbers of the tensors that one block hands to another: outputs, and gradients of inputs. Graphs
+            keep them.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -62,6 +66,7 @@ class Trace:
     events: list[int] = field(default_factory=list)
     marks: list[tuple[str, int]] = field(default_factory=list)
     buffers: GraphBuffers | None = None
+    between_blocks: set[int] = field(default_factory=set)
 
     def signed(self, event: int) -> int:
         """Bytes made (above 0) or freed."""

@@ -71,9 +71,14 @@ def trace_step(built: Skeleton, shape: Shape, *, accumulating: bool = False) -> 
 
 def trace_validation(built: Skeleton, shape: Shape) -> Trace:
     """Trace the loss of a batch without gradients, as validation takes it. Marks as in `trace_step`, forward only."""
-    tracer, kernels = _tracer(built, shape), kernels_of(built.workload.device, cudnn=built.execution.cudnn)
-    with evaluating(built.model), kernels, tracer, _marked(tracer, built):
-        CAUSAL_LM.token_losses(built.model, _batch(shape, training=False))
+    tracer, device, batch = _tracer(built, shape), built.workload.device, _batch(shape, training=False)
+    kernels = partial(kernels_of, device, cudnn=built.execution.cudnn)
+    batch["positions"] = torch.zeros(shape.all_targets, dtype=torch.int64, device="meta")
+    with evaluating(built.model):
+        with kernels(), Tracer(_TINY, ()):  # found out once a model, before its first batch: no part of any
+            CAUSAL_LM.prepare(built.model, _batch(_TINY, training=False))
+        with kernels(), tracer, _marked(tracer, built):
+            CAUSAL_LM.token_losses(built.model, batch, device_type=device)
     return tracer.trace
 
 
@@ -129,9 +134,14 @@ def _marked(tracer: Tracer, built: Skeleton) -> Iterator[None]:
     """Mark where each layer begins, forward and backward: around its whole call, compiled or recomputed as it is."""
     last = len(built.layers) - 1
 
-    def arrives(index: int) -> None:
+    def arrives(index: int, gradient: Tensor) -> None:
         tracer.in_layers = True
         tracer.mark(f"B{index}")
+        hands_over(gradient)
+
+    def hands_over(tensor: Tensor) -> None:
+        if (number := tracer.number_of(tensor)) is not None:
+            tracer.trace.between_blocks.add(number)
 
     def marking(index: int, call: Any) -> Any:
         def marked(*args: Any, **kwargs: Any) -> Any:
@@ -144,8 +154,10 @@ def _marked(tracer: Tracer, built: Skeleton) -> Iterator[None]:
                 tracer.label = "logits"
                 tracer.mark("head")
             out = output[0] if isinstance(output, tuple) else output
-            if isinstance(out, Tensor) and out.requires_grad:
-                out.register_hook(lambda _: arrives(index))  # type: ignore[no-untyped-call]
+            if isinstance(out, Tensor):
+                hands_over(out)
+                if out.requires_grad:
+                    out.register_hook(partial(arrives, index))  # type: ignore[no-untyped-call]
             return output
 
         return marked

@@ -4,6 +4,7 @@ import functools
 import logging
 import sysconfig
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from spectune.errors import ConfigError
 from spectune.families import Family
 from spectune.methods import LoRA
 from spectune.planning.flops import flops_per_token, virtual_in_sequence
+from spectune.sizes import duration
+from spectune.training.batch_shapes import batch_shapes
 from spectune.training.config import TrainingConfig
 from spectune.training.prepare import Prepared, total_steps
 
@@ -28,11 +31,10 @@ log = logging.getLogger("spectune")
 LAUNCH_SECONDS_PER_LAYER = 1.5e-3
 #: what a GPU computes of a block's operations
 OPERATIONS_PER_SECOND = 4e14
-#: what it takes to compile the blocks of a model, about; see docs/performance.md
-COMPILE_SECONDS = 60.0
-#: kind of device -> the share of a step that compiling saves, and the operations that training without it reaches in a
-#: second (on a fast device: what is long there is long on any)
-_COMPILING = {"cuda": (0.2, 3e14), "cpu": (0.1, 5e11)}
+#: kind of device -> seconds that it takes to compile the blocks of a model, about; the share of a step that this saves;
+#: the operations that training without it reaches in a second (on a fast device: what is long there is long on any).
+#: See docs/performance.md: on an H200 3 to 26 s, and 8B packed rows at 11,197 tokens/s eagerly, 18,438 compiled
+_COMPILING = {"cuda": (25.0, 0.3, 3e14), "cpu": (60.0, 0.1, 5e11)}
 #: `packing="auto"` packs where that leaves out so much of the tokens that are computed: below it, a step's time changes
 #: by less than it does from run to run, and each batch's shape would be another for it
 WORTH = 0.1
@@ -76,12 +78,25 @@ def decide(
     if config.cuda_graphs == "auto":
         possible = device_type == "cuda" and not packing.on and mode is False
         graphs = possible and launch_bound(family, method, tokens=rows * length, length=length)
-    compiled, steps = config.torch_compile is True, steps or 0
+    compiled, why_compiled, steps = config.torch_compile is True, None, steps or 0
     if config.torch_compile == "auto":
         tokens = steps * rows * config.gradient_accumulation_steps * length
-        compiled = worth_compiling(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
+        gain = compiling_gain(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
+        compiled, why_compiled = gain is not None and gain.pays, None if gain is None or not steps else str(gain)
     cudnn = takes_cudnn(family, lengths, steps, config, packs=packing.on)
-    return Execution(compiled, graphs, mode, cudnn, packing).because("packing", why_packing)
+    execution = Execution(compiled, graphs, mode, cudnn, packing).because("packing", why_packing)
+    execution = execution.because("torch_compile", why_compiled)
+    return _in_few_shapes(execution, lengths, config) if graphs else execution
+
+
+def _in_few_shapes(execution: Execution, lengths: Sequence[int], config: TrainingConfig) -> Execution:
+    """With batches of the few shapes that are captured, and a line on what that costs."""
+    shapes = batch_shapes(lengths, config)
+    packing = replace(execution.packing, lengths=shapes.lengths, rows=shapes.rows)
+    said = f"{shapes.cost:.1%} more tokens than padded to the longest row of each"
+    many = "one length" if len(shapes.lengths) == 1 else f"{len(shapes.lengths)} lengths"
+    line = f"blocks are captured as CUDA graphs, for batches padded to {many} ({said})" if shapes.cost > 0 else None
+    return replace(execution, packing=packing).because("cuda_graphs", line)
 
 
 def decide_run(delta: Delta, prepared: Prepared, processes: int = 1, config: TrainingConfig | None = None) -> Execution:
@@ -106,15 +121,38 @@ def possible_modes(
     return found[found.index(True) :] if wanted == "auto" else (True,) if wanted is False else found
 
 
-def worth_compiling(family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str) -> bool:
-    """Whether a run of so many `tokens`, in rows of `length` on average, saves more time by compiling than it takes."""
+@dataclass(frozen=True)
+class CompilingGain:
+    """What compiling the blocks would do to a run, in seconds: what its steps take without, how much less they take
+    with it, and how long it takes to compile."""
+
+    steps: float
+    saved: float
+    wait: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether the run ends earlier."""
+        return self.saved > self.wait
+
+    def __str__(self) -> str:
+        saves, wait = f"{duration(self.saved)} of about {duration(self.steps)} of steps", duration(self.wait)
+        if self.pays:
+            return f"the blocks are compiled in the first step: it takes about {wait}, and saves about {saves}"
+        return f"the blocks are not compiled: it would take about {wait} to save {saves} (torch_compile=true does it)"
+
+
+def compiling_gain(
+    family: Family, method: Method, *, tokens: int, steps: int, length: int, device_type: str
+) -> CompilingGain | None:
+    """What compiling does to a run of so many `tokens`, in rows of `length` on average; None where nothing compiles."""
     if device_type not in _COMPILING or (device_type == "cpu" and not has_cpu_compiler()):
-        return False
-    saved, operations_per_second = _COMPILING[device_type]
+        return None
+    wait, saved, operations_per_second = _COMPILING[device_type]
     seconds = tokens * flops_per_token(family, method, max(1, length)) / operations_per_second
     if device_type == "cuda":
         seconds = max(seconds, steps * len(family.layers) * LAUNCH_SECONDS_PER_LAYER)
-    return seconds * saved > COMPILE_SECONDS
+    return CompilingGain(seconds, seconds * saved, wait)
 
 
 @functools.cache

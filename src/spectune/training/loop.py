@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spectune.blocks.compile import can_compile_now
 from spectune.blocks.execution import Execution
-from spectune.compute.memory import PeakMemory
+from spectune.compute.memory import PeakMemory, counts_tensors
 from spectune.data import Example
 from spectune.deltas import route
 from spectune.errors import InterruptedRun, OutOfMemoryError
@@ -109,7 +109,8 @@ class Loop:
         delta = self.run.delta
         self.model.train()
         # by name: whatever else is attached, or active, this delta is what is trained and validated
-        with route(self.model, delta.name), self.execution.applied(delta), self.batches.listening(self.model):
+        applied = self.execution.applied(delta, around_capture=self.peaks.set_aside)
+        with route(self.model, delta.name), applied, self.batches.listening(self.model):
             yield
 
     def step(self, window: list[list[int]]) -> float:
@@ -199,13 +200,17 @@ class Loop:
     def _validate(self, display: Display) -> bool:
         run = self.run
         self.peaks.pause()
-        if run.observer.memory and not any(name.startswith("valid_") for name in self.peaks.found):
-            # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
-            # run's own validation, which counting tensors would slow down
-            order = sorted(run.valid_examples, key=lambda example: -example.length)
+        if counts_tensors(self.model.device.type):
+            if run.observer.memory and not any(name.startswith("valid_") for name in self.peaks.found):
+                # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
+                # run's own validation, which counting tensors would slow down
+                order = sorted(run.valid_examples, key=lambda example: -example.length)
+                with self.peaks.of("valid"):
+                    self.valid_losses(order[: run.config.per_device_eval_batch_size])
+            losses = self.valid_losses()
+        else:
             with self.peaks.of("valid"):
-                self.valid_losses(order[: run.config.per_device_eval_batch_size])
-        losses = self.valid_losses()
+                losses = self.valid_losses()
         valid_loss = losses.mean_per_token
         self.peaks.resume()
         if not math.isfinite(valid_loss):

@@ -36,11 +36,20 @@ class Peaks:
             self._stretch.__enter__()
 
     def pause(self) -> None:
-        """Training stops for a validation."""
+        """Training stops, for a validation say."""
         if self._stretch is not None:
             self._stretch.__exit__(None, None, None)
             self.keep("train", self._stretch)
             self._stretch = None
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Around what is not to be counted as a step's."""
+        measuring = self._stretch is not None
+        self.pause()
+        yield
+        if measuring:
+            self.resume()
 
     def of_step(self, first: bool) -> AbstractContextManager[PeakMemory | None]:
         """Around a step; `first`: it is one of the process's first. What it gives is for `keep`."""

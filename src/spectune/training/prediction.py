@@ -11,10 +11,12 @@ import torch
 from spectune.blocks.execution import Execution, Packing
 from spectune.blocks.recompute import Recomputation
 from spectune.compute.cudnn import cudnn_allowed
+from spectune.compute.memory import counts_tensors, release_workspaces
 from spectune.data import Example
 from spectune.deltas import Delta
 from spectune.errors import DoesNotFitError, first_line
 from spectune.families import family_from_config
+from spectune.planning.allocator import ROUND
 from spectune.planning.device_memory import free_memory
 from spectune.planning.estimate import Estimate, shown
 from spectune.planning.memory_plan import cheapest_that_fits
@@ -39,6 +41,10 @@ WORDS: dict[Recomputation, str] = {
 #: a run is refused where its tensors alone, with a margin for the prediction's error (`margin_of`), are more than there
 #: is. The plan of compiled blocks that recompute is up to 6% too low (docs/decisions.md, 2026-11-28)
 MARGIN, COMPILED_MARGIN = 1.03, 1.06
+#: what of a plan's figures grows with what the process holds beside the model
+PEAKS = ("peak_allocated", "peak_reserved", "validation")
+#: steps of a run that are looked at for its largest batch
+_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class PlannedBatches:
     Attributes:
         longest: the longest of training, padded: a pack's batch has no more tokens, so what is refused, and advised, is
             by that.
-        steps: of the first steps, which are measured, as this process runs them.
+        steps: of the steps whose peak is the run's measured one, as this process runs them (see `_planned_steps`).
         validation: the longest of validation, or rows of one that is as long as training's; None where there is none.
     """
 
@@ -58,16 +64,18 @@ class PlannedBatches:
 
     @classmethod
     def of(
-        cls, rows: tuple[Sequence[Example], Sequence[Example]], config: TrainingConfig, packing: Packing, world: World
-    ) -> PlannedBatches:
+        cls, rows: tuple[Sequence[Example], Sequence[Example]], config: TrainingConfig, packing: Packing, world: World,
+        device_type: str
+    ) -> PlannedBatches:  # fmt: skip
         """Of a run on these rows of training and of validation."""
         examples, valid = rows
-        [[first, *_], *_] = _first_steps(examples, config, world, Packing())
-        longest, steps = shape_of(first), _first_steps(examples, config, world, packing)
+        padding = replace(packing, on=False)
+        [[first, *_], *_] = _planned_steps(examples, config, padding, world, "cpu")
+        steps = _planned_steps(examples, config, packing, world, device_type)
         return cls(
-            replace(longest, padded=longest.padded and not packing.mask_free),
+            shape_of(first, padding),
             tuple(tuple(shape_of(packs, packing) for packs in step) for step in steps),
-            _validation(valid, config, padded=longest.padded),
+            _validation(valid, config, padded=len({row.length for [row] in first}) > 1),
         )
 
 
@@ -78,7 +86,8 @@ class Prediction:
     Attributes:
         execution: with the recomputation that it takes to fit.
         estimate: of its longest batch, with the optimizer's states: the most that the run takes.
-        memory: terms, and the peaks of the first steps, which are what is measured.
+        memory: terms, and the peaks of the steps that are measured and of validation; on CUDA with what the process
+            holds beside the model (`held`), which counts in what is measured.
         source: "trace" or "full trace" as the estimate says, "none" where the base could not be described, None where
             nobody wants it.
     """
@@ -98,7 +107,7 @@ class Predictions:
         self._known: dict[object, tuple[Estimate, dict[str, int]]] = {}
 
     def of(self, workload: Workload, found: PlannedBatches, execution: Execution) -> tuple[Estimate, dict[str, int]]:
-        """The estimate of a run, and its terms with the peaks of the first steps."""
+        """The estimate of a run, and its terms with the peaks of the steps that are measured."""
         known = replace(workload, config=None), workload.config.to_json_string()  # type: ignore[arg-type]
         key = (*known, found, execution, cudnn_allowed())
         if key not in self._known:
@@ -106,7 +115,7 @@ class Predictions:
                 del self._known[next(iter(self._known))]
             with torch.random.fork_rng(devices=[]):
                 estimate = estimate_of(workload, found.longest, found.validation, execution)
-                self._known[key] = estimate, estimate.of_first_steps(found.steps).memory()
+                self._known[key] = estimate, estimate.of_steps(found.steps).memory()
         return self._known[key]
 
 
@@ -132,7 +141,8 @@ def predict(
     possible = possible_modes(config, model.device.type, model)
     free, known = free_memory(model.device), known or Predictions()
     try:
-        found = PlannedBatches.of((prepared.examples, prepared.valid), config, execution.packing, world)
+        rows = prepared.examples, prepared.valid
+        found = PlannedBatches.of(rows, config, execution.packing, world, model.device.type)
         workload = Workload.of(model, delta.method, None, model.device, optim=config.optim,
                                accumulates=config.gradient_accumulation_steps > 1)  # fmt: skip
 
@@ -149,7 +159,29 @@ def predict(
     except Exception as error:
         log.warning("the memory of this run is not predicted: %s: %s", type(error).__name__, first_line(error))
         return Prediction(execution, source="none")
-    return Prediction(how, estimate, memory, estimate.source)
+    return Prediction(how, estimate, _beside(memory, held_beside(delta)), estimate.source)
+
+
+def _beside(memory: dict[str, int], held: int) -> dict[str, int]:
+    """A plan's terms and peaks, beside so many bytes that the process holds."""
+    peaks = {name: size + held for name, size in memory.items() if name in PEAKS}
+    return memory | peaks | ({"held": held} if held else {})
+
+
+def held_beside(delta: Delta) -> int:
+    """Bytes that tensors of this process take of the CUDA device beside the base and the delta: other models, say; 0
+    elsewhere."""
+    device = delta.model.device
+    if device.type != "cuda":
+        return 0
+    release_workspaces()  # which are planned
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(delta) if t.is_cuda}
+    own = sum(-(-size // ROUND) * ROUND for size in storages.values())
+    return max(0, torch.cuda.memory_allocated(device) - own)
+
+
+def _tensors(delta: Delta) -> list[torch.Tensor]:
+    return [*delta.model.parameters(), *delta.model.buffers(), *delta.parameters()]
 
 
 def plan_unloaded(
@@ -173,7 +205,7 @@ def plan_unloaded(
     batch, judged = Shape.whole(config.per_device_train_batch_size, length), config.per_device_eval_batch_size
     found = PlannedBatches(batch, (), judged)
     if examples:
-        found = PlannedBatches.of((examples, valid), config, execution.packing, World())
+        found = PlannedBatches.of((examples, valid), config, execution.packing, World(), device)
 
     def planned(mode: Recomputation) -> tuple[Execution, Estimate]:
         how = execution.recomputing(mode)
@@ -241,19 +273,42 @@ def _room(free: int, delta: Delta) -> int:
     return free + sum(t.numel() * t.element_size() for t in {*delta.model.parameters(), *delta.parameters()})
 
 
-def _first_steps(
-    examples: Sequence[Example], config: TrainingConfig, world: World, packing: Packing
+def _planned_steps(
+    examples: Sequence[Example], config: TrainingConfig, packing: Packing, world: World, device_type: str
 ) -> list[list[list[list[Example]]]]:
-    """The batches (of packs of rows) of the steps that are measured, as this process runs them; epoch 0 begins with the
-    longest row. Of a step's batches the first two: the others are no longer, and find gradients there as the second
-    does."""
+    """The batches (of packs of rows) of the steps whose peak is what is measured, as this process runs them: where
+    tensors are counted, the first steps; epoch 0 begins with the longest row. On CUDA all steps are measured: with the
+    first come the one with most places and the one with most targets. Of a step's batches the first two: the others
+    are no longer, and find gradients there as the second does."""
     batches = Batches(examples, config, packing, world)
     windows = batches.windows(0)
     total = config.max_steps if config.max_steps > 0 else round(len(windows) * config.num_train_epochs)
-    windows = (windows * MEMORY_STEPS if len(windows) == 1 else windows)[: max(1, min(MEMORY_STEPS, total))]
-    # a process without rows of its own is taken to have the first ones
-    found = [[batch for batch in batches.of_step(w) if batch][:2] or [[[row] for row in w[0]]] for w in windows]
-    return [[[[examples[row] for row in pack] for pack in batch] for batch in step] for step in found]
+    count = max(1, min(MEMORY_STEPS, total))
+    first = (windows * MEMORY_STEPS if len(windows) == 1 else windows)[:count]
+
+    def step(window: list[list[int]]) -> list[list[list[Example]]]:
+        # a process without rows of its own is taken to have the first ones
+        found = [batch for batch in batches.of_step(window) if batch][:2] or [[[row] for row in window[0]]]
+        return [[[examples[row] for row in pack] for pack in batch] for batch in found]
+
+    steps = [step(window) for window in first]
+    if counts_tensors(device_type):
+        return steps
+    later, epoch = list(windows), 1
+    while len(later) < min(total, _LOOKED_AT):
+        later += batches.windows(epoch)
+        epoch += 1
+    others = [step(window) for window in later[count : min(total, _LOOKED_AT)]]
+    most = [max(others, key=size, default=steps[0]) for size in (_places, _targets)]
+    return [*steps, *(step for number, step in enumerate(most) if step not in most[:number])]
+
+
+def _places(step: Sequence[Sequence[Sequence[Example]]]) -> int:
+    return max(len(batch) * max(sum(row.length for row in pack) for pack in batch) for batch in step)
+
+
+def _targets(step: Sequence[Sequence[Sequence[Example]]]) -> int:
+    return max(sum(row.target_tokens for pack in batch for row in pack) for batch in step)
 
 
 def _validation(valid: Sequence[Example], config: TrainingConfig, *, padded: bool) -> Shape | None:
@@ -271,8 +326,9 @@ def shape_of(packs: Sequence[Sequence[Example]], packing: Packing | None = None)
     rows = [[row.length for row in pack] for pack in packs]
     lengths = [sum(pack) for pack in rows]
     targets = [sum(row.target_tokens for row in pack) for pack in packs]
-    padded = min(lengths) < max(lengths) and (packing is None or not packing.mask_free)
-    found = Shape(len(packs), max(lengths), max(targets), sum(targets), padded, _columns(packs))
+    size = (len(packs), max(lengths)) if packing is None else packing.filled(len(packs), max(lengths))
+    padded = min(lengths) < size[1] and (packing is None or not packing.mask_free)
+    found = Shape(*size, max(targets), sum(targets), padded, _columns(packs))
     if packing is None or not packing.on:
         return found
     return replace(found, documents=tuple(map(tuple, rows)), kernel=packing.kernel)

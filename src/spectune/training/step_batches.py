@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from spectune.blocks.execution import Packing
 from spectune.compute.masks import OneTextRows
-from spectune.data import Example, batches, by_length, collate, collate_packs, pack_step
+from spectune.data import Example, batches, by_length, collate, collate_packs, filled, pack_step
 from spectune.deltas import packed, packing
 from spectune.objectives import CAUSAL_LM
 from spectune.training.config import TrainingConfig
@@ -24,6 +24,8 @@ class Batches:
         self.examples, self.config, self.packing, self.world = examples, config, packing, world
         self.pad_token_id = pad_token_id
         self.lengths = [example.length for example in examples]
+        # batches of one shape are one graph's, with a mask or without: not now and then without
+        self._has_mask = not packing.mask_free and bool(packing.lengths) and len(set(self.lengths)) > 1
         self._one_text_rows = OneTextRows()
 
     def windows(self, epoch: int) -> list[list[list[int]]]:
@@ -56,7 +58,8 @@ class Batches:
             batch = collate_packs(members, self.pad_token_id)
         else:
             batch = collate([example for pack in members for example in pack], self.pad_token_id)
-            if self.packing.mask_free or bool(batch["attention_mask"].all()):
+            batch = filled(batch, *self.packing.filled(*batch["input_ids"].shape), self.pad_token_id)
+            if self.packing.mask_free or (not self._has_mask and bool(batch["attention_mask"].all())):
                 del batch["attention_mask"]
         # made here, where asking costs nothing: on the device it would wait for what runs there
         CAUSAL_LM.precompute(batch)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.blocks.compile import seconds_compiling
 from spectune.blocks.execution import Execution
+from spectune.compute.memory import leaving_nothing
 from spectune.data import mixture
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError
@@ -28,8 +30,6 @@ from spectune.training.prediction import Prediction, Predictions, check_memory, 
 from spectune.training.prepare import Prepared, prepare, train_sources
 from spectune.training.run_folder import RunFolder, check_folder, load_end
 from spectune.training.run_state import RunState, trained_parameters
-
-_COMPILES = "the blocks are compiled in the first step, which takes a minute or so (torch_compile=false: not)"
 
 
 def train(
@@ -68,37 +68,60 @@ def train(
         DoesNotFitError: the plan says that the run does not fit into memory, and `memory_check` is "refuse".
         InterruptedRun, OutOfMemoryError, DivergedError: see `spectune.errors`.
     """
-    config, world, observer = config or TrainingConfig(), World(), observer or Observer()
-    phases = observer.phases
-    out = (console or Console()) if world.leads else Console(quiet=True)
+    asked = _Asked(
+        config or TrainingConfig(), name, origin or {}, console, base_valid_loss, predictions, rehearsed,
+        observer or Observer(),
+    )  # fmt: skip
+    with leaving_nothing(model.device):
+        return _trained(model, tokenizer, method_or_delta, (train_rows, valid_rows), asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `train` is given beside a model, a method and rows."""
+
+    config: TrainingConfig
+    name: str
+    origin: Mapping[str, Any]
+    console: Console | None
+    base_valid_loss: float | None
+    predictions: Predictions | None
+    rehearsed: TrainingConfig | None
+    observer: Observer
+
+
+def _trained(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method_or_delta: Method | Delta, rows: tuple[Any, Any],
+    asked: _Asked
+) -> RunResult:  # fmt: skip
+    """`train`. When it returns, it holds nothing of the device any more but the delta's weights."""
+    config, world, phases = asked.config, World(), asked.observer.phases
+    out = (asked.console or Console()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
-    delta = phases.call("prove", _attach, model, tokenizer, method_or_delta, name, config.seed)
-    given = delta.method, train_rows, valid_rows, config, delta.base_fingerprint
+    delta = phases.call("prove", _attach, model, tokenizer, method_or_delta, asked.name, config.seed)
+    given = delta.method, *rows, config, delta.base_fingerprint
     prepared = phases.call("rows", prepare, model, tokenizer, *given)
     if finished is not None:
         phases.add(finished.seconds_by_phase)
         return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
-    predicted = phases.call("plan", predict, delta, prepared, world, predictions, rehearsed)
-    execution = _checked(predicted, delta, config)
-    run, folder = phases.call("save", _start_or_resume, delta, tokenizer, prepared, execution, world, observer, out)
-    machine = {**environment(), **execution.settings()}
-    phases.call("save", folder.begin, prepared.encoded, machine, origin or {})
-    _announce(out, run, prepared, execution)
-    stopped = _run_to_end(Loop(run, execution), folder, out, base_valid_loss)
-    phases.call("save", _keep, folder)
-    world.barrier()
-    return _finished(folder, _result(folder, prepared, predicted, stopped))
-
-
-def _checked(predicted: Prediction, delta: Delta, config: TrainingConfig) -> Execution:
-    """How the run is executed. Raises DoesNotFitError or ConfigError where it cannot be."""
+    predicted = phases.call("plan", predict, delta, prepared, world, asked.predictions, asked.rehearsed)
     check_memory(predicted, delta, config.memory_check)
     execution = predicted.execution
     if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
-        check_graphs(delta.model.device.type, execution.packing.on, execution.recomputation)
-    return execution
+        check_graphs(model.device.type, execution.packing.on, execution.recomputation)
+    parts = prepared, execution, world, asked.observer
+    run, folder = phases.call("save", _start_or_resume, delta, tokenizer, *parts, out)
+    phases.call("save", folder.begin, prepared.encoded, {**environment(), **execution.settings()}, asked.origin)
+    _announce(out, run, prepared, execution)
+    stopped = _run_to_end(Loop(run, execution), folder, out, asked.base_valid_loss)
+    phases.call("save", _keep, folder)
+    world.barrier()
+    result = _result(folder, prepared, predicted, stopped)
+    if folder.folder is not None:
+        result.save(folder.folder / "result.json")
+    return result
 
 
 def _attach(
@@ -189,12 +212,6 @@ def _base_loss(loop: Loop) -> float:
     return loss
 
 
-def _finished(folder: RunFolder, result: RunResult) -> RunResult:
-    if folder.folder is not None:
-        result.save(folder.folder / "result.json")
-    return result
-
-
 def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stopped: bool) -> RunResult:
     delta, progress, config = folder.run.delta, folder.run.progress, folder.run.config
     best = config.load_best_at_end
@@ -244,9 +261,10 @@ def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execut
         mixture(prepared.encoded[0].report) or None,
         None if notice is None else f"note: {notice}",
         execution.reason("packing"),
+        execution.reason("cuda_graphs"),
         *(f"{line} (see data_report.json)" for line in summaries if line),
         execution.reason("gradient_checkpointing"),
-        _COMPILES if execution.compiled else None,
+        execution.reason("torch_compile"),
     ]
     for line in (line for line in lines if line is not None):
         out.print(line, soft_wrap=True, highlight=False, markup=False)
