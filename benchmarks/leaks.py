@@ -298,7 +298,8 @@ def main() -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.unlink(missing_ok=True)
     begin = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join((str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     workers = [
         subprocess.Popen([sys.executable, "-m", "benchmarks.leaks", *sys.argv[1:], "--worker", order], env=environment)
         for order in orders(args.modes)

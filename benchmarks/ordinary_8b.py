@@ -29,7 +29,12 @@ def environment(tree: Path = ROOT) -> dict[str, str]:
     """Of a process that runs the spectune of a source tree (or of its `src`)."""
     source = tree / "src" if (tree / "src").is_dir() else tree
     paths = [str(source), str(ROOT)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
+        "HF_HUB_OFFLINE": "1",
+        "NO_COLOR": "1",
+    }
 
 
 def wait_for(folder: Path, maker: subprocess.Popen[bytes]) -> None:

@@ -325,7 +325,10 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if args.page:
-        args.page.write_text("\n".join(lines), encoding="utf-8")
+        # what stands below the table is not of these cases, and stays
+        before = args.page.read_text(encoding="utf-8") if args.page.exists() else ""
+        below = before[before.index("\n## ") :] if "\n## " in before else ""
+        args.page.write_text("\n".join(lines) + below, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -162,15 +162,17 @@ def _work(pipe: Connection, setting: Setting) -> None:
 
     torch.set_num_threads(setting.threads)
     cuda = torch.cuda.is_available()
-    where = {"device": "cuda", "dtype": "bfloat16"} if cuda else {"device": "cpu"}
-    held, base_loss, model, tokenizer, rows = "", None, None, None, []
+    where: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16"} if cuda else {"device": "cpu"}
+    held, base_loss = "", None
+    model: Any
+    tokenizer: Any
     while True:
         base, name, rate = pipe.recv()
         if base != held:
             model = None
             model, tokenizer = spectune.load(setting.folders[base], **where)
             read = [load_rows(setting.material / f"{part}.jsonl") for part in ("train", "valid")]
-            rows = [encode(part, tokenizer, max_length=MAX_LENGTH, separator="\n") for part in read]
+            train, valid = (encode(part, tokenizer, max_length=MAX_LENGTH, separator="\n") for part in read)
             held, base_loss = base, None
         method = method_from_name(name)
         config = spectune.TrainingConfig(
@@ -183,7 +185,9 @@ def _work(pipe: Connection, setting: Setting) -> None:
         delta = spectune.attach(model, method, "run", tokenizer=tokenizer, keep_base=method.trains_base)
         try:
             quiet = Console(file=io.StringIO())
-            result = spectune.train(model, tokenizer, delta, *rows, config, console=quiet, base_valid_loss=base_loss)
+            result = spectune.train(
+                model, tokenizer, delta, train, valid, config, console=quiet, base_valid_loss=base_loss
+            )
             base_loss, loss = result.base_valid_loss, result.valid_loss
         except DivergedError:
             pass

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
-from benchmarks.rates.page import loss_between
-from benchmarks.rates.sweep import MOST, Arm
+from benchmarks.rates.page import HIDDEN, loss_between
+from benchmarks.rates.sweep import MOST, Arm, records
+
+from spectune.methods import BY_NAME
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "rates.jsonl"
 
 
 def tried(best: float, diverges_from: float = math.inf) -> Arm:
@@ -47,3 +52,20 @@ def test_the_loss_at_the_default_lies_between_its_neighbours() -> None:
     assert loss_between(ended, 1e-2) == 1.0
     assert loss_between(ended, math.sqrt(1e-1 * 1e-2)) == pytest.approx(2.0)
     assert loss_between(ended, 1.0) is None
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name != "dora"])  # DoRA has LoRA's rule
+def test_on_every_base_that_was_swept_the_default_is_near_the_best(name: str) -> None:
+    found = records(RESULTS)
+    hidden = HIDDEN | {r["base"]: r["hidden"] for r in found if r["kind"] == "pretrain"}
+    runs = [r for r in found if r["kind"] == "run" and r["method"] == name]
+    assert {r["base"] for r in runs} == set(hidden) == {"spectune-tiny", "gpt2-27m", "gpt2-60m", "llama-120m"}
+    for base, width in hidden.items():
+        ended = sorted((r["rate"], r["valid_loss"]) for r in runs if r["base"] == base and r["valid_loss"] is not None)
+        best, lowest = min(ended, key=lambda run: run[1])
+        base_loss = next(r["base_loss"] for r in runs if r["base"] == base)
+        default = BY_NAME[name].learning_rates.at(width).rate
+        assert best / 3 <= default <= best * 3
+        loss = loss_between(ended, default)
+        assert loss is not None
+        assert loss - lowest <= 0.02 * (base_loss - lowest)

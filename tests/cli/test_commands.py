@@ -368,7 +368,7 @@ def test_help_of_every_command_lists_every_method(spectune: Spectune) -> None:
     from spectune.methods import BY_NAME
 
     assert set(method_names().split(", ")) == set(BY_NAME)
-    for command in ("compare", "train", "generate", "eval", "merge", "export", "report", "validate", "env"):
+    for command in ("compare", "train", "generate", "eval", "merge", "export", "report", "validate", "env", "doctor"):
         result = spectune(command, "--help")
         assert result.exit_code == 0
         assert "xamples:" in result.stdout

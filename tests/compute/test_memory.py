@@ -186,3 +186,23 @@ def test_the_result_is_there_after_an_exception() -> None:
     with pytest.raises(RuntimeError, match="out of luck"):
         fails()
     assert results[0].result["allocated"] == KIB
+
+
+@pytest.mark.parametrize(
+    ("settings", "expandable"),
+    [
+        ({}, True),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments: True"}, True),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, False),
+    ],
+)
+def test_segments_are_expandable_unless_the_user_has_settings_of_his_own(
+    settings: dict[str, str], expandable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in memory.ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert memory.has_expandable_segments() is expandable

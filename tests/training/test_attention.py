@@ -34,6 +34,7 @@ LLAMA_8B = LlamaConfig(
         ([1000, 2000] * 8, 100, False, True),  # two shapes
         (list(range(20, 120)), 100_000, False, False),  # flash attention is as fast
         (list(range(1000, 2000)), 10_000, True, False),
+        ([2048] * 8, 5, True, False),  # its masks, or a kernel of its own
     ],
 )
 def test_plans_have_to_be_repaid(lengths: list[int], steps: int, packs: bool, taken: bool) -> None:
@@ -71,8 +72,10 @@ def test_steps_take_what_was_decided_and_validation_never_does(taken: bool, monk
             seen.add((module.training, cudnn_allowed()))
 
     model.register_forward_pre_hook(look, with_kwargs=True)
+    monkeypatch.setattr(decisions, "has_cudnn", lambda _: True)
     monkeypatch.setattr(decisions, "takes_cudnn", lambda *_, **__: taken)
-    train(model, make_tokenizer(), LoRA(), make_rows(), make_rows(6), TrainingConfig(max_steps=2),
+    train(model, make_tokenizer(), LoRA(), make_rows(), make_rows(6),
+          TrainingConfig(max_steps=2, packing=False),
           console=Console(quiet=True))  # fmt: skip
     assert {allowed for training, allowed in seen if training} == {taken}
     assert {allowed for training, allowed in seen if not training} == {False}

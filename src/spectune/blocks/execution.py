@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import Tensor
 
 from spectune.blocks.compile import compiled, memory_budget
 from spectune.blocks.cuda_graphs import graphed
@@ -56,7 +58,7 @@ class Execution:
         compiled: decoder blocks run through torch.compile.
         graphs: decoder blocks are captured as CUDA graphs and replayed; not where anything is recomputed.
         recomputation: what backward computes again instead of keeping it.
-        cudnn: attention may take cuDNN's kernels, where the device has them.
+        cudnn: attention may take cuDNN's kernels in steps without a mask, where the device has them.
         packing: how rows become batches.
         reasons: why, a sentence by the setting's name, where there is something to say.
     """
@@ -93,6 +95,11 @@ class Execution:
         """The same as a run's first steps are executed, which hold its longest batch: not compiled where tensors are
         counted in them (`spectune.blocks.compile.can_compile_now`)."""
         return replace(self, compiled=self.compiled and not counts_tensors(device_type))
+
+    def attention(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Around a batch's step, forward and backward (which may run blocks again): the attention it may take. Packs
+        have masks, or a kernel of their own."""
+        return cudnn_attention(self.cudnn and not self.packing.on and "attention_mask" not in batch)
 
     @contextlib.contextmanager
     def applied(

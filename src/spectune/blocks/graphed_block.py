@@ -63,7 +63,9 @@ class CudaCapture:
     def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
         """Its result, whose tensors keep their memory, and the replay, which writes it anew."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # other threads may ask the device something meanwhile: NCCL's watchdog does, where there are several processes
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
             result = function()
         return result, graph.replay
 

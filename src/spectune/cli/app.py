@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from spectune.cli.compare import compare
 from spectune.cli.console import complain
+from spectune.cli.doctor import doctor
 from spectune.cli.env import env
 from spectune.cli.evaluate import evaluate
 from spectune.cli.export import export
@@ -63,6 +64,7 @@ def build_app() -> typer.Typer:
     app.command("report", short_help="Rebuild a comparison's page, table and plots from its runs.")(report)
     app.command("validate", short_help="Check a data file, and show what the model will be trained on.")(validate)
     app.command("env", short_help="Print versions, devices and methods.")(env)
+    app.command("doctor", short_help="Check what of the fast paths works on this machine.")(doctor)
     return app
 
 

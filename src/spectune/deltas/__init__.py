@@ -24,6 +24,7 @@ from spectune.deltas.merging import merge, merge_and_measure
 from spectune.deltas.method import InitContext, Method
 from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule, ParameterModule
 from spectune.deltas.packed_batches import packed, packing
+from spectune.deltas.probes.attention_calls import why_not_cudnn
 from spectune.deltas.probes.base_runs import cached_values, capture_keys_and_values
 from spectune.deltas.probes.documents import kernel_serves, why_not_packed
 from spectune.deltas.probes.embeddings import prove_reads_embeddings
@@ -39,5 +40,5 @@ __all__ = [
     "ParameterModule", "ParameterSite", "RatePoint", "RateRule", "Site", "attach", "attached", "base_name",
     "cached_values", "capture_keys_and_values", "detach", "kernel_serves", "merge", "merge_and_measure", "packed",
     "packing", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced", "why_mask_is_needed",
-    "why_not_packed",
+    "why_not_cudnn", "why_not_packed",
 ]  # fmt: skip

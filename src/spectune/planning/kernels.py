@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from spectune.compute import fp8
-from spectune.compute.cudnn import cudnn_allowed
+from spectune.compute.cudnn import cudnn_allowed, why_not
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -56,7 +56,8 @@ def attend_as(
     dropout_p: float = 0.0, *args: Any, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
     """`scaled_dot_product_attention` of meta tensors: it keeps what the kernel keeps that the device takes, which may
-    be cuDNN's if `cudnn`. Other arguments, such as `is_causal`, count for the plain path alone."""
+    be cuDNN's if `cudnn` and the call is one that cuDNN may be given."""
+    cudnn = cudnn and why_not(query, key, value, attn_mask, dropout_p, *args, **kwargs) is None
     kernel = kernel_for(device_type, query, key, value, attn_mask, dropout_p, cudnn=cudnn)
     out: Tensor
     if kernel == "math":

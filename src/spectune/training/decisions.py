@@ -15,7 +15,15 @@ from spectune.blocks.recompute import Recomputation, modes
 from spectune.compute.pack_layout import Kernel
 from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_document
 from spectune.data import batches, by_length, pack_step, places
-from spectune.deltas import Delta, Method, kernel_serves, route, why_mask_is_needed, why_not_packed
+from spectune.deltas import (
+    Delta,
+    Method,
+    kernel_serves,
+    route,
+    why_mask_is_needed,
+    why_not_cudnn,
+    why_not_packed,
+)
 from spectune.errors import ConfigError
 from spectune.families import Family
 from spectune.methods import LoRA
@@ -83,7 +91,9 @@ def decide(
         tokens = steps * rows * config.gradient_accumulation_steps * length
         gain = compiling_gain(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
         compiled, why_compiled = gain is not None and gain.pays, None if gain is None or not steps else str(gain)
-    cudnn = takes_cudnn(family, lengths, steps, config, packs=packing.on)
+    cudnn = has_cudnn(device_type) and takes_cudnn(family, lengths, steps, config, packs=packing.on)
+    if cudnn and delta is not None:
+        cudnn = _calls_suit_cudnn(delta, max(lengths))
     execution = Execution(compiled, graphs, mode, cudnn, packing).because("packing", why_packing)
     execution = execution.because("torch_compile", why_compiled)
     return _in_few_shapes(execution, lengths, config) if graphs else execution
@@ -192,8 +202,14 @@ def check_graphs(device_type: str, packs: bool, mode: Recomputation) -> None:
         )
 
 
+def has_cudnn(device_type: str) -> bool:
+    """Whether there may be kernels of cuDNN's on such a device."""
+    return device_type == "cuda"
+
+
 def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: TrainingConfig, *, packs: bool) -> bool:
-    """Whether a run's steps take cuDNN's attention on CUDA: where it saves more than its plans take.
+    """Whether a run's steps take cuDNN's attention on CUDA: where it saves more than its plans take. Steps that have a
+    mask never do (`Execution.attention`), nor does a model that makes masks of its own (`why_not_cudnn`).
 
     Args:
         lengths: tokens of the training rows.
@@ -201,10 +217,12 @@ def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: Trai
         packs: rows share sequences; no two batches are alike then, and on CUDA another kernel attends.
     """
     shapes = len(set(lengths))
+    if packs:
+        return False
     if shapes == 1:
         return True
     mean = sum(lengths) / len(lengths)
-    if packs or mean <= _SHORT:
+    if mean <= _SHORT:
         return False
     batch_count = steps * config.gradient_accumulation_steps
     # causal, forward and backward: 3.5 times two products of which a half is masked
@@ -263,6 +281,15 @@ def _needs_no_mask(delta: Delta) -> bool:
         reason = why_mask_is_needed(delta.model)
     if reason is not None:
         log.info("batches that are padded have an attention mask: %s", reason)
+    return reason is None
+
+
+def _calls_suit_cudnn(delta: Delta, length: int) -> bool:
+    """Whether attention is called as cuDNN is known to be right for. It decides about the speed alone."""
+    with route(delta.model, delta.name):
+        reason = why_not_cudnn(delta.model, length)
+    if reason is not None:
+        log.info("cuDNN's attention is left out: %s", reason)
     return reason is None
 
 

@@ -183,7 +183,7 @@ class Loop:
         if batch is None:
             return torch.zeros((), device=self.model.device)
         try:
-            with self.batches.placed(self.model, batch) as placed:
+            with self.batches.placed(self.model, batch) as placed, self.execution.attention(placed):
                 loss_sum, _ = CAUSAL_LM.loss_sum(self.model, placed, fuse=self.execution.compiled and can_compile_now())
                 torch.autograd.backward(loss_sum / targets)
                 return loss_sum.detach()
