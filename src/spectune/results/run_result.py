@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from spectune.errors import DataError
 from spectune.files.atomic import atomic_write_text
 from spectune.files.strict_json import strict_json
-from spectune.results.machine_load import MachineLoad
+from spectune.results.other_work import MachineLoad
 from spectune.results.record import Record, first_problem
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spectune.results.machine_load import MachineLoad
+from spectune.results.other_work import MachineLoad
 from spectune.version import __version__, installed_version
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "datasets", "numpy")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spectune.results.machine_load import MachineLoad
+from spectune.results.other_work import MachineLoad
 
 
 @pytest.mark.parametrize(
