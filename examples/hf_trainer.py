@@ -1,5 +1,7 @@
 """transformers' `Trainer` over an attached delta. The base is frozen, so it trains the delta and nothing else.
 
+The Trainer needs accelerate, which spectune itself does not: pip install 'spectune[examples]'.
+
 python examples/hf_trainer.py --steps 40
 """
 
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
+from transformers.utils import is_accelerate_available
 
 import spectune
 from spectune import embedded
@@ -18,6 +21,8 @@ from spectune.data import Example, collate, encode, load_rows
 
 
 def main(steps: int = 40, folder: str | None = None) -> tuple[float, Path]:
+    if not is_accelerate_available():
+        raise SystemExit("transformers' Trainer needs accelerate: pip install 'spectune[examples]'")
     model, tokenizer = spectune.load("spectune-tiny")
     examples = encode(load_rows(embedded.TRAIN), tokenizer, max_length=128).examples
     delta = spectune.attach(model, spectune.BottleneckAdapter(bottleneck_dim=32), name="sentences")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -65,6 +66,20 @@ def test_type_checkers_see_the_same_names() -> None:
         if alias.asname is not None
     }
     assert imported == spectune._ROOM_OF
+
+
+@pytest.mark.parametrize("room", ["data", "storage", "training"])
+def test_a_room_that_imports_late_has_the_names_that_type_checkers_see(room: str) -> None:
+    module = importlib.import_module(f"spectune.{room}")
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and str(node.module)[:8] == "spectune"]
+    seen = {str(node.module): tuple(alias.name for alias in node.names) for node in nodes}
+    assert seen == module._PUBLIC
+    assert sorted(module.__all__) == sorted(name for names in seen.values() for name in names)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'none'"):
+        module.none  # noqa: B018
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

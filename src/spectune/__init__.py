@@ -55,7 +55,7 @@ __all__ = ["__version__", *_ROOM_OF]
 def __getattr__(name: str) -> Any:
     room = _ROOM_OF.get(name)
     if room is None:
-        if name.startswith("_"):  # what Python itself asks a module for
+        if not name[:1].isupper():  # a room, or what Python itself asks a module for; methods are classes
             raise AttributeError(f"module 'spectune' has no attribute {name!r}")
         # a method is public by standing in METHODS
         methods = importlib.import_module("spectune.methods").METHODS

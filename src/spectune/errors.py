@@ -68,3 +68,11 @@ class InterruptedRun(SpectuneError):  # noqa: N818 - an interruption is not an e
     """Ctrl-C or SIGTERM: a checkpoint was written, the message says how to go on."""
 
     exit_code = 130
+
+
+class PeerFailedError(SpectuneError):
+    """Another process of the same run failed, and says why; this one ends with its exit code."""
+
+    def __init__(self, rank: int, message: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(f"process {rank} failed: {message}")

@@ -62,7 +62,7 @@ def test_eval_and_compare_measure_alike(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ("--model", base, "--data", "rows.jsonl", "--valid", "rows.jsonl", "--device", "cpu", "--seeds", "1")
     rates = ("--set", "max_steps=2", "--set", "learning_rate=1e-2", "--set", "memory_check=warn")
-    byte = ("--choice-normalization", "byte")
+    byte = ("--choice-normalization", "byte", "--generate-rows", "3")
     compared = spectune("compare", "--methods", "bitfit", *given, *rates, *byte, "--output-dir", "c", "--json")
     assert compared.exit_code == 0, compared.stderr
     answer = json.loads(compared.stdout)
@@ -78,6 +78,11 @@ def test_eval_and_compare_measure_alike(
     metrics = {names.get(key, key): value for key, value in tuned.items()}
     assert arm["metrics"] == {key: pytest.approx(metrics[key]) for key in arm["metrics"]}
     assert arm["judged_loss"] == pytest.approx(tuned["loss_nats_per_token"])
+    kept = yaml.safe_load((run / "config.yaml").read_text())
+    assert (kept["split_seed"], kept["choice_normalization"], kept["generate_rows"]) == (0, "byte", 3)
+    by_itself = spectune("eval", "--run", run, "--device", "cpu", "--json")  # with nothing said, as the comparison did
+    assert answer["data"]["task"] in by_itself.stderr
+    assert json.loads(by_itself.stdout)["tuned"] == tuned
     assert set(arm["metrics"]) == {"accuracy", "exact_match", "rouge_l", "bleu", "chrf"}
 
 

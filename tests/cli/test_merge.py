@@ -40,7 +40,7 @@ def test_merge_writes_a_plain_folder(spectune: Spectune, trained: Trained, base:
     folder = run / "merged"
     assert f"written to {folder}" in result.stdout
     assert f"model = transformers.AutoModelForCausalLM.from_pretrained('{folder}')" in result.stdout
-    measured = f"rows: the rows of {rows} that the run held out\nlargest logit difference"
+    measured = f"rows: the run's validation rows, held out of {rows}\nlargest logit difference"
     assert (measured in result.stdout) == (method != "full")
     found = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= found
@@ -62,12 +62,12 @@ def test_json_is_one_object(spectune: Spectune, trained: Trained, rows: Path) ->
     answer = json.loads(spectune("merge", "--json", "--output-dir", "out/model").stdout)
     assert (answer["run"], answer["folder"], answer["format"]) == (str(run), "out/model", "merged")
     assert answer["measured_on"].startswith("12 real rows (")
-    assert answer["measured_on"].endswith(f" of {rows}")
+    assert answer["measured_on"].endswith(f" of the run's validation rows, {rows}")
     assert 0 <= answer["largest_logit_difference"] <= 1e-5 * answer["largest_logit"]
     assert answer["mean_logit_effect"] > answer["mean_logit_difference"]
     assert not list(Path("out").glob(".*"))
     other = json.loads(spectune("merge", "--json", "--output-dir", "other", "--run", run, "--data", rows).stdout)
-    assert other["measured_on"] == answer["measured_on"]
+    assert other["measured_on"] == answer["measured_on"].replace("the run's validation rows, ", "")
 
 
 def test_rows_that_are_gone_are_replaced_and_it_is_said(spectune: Spectune, trained: Trained) -> None:

@@ -68,7 +68,7 @@ def test_data_say_rows_tokens_and_steps(spectune: Spectune, base: Path, rows: Pa
                       "--device", "cpu")  # fmt: skip
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert answer["data"]["rows"] == 12
+    assert (answer["data"]["rows"], answer["data"]["held_out"]) == (11, 1)
     assert answer["data"]["steps_per_epoch"] == 3
     assert set(answer["data"]["flops_per_epoch"]) == {"full", "lora"}
     assert {plan["length"] for plan in answer["methods"]} == {answer["data"]["longest_row_tokens"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,42 @@ def test_what_cannot_be_recorded_is_refused_as_training_does(
     result = spectune("plan", "--method", "lora", *arguments)
     assert result.exit_code == 2
     assert says in result.stderr
+
+
+@pytest.fixture(scope="module")
+def unlike_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of which a few are long: packs leave out more than half of what padding adds."""
+    path = tmp_path_factory.mktemp("unlike") / "rows.jsonl"
+    lines = [{"prompt": "a" * (90 if i % 8 == 0 else 6), "completion": f" row {i}"} for i in range(40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("packing", ["auto", "false"])
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix", "full"])
+def test_a_plan_of_rows_says_what_the_run_on_them_predicts(
+    spectune: Spectune, base: Path, unlike_rows: Path, method: str, packing: str
+) -> None:
+    config = json.loads((base / "config.json").read_text())
+    plain = Path(shutil.copytree(base, "plain"))  # dropout in attention makes masks of documents
+    (plain / "config.json").write_text(json.dumps({**config, "attn_pdrop": 0.0}))
+    for of_base in [base, plain] if packing == "auto" else [plain]:
+        asked = ("--model", of_base, "--data", unlike_rows, "--method", method, "--device", "cpu", "--json")
+        asked += ("--set", "max_steps=2", "--set", f"packing={packing}")
+        planned = spectune("plan", *asked)
+        assert planned.exit_code == 0, planned.stderr
+        run = spectune("train", *asked)
+        assert run.exit_code == 0, run.stderr
+        [found], predicted = json.loads(planned.stdout)["methods"], json.loads(run.stdout)["predicted_memory_bytes"]
+        assert predicted == {name: found[name] for name in predicted}
+        assert ("rows are packed (" in run.stderr) == (packing == "auto")
+
+
+def test_packs_are_planned_for_a_device_that_is_not_here(spectune: Spectune, base: Path, unlike_rows: Path) -> None:
+    asked = ("plan", "--model", base, "--data", unlike_rows, "--method", "lora", "--device", "cuda", "--json")
+    found = {}
+    for packing in ("true", "false"):
+        result = spectune(*asked, "--memory", "24GiB", "--set", "max_steps=2", "--set", f"packing={packing}")
+        assert result.exit_code == 0, result.stderr
+        [found[packing]] = json.loads(result.stdout)["methods"]
+    assert found["true"]["peak_allocated"] < found["false"]["peak_allocated"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,7 @@ def test_a_dry_run_evaluates_a_few_windows_of_a_long_text(
 def test_model_names_the_base_of_a_delta_that_does_not(
     spectune: Spectune, run: Path, base: Path, rows: Path, command: str
 ) -> None:
-    folder = run / "best"
+    folder = Path(shutil.copytree(run / "best", "alone"))
     for file, key in (("spectune.json", "base_name"), ("adapter_config.json", "base_model_name_or_path")):
         content = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps({**content, key: None}))
@@ -213,6 +214,7 @@ def test_model_names_the_base_of_a_delta_that_does_not(
     result = spectune(command, "--run", folder, "--model", base, *few)
     assert result.exit_code == 0, result.stderr
     record(run, model="moved/away")
+    shutil.rmtree(folder)
     assert spectune(command, "--run", run, "--model", base, *few).exit_code == 0
 
 

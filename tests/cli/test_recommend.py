@@ -95,7 +95,7 @@ def test_a_guides_flag_asks_the_guide_though_there_is_a_comparison(spectune: Spe
         (["--tenants", "3"], 2, "`spectune compare` makes one"),
         (["--rows", "5", "--tenants", "3"], 2, "--rows ask the textbook's guide, --tenants a comparison"),
         (["--rows", "5", "--run", "."], 2, "--run a comparison"),
-        (["--run", "nowhere"], 3, "nowhere holds no comparison.json"),
+        (["--run", "nowhere"], 3, "nowhere is not a folder"),
         (["--compute", "lots"], 2, "expected a size above zero"),
         (["--max-memory", "24 bananas"], 2, "--max-memory 24 bananas: expected a size above zero"),
         (["--max-latency-overhead", "much"], 2, "expected a share such as 0.1, or 10%"),

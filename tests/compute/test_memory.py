@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectune.compute import memory
+from spectune.compute import allocator_settings, memory
 from spectune.compute.memory import AllocationTracker, PeakMemory, ResidentPeak
 
 KIB = 1024
@@ -201,8 +202,18 @@ def test_the_result_is_there_after_an_exception() -> None:
 def test_segments_are_expandable_unless_the_user_has_settings_of_his_own(
     settings: dict[str, str], expandable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in memory.ALLOCATOR_SETTINGS:
+    for name in allocator_settings.NAMES:
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     assert memory.has_expandable_segments() is expandable
+
+
+def test_commands_set_them_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in allocator_settings.NAMES:
+        monkeypatch.delenv(name, raising=False)
+    allocator_settings.use_expandable_segments()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    allocator_settings.use_expandable_segments()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"

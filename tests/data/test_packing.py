@@ -88,3 +88,15 @@ def test_collate_packs(shapes: list[list[int]], data: st.DataObject) -> None:
         assert batch["documents"][i, start:].tolist() == [-1] * (width - start)
         assert batch["labels"][i, start:].tolist() == [-100] * (width - start)
         assert not batch["position_ids"][i, start:].any()
+
+
+@given(SIZES, st.integers(1, 8), st.integers(2, 4))
+def test_processes_have_packs_of_like_length(sizes: list[int], rows: int, processes: int) -> None:
+    step = pack_step(range(len(sizes)), sizes, rows, whole=True, processes=processes)
+    packs = [pack for batch in step for pack in batch]
+    assert sorted(index for pack in packs for index in pack) == list(range(len(sizes)))
+    used = [sum(sizes[i] for i in pack) for pack in packs]
+    assert max(used) <= rows * max(sizes)
+    assert max(used) - min(used) <= max(sizes)
+    # as many for each, but where there are not so many rows
+    assert len(packs) % processes == 0 or len(packs) == len(sizes)

@@ -39,6 +39,17 @@ def test_a_few_answers_over_and_over_are_choices() -> None:
     assert found.to_write == ()
     assert {row.label for row in found.rows} == {"where", "who"}
     assert "2 choices, inferred because every training row is answered with one: 'where', 'who'" in found.describe()
+
+
+def test_accuracy_by_name_finds_the_same_choices_with_and_without_training_rows() -> None:
+    """Training rows of many answers are no reason to refuse what the judged rows show by themselves."""
+    few, many = questions(6), load_rows(SENTENCES)
+    alone = task(few, metric="accuracy")
+    compared = task(few, train_rows=many, metric="accuracy")
+    assert alone.to_choose == compared.to_choose == tuple(range(6))
+    assert alone.describe() == compared.describe()
+    assert "because every row is answered with one" in alone.describe()
+    assert task(few, train_rows=many).to_choose == ()
     assert task(questions(6), metric="accuracy").choices == ("where", "who")
 
 

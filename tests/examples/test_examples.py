@@ -31,6 +31,13 @@ def test_own_loop() -> None:
     assert last < first
 
 
+def test_the_trainer_without_accelerate_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = example("hf_trainer")
+    monkeypatch.setattr(module, "is_accelerate_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"pip install 'spectune\[examples\]'"):
+        module.main()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.utils.data")
 def test_hf_trainer(tmp_path: Path) -> None:
     loss, saved = example("hf_trainer").main(steps=4, folder=str(tmp_path))

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from spectune.errors import DataError
-from spectune.storage import bases
+from spectune.storage import bases, descriptions
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(bases.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(bases.socket, "create_connection", fail)
-    for cls in (bases.AutoConfig, bases.AutoTokenizer):
+    monkeypatch.setattr(descriptions.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(descriptions.socket, "create_connection", fail)
+    for cls in (descriptions.AutoConfig, descriptions.AutoTokenizer):
         monkeypatch.setattr(cls, "from_pretrained", lambda *_: pytest.fail("transformers was asked"))
     return asked
 
@@ -48,12 +48,12 @@ def test_a_proxy_or_the_offline_switch_leave_it_to_transformers(
     def read(*_: object) -> None:
         raise OSError("asked")
 
-    monkeypatch.setattr(bases.AutoConfig, "from_pretrained", read)
+    monkeypatch.setattr(descriptions.AutoConfig, "from_pretrained", read)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="asked"):
         bases.load("nobody/nothing")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(bases.urllib.request, "getproxies", lambda: {"https": "http://proxy"})
+    monkeypatch.setattr(descriptions.urllib.request, "getproxies", lambda: {"https": "http://proxy"})
     with pytest.raises(DataError, match="asked"):
         bases.load("nobody/nothing")
     assert no_hub == []

@@ -193,7 +193,7 @@ def test_a_kernel_that_fails_leaves_masks(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("no kernel image for this device")
 
-    monkeypatch.setattr(decisions, "kernels", lambda *_: [broken, None])
+    monkeypatch.setattr(decisions, "kernels", lambda *_, **__: [broken, None])
     result, _, text = run(LoRA(r=2), settings(max_steps=2, packing=True))
     assert "rows are packed (masks)" in text
     assert result.steps == 2

@@ -2,25 +2,28 @@
 
 import signal
 import threading
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from spectune.cli.compare import compare
-from spectune.cli.console import complain
 from spectune.cli.doctor import doctor
 from spectune.cli.env import env
 from spectune.cli.evaluate import evaluate
 from spectune.cli.export import export
 from spectune.cli.generate import generate
 from spectune.cli.merge import merge
+from spectune.cli.one_of_several import refuse_several, stop
 from spectune.cli.plan import plan
 from spectune.cli.recommend import recommend
 from spectune.cli.report import report
 from spectune.cli.train import train
+from spectune.cli.unknown_flags import Command
 from spectune.cli.validate import validate
-from spectune.errors import InterruptedRun, SpectuneError
+from spectune.errors import SpectuneError
+from spectune.torchrun import Place
 from spectune.version import __version__
 
 
@@ -34,16 +37,22 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except SpectuneError as error:
-            complain(str(error), label="stopped" if isinstance(error, InterruptedRun) else "error")
-            raise typer.Exit(error.exit_code) from error
+            stop(error)
         except KeyboardInterrupt as error:
-            complain("interrupted", label="stopped")
-            raise typer.Exit(InterruptedRun.exit_code) from error
+            stop(error, "interrupted")
         except BrokenPipeError:
             raise  # the reader of our output has left (`| head`): typer closes quietly
         except OSError as error:
-            complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
-            raise typer.Exit(SpectuneError.exit_code) from error
+            stop(error, f"{error.filename or 'input or output'}: {error.strerror or error}")
+        except Exception as error:
+            if Place.from_environment().alone or isinstance(error, typer.Exit | typer.Abort):
+                raise
+            stop(error)  # a usage error, or a fault of ours
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        found = super().resolve_command(ctx, args)
+        refuse_several(found[0])
+        return found
 
 
 def build_app() -> typer.Typer:
@@ -53,18 +62,19 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )  # fmt: skip
     app.callback(invoke_without_command=True)(_root)
-    app.command("compare", short_help="Train methods and measure them side by side.")(compare)
-    app.command("train", short_help="Train one method.")(train)
-    app.command("plan", short_help="Predict the memory that training needs, before anything is loaded.")(plan)
-    app.command("recommend", short_help="Recommend a method, with the reasons.")(recommend)
-    app.command("generate", short_help="Generate text with a tuned model.")(generate)
-    app.command("eval", short_help="Evaluate a tuned model on your own rows.")(evaluate)
-    app.command("merge", short_help="Merge a run's delta into its base: a plain transformers folder.")(merge)
-    app.command("export", short_help="Export a run's delta for PEFT, vLLM and other programs.")(export)
-    app.command("report", short_help="Rebuild a comparison's page, table and plots from its runs.")(report)
-    app.command("validate", short_help="Check a data file, and show what the model will be trained on.")(validate)
-    app.command("env", short_help="Print versions, devices and methods.")(env)
-    app.command("doctor", short_help="Check what of the fast paths works on this machine.")(doctor)
+    command = partial(app.command, cls=Command)
+    command("compare", short_help="Train methods and measure them side by side.")(compare)
+    command("train", short_help="Train one method.")(train)
+    command("plan", short_help="Predict the memory that training needs, before anything is loaded.")(plan)
+    command("recommend", short_help="Recommend a method, with the reasons.")(recommend)
+    command("generate", short_help="Generate text with a tuned model.")(generate)
+    command("eval", short_help="Evaluate a tuned model on your own rows.")(evaluate)
+    command("merge", short_help="Merge a run's delta into its base: a plain transformers folder.")(merge)
+    command("export", short_help="Export a run's delta for PEFT, vLLM and other programs.")(export)
+    command("report", short_help="Rebuild a comparison's page, table and plots from its runs.")(report)
+    command("validate", short_help="Check a data file, and show what the model will be trained on.")(validate)
+    command("env", short_help="Print versions, devices and methods.")(env)
+    command("doctor", short_help="Check what of the fast paths works on this machine.")(doctor)
     return app
 
 

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import limits, options
-from spectune.cli.console import complain, note, print_answer, work
+from spectune.cli.console import complain, import_libraries, note, print_answer, work
 from spectune.cli.dry_run import asked, dry_run
+from spectune.cli.evaluate import JUDGING
+from spectune.cli.given import Given
+from spectune.cli.input_rows import check_inputs
+from spectune.cli.known_keys import method_names
 from spectune.cli.runs import origin, output_folder, resumed
-from spectune.cli.settings import NAMING, Given, Settings
+from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
 
 if TYPE_CHECKING:
@@ -25,7 +29,7 @@ QUICK_STEPS = 120
 
 
 Methods = Annotated[
-    str | None, typer.Option(help=f"Methods, comma-separated: {options.method_names()}.", show_default="all of them")
+    str | None, typer.Option(help=f"Methods, comma-separated: {method_names()}.", show_default="all of them")
 ]
 Test = Annotated[
     list[str] | None,
@@ -119,6 +123,8 @@ def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, a
     """The command with its settings and limits (`given`)."""
     failed = False
     with work(as_json=as_json) as out:
+        check_inputs(settings, settings.method_names([]))
+        import_libraries()
         from spectune.methods import BY_NAME, SPECTRUM
 
         default = [str(method.model_fields["name"].default) for method in SPECTRUM] if quick else list(BY_NAME)
@@ -153,12 +159,15 @@ def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], 
     data, valid = settings.rows("data"), settings.rows("valid")
     if data is None:
         data, valid = str(embedded.TRAIN), valid or str(embedded.VALID)
+    # each run's config.yaml: its own seed is not that of the split, and eval measures it as it was judged here
+    judged = {key: value for key, value in asked(settings).items() if key in JUDGING and settings.get(key) is not None}
+    recorded = origin(settings) | judged | {"split_seed": wanted.seed}
     note(f"base: {settings.base}; methods: {', '.join(method.name for method in methods)}; folder: {folder}")
     try:
         return comparing.compare(
             settings.base, data, valid, test_rows=settings.rows("test"), methods=methods, **asked(settings),
             limits=Limits(**limits) if limits else None, output_dir=folder, config=wanted, seed=wanted.seed,
-            **settings.placement, retain=settings.text("retain"), resume=wanted.resume, origin=origin(settings),
+            **settings.placement, retain=settings.text("retain"), resume=wanted.resume, origin=recorded,
             console=out,
         )  # fmt: skip
     except (InterruptedRun, KeyboardInterrupt) as stop:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import sys
@@ -11,19 +13,30 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from spectune.compute import allocator_settings
+from spectune.torchrun import Place
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 #: Off a terminal rich would fold lines at 80 columns, and a folded `file:line` cannot be searched for.
 WIDE = 240
+#: they import all else that takes long
+LIBRARIES = ("transformers.modeling_utils", "spectune.methods", "spectune.training.prediction")
+#: transformers and datasets read these when they are imported, which is when a command needs them
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+}  # fmt: skip
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console on stdout or stderr that folds lines on a terminal only."""
+    """A rich console on stdout or stderr that folds lines on a terminal only. Of several processes the first prints."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False)
+    quiet = not Place.from_environment().leads
+    return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False, quiet=quiet)
 
 
 def say(out: Console, text: str, style: str | None = None) -> None:
@@ -38,15 +51,30 @@ def complain(message: str, label: str = "error") -> None:
 
 def note(message: str) -> None:
     """Write a line for the user to stderr, so that stdout stays the result's."""
-    typer.echo(message, err=True)
+    if Place.from_environment().leads:
+        typer.echo(message, err=True)
 
 
 def print_answer(answer: Any, *, as_json: bool) -> None:
     """With `as_json` print one JSON object. Numbers that are not finite become null: JSON has no word for them."""
-    from spectune.files.strict_json import finite  # its room imports torch: here, when a command has run
+    from spectune.files.strict_json import finite
 
-    if as_json:
+    if as_json and Place.from_environment().leads:
         typer.echo(json.dumps(finite(answer), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def import_libraries() -> None:
+    """Import torch, transformers and what trains, once a command's words are checked, without the garbage collector: it
+    would look again and again at what a hundred thousand lines of imports make, and find nothing to collect."""
+    if "torch" in sys.modules:
+        return
+    gc.disable()
+    try:
+        for name in LIBRARIES:
+            importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager
@@ -56,12 +84,13 @@ def work(*, as_json: bool = False) -> Iterator[Console]:
     With `as_json` all of it goes to stderr, and so does whatever a library prints, until the block ends. The chatter of
     transformers and datasets is silenced: what matters is said in the project's own words.
     """
-    import transformers
+    allocator_settings.use_expandable_segments()
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if "transformers" in sys.modules:  # it has read them already
+        import transformers
 
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # datasets is imported only where rows come from a hub data set, and reads these then
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield console(stderr=as_json)

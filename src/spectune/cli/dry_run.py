@@ -25,6 +25,14 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
     read and encoded, and the longest are evaluated. Raises SpectuneError: whatever the run itself would raise at its
     start.
     """
+    wanted = settings.training()
+    folder = output_folder(settings.text("output_dir"), label, resume=wanted.resume)
+    rows, held_out, source = training_rows(settings)
+    note(
+        f"dry run: one step for each method on its longest batch, validated on the longest rows; nothing is written (a "
+        f"run would go to {folder})\ndata: {source}"
+    )
+
     from spectune import training
     from spectune.comparing.experiment import check_settings
     from spectune.comparing.measure import retained_passages
@@ -34,12 +42,8 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
     from spectune.storage import load
     from spectune.training.prepare import dated, max_length
 
-    wanted = settings.training()
     if label == "compare":
         check_settings(**asked(settings))
-    folder = output_folder(settings.text("output_dir"), label, resume=wanted.resume)
-    rows, held_out, source = training_rows(settings.rows("data"), settings.rows("valid"), wanted)
-    note(f"dry run: one step for each method, nothing is written (a run would go to {folder})\ndata: {source}")
     found = []
     for number, method in enumerate(methods):
         # a base for each: what full fine-tuning has trained is not the base any more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
-from spectune.cli.input_rows import note_losses, row_length, rows_of, run_on
+from spectune.cli.input_rows import note_losses, row_length, rows_of, rows_of_run, run_on
 from spectune.cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,17 +24,30 @@ if TYPE_CHECKING:
 
     Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, float]]
 
+#: settings of a comparison that its runs are measured by again, on the same rows
+JUDGING = ("metric", "generate_rows", "choice_normalization")
+
+GenerateRows = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Rows to generate completions for and compare with their references; 0: none.",
+        show_default="64, or as the comparison had it",
+    ),
+]
 Metric = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="What to measure beside the loss: auto, or some of exact_match, rouge_l, bleu, chrf, accuracy, and "
-        "your own as package.module:function or file.py:function, comma-separated; loss alone: loss."
+        "your own as package.module:function or file.py:function, comma-separated; loss alone: loss.",
+        show_default="auto, or as the comparison had it",
     ),
 ]
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        help="Rows to evaluate on. Repeatable: losses are by file, too.", show_default="the embedded test rows"
+        help="Rows to evaluate on. Repeatable: losses are by file, too.",
+        show_default="the rows that the run was judged on",
     ),
 ]
 MaxNewTokens = Annotated[
@@ -60,10 +74,8 @@ def evaluate(
     run: options.Run = None,
     model: options.BaseOfRun = None,
     data: Data = None,
-    metric: Metric = "auto",
-    generate_rows: Annotated[
-        int, typer.Option(min=0, help="Rows to generate completions for and compare with their references; 0: none.")
-    ] = 64,
+    metric: Metric = None,
+    generate_rows: GenerateRows = None,
     max_new_tokens: MaxNewTokens = None,
     choice_normalization: options.ChoiceNormalization = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 16,
@@ -78,42 +90,50 @@ def evaluate(
 ) -> None:
     """Measure a run on rows: loss, perplexity, and, where rows have references or choices, text metrics and accuracy.
 
-    The bare base is measured on the same rows, beside it.
+    The bare base is measured on the same rows, beside it. Without --data they are the rows that the run was judged on:
+    the test rows of its comparison, else its validation rows. With --model and no --run that model is measured as it
+    is: a base, a merged model, or a delta's folder on its own base.
 
     \b
     Examples:
       spectune eval
       spectune eval --run runs/2026-01-31-lora-1 --data test.jsonl
       spectune eval --data web.jsonl --data books.jsonl
+      spectune eval --model out/merged --data test.jsonl
       spectune eval --metric rouge_l,my_metrics.py:shortness --json
     """
     found = run_on(run, model)
     with work(as_json=as_json) as out:
-        from spectune.evaluation import harness
-
-        harness_metrics: Measure | None = None
-        if lm_eval_tasks is not None:
-            harness.check_installed()
-            tasks = [word.strip() for word in lm_eval_tasks.split(",") if word.strip()]
-            harness_metrics = partial(
-                harness.harness_metrics,
-                tasks=tasks, batch_size=batch_size, limit=lm_eval_limit, include=lm_eval_include,
-            )  # fmt: skip
         files = Settings.collect(None, None, {"data": data or None}).rows("data")
-        rows, source = rows_of(files, "test", {**found.row_options, "skip_bad_rows": skip_bad_rows})
-        note(f"run: {found.folder}; rows: {source}")
+        if files is None:
+            rows, source = rows_of_run(found)
+        else:
+            rows, source = rows_of(files, "test", {**found.row_options, "skip_bad_rows": skip_bad_rows})
+        note(f"{found.name}; rows: {source}")
+
+        asked_of_it = _harness(lm_eval_tasks, batch_size, lm_eval_limit, lm_eval_include)
         loaded = found.load(device, dtype, base_precision)
-        of_rows: dict[str, Any] = {
-            "generate_rows": generate_rows,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-        }
-        of_rows |= {"metric": metric, "choice_normalization": choice_normalization or "sum"}
-        answer = {"run": str(found.folder), "base_model": found.base, "data": source}
-        answer |= _measured(found, loaded, rows, source, of_rows, harness_metrics)
+        of_rows: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        if files is None:  # a comparison's own rows are measured as it did
+            of_rows |= {key: found.config[key] for key in JUDGING if found.config.get(key) is not None}
+        flags = {"metric": metric, "generate_rows": generate_rows, "choice_normalization": choice_normalization}
+        of_rows |= {key: value for key, value in flags.items() if value is not None}
+        answer = {"run": found.folder_name, "base_model": found.base, "data": source}
+        answer |= _measured(found, loaded, rows, source, of_rows, asked_of_it)
         if not as_json:
             _print(out, answer)
     print_answer(answer, as_json=as_json)
+
+
+def _harness(tasks: str | None, batch_size: int, limit: int | None, include: Path | None) -> Measure | None:
+    """What measures a model on tasks of lm-eval-harness, None where none is asked for."""
+    if tasks is None:
+        return None
+    from spectune.evaluation import harness
+
+    harness.check_installed()
+    names = [word.strip() for word in tasks.split(",") if word.strip()]
+    return partial(harness.harness_metrics, tasks=names, batch_size=batch_size, limit=limit, include=include)
 
 
 def _measured(
@@ -154,8 +174,8 @@ def _measured(
             found["loss_by_source"] = sources
         return found | (harness_metrics(model, tokenizer) if harness_metrics else {})
 
-    tuned = measured()
-    with route(model, None):
+    tuned = measured() if run.delta_folder is not None else None
+    with route(model, None) if tuned is not None else nullcontext():
         base = measured()
     return {"rows": len(task.rows), "tuned": tuned, "base": base, "data_report": encoded.report.to_dict()}
 
@@ -165,16 +185,18 @@ def _print(out: Console, answer: dict[str, Any]) -> None:
     from rich.text import Text
 
     say(out, f"{answer['rows']:,} rows of {answer['data']}", style="italic")  # a table's title would be folded
-    table = Table("", Column("tuned", justify="right"), Column("bare base", justify="right"))
-    for key, value in answer["tuned"].items():
-        if key != "loss_by_source":
-            table.add_row(key.replace("_", " "), _number(value), _number(answer["base"].get(key)))
+    sides = {"tuned": answer["tuned"], "bare base": answer["base"]}
+    if answer["tuned"] is None:  # a model as it is
+        sides = {"": answer["base"]}
+    columns = [Column(name, justify="right") for name in sides]
+    table = Table("", *columns)
+    for key in (key for key in answer["base"] if key != "loss_by_source"):
+        table.add_row(key.replace("_", " "), *(_number(side.get(key)) for side in sides.values()))
     out.print(table)
-    if sources := answer["tuned"].get("loss_by_source"):
-        bare = answer["base"].get("loss_by_source", {})
-        table = Table("loss by source", Column("tuned", justify="right"), Column("bare base", justify="right"))
-        for name, loss in sources.items():
-            table.add_row(Text(name), _number(loss), _number(bare.get(name)))
+    if sources := answer["base"].get("loss_by_source"):
+        table = Table("loss by source", *(Column(name, justify="right") for name in sides))
+        for name in sources:
+            table.add_row(Text(name), *(_number(side.get("loss_by_source", {}).get(name)) for side in sides.values()))
         out.print(table)
 
 

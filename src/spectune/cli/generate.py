@@ -9,15 +9,20 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
-from spectune.cli.input_rows import rows_of, run_on
+from spectune.cli.input_rows import rows_of, rows_of_run, run_on
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
     from spectune.data import Row
 
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(help="Prompts.", show_default="a few of the rows that the run was judged on"),
+]
+
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.", show_default="a few test rows")] = None,
+    prompts: Prompts = None,
     run: options.Run = None,
     model: options.BaseOfRun = None,
     data: Annotated[str | None, typer.Option(help="Take the prompts from the rows of a file.")] = None,
@@ -34,7 +39,8 @@ def generate(
     base_precision: options.BasePrecision = None,
     as_json: options.Json = False,
 ) -> None:
-    """Generate a completion for each prompt, with the newest run or the one that --run names.
+    """Generate a completion for each prompt, with the newest run or the one that --run names; with --model alone, by
+    that model as it is.
 
     A prompt goes to the model exactly as a training row's prompt did: with the run's separator and
     the line end that all its training prompts end with, in the form of an instruction, or as a user's message in the
@@ -51,14 +57,16 @@ def generate(
         raise ConfigError("prompts come from the command line or from --data, not from both")
     found = run_on(run, model)
     with work(as_json=as_json) as out:
+        if prompts:
+            asked, source = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)], ""
+        else:
+            read = rows_of_run(found) if data is None else rows_of(data, "test", found.row_options)
+            asked, source = _rows_with_prompts(read[0], rows), f"; rows: {read[1]}"
+        note(f"{found.name}{source}")
+
         from spectune.data import prompts_ids
         from spectune.inference import Sampling, generate_texts
 
-        if prompts:
-            asked = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)]
-        else:
-            asked = _rows_with_prompts(rows_of(data, "test", found.row_options)[0], rows)
-        note(f"run: {found.folder}")
         base_model, tokenizer = found.load(device, dtype, base_precision)
         asked_ids = prompts_ids(asked, tokenizer, **found.prompt_options)
         sampling = Sampling(seed=seed or 0, temperature=temperature, top_p=top_p) if do_sample else None
@@ -70,7 +78,7 @@ def generate(
             if record["references"]:
                 say(out, f"reference: {record['references'][0]}", style="dim italic")
             out.print()
-    print_answer({"run": str(found.folder), "base": found.base, "outputs": written}, as_json=as_json)
+    print_answer({"run": found.folder_name, "base": found.base, "outputs": written}, as_json=as_json)
 
 
 def _row_of(typed: str, number: int, config: dict[str, Any]) -> Row:

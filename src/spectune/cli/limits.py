@@ -18,7 +18,11 @@ Tenants = Annotated[
 ]
 MaxStoredBytes = Annotated[str | None, typer.Option(help="Limit on disk space for all tenants' weights, such as 2GB.")]
 MinQuality = Annotated[
-    float | None, typer.Option(help="Minimum relative performance: 0 is the bare base, 100 is full fine-tuning.")
+    float | None,
+    typer.Option(
+        help="Minimum relative performance: 0 is the bare base, 100 is full fine-tuning, or the best method where full "
+        "fine-tuning was not run or is no better than the base."
+    ),
 ]
 
 

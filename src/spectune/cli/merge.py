@@ -51,7 +51,7 @@ def merge(
     with work(as_json=as_json) as out:
         from spectune.storage import stored_method
 
-        method = stored_method(found.delta_folder)
+        method = stored_method(found.delta)
         if not method.can_merge:
             raise ConfigError(
                 f"the run {found.folder} is {method.label}, which cannot be merged: it does not act as a change of the "
@@ -69,8 +69,8 @@ def write_merged(
     from spectune import storage
 
     answer: dict[str, Any] = {"run": str(found.folder), "base": found.base, "format": "merged", "folder": str(folder)}
-    if storage.stored_method(found.delta_folder).trains_base and dtype is None:
-        storage.copy_model(found.delta_folder, storage.load_tokenizer(found.base), folder)
+    if storage.stored_method(found.delta).trains_base and dtype is None:
+        storage.copy_model(found.delta, storage.load_tokenizer(found.base), folder)
         say(out, "copied: the run trained the base itself, and its weights are written bit for bit")
     else:
         answer |= _merge(found, folder, data, device, dtype or DTYPE, out)
@@ -84,7 +84,7 @@ def _merge(found: Run, folder: Path, data: str | None, device: str | None, dtype
     from spectune.deltas import merge_and_measure
     from spectune.storage import write_model
 
-    rows, source = rows_to_measure(data, found.folder / "config.yaml", found.row_options)
+    rows, source = rows_to_measure(data, found)
     model, tokenizer = found.load(device, dtype)
     max_length = row_length(model, found.config.get("max_length"))
     encoded = encode(rows, tokenizer, max_length=max_length, **found.encode_options)

@@ -1,20 +1,10 @@
 """The flags that commands share, each written once."""
 
-import importlib.util
-import pkgutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-
-def method_names() -> str:
-    """The methods for a help text, found without importing torch: a method is one file, named as the method is."""
-    room = importlib.util.find_spec("spectune.methods")
-    places = room.submodule_search_locations if room is not None else None
-    return ", ".join(module.name for module in pkgutil.iter_modules(places))
-
 
 #: flags of the command itself; all others are settings, of the same name
 OWN = {"config", "assignments", "dry", "as_json"}
@@ -44,7 +34,10 @@ Model = Annotated[
 BaseOfRun = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Base of the run: a hub id, a local folder, or spectune-tiny.", show_default="as the run says"
+        "--model",
+        help="With --run: the base to put its delta on, which has to be the run's. Without: a base, a merged model, or "
+        "the folder of a delta (PEFT's, too), taken as it is.",
+        show_default="as the run says",
     ),
 ]
 Data = Annotated[
@@ -103,7 +96,7 @@ ComparedOn = Annotated[
     typer.Option(
         "--data",
         help="Rows to compare the merged and the unmerged model on.",
-        show_default="the run's validation rows, or the embedded test rows",
+        show_default="the rows that the run was judged on",
     ),
 ]
 Run = Annotated[

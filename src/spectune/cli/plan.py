@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import complain, note, print_answer, work
-from spectune.cli.input_rows import named, rows_of, training_rows
+from spectune.cli.console import complain, import_libraries, note, print_answer, work
+from spectune.cli.input_rows import check_inputs, named, rows_of, training_rows
+from spectune.cli.known_keys import method_names
+from spectune.cli.planned_text import Arm, decisions, print_plan
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DoesNotFitError
 
@@ -19,17 +21,15 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from spectune.blocks.execution import Execution
     from spectune.data import Encoded, Example, Rows
     from spectune.deltas import Method
-    from spectune.planning import Estimate
     from spectune.training import TrainingConfig
 
 #: steps of a calibration: two that are not timed (they warm up), and those that are
 CALIBRATION_STEPS = 6
 
 OneMethod = Annotated[
-    str | None, typer.Option(help=f"One of {options.method_names()}.", show_default="all of them, as a table")
+    str | None, typer.Option(help=f"One of {method_names()}.", show_default="all of them, as a table")
 ]
 Memory = Annotated[
     str | None, typer.Option(help="Memory of the device: 24GiB, 80GB.", show_default="what is free here")
@@ -91,39 +91,20 @@ def plan(
     flags = options.flags(context, {"memory", "batch", "length", "calibrate"})
     flags |= {"per_device_train_batch_size": batch, "max_length": length}
     settings = Settings.collect(config, assignments, flags)
+    if method is not None and methods is not None:
+        raise ConfigError("--method and --methods: expected one of them, or neither")
+    named = bool(settings.method_names([]))
     with work(as_json=as_json) as out:
+        check_inputs(settings, settings.method_names([]))
+        import_libraries()
         from spectune.methods import BY_NAME
 
-        if method is not None and methods is not None:
-            raise ConfigError("--method and --methods: expected one of them, or neither")
-        named = bool(settings.method_names([]))
         chosen = settings.methods(settings.method_names(list(BY_NAME)))
         answer, misfits = _plan(chosen, settings, memory, out, named=named, calibrate=calibrate)
     print_answer(answer, as_json=as_json)
     if misfits:
         complain("\n".join(misfits), label="does not fit")
         raise typer.Exit(DoesNotFitError.exit_code)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A method with the plan of its run."""
-
-    method: Method
-    execution: Execution
-    estimate: Estimate
-
-    def entry(self, model: str, limit: int | None, *, named: bool) -> dict[str, Any]:
-        """For JSON. `named`: what would fit is worked out where it does not."""
-        found = {**self.estimate.to_dict(), "model": model, "label": self.method.label, "fits": None,
-                 "torch_compile": self.execution.compiled}  # fmt: skip
-        if limit is not None:
-            found["fits"] = self.estimate.fits(limit)
-            if not found["fits"] and named:
-                found["largest_batch"] = self.estimate.largest_batch(limit)
-                found["largest_length"] = self.estimate.largest_length(limit)
-                found["advice"] = f"{self.estimate.advice(limit)} {self.estimate.most(limit)}"
-        return found
 
 
 @dataclass
@@ -152,18 +133,17 @@ class Plans:
     def of(cls, methods: Sequence[Method], settings: Settings, memory: str | None, *, needs_rows: bool) -> Plans:
         """From the command's flags; `needs_rows`: the embedded rows are taken where there is no --data."""
         from spectune.planning.device_memory import free_memory
-        from spectune.planning.workload import context_of
         from spectune.sizes import bytes_of
-        from spectune.storage.bases import load_config
+        from spectune.storage.descriptions import load_config, positions_of
         from spectune.storage.devices import resolve_device
-        from spectune.training.prepare import DEFAULT_LENGTH
+        from spectune.training.config import DEFAULT_LENGTH
 
         config = settings.training()
         name = settings.text("device") or ("cuda" if memory is not None else "auto")
         device = str(resolve_device(name)) if name == "auto" else name
         limit = free_memory(device) if memory is None else bytes_of(memory, "--memory")
         base = load_config(settings.base)
-        positions = context_of(base)
+        positions = positions_of(base)
         rooms = [] if positions is None else [positions - method.virtual_tokens for method in methods]
         most = min((room for room in rooms if room >= 2), default=positions or DEFAULT_LENGTH)
         length = config.max_length or min(DEFAULT_LENGTH, most)
@@ -183,7 +163,9 @@ class Plans:
             self.base, method, settings.text("dtype"), self.device, base_precision=settings.text("base_precision"),
             optim=config.optim, accumulates=config.gradient_accumulation_steps > 1,
         )  # fmt: skip
-        return Arm(method, *plan_unloaded(workload, config, train, valid, length=self.length, limit=self.limit))
+        found = plan_unloaded(workload, config, train, valid, length=self.length, limit=self.limit)
+        assert found.estimate is not None
+        return Arm(method, found.execution, found.estimate, found.memory)
 
     def encoded(self, length: int) -> tuple[list[Example], list[Example]]:
         """Training and validation rows of at most so many tokens; empty where there are none."""
@@ -211,8 +193,8 @@ class Plans:
         return self._encoded[length]
 
     def examples(self) -> list[Example]:
-        """All rows."""
-        return [example for part in self.encoded(self.length) for example in part]
+        """Rows to train on."""
+        return self.encoded(self.length)[0]
 
 
 def _plan(
@@ -240,15 +222,15 @@ def _plan(
     ]
     if not named and limit is not None and entries and not any(entry["fits"] for entry in entries):
         misfits.append(f"no method fits into {shown(limit)}; name one with --method for what would")
-    steps = steps_of_run(plans.encoded(plans.length)[0], plans.config)
+    steps = steps_of_run(plans.examples(), plans.config)
     answer: dict[str, Any] = {"model": settings.base, "device": plans.device, "memory": limit, "steps": steps,
                               "methods": entries, "refused": refused}  # fmt: skip
     if plans.rows is not None:
         answer["data"] = _described(plans, arms)
     if calibrate:
         answer["calibration"] = [_timed(arm.method, plans) for arm in arms]
-    _print(out, answer, [arm.estimate for arm in arms])
-    for line in _decisions(plans.config, arms, steps, plans.device):
+    print_plan(out, answer, [arm.estimate for arm in arms])
+    for line in decisions(plans.config, arms, steps, plans.device):
         note(line)
     return answer, misfits
 
@@ -257,16 +239,16 @@ def _rows(settings: Settings, config: TrainingConfig) -> tuple[Rows, Rows]:
     """Rows to train on and to validate on, as a run takes them; none of the latter where there is but one."""
     from spectune.data import Rows
 
-    data, valid = settings.rows("data"), settings.rows("valid")
-    if valid is None and data is not None:
+    data = settings.rows("data")
+    if settings.rows("valid") is None and data is not None:
         rows, _ = rows_of(data, "training", config.row_options)
         if len(rows) < 2:
             return rows, Rows([], [])
-    return training_rows(data, valid, config)[:2]
+    return training_rows(settings)[:2]
 
 
 def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
-    """Rows, tokens, steps and operations of an epoch of all rows."""
+    """Rows, tokens, steps and operations of an epoch."""
     from spectune.families import family_from_config
     from spectune.planning.flops import flops_per_token
 
@@ -279,6 +261,7 @@ def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
         flops[arm.method.name] = sum(lengths) * flops_per_token(family, arm.method, mean, checkpointing=again)
     return {
         "source": "the embedded training rows" if data is None else named(data), "rows": len(lengths),
+        "held_out": len(plans.encoded(plans.length)[1]),
         "mixture": plans.mixture(),
         "tokens": sum(lengths), "longest_row_tokens": max(lengths),
         "steps_per_epoch": math.ceil(len(lengths) / rows), "flops_per_epoch": flops,
@@ -307,78 +290,3 @@ def _timed(method: Method, plans: Plans) -> dict[str, Any]:
         "timed_steps": CALIBRATION_STEPS - 2, "tokens_per_second": speed, "seconds_per_epoch": tokens / speed,
         "measured_train_allocated": result.peak_memory_bytes.get("train_allocated"),
     }  # fmt: skip
-
-
-def _decisions(config: TrainingConfig, arms: Sequence[Arm], steps: int | None, device: str) -> list[str]:
-    """Lines on what "auto" came to, and why."""
-    compiled = [arm.method.name for arm in arms if arm.execution.compiled]
-    lines = []
-    if config.torch_compile == "auto":
-        if steps is None:
-            lines.append(
-                "torch_compile=auto: blocks are planned without the compiler, as nothing says how long the run is. "
-                "--data or --set max_steps=N says it, --set torch_compile=true plans compiled blocks"
-            )
-        elif len(compiled) in (0, len(arms)):
-            lines.append(f"torch_compile=auto: {str(bool(compiled)).lower()}, for a run of {steps:,} steps")
-        else:
-            some = f"true for {', '.join(compiled)}, false for the others"
-            lines.append(f"torch_compile=auto: {some}, in a run of {steps:,} steps")
-    if compiled and device == "cpu":
-        first = "on a CPU the first steps, which hold the longest batch"
-        lines.append(f"{first}, run without the compiler: they are planned")
-    if captured := [arm.method.name for arm in arms if arm.estimate.cuda_graphs]:
-        lines.append(
-            f"cuda_graphs={str(config.cuda_graphs).lower()}: blocks are recorded for {', '.join(captured)}. Planned is "
-            "what the recordings of one shape of a batch keep; each further shape that comes back keeps its own"
-        )
-    reasons = dict.fromkeys(arm.execution.reason("packing") for arm in arms)
-    return [*lines, *(f"packing={str(config.packing).lower()}: {reason}" for reason in reasons if reason is not None)]
-
-
-def _print(out: Console, answer: dict[str, Any], estimates: list[Estimate]) -> None:
-    from rich.table import Column, Table
-
-    from spectune.planning.estimate import shown
-    from spectune.planning.trace import TERMS
-
-    if estimates:
-        first = estimates[0]
-        title = f"{answer['model']}, {first.batch} rows of {first.length} tokens, {first.dtype} on {answer['device']}"
-        title += f", base in {first.base_precision}" if first.base_precision is not None else ""
-        recomputes = ["checkpointing"] if any(estimate.gradient_checkpointing for estimate in estimates) else []
-        compiles = ["compiled"] if any(entry["torch_compile"] for entry in answer["methods"]) else []
-        numbers = [Column(name, justify="right") for name in ("trainable", "share", *TERMS, "peak", "reserved")]
-        fits = "fits" if answer["memory"] is None else f"fits {shown(answer['memory'])}"
-        table = Table("method", *recomputes, *compiles, *numbers, "at the peak", fits, title=title)
-        yes_or_no, modes = {None: "?", True: "yes", False: "no"}, {True: "every block", False: "none"}
-        for estimate, entry in zip(estimates, answer["methods"], strict=True):
-            share = estimate.trainable_parameters / estimate.total_parameters
-            sizes = [*(getattr(estimate, term) for term in TERMS), estimate.peak_allocated, estimate.peak_reserved]
-            mode = estimate.gradient_checkpointing
-            table.add_row(
-                estimate.method, *(mode if isinstance(mode, str) else modes[mode] for _ in recomputes),
-                *(yes_or_no[bool(entry["torch_compile"])] for _ in compiles), f"{estimate.trainable_parameters:,}",
-                f"{100 * share:.3g}%", *map(shown, sizes), estimate.peak_moment.name, yes_or_no[entry["fits"]],
-            )  # fmt: skip
-        out.print(table)
-        if first.context:
-            note(f"reserved leaves out what the process takes of a CUDA device by itself, about {shown(first.context)}")
-        if any(estimate.host for estimate in estimates):
-            note(f"offload takes up to {shown(max(e.host for e in estimates))} of host memory for blocks' inputs")
-        if first.validation is not None and any((e.validation or 0) > e.peak_reserved for e in estimates):
-            note(f"validation takes up to {shown(max(e.validation or 0 for e in estimates))}, more than training: "
-                 "per_device_eval_batch_size")  # fmt: skip
-    for refusal in answer["refused"]:
-        note(f"{refusal['method']}: {refusal['reason']}")
-    if (data := answer.get("data")) is not None:
-        note(f"data: {data['source']}: {data['rows']:,} rows, {data['tokens']:,} tokens, the longest row has "
-             f"{data['longest_row_tokens']:,}; {data['steps_per_epoch']:,} steps an epoch")  # fmt: skip
-        if data["mixture"]:
-            note(f"  {data['mixture']}")
-        for name, flops in data["flops_per_epoch"].items():
-            note(f"  {name}: {flops / 1e12:,.3g} TFLOP an epoch")
-    for timed in answer.get("calibration", ()):
-        note(f"{timed['method']}: {timed['seconds_per_epoch']:,.1f} s an epoch without validation, by "
-             f"{timed['timed_steps']} steps here on {timed['device']} in {timed['dtype']} "
-             f"({timed['tokens_per_second']:,.0f} tokens/s)")  # fmt: skip

@@ -63,7 +63,7 @@ def free_folder(given: Path | None, default: Path) -> Path:
 def origin(settings: Settings) -> dict[str, Any]:
     """The origin of base and data for a run's config.yaml, so that `--config` with that file repeats the run."""
     keys = ("retain", "device", "dtype", "base_precision")
-    named = {key: value for key in ("data", "valid", "test") if (value := settings.get(key)) is not None}
+    named = {key: value for key in ("data", "valid", "test", "split_seed") if (value := settings.get(key)) is not None}
     kept = {key: value for key in keys if (value := settings.text(key)) is not None}
     return {"model": settings.base, **named, **kept}
 
@@ -88,13 +88,41 @@ def resumed(settings: Settings) -> Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run on disk, or a saved delta's folder alone."""
+    """A finished run on disk, a saved delta's folder alone, or a model as it is.
+
+    Attributes:
+        delta_folder: None where there is no delta: the base is the model.
+        result, config: empty where there is no run.
+        rebased: the base is not the run's own word, but the user's.
+    """
 
     folder: Path
-    delta_folder: Path
+    delta_folder: Path | None
     base: str
     result: dict[str, Any]
     config: dict[str, Any]
+    rebased: bool = False
+
+    @property
+    def name(self) -> str:
+        """For a line that says what is used."""
+        return f"run: {self.folder}" if self.delta_folder is not None else f"model: {self.base}, as it is"
+
+    @property
+    def delta(self) -> Path:
+        """The delta's folder, of what has one."""
+        assert self.delta_folder is not None, "a model as it is has no delta"
+        return self.delta_folder
+
+    @property
+    def folder_name(self) -> str | None:
+        """For JSON: None where there is no run."""
+        return str(self.folder) if self.delta_folder is not None else None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the run says what rows it was trained on: one of the command line does."""
+        return "model" in self.config
 
     @property
     def prompt_options(self) -> dict[str, Any]:
@@ -127,7 +155,16 @@ class Run:
         model, tokenizer = load(
             self.base, device=device or "auto", dtype=dtype or "auto", base_precision=base_precision
         )
-        load_delta(model, self.delta_folder, name="run")
+        if self.delta_folder is not None:
+            try:
+                load_delta(model, self.delta_folder, name="run")
+            except DataError as error:
+                if not self.rebased:
+                    raise
+                raise DataError(
+                    f"--model {self.base} with --run {self.folder}: {error}\nLeave out --model, and the run's own base "
+                    f"is taken; or --run, and {self.base} is taken as it is."
+                ) from error
         return model, tokenizer
 
 
@@ -150,9 +187,16 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
         raise DataError(f"{given} is not a folder; expected a run's, such as runs/<date>-lora-1")
     if inside := _runs_in(given):
         return min((_open(folder) for folder in inside), key=_loss)
+    if given.name == "best" and _runs_in(given.parent):
+        return _open(given.parent)
     if is_delta(given):
         # how rows became token ids in training (`separator`, `max_length`, ...), as a run's `best/` tells by itself
         return Run(given, given, _base_of(given, {}), {}, _mapping(given / "training.json", json.loads))
+    if is_model(given):
+        raise DataError(
+            f"{given} is a model and no run: it has no delta to put onto a base. eval and generate take it as it is "
+            f"with --model {given}"
+        )
     command = "compare" if (given / "runs").is_dir() else "train"
     raise DataError(
         f"{given} holds no finished run: expected best/ and result.json, or a delta's adapter_config.json. "
@@ -160,12 +204,30 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
     )
 
 
+def model_as_it_is(name: str) -> Run:
+    """What `--model` names without a run: a base, a merged model, or a saved delta (ours or PEFT's) on its own base.
+    Raises ConfigError: it is a run's folder."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return Run(folder, None, name, {}, {})
+    if _runs_in(folder) or (folder.name == "best" and _runs_in(folder.parent)):
+        raise ConfigError(f"--model {name} is a run's folder: name it with --run, which takes it on its own base")
+    return find_run(folder) if is_delta(folder) else Run(folder, None, name, {}, {})
+
+
 def find_comparison(given: Path | None, file: str, root: Path = RUNS) -> Path | None:
     """The folder of a comparison, which holds `file`: the one given, else the newest in `root`, None where none is.
     Raises DataError: the folder given holds no such file."""
     if given is not None:
+        if not given.is_dir():
+            raise DataError(f"{given} is not a folder; expected a comparison's, such as runs/<date>-compare-1")
         if not (given / file).is_file():
-            raise DataError(f"{given} holds no {file}: expected the folder of `spectune compare`")
+            expected = "expected the folder of `spectune compare`"
+            if (given / "result.json").is_file() or is_delta(given):
+                expected += ", and this is a single run's: spectune eval measures it"
+            elif is_model(given):
+                expected += f", and this is a model: spectune eval --model {given} measures it"
+            raise DataError(f"{given} holds no {file}: {expected}")
         return given
     found = list(root.glob(f"*/{file}"))
     return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
@@ -174,6 +236,11 @@ def find_comparison(given: Path | None, file: str, root: Path = RUNS) -> Path | 
 def is_delta(folder: Path) -> bool:
     """Whether a folder holds a saved delta, by its files' names."""
     return any((folder / file).is_file() for file in _BASE_NAMES)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model that transformers can load, by its files' names."""
+    return (folder / "config.json").is_file()
 
 
 def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

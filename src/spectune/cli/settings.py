@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectune.cli import known_keys
+from spectune.cli.given import Given, shown, validated
+from spectune.cli.synonyms import SYNONYMS, suggest
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,15 +20,11 @@ if TYPE_CHECKING:
     from spectune.deltas import Method
     from spectune.training import TrainingConfig
 
-#: What other toolkits call things that have another name here.
-SYNONYMS = {
-    "batch_size": "per_device_train_batch_size", "cutoff_len": "max_length", "epochs": "num_train_epochs",
-    "lora_rank": "r", "lr": "learning_rate", "max_seq_length": "max_length", "rank": "r",
-    "sequence_len": "max_length", "warmup_ratio": "warmup_steps",
-}  # fmt: skip
 #: Keys of the command itself; everything else is the training's or a method's.
 RUN_KEYS = frozenset(
     {"model", "data", "valid", "test", "retain", "output_dir", "method", "methods", "device", "dtype", "base_precision"}
+    # which rows of the data were held out, where that is not by the run's own seed
+    | {"split_seed"}
     # a comparison's
     | {"preset", "seeds", "fractions", "metric", "generate_rows", "choice_normalization"}
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
@@ -38,14 +36,6 @@ MAPPINGS = ("columns", "row_template_kwargs", "data", "valid", "test")
 _ENTRY: dict[str, Any] = {"path": None, "weight": 1.0, "name": None}
 #: the keys that name a command's methods
 NAMING = ("methods", "method", "method.name")
-
-
-@dataclass(frozen=True)
-class Given:
-    """A value and where the user gave it: `run.yaml:3` or `--set`."""
-
-    value: Any
-    where: str
 
 
 @dataclass
@@ -117,10 +107,10 @@ class Settings:
             raise self._unexpected(key, "a file, or a list of files such as [a.jsonl, {path: b.jsonl, weight: 2}]")
         where = self.given[key].where
         if unknown := [str(name) for name in given if name not in _ENTRY]:
-            hints = "; ".join(f"{name!r}: {_suggest(name, _ENTRY)}" for name in unknown)
+            hints = "; ".join(f"{name!r}: {suggest(name, _ENTRY)}" for name in unknown)
             raise ConfigError(f"{where}: {key} has an entry with unknown keys: {hints}")
         if not isinstance(given.get("path"), str):
-            raise ConfigError(f"{where}: {key} has the entry {_shown(entry)}; expected {{path: FILE, weight: 2}}")
+            raise ConfigError(f"{where}: {key} has the entry {shown(entry)}; expected {{path: FILE, weight: 2}}")
         try:
             return Source(
                 given["path"], *(given.get(name, default) for name, default in _ENTRY.items() if name != "path")
@@ -146,15 +136,21 @@ class Settings:
             raise self._unexpected(key, "numbers such as 0.1,0.3,1 or 100,1000") from None
 
     def _unexpected(self, key: str, expected: str) -> ConfigError:
-        return ConfigError(f"{self.given[key].where}: {key} is {_shown(self.get(key))}; expected {expected}.")
+        return ConfigError(f"{self.given[key].where}: {key} is {shown(self.get(key))}; expected {expected}.")
 
     def training(self) -> TrainingConfig:
         """The training config. Raises ConfigError: a value does not fit; every one that does not is listed."""
         from spectune.training import TrainingConfig
 
         chosen = {key: given for key, given in self.given.items() if key in TrainingConfig.model_fields}
-        config: TrainingConfig = _validated(TrainingConfig, chosen)
+        config: TrainingConfig = validated(TrainingConfig, chosen)
         return config
+
+    def check(self, names: Sequence[str] = ()) -> None:
+        """Check, without importing torch, that the methods of those names are there, that every key given is known, and
+        that the training's values fit. With no name keys may be any method's. Raises ConfigError."""
+        self._by_method(names)
+        self.training()
 
     def methods(self, names: Sequence[str]) -> list[Method]:
         """The methods of those names, each with the keys given for it; also checks that every key given is known.
@@ -163,38 +159,48 @@ class Settings:
         name the keys are only checked, for commands that train nothing. Raises ConfigError: a name, a key or a value is
         wrong.
         """
+        chosen = self._by_method(names)
+        if not names:
+            return []
         from spectune.methods import BY_NAME
+
+        return [validated(BY_NAME[name], chosen[name]) for name in names]
+
+    def _by_method(self, names: Sequence[str]) -> dict[str, dict[str, Given]]:
+        """The keys given for each method named."""
         from spectune.training import TrainingConfig
 
+        there = known_keys.names()
         for name in names:
-            if name not in BY_NAME:
-                raise ConfigError(f"there is no method {name!r}; {_suggest(name, BY_NAME)}")
+            if name not in there:
+                raise ConfigError(f"there is no method {name!r}; {suggest(name, there)}")
         plain = set(TrainingConfig.model_fields) | RUN_KEYS
-        fields = {name: set(cls.model_fields) - {"name"} for name, cls in BY_NAME.items()}
+        fields = {name: known_keys.fields(name) for name in there}
         chosen: dict[str, dict[str, Given]] = {name: {} for name in names}
-        meant = list(dict.fromkeys(names)) or list(BY_NAME)
+        meant = list(dict.fromkeys(names)) or list(there)
         problems = []
         for key, given in self.given.items():
             if key in plain or key == "method.name":
                 continue
             block, _, inner = key.rpartition(".")
-            if block in BY_NAME:  # one method's own block; a file may hold blocks of methods that this run leaves out
+            if block in there:  # one method's own block; a file may hold blocks of methods that this run leaves out
                 targets = [block] if inner in fields[block] else []
-                candidates: Iterable[str] = fields[block]
+                candidates: set[str] = set(fields[block])
             else:
                 targets = [name for name in meant if inner in fields[name]] if block in ("", "method") else []
                 candidates = set().union(*(fields[name] for name in meant)) | (plain if block == "" else set())
             if not targets:
-                hint = _suggest(inner, candidates)
-                if owners := [name for name in BY_NAME if inner in fields[name] and block in ("", "method")]:
-                    hint = f"{inner!r} belongs to {' and '.join(owners)}, and this command has {', '.join(meant)}"
+                hint = suggest(inner, candidates)
+                other = inner if SYNONYMS.get(inner, inner) in candidates else SYNONYMS.get(inner, inner)
+                if owners := [name for name in there if other in fields[name] and block in ("", "method")]:
+                    hint = f"{other!r} belongs to {' and '.join(owners)}, and this command has {', '.join(meant)}"
                 problems.append(f"{given.where}: unknown key {key!r}; {hint}")
             for name in targets:
                 if name in chosen:
                     chosen[name][inner] = given
         if problems:
             raise ConfigError("\n".join(problems))
-        return [_validated(BY_NAME[name], chosen[name]) for name in names]
+        return chosen
 
     def method_names(self, default: Sequence[str]) -> list[str]:
         """The methods that the user named, by `--methods a,b`, `--method a`, or the file's `method(s)`. Raises
@@ -209,37 +215,6 @@ class Settings:
                 raise ConfigError(f"{self.given[key].where}: {twice} is named more than once; name each method once.")
             return names
         return list(default)
-
-
-def _validated(cls: Any, chosen: Mapping[str, Given]) -> Any:
-    from pydantic import ValidationError
-
-    try:
-        return cls(**{key: given.value for key, given in chosen.items()})
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False):
-            place, reason = problem["loc"], problem["msg"].removeprefix("Value error, ")
-            key = ".".join(map(str, place)) or error.title
-            where = chosen[str(place[0])].where if place and place[0] in chosen else "settings"
-            lines.append(f"{where}: {key}: {reason}" + (f", given {_shown(problem['input'])}" if place else ""))
-        raise ConfigError("\n".join(lines)) from error
-
-
-def _shown(value: Any) -> str:
-    try:
-        return repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return f"a {type(value).__name__} too long to show"
-
-
-def _suggest(word: str, known: Iterable[str]) -> str:
-    """`did you mean ...?`, or all there is."""
-    names = sorted(known)
-    if SYNONYMS.get(word) in names:
-        return f"did you mean {SYNONYMS[word]!r}?"
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
 
 
 def _weighted(text: str) -> dict[str, Any]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import note, print_answer, work
+from spectune.cli.console import import_libraries, note, print_answer, work
 from spectune.cli.dry_run import dry_run
-from spectune.cli.input_rows import training_rows
+from spectune.cli.input_rows import check_inputs, training_rows
+from spectune.cli.known_keys import method_names
+from spectune.cli.one_of_several import joined, of_first
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, InterruptedRun
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from spectune.deltas import Method
 
 DEFAULT_METHOD = "lora"
 
@@ -27,9 +28,7 @@ def train(
     model: options.Model = None,
     data: options.Data = None,
     valid: options.Valid = None,
-    method: Annotated[
-        str | None, typer.Option(help=f"One of {options.method_names()}.", show_default=DEFAULT_METHOD)
-    ] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {method_names()}.", show_default=DEFAULT_METHOD)] = None,
     output_dir: options.OutputDir = None,
     config: options.Config = None,
     assignments: options.Set = None,
@@ -61,20 +60,25 @@ def train(
     if len(names) != 1:
         raise ConfigError(f"train takes one method, given {', '.join(names)}; `spectune compare` takes many")
     with work(as_json=as_json) as out:
-        [chosen] = settings.methods(names)
-        answer = dry_run([chosen], settings, chosen.name, out) if dry else _train(chosen, settings, out)
+        check_inputs(settings, names)
+        [name] = names
+        with joined(settings.placement["device"]):
+            answer = dry_run(settings.methods(names), settings, name, out) if dry else _train(name, settings, out)
     print_answer(answer, as_json=as_json)
 
 
-def _train(method: Method, settings: Settings, out: Console) -> dict[str, Any]:
+def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
+    wanted = settings.training()
+    folder = Path(of_first(str(output_folder(settings.text("output_dir"), name, resume=wanted.resume))))
+    rows, held_out, source = training_rows(settings)
+
+    import_libraries()
     from spectune import training
     from spectune.deltas import attach
     from spectune.storage import load
     from spectune.training.observer import Observer
 
-    wanted = settings.training()
-    folder = output_folder(settings.text("output_dir"), method.name, resume=wanted.resume)
-    rows, held_out, source = training_rows(settings.rows("data"), settings.rows("valid"), wanted)
+    [method] = settings.methods([name])
     observer = Observer()
     with observer.phases.of("load"):
         model, tokenizer = load(settings.base, **settings.placement)

@@ -9,7 +9,7 @@ import typer
 from spectune.cli import options
 from spectune.cli.checked_text import print_overlaps, print_part, print_rows
 from spectune.cli.console import print_answer, work
-from spectune.cli.input_rows import named, note_losses, row_length
+from spectune.cli.input_rows import check_inputs, named, note_losses
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DataError
 
@@ -50,8 +50,8 @@ def validate(
       spectune validate --data chats.jsonl --model ./my-model --train-on last --json > checked.json
     """
     settings = Settings.collect(config, assignments, options.flags(context, own={"show"}))
-    settings.methods([])
     with work(as_json=as_json) as out:
+        check_inputs(settings)
         from spectune.storage import load_tokenizer
 
         tokenizer = load_tokenizer(settings.base)
@@ -75,13 +75,13 @@ def _checked(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Che
     """Train, valid and test, as far as they are given. Raises ConfigError: the rows are chats, and the tokenizer has no
     chat template. Raises DataError: the bad rows of all parts at once."""
     from spectune.data.checked import check
-    from spectune.families import vocabulary_rows
-    from spectune.objectives import CAUSAL_LM
     from spectune.storage import load_config
+    from spectune.storage.descriptions import positions_of
+    from spectune.training.config import DEFAULT_LENGTH
 
-    chosen = settings.training()
-    base = CAUSAL_LM.empty_model(load_config(settings.base))  # no weights: how many positions and tokens it has
-    length, how = row_length(base, chosen.max_length), {**chosen.encode_options, "vocab_size": vocabulary_rows(base)}
+    chosen, base = settings.training(), load_config(settings.base)
+    length = chosen.max_length or min(positions_of(base) or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    how = {**chosen.encode_options, "vocab_size": getattr(base.get_text_config(), "vocab_size", None)}
     found, problems = list["Checked"](), list[DataError]()
     for name, (source, data) in _sources(settings).items():
         try:

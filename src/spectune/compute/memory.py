@@ -6,7 +6,6 @@ they are made and freed (exact and repeatable), and the resident set is the oper
 
 import contextlib
 import gc
-import os
 import sys
 import threading
 import weakref
@@ -19,15 +18,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from spectune.compute import allocator_settings
+
 #: What backward does in place where nobody looks on, and out of place under a dispatch mode, which it takes for tensors
 #: that know no operation in place (torch/csrc/autograd/FunctionsManual.cpp: areAnyTensorSubclassLike): the gradients of
 #: indexing, gather and index_select, added into zeros made for them.
 _aten = torch.ops.aten
 ADDED_IN_PLACE = (_aten.index_put.default, _aten.scatter_add.default, _aten.index_add.default)
-
-
-#: torch's names for the settings of its allocator
-ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def counts_tensors(device_type: str) -> bool:
@@ -191,18 +188,12 @@ def leaving_nothing(device: torch.device) -> Iterator[None]:
         _release(device)
 
 
-def allocator_is_configured() -> bool:
-    """Whether the user, or the command line, has settings for torch's allocator."""
-    return any(os.environ.get(name) for name in ALLOCATOR_SETTINGS)
-
-
 def has_expandable_segments() -> bool:
     """Whether runs keep tensors in segments that grow (torch's `expandable_segments`), so that little is held unused:
-    as the user's settings for the allocator say; without any, they do."""
-    if not allocator_is_configured():
-        return _can_configure()
-    settings = "".join(os.environ.get(name, "") for name in ALLOCATOR_SETTINGS)
-    return "expandable_segments:true" in settings.lower().replace(" ", "")
+    as the settings for the allocator say; without any, they do."""
+    if allocator_settings.are_given():
+        return allocator_settings.ask_for_expandable_segments()
+    return _can_configure()
 
 
 @contextlib.contextmanager
@@ -210,10 +201,10 @@ def _expandable_segments(device: torch.device) -> Iterator[None]:
     """Inside, new segments are expandable, where the user has no settings for the allocator. Batches of unlike sizes
     leave holes in segments of fixed size: 57 GiB held for 42 of tensors, and 4.0 for 2.4 of CUDA graphs
     (docs/decisions.md, 2026-11-29)."""
-    if device.type != "cuda" or allocator_is_configured() or not _can_configure():
+    if device.type != "cuda" or allocator_settings.are_given() or not _can_configure():
         yield
         return
-    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    torch._C._accelerator_setAllocatorSettings(allocator_settings.EXPANDABLE)
     try:
         yield
     finally:

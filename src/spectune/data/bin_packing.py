@@ -5,6 +5,7 @@ first, into the fullest sequence that still has room for it. Nothing is cut. A s
 sum over them, in whatever sequences they stand.
 """
 
+import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
@@ -36,6 +37,22 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return packs
 
 
+def even_packs(sizes: Sequence[int], capacity: int, processes: int) -> list[list[int]]:
+    """Indices of the documents of as many packs for each process, about equally long, so that none waits for another:
+    the longest document first, each into the shortest pack. As few packs as `capacity` allows."""
+    rounds = -(-sum(sizes) // (capacity * processes))
+    while True:
+        packs: list[list[int]] = [[] for _ in range(min(len(sizes), rounds * processes))]
+        lengths = [(0, number) for number in range(len(packs))]
+        for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            length, number = lengths[0]
+            packs[number].append(index)
+            heapq.heapreplace(lengths, (length + sizes[index], number))
+        if max(length for length, _ in lengths) <= capacity or len(packs) == len(sizes):
+            return packs
+        rounds += 1
+
+
 def pack_step(
     rows: Sequence[int], lengths: Sequence[int], size: int, *, extra: int = 0, whole: bool = False, processes: int = 1
 ) -> list[list[list[int]]]:
@@ -54,7 +71,7 @@ def pack_step(
     sizes = [lengths[row] + extra for row in rows]
     budget = size * max(sizes)
     if whole:
-        found = best_fit(sizes, budget)
+        found = best_fit(sizes, budget) if processes == 1 else even_packs(sizes, budget, processes)
     else:
         capacities = dict.fromkeys(min(budget, int(max(sizes) * stretch)) for stretch in _STRETCHES)
         found = min((best_fit(sizes, capacity) for capacity in capacities), key=lambda packs: places(packs, sizes))

@@ -34,9 +34,9 @@ class Task:
     """What is measured of which rows; made by `Task.of`. Every row has a loss; some are written, some chosen.
 
     `to_write` and `to_choose` are places in `rows`. Where choices were inferred, the rows here have them, and their
-    answer as the label. `max_new_tokens` None: a quarter more than the longest answer, see `judge_rows.new_tokens`.
-    `choice_normalization`: by what the likeliest choice is found (`CHOICE_NORMALIZATIONS`). `bleu_tokenizer`:
-    sacrebleu's, for all models the one that fits the references' scripts.
+    answer as the label; `choices_of` says of which rows' answers. `max_new_tokens` None: a quarter more than the
+    longest answer, see `judge_rows.new_tokens`. `choice_normalization`: by what the likeliest choice is found
+    (`CHOICE_NORMALIZATIONS`). `bleu_tokenizer`: sacrebleu's, for all models the one that fits the references' scripts.
     """
 
     rows: tuple[Row, ...]
@@ -55,6 +55,7 @@ class Task:
     train_on: str = "all"
     truncation: str = "start"
     today: str | None = None
+    choices_of: str = "training row"
 
     @classmethod
     def of(
@@ -98,7 +99,7 @@ class Task:
             expected = f"expected one of {', '.join(CHOICE_NORMALIZATIONS)}"
             raise ConfigError(f"choice_normalization {choice_normalization!r}{near}: {expected}")
         wanted = _wanted(metric)
-        own, choices = _with_choices(rows, train_rows, answers, wanted)
+        own, choices, whose = _with_choices(rows, train_rows, answers, wanted)
         to_choose = _choosable(own, wanted)
         writable = _writable(own, wanted, to_choose, generate_rows)
         count = min(len(writable), generate_rows)
@@ -109,7 +110,7 @@ class Task:
             text_metrics=wanted.text if to_write else (), custom=wanted.custom if to_write else (), choices=choices,
             max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length, separator=separator,
             choice_normalization=choice_normalization, bleu_tokenizer=bleu_tokenizer(references), train_on=train_on,
-            truncation=truncation, today=today,
+            truncation=truncation, today=today, choices_of=whose,
         )  # fmt: skip
 
     @property
@@ -131,7 +132,8 @@ class Task:
             over = "the row's choices"
             if self.choices:
                 named = ", ".join(repr(choice) for choice in self.choices)
-                over = f"{len(self.choices)} choices, inferred because every training row is answered with one: {named}"
+                over = f"{len(self.choices)} choices, inferred because every {self.choices_of} is answered with one: "
+                over += named
             by = _LIKELIHOODS[self.choice_normalization]
             parts.append(f"Accuracy, over {_rows(len(self.to_choose))}, is by {by} over {over}.")
         if self.to_write:
@@ -192,19 +194,23 @@ def _wanted(metric: str | None) -> _Wanted:
 
 def _with_choices(
     rows: Sequence[Row], train_rows: Sequence[Row], answers: Sequence[str], wanted: _Wanted
-) -> tuple[list[Row], tuple[str, ...]]:
-    """The rows, with the choices that were inferred where none has any; and these choices."""
+) -> tuple[list[Row], tuple[str, ...], str]:
+    """The rows, with the choices that were inferred where none has any; these choices; and whose answers they are: the
+    training rows', or, where accuracy is named and those are no labels, the rows' own."""
+    whose = "training row"
     # a row of its own each: the same object given twice is two rows
     own = [dataclasses.replace(row) for row in rows]
     if not wanted.accuracy:
-        return own, ()
+        return own, (), whose
     if any(row.choices for row in own):
-        return labelled(own), ()
-    known = answers or common_answers(train_rows or (() if wanted.auto else own))
+        return labelled(own), (), whose
+    known = tuple(answers) or common_answers(train_rows)
+    if not known and not wanted.auto:
+        known, whose = common_answers(own), "row"
     choices = inferred_choices(known, own)
     if choices:
         own = [dataclasses.replace(row, choices=choices, label=answer_of(row)) for row in own]
-    return own, choices
+    return own, choices, whose
 
 
 def _choosable(rows: Sequence[Row], wanted: _Wanted) -> list[int]:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from spectune.torchrun import Place
+
 
 def free_memory(
     device: torch.device | str, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
@@ -11,7 +13,7 @@ def free_memory(
     """Bytes that this process could still take, what its allocator holds unused included; None where nobody tells.
 
     CUDA: what the driver calls free, and torch's cache. CPU: `MemAvailable` of Linux, or what is left of the
-    container's limit.
+    container's limit; of processes that torchrun started on this machine each one's part.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -22,7 +24,8 @@ def free_memory(
     if device.type != "cpu":
         return None
     known = [size for size in (_available(proc), _left_of_limit(cgroup)) if size is not None]
-    return min(known, default=None)
+    shared = Place.from_environment().local_size
+    return min((size // shared for size in known), default=None)
 
 
 def _available(proc: Path) -> int | None:

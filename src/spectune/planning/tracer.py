@@ -40,6 +40,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watched: dict[int, weakref.ref[Any]] = {}
         self._outside = {t.untyped_storage()._cdata for t in outside}
         self._true: dict[int, bool] = {}
+        self._known = _Known()
 
     def mark(self, name: str) -> None:
         """Name the place among the events that the step has come to."""
@@ -71,7 +72,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             if func in _BY_INDEX:
                 args = (args[0], self._indices(args[1]), *args[2:])
-            result = func(*args, **(kwargs or {}))
+            result = self._known.call(func, args, kwargs or {})
         if func is aten.all.default or (func is aten.eq.Scalar and args[0].dim() == 0):
             # mask.all(), mask.sum() == mask.numel(): is nothing padded? Any other question is taken to be answered no
             self._true[result.untyped_storage()._cdata] = not self.shape.padded
@@ -123,6 +124,66 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             else:
                 found.append(index)
         return found
+
+
+class _Known:
+    """What operations made of such tensors before: layers are alike, and a meta kernel written in Python takes far
+    longer than a tensor of the same shape."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, list[tuple[torch.Size, tuple[int, ...], torch.dtype]]] = {}
+        self._plain: dict[Any, bool] = {}
+
+    def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The operation's result, on the meta device where its arguments are."""
+        if func not in self._plain:
+            self._plain[func] = _makes_tensors(func)
+        key = _key(func, args, kwargs) if self._plain[func] else None
+        if key is None:
+            return func(*args, **kwargs)
+        if key not in self._made:
+            result = func(*args, **kwargs)
+            leaves = [result] if isinstance(result, Tensor) else list(result)
+            given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            if all(_is_whole(leaf) and leaf.untyped_storage()._cdata not in given for leaf in leaves):
+                self._made[key] = [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]
+            return result
+        found = [torch.empty_strided(*size, dtype=dtype, device="meta") for *size, dtype in self._made[key]]
+        return found[0] if len(func._schema.returns) == 1 else tuple(found)
+
+
+def _is_whole(made: Any) -> bool:
+    """Whether what was made is a meta tensor with memory of its own size; some kernels return a part of a larger one,
+    or an argument."""
+    if not isinstance(made, Tensor) or made.device.type != "meta":
+        return False
+    again = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device="meta")
+    return again.untyped_storage().nbytes() == made.untyped_storage().nbytes()
+
+
+def _makes_tensors(func: Any) -> bool:
+    """Whether an operation returns tensors of its own: it changes no argument, and views none."""
+    schema = func._schema
+    parts = (*schema.arguments, *schema.returns)
+    tensors = bool(schema.returns) and all(str(made.type) == "Tensor" for made in schema.returns)
+    return tensors and func.namespace == "aten" and all(part.alias_info is None for part in parts)
+
+
+def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """All that the shape of the result follows from; None where an argument is a tensor that is not on meta."""
+    found: list[Any] = [func]
+    for leaf in (*args, *kwargs.values(), *kwargs):
+        if isinstance(leaf, Tensor):
+            if leaf.device.type != "meta":
+                return None
+            found.append((leaf.shape, leaf.stride(), leaf.dtype))
+        elif isinstance(leaf, bool | int | float | str | torch.dtype | torch.device | None):
+            found.append((type(leaf), leaf))
+        elif isinstance(leaf, list | tuple) and all(isinstance(part, int) for part in leaf):
+            found.append(tuple(leaf))
+        else:
+            return None
+    return tuple(found)
 
 
 def _grouped(a: Tensor, b: Tensor, ends: Tensor | None = None) -> Tensor:

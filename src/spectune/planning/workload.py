@@ -17,7 +17,7 @@ from spectune.families import base_precision as base_precision_of
 from spectune.methods import method_from_name
 from spectune.objectives import CAUSAL_LM
 from spectune.storage.base_precision import base_dtype, check_precision
-from spectune.storage.bases import load_config
+from spectune.storage.descriptions import load_config, positions_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Workload:
     @property
     def max_length(self) -> int | None:
         """Tokens of a row that the base has positions for, less the method's virtual ones; None is without limit."""
-        context = context_of(self.config)
+        context = positions_of(self.config)
         return None if context is None else context - self.method.virtual_tokens
 
     def check_length(self, length: int) -> None:
@@ -102,12 +102,6 @@ class Workload:
         with torch.device("meta"):
             model: PreTrainedModel = make(config, dtype=self.dtype)
         return model
-
-
-def context_of(config: Any) -> int | None:
-    """Positions of a base with this config; None where there is no limit."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if context is None else int(context)
 
 
 def tensor_bytes(model: nn.Module) -> list[int]:

@@ -55,6 +55,7 @@ class RunRecord(Record):
     memory_prediction_source: str | None = None
     gradient_checkpointing: bool | str | None = None
     stopped_early: bool = False
+    processes: int = 1
     metrics: Mapping[str, float | None] = Field(default_factory=dict)
     forgetting_kl_nats_per_token: float | None = None
     decode_tokens_per_second: float | None = None
@@ -102,6 +103,7 @@ class RunResult(RunRecord):
     `predicted_memory_bytes` is the plan of the longest batch, made before the first step (`spectune.plan`): terms,
     and `peak_allocated` and `peak_reserved` to compare with `train_allocated` and `train_reserved`;
     `memory_prediction_source` is its source, "none" where the base could not be described.
+    `processes`: that shared out each step's rows; speeds are of all of them together, peaks of the largest.
     `gradient_checkpointing`: what was recomputed (false, "selective", true, "offload"), whatever the setting was.
     Decoding speeds are medians over rounds, their `_spread` is half of what they range over; `inference_overhead_range`
     are the least and the most extra time of a round, as shares of the bare base's time in the same round.

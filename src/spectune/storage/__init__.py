@@ -1,22 +1,54 @@
-"""Bases and delta folders on disk."""
+"""Bases and delta folders on disk.
 
-from spectune.deltas import base_name
-from spectune.files.atomic import atomic_folder, atomic_write_text
-from spectune.storage.base_precision import PRECISIONS, quantise_base
-from spectune.storage.bases import TINY, load, load_config, load_tokenizer
-from spectune.storage.delta_folder import load_delta, stored_method
-from spectune.storage.devices import resolve_device, resolve_dtype
-from spectune.storage.export import (
-    check_format,
-    copy_model,
-    export_formats,
-    write_model,
-    write_peft,
-    write_prompt_embeds,
-)
+Names are imported when they are first used: a config and a tokenizer are read without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectune.deltas import base_name
+    from spectune.files.atomic import atomic_folder, atomic_write_text
+    from spectune.storage.base_precision import PRECISIONS, quantise_base
+    from spectune.storage.bases import TINY, load
+    from spectune.storage.delta_folder import load_delta, stored_method
+    from spectune.storage.descriptions import load_config, load_tokenizer
+    from spectune.storage.devices import resolve_device, resolve_dtype
+    from spectune.storage.export import (
+        check_format,
+        copy_model,
+        export_formats,
+        write_model,
+        write_peft,
+        write_prompt_embeds,
+    )
+
+#: file -> its names, as above; `tests/test_public_api.py` holds both together
+_PUBLIC: dict[str, tuple[str, ...]] = {
+    "spectune.deltas": ("base_name",),
+    "spectune.files.atomic": ("atomic_folder", "atomic_write_text"),
+    "spectune.storage.base_precision": ("PRECISIONS", "quantise_base"),
+    "spectune.storage.bases": ("TINY", "load"),
+    "spectune.storage.delta_folder": ("load_delta", "stored_method"),
+    "spectune.storage.descriptions": ("load_config", "load_tokenizer"),
+    "spectune.storage.devices": ("resolve_device", "resolve_dtype"),
+    "spectune.storage.export": ("check_format", "copy_model", "export_formats", "write_model", "write_peft",
+                                "write_prompt_embeds"),
+}  # fmt: skip
 
 __all__ = [
     "PRECISIONS", "TINY", "atomic_folder", "atomic_write_text", "base_name", "check_format", "copy_model",
     "export_formats", "load", "load_config", "load_delta", "load_tokenizer", "quantise_base", "resolve_device",
     "resolve_dtype", "stored_method", "write_model", "write_peft", "write_prompt_embeds",
 ]  # fmt: skip
+
+if not TYPE_CHECKING:  # a type checker would take any name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        for file, names in _PUBLIC.items():
+            if name in names:
+                globals()[name] = value = getattr(importlib.import_module(file), name)
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

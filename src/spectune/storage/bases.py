@@ -1,25 +1,20 @@
 """Loading bases: a model object, a local folder, a hub id, or the embedded `spectune-tiny`."""
 
-import os
-import socket
-import urllib.request
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import embedded
-from spectune.errors import ConfigError, DataError, first_line
+from spectune.errors import ConfigError
 from spectune.objectives import CAUSAL_LM
 from spectune.storage.base_precision import base_dtype, check_precision, quantise_base
+from spectune.storage.descriptions import load_config, load_tokenizer, read, source_of
 from spectune.storage.devices import resolve_device
 
+__all__ = ["TINY", "load", "load_config", "load_tokenizer"]
+
 TINY = embedded.NAME
-#: seconds that the hub may take to answer at all
-PATIENCE = 5
 
 
 def load(
@@ -53,68 +48,13 @@ def load(
                 "quantise that one with spectune.storage.quantise_base(model, precision)"
             )
         return name, load_tokenizer(str(name.config._name_or_path))
-    source = str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name)
+    source = source_of(name)
     place = resolve_device(device)
-    config = _read(source, lambda: AutoConfig.from_pretrained(source))
+    config = load_config(source)
     if base_precision is not None and getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"base_precision = {base_precision}: {source} is quantised already; leave base_precision out")
     resolved = base_dtype(dtype, place, getattr(config, "dtype", None), base_precision)
-    model = _read(source, lambda: CAUSAL_LM.auto_class.from_pretrained(source, dtype=resolved))
+    model = read(source, lambda: CAUSAL_LM.auto_class.from_pretrained(source, dtype=resolved))
     if base_precision is not None:
         quantise_base(model, base_precision, device=place)
     return model.to(place).eval(), load_tokenizer(source)
-
-
-def load_config(name: str | Path) -> Any:
-    """The config alone of a hub id, a folder, or `"spectune-tiny"`; no weights are read. Raises DataError."""
-    source = str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name)
-    return _read(source, lambda: AutoConfig.from_pretrained(source))
-
-
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer alone of a hub id, a folder, or `"spectune-tiny"`; no weights are read. Raises DataError."""
-    source = str(embedded.MODEL_FOLDER) if str(name) == TINY else str(name)
-    tokenizer: PreTrainedTokenizerBase = _read(source, lambda: AutoTokenizer.from_pretrained(source))
-    # without files transformers makes an empty tokenizer of the model's type, which knows its special tokens alone
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise DataError(
-            f"{source!r} has no tokenizer: the one that transformers made of it knows {len(tokenizer)} tokens, all of "
-            "them special. Save the base's tokenizer there: tokenizer.save_pretrained(folder)."
-        )
-    return tokenizer
-
-
-def _read(source: str, read: Any) -> Any:
-    try:
-        _refuse_unreachable(source)
-        return read()
-    except (OSError, ValueError, KeyError) as error:
-        if Path(source).is_dir():
-            inside = ", ".join(sorted(os.listdir(source))[:12]) or "nothing"
-            raise DataError(
-                f"{source} is a folder, but no base that transformers can load ({first_line(error)}). It holds: "
-                f"{inside}. Expected config.json, *.safetensors and a tokenizer."
-            ) from error
-        raise DataError(
-            f"the base {source!r} is neither a local folder nor to be had from the hub ({first_line(error)}).\n"
-            "What to do: give a local folder that holds config.json, weights and tokenizer; or set HF_HOME to a cache "
-            "that has the model (with HF_HUB_OFFLINE=1 where there is no network); or check the name and log in "
-            "(HF_TOKEN) if the model is gated. --model spectune-tiny works everywhere."
-        ) from error
-
-
-def _refuse_unreachable(source: str) -> None:
-    """Raise at once what transformers would raise after half a minute of retries. Raises ValueError: the name is no hub
-    id. Raises OSError: the hub cannot be reached, and the cache does not have the base."""
-    if Path(source).exists():
-        return
-    cached = isinstance(try_to_load_from_cache(source, "config.json"), str)  # checks the id, too
-    if cached or constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # a proxy looks names up by itself
-        return
-    hub = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection(
-            (hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)), timeout=PATIENCE
-        ).close()
-    except OSError as error:
-        raise ConnectionError(f"no connection to {hub.hostname}: {error.strerror or error}") from error

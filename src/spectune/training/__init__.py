@@ -1,8 +1,34 @@
-"""Training: the config, the only loop, optimizer, distribution, checkpoints."""
+"""Training: the config, the only loop, optimizer, distribution, checkpoints.
 
-from spectune.results.run_result import RunResult
-from spectune.training.config import TrainingConfig
-from spectune.training.machine import environment
-from spectune.training.trainer import train
+Names are imported when they are first used: settings are checked without torch, which the loop is made of.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectune.results.run_result import RunResult
+    from spectune.training.config import TrainingConfig
+    from spectune.training.machine import environment
+    from spectune.training.trainer import train
+
+#: file -> its names, as above; `tests/test_public_api.py` holds both together
+_PUBLIC: dict[str, tuple[str, ...]] = {
+    "spectune.results.run_result": ("RunResult",),
+    "spectune.training.config": ("TrainingConfig",),
+    "spectune.training.machine": ("environment",),
+    "spectune.training.trainer": ("train",),
+}
 
 __all__ = ["RunResult", "TrainingConfig", "environment", "train"]
+
+if not TYPE_CHECKING:  # a type checker would take any name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        for file, names in _PUBLIC.items():
+            if name in names:
+                globals()[name] = value = getattr(importlib.import_module(file), name)
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ state in `random.safetensors`. Nothing is pickled.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spectune.deltas import Delta
-from spectune.errors import DataError
+from spectune.errors import ConfigError, DataError
 from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_folder
 from spectune.training.optimizer import MasterAdamW
@@ -89,6 +89,16 @@ def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
         return Progress(**state["progress"]), state["identity"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path / "state.json", error) from error
+
+
+def check_same_step(steps: Sequence[int], folder: Path | None) -> None:
+    """Raises ConfigError where processes, by rank, would go on from different checkpoints."""
+    for rank, step in enumerate(steps):
+        if step != steps[0]:
+            raise ConfigError(
+                f"process {rank} goes on from step {step}, process 0 from step {steps[0]}: {folder} has to be a folder "
+                "that all processes see"
+            )
 
 
 def restore(path: Path, delta: Delta, optimizer: MasterAdamW) -> dict[str, Tensor] | None:

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+#: tokens of a row where the user says nothing, if the base has room for them
+DEFAULT_LENGTH = 1024
+
 
 class TrainingConfig(BaseModel):
     """How to train. The same for every method; only `learning_rate` has a default of each method's own.

@@ -28,6 +28,7 @@ from spectune.errors import ConfigError
 from spectune.families import Family
 from spectune.methods import LoRA
 from spectune.planning.flops import flops_per_token, virtual_in_sequence
+from spectune.planning.workload import Workload
 from spectune.sizes import duration
 from spectune.training.batch_shapes import batch_shapes
 from spectune.training.config import TrainingConfig
@@ -55,13 +56,15 @@ ONE_GRAPH = 1024
 PLAN_SECONDS = 0.12
 #: by which it is ahead of flash attention for each operation: 400 and 215 TFLOP/s on rows of 2,048 (H200)
 _SAVED = 1 / 215e12 - 1 / 400e12
+#: entries of a config, not zero, with which no kernel attends but by masks
+_MASKED_BY = ("attn_pdrop", "attention_dropout", "attn_dropout", "attn_logit_softcapping")
 #: rows up to so many tokens gain nothing
 _SHORT = 512
 
 
 def decide(
     config: TrainingConfig, family: Family, method: Method, lengths: Sequence[int], device_type: str, *,
-    steps: int | None, delta: Delta | None = None,
+    steps: int | None, delta: Delta | None = None, workload: Workload | None = None,
 ) -> Execution:  # fmt: skip
     """How a run is executed. Follows from the arguments alone, never from a clock or what is free: a run that goes on
     from a checkpoint decides as it did before, and so does its plan. Recomputation is the first of what may be done
@@ -72,13 +75,18 @@ def decide(
         steps: optimizer steps of the whole run; None, where nobody says how many, is taken to be few.
         delta: the method attached to its model. Without it nothing is proved by running the model, and what only the
             model can tell is taken to be so.
+        workload: without a delta, what is known of the base.
 
     Raises:
         ConfigError: a setting asks for what cannot be: packs on a model that cannot keep documents apart, CUDA graphs
             of another device, with packs or with recomputation, block inputs in host memory of another device.
     """
     length, rows = sum(lengths) // len(lengths), config.per_device_train_batch_size
-    packing, why_packing = _packing(config, family, lengths, device_type, delta)
+    packing, why_packing = (
+        _packing(config, family, lengths, device_type, delta)
+        if delta is not None
+        else _packing_unloaded(config, family, method, lengths, device_type, workload)
+    )
     mode = possible_modes(config, device_type, None if delta is None else delta.model)[0]
     if config.cuda_graphs is True:
         check_graphs(device_type, packing.on, mode)
@@ -232,22 +240,18 @@ def takes_cudnn(family: Family, lengths: Sequence[int], steps: int, config: Trai
 
 
 def _packing(
-    config: TrainingConfig, family: Family, lengths: Sequence[int], device_type: str, delta: Delta | None
+    config: TrainingConfig, family: Family, lengths: Sequence[int], device_type: str, delta: Delta
 ) -> tuple[Packing, str | None]:
     """Whether this run packs, and a line on why. The same for the same rows, settings and model, so that a resumed run
     does as before; and whatever the seed and the method's virtual tokens, so that the runs of a comparison do alike.
     Raises ConfigError where `packing` is True and the model cannot keep documents apart."""
     padded = len(set(lengths)) > 1
     if not wants_packs(family, lengths, config, device_type):
-        return Packing(mask_free=padded and (delta is None or _needs_no_mask(delta))), None
-    if delta is None:
-        return Packing(True), "rows are packed if the model keeps documents apart, which the run proves when it begins"
+        return Packing(mask_free=padded and _needs_no_mask(delta)), None
     model, reason = delta.model, None
     virtual = virtual_in_sequence(delta.method, family)
     saved = share_saved(lengths, config, virtual)
-    for kernel in kernels(device_type, model.dtype):
-        if kernel is loop_by_document and config.torch_compile is True:
-            continue  # another graph for each batch
+    for kernel in kernels(device_type, model.dtype, compiled=config.torch_compile is True):
         with route(model, delta.name):
             reason = why_not_packed(model, kernel)
             serves = reason is None and (kernel is None or kernel_serves(model, kernel))
@@ -259,6 +263,30 @@ def _packing(
         raise ConfigError(f"packing is refused: {reason}. Leave it out (packing=false), or to spectune (packing=auto).")
     notice = f"note: rows are padded, not packed, which computes {saved:.0%} more tokens than need be: {reason}"
     return Packing(mask_free=padded and _needs_no_mask(delta)), notice
+
+
+def _packing_unloaded(
+    config: TrainingConfig, family: Family, method: Method, lengths: Sequence[int], device_type: str,
+    workload: Workload | None,
+) -> tuple[Packing, str | None]:  # fmt: skip
+    """The same of a base that is not loaded: its documents are taken to be kept apart, by the fastest kernel that its
+    config has nothing against (as `kernel_serves` finds out by running it)."""
+    if not wants_packs(family, lengths, config, device_type):
+        return Packing(mask_free=len(set(lengths)) > 1), None
+    kernel = None
+    if workload is not None and not _needs_masks(workload, family):
+        kernel = kernels(device_type, workload.dtype, compiled=config.torch_compile is True)[0]
+    packing = Packing(True, kernel, virtual_in_sequence(method, family), min(max(lengths), ONE_GRAPH))
+    return packing, "rows are packed if the model keeps documents apart, which the run proves when it begins"
+
+
+def _needs_masks(workload: Workload, family: Family) -> bool:
+    """Whether attention within packs goes by masks, as the config has it: dropout, capped scores, or windows beside a
+    prefix."""
+    text = workload.config.get_text_config()
+    method = workload.method
+    windows = bool(family.sliding_window) and method.virtual_tokens > 0 and not virtual_in_sequence(method, family)
+    return windows or any(getattr(text, name, None) for name in _MASKED_BY)
 
 
 def wants_packs(family: Family, lengths: Sequence[int], config: TrainingConfig, device_type: str) -> bool:
@@ -293,11 +321,12 @@ def _calls_suit_cudnn(delta: Delta, length: int) -> bool:
     return reason is None
 
 
-def kernels(device_type: str, dtype: torch.dtype) -> list[Kernel | None]:
+def kernels(device_type: str, dtype: torch.dtype, *, compiled: bool = False) -> list[Kernel | None]:
     """Ways to attend within packs on such a device, the fastest first; None is by masks. On one CPU core a loop over
-    documents was 1.1 to 1.35 times as fast as masks (docs/decisions.md)."""
+    documents was 1.1 to 1.35 times as fast as masks (docs/decisions.md); blocks that are `compiled` would get another
+    graph for each batch from it."""
     if device_type == "cpu":
-        return [loop_by_document, None]
+        return [None] if compiled else [loop_by_document, None]
     return [flash_by_document, None] if device_type == "cuda" and dtype in FLASH_DTYPES else [None]
 
 

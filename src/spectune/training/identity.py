@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ FREE = {
     *("output_dir", "resume", "logging_steps", "save_steps", "report_to", "memory_check"),
     *("gradient_checkpointing", "cuda_graphs"),  # the numbers are the same, bit for bit where a step's are
 }
+
+#: rows of a step: may change between a checkpoint and its resumption where their product is the same
+_OF_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 
 
 class OtherRunError(ConfigError):
@@ -78,7 +81,11 @@ def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], place
     Raises:
         OtherRunError: names every difference.
     """
-    changed = [line for key in wanted for line in _changes(key, recorded.get(key), wanted[key], what)]
+    kept = [key for key in wanted if key not in _OF_STEP]
+    changed = [line for key in kept for line in _changes(key, recorded.get(key), wanted[key], what)]
+    if _rows_of_step(recorded)[0] != _rows_of_step(wanted)[0]:
+        before, now = ("{} ({})".format(*_rows_of_step(identity)) for identity in (recorded, wanted))
+        changed.append(f"rows of a step: {before} in the {what}, {now} now")
     if recorded.get("data_sha256") != wanted.get("data_sha256"):  # the same rows as often: the names of files are free
         changed += weight_changes(recorded.get("weights") or {}, wanted.get("weights") or {}, what)
     if changed:
@@ -86,6 +93,24 @@ def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], place
             f"{place} is of a run with other settings; go on with the same, or start in a new folder:\n"
             + "\n".join(changed)
         )
+
+
+def check_alike(identities: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigError, or DataError where only the rows differ: not all processes, by rank, have the same run."""
+    first = identities[0]
+    for rank, other in enumerate(identities):
+        found = {key: _changes(key, first.get(key), other[key], "run of process 0") for key in other}
+        if changed := {key: lines for key, lines in found.items() if lines}:
+            kind = DataError if set(changed) == {"data_sha256"} else ConfigError
+            lines = "; ".join(line for lines in changed.values() for line in lines)
+            raise kind(f"process {rank} has another run than process 0, and all have to have the same: {lines}")
+
+
+def _rows_of_step(identity: Mapping[str, Any]) -> tuple[int, str]:
+    """Their number, and how it comes about: 16, "8 x 1 on 2 processes"."""
+    each, batches, processes = (int(identity.get(key) or 1) for key in _OF_STEP)
+    where = f" on {processes} processes" if processes > 1 else ""
+    return each * batches * processes, f"{each} x {batches}{where}"
 
 
 def _changes(key: str, before: Any, now: Any, what: str) -> list[str]:

@@ -25,10 +25,12 @@ from spectune.inference import is_out_of_memory, wait_for
 from spectune.objectives import CAUSAL_LM
 from spectune.training.async_scalars import AsyncScalars
 from spectune.training.display import Display
+from spectune.training.distribution import World
 from spectune.training.interrupt import Interrupts
 from spectune.training.machine import Gauges
 from spectune.training.peaks import MEMORY_STEPS, Peaks
 from spectune.training.run_state import RunState
+from spectune.training.shared_validation import shared_losses
 
 
 @dataclass
@@ -36,7 +38,7 @@ class _Step:
     """An optimizer step in flight.
 
     Attributes:
-        scalars: its loss sum and the gradient's norm.
+        scalars: its loss sum, the gradient's norm, and how many processes had a signal.
         began: when the host was done with the data, and the CPU time by then.
         memory: what was allocated, where tensors are counted; None otherwise.
     """
@@ -54,7 +56,8 @@ class Loop:
 
     def __init__(self, run: RunState, execution: Execution) -> None:
         self.run, self.execution = run, execution
-        self.model, self.batches, self.world = run.delta.model, run.batches, run.batches.world
+        self.model, self.batches = run.delta.model, run.batches
+        self.interrupts = Interrupts(alone=self.world.size == 1)
         self.max_in_flight = steps_ahead(self.model.device)
         model, optimizer = self.model, run.optimizer  # not the loop itself: no circle keeps the optimizer's memory
         found = run.progress.peak_memory_bytes
@@ -66,6 +69,10 @@ class Loop:
         self._gauges = Gauges.of(self.model.device.type)
         self._last_end = 0.0, 0.0
 
+    @property
+    def world(self) -> World:
+        return self.run.batches.world
+
     def drive(self, display: Display) -> bool:
         """Train to the end. Returns whether it ended early because validation stopped improving.
 
@@ -75,7 +82,7 @@ class Loop:
             DivergedError: loss or gradient is not finite.
         """
         run, now = self.run, self.run.progress
-        with Interrupts() as interrupts, self.running():
+        with self.interrupts as interrupts, self.running():
             self.peaks.resume()
             while now.step < run.total_steps:
                 windows = self.batches.windows(now.epoch)
@@ -85,7 +92,7 @@ class Loop:
                     last = step == run.total_steps
                     validates = _due(run.config.eval_steps, step, epoch_ends, last)
                     saves = _due(run.config.save_steps, step, epoch_ends, last)
-                    waits = validates or saves or epoch_ends or last or interrupts.requested is not None
+                    waits = validates or saves or epoch_ends or last or interrupts.decided is not None
                     self._settle(0 if waits else self.max_in_flight, display)
                     stop = self.validate(display) if validates else False
                     if epoch_ends or last or stop:
@@ -94,10 +101,10 @@ class Loop:
                         run.keeper.checkpoint()
                     if stop:
                         return True
-                    if interrupts.requested:
+                    if interrupts.decided:
                         self._settle(0, display)
                         run.keeper.checkpoint()
-                        where = f"{interrupts.requested} after step {now.step} of {run.total_steps}"
+                        where = f"{interrupts.decided} after step {now.step} of {run.total_steps}"
                         raise InterruptedRun(f"{where}. {run.keeper.resume_hint}")
                     if last:
                         break
@@ -133,6 +140,7 @@ class Loop:
             wait_for(self.model.device)
         began = self._gauges.wall(), self._gauges.cpu()
         with measured as memory:
+            self.world.seed_step(run.config.seed, number)
             run.optimizer.begin(rate)
             loss_sum = torch.zeros((), device=self.model.device)
             for batch in collated:
@@ -140,19 +148,20 @@ class Loop:
                 # they are spread over batches and processes
                 loss_sum += self.backward(batch, targets)
             self.world.sum_gradients(run.delta.parameters())
-            total = self.world.sum(loss_sum)
+            total, *requests = self.world.sum_of_step(loss_sum, self.interrupts.requested is not None)
             # a step behind one that was not taken is not taken either: 0 * inf is no number
             checked = total if self._poison is None else total + self._poison
             norm = run.optimizer.step(rate, run.config.max_grad_norm, checked)
             self._poison = 0.0 * (checked + norm.to(checked.device)) if self.max_in_flight else None
-            scalars = AsyncScalars(total, norm)
+            scalars = AsyncScalars(total, norm, *requests)
         self._in_flight.append(_Step(scalars, targets, tokens, rate, began, memory))
 
     def finish(self) -> float:
         """Look at what the oldest step in flight gave. Returns its mean loss. Raises DivergedError where loss or
         gradient is not finite: it was not taken then, nor any after it."""
         run, now, step = self.run, self.run.progress, self._in_flight.popleft()
-        total, norm = step.scalars.values()
+        total, norm, *requests = step.scalars.values()
+        self.interrupts.agree(sum(requests))
         if not self._in_flight:
             wait_for(self.model.device)
         ended = self._gauges.wall(), self._gauges.cpu()
@@ -223,10 +232,16 @@ class Loop:
         return run.has_stopped_improving
 
     def valid_losses(self, examples: Sequence[Example] | None = None) -> RowLosses:
-        """The loss of each validation row, or of these, under the current route. Every process takes all of them."""
-        rows = self.run.valid_examples if examples is None else examples
+        """The loss of each validation row under the current route, of which each process takes a share; of these
+        examples, if there are any, on this process alone."""
         batch = self.run.config.per_device_eval_batch_size
-        return row_losses(self.model, rows, self.batches.pad_token_id, batch)
+
+        def losses(rows: Sequence[Example]) -> RowLosses:
+            return row_losses(self.model, rows, self.batches.pad_token_id, batch)
+
+        if examples is not None:
+            return losses(examples)
+        return shared_losses(self.run.valid_examples, losses, self.world, self.model.device)
 
     def _settle(self, left: int, display: Display) -> None:
         """Finish steps until so many are left in flight."""

@@ -1,7 +1,7 @@
 """Peaks of a run's memory, by phase: which steps are measured, and how."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -69,3 +69,9 @@ class Peaks:
         for kind, size in ({} if memory is None else memory.result).items():
             name = f"{phase}_{kind}"
             self.found[name] = max(size, self.found.get(name, 0))
+
+
+def largest(found: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The largest of each phase and kind over several processes."""
+    names = dict.fromkeys(name for peaks in found for name in peaks)
+    return {name: max(peaks[name] for peaks in found if name in peaks) for name in names}

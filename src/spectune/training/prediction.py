@@ -139,7 +139,7 @@ def predict(
     if config.memory_check == "off":
         return Prediction(execution)
     possible = possible_modes(config, model.device.type, model)
-    free, known = free_memory(model.device), known or Predictions()
+    free, known = world.least(free_memory(model.device)), known or Predictions()
     try:
         rows = prepared.examples, prepared.valid
         found = PlannedBatches.of(rows, config, execution.packing, world, model.device.type)
@@ -187,7 +187,7 @@ def _tensors(delta: Delta) -> list[torch.Tensor]:
 def plan_unloaded(
     workload: Workload, config: TrainingConfig, examples: Sequence[Example], valid: Sequence[Example], *,
     length: int, limit: int | None,
-) -> tuple[Execution, Estimate]:  # fmt: skip
+) -> Prediction:  # fmt: skip
     """The same of a base that is not loaded: what only the model can tell is taken to be so (see `decide`).
 
     Args:
@@ -201,7 +201,9 @@ def plan_unloaded(
     device = workload.device
     lengths = [example.length for example in examples] or [length]
     steps = steps_of_run(examples, config)
-    execution = decide(config, family_from_config(workload.config), workload.method, lengths, device, steps=steps)
+    execution = decide(
+        config, family_from_config(workload.config), workload.method, lengths, device, steps=steps, workload=workload
+    )
     batch, judged = Shape.whole(config.per_device_train_batch_size, length), config.per_device_eval_batch_size
     found = PlannedBatches(batch, (), judged)
     if examples:
@@ -212,9 +214,13 @@ def plan_unloaded(
         return how, estimate_of(workload, found.longest, found.validation, how.of_first_steps(device))
 
     possible = possible_modes(config, device, None)
-    if limit is None:
-        return planned(possible[0])
-    return cheapest_that_fits(possible, planned, lambda pair: pair[1].fits(limit))
+    how, estimate = (
+        planned(possible[0])
+        if limit is None
+        else cheapest_that_fits(possible, planned, lambda pair: pair[1].fits(limit))
+    )
+    measured = estimate.of_steps(found.steps) if found.steps else estimate
+    return Prediction(how, estimate, measured.memory(), estimate.source)
 
 
 def _why(estimate: Estimate, first: Estimate, room: int) -> str:

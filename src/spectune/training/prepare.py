@@ -12,13 +12,10 @@ from spectune.data import DataReport, Encoded, Example, Row, encode, load_rows, 
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import base_precision, embedding_width, vocabulary_rows
-from spectune.planning.workload import context_of
 from spectune.results.run_result import TrainSource
-from spectune.training.config import TrainingConfig
+from spectune.storage.descriptions import positions_of
+from spectune.training.config import DEFAULT_LENGTH, TrainingConfig
 from spectune.training.identity import FILE, identity_of, read_identity
-
-#: tokens of a row where the user says nothing, if the base has room for them
-DEFAULT_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Prepared:
 
 def prepare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, train_rows: Any, valid_rows: Any,
-    config: TrainingConfig, base: Mapping[str, Any],
+    config: TrainingConfig, base: Mapping[str, Any], processes: int = 1,
 ) -> Prepared:  # fmt: skip
     """Read and encode the rows for one method on one base.
 
@@ -52,6 +49,7 @@ def prepare(
         train_rows, valid_rows: what `train` takes; both `Encoded`, at most the config's `max_length` long: used as
             they are, so that many runs on the same rows encode them once.
         base: the fingerprint of the base before training.
+        processes: that share out each step's rows.
 
     Raises:
         ConfigError, DataError: a length that the base has no room for, or bad data.
@@ -74,6 +72,7 @@ def prepare(
         config, method, learning_rate=rate, max_length=length, encoded=(train, valid), base=base,
         dtype=str(model.dtype).removeprefix("torch."), base_precision=base_precision(model),
     )  # fmt: skip
+    identity["processes"] = processes
     return Prepared(config, rows, (train, valid), rate, length, identity, pad_token_id(tokenizer, vocab_size))
 
 
@@ -114,7 +113,7 @@ def steps_of_run(examples: Sequence[Example], config: TrainingConfig) -> int | N
 
 def max_length(model: PreTrainedModel, method: Method, config: TrainingConfig) -> int:
     """`row_tokens` of a loaded model."""
-    return row_tokens(context_of(model.config), method, config)
+    return row_tokens(positions_of(model.config), method, config)
 
 
 def row_tokens(positions: int | None, method: Method, config: TrainingConfig) -> int:

@@ -90,15 +90,16 @@ def _shape(row: Row) -> str:
 
 
 class RunFolder(Keeper):
-    """What one run keeps; with `folder` None all of it in memory alone."""
+    """What one run keeps; with `folder` None all of it in memory alone. Of several processes the first keeps it."""
 
     def __init__(
         self, folder: Path | None, run: RunState, best: dict[str, Tensor] | None, prepared: Prepared,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:  # fmt: skip
-        self.folder, self.run, self.tokenizer = folder, run, tokenizer
+        self._leads = run.batches.world.leads
+        self.folder, self.run, self.tokenizer = folder if self._leads else None, run, tokenizer
         #: the weights of the lowest validation loss so far; before the first validation those of the start
-        self.best = best if best is not None else self._copy()
+        self.best = best if best is not None and self._leads else self._copy()
         self.identity = prepared.identity
         kept = {"separator", "train_on", "truncation", "template_date"}
         own = {"max_length": self.identity["max_length"], **run.config.model_dump(mode="json", include=kept)}
@@ -144,9 +145,15 @@ class RunFolder(Keeper):
             atomic_write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= last))
         self._metrics = path.open("a", encoding="utf-8")
 
+    def load_best(self) -> None:
+        """Give the delta its best weights again."""
+        if self._leads:
+            self.run.delta.load_training_state_dict(self.best)
+        self.run.batches.world.broadcast(self.run.delta.parameters())
+
     def go_back(self) -> None:
         """After a divergence: give the delta its best weights again, or its first ones, and keep those in `best/`."""
-        self.run.delta.load_training_state_dict(self.best)
+        self.load_best()
         if self.folder is not None and self.run.progress.best_step is None:
             swap_best(self.folder, self.run.delta, 0, self.tokenizer, self.training)
 
@@ -172,7 +179,8 @@ class RunFolder(Keeper):
         self.run.keeper = Keeper()  # no circle keeps the optimizer's memory
 
     def _copy(self) -> dict[str, Tensor]:
-        return {name: t.detach().cpu().clone() for name, t in self.run.delta.training_state_dict().items()}
+        state = self.run.delta.training_state_dict() if self._leads else {}
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def checkpoint(self) -> None:
         if self._board is not None:
@@ -206,6 +214,10 @@ class RunFolder(Keeper):
             f"A checkpoint is in {self.run.config.output_dir}. To go on: the same command with "
             f"--output-dir {self.run.config.output_dir} --resume"
         )
+
+    @property
+    def kept_word(self) -> str:
+        return "" if self.folder is None else ", saved"
 
     def kept_state(self) -> str:
         where = f" in {self.folder / 'best'}" if self.folder is not None else ""

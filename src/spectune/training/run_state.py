@@ -30,6 +30,11 @@ class Keeper:
         """A sentence on how to go on after an interruption."""
         return ""
 
+    @property
+    def kept_word(self) -> str:
+        """What becomes of the best weights, behind a comma; empty where nothing does that lasts."""
+        return ""
+
     def checkpoint(self) -> None: ...
 
     def keep_best(self) -> None: ...
@@ -108,7 +113,11 @@ class RunState:
         return (
             f"step {now.step} of {self.total_steps} (epoch {now.epoch + now.window / steps_per_epoch:.2f}): "
             f"training loss {train_loss:.4f}, validation loss {valid_loss:.4f}, "
-            + ("best so far, saved" if best else f"not better than {now.best_loss:.4f} of step {now.best_step}")
+            + (
+                f"best so far{self.keeper.kept_word}"
+                if best
+                else f"not better than {now.best_loss:.4f} of step {now.best_step}"
+            )
         )
 
     @property

@@ -14,24 +14,27 @@ from spectune.blocks.execution import Execution
 from spectune.compute.memory import leaving_nothing
 from spectune.data import mixture
 from spectune.deltas import Delta, Method, attach, attached, route
-from spectune.errors import ConfigError, DivergedError
+from spectune.errors import ConfigError, DivergedError, InterruptedRun
 from spectune.evaluation import perplexity
 from spectune.results.run_result import RunResult
-from spectune.training.checkpoint import latest_checkpoint, read_state, restore
+from spectune.training.checkpoint import check_same_step, latest_checkpoint, read_state, restore
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import check_graphs
 from spectune.training.display import Display
 from spectune.training.distribution import World
-from spectune.training.identity import check_identity, read_identity
+from spectune.training.identity import check_alike, check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.machine import Gauges, environment, load_of
+from spectune.training.membership import membership
 from spectune.training.observer import Observer
+from spectune.training.peaks import largest
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
 from spectune.training.prepare import Prepared, prepare, train_sources
 from spectune.training.run_folder import RunFolder, check_folder, load_end
 from spectune.training.run_state import RunState, trained_parameters
 
 
+@membership()
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -95,32 +98,29 @@ def _trained(
     asked: _Asked
 ) -> RunResult:  # fmt: skip
     """`train`. When it returns, it holds nothing of the device any more but the delta's weights."""
-    config, world, phases = asked.config, World(), asked.observer.phases
+    config, world, phases = asked.config, World(model.device), asked.observer.phases
     out = (asked.console or Console()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
     delta = phases.call("prove", _attach, model, tokenizer, method_or_delta, asked.name, config.seed)
-    given = delta.method, *rows, config, delta.base_fingerprint
+    given = delta.method, *rows, config, delta.base_fingerprint, world.size
     prepared = phases.call("rows", prepare, model, tokenizer, *given)
     if finished is not None:
         phases.add(finished.seconds_by_phase)
         return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
-    predicted = phases.call("plan", predict, delta, prepared, world, asked.predictions, asked.rehearsed)
-    check_memory(predicted, delta, config.memory_check)
+    predicted = phases.call("plan", _planned, delta, prepared, world, asked.predictions, asked.rehearsed)
     execution = predicted.execution
-    if config.cuda_graphs is True:  # what is recomputed may be decided by what is free
-        check_graphs(model.device.type, execution.packing.on, execution.recomputation)
     parts = prepared, execution, world, asked.observer
     run, folder = phases.call("save", _start_or_resume, delta, tokenizer, *parts, out)
     phases.call("save", folder.begin, prepared.encoded, {**environment(), **execution.settings()}, asked.origin)
     _announce(out, run, prepared, execution)
     stopped = _run_to_end(Loop(run, execution), folder, out, asked.base_valid_loss)
     phases.call("save", _keep, folder)
-    world.barrier()
     result = _result(folder, prepared, predicted, stopped)
     if folder.folder is not None:
         result.save(folder.folder / "result.json")
+    world.barrier()  # all are done, or none
     return result
 
 
@@ -143,6 +143,20 @@ def _attach(
     return delta
 
 
+def _planned(
+    delta: Delta, prepared: Prepared, world: World, known: Predictions | None, rehearsed: TrainingConfig | None
+) -> Prediction:
+    """How the run is executed, which is the same run on all processes, each of which has the memory for it."""
+    check_alike(world.gather(prepared.identity))
+    predicted = predict(delta, prepared, world.first, known, rehearsed)
+    with world.agreed():
+        check_memory(predicted, delta, prepared.config.memory_check)
+    how = predicted.execution
+    if prepared.config.cuda_graphs is True:  # what is recomputed may be decided by what is free
+        check_graphs(delta.model.device.type, how.packing.on, how.recomputation)
+    return predicted
+
+
 def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out: Console) -> RunResult:
     """Of a run that was finished before: its weights and its result."""
     folder = prepared.config.output_dir
@@ -158,6 +172,7 @@ def _start_or_resume(
     observer: Observer, out: Console
 ) -> tuple[RunState, RunFolder]:  # fmt: skip
     """The run at its start, or where its newest checkpoint is; and what it keeps."""
+    world.broadcast(delta.parameters())
     run = RunState.of(delta, prepared, execution.packing, world)
     run.observer = observer
     folder, best = prepared.config.output_dir, None
@@ -167,14 +182,15 @@ def _start_or_resume(
         best = restore(checkpoint, delta, run.optimizer)
         observer.phases.add(run.progress.seconds_by_phase)
         out.print(f"going on from {checkpoint}", soft_wrap=True, highlight=False)
-    return run, RunFolder(folder if world.leads else None, run, best, prepared, tokenizer)
+    check_same_step(world.gather(run.progress.step), folder)
+    return run, RunFolder(folder, run, best, prepared, tokenizer)
 
 
 def _keep(folder: RunFolder) -> None:
     """What the run ends with."""
     run = folder.run
     if run.config.load_best_at_end and run.progress.best_step != run.progress.step:
-        run.delta.load_training_state_dict(folder.best)
+        folder.load_best()
     folder.keep_end()
 
 
@@ -189,8 +205,12 @@ def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: fl
         display.go_on_from(run.progress.step)
         with display, run.observer.phases.of("steps"):
             return loop.drive(display)
-    except DivergedError:
+    except DivergedError:  # on all processes alike: none ends before what is kept is written
         folder.go_back()
+        loop.world.barrier()
+        raise
+    except InterruptedRun:
+        loop.world.barrier()
         raise
     finally:
         run.observer.phases.move(max(0.0, seconds_compiling() - compiled), "steps", "compile")
@@ -216,7 +236,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
     delta, progress, config = folder.run.delta, folder.run.progress, folder.run.config
     best = config.load_best_at_end
     valid_loss = progress.best_loss if best else progress.valid_loss
-    tokens = progress.timed_tokens or progress.tokens
+    tokens, world = progress.timed_tokens or progress.tokens, folder.run.batches.world
     load = load_of(progress.timed_seconds, progress.timed_cpu_seconds, Gauges.of(delta.model.device.type))
     return RunResult(
         method=delta.method.name,
@@ -237,13 +257,18 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         train_seconds=progress.seconds,
         machine_load={"train": load},
         seconds_by_phase=folder.run.observer.phases.record(),
-        peak_memory_bytes=progress.peak_memory_bytes,
+        peak_memory_bytes=largest(world.gather(progress.peak_memory_bytes)),
         predicted_memory_bytes=predicted.memory,
         memory_prediction_source=predicted.source,
         gradient_checkpointing=predicted.execution.recomputation,
         stopped_early=stopped,
+        processes=world.size,
         folder=None if config.output_dir is None else str(config.output_dir),
     )  # fmt: skip
+
+
+def _spread(world: World) -> str:
+    return "" if world.size == 1 else f" on {world.size} processes"
 
 
 def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execution) -> None:
@@ -252,9 +277,11 @@ def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execut
     notice = delta.method.notice(delta.family)
     # nothing is cut or dropped in silence; data_report.json has every row
     summaries = [found.report.summary(part) for part, found in zip(("train", "valid"), prepared.encoded, strict=True)]
+    world = run.batches.world
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
     lines = [
         f"{delta.method.label}: {trained:,} trainable of {base:,} weights ({100 * trained / base:.4g}%)",
-        f"{run.total_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps} rows, "
+        f"{run.total_steps} steps of {rows} rows{_spread(world)}, "
         f"{len(prepared.examples):,} rows to train on, {len(prepared.valid):,} to validate, learning rate "
         f"{prepared.learning_rate:g}"
         + ("" if config.learning_rate else f" ({delta.method.learning_rates.at(delta.family.hidden_size).sentence})"),

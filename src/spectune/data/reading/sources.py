@@ -13,7 +13,7 @@ from spectune.data.reading.raw_records import Bad, Record
 from spectune.data.reading.text_source import SEPARATOR
 from spectune.errors import DataError
 
-__all__ = ["SEPARATOR", "Bad", "Record", "records"]
+__all__ = ["SEPARATOR", "Bad", "Record", "missing", "records"]
 
 
 def records(
@@ -40,7 +40,14 @@ def records(
         yield from folder_records(path, delimiter=delimiter, encoding=encoding, known=known)
     elif os.path.exists(path):
         yield from file_records(path, delimiter=delimiter, encoding=encoding, known=known)
-    elif kind_of(path) is not None or not isinstance(source, str):
-        raise DataError(f"{path}: no such file{near(path)}")
+    elif (problem := missing(source)) is not None:
+        raise DataError(problem)
     else:
-        yield from hub_records(source)
+        yield from hub_records(str(source))
+
+
+def missing(source: str | os.PathLike[str]) -> str | None:
+    """What to say of a file that is not there; None where it is, or where the name may be that of a hub's data set."""
+    if os.path.exists(source) or (kind_of(Path(source)) is None and isinstance(source, str)):
+        return None
+    return f"{source}: no such file{near(Path(source))}"
