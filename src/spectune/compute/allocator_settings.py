@@ -1,5 +1,5 @@
-"""Settings of torch's allocator for CUDA, as the environment has them. Read by torch when it is imported; this file does
-not import it."""
+"""Settings of torch's allocator for CUDA, as the environment has them: torch reads them when it is imported, and this
+file does not import it."""
 
 import os
 
