@@ -28,7 +28,7 @@ ROOMS = """
     families
     objectives
     compute data files
-    sizes torchrun version embedded
+    sizes phases torchrun version embedded
     errors
 """
 FILE_LINES, FUNCTION_LINES, PARAMETERS, METHODS, ATTRIBUTES = 400, 60, 8, 15, 12

@@ -46,3 +46,10 @@ def run(folder: Path, model: Any = None, **changes: Any) -> Comparison:
         make_tokenizer().save_pretrained(folder.parent / "base")
     rows, held_out = given.pop("train_rows", make_rows()), given.pop("valid_rows", make_rows(6))
     return compare_function(base, rows, held_out, **given)
+
+
+def timeless(content: Any) -> Any:
+    """What a comparison's files hold, but for where the time went."""
+    if isinstance(content, dict):
+        return {key: timeless(value) for key, value in content.items() if key != "seconds_by_phase"}
+    return [timeless(value) for value in content] if isinstance(content, list) else content

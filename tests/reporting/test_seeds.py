@@ -105,7 +105,7 @@ def test_the_terminal_says_the_verdict_first_and_breaks_no_number(width: int) ->
     lines = text.splitlines()
     assert lines[0].startswith("Full, LoRA and DoRA are best")
     assert max(map(len, lines)) <= width
-    numbers = ("0.268 ±0.016", "0.656 ±0.020", "89.8 MB (+2%)", "(1.37x full)", "+33% ±4% / within noise (±4%)")
+    numbers = ("0.268 ±0.016", "0.656 ±0.020", "89.8 MB (+2%)", "(1.37x full)", "+33% ±4% / as the base")
     words = ("Forgetting", "Relative", "on the high edge", "14 (1 failed)", "We would pick LoRA.", "max memory 120 MB")
     for whole in (*numbers, *words):
         assert whole in text, whole

@@ -16,6 +16,7 @@ from spectune.objectives import CAUSAL_LM
 from spectune.objectives.causal_lm import CausalLM
 from spectune.training import RunResult, TrainingConfig, peaks, run_folder, step_batches, train
 from spectune.training import loop as loop_module
+from spectune.training.machine import Gauges
 from tests.support import make_model, make_rows, make_tokenizer
 
 QUIET = Console(quiet=True)
@@ -43,7 +44,9 @@ def test_speed_is_without_data_validation_checkpoints_and_the_first_steps(
 
         monkeypatch.setattr(owner, name, slow)
 
-    monkeypatch.setattr(loop_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    # half of the time the thread that works waits for the CPU, which others have
+    gauges = Gauges(lambda: now[0], lambda: now[0] / 2, lambda: None, None)
+    monkeypatch.setattr(loop_module, "Gauges", SimpleNamespace(of=lambda device_type: gauges))
     taking(step_batches, "collate", 1000)
     taking(loop_module, "row_losses", 1000)
     taking(run_folder, "save_checkpoint", 1000)
@@ -63,6 +66,8 @@ def test_speed_is_without_data_validation_checkpoints_and_the_first_steps(
     timed = counted[loop_module.MEMORY_STEPS :]
     assert result.train_tokens_per_second == pytest.approx(sum(timed) / (2 * len(timed)))
     assert result.train_seconds == 12
+    assert result.machine_load["train"].ran_share == pytest.approx(0.5)
+    assert result.machine_load["train"].busy
 
 
 def test_a_run_of_the_measured_steps_alone_has_a_speed() -> None:

@@ -95,8 +95,13 @@ def test_stop_and_resume_equals_one_run_bit_for_bit(
     with pytest.raises(InterruptedRun, match="--resume"):
         run(method, parts, dropout=0.1)
     monkeypatch.undo()
+    state = json.loads((tmp_path / "parts" / f"checkpoint-{stop_at}" / "state.json").read_text())
+    before = state["progress"]["seconds_by_phase"]
     result, resumed = run(method, parts.model_copy(update={"resume": True}), dropout=0.1)
     assert result.steps == 6
+    took = result.seconds_by_phase
+    assert before.keys() == took.keys() == {"prove", "rows", "plan", "steps", "validation", "save", "other"}
+    assert all(took[phase] > seconds for phase, seconds in before.items())  # what both calls took
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
     lines = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]

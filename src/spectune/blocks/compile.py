@@ -6,6 +6,7 @@ hooks are part of the block's call.
 """
 
 import contextlib
+import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ def can_compile_now() -> bool:
     """Whether what is called now may be compiled: not while tensors are counted one by one (on a CPU in a run's first
     steps, `compute.memory.AllocationTracker`), which the compiler cannot trace, and would give up for good."""
     return _get_current_dispatch_mode() is None
+
+
+def seconds_compiling() -> float:
+    """Seconds that this process has compiled for so far, in forward and in backward."""
+    if "torch._dynamo.utils" not in sys.modules:
+        return 0.0
+    from torch._dynamo.utils import calculate_time_spent
+
+    return calculate_time_spent()["total_wall_time"]
 
 
 @contextlib.contextmanager

@@ -76,17 +76,23 @@ def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
     from spectune import training
     from spectune.deltas import attach
     from spectune.storage import load
+    from spectune.training.observer import Observer
 
     [method] = settings.methods([name])
-    model, tokenizer = load(settings.base, **settings.placement)
+    observer = Observer()
+    with observer.phases.of("load"):
+        model, tokenizer = load(settings.base, **settings.placement)
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
     if (precision := settings.text("base_precision")) is not None:
         place += f", frozen linears in {precision}"
     note(f"base: {settings.base} ({place})\ndata: {source}\nfolder: {folder}")
-    delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
+    with observer.phases.of("prove"):
+        delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
     config = wanted.model_copy(update={"output_dir": folder})
     try:
-        result = training.train(model, tokenizer, delta, rows, held_out, config, origin=origin(settings), console=out)
+        result = training.train(
+            model, tokenizer, delta, rows, held_out, config, origin=origin(settings), console=out, observer=observer
+        )
     except KeyboardInterrupt as stop:  # outside of the loop, which has its own answer
         raise InterruptedRun(
             "interrupted outside of a step. To go on from what is saved, or to start again if nothing is: the same "

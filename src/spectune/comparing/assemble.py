@@ -17,6 +17,7 @@ from spectune.errors import DataError
 from spectune.results import ComparedRun, ComparisonResult, Limits
 from spectune.results.comparison_file import FORMAT_VERSION, Arm, CurvePoint, Failure, Missing, Search
 from spectune.results.record import Record
+from spectune.results.time_spent import added
 
 R = TypeVar("R", bound=Record)
 
@@ -41,7 +42,7 @@ def assemble(folder: Path, limits: Limits | None = None) -> ComparisonResult:
     result = ComparisonResult(
         format_version=FORMAT_VERSION, base=found.base, data=found.data, settings=found.settings,
         environment=found.environment, scale=found.scale, preset=found.preset, searches=searches,
-        arms=[], runs=[], curves=[], failed=[], missing=[],
+        arms=[], runs=[], curves=[], failed=[], missing=[], seconds_by_phase=found.seconds_by_phase,
     )  # fmt: skip
     for arm in found.arms:
         rate = fixed if fixed is not None else searches.get(arm.name, Search()).best
@@ -71,7 +72,10 @@ def _add_arm(result: ComparisonResult, folder: Path, found: RecordedConditions, 
     noted = [note.model_dump(exclude={"given_up"}, exclude_unset=True) for note in failures if note is not None]
     result.failed += [Failure(**note) for note in noted]
     counts = {key: getattr(runs[0], key) if runs else None for key in ("stored_parameters", "trainable_parameters")}
-    result.arms.append(arm.model_copy(update=counts))
+    took = [trial.seconds_by_phase for trial in result.searches.get(arm.name, Search()).trials]
+    took += [run.seconds_by_phase for run in runs]
+    took += [point.seconds_by_phase for point in result.curves if point.name == arm.name]
+    result.arms.append(arm.model_copy(update={**counts, "seconds_by_phase": added(took)}))
 
 
 def _final_folder(folder: Path, found: RecordedConditions, arm: Arm, rate: float | None, seed: int) -> Path | None:

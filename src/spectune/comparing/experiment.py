@@ -15,21 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.comparing import conditions
 from spectune.comparing.comparison import Comparison
 from spectune.comparing.conditions import RecordedConditions
-from spectune.comparing.final_runs import base_rows, judge_base
+from spectune.comparing.final_runs import base_rows, judge_base, valid_loss_of_base
 from spectune.comparing.inputs import Inputs, Rows
 from spectune.comparing.job import Arm, Job
 from spectune.comparing.measure import retained_passages
 from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import PRESETS, Schedule
-from spectune.data import pad_token_id
 from spectune.deltas import Method, attached, base_name
 from spectune.errors import ConfigError, InterruptedRun
-from spectune.evaluation import row_losses
 from spectune.families import base_precision as precision_of
 from spectune.families import describe, fingerprint, vocabulary_rows
 from spectune.files.atomic import atomic_write_text
 from spectune.inference import CHOICE_NORMALIZATIONS
 from spectune.methods import BY_NAME, method_from_name
+from spectune.phases import Phases
 from spectune.planning import reference_shares
 from spectune.results import Limits
 from spectune.results.comparison_file import Base, Data
@@ -86,22 +85,23 @@ def compare(
 
     A run that fails stays in the result with its reason, and the others go on.
     """
+    phases = Phases()
     own: dict[str, Any] = {"preset": preset, "seeds": seeds, "fractions": list(fractions), "metric": metric}
     own |= {"generate_rows": generate_rows, "choice_normalization": choice_normalization}
     check_settings(**own)
     settings, folder, before = _begin(config, seed, output_dir, resume)
     arms = _arms(methods, base_precision)
-    rows = Rows.read(train_rows, valid_rows, test_rows, settings)
-    model, tokenizer = _base(base, tokenizer, device, dtype, base_precision)
+    rows = phases.call("rows", Rows.read, train_rows, valid_rows, test_rows, settings)
+    model, tokenizer = phases.call("load", _base, base, tokenizer, device, dtype, base_precision)
     _check_base(model, preset, named=isinstance(base, str | Path))
     recorded = _recorded(str(model.config._name_or_path), settings, arms, own, origin)
     settings = dated(_begun(settings, _max_length(model, arms, settings, before), before), tokenizer)
     judged: dict[str, Any] = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
-    inputs = Inputs.of(rows, tokenizer, settings, vocab_size=vocabulary_rows(model), **judged)
-    virtual_tokens = max(arm.method.virtual_tokens for arm in arms)
-    passages = retained_passages(model, tokenizer, retain, settings.seed, virtual_tokens=virtual_tokens)
+    inputs = phases.call("rows", Inputs.of, rows, tokenizer, settings, vocab_size=vocabulary_rows(model), **judged)
+    virtual = max(arm.method.virtual_tokens for arm in arms)
+    text = phases.call("forget", retained_passages, model, tokenizer, retain, settings.seed, virtual_tokens=virtual)
     schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, seeds=seeds, fractions=fractions)
-    job = Job(folder, model, tokenizer, arms, settings, inputs, passages, schedule, origin, console)
+    job = Job(folder, model, tokenizer, arms, settings, inputs, text, schedule, origin, console, phases)
     job.conditions = _checked(_conditions(job, retain), before, limits, folder)
     return _carry_out(job, recorded)
 
@@ -109,21 +109,25 @@ def compare(
 def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
     """Make all runs that are not there yet, and the comparison from all of them. `recorded`: for config.yaml."""
     folder, base = job.folder, job.conditions.base
+    job.phases.add(job.conditions.seconds_by_phase)
     if not (folder / "config.yaml").is_file():  # what a resumption goes on with stays as it was
         atomic_write_text(folder / "config.yaml", yaml.safe_dump(dict(recorded), sort_keys=False))
     for line in (job.conditions.data.mixture, job.inputs.notice):
         if line:
             job.print(line)
     try:
-        if base.valid_loss is None:
-            size, pad = job.config.per_device_eval_batch_size, pad_token_id(job.tokenizer, vocabulary_rows(job.model))
-            losses = row_losses(job.model, job.inputs.valid.examples, pad, size)
-            base.valid_loss = losses.mean_per_token
         if base.judged_loss is None or not base_rows(job).is_file():
             judge_base(job)
+        if base.valid_loss is None:
+            # the judged rows are those, unless there are rows to test on
+            base.valid_loss = base.judged_loss if job.inputs.rows.test is None else valid_loss_of_base(job)
         job.conditions.write(folder / conditions.FILE)
-        Runner(job).run()
+        runner = Runner(job)
+        runner.run()
+        if runner.has_run:  # what finds all runs there is none of their time
+            job.record_time()
     except InterruptedRun as stop:  # what it says is of one run
+        job.record_time()
         raise InterruptedRun(
             f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
         ) from stop
@@ -139,6 +143,7 @@ def _checked(
     write them."""
     found.limits = limits or (before.limits if before is not None else Limits())
     if before is not None:
+        found.seconds_by_phase = before.seconds_by_phase
         conditions.check(before, found, folder)
         found.base = Base(**{**found.base.to_dict(), **before.base.to_dict()})
         if before.metric_code not in (None, found.metric_code):

@@ -11,13 +11,16 @@ from spectune.comparing.conditions import final_place
 from spectune.comparing.isolated import memory_job, train_memory_in_own_process
 from spectune.comparing.job import FAILED, Arm, Job
 from spectune.comparing.measure import forgetting, measure
+from spectune.data import pad_token_id
 from spectune.deltas import Delta
 from spectune.errors import DataError
-from spectune.evaluation import corpus_metrics, judge, judged_loss, loss_by_source, read_rows, write_rows
-from spectune.families import base_precision
+from spectune.evaluation import corpus_metrics, judge, judged_loss, loss_by_source, read_rows, row_losses, write_rows
+from spectune.families import base_precision, vocabulary_rows
 from spectune.files.atomic import atomic_write_text
+from spectune.phases import Phases
 from spectune.results import RunResult
 from spectune.training import TrainingConfig
+from spectune.training.observer import Observer
 
 
 def final_folder(job: Job, arm: Arm, rate: float, seed: int) -> Path:
@@ -33,17 +36,20 @@ def final_run(job: Job, arm: Arm, rate: float, seed: int, *, timed: bool) -> tup
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, job.schedule.final_steps, seed, output_dir=folder, resume=True)
-    with job.attached(arm, seed) as delta:
-        result = job.run(delta, config, job.inputs.train, job.inputs.valid, job.console)
-        (folder / FAILED).unlink(missing_ok=True)
-        # memory is measured as the run was: what "auto" chose here is not chosen again there
-        same = config.model_copy(update={"gradient_checkpointing": result.gradient_checkpointing or False})
-        found = _judged(job, folder) | _costs(job, delta, folder, same, timed)
-    key = folder.name.rsplit("-", 1)[-1]
-    result = result.with_measured(
-        {**found, "name": arm.name, "key": key, "retained_sha256": job.conditions.identity["passages_sha256"]}
-    )
-    result.save(folder / "result.json")
+    with job.phases.apart() as phases:
+        with job.attached(arm, seed, phases) as delta:
+            observer = Observer(phases)
+            result = job.run(delta, config, job.inputs.train, job.inputs.valid, observer)
+            rows = len(job.inputs.task.rows)
+            job.print(f"{arm.method.label}, seed {seed}: trained; now judged on {rows:,} rows and measured")
+            (folder / FAILED).unlink(missing_ok=True)
+            # memory is measured as the run was: what "auto" chose here is not chosen again there
+            same = config.model_copy(update={"gradient_checkpointing": result.gradient_checkpointing or False})
+            found = _judged(job, folder, observer) | _costs(job, delta, folder, same, phases, timed)
+        key, passages = folder.name.rsplit("-", 1)[-1], job.conditions.identity["passages_sha256"]
+        found |= {"name": arm.name, "key": key, "retained_sha256": passages, "seconds_by_phase": phases.record()}
+        result = result.with_measured(found)
+        result.save(folder / "result.json")
     return result, time.perf_counter() - begin
 
 
@@ -54,7 +60,7 @@ def base_rows(job: Job) -> Path:
 
 def judge_base(job: Job) -> None:
     """Put the bare base's loss and metrics on the judged rows into the job's conditions; its rows go to base/."""
-    judged = judge(job.model, job.tokenizer, job.inputs.task)
+    judged = judge(job.model, job.tokenizer, job.inputs.task, questions=job.questions, phases=job.phases)
     write_rows(base_rows(job), judged)
     tokens = {"tokens": [len(passage) for passage in job.passages]}
     atomic_write_text(base_rows(job).with_name("passages.json"), json.dumps(tokens) + "\n")
@@ -63,10 +69,21 @@ def judge_base(job: Job) -> None:
     base.judged_loss_by_source = {**loss_by_source(judged)}
 
 
-def _judged(job: Job, folder: Path) -> dict[str, Any]:
+def valid_loss_of_base(job: Job) -> float:
+    """The bare base's loss on the validation rows."""
+    pad = pad_token_id(job.tokenizer, vocabulary_rows(job.model))
+    with job.phases.of("validation"):
+        losses = row_losses(job.model, job.inputs.valid.examples, pad, job.config.per_device_eval_batch_size)
+    return losses.mean_per_token
+
+
+def _judged(job: Job, folder: Path, observer: Observer) -> dict[str, Any]:
     """The attached delta on the judged rows."""
+    seen = observer.losses if job.inputs.rows.test is None else None  # else validated on other rows
     begin = time.perf_counter()
-    judged = judge(job.model, job.tokenizer, job.inputs.task)
+    judged = judge(
+        job.model, job.tokenizer, job.inputs.task, questions=job.questions, phases=observer.phases, losses=seen
+    )
     write_rows(folder / "rows.jsonl", judged)
     return {
         "judged_on": job.inputs.rows.judged_on,
@@ -78,12 +95,19 @@ def _judged(job: Job, folder: Path) -> dict[str, Any]:
     }
 
 
-def _costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig, timed: bool) -> dict[str, Any]:
+def _costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig, phases: Phases, timed: bool) -> dict[str, Any]:
     """Forgetting for every seed; for one of them (`timed`) speed, swapping and, with the preset's `own_process`, memory
     in a process of its own."""
-    if not timed:
-        return forgetting(job.model, job.passages)
-    found = measure(job.model, job.tokenizer, delta, folder / "best", job.passages)
+    with phases.of("forget"):
+        found = forgetting(job.model, job.passages, job.base_passages)
+    if timed:
+        with phases.of("costs"):
+            found |= _timed_costs(job, delta, folder, config)
+    return found
+
+
+def _timed_costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig) -> dict[str, Any]:
+    found = measure(job.model, job.tokenizer, delta, folder / "best")
     if job.schedule.preset.own_process:
         model, precision = job.model, base_precision(job.model)
         where = model.config._name_or_path, str(model.device), str(model.dtype).removeprefix("torch.")

@@ -1,6 +1,7 @@
 """The parts of every run of a comparison: attach, train, and the settings and the key that a run has."""
 
 import contextlib
+import functools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,20 +11,30 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.comparing.conditions import RecordedConditions, run_key
+from spectune.blocks.recompute import Recomputation
+from spectune.comparing.budget import Budget
+from spectune.comparing.conditions import FILE, RecordedConditions, run_key
 from spectune.comparing.inputs import Inputs
 from spectune.comparing.schedule import Schedule
 from spectune.data import DataReport, Encoded
-from spectune.deltas import BaseRate, Delta, Method, attach, attached, detach
-from spectune.families import embedding_width
+from spectune.deltas import BaseFacts, BaseRate, Delta, Method, attach, attached, detach
+from spectune.evaluation import KeptLogits, Questions
+from spectune.families import embedding_width, vocabulary_rows
+from spectune.phases import Phases
+from spectune.planning.device_memory import free_memory
 from spectune.results import RunResult
 from spectune.results import comparison_file as results
 from spectune.results.comparison_file import Failure
 from spectune.training import TrainingConfig, train
+from spectune.training.display import Display, Heartbeat
 from spectune.training.distribution import World
+from spectune.training.observer import Observer
 from spectune.training.prediction import Predictions, check_memory, predict
 from spectune.training.prepare import prepare
 
+QUIET = Console(quiet=True)
+#: bytes of the bare base's logits that are kept for forgetting
+MOST_KEPT = 2 * 2**30
 #: in the folder of a run, or of a search, that failed
 FAILED = "failed.json"
 
@@ -60,6 +71,7 @@ class Job:
         passages: token ids of the text on which forgetting is measured.
         origin: entries for each run's config.yaml.
         console: where final runs show their progress.
+        phases: where the time goes that is no arm's own: each run records its own.
     """
 
     folder: Path
@@ -72,16 +84,35 @@ class Job:
     schedule: Schedule
     origin: Mapping[str, Any] | None
     console: Console | None
+    phases: Phases = field(default_factory=Phases)
     conditions: RecordedConditions = field(default_factory=RecordedConditions)
     predictions: Predictions = field(default_factory=Predictions, init=False)
+    base_passages: KeptLogits = field(default_factory=lambda: KeptLogits(_room()), init=False)
+    base_facts: BaseFacts = field(default_factory=BaseFacts, init=False)
+    budget: Budget = field(default_factory=lambda: Budget([]), init=False)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat, init=False)
+    recomputation: dict[str, Recomputation] = field(default_factory=dict, init=False)
+
+    @functools.cached_property
+    def questions(self) -> Questions:
+        """What every model is judged on."""
+        return Questions(self.inputs.task, self.tokenizer, vocabulary_rows(self.model))
 
     def check_memory(self, arm: Arm) -> None:
-        """Raise DoesNotFitError where the plan says that an arm's longest batch does not fit."""
+        """Raise DoesNotFitError where the plan says that an arm's longest batch does not fit; and keep what its runs
+        have to recompute, so that those of the search, which have other rows, need no plan of their own."""
         config = self.config_of(self.rates(arm).rate, self.schedule.final_steps, self.config.seed)
-        with self.attached(arm, config.seed) as delta:
+        with self.attached(arm, config.seed, self.phases) as delta, self.phases.of("plan"):
             base, rows = delta.base_fingerprint, self.inputs
             prepared = prepare(self.model, self.tokenizer, arm.method, rows.train, rows.valid, config, base)
-            check_memory(predict(delta, prepared, World(), self.predictions), delta, config.memory_check)
+            predicted = predict(delta, prepared, World(), self.predictions)
+            check_memory(predicted, delta, config.memory_check)
+        self.recomputation[arm.name] = predicted.execution.recomputation
+
+    def record_time(self) -> None:
+        """Write where the time went that is no arm's own."""
+        self.conditions.seconds_by_phase = self.phases.record()
+        self.conditions.write(self.folder / FILE)
 
     def rates(self, arm: Arm) -> BaseRate:
         """The default learning rate of an arm on this base, and where a search begins."""
@@ -98,27 +129,51 @@ class Job:
         return self.config.model_copy(update={**fixed, **more})
 
     def run(
-        self, delta: Delta, config: TrainingConfig, rows: Encoded, valid: Encoded, console: Console | None
-    ) -> RunResult:
-        """Train an attached delta."""
-        base_loss, known = self.conditions.base.valid_loss, self.predictions
+        self, delta: Delta, config: TrainingConfig, rows: Encoded, valid: Encoded, observer: Observer, trying: str = "",
+    ) -> RunResult:  # fmt: skip
+        """Train an attached delta. `trying`: what a short run is for, of which nothing is shown but how far it is."""
+        console, observer.display = QUIET if trying else self.console, self._display(delta, config, trying)
+        observer.memory = not trying
         return train(
             self.model, self.tokenizer, delta, rows, valid, config, origin=self.origin, console=console,
-            base_valid_loss=base_loss, predictions=known,
+            base_valid_loss=self.conditions.base.valid_loss, predictions=self.predictions, observer=observer,
+        )  # fmt: skip
+
+    def _display(self, delta: Delta, config: TrainingConfig, trying: str) -> Display:
+        name, steps = delta.name, config.max_steps
+        label = f"{delta.method.label}, {trying or f'seed {config.seed}'}"
+        return Display(
+            self.console or Console(), label, steps, 0, heartbeat=self.heartbeat, says=not trying,
+            behind=lambda: self.budget.seconds_behind(name, steps),
         )  # fmt: skip
 
     def print(self, line: str) -> None:
         (self.console or Console()).print(line, soft_wrap=True, highlight=False, markup=False)
 
+    def planned(self, arm: Arm, config: TrainingConfig) -> TrainingConfig:
+        """The config of a short run, which is executed as the arm's final runs were planned, and not planned again."""
+        if arm.name not in self.recomputation:
+            return config
+        known = {"memory_check": "off", "gradient_checkpointing": self.recomputation[arm.name]}
+        return config.model_copy(update=known)
+
     @contextlib.contextmanager
-    def attached(self, arm: Arm, seed: int) -> Iterator[Delta]:
+    def attached(self, arm: Arm, seed: int, phases: Phases) -> Iterator[Delta]:
         """An arm's method attached to the base, inside a `with`; after it the base is bare again, come what may."""
         keep = arm.method.trains_base
         try:
-            yield attach(self.model, arm.method, arm.name, tokenizer=self.tokenizer, seed=seed, keep_base=keep)
+            with phases.of("prove"):
+                how: dict[str, Any] = {"tokenizer": self.tokenizer, "seed": seed, "keep_base": keep}
+                delta = attach(self.model, arm.method, arm.name, **how, facts=self.base_facts)
+            yield delta
         finally:
             for name in list(attached(self.model)):
                 detach(self.model, name)
+
+
+def _room() -> int:
+    """Bytes of host memory that the bare base's logits may take: a small part of what is free."""
+    return min(MOST_KEPT, (free_memory("cpu") or 0) // 8)
 
 
 def subset(rows: Encoded, count: int, seed: int) -> Encoded:

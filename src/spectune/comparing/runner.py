@@ -8,6 +8,7 @@ from pathlib import Path
 from spectune.comparing.budget import Budget
 from spectune.comparing.final_runs import final_folder, final_run
 from spectune.comparing.job import FAILED, Arm, FailureNote, Job
+from spectune.comparing.measure import SECONDS
 from spectune.comparing.search import successive_halving
 from spectune.comparing.short_runs import on_fewer, step_seconds, trial
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError
@@ -15,6 +16,9 @@ from spectune.results.comparison_file import Trial
 from spectune.sizes import duration
 
 log = logging.getLogger("spectune")
+
+#: phases of a final run behind its training
+JUDGING = ("judge", "generate", "forget", "costs")
 
 
 class _GivenUpError(Exception):
@@ -29,7 +33,11 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.arms, self.schedule = self.job.arms, self.job.schedule
-        self.budget = Budget([piece for arm in self.arms for piece in self.schedule.pieces(arm.name)])
+        left, took = [piece for arm in self.arms for piece in self.schedule.pieces(arm.name)], self.job.phases.record()
+        # a tuned model is judged as the bare one was, and measured
+        guess = sum(took.get(phase, 0.0) for phase in ("judge", "generate")) + 2 * SECONDS
+        self.budget = Budget(left, final_steps=self.schedule.final_steps, judging_seconds=guess)
+        self.job.budget = self.budget
 
     def run(self) -> None:
         """All arms, one after another; what fails is noted in its folder, and the rest goes on.
@@ -47,6 +55,11 @@ class Runner:
                 self._curve(arm, rate)
             except _GivenUpError:
                 self.budget.drop(arm.name)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether there was anything to run that an earlier call had not made."""
+        return self.budget.has_spent
 
     def _announce(self, left: Sequence[Arm]) -> None:
         """Say what there is to do, and how long it will take."""
@@ -71,8 +84,7 @@ class Runner:
         except SpectuneError:
             return  # the arm's own runs will say what is wrong with it
         if (seconds := self.budget.seconds_left()) is not None:
-            by = f"by two steps of {left[0].method.label}; evaluation and measuring come on top"
-            self.job.print(f"at least {duration(seconds)}, {by}")
+            self.job.print(f"about {duration(seconds)}, by two steps of {left[0].method.label}")
 
     def _fitting(self) -> list[Arm]:
         """The arms that the plan lets begin; the others have failed. Raises DoesNotFitError where none is left."""
@@ -137,7 +149,8 @@ class Runner:
                 self.budget.ended(arm.name, steps, None)
                 continue
             timed = timed or result.decode is not None
-            self.budget.ended(arm.name, steps, seconds)
+            judging = sum(result.seconds_by_phase.get(phase, 0.0) for phase in JUDGING)
+            self.budget.ended(arm.name, steps, seconds, judging)
             metrics = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
             self.job.print(f"{arm.method.label}, seed {seed}: loss {result.judged_loss:.4f}{metrics}; {self.budget}")
 

@@ -11,8 +11,6 @@ from spectune.results import comparison_file as results
 from spectune.training import TrainingConfig
 from spectune.training.prepare import total_steps
 
-#: validation rows that a trial of the search is judged on
-SEARCH_ROWS = 512
 #: a run on fewer rows sees each of them at most so many times
 CURVE_EPOCHS = 20
 
@@ -28,6 +26,7 @@ class Preset:
             in the whole range that the method gives for this base.
         extensions: further rates that may be tried where the best lies on the edge: few ever are (a rule that is right
             to a factor of 3 needs one), and a rate on an edge makes a method look worse than it is.
+        search_rows: validation rows that a trial is judged on, the same for all rates.
         seeds: final runs of each method at its best rate.
         curve_seeds: runs of each method and number of rows on a data curve.
         own_process: the memory of each final run is measured once more in a process that does nothing else.
@@ -40,10 +39,11 @@ class Preset:
     extensions: int = 0
     curve_seeds: int = 1
     own_process: bool = False
+    search_rows: int = 512
 
 
 #: a rate below the default, one three times as high above it, and, beyond the better of them, further ones
-QUICK = Preset("quick", rungs=((2, 1 / 4),), seeds=1, around_default=3.0, extensions=3)
+QUICK = Preset("quick", rungs=((2, 1 / 6),), seeds=1, around_default=3.0, extensions=3, search_rows=64)
 #: in all 1.5 final runs of search: 8/16 + 4/8 + 2/4
 DEFAULT = Preset("default", rungs=((8, 1 / 16), (4, 1 / 8), (2, 1 / 4)), seeds=3, extensions=3)
 #: in all 3 final runs of search: 8/8 + 4/4 + 2/2
@@ -122,7 +122,7 @@ class Schedule:
             final_target_tokens=round(self.final_steps * tokens),
             search_target_tokens=round(search * tokens),
             curve=list(self.curve),
-            search_valid_rows=min(SEARCH_ROWS, valid_rows),
+            search_valid_rows=min(self.preset.search_rows, valid_rows),
             covers_training_noise=len(self.seeds) > 1,
             memory_in_own_process=self.preset.own_process,
         )

@@ -5,23 +5,21 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
-
 from spectune.comparing.conditions import curve_place
 from spectune.comparing.job import Arm, Job, subset
-from spectune.comparing.schedule import SEARCH_ROWS
 from spectune.data import Encoded
 from spectune.errors import DivergedError
+from spectune.phases import Phases
 from spectune.results import RunResult
 from spectune.results.comparison_file import CurvePoint, Trial
 from spectune.results.record import Record
 from spectune.training import TrainingConfig
+from spectune.training.observer import Observer
 
 #: a run on fewer rows is validated at so many points, and the best one counts
 CURVE_VALIDATIONS = 5
 #: trials draw weights and batches with seeds of their own: the rate is not chosen by the luck of a final run's seed
 SEARCH_SEED = 10_000
-QUIET = Console(quiet=True)
 R = TypeVar("R", bound=Record)
 
 
@@ -35,20 +33,26 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
     begin = time.perf_counter()
     config = job.config_of(rate, steps, seed, eval_steps=steps)
     reason, loss, targets = None, None, 0
-    try:
-        result = _run(job, arm, config, job.inputs.train, subset(job.inputs.valid, SEARCH_ROWS, job.config.seed))
-        loss, targets = result.valid_loss, result.target_tokens
-    except DivergedError as error:
-        reason = str(error).split(". ", 1)[0]
-    run = Trial(learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False)
-    run.write(path)
+    with job.phases.apart() as phases:
+        rows = job.inputs.train, subset(job.inputs.valid, job.schedule.preset.search_rows, job.config.seed)
+        try:
+            result = _run(job, arm, config, *rows, phases, f"trying learning rate {rate:g}")
+            loss, targets = result.valid_loss, result.target_tokens
+        except DivergedError as error:
+            reason = str(error).split(". ", 1)[0]
+        run = Trial(
+            learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False,
+            seconds_by_phase=phases.record(),
+        )  # fmt: skip
+        run.write(path)
     return run, time.perf_counter() - begin
 
 
 def step_seconds(job: Job, arm: Arm, steps: int = 2) -> float:
     """Seconds of a training step of this arm, of a run that is thrown away."""
     config = job.config_of(1e-6, steps, job.config.seed, eval_steps=steps)
-    return _run(job, arm, config, job.inputs.train, subset(job.inputs.valid, 1, 0)).train_seconds / steps
+    rows = job.inputs.train, subset(job.inputs.valid, 1, 0)
+    return _run(job, arm, config, *rows, job.phases, "timing a step").train_seconds / steps
 
 
 def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) -> tuple[CurvePoint, float | None]:
@@ -60,9 +64,12 @@ def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) 
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
-    result = _run(job, arm, config, subset(job.inputs.train, rows, job.config.seed), job.inputs.valid)
-    point = curve_point(result, arm.name, rows)
-    point.write(path)
+    with job.phases.apart() as phases:
+        some = subset(job.inputs.train, rows, job.config.seed), job.inputs.valid
+        result = _run(job, arm, config, *some, phases, f"on {rows:,} rows")
+        point = curve_point(result, arm.name, rows)
+        point.seconds_by_phase = phases.record()
+        point.write(path)
     return point, time.perf_counter() - begin
 
 
@@ -72,9 +79,11 @@ def curve_point(result: RunResult, arm: str, rows: int) -> CurvePoint:
     return CurvePoint(name=arm, rows=rows, **result.model_dump(include=kept))
 
 
-def _run(job: Job, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encoded) -> RunResult:
-    with job.attached(arm, config.seed) as delta:
-        return job.run(delta, config, rows, valid, QUIET)
+def _run(
+    job: Job, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encoded, phases: Phases, trying: str
+) -> RunResult:
+    with job.attached(arm, config.seed, phases) as delta:
+        return job.run(delta, job.planned(arm, config), rows, valid, Observer(phases), trying)
 
 
 def _saved(path: Path, kind: type[R]) -> R | None:
@@ -83,4 +92,5 @@ def _saved(path: Path, kind: type[R]) -> R | None:
         found = kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if found.model_fields_set >= set(kind.model_fields) else None
+    # files of earlier versions do not say where their time went
+    return found if found.model_fields_set >= set(kind.model_fields) - {"seconds_by_phase"} else None

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.compute.evaluating import evaluating
-from spectune.deltas.attachment import Attachment
+from spectune.deltas.attachment import Attachment, BaseFacts
 from spectune.deltas.delta import Delta, ModuleDelta
 from spectune.deltas.layout import Route
 from spectune.deltas.method import InitContext, Method
@@ -31,6 +31,7 @@ def attach(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     keep_base: bool = False,
+    facts: BaseFacts | None = None,
 ) -> Delta:
     """Attach `method` to `model` as delta `name` and make it the active one, alone.
 
@@ -40,6 +41,8 @@ def attach(
         tokenizer: needed where a method starts from a text (`PromptTuning(init="text")`).
         seed: of the first weights; the same seed gives the same delta on every device.
         keep_base: for `FullFineTuning`: keep a copy of the base in host memory, which `detach` needs.
+        facts: what earlier attachments to this base have proved, of which nothing is proved again; and what this one
+            proves is put there.
 
     Raises:
         ConfigError: a name in use or not `[A-Za-z0-9_.-]+`, a target that matches nothing, a base the method cannot
@@ -52,16 +55,17 @@ def attach(
         with torch.no_grad():
             method.initialise(delta.sites, InitContext(model, delta.family, generator, tokenizer, shared))
 
-    return place(model, method, name, keep_base=keep_base, fill=first_weights)
+    return place(model, method, name, keep_base=keep_base, fill=first_weights, facts=facts)
 
 
 def place(
-    model: PreTrainedModel, method: Method, name: str, *, fill: Callable[[Delta], None], keep_base: bool = False
-) -> Delta:
+    model: PreTrainedModel, method: Method, name: str, *, fill: Callable[[Delta], None], keep_base: bool = False,
+    facts: BaseFacts | None = None,
+) -> Delta:  # fmt: skip
     """Attach with weights that `fill` writes: first ones, or a stored delta's. All or nothing."""
     _check(model, method, name)
     make_hooks_visible_to_the_compiler()
-    attachment = Attachment.of(model) or Attachment(model)
+    attachment = Attachment.of(model) or Attachment(model, facts)
     delta = None
     try:
         delta = unplaced(model, method, name, keep_base=keep_base)

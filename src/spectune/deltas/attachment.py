@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from torch import nn
@@ -24,6 +24,22 @@ from spectune.families import Family, describe, fingerprint
 _ATTRIBUTE = "_spectune"
 
 
+@dataclass
+class BaseFacts:
+    """What was found out of a base by running it, and what it is. A caller that attaches to one base again and again
+    keeps it from one attachment to the next; it holds for as long as nobody changes the base.
+
+    Attributes:
+        family: how it is built.
+        fingerprint: of its weights, once somebody has asked for it.
+        proved: what probes have found, by what they asked.
+    """
+
+    family: Family | None = None
+    fingerprint: dict[str, Any] | None = None
+    proved: dict[Any, Any] = field(default_factory=dict)
+
+
 class Attachment:
     """The deltas of one model. It exists from the first attach to the last detach.
 
@@ -31,15 +47,16 @@ class Attachment:
         deltas: by name, in the order of attachment.
         state: what is in force now.
         sites: the hooks.
-        proved: what probes have found of the base, by what they asked; asked once for all deltas.
+        facts: what was found out of the base; asked once for all deltas.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, facts: BaseFacts | None = None) -> None:
         self.model = model
-        self.family: Family = describe(model)
+        self.facts = facts or BaseFacts()
+        self.facts.family = self.facts.family or describe(model)
+        self.family: Family = self.facts.family
         self.deltas: dict[str, Delta] = {}
         self.state = ForwardState()
-        self.proved: dict[Any, Any] = {}
         self.base_modules = list(model.modules())
         self._requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.sites = OpenSites(model, self.family, self.state)
@@ -74,10 +91,17 @@ class Attachment:
         """The delta that is the base itself, fully tuned; it is the only one then."""
         return next((delta for delta in list(self.deltas.values())[:1] if delta.method.trains_base), None)
 
-    @functools.cached_property
+    @property
+    def proved(self) -> dict[Any, Any]:
+        """What probes have found of the base, by what they asked."""
+        return self.facts.proved
+
+    @property
     def base_fingerprint(self) -> dict[str, Any]:
         """The base's fingerprint, as it was when it was first asked for."""
-        return fingerprint(self.model, self.family)
+        if self.facts.fingerprint is None:
+            self.facts.fingerprint = fingerprint(self.model, self.family)
+        return self.facts.fingerprint
 
     def add(self, delta: Delta, sites: Sequence[Site]) -> None:
         """Put a delta's modules at `sites`. Where that fails, `remove` takes off what stands on the model."""

@@ -6,7 +6,8 @@ on passages sampled from the base at temperature 1 (or on the user's own text). 
 what the base could do, and so holds for every base.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,11 +46,35 @@ def sample_passages(
     return [[start, *ids] for ids in drawn]
 
 
-def passage_kls(model: PreTrainedModel, passages: Sequence[Sequence[int]], batch_size: int = 8) -> list[float]:
+class KeptLogits:
+    """The bare base's logits on the passages, batch by batch, in host memory: for many deltas of one base. Nothing is
+    kept where all of them would be more than `most` bytes, or where the device makes them faster than they are copied
+    to it."""
+
+    def __init__(self, most: int = 0) -> None:
+        self.most = most
+        self._known: dict[int, Tensor] = {}
+
+    def of(self, start: int, batches: int, make: Callable[[], Tensor]) -> Tensor:
+        """Of the batch that begins with passage `start`, one of so many; from `make` where it is not known."""
+        if (known := self._known.get(start)) is not None:
+            return known
+        logits = make()
+        if logits.device.type == "cpu" and logits.nbytes * batches <= self.most:
+            self._known[start] = logits
+        return logits
+
+
+def passage_kls(
+    model: PreTrainedModel, passages: Sequence[Sequence[int]], batch_size: int = 8, kept: KeptLogits | None = None
+) -> list[float]:
     """KL(base || current delta) of each passage, summed over its positions (nats, in float32), in the order given.
 
     Exactly 0 for a method that starts at its base, until its first step. The bare base is reached by
     `route(model, None)`; a fully tuned model must have been attached with `keep_base=True`.
+
+    Args:
+        kept: the base's logits on these very passages in batches of this size, from earlier calls.
 
     Raises:
         ConfigError: nothing is attached, or no copy of the base was kept.
@@ -60,12 +85,18 @@ def passage_kls(model: PreTrainedModel, passages: Sequence[Sequence[int]], batch
     if not passages or any(len(passage) == 0 for passage in passages):
         raise DataError(f"{len(passages)} passages, of which some or all are empty; expected token ids in each")
     sums: list[float] = []
+    kept, starts = kept or KeptLogits(), range(0, len(passages), batch_size)
+
+    def bare(inputs: Mapping[str, Tensor]) -> Tensor:
+        with route(model, None):
+            logits: Tensor = model(**inputs, use_cache=False).logits
+            return logits
+
     with evaluating(model):
-        for start in range(0, len(passages), batch_size):
+        for start in starts:
             batch = passages[start : start + batch_size]
             inputs = {name: tensor.to(model.device) for name, tensor in padded(batch, 0).items()}
-            with route(model, None):
-                base = model(**inputs, use_cache=False).logits
+            base = kept.of(start, len(starts), functools.partial(bare, inputs))
             tuned = model(**inputs, use_cache=False).logits
             # row by row: in float32 the logits of a whole batch would be the largest tensors of the run
             sums += [_kl_sum(base[row, : len(ids)], tuned[row, : len(ids)]) for row, ids in enumerate(batch)]

@@ -9,49 +9,58 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import inference
-from spectune.data import Encoded, Row, encode, pad_token_id
+from spectune.data import Encoded, Row, pad_token_id
 from spectune.errors import ConfigError
-from spectune.evaluation.asked import ask
 from spectune.evaluation.corpus import CORPUS_METRICS, corpus_statistics
 from spectune.evaluation.judged import JudgedRow
-from spectune.evaluation.losses import row_losses
+from spectune.evaluation.losses import RowLosses, row_losses
 from spectune.evaluation.metrics import exact_match, rouge_l
+from spectune.evaluation.questions import Questions
 from spectune.evaluation.references import has_prompt, prompt_of, references_of
 from spectune.evaluation.task import Task
 from spectune.families import vocabulary_rows
-from spectune.inference import (
-    ChoiceScores,
-    choice_log_likelihoods,
-    context_length,
-    halving,
-    last_examples,
-    stop_ids,
-)
+from spectune.inference import ChoiceScores, choice_log_likelihoods, context_length, halving, stop_ids
+from spectune.phases import Phases
 
 log = logging.getLogger("spectune")
 
 MOST_NEW_TOKENS = 256
+#: of rows that a GPU writes together, prompts included: of an 8B model with grouped keys 4 GB of cache
+TOKENS_AT_ONCE = 32_768
 _OF_ROW = {"exact_match": exact_match, "rouge_l": rouge_l}
 
 
-def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[JudgedRow]:
+def judge(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, *, questions: Questions | None = None,
+    phases: Phases | None = None, losses: RowLosses | None = None,
+) -> list[JudgedRow]:  # fmt: skip
     """Measure every row of the task under the model's current route, in evaluation mode and without gradient.
 
     Rows are encoded as in training; a row with nothing to learn (a `text` of one token) is left out. Prompts are
     continued greedily with the KV cache from the ids that training put before the target, cut as they were there, which
     is logged. What is compared: see `spectune.evaluation.asked`.
 
+    Args:
+        questions: of this task and tokenizer, for callers that judge many models.
+        phases: is told where the time goes.
+        losses: of these rows under this route, where they have just been taken; of other rows they are not used.
+
     Raises:
         ConfigError: rows of the task's length have no room under this delta, or a custom metric fails.
         DataError: rows that cannot be encoded.
         OutOfMemoryError: not even one row at a time fits.
     """
-    length, truncation = task.max_length, task.truncation
-    vocab_size = vocabulary_rows(model)
-    how = {**task.conventions, "max_length": length, "truncation": truncation, "vocab_size": vocab_size}
-    encoded = encode(task.rows, tokenizer, **how)
-    _check_room(model, encoded, length)
-    losses = row_losses(model, encoded.examples, pad_token_id(tokenizer, vocab_size), task.batch_size)
+    phases = phases or Phases()
+    with phases.of("judge"):
+        questions = questions or Questions(task, tokenizer, vocabulary_rows(model))
+        return _judge(model, questions, phases, losses)
+
+
+def _judge(model: PreTrainedModel, questions: Questions, phases: Phases, losses: RowLosses | None) -> list[JudgedRow]:
+    task, tokenizer, encoded = questions.task, questions.tokenizer, questions.encoded
+    _check_room(model, encoded, task.max_length)
+    if losses is None or losses.target_tokens != tuple(example.target_tokens for example in encoded.examples):
+        losses = row_losses(model, encoded.examples, pad_token_id(tokenizer, questions.vocab_size), task.batch_size)
     place_of = {id(row): place for place, row in enumerate(task.rows)}
     sums, targets = defaultdict[int, list[float]](list), defaultdict[int, int](int)
     for example, loss, count in zip(encoded.examples, losses.loss_sums, losses.target_tokens, strict=True):
@@ -64,7 +73,8 @@ def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
         row, found = task.rows[place], measured[place]
         found.prediction, found.references = row.choices[best], (str(row.label),)
         found.metrics["accuracy"] = float(row.choices[best] == row.label)
-    _write(model, tokenizer, task, encoded, measured)
+    if task.to_write:
+        _write(model, questions, measured, phases)
     return [
         JudgedRow(
             place, found.row.origin, math.fsum(sums[place]), targets[place], found.metrics, found.statistics,
@@ -114,15 +124,11 @@ def _chosen(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Ta
     return [found.likeliest(task.choice_normalization) for found in scores]
 
 
-def _write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, encoded: Encoded,
-    measured: Sequence[_Measured],
-) -> None:  # fmt: skip
+def _write(model: PreTrainedModel, questions: Questions, measured: Sequence[_Measured], phases: Phases) -> None:
     """What the model writes for each row to write, and its metrics."""
-    if not task.to_write:
-        return
+    task, tokenizer = questions.task, questions.tokenizer
     length = min(task.max_length, context_length(model) or task.max_length)
-    asked = ask(task, tokenizer, last_examples(encoded.examples), stop_ids(model, tokenizer), length)
+    asked = questions.asked(stop_ids(model, tokenizer), length)
     if cut := sum(one.cut for one in asked):
         counts = cut, len(asked), length
         log.warning("%d of %d prompts to write from are cut: with an answer they exceed %d tokens", *counts)
@@ -132,7 +138,9 @@ def _write(
     def write(size: int) -> list[str]:
         return inference.generate_texts(model, tokenizer, prompts, max_new_tokens=new, batch_size=size)
 
-    written = halving(write, task.batch_size, f"writing {len(asked)} rows")
+    at_once = rows_at_once(model.device.type, max(map(len, prompts)) + new, task.batch_size)
+    with phases.of("generate"):
+        written = halving(write, at_once, f"writing {len(asked)} rows")
     texts = [one.text(text) for one, text in zip(asked, written, strict=True)]
     for place, text, one in zip(task.to_write, texts, asked, strict=True):
         found = measured[place]
@@ -145,6 +153,12 @@ def _write(
             statistics = corpus_statistics(name, texts, references, task.bleu_tokenizer)
             for place, of_row in zip(task.to_write, statistics, strict=True):
                 measured[place].statistics[name] = of_row
+
+
+def rows_at_once(device_type: str, length: int, batch_size: int) -> int:
+    """How many rows of prompt and answer, of `length` tokens at most, are written together. A token takes a GPU about
+    as long for 64 rows as for 16: it reads all weights once for each."""
+    return max(batch_size, TOKENS_AT_ONCE // length) if device_type == "cuda" else batch_size
 
 
 def new_tokens(longest: int) -> int:

@@ -50,12 +50,18 @@ SEEDS = Column(
 MEMORY = Column("Memory", lambda r: units.size(r.train_memory_bytes), lambda r: r.train_memory_bytes, optional=True)
 PREDICTED = Column("Predicted", lambda r: _predicted(r), lambda r: r.predicted_memory_bytes, optional=True)
 SPEED = Column("Training speed", lambda r: _speed(r), lambda r: r.train_tokens_per_second, optional=True)
-TIME = Column("Time", lambda r: units.seconds(r.train_seconds), lambda r: r.train_seconds, optional=True)
+TIME = Column(
+    "Time", lambda r: doubtful(units.seconds(r.train_seconds), r.busy_in_training), lambda r: r.train_seconds,
+    optional=True,
+)  # fmt: skip
 OVERHEAD = Column("Inference overhead", lambda r: _overhead(r, ""), lambda r: r.inference_overhead, optional=True)
 OVERHEAD_16 = Column("At batch 16", lambda r: _overhead(r, "_16"), lambda r: r.inference_overhead_16, optional=True)
 STORED = Column("Stored", lambda r: units.size(r.stored_bytes), lambda r: r.stored_bytes)
 TEN_TASKS = Column("10 tasks", lambda r: units.size(r.bytes_for_ten_tasks), lambda r: r.bytes_for_ten_tasks)
-SWAP = Column("Swap", lambda r: units.seconds(r.swap_seconds), lambda r: r.swap_seconds, optional=True)
+SWAP = Column(
+    "Swap", lambda r: doubtful(units.seconds(r.swap_seconds), r.busy_in_decoding), lambda r: r.swap_seconds,
+    optional=True,
+)  # fmt: skip
 
 
 def loss_title(comparison: ComparisonResult) -> str:
@@ -125,7 +131,7 @@ def _speed(row: ArmResult) -> str:
     if row.train_tokens_per_second is None:
         return units.MISSING
     ratio = "" if row.speed_to_full is None else f" ({row.speed_to_full:.2f}x full)"
-    return f"{units.count(row.train_tokens_per_second)} tok/s{ratio}"
+    return doubtful(f"{units.count(row.train_tokens_per_second)} tok/s{ratio}", row.busy_in_training)
 
 
 def _overhead(row: ArmResult, batch: str) -> str:
@@ -138,7 +144,14 @@ def _overhead(row: ArmResult, batch: str) -> str:
     tuned, merged = of(""), of("_merged")
     if tuned[0] is None and (batch or merged[0] is None):
         return units.MISSING
-    return f"{with_noise(*tuned)} / {'not mergeable' if merged[0] is None else with_noise(*merged)}"
+    # a merged model runs the base's own operations: what was measured of it is the noise of measuring
+    own = doubtful(with_noise(*tuned), row.busy_in_decoding)
+    return f"{own} / {'not mergeable' if merged[0] is None else 'as the base'}"
+
+
+def doubtful(text: str, busy: bool) -> str:
+    """A time that was taken while the machine was busy with other work is marked."""
+    return f"~{text}" if busy and text != units.MISSING else text
 
 
 def with_noise(overhead: float | None, noise: float | None) -> str:

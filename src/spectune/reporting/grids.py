@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from spectune.phases import PHASES
 from spectune.reporting import units
 from spectune.reporting.columns import METHOD, Column, columns_of, loss_title, metric_text
 from spectune.results.arm_result import ArmResult, arm_results, base_loss_by_source, metric_names, source_names
 from spectune.results.comparison_file import ComparisonResult, Share
+from spectune.results.time_spent import TOTAL, time_spent
 
 SCALE_TITLE = "Share of the weights on models of known size"
 
@@ -65,6 +67,18 @@ def sources_grid(comparison: ComparisonResult) -> Grid | None:
     rows.append(("Bare base", base_loss_by_source(comparison)))
     body = [[label, *(units.number(losses.get(name)) for name in names)] for label, losses in rows]
     return Grid(f"{loss_title(comparison)} by source", ["Method", *names], body)
+
+
+def time_grid(comparison: ComparisonResult) -> Grid | None:
+    """Where the time went, by phase: of each arm, of what they share, and of all; None where the file does not say."""
+    if not (spent := time_spent(comparison)):
+        return None
+    phases = list(spent[TOTAL])
+    body = [
+        [label, *(units.seconds(took.get(phase)) for phase in phases), units.seconds(sum(took.values()))]
+        for label, took in spent.items()
+    ]
+    return Grid("Where the time went", ["Method", *(PHASES.get(phase, phase) for phase in phases), "In all"], body)
 
 
 def _searches(comparison: ComparisonResult) -> Grid:

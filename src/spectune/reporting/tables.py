@@ -11,7 +11,7 @@ from rich.text import Text
 
 from spectune.reporting import words
 from spectune.reporting.columns import METHOD, columns_of
-from spectune.reporting.grids import Grid, grids, sources_grid
+from spectune.reporting.grids import Grid, grids, sources_grid, time_grid
 from spectune.reporting.text import one_line
 from spectune.results import ComparisonResult
 from spectune.results.arm_result import arm_results
@@ -46,7 +46,7 @@ def comparison_markdown(comparison: ComparisonResult) -> str:
         ]
         lines += ["## What we would pick, and why", "", f"**{_escaped(pick)}**", "", *reasons, ""]
         lines += [text for line in words.recommendation_context(comparison) for text in (_escaped(line), "")]
-    for grid in grids(comparison):
+    for grid in [*grids(comparison), *filter(None, [time_grid(comparison)])]:
         rule = ["---" if number in grid.words else "---:" for number in range(len(grid.header))]
         lines += [f"## {_escaped(grid.title)}", "", _line(grid.header), _line(rule), *map(_line, grid.body), ""]
     lines += [f"- {_escaped(line)}" for line in [*words.failure_lines(comparison), *words.notes(comparison)]]

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from spectune.reporting import units
 from spectune.reporting.columns import metric_title
 from spectune.results import ComparisonResult, Recommendation, Verdict
-from spectune.results.arm_result import MEMORY_KEY, why_no_relative_performance
+from spectune.results.arm_result import MEMORY_KEY, arm_results, why_no_relative_performance
 from spectune.results.comparison_file import Preset
 from spectune.results.phrases import listed
 from spectune.results.recommendation import AXES
@@ -108,8 +108,11 @@ def notes(comparison: ComparisonResult) -> list[str]:
     if any(run.decode_tokens_per_second for run in comparison.runs):
         found.append(
             "Inference overhead: time for each decoded token at batch 1 against the bare base, unmerged / merged; ± is "
-            "half the interquartile range over rounds in which both were timed in turn."
+            "half of what it ranged over in rounds in which both were timed in turn, and not less than the merged "
+            "models, which run the base's own operations, were off the base."
         )
+    if (busy := _busy(comparison)) is not None:
+        found.append(busy)
     if not verdict.arms:
         found.append(
             "One seed and one learning rate for each method: differences of a few per cent may be noise or tuning."
@@ -117,6 +120,28 @@ def notes(comparison: ComparisonResult) -> list[str]:
             else "No verdict: nothing here says which differences are larger than noise."
         )
     return found
+
+
+def _busy(comparison: ComparisonResult) -> str | None:
+    """Which times were taken on a busy machine; None where none was."""
+    arms = arm_results(comparison)
+    training, decoding = (
+        [arm.label for arm in arms if getattr(arm, f"busy_in_{what}")] for what in ("training", "decoding")
+    )
+    if not training and not decoding:
+        return None
+    loads = [load for run in comparison.runs for load in run.machine_load.values() if load.busy]
+    shares = [load.ran_share for load in loads if load.ran_share is not None]
+    seen = [f"this process had {units.percent(min(shares))} of the time that it could have run"] if shares else []
+    crowds = [(load.load_average, load.cores) for load in loads if load.load_average is not None]
+    if crowds:
+        average, cores = max(crowds, key=lambda crowd: crowd[0])
+        seen.append(f"the load average was {average:.1f} on {cores} cores")
+    timed = [f"{what} of {listed(who)}" for what, who in (("training", training), ("decoding", decoding)) if who]
+    return (
+        f"~ marks times that are no facts: the machine was busy with other work in {' and in '.join(timed)} (at worst "
+        f"{listed(seen)}). The recommendation does not use them; run the comparison on a quiet machine to know them."
+    )
 
 
 def _meaning_of_intervals(verdict: Verdict) -> str:

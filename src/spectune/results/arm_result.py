@@ -29,10 +29,11 @@ class ArmResult:
     measured" or "not defined", never zero.
 
     Numbers are means over the seeds that ended, except: `train_memory_bytes` is the largest peak, `valid_perplexity`
-    the exponential of the mean loss, and an overhead's noise the mean of the runs'. `loss` is what the verdict ranks
-    by: nats per target token on the judged rows, with its interval `loss_low` to `loss_high` where there is a verdict.
-    `relative_performance` is of that loss. `loss_by_source`: the judged loss on the rows of each source. One run is
-    shown as it is.
+    the exponential of the mean loss, and an overhead's noise the mean of the runs', at least the `noise_floor`. `loss`
+    is what the verdict ranks by: nats per target token on the judged rows, with its interval `loss_low` to `loss_high`
+    where there is a verdict. `relative_performance` is of that loss. `loss_by_source`: the judged loss on the rows of
+    each source. `busy_in_training` and `busy_in_decoding`: the machine did other work while a run of it was timed, so
+    that its times there are no facts. One run is shown as it is.
     """
 
     name: str
@@ -78,6 +79,8 @@ class ArmResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
     metric_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     loss_by_source: Mapping[str, float] = field(default_factory=dict)
+    busy_in_training: bool = False
+    busy_in_decoding: bool = False
 
     @property
     def loss_interval(self) -> tuple[float, float] | None:
@@ -143,20 +146,20 @@ def base_loss(comparison: ComparisonResult) -> float | None:
 def overhead(
     run: ComparedRun, comparison: ComparisonResult, batch: int = 1, *, merged: bool = False
 ) -> tuple[float | None, tuple[float, float] | None]:
-    """Extra time for each decoded token, as a share of the bare base's, and its quartiles over rounds.
+    """Extra time for each decoded token, as a share of the bare base's, and the ends of what it was over rounds.
 
     The median over rounds in which both were timed in turn; where that was not kept, of both speeds (batch 1 only).
     """
     at = (run.decode or {}).get(str(batch), Decoding())
     value = at.overhead_merged if merged else at.overhead
-    quartiles = at.overhead_merged_range if merged else at.overhead_range
+    ends = at.overhead_merged_range if merged else at.overhead_range
     if batch == 1:
-        quartiles = quartiles or (run.inference_overhead_merged_range if merged else run.inference_overhead_range)
+        ends = ends or (run.inference_overhead_merged_range if merged else run.inference_overhead_range)
         rate = run.decode_tokens_per_second_merged if merged else run.decode_tokens_per_second
         bare = run.decode_tokens_per_second_base or comparison.base.decode_tokens_per_second
         if value is None and bare and rate:
             value = bare / rate - 1
-    return value, quartiles
+    return value, ends
 
 
 def peak_memory(run: ComparedRun) -> int | None:
@@ -263,16 +266,31 @@ def _costs(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], comparison:
     found: dict[str, Any] = {
         "train_memory_bytes": max(peaks, default=None),
         "predicted_memory_bytes": predicted[0] if predicted else None,
-        "speed_to_full": None if speed is None or not full_speed else speed / full_speed,
+        "speed_to_full": None if speed is None or not full_speed or _busy(full, "train") else speed / full_speed,
     }
     for batch, at in ((1, ""), (16, "_16")):
+        floor = noise_floor(comparison, batch)
         for merged, kind in ((False, ""), (True, "_merged")):
             measured = [overhead(run, comparison, batch, merged=merged) for run in runs]
             found[f"inference_overhead{at}{kind}"] = mean(value for value, _ in measured)
-            # half the width of the middle half of the rounds
-            noises = [(quartiles[1] - quartiles[0]) / 2 for _, quartiles in measured if quartiles is not None]
-            found[f"inference_overhead{at}{kind}_noise"] = mean(noises)
+            # half of what the rounds range over, and never below what a base differs by from itself
+            noise = mean((ends[1] - ends[0]) / 2 for _, ends in measured if ends is not None)
+            found[f"inference_overhead{at}{kind}_noise"] = None if noise is None else max(noise, floor)
+    for timed, where in (("train", "training"), ("decode", "decoding")):
+        found[f"busy_in_{where}"] = _busy(runs, timed)
     return found
+
+
+def noise_floor(comparison: ComparisonResult, batch: int = 1) -> float:
+    """What decoding differs by where nothing differs: the most that a round of any merged model, which runs the base's
+    own operations, was off the bare base, as a share of its time. 0 where none was timed."""
+    ranges = [overhead(run, comparison, batch, merged=True)[1] for run in comparison.runs]
+    return max((abs(end) for ends in ranges if ends is not None for end in ends), default=0.0)
+
+
+def _busy(runs: Sequence[ComparedRun], timed: str) -> bool:
+    loads = [run.machine_load.get(timed) for run in runs]
+    return any(load is not None and load.busy for load in loads)
 
 
 def _interval(low: float | None, high: float | None) -> tuple[float, float] | None:

@@ -106,12 +106,14 @@ class Entry(Record):
 
 
 class Arm(Entry):
-    """One method with its settings; the parameter counts are None until a run of it has ended."""
+    """One method with its settings; the parameter counts are None until a run of it has ended. `seconds_by_phase`: of
+    all its runs together, those of the search too."""
 
     best_for: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
     stored_parameters: int | None = None
     trainable_parameters: int | None = None
+    seconds_by_phase: dict[str, float] = Field(default_factory=dict)
 
 
 class Failure(Entry):
@@ -139,6 +141,7 @@ class Trial(Record):
     valid_loss: float | None = None
     reason: str | None = None
     extension: bool = False
+    seconds_by_phase: dict[str, float] = Field(default_factory=dict)
 
     @property
     def rank(self) -> float:
@@ -178,6 +181,7 @@ class CurvePoint(Record):
     last_valid_loss: float | None = None
     train_loss: float | None = None
     base_valid_loss: float | None = None
+    seconds_by_phase: dict[str, float] = Field(default_factory=dict)
 
 
 class Decoding(Record):
@@ -206,7 +210,7 @@ class ComparedRun(RunRecord, Entry):
 
 
 class Conditions(Record):
-    """What all runs of a comparison share."""
+    """What all runs of a comparison share. `seconds_by_phase`: what was no arm's own, such as loading the base."""
 
     base: Base = Field(default_factory=Base)
     data: Data = Field(default_factory=Data)
@@ -215,6 +219,7 @@ class Conditions(Record):
     scale: list[Scale] = Field(default_factory=list)
     preset: Preset = Field(default_factory=Preset)
     arms: list[Arm] = Field(default_factory=list)
+    seconds_by_phase: dict[str, float] = Field(default_factory=dict)
 
 
 class ComparisonResult(Conditions):

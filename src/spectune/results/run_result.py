@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from spectune.errors import DataError
 from spectune.files.atomic import atomic_write_text
 from spectune.files.strict_json import strict_json
+from spectune.results.other_work import MachineLoad
 from spectune.results.record import Record, first_problem
 
 
@@ -48,6 +49,7 @@ class RunRecord(Record):
     valid_perplexity: float | None = None
     train_tokens_per_second: float | None = None
     train_seconds: float | None = None
+    seconds_by_phase: dict[str, float] = Field(default_factory=dict)
     peak_memory_bytes: dict[str, int] = Field(default_factory=dict)
     predicted_memory_bytes: dict[str, int] = Field(default_factory=dict)
     memory_prediction_source: str | None = None
@@ -66,6 +68,7 @@ class RunRecord(Record):
     inference_overhead_merged_range: tuple[float, float] | None = None
     retained_sha256: str | None = None
     swap_seconds: float | None = None
+    machine_load: dict[str, MachineLoad] = Field(default_factory=dict)
     folder: str | None = None
     key: str | None = None
     last_valid_loss: float | None = None
@@ -93,6 +96,8 @@ class RunResult(RunRecord):
     are made and freed, weights and optimizer states included, scratch space within an operation not); `reserved`
     (CUDA), what the allocator held of the device; `resident` (CPU), physical memory of the whole process, Python and
     libraries included.
+    `seconds_by_phase`: where the time of the whole run went, see `spectune.phases`; what is in no phase is "other", so
+    that the sum is the time that passed, over all calls where it was resumed.
     `train_tokens_per_second` counts computing alone: no start-up, no making of batches, no validation, no writing, and
     not the first steps, in which memory is counted. `train_seconds` are those of all steps.
     `predicted_memory_bytes` is the plan of the longest batch, made before the first step (`spectune.plan`): terms,
@@ -100,8 +105,9 @@ class RunResult(RunRecord):
     `memory_prediction_source` is its source, "none" where the base could not be described.
     `processes`: that shared out each step's rows; speeds are of all of them together, peaks of the largest.
     `gradient_checkpointing`: what was recomputed (false, "selective", true, "offload"), whatever the setting was.
-    Decoding speeds are medians over rounds, their `_spread` is half the interquartile range; `inference_overhead_range`
-    are the quartiles of the extra time over the rounds, as shares of the bare base's time in the same round.
+    Decoding speeds are medians over rounds, their `_spread` is half of what they range over; `inference_overhead_range`
+    are the least and the most extra time of a round, as shares of the bare base's time in the same round.
+    `machine_load`: what else the machine did meanwhile, in training ("train") and in decoding ("decode").
     `retained_sha256`: of the passages that forgetting was measured on; `forgetting_by_passage`: nats, summed over each.
     `valid_loss` is the kept weights', `last_valid_loss` that after the last step: above it where a run overfits.
     `valid_loss_by_source` and `judged_loss_by_source`: the same losses over the rows of each source, by its name; empty
@@ -133,10 +139,10 @@ class RunResult(RunRecord):
     decode: dict[str, dict[str, Any]] | None = None
 
     def with_measured(self, found: Mapping[str, Any]) -> RunResult:
-        """This result with fields that were measured after training; the phases of `peak_memory_bytes` are added to
-        those that are there."""
-        peaks = {**self.peak_memory_bytes, **found.get("peak_memory_bytes", {})}
-        return self.model_copy(update={**found, "peak_memory_bytes": peaks})
+        """This result with fields that were measured after training; `peak_memory_bytes` and `machine_load` are added
+        to what is there."""
+        both = {key: {**getattr(self, key), **found.get(key, {})} for key in ("peak_memory_bytes", "machine_load")}
+        return self.model_copy(update={**found, **both})
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically; a number that is not finite becomes null."""

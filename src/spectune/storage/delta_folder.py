@@ -55,8 +55,7 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
     _check_files(draft, folder, OUR_FILE if manifest is not None else CONFIG_FILE)
     if manifest is not None:
         check_digests(manifest, draft.files.weight_files(folder))
-    keep = {"keep_base": True} if method.trains_base else {}
-    delta = place(model, method, name, fill=lambda d: d.files.read(folder), **keep)
+    delta = place(model, method, name, fill=lambda d: d.files.read(folder), keep_base=method.trains_base)
     for parameter in delta.parameters():
         parameter.requires_grad_(trainable)
     return delta

@@ -41,6 +41,7 @@ class Progress:
     targets: int = 0
     timed_tokens: int = 0
     timed_seconds: float = 0.0
+    timed_cpu_seconds: float = 0.0
     seconds: float = 0.0
     last_epoch_loss: float | None = None
     base_valid_loss: float | None = None
@@ -51,6 +52,7 @@ class Progress:
     best_step: int | None = None
     without_improvement: int = 0
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
 
 
 def save_checkpoint(

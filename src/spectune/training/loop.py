@@ -7,7 +7,6 @@ still, for a fifth of a step of a small model. What a step gave is looked at bef
 
 import contextlib
 import math
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from spectune.training.async_scalars import AsyncScalars
 from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.interrupt import Interrupts
+from spectune.training.machine import Gauges
 from spectune.training.peaks import MEMORY_STEPS, Peaks
 from spectune.training.run_state import RunState
 from spectune.training.shared_validation import shared_losses
@@ -39,7 +39,7 @@ class _Step:
 
     Attributes:
         scalars: its loss sum, the gradient's norm, and how many processes had a signal.
-        began: when the host was done with the data.
+        began: when the host was done with the data, and the CPU time by then.
         memory: what was allocated, where tensors are counted; None otherwise.
     """
 
@@ -47,7 +47,7 @@ class _Step:
     targets: int
     tokens: int
     rate: float
-    began: float
+    began: tuple[float, float]
     memory: PeakMemory | None
 
 
@@ -66,8 +66,8 @@ class Loop:
         self._in_flight: deque[_Step] = deque()
         #: carried to the next step in flight: 0 if the one before it was applied, NaN if it was skipped
         self._poison: Tensor | None = None
-        self._last_end = 0.0
-        self._has_validated = False
+        self._gauges = Gauges.of(self.model.device.type)
+        self._last_end = 0.0, 0.0
 
     @property
     def world(self) -> World:
@@ -133,12 +133,12 @@ class Loop:
         tokens = sum(example.length for example in members)
         # data are made ready before the clock starts: speed is that of computing
         collated = [self.batches.collate(packs) if packs else None for packs in self.batches.of_step(window)]
-        measured = self.peaks.of_step(first=self._is_first(number))
+        measured = self.peaks.of_step(first=run.observer.memory and self._is_first(number))
         rate = run.rate_at(number)
 
         if not self._in_flight:
             wait_for(self.model.device)
-        began = time.perf_counter()
+        began = self._gauges.wall(), self._gauges.cpu()
         with measured as memory:
             self.world.seed_step(run.config.seed, number)
             run.optimizer.begin(rate)
@@ -164,9 +164,10 @@ class Loop:
         self.interrupts.agree(sum(requests))
         if not self._in_flight:
             wait_for(self.model.device)
-        ended = time.perf_counter()
+        ended = self._gauges.wall(), self._gauges.cpu()
         # behind another step it began when that one ended
-        seconds, self._last_end = ended - max(step.began, self._last_end), ended
+        seconds, cpu = (end - max(begun) for end, *begun in zip(ended, step.began, self._last_end, strict=True))
+        self._last_end = ended
         loss = total / step.targets
         for what, value in (("loss", loss), ("gradient's norm", norm)):
             if not math.isfinite(value):
@@ -175,6 +176,7 @@ class Loop:
         if not self._is_first(now.step):
             now.timed_tokens += step.tokens
             now.timed_seconds += seconds
+            now.timed_cpu_seconds += cpu
         self.peaks.keep("train", step.memory)
         run.took_step(loss, norm, rate=step.rate, tokens=step.tokens, targets=step.targets, seconds=seconds)
         return loss
@@ -201,16 +203,19 @@ class Loop:
 
     def validate(self, display: Display) -> bool:
         """Validation loss; keeps the best. Returns whether to stop early. Raises DivergedError: it is not finite."""
+        with self.run.observer.phases.of("validation"):
+            return self._validate(display)
+
+    def _validate(self, display: Display) -> bool:
         run = self.run
         self.peaks.pause()
         if counts_tensors(self.model.device.type):
-            if not self._has_validated:
+            if run.observer.memory and not any(name.startswith("valid_") for name in self.peaks.found):
                 # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
                 # run's own validation, which counting tensors would slow down
                 order = sorted(run.valid_examples, key=lambda example: -example.length)
                 with self.peaks.of("valid"):
                     self.valid_losses(order[: run.config.per_device_eval_batch_size])
-            self._has_validated = True
             losses = self.valid_losses()
         else:
             with self.peaks.of("valid"):
@@ -222,6 +227,8 @@ class Loop:
         per_step = run.config.per_device_train_batch_size * self.world.size * run.config.gradient_accumulation_steps
         sources = losses.by_source(run.valid_examples)
         display.say(run.validated(valid_loss, sources, math.ceil(len(self.batches.examples) / per_step)))
+        if run.progress.best_step == run.progress.step or not run.config.load_best_at_end:
+            run.observer.losses = losses
         return run.has_stopped_improving
 
     def valid_losses(self, examples: Sequence[Example] | None = None) -> RowLosses:

@@ -187,12 +187,15 @@ class RunFolder(Keeper):
             self._board.flush()  # a kill after this goes on from here: what was logged up to here is not logged again
         if self.folder is not None:
             run = self.run
-            save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
+            with run.observer.phases.of("save"):
+                run.progress.seconds_by_phase = run.observer.phases.record()
+                save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
 
     def keep_best(self) -> None:
-        self.best = self._copy()
-        if self.folder is not None:
-            swap_best(self.folder, self.run.delta, self.run.progress.step, self.tokenizer, self.training)
+        with self.run.observer.phases.of("save"):
+            self.best = self._copy()
+            if self.folder is not None:
+                swap_best(self.folder, self.run.delta, self.run.progress.step, self.tokenizer, self.training)
 
     def log(self, entry: dict[str, Any]) -> None:
         if self._metrics is not None:

@@ -15,6 +15,7 @@ from spectune.errors import ConfigError, DivergedError
 from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
+from spectune.training.observer import Observer
 from spectune.training.optimizer import MasterAdamW, learning_rate_at
 from spectune.training.optimizers import make_optimizer
 from spectune.training.prepare import Prepared, total_steps
@@ -52,6 +53,7 @@ class RunState:
     Attributes:
         batches: the training rows, in batches.
         total_steps: optimizer steps of the whole run.
+        observer: what sees where its time goes, and more.
     """
 
     delta: Delta
@@ -63,6 +65,7 @@ class RunState:
     total_steps: int
     progress: Progress = field(default_factory=Progress)
     keeper: Keeper = field(default_factory=Keeper)
+    observer: Observer = field(default_factory=Observer)
 
     @classmethod
     def of(cls, delta: Delta, prepared: Prepared, packing: Packing, world: World) -> RunState:

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectune.blocks.compile import seconds_compiling
 from spectune.blocks.execution import Execution
 from spectune.compute.memory import leaving_nothing
 from spectune.data import mixture
@@ -23,8 +24,9 @@ from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.identity import check_alike, check_identity, read_identity
 from spectune.training.loop import Loop
-from spectune.training.machine import environment
+from spectune.training.machine import Gauges, environment, load_of
 from spectune.training.membership import membership
+from spectune.training.observer import Observer
 from spectune.training.peaks import largest
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
 from spectune.training.prepare import Prepared, prepare, train_sources
@@ -47,6 +49,7 @@ def train(
     base_valid_loss: float | None = None,
     predictions: Predictions | None = None,
     rehearsed: TrainingConfig | None = None,
+    observer: Observer | None = None,
 ) -> RunResult:
     """Train one method (attached as `name`) or an attached delta; the delta ends as the best of validation.
 
@@ -60,6 +63,7 @@ def train(
         base_valid_loss: the bare base's loss on the validation rows, where it is known already.
         predictions: what was planned of earlier runs, for callers that train many on one base.
         rehearsed: settings of a longer run that this one stands for: steps are executed as that one's would be.
+        observer: what sees more of the run than its result tells.
 
     Raises:
         ConfigError, DataError: bad settings or data, a delta that is not of this model or that nothing may be trained
@@ -67,7 +71,10 @@ def train(
         DoesNotFitError: the plan says that the run does not fit into memory, and `memory_check` is "refuse".
         InterruptedRun, OutOfMemoryError, DivergedError: see `spectune.errors`.
     """
-    asked = _Asked(config or TrainingConfig(), name, origin or {}, console, base_valid_loss, predictions, rehearsed)
+    asked = _Asked(
+        config or TrainingConfig(), name, origin or {}, console, base_valid_loss, predictions, rehearsed,
+        observer or Observer(),
+    )  # fmt: skip
     with leaving_nothing(model.device):
         return _trained(model, tokenizer, method_or_delta, (train_rows, valid_rows), asked)
 
@@ -83,6 +90,7 @@ class _Asked:
     base_valid_loss: float | None
     predictions: Predictions | None
     rehearsed: TrainingConfig | None
+    observer: Observer
 
 
 def _trained(
@@ -90,24 +98,25 @@ def _trained(
     asked: _Asked
 ) -> RunResult:  # fmt: skip
     """`train`. When it returns, it holds nothing of the device any more but the delta's weights."""
-    config, world = asked.config, World(model.device)
+    config, world, phases = asked.config, World(model.device), asked.observer.phases
     out = (asked.console or Console()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
-    delta = _attach(model, tokenizer, method_or_delta, asked.name, config.seed)
-    prepared = prepare(model, tokenizer, delta.method, *rows, config, delta.base_fingerprint, world.size)
+    delta = phases.call("prove", _attach, model, tokenizer, method_or_delta, asked.name, config.seed)
+    given = delta.method, *rows, config, delta.base_fingerprint, world.size
+    prepared = phases.call("rows", prepare, model, tokenizer, *given)
     if finished is not None:
+        phases.add(finished.seconds_by_phase)
         return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
-    predicted = _planned(delta, prepared, world, asked.predictions, asked.rehearsed)
+    predicted = phases.call("plan", _planned, delta, prepared, world, asked.predictions, asked.rehearsed)
     execution = predicted.execution
-    run, folder = _start_or_resume(delta, tokenizer, prepared, execution, world, out)
-    folder.begin(prepared.encoded, {**environment(), **execution.settings()}, asked.origin)
+    parts = prepared, execution, world, asked.observer
+    run, folder = phases.call("save", _start_or_resume, delta, tokenizer, *parts, out)
+    phases.call("save", folder.begin, prepared.encoded, {**environment(), **execution.settings()}, asked.origin)
     _announce(out, run, prepared, execution)
     stopped = _run_to_end(Loop(run, execution), folder, out, asked.base_valid_loss)
-    if config.load_best_at_end and run.progress.best_step != run.progress.step:
-        folder.load_best()
-    folder.keep_end()
+    phases.call("save", _keep, folder)
     result = _result(folder, prepared, predicted, stopped)
     if folder.folder is not None:
         result.save(folder.folder / "result.json")
@@ -160,28 +169,41 @@ def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out:
 
 def _start_or_resume(
     delta: Delta, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, execution: Execution, world: World,
-    out: Console
+    observer: Observer, out: Console
 ) -> tuple[RunState, RunFolder]:  # fmt: skip
     """The run at its start, or where its newest checkpoint is; and what it keeps."""
     world.broadcast(delta.parameters())
     run = RunState.of(delta, prepared, execution.packing, world)
+    run.observer = observer
     folder, best = prepared.config.output_dir, None
     if folder is not None and prepared.config.resume and (checkpoint := latest_checkpoint(folder)) is not None:
         run.progress, recorded = read_state(checkpoint)
         check_identity(recorded, prepared.identity, checkpoint, "checkpoint")
         best = restore(checkpoint, delta, run.optimizer)
+        observer.phases.add(run.progress.seconds_by_phase)
         out.print(f"going on from {checkpoint}", soft_wrap=True, highlight=False)
     check_same_step(world.gather(run.progress.step), folder)
     return run, RunFolder(folder, run, best, prepared, tokenizer)
 
 
+def _keep(folder: RunFolder) -> None:
+    """What the run ends with."""
+    run = folder.run
+    if run.config.load_best_at_end and run.progress.best_step != run.progress.step:
+        folder.load_best()
+    folder.keep_end()
+
+
 def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: float | None) -> bool:
     """The run to its end. Returns whether that came early because validation stopped improving."""
-    run = loop.run
+    run, compiled = loop.run, seconds_compiling()
+    display = run.observer.display or Display(out, run.delta.method.label, run.total_steps, 0)
     try:
         if run.progress.base_valid_loss is None:
-            run.progress.base_valid_loss = _base_loss(loop) if base_valid_loss is None else base_valid_loss
-        with Display(out, run.delta.method.label, run.total_steps, run.progress.step) as display:
+            with run.observer.phases.of("validation"):
+                run.progress.base_valid_loss = _base_loss(loop) if base_valid_loss is None else base_valid_loss
+        display.go_on_from(run.progress.step)
+        with display, run.observer.phases.of("steps"):
             return loop.drive(display)
     except DivergedError:  # on all processes alike: none ends before what is kept is written
         folder.go_back()
@@ -191,6 +213,7 @@ def _run_to_end(loop: Loop, folder: RunFolder, out: Console, base_valid_loss: fl
         loop.world.barrier()
         raise
     finally:
+        run.observer.phases.move(max(0.0, seconds_compiling() - compiled), "steps", "compile")
         loop.model.train(False)
         run.optimizer.close()
         folder.close()
@@ -214,6 +237,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
     best = config.load_best_at_end
     valid_loss = progress.best_loss if best else progress.valid_loss
     tokens, world = progress.timed_tokens or progress.tokens, folder.run.batches.world
+    load = load_of(progress.timed_seconds, progress.timed_cpu_seconds, Gauges.of(delta.model.device.type))
     return RunResult(
         method=delta.method.name,
         name=delta.name,
@@ -231,6 +255,8 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         valid_perplexity=None if valid_loss is None else perplexity(valid_loss),
         train_tokens_per_second=tokens / (progress.timed_seconds or progress.seconds),
         train_seconds=progress.seconds,
+        machine_load={"train": load},
+        seconds_by_phase=folder.run.observer.phases.record(),
         peak_memory_bytes=largest(world.gather(progress.peak_memory_bytes)),
         predicted_memory_bytes=predicted.memory,
         memory_prediction_source=predicted.source,

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spectune.results import ComparedRun, ComparisonResult, Limits, Verdict
-from spectune.results.arm_result import arm_results, is_finite, mean, overhead, peak_memory
+from spectune.results import ComparisonResult, Limits, Verdict
+from spectune.results.arm_result import arm_results, is_finite, peak_memory
 from spectune.results.phrases import named
 from spectune.results.recommendation import AXES
 
@@ -56,11 +56,16 @@ class Candidate:
 def candidates(comparison: ComparisonResult, limits: Limits) -> list[Candidate]:
     """The arms of which a run ended."""
     found = []
-    runs_by_arm = comparison.runs_by_arm
-    for arm in arm_results(comparison):
+    runs_by_arm, arms = comparison.runs_by_arm, arm_results(comparison)
+    # times of a busy machine are no argument, nor are the others beside them
+    trained_busy, decoded_busy = (
+        any(getattr(arm, f"busy_in_{what}") for arm in arms) for what in ("training", "decoding")
+    )
+    for arm in arms:
         if (runs := runs_by_arm.get(arm.name)) is None:
             continue
-        merged = mean(_merged_overhead(run, comparison) for run in runs) if limits.tenants == 1 else None
+        merged = limits.tenants == 1 and arm.inference_overhead_merged is not None
+        unmerged = None if decoded_busy else arm.inference_overhead
         found.append(
             Candidate(
                 name=arm.name,
@@ -71,19 +76,13 @@ def candidates(comparison: ComparisonResult, limits: Limits) -> list[Candidate]:
                 train_memory_bytes=arm.train_memory_bytes,
                 peak_memory_bytes=max((peak for run in runs if (peak := peak_memory(run))), default=None),
                 stored_bytes=arm.stored_bytes,
-                inference_overhead=arm.inference_overhead if merged is None else merged,
-                merged=merged is not None,
-                train_seconds=arm.train_seconds,
+                # a merged model runs the base's own operations: what was measured of it is noise
+                inference_overhead=0.0 if merged else unmerged,
+                merged=merged,
+                train_seconds=None if trained_busy else arm.train_seconds,
             )
         )
     return found
-
-
-def _merged_overhead(run: ComparedRun, comparison: ComparisonResult) -> float | None:
-    """Of a merged model, which runs the base's own operations: what its rounds do not agree on is noise, and counts as
-    no overhead."""
-    value, quartiles = overhead(run, comparison, merged=True)
-    return 0.0 if value is not None and quartiles is not None and quartiles[0] <= SAME_OVERHEAD else value
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def exclusions(arm: Candidate, limits: Limits, arms: Sequence[Candidate], bare: 
     for name, limit, value, form, words in checks:
         # a share worked out from two speeds is rounded
         if limit is not None and (value is None or value > limit * (1 + 1e-9)):
-            text = f"{arm.label} was not measured, so that the limit cannot be checked"
+            text = f"{arm.label} was not measured on a quiet machine, so that the limit cannot be checked"
             if value is not None:
                 text = f"{arm.label} {words.format(form(value))}; the limit is {form(limit)}"
             found.append((name, text, value))

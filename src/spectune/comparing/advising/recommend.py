@@ -120,7 +120,7 @@ def _cheapest(arms: Sequence[Candidate], limits: Limits) -> tuple[Candidate, str
     steps = []
     for axis in order:
         known = [(arm, value) for arm in left if (value := arm.cost(axis)) is not None]
-        if len(left) == 1 or not known:
+        if len(left) == 1 or len(known) < len(left):  # what was not measured of one decides between none
             continue
         least = min(value for _, value in known)
         reach = least + SAME_OVERHEAD if axis == "inference_overhead" else least * (1 + SAME_COST)

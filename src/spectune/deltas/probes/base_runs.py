@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
+from spectune.deltas.hooks.attention_function import implementation
 from spectune.deltas.hooks.caches import caches_in
 from spectune.deltas.probes.agreement import logits_of
 from spectune.errors import ConfigError, SpectuneError, first_line
@@ -21,6 +22,17 @@ def can_run(model: nn.Module) -> bool:
     attachment = Attachment.of(model)
     modules = model.modules() if attachment is None else attachment.base_modules
     return not any(p.device.type == "meta" for module in modules for p in module.parameters(recurse=False))
+
+
+def proved_as_routed(model: PreTrainedModel, *question: object) -> tuple[dict[Any, Any], object]:
+    """What has been proved of a base while deltas are on it, and the key of this question about it as it is routed
+    now: the same for all deltas of a method with the same settings, for what they have learned decides nothing."""
+    attachment = Attachment.of(model)
+    if attachment is None:
+        return {}, question
+    methods = [None if name is None else attachment.deltas[name].method for name in attachment.state.current.names]
+    settings = tuple((type(method), "" if method is None else method.model_dump_json()) for method in methods)
+    return attachment.proved, (*question, settings, implementation(model))
 
 
 def run(model: PreTrainedModel, ids: list[int]) -> None:

@@ -9,6 +9,7 @@ from spectune.compute.pack_layout import Kernel
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.packed_batches import packed, packing
 from spectune.deltas.probes.agreement import agree, apart, logits_of
+from spectune.deltas.probes.base_runs import proved_as_routed
 from spectune.errors import first_line
 from spectune.families import token_embedding
 
@@ -21,7 +22,15 @@ def why_not_packed(model: PreTrainedModel, kernel: Kernel | None = None) -> str 
 
     Two packs of two documents are run, and the same documents apart: their logits have to agree. So types that ignore
     the attention interface, that count distances over the whole sequence, or that carry a state over positions are
-    found out whatever they are called."""
+    found out whatever they are called. What has been proved is not proved again for another delta of the method."""
+    proved, key = proved_as_routed(model, "keeps documents apart", kernel)
+    if key not in proved and (reason := _why_not_packed(model, kernel)) is not None:
+        return reason
+    proved[key] = True
+    return None
+
+
+def _why_not_packed(model: PreTrainedModel, kernel: Kernel | None) -> str | None:
     embedding = token_embedding(model).weight
     device, generator = embedding.device, torch.Generator().manual_seed(0)
     texts = [torch.randint(1, embedding.shape[0], (size,), generator=generator) for size in (*_PROBE, *_PROBE)]
@@ -55,7 +64,15 @@ def why_not_packed(model: PreTrainedModel, kernel: Kernel | None = None) -> str 
 
 def kernel_serves(model: PreTrainedModel, kernel: Kernel) -> bool:
     """Whether the kernel attends in every layer, as the model is trained. Where dropout, eager attention or windows
-    beside a prefix have masks made after all, long packs cost more than they save."""
+    beside a prefix have masks made after all, long packs cost more than they save. Found out once for all deltas of a
+    method."""
+    proved, key = proved_as_routed(model, "kernel attends", kernel)
+    if key not in proved:
+        proved[key] = _kernel_serves(model, kernel)
+    return bool(proved[key])
+
+
+def _kernel_serves(model: PreTrainedModel, kernel: Kernel) -> bool:
     attachment = Attachment.of(model)
     device = token_embedding(model).weight.device
     with rehearsing(model, device), packing(model, kernel):

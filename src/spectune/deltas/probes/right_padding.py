@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.probes.agreement import agree, apart, logits_of
+from spectune.deltas.probes.base_runs import proved_as_routed
 from spectune.errors import ConfigError, first_line
 from spectune.families import Family, token_embedding
 
@@ -32,6 +33,14 @@ def why_mask_is_needed(model: PreTrainedModel) -> str | None:
         raise ConfigError("whether padding needs a mask is asked of a model with an attached delta")
     if _has_experts(model, attachment.family):
         return "its layers have experts, which may count the padding"
+    proved, key = proved_as_routed(model, "needs no mask")
+    if key not in proved and (reason := _why_mask_is_needed(model)) is not None:
+        return reason
+    proved[key] = True
+    return None
+
+
+def _why_mask_is_needed(model: PreTrainedModel) -> str | None:
     embedding = token_embedding(model).weight
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, embedding.shape[0], (4, _LENGTH), generator=generator)

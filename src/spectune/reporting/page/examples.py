@@ -45,7 +45,7 @@ def examples(comparison: ComparisonResult, folder: Path) -> Examples | None:
     """None where the runs left no outputs."""
     labels = comparison.labels
     tables = {labels[name]: judged_rows(folder, runs[0]) for name, runs in comparison.runs_by_arm.items()}
-    written = {label: {n for n, row in rows.items() if "prediction" in row} for label, rows in tables.items()}
+    written = {label: {n for n, row in rows.items() if _written(row)} for label, rows in tables.items()}
     tables = {label: rows for label, rows in tables.items() if written[label]}
     common = set.intersection(*(written[label] for label in tables)) if tables else set[int]()
     if not common:
@@ -60,7 +60,7 @@ def examples(comparison: ComparisonResult, folder: Path) -> Examples | None:
         f"{count} of the {len(order)} rows that every method wrote, chosen by rule and not by hand: evenly spaced "
         f"{how}. Outputs are those of each method's first seed."
     )
-    if any("prediction" in bare.get(n, {}) for n in picked):
+    if any(_written(bare.get(n, {})) for n in picked):
         tables = {"Bare base": bare, **tables}
     return Examples(rule, [_example(i + 1, n, tables) for i, n in enumerate(picked)])
 
@@ -79,15 +79,21 @@ def _example(number: int, row: int, tables: Mapping[str, Mapping[int, Mapping[st
         [
             Output(label, clipped(str(table[row]["prediction"]), LONGEST), _scores(table[row]))
             for label, table in tables.items()
-            if "prediction" in table.get(row, {})
+            if _written(table.get(row, {}))
         ],
     )
+
+
+def _written(row: Mapping[str, Any]) -> bool:
+    """Whether the model wrote something for the row, be it nothing: a row that was only scored has a null here."""
+    return row.get("prediction") is not None
 
 
 def _scores(row: Mapping[str, Any]) -> str:
     loss = _loss(row)
     parts = [] if loss is None else [f"loss {units.number(loss, 2)}"]
-    parts += [f"{metric_title(name)} {metric_text(name, value)}" for name, value in (row.get("metrics") or {}).items()]
+    metrics = row.get("metrics") or {}
+    parts += [f"{metric_title(name)} {metric_text(name, value)}" for name, value in metrics.items()]
     return ", ".join(parts)
 
 

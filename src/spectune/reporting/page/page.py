@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from spectune.reporting import columns, units, words
-from spectune.reporting.grids import sources_grid
+from spectune.reporting.grids import sources_grid, time_grid
 from spectune.reporting.page import reproduce
 from spectune.reporting.page.examples import examples
 from spectune.reporting.page.svg import inline
@@ -56,6 +56,7 @@ def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[
         run_header=reproduce.run_header(comparison),
         runs=runs,
         memory=reproduce.memory_grid(comparison),
+        time=time_grid(comparison),
         command=reproduce.command(comparison, folder),
         settings=reproduce.settings(comparison, folder),
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
