@@ -56,6 +56,9 @@ class CachingAllocator:
         small = size <= SMALL
         pool = self._pools[0 if small else 1]
         at = bisect_left(pool, (size, -1))
+        # the block at the end of an expandable segment counts as large as that may grow: any other that fits is better
+        if self.expandable and at + 1 < len(pool) and self._free[pool[at][1]] is self._last[not small]:
+            at += 1
         if at < len(pool):
             block = self._free.pop(pool.pop(at)[1])
             block.free = False
