@@ -100,7 +100,7 @@ def test_batches_with_a_mask_do_not(method: Method, seen: Seen, monkeypatch: pyt
 def test_packs_do_not(method: Method, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     run(make_model(), method, packing=True)
     seen.check()
-    monkeypatch.setattr(decisions, "kernels", lambda *_: [None])
+    monkeypatch.setattr(decisions, "kernels", lambda *_, **__: [None])
     run(make_model(), method, packing=True)
     seen.check()
     assert not seen.allowed
@@ -135,7 +135,7 @@ def of_evaluation(model: PreTrainedModel, tmp_path: Path) -> list[Callable[[], A
 
     def measured() -> None:
         delta.save(tmp_path / "delta")
-        measured_module.measure(model, tokenizer, delta, tmp_path / "delta", [[1, 2, 3], [4, 5]], batches=(1, 2))
+        measured_module.measure(model, tokenizer, delta, tmp_path / "delta", batches=(1, 2))
 
     return [
         lambda: why_mask_is_needed(model),

@@ -13,7 +13,7 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM, PreTrained
 from spectune.blocks.recompute import recomputing
 from spectune.compute.varlen import loop_by_document
 from spectune.data import Example, Row, collate, collate_packs
-from spectune.deltas import Method, attached, kernel_serves, packed, packing, route, why_not_packed
+from spectune.deltas import Attachment, Method, attached, kernel_serves, packed, packing, route, why_not_packed
 from spectune.errors import ConfigError
 from spectune.methods import LoRA, PrefixTuning, PromptTuning
 from spectune.objectives import CAUSAL_LM
@@ -140,6 +140,9 @@ def test_the_probe_finds_a_leak(monkeypatch: pytest.MonkeyPatch, model: PreTrain
     assert "does not keep documents apart" in (why_not_packed(model) or "")
     monkeypatch.undo()
     assert why_not_packed(model) is None
+    attachment = Attachment.of(model)
+    assert attachment is not None
+    attachment.proved.clear()  # what was proved is not looked at again
     # positions that go on from one document to the next
     monkeypatch.setattr(documents, "_places", lambda pack: torch.arange(sum(map(len, pack))))
     assert (why_not_packed(model) is None) == (model.config.model_type not in ("gpt2", "opt"))  # a table of positions

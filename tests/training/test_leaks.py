@@ -29,7 +29,12 @@ def live() -> dict[int, tuple[int, str]]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.layout is torch.strided and thing.device.type == "cpu":
+        # the compiler's stand-ins for tensors have no memory
+        if (
+            type(thing) in (torch.Tensor, torch.nn.Parameter)
+            and thing.layout is torch.strided
+            and thing.device.type == "cpu"
+        ):
             storage = thing.untyped_storage()
             if storage.nbytes():
                 found[storage.data_ptr()] = storage.nbytes(), f"{tuple(thing.shape)} {thing.dtype}"

@@ -26,13 +26,23 @@ def can_run(model: nn.Module) -> bool:
 
 def proved_as_routed(model: PreTrainedModel, *question: object) -> tuple[dict[Any, Any], object]:
     """What has been proved of a base while deltas are on it, and the key of this question about it as it is routed
-    now: the same for all deltas of a method with the same settings, for what they have learned decides nothing."""
+    now: the same for all deltas of a method with the same settings, for what they have learned decides nothing. Another
+    attention or dropout than before is another question."""
     attachment = Attachment.of(model)
     if attachment is None:
         return {}, question
     methods = [None if name is None else attachment.deltas[name].method for name in attachment.state.current.names]
     settings = tuple((type(method), "" if method is None else method.model_dump_json()) for method in methods)
-    return attachment.proved, (*question, settings, implementation(model))
+    return attachment.proved, (*question, settings, implementation(model), _dropout(attachment))
+
+
+def _dropout(attachment: Attachment) -> frozenset[float]:
+    """The probabilities of dropout that there are in the model."""
+    found = set[float]()
+    for module in attachment.model.modules():
+        values = [module.p] if isinstance(module, nn.Dropout) else [getattr(module, "attention_dropout", None)]
+        found.update(value for value in values if isinstance(value, float))
+    return frozenset(found)
 
 
 def run(model: PreTrainedModel, ids: list[int]) -> None:
