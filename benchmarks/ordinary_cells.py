@@ -41,10 +41,10 @@ def _claims(short: float, packed: float, text: float, chat: float) -> dict[str, 
 BASES = {
     base.name: base
     for base in (
-        Base("8B", "Llama-3-8B", 2048, ("lora", "prompt", "adapter"), _claims(55, 55, 55, 55)),
-        Base("1B", "Llama 1B", 2048, ("lora", "prompt", "full"), _claims(30, 30, 40, 36)),
-        Base("124M", "GPT-2 124M", 1024, ("lora", "prompt", "full"), _claims(22, 12, 22, 18)),
-        Base("27M", None, 1024, ("lora", "prompt", "full"), _claims(14, 8, 14, 12)),
+        Base("8B", "Llama-3-8B", 2048, ("lora", "prompt", "adapter"), _claims(46, 46, 46, 46)),
+        Base("1B", "Llama 1B", 2048, ("lora", "prompt", "full"), _claims(28, 28, 47, 34)),
+        Base("124M", "GPT-2 124M", 1024, ("lora", "prompt", "full"), _claims(8, 8, 10, 15)),
+        Base("27M", None, 1024, ("lora", "prompt", "full"), _claims(4, 4, 5, 6)),
     )
 }
 SMALL = {

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from spectune.results.arm_result import (
-    MEMORY_KEY,
     PLAIN,
-    PREDICTED_KEY,
     arm_results,
     base_loss_by_source,
     method_of,
     metric_names,
+    predicted_memory,
     source_names,
+    training_memory,
 )
 from spectune.results.comparison_file import ComparisonResult
 
@@ -59,7 +59,7 @@ def runs_csv(comparison: ComparisonResult) -> str:
     header += [*(f"metric_{name}" for name in names), *(f"judged_loss[{name}]" for name in sources), "failed"]
     lines: list[list[Any]] = []
     for run in runs:
-        memory = run.peak_memory_bytes.get(MEMORY_KEY), run.predicted_memory_bytes.get(PREDICTED_KEY)
+        memory = training_memory(run), predicted_memory(run)
         numbers = [*(getattr(run, key) for key in RUN_FIELDS), *memory, *(run.metrics.get(name) for name in names)]
         numbers += [run.judged_loss_by_source.get(name) for name in sources]
         lines.append([run.name, run.method, labels[run.name], run.seed, *numbers, None])

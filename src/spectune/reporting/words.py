@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from spectune.reporting import units
 from spectune.reporting.columns import metric_title
 from spectune.results import ComparisonResult, Recommendation, Verdict
-from spectune.results.arm_result import MEMORY_KEY, arm_results, why_no_relative_performance
+from spectune.results.arm_result import arm_results, holds_a_device, training_memory, why_no_relative_performance
 from spectune.results.comparison_file import Preset
 from spectune.results.phrases import listed
 from spectune.results.recommendation import AXES
@@ -103,8 +103,9 @@ def notes(comparison: ComparisonResult) -> list[str]:
         f"Losses are nats per target token on {judged} rows. Forgetting: mean KL(base || tuned), nats "
         f"per token, on {data.retained_passages} passages ({data.retained_from}).",
     ]
-    if any(run.peak_memory_bytes.get(MEMORY_KEY) for run in comparison.runs):
-        found.append(f"Memory: peak of tensors in a training step ({base.device}, {base.dtype}).")
+    if any(training_memory(run) for run in comparison.runs):
+        what = "what is held of the device" if any(map(holds_a_device, comparison.runs)) else "tensors"
+        found.append(f"Memory: peak of {what} in training ({base.device}, {base.dtype}).")
     if any(run.decode_tokens_per_second for run in comparison.runs):
         found.append(
             "Inference overhead: time for each decoded token at batch 1 against the bare base, unmerged / merged; ± is "

@@ -9,10 +9,6 @@ from spectune.results.comparison_file import ComparedRun, ComparisonResult, Deco
 from spectune.results.verdict_record import Judgement, Verdict
 
 FULL = "full"
-#: the peak that is compared between methods: tensors, which do not depend on what the process did before
-MEMORY_KEY = "train_allocated"
-#: the prediction of the same
-PREDICTED_KEY = "peak_allocated"
 TASKS = 10
 #: fields that are as in the first run of an arm, and those that are means over its runs
 OF_FIRST = ("trainable_parameters", "stored_parameters", "learning_rate", "memory_prediction_source")
@@ -261,8 +257,8 @@ def _by_source(runs: Sequence[ComparedRun]) -> dict[str, float]:
 
 def _costs(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], comparison: ComparisonResult) -> dict[str, Any]:
     speed, full_speed = (mean(run.train_tokens_per_second for run in of) for of in (runs, full))
-    peaks = [peak for run in runs if (peak := run.peak_memory_bytes.get(MEMORY_KEY))]
-    predicted = [peak for run in runs if (peak := run.predicted_memory_bytes.get(PREDICTED_KEY))]
+    peaks = [peak for run in runs if (peak := training_memory(run))]
+    predicted = [peak for run in runs if (peak := predicted_memory(run))]
     found: dict[str, Any] = {
         "train_memory_bytes": max(peaks, default=None),
         "predicted_memory_bytes": predicted[0] if predicted else None,
@@ -279,6 +275,22 @@ def _costs(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], comparison:
     for timed, where in (("train", "training"), ("decode", "decoding")):
         found[f"busy_in_{where}"] = _busy(runs, timed)
     return found
+
+
+def holds_a_device(run: ComparedRun) -> bool:
+    """Whether it was measured what the run held of a device, which is more than its tensors take."""
+    return "train_reserved" in run.peak_memory_bytes
+
+
+def training_memory(run: ComparedRun) -> int | None:
+    """Bytes that have to fit where a run trains, at its peak: what torch's allocator held of the device, elsewhere
+    tensors; None where it was not measured."""
+    return run.peak_memory_bytes.get("train_reserved" if holds_a_device(run) else "train_allocated")
+
+
+def predicted_memory(run: ComparedRun) -> int | None:
+    """The prediction of `training_memory`."""
+    return run.predicted_memory_bytes.get("peak_reserved" if holds_a_device(run) else "peak_allocated")
 
 
 def noise_floor(comparison: ComparisonResult, batch: int = 1) -> float:

@@ -12,7 +12,7 @@ from spectune.reporting.artifacts import under_runs
 from spectune.reporting.columns import loss_title, metric_text, metric_title
 from spectune.reporting.grids import Grid
 from spectune.reporting.text import plain
-from spectune.results.arm_result import MEMORY_KEY, PREDICTED_KEY, arm_results, metric_names
+from spectune.results.arm_result import arm_results, metric_names, training_memory
 from spectune.results.comparison_file import Arm, ComparedRun, ComparisonResult
 
 
@@ -45,7 +45,7 @@ def run_lines(comparison: ComparisonResult) -> list[RunLine]:
                 *judged,
                 *(metric_text(name, run.metrics.get(name)) for name in names),
                 units.number(run.forgetting_kl_nats_per_token),
-                units.size(run.peak_memory_bytes.get(MEMORY_KEY)),
+                units.size(training_memory(run)),
                 units.count(run.train_tokens_per_second),
                 units.seconds(run.train_seconds),
                 place_of(run),
@@ -60,18 +60,22 @@ def place_of(run: ComparedRun) -> str:
     return str(PurePosixPath(run.rows_file).parent if run.rows_file else under_runs(run) or units.MISSING)
 
 
+#: what a prediction has beside the terms of a step
+_NO_TERMS = ("peak_allocated", "peak_reserved", "validation", "held")
+
+
 def memory_grid(comparison: ComparisonResult) -> Grid | None:
     """Predicted bytes by term beside the measured peak; None where nothing was predicted."""
     predicted = {
         name: next((run.predicted_memory_bytes for run in runs if run.predicted_memory_bytes), {})
         for name, runs in comparison.runs_by_arm.items()
     }
-    terms = list(dict.fromkeys(key for of in predicted.values() for key in of if not key.startswith("peak_")))
+    terms = list(dict.fromkeys(key for of in predicted.values() for key in of if key not in _NO_TERMS))
     body = []
     for arm in arm_results(comparison):
         if not (found := predicted.get(arm.name)):
             continue
-        measured, peak = arm.train_memory_bytes, found.get(PREDICTED_KEY)
+        measured, peak = arm.train_memory_bytes, arm.predicted_memory_bytes
         error = units.MISSING if not measured or peak is None else f"{100 * (peak / measured - 1):+.1f}%"
         sizes = [units.size(value) for value in (*map(found.get, terms), peak, measured)]
         body.append([arm.label, *sizes, error, arm.memory_prediction_source or units.MISSING])
