@@ -111,14 +111,14 @@ def _comparison(folder: Path, log: Path) -> dict[str, Any]:
     content = json.loads(path.read_text("utf-8"))
     kept = (
         "method", "valid_loss", "judged_loss", "learning_rate", "train_seconds", "evaluation_seconds", "phases",
-        "train_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes", "phase_seconds",
+        "train_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes", "seconds_by_phase",
     )  # fmt: skip
     return {
         "verdict": [sorted(sorted(group) for group in content["verdict"][key]) for key in ("groups", "order")],
         "sentences": content["verdict"]["sentences"],
         "runs": [{key: run.get(key) for key in kept if run.get(key) is not None} for run in content["runs"]],
         "searched_steps": sum(trial["steps"] for search in content["searches"].values() for trial in search["trials"]),
-        "phases": content.get("phases") or content.get("phase_seconds"),
+        "phases": content.get("seconds_by_phase"),
         "failed": content["failed"],
     }
 
