@@ -175,7 +175,7 @@ def read(folder: Path, command: str) -> list[dict[str, Any]]:
             "steps": run.get("steps"),
             "train_seconds": run.get("train_seconds"),
             "tokens_per_second": run.get("train_tokens_per_second"),
-            "phases": run.get("phases") or run.get("phase_seconds"),
+            "phases": run.get("seconds_by_phase"),
             "execution": _execution(folder / (run.get("folder") or ".")),
         }
         for run in ([content] if command == "train" else content["runs"])

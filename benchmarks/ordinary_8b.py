@@ -110,7 +110,7 @@ def _comparison(folder: Path, log: Path) -> dict[str, Any]:
         return {"error": " / ".join(log.read_text("utf-8", errors="replace").strip().splitlines()[-3:])[-600:]}
     content = json.loads(path.read_text("utf-8"))
     kept = (
-        "method", "valid_loss", "judged_loss", "learning_rate", "train_seconds", "evaluation_seconds", "phases",
+        "method", "valid_loss", "judged_loss", "learning_rate", "train_seconds", "evaluation_seconds",
         "train_tokens_per_second", "peak_memory_bytes", "predicted_memory_bytes", "seconds_by_phase",
     )  # fmt: skip
     return {
@@ -118,7 +118,7 @@ def _comparison(folder: Path, log: Path) -> dict[str, Any]:
         "sentences": content["verdict"]["sentences"],
         "runs": [{key: run.get(key) for key in kept if run.get(key) is not None} for run in content["runs"]],
         "searched_steps": sum(trial["steps"] for search in content["searches"].values() for trial in search["trials"]),
-        "phases": content.get("seconds_by_phase"),
+        "phases": [content.get("seconds_by_phase"), *(arm.get("seconds_by_phase") for arm in content["arms"])],
         "failed": content["failed"],
     }
 
@@ -137,7 +137,7 @@ def said_of_comparison(line: dict[str, Any]) -> str:
             f"{run.get('evaluation_seconds', 0):.0f} s of judging, allocated "
             f"{peaks.get('train_allocated', 0) / 1e9:.1f} GB, reserved {peaks.get('train_reserved', 0) / 1e9:.1f} GB"
         )
-        if phases := run.get("phases") or run.get("phase_seconds"):
+        if phases := run.get("seconds_by_phase"):
             head += f"\n             {phases}"
     if line["phases"]:
         head += f"\n    phases: {line['phases']}"
@@ -165,7 +165,7 @@ def packed(base: Path, rows: Path, out: Path, steps: int, timeout: float, *, sma
     line = {
         "what": "packed", "base": base.name, "steps": result["steps"], "tokens_a_step": tokens, "seconds": seconds,
         "tokens_per_second": result["train_tokens_per_second"], "train_seconds": result["train_seconds"],
-        "phases": result.get("phases") or result.get("phase_seconds"),
+        "phases": result.get("seconds_by_phase"),
         "execution": {key: machine.get(key) for key in ("torch_compile", "cuda_graphs", "gradient_checkpointing")},
         "planned": result["predicted_memory_bytes"], "measured": result["peak_memory_bytes"], "padded": peer,
     }  # fmt: skip
