@@ -24,7 +24,7 @@ from spectune.training.machine import Watch
 PASSAGES = 64
 PASSAGE_TOKENS = 128
 #: what the rounds of measuring speed take about
-SECONDS = 1.5
+SECONDS = 1.0
 #: of a row in one measurement of speed at batch 1, half as many in larger batches; and the least, on slow bases
 DECODE_TOKENS, LEAST_TOKENS = 24, 4
 #: of measuring speed, and the least, on slow bases
