@@ -32,9 +32,9 @@ import transformers
 from attention_page import page, table
 from plain_loop import LOOPS, plain_loop
 
-from spectune.compute.attention_cases import FEW, AttentionCase, cases
-from spectune.compute.attention_check import check_case
 from spectune.errors import first_line
+from spectune.health.attention_cases import FEW, AttentionCase, cases
+from spectune.health.attention_check import check_case
 
 #: a worker that broke down is followed by another one so often
 MOST_WORKERS = 12

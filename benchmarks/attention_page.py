@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from spectune.compute.attention_cases import DTYPES, MASKS, AttentionCase
-from spectune.compute.attention_check import BOUNDS, Finding
+from spectune.health.attention_cases import DTYPES, MASKS, AttentionCase
+from spectune.health.attention_check import BOUNDS, Finding
 
 RIGHT, REFUSED = "right", "refused"
 #: kernel -> what of our runs takes it

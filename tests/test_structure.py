@@ -26,7 +26,7 @@ ROOMS = """
     methods blocks
     deltas
     families
-    objectives
+    objectives health
     compute data files
     sizes phases torchrun version embedded
     errors

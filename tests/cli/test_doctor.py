@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from spectune.compute.health import known_faults
-from spectune.compute.health.outcome import FAILED, OK, Outcome
+from spectune.health import known_faults
+from spectune.health.outcome import FAILED, OK, Outcome
 
 Spectune = Callable[..., Any]
 #: what takes long to look at; tests/compute/test_health.py looks at each

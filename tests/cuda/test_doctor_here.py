@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectune.compute.health import compiling, numbers
-from spectune.compute.health.outcome import FAILED, OK
+from spectune.health import compiling, numbers
+from spectune.health.outcome import FAILED, OK
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:TensorFloat32")]
 

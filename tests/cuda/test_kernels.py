@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from spectune.compute.attention_cases import FEW, MASKS, SPECIAL, AttentionCase
-from spectune.compute.attention_check import REFUSED, RIGHT, check_case
+from spectune.health.attention_cases import FEW, MASKS, SPECIAL, AttentionCase
+from spectune.health.attention_check import REFUSED, RIGHT, check_case
 from spectune.methods import FullFineTuning, LoRA
 from spectune.training import TrainingConfig, decisions, train
 from spectune.training.loop import Loop

@@ -16,7 +16,7 @@ from spectune.cli import options
 from spectune.errors import ConfigError, did_you_mean, first_line
 
 if TYPE_CHECKING:
-    from spectune.compute.health.outcome import Outcome
+    from spectune.health.outcome import Outcome
 
 #: all checks are over by then
 SECONDS = 55.0
@@ -61,8 +61,8 @@ def doctor(
 
 def found_by(output: Path, skip: list[str]) -> Iterator[Outcome]:
     """The outcome of each check, as it comes. Raises ConfigError: a name that is no check's."""
-    from spectune.compute.health import known_faults, machine_load
-    from spectune.compute.health.checkup import Checkup, checks
+    from spectune.health import known_faults, machine_load
+    from spectune.health.checkup import Checkup, checks
 
     cache = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
     others = checks(str(output), cache)
@@ -87,7 +87,7 @@ def _check_names(skip: list[str], known: list[str]) -> None:
 
 def _looked(name: str, look: Callable[[], Outcome]) -> Outcome:
     """What a check in this process found. It may raise whatever is broken: torch itself, or the system's own files."""
-    from spectune.compute.health.outcome import FAILED, Outcome
+    from spectune.health.outcome import FAILED, Outcome
 
     began = time.monotonic()
     try:
@@ -100,7 +100,7 @@ def _looked(name: str, look: Callable[[], Outcome]) -> Outcome:
 
 
 def _memory() -> Outcome:
-    from spectune.compute.health.machine_load import memory
+    from spectune.health.machine_load import memory
     from spectune.planning.device_memory import free_memory
 
     return memory(free_memory("cpu"))

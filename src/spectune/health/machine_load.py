@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 
-from spectune.compute.health.outcome import FAILED, NOT_HERE, OK, Outcome
+from spectune.health.outcome import FAILED, NOT_HERE, OK, Outcome
 
 #: a thread that computes has less of a core than this: others want it too
 _SHARE = 0.85

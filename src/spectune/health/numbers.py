@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from spectune.compute.attention_cases import FEW, AttentionCase
-from spectune.compute.attention_check import REFUSED, RIGHT, Finding, check_case
 from spectune.compute.fp8 import FrozenFp8Linear, check_device
 from spectune.compute.frozen import FrozenLinear
-from spectune.compute.health.outcome import FAILED, NOT_HERE, OK, Outcome
 from spectune.compute.int8 import FrozenInt8Linear
 from spectune.compute.nf4 import FrozenNf4Linear
 from spectune.errors import ConfigError
+from spectune.health.attention_cases import FEW, AttentionCase
+from spectune.health.attention_check import REFUSED, RIGHT, Finding, check_case
+from spectune.health.outcome import FAILED, NOT_HERE, OK, Outcome
 
 #: kernel -> what to do where it is wrong
 _WITHOUT = {

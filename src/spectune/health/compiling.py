@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectune.compute.health.numbers import here
-from spectune.compute.health.outcome import FAILED, NOT_HERE, OK, Outcome
 from spectune.errors import first_line
+from spectune.health.numbers import here
+from spectune.health.outcome import FAILED, NOT_HERE, OK, Outcome
 
 #: in what torch raises where the tools are not there
 _NO_TOOLS = ("InvalidCxxCompiler", "No working C++ compiler", "Python.h", "working triton", "TritonMissing",

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from spectune.compute.health.outcome import FAILED, OK, Outcome
+from spectune.health.outcome import FAILED, OK, Outcome
 
 #: below it the first checkpoints of a small model have no room
 LEAST_FREE = 2**30

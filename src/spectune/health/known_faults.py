@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from spectune.compute.health.outcome import FAILED, OK, Outcome
+from spectune.health.outcome import FAILED, OK, Outcome
 from spectune.version import installed_version
 
 #: the oldest that are tested (pyproject.toml)

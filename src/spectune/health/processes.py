@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from spectune.compute.health.outcome import FAILED, NOT_HERE, OK, Outcome
+from spectune.health.outcome import FAILED, NOT_HERE, OK, Outcome
 
 #: of waiting for the others; a check that waits longer is ended from outside
 SECONDS = 25
@@ -58,7 +58,7 @@ def _failed(backend: str, says: str) -> Outcome:
 
 
 def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-P", "-m", "spectune.compute.health.child", *arguments]
+    command = [sys.executable, "-P", "-m", "spectune.health.child", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
-from spectune.compute.health.machine_load import usable_cores
-from spectune.compute.health.outcome import FAILED, NOT_HERE, Outcome
+from spectune.health.machine_load import usable_cores
+from spectune.health.outcome import FAILED, NOT_HERE, Outcome
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def checks(output: str, cache: str) -> list[Check]:
 
 def command_of(check: Check) -> list[str]:
     # -P: nothing that lies in the folder at hand is imported
-    return [sys.executable, "-P", "-m", "spectune.compute.health.child", check.name, *check.arguments]
+    return [sys.executable, "-P", "-m", "spectune.health.child", check.name, *check.arguments]
 
 
 class Checkup:

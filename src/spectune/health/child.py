@@ -1,4 +1,4 @@
-"""`python -m spectune.compute.health.child CHECK [ARGUMENTS]`: one check, in a process that may crash.
+"""`python -m spectune.health.child CHECK [ARGUMENTS]`: one check, in a process that may crash.
 
 Its outcome is the last line of stdout, as JSON.
 """
@@ -6,25 +6,25 @@ Its outcome is the last line of stdout, as JSON.
 import json
 import sys
 
-from spectune.compute.health.outcome import Outcome
+from spectune.health.outcome import Outcome
 
 
 def check(name: str, arguments: list[str]) -> Outcome:
     """What a check finds; each imports what it needs."""
     if name in ("output-folder", "cache-folder"):
-        from spectune.compute.health.disk import disk
+        from spectune.health.disk import disk
 
         [folder] = arguments
         return disk(name, folder)
     if name in ("compile", "graphs"):
-        from spectune.compute.health import compiling
+        from spectune.health import compiling
 
         return compiling.compiled_block() if name == "compile" else compiling.recorded_graph()
     if name == "processes":
-        from spectune.compute.health.processes import between_processes
+        from spectune.health.processes import between_processes
 
         return between_processes()
-    from spectune.compute.health import numbers
+    from spectune.health import numbers
 
     return {"attention": numbers.attention, "fp8": numbers.fp8, "int8-nf4": numbers.codes}[name]()
 
@@ -32,7 +32,7 @@ def check(name: str, arguments: list[str]) -> Outcome:
 def main(arguments: list[str]) -> None:
     name, *rest = arguments
     if name == "rank":
-        from spectune.compute.health.processes import one_of
+        from spectune.health.processes import one_of
 
         rank, count, backend, folder = rest
         one_of(int(rank), int(count), backend, folder)

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectune.compute.attention_cases import FEW, MASKS, AttentionCase, Inputs, cases
-from spectune.compute.attention_check import NOT_FINITE, REFUSED, RIGHT, WRONG, Finding, check_case, judge
 from spectune.compute.fp8 import FrozenFp8Linear
-from spectune.compute.health import compiling, machine_load, numbers, processes
-from spectune.compute.health.checkup import Check, Checkup, checks
-from spectune.compute.health.disk import disk
-from spectune.compute.health.known_faults import FLOORS, KNOWN, KnownFault, versions
-from spectune.compute.health.outcome import FAILED, NOT_HERE, OK, Outcome
 from spectune.compute.int8 import FrozenInt8Linear
+from spectune.health import compiling, machine_load, numbers, processes
+from spectune.health.attention_cases import FEW, MASKS, AttentionCase, Inputs, cases
+from spectune.health.attention_check import NOT_FINITE, REFUSED, RIGHT, WRONG, Finding, check_case, judge
+from spectune.health.checkup import Check, Checkup, checks
+from spectune.health.disk import disk
+from spectune.health.known_faults import FLOORS, KNOWN, KnownFault, versions
+from spectune.health.outcome import FAILED, NOT_HERE, OK, Outcome
 
 CPU = torch.device("cpu")
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spectune.compute.attention_cases import AttentionCase, Inputs
 from spectune.compute.cudnn import cudnn_attention
 from spectune.compute.pack_layout import Kernel
 from spectune.compute.varlen import flash_by_document, flash_takes, loop_by_document
 from spectune.errors import first_line
+from spectune.health.attention_cases import AttentionCase, Inputs
 
 #: root of the mean square error, by that of the reference, of output or a gradient. 16 bits: a few roundings of 2^-9
 #: (bfloat16) or 2^-12 (float16), and gradients cancel; what is wrong by one key of many is off by more
