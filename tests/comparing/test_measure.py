@@ -162,7 +162,7 @@ def test_a_slow_base_is_timed_for_as_long_as_a_quick_one(
         return pace * batch
 
     monkeypatch.setattr(module, "decode_tokens_per_second", rate)
-    for name, value in (("DECODE_TOKENS", 24), ("ROUNDS", 5)):
+    for name, value in (("DECODE_TOKENS", 24), ("ROUNDS", 5), ("SECONDS", 1.5)):
         monkeypatch.setattr(module, name, value)
     found = module.measure(model, tokenizer, delta, tmp_path / "best", clock=lambda: now[0])
     assert [new for new in asked if new > 2] == [tokens, max(4, tokens // 2)] * 3 * rounds
