@@ -202,6 +202,7 @@ def test_what_compiling_is_forecast_to_do_is_said_either_way() -> None:
         "the blocks are not compiled: it would take about 25 s to save 12 s of about 40 s of steps "
         "(torch_compile=true does it)"
     )
+    assert "about 25 s, where the steps take about 4 s" in str(CompilingGain(steps=4.0, saved=1.2, wait=25.0))
 
 
 @pytest.mark.parametrize("there", [True, False])

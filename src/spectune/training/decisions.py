@@ -157,6 +157,9 @@ class CompilingGain:
         saves, wait = f"{duration(self.saved)} of about {duration(self.steps)} of steps", duration(self.wait)
         if self.pays:
             return f"the blocks are compiled in the first step: it takes about {wait}, and saves about {saves}"
+        if self.steps < self.wait:
+            saves = f"where the steps take about {duration(self.steps)}"
+            return f"the blocks are not compiled: it would take about {wait}, {saves} (torch_compile=true does it)"
         return f"the blocks are not compiled: it would take about {wait} to save {saves} (torch_compile=true does it)"
 
 
