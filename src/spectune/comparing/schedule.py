@@ -43,7 +43,7 @@ class Preset:
 
 
 #: a rate below the default, one three times as high above it, and, beyond the better of them, further ones
-QUICK = Preset("quick", rungs=((2, 1 / 6),), seeds=1, around_default=3.0, extensions=3, search_rows=64)
+QUICK = Preset("quick", rungs=((2, 1 / 8),), seeds=1, around_default=3.0, extensions=3, search_rows=64)
 #: in all 1.5 final runs of search: 8/16 + 4/8 + 2/4
 DEFAULT = Preset("default", rungs=((8, 1 / 16), (4, 1 / 8), (2, 1 / 4)), seeds=3, extensions=3)
 #: in all 3 final runs of search: 8/8 + 4/4 + 2/2
