@@ -12,13 +12,13 @@ from spectune.training import TrainingConfig
 SETTINGS = TrainingConfig(max_steps=160, per_device_train_batch_size=4, gradient_accumulation_steps=2, seed=7)
 
 
-def test_quick_is_three_rates_at_a_sixth_and_one_seed() -> None:
+def test_quick_is_three_rates_at_an_eighth_and_one_seed() -> None:
     schedule = Schedule.of(QUICK, SETTINGS, rows=1000, target_tokens=20_000)
-    assert schedule.planned_trials == ((3, 27),)
+    assert schedule.planned_trials == ((3, 20),)
     assert schedule.seeds == (7,)
     assert not schedule.record(100).covers_training_noise
     assert schedule.target_tokens_per_step == 20 * 8
-    assert schedule.record(100).search_target_tokens == 3 * 27 * 160
+    assert schedule.record(100).search_target_tokens == 3 * 20 * 160
 
 
 def test_the_default_searches_eight_rates_and_repeats_three_times() -> None:
