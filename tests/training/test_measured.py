@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from spectune.compute.memory import PeakMemory
 from spectune.methods import FullFineTuning, LoRA
 from spectune.objectives import CAUSAL_LM
 from spectune.objectives.causal_lm import CausalLM
@@ -165,3 +166,23 @@ def test_on_cuda_all_steps_are_measured_and_validation_is_not_among_them(monkeyp
         *(valid, "begin", step, step, "end", "begin", valid, "end", valid, "begin", step, step, "end", valid, "begin")
     ]
     assert result.peak_memory_bytes == {"train_allocated": 103, "valid_allocated": 501}
+
+
+def test_measuring_goes_on_behind_what_was_set_aside_and_failed() -> None:
+    """A capture of CUDA graphs that fails leaves the run going, and so its peaks."""
+    events: list[str] = []
+
+    class Watched(peaks.Peaks):
+        def resume(self) -> None:
+            events.append("resume")
+            self._stretch = PeakMemory("cpu", count_tensors=False)
+
+        def pause(self) -> None:
+            events.append("pause")
+            self._stretch = None
+
+    measured = Watched(torch.device("cpu"), list, {})
+    measured.resume()
+    with pytest.raises(RuntimeError, match="not permitted"), measured.set_aside():
+        raise RuntimeError("operation not permitted when stream is capturing")
+    assert events == ["resume", "pause", "resume"]

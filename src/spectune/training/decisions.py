@@ -94,7 +94,8 @@ def decide(
     if config.cuda_graphs == "auto":
         possible = device_type == "cuda" and not packing.on and mode is False
         graphs = possible and launch_bound(family, method, tokens=rows * length, length=length)
-    compiled, why_compiled, steps = config.torch_compile is True, None, steps or 0
+    compiled, steps = config.torch_compile is True, steps or 0
+    why_compiled = "the blocks are compiled in the first step, as torch_compile=true asks" if compiled else None
     if config.torch_compile == "auto":
         tokens = steps * rows * config.gradient_accumulation_steps * length
         gain = compiling_gain(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)

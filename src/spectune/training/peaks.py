@@ -47,9 +47,11 @@ class Peaks:
         """Around what is not to be counted as a step's."""
         measuring = self._stretch is not None
         self.pause()
-        yield
-        if measuring:
-            self.resume()
+        try:
+            yield
+        finally:  # what fails there need not end the run
+            if measuring:
+                self.resume()
 
     def of_step(self, first: bool) -> AbstractContextManager[PeakMemory | None]:
         """Around a step; `first`: it is one of the process's first. What it gives is for `keep`."""
