@@ -28,7 +28,7 @@ ROOMS = """
     families
     objectives health
     compute data files
-    sizes phases torchrun version embedded
+    sizes phases lazy_names torchrun version embedded
     errors
 """
 FILE_LINES, FUNCTION_LINES, PARAMETERS, METHODS, ATTRIBUTES = 400, 60, 8, 15, 12

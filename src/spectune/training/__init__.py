@@ -5,8 +5,9 @@ Names are imported when they are first used: settings are checked without torch,
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from spectune.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from spectune.results.run_result import RunResult
@@ -25,10 +26,4 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
 __all__ = ["RunResult", "TrainingConfig", "environment", "train"]
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that is there
-
-    def __getattr__(name: str) -> Any:
-        for file, names in _PUBLIC.items():
-            if name in names:
-                globals()[name] = value = getattr(importlib.import_module(file), name)
-                return value
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__ = lazy_names(__name__, _PUBLIC)
