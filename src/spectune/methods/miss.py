@@ -28,10 +28,12 @@ from spectune.deltas import (
     RatePoint,
     RateRule,
     Site,
+    peft_targets,
+    targets,
 )  # fmt: skip
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family, dense_weight
-from spectune.methods.lora import _PEFT_PREFIX, _endings, targets
+from spectune.methods.lora import _PEFT_PREFIX
 
 
 class SharedShards(OutputModule):
@@ -166,7 +168,7 @@ class MiSS(Method):
             "miss_dropout": self.miss_dropout,
             "mini_r": self.mini_r,
             "init_weights": self.init_weights,
-            "target_modules": _endings(family.linears) if self.target_modules == "all-linear" else self.target_modules,
+            "target_modules": peft_targets([t.path for t in targets(family, self.target_modules)], family),
             "bias": "none",
         }
         return config, {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}

@@ -27,10 +27,12 @@ from spectune.deltas import (
     RatePoint,
     RateRule,
     Site,
+    peft_targets,
+    targets,
 )  # fmt: skip
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family
-from spectune.methods.lora import _PEFT_PREFIX, _endings, targets
+from spectune.methods.lora import _PEFT_PREFIX
 
 
 class Rotation(EntryModule):
@@ -163,7 +165,7 @@ class OFT(Method):
             "use_cayley_neumann": self.use_cayley_neumann,
             "num_cayley_neumann_terms": self.num_cayley_neumann_terms,
             "block_share": self.block_share,
-            "target_modules": _endings(family.linears) if self.target_modules == "all-linear" else self.target_modules,
+            "target_modules": peft_targets([t.path for t in targets(family, self.target_modules)], family),
             "bias": "none",
         }
         return config, {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in state.items()}
