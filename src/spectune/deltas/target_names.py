@@ -166,7 +166,9 @@ def exact_names(wanted: Sequence[str], others: Iterable[str]) -> str | tuple[str
     taken = {ending for path in others for ending in _ends(path)}
     if any(path in taken for path in wanted):
         return "|".join(re.escape(path) for path in wanted)
-    return tuple(sorted({next(ending for ending in _ends(path) if ending not in taken) for path in wanted}))
+    # one that begins with a layer's number would be right, and read like none
+    free = {path: [end for end in _ends(path) if end not in taken and not end[:1].isdigit()] for path in wanted}
+    return tuple(sorted({ends[0] if ends else path for path, ends in free.items()}))
 
 
 def peft_targets(paths: Sequence[str], family: Family) -> str | list[str]:
@@ -195,10 +197,9 @@ def endings(linears: Iterable[Linear]) -> list[str]:
 
 
 def _ends(path: str) -> Iterator[str]:
-    """The ends of a path, the shortest first; none begins with a number, but the path itself may."""
+    """The ends of a path after a dot, the shortest first, and the path itself."""
     parts = path.split(".")
-    yield from (".".join(parts[at:]) for at in range(len(parts) - 1, 0, -1) if not parts[at].isdigit())
-    yield path
+    yield from (".".join(parts[at:]) for at in range(len(parts) - 1, -1, -1))
 
 
 def _named(wanted: str | tuple[str, ...], path: str, search: Search) -> bool:
