@@ -52,7 +52,7 @@ SMALL: dict[str, Method] = {
     "full": FullFineTuning(),
 }
 #: methods whose folders PEFT reads and writes: without spectune.json they are PEFT's
-PEFTS = ("lora", "prefix", "prompt")
+PEFTS = ("lora", "prefix", "prompt", "ia3")
 KINDS = [*SMALL, *(f"{name}-peft" for name in PEFTS)]
 FUZZ = settings(
     derandomize=True,
