@@ -132,7 +132,7 @@ def test_what_peft_knows_and_we_do_not_is_refused(make_model: Make, family: str,
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
-    for key, value in {"modules_to_save": ["lm_head"], "bias": "all", "layers_to_transform": [0]}.items():
+    for key, value in {"modules_to_save": ["lm_head"], "bias": "all", "layer_replication": [[0, 1]]}.items():
         path.write_text(json.dumps({**config, key: value}))
         with pytest.raises(DataError, match=key):
             load_delta(make_model(), tmp_path)

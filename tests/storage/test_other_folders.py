@@ -159,7 +159,7 @@ def test_other_formats_are_named_with_the_way_out(tmp_path: Path) -> None:
     }
     files = {
         "a GGUF file, for llama": tmp_path / "d" / "adapter.gguf",
-        "is a file; expected the folder": tmp_path / "f" / "adapter_model.safetensors",
+        "is not a folder but a file": tmp_path / "f" / "adapter_model.safetensors",
         r"snapshot_download\('someone/some-lora'\)": Path("someone/some-lora"),
     }
     model = make_model()

@@ -84,10 +84,16 @@ def placed(config: Mapping[str, Any], tensors: Iterable[str], mark: str, family:
             [f"{path}: {_what(path, family)}" for path in foreign],
         )
     beside = [path for path in at if path not in named]
-    said = f"its config leaves out what it has weights for, as PEFT does: {some(beside)}" if beside else None
+    bare = [path for path in linears if path not in at and _names(config, path, search, family)]
+    said = [f"its config leaves out what it has weights for, as PEFT does: {some(beside)}"] if beside else []
+    if bare and config.get("target_modules") is not None:
+        said.append(
+            f"it has no weights for {len(bare)} linears that its config names, which stay as they are: {some(bare)}"
+        )
     return Placed(
-        tuple(path for path in linears if path in named), frozenset(n for path in beside for n in at[path]), said
-    )
+        tuple(path for path in linears if path in named), frozenset(n for path in beside for n in at[path]),
+        "; ".join(said) or None,
+    )  # fmt: skip
 
 
 def _names(config: Mapping[str, Any], path: str, search: Search, family: Family) -> bool:
