@@ -92,11 +92,8 @@ class _Stored(BaseModel, ABC):
         """This method, which `from_peft_config` made of `config`, on one base: tensors say more exactly than the config
         where it acts. `tensors` are the folder's, on the meta device. Raises DataError: they are for places that this
         base has not."""
+        assert isinstance(self, Method), "there is no other class of these"
         return Fitted(self)
-
-    def as_stored(self) -> Method:
-        """The method that a stored delta has: without what only training had."""
-        return self
 
 
 class Method(_Stored):
@@ -164,3 +161,7 @@ class Method(_Stored):
     def notice(self, family: Family) -> str | None:
         """A sentence the user should read when this method meets this base, or None."""
         return None
+
+    def as_stored(self) -> Method:
+        """The method that a stored delta has: without what only training had."""
+        return self

@@ -239,7 +239,7 @@ class IA3(Method):
         at = placed(config, tensors, _VECTOR[1:], family)
         shapes = {path: list(tensors[f"{_PEFT_PREFIX}{path}{_VECTOR}"].shape) for path in at.paths}
         inner = {path for path, shape in shapes.items() if shape[:1] == [1]}
-        parts = {(path, path in inner): (0, ()) for path in at.paths}
+        parts: _Parts = {(path, path in inner): (0, ()) for path in at.paths}
         names = _peft_names(parts, family)
         if names is None or any(isinstance(found, str) for found in names.values()):
             names = {"target_modules": list(at.paths), "feedforward_modules": [p for p in at.paths if p in inner]}

@@ -186,11 +186,11 @@ class LoRA(Method):
 
     def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
         at = placed(config, tensors, "lora_", family)
-        search, fields = Search(), {}
+        search = Search()
+        fields: dict[str, Any] = {"target_modules": same_targets(self.target_modules, at.paths, family)}
         for field in ("rank_pattern", "alpha_pattern"):
             matched = {key: [path for path in at.paths if search.end(key, path)] for key in getattr(self, field)}
             fields[field] = {key: value for key, value in getattr(self, field).items() if matched[key]}
-        fields["target_modules"] = same_targets(self.target_modules, at.paths, family)
         left_out = at.left_out | {name for name in tensors if name.endswith(_OF_TRAINING)}
         said = "; ".join(sentence for sentence in (at.said, check_lora_keys(config)) if sentence)
         return Fitted(self.model_copy(update=fields), left_out, said or None)
