@@ -22,7 +22,14 @@ from spectune.deltas.delta import Delta
 from spectune.deltas.folder import base_name
 from spectune.deltas.merging import merge, merge_and_measure
 from spectune.deltas.method import InitContext, Method
-from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule, ParameterModule
+from spectune.deltas.modules import (
+    AttentionModule,
+    DeltaModule,
+    EntryModule,
+    InputModule,
+    OutputModule,
+    ParameterModule,
+)  # fmt: skip
 from spectune.deltas.packed_batches import packed, packing
 from spectune.deltas.probes.attention_calls import why_not_cudnn
 from spectune.deltas.probes.base_runs import cached_values, capture_keys_and_values
@@ -36,7 +43,7 @@ from spectune.deltas.site import AttentionSite, InputSite, OutputSite, Parameter
 
 __all__ = [
     "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate", "Delta",
-    "DeltaModule", "InitContext", "InputModule", "InputSite", "Method", "OutputModule", "OutputSite",
+    "DeltaModule", "EntryModule", "InitContext", "InputModule", "InputSite", "Method", "OutputModule", "OutputSite",
     "ParameterModule", "ParameterSite", "RatePoint", "RateRule", "Site", "attach", "attached", "base_name",
     "cached_values", "capture_keys_and_values", "detach", "kernel_serves", "merge", "merge_and_measure", "packed",
     "packing", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced", "why_mask_is_needed",
