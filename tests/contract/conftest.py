@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 from spectune.deltas import Delta, Method, attach
 from spectune.methods import (
     IA3,
+    OFT,
     BitFit,
     BottleneckAdapter,
     DoRA,
     FullFineTuning,
     LoRA,
+    MiSS,
     PrefixTuning,
     PromptTuning,
 )
@@ -37,6 +39,8 @@ CASES: dict[str, Method] = {
     "bitfit": BitFit(),
     "dora": DoRA(r=4, lora_alpha=8),
     "ia3": IA3(),
+    "oft": OFT(oft_block_size=8),
+    "miss": MiSS(r=6),
 }
 
 

@@ -2,9 +2,9 @@
 
 Kang and Yin 2024, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure", arXiv 2409.15371:
 the input is cut into shards of `r` features, and the same `D` `[r, out]` maps each of them, so that
-`y = W x + D^T (x_1 + x_2 + ...)`: LoRA whose `A` is fixed, of zeros and ones. `D` is zero at the start. "mini" repeats a
-narrower `D` over the outputs. "bat" (their section on non-linear updates) multiplies blocks of the base's weight,
-`W' = W + W_ij B_i + B_i`, and needs the weight in every product.
+`y = W x + D^T (x_1 + x_2 + ...)`: LoRA whose `A` is fixed, of zeros and ones. `D` is zero at the start. "mini" repeats
+a narrower `D` over the outputs. "bat" multiplies blocks of the base's weight, `W' = W + W_ij B_i + B_i`, and needs the
+weight in every product.
 """
 
 from __future__ import annotations

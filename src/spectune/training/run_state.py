@@ -73,7 +73,8 @@ class RunState:
         what is configured."""
         config, rate, trained = prepared.config, prepared.learning_rate, trained_parameters(delta)
         batches = Batches(prepared.examples, config, packing, world, prepared.pad_token_id)
-        optimizer = make_optimizer(trained, config, rate, world.size)
+        factors = [delta.method.rate_factor(name) for name, p in delta.named_parameters() if p.requires_grad]
+        optimizer = make_optimizer(trained, config, rate, world.size, factors)
         total = total_steps(len(prepared.examples), config, world.size)
         return cls(delta, optimizer, batches, prepared.valid, config, rate, total)
 
