@@ -227,6 +227,8 @@ class LoRA(Method):
     # PEFT's layout: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r]
 
     def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if family.conv1d and self.init_lora_weights == "olora":
+            return super().to_folder(state, family)  # PEFT factors a Conv1D's weight as it lies, transposed
         modules = self.target_modules
         config: dict[str, Any] = {
             "peft_type": "LORA",
@@ -247,6 +249,8 @@ class LoRA(Method):
         return config, {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+        if family.conv1d and self.init_lora_weights == "olora" and any(n.startswith(_PEFT_PREFIX) for n in tensors):
+            raise DataError("this is PEFT's OLoRA on a Conv1D base, which it starts at the factors of another matrix")
         return {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
 
     @classmethod
