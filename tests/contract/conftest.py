@@ -17,6 +17,7 @@ from spectune.methods import (
     BottleneckAdapter,
     DoRA,
     FullFineTuning,
+    LNTuning,
     LoRA,
     MiSS,
     PrefixTuning,
@@ -41,6 +42,7 @@ CASES: dict[str, Method] = {
     "ia3": IA3(),
     "oft": OFT(oft_block_size=8),
     "miss": MiSS(r=6),
+    "ln": LNTuning(),
 }
 
 

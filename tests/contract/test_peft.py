@@ -66,6 +66,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "miss": {"peft_type": "MISS", "r": 6, "target_modules": "all-linear"},
     "miss-mini": {"peft_type": "MISS", "r": 5, "mini_r": 8, "target_modules": "all-linear", "init_weights": "mini"},
     "miss-bat": {"peft_type": "MISS", "r": 4, "target_modules": "all-linear", "init_weights": "bat"},
+    "ln": {"peft_type": "LN_TUNING", "target_modules": r".*(norm|ln_[12f])"},
     "dora": {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_dora": True},
     "prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5},
     "prefix-projected": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5, "prefix_projection": True},

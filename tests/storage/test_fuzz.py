@@ -28,11 +28,14 @@ from spectune.errors import ConfigError, DataError
 from spectune.methods import (
     IA3,
     METHODS,
+    OFT,
     BitFit,
     BottleneckAdapter,
     DoRA,
     FullFineTuning,
+    LNTuning,
     LoRA,
+    MiSS,
     PrefixTuning,
     PromptTuning,
 )
@@ -49,10 +52,13 @@ SMALL: dict[str, Method] = {
     "bitfit": BitFit(),
     "dora": DoRA(r=2, target_modules=("c_attn",)),
     "ia3": IA3(),
+    "oft": OFT(oft_block_size=4, target_modules=("c_attn",)),
+    "miss": MiSS(r=2, target_modules=("c_attn",)),
+    "ln": LNTuning(),
     "full": FullFineTuning(),
 }
 #: methods whose folders PEFT reads and writes: without spectune.json they are PEFT's
-PEFTS = ("lora", "prefix", "prompt")
+PEFTS = ("lora", "prefix", "prompt", "ln")
 KINDS = [*SMALL, *(f"{name}-peft" for name in PEFTS)]
 FUZZ = settings(
     derandomize=True,

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from spectune.errors import ConfigError
 from spectune.families.biases import Bias, biases_of
 from spectune.families.module_kinds import linear_shape
+from spectune.families.norms import Norm, norms_of
 from spectune.families.parts import inner_activation
 from spectune.families.quantised import is_plain, is_transposed, packed_away
 from spectune.families.self_attention import Attention, attention_names, attention_of
@@ -82,6 +83,8 @@ class Family:
     position_table: int | None
     #: tokens that some layers' attention reaches back at most, None where all see everything
     sliding_window: int | None = None
+    #: those of the decoder
+    norms: tuple[Norm, ...] = ()
 
     def gathers_tokens(self, path: str) -> bool:
         """Whether the module at `path` is in a list inside its layer (experts): its input is tokens of any rows."""
@@ -129,7 +132,8 @@ def describe(model: PreTrainedModel) -> Family:
         layers=layers, linears=linears, biases=biases_of(model, names[id(decoder)], head_path, beside),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()) + packed_away(model),
         conv1d=bool(linears) and all(is_transposed(model.get_submodule(t.path)) for t in linears),
-        position_table=_position_table(decoder, embedding, text), sliding_window=_sliding_window(text)
+        position_table=_position_table(decoder, embedding, text), sliding_window=_sliding_window(text),
+        norms=norms_of(model, names[id(decoder)], beside),
     )  # fmt: skip
 
 
