@@ -83,6 +83,7 @@ TARGETS = {"mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning"),  # ours says which one is taken
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
@@ -183,10 +184,16 @@ def test_what_peft_does_not_take_on_a_conv1d_is_not_written_in_its_layout(method
         ("oft", {"coft": True}, "coft"),
         ("oft", {"peft_version": "0.17.1"}, r"before 0\.18"),
         ("oft", {"bias": "all"}, "bias"),
+        ("oft", {"oft_block_size": "8"}, "oft_block_size"),
+        ("oft", {"r": 3, "oft_block_size": 8}, "set the other one to 0"),
+        ("oft", {"num_cayley_neumann_terms": 10**30}, "num_cayley_neumann_terms"),
         ("miss", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ("miss", {"r": 10**12}, "more than the"),
+        ("miss-mini", {"mini_r": 7}, "does not divide"),
+        ("ln", {"target_modules": ["q_proj"]}, "matches no trainable norm"),
     ],
 )
-def test_settings_of_oft_and_miss_that_would_be_lost_are_refused(
+def test_settings_of_oft_miss_and_ln_that_would_be_lost_or_cannot_be_are_refused(
     name: str, changes: dict[str, Any], match: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(7)

@@ -17,6 +17,7 @@ from spectune.methods import DoRA, LoRA
 from spectune.storage import load_delta
 from spectune.training import TrainingConfig
 from spectune.training.optimizers import make_optimizer
+from spectune.training.run_state import rate_factors
 from tests.contract.conftest import move, tokens
 from tests.contract.families import FAMILIES
 from tests.support import make_model
@@ -105,12 +106,12 @@ def test_what_a_start_cannot_be_is_refused_with_the_model_as_it_was() -> None:
 def test_loraplus_is_pefts(optim: str, tmp_path: Path) -> None:
     """The same weights as AdamW in the groups of PEFT's `create_loraplus_optimizer`."""
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
-    theirs.save_pretrained(tmp_path)
     ours = llama()
-    delta = load_delta(ours, tmp_path, trainable=True)
-    method = LoRA(r=4, target_modules=("q_proj", "o_proj"), loraplus_lr_ratio=8)
+    delta = spectune.attach(ours, LoRA(r=4, lora_alpha=8, target_modules=("q_proj", "o_proj"), loraplus_lr_ratio=8))
+    theirs.save_pretrained(tmp_path)
+    delta.files.read(tmp_path)
     config = TrainingConfig(optim=optim, weight_decay=0.0, max_grad_norm=0)
-    factors = [method.rate_factor(name) for name, _ in delta.named_parameters()]
+    factors = rate_factors(delta, list(delta.parameters()))
     assert sorted(set(factors)) == [1.0, 8.0]
     mine = make_optimizer(list(delta.parameters()), config, 1e-2, 1, factors)
     reference = create_loraplus_optimizer(

@@ -115,10 +115,6 @@ class Method(BaseModel, ABC):
         """Write the first weights of the modules, each given with its site, in the model's order. Randomness comes from
         `context.generator` only, so that a seed gives the same delta everywhere."""
 
-    def rate_factor(self, name: str) -> float:
-        """What a run's learning rate is multiplied with for the weight `name` (`site path.parameter`)."""
-        return 1.0
-
     def prove(self, model: PreTrainedModel, family: Family) -> None:
         """Check by running the bare base what `sites` had to take from names and shapes. By default nothing. Raises
         ConfigError: this base is built otherwise; the attach is undone."""

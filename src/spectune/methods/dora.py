@@ -38,6 +38,9 @@ class DoRALayer(OutputModule):
             )
         self._host = [host]  # in a list: it is the model's child, not this module's
 
+    def rate_factor(self, name: str) -> float:
+        return 1.0 if name == "lora.lora_A" else self.lora.rate_ratio  # vectors go with B, as in PEFT
+
     def row_norms(self) -> Tensor:
         """`||W0 + s B A||`, `[out_features]`, float32, constant in the gradient."""
         with torch.no_grad():

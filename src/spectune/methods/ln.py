@@ -108,7 +108,7 @@ class LNTuning(Method):
     best_for: ClassVar[str] = "the smallest files on bases without biases; small shifts of style or domain"
     learning_rates: ClassVar[RateRule] = RateRule((
         RatePoint(448, 0.02, SWEEPS),
-        RatePoint(3072, 1e-4, "PEFT's setting for Llama-3.2-3B", strong=False),
+        RatePoint(4096, 1e-3, "BitFit's settings, whose weights are vectors too", strong=False),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
 

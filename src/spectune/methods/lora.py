@@ -48,6 +48,8 @@ class LoRALayer(OutputModule):
     """`y + scale * B A dropout(x)` at one linear map."""
 
     acts_on = "weight"
+    #: LoRA+: of `B`'s learning rate to `A`'s
+    rate_ratio = 1.0
 
     def __init__(self, site: OutputSite, r: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -61,6 +63,9 @@ class LoRALayer(OutputModule):
         """`A` as in the paper's code and PEFT: Kaiming with a = sqrt(5), uniform within 1 / sqrt(in_features)."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
+
+    def rate_factor(self, name: str) -> float:
+        return self.rate_ratio if name == "lora_B" else 1.0
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.change(x)
@@ -209,8 +214,10 @@ class LoRA(Method):
     def build(self, site: Site) -> OutputModule:
         assert isinstance(site, OutputSite)
         given = site, self.rank(site.path), self.scale(site.path), self.lora_dropout
-        start = self.init_lora_weights
-        return StartedLoRALayer(*given, start) if isinstance(start, str) and start in _STARTS else LoRALayer(*given)
+        start = str(self.init_lora_weights)
+        layer = StartedLoRALayer(*given, start) if start in _STARTS else LoRALayer(*given)
+        layer.rate_ratio = self.loraplus_lr_ratio or 1.0
+        return layer
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for _, module in modules:
@@ -218,11 +225,6 @@ class LoRA(Method):
             module.initialise(context.generator)
             if self.init_lora_weights == "gaussian":
                 module.lora_A.normal_(0.0, 1 / module.lora_A.shape[0], generator=context.generator)
-
-    def rate_factor(self, name: str) -> float:
-        # as PEFT's optimizer for LoRA+ has it: vectors (DoRA's magnitudes) go with B
-        above = name.rpartition(".")[2] in ("lora_B", "magnitude")
-        return self.loraplus_lr_ratio if self.loraplus_lr_ratio and above else 1.0
 
     # PEFT's layout: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r]
 

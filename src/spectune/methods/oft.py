@@ -101,7 +101,7 @@ class OFT(Method):
     oft_block_size: int = Field(32, ge=0)
     r: int = Field(0, ge=0)
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = Field(5, ge=2)
+    num_cayley_neumann_terms: int = Field(5, ge=2, le=64)
     block_share: bool = False
     target_modules: str | tuple[str, ...] = "all-linear"
 
@@ -109,7 +109,7 @@ class OFT(Method):
     best_for: ClassVar[str] = "keeping what the base knows; merges away at inference"
     learning_rates: ClassVar[RateRule] = RateRule((
         RatePoint(448, 2e-2, SWEEPS),
-        RatePoint(4096, 4e-4, "OFTv2's settings for Llama-2-7B", strong=False),
+        RatePoint(4096, 4e-4, "OFTv2's settings for Llama-2-7B (2e-4 and 8e-4)", strong=False),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
 

@@ -28,6 +28,14 @@ _PEFT_TYPES: dict[str, tuple[type, ...]] = {
     "bias": (str,),
     "target_modules": (str, list),
     "num_virtual_tokens": (int,),
+    "init_lora_weights": (bool, str),
+    "oft_block_size": (int,),
+    "use_cayley_neumann": (bool,),
+    "num_cayley_neumann_terms": (int,),
+    "block_share": (bool,),
+    "miss_dropout": (int, float),
+    "mini_r": (int,),
+    "init_weights": (bool, str),
 }
 
 

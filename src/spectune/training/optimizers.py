@@ -21,8 +21,8 @@ def make_optimizer(
     parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float, processes: int = 1,
     factors: Sequence[float] = (),
 ) -> MasterAdamW:  # fmt: skip
-    """AdamW in the form that the config asks for. `factors`: of each parameter's rate (`Method.rate_factor`). Raises
-    ConfigError for steps in backward with several processes, which sum their gradients after it."""
+    """AdamW in the form that the config asks for. `factors`: of each parameter's rate (`DeltaModule.rate_factor`).
+    Raises ConfigError for steps in backward with several processes, which sum their gradients after it."""
     if config.optim == "adamw_in_backward" and processes > 1:
         raise ConfigError(
             f"optim=adamw_in_backward steps before gradients are summed over processes, and there are {processes}: "
