@@ -57,6 +57,21 @@ def plain_tokens(config: PretrainedConfig, vocabulary: int) -> list[int]:
     return [token for token in range(min(5000, vocabulary)) if token not in special]
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A method of a folder of PEFT's on one base.
+
+    Attributes:
+        method: it names what the folder's tensors are for.
+        left_out: tensors that PEFT does not take in either.
+        said: what the user should know, or None.
+    """
+
+    method: Method
+    left_out: frozenset[str] = frozenset()
+    said: str | None = None
+
+
 class Method(BaseModel, ABC):
     """A way to adapt a base. The frozen config *is* the method; a `Delta` is what it becomes on one model."""
 
@@ -137,6 +152,12 @@ class Method(BaseModel, ABC):
     def from_peft_config(cls, config: Mapping[str, Any]) -> Method | None:
         """The method that a PEFT `adapter_config.json` describes, None where it is another's."""
         return None
+
+    def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
+        """This method, which `from_peft_config` made of `config`, on one base: tensors say more exactly than the config
+        where it acts. `tensors` are the folder's, on the meta device. Raises DataError: they are for places that this
+        base has not."""
+        return Fitted(self)
 
     def as_stored(self) -> Method:
         """The method that a stored delta has: without what only training had."""

@@ -9,18 +9,19 @@ not copied: its weights are exchanged while their layer runs.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import field_validator
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from spectune.deltas import (
     SWEEPS,
     DeltaModule,
+    Fitted,
     InitContext,
     Method,
     OutputModule,
@@ -29,11 +30,14 @@ from spectune.deltas import (
     ParameterSite,
     RatePoint,
     RateRule,
+    Search,
     Site,
+    checked_targets,
+    ends_with,
 )  # fmt: skip
+from spectune.deltas.peft_config import PREFIX, check_keys
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family, Norm
-from spectune.methods.lora import _PEFT_PREFIX
 
 ALL_NORMS = "all-norms"
 _COPY = ".ln_tuning_layers."
@@ -137,39 +141,43 @@ class LNTuning(Method):
                 for name, parameter in module.named_parameters():
                     parameter.copy_(host.get_parameter(name))
 
+    @field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return checked_targets(value)
+
     def _targeted(self, family: Family) -> list[Norm]:
         """The norms that `target_modules` names. Raises ConfigError: a name that matches none."""
-        wanted = self.target_modules
+        wanted, search = self.target_modules, Search()
+        names = [wanted] if isinstance(wanted, str) else list(wanted)
         if wanted == ALL_NORMS:
-            found, missing = list(family.norms), []
+            at = {wanted: list(family.norms)}
         elif isinstance(wanted, str):
-            found = [norm for norm in family.norms if re.fullmatch(wanted, norm.path)]
-            missing = [] if found else [wanted]
+            at = {wanted: [norm for norm in family.norms if search.whole(wanted, norm.path)]}
         else:
-            found = [n for n in family.norms if any(f".{n.path}".endswith(f".{name}") for name in wanted)]
-            missing = [name for name in wanted if not any(f".{n.path}".endswith(f".{name}") for n in found)]
-        if missing or not found:
+            at = {name: [norm for norm in family.norms if ends_with(norm.path, name)] for name in names}
+        if missing := [name for name in names if not at[name]]:
             known = sorted({norm.path.rpartition(".")[2] for norm in family.norms})
             raise ConfigError(
-                f"target_modules: {', '.join(map(repr, missing or [wanted]))} matches no trainable norm of this "
+                f"target_modules: {', '.join(map(repr, missing))} matches no trainable norm of this "
                 f"{family.model_type} model; " + (f"its norms end in: {', '.join(known)}" if known else "it has none")
             )
-        return found
+        found = {norm.path for norms in at.values() for norm in norms}
+        return [norm for norm in family.norms if norm.path in found]
 
     # PEFT's layout: base_model.model.<module>.ln_tuning_layers.weight, and .bias
 
     def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        wanted = self.target_modules
         config = {
             "peft_type": "LN_TUNING",
             "task_type": "CAUSAL_LM",
             "inference_mode": True,
-            "target_modules": [norm.path for norm in family.norms] if wanted == ALL_NORMS else wanted,
+            "target_modules": [norm.path for norm in self._targeted(family)],
         }
         tensors = {}
         for key, tensor in state.items():
             path, _, name = key.removesuffix(".vector").rpartition(".")
-            tensors[f"{_PEFT_PREFIX}{path}{_COPY}{name}"] = tensor
+            tensors[f"{PREFIX}{path}{_COPY}{name}"] = tensor
         return config, tensors
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
@@ -179,15 +187,25 @@ class LNTuning(Method):
             if _COPY not in key:
                 found[key] = tensor
                 continue
-            path, _, name = key.removeprefix(_PEFT_PREFIX).rpartition(_COPY)
+            path, _, name = key.removeprefix(PREFIX).rpartition(_COPY)
             found[f"{path}.{name}.vector" if path in gated else f"{path}.{name}"] = tensor
         return found
+
+    def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
+        at = {name.removeprefix(PREFIX).partition(_COPY)[0] for name in tensors}
+        paths = tuple(norm.path for norm in family.norms if norm.path in at)
+        if others := sorted(at - set(paths)):
+            raise DataError(f"it has weights for what is no norm of this {family.model_type} model's decoder", others)
+        try:
+            same = tuple(norm.path for norm in self._targeted(family)) == paths
+        except ConfigError:
+            same = False
+        return Fitted(self if same else self.model_copy(update={"target_modules": paths}))
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> LNTuning | None:
         if config.get("peft_type") != "LN_TUNING":
             return None
-        if config.get("modules_to_save"):
-            raise DataError("this LN tuning uses modules_to_save, which spectune cannot load")
+        check_keys(config, "LN tuning", ())
         modules = config["target_modules"]
         return cls(target_modules=modules if isinstance(modules, str) else tuple(sorted(modules)))

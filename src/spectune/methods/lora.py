@@ -9,9 +9,7 @@ the base's own weight (PiSSA, OLoRA) the change is `B A - B0 A0`, so that traini
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -23,22 +21,36 @@ from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.low_rank_starts import orthonormal, principal
 from spectune.deltas import (
+    ALL_LINEAR,
     SWEEPS,
     TINKER,
     DeltaModule,
+    Fitted,
     InitContext,
     Method,
     OutputModule,
     OutputSite,
     RatePoint,
     RateRule,
+    Search,
     Site,
+    check_lora_keys,
+    check_patterns,
+    checked_pattern,
+    checked_targets,
+    left_out,
+    peft_targets,
+    placed,
+    same_targets,
+    targets,
 )  # fmt: skip
 from spectune.errors import ConfigError, DataError
-from spectune.families import Family, Linear, dense_weight
+from spectune.families import Family, dense_weight
 from spectune.families.quantised import is_plain
 
 _PEFT_PREFIX = "base_model.model."
+#: VeLoRA's, which only its backward pass looks at
+_OF_TRAINING = ".lora_velora_embed"
 Number = TypeVar("Number", int, float)
 #: starts at factors of the base's weight, by PEFT's name
 _STARTS = {"pissa": principal, "olora": orthonormal}
@@ -180,36 +192,31 @@ class LoRA(Method):
     @field_validator("target_modules")
     @classmethod
     def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not value:
-            raise ValueError("empty: nothing would be trained")
-        return value if isinstance(value, tuple) or value == "all-linear" else _safe_pattern(value)
+        return checked_targets(value)
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _patterns(cls, value: dict[str, Number]) -> dict[str, Number]:
-        return {_safe_pattern(key): item for key, item in value.items()}
+        return {checked_pattern(key): item for key, item in value.items()}
 
     def rank(self, path: str) -> int:
         """The rank at the linear at `path`."""
-        return next((rank for key, rank in self.rank_pattern.items() if _matches(key, path)), self.r)
+        return Search().first(self.rank_pattern, path, self.r)
 
     def scale(self, path: str) -> float:
         """The factor of `B A` at the linear at `path`."""
         rank = self.rank(path)
-        alpha = next((alpha for key, alpha in self.alpha_pattern.items() if _matches(key, path)), self.lora_alpha)
+        alpha = Search().first(self.alpha_pattern, path, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def sites(self, family: Family) -> list[Site]:
         found = targets(family, self.target_modules)
         for field in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, field):
-                if not any(_matches(key, t.path) for t in found):
-                    near = difflib.get_close_matches(key, _endings(found), n=1, cutoff=0)
-                    raise ConfigError(
-                        f"{field}: {key!r} matches none of the targeted linears"
-                        + (f"; the nearest is {near[0]!r}" if near else "")
-                    )
+            check_patterns(field, getattr(self, field), found)
         return [OutputSite(t.path, t.in_features, t.out_features) for t in found]
+
+    def notice(self, family: Family) -> str | None:
+        return left_out(family, self.target_modules)
 
     def build(self, site: Site) -> OutputModule:
         assert isinstance(site, OutputSite)
@@ -231,7 +238,6 @@ class LoRA(Method):
     def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if family.conv1d and self.init_lora_weights == "olora":
             return super().to_folder(state, family)  # PEFT factors a Conv1D's weight as it lies, transposed
-        modules = self.target_modules
         config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -240,7 +246,7 @@ class LoRA(Method):
             # readers annotate it as a whole number
             "lora_alpha": int(self.lora_alpha) if self.lora_alpha == int(self.lora_alpha) else self.lora_alpha,
             "lora_dropout": self.lora_dropout,
-            "target_modules": _endings(family.linears) if modules == "all-linear" else modules,
+            "target_modules": peft_targets([t.path for t in targets(family, self.target_modules)], family),
             "use_rslora": self.use_rslora,
             "fan_in_fan_out": family.conv1d,
             "bias": "none",
@@ -255,6 +261,17 @@ class LoRA(Method):
             raise DataError("this is PEFT's OLoRA on a Conv1D base, which it starts at the factors of another matrix")
         return {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
 
+    def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
+        at = placed(config, tensors, "lora_", family)
+        search, fields = Search(), {}
+        for field in ("rank_pattern", "alpha_pattern"):
+            matched = {key: [path for path in at.paths if search.end(key, path)] for key in getattr(self, field)}
+            fields[field] = {key: value for key, value in getattr(self, field).items() if matched[key]}
+        fields["target_modules"] = same_targets(self.target_modules, at.paths, family)
+        left_out = at.left_out | {name for name in tensors if name.endswith(_OF_TRAINING)}
+        said = "; ".join(sentence for sentence in (at.said, check_lora_keys(config)) if sentence)
+        return Fitted(self.model_copy(update=fields), left_out, said or None)
+
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> LoRA | None:
         ours = config.get("peft_type") == "LORA" and not config.get("use_dora")
@@ -264,16 +281,8 @@ class LoRA(Method):
 def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of this method in PEFT's `adapter_config.json`. Raises DataError: it uses something of PEFT's LoRA
     that would be lost here."""
-    beyond = ("modules_to_save", "layers_to_transform", "layer_replication", "lora_bias", "target_parameters",
-              "exclude_modules", "trainable_token_indices", "alora_invocation_tokens", "use_qalora")  # fmt: skip
-    used = [key for key in beyond if config.get(key)]
-    if config.get("bias", "none") != "none":
-        used.append("bias")
-    if used:
-        raise DataError(
-            f"this LoRA uses {', '.join(used)}, which spectune cannot load: its answers would not be the same"
-        )
-    modules = config["target_modules"]
+    check_lora_keys(config)
+    modules = config.get("target_modules") or ALL_LINEAR  # which linears these are, its tensors say
     return {
         "r": config["r"],
         "lora_alpha": config["lora_alpha"],
@@ -281,54 +290,7 @@ def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "target_modules": modules if isinstance(modules, str) else tuple(sorted(modules)),
         "use_rslora": config.get("use_rslora", False),
         # the other starts leave the base as it is, and are over once there are weights
-        "init_lora_weights": start if (start := config.get("init_lora_weights")) in _STARTS else True,
+        "init_lora_weights": start if (start := str(config.get("init_lora_weights")).lower()) in _STARTS else True,
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
     }
-
-
-def _safe_pattern(pattern: str) -> str:
-    """A regular expression that may come from anybody's folder: it must compile, and hold no repetition of a
-    repetition, `(a+)*`, on which Python's `re` can take longer than anybody waits."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    if len(pattern) > 500 or re.search(r"[+*}]\??\)[+*{]", pattern):
-        raise ValueError(
-            f"{pattern[:80]!r} repeats what is repeated itself, or is longer than 500 characters: it could hang"
-        )
-    return pattern
-
-
-def _matches(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
-def targets(family: Family, wanted: str | tuple[str, ...]) -> list[Linear]:
-    """The linears that `target_modules` names. Raises ConfigError: a name that matches no linear, with the nearest real
-    one."""
-    if wanted == "all-linear":
-        return list(family.linears)
-    if isinstance(wanted, str):
-        found = [t for t in family.linears if re.fullmatch(wanted, t.path)]
-        missing = [] if found else [wanted]
-    else:
-        found = [t for t in family.linears if any(f".{t.path}".endswith(f".{name}") for name in wanted)]
-        missing = [name for name in wanted if not any(f".{t.path}".endswith(f".{name}") for t in found)]
-    if missing:
-        known = _endings(family.linears)
-        near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0) for name in missing}
-        raise ConfigError(
-            "\n".join(
-                f"target_modules: {name!r} matches no linear of this {family.model_type} model"
-                + (f"; the nearest is {near[name][0]!r}" if near[name] else "")
-                for name in missing
-            )
-            + f"\nIts linears end in: {', '.join(known)}"
-        )
-    return found
-
-
-def _endings(linears: list[Linear] | tuple[Linear, ...]) -> list[str]:
-    return sorted({linear.path.rpartition(".")[2] for linear in linears})

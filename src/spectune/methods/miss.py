@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from spectune.deltas import (
     SWEEPS,
     DeltaModule,
+    Fitted,
     InitContext,
     Method,
     OutputModule,
@@ -28,10 +29,16 @@ from spectune.deltas import (
     RatePoint,
     RateRule,
     Site,
+    checked_targets,
+    left_out,
+    peft_targets,
+    placed,
+    same_targets,
+    targets,
 )  # fmt: skip
-from spectune.errors import ConfigError, DataError
+from spectune.deltas.peft_config import PREFIX, check_keys
+from spectune.errors import ConfigError
 from spectune.families import Family, dense_weight
-from spectune.methods.lora import _PEFT_PREFIX, _endings, targets
 
 
 class SharedShards(OutputModule):
@@ -125,6 +132,11 @@ class MiSS(Method):
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
 
+    @field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return checked_targets(value)
+
     @model_validator(mode="after")
     def _mini_where_used(self) -> MiSS:
         if self.mini_r != 1 and self.init_weights != "mini":
@@ -146,6 +158,9 @@ class MiSS(Method):
                 raise ConfigError(f"miss.mini_r = {self.mini_r} does not divide the {outputs} outputs of some linear")
         return [OutputSite(t.path, t.in_features, t.out_features) for t in found]
 
+    def notice(self, family: Family) -> str | None:
+        return left_out(family, self.target_modules)
+
     def build(self, site: Site) -> SharedShards:
         assert isinstance(site, OutputSite)
         return (BlockTransform if self.init_weights == "bat" else SharedShards)(site, self)
@@ -166,24 +181,24 @@ class MiSS(Method):
             "miss_dropout": self.miss_dropout,
             "mini_r": self.mini_r,
             "init_weights": self.init_weights,
-            "target_modules": _endings(family.linears) if self.target_modules == "all-linear" else self.target_modules,
+            "target_modules": peft_targets([t.path for t in targets(family, self.target_modules)], family),
             "bias": "none",
         }
-        return config, {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}
+        return config, {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-        return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+    def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
+        at = placed(config, tensors, "miss_", family)
+        found = self.model_copy(update={"target_modules": same_targets(self.target_modules, at.paths, family)})
+        return Fitted(found, at.left_out, at.said)
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> MiSS | None:
         if config.get("peft_type") != "MISS":
             return None
-        beyond = [key for key in ("modules_to_save", "layers_to_transform") if config.get(key)]
-        beyond += ["bias"] if config.get("bias", "none") != "none" else []
-        if beyond:
-            raise DataError(
-                f"this MiSS uses {', '.join(beyond)}, which spectune cannot load: its answers would not be the same"
-            )
+        check_keys(config, "MiSS", ("r", "miss_dropout", "mini_r", "init_weights", "bias"))
         modules, kind = config["target_modules"], config.get("init_weights", True)
         return cls(
             r=config["r"],

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,16 +21,27 @@ from spectune.deltas import (
     SWEEPS,
     DeltaModule,
     EntryModule,
+    Fitted,
     InitContext,
     Method,
     OutputSite,
     RatePoint,
     RateRule,
     Site,
+    checked_targets,
+    left_out,
+    peft_targets,
+    placed,
+    same_targets,
+    targets,
 )  # fmt: skip
+from spectune.deltas.peft_config import PREFIX, check_keys
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family
-from spectune.methods.lora import _PEFT_PREFIX, _endings, targets
+
+#: of PEFT's config; `module_dropout` never reaches a forward pass of its linears, `eps` belongs to `coft`
+_PEFT_KEYS = ("r", "oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms", "block_share", "bias", "eps",
+              "fan_in_fan_out", "init_weights", "module_dropout")  # fmt: skip
 
 
 class Rotation(EntryModule):
@@ -113,6 +124,11 @@ class OFT(Method):
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
 
+    @field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return checked_targets(value)
+
     @model_validator(mode="after")
     def _one_of_both(self) -> OFT:
         if bool(self.r) == bool(self.oft_block_size):
@@ -138,6 +154,10 @@ class OFT(Method):
         """Turns are none from the start."""
 
     def notice(self, family: Family) -> str | None:
+        said = [left_out(family, self.target_modules), self._other_sizes(family)]
+        return "; ".join(sentence for sentence in said if sentence) or None
+
+    def _other_sizes(self, family: Family) -> str | None:
         wanted = self.r or self.oft_block_size
         inputs = {site.in_features for site in self.sites(family) if isinstance(site, OutputSite)}
         odd = {size: _nearest_divisor(size, wanted) for size in sorted(inputs) if size % wanted}
@@ -163,24 +183,24 @@ class OFT(Method):
             "use_cayley_neumann": self.use_cayley_neumann,
             "num_cayley_neumann_terms": self.num_cayley_neumann_terms,
             "block_share": self.block_share,
-            "target_modules": _endings(family.linears) if self.target_modules == "all-linear" else self.target_modules,
+            "target_modules": peft_targets([t.path for t in targets(family, self.target_modules)], family),
             "bias": "none",
         }
-        return config, {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in state.items()}
+        return config, {f"{PREFIX}{name}.weight": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-        return {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
+        return {n.removeprefix(PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
+
+    def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
+        at = placed(config, tensors, "oft_", family)
+        found = self.model_copy(update={"target_modules": same_targets(self.target_modules, at.paths, family)})
+        return Fitted(found, at.left_out, at.said)
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> OFT | None:
         if config.get("peft_type") != "OFT":
             return None
-        beyond = [key for key in ("coft", "modules_to_save", "layers_to_transform") if config.get(key)]
-        beyond += ["bias"] if config.get("bias", "none") != "none" else []
-        if beyond:
-            raise DataError(
-                f"this OFT uses {', '.join(beyond)}, which spectune cannot load: its answers would not be the same"
-            )
+        check_keys(config, "OFT", _PEFT_KEYS, beyond=("coft", "modules_to_save"))
         neumann = config.get("use_cayley_neumann", False)
         if neumann and _version(config.get("peft_version")) < (0, 18):
             raise DataError(
@@ -188,7 +208,6 @@ class OFT(Method):
                 "0.17, merge it there, or train again"
             )
         modules = config["target_modules"]
-        # PEFT's module_dropout never reaches a forward pass of its linears: nothing is lost without it
         return cls(
             oft_block_size=config["oft_block_size"],
             r=config.get("r", 0),
