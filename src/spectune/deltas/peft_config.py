@@ -203,8 +203,8 @@ def _changed_base(start: str) -> str:
     }.get(kind, "PEFT does that again whenever it loads the folder")
     return (
         f"init_lora_weights = {start!r} took a part of the base's weights into the adapter before training, and "
-        f"{again}: on the base as it is, its answers would be wrong. Where it was trained, write it as plain LoRA of twice the "
-        "rank: model.save_pretrained(folder, path_initial_model_for_weight_conversion=START), START being the adapter "
-        "as it was saved before training. Or merge it with PEFT, PeftModel.from_pretrained(base, "
+        f"{again}: on the base as it is, its answers would be wrong. Where it was trained, write it as plain LoRA of "
+        "twice the rank: model.save_pretrained(folder, path_initial_model_for_weight_conversion=START), START being "
+        "the adapter as it was saved before training. Or merge it with PEFT, PeftModel.from_pretrained(base, "
         "folder).merge_and_unload().save_pretrained(...), and load that as a base."
     )

@@ -29,17 +29,17 @@ log = logging.getLogger("spectune")
 def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = None, trainable: bool = False) -> Delta:
     """Attach the delta stored in `folder` (ours, PEFT's or mlx-lm's) to `model` and make it the active one.
 
-    Of PEFT's folders the tensors say where the delta acts, as far as the config lets PEFT take them in; names that match
-    nothing do not matter.
+    Of PEFT's folders the tensors say where the delta acts, as far as the config lets PEFT take them in; names that
+    match nothing do not matter.
 
     Args:
         name: default is the folder's name.
         trainable: leave its weights open to training.
 
     Raises:
-        DataError: no such folder, one of a format that is not read, a damaged file, another base's fingerprint, missing,
-            surplus or misshapen tensors (all at once), weights that are not finite or not the ones that were saved.
-            Nothing is attached then.
+        DataError: no such folder, one of a format that is not read, a damaged file, another base's fingerprint,
+            missing, surplus or misshapen tensors (all at once), weights that are not finite or not the ones that were
+            saved. Nothing is attached then.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -31,7 +31,8 @@ def refuse_adapter_hub(folder: Path, config: dict[str, Any]) -> DataError:
     train = f"train spectune.{near} on the same rows" if near else "it has no counterpart here"
     return DataError(
         f"{folder} was written by adapter-hub's adapters library ({config.get('version') or 'an early version'}; "
-        f"architecture {kind or 'bottleneck'}, for a {config['model_type']}), whose layout is not read. {merges}{train}."
+        f"architecture {kind or 'bottleneck'}, for a {config['model_type']}), whose layout is not read. "
+        f"{merges}{train}."
     )
 
 
@@ -39,7 +40,7 @@ def refuse_path(path: Path) -> DataError:
     """The error for a path that is no folder: what the file is, or that there is none."""
     if path.suffix == ".gguf":
         return DataError(
-            f"{path} is a GGUF file, for llama.cpp: spectune cannot read it back. Give the delta's folder it was made of"
+            f"{path} is a GGUF file, for llama.cpp, and cannot be read back: give the delta's folder it was made of"
         )
     if path.is_file():
         return DataError(
@@ -64,9 +65,9 @@ def refuse_folder(folder: Path) -> DataError:
         )
     if "adapters.npz" in found or "adapters.safetensors" in found:
         return DataError(
-            f"{folder} holds an adapter of mlx-lm's without its {CONFIG_FILE}, which says its rank and scale: copy that "
-            "too, with adapters.safetensors (what early versions wrote as .npz, mlx.core.load and save_safetensors turn "
-            "into it)"
+            f"{folder} holds an adapter of mlx-lm's without its {CONFIG_FILE}, which says its rank and scale: copy "
+            "that too, with adapters.safetensors (mlx.core.load and save_safetensors make it of an early version's "
+            ".npz)"
         )
     images = [name for name in found if name in _OTHERS_LORA]
     if images:
@@ -80,7 +81,7 @@ def refuse_folder(folder: Path) -> DataError:
     weights = [name for name in found if name.endswith((".safetensors", ".bin", ".pt"))]
     if weights:
         return DataError(
-            f"{folder} holds {weights[0]} and no {CONFIG_FILE}: a LoRA of kohya's or another tool's for image models, or "
-            f"a folder that was copied in part. Expected {CONFIG_FILE} and {WEIGHTS_FILE}, as PEFT writes them"
+            f"{folder} holds {weights[0]} and no {CONFIG_FILE}: a LoRA of kohya's or another tool's for image models, "
+            f"or a folder that was copied in part. Expected {CONFIG_FILE} and {WEIGHTS_FILE}, as PEFT writes them"
         )
     return DataError(f"{folder} has neither {OUR_FILE} nor {CONFIG_FILE}: it is not a delta's folder")
