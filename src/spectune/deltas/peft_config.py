@@ -35,7 +35,7 @@ _LORA_BEYOND = (
 _IA3_KNOWN = (*_COMMON, *_PLACES, "fan_in_fan_out", "feedforward_modules", "init_ia3_weights")
 #: `init_lora_weights` that choose the first A and B and leave the base as it is
 _PLAIN_STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica", "lora_ga")
-#: those that take a part of the base's weights out of it, and that LoRA here makes again from these weights as PEFT does
+#: those that take a part of the base's weights out of it: LoRA makes them again from these weights, as PEFT does
 _MADE_AGAIN = ("pissa", "olora")
 
 

@@ -11,7 +11,7 @@ from spectune.families.quantised import base_precision, dense_weight, quantised_
 from spectune.families.self_attention import Attention
 
 __all__ = [
-    "Attention", "Bias", "Family", "FeedForward", "Layer", "Linear", "Norm", "OtherModule", "Slice",
-    "base_precision", "dense_weight", "describe", "differences", "embedding_width", "family_from_config", "fingerprint", "linear_shape",
+    "Attention", "Bias", "Family", "FeedForward", "Layer", "Linear", "Norm", "OtherModule", "Slice", "base_precision",
+    "dense_weight", "describe", "differences", "embedding_width", "family_from_config", "fingerprint", "linear_shape",
     "quantised_weights", "token_embedding", "vocabulary_rows",
 ]  # fmt: skip

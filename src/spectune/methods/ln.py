@@ -8,82 +8,37 @@ not copied: its weights are exchanged while their layer runs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import field_validator
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from spectune.deltas import (
     SWEEPS,
+    CopySite,
     DeltaModule,
     Fitted,
     InitContext,
     Method,
-    OutputModule,
-    OutputSite,
     ParameterModule,
     ParameterSite,
     RatePoint,
     RateRule,
     Search,
     Site,
+    TrainedCopy,
+    check_keys,
     checked_targets,
     ends_with,
 )  # fmt: skip
-from spectune.deltas.peft_config import PREFIX, check_keys
+from spectune.deltas.peft_config import PREFIX
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family, Norm
 
 ALL_NORMS = "all-norms"
 _COPY = ".ln_tuning_layers."
-
-
-@dataclass(frozen=True)
-class NormSite(OutputSite):
-    """A norm, with the names of its parameters."""
-
-    parameters: tuple[str, ...]
-
-
-class NormCopy(OutputModule):
-    """The norm with weights of its own, in place of the base's: `y` is not used."""
-
-    def __init__(self, site: NormSite) -> None:
-        super().__init__()
-        self.names = site.parameters
-        for name in self.names:
-            self.register_parameter(name, nn.Parameter(torch.zeros(site.out_features)))
-
-    def on_attach(self, host: nn.Module) -> None:
-        shell = copy.copy(host)  # what it computes with and no weights, children or hooks, nor another `forward`
-        settings = {name: value for name, value in vars(host).items() if name != "forward"}
-        torchs = (name for name, value in settings.items() if name.startswith("_") and isinstance(value, dict))
-        shell.__dict__ = {**settings, **{name: {} for name in torchs}}
-        self._host, self._shell = (
-            [host],
-            [shell],
-        )  # in lists: neither is this module's child
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        host, shell = self._host[0], self._shell[0]
-        own = {name: self.get_parameter(name).to(host.get_parameter(name).dtype) for name in self.names}
-        if torch.compiler.is_compiling():
-            compiled: Tensor = functional_call(shell, own, (x,))
-            return compiled
-        here = copy.copy(shell)  # of this call alone: threads share the other one
-        here.__dict__["_parameters"] = own
-        made: Tensor = here.forward(x)
-        return made
-
-    def merge_into(self, module: nn.Module) -> None:
-        for name in self.names:
-            weight = module.get_parameter(name)
-            weight.data = self.get_parameter(name).detach().to(weight.dtype)
 
 
 class VectorCopy(ParameterModule):
@@ -120,26 +75,22 @@ class LNTuning(Method):
         found: list[Site] = []
         for norm in self._targeted(family):
             if norm.alone:
-                found.append(NormSite(norm.path, norm.size, norm.size, norm.parameters))
+                shapes = tuple((name, (norm.size,)) for name in norm.parameters)
+                found.append(CopySite(norm.path, norm.size, norm.size, shapes))
             else:
                 found += [ParameterSite(norm.path, name, (norm.size,)) for name in norm.parameters]
         return found
 
-    def build(self, site: Site) -> NormCopy | VectorCopy:
+    def build(self, site: Site) -> TrainedCopy | VectorCopy:
         if isinstance(site, ParameterSite):
             return VectorCopy(site)
-        assert isinstance(site, NormSite)
-        return NormCopy(site)
+        assert isinstance(site, CopySite)
+        return TrainedCopy(site)
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for site, module in modules:
-            if isinstance(site, ParameterSite):
-                assert isinstance(module, VectorCopy)
+            if isinstance(module, VectorCopy):  # the other copies have begun as the base's
                 module.vector.copy_(context.model.get_parameter(site.path))
-            else:
-                host = context.model.get_submodule(site.path)
-                for name, parameter in module.named_parameters():
-                    parameter.copy_(host.get_parameter(name))
 
     @field_validator("target_modules")
     @classmethod

@@ -29,6 +29,7 @@ from spectune.deltas import (
     RatePoint,
     RateRule,
     Site,
+    check_keys,
     checked_targets,
     left_out,
     peft_targets,
@@ -36,7 +37,7 @@ from spectune.deltas import (
     same_targets,
     targets,
 )  # fmt: skip
-from spectune.deltas.peft_config import PREFIX, check_keys
+from spectune.deltas.peft_config import PREFIX
 from spectune.errors import ConfigError
 from spectune.families import Family, dense_weight
 
