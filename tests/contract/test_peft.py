@@ -90,7 +90,7 @@ pytestmark = [
 
 def peft_model(model: PreTrainedModel, name: str, family: str) -> Any:
     config = {**CONFIGS[name], "task_type": "CAUSAL_LM"}
-    if "target_modules" in config and family in TARGETS:
+    if config.get("target_modules") == "all-linear" and family in TARGETS:
         config["target_modules"] = TARGETS[family]
     wrapped = peft.get_peft_model(model, peft.get_peft_config(config))
     generator = torch.Generator().manual_seed(2)

@@ -144,14 +144,13 @@ class LNTuning(Method):
 
     def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
         at = {name.removeprefix(PREFIX).partition(_COPY)[0] for name in tensors}
-        paths = tuple(norm.path for norm in family.norms if norm.path in at)
-        if others := sorted(at - set(paths)):
+        if others := sorted(at - {norm.path for norm in family.norms}):
             raise DataError(f"it has weights for what is no norm of this {family.model_type} model's decoder", others)
-        try:
-            same = tuple(norm.path for norm in self._targeted(family)) == paths
-        except ConfigError:
-            same = False
-        return Fitted(self if same else self.model_copy(update={"target_modules": paths}))
+        named = self._targeted(family)
+        if all(norm.path in at for norm in named):
+            return Fitted(self)  # weights for others are surplus: PEFT does not take them in
+        # what PEFT's config names beside them has no weights, and acts as the base
+        return Fitted(self.model_copy(update={"target_modules": tuple(n.path for n in named if n.path in at)}))
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> LNTuning | None:

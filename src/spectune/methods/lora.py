@@ -109,6 +109,9 @@ class StartedLoRALayer(LoRALayer):
     PEFT takes `scale * B0 A0` off the base's weight instead. What is small is computed as such, `(B - B0) A + B0 (A -
     A0)`: at the start it is exactly zero, and later no difference of two large products."""
 
+    start_A: Tensor
+    start_B: Tensor
+
     def __init__(self, site: OutputSite, r: int, scale: float, dropout: float, start: str) -> None:
         super().__init__(site, r, scale, dropout)
         if r > (most := min(site.in_features, site.out_features)):

@@ -57,7 +57,8 @@ class SharedShards(OutputModule):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         filled = F.pad(self.dropout(x), (0, -self.in_features % self.r))
-        return y + filled.unflatten(-1, (-1, self.r)).sum(-2) @ self.block().to(x.dtype)
+        folded = filled.reshape(*x.shape[:-1], -1, self.r).sum(-2)
+        return y + folded @ self.block().to(x.dtype)
 
     def block(self) -> Tensor:
         """`D`, `[r, out_features]`."""
@@ -102,8 +103,9 @@ class BlockTransform(SharedShards):
 
     def change(self, weight: Tensor) -> Tensor:
         r = self.r
-        blocks = weight.to(self.miss_block.dtype).unflatten(1, (-1, r)).unflatten(0, (-1, r)).permute(2, 0, 1, 3)
-        made = blocks @ self.miss_block + self.miss_block  # [in / r, out / r, r, r]
+        outputs, inputs = weight.shape
+        blocks = weight.to(self.miss_block.dtype).reshape(outputs // r, r, inputs // r, r).permute(2, 0, 1, 3)
+        made: Tensor = blocks @ self.miss_block + self.miss_block  # [in / r, out / r, r, r]
         return made.permute(1, 2, 0, 3).reshape(weight.shape)
 
 

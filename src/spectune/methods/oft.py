@@ -49,6 +49,7 @@ class Rotation(EntryModule):
     """`x R`: `oft_R` `[blocks, size (size - 1) / 2]` holds the upper triangles of the skew matrices, as PEFT's does."""
 
     acts_on = "weight"
+    upper: Tensor
 
     def __init__(self, size: int, blocks: int, terms: int) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class Rotation(EntryModule):
 
     def _by_block(self, x: Tensor, blocks: Tensor) -> Tensor:
         """Each `size` features of `x` times their block; one block serves all where there is one."""
-        apart = x.unflatten(-1, (-1, self.size))
+        apart = x.reshape(*x.shape[:-1], -1, self.size)
         turned = apart @ blocks[0] if len(blocks) == 1 else torch.einsum("...rk,rkc->...rc", apart, blocks)
         return turned.flatten(-2)
 
