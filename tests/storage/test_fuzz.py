@@ -28,11 +28,14 @@ from spectune.errors import ConfigError, DataError
 from spectune.methods import (
     IA3,
     METHODS,
+    OFT,
     BitFit,
     BottleneckAdapter,
     DoRA,
     FullFineTuning,
+    LNTuning,
     LoRA,
+    MiSS,
     PrefixTuning,
     PromptTuning,
 )
@@ -49,10 +52,13 @@ SMALL: dict[str, Method] = {
     "bitfit": BitFit(),
     "dora": DoRA(r=2, target_modules=("c_attn",)),
     "ia3": IA3(),
+    "oft": OFT(oft_block_size=4, target_modules=("c_attn",)),
+    "miss": MiSS(r=2, target_modules=("c_attn",)),
+    "ln": LNTuning(),
     "full": FullFineTuning(),
 }
 #: methods whose folders PEFT reads and writes: without spectune.json they are PEFT's
-PEFTS = ("lora", "prefix", "prompt", "ia3")
+PEFTS = ("lora", "prefix", "prompt", "ia3", "ln")
 KINDS = [*SMALL, *(f"{name}-peft" for name in PEFTS)]
 FUZZ = settings(
     derandomize=True,
@@ -395,8 +401,8 @@ def test_configs_cut_or_without_a_key_or_with_a_wrong_type(copy: Callable[[str],
                 continue  # the right type; numbers out of range have their own test
             said = refused(copy(kind), lambda f, k=key, w=wrong: edit(f, lambda c: c.update({k: w})))
             assert key in said, f"{key} = {wrong!r}: {said}"
-    needed = {"lora-peft": ["r", "lora_alpha"], "ia3-peft": ["peft_type"]}.get(kind, ["num_virtual_tokens"])
-    for key in needed if theirs else ["format", "method", "base"]:
+    needed = {"lora-peft": ["r", "lora_alpha"], "ia3-peft": ["peft_type"], "ln-peft": ["target_modules"]}
+    for key in needed.get(kind, ["num_virtual_tokens"] if theirs else ["format", "method", "base"]):
         assert key in refused(copy(kind), lambda f, k=key: edit(f, lambda c: c.pop(k)))
 
 

@@ -7,6 +7,7 @@ Each file imports only files that stand above it here:
     peft_config             what PEFT's config says of places, and which of its keys are read
     rate_rule               a method's learning rate by the base's size
     slots                   where these modules stand in the model
+    trained_copy            the module that stands for one of the base's own, with weights of its own
     forward_state           what is in force in a forward pass
     method                  the contract of a method
     hooks/                  what acts inside a forward pass
@@ -33,7 +34,7 @@ from spectune.deltas.modules import (
     ParameterModule,
 )  # fmt: skip
 from spectune.deltas.packed_batches import packed, packing
-from spectune.deltas.peft_config import check_ia3_keys, check_lora_keys, placed
+from spectune.deltas.peft_config import check_ia3_keys, check_keys, check_lora_keys, placed
 from spectune.deltas.probes.attention_calls import why_not_cudnn
 from spectune.deltas.probes.base_runs import cached_values, capture_keys_and_values
 from spectune.deltas.probes.documents import kernel_serves, why_not_packed
@@ -56,14 +57,15 @@ from spectune.deltas.target_names import (
     same_targets,
     targets,
 )  # fmt: skip
+from spectune.deltas.trained_copy import CopySite, TrainedCopy
 
 __all__ = [
     "ALL_LINEAR", "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate",
-    "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite", "Method",
+    "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite", "Method",
     "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "RatePoint", "RateRule", "Search", "Site",
-    "attach", "attached", "base_name", "cached_values", "capture_keys_and_values", "check_ia3_keys", "check_lora_keys",
-    "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "kernel_serves",
-    "left_out", "merge", "merge_and_measure", "packed", "packing", "peft_targets", "place", "placed",
-    "prove_reads_embeddings", "route", "same_targets", "targets", "uncalled", "unplaced", "why_mask_is_needed",
-    "why_not_cudnn", "why_not_packed",
+    "TrainedCopy", "attach", "attached", "base_name", "cached_values", "capture_keys_and_values", "check_ia3_keys",
+    "check_keys", "check_lora_keys", "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with",
+    "exact_names", "kernel_serves", "left_out", "merge", "merge_and_measure", "packed", "packing", "peft_targets",
+    "place", "placed", "prove_reads_embeddings", "route", "same_targets", "targets", "uncalled", "unplaced",
+    "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
 ]  # fmt: skip

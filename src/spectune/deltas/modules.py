@@ -24,6 +24,10 @@ class DeltaModule(nn.Module):
         """Called once, before the module is put at its site: `host` is the base's module there, for methods that read
         its weights. Raises ConfigError where the method cannot act there."""
 
+    def rate_factor(self, name: str) -> float:
+        """What a run's learning rate is multiplied with for the parameter `name`."""
+        return 1.0
+
     def stored(self) -> dict[str, Tensor]:
         """What goes to disk, by name; by default the weights as they are."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}

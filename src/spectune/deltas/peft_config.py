@@ -35,6 +35,8 @@ _LORA_BEYOND = (
 _IA3_KNOWN = (*_COMMON, *_PLACES, "fan_in_fan_out", "feedforward_modules", "init_ia3_weights")
 #: `init_lora_weights` that choose the first A and B and leave the base as it is
 _PLAIN_STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+#: those that take a part of the base's weights out of it: LoRA makes them again from these weights, as PEFT does
+_MADE_AGAIN = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def check_lora_keys(config: Mapping[str, Any]) -> str | None:
         )
     _check_unknown(config, (*_LORA_KNOWN, *_LORA_BEYOND))
     start = str(config.get("init_lora_weights", True))
-    if start.lower() not in _PLAIN_STARTS:
+    if start.lower() not in (*_PLAIN_STARTS, *_MADE_AGAIN):
         raise DataError(_changed_base(start))
     if start.lower() == "lora_ga":
         return (
@@ -165,6 +167,27 @@ def check_ia3_keys(config: Mapping[str, Any]) -> None:
     if config.get("modules_to_save"):
         raise DataError("this IA3 uses modules_to_save, which spectune cannot load: its answers would not be the same")
     _check_unknown(config, (*_IA3_KNOWN, "modules_to_save"))
+
+
+def check_keys(
+    config: Mapping[str, Any], what: str, known: Iterable[str], beyond: Iterable[str] = ("modules_to_save",)
+) -> None:
+    """Check that the config of a method of PEFT's has nothing that would be lost here.
+
+    Args:
+        what: the method, for messages.
+        known: its keys that are read, or that only training and the first weights depend on.
+        beyond: those that change the answers and are not read.
+
+    Raises:
+        DataError: such a key, a trained bias, or a key that is not known.
+    """
+    used = [key for key in beyond if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    if used:
+        raise DataError(
+            f"this {what} uses {', '.join(used)}, which spectune cannot load: its answers would not be the same"
+        )
+    _check_unknown(config, (*_COMMON, *_PLACES, *known, *beyond))
 
 
 def _check_unknown(config: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from spectune.errors import ConfigError
 from spectune.families.biases import Bias, biases_of
 from spectune.families.module_kinds import linear_shape
+from spectune.families.norms import Norm, norms_of
 from spectune.families.other_modules import OtherModule, other_modules
 from spectune.families.parts import inner_activation, reader_of_inner
 from spectune.families.quantised import is_plain, is_transposed, packed_away
@@ -85,6 +86,8 @@ class Family:
     position_table: int | None
     #: tokens that some layers' attention reaches back at most, None where all see everything
     sliding_window: int | None = None
+    #: those of the decoder
+    norms: tuple[Norm, ...] = ()
     #: what a name that is given for linears may mean beside them
     others: tuple[OtherModule, ...] = ()
 
@@ -135,6 +138,7 @@ def describe(model: PreTrainedModel) -> Family:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()) + packed_away(model),
         conv1d=bool(linears) and all(is_transposed(model.get_submodule(t.path)) for t in linears),
         position_table=_position_table(decoder, embedding, text), sliding_window=_sliding_window(text),
+        norms=norms_of(model, names[id(decoder)], beside),
         others=other_modules(model, (t.path for t in linears), beside),
     )  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3:
 `h = W0 x + (alpha / r) B A x`, with `A` `[r, in]` random and `B` `[out, r]` zero, so that training starts at the base.
-rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) scales by `alpha / sqrt(r)` instead.
+rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) scales by `alpha / sqrt(r)` instead. With a start at factors `A0`, `B0` of
+the base's own weight (PiSSA, OLoRA) the change is `B A - B0 A0`, so that training starts at the base here too. LoRA+
+(Hayou et al. 2024, arXiv 2402.12354) trains `B` at a higher rate than `A`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from spectune.compute.low_rank_starts import orthonormal, principal
 from spectune.deltas import (
     ALL_LINEAR,
     SWEEPS,
@@ -41,19 +44,24 @@ from spectune.deltas import (
     same_targets,
     targets,
 )  # fmt: skip
-from spectune.errors import ConfigError
-from spectune.families import Family
+from spectune.errors import ConfigError, DataError
+from spectune.families import Family, dense_weight
+from spectune.families.quantised import is_plain
 
 _PEFT_PREFIX = "base_model.model."
 #: VeLoRA's, which only its backward pass looks at
 _OF_TRAINING = ".lora_velora_embed"
 Number = TypeVar("Number", int, float)
+#: starts at factors of the base's weight, by PEFT's name
+_STARTS = {"pissa": principal, "olora": orthonormal}
 
 
 class LoRALayer(OutputModule):
     """`y + scale * B A dropout(x)` at one linear map."""
 
     acts_on = "weight"
+    #: LoRA+: of `B`'s learning rate to `A`'s
+    rate_ratio = 1.0
 
     def __init__(self, site: OutputSite, r: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -68,6 +76,9 @@ class LoRALayer(OutputModule):
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
 
+    def rate_factor(self, name: str) -> float:
+        return self.rate_ratio if name == "lora_B" else 1.0
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.change(x)
 
@@ -77,15 +88,68 @@ class LoRALayer(OutputModule):
         low = F.linear(self.dropout(x), (self.lora_A * self.scale).to(x.dtype))
         return F.linear(low, self.lora_B.to(x.dtype))
 
+    def product(self) -> Tensor:
+        """What is added to the weight, `[out, in]`, but for the scale."""
+        return self.lora_B @ self.lora_A
+
     def changed(self, parameter: Tensor) -> Tensor:
-        return parameter + ((self.lora_B @ self.lora_A) * self.scale).to(parameter.dtype)
+        return parameter + (self.product() * self.scale).to(parameter.dtype)
 
     def merge_into(self, module: nn.Module) -> None:
         weight = module.weight
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise ConfigError(f"{type(module).__name__} holds quantised weights: LoRA cannot be merged into them")
-        change = (self.lora_B @ self.lora_A) * self.scale
+        change = self.product() * self.scale
         weight.data = (weight.float() + (change.T if isinstance(module, Conv1D) else change)).to(weight.dtype)
+
+
+class StartedLoRALayer(LoRALayer):
+    """`y + scale * (B A - B0 A0) x`, where `B0` and `A0` are made of the base's weight, and the first `B` and `A`.
+
+    PEFT takes `scale * B0 A0` off the base's weight instead. What is small is computed as such, `(B - B0) A + B0 (A -
+    A0)`: at the start it is exactly zero, and later no difference of two large products."""
+
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(self, site: OutputSite, r: int, scale: float, dropout: float, start: str) -> None:
+        super().__init__(site, r, scale, dropout)
+        if r > (most := min(site.in_features, site.out_features)):
+            raise ConfigError(f"init_lora_weights={start!r} at {site.path}: r = {r} is more than its rank, {most}")
+        self.start = start
+        self.register_buffer("start_A", torch.empty(r, site.in_features), persistent=False)
+        self.register_buffer("start_B", torch.empty(site.out_features, r), persistent=False)
+
+    def on_attach(self, host: nn.Module) -> None:
+        weight = dense_weight(host) if is_plain(host.weight) else None  # type: ignore[arg-type]
+        if weight is None:
+            raise ConfigError(
+                f"init_lora_weights={self.start!r} starts at factors of the base's weights, and those of "
+                f"{type(host).__name__} are quantised: the delta would be wrong on the base that they stand for. Use "
+                "another start, or this base without quantisation"
+            )
+        with torch.no_grad():
+            a, b = _STARTS[self.start](weight, self.lora_A.shape[0], self.scale)
+            self.start_A.copy_(a)
+            self.start_B.copy_(b)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        self.lora_A.copy_(self.start_A)
+        self.lora_B.copy_(self.start_B)
+
+    def change(self, x: Tensor) -> Tensor:
+        kept = self.dropout(x)
+        down = torch.cat([self.lora_A, self.lora_A - self.start_A]) * self.scale
+        up = torch.cat([self.lora_B - self.start_B, self.start_B], dim=1)
+        made = F.linear(F.linear(kept, down.to(x.dtype)), up.to(x.dtype))
+        if not self.training or isinstance(self.dropout, nn.Identity):
+            return made
+        # dropout is for what the trained factors see, not for `B0 A0 x`, which in PEFT is the base's
+        lost = F.linear(x - kept, (self.start_A * self.scale).to(x.dtype))
+        return made - F.linear(lost, self.start_B.to(x.dtype))
+
+    def product(self) -> Tensor:
+        return (self.lora_B - self.start_B) @ self.lora_A + self.start_B @ (self.lora_A - self.start_A)
 
 
 class LoRA(Method):
@@ -98,6 +162,9 @@ class LoRA(Method):
         target_modules: `"all-linear"` (every linear of every layer; the head is left alone), a list of module-name
             endings (`["q_proj", "v_proj"]`), or one regular expression that must match a whole module path.
         use_rslora: scale by `lora_alpha / sqrt(r)`.
+        init_lora_weights: PEFT's names of starts: True (Kaiming uniform `A`), "gaussian"; "pissa" and "olora" start at
+            factors of the base's weight, which stays as it is: so does what the model computes.
+        loraplus_lr_ratio: LoRA+: `B`'s learning rate is the run's times this.
         rank_pattern, alpha_pattern: another rank or alpha for some linears, by the end of their path or a regular
             expression for it (`{"q_proj": 4}`); the first that matches counts, as in PEFT.
     """
@@ -108,6 +175,8 @@ class LoRA(Method):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | tuple[str, ...] = "all-linear"
     use_rslora: bool = False
+    init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = True
+    loraplus_lr_ratio: float | None = Field(None, gt=0)
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
 
@@ -154,16 +223,24 @@ class LoRA(Method):
 
     def build(self, site: Site) -> OutputModule:
         assert isinstance(site, OutputSite)
-        return LoRALayer(site, self.rank(site.path), self.scale(site.path), self.lora_dropout)
+        given = site, self.rank(site.path), self.scale(site.path), self.lora_dropout
+        start = str(self.init_lora_weights)
+        layer = StartedLoRALayer(*given, start) if start in _STARTS else LoRALayer(*given)
+        layer.rate_ratio = self.loraplus_lr_ratio or 1.0
+        return layer
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for _, module in modules:
             assert isinstance(module, LoRALayer)
             module.initialise(context.generator)
+            if self.init_lora_weights == "gaussian":
+                module.lora_A.normal_(0.0, 1 / module.lora_A.shape[0], generator=context.generator)
 
     # PEFT's layout: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r]
 
     def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if family.conv1d and self.init_lora_weights == "olora":
+            return super().to_folder(state, family)  # PEFT factors a Conv1D's weight as it lies, transposed
         config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -179,9 +256,12 @@ class LoRA(Method):
         }
         # only where they are used: older readers need not know them
         config |= {key: found for key in ("rank_pattern", "alpha_pattern") if (found := getattr(self, key))}
+        config |= {"init_lora_weights": self.init_lora_weights} if self.init_lora_weights is not True else {}
         return config, {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+        if family.conv1d and self.init_lora_weights == "olora" and any(n.startswith(_PEFT_PREFIX) for n in tensors):
+            raise DataError("this is PEFT's OLoRA on a Conv1D base, which it starts at the factors of another matrix")
         return {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
 
     def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
@@ -212,6 +292,8 @@ def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "lora_dropout": config.get("lora_dropout", 0.0),
         "target_modules": modules if isinstance(modules, str) else tuple(sorted(modules)),
         "use_rslora": config.get("use_rslora", False),
+        # the other starts leave the base as it is, and are over once there are weights
+        "init_lora_weights": start if (start := str(config.get("init_lora_weights")).lower()) in _STARTS else True,
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
     }

@@ -2,9 +2,9 @@
 
 Kang and Yin 2024, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure", arXiv 2409.15371:
 the input is cut into shards of `r` features, and the same `D` `[r, out]` maps each of them, so that
-`y = W x + D^T (x_1 + x_2 + ...)`: LoRA whose `A` is fixed, of zeros and ones. `D` is zero at the start. "mini" repeats a
-narrower `D` over the outputs. "bat" (their section on non-linear updates) multiplies blocks of the base's weight,
-`W' = W + W_ij B_i + B_i`, and needs the weight in every product.
+`y = W x + D^T (x_1 + x_2 + ...)`: LoRA whose `A` is fixed, of zeros and ones. `D` is zero at the start. "mini" repeats
+a narrower `D` over the outputs. "bat" multiplies blocks of the base's weight, `W' = W + W_ij B_i + B_i`, and needs the
+weight in every product.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from spectune.deltas import (
     SWEEPS,
     DeltaModule,
+    Fitted,
     InitContext,
     Method,
     OutputModule,
@@ -28,12 +29,17 @@ from spectune.deltas import (
     RatePoint,
     RateRule,
     Site,
+    check_keys,
+    checked_targets,
+    left_out,
     peft_targets,
+    placed,
+    same_targets,
     targets,
 )  # fmt: skip
-from spectune.errors import ConfigError, DataError
+from spectune.deltas.peft_config import PREFIX
+from spectune.errors import ConfigError
 from spectune.families import Family, dense_weight
-from spectune.methods.lora import _PEFT_PREFIX
 
 
 class SharedShards(OutputModule):
@@ -51,7 +57,8 @@ class SharedShards(OutputModule):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         filled = F.pad(self.dropout(x), (0, -self.in_features % self.r))
-        return y + filled.unflatten(-1, (-1, self.r)).sum(-2) @ self.block().to(x.dtype)
+        folded = filled.reshape(*x.shape[:-1], -1, self.r).sum(-2)
+        return y + folded @ self.block().to(x.dtype)
 
     def block(self) -> Tensor:
         """`D`, `[r, out_features]`."""
@@ -96,8 +103,9 @@ class BlockTransform(SharedShards):
 
     def change(self, weight: Tensor) -> Tensor:
         r = self.r
-        blocks = weight.to(self.miss_block.dtype).unflatten(1, (-1, r)).unflatten(0, (-1, r)).permute(2, 0, 1, 3)
-        made = blocks @ self.miss_block + self.miss_block  # [in / r, out / r, r, r]
+        outputs, inputs = weight.shape
+        blocks = weight.to(self.miss_block.dtype).reshape(outputs // r, r, inputs // r, r).permute(2, 0, 1, 3)
+        made: Tensor = blocks @ self.miss_block + self.miss_block  # [in / r, out / r, r, r]
         return made.permute(1, 2, 0, 3).reshape(weight.shape)
 
 
@@ -122,10 +130,15 @@ class MiSS(Method):
     label: ClassVar[str] = "MiSS"
     best_for: ClassVar[str] = "LoRA's place where memory and time in training are short"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(448, 1e-3, SWEEPS),
-        RatePoint(4096, 1e-4, "PEFT's setting for Llama-3.2-3B", strong=False),
+        RatePoint(448, 8e-4, SWEEPS),
+        RatePoint(4096, 1e-4, "PEFT's and its authors' settings (1e-4 and 2e-5)", strong=False),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return checked_targets(value)
 
     @model_validator(mode="after")
     def _mini_where_used(self) -> MiSS:
@@ -147,6 +160,9 @@ class MiSS(Method):
             if self.init_weights == "mini" and outputs % self.mini_r:
                 raise ConfigError(f"miss.mini_r = {self.mini_r} does not divide the {outputs} outputs of some linear")
         return [OutputSite(t.path, t.in_features, t.out_features) for t in found]
+
+    def notice(self, family: Family) -> str | None:
+        return left_out(family, self.target_modules)
 
     def build(self, site: Site) -> SharedShards:
         assert isinstance(site, OutputSite)
@@ -171,21 +187,21 @@ class MiSS(Method):
             "target_modules": peft_targets([t.path for t in targets(family, self.target_modules)], family),
             "bias": "none",
         }
-        return config, {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}
+        return config, {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-        return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+    def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
+        at = placed(config, tensors, "miss_", family)
+        found = self.model_copy(update={"target_modules": same_targets(self.target_modules, at.paths, family)})
+        return Fitted(found, at.left_out, at.said)
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> MiSS | None:
         if config.get("peft_type") != "MISS":
             return None
-        beyond = [key for key in ("modules_to_save", "layers_to_transform") if config.get(key)]
-        beyond += ["bias"] if config.get("bias", "none") != "none" else []
-        if beyond:
-            raise DataError(
-                f"this MiSS uses {', '.join(beyond)}, which spectune cannot load: its answers would not be the same"
-            )
+        check_keys(config, "MiSS", ("r", "miss_dropout", "mini_r", "init_weights", "bias"))
         modules, kind = config["target_modules"], config.get("init_weights", True)
         return cls(
             r=config["r"],

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,24 +21,35 @@ from spectune.deltas import (
     SWEEPS,
     DeltaModule,
     EntryModule,
+    Fitted,
     InitContext,
     Method,
     OutputSite,
     RatePoint,
     RateRule,
     Site,
+    check_keys,
+    checked_targets,
+    left_out,
     peft_targets,
+    placed,
+    same_targets,
     targets,
 )  # fmt: skip
+from spectune.deltas.peft_config import PREFIX
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family
-from spectune.methods.lora import _PEFT_PREFIX
+
+#: of PEFT's config; `module_dropout` never reaches a forward pass of its linears, `eps` belongs to `coft`
+_PEFT_KEYS = ("r", "oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms", "block_share", "bias", "eps",
+              "fan_in_fan_out", "init_weights", "module_dropout")  # fmt: skip
 
 
 class Rotation(EntryModule):
     """`x R`: `oft_R` `[blocks, size (size - 1) / 2]` holds the upper triangles of the skew matrices, as PEFT's does."""
 
     acts_on = "weight"
+    upper: Tensor
 
     def __init__(self, size: int, blocks: int, terms: int) -> None:
         super().__init__()
@@ -81,7 +92,7 @@ class Rotation(EntryModule):
 
     def _by_block(self, x: Tensor, blocks: Tensor) -> Tensor:
         """Each `size` features of `x` times their block; one block serves all where there is one."""
-        apart = x.unflatten(-1, (-1, self.size))
+        apart = x.reshape(*x.shape[:-1], -1, self.size)
         turned = apart @ blocks[0] if len(blocks) == 1 else torch.einsum("...rk,rkc->...rc", apart, blocks)
         return turned.flatten(-2)
 
@@ -103,17 +114,22 @@ class OFT(Method):
     oft_block_size: int = Field(32, ge=0)
     r: int = Field(0, ge=0)
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = Field(5, ge=2)
+    num_cayley_neumann_terms: int = Field(5, ge=2, le=64)
     block_share: bool = False
     target_modules: str | tuple[str, ...] = "all-linear"
 
     label: ClassVar[str] = "OFT"
     best_for: ClassVar[str] = "keeping what the base knows; merges away at inference"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(448, 2e-2, SWEEPS),
-        RatePoint(4096, 4e-4, "OFTv2's settings for Llama-2-7B", strong=False),
+        RatePoint(448, 2.5e-3, SWEEPS),
+        RatePoint(4096, 4e-4, "OFTv2's settings for Llama-2-7B (2e-4 and 8e-4)", strong=False),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return checked_targets(value)
 
     @model_validator(mode="after")
     def _one_of_both(self) -> OFT:
@@ -140,6 +156,10 @@ class OFT(Method):
         """Turns are none from the start."""
 
     def notice(self, family: Family) -> str | None:
+        said = [left_out(family, self.target_modules), self._other_sizes(family)]
+        return "; ".join(sentence for sentence in said if sentence) or None
+
+    def _other_sizes(self, family: Family) -> str | None:
         wanted = self.r or self.oft_block_size
         inputs = {site.in_features for site in self.sites(family) if isinstance(site, OutputSite)}
         odd = {size: _nearest_divisor(size, wanted) for size in sorted(inputs) if size % wanted}
@@ -168,21 +188,21 @@ class OFT(Method):
             "target_modules": peft_targets([t.path for t in targets(family, self.target_modules)], family),
             "bias": "none",
         }
-        return config, {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in state.items()}
+        return config, {f"{PREFIX}{name}.weight": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-        return {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
+        return {n.removeprefix(PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
+
+    def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
+        at = placed(config, tensors, "oft_", family)
+        found = self.model_copy(update={"target_modules": same_targets(self.target_modules, at.paths, family)})
+        return Fitted(found, at.left_out, at.said)
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> OFT | None:
         if config.get("peft_type") != "OFT":
             return None
-        beyond = [key for key in ("coft", "modules_to_save", "layers_to_transform") if config.get(key)]
-        beyond += ["bias"] if config.get("bias", "none") != "none" else []
-        if beyond:
-            raise DataError(
-                f"this OFT uses {', '.join(beyond)}, which spectune cannot load: its answers would not be the same"
-            )
+        check_keys(config, "OFT", _PEFT_KEYS, beyond=("coft", "modules_to_save"))
         neumann = config.get("use_cayley_neumann", False)
         if neumann and _version(config.get("peft_version")) < (0, 18):
             raise DataError(
@@ -190,7 +210,6 @@ class OFT(Method):
                 "0.17, merge it there, or train again"
             )
         modules = config["target_modules"]
-        # PEFT's module_dropout never reaches a forward pass of its linears: nothing is lost without it
         return cls(
             oft_block_size=config["oft_block_size"],
             r=config.get("r", 0),

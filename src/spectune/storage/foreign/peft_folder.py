@@ -35,6 +35,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
     "num_virtual_tokens": (int,),
+    "oft_block_size": (int,),
+    "use_cayley_neumann": (bool,),
+    "num_cayley_neumann_terms": (int,),
+    "block_share": (bool,),
+    "miss_dropout": (int, float),
+    "mini_r": (int,),
+    "init_weights": (bool, str),
 }
 #: lists whose entries are numbers
 _NUMBERS = ("layers_to_transform",)
