@@ -1,6 +1,7 @@
 """Attach a method to a model, and take it off again: all or nothing, bit for bit."""
 
 import contextlib
+import logging
 import re
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from spectune.deltas.tuned_base import TunedBase
 from spectune.errors import ConfigError
 from spectune.families import describe, fingerprint
 
+log = logging.getLogger("spectune")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -55,7 +57,9 @@ def attach(
         with torch.no_grad():
             method.initialise(delta.sites, InitContext(model, delta.family, generator, tokenizer, shared))
 
-    return place(model, method, name, keep_base=keep_base, fill=first_weights, facts=facts)
+    delta = place(model, method, name, keep_base=keep_base, fill=first_weights, facts=facts)
+    _say(model, delta)
+    return delta
 
 
 def place(
@@ -84,6 +88,15 @@ def place(
         raise
     attachment.state.active = Route.of(name)
     return delta
+
+
+def _say(model: PreTrainedModel, delta: Delta) -> None:
+    """What a user should know of this method on this base, once for each base."""
+    attachment, notice = Attachment.of(model), delta.method.notice(delta.family)
+    assert attachment is not None, "a delta stands on it"
+    if notice is not None and ("said", notice) not in attachment.proved:
+        log.warning("%s: %s", delta.name, notice)
+        attachment.proved["said", notice] = True
 
 
 def unplaced(model: PreTrainedModel, method: Method, name: str, *, keep_base: bool = False) -> Delta:

@@ -6,9 +6,10 @@ starts at the base. The norm is held constant in the gradient (their section 4.3
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -36,6 +37,9 @@ class DoRALayer(OutputModule):
                 "decode: use LoRA on this base"
             )
         self._host = [host]  # in a list: it is the model's child, not this module's
+
+    def rate_factor(self, name: str) -> float:
+        return 1.0 if name == "lora.lora_A" else self.lora.rate_ratio  # vectors go with B, as in PEFT
 
     def row_norms(self) -> Tensor:
         """`||W0 + s B A||`, `[out_features]`, float32, constant in the gradient."""
@@ -71,6 +75,12 @@ class DoRA(LoRA):
     """Weight-decomposed low-rank adaptation (Liu et al. 2024); the fields are LoRA's."""
 
     name: Literal["dora"] = "dora"  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _plain_start(self) -> Self:
+        if self.init_lora_weights in ("pissa", "olora"):
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is LoRA's: DoRA starts at the base's norms")
+        return self
 
     label: ClassVar[str] = "DoRA"
     best_for: ClassVar[str] = "LoRA's place where rank is small and training time is no matter"
