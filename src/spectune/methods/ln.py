@@ -66,7 +66,8 @@ class LNTuning(Method):
     label: ClassVar[str] = "LN tuning"
     best_for: ClassVar[str] = "the smallest files on bases without biases; small shifts of style or domain"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(448, 0.06, SWEEPS),
+        RatePoint(224, 0.035, SWEEPS),
+        RatePoint(448, 0.055, SWEEPS),
         RatePoint(4096, 1e-3, "BitFit's settings, whose weights are vectors too", strong=False),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
