@@ -130,7 +130,8 @@ class MiSS(Method):
     label: ClassVar[str] = "MiSS"
     best_for: ClassVar[str] = "LoRA's place where memory and time in training are short"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(448, 8e-4, SWEEPS),
+        RatePoint(224, 2e-3, SWEEPS),
+        RatePoint(448, 4e-3, SWEEPS),
         RatePoint(4096, 1e-4, "PEFT's and its authors' settings (1e-4 and 2e-5)", strong=False),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
