@@ -56,8 +56,6 @@ class ThreadState(threading.local):
         recomputed: the route and the layout of an earlier pass, while a part of that is computed again.
         pack_ahead: the documents of the packed batch that the next forward passes are of.
         copies: rows that generation makes of each row (beams, return sequences).
-        causal_flag: SDPA may be told that attention is causal, instead of given a mask that hides nothing else: what
-            stands before the keys is the same for all rows.
         attention_calls: keys and values of each attention call by the module's id, while a probe listens.
         kernel_calls: attention modules that a pack's kernel served, by id, while a probe listens.
         exit: what the decoder's exit does for the pass (`hooks.decoder`).
@@ -70,7 +68,6 @@ class ThreadState(threading.local):
         self.recomputed: tuple[Route, BatchLayout | None] | None = None
         self.pack_ahead: Pack | None = None
         self.copies = 1
-        self.causal_flag = False
         self.attention_calls: dict[int, tuple[Tensor, Tensor]] | None = None
         self.kernel_calls: set[int] | None = None
         self.exit: Any = None
@@ -89,7 +86,6 @@ class ForwardState:
         packing: packed batches may come.
         kernel: attention over their documents; None uses masks.
         longest: tokens of the longest document of all packed batches (0: not known).
-        has_prefixes: some attached delta puts keys before the text's.
         thread: of the pass that runs.
     """
 
@@ -99,7 +95,6 @@ class ForwardState:
         self.packing = False
         self.kernel: Kernel | None = None
         self.longest = 0
-        self.has_prefixes = False
         self.thread = ThreadState()
         self._task = TaskLocal()
         self._in_force: dict[object, Route] = {}  # of every thread and task
@@ -146,9 +141,9 @@ class ForwardState:
         """The most virtual tokens of any row's delta under the current route."""
         return max(self.count_of(name) for name in self.current.names)
 
-    def begin_pass(self, layout: BatchLayout | None, *, causal_flag: bool) -> None:
+    def begin_pass(self, layout: BatchLayout | None) -> None:
         """Note how the current route lies over the batch of the forward pass that begins on this thread."""
-        self.thread.layout, self.thread.causal_flag = layout, causal_flag
+        self.thread.layout = layout
 
     @contextlib.contextmanager
     def routed(self, route: Route | str | None) -> Iterator[None]:

@@ -19,7 +19,6 @@ class OpenSites:
         self._outputs: dict[str, tuple[OutputHook, int]] = {}
         self._parameters: dict[str, ParameterHook] = {}
         self._attention_users: dict[str, int] = {}
-        self._prefixes = 0
         self._attention_before: str | None = None
 
     def open(self, site: Site) -> None:
@@ -36,8 +35,6 @@ class OpenSites:
                 self._open_parameter(owner, name)
             case AttentionSite(path=path):
                 self.open_attention(path, "prefix tuning")
-                self._prefixes += 1
-                self.state.has_prefixes = True
             case InputSite():
                 pass  # the decoder's hooks are there from the first attach
 
@@ -57,8 +54,6 @@ class OpenSites:
                     del self._parameters[holder]
             case AttentionSite(path=path):
                 self.close_attention(path)
-                self._prefixes -= 1
-                self.state.has_prefixes = self._prefixes > 0
 
     def open_attention(self, path: str, what: str) -> None:
         """Let the attention module at `path` find the forward state; the first one switches the model's attention to
