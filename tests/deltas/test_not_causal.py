@@ -224,8 +224,8 @@ def test_a_mask_of_a_kind_that_has_no_room_for_a_prompt_is_refused_by_name() -> 
     decoder = model.model.language_model
     embeds = torch.zeros(1, 9, 32)
     kinds = {"full_attention": mask, "chunked_attention": mask}
+    model.model.forward = lambda **_: decoder(inputs_embeds=embeds, attention_mask=kinds)
     with pytest.raises(ConfigError, match=r"makes masks of the kind chunked_attention.*Use prefix tuning or LoRA"):
-        model.model.forward = lambda **_: decoder(inputs_embeds=embeds, attention_mask=kinds)
         model(**call)
 
 

@@ -19,7 +19,7 @@ from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks import caches
 from spectune.deltas.hooks.attention_function import running
 from spectune.deltas.hooks.outer_call import OuterCall
-from spectune.deltas.hooks.virtual_tokens import VirtualTokens, check_token_wise, is_2d, left_padding
+from spectune.deltas.hooks.virtual_tokens import VirtualTokens, check_one_text, check_token_wise, is_2d, left_padding
 from spectune.deltas.layout import BatchLayout
 from spectune.deltas.method import plain_tokens
 from spectune.deltas.modules import InputModule
@@ -159,6 +159,10 @@ class DecoderHook:
             positions = call.get("position_ids")
             if positions is None:
                 positions = self._text_positions(mask, seen_text, length, virtual, text.device)
+            elif virtual.length and first and call.get("attention_mask") is None:
+                check_one_text(positions)
+                # without a mask and a cache transformers takes the jump behind the virtual tokens for a new document
+                call["attention_mask"] = torch.ones(batch, length, dtype=torch.int64, device=text.device)
             call["position_ids"] = positions + virtual.shift(text.device)
         if virtual.length:
             self._put_in(call, virtual, padding, cache, first, seen_text + length)
@@ -223,7 +227,7 @@ class DecoderHook:
         return VirtualTokens(shifts, prompts, lengths, self._windows)
 
     @functools.cached_property
-    def _first_position(self) -> int:
+    def first_position(self) -> int:
         """The position of a text's first token: 0, or what follows the row that a table of positions keeps for padding
         (RoBERTa and its like)."""
         named = ((name.rpartition(".")[2], module) for name, module in self.decoder.named_modules())
@@ -235,7 +239,7 @@ class DecoderHook:
         """Whether the bare base's own positions, where the caller gives none, are the index in the batch, padding
         counted (True), or the count of real tokens (False). Found out by running it. Raises ConfigError: neither; then
         a caller must give position_ids."""
-        device, first = token_embedding(self.model).weight.device, self._first_position
+        device, first = token_embedding(self.model).weight.device, self.first_position
         config = self.model.config.get_text_config()
         a, b, c = plain_tokens(config, self.family.vocab_size)[:3]
         pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else c
@@ -259,10 +263,10 @@ class DecoderHook:
         self, mask: Any, seen: Any, length: int, virtual: VirtualTokens, device: torch.device
     ) -> Tensor:
         """Positions of the text where the caller gave none, int64 `[batch or 1, length]`, not shifted yet."""
-        by_index: Tensor = (torch.arange(length, device=device) + seen + self._first_position)[None]
+        by_index: Tensor = (torch.arange(length, device=device) + seen + self.first_position)[None]
         if not is_2d(mask):
             return by_index
-        counted = positions_from_mask(mask, length) + self._first_position
+        counted = positions_from_mask(mask, length) + self.first_position
         if all(virtual.shifts):
             return counted
         # rows without virtual tokens have the positions that this base gives them by itself
@@ -293,7 +297,7 @@ class DecoderHook:
         call["inputs_embeds"] = torch.where(here[..., None], tokens, F.pad(embeds, (0, 0, virtual.length, 0)))
         if self.takes_positions:
             call["position_ids"] = torch.where(
-                here, places + self._first_position, F.pad(call["position_ids"], (virtual.length, 0))
+                here, places + self.first_position, F.pad(call["position_ids"], (virtual.length, 0))
             )
         caches.make_room(cache, virtual.length, call["inputs_embeds"].shape[1])
 

@@ -55,7 +55,7 @@ def attend(
     Returns:
         what `function` does: `[batch, queries, heads, dim]`, and no weights.
     """
-    batch, queries, count = key.shape[0], query.shape[2], prefix[0].shape[1]
+    batch, count = key.shape[0], prefix[0].shape[1]
     key, value = (
         torch.cat([lead.to(own.dtype).expand(batch, -1, -1, -1), own], dim=2)
         for lead, own in zip(prefix, (key, value), strict=True)

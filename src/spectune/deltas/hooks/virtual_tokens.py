@@ -171,6 +171,23 @@ def left_padding(mask: Any) -> Tensor | None:
     return mask.long().cumsum(-1).eq(0).sum(-1, keepdim=True) if is_2d(mask) else None
 
 
+def check_one_text(positions: Tensor) -> None:
+    """Raise ConfigError where positions that came without a mask, `[rows, length]` or several such (`[3 or 4, rows,
+    length]`, the first of four counts tokens), are of several documents in one row, as transformers reads them."""
+    if torch.compiler.is_compiling() or (positions.dim() == 3 and positions.shape[0] != 4):
+        return
+    rows = (positions[0] if positions.dim() == 3 else positions).view(-1, positions.shape[-1])
+    jumps = (rows.diff(dim=-1) != 1).any(-1)
+    if bool(jumps.any()):
+        row = int(jumps.long().argmax())
+        raise ConfigError(
+            f"position_ids of row {row} do not rise one by one: {rows[row].tolist()}. Without an attention mask "
+            "transformers reads that as several documents in one row, and prompt tuning puts virtual tokens before one "
+            "text in each row. Give each document a row of its own, or, where it is one text, its 2-D attention mask "
+            "too."
+        )
+
+
 def check_token_wise(call: dict[str, Any], text: int) -> None:
     """Raise ConfigError where the decoder is given something for each of `text` tokens that virtual ones have not."""
     for name, value in call.items():
