@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment, BaseFacts
 from spectune.deltas.delta import Delta, ModuleDelta
+from spectune.deltas.foreign_layers import refuse_foreign_layers
 from spectune.deltas.layout import Route
 from spectune.deltas.method import InitContext, Method
 from spectune.deltas.probes.base_runs import can_run
@@ -143,6 +144,8 @@ def _check(model: PreTrainedModel, method: Method, name: str) -> None:
             "the model is compiled already: hooks added now would be ignored in silence. "
             "Attach first, compile after (torch.compile or model.compile())."
         )
+    if attachment is None and isinstance(model, nn.Module):
+        refuse_foreign_layers(model)
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
     if not isinstance(method, Method):
