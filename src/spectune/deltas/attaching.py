@@ -160,6 +160,8 @@ def _check(model: PreTrainedModel, method: Method, name: str) -> None:
             f"the base is fully tuned as {attachment.tuned.name!r}; no other delta can stand beside it. Detach it "
             "first."
         )
+    if attachment is not None:
+        attachment.places.check(others)  # else it would be at modules that are no longer there
     if method.trains_base and others:
         raise ConfigError(
             f"{method.label} trains the base itself and cannot stand beside other deltas "

@@ -63,6 +63,9 @@ def merge_and_measure(
             "Keep it attached (its cost at inference is measured by `spectune compare`), or use LoRA or BitFit."
         )
     _refuse_quantised(model)
+    attachment = Attachment.of(model)
+    assert attachment is not None, "a delta is attached"
+    attachment.places.check_paths(name)
     compared = check and not method.trains_base
     found = tokens_to_measure_on(model, rows, tokenizer) if compared else None  # before the copy: it may refuse
     try:

@@ -1,5 +1,6 @@
 """The sites of a base where deltas act: each opened once, for all deltas, and closed with its last user."""
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.deltas.forward_state import ForwardState
@@ -18,7 +19,7 @@ class OpenSites:
         self.model, self.family, self.state = model, family, state
         self._outputs: dict[str, tuple[OutputHook, int]] = {}
         self._parameters: dict[str, ParameterHook] = {}
-        self._attention_users: dict[str, int] = {}
+        self._attention_users: dict[str, tuple[nn.Module, int]] = {}
         self._attention_before: str | None = None
 
     def open(self, site: Site) -> None:
@@ -60,15 +61,19 @@ class OpenSites:
         the registered function that knows prefixes and packs. `what`: needs it, for the message of a refusal."""
         if self._attention_before is None:
             self._attention_before = attention_function.switch_on(self.model, what)
-        attention_function.listen(self.model.get_submodule(path), self.state)
-        self._attention_users[path] = self._attention_users.get(path, 0) + 1
+        module, users = self._attention_users.get(path, (None, 0))
+        if module is None:
+            module = self.model.get_submodule(path)
+            attention_function.listen(module, self.state)
+        self._attention_users[path] = module, users + 1
 
     def close_attention(self, path: str) -> None:
         """The inverse of `open_attention`; with the last one the model's own attention function is set again."""
-        self._attention_users[path] -= 1
-        if self._attention_users[path] == 0:
-            attention_function.stop_listening(self.model.get_submodule(path))
-            del self._attention_users[path]
+        module, users = self._attention_users.pop(path)
+        if users > 1:
+            self._attention_users[path] = module, users - 1
+        else:
+            attention_function.stop_listening(module)
         if not self._attention_users and self._attention_before is not None:
             self.model.set_attn_implementation(self._attention_before)
             self._attention_before = None
