@@ -136,7 +136,9 @@ def test_a_change_that_leaves_the_places_changes_nothing(
     changed = change(model)
     assert torch.allclose(answer(changed), tuned, atol=1e-5)
     if change is resized and method.trains_base:  # the copy of the base has other shapes
-        with pytest.raises(ConfigError, match=r"transformer\.wte\.weight, lm_head\.weight changed shape .*resize_token_embeddings"):
+        with pytest.raises(
+            ConfigError, match=r"transformer\.wte\.weight, lm_head\.weight changed shape .*resize_token_embeddings"
+        ):
             detach(changed, "task")
         assert list(attached(changed)) == ["task"]
         changed.resize_token_embeddings(97)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectune.deltas import slots
+from spectune.deltas.absent_weights import execution_device
 from spectune.deltas.folder import CONFIG_FILE, WEIGHTS_FILE, DeltaFiles, base_name, check_tensors, save_folder
 from spectune.deltas.method import Method
 from spectune.deltas.modules import DeltaModule
@@ -242,4 +243,7 @@ def _part(site: Site) -> str:
 
 def _device_of(module: nn.Module, model: Any) -> torch.device:
     tensor = next((t for t in module.parameters() if t.device.type != "meta"), None)
+    loaded_on = execution_device(module)
+    if loaded_on is not None:
+        return loaded_on
     return tensor.device if tensor is not None else torch.device(model.device)
