@@ -155,7 +155,14 @@ class Attachment:
         return in_pass
 
     def _check_places(self) -> None:
-        self.places.check(self.state.current.names)
+        names = self.state.current.names
+        for name in dict.fromkeys(names):
+            if name is not None and name not in self.deltas:
+                raise ConfigError(
+                    f"the route of this task names delta {name!r}, which was detached since: it was taken along out of "
+                    "the `with spectune.route(...)` that it is from"
+                )
+        self.places.check(names)
 
     def _refuse_save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         names = ", ".join(repr(name) for name in self.deltas)

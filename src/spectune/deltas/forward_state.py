@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectune.compute.pack_layout import Kernel, Pack
+from spectune.deltas.frames import calling_generator, running_generators
 from spectune.deltas.layout import BatchLayout, Route
 
 
@@ -37,15 +39,56 @@ class TaskLocal:
         return TaskLocal, ()  # a copied model begins with nothing set
 
     @contextlib.contextmanager
-    def set_to(self, value: object) -> Iterator[None]:
-        """Set inside the `with`, for this thread and task alone."""
-        token = self.variable.set(value)
+    def entered(self, route: Route) -> Iterator[None]:
+        """`value` is an `Entry` of this route inside the `with`, for this thread and task alone."""
+        before = self.value
+        entry = Entry(route, before if isinstance(before, Entry) else None)
+        token = self.variable.set(entry)
         try:
             yield
         finally:
-            # a generator that another task closes: nothing was ever set there
-            with contextlib.suppress(ValueError):
+            # a generator may be closed by another task, or after another one that was entered later
+            try:
+                if self.value is not entry:
+                    raise ValueError
                 self.variable.reset(token)
+            except ValueError:
+                entry.over = True
+
+
+class Entry:
+    """A route that a `with` has set.
+
+    Attributes:
+        before: what was set before it in its task.
+        over: its `with` has ended where it could not be taken back.
+        generator: the generator that the `with` stands in, None where it stands in none.
+        within: the generators that ran when it was entered.
+    """
+
+    def __init__(self, route: Route, before: Entry | None) -> None:
+        self.route, self.before, self.over = route, before, False
+        self.generator = calling_generator()
+        self.within = frozenset() if self.generator is None else running_generators()
+
+    def in_force(self) -> Route | None:
+        """The route of the newest `with` that has not ended; of generators that take turns, that of the one which
+        runs."""
+        entry: Entry | None = self
+        newest: Entry | None = None
+        running: frozenset[int] | None = None
+        while entry is not None:
+            if not entry.over:
+                if newest is None:
+                    newest = entry
+                    if entry.generator is None or torch.compiler.is_compiling():
+                        return entry.route
+                elif entry.generator is not None and entry.generator not in newest.within:
+                    running = running_generators() if running is None else running
+                    if newest.generator not in running and entry.generator in running:
+                        return entry.route
+            entry = entry.before
+        return None if newest is None else newest.route
 
 
 class ThreadState(threading.local):
@@ -107,8 +150,9 @@ class ForwardState:
         """The route now: in a recomputation that of its pass, else the task's `with route`, else the active delta's."""
         if self.thread.recomputed is not None:
             return self.thread.recomputed[0]
-        routed = self._task.value
-        return routed if isinstance(routed, Route) else self.active
+        entry = self._task.value
+        routed = entry.in_force() if isinstance(entry, Entry) else None
+        return self.active if routed is None else routed
 
     @property
     def layout(self) -> BatchLayout | None:
@@ -152,7 +196,7 @@ class ForwardState:
         entry = object()
         self._in_force[entry] = chosen
         try:
-            with self._task.set_to(chosen):
+            with self._task.entered(chosen):
                 yield
         finally:
             del self._in_force[entry]
