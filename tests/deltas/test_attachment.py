@@ -146,6 +146,43 @@ def test_a_failed_attach_of_full_fine_tuning_says_why_and_leaves_the_model(keep_
     attach(model, LoRA(r=2), "task")
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no memory")], ids=repr)
+@pytest.mark.parametrize("method", [LoRA(r=2), PrefixTuning(num_virtual_tokens=2), PromptTuning(), FullFineTuning()],
+                         ids=lambda method: str(method.name))  # fmt: skip
+def test_memory_that_runs_out_in_any_pass_of_attach_is_said_and_the_model_is_as_it_was(
+    method: Method, error: BaseException
+) -> None:
+    """Whichever of the passes it is: no refusal that names another reason."""
+    model = llama().eval()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    layer: Any = model.get_submodule("model.layers.1")
+    whole, passes = layer.forward, 0
+    for failing in range(1, 20):
+        calls = 0
+
+        def forward(*args: Any, number: int = failing, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise error
+            return whole(*args, **kwargs)
+
+        layer.forward = forward
+        raised = None
+        try:
+            attach(model, method, "task", keep_base=method.trains_base)
+        except BaseException as met:  # whatever it is
+            raised = met
+        if raised is None:
+            break
+        passes += 1
+        assert raised is error
+        assert Attachment.of(model) is None
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert passes >= 1
+    assert calls == passes
+
+
 def test_a_model_without_logits_is_refused_with_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = gpt2().eval()
     whole = model.forward

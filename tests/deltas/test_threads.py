@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
+import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -230,3 +233,151 @@ def test_parameters_changed_in_place_are_one_thread_s_at_a_time() -> None:
 
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(work, expected))
+
+
+# -- routes that are left in other ways than they were entered --------------------------------------------------------
+
+
+def stream(model: Any, name: str, number: int) -> Iterator[Tensor]:
+    with route(model, name):
+        while True:
+            yield answer(model, rows(number))
+
+
+def test_generators_that_take_turns_answer_as_alone(model: PreTrainedModel) -> None:
+    expected = [alone(model, name, rows(number)) for number, name in enumerate(NAMES)]
+    active = answer(model, rows(0))
+    streams = [stream(model, name, number) for number, name in enumerate(NAMES)]
+    for _ in range(3):
+        for number, one in enumerate(streams):
+            assert torch.equal(next(one), expected[number])
+    for number in (0, 3, 1, 7, 2, 6, 4, 5):  # in no order
+        streams[number].close()
+    assert torch.equal(answer(model, rows(0)), active)
+    assert nothing_in_force(model)
+
+
+def test_a_context_manager_of_ones_own_around_a_route_is_like_it(model: PreTrainedModel) -> None:
+    @contextlib.contextmanager
+    def mine(name: str) -> Iterator[None]:
+        with route(model, name):
+            yield
+
+    def streamed() -> Iterator[Tensor]:
+        with route(model, NAMES[0]):
+            yield answer(model, rows(0))
+            with mine(NAMES[1]):
+                yield answer(model, rows(0))
+                with route(model, NAMES[2]):
+                    yield answer(model, rows(0))
+            yield answer(model, rows(0))
+
+    wanted = [alone(model, NAMES[number], rows(0)) for number in (0, 1, 2, 0)]
+    assert all(torch.equal(got, right) for got, right in zip(streamed(), wanted, strict=True))
+    assert nothing_in_force(model)
+
+
+@pytest.mark.parametrize("how", ["collected", "closed in another thread", "closed in another order"])
+def test_a_generator_that_is_left_half_way_leaves_no_route(model: PreTrainedModel, how: str) -> None:
+    active = answer(model, rows(0))
+    one, other = stream(model, NAMES[0], 0), stream(model, NAMES[1], 0)
+    next(one)
+    if how == "collected":
+        del one
+        gc.collect()
+    elif how == "closed in another thread":
+        thread = threading.Thread(target=one.close)
+        thread.start()
+        thread.join()
+    else:
+        next(other)
+        one.close()
+        assert torch.equal(next(other), alone(model, NAMES[1], rows(0)))
+        other.close()
+    assert torch.equal(answer(model, rows(0)), active)
+    assert nothing_in_force(model)
+
+
+def test_tasks_that_are_cancelled_and_asynchronous_generators_that_are_left_leave_no_route(
+    model: PreTrainedModel,
+) -> None:
+    active = answer(model, rows(0))
+
+    async def left() -> None:
+        async def streamed() -> AsyncIterator[Tensor]:
+            with route(model, NAMES[0]):
+                while True:
+                    yield answer(model, rows(0))
+
+        async def waits() -> None:
+            with route(model, NAMES[1]):
+                await asyncio.sleep(60)
+
+        task = asyncio.create_task(waits())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        half = streamed()
+        await anext(half)
+        del half
+        gc.collect()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert torch.equal(answer(model, rows(0)), active)
+
+    asyncio.run(left())
+    assert nothing_in_force(model)
+
+
+def test_exceptions_and_nested_routes_restore_what_was_before(model: PreTrainedModel) -> None:
+    wanted = {name: alone(model, name, rows(0)) for name in NAMES[:2]}
+
+    def failing() -> None:
+        with route(model, NAMES[1]):
+            assert torch.equal(answer(model, rows(0)), wanted[NAMES[1]])
+            raise ValueError("planted")
+
+    with route(model, NAMES[0]):
+        with pytest.raises(ValueError, match="planted"):
+            failing()
+        assert torch.equal(answer(model, rows(0)), wanted[NAMES[0]])
+    assert nothing_in_force(model)
+
+
+def test_a_route_that_was_taken_along_goes_on_after_its_with_and_says_when_its_delta_is_gone() -> None:
+    model = llama().eval()
+    move(attach(model, LoRA(r=2), "a"), 0.1)
+    attach(model, LoRA(r=2), "b")
+    expected = alone(model, "a", rows(0))
+    with route(model, "a"):
+        taken = contextvars.copy_context()
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(taken.run, answer, model, rows(0)).result(), expected)
+        detach(model, "a")
+        with pytest.raises(ConfigError, match="names delta 'a', which was detached since"):
+            pool.submit(taken.run, answer, model, rows(0)).result()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_backward_in_other_threads_recomputes_each_loss_under_its_own_route(use_reentrant: bool) -> None:
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model: Any = llama()
+        for name, method in (("a", LoRA(r=2)), ("b", PrefixTuning(num_virtual_tokens=3)), ("c", PromptTuning())):
+            move(attach(model, method, name), 0.1)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.train()
+        losses = []
+        for name in "abc":
+            with route(model, name):
+                losses.append(model(input_ids=rows(0), labels=rows(0)).loss)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(torch.Tensor.backward, losses))
+        found = [p.grad for name in "abc" for p in attached(model)[name].parameters()]
+        assert all(gradient is not None for gradient in found)
+        return [gradient for gradient in found if gradient is not None]
+
+    for got, wanted in zip(gradients(True), gradients(False), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-6)

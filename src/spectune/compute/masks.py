@@ -9,30 +9,33 @@ from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 
 
-def widen_mask(mask: Tensor | None, query_length: int, text_keys: int, lead: Tensor) -> Tensor:
+def mask_of_none(queries: int, keys: int, *, causal: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What attention without a mask sees, `[1, 1, queries, keys]`: all keys, or, `causal`, those up to the query's own,
+    which then stands at the query's own number. Boolean (True attends), or additive where `dtype` is a floating one."""
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible.tril()
+    visible = visible[None, None]
+    return visible if dtype == torch.bool else _additive(visible, dtype)
+
+
+def widen_mask(mask: Tensor, lead: Tensor) -> Tensor:
     """An attention mask `[batch or 1, heads or 1, queries, extra + keys]` with `extra` keys before the text's.
 
     Args:
-        mask: boolean (True attends) or additive, `[batch, heads or 1, queries, keys]`; None means plainly causal.
-        query_length, text_keys: lengths before widening, used where `mask` is None.
+        mask: boolean (True attends) or additive, `[batch, heads or 1, queries, keys]`.
         lead: which of the keys in front are visible, boolean `[batch or 1, 1, queries or 1, extra]`.
-
-    Raises:
-        ValueError: no mask came and queries and keys differ in number, so that what may be seen is not known.
-            (SDPA's own causal flag is aligned to the top left: with keys in front it would hide the newest ones.)
     """
-    if mask is None:
-        if query_length not in (1, text_keys):
-            raise ValueError(f"no attention mask came with {query_length} queries over {text_keys} keys")
-        visible = torch.ones(query_length, text_keys, dtype=torch.bool, device=lead.device)
-        mask = visible.tril(text_keys - query_length)[None, None]
     if mask.dtype != torch.bool:
-        hidden = torch.finfo(mask.dtype).min
-        lead = torch.zeros(lead.shape, dtype=mask.dtype, device=lead.device).masked_fill(~lead, hidden)
+        lead = _additive(lead, mask.dtype)
     batch = max(mask.shape[0], lead.shape[0])
     return torch.cat(
         [lead.expand(batch, mask.shape[1], mask.shape[2], -1), mask.expand(batch, *mask.shape[1:])], dim=-1
     )
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def positions_from_mask(mask: Tensor, length: int) -> Tensor:

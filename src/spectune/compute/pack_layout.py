@@ -60,7 +60,7 @@ class Pack:
         self.positions = torch.stack(positions).to(device, non_blocking=True)
         #: the documents of all packs in a row, padding too. Made here: compiled blocks ask for it
         self.spans = Spans([length for span in spans for length in span], device, at_least)
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[tuple[int | None, bool], Tensor] = {}
         self._leads: dict[int, tuple[Tensor, Spans]] = {}
 
     @classmethod
@@ -115,15 +115,17 @@ class Pack:
 
         return inside
 
-    def mask(self, window: int | None = None) -> Tensor:
+    def mask(self, window: int | None = None, *, causal: bool = True) -> Tensor:
         """The boolean attention mask `[packs, 1, width, width]`: causal within documents, at most `window` tokens back
-        (itself counted). Made once."""
-        if window not in self._masks:
-            same = self.documents[:, :, None] == self.documents[:, None, :]
-            back = self.positions[:, :, None] - self.positions[:, None, :]
-            seen = same & (back >= 0)
-            self._masks[window] = (seen if window is None else seen & (back < window))[:, None]
-        return self._masks[window]
+        (itself counted); or all of the document where attention is not causal. Made once."""
+        if (window, causal) not in self._masks:
+            seen = self.documents[:, :, None] == self.documents[:, None, :]
+            if causal:
+                back = self.positions[:, :, None] - self.positions[:, None, :]
+                seen = seen & (back >= 0)
+                seen = seen if window is None else seen & (back < window)
+            self._masks[window, causal] = seen[:, None]
+        return self._masks[window, causal]
 
     def grown(self, count: int) -> tuple[Pack, Tensor, Tensor]:
         """The pack with `count` virtual tokens before each document.

@@ -10,15 +10,17 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.compute.evaluating import evaluating
+from spectune.deltas.absent_weights import offloaded, refuse_absent_weights
 from spectune.deltas.attachment import Attachment, BaseFacts
 from spectune.deltas.delta import Delta, ModuleDelta
+from spectune.deltas.foreign_layers import refuse_foreign_layers
 from spectune.deltas.layout import Route
 from spectune.deltas.method import InitContext, Method
 from spectune.deltas.probes.base_runs import can_run
 from spectune.deltas.probes.sites import prove_that_sites_fire
 from spectune.deltas.probes.survey import settled_sites
 from spectune.deltas.tuned_base import TunedBase
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, first_line, some
 from spectune.families import describe, fingerprint
 
 log = logging.getLogger("spectune")
@@ -64,10 +66,13 @@ def attach(
 
 def place(
     model: PreTrainedModel, method: Method, name: str, *, fill: Callable[[Delta], None], keep_base: bool = False,
-    facts: BaseFacts | None = None,
+    facts: BaseFacts | None = None, without_weights: bool = False,
 ) -> Delta:  # fmt: skip
-    """Attach with weights that `fill` writes: first ones, or a stored delta's. All or nothing."""
+    """Attach with weights that `fill` writes: first ones, or a stored delta's. All or nothing. `without_weights`: the
+    model is on the meta device, and only planned with."""
     _check(model, method, name)
+    if not without_weights and Attachment.of(model) is None:
+        refuse_absent_weights(model, method.label, trains_base=method.trains_base)
     make_hooks_visible_to_the_compiler()
     attachment = Attachment.of(model) or Attachment(model, facts)
     delta = None
@@ -80,11 +85,14 @@ def place(
             fill(delta)
         if not method.trains_base:
             _prove(attachment, delta)
-    except BaseException:
+    except BaseException as error:
         if delta is not None and name in attachment.deltas:
             attachment.remove(delta, undo=True)
         elif not attachment.deltas:
             attachment.close()
+        failed = error.__cause__ if isinstance(error, ConfigError) else error
+        if isinstance(failed, RuntimeError) and not isinstance(failed, torch.OutOfMemoryError):
+            _say_what_is_offloaded(model, method, failed)
         raise
     attachment.state.active = Route.of(name)
     return delta
@@ -97,6 +105,16 @@ def _say(model: PreTrainedModel, delta: Delta) -> None:
     if notice is not None and ("said", notice) not in attachment.proved:
         log.warning("%s: %s", delta.name, notice)
         attachment.proved["said", notice] = True
+
+
+def _say_what_is_offloaded(model: PreTrainedModel, method: Method, error: Exception) -> None:
+    """Raise ConfigError where an attach failed on a model whose weights are not all there: the likely reason."""
+    if loaded := offloaded(model):
+        raise ConfigError(
+            f"{method.label} is refused on this model: accelerate loads the weights of {len(loaded)} modules for each "
+            f"call ({some(list(loaded))}), and a delta that reads or changes them finds none ({first_line(error)}). "
+            "Load the model without offload (no device_map), or use LoRA."
+        ) from error
 
 
 def unplaced(model: PreTrainedModel, method: Method, name: str, *, keep_base: bool = False) -> Delta:
@@ -156,6 +174,8 @@ def _check(model: PreTrainedModel, method: Method, name: str) -> None:
             "the model is compiled already: hooks added now would be ignored in silence. "
             "Attach first, compile after (torch.compile or model.compile())."
         )
+    if attachment is None and isinstance(model, nn.Module):
+        refuse_foreign_layers(model)
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
     if not isinstance(method, Method):
@@ -170,6 +190,8 @@ def _check(model: PreTrainedModel, method: Method, name: str) -> None:
             f"the base is fully tuned as {attachment.tuned.name!r}; no other delta can stand beside it. Detach it "
             "first."
         )
+    if attachment is not None:
+        attachment.places.check(others)  # else it would be at modules that are no longer there
     if method.trains_base and others:
         raise ConfigError(
             f"{method.label} trains the base itself and cannot stand beside other deltas "

@@ -17,6 +17,7 @@ from spectune.deltas.hooks.model_methods import ModelMethods
 from spectune.deltas.hooks.transformers_checkpoint import CheckpointHook
 from spectune.deltas.layout import Route
 from spectune.deltas.open_sites import OpenSites
+from spectune.deltas.places import Places
 from spectune.deltas.site import Site
 from spectune.errors import ConfigError
 from spectune.families import Family, describe, fingerprint
@@ -58,14 +59,16 @@ class Attachment:
         self.deltas: dict[str, Delta] = {}
         self.state = ForwardState()
         self.base_modules = list(model.modules())
-        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        named = model.named_parameters(remove_duplicate=False)
+        self._requires_grad = {name: (parameter, parameter.requires_grad) for name, parameter in named}
+        self.places = Places(model)
         self.sites = OpenSites(model, self.family, self.state)
         checkpoints = CheckpointHook(self.base_modules, self.keeping_pass)
-        before_pass = (checkpoints.keep, self.sites.keep_attention)
+        before_pass = (self._check_places, checkpoints.keep, self.sites.keep_attention)
         self.decoder = DecoderHook(model, self.family, self.state, before_pass=before_pass)
         methods = ModelMethods(model, self.state, self.decoder.puts_tokens_in, self._refuse_save_pretrained)
         self._hooks: tuple[CheckpointHook | DecoderHook | ModelMethods, ...] = (checkpoints, self.decoder, methods)
-        for parameter, _ in self._requires_grad:
+        for parameter, _ in self._requires_grad.values():
             parameter.requires_grad_(False)
         setattr(model, _ATTRIBUTE, self)
 
@@ -76,14 +79,18 @@ class Attachment:
         return found if isinstance(found, Attachment) else None
 
     def close(self) -> None:
-        """Leave the model as it was before the first attach, `requires_grad` included. What was added to it or put in
-        a weight's place since then stays as it is."""
+        """Leave the model as it was before the first attach, `requires_grad` included. What was added to it since then
+        stays as it is; what was put in a weight's place takes a gradient again if that weight did."""
         for hook in self._hooks:
             hook.close()
-        for parameter, trainable in self._requires_grad:
+        for parameter, trainable in self._requires_grad.values():
             parameter.requires_grad_(trainable)
             if not trainable:
                 parameter.grad = None
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            before, trainable = self._requires_grad.get(name, (parameter, False))
+            if parameter is not before and trainable and parameter.is_floating_point():
+                parameter.requires_grad_(True)
         del self.model.__dict__[_ATTRIBUTE]
 
     @property
@@ -109,11 +116,13 @@ class Attachment:
         if delta.method.virtual_tokens:
             self.state.virtual_tokens[delta.name] = delta.method.virtual_tokens
         delta.put_on(sites, self.sites.open)
+        self.places.add(delta.name, delta.hosts)
 
     def remove(self, delta: Delta, *, undo: bool = False) -> None:
         """Take a delta off, and with the last one everything else. `undo`: of an attach that failed. Raises
         ConfigError: it is the base itself, and no copy was kept."""
         delta.take_off(self.sites.close, undo=undo)
+        self.places.remove(delta.name)
         del self.deltas[delta.name]
         self.state.virtual_tokens.pop(delta.name, None)
         if self.state.active.name == delta.name:
@@ -144,6 +153,16 @@ class Attachment:
                 return function(*inputs, **named)
 
         return in_pass
+
+    def _check_places(self) -> None:
+        names = self.state.current.names
+        for name in dict.fromkeys(names):
+            if name is not None and name not in self.deltas:
+                raise ConfigError(
+                    f"the route of this task names delta {name!r}, which was detached since: it was taken along out of "
+                    "the `with spectune.route(...)` that it is from"
+                )
+        self.places.check(names)
 
     def _refuse_save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         names = ", ".join(repr(name) for name in self.deltas)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectune.deltas import slots
+from spectune.deltas.absent_weights import execution_device
 from spectune.deltas.folder import CONFIG_FILE, WEIGHTS_FILE, DeltaFiles, base_name, check_tensors, save_folder
 from spectune.deltas.method import Method
 from spectune.deltas.modules import DeltaModule
@@ -71,6 +72,11 @@ class Delta(_Counts, ABC):
     def sites(self) -> list[tuple[Site, DeltaModule]]:
         """Each site and the module that acts there, in the model's order."""
         return []
+
+    @property
+    def hosts(self) -> dict[str, nn.Module]:
+        """The base's modules at which it acts, by their paths when it was attached."""
+        return {}
 
     @abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -142,6 +148,12 @@ class ModuleDelta(Delta):
 
     shared: nn.Module | None = None
     _modules: dict[str, tuple[Site, DeltaModule]] = field(default_factory=dict)
+    # kept, since something else may stand at their paths by the time that the delta is taken off
+    _hosts: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def hosts(self) -> dict[str, nn.Module]:
+        return self._hosts
 
     @property
     def sites(self) -> list[tuple[Site, DeltaModule]]:
@@ -179,21 +191,22 @@ class ModuleDelta(Delta):
             module.on_attach(host)
             module.to(_device_of(host, self.model)).train(self.model.training)
             opened(site)
-            self._modules[site.path] = (site, module)
+            self._modules[site.path], self._hosts[site.host] = (site, module), host
             slots.put(host, self.name, module, _part(site))
         if self.shared is not None:
             # a child of the decoder, so that `model.to` and `parameters()` see it
             decoder = self.model.get_submodule(self.family.decoder)
             self.shared.to(_device_of(decoder, self.model)).train(self.model.training)
+            self._hosts[self.family.decoder] = decoder
             slots.put(decoder, self.name, self.shared, _SHARED)
 
     def take_off(self, closed: Callable[[Site], None], *, undo: bool = False) -> None:
         for site, _ in self._modules.values():
-            slots.take(self.model.get_submodule(site.host), self.name, _part(site))
+            slots.take(self._hosts[site.host], self.name, _part(site))
             closed(site)
-        if self.shared is not None:
-            slots.take(self.model.get_submodule(self.family.decoder), self.name, _SHARED)
-        self._modules = {}
+        if self.shared is not None and self.family.decoder in self._hosts:
+            slots.take(self._hosts[self.family.decoder], self.name, _SHARED)
+        self._modules, self._hosts = {}, {}
 
 
 class AdapterFiles(DeltaFiles):
@@ -239,4 +252,7 @@ def _part(site: Site) -> str:
 
 def _device_of(module: nn.Module, model: Any) -> torch.device:
     tensor = next((t for t in module.parameters() if t.device.type != "meta"), None)
+    loaded_on = execution_device(module)
+    if loaded_on is not None:
+        return loaded_on
     return tensor.device if tensor is not None else torch.device(model.device)

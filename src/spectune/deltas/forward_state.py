@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spectune.compute.pack_layout import Kernel, Pack
+from spectune.deltas.frames import calling_generator, running_generators
 from spectune.deltas.layout import BatchLayout, Route
 
 
@@ -37,15 +39,56 @@ class TaskLocal:
         return TaskLocal, ()  # a copied model begins with nothing set
 
     @contextlib.contextmanager
-    def set_to(self, value: object) -> Iterator[None]:
-        """Set inside the `with`, for this thread and task alone."""
-        token = self.variable.set(value)
+    def entered(self, route: Route) -> Iterator[None]:
+        """`value` is an `Entry` of this route inside the `with`, for this thread and task alone."""
+        before = self.value
+        entry = Entry(route, before if isinstance(before, Entry) else None)
+        token = self.variable.set(entry)
         try:
             yield
         finally:
-            # a generator that another task closes: nothing was ever set there
-            with contextlib.suppress(ValueError):
+            # a generator may be closed by another task, or after another one that was entered later
+            try:
+                if self.value is not entry:
+                    raise ValueError
                 self.variable.reset(token)
+            except ValueError:
+                entry.over = True
+
+
+class Entry:
+    """A route that a `with` has set.
+
+    Attributes:
+        before: what was set before it in its task.
+        over: its `with` has ended where it could not be taken back.
+        generator: the generator that the `with` stands in, None where it stands in none.
+        within: the generators that ran when it was entered.
+    """
+
+    def __init__(self, route: Route, before: Entry | None) -> None:
+        self.route, self.before, self.over = route, before, False
+        self.generator = calling_generator()
+        self.within = frozenset() if self.generator is None else running_generators()
+
+    def in_force(self) -> Route | None:
+        """The route of the newest `with` that has not ended; of generators that take turns, that of the one which
+        runs."""
+        entry: Entry | None = self
+        newest: Entry | None = None
+        running: frozenset[int] | None = None
+        while entry is not None:
+            if not entry.over:
+                if newest is None:
+                    newest = entry
+                    if entry.generator is None or torch.compiler.is_compiling():
+                        return entry.route
+                elif entry.generator is not None and entry.generator not in newest.within:
+                    running = running_generators() if running is None else running
+                    if newest.generator not in running and entry.generator in running:
+                        return entry.route
+            entry = entry.before
+        return None if newest is None else newest.route
 
 
 class ThreadState(threading.local):
@@ -56,8 +99,6 @@ class ThreadState(threading.local):
         recomputed: the route and the layout of an earlier pass, while a part of that is computed again.
         pack_ahead: the documents of the packed batch that the next forward passes are of.
         copies: rows that generation makes of each row (beams, return sequences).
-        causal_flag: SDPA may be told that attention is causal, instead of given a mask that hides nothing else: what
-            stands before the keys is the same for all rows.
         attention_calls: keys and values of each attention call by the module's id, while a probe listens.
         kernel_calls: attention modules that a pack's kernel served, by id, while a probe listens.
         exit: what the decoder's exit does for the pass (`hooks.decoder`).
@@ -70,7 +111,6 @@ class ThreadState(threading.local):
         self.recomputed: tuple[Route, BatchLayout | None] | None = None
         self.pack_ahead: Pack | None = None
         self.copies = 1
-        self.causal_flag = False
         self.attention_calls: dict[int, tuple[Tensor, Tensor]] | None = None
         self.kernel_calls: set[int] | None = None
         self.exit: Any = None
@@ -89,7 +129,6 @@ class ForwardState:
         packing: packed batches may come.
         kernel: attention over their documents; None uses masks.
         longest: tokens of the longest document of all packed batches (0: not known).
-        has_prefixes: some attached delta puts keys before the text's.
         thread: of the pass that runs.
     """
 
@@ -99,7 +138,6 @@ class ForwardState:
         self.packing = False
         self.kernel: Kernel | None = None
         self.longest = 0
-        self.has_prefixes = False
         self.thread = ThreadState()
         self._task = TaskLocal()
         self._in_force: dict[object, Route] = {}  # of every thread and task
@@ -112,8 +150,9 @@ class ForwardState:
         """The route now: in a recomputation that of its pass, else the task's `with route`, else the active delta's."""
         if self.thread.recomputed is not None:
             return self.thread.recomputed[0]
-        routed = self._task.value
-        return routed if isinstance(routed, Route) else self.active
+        entry = self._task.value
+        routed = entry.in_force() if isinstance(entry, Entry) else None
+        return self.active if routed is None else routed
 
     @property
     def layout(self) -> BatchLayout | None:
@@ -146,9 +185,9 @@ class ForwardState:
         """The most virtual tokens of any row's delta under the current route."""
         return max(self.count_of(name) for name in self.current.names)
 
-    def begin_pass(self, layout: BatchLayout | None, *, causal_flag: bool) -> None:
+    def begin_pass(self, layout: BatchLayout | None) -> None:
         """Note how the current route lies over the batch of the forward pass that begins on this thread."""
-        self.thread.layout, self.thread.causal_flag = layout, causal_flag
+        self.thread.layout = layout
 
     @contextlib.contextmanager
     def routed(self, route: Route | str | None) -> Iterator[None]:
@@ -157,7 +196,7 @@ class ForwardState:
         entry = object()
         self._in_force[entry] = chosen
         try:
-            with self._task.set_to(chosen):
+            with self._task.entered(chosen):
                 yield
         finally:
             del self._in_force[entry]

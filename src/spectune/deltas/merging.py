@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectune.deltas.absent_weights import refuse_offloaded
 from spectune.deltas.attaching import attached
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
@@ -63,6 +64,10 @@ def merge_and_measure(
             "Keep it attached (its cost at inference is measured by `spectune compare`), or use LoRA or BitFit."
         )
     _refuse_quantised(model)
+    attachment = Attachment.of(model)
+    assert attachment is not None, "a delta is attached"
+    attachment.places.check_paths(name)
+    refuse_offloaded(model, "merging")
     compared = check and not method.trains_base
     found = tokens_to_measure_on(model, rows, tokenizer) if compared else None  # before the copy: it may refuse
     try:

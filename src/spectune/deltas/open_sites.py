@@ -1,5 +1,6 @@
 """The sites of a base where deltas act: each opened once, for all deltas, and closed with its last user."""
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.deltas.forward_state import ForwardState
@@ -20,8 +21,7 @@ class OpenSites:
         self.model, self.family, self.state = model, family, state
         self._sides: dict[tuple[str, bool], tuple[SideHook, int]] = {}
         self._parameters: dict[str, ParameterHook] = {}
-        self._attention_users: dict[str, int] = {}
-        self._prefixes = 0
+        self._attention_users: dict[str, tuple[nn.Module, int]] = {}
         self._attention_before: str | None = None
 
     def open(self, site: Site) -> None:
@@ -38,8 +38,6 @@ class OpenSites:
                 self._open_parameter(owner, name)
             case AttentionSite(path=path):
                 self.open_attention(path, "prefix tuning")
-                self._prefixes += 1
-                self.state.has_prefixes = True
             case InputSite():
                 pass  # the decoder's hooks are there from the first attach
 
@@ -59,23 +57,25 @@ class OpenSites:
                     del self._parameters[holder]
             case AttentionSite(path=path):
                 self.close_attention(path)
-                self._prefixes -= 1
-                self.state.has_prefixes = self._prefixes > 0
 
     def open_attention(self, path: str, what: str) -> None:
         """Let the attention module at `path` find the forward state; the first one switches the model's attention to
         the registered function that knows prefixes and packs. `what`: needs it, for the message of a refusal."""
         if self._attention_before is None:
             self._attention_before = attention_function.switch_on(self.model, what)
-        attention_function.listen(self.model.get_submodule(path), self.state)
-        self._attention_users[path] = self._attention_users.get(path, 0) + 1
+        module, users = self._attention_users.get(path, (None, 0))
+        if module is None:
+            module = self.model.get_submodule(path)
+            attention_function.listen(module, self.state)
+        self._attention_users[path] = module, users + 1
 
     def close_attention(self, path: str) -> None:
         """The inverse of `open_attention`; with the last one the model's own attention function is set again."""
-        self._attention_users[path] -= 1
-        if self._attention_users[path] == 0:
-            attention_function.stop_listening(self.model.get_submodule(path))
-            del self._attention_users[path]
+        module, users = self._attention_users.pop(path)
+        if users > 1:
+            self._attention_users[path] = module, users - 1
+        else:
+            attention_function.stop_listening(module)
         if not self._attention_users and self._attention_before is not None:
             self.model.set_attn_implementation(self._attention_before)
             self._attention_before = None

@@ -44,7 +44,7 @@ def packing(model: PreTrainedModel, kernel: Kernel | None = None, longest: int =
             yield
         finally:
             state.packing, state.kernel, state.longest = False, None, 0
-            state.begin_pass(None, causal_flag=False)
+            state.begin_pass(None)
 
 
 @contextlib.contextmanager

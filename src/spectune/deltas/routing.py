@@ -27,8 +27,9 @@ def route(model: nn.Module, names: Names) -> Iterator[None]:
 
     Raises:
         ConfigError: a name that is not attached; a fully tuned base in a batch with others, or the bare base under one
-            of which no copy was kept; prompts of unlike lengths in one batch, on a base whose rows do not stay
-            themselves then; and, from the model, a batch with another number of rows.
+            of which no copy was kept; a delta whose place in the model something else has taken; prompts of unlike
+            lengths in one batch, on a base whose rows do not stay themselves then; and, from the model, a batch with
+            another number of rows.
     """
     attachment = Attachment.of(model)
     wanted = [names] if names is None or isinstance(names, str) else list(names)
@@ -41,6 +42,7 @@ def route(model: nn.Module, names: Names) -> Iterator[None]:
     if attachment is None:
         yield
         return
+    attachment.places.check(wanted)
     tuned = attachment.tuned
     if tuned is not None and tuned.name in wanted and any(name != tuned.name for name in wanted):
         raise ConfigError(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from spectune.deltas.delta import Delta
 from spectune.deltas.folder import DeltaFiles, check_tensors
 from spectune.deltas.site import Site
-from spectune.errors import ConfigError, DataError
+from spectune.errors import ConfigError, DataError, some
 from spectune.families import quantised_weights
 from spectune.files.weights import check_finite, need_weights, read_headers, read_weights
 
@@ -34,8 +34,10 @@ class TunedBase(Delta):
                 f"({path}: {kind}), which take no gradient. Load the base without base_precision, or use a method that "
                 "leaves the base as it is, such as LoRA."
             )
-        weights = self.model.named_parameters() if self.keep_base else ()
-        self._kept = {name: parameter.detach().cpu().clone() for name, parameter in weights}
+        # tied ones by each of their names: they may be untied by the time that they are put back
+        self._held = dict(self.model.named_parameters(remove_duplicate=False)) if self.keep_base else {}
+        copies = {parameter: parameter.detach().cpu().clone() for parameter in self._held.values()}
+        self._kept = {name: copies[parameter] for name, parameter in self._held.items()}
 
     def total_parameters(self) -> int:
         return self.family.num_parameters
@@ -70,7 +72,17 @@ class TunedBase(Delta):
     def _base(self, cure: str) -> Mapping[str, Tensor]:
         if not self.keep_base:
             raise ConfigError(f"the base was trained in place and no copy was kept; {cure}")
-        return self._kept
+        now = dict(self.model.named_parameters(remove_duplicate=False))
+        moved = {parameter: name for name, parameter in now.items()}
+        names = {name: name if name in now else moved.get(held) for name, held in self._held.items()}
+        kept = {here: self._kept[name] for name, here in names.items() if here is not None}
+        if other := [name for name, weight in kept.items() if now[name].shape != weight.shape]:
+            first = f"{other[0]}: {list(kept[other[0]].shape)} then, {list(now[other[0]].shape)} now"
+            raise ConfigError(
+                f"the base cannot be put back: {some(other)} changed shape since it was attached ({first}). Give them "
+                "their shape back first (embeddings: model.resize_token_embeddings)."
+            )
+        return kept
 
 
 class ModelFiles(DeltaFiles):
@@ -133,6 +145,6 @@ class ModelFiles(DeltaFiles):
 def _write(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Weights into the model; those that it did not have when `state` was taken stay."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in state:
                 parameter.copy_(state[name])

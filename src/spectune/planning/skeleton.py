@@ -124,7 +124,7 @@ def _base(workload: Workload) -> PreTrainedModel:
 
 def _placed(model: PreTrainedModel, workload: Workload) -> Delta:
     with torch.device("meta"):
-        return place(model, workload.method, "plan", fill=lambda _: None)
+        return place(model, workload.method, "plan", fill=lambda _: None, without_weights=True)
 
 
 def _keep_layers(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> None:

@@ -19,9 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from spectune.compute.masks import widen_mask
+from spectune.compute.masks import mask_of_none, widen_mask
 from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks import packed_attention, prefix_kernel
+from spectune.deltas.hooks.prefix_kernel import attends_causally
 from spectune.deltas.layout import BatchLayout
 from spectune.deltas.modules import AttentionModule
 from spectune.deltas.slots import get
@@ -97,21 +98,37 @@ def _with_prefix(
         if pack is not None and attention_mask is None:  # the mask function left it to the kernel
             lead = get(module, state.current.name)  # of the one delta of a packed batch
             prefix = lead() if isinstance(lead, AttentionModule) else None
-            found = packed_attention.attend(pack, query, key, value, prefix, kwargs)
+            causal = attends_causally(module, query, kwargs)
+            found = packed_attention.attend(pack, query, key, value, prefix, kwargs) if causal else None
             if found is not None:
                 if state.thread.kernel_calls is not None:
                     state.thread.kernel_calls.add(id(module))
                 return found
-            attention_mask = pack.mask(kwargs.get("sliding_window"))
+            attention_mask = pack.mask(kwargs.get("sliding_window"), causal=causal)
         route = state.current
-        if attention_mask is None and attend is sdpa_attention_forward and not route.mixed:
-            one = get(module, route.name)
+        names = dict.fromkeys(route.names) if attention_mask is None else {}
+        acting = any(isinstance(get(module, name), AttentionModule) for name in names)
+        if acting and attend is sdpa_attention_forward:
+            if attends_causally(module, query, kwargs):  # a static cache that is empty yet: transformers cuts it, too
+                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+            one = None if route.mixed else get(module, route.name)
             if isinstance(one, AttentionModule) and prefix_kernel.fits(module, query, key, one.slides, kwargs):
                 return prefix_kernel.attend(attend, module, query, key, value, one(), kwargs)
+        if acting:
+            attention_mask = _mask_of_none(attend, module, query, key, kwargs)
         if not route.bare:
             key, value, attention_mask = _put_before(module, state, query, key, value, attention_mask, kwargs)
     result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
     return result
+
+
+def _mask_of_none(attend: Any, module: nn.Module, query: Tensor, key: Tensor, settings: dict[str, Any]) -> Tensor:
+    """The mask of attention that came without one, as `attend` would have understood that."""
+    queries, keys = query.shape[2], key.shape[2]
+    if attend is not sdpa_attention_forward:  # eager attention hides nothing of its own accord
+        return mask_of_none(queries, keys, causal=False, dtype=query.dtype, device=query.device)
+    causal = attends_causally(module, query, settings)
+    return mask_of_none(queries, keys, causal=causal, dtype=torch.bool, device=query.device)
 
 
 def _put_before(
@@ -142,7 +159,8 @@ def _put_before(
     slides = [name in prefixes and prefixes[name].slides for name in names]
     if window is not None and any(slides):
         visible = visible & _within_window(state.layout_of(batch), place, counts, slides, query, window)
-    mask = widen_mask(mask, query.shape[2], key.shape[2], visible[:, None])
+    assert mask is not None, "where there is a prefix, there is a mask"
+    mask = widen_mask(mask, visible[:, None])
     key = torch.cat([keys.expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([values.expand(batch, -1, -1, -1), value], dim=2)
     return key, value, mask
@@ -192,8 +210,9 @@ def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         if pack.kernel is not None and packed_attention.is_plain(kwargs):
             return None  # attention keeps the documents apart
         return packed_attention.mask_of(sdpa_mask, pack, kwargs)
-    if running.state is None or not running.state.thread.causal_flag:
-        kwargs["allow_is_causal_skip"] = False  # a real mask: prefixes of different lengths are hidden in it
+    if running.state is not None and running.state.thread.attention_calls is not None:
+        # keys and values that deltas start from are the same with eager attention, where `is_causal` says nothing
+        kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
 

@@ -19,8 +19,9 @@ from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks import caches
 from spectune.deltas.hooks.attention_function import running
 from spectune.deltas.hooks.outer_call import OuterCall
-from spectune.deltas.hooks.virtual_tokens import VirtualTokens, check_token_wise, is_2d, left_padding
+from spectune.deltas.hooks.virtual_tokens import VirtualTokens, check_one_text, check_token_wise, is_2d, left_padding
 from spectune.deltas.layout import BatchLayout
+from spectune.deltas.method import plain_tokens
 from spectune.deltas.modules import InputModule
 from spectune.deltas.slots import get
 from spectune.errors import ConfigError
@@ -80,9 +81,10 @@ class DecoderHook:
         text = ids if ids is not None else embeds
         if text is None:
             return None  # the base says itself what is missing
-        if self.state.most_virtual_tokens:
-            mask = self.outer_call.text_only(call, prompt=self.puts_tokens_in())
         cache = next((call[name] for name in caches.CACHE_NAMES if call.get(name) is not None), None)
+        if self.state.most_virtual_tokens:
+            first = cache is None or bool(caches.seen_in(cache) == 0)
+            mask = self.outer_call.text_only(call, prompt=self.puts_tokens_in(), first=first)
         pack = None if is_probing_head() else self.state.thread.pack_ahead
         if pack is not None:
             return (), self._enter_packed(call, pack, text, cache)
@@ -114,8 +116,8 @@ class DecoderHook:
             output.hidden_states = tuple(_text_of(states, done) for states in output.hidden_states)
         return output
 
-    def _begin(self, layout: BatchLayout | None, done: _Exit, *, causal_flag: bool) -> None:
-        self.state.begin_pass(layout, causal_flag=causal_flag)
+    def _begin(self, layout: BatchLayout | None, done: _Exit) -> None:
+        self.state.begin_pass(layout)
         self.state.thread.exit = replace(done, outer=running.state)
         running.state = self.state
 
@@ -138,11 +140,9 @@ class DecoderHook:
         if cache is not None or call.get("use_cache") is not False:
             through = seen + length + before
             caches.note_length(cache, through)
-        filled = not getattr(cache, "is_compileable", False)  # a static cache comes with places that are not filled yet
-        causal_flag = not state.has_prefixes or (filled and not route.mixed)
         exit_without = _Exit(holds=holds, through=through)
         if layout is None or not max(virtual.shifts):
-            self._begin(layout, exit_without, causal_flag=causal_flag)
+            self._begin(layout, exit_without)
             return None
         # what a decoder carries from pass to pass in other ways than a cache does not say how much text is in it
         given = [name for name in caches.OTHER_STATES if call.get(name) is not None]
@@ -151,16 +151,22 @@ class DecoderHook:
                 f"{type(self.decoder).__name__} carries its state in `{given[0]}`, which does not tell whether virtual "
                 "tokens went through it: prompt tuning works here with use_cache=False only"
             )
-        virtual.check_mask(mask, seen_text, length)
+        made = call.get("attention_mask")
+        ready = virtual.length and made is not None and not is_2d(made)
+        virtual.check_mask(made if ready else mask, seen_text, length, from_caller=self.outer_call.mask_from_caller)
         virtual.check_context(mask, seen_text, length, self.family.position_table)
         if self.takes_positions:
             positions = call.get("position_ids")
             if positions is None:
                 positions = self._text_positions(mask, seen_text, length, virtual, text.device)
+            elif virtual.length and first and call.get("attention_mask") is None:
+                check_one_text(positions)
+                # without a mask and a cache transformers takes the jump behind the virtual tokens for a new document
+                call["attention_mask"] = torch.ones(batch, length, dtype=torch.int64, device=text.device)
             call["position_ids"] = positions + virtual.shift(text.device)
         if virtual.length:
             self._put_in(call, virtual, padding, cache, first, seen_text + length)
-        self._begin(layout, replace(exit_without, cut=before), causal_flag=causal_flag)
+        self._begin(layout, replace(exit_without, cut=before))
         return (), call
 
     def _enter_packed(self, call: dict[str, Any], pack: Pack, text: Tensor, cache: Any) -> dict[str, Any]:
@@ -200,8 +206,14 @@ class DecoderHook:
         # all ones: whatever a model makes of its mask or its positions by itself, what our mask function says is added
         call["attention_mask"] = torch.ones(pack.documents.shape, dtype=torch.int64, device=pack.device)
         pack.prepare(shift if prompt is None else 0)
-        self._begin(BatchLayout(route, names, pack.width, pack=pack), _Exit(moved=moved), causal_flag=True)
+        self._begin(BatchLayout(route, names, pack.width, pack=pack), _Exit(moved=moved))
         return call
+
+    @functools.cached_property
+    def _windows(self) -> dict[str, int | None]:
+        """How far layers see, by their kind; those of chunks are left out, which are counted from the text's begin."""
+        window = self.family.sliding_window
+        return {"full_attention": None} if window is None else {"full_attention": None, "sliding_attention": window}
 
     @property
     def _embedding(self) -> nn.Module:
@@ -212,17 +224,27 @@ class DecoderHook:
         prompts = tuple(module if isinstance(module, InputModule) else None for module in found)
         shifts = tuple(self.state.count_of(name) for name in names)
         lengths = tuple(s if prompt is not None else 0 for s, prompt in zip(shifts, prompts, strict=True))
-        return VirtualTokens(shifts, prompts, lengths)
+        return VirtualTokens(shifts, prompts, lengths, self._windows)
+
+    @functools.cached_property
+    def first_position(self) -> int:
+        """The position of a text's first token: 0, or what follows the row that a table of positions keeps for padding
+        (RoBERTa and its like)."""
+        named = ((name.rpartition(".")[2], module) for name, module in self.decoder.named_modules())
+        tables = [m for name, m in named if "position" in name and isinstance(m, nn.Embedding)]
+        return next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
 
     @functools.cached_property
     def counts_padding(self) -> bool:
         """Whether the bare base's own positions, where the caller gives none, are the index in the batch, padding
         counted (True), or the count of real tokens (False). Found out by running it. Raises ConfigError: neither; then
         a caller must give position_ids."""
-        device = token_embedding(self.model).weight.device
-        ids, mask, by_index, by_count = torch.tensor([[1, 2, 3], [0, 1, 1], [0, 1, 2], [0, 0, 1]], device=device)[
-            :, None
-        ]
+        device, first = token_embedding(self.model).weight.device, self.first_position
+        config = self.model.config.get_text_config()
+        a, b, c = plain_tokens(config, self.family.vocab_size)[:3]
+        pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else c
+        rows = torch.tensor([[pad, a, b], [0, 1, 1], [first, first + 1, first + 2], [first, first, first + 1]])
+        ids, mask, by_index, by_count = rows.to(device)[:, None]
         with self.state.routed(None), evaluating(self.model):
             own, index, count = (
                 self.model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits[:, -1].float()
@@ -241,10 +263,10 @@ class DecoderHook:
         self, mask: Any, seen: Any, length: int, virtual: VirtualTokens, device: torch.device
     ) -> Tensor:
         """Positions of the text where the caller gave none, int64 `[batch or 1, length]`, not shifted yet."""
-        by_index: Tensor = (torch.arange(length, device=device) + seen)[None]
+        by_index: Tensor = (torch.arange(length, device=device) + seen + self.first_position)[None]
         if not is_2d(mask):
             return by_index
-        counted = positions_from_mask(mask, length)
+        counted = positions_from_mask(mask, length) + self.first_position
         if all(virtual.shifts):
             return counted
         # rows without virtual tokens have the positions that this base gives them by itself
@@ -274,7 +296,9 @@ class DecoderHook:
         call["input_ids"] = None
         call["inputs_embeds"] = torch.where(here[..., None], tokens, F.pad(embeds, (0, 0, virtual.length, 0)))
         if self.takes_positions:
-            call["position_ids"] = torch.where(here, places, F.pad(call["position_ids"], (virtual.length, 0)))
+            call["position_ids"] = torch.where(
+                here, places + self.first_position, F.pad(call["position_ids"], (virtual.length, 0))
+            )
         caches.make_room(cache, virtual.length, call["inputs_embeds"].shape[1])
 
 

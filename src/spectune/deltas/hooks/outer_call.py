@@ -35,12 +35,17 @@ class OuterCall:
         for handle in self._handles:
             handle.remove()
 
-    def text_only(self, call: dict[str, Any], *, prompt: bool) -> Any:
+    def text_only(self, call: dict[str, Any], *, prompt: bool, first: bool = True) -> Any:
         """The mask that the text of a decoder's call has: the 2-D one that came from outside (or None), where a
         ready-made one was made of it on the way. Positions made on the way are taken out: they count as not given.
-        `call`: of the decoder, by argument name; changed in place. `prompt`: virtual tokens go into the sequence: then
-        the 2-D mask takes the ready-made one's place, which has none for them. Not where something beside text came
-        along, which may have a say in the mask."""
+
+        Args:
+            call: of the decoder, by argument name; changed in place.
+            prompt: virtual tokens go into the sequence: then the 2-D mask takes the ready-made one's place, which has
+                none for them. Not where something beside text came along, which has a say in the mask of a pass of
+                several tokens.
+            first: the cache is empty.
+        """
         mask = call.get("attention_mask")
         outside = self._thread.outer_call
         if outside is None:
@@ -51,11 +56,17 @@ class OuterCall:
         if is_2d(mask) or not (outer is None or is_2d(outer)):
             return mask
         if prompt and mask is not None:
+            text = call.get("input_ids") if call.get("input_ids") is not None else call["inputs_embeds"]
             beside = [n for n, v in outside.items() if isinstance(v, Tensor) and n not in _OF_TEXT]
-            if beside:
-                return mask
-            call["attention_mask"] = outer
+            if not beside or (not first and text.shape[1] == 1):
+                call["attention_mask"] = outer
         return outer
+
+    @property
+    def mask_from_caller(self) -> bool:
+        """Whether a ready-made mask that the decoder is given came from outside."""
+        outside = self._thread.outer_call
+        return outside is None or not (outside.get("attention_mask") is None or is_2d(outside["attention_mask"]))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._thread.outer_call = {**dict(zip(self._names, args, strict=False)), **kwargs}

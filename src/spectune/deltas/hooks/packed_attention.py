@@ -16,7 +16,7 @@ def mask_of(make: Callable[..., Tensor | None], pack: Pack, settings: dict[str, 
     """Transformers' own mask, as it is for each document alone. `settings`: of transformers' mask function."""
     function = settings.get("mask_function", causal_mask_function)
     settings = {**settings, "mask_function": pack.within(function), "attention_mask": None}
-    return make(**{**settings, "allow_is_causal_skip": False})
+    return make(**{**settings, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
 def is_plain(settings: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""One prefix before all rows of a batch in which nothing is hidden: causal attention without a mask.
+"""One prefix before all rows of a batch in which nothing is hidden: attention without a mask, causal or not.
 
 SDPA's causal flag is aligned to the top left, and the kernels behind it (flash attention, cuDNN) are taken for as many
 queries as keys; a prefix of p tokens before T of text makes T queries over p + T keys. So p queries of zeros are put in
@@ -30,11 +30,15 @@ def fits(module: nn.Module, query: Tensor, key: Tensor, slides: bool, settings: 
         return False
     if slides and settings.get("sliding_window") is not None:
         return False
-    if query.shape[2] == 1:  # a new token sees all there is
-        return True
-    causal = settings.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    return bool(causal) and query.shape[2] == key.shape[2]
+    return query.shape[2] == key.shape[2] or not attends_causally(module, query, settings)
+
+
+def attends_causally(module: nn.Module, query: Tensor, settings: dict[str, Any]) -> bool:
+    """Whether transformers' function for SDPA hides later keys where no mask comes; a new token alone sees all there
+    is."""
+    given = settings.get("is_causal")
+    causal = getattr(module, "is_causal", True) if given is None else given
+    return bool(causal) and query.shape[2] > 1
 
 
 def attend(
@@ -51,12 +55,12 @@ def attend(
     Returns:
         what `function` does: `[batch, queries, heads, dim]`, and no weights.
     """
-    batch, queries, count = key.shape[0], query.shape[2], prefix[0].shape[1]
+    batch, count = key.shape[0], prefix[0].shape[1]
     key, value = (
         torch.cat([lead.to(own.dtype).expand(batch, -1, -1, -1), own], dim=2)
         for lead, own in zip(prefix, (key, value), strict=True)
     )
-    if queries == 1:
+    if not attends_causally(module, query, settings):
         alone: tuple[Tensor, Tensor | None] = function(module, query, key, value, None, **settings)
         return alone
     found, weights = function(module, F.pad(query, (0, 0, count, 0)), key, value, None, **settings)

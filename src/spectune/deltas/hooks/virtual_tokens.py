@@ -4,6 +4,7 @@ Rows of one batch may have prompts of different lengths. Each row's virtual toke
 left over in front of the shorter ones is masked, so that distances within a row are what they are when it runs alone.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spectune.compute.masks import mask_of_none
 from spectune.deltas.modules import InputModule
 from spectune.errors import ConfigError
 
@@ -26,11 +28,13 @@ class VirtualTokens:
         shifts: for each row, how far its text's positions move.
         prompts: for each row, the module that gives its virtual tokens, None where it has none in the sequence.
         lengths: for each row, the virtual tokens in the sequence itself (a prefix has none there).
+        windows: how far layers see, by their kind, None for everything; of the kinds whose masks are known here.
     """
 
     shifts: tuple[int, ...]
     prompts: tuple[InputModule | None, ...]
     lengths: tuple[int, ...]
+    windows: Mapping[str, int | None]
 
     @property
     def length(self) -> int:
@@ -62,11 +66,40 @@ class VirtualTokens:
         none = like.new_zeros(self.length, like.shape[-1])
         return torch.stack([made.get(id(prompt), none) for prompt in self.prompts])
 
-    def in_mask(self, mask: Tensor | None, virtual: Tensor, text: int) -> Tensor | None:
-        """A 2-D attention mask with these in it: `[batch, length + text]`. `virtual`: where they stand, boolean."""
+    def in_mask(self, mask: Any, virtual: Tensor, text: int) -> Any:
+        """A 2-D attention mask with these in it: `[batch, length + text]`; a ready-made one, or several by kind of
+        layer, in its own shape. `virtual`: where they stand, boolean `[batch or 1, length + text]`."""
+        if isinstance(mask, dict):
+            return {kind: self._in_made(made, virtual, self.windows[kind]) for kind, made in mask.items()}
+        if mask is not None and not is_2d(mask):
+            return self._in_made(mask, virtual, None)
         if mask is None and len(set(self.lengths)) > 1:
             mask = torch.ones(len(self.lengths), text, dtype=torch.int64, device=virtual.device)
         return None if mask is None else F.pad(mask, (self.length, 0)).masked_fill(virtual, 1)
+
+    def _in_made(self, mask: Tensor | None, virtual: Tensor, window: int | None) -> Tensor | None:
+        """A ready-made mask `[batch or 1, heads or 1, text, keys]` with these in it: the text sees itself as it did,
+        and the virtual tokens that the window of this kind of layer reaches (None: all); those see each other
+        causally."""
+        places = virtual.shape[1]
+        if mask is None:  # plainly causal, over texts without padding
+            if len(set(self.lengths)) == 1 and (window is None or places <= window):
+                return None
+            text = places - self.length
+            mask = mask_of_none(text, text, causal=True, dtype=torch.bool, device=virtual.device)
+        shown, hidden = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+        made = F.pad(mask, (self.length, 0, self.length, 0), value=hidden)
+        made = made.expand(max(made.shape[0], virtual.shape[0]), -1, -1, -1).clone()
+        here = torch.arange(places, device=virtual.device)
+        back = here[:, None] - here
+        reached = (back >= 0) if window is None else (back >= 0) & (back < window)
+        among = made[..., :places]  # a static cache has more places behind
+        among.masked_fill_(virtual[:, None, :, None] | virtual[:, None, None, :], hidden)
+        among.masked_fill_(virtual[:, None, None, :] & reached, shown)
+        # what stands before all of these sees nothing but itself: a softmax over nothing is no number
+        before = virtual.long().cumsum(-1) == 0
+        among.masked_fill_(before[:, None, :, None] & (back == 0), shown)
+        return made
 
     def check_context(self, mask: Any, seen: Any, length: int, context: int | None) -> None:
         """Raise ConfigError where text and virtual tokens need more positions than the base's table has."""
@@ -82,20 +115,50 @@ class VirtualTokens:
                 f"base has {context}. Use at most {context - extra} text tokens, or fewer virtual ones."
             )
 
-    def check_mask(self, mask: Any, seen: Any, length: int) -> None:
-        """Raise ConfigError where a mask is not of the text alone, or has no place for virtual tokens."""
-        if not is_2d(mask):
-            if self.length and mask is not None:
+    def check_mask(self, mask: Any, seen: Any, length: int, *, from_caller: bool) -> None:
+        """Raise ConfigError where a mask is not of the text alone, or has no place for virtual tokens. `from_caller`:
+        it is not the model that made it."""
+        if is_2d(mask):
+            if isinstance(seen, int) and mask.shape[1] != seen + length:
                 raise ConfigError(
-                    "prompt tuning needs the 2-D attention mask of the text [batch, length]; "
-                    "a ready-made 4-D mask has no place for the virtual tokens"
+                    f"the attention mask covers {mask.shape[1]} tokens, the text has {seen + length} "
+                    f"({seen} cached, {length} new); it must cover the text and nothing else"
                 )
             return
-        if isinstance(seen, int) and mask.shape[1] != seen + length:
+        if not self.length or mask is None:
+            return
+        if from_caller:
             raise ConfigError(
-                f"the attention mask covers {mask.shape[1]} tokens, the text has {seen + length} "
-                f"({seen} cached, {length} new); it must cover the text and nothing else"
+                "prompt tuning needs the 2-D attention mask of the text [batch, length]; "
+                f"a ready-made one ({_shape(mask)}) has no place for the virtual tokens"
             )
+        several = isinstance(mask, dict)
+        kinds = dict(mask) if several else dict.fromkeys(self.windows, mask)
+        strange = [kind for kind in kinds if kind not in self.windows]
+        shapes = [_shape(made) for made in kinds.values() if made is not None and not _is_4d(made)]
+        problem = None
+        if strange:
+            problem = f"it makes masks of the kind {', '.join(strange)}"
+        elif shapes:
+            problem = f"it makes a mask that is {shapes[0]}"
+        elif not several and any(window is not None for window in self.windows.values()):
+            problem = "it makes one mask for layers with windows and without"
+        elif seen:
+            problem = f"{length} tokens with something beside the text come behind {seen} in the cache"
+        if problem is not None:
+            raise ConfigError(
+                "prompt tuning is refused for this input: the model makes its attention masks itself of what came "
+                f"beside the text (pictures, token types), and {problem}, where spectune cannot put virtual tokens in. "
+                "Use prefix tuning or LoRA."
+            )
+
+
+def _is_4d(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 4
+
+
+def _shape(mask: Any) -> str:
+    return f"{mask.dim()}-D" if isinstance(mask, Tensor) else f"a {type(mask).__name__} of masks"
 
 
 def is_2d(mask: Any) -> bool:
@@ -106,6 +169,23 @@ def is_2d(mask: Any) -> bool:
 def left_padding(mask: Any) -> Tensor | None:
     """Padding tokens on the left of each row of a 2-D mask, int64 `[batch, 1]`; None without one."""
     return mask.long().cumsum(-1).eq(0).sum(-1, keepdim=True) if is_2d(mask) else None
+
+
+def check_one_text(positions: Tensor) -> None:
+    """Raise ConfigError where positions that came without a mask, `[rows, length]` or several such (`[3 or 4, rows,
+    length]`, the first of four counts tokens), are of several documents in one row, as transformers reads them."""
+    if torch.compiler.is_compiling() or (positions.dim() == 3 and positions.shape[0] != 4):
+        return
+    rows = (positions[0] if positions.dim() == 3 else positions).view(-1, positions.shape[-1])
+    jumps = (rows.diff(dim=-1) != 1).any(-1)
+    if bool(jumps.any()):
+        row = int(jumps.long().argmax())
+        raise ConfigError(
+            f"position_ids of row {row} do not rise one by one: {rows[row].tolist()}. Without an attention mask "
+            "transformers reads that as several documents in one row, and prompt tuning puts virtual tokens before one "
+            "text in each row. Give each document a row of its own, or, where it is one text, its 2-D attention mask "
+            "too."
+        )
 
 
 def check_token_wise(call: dict[str, Any], text: int) -> None:

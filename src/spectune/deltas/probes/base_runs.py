@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
+from spectune.deltas.absent_weights import offloaded
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.hooks.attention_function import implementation
 from spectune.deltas.hooks.caches import caches_in
@@ -18,10 +19,11 @@ from spectune.families import token_embedding
 
 
 def can_run(model: nn.Module) -> bool:
-    """Whether the base has weights to run with: none stands on the meta device."""
+    """Whether the base has weights to run with: none stands on the meta device, unless it is loaded for each call."""
     attachment = Attachment.of(model)
     modules = model.modules() if attachment is None else attachment.base_modules
-    return not any(p.device.type == "meta" for module in modules for p in module.parameters(recurse=False))
+    absent = [m for m in modules if any(p.device.type == "meta" for p in m.parameters(recurse=False))]
+    return not absent or len(absent) == len(offloaded(model))
 
 
 def proved_as_routed(model: PreTrainedModel, *question: object) -> tuple[dict[Any, Any], object]:

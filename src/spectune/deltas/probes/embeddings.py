@@ -45,6 +45,8 @@ def prove_reads_embeddings(model: PreTrainedModel) -> None:
                 got = logits_of(model, ids, mask)
             with _as_embeddings(attachment, noise=0.1):
                 logits_of(model, ids, mask)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:
             raise ConfigError(
                 f"prompt tuning is refused: this {kind} model's own code needs token ids, which virtual tokens do not "

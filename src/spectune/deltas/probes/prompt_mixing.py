@@ -54,7 +54,11 @@ def _measure(attachment: Attachment, longest: str | None) -> float:
     mask = torch.ones_like(padded)
     mask[:, :2] = 0
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    given = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes_positions else {}
+    given = (
+        {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0) + attachment.decoder.first_position}
+        if takes_positions
+        else {}
+    )
     whole = torch.ones_like(text)
     # these are no passes of a packed batch that may be at hand
     state = attachment.state
