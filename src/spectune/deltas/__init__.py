@@ -4,6 +4,7 @@ Each file imports only files that stand above it here:
 
     site, modules, layout   plain values, and the modules that act at sites
     rate_rule               a method's learning rate by the base's size
+    target_parameters       matrices that a config names, and what is said of those it leaves out
     slots                   where these modules stand in the model
     forward_state           what is in force in a forward pass
     method                  the contract of a method
@@ -32,13 +33,15 @@ from spectune.deltas.probes.right_padding import why_mask_is_needed
 from spectune.deltas.probes.survey import uncalled
 from spectune.deltas.rate_rule import SWEEPS, TINKER, BaseRate, RatePoint, RateRule
 from spectune.deltas.routing import route
-from spectune.deltas.site import AttentionSite, InputSite, OutputSite, ParameterSite, Site
+from spectune.deltas.site import AttentionSite, InputSite, MatrixSite, OutputSite, ParameterSite, Site
+from spectune.deltas.target_parameters import expert_words, experts_left_out, matrices_named, peft_keys
 
 __all__ = [
     "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate", "Delta",
-    "DeltaModule", "InitContext", "InputModule", "InputSite", "Method", "OutputModule", "OutputSite",
+    "DeltaModule", "InitContext", "InputModule", "InputSite", "MatrixSite", "Method", "OutputModule", "OutputSite",
     "ParameterModule", "ParameterSite", "RatePoint", "RateRule", "Site", "attach", "attached", "base_name",
-    "cached_values", "capture_keys_and_values", "detach", "kernel_serves", "merge", "merge_and_measure", "packed",
-    "packing", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced", "why_mask_is_needed",
+    "cached_values", "capture_keys_and_values", "detach", "expert_words", "experts_left_out", "kernel_serves",
+    "matrices_named", "merge", "merge_and_measure", "packed",
+    "packing", "peft_keys", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced", "why_mask_is_needed",
     "why_not_cudnn", "why_not_packed",
 ]  # fmt: skip

@@ -11,28 +11,35 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from spectune.compute.low_rank import low_rank_sum
 from spectune.deltas import (
     SWEEPS,
     TINKER,
     DeltaModule,
     InitContext,
+    MatrixSite,
     Method,
     OutputModule,
     OutputSite,
+    ParameterModule,
     RatePoint,
     RateRule,
     Site,
+    expert_words,
+    experts_left_out,
+    matrices_named,
+    peft_keys,
 )  # fmt: skip
-from spectune.errors import ConfigError, DataError
-from spectune.families import Family, Linear
+from spectune.errors import ConfigError, DataError, some
+from spectune.families import Family, Linear, Matrix
 
 _PEFT_PREFIX = "base_model.model."
 Number = TypeVar("Number", int, float)
@@ -76,6 +83,41 @@ class LoRALayer(OutputModule):
         weight.data = (weight.float() + (change.T if isinstance(module, Conv1D) else change)).to(weight.dtype)
 
 
+class LoRAMatrix(ParameterModule):
+    """`W + scale * B A` in the place of a parameter that is a matrix, or one for each expert.
+
+    As PEFT stores them: `lora_A` `[matrices * r, in_features]`, expert after expert, `lora_B` `[out_features, r *
+    matrices]`, where the experts' columns of one rank stand together."""
+
+    def __init__(self, site: MatrixSite, r: int, scale: float) -> None:
+        super().__init__()
+        self.several, self.transposed, self.scale = len(site.shape) == 3, site.transposed, scale
+        self.count = site.shape[0] if self.several else 1
+        out_features, in_features = site.shape[:-3:-1] if site.transposed else site.shape[-2:]
+        self.lora_A = nn.Parameter(torch.empty(self.count * r, in_features))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r * self.count))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """As a linear's."""
+        LoRALayer.initialise(self, generator)  # type: ignore[arg-type]
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`(left, right)`, whose product is the change in the parameter's own shape."""
+        first = (self.lora_A * self.scale).to(dtype).unflatten(0, (self.count, -1))
+        second = self.lora_B.to(dtype).unflatten(1, (-1, self.count)).permute(2, 0, 1).contiguous()
+        left, right = (first.mT, second.mT) if self.transposed else (second, first)
+        return (left, right) if self.several else (left[0], right[0])
+
+    def changed(self, parameter: Tensor) -> Tensor:
+        left, right = self.factors(torch.float32)
+        return (parameter.float() + left @ right).to(parameter.dtype)
+
+    def in_place_of(self, parameter: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or type(parameter) not in (nn.Parameter, Tensor):
+            return self.changed(parameter)  # the compiler does not follow tensors of other classes
+        return low_rank_sum(parameter, *self.factors(parameter.dtype))
+
+
 class LoRA(Method):
     """Low-rank adaptation of linear maps (Hu et al. 2021).
 
@@ -88,6 +130,9 @@ class LoRA(Method):
         use_rslora: scale by `lora_alpha / sqrt(r)`.
         rank_pattern, alpha_pattern: another rank or alpha for some linears, by the end of their path or a regular
             expression for it (`{"q_proj": 4}`); the first that matches counts, as in PEFT.
+        target_parameters: matrices that are parameters and no linears, by the end of their name
+            (`["experts.gate_up_proj", "experts.down_proj"]`, as in PEFT), or `"all-experts"`. Each expert gets a change
+            of rank `r` of its own. Not with `lora_dropout`: there is no input of `A` to drop.
     """
 
     name: Literal["lora"] = "lora"
@@ -98,6 +143,7 @@ class LoRA(Method):
     use_rslora: bool = False
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    target_parameters: Literal["all-experts"] | tuple[str, ...] = ()
 
     label: ClassVar[str] = "LoRA"
     best_for: ClassVar[str] = "the default: near full quality, merges away at inference"
@@ -113,10 +159,19 @@ class LoRA(Method):
 
     @field_validator("target_modules")
     @classmethod
-    def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not value:
-            raise ValueError("empty: nothing would be trained")
-        return value if isinstance(value, tuple) or value == "all-linear" else _safe_pattern(value)
+    def _target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return value if isinstance(value, tuple) or value in ("all-linear", "") else _safe_pattern(value)
+
+    @model_validator(mode="after")
+    def _some_target(self) -> Self:
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules is empty: nothing would be trained")
+        if self.target_parameters and self.lora_dropout:
+            raise ValueError(
+                "lora_dropout cannot act on target_parameters, whose inputs the base keeps to itself (PEFT refuses "
+                "both together): set lora_dropout to 0"
+            )
+        return self
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -134,25 +189,55 @@ class LoRA(Method):
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def sites(self, family: Family) -> list[Site]:
-        found = targets(family, self.target_modules)
+        found = targets(family, self.target_modules) if self.target_modules else []
+        matrices = self._matrices(family, found)
+        paths = [*(linear.path for linear in found), *(matrix.where for matrix in matrices)]
         for field in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, field):
-                if not any(_matches(key, t.path) for t in found):
-                    near = difflib.get_close_matches(key, _endings(found), n=1, cutoff=0)
+                if not any(_matches(key, path) for path in paths):
+                    ends = sorted({path.rpartition(".")[2] for path in paths})
+                    near = difflib.get_close_matches(key, ends, n=1, cutoff=0)
                     raise ConfigError(
-                        f"{field}: {key!r} matches none of the targeted linears"
+                        f"{field}: {key!r} matches none of the targets"
                         + (f"; the nearest is {near[0]!r}" if near else "")
                     )
-        return [OutputSite(t.path, t.in_features, t.out_features) for t in found]
+        return [
+            *(OutputSite(t.path, t.in_features, t.out_features) for t in found),
+            *(MatrixSite(m.path, m.name, m.shape, m.transposed) for m in matrices),
+        ]
 
-    def build(self, site: Site) -> OutputModule:
+    def _matrices(self, family: Family, linears: Sequence[Linear]) -> list[Matrix]:
+        matrices = matrices_named(family, self.target_parameters) if self.target_parameters else []
+        twice = {linear.path for linear in linears} & {matrix.path for matrix in matrices}
+        if twice:
+            raise ConfigError(
+                f"target_parameters names weights of linears that target_modules names too ({some(sorted(twice))}): "
+                "each takes one change, so leave them out of one of both."
+            )
+        if matrices and linears and family.conv1d:
+            raise ConfigError(
+                "target_parameters beside target_modules is refused for a base of Conv1D linears, which PEFT could not "
+                "read: set target_modules to []"
+            )
+        return matrices
+
+    def build(self, site: Site) -> DeltaModule:
+        if isinstance(site, MatrixSite):
+            return LoRAMatrix(site, self.rank(site.path), self.scale(site.path))
         assert isinstance(site, OutputSite)
         return LoRALayer(site, self.rank(site.path), self.scale(site.path), self.lora_dropout)
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for _, module in modules:
-            assert isinstance(module, LoRALayer)
+            assert isinstance(module, LoRALayer | LoRAMatrix)
             module.initialise(context.generator)
+
+    def notice(self, family: Family) -> str | None:
+        named = self.target_modules
+        if named != "all-linear" and not (named and expert_words(family, named)):
+            return None  # who names other modules wants these
+        matrices = matrices_named(family, self.target_parameters) if self.target_parameters else []
+        return experts_left_out(family, matrices)
 
     # PEFT's layout: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r]
 
@@ -166,17 +251,31 @@ class LoRA(Method):
             # readers annotate it as a whole number
             "lora_alpha": int(self.lora_alpha) if self.lora_alpha == int(self.lora_alpha) else self.lora_alpha,
             "lora_dropout": self.lora_dropout,
-            "target_modules": _endings(family.linears) if modules == "all-linear" else modules,
+            "target_modules": _endings(family.linears) if modules == "all-linear" else modules or [],
             "use_rslora": self.use_rslora,
-            "fan_in_fan_out": family.conv1d,
+            "fan_in_fan_out": family.conv1d and bool(modules),
             "bias": "none",
         }
         # only where they are used: older readers need not know them
         config |= {key: found for key in ("rank_pattern", "alpha_pattern") if (found := getattr(self, key))}
-        return config, {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in state.items()}
+        matrices = self._matrix_sites(family)
+        if matrices:  # by whole names: an end could name something beside the text's layers too
+            config["target_parameters"] = sorted(site.path for site in matrices)
+        keys = self._matrix_keys(family)
+        return config, {f"{_PEFT_PREFIX}{keys.get(name, name)}.weight": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-        return {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
+        ours = {theirs: name for name, theirs in self._matrix_keys(family).items()}
+        plain = {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
+        return {ours.get(name, name): tensor for name, tensor in plain.items()}
+
+    def _matrix_keys(self, family: Family) -> dict[str, str]:
+        """PEFT's names of the weights at `target_parameters`, by ours."""
+        wrappers = peft_keys(self._matrix_sites(family))
+        return {f"{path}.{leaf}": f"{at}.{leaf}" for path, at in wrappers.items() for leaf in ("lora_A", "lora_B")}
+
+    def _matrix_sites(self, family: Family) -> list[MatrixSite]:
+        return [site for site in self.sites(family) if isinstance(site, MatrixSite)] if self.target_parameters else []
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> LoRA | None:
@@ -187,7 +286,7 @@ class LoRA(Method):
 def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of this method in PEFT's `adapter_config.json`. Raises DataError: it uses something of PEFT's LoRA
     that would be lost here."""
-    beyond = ("modules_to_save", "layers_to_transform", "layer_replication", "lora_bias", "target_parameters",
+    beyond = ("modules_to_save", "layers_to_transform", "layer_replication", "lora_bias",
               "exclude_modules", "trainable_token_indices", "alora_invocation_tokens", "use_qalora")  # fmt: skip
     used = [key for key in beyond if config.get(key)]
     if config.get("bias", "none") != "none":
@@ -196,7 +295,8 @@ def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(
             f"this LoRA uses {', '.join(used)}, which spectune cannot load: its answers would not be the same"
         )
-    modules = config["target_modules"]
+    parameters = config.get("target_parameters") or []
+    modules = config["target_modules"] if not parameters else config.get("target_modules") or []
     return {
         "r": config["r"],
         "lora_alpha": config["lora_alpha"],
@@ -205,6 +305,7 @@ def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "use_rslora": config.get("use_rslora", False),
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
+        "target_parameters": tuple(sorted(parameters)),
     }
 
 
@@ -243,7 +344,13 @@ def targets(family: Family, wanted: str | tuple[str, ...]) -> list[Linear]:
         raise ConfigError(
             "\n".join(
                 f"target_modules: {name!r} matches no linear of this {family.model_type} model"
-                + (f"; the nearest is {near[name][0]!r}" if near[name] else "")
+                + (
+                    f": {words}"
+                    if (words := expert_words(family, name))
+                    else f"; the nearest is {near[name][0]!r}"
+                    if near[name]
+                    else ""
+                )
                 for name in missing
             )
             + f"\nIts linears end in: {', '.join(known)}"

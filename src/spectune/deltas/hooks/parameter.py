@@ -102,7 +102,7 @@ class ParameterHook:
                 "delta cannot share a batch with others. Route it in a batch of its own."
             )
         [found] = acting.values()
-        made = found.changed(base)
+        made = found.in_place_of(base) if isinstance(found, ParameterModule) else found.changed(base)
         made._spectune_base = base  # type: ignore[attr-defined]
         return made
 

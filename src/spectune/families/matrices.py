@@ -1,0 +1,78 @@
+"""Weights that are matrices, as parameters: one, or one for each expert in a parameter of three dimensions."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from spectune.families.module_kinds import linear_shape
+from spectune.families.quantised import is_plain
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter of a layer that maps features to features: a linear's weight, a router's, or one map for each expert.
+
+    Attributes:
+        path: the module that holds it.
+        name: its name there.
+        shape: two numbers, or three where each expert has a matrix.
+        transposed: it is `[in, out]` for each expert, as the module itself says (`is_transposed`). One that says
+            nothing counts as `[out, in]`, as in PEFT; a low-rank change is the same either way.
+        experts: it is experts' and no linear's, so that no hook on a linear's output reaches it.
+        linear: it is the weight of a linear map.
+    """
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool
+    experts: bool
+    linear: bool
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}.{self.name}"
+
+    @property
+    def count(self) -> int:
+        """Matrices in it."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[-2] if self.transposed else self.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[-1] if self.transposed else self.shape[-2]
+
+    @property
+    def size(self) -> int:
+        return self.count * self.in_features * self.out_features
+
+
+def matrices_of(model: PreTrainedModel, stacks: list[str], beside: frozenset[str]) -> tuple[Matrix, ...]:
+    """Every parameter of two or three dimensions in the layers, in the model's order; those of convolutions and
+    tables, quantised ones and biases are left out."""
+    found = []
+    for path in stacks:
+        for name, module in model.get_submodule(path).named_modules():
+            where = f"{path}.{name}"
+            if where in beside or isinstance(module, nn.modules.conv._ConvNd | nn.Embedding):
+                continue
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() in (2, 3) and is_plain(parameter) and not leaf.endswith("bias"):
+                    found.append(_matrix(module, where, name, leaf, parameter))
+    return tuple(found)
+
+
+def _matrix(module: nn.Module, where: str, inside: str, leaf: str, parameter: nn.Parameter) -> Matrix:
+    """Experts are told by the number of them that their module knows, or by the name of what holds them. A router knows
+    that number too, and has a row for each."""
+    several = getattr(module, "num_experts", None) == parameter.shape[0]
+    linear = linear_shape(module) is not None
+    named = "expert" in inside
+    experts = not linear and ((several or named) if parameter.dim() == 3 else (named and not several))
+    transposed = parameter.dim() == 3 and getattr(module, "is_transposed", False) is True
+    return Matrix(where, leaf, tuple(parameter.shape), transposed, experts, linear)
