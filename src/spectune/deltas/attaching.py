@@ -1,6 +1,7 @@
 """Attach a method to a model, and take it off again: all or nothing, bit for bit."""
 
 import contextlib
+import logging
 import re
 from collections.abc import Callable
 
@@ -19,6 +20,8 @@ from spectune.deltas.probes.survey import settled_sites
 from spectune.deltas.tuned_base import TunedBase
 from spectune.errors import ConfigError
 from spectune.families import describe, fingerprint
+
+log = logging.getLogger("spectune")
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -44,6 +47,8 @@ def attach(
         facts: what earlier attachments to this base have proved, of which nothing is proved again; and what this one
             proves is put there.
 
+    What the method has to say of this base (`Method.notice`) is logged as a warning.
+
     Raises:
         ConfigError: a name in use or not `[A-Za-z0-9_.-]+`, a target that matches nothing, a base the method cannot
             take, a compiled model. The model is then as it was.
@@ -55,7 +60,16 @@ def attach(
         with torch.no_grad():
             method.initialise(delta.sites, InitContext(model, delta.family, generator, tokenizer, shared))
 
-    return place(model, method, name, keep_base=keep_base, fill=first_weights, facts=facts)
+    delta = place(model, method, name, keep_base=keep_base, fill=first_weights, facts=facts)
+    _tell(delta)
+    return delta
+
+
+def _tell(delta: Delta) -> None:
+    """Log what the user should read of this method on this base, once for the same facts of the base."""
+    attachment, notice = Attachment.of(delta.model), delta.method.notice(delta.family)
+    if notice is not None and attachment is not None and attachment.proved.setdefault(("told", notice), delta) is delta:
+        log.warning("%s: %s", delta.method.label, notice)
 
 
 def place(

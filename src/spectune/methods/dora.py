@@ -6,9 +6,10 @@ starts at the base. The norm is held constant in the gradient (their section 4.3
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -74,6 +75,15 @@ class DoRA(LoRA):
 
     label: ClassVar[str] = "DoRA"
     best_for: ClassVar[str] = "LoRA's place where rank is small and training time is no matter"
+
+    @model_validator(mode="after")
+    def _linears_only(self) -> Self:
+        if self.target_parameters:
+            raise ValueError(
+                "DoRA does not act on target_parameters: the norm of every expert's rows would be taken in each step, "
+                "and PEFT has no such layer. Use LoRA (name: lora) for experts"
+            )
+        return self
 
     def build(self, site: Site) -> DoRALayer:
         lora = super().build(site)

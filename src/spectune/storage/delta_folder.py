@@ -27,6 +27,7 @@ _PEFT_TYPES: dict[str, tuple[type, ...]] = {
     "use_dora": (bool,),
     "bias": (str,),
     "target_modules": (str, list),
+    "target_parameters": (list,),
     "num_virtual_tokens": (int,),
 }
 

@@ -274,7 +274,6 @@ def _spread(world: World) -> str:
 def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execution) -> None:
     delta, config = run.delta, run.config
     trained, base = delta.num_trained_parameters(), delta.family.num_parameters
-    notice = delta.method.notice(delta.family)
     # nothing is cut or dropped in silence; data_report.json has every row
     summaries = [found.report.summary(part) for part, found in zip(("train", "valid"), prepared.encoded, strict=True)]
     world = run.batches.world
@@ -286,7 +285,6 @@ def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execut
         f"{prepared.learning_rate:g}"
         + ("" if config.learning_rate else f" ({delta.method.learning_rates.at(delta.family.hidden_size).sentence})"),
         mixture(prepared.encoded[0].report) or None,
-        None if notice is None else f"note: {notice}",
         execution.reason("packing"),
         execution.reason("cuda_graphs"),
         *(f"{line} (see data_report.json)" for line in summaries if line),
