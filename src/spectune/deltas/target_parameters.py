@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from spectune.deltas.site import ParameterSite
-from spectune.errors import ConfigError
-from spectune.families import Family, Matrix
+from spectune.errors import ConfigError, some
+from spectune.families import Family, Linear, Matrix
 
 #: the word that names all experts of a base, as "all-linear" names all linears
 ALL_EXPERTS = "all-experts"
@@ -17,24 +17,40 @@ ALL_EXPERTS = "all-experts"
 _PLAIN_WORDS = frozenset({"", "proj", "linear", "weight", "layers", "model", "mlp"})
 #: what experts' linears are called in older checkpoints
 _ONCE = frozenset({"w1", "w2", "w3", "expert"})
+#: what PEFT takes for experts, wherever it stands in a mixture of them
+_TAKEN_FOR_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
-def matrices_named(family: Family, wanted: str | Sequence[str]) -> list[Matrix]:
-    """The parameters that `target_parameters` names, in the model's order: `"all-experts"`, or a list of whole names or
-    their ends (`["experts.down_proj"]`). Raises ConfigError: a name that matches none, with the nearest; a base without
-    such experts."""
+def parameters_named(family: Family, wanted: str | Sequence[str]) -> tuple[list[Linear], list[Matrix]]:
+    """What `target_parameters` names, in the model's order: linears, by their weight, and other matrices.
+
+    Args:
+        wanted: `"all-experts"`, or a list of whole names or their ends (`["experts.down_proj"]`).
+
+    Raises:
+        ConfigError: a name that matches nothing, with the nearest; "all-experts" for a base without such experts.
+    """
     if wanted == ALL_EXPERTS:
         if not family.experts:
             raise ConfigError(
                 f"target_parameters: this {family.model_type} model has no experts in parameters of their own: leave "
                 "it out. Experts that are linears are among target_modules."
             )
-        return list(family.experts)
+        return [], list(family.experts)
     names = [wanted] if isinstance(wanted, str) else list(wanted)
-    found = [matrix for matrix in family.matrices if any(_ends(matrix.where, name) for name in names)]
-    missing = [name for name in names if not any(_ends(matrix.where, name) for matrix in found)]
+    linears = [t for t in family.linears if any(_ends(_weight(t), name) for name in names)]
+    matrices = [matrix for matrix in family.matrices if any(_ends(matrix.where, name) for name in names)]
+    if linears and family.conv1d:
+        raise ConfigError(
+            f"target_parameters names weights of linears that stand transposed in a {family.model_type} model "
+            f"({some([t.path for t in linears])}): name them in target_modules"
+        )
+    found = [*map(_weight, linears), *(matrix.where for matrix in matrices)]
+    missing = [name for name in names if not any(_ends(where, name) for where in found)]
     if missing:
-        known = _short_names(family.matrices)
+        known = sorted(
+            {_short(where) for where in (*map(_weight, family.linears), *(m.where for m in family.matrices))}
+        )
         near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0) for name in missing}
         raise ConfigError(
             "\n".join(
@@ -44,15 +60,14 @@ def matrices_named(family: Family, wanted: str | Sequence[str]) -> list[Matrix]:
             )
             + f"\nIts experts are: {', '.join(_short_names(family.experts)) or 'none'}"
         )
-    return found
+    return linears, matrices
 
 
 def expert_words(family: Family, names: str | Sequence[str]) -> str | None:
     """What to say where `target_modules` names a parameter that is no linear: experts, by today's names or those of the
     linears that they once were (`gate_proj`, `w1`), or a router. None where it does not."""
     given = [names] if isinstance(names, str) else list(names)
-    others = [matrix for matrix in family.matrices if not matrix.linear]
-    told = [m for m in others if any(_ends(m.path, name) or _ends(m.where, name) for name in given)]
+    told = [m for m in family.matrices if any(_ends(m.path, name) or _ends(m.where, name) for name in given)]
     words = {word for m in family.experts for word in _words(f"{m.path.rpartition('.')[2]}.{m.name}")}
     if not told and _words(" ".join(given)) & (words | _ONCE):
         told = list(family.experts)
@@ -65,9 +80,8 @@ def expert_words(family: Family, names: str | Sequence[str]) -> str | None:
 def experts_left_out(family: Family, taken: Sequence[Matrix]) -> str | None:
     """A sentence on weights that no linear holds, where `taken` leaves experts out, or more than half of all; else
     None."""
-    others = [matrix for matrix in family.matrices if not matrix.linear]
-    left = [matrix for matrix in others if matrix not in taken]
-    everything = sum(m.size for m in others) + sum(t.in_features * t.out_features for t in family.linears)
+    left = [matrix for matrix in family.matrices if matrix not in taken]
+    everything = sum(m.size for m in family.matrices) + sum(t.in_features * t.out_features for t in family.linears)
     experts = [matrix for matrix in left if matrix.experts]
     share = sum(matrix.size for matrix in left) / max(1, everything)
     if not experts and share <= 0.5:
@@ -96,6 +110,16 @@ def peft_keys(sites: Sequence[ParameterSite]) -> dict[str, str]:
     }
 
 
+def told_apart(family: Family, linears: Sequence[Linear]) -> tuple[list[Linear], list[Linear]]:
+    """Those of the linears that an adapter for PEFT can name in `target_modules`, and those that it has to name in
+    `target_parameters` by their weight, which is the same change in the same tensors.
+
+    On many mixtures PEFT takes the names that experts' linears once had for experts (`peft.utils.
+    transformers_weight_conversion`), shared experts' and dense layers' linears of that name with them."""
+    mistaken = [t for t in linears if family.experts and t.path.rpartition(".")[2] in _TAKEN_FOR_EXPERTS]
+    return [t for t in linears if t not in mistaken], mistaken
+
+
 def _ends(where: str, name: str) -> bool:
     return f".{where}".endswith(f".{name}")
 
@@ -105,5 +129,13 @@ def _words(name: str) -> set[str]:
 
 
 def _short_names(matrices: Sequence[Matrix]) -> list[str]:
-    """The last two parts of each name, once."""
-    return sorted({".".join(matrix.where.split(".")[-2:]) for matrix in matrices})
+    return sorted({_short(matrix.where) for matrix in matrices})
+
+
+def _short(where: str) -> str:
+    """The last two parts of a name."""
+    return ".".join(where.split(".")[-2:])
+
+
+def _weight(linear: Linear) -> str:
+    return f"{linear.path}.weight"

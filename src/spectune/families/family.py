@@ -76,7 +76,6 @@ class Family:
     layers: tuple[Layer, ...]
     linears: tuple[Linear, ...]
     biases: tuple[Bias, ...]
-    #: linears' weights among them, where these are not quantised
     matrices: tuple[Matrix, ...]
     num_parameters: int
     #: every linear is a `Conv1D`, or stands for one: its weight is transposed (PEFT calls that fan_in_fan_out)
@@ -93,7 +92,7 @@ class Family:
 
     @property
     def experts(self) -> tuple[Matrix, ...]:
-        """Weights of experts that stand in a parameter of their own, and in no linear."""
+        """Weights of experts that are no linears."""
         return tuple(matrix for matrix in self.matrices if matrix.experts)
 
     @property

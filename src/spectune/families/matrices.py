@@ -1,4 +1,4 @@
-"""Weights that are matrices, as parameters: one, or one for each expert in a parameter of three dimensions."""
+"""Matrices that stand in a parameter of their own and in no linear: routers, and experts, all in one parameter."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,8 @@ from spectune.families.quantised import is_plain
 
 @dataclass(frozen=True)
 class Matrix:
-    """A parameter of a layer that maps features to features: a linear's weight, a router's, or one map for each expert.
+    """A parameter of a layer that is a matrix, or one for each expert, and no linear's weight: the base's own code
+    multiplies with it, so that no hook on a linear's output reaches it.
 
     Attributes:
         path: the module that holds it.
@@ -19,8 +20,7 @@ class Matrix:
         shape: two numbers, or three where each expert has a matrix.
         transposed: it is `[in, out]` for each expert, as the module itself says (`is_transposed`). One that says
             nothing counts as `[out, in]`, as in PEFT; a low-rank change is the same either way.
-        experts: it is experts' and no linear's, so that no hook on a linear's output reaches it.
-        linear: it is the weight of a linear map.
+        experts: it is experts'.
     """
 
     path: str
@@ -28,7 +28,6 @@ class Matrix:
     shape: tuple[int, ...]
     transposed: bool
     experts: bool
-    linear: bool
 
     @property
     def where(self) -> str:
@@ -53,16 +52,18 @@ class Matrix:
 
 
 def matrices_of(model: PreTrainedModel, stacks: list[str], beside: frozenset[str]) -> tuple[Matrix, ...]:
-    """Every parameter of two or three dimensions in the layers, in the model's order; those of convolutions and
-    tables, quantised ones and biases are left out."""
+    """Every parameter of two or three dimensions in the layers, in the model's order; those of linears, convolutions
+    and tables, quantised ones and biases are left out."""
     found = []
     for path in stacks:
         for name, module in model.get_submodule(path).named_modules():
             where = f"{path}.{name}"
             if where in beside or isinstance(module, nn.modules.conv._ConvNd | nn.Embedding):
                 continue
+            linear = linear_shape(module) is not None
             for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() in (2, 3) and is_plain(parameter) and not leaf.endswith("bias"):
+                weight = linear and leaf == "weight"
+                if parameter.dim() in (2, 3) and is_plain(parameter) and not weight and not leaf.endswith("bias"):
                     found.append(_matrix(module, where, name, leaf, parameter))
     return tuple(found)
 
@@ -71,8 +72,7 @@ def _matrix(module: nn.Module, where: str, inside: str, leaf: str, parameter: nn
     """Experts are told by the number of them that their module knows, or by the name of what holds them. A router knows
     that number too, and has a row for each."""
     several = getattr(module, "num_experts", None) == parameter.shape[0]
-    linear = linear_shape(module) is not None
     named = "expert" in inside
-    experts = not linear and ((several or named) if parameter.dim() == 3 else (named and not several))
+    experts = (several or named) if parameter.dim() == 3 else (named and not several)
     transposed = parameter.dim() == 3 and getattr(module, "is_transposed", False) is True
-    return Matrix(where, leaf, tuple(parameter.shape), transposed, experts, linear)
+    return Matrix(where, leaf, tuple(parameter.shape), transposed, experts)

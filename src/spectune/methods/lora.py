@@ -11,6 +11,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
@@ -35,8 +36,9 @@ from spectune.deltas import (
     Site,
     expert_words,
     experts_left_out,
-    matrices_named,
+    parameters_named,
     peft_keys,
+    told_apart,
 )  # fmt: skip
 from spectune.errors import ConfigError, DataError, some
 from spectune.families import Family, Linear, Matrix
@@ -118,6 +120,11 @@ class LoRAMatrix(ParameterModule):
         return low_rank_sum(parameter, *self.factors(parameter.dtype))
 
 
+@dataclass(frozen=True)
+class _WeightSite(OutputSite):
+    """A linear that `target_parameters` names by its weight: ranks go by that name too, as in PEFT."""
+
+
 class LoRA(Method):
     """Low-rank adaptation of linear maps (Hu et al. 2021).
 
@@ -180,19 +187,17 @@ class LoRA(Method):
 
     def rank(self, path: str) -> int:
         """The rank at the linear at `path`."""
-        return next((rank for key, rank in self.rank_pattern.items() if _matches(key, path)), self.r)
+        return _first(self.rank_pattern, path, self.r)
 
     def scale(self, path: str) -> float:
         """The factor of `B A` at the linear at `path`."""
-        rank = self.rank(path)
-        alpha = next((alpha for key, alpha in self.alpha_pattern.items() if _matches(key, path)), self.lora_alpha)
+        rank, alpha = self.rank(path), _first(self.alpha_pattern, path, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def sites(self, family: Family) -> list[Site]:
-        found = targets(family, self.target_modules) if self.target_modules else []
-        matrices = self._matrices(family, found)
-        paths = [*(linear.path for linear in found), *(matrix.where for matrix in matrices)]
+        linears, by_weight, matrices = self._targets(family)
         for field in ("rank_pattern", "alpha_pattern"):
+            paths = [*(t.path for t in linears), *(f"{t.path}.weight" for t in by_weight), *(m.where for m in matrices)]
             for key in getattr(self, field):
                 if not any(_matches(key, path) for path in paths):
                     ends = sorted({path.rpartition(".")[2] for path in paths})
@@ -202,30 +207,28 @@ class LoRA(Method):
                         + (f"; the nearest is {near[0]!r}" if near else "")
                     )
         return [
-            *(OutputSite(t.path, t.in_features, t.out_features) for t in found),
+            *(OutputSite(t.path, t.in_features, t.out_features) for t in linears),
+            *(_WeightSite(t.path, t.in_features, t.out_features) for t in by_weight),
             *(MatrixSite(m.path, m.name, m.shape, m.transposed) for m in matrices),
         ]
 
-    def _matrices(self, family: Family, linears: Sequence[Linear]) -> list[Matrix]:
-        matrices = matrices_named(family, self.target_parameters) if self.target_parameters else []
-        twice = {linear.path for linear in linears} & {matrix.path for matrix in matrices}
-        if twice:
+    def _targets(self, family: Family) -> tuple[list[Linear], list[Linear], list[Matrix]]:
+        """Linears, linears that are named by their weight, and other matrices."""
+        linears = targets(family, self.target_modules) if self.target_modules else []
+        by_weight, matrices = parameters_named(family, self.target_parameters) if self.target_parameters else ([], [])
+        if twice := [linear.path for linear in by_weight if linear in linears]:
             raise ConfigError(
-                f"target_parameters names weights of linears that target_modules names too ({some(sorted(twice))}): "
-                "each takes one change, so leave them out of one of both."
+                f"target_parameters names weights of linears that target_modules names too ({some(twice)}): leave them "
+                "out of one of both"
             )
-        if matrices and linears and family.conv1d:
-            raise ConfigError(
-                "target_parameters beside target_modules is refused for a base of Conv1D linears, which PEFT could not "
-                "read: set target_modules to []"
-            )
-        return matrices
+        return linears, by_weight, matrices
 
     def build(self, site: Site) -> DeltaModule:
         if isinstance(site, MatrixSite):
             return LoRAMatrix(site, self.rank(site.path), self.scale(site.path))
         assert isinstance(site, OutputSite)
-        return LoRALayer(site, self.rank(site.path), self.scale(site.path), self.lora_dropout)
+        named = f"{site.path}.weight" if isinstance(site, _WeightSite) else site.path
+        return LoRALayer(site, self.rank(named), self.scale(named), self.lora_dropout)
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for _, module in modules:
@@ -236,13 +239,18 @@ class LoRA(Method):
         named = self.target_modules
         if named != "all-linear" and not (named and expert_words(family, named)):
             return None  # who names other modules wants these
-        matrices = matrices_named(family, self.target_parameters) if self.target_parameters else []
-        return experts_left_out(family, matrices)
+        return experts_left_out(family, self._targets(family)[2])
 
     # PEFT's layout: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r]
 
     def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         modules = self.target_modules
+        linears, by_weight, matrices = self._targets(family)
+        plain, mistaken = told_apart(family, linears)
+        # by whole names: an end could name something beside the text's layers too
+        parameters = sorted([*(f"{t.path}.weight" for t in (*mistaken, *by_weight)), *(m.where for m in matrices)])
+        if mistaken:
+            modules = tuple(_endings(plain))
         config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -250,17 +258,20 @@ class LoRA(Method):
             "r": self.r,
             # readers annotate it as a whole number
             "lora_alpha": int(self.lora_alpha) if self.lora_alpha == int(self.lora_alpha) else self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
+            "lora_dropout": 0.0 if parameters else self.lora_dropout,  # PEFT reads no dropout beside parameters
             "target_modules": _endings(family.linears) if modules == "all-linear" else modules or [],
             "use_rslora": self.use_rslora,
-            "fan_in_fan_out": family.conv1d and bool(modules),
+            "fan_in_fan_out": family.conv1d,
             "bias": "none",
         }
+        named = [*(t.path for t in plain), *parameters]
+        patterns = {
+            "rank_pattern": _patterns_for(named, self.rank_pattern, self.r, mistaken),
+            "alpha_pattern": _patterns_for(named, self.alpha_pattern, self.lora_alpha, mistaken),
+            "target_parameters": parameters,
+        }
         # only where they are used: older readers need not know them
-        config |= {key: found for key in ("rank_pattern", "alpha_pattern") if (found := getattr(self, key))}
-        matrices = self._matrix_sites(family)
-        if matrices:  # by whole names: an end could name something beside the text's layers too
-            config["target_parameters"] = sorted(site.path for site in matrices)
+        config |= {key: found for key, found in patterns.items() if found}
         keys = self._matrix_keys(family)
         return config, {f"{_PEFT_PREFIX}{keys.get(name, name)}.weight": tensor for name, tensor in state.items()}
 
@@ -270,12 +281,10 @@ class LoRA(Method):
         return {ours.get(name, name): tensor for name, tensor in plain.items()}
 
     def _matrix_keys(self, family: Family) -> dict[str, str]:
-        """PEFT's names of the weights at `target_parameters`, by ours."""
-        wrappers = peft_keys(self._matrix_sites(family))
+        """PEFT's names of the weights at matrices, by ours."""
+        sites = [site for site in self.sites(family) if isinstance(site, MatrixSite)] if self.target_parameters else []
+        wrappers = peft_keys(sites)
         return {f"{path}.{leaf}": f"{at}.{leaf}" for path, at in wrappers.items() for leaf in ("lora_A", "lora_B")}
-
-    def _matrix_sites(self, family: Family) -> list[MatrixSite]:
-        return [site for site in self.sites(family) if isinstance(site, MatrixSite)] if self.target_parameters else []
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> LoRA | None:
@@ -321,6 +330,26 @@ def _safe_pattern(pattern: str) -> str:
             f"{pattern[:80]!r} repeats what is repeated itself, or is longer than 500 characters: it could hang"
         )
     return pattern
+
+
+def _patterns_for(
+    named: Sequence[str], patterns: Mapping[str, Number], default: Number, by_weight: Sequence[Linear]
+) -> dict[str, Number]:
+    """A config's patterns, where some linears are named by their weight: those get entries of their own where their
+    names would be matched otherwise now. Without such linears, the patterns as they are."""
+    if not by_weight:
+        return dict(patterns)
+    exact = {
+        f"{t.path}.weight": value
+        for t in by_weight
+        if (value := _first(patterns, t.path, default)) != _first(patterns, f"{t.path}.weight", default)
+    }
+    return exact | {key: value for key, value in patterns.items() if any(_matches(key, name) for name in named)}
+
+
+def _first(patterns: Mapping[str, Number], path: str, default: Number) -> Number:
+    """The value of the first pattern that matches a path."""
+    return next((value for key, value in patterns.items() if _matches(key, path)), default)
 
 
 def _matches(key: str, path: str) -> bool:
