@@ -40,8 +40,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-#: PEFT's "all-linear" also wraps the experts' parameters of a mixture, which no linear holds
-TARGETS = {"mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+#: PEFT's "all-linear" also wraps the experts' parameters of a mixture, for which it has no DoRA
+TARGETS = {("mixtral", "dora"): ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
@@ -51,8 +51,8 @@ pytestmark = [
 
 def peft_model(model: PreTrainedModel, name: str, family: str) -> Any:
     config = {**CONFIGS[name], "task_type": "CAUSAL_LM"}
-    if "target_modules" in config and family in TARGETS:
-        config["target_modules"] = TARGETS[family]
+    if (family, name) in TARGETS:
+        config["target_modules"] = TARGETS[family, name]
     wrapped = peft.get_peft_model(model, peft.get_peft_config(config))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

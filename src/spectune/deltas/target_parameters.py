@@ -94,6 +94,11 @@ def experts_left_out(family: Family, taken: Sequence[Matrix]) -> str | None:
         f"{share:.0%} of the weights in this {family.model_type} model's layers are {what} ({one.where} "
         f"{list(one.shape)} is the first of {len(told)}), which target_modules does not reach: they stay as they are. "
         f"To train them too: LoRA(target_parameters={setting})"
+        + (
+            " (vLLM loads an adapter of experts only with all of a layer's)"
+            if {m.path for m in taken if m.experts}
+            else ""
+        )
     )
 
 
