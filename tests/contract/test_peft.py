@@ -46,6 +46,8 @@ TARGETS = {("mixtral", "dora"): ["q_proj", "k_proj", "v_proj", "o_proj"]}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    # PEFT says so of every pattern that names a parameter, and goes by it
+    pytest.mark.filterwarnings("ignore:.*_pattern keys did not match any targeted module:RuntimeWarning"),
 ]
 
 
