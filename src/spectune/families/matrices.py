@@ -21,6 +21,7 @@ class Matrix:
         transposed: it is `[in, out]` for each expert, as the module itself says (`is_transposed`). One that says
             nothing counts as `[out, in]`, as in PEFT; a low-rank change is the same either way.
         experts: it is experts'.
+        per_token: matrices in it that one token goes through; all of them where the model does not tell (`top_k`).
     """
 
     path: str
@@ -28,6 +29,7 @@ class Matrix:
     shape: tuple[int, ...]
     transposed: bool
     experts: bool
+    per_token: int
 
     @property
     def where(self) -> str:
@@ -55,6 +57,7 @@ def matrices_of(model: PreTrainedModel, stacks: list[str], beside: frozenset[str
     """Every parameter of two or three dimensions in the layers, in the model's order; those of linears, convolutions
     and tables, quantised ones and biases are left out."""
     found = []
+    chosen = [k for path in stacks for module in model.get_submodule(path).modules() if (k := _top_k(module))]
     for path in stacks:
         for name, module in model.get_submodule(path).named_modules():
             where = f"{path}.{name}"
@@ -64,15 +67,25 @@ def matrices_of(model: PreTrainedModel, stacks: list[str], beside: frozenset[str
             for leaf, parameter in module.named_parameters(recurse=False):
                 weight = linear and leaf == "weight"
                 if parameter.dim() in (2, 3) and is_plain(parameter) and not weight and not leaf.endswith("bias"):
-                    found.append(_matrix(module, where, name, leaf, parameter))
+                    found.append(_matrix(module, where, name, leaf, parameter, min(chosen, default=None)))
     return tuple(found)
 
 
-def _matrix(module: nn.Module, where: str, inside: str, leaf: str, parameter: nn.Parameter) -> Matrix:
+def _top_k(module: nn.Module) -> int | None:
+    """Experts that a router chooses for each token."""
+    found = getattr(module, "top_k", None)
+    return found if type(found) is int and found > 0 else None
+
+
+def _matrix(
+    module: nn.Module, where: str, inside: str, leaf: str, parameter: nn.Parameter, chosen: int | None
+) -> Matrix:
     """Experts are told by the number of them that their module knows, or by the name of what holds them. A router knows
     that number too, and has a row for each."""
     several = getattr(module, "num_experts", None) == parameter.shape[0]
     named = "expert" in inside
     experts = (several or named) if parameter.dim() == 3 else (named and not several)
     transposed = parameter.dim() == 3 and getattr(module, "is_transposed", False) is True
-    return Matrix(where, leaf, tuple(parameter.shape), transposed, experts)
+    count = parameter.shape[0] if parameter.dim() == 3 else 1
+    per_token = min(count, chosen) if experts and chosen is not None else count
+    return Matrix(where, leaf, tuple(parameter.shape), transposed, experts, per_token)
