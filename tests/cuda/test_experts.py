@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from spectune.deltas import attach, detach, merge_and_measure
+from spectune.blocks.compile import compiled
+from spectune.blocks.cuda_graphs import graphed
+from spectune.deltas import attach, attached, detach, merge_and_measure
 from spectune.methods import LoRA
+from spectune.objectives import CAUSAL_LM
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:TensorFloat32")]
 
 SIZES = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512}  # fmt: skip
@@ -101,3 +107,28 @@ def test_merged_and_taken_off() -> None:
         )
         detach(model, "task")
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+
+
+@pytest.mark.parametrize("how", ["compiled", "graphs"])
+def test_compiled_and_captured_blocks_give_what_the_blocks_give(how: str) -> None:
+    ids = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(4)).cuda()
+    found: list[Any] = []
+    for executed in (False, True):
+        model = made("qwen3_moe", torch.bfloat16, "grouped_mm")
+        moved(model).train()
+        delta = attached(model)["task"]
+        torch._dynamo.reset()
+        with contextlib.ExitStack() as stack:
+            if executed and how == "compiled":
+                stack.enter_context(compiled(model, delta.family))
+            if executed and how == "graphs":
+                stack.enter_context(graphed(model, delta.family, list(delta.parameters())))
+            for _ in range(6):
+                for parameter in delta.parameters():
+                    parameter.grad = None
+                loss, _ = CAUSAL_LM.loss_sum(model, {"input_ids": ids, "labels": ids})
+                loss.backward()
+        found.append((float(loss.detach()), torch.cat([p.grad.flatten().double() for p in delta.parameters()])))
+    (loss, gradient), (other_loss, other) = found
+    assert other_loss == pytest.approx(loss, rel=1e-2)
+    assert float(torch.cosine_similarity(gradient, other, dim=0)) >= (0.99 if how == "compiled" else 0.9999)
