@@ -16,7 +16,11 @@ from spectune.deltas import attach, attached, detach, merge_and_measure
 from spectune.methods import LoRA
 from spectune.objectives import CAUSAL_LM
 
-pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:TensorFloat32")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
+]
 
 SIZES = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512}  # fmt: skip
