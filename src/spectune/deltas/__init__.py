@@ -3,9 +3,10 @@
 Each file imports only files that stand above it here:
 
     site, modules, layout   plain values, and the modules that act at sites
+    rate_rule               a method's learning rate by the base's size
+    target_parameters       matrices that a config names, and what is said of those it leaves out
     target_names            which linears a user's names mean, and names that say exactly a set of them
     peft_config             what PEFT's config says of places, and which of its keys are read
-    rate_rule               a method's learning rate by the base's size
     slots                   where these modules stand in the model
     trained_copy            the module that stands for one of the base's own, with weights of its own
     forward_state           what is in force in a forward pass
@@ -34,7 +35,7 @@ from spectune.deltas.modules import (
     ParameterModule,
 )  # fmt: skip
 from spectune.deltas.packed_batches import packed, packing
-from spectune.deltas.peft_config import check_ia3_keys, check_keys, check_lora_keys, placed
+from spectune.deltas.peft_config import Placed, check_ia3_keys, check_keys, check_lora_keys, placed
 from spectune.deltas.probes.attention_calls import why_not_cudnn
 from spectune.deltas.probes.base_runs import cached_values, capture_keys_and_values
 from spectune.deltas.probes.documents import kernel_serves, why_not_packed
@@ -43,7 +44,7 @@ from spectune.deltas.probes.right_padding import why_mask_is_needed
 from spectune.deltas.probes.survey import uncalled
 from spectune.deltas.rate_rule import SWEEPS, TINKER, BaseRate, RatePoint, RateRule
 from spectune.deltas.routing import route
-from spectune.deltas.site import AttentionSite, InputSite, OutputSite, ParameterSite, Site
+from spectune.deltas.site import AttentionSite, InputSite, MatrixSite, OutputSite, ParameterSite, Site
 from spectune.deltas.target_names import (
     ALL_LINEAR,
     Search,
@@ -53,19 +54,22 @@ from spectune.deltas.target_names import (
     ends_with,
     exact_names,
     left_out,
+    patterns_by_weight,
     peft_targets,
     same_targets,
     targets,
 )  # fmt: skip
+from spectune.deltas.target_parameters import expert_words, experts_left_out, parameters_named, peft_keys, told_apart
 from spectune.deltas.trained_copy import CopySite, TrainedCopy
 
 __all__ = [
     "ALL_LINEAR", "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate",
-    "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite", "Method",
-    "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "RatePoint", "RateRule", "Search", "Site",
-    "TrainedCopy", "attach", "attached", "base_name", "cached_values", "capture_keys_and_values", "check_ia3_keys",
-    "check_keys", "check_lora_keys", "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with",
-    "exact_names", "kernel_serves", "left_out", "merge", "merge_and_measure", "packed", "packing", "peft_targets",
-    "place", "placed", "prove_reads_embeddings", "route", "same_targets", "targets", "uncalled", "unplaced",
-    "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
+    "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite",
+    "MatrixSite", "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed", "RatePoint",
+    "RateRule", "Search", "Site", "TrainedCopy", "attach", "attached", "base_name", "cached_values",
+    "capture_keys_and_values", "check_ia3_keys", "check_keys", "check_lora_keys", "check_patterns", "checked_pattern",
+    "checked_targets", "detach", "ends_with", "exact_names", "expert_words", "experts_left_out", "kernel_serves",
+    "left_out", "merge", "merge_and_measure", "packed", "packing", "parameters_named", "patterns_by_weight",
+    "peft_keys", "peft_targets", "place", "placed", "prove_reads_embeddings", "route", "same_targets", "targets",
+    "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
 ]  # fmt: skip

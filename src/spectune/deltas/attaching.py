@@ -48,6 +48,8 @@ def attach(
         facts: what earlier attachments to this base have proved, of which nothing is proved again; and what this one
             proves is put there.
 
+    What the method has to say of this base (`Method.notice`) is logged as a warning.
+
     Raises:
         ConfigError: a name in use or not `[A-Za-z0-9_.-]+`, a target that matches nothing, a base the method cannot
             take, a compiled model. The model is then as it was.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import regex
 
+from spectune.deltas.target_parameters import expert_words
 from spectune.errors import ConfigError, some
 from spectune.families import Family, Linear, OtherModule
 
@@ -147,17 +148,33 @@ def left_out(family: Family, wanted: str | tuple[str, ...]) -> str | None:
     )
 
 
-def check_patterns(field: str, patterns: Iterable[str], found: Sequence[Linear]) -> None:
-    """Raise ConfigError for a pattern of ranks or alphas that matches none of the targeted linears, or that takes too
+def check_patterns(field: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
+    """Raise ConfigError for a pattern of ranks or alphas that matches none of the targets' paths, or that takes too
     long on one of them: what is matched here in time is so later."""
     search = Search()
     for key in patterns:
-        if not [linear for linear in found if search.end(key, linear.path)]:
-            near = difflib.get_close_matches(key, endings(found), n=1, cutoff=0)
+        if not [path for path in paths if search.end(key, path)]:
+            ends = sorted({path.rpartition(".")[2] for path in paths})
+            near = difflib.get_close_matches(key, ends, n=1, cutoff=0)
             raise ConfigError(
-                f"{field}: {key!r} matches none of the targeted linears"
-                + (f"; the nearest is {near[0]!r}" if near else "")
+                f"{field}: {key!r} matches none of the targets" + (f"; the nearest is {near[0]!r}" if near else "")
             )
+
+
+def patterns_by_weight(
+    named: Sequence[str], patterns: Mapping[str, Number], default: Number, linears: Sequence[str]
+) -> dict[str, Number]:
+    """Patterns for a config that names some linears by their weight: those get entries of their own where their names
+    would be matched otherwise now, and patterns that match nothing `named` go. Without such linears, as they are."""
+    if not linears:
+        return dict(patterns)
+    search = Search()
+    exact = {
+        f"{path}.weight": value
+        for path in linears
+        if (value := search.first(patterns, path, default)) != search.first(patterns, f"{path}.weight", default)
+    }
+    return exact | {key: value for key, value in patterns.items() if [name for name in named if search.end(key, name)]}
 
 
 def exact_names(wanted: Sequence[str], others: Iterable[str]) -> str | tuple[str, ...]:
@@ -234,9 +251,10 @@ def _nothing_matched(family: Family, wanted: str) -> str:
             f"For every linear of that name write a list: target_modules={meant!r}"
         )
     near = difflib.get_close_matches(wanted, [linear.path for linear in family.linears], n=1, cutoff=0)
+    words = expert_words(family, re.findall(r"[\w.-]+", wanted))
     return (
         f"target_modules: {wanted!r} matches the whole path of no linear of this {family.model_type} model"
-        + (f"; the nearest is {near[0]!r}" if near else "")
+        + (f": {words}" if words else f"; the nearest is {near[0]!r}" if near else "")
         + f"\nIts linears end in: {', '.join(endings(family.linears))}"
     )
 
@@ -251,9 +269,9 @@ def _names_missing(family: Family, missing: Sequence[str]) -> str:
         elif elsewhere:
             lines.append(f"target_modules: {name!r} names only modules that text does not go through: {elsewhere[0]}")
         else:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            lines.append(
-                f"target_modules: {name!r} matches no linear of this {family.model_type} model"
-                + (f"; the nearest is {near[0]!r}" if near else "")
-            )
+            lines.append(f"target_modules: {name!r} matches no linear of this {family.model_type} model")
+            if words := expert_words(family, name):
+                lines[-1] += f": {words}"
+            elif near := difflib.get_close_matches(name, known, n=1, cutoff=0):
+                lines[-1] += f"; the nearest is {near[0]!r}"
     return "\n".join(lines) + f"\nIts linears end in: {', '.join(known)}"

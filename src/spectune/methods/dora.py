@@ -85,6 +85,15 @@ class DoRA(LoRA):
     label: ClassVar[str] = "DoRA"
     best_for: ClassVar[str] = "LoRA's place where rank is small and training time is no matter"
 
+    @model_validator(mode="after")
+    def _linears_only(self) -> Self:
+        if self.target_parameters:
+            raise ValueError(
+                "DoRA does not act on target_parameters: the norm of every expert's rows would be taken in each step, "
+                "and PEFT has no such layer. Use LoRA (name: lora) for experts"
+            )
+        return self
+
     def build(self, site: Site) -> DoRALayer:
         lora = super().build(site)
         assert isinstance(lora, LoRALayer)
