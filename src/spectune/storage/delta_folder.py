@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, Method, place, unplaced
+from spectune.deltas import Delta, Method, check_can_attach, place, unplaced
 from spectune.deltas.folder import CONFIG_FILE, OUR_FILE
 from spectune.errors import DataError, SpectuneError, first_line
 from spectune.families import differences
@@ -47,6 +47,7 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
         raise DataError(f"{folder} is not a folder; expected one that Delta.save or PEFT wrote")
     manifest, method = _described(folder)
     name = name or folder.resolve().name
+    check_can_attach(model, method, name)
     draft = unplaced(model, method, name)
     if manifest is not None:
         apart = differences(manifest.base.model_dump(), draft.base_fingerprint)
