@@ -20,7 +20,7 @@ Each file imports only files that stand above it here:
     attaching, routing, merging  the verbs
 """
 
-from spectune.deltas.attaching import attach, attached, detach, place, unplaced
+from spectune.deltas.attaching import attach, attached, check_can_attach, detach, place, unplaced
 from spectune.deltas.attachment import Attachment, BaseFacts
 from spectune.deltas.delta import Delta
 from spectune.deltas.folder import base_name
@@ -67,9 +67,10 @@ __all__ = [
     "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite",
     "MatrixSite", "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed", "RatePoint",
     "RateRule", "Search", "Site", "TrainedCopy", "attach", "attached", "base_name", "cached_values",
-    "capture_keys_and_values", "check_ia3_keys", "check_keys", "check_lora_keys", "check_patterns", "checked_pattern",
-    "checked_targets", "detach", "ends_with", "exact_names", "expert_words", "experts_left_out", "kernel_serves",
-    "left_out", "merge", "merge_and_measure", "packed", "packing", "parameters_named", "patterns_by_weight",
-    "peft_keys", "peft_targets", "place", "placed", "prove_reads_embeddings", "route", "same_targets", "targets",
-    "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
+    "capture_keys_and_values", "check_can_attach", "check_ia3_keys", "check_keys", "check_lora_keys", "check_patterns",
+    "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words", "experts_left_out",
+    "kernel_serves", "left_out", "merge", "merge_and_measure", "packed", "packing", "parameters_named",
+    "patterns_by_weight", "peft_keys", "peft_targets", "place", "placed", "prove_reads_embeddings", "route",
+    "same_targets", "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn",
+    "why_not_packed",
 ]  # fmt: skip

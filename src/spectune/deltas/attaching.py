@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.compute.evaluating import evaluating
+from spectune.compute.usual_settings import usual_settings
 from spectune.deltas.absent_weights import offloaded, refuse_absent_weights
 from spectune.deltas.attachment import Attachment, BaseFacts
 from spectune.deltas.delta import Delta, ModuleDelta
@@ -72,12 +73,16 @@ def place(
 ) -> Delta:  # fmt: skip
     """Attach with weights that `fill` writes: first ones, or a stored delta's. All or nothing. `without_weights`: the
     model is on the meta device, and only planned with."""
-    _check(model, method, name)
-    if not without_weights and Attachment.of(model) is None:
-        refuse_absent_weights(model, method.label, trains_base=method.trains_base)
+    check_can_attach(model, method, name, without_weights=without_weights)
     make_hooks_visible_to_the_compiler()
-    attachment = Attachment.of(model) or Attachment(model, facts)
-    delta = None
+    with contextlib.nullcontext() if without_weights else usual_settings(model.device):
+        return _placed(Attachment.of(model) or Attachment(model, facts), method, name, fill, keep_base)
+
+
+def _placed(
+    attachment: Attachment, method: Method, name: str, fill: Callable[[Delta], None], keep_base: bool
+) -> Delta:  # fmt: skip
+    model, delta = attachment.model, None
     try:
         delta = unplaced(model, method, name, keep_base=keep_base)
         attachment.add(delta, settled_sites(attachment, method))
@@ -123,8 +128,9 @@ def unplaced(model: PreTrainedModel, method: Method, name: str, *, keep_base: bo
     """The delta of this method on `model`, not on it yet: it knows what is stored. Raises ConfigError: `keep_base` of a
     method that leaves the base as it is, or a base that cannot be trained."""
     attachment = Attachment.of(model)
-    family = describe(model) if attachment is None else attachment.family
-    base = fingerprint(model, family) if attachment is None else attachment.base_fingerprint
+    with usual_settings(model.device):
+        family = describe(model) if attachment is None else attachment.family
+        base = fingerprint(model, family) if attachment is None else attachment.base_fingerprint
     if method.trains_base:
         return TunedBase(method, model, family, name, base, keep_base=keep_base)
     if keep_base:
@@ -166,6 +172,14 @@ def attached(model: nn.Module) -> dict[str, Delta]:
     """The deltas on a model by name, in the order of attachment; empty where there are none."""
     attachment = Attachment.of(model)
     return {} if attachment is None else dict(attachment.deltas)
+
+
+def check_can_attach(model: PreTrainedModel, method: Method, name: str, *, without_weights: bool = False) -> None:
+    """Raise ConfigError where a delta of this method and name cannot be put on the model, as far as that can be seen
+    without building it. `without_weights`: the model is only planned with."""
+    _check(model, method, name)
+    if not without_weights and Attachment.of(model) is None:
+        refuse_absent_weights(model, method.label, trains_base=method.trains_base)
 
 
 def _check(model: PreTrainedModel, method: Method, name: str) -> None:

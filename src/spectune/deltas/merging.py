@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spectune.compute.usual_settings import usual_settings
 from spectune.deltas.absent_weights import refuse_offloaded
 from spectune.deltas.attaching import attached
 from spectune.deltas.attachment import Attachment
@@ -68,7 +69,14 @@ def merge_and_measure(
     assert attachment is not None, "a delta is attached"
     attachment.places.check_paths(name)
     refuse_offloaded(model, "merging")
-    compared = check and not method.trains_base
+    with usual_settings(model.device):
+        return _merged(model, name, rows, tokenizer, compared=check and not method.trains_base)
+
+
+def _merged(
+    model: PreTrainedModel, name: str, rows: Sequence[Any] | None, tokenizer: PreTrainedTokenizerBase | None, *,
+    compared: bool
+) -> tuple[PreTrainedModel, Difference | None]:  # fmt: skip
     found = tokens_to_measure_on(model, rows, tokenizer) if compared else None  # before the copy: it may refuse
     try:
         merged = copy.deepcopy(model)

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, Method, place, unplaced
+from spectune.deltas import Delta, Method, check_can_attach, place, unplaced
 from spectune.deltas.delta import AdapterFiles, ModuleDelta
 from spectune.deltas.folder import CONFIG_FILE, OUR_FILE, DeltaFiles
 from spectune.errors import DataError, SpectuneError, first_line
@@ -46,6 +46,7 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
         raise refuse_path(folder)
     manifest, method, config = _described(folder)
     name = name or folder.resolve().name
+    check_can_attach(model, method, name)
     draft = unplaced(model, method, name)
     foreign = None
     if manifest is None:

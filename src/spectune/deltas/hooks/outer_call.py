@@ -56,9 +56,9 @@ class OuterCall:
         if is_2d(mask) or not (outer is None or is_2d(outer)):
             return mask
         if prompt and mask is not None:
-            text = call.get("input_ids") if call.get("input_ids") is not None else call["inputs_embeds"]
+            one = any(isinstance(call.get(n), Tensor) and call[n].shape[1] == 1 for n in ("input_ids", "inputs_embeds"))
             beside = [n for n, v in outside.items() if isinstance(v, Tensor) and n not in _OF_TEXT]
-            if not beside or (not first and text.shape[1] == 1):
+            if not beside or (one and not first):
                 call["attention_mask"] = outer
         return outer
 
