@@ -34,11 +34,16 @@ class TunedBase(Delta):
                 f"({path}: {kind}), which take no gradient. Load the base without base_precision, or use a method that "
                 "leaves the base as it is, such as LoRA."
             )
+        self._began_with = self.identity.fingerprint  # training writes over what it is of
         weights = self.model.named_parameters() if self.keep_base else ()
         self._kept = {name: parameter.detach().cpu().clone() for name, parameter in weights}
 
     def total_parameters(self) -> int:
         return self.family.num_parameters
+
+    def fingerprint_to_store(self) -> dict[str, Any]:
+        """Of the base that training began with."""
+        return self._began_with
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.model.named_parameters()

@@ -4,18 +4,21 @@ LoRA, prefix and prompt are written in PEFT's layout and read from it. Weights a
 unpickled. A folder may come from anybody: all of it is checked before the model is touched.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, Method, place, unplaced
+from spectune.deltas import BaseFacts, Delta, Method, place, unplaced
 from spectune.deltas.folder import CONFIG_FILE, OUR_FILE
-from spectune.errors import DataError, SpectuneError, first_line
-from spectune.families import differences
+from spectune.errors import DataError, SpectuneError, first_line, some
+from spectune.families import compare_bases, sample_differences
 from spectune.methods import METHODS
-from spectune.storage.manifest import Manifest, check_digests, explain, read_json, read_manifest
+from spectune.storage.manifest import FirstManifest, Manifest, check_digests, explain, read_json, read_manifest
+
+log = logging.getLogger("spectune")
 
 #: the keys of PEFT's configs that are read here, and what they have to be: pydantic would take `true` for the number 1
 _PEFT_TYPES: dict[str, tuple[type, ...]] = {
@@ -47,15 +50,14 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
         raise DataError(f"{folder} is not a folder; expected one that Delta.save or PEFT wrote")
     manifest, method = _described(folder)
     name = name or folder.resolve().name
-    draft = unplaced(model, method, name)
+    facts = BaseFacts()
+    draft = unplaced(model, method, name, facts=facts)
     if manifest is not None:
-        apart = differences(manifest.base.model_dump(), draft.base_fingerprint)
-        if apart:
-            raise DataError(f"{folder} was trained on another base ({manifest.base_name or 'of unknown name'})", apart)
+        _check_base(manifest, draft, folder)
     _check_files(draft, folder, OUR_FILE if manifest is not None else CONFIG_FILE)
     if manifest is not None:
         check_digests(manifest, draft.files.weight_files(folder))
-    delta = place(model, method, name, fill=lambda d: d.files.read(folder), keep_base=method.trains_base)
+    delta = place(model, method, name, fill=lambda d: d.files.read(folder), keep_base=method.trains_base, facts=facts)
     for parameter in delta.parameters():
         parameter.requires_grad_(trainable)
     return delta
@@ -70,6 +72,26 @@ def _described(folder: Path) -> tuple[Manifest | None, Method]:
     """What a folder says of itself: in our file, or else in PEFT's."""
     found = read_manifest(folder / OUR_FILE)
     return found if found is not None else (None, _peft_method(folder))
+
+
+def _check_base(manifest: Manifest, draft: Delta, folder: Path) -> None:
+    """Whether the model is the base that the delta was trained on: raises DataError, which says what differs; what is
+    allowed and what could not be compared is logged."""
+    if isinstance(manifest, FirstManifest):
+        apart = sample_differences(manifest.base.model_dump(), draft.model, draft.family)
+        log.warning(
+            "%s was written by an earlier version of spectune, which recorded shapes, token embeddings and the last "
+            "norm of its base: other linears would not be seen. Save it again to have all weights recorded.", folder,
+        )  # fmt: skip
+    else:
+        found = compare_bases(manifest.base.as_dict(), draft.base_fingerprint)
+        apart = found.changed
+        if found.added:
+            log.warning("%s was trained on this base without its added tokens: %s", folder, "; ".join(found.added))
+        if found.unread:
+            log.warning("%s: not compared with the base it was trained on: %s", folder, some(found.unread))
+    if apart:
+        raise DataError(f"{folder} was trained on another base ({manifest.base_name or 'of unknown name'})", apart)
 
 
 def _check_files(draft: Delta, folder: Path, config_file: str) -> None:
