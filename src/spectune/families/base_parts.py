@@ -71,13 +71,13 @@ class BasePart:
             weight = weight.full_tensor()
         elif not is_plain(weight):
             return dense_weight(self.module) if self.kind == "linears" else None
-        weight = weight.detach()
+        whole: Tensor = weight.detach()
         if isinstance(self.module, Conv1D) and self.leaf == "weight":
-            return weight.T
-        if weight.dim() < 2:
-            return weight.reshape(-1, 1) if self.is_table else weight.reshape(1, -1)
+            return whole.T
+        if whole.dim() < 2:
+            return whole.reshape(-1, 1) if self.is_table else whole.reshape(1, -1)
         # the experts of a layer, or a convolution's kernel
-        return weight.flatten(0, -2) if self.kind == "experts" else weight.flatten(1)
+        return whole.flatten(0, -2) if self.kind == "experts" else whole.flatten(1)
 
 
 def base_parts(model: PreTrainedModel, family: Family) -> Iterator[BasePart]:

@@ -74,7 +74,7 @@ def digest(weight: Tensor, *, table: bool = False) -> WeightDigest:
     rows = torch.stack([_row_digests(sample, dtype) for dtype in ROUNDINGS], 1)  # [rows, 3]
     size = RANGE if table else max(len(rows), 1)
     weighted = rows * _odd(torch.arange(len(rows), device=rows.device) + 2**40)[:, None]
-    ranges = [part.sum(0) for part in weighted.split(size)]
+    ranges = [part.sum(0) for part in torch.split(weighted, size)]
     tail = rows[tail_begins(len(rows)) :] if table else rows[:0]
     rms, sums = _sums(sample, table)
     return WeightDigest(
@@ -106,7 +106,7 @@ def columns_read(rows: int, columns: int) -> int:
     """How many columns of each row are read of a matrix of this shape."""
     if rows * columns <= WHOLE:
         return columns
-    return min(columns, max(FEWEST, min(COLUMNS, 2 ** int(math.log2(SAMPLES / rows)))))
+    return min(columns, max(FEWEST, min(COLUMNS, 1 << max(0, (SAMPLES // rows).bit_length() - 1))))
 
 
 def sampled(weight: Tensor, width: int) -> Tensor:
