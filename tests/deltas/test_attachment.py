@@ -207,7 +207,7 @@ def test_saving_into_a_folder_with_other_files_is_refused_and_loses_nothing(kind
     (tmp_path / "base" / "notes.txt").write_text("mine")
     files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
     delta = attach(model, kind(), "task")
-    with pytest.raises(ConfigError, match=r"base holds files that are not of an earlier save .*notes\.txt"):
+    with pytest.raises(ConfigError, match=r"base is not empty.*notes\.txt"):
         delta.save(tmp_path / "base")
     assert {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} == files
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

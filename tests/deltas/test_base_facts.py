@@ -34,7 +34,7 @@ def test_a_base_is_not_run_for_what_is_known_of_it(method: Any) -> None:
     runs.clear()
     again = prove(seed=0)
     assert not runs
-    assert facts.fingerprint is not None
+    assert facts.identity is not None
     assert first.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 

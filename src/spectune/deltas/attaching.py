@@ -22,7 +22,7 @@ from spectune.deltas.probes.sites import prove_that_sites_fire
 from spectune.deltas.probes.survey import settled_sites
 from spectune.deltas.tuned_base import TunedBase
 from spectune.errors import ConfigError, first_line, some
-from spectune.families import describe, fingerprint
+from spectune.families import BaseIdentity, describe
 
 log = logging.getLogger("spectune")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -84,7 +84,7 @@ def _placed(
 ) -> Delta:  # fmt: skip
     model, delta = attachment.model, None
     try:
-        delta = unplaced(model, method, name, keep_base=keep_base)
+        delta = unplaced(model, method, name, keep_base=keep_base, facts=attachment.facts)
         attachment.add(delta, settled_sites(attachment, method))
         if method.trains_base:
             prove_that_sites_fire(attachment, delta)  # before its weights are written over
@@ -124,13 +124,17 @@ def _say_what_is_offloaded(model: PreTrainedModel, method: Method, error: Except
         ) from error
 
 
-def unplaced(model: PreTrainedModel, method: Method, name: str, *, keep_base: bool = False) -> Delta:
-    """The delta of this method on `model`, not on it yet: it knows what is stored. Raises ConfigError: `keep_base` of a
-    method that leaves the base as it is, or a base that cannot be trained."""
+def unplaced(
+    model: PreTrainedModel, method: Method, name: str, *, keep_base: bool = False, facts: BaseFacts | None = None
+) -> Delta:  # fmt: skip
+    """The delta of this method on `model`, not on it yet: it knows what is stored. What it finds out of the base is put
+    into `facts`. Raises ConfigError: `keep_base` of a method that leaves the base as it is, or a base that cannot be
+    trained."""
     attachment = Attachment.of(model)
+    facts = attachment.facts if attachment is not None else facts or BaseFacts()
     with usual_settings(model.device):
-        family = describe(model) if attachment is None else attachment.family
-        base = fingerprint(model, family) if attachment is None else attachment.base_fingerprint
+        family = facts.family = facts.family or describe(model)
+        base = facts.identity = facts.identity or BaseIdentity(model, family)
     if method.trains_base:
         return TunedBase(method, model, family, name, base, keep_base=keep_base)
     if keep_base:

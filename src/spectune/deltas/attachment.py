@@ -20,7 +20,7 @@ from spectune.deltas.open_sites import OpenSites
 from spectune.deltas.places import Places
 from spectune.deltas.site import Site
 from spectune.errors import ConfigError
-from spectune.families import Family, describe, fingerprint
+from spectune.families import BaseIdentity, Family, describe
 
 _ATTRIBUTE = "_spectune"
 
@@ -32,12 +32,12 @@ class BaseFacts:
 
     Attributes:
         family: how it is built.
-        fingerprint: of its weights, once somebody has asked for it.
+        identity: which base it is: its fingerprint, once somebody has asked for it.
         proved: what probes have found, by what they asked.
     """
 
     family: Family | None = None
-    fingerprint: dict[str, Any] | None = None
+    identity: BaseIdentity | None = None
     proved: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -49,6 +49,7 @@ class Attachment:
         state: what is in force now.
         sites: the hooks.
         facts: what was found out of the base; asked once for all deltas.
+        identity: which base it is.
     """
 
     def __init__(self, model: PreTrainedModel, facts: BaseFacts | None = None) -> None:
@@ -56,6 +57,7 @@ class Attachment:
         self.facts = facts or BaseFacts()
         self.facts.family = self.facts.family or describe(model)
         self.family: Family = self.facts.family
+        self.identity = self.facts.identity = self.facts.identity or BaseIdentity(model, self.family)
         self.deltas: dict[str, Delta] = {}
         self.state = ForwardState()
         self.base_modules = list(model.modules())
@@ -102,13 +104,6 @@ class Attachment:
     def proved(self) -> dict[Any, Any]:
         """What probes have found of the base, by what they asked."""
         return self.facts.proved
-
-    @property
-    def base_fingerprint(self) -> dict[str, Any]:
-        """The base's fingerprint, as it was when it was first asked for."""
-        if self.facts.fingerprint is None:
-            self.facts.fingerprint = fingerprint(self.model, self.family)
-        return self.facts.fingerprint
 
     def add(self, delta: Delta, sites: Sequence[Site]) -> None:
         """Put a delta's modules at `sites`. Where that fails, `remove` takes off what stands on the model."""

@@ -20,7 +20,7 @@ from spectune.deltas.method import Method
 from spectune.deltas.modules import DeltaModule
 from spectune.deltas.site import ParameterSite, Site
 from spectune.errors import DataError
-from spectune.families import Family
+from spectune.families import BaseIdentity, Family
 from spectune.files.weights import check_finite, read_headers, read_weights
 
 _SHARED = "shared"
@@ -34,7 +34,7 @@ class _Counts:
     model: PreTrainedModel
     family: Family
     name: str
-    base_fingerprint: dict[str, Any]
+    identity: BaseIdentity
 
     def num_parameters(self) -> int:
         """Weights that are stored and used at inference."""
@@ -65,8 +65,18 @@ class Delta(_Counts, ABC):
         method: the frozen config.
         model: the base that it is attached to.
         name: what `route` and `detach` call it.
-        base_fingerprint: of the base, see `spectune.families.fingerprint`.
+        identity: which base that is.
     """
+
+    @property
+    def base_fingerprint(self) -> dict[str, Any]:
+        """Of the base, as it was when somebody first asked; see `spectune.families.fingerprint`."""
+        return self.identity.fingerprint
+
+    def fingerprint_to_store(self) -> dict[str, Any]:
+        """Of the base that the delta belongs to, taken now. Where the base has changed since the delta was attached,
+        the log says so."""
+        return self.identity.now(self.name)
 
     @property
     def sites(self) -> list[tuple[Site, DeltaModule]]:
@@ -122,7 +132,7 @@ class Delta(_Counts, ABC):
         """
         return save_folder(
             Path(folder), self.method, self.files.write,
-            base=self.base_fingerprint, base_name=base_name(self.model), parameters=self.num_parameters(),
+            base=self.fingerprint_to_store(), base_name=base_name(self.model), parameters=self.num_parameters(),
         )  # fmt: skip
 
     # -- its life on the model, driven by the attachment ------------------------------------------------------------

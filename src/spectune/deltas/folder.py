@@ -22,8 +22,8 @@ from spectune.version import __version__
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OUR_FILE = "spectune.json"
-#: of `spectune.json`
-FORMAT = 1
+#: of `spectune.json`. Format 1 had another fingerprint of the base (`spectune.families.sample_differences`)
+FORMAT = 2
 
 
 class DeltaFiles(ABC):
@@ -77,17 +77,23 @@ def save_folder(
             "parameters": parameters,
             "versions": {"spectune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "weights": digests(temporary),
+            # what a later save may replace
+            "files": sorted({entry.name for entry in temporary.iterdir()} | {OUR_FILE}),
         }
         (temporary / OUR_FILE).write_text(json.dumps(ours, indent=2) + "\n")
     return folder
 
 
 def _is_ours(folder: Path, entry: Path) -> bool:
-    """Whether a save wrote `entry`: only where the folder says that it is a delta's."""
-    if not (folder / OUR_FILE).is_file():
+    """Whether a save wrote `entry`: what the folder itself says. Format 1 says it of weights only, and a model's has a
+    config too."""
+    try:
+        ours = json.loads((folder / OUR_FILE).read_text(encoding="utf-8"))
+        weights = ours.get("weights", [WEIGHTS_FILE])
+        configs = [CONFIG_FILE] if WEIGHTS_FILE in weights else ["config.json", "generation_config.json"]
+        return entry.name in ours.get("files", [OUR_FILE, *weights, *configs])
+    except (OSError, ValueError, AttributeError, TypeError):  # none, or not one of ours
         return False
-    models = entry.name.startswith("model") and (entry.suffix == ".safetensors" or entry.name.endswith(".index.json"))
-    return models or entry.name in (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE, "config.json", "generation_config.json")
 
 
 def name_base(config_file: Path, name: str) -> None:

@@ -34,6 +34,7 @@ class TunedBase(Delta):
                 f"({path}: {kind}), which take no gradient. Load the base without base_precision, or use a method that "
                 "leaves the base as it is, such as LoRA."
             )
+        self._began_with = self.identity.fingerprint  # training writes over what it is of
         # tied ones by each of their names: they may be untied by the time that they are put back
         self._held = dict(self.model.named_parameters(remove_duplicate=False)) if self.keep_base else {}
         copies = {parameter: parameter.detach().cpu().clone() for parameter in self._held.values()}
@@ -41,6 +42,10 @@ class TunedBase(Delta):
 
     def total_parameters(self) -> int:
         return self.family.num_parameters
+
+    def fingerprint_to_store(self) -> dict[str, Any]:
+        """Of the base that training began with."""
+        return self._began_with
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.model.named_parameters()

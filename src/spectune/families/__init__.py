@@ -1,6 +1,9 @@
 """What is known of model architectures, found by structure: no table of model names."""
 
-from spectune.families.base_fingerprint import differences, fingerprint
+from spectune.families.base_comparison import BaseComparison, compare_bases, differences
+from spectune.families.base_fingerprint import fingerprint
+from spectune.families.base_identity import BaseIdentity
+from spectune.families.base_samples import sample_differences
 from spectune.families.biases import Bias
 from spectune.families.family import Family, FeedForward, Layer, Linear, describe, family_from_config
 from spectune.families.matrices import Matrix
@@ -10,27 +13,11 @@ from spectune.families.other_modules import OtherModule
 from spectune.families.parts import Slice
 from spectune.families.quantised import base_precision, dense_weight, quantised_weights
 from spectune.families.self_attention import Attention
+from spectune.families.weight_digest import is_whole
 
 __all__ = [
-    "Attention",
-    "Bias",
-    "Family",
-    "FeedForward",
-    "Layer",
-    "Linear",
-    "Matrix",
-    "Norm",
-    "OtherModule",
-    "Slice",
-    "base_precision",
-    "dense_weight",
-    "describe",
-    "differences",
-    "embedding_width",
-    "family_from_config",
-    "fingerprint",
-    "linear_shape",
-    "quantised_weights",
-    "token_embedding",
-    "vocabulary_rows",
+    "Attention", "BaseComparison", "BaseIdentity", "Bias", "Family", "FeedForward", "Layer", "Linear", "Matrix", "Norm",
+    "OtherModule", "Slice", "base_precision", "compare_bases", "dense_weight", "describe", "differences",
+    "embedding_width", "family_from_config", "fingerprint", "is_whole", "linear_shape", "quantised_weights",
+    "sample_differences", "token_embedding", "vocabulary_rows",
 ]  # fmt: skip

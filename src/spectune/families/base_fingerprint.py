@@ -1,59 +1,30 @@
-"""A fingerprint of a base: enough to refuse another base, loose enough that the same one in bfloat16 still matches."""
+"""A fingerprint of a base: what tells it from every other base, in whatever precision and shards it is there."""
 
-import hashlib
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from spectune.families.base_parts import BasePart, base_parts
 from spectune.families.family import Family
-from spectune.families.module_kinds import is_norm
-
-#: bfloat16 keeps 8 bits: a rounded weight is within 2^-8 of the original
-TOLERANCE = 2.0**-7
-SAMPLES = 32
+from spectune.families.weight_digest import digest
 
 
 def fingerprint(model: PreTrainedModel, family: Family) -> dict[str, Any]:
-    """Names and shapes of the parts, hashed, and rounded samples of token embeddings and the last norm.
+    """What every weight of the base is, by name: kind, shape, precision and `WeightDigest`, or the name of the weight
+    that it is tied to. Deltas, and heads of tasks other than language modelling, are no part of the base.
 
-    Shapes are those of the linear maps, not of their storage: a quantised base packs its weights otherwise."""
-    norms = [(name, module) for name, module in model.named_modules() if is_norm(module) and ".deltas." not in name]
-    parts = [f"{linear.path} {linear.in_features} {linear.out_features}" for linear in family.linears]
-    parts += [f"{name} {module.weight.numel()}" for name, module in norms]
-    parts += [f"{family.embedding} {family.vocab_size} {family.hidden_size}"]
-    samples = {family.embedding: _sample(model.get_submodule(family.embedding))}
-    if norms:
-        samples[norms[-1][0]] = _sample(norms[-1][1])
-    return {
-        "model_type": family.model_type,
-        "parts_sha256": hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest(),
-        "samples": samples,
-    }
+    Every row of every matrix is sampled, so that one changed row is seen. It is as JSON would have it, and is compared
+    by `differences`. A weight that nobody can read (on the meta device, in an unknown encoding) has no digest; sharded
+    ones are put together one by one, for which all processes have to call this."""
+    known: dict[tuple[int, bool], str] = {}  # tied weights have two names
+    parts = {part.name: _described(part, known) for part in base_parts(model, family)}
+    return {"model_type": family.model_type, "decoder": family.decoder, "parts": parts}
 
 
-def differences(stored: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """The differences between two bases' fingerprints, one line each; empty for the same base."""
-    if stored["parts_sha256"] != here["parts_sha256"]:
-        return [
-            f"the base's parts differ: it was trained on a {stored['model_type']} base with other names or shapes, "
-            f"this is a {here['model_type']} base"
-        ]
-    found = []
-    for name, values in stored["samples"].items():
-        others = here["samples"].get(name, [])
-        scale = max((abs(v) for v in values), default=0.0)
-        apart = [abs(a - b) > TOLERANCE * max(abs(a), 0.1 * scale) for a, b in zip(values, others, strict=False)]
-        if len(values) != len(others) or sum(apart) > len(apart) // 8:
-            found.append(f"the weights of {name} are another base's ({sum(apart)} of {len(values)} samples differ)")
-    return found
-
-
-def _sample(module: nn.Module) -> list[float]:
-    weight = module.weight
-    if not isinstance(weight, torch.Tensor) or weight.device.type == "meta":
-        return []
-    flat = weight.detach().flatten()
-    picks = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)
-    return [round(float(value), 6) for value in flat[picks].float().cpu()]
+def _described(part: BasePart, known: dict[tuple[int, bool], str]) -> dict[str, Any]:
+    found = {"kind": part.kind, "shape": part.shape, "stored_as": part.stored_as}
+    first = known.setdefault((id(part.stored), part.is_table), part.name)
+    if first != part.name:
+        return found | {"same_as": first}
+    weight = part.read()
+    return found if weight is None else found | digest(weight, table=part.is_table).as_dict()

@@ -36,19 +36,20 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, replaces: Callable[[Path, Path], bool] = lambda *_: False) -> Iterator[Path]:
-    """A temporary folder to fill; at the end of the `with` it becomes `path`, replacing an earlier one of its kind.
+    """A temporary folder to fill; at the end of the `with` it becomes `path`, which is empty, new, or holds nothing but
+    what `replaces` lets go. It is asked before anything is written, and again at the end.
 
     Renaming over a folder that is not empty fails, so the old one is moved aside first and removed last. After an
     exception the old folder is untouched.
 
     Args:
-        replaces: of the old folder and one of its entries, whether this may go although the new folder has none of
-            that name.
+        replaces: of the old folder and one of its entries, whether an earlier call wrote it.
 
     Raises:
-        ConfigError: the old folder holds anything else, which would be lost.
+        ConfigError: the old folder holds anything else, which would be lost, under whatever name.
     """
     path = Path(path)
+    _check_replaced(path, replaces)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -57,7 +58,7 @@ def atomic_folder(path: str | Path, replaces: Callable[[Path, Path], bool] = lam
             if file.is_file():
                 _sync_file(file)
         os.chmod(temporary, 0o755)
-        _check_replaced(path, temporary, replaces)
+        _check_replaced(path, replaces)
         aside = None
         if path.is_symlink():
             path.unlink()
@@ -73,15 +74,14 @@ def atomic_folder(path: str | Path, replaces: Callable[[Path, Path], bool] = lam
         raise
 
 
-def _check_replaced(path: Path, new: Path, replaces: Callable[[Path, Path], bool]) -> None:
+def _check_replaced(path: Path, replaces: Callable[[Path, Path], bool]) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file, expected a folder or nothing: choose another name")
-    others = [old.name for old in sorted(path.iterdir()) if not (new / old.name).exists() and not replaces(path, old)] \
-        if path.is_dir() else []  # fmt: skip
+    others = [old.name for old in sorted(path.iterdir()) if not replaces(path, old)] if path.is_dir() else []
     if others:
         raise ConfigError(
-            f"{path} holds files that are not of an earlier save ({some(others)}), and saving there would delete them: "
-            "choose an empty or a new folder"
+            f"{path} is not empty: it holds files that were not written by what is to be written now ({some(others)}), "
+            "and that would be lost. Choose an empty or a new folder."
         )
 
 

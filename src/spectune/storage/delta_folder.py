@@ -12,16 +12,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from spectune.deltas import Delta, Method, check_can_attach, place, unplaced
+from spectune.deltas import BaseFacts, Delta, Method, check_can_attach, place, unplaced
 from spectune.deltas.delta import AdapterFiles, ModuleDelta
 from spectune.deltas.folder import CONFIG_FILE, OUR_FILE, DeltaFiles
-from spectune.errors import DataError, SpectuneError, first_line
-from spectune.families import Family, differences
+from spectune.errors import DataError, SpectuneError, first_line, some
+from spectune.families import Family, compare_bases, sample_differences
 from spectune.storage.foreign.foreign_folder import ForeignFolder
 from spectune.storage.foreign.mlx_folder import fit_mlx, is_mlx, mlx_method
 from spectune.storage.foreign.other_formats import is_adapter_hub, refuse_adapter_hub, refuse_folder, refuse_path
 from spectune.storage.foreign.peft_folder import fit_peft, peft_method
-from spectune.storage.manifest import Manifest, check_digests, read_json, read_manifest
+from spectune.storage.manifest import FirstManifest, Manifest, check_digests, read_json, read_manifest
 
 log = logging.getLogger("spectune")
 
@@ -47,21 +47,21 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
     manifest, method, config = _described(folder)
     name = name or folder.resolve().name
     check_can_attach(model, method, name)
-    draft = unplaced(model, method, name)
+    facts = BaseFacts()
+    draft = unplaced(model, method, name, facts=facts)
     foreign = None
     if manifest is None:
         foreign = _fitted(folder, config, method, draft.family)
         draft = replace(draft, method=foreign.method)
     else:
-        apart = differences(manifest.base.model_dump(), draft.base_fingerprint)
-        if apart:
-            raise DataError(f"{folder} was trained on another base ({manifest.base_name or 'of unknown name'})", apart)
+        _check_base(manifest, draft, folder)
     _check_files(_files(draft, foreign), folder, OUR_FILE if manifest is not None else CONFIG_FILE)
     if manifest is not None:
         check_digests(manifest, draft.files.weight_files(folder))
     delta = place(
-        model, draft.method, name, fill=lambda d: _files(d, foreign).read(folder), keep_base=draft.method.trains_base
-    )
+        model, draft.method, name, fill=lambda d: _files(d, foreign).read(folder), keep_base=draft.method.trains_base,
+        facts=facts,
+    )  # fmt: skip
     if foreign is not None and foreign.said is not None:
         log.warning("%s: %s", folder, foreign.said)
     for parameter in delta.parameters():
@@ -101,6 +101,26 @@ def _files(delta: Delta, foreign: ForeignFolder | None) -> DeltaFiles:
         return delta.files
     assert isinstance(delta, ModuleDelta), "no other program's folder is read as a tuned base"
     return AdapterFiles(delta, foreign.weights, foreign.translate)
+
+
+def _check_base(manifest: Manifest, draft: Delta, folder: Path) -> None:
+    """Whether the model is the base that the delta was trained on: raises DataError, which says what differs; what is
+    allowed and what could not be compared is logged."""
+    if isinstance(manifest, FirstManifest):
+        apart = sample_differences(manifest.base.model_dump(), draft.model, draft.family)
+        log.warning(
+            "%s was written by an earlier version of spectune, which recorded shapes, token embeddings and the last "
+            "norm of its base: other linears would not be seen. Save it again to have all weights recorded.", folder,
+        )  # fmt: skip
+    else:
+        found = compare_bases(manifest.base.as_dict(), draft.base_fingerprint)
+        apart = found.changed
+        if found.added:
+            log.warning("%s was trained on this base without its added tokens: %s", folder, "; ".join(found.added))
+        if found.unread:
+            log.warning("%s: not compared with the base it was trained on: %s", folder, some(found.unread))
+    if apart:
+        raise DataError(f"{folder} was trained on another base ({manifest.base_name or 'of unknown name'})", apart)
 
 
 def _check_files(files: DeltaFiles, folder: Path, config_file: str) -> None:

@@ -4,13 +4,14 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spectune.deltas import Method
 from spectune.deltas.folder import FORMAT, OUR_FILE, sha256
 from spectune.errors import DataError, SpectuneError
+from spectune.families import is_whole
 from spectune.files.weights import need_weights, plain_file
 from spectune.methods import method_from_dict
 
@@ -26,12 +27,53 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
-class Base(_Strict):
-    """A base's fingerprint, see `spectune.families.fingerprint`."""
+class BaseSamples(_Strict):
+    """What format 1 has of a base, see `spectune.families.sample_differences`."""
 
     model_type: str
     parts_sha256: str
     samples: dict[str, list[float]]
+
+
+class Part(_Strict):
+    """What a fingerprint has of one weight of a base, see `spectune.families.fingerprint`; no digests of one that could
+    not be read."""
+
+    kind: str
+    shape: list[Annotated[int, Field(ge=0)]] = Field(max_length=8)
+    stored_as: str
+    same_as: str | None = None
+    digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}( [0-9a-f]{16}){2}$")]] | None = None
+    tail: list[Annotated[str, Field(pattern="^[0-9a-f]{8}( [0-9a-f]{8}){2}$")]] | None = None
+    rms: float | None = None
+    #: of 8 numbers of 16 bits, or several times as many
+    sums: Annotated[str, Field(pattern="^([A-Za-z0-9+/]{64})*([A-Za-z0-9+/]{22}==|[A-Za-z0-9+/]{43}=)?$")] | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.digests is not None and not is_whole(self.model_dump(exclude_none=True)):
+            raise ValueError("its digests and sums are not those of a weight of this shape")
+        return self
+
+
+class Base(_Strict):
+    """A base's fingerprint, see `spectune.families.fingerprint`."""
+
+    model_type: str
+    decoder: str
+    parts: dict[str, Part]
+
+    @model_validator(mode="after")
+    def _are_tied(self) -> Self:
+        for name, part in self.parts.items():
+            other = self.parts.get(part.same_as or name)
+            if other is None or (part.same_as is not None and (other.same_as is not None or other.shape != part.shape)):
+                raise ValueError(f"{name} is the same as {part.same_as}, which is no such weight")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `fingerprint` gives it."""
+        return self.model_dump(exclude_none=True)
 
 
 class Digest(_Strict):
@@ -54,6 +96,14 @@ class Manifest(_Strict):
     versions: dict[str, str] | None = None
     #: by file name; folders written before this key have none
     weights: dict[_FileName, Digest] | None = None
+    #: of the folder, all that the save wrote
+    files: list[str] | None = None
+
+
+class FirstManifest(Manifest):
+    """The content of a `spectune.json` of format 1."""
+
+    base: BaseSamples  # type: ignore[assignment]
 
 
 def read_manifest(path: Path) -> tuple[Manifest, Method] | None:
@@ -63,10 +113,12 @@ def read_manifest(path: Path) -> tuple[Manifest, Method] | None:
     if content is None:
         return None
     version = content.get("format")
-    if isinstance(version, int) and version != FORMAT:
-        raise DataError(f"{path} has format {version}, this spectune reads {FORMAT}; install the version that wrote it")
+    if isinstance(version, int) and version not in (1, FORMAT):
+        raise DataError(
+            f"{path} has format {version}, this spectune reads 1 and {FORMAT}; install the version that wrote it"
+        )
     try:
-        manifest = Manifest.model_validate(content)
+        manifest = (FirstManifest if version == 1 else Manifest).model_validate(content)
     except ValidationError as error:
         raise DataError(f"{path} is not what Delta.save writes; copy the folder again", explain(error)) from None
     method = _method(path, manifest)

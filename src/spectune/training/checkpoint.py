@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spectune.deltas import Delta
+from spectune.deltas.folder import OUR_FILE
 from spectune.errors import ConfigError, DataError
 from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_folder
@@ -61,7 +62,7 @@ def save_checkpoint(
 ) -> Path:  # fmt: skip
     """Write `checkpoint-<step>/`, atomically, and remove all but the last two."""
     path = folder / f"checkpoint-{progress.step}"
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, replaces=_is_ours) as temporary:
         _save(delta.training_state_dict(), temporary / "delta.safetensors")
         if best is not None:
             _save(best, temporary / "best.safetensors")
@@ -73,7 +74,8 @@ def save_checkpoint(
         state = {"progress": asdict(progress), "identity": identity}
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     for old in _all(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        if _is_ours(old):
+            shutil.rmtree(old)
     return path
 
 
@@ -119,12 +121,13 @@ def swap_best(
     """Write the delta to `best-<step>/` and let the link `best` point there; the link is swapped in one move.
 
     Beside the delta's own files stands `training.json`: how rows became token ids (`training`), and `stored_bytes`, the
-    size of the delta's own files. A fully tuned model is a base itself and gets the tokenizer too.
+    size of the delta's config and weights: what `spectune.json` says of the base does not grow with the delta. A fully
+    tuned model is a base itself and gets the tokenizer too.
     """
     place = folder / f"best-{step}"
-    with atomic_folder(place) as temporary:
+    with atomic_folder(place, replaces=_is_best) as temporary:
         delta.save(temporary)
-        size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+        size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file() and file.name != OUR_FILE)
         if delta.method.trains_base:
             tokenizer.save_pretrained(temporary)
         (temporary / TRAINING_FILE).write_text(strict_json({**training, "stored_bytes": size}) + "\n", encoding="utf-8")
@@ -133,8 +136,18 @@ def swap_best(
     link.symlink_to(place.name, target_is_directory=True)
     os.replace(link, folder / "best")
     for old in folder.glob("best-*"):
-        if old != place:
+        if old != place and _is_best(old):
             shutil.rmtree(old)
+
+
+def _is_ours(checkpoint: Path, *_: Path) -> bool:
+    """Whether a run wrote a checkpoint: one that went on from an earlier one may write it again, and remove it."""
+    return (checkpoint / "state.json").is_file() and (checkpoint / "delta.safetensors").is_file()
+
+
+def _is_best(best: Path, *_: Path) -> bool:
+    """Whether a run wrote the folder of its best weights."""
+    return best.name.removeprefix("best-").isdigit() and (best / TRAINING_FILE).is_file()
 
 
 def _all(folder: Path) -> list[Path]:
