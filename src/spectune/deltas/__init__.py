@@ -3,6 +3,8 @@
 Each file imports only files that stand above it here:
 
     site, modules, layout   plain values, and the modules that act at sites
+    absent_weights, foreign_layers  models that nothing can be attached to as they are
+    places, frames          where a model's parts are after it was changed, and calls that left a route behind
     rate_rule               a method's learning rate by the base's size
     target_parameters       matrices that a config names, and what is said of those it leaves out
     target_names            which linears a user's names mean, and names that say exactly a set of them
