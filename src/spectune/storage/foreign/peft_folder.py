@@ -27,6 +27,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "bias": (str,),
     "init_lora_weights": (bool, str),
     "target_modules": _NAMES,
+    "target_parameters": (list,),
     "exclude_modules": _NAMES,
     "feedforward_modules": _NAMES,
     "layers_pattern": _NAMES,
