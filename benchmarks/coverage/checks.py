@@ -35,11 +35,14 @@ from spectune.deltas import Delta, Method, attach, detach
 from spectune.errors import SpectuneError
 from spectune.methods import (
     IA3,
+    OFT,
     BitFit,
     BottleneckAdapter,
     DoRA,
     FullFineTuning,
+    LNTuning,
     LoRA,
+    MiSS,
     PrefixTuning,
     PromptTuning,
 )
@@ -56,6 +59,9 @@ METHODS: dict[str, Method] = {
     "prefix": PrefixTuning(num_virtual_tokens=4),
     "dora": DoRA(r=4, lora_alpha=8),
     "ia3": IA3(),
+    "oft": OFT(oft_block_size=8),
+    "miss": MiSS(r=4),
+    "ln": LNTuning(),
 }
 #: tried one after the other until two steps lower the loss
 LEARNING_RATES = (1e-2, 1e-3, 1e-4, 1e-5)

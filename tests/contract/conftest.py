@@ -12,11 +12,14 @@ from transformers import PreTrainedModel
 from spectune.deltas import Delta, Method, attach
 from spectune.methods import (
     IA3,
+    OFT,
     BitFit,
     BottleneckAdapter,
     DoRA,
     FullFineTuning,
+    LNTuning,
     LoRA,
+    MiSS,
     PrefixTuning,
     PromptTuning,
 )
@@ -37,6 +40,9 @@ CASES: dict[str, Method] = {
     "bitfit": BitFit(),
     "dora": DoRA(r=4, lora_alpha=8),
     "ia3": IA3(),
+    "oft": OFT(oft_block_size=8),
+    "miss": MiSS(r=6),
+    "ln": LNTuning(),
 }
 
 

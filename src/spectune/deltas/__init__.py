@@ -3,9 +3,13 @@
 Each file imports only files that stand above it here:
 
     site, modules, layout   plain values, and the modules that act at sites
+    target_names            which linears a user's names mean, and names that say exactly a set of them
+    peft_config             what PEFT's config says of places, and which of its keys are read
     rate_rule               a method's learning rate by the base's size
     target_parameters       matrices that a config names, and what is said of those it leaves out
     slots                   where these modules stand in the model
+    low_rank_modules        the modules of LoRA and its kin
+    trained_copy            the module that stands for one of the base's own, with weights of its own
     forward_state           what is in force in a forward pass
     method                  the contract of a method
     hooks/                  what acts inside a forward pass
@@ -21,10 +25,19 @@ from spectune.deltas.attaching import attach, attached, detach, place, unplaced
 from spectune.deltas.attachment import Attachment, BaseFacts
 from spectune.deltas.delta import Delta
 from spectune.deltas.folder import base_name
+from spectune.deltas.low_rank_modules import LoRALayer, LoRAMatrix, StartedLoRALayer
 from spectune.deltas.merging import merge, merge_and_measure
-from spectune.deltas.method import InitContext, Method
-from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, OutputModule, ParameterModule
+from spectune.deltas.method import Fitted, InitContext, Method
+from spectune.deltas.modules import (
+    AttentionModule,
+    DeltaModule,
+    EntryModule,
+    InputModule,
+    OutputModule,
+    ParameterModule,
+)  # fmt: skip
 from spectune.deltas.packed_batches import packed, packing
+from spectune.deltas.peft_config import check_ia3_keys, check_keys, check_lora_keys, placed
 from spectune.deltas.probes.attention_calls import why_not_cudnn
 from spectune.deltas.probes.base_runs import cached_values, capture_keys_and_values
 from spectune.deltas.probes.documents import kernel_serves, why_not_packed
@@ -34,9 +47,31 @@ from spectune.deltas.probes.survey import uncalled
 from spectune.deltas.rate_rule import SWEEPS, TINKER, BaseRate, RatePoint, RateRule
 from spectune.deltas.routing import route
 from spectune.deltas.site import AttentionSite, InputSite, MatrixSite, OutputSite, ParameterSite, Site
-from spectune.deltas.target_parameters import expert_words, experts_left_out, parameters_named, peft_keys, told_apart
+from spectune.deltas.target_names import (
+    ALL_LINEAR,
+    Search,
+    check_patterns,
+    checked_pattern,
+    checked_targets,
+    ends_with,
+    exact_names,
+    left_out,
+    linears_alone,
+    peft_targets,
+    same_targets,
+    targets,
+)  # fmt: skip
+from spectune.deltas.target_parameters import (
+    expert_words,
+    parameters_known,
+    parameters_named,
+    peft_keys,
+    told_apart,
+)  # fmt: skip
+from spectune.deltas.trained_copy import CopySite, TrainedCopy
 
 __all__ = [
+    "ALL_LINEAR",
     "SWEEPS",
     "TINKER",
     "Attachment",
@@ -44,11 +79,16 @@ __all__ = [
     "AttentionSite",
     "BaseFacts",
     "BaseRate",
+    "CopySite",
     "Delta",
     "DeltaModule",
+    "EntryModule",
+    "Fitted",
     "InitContext",
     "InputModule",
     "InputSite",
+    "LoRALayer",
+    "LoRAMatrix",
     "MatrixSite",
     "Method",
     "OutputModule",
@@ -57,25 +97,42 @@ __all__ = [
     "ParameterSite",
     "RatePoint",
     "RateRule",
+    "Search",
     "Site",
+    "StartedLoRALayer",
+    "TrainedCopy",
     "attach",
     "attached",
     "base_name",
     "cached_values",
     "capture_keys_and_values",
+    "check_ia3_keys",
+    "check_keys",
+    "check_lora_keys",
+    "check_patterns",
+    "checked_pattern",
+    "checked_targets",
     "detach",
+    "ends_with",
+    "exact_names",
     "expert_words",
-    "experts_left_out",
     "kernel_serves",
+    "left_out",
+    "linears_alone",
     "merge",
     "merge_and_measure",
     "packed",
     "packing",
+    "parameters_known",
     "parameters_named",
     "peft_keys",
+    "peft_targets",
     "place",
+    "placed",
     "prove_reads_embeddings",
     "route",
+    "same_targets",
+    "targets",
     "told_apart",
     "uncalled",
     "unplaced",

@@ -22,7 +22,6 @@ from spectune.errors import ConfigError
 from spectune.families import describe, fingerprint
 
 log = logging.getLogger("spectune")
-
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 

@@ -197,10 +197,15 @@ class ModuleDelta(Delta):
 
 
 class AdapterFiles(DeltaFiles):
-    """A config and one safetensors file, in PEFT's layout where PEFT has the method."""
+    """A config and one safetensors file, in PEFT's layout where PEFT has the method. Another program's are read with
+    the name of its file, and what makes that layout of its tensors."""
 
-    def __init__(self, delta: ModuleDelta) -> None:
+    def __init__(
+        self, delta: ModuleDelta, weights: str = WEIGHTS_FILE,
+        translate: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
+    ) -> None:  # fmt: skip
         self.delta, self.method, self.family = delta, delta.method, delta.family
+        self.weights, self.translate = weights, translate
 
     def write(self, folder: Path) -> None:
         config, tensors = self.method.to_folder(self.delta.state_dict(), self.family)
@@ -209,18 +214,22 @@ class AdapterFiles(DeltaFiles):
         save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
     def weight_files(self, folder: Path) -> list[Path]:
-        return [folder / WEIGHTS_FILE]
+        return [folder / self.weights]
 
     def check(self, folder: Path) -> None:
-        headers = read_headers(self.weight_files(folder))
+        headers, where = self.translate(read_headers(self.weight_files(folder))), folder / self.weights
         given = self.method.from_folder(headers, self.family)
         if len(given) < len(headers):
-            raise DataError(f"{folder / WEIGHTS_FILE} holds a tensor twice, under two names: {', '.join(headers)}")
-        check_tensors(self.method.stored_shapes(self.family), given, str(folder / WEIGHTS_FILE))
+            raise DataError(f"{where} holds a tensor twice, under two names: {', '.join(headers)}")
+        check_tensors(self.method.stored_shapes(self.family), given, str(where))
 
     def read(self, folder: Path) -> None:
-        state = self.method.from_folder(read_weights(self.weight_files(folder)), self.family)
-        check_finite(state, dict.fromkeys(state, torch.float32), str(folder / WEIGHTS_FILE))
+        where, tensors = folder / self.weights, read_weights(self.weight_files(folder))
+        try:
+            state = self.method.from_folder(self.translate(tensors), self.family)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        check_finite(state, dict.fromkeys(state, torch.float32), str(where))
         self.delta.load_state_dict(state)
 
 

@@ -14,7 +14,7 @@ from spectune.deltas.attaching import attached
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
 from spectune.deltas.difference import Difference, measure, own_rounding, tokens_to_measure_on
-from spectune.deltas.modules import OutputModule, ParameterModule
+from spectune.deltas.modules import ParameterModule, SideModule
 from spectune.errors import ConfigError, first_line, some
 from spectune.families import quantised_weights
 
@@ -96,7 +96,7 @@ def _write(merged: PreTrainedModel, delta: Delta) -> None:
                     parameter = merged.get_parameter(site.path)
                     parameter.data = module.changed(parameter.data)
                     continue
-                assert isinstance(module, OutputModule), "a method that can merge acts after modules or on parameters"
+                assert isinstance(module, SideModule), "a method that can merge acts at modules or on parameters"
                 module.merge_into(merged.get_submodule(site.path))
             except ConfigError as error:
                 problems[str(error)].append(site.path)

@@ -24,6 +24,10 @@ class DeltaModule(nn.Module):
         """Called once, before the module is put at its site: `host` is the base's module there, for methods that read
         its weights. Raises ConfigError where the method cannot act there."""
 
+    def rate_factor(self, name: str) -> float:
+        """What a run's learning rate is multiplied with for the parameter `name`."""
+        return 1.0
+
     def stored(self) -> dict[str, Tensor]:
         """What goes to disk, by name; by default the weights as they are."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
@@ -35,15 +39,11 @@ class DeltaModule(nn.Module):
             own[name].data.copy_(tensor)
 
 
-class OutputModule(DeltaModule):
-    """Acts after a module: the site's input and output in, the new output out."""
+class SideModule(DeltaModule):
+    """Acts on one side of a module: on what goes in, or on what comes out."""
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """`x`: `[..., in_features]`, `y`: `[..., out_features]`, both in the base's dtype; returns `y`'s like."""
-        raise NotImplementedError
-
-    #: the host's parameter that the same change can be made to in place of its output, see `changed`; None where it
-    #: cannot
+    #: the host's parameter that the same change can be made to in place of its input or output, see `changed`; None
+    #: where it cannot
     acts_on: str | None = None
 
     def changed(self, parameter: Tensor) -> Tensor:
@@ -53,6 +53,22 @@ class OutputModule(DeltaModule):
 
     def merge_into(self, module: nn.Module) -> None:
         """Write the delta into the base module's own weights, if the method can."""
+        raise NotImplementedError
+
+
+class OutputModule(SideModule):
+    """Acts after a module: the site's input and output in, the new output out."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """`x`: `[..., in_features]`, `y`: `[..., out_features]`, both in the base's dtype; returns `y`'s like."""
+        raise NotImplementedError
+
+
+class EntryModule(SideModule):
+    """Acts before a module: the site's input in, the input that the module gets out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`: `[..., in_features]`, in the base's dtype; returns its like."""
         raise NotImplementedError
 
 

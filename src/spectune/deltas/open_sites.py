@@ -4,6 +4,8 @@ from transformers import PreTrainedModel
 
 from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks import attention_function
+from spectune.deltas.hooks.entry import EntryHook
+from spectune.deltas.hooks.module_side import SideHook
 from spectune.deltas.hooks.output import OutputHook
 from spectune.deltas.hooks.parameter import ParameterHook
 from spectune.deltas.site import AttentionSite, InputSite, OutputSite, ParameterSite, Site
@@ -16,7 +18,7 @@ class OpenSites:
 
     def __init__(self, model: PreTrainedModel, family: Family, state: ForwardState) -> None:
         self.model, self.family, self.state = model, family, state
-        self._outputs: dict[str, tuple[OutputHook, int]] = {}
+        self._sides: dict[tuple[str, bool], tuple[SideHook, int]] = {}
         self._parameters: dict[str, ParameterHook] = {}
         self._attention_users: dict[str, int] = {}
         self._prefixes = 0
@@ -26,12 +28,12 @@ class OpenSites:
         """Let deltas act at a site. Raises ConfigError: attention cannot be exchanged, or a parameter cannot be changed
         where it is."""
         match site:
-            case OutputSite(on=None, path=path):
-                hook, users = self._outputs.get(path, (None, 0))
+            case OutputSite(on=None, path=path, entry=entry):
+                hook, users = self._sides.get((path, entry), (None, 0))
                 if hook is None:
-                    gathers = self.family.gathers_tokens(path)
-                    hook = OutputHook(self.model.get_submodule(path), path, self.state, gathers_tokens=gathers)
-                self._outputs[path] = hook, users + 1
+                    gathers, kind = self.family.gathers_tokens(path), EntryHook if entry else OutputHook
+                    hook = kind(self.model.get_submodule(path), path, self.state, gathers_tokens=gathers)
+                self._sides[path, entry] = hook, users + 1
             case OutputSite(path=owner, on=str(name)) | ParameterSite(host=owner, name=name):
                 self._open_parameter(owner, name)
             case AttentionSite(path=path):
@@ -44,10 +46,10 @@ class OpenSites:
     def close(self, site: Site) -> None:
         """The inverse of `open`."""
         match site:
-            case OutputSite(on=None, path=path):
-                hook, users = self._outputs.pop(path)
+            case OutputSite(on=None, path=path, entry=entry):
+                hook, users = self._sides.pop((path, entry))
                 if users > 1:
-                    self._outputs[path] = hook, users - 1
+                    self._sides[path, entry] = hook, users - 1
                 else:
                     hook.close()
             case OutputSite(path=owner, on=str(name)) | ParameterSite(host=owner, name=name):

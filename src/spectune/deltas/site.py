@@ -19,12 +19,17 @@ class _AtModule:
 
 @dataclass(frozen=True)
 class OutputSite(_AtModule):
-    """After a module: the delta's module sees its input and output and returns a new output. `on`: the module's
-    parameter that is changed instead of its output (`OutputModule.acts_on`), where the base uses the parameter without
-    calling the module, or the output is more than the linear map; else None."""
+    """After a module: the delta's module sees its input and output and returns a new output.
+
+    Attributes:
+        entry: it acts before the module instead: it sees the input and returns a new one (`EntryModule`).
+        on: the module's parameter that is changed instead of its input or output (`SideModule.acts_on`), where the
+            base uses the parameter without calling the module, or the output is more than the linear map; else None.
+    """
 
     in_features: int
     out_features: int
+    entry: bool = field(default=False, kw_only=True)
     on: str | None = field(default=None, kw_only=True)
 
 

@@ -14,7 +14,9 @@ from spectune.errors import ConfigError
 from spectune.families.biases import Bias, biases_of
 from spectune.families.matrices import Matrix, matrices_of
 from spectune.families.module_kinds import linear_shape
-from spectune.families.parts import inner_activation
+from spectune.families.norms import Norm, norms_of
+from spectune.families.other_modules import OtherModule, other_modules
+from spectune.families.parts import inner_activation, reader_of_inner
 from spectune.families.quantised import is_plain, is_transposed, packed_away
 from spectune.families.self_attention import Attention, attention_names, attention_of
 from spectune.families.stack import beside_text, find_decoder, find_layers
@@ -39,13 +41,15 @@ class FeedForward:
     own for it): its output is then the last linear's, and its input cannot be seen at the same place.
 
     `activation`: the module of its nonlinearity, which gives `inner_size` features; None where it has none of its own
-    (experts share one, or it is a function)."""
+    (experts share one, or it is a function). `reader`: the linear that takes these features, alone or times a gate's;
+    None where something else stands between."""
 
     path: str
     hidden_size: int
     whole: bool = True
     activation: str | None = None
     inner_size: int = 0
+    reader: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ class Family:
     position_table: int | None
     #: tokens that some layers' attention reaches back at most, None where all see everything
     sliding_window: int | None = None
+    #: those of the decoder
+    norms: tuple[Norm, ...] = ()
+    #: what a name that is given for linears may mean beside them
+    others: tuple[OtherModule, ...] = ()
 
     def gathers_tokens(self, path: str) -> bool:
         """Whether the module at `path` is in a list inside its layer (experts): its input is tokens of any rows."""
@@ -137,7 +145,9 @@ def describe(model: PreTrainedModel) -> Family:
         matrices=matrices_of(model, stacks, beside),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()) + packed_away(model),
         conv1d=bool(linears) and all(is_transposed(model.get_submodule(t.path)) for t in linears),
-        position_table=_position_table(decoder, embedding, text), sliding_window=_sliding_window(text)
+        position_table=_position_table(decoder, embedding, text), sliding_window=_sliding_window(text),
+        norms=norms_of(model, names[id(decoder)], beside),
+        others=other_modules(model, (t.path for t in linears), beside),
     )  # fmt: skip
 
 
@@ -192,13 +202,18 @@ def _feed_forward(
     }  # fmt: skip
     if weights:
         name = max(weights, key=lambda name: weights[name])
-        activation, inner = inner_activation(layer.get_submodule(name))
-        return FeedForward(f"{path}.{name}", hidden, True, activation and f"{path}.{name}.{activation}", inner)
+        block, where = layer.get_submodule(name), f"{path}.{name}"
+        activation, inner = inner_activation(block)
+        reader = reader_of_inner(block, activation)
+        return FeedForward(
+            where, hidden, True, activation and f"{where}.{activation}", inner, reader and f"{where}.{reader}"
+        )
     own = [name for name, child in layer.named_children() if linear_shape(child) is not None]
     if not own:
         return None
     activation, inner = inner_activation(layer)
-    return FeedForward(f"{path}.{own[-1]}", hidden, False, activation and f"{path}.{activation}", inner)
+    last = f"{path}.{own[-1]}"
+    return FeedForward(last, hidden, False, activation and f"{path}.{activation}", inner, activation and last)
 
 
 def _position_table(decoder: nn.Module, embedding: nn.Module, config: PretrainedConfig) -> int | None:

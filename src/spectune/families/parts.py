@@ -54,3 +54,14 @@ def inner_activation(block: nn.Module) -> tuple[str | None, int]:
     if len(shapes) < 2 or len(names) != 1:
         return None, 0
     return names[0], shapes[-1][0]
+
+
+def reader_of_inner(block: nn.Module, activation: str | None) -> str | None:
+    """The last linear of a block whose other children are linears, its nonlinearity and dropout: it then takes what the
+    nonlinearity gives, alone or times a gate's, and scaling the one is scaling the other."""
+    children = dict(block.named_children())
+    linears = [name for name, child in children.items() if linear_shape(child) is not None]
+    rest = [child for name, child in children.items() if name not in (*linears, activation)]
+    if activation is None or any(not isinstance(child, nn.Dropout | nn.Identity) for child in rest):
+        return None
+    return linears[-1]

@@ -11,13 +11,16 @@ from spectune.methods.bitfit import BitFit
 from spectune.methods.dora import DoRA
 from spectune.methods.full import FullFineTuning
 from spectune.methods.ia3 import IA3
+from spectune.methods.ln import LNTuning
 from spectune.methods.lora import LoRA
+from spectune.methods.miss import MiSS
+from spectune.methods.oft import OFT
 from spectune.methods.prefix import PrefixTuning
 from spectune.methods.prompt import PromptTuning
 
 #: the spectrum that every textbook compares, and what `--quick` runs
 SPECTRUM: tuple[type[Method], ...] = (FullFineTuning, BottleneckAdapter, PrefixTuning, PromptTuning, LoRA, BitFit)
-METHODS: tuple[type[Method], ...] = (*SPECTRUM, DoRA, IA3)
+METHODS: tuple[type[Method], ...] = (*SPECTRUM, DoRA, IA3, OFT, MiSS, LNTuning)
 
 BY_NAME: dict[str, type[Method]] = {str(method.model_fields["name"].default): method for method in METHODS}
 
@@ -51,6 +54,6 @@ def method_from_dict(fields: dict[str, Any]) -> Method:
 
 
 __all__ = [
-    "BY_NAME", "IA3", "METHODS", "SPECTRUM", "BitFit", "BottleneckAdapter", "DoRA", "FullFineTuning", "LoRA",
-    "PrefixTuning", "PromptTuning", "method_from_dict", "method_from_name",
+    "BY_NAME", "IA3", "METHODS", "OFT", "SPECTRUM", "BitFit", "BottleneckAdapter", "DoRA", "FullFineTuning", "LNTuning",
+    "LoRA", "MiSS", "PrefixTuning", "PromptTuning", "method_from_dict", "method_from_name",
 ]  # fmt: skip

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.magnitude import scale_features
-from spectune.deltas import DeltaModule, InitContext, OutputModule, Site
+from spectune.deltas import DeltaModule, InitContext, LoRALayer, OutputModule, Site
 from spectune.errors import ConfigError
 from spectune.families import Family, dense_weight
-from spectune.methods.lora import LoRA, LoRALayer, peft_fields
+from spectune.methods.lora import LoRA, peft_fields
 
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -37,6 +37,9 @@ class DoRALayer(OutputModule):
                 "decode: use LoRA on this base"
             )
         self._host = [host]  # in a list: it is the model's child, not this module's
+
+    def rate_factor(self, name: str) -> float:
+        return 1.0 if name == "lora.lora_A" else self.lora.rate_ratio  # vectors go with B, as in PEFT
 
     def row_norms(self) -> Tensor:
         """`||W0 + s B A||`, `[out_features]`, float32, constant in the gradient."""
@@ -73,8 +76,16 @@ class DoRA(LoRA):
 
     name: Literal["dora"] = "dora"  # type: ignore[assignment]
 
+    @model_validator(mode="after")
+    def _plain_start(self) -> Self:
+        if self.init_lora_weights in ("pissa", "olora"):
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is LoRA's: DoRA starts at the base's norms")
+        return self
+
     label: ClassVar[str] = "DoRA"
     best_for: ClassVar[str] = "LoRA's place where rank is small and training time is no matter"
+
+    named_by_weight: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _linears_only(self) -> Self:

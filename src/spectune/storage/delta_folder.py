@@ -1,82 +1,111 @@
 """Delta folders: `adapter_config.json`, `adapter_model.safetensors`, and `spectune.json`, which PEFT never reads.
 
-LoRA, prefix and prompt are written in PEFT's layout and read from it. Weights are safetensors only: nothing is ever
-unpickled. A folder may come from anybody: all of it is checked before the model is touched.
+What PEFT has is written in PEFT's layout and read from it; other programs' folders are read in `foreign/`. Weights are
+safetensors only: nothing is ever unpickled. A folder may come from anybody: all of it is checked before the model is
+touched.
 """
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from spectune.deltas import Delta, Method, place, unplaced
-from spectune.deltas.folder import CONFIG_FILE, OUR_FILE
+from spectune.deltas.delta import AdapterFiles, ModuleDelta
+from spectune.deltas.folder import CONFIG_FILE, OUR_FILE, DeltaFiles
 from spectune.errors import DataError, SpectuneError, first_line
-from spectune.families import differences
-from spectune.methods import METHODS
-from spectune.storage.manifest import Manifest, check_digests, explain, read_json, read_manifest
+from spectune.families import Family, differences
+from spectune.storage.foreign.foreign_folder import ForeignFolder
+from spectune.storage.foreign.mlx_folder import fit_mlx, is_mlx, mlx_method
+from spectune.storage.foreign.other_formats import is_adapter_hub, refuse_adapter_hub, refuse_folder, refuse_path
+from spectune.storage.foreign.peft_folder import fit_peft, peft_method
+from spectune.storage.manifest import Manifest, check_digests, read_json, read_manifest
 
-#: the keys of PEFT's configs that are read here, and what they have to be: pydantic would take `true` for the number 1
-_PEFT_TYPES: dict[str, tuple[type, ...]] = {
-    "peft_type": (str,),
-    "r": (int,),
-    "lora_alpha": (int, float),
-    "lora_dropout": (int, float),
-    "use_rslora": (bool,),
-    "use_dora": (bool,),
-    "bias": (str,),
-    "target_modules": (str, list),
-    "target_parameters": (list,),
-    "num_virtual_tokens": (int,),
-}
+log = logging.getLogger("spectune")
 
 
 def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = None, trainable: bool = False) -> Delta:
-    """Attach the delta stored in `folder` (ours or PEFT's) to `model` and make it the active one.
+    """Attach the delta stored in `folder` (ours, PEFT's or mlx-lm's) to `model` and make it the active one.
+
+    Of PEFT's folders the tensors say where the delta acts, as far as the config lets PEFT take them in; names that
+    match nothing do not matter.
 
     Args:
         name: default is the folder's name.
         trainable: leave its weights open to training.
 
     Raises:
-        DataError: no such folder, a damaged file, another base's fingerprint, missing, surplus or misshapen tensors
-            (all at once), weights that are not finite or not the ones that were saved. Nothing is attached then.
+        DataError: no such folder, one of a format that is not read, a damaged file, another base's fingerprint,
+            missing, surplus or misshapen tensors (all at once), weights that are not finite or not the ones that were
+            saved. Nothing is attached then.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; expected one that Delta.save or PEFT wrote")
-    manifest, method = _described(folder)
+        raise refuse_path(folder)
+    manifest, method, config = _described(folder)
     name = name or folder.resolve().name
     draft = unplaced(model, method, name)
-    if manifest is not None:
+    foreign = None
+    if manifest is None:
+        foreign = _fitted(folder, config, method, draft.family)
+        draft = replace(draft, method=foreign.method)
+    else:
         apart = differences(manifest.base.model_dump(), draft.base_fingerprint)
         if apart:
             raise DataError(f"{folder} was trained on another base ({manifest.base_name or 'of unknown name'})", apart)
-    _check_files(draft, folder, OUR_FILE if manifest is not None else CONFIG_FILE)
+    _check_files(_files(draft, foreign), folder, OUR_FILE if manifest is not None else CONFIG_FILE)
     if manifest is not None:
         check_digests(manifest, draft.files.weight_files(folder))
-    delta = place(model, method, name, fill=lambda d: d.files.read(folder), keep_base=method.trains_base)
+    delta = place(
+        model, draft.method, name, fill=lambda d: _files(d, foreign).read(folder), keep_base=draft.method.trains_base
+    )
+    if foreign is not None and foreign.said is not None:
+        log.warning("%s: %s", folder, foreign.said)
     for parameter in delta.parameters():
         parameter.requires_grad_(trainable)
     return delta
 
 
 def stored_method(folder: Path) -> Method:
-    """The method of the delta stored in `folder` (ours or PEFT's); no weights are read. Raises DataError."""
+    """The method of the delta stored in `folder` (ours or another program's); no weights are read, which may say more
+    exactly where it acts. Raises DataError."""
     return _described(folder)[1]
 
 
-def _described(folder: Path) -> tuple[Manifest | None, Method]:
-    """What a folder says of itself: in our file, or else in PEFT's."""
+def _described(folder: Path) -> tuple[Manifest | None, Method, dict[str, Any]]:
+    """What a folder says of itself: in our file, or else in another program's, which is given too."""
     found = read_manifest(folder / OUR_FILE)
-    return found if found is not None else (None, _peft_method(folder))
+    if found is not None:
+        return *found, {}
+    config = read_json(folder / CONFIG_FILE)
+    if config is None:
+        raise refuse_folder(folder)
+    if "spectune_method" in config:
+        raise DataError(
+            f"{folder / OUR_FILE} is missing; {folder / CONFIG_FILE} alone does not describe this method: copy both"
+        )
+    if is_adapter_hub(config):
+        raise refuse_adapter_hub(folder, config)
+    return None, mlx_method(folder, config) if is_mlx(config) else peft_method(folder, config), config
 
 
-def _check_files(draft: Delta, folder: Path, config_file: str) -> None:
+def _fitted(folder: Path, config: dict[str, Any], method: Method, family: Family) -> ForeignFolder:
+    return fit_mlx(folder, method, family) if is_mlx(config) else fit_peft(folder, config, method, family)
+
+
+def _files(delta: Delta, foreign: ForeignFolder | None) -> DeltaFiles:
+    if foreign is None:
+        return delta.files
+    assert isinstance(delta, ModuleDelta), "no other program's folder is read as a tuned base"
+    return AdapterFiles(delta, foreign.weights, foreign.translate)
+
+
+def _check_files(files: DeltaFiles, folder: Path, config_file: str) -> None:
     """Check that the weights are what the config asks for, before any of either is made."""
     try:
-        draft.files.check(folder)
+        files.check(folder)
     except SpectuneError as error:
         if str(folder) in str(error):
             raise
@@ -85,42 +114,3 @@ def _check_files(draft: Delta, folder: Path, config_file: str) -> None:
         raise DataError(
             f"{folder / config_file} describes what cannot be built ({first_line(error)}); copy it again"
         ) from error
-
-
-def _peft_method(folder: Path) -> Method:
-    path = folder / CONFIG_FILE
-    config = read_json(path)
-    if config is None:
-        raise DataError(f"{folder} has neither {OUR_FILE} nor {CONFIG_FILE}: it is not a delta's folder")
-    if "spectune_method" in config:
-        raise DataError(f"{folder / OUR_FILE} is missing; {path} alone does not describe this method: copy both")
-    problems = _wrong_types(config)
-    if problems:
-        raise DataError(f"{path} is not what PEFT writes", problems)
-    try:
-        for method in METHODS:
-            found = method.from_peft_config(config)
-            if found is not None:
-                return found
-    except ValidationError as error:
-        raise DataError(f"{path} has values that are refused", explain(error)) from None
-    except KeyError as error:
-        raise DataError(f"{path} has no key {error}, which peft_type {config['peft_type']!r} needs") from None
-    except SpectuneError as error:
-        raise DataError(f"{path}: {error}") from error
-    except Exception as error:  # whatever else a method makes of values that PEFT never writes
-        raise DataError(f"{path} cannot be read ({first_line(error)}); expected what PEFT writes") from error
-    raise DataError(f"{path}: peft_type {config.get('peft_type')!r} is not a method of spectune's")
-
-
-def _wrong_types(config: dict[str, Any]) -> list[str]:
-    problems = []
-    for key, types in _PEFT_TYPES.items():
-        value = config.get(key)
-        right = isinstance(value, types) and (not isinstance(value, bool) or bool in types)
-        if isinstance(value, list) and right:
-            right = all(isinstance(item, str) for item in value)
-        if value is not None and not right:
-            expected = " or ".join("a list of texts" if kind is list else kind.__name__ for kind in types)
-            problems.append(f"{key} = {repr(value)[:80]}: expected {expected}")
-    return problems

@@ -21,8 +21,11 @@ _MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 class EightBitAdamW(MasterAdamW):
     """`MasterAdamW` with moments of weights of at least 4,096 numbers in eight bits."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float) -> None:
-        super().__init__(parameters, config, learning_rate)
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float,
+        factors: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(parameters, config, learning_rate, factors)
         #: number of a weight -> name of a moment -> codes and scales
         self.codes: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
 

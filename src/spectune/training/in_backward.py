@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from spectune.errors import ConfigError
 from spectune.training.config import TrainingConfig
-from spectune.training.optimizer import MasterAdamW
+from spectune.training.optimizer import MasterAdamW, set_rate
 
 
 class InBackwardAdamW(MasterAdamW):
     """`MasterAdamW` that steps in hooks on the weights. To be closed when the run ends."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float) -> None:
-        super().__init__(parameters, config, learning_rate)
-        self._inners = {id(master): self._adamw([master], config, learning_rate) for master in self.masters}
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float,
+        factors: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(parameters, config, learning_rate, factors)
+        self._inners = {id(m): self._adamw([index], config, learning_rate) for index, m in enumerate(self.masters)}
         self._norms: list[Tensor] = []
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._stepping(index))  # type: ignore[no-untyped-call]
@@ -34,8 +37,7 @@ class InBackwardAdamW(MasterAdamW):
         """The rate of the steps that the backward pass takes from now on."""
         self._norms.clear()
         for inner in self._inners.values():
-            for group in inner.param_groups:
-                group["lr"] = learning_rate
+            set_rate(inner, learning_rate)
 
     def step(self, learning_rate: float, max_grad_norm: float, loss: Tensor | None = None) -> Tensor:
         """All is done: the norm of the gradients that were stepped. Weights whose gradient was not finite were not.

@@ -24,22 +24,34 @@ class MasterAdamW:
     is cast.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float,
+        factors: Sequence[float] = (),
+    ) -> None:  # fmt: skip
+        """`factors`: what the learning rate of each of the parameters is multiplied with; none is 1 for all."""
         self.parameters = [p for p in parameters if p.requires_grad]
+        by_parameter = dict(zip(map(id, parameters), factors, strict=True)) if factors else {}
+        self.factors = [by_parameter.get(id(p), 1.0) for p in self.parameters]
         self.masters: list[Tensor] = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True) for p in self.parameters
         ]
         #: weights that are stepped together, by number
         self.groups = stepped_together(self.parameters, config.optim)
-        self.inner = self._adamw(self.masters, config, learning_rate)
+        self.inner = self._adamw(range(len(self.masters)), config, learning_rate)
 
-    def _adamw(self, masters: Sequence[Tensor], config: TrainingConfig, learning_rate: float) -> torch.optim.AdamW:
+    def _adamw(self, members: Sequence[int], config: TrainingConfig, learning_rate: float) -> torch.optim.AdamW:
+        """An optimizer of some masters, by number."""
+        together: dict[tuple[bool, float], list[Tensor]] = {}
+        for index in members:
+            together.setdefault((self.masters[index].dim() > 1, self.factors[index]), []).append(self.masters[index])
         groups = [
-            {"params": [m for m in masters if m.dim() > 1], "weight_decay": config.weight_decay},
-            {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0},
+            {"params": masters, "weight_decay": config.weight_decay if decays else 0.0, "factor": factor}
+            for (decays, factor), masters in sorted(together.items(), key=lambda group: group[0], reverse=True)
         ]
-        groups, betas = [group for group in groups if group["params"]], (config.adam_beta1, config.adam_beta2)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+        betas = config.adam_beta1, config.adam_beta2
+        made = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+        set_rate(made, learning_rate)
+        return made
 
     def begin(self, learning_rate: float) -> None:
         """To be called before the backward pass of a step."""
@@ -61,8 +73,7 @@ class MasterAdamW:
         norm = global_norm([gradient for gradient in gradients if gradient is not None])
         if norm is None:
             return torch.zeros(())
-        for group in self.inner.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.inner, learning_rate)
         finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
         self.inner.found_inf = (~finite).float()  # type: ignore[attr-defined]
         for members in self.groups:
@@ -133,6 +144,12 @@ class MasterAdamW:
             else:
                 place = value.device if name == "step" and master.device.type == "cpu" else master.device
                 self.inner_of(master).state[master][name] = value.to(place, copy=True)
+
+
+def set_rate(inner: torch.optim.Optimizer, learning_rate: float) -> None:
+    """The run's learning rate, times each group's factor."""
+    for group in inner.param_groups:
+        group["lr"] = learning_rate * group["factor"]
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor | None:

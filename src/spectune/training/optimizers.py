@@ -18,13 +18,14 @@ _CLASSES: dict[str, type[MasterAdamW]] = {
 
 
 def make_optimizer(
-    parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float, processes: int = 1
-) -> MasterAdamW:
-    """AdamW in the form that the config asks for. Raises ConfigError for steps in backward with several processes,
-    which sum their gradients after it."""
+    parameters: Sequence[nn.Parameter], config: TrainingConfig, learning_rate: float, processes: int = 1,
+    factors: Sequence[float] = (),
+) -> MasterAdamW:  # fmt: skip
+    """AdamW in the form that the config asks for. `factors`: of each parameter's rate (`DeltaModule.rate_factor`).
+    Raises ConfigError for steps in backward with several processes, which sum their gradients after it."""
     if config.optim == "adamw_in_backward" and processes > 1:
         raise ConfigError(
             f"optim=adamw_in_backward steps before gradients are summed over processes, and there are {processes}: "
             "use adamw_torch_fused or adamw_8bit, or one process"
         )
-    return _CLASSES[config.optim](parameters, config, learning_rate)
+    return _CLASSES[config.optim](parameters, config, learning_rate, factors)

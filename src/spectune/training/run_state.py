@@ -73,7 +73,7 @@ class RunState:
         what is configured."""
         config, rate, trained = prepared.config, prepared.learning_rate, trained_parameters(delta)
         batches = Batches(prepared.examples, config, packing, world, prepared.pad_token_id)
-        optimizer = make_optimizer(trained, config, rate, world.size)
+        optimizer = make_optimizer(trained, config, rate, world.size, rate_factors(delta, trained))
         total = total_steps(len(prepared.examples), config, world.size)
         return cls(delta, optimizer, batches, prepared.valid, config, rate, total)
 
@@ -139,6 +139,12 @@ class RunState:
             f"{what} (learning rate {self.learning_rate:g}). "
             f"{self.keeper.kept_state()} Try a smaller learning_rate, more warmup_steps or a smaller max_grad_norm."
         )
+
+
+def rate_factors(delta: Delta, trained: Sequence[nn.Parameter]) -> list[float]:
+    """What the learning rate of each of the trained weights is multiplied with."""
+    own = {id(p): module.rate_factor(name) for _, module in delta.sites for name, p in module.named_parameters()}
+    return [own.get(id(parameter), 1.0) for parameter in trained]
 
 
 def trained_parameters(delta: Delta) -> list[nn.Parameter]:

@@ -5,21 +5,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectune.deltas.forward_state import ForwardState
+from spectune.deltas.hooks.module_side import SideHook
 from spectune.deltas.modules import OutputModule
 from spectune.deltas.slots import get
-from spectune.errors import ConfigError
 
 
-class OutputHook:
-    """The hook after the module at `path`. `gathers_tokens`: the module is an expert, which is given some tokens of any
-    row."""
+class OutputHook(SideHook):
+    """The hook after the module at `path`; see `SideHook`."""
 
     def __init__(self, module: nn.Module, path: str, state: ForwardState, *, gathers_tokens: bool) -> None:
-        self.path, self.state, self.gathers_tokens = path, state, gathers_tokens
+        super().__init__(path, state, gathers_tokens=gathers_tokens)
         self.handle = module.register_forward_hook(self.run, with_kwargs=True)
-
-    def close(self) -> None:
-        self.handle.remove()
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: the module's output, changed."""
@@ -39,15 +35,7 @@ class OutputHook:
 
     def _by_row(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Each delta on its own rows, one after the other."""
-        layout = self.state.layout_of(y.shape[0])
-        acting = [(m, rows) for name, rows in layout.groups() if isinstance(m := get(module, name), OutputModule)]
-        if acting and y.dim() == 2 and self.gathers_tokens:
-            raise ConfigError(
-                f"{self.path} stands among experts, which are given some tokens of any row: deltas at this place "
-                "cannot share a batch with others. Route each of them in a batch of its own."
-            )
-        for delta_module, rows in acting:
-            pick = layout.picks(rows, y, self.path)
+        for delta_module, pick in self.by_rows(module, OutputModule, y):
             y = y.index_copy(0, pick, delta_module(x[pick], y[pick]))
         return y
 

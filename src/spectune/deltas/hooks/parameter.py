@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectune.deltas.forward_state import ForwardState
-from spectune.deltas.modules import OutputModule, ParameterModule
+from spectune.deltas.modules import ParameterModule, SideModule
 from spectune.deltas.slots import get
 from spectune.errors import ConfigError
 
@@ -109,10 +109,10 @@ class ParameterHook:
         return made
 
 
-def _module_at(module: nn.Module, delta: str | None, name: str) -> ParameterModule | OutputModule | None:
-    """What a delta changes the parameter with: a module for it, or an output's module that acts on it instead."""
+def _module_at(module: nn.Module, delta: str | None, name: str) -> ParameterModule | SideModule | None:
+    """What a delta changes the parameter with: a module for it, or a side's module that acts on it instead."""
     found = get(module, delta, name)
     if isinstance(found, ParameterModule):
         return found
     after = get(module, delta)
-    return after if isinstance(after, OutputModule) and after.acts_on == name else None
+    return after if isinstance(after, SideModule) and after.acts_on == name else None

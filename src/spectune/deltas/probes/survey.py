@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from spectune.compute.evaluating import rehearsing
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.method import Method
-from spectune.deltas.modules import OutputModule
+from spectune.deltas.modules import SideModule
 from spectune.deltas.open_sites import holder_of
 from spectune.deltas.probes.base_runs import can_run, first_logits, run
 from spectune.deltas.site import OutputSite, Site
@@ -79,7 +79,7 @@ def _at_parameter(site: OutputSite, method: Method, attachment: Attachment) -> O
     """The site with the host's parameter that is changed in place of its output; as it is where that cannot be."""
     with torch.device("meta"):
         module = method.build(site)
-    name = module.acts_on if isinstance(module, OutputModule) else None
+    name = module.acts_on if isinstance(module, SideModule) else None
     parameter = None if name is None else getattr(attachment.model.get_submodule(site.path), name, None)
     if not isinstance(parameter, nn.Parameter) or not parameter.is_floating_point():
         return site
