@@ -71,15 +71,17 @@ def placed(config: Mapping[str, Any], tensors: Iterable[str], mark: str, family:
         raise DataError(
             f"it holds no tensor of {config.get('peft_type')}, named <module>.{mark}...: nothing is adapted"
         )
-    search = Search()
+    search, linears = Search(), [linear.path for linear in family.linears]
     named = {path for path in at if _names(config, path, search, family)}
-    if not named:
+    if config.get("target_parameters"):  # what is named by its parameter is not judged here
+        at = {path: names for path, names in at.items() if path in named and path in linears}
+        named &= at.keys()
+    elif not named:
         raise DataError(
             f"target_modules = {json.dumps(config.get('target_modules'))[:200]} and what else its config says of "
             f"places name none of the modules that its weights are for, such as {next(iter(at))}: PEFT does not load "
             "it either"
         )
-    linears = [linear.path for linear in family.linears]
     if foreign := sorted(named - set(linears)):
         raise DataError(
             f"it has weights for {len(foreign)} modules that are no linear in a layer of this {family.model_type}",

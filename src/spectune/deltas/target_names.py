@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import regex
 
-from spectune.deltas.target_parameters import expert_words
+from spectune.deltas.target_parameters import expert_words, experts_left_out
 from spectune.errors import ConfigError, some
-from spectune.families import Family, Linear, OtherModule
+from spectune.families import Family, Linear, Matrix, OtherModule
 
 Number = TypeVar("Number", int, float)
 
@@ -124,7 +124,9 @@ def targets(family: Family, wanted: str | tuple[str, ...]) -> list[Linear]:
         more = f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""
         raise ConfigError(
             f"target_modules = {_shown(wanted)} also names {where}{more}: only linears inside the layers are adapted. "
-            "Leave it out of the names" + (" (a text is a pattern for whole paths)" if isinstance(wanted, str) else "")
+            "Leave it out of the names"
+            + (" (a text is a pattern for whole paths)" if isinstance(wanted, str) else "")
+            + (f"; {words}" if (words := expert_words(family, wanted)) else "")
         )
     if isinstance(wanted, str):
         if not found:
@@ -148,33 +150,26 @@ def left_out(family: Family, wanted: str | tuple[str, ...]) -> str | None:
     )
 
 
+def linears_alone(family: Family, wanted: str | tuple[str, ...], taken: Sequence[Matrix] = ()) -> str | None:
+    """What to say of a method that acts at the linears that `wanted` names, and on the other matrices `taken`: modules
+    of other towers, and experts that it leaves out where all linears are meant or experts are named; None where there
+    are none."""
+    said = [left_out(family, wanted)] if wanted else []
+    if wanted == ALL_LINEAR or (wanted and expert_words(family, wanted)):  # who names other modules wants these
+        said.append(experts_left_out(family, taken))
+    return "; ".join(sentence for sentence in said if sentence) or None
+
+
 def check_patterns(field: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
     """Raise ConfigError for a pattern of ranks or alphas that matches none of the targets' paths, or that takes too
     long on one of them: what is matched here in time is so later."""
     search = Search()
     for key in patterns:
         if not [path for path in paths if search.end(key, path)]:
-            ends = sorted({path.rpartition(".")[2] for path in paths})
-            near = difflib.get_close_matches(key, ends, n=1, cutoff=0)
+            near = difflib.get_close_matches(key, sorted({path.rpartition(".")[2] for path in paths}), n=1, cutoff=0)
             raise ConfigError(
                 f"{field}: {key!r} matches none of the targets" + (f"; the nearest is {near[0]!r}" if near else "")
             )
-
-
-def patterns_by_weight(
-    named: Sequence[str], patterns: Mapping[str, Number], default: Number, linears: Sequence[str]
-) -> dict[str, Number]:
-    """Patterns for a config that names some linears by their weight: those get entries of their own where their names
-    would be matched otherwise now, and patterns that match nothing `named` go. Without such linears, as they are."""
-    if not linears:
-        return dict(patterns)
-    search = Search()
-    exact = {
-        f"{path}.weight": value
-        for path in linears
-        if (value := search.first(patterns, path, default)) != search.first(patterns, f"{path}.weight", default)
-    }
-    return exact | {key: value for key, value in patterns.items() if [name for name in named if search.end(key, name)]}
 
 
 def exact_names(wanted: Sequence[str], others: Iterable[str]) -> str | tuple[str, ...]:
@@ -250,11 +245,12 @@ def _nothing_matched(family: Family, wanted: str) -> str:
             f"it matches none, such as {next(t.path for t in family.linears if ends_with(t.path, meant[0]))!r}. "
             f"For every linear of that name write a list: target_modules={meant!r}"
         )
+    if words := expert_words(family, wanted):
+        return f"target_modules = {wanted!r} matches no linear of this {family.model_type} model: {words}"
     near = difflib.get_close_matches(wanted, [linear.path for linear in family.linears], n=1, cutoff=0)
-    words = expert_words(family, re.findall(r"[\w.-]+", wanted))
     return (
         f"target_modules: {wanted!r} matches the whole path of no linear of this {family.model_type} model"
-        + (f": {words}" if words else f"; the nearest is {near[0]!r}" if near else "")
+        + (f"; the nearest is {near[0]!r}" if near else "")
         + f"\nIts linears end in: {', '.join(endings(family.linears))}"
     )
 
@@ -266,12 +262,14 @@ def _names_missing(family: Family, missing: Sequence[str]) -> str:
         elsewhere = [other.path for other in family.others if other.has_matrix and ends_with(other.path, name)]
         if name.lower() == ALL_LINEAR:
             lines.append(f"target_modules: {ALL_LINEAR!r} stands in a list; write it alone, as a text")
+        elif words := expert_words(family, name):
+            lines.append(f"target_modules: {name!r} matches no linear of this {family.model_type} model: {words}")
         elif elsewhere:
             lines.append(f"target_modules: {name!r} names only modules that text does not go through: {elsewhere[0]}")
         else:
-            lines.append(f"target_modules: {name!r} matches no linear of this {family.model_type} model")
-            if words := expert_words(family, name):
-                lines[-1] += f": {words}"
-            elif near := difflib.get_close_matches(name, known, n=1, cutoff=0):
-                lines[-1] += f"; the nearest is {near[0]!r}"
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            lines.append(
+                f"target_modules: {name!r} matches no linear of this {family.model_type} model"
+                + (f"; the nearest is {near[0]!r}" if near else "")
+            )
     return "\n".join(lines) + f"\nIts linears end in: {', '.join(known)}"

@@ -63,6 +63,14 @@ def parameters_named(family: Family, wanted: str | Sequence[str]) -> tuple[list[
     return linears, matrices
 
 
+def parameters_known(family: Family, wanted: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Those of the names that match something in this base."""
+    if isinstance(wanted, str):
+        return wanted
+    where = [*map(_weight, family.linears), *(matrix.where for matrix in family.matrices)]
+    return tuple(name for name in wanted if any(_ends(one, name) for one in where))
+
+
 def expert_words(family: Family, names: str | Sequence[str]) -> str | None:
     """What to say where `target_modules` names a parameter that is no linear: experts, by today's names or those of the
     linears that they once were (`gate_proj`, `w1`), or a router. None where it does not."""

@@ -24,23 +24,23 @@ from spectune.deltas import (
     DeltaModule,
     Fitted,
     InitContext,
+    LoRALayer,
+    LoRAMatrix,
     MatrixSite,
     Method,
     OutputSite,
-    Placed,
     RatePoint,
     RateRule,
     Search,
     Site,
+    StartedLoRALayer,
     check_lora_keys,
     check_patterns,
     checked_pattern,
     checked_targets,
-    expert_words,
-    experts_left_out,
-    left_out,
+    linears_alone,
+    parameters_known,
     parameters_named,
-    patterns_by_weight,
     peft_keys,
     peft_targets,
     placed,
@@ -48,14 +48,15 @@ from spectune.deltas import (
     targets,
     told_apart,
 )  # fmt: skip
-from spectune.deltas.peft_config import PREFIX
 from spectune.errors import ConfigError, DataError, some
 from spectune.families import Family, Linear, Matrix
-from spectune.methods.lora_layers import STARTS, LoRALayer, LoRAMatrix, StartedLoRALayer
 
+_PEFT_PREFIX = "base_model.model."
 #: VeLoRA's, which only its backward pass looks at
 _OF_TRAINING = ".lora_velora_embed"
 Number = TypeVar("Number", int, float)
+#: starts at factors of the base's weight
+_STARTS = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,13 @@ class LoRA(Method):
         RatePoint(4096, 3e-4, TINKER),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
+    #: PEFT reads such a linear by its weight, too
+    named_by_weight: ClassVar[bool] = True
 
     @field_validator("target_modules")
     @classmethod
     def _target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        return checked_targets(value) if value else ()
+        return checked_targets(value) if value else value
 
     @model_validator(mode="after")
     def _some_target(self) -> Self:
@@ -121,10 +124,10 @@ class LoRA(Method):
                 "lora_dropout cannot act on target_parameters, whose inputs the base keeps to itself (PEFT refuses "
                 "both together): set lora_dropout to 0"
             )
-        if self.target_parameters and self.init_lora_weights in STARTS:
+        if self.target_parameters and self.init_lora_weights in _STARTS:
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} starts at factors of linears' weights, and "
-                "target_parameters names others: leave one of both out"
+                "target_parameters are none: use another start"
             )
         return self
 
@@ -134,11 +137,11 @@ class LoRA(Method):
         return {checked_pattern(key): item for key, item in value.items()}
 
     def rank(self, path: str) -> int:
-        """The rank at the linear or parameter at `path`."""
+        """The rank at the linear at `path`."""
         return Search().first(self.rank_pattern, path, self.r)
 
     def scale(self, path: str) -> float:
-        """The factor of `B A` at the linear or parameter at `path`."""
+        """The factor of `B A` at the linear at `path`."""
         rank = self.rank(path)
         alpha = Search().first(self.alpha_pattern, path, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -166,32 +169,26 @@ class LoRA(Method):
         return linears, by_weight, matrices
 
     def notice(self, family: Family) -> str | None:
-        wanted = self.target_modules
-        said = [left_out(family, wanted)] if wanted else []
-        # who names other modules wants these
-        if wanted == ALL_LINEAR or (wanted and expert_words(family, wanted)):
-            said.append(experts_left_out(family, self._targets(family)[2]))
-        return "; ".join(sentence for sentence in said if sentence) or None
+        return linears_alone(family, self.target_modules, self._targets(family)[2])
 
     def build(self, site: Site) -> DeltaModule:
-        module: LoRALayer | LoRAMatrix
+        ratio = self.loraplus_lr_ratio or 1.0
         if isinstance(site, MatrixSite):
-            module = LoRAMatrix(site, self.rank(site.path), self.scale(site.path))
-        else:
-            assert isinstance(site, OutputSite)
-            named = f"{site.path}.weight" if isinstance(site, _WeightSite) else site.path
-            given = site, self.rank(named), self.scale(named), self.lora_dropout
-            start = str(self.init_lora_weights)
-            module = StartedLoRALayer(*given, start) if start in STARTS else LoRALayer(*given)
-        module.rate_ratio = self.loraplus_lr_ratio or 1.0
-        return module
+            return LoRAMatrix(site, self.rank(site.path), self.scale(site.path), ratio)
+        assert isinstance(site, OutputSite)
+        named = f"{site.path}.weight" if isinstance(site, _WeightSite) else site.path
+        given = site, self.rank(named), self.scale(named), self.lora_dropout
+        start = str(self.init_lora_weights)
+        layer = StartedLoRALayer(*given, start) if start in _STARTS else LoRALayer(*given)
+        layer.rate_ratio = ratio
+        return layer
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for _, module in modules:
             assert isinstance(module, LoRALayer | LoRAMatrix)
             module.initialise(context.generator)
             if self.init_lora_weights == "gaussian":
-                module.lora_A.normal_(0.0, 1 / module.r, generator=context.generator)
+                module.lora_A.normal_(0.0, 1 / module.lora_A.shape[0], generator=context.generator)
 
     # PEFT's layout: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r]
 
@@ -199,10 +196,9 @@ class LoRA(Method):
         if family.conv1d and self.init_lora_weights == "olora":
             return super().to_folder(state, family)  # PEFT factors a Conv1D's weight as it lies, transposed
         linears, by_weight, matrices = self._targets(family)
-        plain, mistaken = told_apart(family, linears)
+        plain, mistaken = told_apart(family, linears) if self.named_by_weight else (linears, [])
         # by whole names: an end could name something beside the text's layers too
         parameters = sorted([*(f"{t.path}.weight" for t in (*mistaken, *by_weight)), *(m.where for m in matrices)])
-        named = [t.path for t in plain]
         config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -211,52 +207,51 @@ class LoRA(Method):
             # readers annotate it as a whole number
             "lora_alpha": int(self.lora_alpha) if self.lora_alpha == int(self.lora_alpha) else self.lora_alpha,
             "lora_dropout": 0.0 if parameters else self.lora_dropout,  # PEFT reads no dropout beside parameters
-            "target_modules": peft_targets(named, family) if named else [],
+            "target_modules": peft_targets([t.path for t in plain], family),
             "use_rslora": self.use_rslora,
             "fan_in_fan_out": family.conv1d,
             "bias": "none",
         }
-        weights, everything = [t.path for t in mistaken], [*named, *parameters]
-        # only where they are used: older readers need not know them
-        used = {
-            "rank_pattern": patterns_by_weight(everything, self.rank_pattern, self.r, weights),
-            "alpha_pattern": patterns_by_weight(everything, self.alpha_pattern, self.lora_alpha, weights),
+        named = [*(t.path for t in plain), *parameters]
+        patterns = {
+            "rank_pattern": _patterns_for(named, self.rank_pattern, self.r, mistaken),
+            "alpha_pattern": _patterns_for(named, self.alpha_pattern, self.lora_alpha, mistaken),
             "target_parameters": parameters,
-            "init_lora_weights": self.init_lora_weights if self.init_lora_weights is not True else None,
         }
-        config |= {key: found for key, found in used.items() if found}
+        # only where they are used: older readers need not know them
+        config |= {key: found for key, found in patterns.items() if found}
+        config |= {"init_lora_weights": self.init_lora_weights} if self.init_lora_weights is not True else {}
         keys = self._matrix_keys(family)
-        return config, {f"{PREFIX}{keys.get(name, name)}.weight": tensor for name, tensor in state.items()}
+        return config, {f"{_PEFT_PREFIX}{keys.get(name, name)}.weight": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-        if family.conv1d and self.init_lora_weights == "olora" and any(n.startswith(PREFIX) for n in tensors):
+        if family.conv1d and self.init_lora_weights == "olora" and any(n.startswith(_PEFT_PREFIX) for n in tensors):
             raise DataError("this is PEFT's OLoRA on a Conv1D base, which it starts at the factors of another matrix")
         ours = {theirs: name for name, theirs in self._matrix_keys(family).items()}
-        plain = {n.removeprefix(PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
+        plain = {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
         return {ours.get(name, name): tensor for name, tensor in plain.items()}
 
     def _matrix_keys(self, family: Family) -> dict[str, str]:
         """PEFT's names of the weights at matrices, by ours."""
-        matrices = self._targets(family)[2] if self.target_parameters else []
-        wrappers = peft_keys([MatrixSite(m.path, m.name, m.shape, m.transposed) for m in matrices])
+        sites = [site for site in self.sites(family) if isinstance(site, MatrixSite)] if self.target_parameters else []
+        wrappers = peft_keys(sites)
         return {f"{path}.{leaf}": f"{at}.{leaf}" for path, at in wrappers.items() for leaf in ("lora_A", "lora_B")}
 
     def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
-        linears, matrices = parameters_named(family, self.target_parameters) if self.target_parameters else ([], [])
-        wrappers = peft_keys([MatrixSite(m.path, m.name, m.shape, m.transposed) for m in matrices])
-        of_parameters = {*wrappers.values(), *(t.path for t in linears)}
-        rest = [name for name in tensors if name.removeprefix(PREFIX).partition(".lora_")[0] not in of_parameters]
-        at = placed(config, rest, "lora_", family) if rest or not self.target_parameters else Placed(())
-        search, paths = Search(), [*at.paths, *(f"{t.path}.weight" for t in linears), *(m.where for m in matrices)]
+        at = placed(config, tensors, "lora_", family)
+        search, names = Search(), parameters_known(family, self.target_parameters)
+        by_weight, matrices = parameters_named(family, names) if names else ([], [])
+        paths = [*at.paths, *(f"{t.path}.weight" for t in by_weight), *(m.where for m in matrices)]
         fields: dict[str, Any] = {
-            "target_modules": same_targets(self.target_modules, at.paths, family) if at.paths else ()
+            "target_modules": same_targets(self.target_modules, at.paths, family) if at.paths else (),
+            "target_parameters": names,
         }
         for field in ("rank_pattern", "alpha_pattern"):
             matched = {key: [path for path in paths if search.end(key, path)] for key in getattr(self, field)}
             fields[field] = {key: value for key, value in getattr(self, field).items() if matched[key]}
-        unread = at.left_out | {name for name in tensors if name.endswith(_OF_TRAINING)}
+        left_out = at.left_out | {name for name in tensors if name.endswith(_OF_TRAINING)}
         said = "; ".join(sentence for sentence in (at.said, check_lora_keys(config)) if sentence)
-        return Fitted(self.model_copy(update=fields), unread, said or None)
+        return Fitted(self.model_copy(update=fields), left_out, said or None)
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> LoRA | None:
@@ -269,8 +264,7 @@ def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     that would be lost here."""
     check_lora_keys(config)
     parameters = config.get("target_parameters") or []
-    # which linears these are, its tensors say
-    modules = config.get("target_modules") or ([] if parameters else ALL_LINEAR)
+    modules = config.get("target_modules") or ([] if parameters else ALL_LINEAR)  # its tensors say which linears
     return {
         "r": config["r"],
         "lora_alpha": config["lora_alpha"],
@@ -278,8 +272,24 @@ def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "target_modules": modules if isinstance(modules, str) else tuple(sorted(modules)),
         "use_rslora": config.get("use_rslora", False),
         # the other starts leave the base as it is, and are over once there are weights
-        "init_lora_weights": start if (start := str(config.get("init_lora_weights")).lower()) in STARTS else True,
+        "init_lora_weights": start if (start := str(config.get("init_lora_weights")).lower()) in _STARTS else True,
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
         "target_parameters": tuple(sorted(parameters)),
     }
+
+
+def _patterns_for(
+    named: Sequence[str], patterns: Mapping[str, Number], default: Number, by_weight: Sequence[Linear]
+) -> dict[str, Number]:
+    """A config's patterns, where some linears are named by their weight: those get entries of their own where their
+    names would be matched otherwise now. Without such linears, the patterns as they are."""
+    if not by_weight:
+        return dict(patterns)
+    search = Search()
+    exact = {
+        f"{t.path}.weight": value
+        for t in by_weight
+        if (value := search.first(patterns, t.path, default)) != search.first(patterns, f"{t.path}.weight", default)
+    }
+    return exact | {key: value for key, value in patterns.items() if any(search.end(key, name) for name in named)}

@@ -1,4 +1,6 @@
-"""The modules of LoRA: at a linear, at one where it starts at factors of the base's weight, and at a parameter."""
+"""The modules of LoRA and its kin: a low-rank change at a linear map, or in a parameter's own place."""
+
+from __future__ import annotations
 
 import math
 
@@ -9,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.low_rank import low_rank_sum
 from spectune.compute.low_rank_starts import orthonormal, principal
-from spectune.deltas import MatrixSite, OutputModule, OutputSite, ParameterModule
+from spectune.deltas.modules import OutputModule, ParameterModule
+from spectune.deltas.site import MatrixSite, OutputSite
 from spectune.errors import ConfigError
 from spectune.families import dense_weight
 from spectune.families.quantised import is_plain
@@ -29,13 +32,14 @@ class LoRALayer(OutputModule):
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(r, site.in_features))
         self.lora_B = nn.Parameter(torch.zeros(site.out_features, r))
-        self.r, self.scale = r, scale
+        self.scale = scale
         # none is no module: a dropout of zero would copy its input, and keep the copy for backward
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def initialise(self, generator: torch.Generator) -> None:
-        """The first weights; `B` is zero already."""
-        _kaiming(self.lora_A, generator)
+        """`A` as in the paper's code and PEFT: Kaiming with a = sqrt(5), uniform within 1 / sqrt(in_features)."""
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
 
     def rate_factor(self, name: str) -> float:
         return self.rate_ratio if name == "lora_B" else 1.0
@@ -70,16 +74,16 @@ class StartedLoRALayer(LoRALayer):
     PEFT takes `scale * B0 A0` off the base's weight instead. What is small is computed as such, `(B - B0) A + B0 (A -
     A0)`: at the start it is exactly zero, and later no difference of two large products."""
 
-    first_a: Tensor
-    first_b: Tensor
+    start_A: Tensor  # noqa: N815 - as `lora_A`
+    start_B: Tensor  # noqa: N815
 
     def __init__(self, site: OutputSite, r: int, scale: float, dropout: float, start: str) -> None:
         super().__init__(site, r, scale, dropout)
         if r > (most := min(site.in_features, site.out_features)):
             raise ConfigError(f"init_lora_weights={start!r} at {site.path}: r = {r} is more than its rank, {most}")
         self.start = start
-        self.register_buffer("first_a", torch.empty(r, site.in_features), persistent=False)
-        self.register_buffer("first_b", torch.empty(site.out_features, r), persistent=False)
+        self.register_buffer("start_A", torch.empty(r, site.in_features), persistent=False)
+        self.register_buffer("start_B", torch.empty(site.out_features, r), persistent=False)
 
     def on_attach(self, host: nn.Module) -> None:
         weight = dense_weight(host) if is_plain(host.weight) else None  # type: ignore[arg-type]
@@ -91,26 +95,26 @@ class StartedLoRALayer(LoRALayer):
             )
         with torch.no_grad():
             a, b = STARTS[self.start](weight, self.lora_A.shape[0], self.scale)
-            self.first_a.copy_(a)
-            self.first_b.copy_(b)
+            self.start_A.copy_(a)
+            self.start_B.copy_(b)
 
     def initialise(self, generator: torch.Generator) -> None:
-        self.lora_A.copy_(self.first_a)
-        self.lora_B.copy_(self.first_b)
+        self.lora_A.copy_(self.start_A)
+        self.lora_B.copy_(self.start_B)
 
     def change(self, x: Tensor) -> Tensor:
         kept = self.dropout(x)
-        down = torch.cat([self.lora_A, self.lora_A - self.first_a]) * self.scale
-        up = torch.cat([self.lora_B - self.first_b, self.first_b], dim=1)
+        down = torch.cat([self.lora_A, self.lora_A - self.start_A]) * self.scale
+        up = torch.cat([self.lora_B - self.start_B, self.start_B], dim=1)
         made = F.linear(F.linear(kept, down.to(x.dtype)), up.to(x.dtype))
         if not self.training or isinstance(self.dropout, nn.Identity):
             return made
         # dropout is for what the trained factors see, not for `B0 A0 x`, which in PEFT is the base's
-        lost = F.linear(x - kept, (self.first_a * self.scale).to(x.dtype))
-        return made - F.linear(lost, self.first_b.to(x.dtype))
+        lost = F.linear(x - kept, (self.start_A * self.scale).to(x.dtype))
+        return made - F.linear(lost, self.start_B.to(x.dtype))
 
     def product(self) -> Tensor:
-        return (self.lora_B - self.first_b) @ self.lora_A + self.first_b @ (self.lora_A - self.first_a)
+        return (self.lora_B - self.start_B) @ self.lora_A + self.start_B @ (self.lora_A - self.start_A)
 
 
 class LoRAMatrix(ParameterModule):
@@ -119,12 +123,10 @@ class LoRAMatrix(ParameterModule):
     As PEFT stores them: `lora_A` `[matrices * r, in_features]`, expert after expert, `lora_B` `[out_features, r *
     matrices]`, where the experts' columns of one rank stand together."""
 
-    rate_ratio = 1.0
-
-    def __init__(self, site: MatrixSite, r: int, scale: float) -> None:
+    def __init__(self, site: MatrixSite, r: int, scale: float, rate_ratio: float = 1.0) -> None:
         super().__init__()
-        self.r, self.scale = r, scale
-        self.several, self.transposed = len(site.shape) == 3, site.transposed
+        self.rate_ratio = rate_ratio
+        self.several, self.transposed, self.scale = len(site.shape) == 3, site.transposed, scale
         self.count = site.shape[0] if self.several else 1
         out_features, in_features = site.shape[:-3:-1] if site.transposed else site.shape[-2:]
         self.lora_A = nn.Parameter(torch.empty(self.count * r, in_features))
@@ -132,15 +134,15 @@ class LoRAMatrix(ParameterModule):
 
     def initialise(self, generator: torch.Generator) -> None:
         """As a linear's."""
-        _kaiming(self.lora_A, generator)
+        LoRALayer.initialise(self, generator)  # type: ignore[arg-type]
 
     def rate_factor(self, name: str) -> float:
         return self.rate_ratio if name == "lora_B" else 1.0
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`(left, right)`, whose product is the change in the parameter's own shape."""
-        first = (self.lora_A * self.scale).to(dtype).unflatten(0, (self.count, -1))
-        second = self.lora_B.to(dtype).unflatten(1, (-1, self.count)).permute(2, 0, 1).contiguous()
+        first = (self.lora_A * self.scale).to(dtype).view(self.count, -1, self.lora_A.shape[1])
+        second = self.lora_B.to(dtype).view(self.lora_B.shape[0], -1, self.count).permute(2, 0, 1).contiguous()
         left, right = (first.mT, second.mT) if self.transposed else (second, first)
         return (left, right) if self.several else (left[0], right[0])
 
@@ -152,9 +154,3 @@ class LoRAMatrix(ParameterModule):
         if torch.compiler.is_compiling() or type(parameter) not in (nn.Parameter, Tensor):
             return self.changed(parameter)  # the compiler does not follow tensors of other classes
         return low_rank_sum(parameter, *self.factors(parameter.dtype))
-
-
-def _kaiming(weight: nn.Parameter, generator: torch.Generator) -> None:
-    """`A` as in the paper's code and PEFT: Kaiming with a = sqrt(5), uniform within 1 / sqrt(in_features)."""
-    bound = 1 / math.sqrt(weight.shape[1])
-    weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
