@@ -182,10 +182,50 @@ def ia3() -> Drawing:
     return d
 
 
+def oft() -> Drawing:
+    d = block("OFT", "The input of each linear is turned by an orthogonal matrix, block by block.")
+    d.box(340, 240, 110, 60, "W (frozen)\nout x in")
+    d.box(340, 325, 110, 36, "R  (blocks)", trained=True)
+    d.arrow((395, 386), (395, 362))
+    d.arrow((395, 325), (395, 301))
+    d.arrow((395, 240), (395, 206))
+    d.note(405, 384, "x")
+    d.note(405, 210, "W R x + b")
+    d.note(330, 130, "at every linear of attention and")
+    d.note(330, 146, "feed-forward; the head is left alone")
+    return d
+
+
+def miss() -> Drawing:
+    d = block("MiSS", "The sum of the input's shards goes through one small matrix beside each frozen linear.")
+    d.box(330, 250, 110, 86, "W (frozen)\nout x in")
+    d.box(458, 306, 84, 30, "x1 + x2 + ...", small=True)
+    d.box(458, 250, 84, 30, "D  r x out", trained=True, small=True)
+    d.arrow((500, 306), (500, 281))
+    d.arrow((385, 366), (385, 337))
+    d.arrow((385, 355), (500, 355), (500, 337))
+    d.plus(385, 222)
+    d.arrow((385, 250), (385, 231))
+    d.arrow((500, 250), (500, 222), (394, 222))
+    d.note(400, 372, "x, in shards of r")
+    d.note(330, 130, "at every linear of attention and")
+    d.note(330, 146, "feed-forward; the head is left alone")
+    return d
+
+
+def ln() -> Drawing:
+    d = block("LN tuning", "The norms' own weights are trained; everything else is frozen.", sub={"norm": True})
+    d.note(320, 180, "g * (x - mean) / deviation + b")
+    d.note(320, 198, "g and b are trained, the final")
+    d.note(320, 214, "norm's among them; the matrices")
+    d.note(320, 230, "and their biases are frozen")
+    return d
+
+
 def main() -> None:
     folder = Path(__file__).parent / "img"
     folder.mkdir(exist_ok=True)
-    for make in (full, adapter, prefix, prompt, lora, bitfit, dora, ia3):
+    for make in (full, adapter, prefix, prompt, lora, bitfit, dora, ia3, oft, miss, ln):
         (folder / f"{make.__name__}.svg").write_text(make().text(), encoding="utf-8")
 
 

@@ -54,12 +54,19 @@ def test_the_loss_at_the_default_lies_between_its_neighbours() -> None:
     assert loss_between(ended, 1.0) is None
 
 
+#: methods that the bases made for the sweeps were not there for any more
+ON_TWO_BASES = ("oft", "miss", "ln")
+
+
 @pytest.mark.parametrize("name", [name for name in BY_NAME if name != "dora"])  # DoRA has LoRA's rule
 def test_on_every_base_that_was_swept_the_default_is_near_the_best(name: str) -> None:
     found = records(RESULTS)
     hidden = HIDDEN | {r["base"]: r["hidden"] for r in found if r["kind"] == "pretrain"}
     runs = [r for r in found if r["kind"] == "run" and r["method"] == name]
-    assert {r["base"] for r in runs} == set(hidden) == {"spectune-tiny", "gpt2-27m", "gpt2-60m", "llama-120m"}
+    assert set(hidden) == {"spectune-tiny", "gpt2-27m", "gpt2-60m", "llama-120m"}
+    if name in ON_TWO_BASES:
+        hidden = HIDDEN
+    assert {r["base"] for r in runs} == set(hidden)
     for base, width in hidden.items():
         ended = sorted((r["rate"], r["valid_loss"]) for r in runs if r["base"] == base and r["valid_loss"] is not None)
         best, lowest = min(ended, key=lambda run: run[1])

@@ -101,7 +101,7 @@ def test_the_methods_keys_are_known_as_their_configs_have_them() -> None:
 def test_names_of_other_toolkits_lead_to_names_there_are() -> None:
     keys = set(TrainingConfig.model_fields) | RUN_KEYS | set().union(*map(known_keys.fields, known_keys.names()))
     flags = {"max_new_tokens", "do_sample", "temperature", "run", "as_json"}
-    assert set(SYNONYMS.values()) <= keys | flags
+    assert set(SYNONYMS.values()) <= keys | flags | set(known_keys.names())
     assert not set(SYNONYMS) & set(TrainingConfig.model_fields)
 
 

@@ -25,7 +25,7 @@ from spectune.blocks.recompute import Recomputation
 from spectune.deltas import attach, place
 from spectune.deltas.modules import DeltaModule
 from spectune.errors import ConfigError
-from spectune.methods import BY_NAME, method_from_name
+from spectune.methods import BY_NAME, LoRA, method_from_name
 from spectune.planning import plan
 from spectune.planning.planner import Planner
 from spectune.planning.shape import Shape
@@ -57,6 +57,15 @@ def check(family: str, method: str, *, checkpointing: Recomputation, shorter: in
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
 def test_every_method(family: str, method: str) -> None:
     check(family, method, checkpointing=False)
+
+
+def test_factors_that_a_start_keeps_are_counted() -> None:
+    inputs, method = batch(ROWS, LENGTH, VOCABULARY), LoRA(r=16, init_lora_weights="pissa")
+    model = FAMILIES["llama"]()
+    delta = attach(model, method)
+    shape = Shape(ROWS, LENGTH, LENGTH - 1, int((inputs["labels"] != -100).sum()), padded=False)
+    estimate = plan(model, method, shape, device="cpu", gradient_checkpointing=False)
+    assert estimate.peak_allocated == pytest.approx(real_peak(model, delta, inputs, checkpointing=False), rel=0.02)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -227,7 +227,7 @@ def test_rows_of_a_mixed_batch_equal_their_solo_runs(
 
 
 #: low enough that six steps over the plain base and over a coarser one stay beside each other
-RATES = {"adapter": 2.5e-4, "lora": 5e-4, "dora": 5e-4, "prompt": 2.5e-2}
+RATES = {"adapter": 2.5e-4, "lora": 5e-4, "dora": 5e-4, "miss": 5e-4, "prompt": 2.5e-2}
 
 
 @pytest.fixture(scope="module")

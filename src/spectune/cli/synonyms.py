@@ -46,7 +46,10 @@ _ELSEWHERE = {
     "num_virtual_tokens": "prefix_length prefix_len prompt_length prompt_len pre_seq_len num_tokens virtual_tokens",
     "encoder_hidden_size": "prefix_hidden_size prefix_dim",
     "bottleneck_dim": "bottleneck_size adapter_size adapter_dim bottleneck",
-    "init": "prompt_tuning_init init_lora_weights",
+    "init": "prompt_tuning_init",
+    "init_lora_weights": "lora_init pissa_init",
+    "loraplus_lr_ratio": "loraplus_ratio lora_plus_ratio lorap_lr_ratio",
+    "oft_block_size": "oft_block",
     "init_text": "prompt_tuning_init_text",
     "model": "base base_model model_name model_name_or_path model_id pretrained_model_name_or_path",
     "data": "dataset datasets dataset_name train_file train_data train_dataset data_path dataset_path train",
@@ -64,6 +67,10 @@ _ELSEWHERE = {
     "as_json": "json_output",
     "skip_bad_rows": "skip_bad skip_invalid",
     "seeds": "num_seeds",
+    "lora": "qlora pissa olora loraplus lora_plus",
+    "ln": "layernorm layer_norm layernorm_tuning ln_tuning lntuning",
+    "oft": "oftv2 qoft",
+    "miss": "bone",
 }  # fmt: skip
 SYNONYMS = {there: here for here, words in _ELSEWHERE.items() for there in words.split()}
 #: what to write, where the value is another one there
@@ -73,6 +80,10 @@ _HOW = {
     "fp16": "dtype=float16",
     "load_in_4bit": "base_precision=nf4",
     "load_in_8bit": "base_precision=int8",
+    "qlora": "base_precision=nf4",
+    "pissa": "init_lora_weights=pissa",
+    "olora": "init_lora_weights=olora",
+    "loraplus": "loraplus_lr_ratio=16",
     "train_on_inputs": "prompts are never learned; rows of `text` are learned whole",
     "evals_per_epoch": "eval_steps counts steps",
     "saves_per_epoch": "save_steps counts steps",

@@ -66,7 +66,8 @@ class LNTuning(Method):
     label: ClassVar[str] = "LN tuning"
     best_for: ClassVar[str] = "the smallest files on bases without biases; small shifts of style or domain"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(448, 0.06, SWEEPS),
+        RatePoint(224, 0.035, SWEEPS),
+        RatePoint(448, 0.055, SWEEPS),
         RatePoint(4096, 1e-3, "BitFit's settings, whose weights are vectors too", strong=False),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
@@ -143,7 +144,7 @@ class LNTuning(Method):
         return found
 
     def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
-        at = {name.removeprefix(PREFIX).partition(_COPY)[0] for name in tensors}
+        at = {name.removeprefix(PREFIX).partition(_COPY)[0] for name in tensors if _COPY in name}
         if others := sorted(at - {norm.path for norm in family.norms}):
             raise DataError(f"it has weights for what is no norm of this {family.model_type} model's decoder", others)
         named = self._targeted(family)

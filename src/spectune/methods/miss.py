@@ -49,9 +49,10 @@ class SharedShards(OutputModule):
 
     def __init__(self, site: OutputSite, method: MiSS) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.r = site.in_features, site.out_features, method.r
+        self.in_features, self.out_features = site.in_features, site.out_features
+        self.r = min(method.r, site.in_features)
         width = method.mini_r if method.init_weights == "mini" else site.out_features
-        self.miss_block = nn.Parameter(torch.zeros(method.r, width))
+        self.miss_block = nn.Parameter(torch.zeros(self.r, width))
         # none is no module: a dropout of zero would copy its input, and keep the copy for backward
         self.dropout = nn.Dropout(method.miss_dropout) if method.miss_dropout else nn.Identity()
 
@@ -86,7 +87,7 @@ class BlockTransform(SharedShards):
 
     def __init__(self, site: OutputSite, method: MiSS) -> None:
         super().__init__(site, method)
-        self.miss_block = nn.Parameter(torch.zeros(site.out_features // method.r, method.r, method.r))
+        self.miss_block = nn.Parameter(torch.zeros(site.out_features // self.r, self.r, self.r))
 
     def on_attach(self, host: nn.Module) -> None:
         if dense_weight(host) is None:
@@ -113,7 +114,8 @@ class MiSS(Method):
     """Matrix shard sharing (Kang and Yin 2024).
 
     Attributes:
-        r: features of a shard. With twice LoRA's rank it has as many weights on a square map.
+        r: features of a shard, at most all of a linear's input. With twice LoRA's rank it has as many weights on a
+            square map.
         miss_dropout: dropout on the input, in training ("bat" has none, as in PEFT).
         mini_r: width of the matrix with "mini", a divisor of the linears' outputs.
         init_weights: True for the efficient form, "mini" or "bat" for the others; all start at zero.
@@ -130,7 +132,8 @@ class MiSS(Method):
     label: ClassVar[str] = "MiSS"
     best_for: ClassVar[str] = "LoRA's place where memory and time in training are short"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(448, 8e-4, SWEEPS),
+        RatePoint(224, 2e-3, SWEEPS),
+        RatePoint(448, 4e-3, SWEEPS),
         RatePoint(4096, 1e-4, "PEFT's and its authors' settings (1e-4 and 2e-5)", strong=False),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
@@ -149,8 +152,6 @@ class MiSS(Method):
     def sites(self, family: Family) -> list[Site]:
         found = targets(family, self.target_modules)
         sizes = sorted({(t.in_features, t.out_features) for t in found})
-        if narrow := [inputs for inputs, _ in sizes if inputs < self.r]:
-            raise ConfigError(f"miss.r = {self.r} is more than the {narrow[0]} features that some linear takes")
         for inputs, outputs in sizes:
             if self.init_weights == "bat" and (inputs % self.r or outputs % self.r):
                 raise ConfigError(
@@ -174,8 +175,9 @@ class MiSS(Method):
     # PEFT's layout: base_model.model.<module>.miss_block
 
     def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if family.conv1d:
-            return super().to_folder(state, family)  # PEFT's MiSS takes no Conv1D
+        narrow = any(t.in_features < self.r for t in targets(family, self.target_modules))
+        if family.conv1d or narrow:
+            return super().to_folder(state, family)  # PEFT's MiSS takes no Conv1D, and no shard wider than the input
         config = {
             "peft_type": "MISS",
             "task_type": "CAUSAL_LM",

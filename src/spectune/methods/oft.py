@@ -121,7 +121,8 @@ class OFT(Method):
     label: ClassVar[str] = "OFT"
     best_for: ClassVar[str] = "keeping what the base knows; merges away at inference"
     learning_rates: ClassVar[RateRule] = RateRule((
-        RatePoint(448, 2.5e-3, SWEEPS),
+        RatePoint(224, 2.5e-3, SWEEPS),
+        RatePoint(448, 6e-3, SWEEPS),
         RatePoint(4096, 4e-4, "OFTv2's settings for Llama-2-7B (2e-4 and 8e-4)", strong=False),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True

@@ -97,7 +97,8 @@ def skeleton(workload: Workload, execution: Execution, longest: int, *, all_laye
     model = _base(workload)
     held, delta = workload.weights or tensor_bytes(model), _placed(model, workload)
     trained, family = tuple(delta.parameters()), delta.family
-    own = () if workload.method.trains_base else (p.numel() * p.element_size() for p in trained)
+    beside = [*trained, *(buffer for _, module in delta.sites for buffer in module.buffers())]
+    own = () if workload.method.trains_base else (p.numel() * p.element_size() for p in beside)
     inside = {id(p) for layer in family.layers for p in model.get_submodule(layer.path).parameters()}
     in_blocks = tuple(p.numel() * p.element_size() for p in trained if id(p) in inside)
     whole = WholeModel(family, (*held, *own), trained, in_blocks)
