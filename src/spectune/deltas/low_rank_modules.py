@@ -152,5 +152,5 @@ class LoRAMatrix(ParameterModule):
 
     def in_place_of(self, parameter: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(parameter) not in (nn.Parameter, Tensor):
-            return self.changed(parameter)  # the compiler does not follow tensors of other classes
+            return self.changed(parameter)  # the compiler loses the change in grouped products, without an error
         return low_rank_sum(parameter, *self.factors(parameter.dtype))
