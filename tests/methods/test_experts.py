@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, XLNetConfig, XLNetLMHeadModel
 from spectune.deltas import MatrixSite, attach, detach, merge, route
 from spectune.errors import ConfigError
 from spectune.families import describe
-from spectune.methods import BitFit, DoRA, LoRA
+from spectune.methods import OFT, BitFit, DoRA, LoRA, MiSS
 from spectune.planning import plan
 from spectune.planning.shape import Shape
 from spectune.storage import load_delta
@@ -133,6 +134,9 @@ def test_peft_reads_linears_that_it_would_take_for_experts(tmp_path: Path) -> No
     alone = MIXTURES["qwen3_next"]()
     load_delta(alone, tmp_path / "task")
     assert torch.equal(logits(alone), logits(model))
+    detach(model, "task")
+    attach(model, DoRA(), "dora").save(tmp_path / "dora")  # which PEFT has for linears alone
+    assert "target_parameters" not in json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -219,7 +223,7 @@ def told(caplog: pytest.LogCaptureFixture, model: PreTrainedModel, method: Any) 
 
 def test_experts_that_are_left_out_are_told_at_attach_with_what_to_write(caplog: pytest.LogCaptureFixture) -> None:
     model = mixtral()
-    for method in (LoRA(), DoRA()):
+    for method in (LoRA(), DoRA(), OFT(oft_block_size=8), MiSS(r=4)):
         text = told(caplog, model, method)
         assert "86% of the weights in this mixtral model's layers are experts" in text
         assert "LoRA(target_parameters='all-experts')" in text

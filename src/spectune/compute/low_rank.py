@@ -102,15 +102,20 @@ def _linear(func: Function, x: Any, weight: Any, bias: Tensor | None = None) -> 
     return F.linear(x, weight.base, bias) + F.linear(F.linear(x, weight.right), weight.left)
 
 
+def _getter(name: str) -> Any:
+    """What torch calls for an attribute of a tensor."""
+    return getattr(Tensor, name).__get__
+
+
 #: answered by the base, which has the sum's form
 _QUESTIONS: frozenset[Any] = frozenset({
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
+    *map(_getter, ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
     Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.is_contiguous, Tensor.stride,
 })  # fmt: skip
 _KNOWN: dict[Any, Function] = {
     F.linear: _linear,
     Tensor.__getitem__: _chosen,
-    **dict.fromkeys((Tensor.mT.__get__, Tensor.T.__get__, Tensor.t, Tensor.transpose, torch.transpose), _transposed),
+    **dict.fromkeys((_getter("mT"), _getter("T"), Tensor.t, Tensor.transpose, torch.transpose), _transposed),
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _product),
     **dict.fromkeys((torch.bmm, Tensor.bmm, torch.mm, Tensor.mm), _product),
     **dict.fromkeys((F.grouped_mm, torch._grouped_mm), _grouped),

@@ -97,8 +97,8 @@ def _in_float64(model: PreTrainedModel) -> Iterator[None]:
     modules = [module for module in model.modules() if not isinstance(module, DeltaModule)]
     weights = {p: p.data for module in modules for p in module.parameters(recurse=False)}
     buffers = [(module, name, buffer) for module in modules for name, buffer in module.named_buffers(recurse=False)]
-    configs = {id(c): c for m in modules if hasattr(c := getattr(m, "config", None), "_experts_implementation")}
-    chosen = [(config, config._experts_implementation) for config in configs.values()]
+    configs: list[Any] = list({id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}.values())
+    chosen = [(c, c._experts_implementation) for c in configs if hasattr(c, "_experts_implementation")]
     try:
         for config, _ in chosen:
             config._experts_implementation = "eager"

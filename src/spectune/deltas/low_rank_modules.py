@@ -141,8 +141,8 @@ class LoRAMatrix(ParameterModule):
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`(left, right)`, whose product is the change in the parameter's own shape."""
-        first = (self.lora_A * self.scale).to(dtype).unflatten(0, (self.count, -1))
-        second = self.lora_B.to(dtype).unflatten(1, (-1, self.count)).permute(2, 0, 1).contiguous()
+        first = (self.lora_A * self.scale).to(dtype).view(self.count, -1, self.lora_A.shape[1])
+        second = self.lora_B.to(dtype).view(self.lora_B.shape[0], -1, self.count).permute(2, 0, 1).contiguous()
         left, right = (first.mT, second.mT) if self.transposed else (second, first)
         return (left, right) if self.several else (left[0], right[0])
 
@@ -152,5 +152,5 @@ class LoRAMatrix(ParameterModule):
 
     def in_place_of(self, parameter: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(parameter) not in (nn.Parameter, Tensor):
-            return self.changed(parameter)  # the compiler does not follow tensors of other classes
+            return self.changed(parameter)  # the compiler loses the change in grouped products, without an error
         return low_rank_sum(parameter, *self.factors(parameter.dtype))

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import regex
 
-from spectune.deltas.target_parameters import expert_words
+from spectune.deltas.target_parameters import expert_words, experts_left_out
 from spectune.errors import ConfigError, some
-from spectune.families import Family, Linear, OtherModule
+from spectune.families import Family, Linear, Matrix, OtherModule
 
 Number = TypeVar("Number", int, float)
 
@@ -148,6 +148,16 @@ def left_out(family: Family, wanted: str | tuple[str, ...]) -> str | None:
         f"target_modules = {_shown(wanted)} also names {len(others)} modules that text does not go through, where "
         f"nothing is trained: {some(others)}"
     )
+
+
+def linears_alone(family: Family, wanted: str | tuple[str, ...], taken: Sequence[Matrix] = ()) -> str | None:
+    """What to say of a method that acts at the linears that `wanted` names, and on the other matrices `taken`: modules
+    of other towers, and experts that it leaves out where all linears are meant or experts are named; None where there
+    are none."""
+    said = [left_out(family, wanted)] if wanted else []
+    if wanted == ALL_LINEAR or (wanted and expert_words(family, wanted)):  # who names other modules wants these
+        said.append(experts_left_out(family, taken))
+    return "; ".join(sentence for sentence in said if sentence) or None
 
 
 def check_patterns(field: str, patterns: Iterable[str], paths: Sequence[str]) -> None:

@@ -85,6 +85,8 @@ class DoRA(LoRA):
     label: ClassVar[str] = "DoRA"
     best_for: ClassVar[str] = "LoRA's place where rank is small and training time is no matter"
 
+    named_by_weight: ClassVar[bool] = False
+
     @model_validator(mode="after")
     def _linears_only(self) -> Self:
         if self.target_parameters:

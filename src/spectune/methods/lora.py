@@ -38,9 +38,7 @@ from spectune.deltas import (
     check_patterns,
     checked_pattern,
     checked_targets,
-    expert_words,
-    experts_left_out,
-    left_out,
+    linears_alone,
     parameters_known,
     parameters_named,
     peft_keys,
@@ -109,6 +107,8 @@ class LoRA(Method):
         RatePoint(4096, 3e-4, TINKER),
     ))  # fmt: skip
     can_merge: ClassVar[bool] = True
+    #: PEFT reads such a linear by its weight, too
+    named_by_weight: ClassVar[bool] = True
 
     @field_validator("target_modules")
     @classmethod
@@ -169,11 +169,7 @@ class LoRA(Method):
         return linears, by_weight, matrices
 
     def notice(self, family: Family) -> str | None:
-        named = self.target_modules
-        said = [left_out(family, named)] if named else []
-        if named == ALL_LINEAR or (named and expert_words(family, named)):  # who names other modules wants these
-            said.append(experts_left_out(family, self._targets(family)[2]))
-        return "; ".join(sentence for sentence in said if sentence) or None
+        return linears_alone(family, self.target_modules, self._targets(family)[2])
 
     def build(self, site: Site) -> DeltaModule:
         ratio = self.loraplus_lr_ratio or 1.0
@@ -200,7 +196,7 @@ class LoRA(Method):
         if family.conv1d and self.init_lora_weights == "olora":
             return super().to_folder(state, family)  # PEFT factors a Conv1D's weight as it lies, transposed
         linears, by_weight, matrices = self._targets(family)
-        plain, mistaken = told_apart(family, linears)
+        plain, mistaken = told_apart(family, linears) if self.named_by_weight else (linears, [])
         # by whole names: an end could name something beside the text's layers too
         parameters = sorted([*(f"{t.path}.weight" for t in (*mistaken, *by_weight)), *(m.where for m in matrices)])
         config: dict[str, Any] = {

@@ -31,7 +31,7 @@ from spectune.deltas import (
     Site,
     check_keys,
     checked_targets,
-    left_out,
+    linears_alone,
     peft_targets,
     placed,
     same_targets,
@@ -163,7 +163,7 @@ class MiSS(Method):
         return [OutputSite(t.path, t.in_features, t.out_features) for t in found]
 
     def notice(self, family: Family) -> str | None:
-        return left_out(family, self.target_modules)
+        return linears_alone(family, self.target_modules)
 
     def build(self, site: Site) -> SharedShards:
         assert isinstance(site, OutputSite)

@@ -30,7 +30,7 @@ from spectune.deltas import (
     Site,
     check_keys,
     checked_targets,
-    left_out,
+    linears_alone,
     peft_targets,
     placed,
     same_targets,
@@ -157,7 +157,7 @@ class OFT(Method):
         """Turns are none from the start."""
 
     def notice(self, family: Family) -> str | None:
-        said = [left_out(family, self.target_modules), self._other_sizes(family)]
+        said = [linears_alone(family, self.target_modules), self._other_sizes(family)]
         return "; ".join(sentence for sentence in said if sentence) or None
 
     def _other_sizes(self, family: Family) -> str | None:
