@@ -74,16 +74,16 @@ class StartedLoRALayer(LoRALayer):
     PEFT takes `scale * B0 A0` off the base's weight instead. What is small is computed as such, `(B - B0) A + B0 (A -
     A0)`: at the start it is exactly zero, and later no difference of two large products."""
 
-    start_A: Tensor  # noqa: N815 - as `lora_A`
-    start_B: Tensor  # noqa: N815
+    first_a: Tensor
+    first_b: Tensor
 
     def __init__(self, site: OutputSite, r: int, scale: float, dropout: float, start: str) -> None:
         super().__init__(site, r, scale, dropout)
         if r > (most := min(site.in_features, site.out_features)):
             raise ConfigError(f"init_lora_weights={start!r} at {site.path}: r = {r} is more than its rank, {most}")
         self.start = start
-        self.register_buffer("start_A", torch.empty(r, site.in_features), persistent=False)
-        self.register_buffer("start_B", torch.empty(site.out_features, r), persistent=False)
+        self.register_buffer("first_a", torch.empty(r, site.in_features), persistent=False)
+        self.register_buffer("first_b", torch.empty(site.out_features, r), persistent=False)
 
     def on_attach(self, host: nn.Module) -> None:
         weight = dense_weight(host) if is_plain(host.weight) else None  # type: ignore[arg-type]
@@ -95,26 +95,26 @@ class StartedLoRALayer(LoRALayer):
             )
         with torch.no_grad():
             a, b = STARTS[self.start](weight, self.lora_A.shape[0], self.scale)
-            self.start_A.copy_(a)
-            self.start_B.copy_(b)
+            self.first_a.copy_(a)
+            self.first_b.copy_(b)
 
     def initialise(self, generator: torch.Generator) -> None:
-        self.lora_A.copy_(self.start_A)
-        self.lora_B.copy_(self.start_B)
+        self.lora_A.copy_(self.first_a)
+        self.lora_B.copy_(self.first_b)
 
     def change(self, x: Tensor) -> Tensor:
         kept = self.dropout(x)
-        down = torch.cat([self.lora_A, self.lora_A - self.start_A]) * self.scale
-        up = torch.cat([self.lora_B - self.start_B, self.start_B], dim=1)
+        down = torch.cat([self.lora_A, self.lora_A - self.first_a]) * self.scale
+        up = torch.cat([self.lora_B - self.first_b, self.first_b], dim=1)
         made = F.linear(F.linear(kept, down.to(x.dtype)), up.to(x.dtype))
         if not self.training or isinstance(self.dropout, nn.Identity):
             return made
         # dropout is for what the trained factors see, not for `B0 A0 x`, which in PEFT is the base's
-        lost = F.linear(x - kept, (self.start_A * self.scale).to(x.dtype))
-        return made - F.linear(lost, self.start_B.to(x.dtype))
+        lost = F.linear(x - kept, (self.first_a * self.scale).to(x.dtype))
+        return made - F.linear(lost, self.first_b.to(x.dtype))
 
     def product(self) -> Tensor:
-        return (self.lora_B - self.start_B) @ self.lora_A + self.start_B @ (self.lora_A - self.start_A)
+        return (self.lora_B - self.first_b) @ self.lora_A + self.first_b @ (self.lora_A - self.first_a)
 
 
 class LoRAMatrix(ParameterModule):
@@ -152,5 +152,5 @@ class LoRAMatrix(ParameterModule):
 
     def in_place_of(self, parameter: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(parameter) not in (nn.Parameter, Tensor):
-            return self.changed(parameter)  # the compiler does not follow tensors of other classes
+            return self.changed(parameter)  # the compiler loses the change in grouped products, without an error
         return low_rank_sum(parameter, *self.factors(parameter.dtype))

@@ -146,7 +146,7 @@ class LNTuning(Method):
     def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
         at = {name.removeprefix(PREFIX).partition(_COPY)[0] for name in tensors if _COPY in name}
         if not at:
-            raise DataError("it holds no tensor of LN_TUNING, named <module>.ln_tuning_layers...: nothing is tuned")
+            raise DataError("it holds no tensor of LN_TUNING: nothing is adapted")
         if others := sorted(at - {norm.path for norm in family.norms}):
             raise DataError(f"it has weights for what is no norm of this {family.model_type} model's decoder", others)
         named = self._targeted(family)
