@@ -168,7 +168,9 @@ def test_ia3_is_pefts_ia3(llama_like: str) -> None:
     assert float(close) <= 1e-5
 
 
-@pytest.mark.parametrize("method", [OFT(oft_block_size=8), MiSS(r=4), MiSS(r=64), LoRA(r=2, init_lora_weights="olora")], ids=repr)
+@pytest.mark.parametrize(
+    "method", [OFT(oft_block_size=8), MiSS(r=4), MiSS(r=64), LoRA(r=2, init_lora_weights="olora")], ids=repr
+)
 def test_what_peft_does_not_take_on_a_conv1d_is_not_written_in_its_layout(method: Method, tmp_path: Path) -> None:
     torch.manual_seed(7)
     model = FAMILIES["gpt2"]().eval()
