@@ -77,21 +77,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
 #: PEFT's OFT and MiSS take no Conv1D, and its OLoRA factors another matrix there
 NOT_ON_CONV1D = ("olora", "oft", "oft-exact", "oft-shared", "miss", "miss-mini", "miss-bat")
 
-#: PEFT's "all-linear" also wraps the experts' parameters of a mixture, which no linear holds
-TARGETS = {"mixtral": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+#: PEFT's "all-linear" also wraps the experts' parameters of a mixture, for which it has no DoRA
+TARGETS = {("mixtral", "dora"): ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning"),  # ours says which one is taken
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    # PEFT says so of every pattern that names a parameter, and goes by it
+    pytest.mark.filterwarnings("ignore:.*_pattern keys did not match any targeted module:RuntimeWarning"),
 ]
 
 
 def peft_model(model: PreTrainedModel, name: str, family: str) -> Any:
     config = {**CONFIGS[name], "task_type": "CAUSAL_LM"}
-    if config.get("target_modules") == "all-linear" and family in TARGETS:
-        config["target_modules"] = TARGETS[family]
+    if (family, name) in TARGETS:
+        config["target_modules"] = TARGETS[family, name]
     wrapped = peft.get_peft_model(model, peft.get_peft_config(config))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -211,7 +213,7 @@ def test_what_peft_knows_and_we_do_not_is_refused(make_model: Make, family: str,
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
-    for key, value in {"modules_to_save": ["lm_head"], "bias": "all", "layers_to_transform": [0]}.items():
+    for key, value in {"modules_to_save": ["lm_head"], "bias": "all", "layer_replication": [[0, 1]]}.items():
         path.write_text(json.dumps({**config, key: value}))
         with pytest.raises(DataError, match=key):
             load_delta(make_model(), tmp_path)

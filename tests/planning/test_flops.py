@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from spectune.blocks.recompute import recomputing
-from spectune.deltas import attach
+from spectune.deltas import Method, attach
 from spectune.families import describe
-from spectune.methods import method_from_name
+from spectune.methods import LoRA, method_from_name
 from spectune.planning.flops import flops_per_token
 
 ROWS, LENGTH = 2, 16
-CONFIG = LlamaConfig(
-    vocab_size=256,
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=20,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=64,
-    tie_word_embeddings=False,
-)
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+CONFIG = LlamaConfig(**SIZES)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +43,20 @@ CONFIG = LlamaConfig(
     ],
 )
 def test_against_torch(method: str, checkpointing: bool) -> None:
-    model = LlamaForCausalLM(CONFIG)
-    family = describe(model)
     chosen = method_from_name(method, **({"num_virtual_tokens": 4} if method == "prompt" else {}))
+    check(LlamaForCausalLM(CONFIG), chosen, checkpointing)
+
+
+@pytest.mark.parametrize("parameters", [(), "all-experts"])
+def test_of_experts_those_count_that_a_token_goes_through(parameters: Any) -> None:
+    config = MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2)
+    model = MixtralForCausalLM(config)
+    model.set_experts_implementation("eager")
+    check(model, LoRA(target_parameters=parameters), checkpointing=False)
+
+
+def check(model: PreTrainedModel, chosen: Method, checkpointing: bool) -> None:
+    family = describe(model)
     attach(model, chosen)
     ids = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
     with recomputing(model.train(), checkpointing), FlopCounterMode(display=False) as counter:

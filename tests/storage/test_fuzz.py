@@ -58,7 +58,7 @@ SMALL: dict[str, Method] = {
     "full": FullFineTuning(),
 }
 #: methods whose folders PEFT reads and writes: without spectune.json they are PEFT's
-PEFTS = ("lora", "prefix", "prompt", "ln")
+PEFTS = ("lora", "prefix", "prompt", "ia3", "ln")
 KINDS = [*SMALL, *(f"{name}-peft" for name in PEFTS)]
 FUZZ = settings(
     derandomize=True,
@@ -296,6 +296,8 @@ def test_shapes_and_names(copy: Callable[[str], Path], kind: str) -> None:
     said = refused(copy(kind), lambda f: resave(f, lambda t: {**t, **outside}))
     assert "surplus: ../../x" in said
     assert not (copy(kind).parent.parent / "x").exists()
+    if kind == "ia3-peft":
+        return  # each tensor is one place, and PEFT's config may name places that have none
     said = refused(copy(kind), lambda f: resave(f, lambda t: {n: x for n, x in t.items() if n != min(t)}))
     assert "missing" in said
 
@@ -399,7 +401,7 @@ def test_configs_cut_or_without_a_key_or_with_a_wrong_type(copy: Callable[[str],
                 continue  # the right type; numbers out of range have their own test
             said = refused(copy(kind), lambda f, k=key, w=wrong: edit(f, lambda c: c.update({k: w})))
             assert key in said, f"{key} = {wrong!r}: {said}"
-    needed = {"lora-peft": ["r", "lora_alpha", "target_modules"], "ln-peft": ["target_modules"]}
+    needed = {"lora-peft": ["r", "lora_alpha"], "ia3-peft": ["peft_type"], "ln-peft": ["target_modules"]}
     for key in needed.get(kind, ["num_virtual_tokens"] if theirs else ["format", "method", "base"]):
         assert key in refused(copy(kind), lambda f, k=key: edit(f, lambda c: c.pop(k)))
 

@@ -34,6 +34,7 @@ from spectune.storage.bases import load_config
 from spectune.training import TrainingConfig, run_state, train, trainer
 from spectune.training.decisions import compiling_gain, decide, launch_bound
 from spectune.training.prediction import Prediction
+from tests.contract.families import FAMILIES
 from tests.support import make_model, make_rows, make_tokenizer
 from tests.training.test_graphs import Again, batches, passes
 
@@ -213,6 +214,16 @@ def test_without_a_model_what_only_it_can_tell_is_taken_to_be_so_and_said() -> N
     proved = decide(config, delta.family, LoRA(), unlike, "cpu", steps=9, delta=delta).reason("packing")
     assert proved is not None
     assert "fewer tokens to compute than padded" in proved
+
+
+def test_blocks_whose_experts_a_delta_changes_are_compiled_only_where_it_is_asked_for() -> None:
+    """A compiled graph makes the sum of weights and change, which takes the experts' memory again."""
+    family, experts = describe(FAMILIES["mixtral"]()), LoRA(target_parameters="all-experts")
+    for method, compiled in ((LoRA(), True), (experts, False)):
+        found = decide(TrainingConfig(), family, method, [60], "cuda", steps=10**9)
+        assert found.compiled is compiled
+        assert ("changed weights of all experts" in str(found.reason("torch_compile"))) is not compiled
+    assert decide(TrainingConfig(torch_compile=True), family, experts, [60], "cuda", steps=1).compiled
 
 
 def test_a_run_is_judged_by_the_rows_it_has() -> None:

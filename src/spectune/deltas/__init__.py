@@ -6,7 +6,9 @@ Each file imports only files that stand above it here:
     target_names            which linears a user's names mean, and names that say exactly a set of them
     peft_config             what PEFT's config says of places, and which of its keys are read
     rate_rule               a method's learning rate by the base's size
+    target_parameters       matrices that a config names, and what is said of those it leaves out
     slots                   where these modules stand in the model
+    low_rank_modules        the modules of LoRA and its kin
     trained_copy            the module that stands for one of the base's own, with weights of its own
     forward_state           what is in force in a forward pass
     method                  the contract of a method
@@ -23,6 +25,7 @@ from spectune.deltas.attaching import attach, attached, detach, place, unplaced
 from spectune.deltas.attachment import Attachment, BaseFacts
 from spectune.deltas.delta import Delta
 from spectune.deltas.folder import base_name
+from spectune.deltas.low_rank_modules import LoRALayer, LoRAMatrix, StartedLoRALayer
 from spectune.deltas.merging import merge, merge_and_measure
 from spectune.deltas.method import Fitted, InitContext, Method
 from spectune.deltas.modules import (
@@ -43,7 +46,7 @@ from spectune.deltas.probes.right_padding import why_mask_is_needed
 from spectune.deltas.probes.survey import uncalled
 from spectune.deltas.rate_rule import SWEEPS, TINKER, BaseRate, RatePoint, RateRule
 from spectune.deltas.routing import route
-from spectune.deltas.site import AttentionSite, InputSite, OutputSite, ParameterSite, Site
+from spectune.deltas.site import AttentionSite, InputSite, MatrixSite, OutputSite, ParameterSite, Site
 from spectune.deltas.target_names import (
     ALL_LINEAR,
     Search,
@@ -57,15 +60,26 @@ from spectune.deltas.target_names import (
     same_targets,
     targets,
 )  # fmt: skip
+from spectune.deltas.target_parameters import (
+    expert_words,
+    experts_left_out,
+    parameters_known,
+    parameters_named,
+    peft_keys,
+    told_apart,
+)  # fmt: skip
 from spectune.deltas.trained_copy import CopySite, TrainedCopy
 
 __all__ = [
     "ALL_LINEAR", "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate",
-    "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite", "Method",
-    "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "RatePoint", "RateRule", "Search", "Site",
-    "TrainedCopy", "attach", "attached", "base_name", "cached_values", "capture_keys_and_values", "check_ia3_keys",
-    "check_keys", "check_lora_keys", "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with",
-    "exact_names", "kernel_serves", "left_out", "merge", "merge_and_measure", "packed", "packing", "peft_targets",
-    "place", "placed", "prove_reads_embeddings", "route", "same_targets", "targets", "uncalled", "unplaced",
-    "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
+    "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite",
+    "LoRALayer", "LoRAMatrix", "MatrixSite", "Method", "OutputModule", "OutputSite", "ParameterModule",
+    "ParameterSite", "RatePoint", "RateRule", "Search", "Site", "StartedLoRALayer", "TrainedCopy", "attach",
+    "attached", "base_name", "cached_values", "capture_keys_and_values", "check_ia3_keys", "check_keys",
+    "check_lora_keys",
+    "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words",
+    "experts_left_out", "kernel_serves", "left_out", "merge", "merge_and_measure", "packed", "packing",
+    "parameters_known", "parameters_named", "peft_keys", "peft_targets", "place", "placed", "prove_reads_embeddings",
+    "route", "same_targets", "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn",
+    "why_not_packed",
 ]  # fmt: skip

@@ -46,6 +46,8 @@ def attach(
         facts: what earlier attachments to this base have proved, of which nothing is proved again; and what this one
             proves is put there.
 
+    What the method has to say of this base (`Method.notice`) is logged as a warning.
+
     Raises:
         ConfigError: a name in use or not `[A-Za-z0-9_.-]+`, a target that matches nothing, a base the method cannot
             take, a compiled model. The model is then as it was.
@@ -58,8 +60,15 @@ def attach(
             method.initialise(delta.sites, InitContext(model, delta.family, generator, tokenizer, shared))
 
     delta = place(model, method, name, keep_base=keep_base, fill=first_weights, facts=facts)
-    _say(model, delta)
+    _tell(delta)
     return delta
+
+
+def _tell(delta: Delta) -> None:
+    """Log what the user should read of this method on this base, once for the same facts of the base."""
+    attachment, notice = Attachment.of(delta.model), delta.method.notice(delta.family)
+    if notice is not None and attachment is not None and attachment.proved.setdefault(("told", notice), delta) is delta:
+        log.warning("%s: %s", delta.method.label, notice)
 
 
 def place(
@@ -88,15 +97,6 @@ def place(
         raise
     attachment.state.active = Route.of(name)
     return delta
-
-
-def _say(model: PreTrainedModel, delta: Delta) -> None:
-    """What a user should know of this method on this base, once for each base."""
-    attachment, notice = Attachment.of(model), delta.method.notice(delta.family)
-    assert attachment is not None, "a delta stands on it"
-    if notice is not None and ("said", notice) not in attachment.proved:
-        log.warning("%s: %s", delta.name, notice)
-        attachment.proved["said", notice] = True
 
 
 def unplaced(model: PreTrainedModel, method: Method, name: str, *, keep_base: bool = False) -> Delta:

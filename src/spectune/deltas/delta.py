@@ -224,8 +224,12 @@ class AdapterFiles(DeltaFiles):
         check_tensors(self.method.stored_shapes(self.family), given, str(where))
 
     def read(self, folder: Path) -> None:
-        state = self.method.from_folder(self.translate(read_weights(self.weight_files(folder))), self.family)
-        check_finite(state, dict.fromkeys(state, torch.float32), str(folder / self.weights))
+        where, tensors = folder / self.weights, read_weights(self.weight_files(folder))
+        try:
+            state = self.method.from_folder(self.translate(tensors), self.family)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        check_finite(state, dict.fromkeys(state, torch.float32), str(where))
         self.delta.load_state_dict(state)
 
 

@@ -74,7 +74,7 @@ def measure(
 def own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> float | None:
     """The largest difference between the logits of delta `name` in the base's own precision and in float64: what the
     base's arithmetic rounds, merged or not. Not a number where the device has no float64 (mps), None where the base
-    does not run in it (products over experts that have no such kernel)."""
+    does not run in it (kernels without float64)."""
     if any(parameter.device.type == "mps" for parameter in model.parameters()):
         return math.nan
     try:
@@ -92,17 +92,24 @@ def own_rounding(model: PreTrainedModel, name: str, rows: Sequence[Tensor]) -> f
 
 @contextlib.contextmanager
 def _in_float64(model: PreTrainedModel) -> Iterator[None]:
-    """The base's weights in float64; afterwards the very same tensors are back. Delta modules follow their input."""
+    """The base's weights in float64; afterwards the very same tensors are back. Delta modules follow their input.
+    Experts go one by one meanwhile: products over all of them have no such kernel."""
     modules = [module for module in model.modules() if not isinstance(module, DeltaModule)]
     weights = {p: p.data for module in modules for p in module.parameters(recurse=False)}
     buffers = [(module, name, buffer) for module in modules for name, buffer in module.named_buffers(recurse=False)]
+    configs = {id(c): c for m in modules if hasattr(c := getattr(m, "config", None), "_experts_implementation")}
+    chosen = [(config, config._experts_implementation) for config in configs.values()]
     try:
+        for config, _ in chosen:
+            config._experts_implementation = "eager"
         for parameter, tensor in weights.items():
             parameter.data = tensor.double()
         for module, name, buffer in buffers:
             module._buffers[name] = buffer.double() if buffer.is_floating_point() else buffer
         yield
     finally:
+        for config, implementation in chosen:
+            config._experts_implementation = implementation
         for parameter, tensor in weights.items():
             parameter.data = tensor
         for module, name, buffer in buffers:

@@ -72,7 +72,31 @@ class Fitted:
     said: str | None = None
 
 
-class Method(BaseModel, ABC):
+class _Stored(BaseModel, ABC):
+    """How a method is written to folders. One that PEFT has overrides these with PEFT's layout."""
+
+    def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """`adapter_config.json` and the tensors of `adapter_model.safetensors` for a stored state."""
+        return {"spectune_method": self.model_dump(mode="json")}, dict(state)
+
+    def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+        """The stored state (`site path.parameter` -> tensor) back from a folder's tensors, surplus keys kept."""
+        return dict(tensors)
+
+    @classmethod
+    def from_peft_config(cls, config: Mapping[str, Any]) -> Method | None:
+        """The method that a PEFT `adapter_config.json` describes, None where it is another's."""
+        return None
+
+    def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
+        """This method, which `from_peft_config` made of `config`, on one base: tensors say more exactly than the config
+        where it acts. `tensors` are the folder's, on the meta device. Raises DataError: they are for places that this
+        base has not."""
+        assert isinstance(self, Method), "there is no other class of these"
+        return Fitted(self)
+
+
+class Method(_Stored):
     """A way to adapt a base. The frozen config *is* the method; a `Delta` is what it becomes on one model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
@@ -137,27 +161,6 @@ class Method(BaseModel, ABC):
     def notice(self, family: Family) -> str | None:
         """A sentence the user should read when this method meets this base, or None."""
         return None
-
-    # -- folders: a method that PEFT has overrides these two with PEFT's layout ------------------------------------
-
-    def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """`adapter_config.json` and the tensors of `adapter_model.safetensors` for a stored state."""
-        return {"spectune_method": self.model_dump(mode="json")}, dict(state)
-
-    def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-        """The stored state (`site path.parameter` -> tensor) back from a folder's tensors, surplus keys kept."""
-        return dict(tensors)
-
-    @classmethod
-    def from_peft_config(cls, config: Mapping[str, Any]) -> Method | None:
-        """The method that a PEFT `adapter_config.json` describes, None where it is another's."""
-        return None
-
-    def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
-        """This method, which `from_peft_config` made of `config`, on one base: tensors say more exactly than the config
-        where it acts. `tensors` are the folder's, on the meta device. Raises DataError: they are for places that this
-        base has not."""
-        return Fitted(self)
 
     def as_stored(self) -> Method:
         """The method that a stored delta has: without what only training had."""

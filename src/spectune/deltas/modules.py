@@ -79,6 +79,11 @@ class ParameterModule(DeltaModule):
         """`parameter` as the base has it; returns a tensor of its shape and dtype, the base's own left as it is."""
         raise NotImplementedError
 
+    def in_place_of(self, parameter: Tensor) -> Tensor:
+        """What stands in the parameter's place while its layer runs: the changed one, or a tensor that answers as it
+        does (`compute.low_rank`)."""
+        return self.changed(parameter)
+
 
 class AttentionModule(DeltaModule):
     """Acts inside attention: gives keys and values `[kv_heads, virtual tokens, dim]`, float32."""

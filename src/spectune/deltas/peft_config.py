@@ -25,12 +25,12 @@ _LORA_KNOWN = (
     *_COMMON, *_PLACES, "alpha_pattern", "bias", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
     "init_lora_weights", "loftq_config", "lora_alpha", "lora_dropout", "lora_dtype", "lora_ga_config", "lorap_emb_lr",
     "lorap_lr_ratio", "megatron_config", "megatron_core", "merge_weights", "qalora_group_size", "r", "rank_pattern",
-    "runtime_config", "use_dora", "use_rslora", "velora_config",
+    "runtime_config", "target_parameters", "use_dora", "use_rslora", "velora_config",
 )  # fmt: skip
 #: of LoRA: what changes the answers, and is not read
 _LORA_BEYOND = (
     "alora_invocation_tokens", "arrow_config", "enable_lora", "kasa_config", "layer_replication", "lora_bias",
-    "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+    "modules_to_save", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
 _IA3_KNOWN = (*_COMMON, *_PLACES, "fan_in_fan_out", "feedforward_modules", "init_ia3_weights")
 #: `init_lora_weights` that choose the first A and B and leave the base as it is
@@ -71,25 +71,33 @@ def placed(config: Mapping[str, Any], tensors: Iterable[str], mark: str, family:
         raise DataError(
             f"it holds no tensor of {config.get('peft_type')}, named <module>.{mark}...: nothing is adapted"
         )
-    search = Search()
+    search, linears = Search(), [linear.path for linear in family.linears]
     named = {path for path in at if _names(config, path, search, family)}
-    if not named:
+    if config.get("target_parameters"):  # what is named by its parameter is not judged here
+        at = {path: names for path, names in at.items() if path in named and path in linears}
+        named &= at.keys()
+    elif not named:
         raise DataError(
             f"target_modules = {json.dumps(config.get('target_modules'))[:200]} and what else its config says of "
             f"places name none of the modules that its weights are for, such as {next(iter(at))}: PEFT does not load "
             "it either"
         )
-    linears = [linear.path for linear in family.linears]
     if foreign := sorted(named - set(linears)):
         raise DataError(
             f"it has weights for {len(foreign)} modules that are no linear in a layer of this {family.model_type}",
             [f"{path}: {_what(path, family)}" for path in foreign],
         )
     beside = [path for path in at if path not in named]
-    said = f"its config leaves out what it has weights for, as PEFT does: {some(beside)}" if beside else None
+    bare = [path for path in linears if path not in at and _names(config, path, search, family)]
+    said = [f"its config leaves out what it has weights for, as PEFT does: {some(beside)}"] if beside else []
+    if bare and config.get("target_modules") is not None:
+        said.append(
+            f"it has no weights for {len(bare)} linears that its config names, which stay as they are: {some(bare)}"
+        )
     return Placed(
-        tuple(path for path in linears if path in named), frozenset(n for path in beside for n in at[path]), said
-    )
+        tuple(path for path in linears if path in named), frozenset(n for path in beside for n in at[path]),
+        "; ".join(said) or None,
+    )  # fmt: skip
 
 
 def _names(config: Mapping[str, Any], path: str, search: Search, family: Family) -> bool:

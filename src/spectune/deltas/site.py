@@ -66,4 +66,11 @@ class ParameterSite:
         return f"{self.host}.{self.name}"
 
 
+@dataclass(frozen=True)
+class MatrixSite(ParameterSite):
+    """A parameter that is a matrix, or one for each expert (`families.Matrix`). `transposed`: each is `[in, out]`."""
+
+    transposed: bool
+
+
 Site = OutputSite | AttentionSite | InputSite | ParameterSite

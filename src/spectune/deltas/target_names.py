@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import regex
 
+from spectune.deltas.target_parameters import expert_words
 from spectune.errors import ConfigError, some
 from spectune.families import Family, Linear, OtherModule
 
@@ -123,7 +124,9 @@ def targets(family: Family, wanted: str | tuple[str, ...]) -> list[Linear]:
         more = f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""
         raise ConfigError(
             f"target_modules = {_shown(wanted)} also names {where}{more}: only linears inside the layers are adapted. "
-            "Leave it out of the names" + (" (a text is a pattern for whole paths)" if isinstance(wanted, str) else "")
+            "Leave it out of the names"
+            + (" (a text is a pattern for whole paths)" if isinstance(wanted, str) else "")
+            + (f"; {words}" if (words := expert_words(family, wanted)) else "")
         )
     if isinstance(wanted, str):
         if not found:
@@ -147,16 +150,15 @@ def left_out(family: Family, wanted: str | tuple[str, ...]) -> str | None:
     )
 
 
-def check_patterns(field: str, patterns: Iterable[str], found: Sequence[Linear]) -> None:
-    """Raise ConfigError for a pattern of ranks or alphas that matches none of the targeted linears, or that takes too
+def check_patterns(field: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
+    """Raise ConfigError for a pattern of ranks or alphas that matches none of the targets' paths, or that takes too
     long on one of them: what is matched here in time is so later."""
     search = Search()
     for key in patterns:
-        if not [linear for linear in found if search.end(key, linear.path)]:
-            near = difflib.get_close_matches(key, endings(found), n=1, cutoff=0)
+        if not [path for path in paths if search.end(key, path)]:
+            near = difflib.get_close_matches(key, sorted({path.rpartition(".")[2] for path in paths}), n=1, cutoff=0)
             raise ConfigError(
-                f"{field}: {key!r} matches none of the targeted linears"
-                + (f"; the nearest is {near[0]!r}" if near else "")
+                f"{field}: {key!r} matches none of the targets" + (f"; the nearest is {near[0]!r}" if near else "")
             )
 
 
@@ -166,7 +168,9 @@ def exact_names(wanted: Sequence[str], others: Iterable[str]) -> str | tuple[str
     taken = {ending for path in others for ending in _ends(path)}
     if any(path in taken for path in wanted):
         return "|".join(re.escape(path) for path in wanted)
-    return tuple(sorted({next(ending for ending in _ends(path) if ending not in taken) for path in wanted}))
+    # one that begins with a layer's number would be right, and read like none
+    free = {path: [end for end in _ends(path) if end not in taken and not end[:1].isdigit()] for path in wanted}
+    return tuple(sorted({ends[0] if ends else path for path, ends in free.items()}))
 
 
 def peft_targets(paths: Sequence[str], family: Family) -> str | list[str]:
@@ -195,10 +199,9 @@ def endings(linears: Iterable[Linear]) -> list[str]:
 
 
 def _ends(path: str) -> Iterator[str]:
-    """The ends of a path, the shortest first; none begins with a number, but the path itself may."""
+    """The ends of a path after a dot, the shortest first, and the path itself."""
     parts = path.split(".")
-    yield from (".".join(parts[at:]) for at in range(len(parts) - 1, 0, -1) if not parts[at].isdigit())
-    yield path
+    yield from (".".join(parts[at:]) for at in range(len(parts) - 1, -1, -1))
 
 
 def _named(wanted: str | tuple[str, ...], path: str, search: Search) -> bool:
@@ -232,6 +235,8 @@ def _nothing_matched(family: Family, wanted: str) -> str:
             f"it matches none, such as {next(t.path for t in family.linears if ends_with(t.path, meant[0]))!r}. "
             f"For every linear of that name write a list: target_modules={meant!r}"
         )
+    if words := expert_words(family, wanted):
+        return f"target_modules = {wanted!r} matches no linear of this {family.model_type} model: {words}"
     near = difflib.get_close_matches(wanted, [linear.path for linear in family.linears], n=1, cutoff=0)
     return (
         f"target_modules: {wanted!r} matches the whole path of no linear of this {family.model_type} model"
@@ -247,6 +252,8 @@ def _names_missing(family: Family, missing: Sequence[str]) -> str:
         elsewhere = [other.path for other in family.others if other.has_matrix and ends_with(other.path, name)]
         if name.lower() == ALL_LINEAR:
             lines.append(f"target_modules: {ALL_LINEAR!r} stands in a list; write it alone, as a text")
+        elif words := expert_words(family, name):
+            lines.append(f"target_modules: {name!r} matches no linear of this {family.model_type} model: {words}")
         elif elsewhere:
             lines.append(f"target_modules: {name!r} names only modules that text does not go through: {elsewhere[0]}")
         else:

@@ -3,6 +3,7 @@
 from spectune.families.base_fingerprint import differences, fingerprint
 from spectune.families.biases import Bias
 from spectune.families.family import Family, FeedForward, Layer, Linear, describe, family_from_config
+from spectune.families.matrices import Matrix
 from spectune.families.module_kinds import embedding_width, linear_shape, token_embedding, vocabulary_rows
 from spectune.families.norms import Norm
 from spectune.families.other_modules import OtherModule
@@ -11,7 +12,7 @@ from spectune.families.quantised import base_precision, dense_weight, quantised_
 from spectune.families.self_attention import Attention
 
 __all__ = [
-    "Attention", "Bias", "Family", "FeedForward", "Layer", "Linear", "Norm", "OtherModule", "Slice", "base_precision",
-    "dense_weight", "describe", "differences", "embedding_width", "family_from_config", "fingerprint", "linear_shape",
-    "quantised_weights", "token_embedding", "vocabulary_rows",
+    "Attention", "Bias", "Family", "FeedForward", "Layer", "Linear", "Matrix", "Norm", "OtherModule", "Slice",
+    "base_precision", "dense_weight", "describe", "differences", "embedding_width", "family_from_config", "fingerprint",
+    "linear_shape", "quantised_weights", "token_embedding", "vocabulary_rows",
 ]  # fmt: skip

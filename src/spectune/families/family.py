@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.errors import ConfigError
 from spectune.families.biases import Bias, biases_of
+from spectune.families.matrices import Matrix, matrices_of
 from spectune.families.module_kinds import linear_shape
 from spectune.families.norms import Norm, norms_of
 from spectune.families.other_modules import OtherModule, other_modules
@@ -79,6 +80,7 @@ class Family:
     layers: tuple[Layer, ...]
     linears: tuple[Linear, ...]
     biases: tuple[Bias, ...]
+    matrices: tuple[Matrix, ...]
     num_parameters: int
     #: every linear is a `Conv1D`, or stands for one: its weight is transposed (PEFT calls that fan_in_fan_out)
     conv1d: bool
@@ -95,6 +97,11 @@ class Family:
         """Whether the module at `path` is in a list inside its layer (experts): its input is tokens of any rows."""
         layer = next((layer.path for layer in self.layers if path.startswith(layer.path + ".")), None)
         return layer is not None and re.search(r"\.\d+(\.|$)", path[len(layer) :]) is not None
+
+    @property
+    def experts(self) -> tuple[Matrix, ...]:
+        """Weights of experts that are no linears."""
+        return tuple(matrix for matrix in self.matrices if matrix.experts)
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
@@ -135,6 +142,7 @@ def describe(model: PreTrainedModel) -> Family:
         model_type=str(model.config.model_type), decoder=names[id(decoder)], embedding=names[id(embedding)],
         head=head_path, hidden_size=hidden, vocab_size=int(getattr(embedding, "num_embeddings", text.vocab_size)),
         layers=layers, linears=linears, biases=biases_of(model, names[id(decoder)], head_path, beside),
+        matrices=matrices_of(model, stacks, beside),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()) + packed_away(model),
         conv1d=bool(linears) and all(is_transposed(model.get_submodule(t.path)) for t in linears),
         position_table=_position_table(decoder, embedding, text), sliding_window=_sliding_window(text),

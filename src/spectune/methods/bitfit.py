@@ -108,5 +108,5 @@ class BitFit(Method):
         return (
             f"this {family.model_type} model has no biases: BitFit trains a new offset at each of "
             f"{len(self.sites(family))} linears (the head excepted, and those that a convolution follows or that give "
-            "scores)"
+            "scores)" + ("; its experts, which are parameters and no linears, get none" if family.experts else "")
         )

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.magnitude import scale_features
-from spectune.deltas import DeltaModule, InitContext, OutputModule, Site
+from spectune.deltas import DeltaModule, InitContext, LoRALayer, OutputModule, Site
 from spectune.errors import ConfigError
 from spectune.families import Family, dense_weight
-from spectune.methods.lora import LoRA, LoRALayer, peft_fields
+from spectune.methods.lora import LoRA, peft_fields
 
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -84,6 +84,15 @@ class DoRA(LoRA):
 
     label: ClassVar[str] = "DoRA"
     best_for: ClassVar[str] = "LoRA's place where rank is small and training time is no matter"
+
+    @model_validator(mode="after")
+    def _linears_only(self) -> Self:
+        if self.target_parameters:
+            raise ValueError(
+                "DoRA does not act on target_parameters: the norm of every expert's rows would be taken in each step, "
+                "and PEFT has no such layer. Use LoRA (name: lora) for experts"
+            )
+        return self
 
     def build(self, site: Site) -> DoRALayer:
         lora = super().build(site)

@@ -217,24 +217,29 @@ class IA3(Method):
             path = name.removeprefix(_PEFT_PREFIX).removesuffix(_VECTOR)
             if name in state:
                 continue
-            inner, width, vectors = parts.get(path, (False, 0, ()))
-            if list(tensor.shape) != ([1, width] if inner else [width, 1]):
-                state[name] = tensor  # surplus, or of another shape: said with all others
+            if path not in parts:
+                state[name] = tensor  # surplus: said with all others
                 continue
+            inner, width, vectors = parts[path]
+            if list(tensor.shape) != (shape := [1, width] if inner else [width, 1]):
+                raise DataError(f"{name} is {list(tensor.shape)}, expected {shape}")
             whole = tensor.flatten()
             rest = torch.ones_like(whole, dtype=torch.bool)
             for vector, start, size in vectors:
                 state[vector] = whole[start : start + size]
                 rest[start : start + size] = False
-            if not tensor.is_meta and bool((whole[rest] != 1).any()):
+            if tensor.is_meta or bool((whole[rest] == 1).all()):
+                continue
+            if bool(whole[rest].isfinite().all()):
                 raise DataError(f"{name} scales more than keys and values, which this method does not")
+            state[name] = whole  # that it is not finite is said with all others
         return state
 
     def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
         at = placed(config, tensors, _VECTOR[1:], family)
         shapes = {path: list(tensors[f"{_PEFT_PREFIX}{path}{_VECTOR}"].shape) for path in at.paths}
         inner = {path for path, shape in shapes.items() if shape[:1] == [1]}
-        parts = {(path, path in inner): (0, ()) for path in at.paths}
+        parts: _Parts = {(path, path in inner): (0, ()) for path in at.paths}
         names = _peft_names(parts, family)
         if names is None or any(isinstance(found, str) for found in names.values()):
             names = {"target_modules": list(at.paths), "feedforward_modules": [p for p in at.paths if p in inner]}

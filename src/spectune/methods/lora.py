@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-import torch
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from torch import Tensor
 
-from spectune.compute.low_rank_starts import orthonormal, principal
 from spectune.deltas import (
     ALL_LINEAR,
     SWEEPS,
@@ -27,129 +24,46 @@ from spectune.deltas import (
     DeltaModule,
     Fitted,
     InitContext,
+    LoRALayer,
+    LoRAMatrix,
+    MatrixSite,
     Method,
-    OutputModule,
     OutputSite,
     RatePoint,
     RateRule,
     Search,
     Site,
+    StartedLoRALayer,
     check_lora_keys,
     check_patterns,
     checked_pattern,
     checked_targets,
+    expert_words,
+    experts_left_out,
     left_out,
+    parameters_known,
+    parameters_named,
+    peft_keys,
     peft_targets,
     placed,
     same_targets,
     targets,
+    told_apart,
 )  # fmt: skip
-from spectune.errors import ConfigError, DataError
-from spectune.families import Family, dense_weight
-from spectune.families.quantised import is_plain
+from spectune.errors import ConfigError, DataError, some
+from spectune.families import Family, Linear, Matrix
 
 _PEFT_PREFIX = "base_model.model."
 #: VeLoRA's, which only its backward pass looks at
 _OF_TRAINING = ".lora_velora_embed"
 Number = TypeVar("Number", int, float)
-#: starts at factors of the base's weight, by PEFT's name
-_STARTS = {"pissa": principal, "olora": orthonormal}
+#: starts at factors of the base's weight
+_STARTS = ("pissa", "olora")
 
 
-class LoRALayer(OutputModule):
-    """`y + scale * B A dropout(x)` at one linear map."""
-
-    acts_on = "weight"
-    #: LoRA+: of `B`'s learning rate to `A`'s
-    rate_ratio = 1.0
-
-    def __init__(self, site: OutputSite, r: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(torch.empty(r, site.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(site.out_features, r))
-        self.scale = scale
-        # none is no module: a dropout of zero would copy its input, and keep the copy for backward
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-
-    def initialise(self, generator: torch.Generator) -> None:
-        """`A` as in the paper's code and PEFT: Kaiming with a = sqrt(5), uniform within 1 / sqrt(in_features)."""
-        bound = 1 / math.sqrt(self.lora_A.shape[1])
-        self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
-
-    def rate_factor(self, name: str) -> float:
-        return self.rate_ratio if name == "lora_B" else 1.0
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.change(x)
-
-    def change(self, x: Tensor) -> Tensor:
-        """`scale * B A dropout(x)`, in the dtype of `x`."""
-        # scaled on the small side: what is as wide as the output is then one product and one sum
-        low = F.linear(self.dropout(x), (self.lora_A * self.scale).to(x.dtype))
-        return F.linear(low, self.lora_B.to(x.dtype))
-
-    def product(self) -> Tensor:
-        """What is added to the weight, `[out, in]`, but for the scale."""
-        return self.lora_B @ self.lora_A
-
-    def changed(self, parameter: Tensor) -> Tensor:
-        return parameter + (self.product() * self.scale).to(parameter.dtype)
-
-    def merge_into(self, module: nn.Module) -> None:
-        weight = module.weight
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-            raise ConfigError(f"{type(module).__name__} holds quantised weights: LoRA cannot be merged into them")
-        change = self.product() * self.scale
-        weight.data = (weight.float() + (change.T if isinstance(module, Conv1D) else change)).to(weight.dtype)
-
-
-class StartedLoRALayer(LoRALayer):
-    """`y + scale * (B A - B0 A0) x`, where `B0` and `A0` are made of the base's weight, and the first `B` and `A`.
-
-    PEFT takes `scale * B0 A0` off the base's weight instead. What is small is computed as such, `(B - B0) A + B0 (A -
-    A0)`: at the start it is exactly zero, and later no difference of two large products."""
-
-    first_a: Tensor
-    first_b: Tensor
-
-    def __init__(self, site: OutputSite, r: int, scale: float, dropout: float, start: str) -> None:
-        super().__init__(site, r, scale, dropout)
-        if r > (most := min(site.in_features, site.out_features)):
-            raise ConfigError(f"init_lora_weights={start!r} at {site.path}: r = {r} is more than its rank, {most}")
-        self.start = start
-        self.register_buffer("first_a", torch.empty(r, site.in_features), persistent=False)
-        self.register_buffer("first_b", torch.empty(site.out_features, r), persistent=False)
-
-    def on_attach(self, host: nn.Module) -> None:
-        weight = dense_weight(host) if is_plain(host.weight) else None  # type: ignore[arg-type]
-        if weight is None:
-            raise ConfigError(
-                f"init_lora_weights={self.start!r} starts at factors of the base's weights, and those of "
-                f"{type(host).__name__} are quantised: the delta would be wrong on the base that they stand for. Use "
-                "another start, or this base without quantisation"
-            )
-        with torch.no_grad():
-            a, b = _STARTS[self.start](weight, self.lora_A.shape[0], self.scale)
-            self.first_a.copy_(a)
-            self.first_b.copy_(b)
-
-    def initialise(self, generator: torch.Generator) -> None:
-        self.lora_A.copy_(self.first_a)
-        self.lora_B.copy_(self.first_b)
-
-    def change(self, x: Tensor) -> Tensor:
-        kept = self.dropout(x)
-        down = torch.cat([self.lora_A, self.lora_A - self.first_a]) * self.scale
-        up = torch.cat([self.lora_B - self.first_b, self.first_b], dim=1)
-        made = F.linear(F.linear(kept, down.to(x.dtype)), up.to(x.dtype))
-        if not self.training or isinstance(self.dropout, nn.Identity):
-            return made
-        # dropout is for what the trained factors see, not for `B0 A0 x`, which in PEFT is the base's
-        lost = F.linear(x - kept, (self.first_a * self.scale).to(x.dtype))
-        return made - F.linear(lost, self.first_b.to(x.dtype))
-
-    def product(self) -> Tensor:
-        return (self.lora_B - self.first_b) @ self.lora_A + self.first_b @ (self.lora_A - self.first_a)
+@dataclass(frozen=True)
+class _WeightSite(OutputSite):
+    """A linear that `target_parameters` names by its weight: ranks go by that name too, as in PEFT."""
 
 
 class LoRA(Method):
@@ -167,6 +81,9 @@ class LoRA(Method):
         loraplus_lr_ratio: LoRA+: `B`'s learning rate is the run's times this.
         rank_pattern, alpha_pattern: another rank or alpha for some linears, by the end of their path or a regular
             expression for it (`{"q_proj": 4}`); the first that matches counts, as in PEFT.
+        target_parameters: matrices that are parameters and no linears, by the end of their name
+            (`["experts.gate_up_proj", "experts.down_proj"]`, as in PEFT), or `"all-experts"`. Each expert gets a change
+            of rank `r` of its own. Not with `lora_dropout`: there is no input of `A` to drop.
     """
 
     name: Literal["lora"] = "lora"
@@ -179,6 +96,7 @@ class LoRA(Method):
     loraplus_lr_ratio: float | None = Field(None, gt=0)
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    target_parameters: Literal["all-experts"] | tuple[str, ...] = ()
 
     label: ClassVar[str] = "LoRA"
     best_for: ClassVar[str] = "the default: near full quality, merges away at inference"
@@ -194,8 +112,24 @@ class LoRA(Method):
 
     @field_validator("target_modules")
     @classmethod
-    def _some_target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        return checked_targets(value)
+    def _target(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        return checked_targets(value) if value else value
+
+    @model_validator(mode="after")
+    def _some_target(self) -> Self:
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules is empty: nothing would be trained")
+        if self.target_parameters and self.lora_dropout:
+            raise ValueError(
+                "lora_dropout cannot act on target_parameters, whose inputs the base keeps to itself (PEFT refuses "
+                "both together): set lora_dropout to 0"
+            )
+        if self.target_parameters and self.init_lora_weights in _STARTS:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} starts at factors of linears' weights, and "
+                "target_parameters are none: use another start"
+            )
+        return self
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -213,25 +147,49 @@ class LoRA(Method):
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def sites(self, family: Family) -> list[Site]:
-        found = targets(family, self.target_modules)
+        linears, by_weight, matrices = self._targets(family)
+        paths = [*(t.path for t in linears), *(f"{t.path}.weight" for t in by_weight), *(m.where for m in matrices)]
         for field in ("rank_pattern", "alpha_pattern"):
-            check_patterns(field, getattr(self, field), found)
-        return [OutputSite(t.path, t.in_features, t.out_features) for t in found]
+            check_patterns(field, getattr(self, field), paths)
+        return [
+            *(OutputSite(t.path, t.in_features, t.out_features) for t in linears),
+            *(_WeightSite(t.path, t.in_features, t.out_features) for t in by_weight),
+            *(MatrixSite(m.path, m.name, m.shape, m.transposed) for m in matrices),
+        ]
+
+    def _targets(self, family: Family) -> tuple[list[Linear], list[Linear], list[Matrix]]:
+        """Linears, linears that are named by their weight, and other matrices."""
+        linears = targets(family, self.target_modules) if self.target_modules else []
+        by_weight, matrices = parameters_named(family, self.target_parameters) if self.target_parameters else ([], [])
+        if twice := [linear.path for linear in by_weight if linear in linears]:
+            raise ConfigError(
+                f"target_parameters names weights of linears that target_modules names too ({some(twice)}): leave them "
+                "out of one of both"
+            )
+        return linears, by_weight, matrices
 
     def notice(self, family: Family) -> str | None:
-        return left_out(family, self.target_modules)
+        named = self.target_modules
+        said = [left_out(family, named)] if named else []
+        if named == ALL_LINEAR or (named and expert_words(family, named)):  # who names other modules wants these
+            said.append(experts_left_out(family, self._targets(family)[2]))
+        return "; ".join(sentence for sentence in said if sentence) or None
 
-    def build(self, site: Site) -> OutputModule:
+    def build(self, site: Site) -> DeltaModule:
+        ratio = self.loraplus_lr_ratio or 1.0
+        if isinstance(site, MatrixSite):
+            return LoRAMatrix(site, self.rank(site.path), self.scale(site.path), ratio)
         assert isinstance(site, OutputSite)
-        given = site, self.rank(site.path), self.scale(site.path), self.lora_dropout
+        named = f"{site.path}.weight" if isinstance(site, _WeightSite) else site.path
+        given = site, self.rank(named), self.scale(named), self.lora_dropout
         start = str(self.init_lora_weights)
         layer = StartedLoRALayer(*given, start) if start in _STARTS else LoRALayer(*given)
-        layer.rate_ratio = self.loraplus_lr_ratio or 1.0
+        layer.rate_ratio = ratio
         return layer
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for _, module in modules:
-            assert isinstance(module, LoRALayer)
+            assert isinstance(module, LoRALayer | LoRAMatrix)
             module.initialise(context.generator)
             if self.init_lora_weights == "gaussian":
                 module.lora_A.normal_(0.0, 1 / module.lora_A.shape[0], generator=context.generator)
@@ -241,6 +199,10 @@ class LoRA(Method):
     def to_folder(self, state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if family.conv1d and self.init_lora_weights == "olora":
             return super().to_folder(state, family)  # PEFT factors a Conv1D's weight as it lies, transposed
+        linears, by_weight, matrices = self._targets(family)
+        plain, mistaken = told_apart(family, linears)
+        # by whole names: an end could name something beside the text's layers too
+        parameters = sorted([*(f"{t.path}.weight" for t in (*mistaken, *by_weight)), *(m.where for m in matrices)])
         config: dict[str, Any] = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -248,29 +210,49 @@ class LoRA(Method):
             "r": self.r,
             # readers annotate it as a whole number
             "lora_alpha": int(self.lora_alpha) if self.lora_alpha == int(self.lora_alpha) else self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "target_modules": peft_targets([t.path for t in targets(family, self.target_modules)], family),
+            "lora_dropout": 0.0 if parameters else self.lora_dropout,  # PEFT reads no dropout beside parameters
+            "target_modules": peft_targets([t.path for t in plain], family),
             "use_rslora": self.use_rslora,
             "fan_in_fan_out": family.conv1d,
             "bias": "none",
         }
+        named = [*(t.path for t in plain), *parameters]
+        patterns = {
+            "rank_pattern": _patterns_for(named, self.rank_pattern, self.r, mistaken),
+            "alpha_pattern": _patterns_for(named, self.alpha_pattern, self.lora_alpha, mistaken),
+            "target_parameters": parameters,
+        }
         # only where they are used: older readers need not know them
-        config |= {key: found for key in ("rank_pattern", "alpha_pattern") if (found := getattr(self, key))}
+        config |= {key: found for key, found in patterns.items() if found}
         config |= {"init_lora_weights": self.init_lora_weights} if self.init_lora_weights is not True else {}
-        return config, {f"{_PEFT_PREFIX}{name}.weight": tensor for name, tensor in state.items()}
+        keys = self._matrix_keys(family)
+        return config, {f"{_PEFT_PREFIX}{keys.get(name, name)}.weight": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
         if family.conv1d and self.init_lora_weights == "olora" and any(n.startswith(_PEFT_PREFIX) for n in tensors):
             raise DataError("this is PEFT's OLoRA on a Conv1D base, which it starts at the factors of another matrix")
-        return {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
+        ours = {theirs: name for name, theirs in self._matrix_keys(family).items()}
+        plain = {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
+        return {ours.get(name, name): tensor for name, tensor in plain.items()}
+
+    def _matrix_keys(self, family: Family) -> dict[str, str]:
+        """PEFT's names of the weights at matrices, by ours."""
+        sites = [site for site in self.sites(family) if isinstance(site, MatrixSite)] if self.target_parameters else []
+        wrappers = peft_keys(sites)
+        return {f"{path}.{leaf}": f"{at}.{leaf}" for path, at in wrappers.items() for leaf in ("lora_A", "lora_B")}
 
     def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
         at = placed(config, tensors, "lora_", family)
-        search, fields = Search(), {}
+        search, names = Search(), parameters_known(family, self.target_parameters)
+        by_weight, matrices = parameters_named(family, names) if names else ([], [])
+        paths = [*at.paths, *(f"{t.path}.weight" for t in by_weight), *(m.where for m in matrices)]
+        fields: dict[str, Any] = {
+            "target_modules": same_targets(self.target_modules, at.paths, family) if at.paths else (),
+            "target_parameters": names,
+        }
         for field in ("rank_pattern", "alpha_pattern"):
-            matched = {key: [path for path in at.paths if search.end(key, path)] for key in getattr(self, field)}
+            matched = {key: [path for path in paths if search.end(key, path)] for key in getattr(self, field)}
             fields[field] = {key: value for key, value in getattr(self, field).items() if matched[key]}
-        fields["target_modules"] = same_targets(self.target_modules, at.paths, family)
         left_out = at.left_out | {name for name in tensors if name.endswith(_OF_TRAINING)}
         said = "; ".join(sentence for sentence in (at.said, check_lora_keys(config)) if sentence)
         return Fitted(self.model_copy(update=fields), left_out, said or None)
@@ -285,7 +267,8 @@ def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of this method in PEFT's `adapter_config.json`. Raises DataError: it uses something of PEFT's LoRA
     that would be lost here."""
     check_lora_keys(config)
-    modules = config.get("target_modules") or ALL_LINEAR  # which linears these are, its tensors say
+    parameters = config.get("target_parameters") or []
+    modules = config.get("target_modules") or ([] if parameters else ALL_LINEAR)  # its tensors say which linears
     return {
         "r": config["r"],
         "lora_alpha": config["lora_alpha"],
@@ -296,4 +279,21 @@ def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "init_lora_weights": start if (start := str(config.get("init_lora_weights")).lower()) in _STARTS else True,
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
+        "target_parameters": tuple(sorted(parameters)),
     }
+
+
+def _patterns_for(
+    named: Sequence[str], patterns: Mapping[str, Number], default: Number, by_weight: Sequence[Linear]
+) -> dict[str, Number]:
+    """A config's patterns, where some linears are named by their weight: those get entries of their own where their
+    names would be matched otherwise now. Without such linears, the patterns as they are."""
+    if not by_weight:
+        return dict(patterns)
+    search = Search()
+    exact = {
+        f"{t.path}.weight": value
+        for t in by_weight
+        if (value := search.first(patterns, t.path, default)) != search.first(patterns, f"{t.path}.weight", default)
+    }
+    return exact | {key: value for key, value in patterns.items() if any(search.end(key, name) for name in named)}

@@ -1,6 +1,8 @@
 """Floating-point operations of a training step, from shapes."""
 
-from spectune.deltas import InputSite, Method
+import torch
+
+from spectune.deltas import InputSite, MatrixSite, Method
 from spectune.families import Family
 
 
@@ -11,18 +13,32 @@ def flops_per_token(family: Family, method: Method, length: int, *, checkpointin
     gradient of a base's weights, where it is trained, as much again; a delta's own weights 6 P; causal attention 2 T q
     a layer in forward and twice that in backward; recomputation at most forward of the layers once more. Left out are
     norms, activations and rotary positions, and that backward ends at the lowest weight that is trained. Virtual tokens
-    that run through the layers (prompt) are counted to the text's.
+    that run through the layers (prompt) are counted to the text's. Of experts those count that a token goes through.
     """
     blocks = sum(linear.in_features * linear.out_features for linear in family.linears)
+    blocks += sum(matrix.size * matrix.per_token // matrix.count for matrix in family.matrices)
     head = family.vocab_size * family.hidden_size
     seen = length + method.virtual_tokens
     # queries are as wide as the attention's output, which is taken for the hidden size
     attention = 2 * seen * sum(attention.hidden_size for attention in family.attentions)
     times = 6 if method.trains_base else 4
-    delta = 0 if method.trains_base else 6 * method.num_trained_parameters(family)
+    delta = 0 if method.trains_base else 6 * (method.num_trained_parameters(family) - _idle(family, method))
     again = 2 * blocks + attention if checkpointing else 0
     layers = times * blocks + 3 * attention + delta + again
     return times * head + (layers * seen // length if virtual_in_sequence(method, family) else layers)
+
+
+def _idle(family: Family, method: Method) -> int:
+    """Of a delta's weights, those at experts that a token does not go through."""
+    matrices = {matrix.where: matrix for matrix in family.matrices}
+    idle = 0
+    with torch.device("meta"):
+        for site in method.sites(family):
+            if isinstance(site, MatrixSite):
+                weights = sum(parameter.numel() for parameter in method.build(site).parameters())
+                matrix = matrices[site.path]
+                idle += weights * (matrix.count - matrix.per_token) // matrix.count
+    return idle
 
 
 def virtual_in_sequence(method: Method, family: Family) -> int:

@@ -17,6 +17,7 @@ from spectune.compute.varlen import FLASH_DTYPES, flash_by_document, loop_by_doc
 from spectune.data import batches, by_length, pack_step, places
 from spectune.deltas import (
     Delta,
+    MatrixSite,
     Method,
     kernel_serves,
     route,
@@ -58,6 +59,11 @@ PLAN_SECONDS = 0.12
 _SAVED = 1 / 215e12 - 1 / 400e12
 #: entries of a config, not zero, with which no kernel attends but by masks
 _MASKED_BY = ("attn_pdrop", "attention_dropout", "attn_dropout", "attn_logit_softcapping")
+#: why blocks are left alone whose experts a delta changes
+_SUMS = (
+    "the blocks are not compiled: their graphs would make the changed weights of all experts, where the change is "
+    "multiplied by itself otherwise (torch_compile=true does it)"
+)
 #: rows up to so many tokens gain nothing
 _SHORT = 512
 
@@ -100,6 +106,8 @@ def decide(
         tokens = steps * rows * config.gradient_accumulation_steps * length
         gain = compiling_gain(family, method, tokens=tokens, steps=steps, length=length, device_type=device_type)
         compiled, why_compiled = gain is not None and gain.pays, None if gain is None or not steps else str(gain)
+        if compiled and any(isinstance(site, MatrixSite) for site in method.sites(family)):
+            compiled, why_compiled = False, _SUMS
     cudnn = has_cudnn(device_type) and takes_cudnn(family, lengths, steps, config, packs=packing.on)
     if cudnn and delta is not None:
         cudnn = _calls_suit_cudnn(delta, max(lengths))

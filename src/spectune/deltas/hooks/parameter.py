@@ -93,16 +93,18 @@ class ParameterHook:
 
     def _made(self, module: nn.Module, name: str, base: Tensor, path: str) -> Tensor | None:
         route = self.state.current
-        acting = {n: found for n in dict.fromkeys(route.names) if (found := _module_at(module, n, name)) is not None}
-        if not acting:
-            return None
         if route.mixed:
+            acting = [n for n in dict.fromkeys(route.names) if _module_at(module, n, name) is not None]
+            if not acting:
+                return None
             raise ConfigError(
                 f"{path} is changed itself by {', '.join(map(repr, acting))}, and all rows of a batch share it: such a "
                 "delta cannot share a batch with others. Route it in a batch of its own."
             )
-        [found] = acting.values()
-        made = found.changed(base)
+        found = _module_at(module, route.name, name)
+        if found is None:
+            return None
+        made = found.in_place_of(base) if isinstance(found, ParameterModule) else found.changed(base)
         made._spectune_base = base  # type: ignore[attr-defined]
         return made
 

@@ -7,7 +7,7 @@ what stands before the list of layers.
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -45,8 +45,8 @@ def mlx_method(folder: Path, config: dict[str, Any]) -> Method:
             f"{path} is not what mlx-lm writes: expected fine_tune_type lora, dora or full (it is {str(kind)[:40]!r}) "
             "and lora_parameters {rank, scale, dropout}"
         )
-    rank, scale, alpha = (given.get(key) for key in ("rank", "scale", "alpha"))
-    if not _number(rank) or not _number(scale) or rank != int(rank):
+    rank, scale, alpha = given.get("rank"), given.get("scale"), given.get("alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not _number(scale):
         raise DataError(f"{path}: lora_parameters has rank {rank!r} and scale {scale!r}, expected two numbers")
     if alpha is not None and alpha != rank:
         raise DataError(
@@ -57,7 +57,7 @@ def mlx_method(folder: Path, config: dict[str, Any]) -> Method:
     dropout = given.get("dropout") or 0.0
     try:
         return BY_NAME[str(kind)].model_validate(
-            {"name": kind, "r": int(rank), "lora_alpha": scale * rank, "lora_dropout": dropout}
+            {"name": kind, "r": rank, "lora_alpha": scale * rank, "lora_dropout": dropout}
         )
     except ValidationError as error:
         raise DataError(f"{path} has values that are refused", explain(error)) from None
@@ -101,5 +101,5 @@ def _place(name: str, tensor: Tensor, family: Family) -> tuple[str, str] | None:
     return (here[0], part) if len(here) == 1 else None
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -44,8 +44,8 @@ def refuse_path(path: Path) -> DataError:
         )
     if path.is_file():
         return DataError(
-            f"{path} is a file; expected the folder that it stands in, with {CONFIG_FILE} and {WEIGHTS_FILE} as PEFT "
-            "or Delta.save wrote them"
+            f"{path} is not a folder but a file; expected the folder that it stands in, with {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE} as PEFT or Delta.save wrote them"
         )
     named = str(path)
     hub = "" if path.is_absolute() or named.count("/") != 1 else (

@@ -27,6 +27,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "bias": (str,),
     "init_lora_weights": (bool, str),
     "target_modules": _NAMES,
+    "target_parameters": (list,),
     "exclude_modules": _NAMES,
     "feedforward_modules": _NAMES,
     "layers_pattern": _NAMES,
@@ -82,7 +83,7 @@ def fit_peft(folder: Path, config: dict[str, Any], method: Method, family: Famil
     try:
         fitted = method.fitted_to(config, headers, family)
     except SpectuneError as error:
-        raise DataError(f"{path} and the weights beside it do not fit this base: {error}") from error
+        raise DataError(f"{path} and {WEIGHTS_FILE} beside it do not fit this base: {error}") from error
     except Exception as error:  # patterns that are none, values that PEFT never writes
         raise DataError(f"{path} cannot be read ({first_line(error)}); expected what PEFT writes") from error
 
