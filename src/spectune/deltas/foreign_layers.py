@@ -79,6 +79,8 @@ def _ranks(matrices: list[nn.Parameter], size: int, other: int) -> list[int]:
 
 
 def _is_computed(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return False  # encoders of sound are made that way; no text goes through them
     if parametrize.is_parametrized(module):
         return True
     plain = isinstance(module, nn.Linear | nn.Embedding | Conv1D)
