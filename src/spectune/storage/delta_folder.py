@@ -54,6 +54,8 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
     draft = unplaced(model, method, name, facts=facts)
     if manifest is not None:
         _check_base(manifest, draft, folder)
+    else:
+        log.warning("%s is PEFT's, and such folders say nothing of their base's weights: not compared", folder)
     _check_files(draft, folder, OUR_FILE if manifest is not None else CONFIG_FILE)
     if manifest is not None:
         check_digests(manifest, draft.files.weight_files(folder))
