@@ -19,6 +19,7 @@ from spectune.deltas import attach
 from spectune.families import compare_bases, differences
 from spectune.families.weight_digest import RANGE, WHOLE, columns_read, digest, sampled, tail_begins
 from spectune.methods import LoRA
+from spectune.storage.base_precision import KINDS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,6 +121,13 @@ def test_added_rows_are_told_from_changed_ones(rows: int) -> None:
     assert far.changed == []
     assert far.added
     assert bool(far.unread) == bool(rows % RANGE)  # rows whose range has other rows now, and too far from the end
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_codes_are_sampled_before_they_are_decoded(precision: str) -> None:
+    linear = KINDS[precision](torch.randn(1024, 208), None)
+    whole = digest(linear.dequantised())
+    assert digest(linear.weight, scale=linear.weight_scale) == whole
 
 
 def test_every_row_and_every_column_of_a_large_matrix_is_read() -> None:

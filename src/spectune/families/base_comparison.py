@@ -1,5 +1,6 @@
 """Two fingerprints compared: the same base in any precision, or what of it is another's."""
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from typing import Any
 from spectune.errors import some
 from spectune.families.weight_comparison import Part, coarse, roundings, same_ranges, same_rows
 from spectune.families.weight_digest import RANGE, TABLES
+
+log = logging.getLogger("spectune")
 
 
 @dataclass
@@ -28,8 +31,10 @@ class BaseComparison:
 
 def differences(stored: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """The differences between two bases' fingerprints, one line each, added rows among them; empty for the same base,
-    in whatever precision both are."""
+    in whatever precision both are. What could not be compared is logged."""
     found = compare_bases(stored, here)
+    if found.unread:
+        log.warning("not compared with the base that was recorded: %s", some(found.unread))
     return found.changed + found.added
 
 

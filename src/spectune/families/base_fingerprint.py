@@ -27,4 +27,4 @@ def _described(part: BasePart, known: dict[tuple[int, bool], str]) -> dict[str, 
     if first != part.name:
         return found | {"same_as": first}
     weight = part.read()
-    return found if weight is None else found | digest(weight, table=part.is_table).as_dict()
+    return found if weight is None else found | digest(weight, table=part.is_table, scale=part.scale).as_dict()

@@ -60,6 +60,13 @@ class BasePart:
         shape = linear_shape(self.module)
         return [shape[1], shape[0]] if self.kind == "linears" and shape is not None else list(self.stored.shape)
 
+    @property
+    def scale(self) -> Tensor | None:
+        """Of each row, where `read` gives the codes that it multiplies: few of them need to be decoded."""
+        if isinstance(self.module, FrozenLinear) and self.leaf == "weight":
+            return self.module._buffers.get("weight_scale")
+        return None
+
     def read(self) -> Tensor | None:
         """The weight as a matrix, `[out_features, in_features]` of a linear, a row for each token of a table; None
         where nobody here can read it (on the meta device, or in an unknown encoding). Sharded ones are put together:
@@ -69,6 +76,8 @@ class BasePart:
             return None
         if _is_sharded(weight):
             weight = weight.full_tensor()
+        elif self.scale is not None:
+            return self.stored
         elif not is_plain(weight):
             return dense_weight(self.module) if self.kind == "linears" else None
         whole: Tensor = weight.detach()

@@ -67,10 +67,12 @@ class WeightDigest:
 
 
 @torch.no_grad()
-def digest(weight: Tensor, *, table: bool = False) -> WeightDigest:
-    """The digest of `weight` `[rows, columns]`, floating point, on any device. `table`: rows may be added later, and
-    what is said of the others stays."""
+def digest(weight: Tensor, *, table: bool = False, scale: Tensor | None = None) -> WeightDigest:
+    """The digest of `weight` `[rows, columns]`, or of `weight * scale` with `scale` `[rows, 1]`, on any device. `table`:
+    rows may be added later, and what is said of the others stays."""
     sample = sampled(weight, TABLE_COLUMNS if table else columns_read(*weight.shape)).float()
+    if scale is not None:
+        sample = sample * scale
     rows = torch.stack([_row_digests(sample, dtype) for dtype in ROUNDINGS], 1)  # [rows, 3]
     size = RANGE if table else max(len(rows), 1)
     weighted = rows * _odd(torch.arange(len(rows), device=rows.device) + 2**40)[:, None]
@@ -112,10 +114,15 @@ def columns_read(rows: int, columns: int) -> int:
 def sampled(weight: Tensor, width: int) -> Tensor:
     """`width` neighbouring columns of each row of `weight` `[rows, columns]`: `[rows, width]`. Row `i` begins at column
     `(i % m) width`, `m` being what the row has room for; the last place ends with the row."""
-    rows, columns = weight.shape
-    width = min(width, columns)
-    if width == columns:
+    if width >= weight.shape[1]:
         return weight
+    if weight.element_size() == 1:  # float8 has few operations
+        return _moving_columns(weight.view(torch.uint8), width).view(weight.dtype)
+    return _moving_columns(weight, width)
+
+
+def _moving_columns(weight: Tensor, width: int) -> Tensor:
+    rows, columns = weight.shape
     places = -(-columns // width)
     if columns % width:
         begins = ((torch.arange(rows, device=weight.device) % places) * width).clamp(max=columns - width)

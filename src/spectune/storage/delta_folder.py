@@ -53,6 +53,7 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
     if manifest is None:
         foreign = _fitted(folder, config, method, draft.family)
         draft = replace(draft, method=foreign.method)
+        log.warning("%s is another program's, and says nothing of its base's weights: they are not compared", folder)
     else:
         _check_base(manifest, draft, folder)
     _check_files(_files(draft, foreign), folder, OUR_FILE if manifest is not None else CONFIG_FILE)
