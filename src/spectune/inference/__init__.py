@@ -1,12 +1,12 @@
 """What a model does with no gradient: generation, the likelihood of rows and choices, decoding speed."""
 
+from spectune.data.answered import answered_choice
 from spectune.inference.answers import UNLIMITED, answer_of, decoded, last_examples, shortened, up_to_stop
 from spectune.inference.decode import decode_tokens_per_second
 from spectune.inference.generate import Sampling, context_length, generate_ids, generate_texts, stop_ids
 from spectune.inference.likelihood import (
     CHOICE_NORMALIZATIONS,
     ChoiceScores,
-    answered_choice,
     choice_log_likelihoods,
     row_loss_sums,
     target_likelihoods,
