@@ -50,7 +50,8 @@ Fractions = Annotated[
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="loss, exact_match, rouge_l, bleu, chrf, accuracy, or package.module:function; comma-separated.",
+        help="loss, exact_match, rouge_l, bleu, chrf, accuracy, macro_f1, matthews, of heads also mse, pearson, span_f1, "
+        "token_accuracy, or package.module:function; comma-separated.",
         show_default="by what the rows have",
     ),
 ]
@@ -85,6 +86,7 @@ def compare(
     output_dir: options.OutputDir = None,
     config: options.Config = None,
     assignments: options.Set = None,
+    task_type: options.TaskType = None,
     train_on: options.TrainOn = None,
     seed: options.Seed = None,
     resume: options.Resume = False,

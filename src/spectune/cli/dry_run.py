@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectune.cli.console import note
+from spectune.cli.heads import decided, head_options
 from spectune.cli.input_rows import row_length, training_rows
 from spectune.cli.runs import output_folder
 
@@ -44,13 +45,13 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
 
     if label == "compare":
         check_settings(**asked(settings))
-    found = []
+    found, labels = [], decided(settings, rows)
     for number, method in enumerate(methods):
         # a base for each: what full fine-tuning has trained is not the base any more
-        model, tokenizer = load(settings.base, **settings.placement)
-        if number == 0 and (retain := settings.text("retain")) is not None:
+        model, tokenizer = load(settings.base, **settings.placement, **head_options(labels))
+        if number == 0 and labels is None and (retain := settings.text("retain")) is not None:
             retained_passages(model, tokenizer, retain, wanted.seed)
-        as_run = {**dated(wanted, tokenizer).encode_options, "vocab_size": vocabulary_rows(model)}
+        as_run = {**dated(wanted, tokenizer).encode_options, "vocab_size": vocabulary_rows(model), "labels": labels}
         if number == 0 and label == "compare":
             length = row_length(model, wanted.max_length)
             _check_judging(settings, rows, held_out, tokenizer, {**as_run, "max_length": length})
@@ -99,4 +100,5 @@ def _check_judging(
     encode(judged, tokenizer, **as_run)
     own = asked(settings)
     how = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
-    Task.of(judged, train_rows=rows, max_length=as_run["max_length"], separator=wanted.separator, **how)
+    how |= {"separator": wanted.separator, "labels": as_run["labels"]}
+    Task.of(judged, train_rows=rows, max_length=as_run["max_length"], **how)

@@ -28,7 +28,7 @@ RUN_KEYS = frozenset(
     # a comparison's
     | {"preset", "seeds", "fractions", "metric", "generate_rows", "choice_normalization"}
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
-    | {"row_shape", "prompt_ends_with", "row_system", "row_tools", "row_template_kwargs", "row_answers"}
+    | {"row_shape", "prompt_ends_with", "row_system", "row_tools", "row_template_kwargs", "row_answers", "row_labels"}
 )
 #: keys that may be a mapping of their own
 MAPPINGS = ("columns", "row_template_kwargs", "data", "valid", "test")

@@ -10,6 +10,7 @@ import typer
 from spectune.cli import options
 from spectune.cli.console import import_libraries, note, print_answer, work
 from spectune.cli.dry_run import dry_run
+from spectune.cli.heads import decided, head_options
 from spectune.cli.input_rows import check_inputs, training_rows
 from spectune.cli.known_keys import method_names
 from spectune.cli.one_of_several import joined, of_first
@@ -32,6 +33,7 @@ def train(
     output_dir: options.OutputDir = None,
     config: options.Config = None,
     assignments: options.Set = None,
+    task_type: options.TaskType = None,
     train_on: options.TrainOn = None,
     seed: options.Seed = None,
     resume: options.Resume = False,
@@ -80,15 +82,17 @@ def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
 
     [method] = settings.methods([name])
     observer = Observer()
+    labels = decided(settings, rows)
     with observer.phases.of("load"):
-        model, tokenizer = load(settings.base, **settings.placement)
+        model, tokenizer = load(settings.base, **settings.placement, **head_options(labels))
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
     if (precision := settings.text("base_precision")) is not None:
         place += f", frozen linears in {precision}"
     note(f"base: {settings.base} ({place})\ndata: {source}\nfolder: {folder}")
     with observer.phases.of("prove"):
         delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
-    config = wanted.model_copy(update={"output_dir": folder})
+    learned = "CAUSAL_LM" if labels is None else labels.task_type
+    config = wanted.model_copy(update={"output_dir": folder, "task_type": learned})
     try:
         result = training.train(
             model, tokenizer, delta, rows, held_out, config, origin=origin(settings), console=out, observer=observer
@@ -98,5 +102,7 @@ def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
             "interrupted outside of a step. To go on from what is saved, or to start again if nothing is: the same "
             f"command with --output-dir {folder} --resume"
         ) from stop
-    note(f"kept in {folder / 'best'}; see what it writes: spectune generate --run {folder}")
+    note(
+        f"kept in {folder / 'best'}; see what it {'writes' if labels is None else 'says'}: spectune generate --run {folder}"
+    )
     return result.model_dump(mode="json")

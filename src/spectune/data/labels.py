@@ -50,6 +50,18 @@ class Labels:
         """As a model's config has it; None of a regression."""
         return dict(enumerate(self.names)) or None
 
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """How a base gets that head: arguments of `spectune.load`."""
+        return {"task_type": self.task_type, "num_labels": self.num_labels, "id2label": self.id2label}
+
+    @property
+    def loss_unit(self) -> str:
+        """What the loss of a head is given in."""
+        if self.regression:
+            return "squared error"
+        return "nats per word" if self.task_type == TOKEN_CLS else "nats per row"
+
     def describe(self) -> str:
         """For a line that says what was decided: `SEQ_CLS: a head of 6 classes (abbreviation, entity, ...)`."""
         if self.regression:
@@ -124,6 +136,14 @@ def find_labels(rows: Sequence[Row], task_type: str, known: Mapping[int, str] | 
     if task_type == SEQ_CLS and _are_measures(given):
         return Labels(task_type)
     return Labels(task_type, _classes(given, task_type, known or {}))
+
+
+def classes_of_checkpoint(config: Any, task_type: str) -> dict[int, str]:
+    """The classes that a checkpoint has been trained for, by its config; {} where it has no head of this kind."""
+    ending = {SEQ_CLS: "ForSequenceClassification", TOKEN_CLS: "ForTokenClassification"}.get(task_type, "-")
+    if not any(str(name).endswith(ending) for name in config.architectures or ()):
+        return {}
+    return {int(place): str(name) for place, name in (config.id2label or {}).items()}
 
 
 def _classes(given: Iterable[Label], task_type: str, known: Mapping[int, str]) -> tuple[str, ...]:

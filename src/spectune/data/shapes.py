@@ -1,8 +1,8 @@
 """The shapes that a row may have, and one record as a row.
 
 Shapes: `text`; `prompt` + `completion`; `messages`; sharegpt (`conversations`) and alpaca (`instruction`, `input`,
-`output`); `tokens` + `tags`. Optional: `references` (a list), `label` with `choices`, or, for a head, `label` with a text
-or a chat; beside chats `system`, `tools`, `documents` and `chat_template_kwargs`.
+`output`); `tokens` + `tags`. Optional: `references` (a list), `label` with `choices`, or, for a head, `label` with a
+text or a chat; beside chats `system`, `tools`, `documents` and `chat_template_kwargs`.
 """
 
 import dataclasses

@@ -42,7 +42,8 @@ def pearson(sums: Array) -> Array:
 
 
 def span_f1(sums: Array) -> Array:
-    """F1 of spans over all rows (micro average). `sums`: spans found (type and both ends right), predicted, labelled."""
+    """F1 of spans over all rows (micro average). `sums`: spans found (of the right type and words), predicted,
+    labelled."""
     found, predicted, labelled = (sums[..., place] for place in range(3))
     there = predicted + labelled > 0
     return np.asarray(np.where(there, 2 * found / np.where(there, predicted + labelled, 1), 0.0))

@@ -51,7 +51,7 @@ def _bars(axes: Axes, rows: list[ArmResult], seen: Mapping[str, Look]) -> None:
 
 
 def _points(axes: Axes, rows: list[ArmResult], seen: Mapping[str, Look], undefined: str | None) -> None:
-    values = [(row, row.valid_loss if undefined else row.relative_performance) for row in rows]
+    values = [(row, value(row) if undefined else row.relative_performance) for row in rows]
     placed = [(row, 100 * (row.trainable_share or 0.0), value) for row, value in values if is_finite(value)]
     log_axis(axes.xaxis, [share for _, share, _ in placed])
     style.pad(axes, [share for _, share, _ in placed], [value for _, _, value in placed], 0.1, 0.12)
@@ -61,7 +61,7 @@ def _points(axes: Axes, rows: list[ArmResult], seen: Mapping[str, Look], undefin
         axes.plot(share, value, seen[row.name].marker, color=seen[row.name].colour, markersize=7)
     axes.set_xlabel("trainable weights, % of the base (log)")
     if undefined:
-        axes.set_ylabel("validation loss, nats per token (lower is better)")
+        axes.set_ylabel(f"{words} (lower is better)")
         axes.set_title(f"relative performance is undefined: {undefined}", fontsize=8.5, pad=4)
     else:
         axes.set_ylabel("relative performance (0 base, 100 full)")
