@@ -9,6 +9,7 @@ from spectune.cli.console import note
 
 if TYPE_CHECKING:
     from spectune.cli.settings import Settings
+    from spectune.comparing import Arm
     from spectune.data import Labels, Row
 
 
@@ -35,6 +36,20 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
     if labels is not None:
         note(f"task: {labels.describe()}{', by the rows' if wanted == 'auto' else ''}")
     return labels
+
+
+def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> list[Arm]:
+    """Arms with what each learns of training rows, which is said. Raises as `spectune.comparing.arms.with_labels`."""
+    from spectune.comparing.arms import with_labels
+    from spectune.data.labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
+    from spectune.storage import load_config
+
+    config = load_config(settings.base)
+    known = {kind: classes_of_checkpoint(config, kind) for kind in (SEQ_CLS, TOKEN_CLS)}
+    found = with_labels(arms, rows, settings.training().task_type, known)
+    for labels in dict.fromkeys(arm.labels for arm in found if arm.labels is not None):
+        note(f"task: {labels.describe()}")
+    return found
 
 
 def head_options(labels: Labels | None) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from spectune.errors import ConfigError, InterruptedRun
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from spectune.comparing import Arm
+
 DEFAULT_METHOD = "lora"
 
 
@@ -65,8 +67,15 @@ def train(
         check_inputs(settings, names)
         [name] = names
         with joined(settings.placement["device"]):
-            answer = dry_run(settings.methods(names), settings, name, out) if dry else _train(name, settings, out)
+            answer = dry_run(_arms(settings, name), settings, name, out) if dry else _train(name, settings, out)
     print_answer(answer, as_json=as_json)
+
+
+def _arms(settings: Settings, name: str) -> list[Arm]:
+    from spectune.comparing import Arm
+
+    [method] = settings.methods([name])
+    return [Arm(name, method)]
 
 
 def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:

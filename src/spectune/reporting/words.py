@@ -99,7 +99,9 @@ def notes(comparison: ComparisonResult) -> list[str]:
     found += [_meaning_of_intervals(verdict)] if verdict.arms else []
     if comparison.decided_by_loss:
         relative = f"Relative perf.: 100 x (base - method) / (base - full) of {rows} loss"
-        found.append(relative + (f"; undefined here: {why}." if why else "; 0 is the bare base, 100 is full fine-tuning."))
+        found.append(
+            relative + (f"; undefined here: {why}." if why else "; 0 is the bare base, 100 is full fine-tuning.")
+        )
     losses = f"Losses are {data.loss_unit} on {judged} rows."
     if not comparison.decided_by_loss:
         losses = (

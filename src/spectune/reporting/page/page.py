@@ -43,6 +43,7 @@ def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[
         reasons=words.recommendation_reasons(comparison),
         context=words.recommendation_context(comparison),
         groups=groups,
+        loss_unit=comparison.data.loss_unit if comparison.decided_by_loss else "of each arm's own kind",
         columns=[column for _, found in groups for column in found],
         table=rows,
         by_source=sources_grid(comparison),
