@@ -41,7 +41,8 @@ Metric = Annotated[
     str | None,
     typer.Option(
         help="What to measure beside the loss: auto, or some of exact_match, rouge_l, bleu, chrf, accuracy, macro_f1, "
-        "matthews (of a head also mse, pearson, span_f1, token_accuracy), and your own as package.module:function or file.py:function, comma-separated; loss alone: loss.",
+        "matthews (of a head also mse, pearson, span_f1, token_accuracy), and your own as package.module:function or "
+        "file.py:function, comma-separated; loss alone: loss.",
         show_default="auto, or as the comparison had it",
     ),
 ]

@@ -111,7 +111,6 @@ def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
             "interrupted outside of a step. To go on from what is saved, or to start again if nothing is: the same "
             f"command with --output-dir {folder} --resume"
         ) from stop
-    note(
-        f"kept in {folder / 'best'}; see what it {'writes' if labels is None else 'says'}: spectune generate --run {folder}"
-    )
+    does = "writes" if labels is None else "says"
+    note(f"kept in {folder / 'best'}; see what it {does}: spectune generate --run {folder}")
     return result.model_dump(mode="json")

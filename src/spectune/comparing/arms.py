@@ -120,8 +120,8 @@ def with_labels(
     if both and not (set(found) == {CAUSAL_LM, SEQ_CLS} and (found[SEQ_CLS] or Labels(SEQ_CLS)).names):
         kinds = " and ".join(labels.describe() if labels else kind for kind, labels in found.items())
         raise ConfigError(
-            f"arms of {kinds} have no measure in common; expected one task_type, or CAUSAL_LM and a SEQ_CLS of classes, "
-            "which accuracy decides between"
+            f"arms of {kinds} have no measure in common; expected one task_type, or CAUSAL_LM and a SEQ_CLS of "
+            "classes, which accuracy decides between"
         )
     suffix = {CAUSAL_LM: "label words", SEQ_CLS: "head"}
     return [

@@ -33,8 +33,8 @@ OF_OTHER_RUNS = ("comparison.json", "result.json", "identity.json", "runs")
 
 def compare(
     base: str | Path | PreTrainedModel, train_rows: Any, valid_rows: Any = None, *, test_rows: Any = None,
-    methods: Sequence[str | Method | Arm] | Mapping[str, Method | Arm] | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
-    output_dir: str | Path | None = None, config: TrainingConfig | None = None, preset: str = "default",
+    methods: Sequence[str | Method | Arm] | Mapping[str, Method | Arm] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None, output_dir: str | Path | None = None, config: TrainingConfig | None = None, preset: str = "default",
     seeds: int | None = None, fractions: Sequence[float] = (), metric: str = "auto",
     generate_rows: int = GENERATE_ROWS, limits: Limits | None = None, seed: int | None = None, device: str = "auto",
     dtype: str = "auto", base_precision: str | None = None, retain: str | Path | None = None, resume: bool = False,

@@ -97,8 +97,8 @@ def _judged(job: Job, folder: Path, observer: Observer) -> dict[str, Any]:
 
 
 def _costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig, phases: Phases, timed: bool) -> dict[str, Any]:
-    """Forgetting for every seed (of a vocabulary, so not with a head); for one of them (`timed`) speed, swapping and, with the preset's `own_process`, memory
-    in a process of its own."""
+    """Forgetting for every seed (it is of a vocabulary: not with a head); for one of them (`timed`) speed, swapping
+    and, with the preset's `own_process`, memory in a process of its own."""
     found: dict[str, Any] = {}
     if job.labels is None:
         with phases.of("forget"):

@@ -110,7 +110,7 @@ class Runner:
     def _search(self, arm: Arm) -> float:
         """The best rate of an arm; what was tried goes to its search.json."""
         folder = self.job.folder / "search" / arm.name
-        method, schedule = arm.method, self.schedule
+        schedule = self.schedule
         rates, ratio = self.job.rates(arm), schedule.preset.around_default
         bounds = rates.search_range if ratio is None else rates.around(ratio)
 

@@ -19,8 +19,8 @@ from spectune.results.verdict_record import JudgedArm, JudgedPair
 def verdict(comparison: ComparisonResult, folder: str | Path) -> Verdict:
     """What the runs of a comparison say about the order of its arms.
 
-    The judged loss (or what decides in its place), each metric and forgetting (nats per token) are corrected for their own
-    pairs each. Intervals are None where runs left no loss for each row. Never raises on partial content.
+    The judged loss (or what decides in its place), each metric and forgetting (nats per token) are corrected for their
+    own pairs each. Intervals are None where runs left no loss for each row. Never raises on partial content.
 
     Args:
         folder: the comparison's; runs' `rows_file` and `base/passages.json` are read under it.
