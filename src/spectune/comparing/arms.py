@@ -127,7 +127,7 @@ def with_labels(
     return [
         dataclasses.replace(
             arm, task_type=kind, labels=found[kind],
-            called=arm.called or (f"{arm.method.label}, {suffix[kind]}" if both else ""),
+            called=arm.called or (f"{arm.method.label} ({suffix[kind]})" if both else ""),
         )
         for arm, kind in zip(arms, types, strict=True)
     ]  # fmt: skip

@@ -34,10 +34,11 @@ OF_OTHER_RUNS = ("comparison.json", "result.json", "identity.json", "runs")
 def compare(
     base: str | Path | PreTrainedModel, train_rows: Any, valid_rows: Any = None, *, test_rows: Any = None,
     methods: Sequence[str | Method | Arm] | Mapping[str, Method | Arm] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None, output_dir: str | Path | None = None, config: TrainingConfig | None = None, preset: str = "default",
-    seeds: int | None = None, fractions: Sequence[float] = (), metric: str = "auto",
-    generate_rows: int = GENERATE_ROWS, limits: Limits | None = None, seed: int | None = None, device: str = "auto",
-    dtype: str = "auto", base_precision: str | None = None, retain: str | Path | None = None, resume: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None, output_dir: str | Path | None = None,
+    config: TrainingConfig | None = None, preset: str = "default", seeds: int | None = None,
+    fractions: Sequence[float] = (), metric: str = "auto", generate_rows: int = GENERATE_ROWS,
+    limits: Limits | None = None, seed: int | None = None, device: str = "auto", dtype: str = "auto",
+    base_precision: str | None = None, retain: str | Path | None = None, resume: bool = False,
     choice_normalization: str = "sum", origin: Mapping[str, Any] | None = None, console: Console | None = None,
 ) -> Comparison:  # fmt: skip
     """Search each method's learning rate, train it with several seeds, measure all alike, and say what differs.

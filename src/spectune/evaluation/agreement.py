@@ -1,7 +1,8 @@
 """How well predictions agree with labels, from sums over rows: so one resampling of rows serves each of them.
 
-Each score is a function of sums `[..., statistics]`, along the last axis; what a row adds is `row_sums`. Where a score
-is not defined (one class alone, no variance, no span) it is 0, as scikit-learn and seqeval have it.
+Each score is a function of sums `[..., statistics]`, along the last axis; what a row adds is `row_sums`. Predictions
+that do not vary have a correlation of 0, as scikit-learn has it; of labels that do not vary, as in some draws of few
+rows, there is none: NaN, and 0 where a whole corpus is such.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,15 +31,21 @@ def matthews(sums: Array) -> Array:
     found, predicted, labelled = np.split(sums, 3, axis=-1)
     rows = labelled.sum(axis=-1)
     covariance = found.sum(axis=-1) * rows - (predicted * labelled).sum(axis=-1)
-    spread = (rows**2 - (predicted**2).sum(axis=-1)) * (rows**2 - (labelled**2).sum(axis=-1))
-    return np.asarray(np.where(spread > 0, covariance / np.sqrt(np.where(spread > 0, spread, 1)), 0.0))
+    of_labels = rows**2 - (labelled**2).sum(axis=-1)
+    return _correlation(covariance, rows**2 - (predicted**2).sum(axis=-1), of_labels)
 
 
 def pearson(sums: Array) -> Array:
-    """Pearson's correlation. `sums`: rows, x, y, x^2, y^2, x y; centred, or what is left of them is rounding."""
+    """Pearson's correlation. `sums`: rows, x, y, x^2, y^2, x y, with the labels as y; centred, or what is left of them
+    is rounding."""
     count, x, y, xx, yy, xy = (sums[..., place] for place in range(6))
-    spread = (count * xx - x**2) * (count * yy - y**2)
-    return np.asarray(np.where(spread > 0, (count * xy - x * y) / np.sqrt(np.where(spread > 0, spread, 1)), 0.0))
+    return _correlation(count * xy - x * y, count * xx - x**2, count * yy - y**2)
+
+
+def _correlation(covariance: Array, spread: Array, of_labels: Array) -> Array:
+    both = np.maximum(spread, 0) * np.maximum(of_labels, 0)
+    found = np.where(both > 0, covariance / np.sqrt(np.where(both > 0, both, 1)), 0.0)
+    return np.asarray(np.where(of_labels > 0, found, np.nan))
 
 
 def span_f1(sums: Array) -> Array:
@@ -75,7 +82,8 @@ def row_sums(name: str, statistics: Sequence[float], classes: int = 0) -> list[f
 
 def agreement(name: str, rows: Sequence[Sequence[float]]) -> float:
     """A metric over rows with these statistics."""
-    return float(AGREEMENT[name](np.array([row_sums(name, row) for row in rows]).sum(axis=0)))
+    found = float(AGREEMENT[name](np.array([row_sums(name, row) for row in rows]).sum(axis=0)))
+    return 0.0 if np.isnan(found) else found
 
 
 def pearson_statistics(values: Sequence[float], labels: Sequence[float]) -> list[list[float]]:

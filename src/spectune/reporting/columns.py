@@ -96,7 +96,8 @@ def columns_of(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> Colum
     title = loss_title(comparison)
     loss = Column(title, lambda r: units.with_interval(r.loss, r.loss_low, r.loss_high), lambda r: r.loss)
     # an interval takes the room of the perplexity, which says the same as the loss
-    perplexity = [] if any(row.loss_low is not None for row in rows) or not comparison.has_text else [PERPLEXITY]
+    shown = comparison.has_text and comparison.decided_by_loss and not any(row.loss_low is not None for row in rows)
+    perplexity = [PERPLEXITY] if shown else []
     # what has no meaning for what was learned is left out: the notes say so
     relative = [RELATIVE] if comparison.decided_by_loss else []
     forgetting = [FORGETTING] if comparison.has_text else []

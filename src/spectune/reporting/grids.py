@@ -57,9 +57,9 @@ def _metrics(comparison: ComparisonResult, columns: Sequence[Column], rows: Sequ
     count = comparison.data.generated_rows
     grid = _over_arms(f"Task metrics (generation: {count:,} rows)" if count else "Task metrics", columns, rows)
     if bare := comparison.base.metrics:
-        bases = {"Bare base" if comparison.has_text else "Untrained head": bare}
-        bases |= {"Untrained head": found.metrics for found in comparison.other_bases.values()}
-        for label, of_base in bases.items():
+        bases = [("Bare base" if comparison.has_text else "Untrained head", bare)]
+        bases += [("Untrained head", found.metrics) for found in comparison.other_bases.values()]
+        for label, of_base in bases:
             grid.body.append([label, *(metric_text(name, of_base.get(name)) for name in metric_names(rows))])
     return grid
 

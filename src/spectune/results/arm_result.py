@@ -26,11 +26,11 @@ class ArmResult:
 
     Numbers are means over the seeds that ended, except: `train_memory_bytes` is the largest peak, `valid_perplexity`
     the exponential of the mean loss, and an overhead's noise the mean of the runs', at least the `noise_floor`. `loss`
-    is what the verdict ranks by: nats per target token on the judged rows, with its interval `loss_low` to `loss_high`
-    where there is a verdict on it; where another measure decides, losses are of different things and have none.
-    `task_type`: what the arm learns of the rows. `relative_performance` is of that loss. `loss_by_source`: the judged loss on the rows of
-    each source. `busy_in_training` and `busy_in_decoding`: the machine did other work while a run of it was timed, so
-    that its times there are no facts. One run is shown as it is.
+    is of the judged rows, in the comparison's `loss_unit`: what the verdict ranks by, with its interval `loss_low` to
+    `loss_high` where there is a verdict; where a metric decides, losses are of different things and have no interval.
+    `relative_performance` is of that loss. `loss_by_source`: the judged loss on the rows of each source. `task_type`:
+    what the arm learns of the rows. `busy_in_training` and `busy_in_decoding`: the machine did other work while a run
+    of it was timed, so that its times there are no facts. One run is shown as it is.
     """
 
     name: str
