@@ -24,7 +24,7 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
         ConfigError: the setting is wrong. DataError: rows without a label, or with labels of mixed kinds.
     """
     from spectune.data import find_labels, task_type_of
-    from spectune.data.labels import classes_of_checkpoint
+    from spectune.data.head_labels import classes_of_checkpoint
     from spectune.storage import load_config
 
     wanted = settings.training().task_type
@@ -41,7 +41,7 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
 def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> list[Arm]:
     """Arms with what each learns of training rows, which is said. Raises as `spectune.comparing.arms.with_labels`."""
     from spectune.comparing.arms import with_labels
-    from spectune.data.labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
+    from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
     from spectune.storage import load_config
 
     config = load_config(settings.base)

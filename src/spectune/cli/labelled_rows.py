@@ -45,7 +45,7 @@ def labelled(
 def _references(row: Row) -> list[str]:
     import json
 
-    from spectune.data.labels import label_of
+    from spectune.data.head_labels import label_of
 
     if row.tags is not None:
         return [json.dumps([str(tag) for tag in row.tags], ensure_ascii=False)]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from spectune.data import Labels, Row
-from spectune.data.labels import TOKEN_CLS
+from spectune.data.head_labels import TOKEN_CLS
 from spectune.errors import ConfigError, did_you_mean
 from spectune.evaluation.spans import are_spans
 
