@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.compute.evaluating import evaluating
 from spectune.data import Example, Row, by_length, collate, encode, pad_token_id
+from spectune.data.answered import answer_of, answered_choice, bare
 from spectune.errors import DataError
 from spectune.families import vocabulary_rows
-from spectune.inference.answers import UNLIMITED, answer_of, last_examples, shortened
+from spectune.inference.answers import UNLIMITED, last_examples, shortened
 from spectune.objectives import CAUSAL_LM, objective_of
 
 #: how choices of unlike length are compared: by log p, by its mean over their tokens, or over their UTF-8 bytes
@@ -149,16 +149,6 @@ def choice_log_likelihoods(
     return scores
 
 
-def answered_choice(row: Row) -> str | None:
-    """The choice that is the row's own answer, outer white space and Unicode's composition aside; None where none is,
-    or more than one."""
-    answer = answer_of(row)
-    if answer is None or answer in row.choices:
-        return answer
-    alike = [choice for choice in row.choices if _bare(choice) == _bare(answer)]
-    return alike[0] if len(alike) == 1 else None
-
-
 def choices_as_trained(row: Row) -> tuple[str, ...]:
     """The row's choices, with the outer white space of its own answer around each, where the answer is one of them."""
     answer = answer_of(row)
@@ -167,12 +157,8 @@ def choices_as_trained(row: Row) -> tuple[str, ...]:
     before = answer[: len(answer) - len(answer.lstrip())]
     behind = answer[len(answer.rstrip()) :]
     return tuple(
-        answer if _bare(choice) == _bare(answer) else f"{before}{choice.strip()}{behind}" for choice in row.choices
+        answer if bare(choice) == bare(answer) else f"{before}{choice.strip()}{behind}" for choice in row.choices
     )
-
-
-def _bare(text: str) -> str:
-    return unicodedata.normalize("NFC", text.strip())
 
 
 def _unfit(row: Row) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectune.data.batching import IGNORED
-from spectune.objectives.objective import Objective, TokenLosses, inputs_of
+from spectune.objectives.objective import Objective, TokenLosses
 
 
 class LabelledPlaces(Objective):
@@ -45,10 +45,6 @@ class LabelledPlaces(Objective):
         found = self.losses(outputs, labels.flatten().index_select(0, positions))
         of_each_row = labels[0].numel() if labels.dim() > 1 else 1
         return TokenLosses(found, positions // of_each_row)
-
-    def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What the model is given of a batch."""
-        return inputs_of(batch)
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of each place `[N]`, float32: cross entropy in nats. `outputs`: `[N, labels]` float32."""

@@ -53,6 +53,10 @@ class Objective(ABC):
         """The shape of a batch's `labels`."""
         return rows, length
 
+    def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model is given of a batch."""
+        return inputs_of(batch)
+
     @abstractmethod
     def loss_sum(
         self, model: nn.Module, batch: Mapping[str, Any], *, fuse: bool = False, device_type: str | None = None
