@@ -1,5 +1,6 @@
 """Batches: tensors of some examples, and which examples go together when."""
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -86,7 +87,12 @@ def filled(batch: dict[str, Tensor], rows: int, length: int, pad_token_id: int) 
     if not (more_rows or more_tokens):
         return batch
     values = {"input_ids": (pad_token_id, pad_token_id), "attention_mask": (0, 1), "labels": (IGNORED, IGNORED)}
-    return {
+    one_each = {}
+    if batch["labels"].dim() == 1:  # one for each row
+        del values["labels"]
+        nothing = math.nan if batch["labels"].is_floating_point() else IGNORED
+        one_each["labels"] = F.pad(batch["labels"], (0, more_rows), value=nothing)
+    return one_each | {
         name: F.pad(F.pad(batch[name], (0, more_tokens), value=of_tokens), (0, 0, 0, more_rows), value=of_rows)
         for name, (of_tokens, of_rows) in values.items()
     }

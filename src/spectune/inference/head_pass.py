@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
 from spectune.data import LabelledExample, by_length, collate
+from spectune.objectives import objective_of
 
 
 def head_outputs(
@@ -21,8 +22,8 @@ def head_outputs(
     with evaluating(model):
         for members in by_length(range(len(examples)), [example.length for example in examples], batch_size):
             batch = collate([examples[index] for index in members], pad_token_id)
-            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-            logits = model(**inputs).logits.float().cpu()
+            given = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            logits = model(**objective_of(model).inputs(model, given)).logits.float().cpu()
             for index, of_text in zip(members, logits, strict=True):
                 example = examples[index]
                 found[index] = of_text if example.label is not None else of_text[example.places.tolist()]

@@ -16,7 +16,7 @@ from spectune.data.answered import answer_of, answered_choice, bare
 from spectune.errors import DataError
 from spectune.families import vocabulary_rows
 from spectune.inference.answers import UNLIMITED, last_examples, shortened
-from spectune.objectives import CAUSAL_LM
+from spectune.objectives import CAUSAL_LM, objective_of
 
 #: how choices of unlike length are compared: by log p, by its mean over their tokens, or over their UTF-8 bytes
 CHOICE_NORMALIZATIONS = ("sum", "token", "byte")
@@ -32,9 +32,10 @@ def row_loss_sums(
     """
     sums = [0.0] * len(examples)
     counts = [0] * len(examples)
+    objective = objective_of(model)
     with evaluating(model):
         for members, batch in _batches(model, examples, pad_token_id, batch_size):
-            found = CAUSAL_LM.token_losses(model, batch)
+            found = objective.token_losses(model, batch)
             for row, loss in zip(found.rows.tolist(), found.losses.tolist(), strict=True):
                 sums[members[row]] += loss
                 counts[members[row]] += 1
@@ -62,9 +63,10 @@ def _batches(
     model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches on the model's device, the longest examples first, each with the indices of its examples."""
+    objective = objective_of(model)
     for members in by_length(range(len(examples)), [example.length for example in examples], batch_size):
         batch = collate([examples[index] for index in members], pad_token_id)
-        CAUSAL_LM.precompute(batch)
+        objective.precompute(batch)
         yield members, {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
