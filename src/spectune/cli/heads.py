@@ -52,6 +52,23 @@ def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> 
     return found
 
 
+def labels_of_checkpoint(base: str) -> Labels | None:
+    """What the head of a model that is taken as it is says, by its config; None of a language model's."""
+    from spectune.data import Labels
+    from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
+    from spectune.storage import load_config
+
+    config = load_config(base)
+    kind = next((kind for kind in (SEQ_CLS, TOKEN_CLS) if classes_of_checkpoint(config, kind)), None)
+    return None if kind is None else Labels.of_model(kind, config)
+
+
+def auto_class(labels: Labels | None) -> str:
+    """The end of the name of transformers' class, and of PEFT's, that loads a model with this head."""
+    endings = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+    return "ForCausalLM" if labels is None else endings[labels.task_type]
+
+
 def head_options(labels: Labels | None) -> dict[str, Any]:
     """How a base is loaded with that head: arguments of `spectune.load`."""
     return {} if labels is None else labels.load_options

@@ -155,10 +155,7 @@ class Plans:
         length = config.max_length or min(DEFAULT_LENGTH, most)
         rows = _rows(settings, config) if needs_rows or settings.get("data") is not None else None
         labels = None if rows is None else decided(settings, rows[0], base)
-        if rows is None and config.task_type not in (
-            "auto",
-            "CAUSAL_LM",
-        ):  # the classes are not known: as the checkpoint
+        if rows is None and config.task_type not in ("auto", "CAUSAL_LM"):  # the classes are the checkpoint's, or two
             known = classes_of_checkpoint(base, config.task_type)
             labels = Labels(config.task_type, tuple(known[place] for place in sorted(known)) or ("0", "1"))
         return cls(settings, config, base, positions, device, limit, length, rows, labels)
