@@ -161,7 +161,7 @@ class Run:
         trained_over = self.config.get("base_precision")
         if trained_over is not None and base_precision is None:
             note(f"trained over the base in {trained_over}, and loaded on the base as it is")
-        where = {"device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision}
+        where: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision}
         model, tokenizer = load(self.base, **where, **head_options(self.labels))
         if self.delta_folder is not None:
             try:

@@ -224,7 +224,7 @@ class Beginning:
         base = {"name": name, "total_parameters": family.num_parameters, "device": str(model.device), "dtype": dtype}
         if (precision := precision_of(model)) is not None:
             base["precision"] = precision
-        retained = {}
+        retained: dict[str, Any] = {}
         if job.labels is None:
             text = str(self.retain) if self.retain is not None else "sampled from the base at temperature 1"
             retained = {"retained_passages": len(passages), "retained_tokens": sum(map(len, passages))}
