@@ -40,13 +40,14 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
 
 def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> list[Arm]:
     """Arms with what each learns of training rows, which is said. Raises as `spectune.comparing.arms.with_labels`."""
-    from spectune.comparing.arms import with_labels
+    from spectune.comparing.arms import arms_of, with_labels
     from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
     from spectune.storage import load_config
 
     config = load_config(settings.base)
     known = {kind: classes_of_checkpoint(config, kind) for kind in (SEQ_CLS, TOKEN_CLS)}
-    found = with_labels(arms, rows, settings.training().task_type, known)
+    named = arms_of(arms, settings.text("base_precision"))
+    found = with_labels(named, rows, settings.training().task_type, known)
     for labels in dict.fromkeys(arm.labels for arm in found if arm.labels is not None):
         note(f"task: {labels.describe()}")
     return found
