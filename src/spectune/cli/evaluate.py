@@ -12,6 +12,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
+from spectune.cli.heads import as_learned
 from spectune.cli.input_rows import note_losses, row_length, rows_of, rows_of_run, run_on
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError
@@ -112,6 +113,7 @@ def evaluate(
             rows, source = rows_of_run(found)
         else:
             rows, source = rows_of(files, "test", {**found.row_options, "skip_bad_rows": skip_bad_rows})
+        rows = as_learned(found.config, rows)
         note(f"{found.name}; rows: {source}")
 
         if found.labels is not None and lm_eval_tasks is not None:
