@@ -113,7 +113,6 @@ def evaluate(
             rows, source = rows_of_run(found)
         else:
             rows, source = rows_of(files, "test", {**found.row_options, "skip_bad_rows": skip_bad_rows})
-        rows = as_learned(found.config, rows)
         note(f"{found.name}; rows: {source}")
 
         if found.labels is not None and lm_eval_tasks is not None:
@@ -129,7 +128,7 @@ def evaluate(
         of_rows |= {key: value for key, value in flags.items() if value is not None}
         answer = {"run": found.folder_name, "base_model": found.base, "data": source}
         answer["task_type"] = "CAUSAL_LM" if found.labels is None else found.labels.task_type
-        answer |= _measured(found, loaded, rows, source, of_rows, asked_of_it)
+        answer |= _measured(found, loaded, as_learned(found.config, rows), source, of_rows, asked_of_it)
         if not as_json:
             _print(out, answer)
     print_answer(answer, as_json=as_json)
