@@ -80,16 +80,11 @@ class HeadSettings:
             )
 
 
-def read_model(
-    source: str, config: PretrainedConfig, settings: HeadSettings, tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-) -> PreTrainedModel:  # fmt: skip
-    """The base of a checkpoint with the head of `settings`: the checkpoint's own, where it has one of these sizes, and
+def read_with_head(
+    source: str, config: PretrainedConfig, objective: Objective, *, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
+    """The base of a checkpoint with the head of `config`: the checkpoint's own, where it has one of these sizes, and
     else one that is drawn as transformers draws it, with the seed. Raises DataError: more than the head is missing."""
-    if not settings.has_head:
-        plain: PreTrainedModel = CAUSAL_LM.auto_class.from_pretrained(source, dtype=dtype)
-        return plain
-    objective, seed = settings.apply(config, tokenizer), settings.seed
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         load: Any = objective.auto_class.from_pretrained
