@@ -63,7 +63,10 @@ def recommendation_context(comparison: ComparisonResult) -> list[str]:
     found = comparison.recommendation or Recommendation()
     lines = []
     if front := [comparison.label_of(name) for name in found.pareto]:
-        axes = listed([AXES[axis].title if axis in AXES else axis for axis in found.axes])
+        titles = {name: axis.title for name, axis in AXES.items()}
+        if not comparison.decided_by_loss:
+            titles[next(iter(AXES))] = metric_title(comparison.data.decided_by).lower()
+        axes = listed([titles.get(axis, axis) for axis in found.axes])
         where = f", in {axes}" if axes else ""
         lines.append(f"Not beaten in everything by another (the Pareto set{where}): {listed(front)}.")
     if limits := found.limits.model_dump(exclude_unset=True, exclude_none=True):

@@ -69,7 +69,8 @@ def _against(cost: Cost, placed: Sequence[Placed], comparison: ComparisonResult)
     front = undominated(placed, lambda a, b: a[1] <= b[1] and a[2] <= b[2] and a[1:] != b[1:])
     axes.set_xlabel(cost.axis)
     _draw(axes, placed, front, look)
-    bars = "; bars are intervals of the loss" if ends else ""
+    of = "the loss" if comparison.decided_by_loss else "it"
+    bars = f"; bars are intervals of {of}" if ends else ""
     what = "Filled points lie on the Pareto front (the stepped line): nothing is better in both. "
     what += f"Lower and further left is better{bars}."
     header = ["Method", cost.axis.partition(",")[0].capitalize(), style.drawn_title(comparison), "On the front"]
