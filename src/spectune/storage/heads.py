@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -61,7 +61,7 @@ class HeadSettings:
         if (names := self.names) is not None:
             config.id2label, config.label2id = names, {name: number for number, name in names.items()}
         if self.problem_type is not None:
-            config.problem_type = self.problem_type
+            config.problem_type = cast(Any, self.problem_type)
         if self.has_head and padding_of(config) is None:
             ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
             config.get_text_config().pad_token_id = next((token for token in ids if isinstance(token, int)), 0)
@@ -105,7 +105,7 @@ def read_with_head(
 def _quiet() -> Iterator[None]:
     """transformers' own tables of new and unused weights are left out: that the head is new is said once, here."""
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
