@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from benchmarks.coverage.bases import padded, texts, tokens
+from benchmarks.coverage.bases import PADDING, padded, texts, tokens
 from benchmarks.coverage.checks import DEFECT, METHODS, REFUSED, WORKS
 from benchmarks.coverage.configs import tiny_config
 from benchmarks.coverage.driver import BASE_FAILS, versions
@@ -121,12 +121,12 @@ def check(task: str, model_type: str, case: str) -> dict[str, Any]:
         if not torch.equal(outputs(other, ids), tuned):
             problems.append("loaded on another head it answers otherwise")
     for side, alone in own.items():
-        if padding_error(model, side) > max(1e-4, 3 * alone):
+        if alone <= PADDING < padding_error(model, side):
             problems.append(f"padding on the {side} changes its answers")
     detach(model, "task")
     if not all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items()):
         problems.append("detach leaves other weights")
-    notes = [f"as the base: padding on the {side}" for side, alone in own.items() if alone > 1e-4]
+    notes = [f"as the base: padding on the {side}" for side, alone in own.items() if alone > PADDING]
     return {"status": DEFECT if problems else WORKS, "problems": problems, "as_base": notes}
 
 

@@ -9,7 +9,7 @@ Each file imports only files that stand above it here:
     forward_state           what is in force in a forward pass
     method                  the contract of a method
     hooks/                  what acts inside a forward pass
-    folder, delta           one delta, and its files
+    folder, head_layout, delta  one delta, and its files
     open_sites, attachment  the deltas of one model
     packed_batches          several documents in one sequence
     probes/                 what is proved by running the base

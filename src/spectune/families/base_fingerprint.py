@@ -19,7 +19,12 @@ def fingerprint(model: PreTrainedModel, family: Family) -> dict[str, Any]:
     """Names and shapes of the parts, hashed, and rounded samples of token embeddings and the last norm.
 
     Shapes are those of the linear maps, not of their storage: a quantised base packs its weights otherwise."""
-    norms = [(name, module) for name, module in model.named_modules() if is_norm(module) and ".deltas." not in name]
+    heads = {part.path for part in family.trained_head}  # no part of the base
+    norms = [
+        (name, module)
+        for name, module in model.named_modules()
+        if is_norm(module) and ".deltas." not in name and name not in heads
+    ]
     parts = [f"{linear.path} {linear.in_features} {linear.out_features}" for linear in family.linears]
     parts += [f"{name} {module.weight.numel()}" for name, module in norms]
     parts += [f"{family.embedding} {family.vocab_size} {family.hidden_size}"]

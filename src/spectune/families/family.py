@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.errors import ConfigError
 from spectune.families.biases import Bias, biases_of
-from spectune.families.module_kinds import linear_shape
+from spectune.families.module_kinds import input_embeddings, linear_shape
 from spectune.families.parts import inner_activation
 from spectune.families.quantised import is_plain, is_transposed, packed_away
 from spectune.families.self_attention import Attention, attention_names, attention_of
@@ -113,7 +113,7 @@ def describe(model: PreTrainedModel) -> Family:
     names = {id(module): name for name, module in model.named_modules()}
     beside = beside_text(model)
     decoder = find_decoder(model, names, beside)
-    embedding = model.get_input_embeddings()
+    embedding = input_embeddings(model)
     if embedding is None or id(embedding) not in names or not hasattr(embedding, "weight"):
         raise ConfigError(
             f"{type(model).__name__}: no table of token embeddings was found (get_input_embeddings() gave "

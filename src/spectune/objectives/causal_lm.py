@@ -75,7 +75,7 @@ class CausalLM(Objective):
     """Causal language modelling: each token is predicted from those before it, with loss on labelled tokens."""
 
     task_type = "CAUSAL_LM"
-    auto_class: Any = AutoModelForCausalLM
+    auto_class = AutoModelForCausalLM
     packs = True
 
     def precompute(self, batch: dict[str, Tensor]) -> None:

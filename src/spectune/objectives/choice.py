@@ -45,7 +45,7 @@ def objective_for(task_type: str, config: PretrainedConfig) -> Objective:
         return TOKEN_CLS
     if task_type != "SEQ_CLS":
         raise ConfigError(f"task_type = {task_type!r}: expected one of {', '.join(TASK_TYPES)}")
-    problem, labels = getattr(config, "problem_type", None), int(config.num_labels)
+    problem, labels = getattr(config, "problem_type", None), config.num_labels
     if problem == "multi_label_classification":
         raise ConfigError(
             "config.problem_type = multi_label_classification (several classes for one text) is not trained here: "

@@ -18,7 +18,7 @@ class SequenceClassification(LabelledPlaces):
     """A class for each row: cross entropy in nats, summed over rows. `labels` `[batch]` int64."""
 
     task_type = "SEQ_CLS"
-    auto_class: Any = AutoModelForSequenceClassification
+    auto_class = AutoModelForSequenceClassification
 
     def label_shape(self, rows: int, length: int) -> tuple[int, ...]:
         return (rows,)

@@ -4,8 +4,6 @@ Of a word in several tokens the first is scored, as transformers' token classifi
 padding, are labelled -100.
 """
 
-from typing import Any
-
 from transformers import AutoModelForTokenClassification
 
 from spectune.objectives.labelled_places import LabelledPlaces
@@ -15,7 +13,7 @@ class TokenClassification(LabelledPlaces):
     """A class for each scored token: cross entropy in nats, summed over them. `labels` `[batch, length]` int64."""
 
     task_type = "TOKEN_CLS"
-    auto_class: Any = AutoModelForTokenClassification
+    auto_class = AutoModelForTokenClassification
 
 
 TOKEN_CLS = TokenClassification()

@@ -12,7 +12,7 @@ from spectune.objectives import CAUSAL_LM
 from spectune.storage.base_precision import base_dtype, check_precision, quantise_base
 from spectune.storage.descriptions import load_config, load_tokenizer, read, source_of
 from spectune.storage.devices import resolve_device
-from spectune.storage.heads import HeadSettings, read_model
+from spectune.storage.heads import HeadSettings, read_with_head
 
 __all__ = ["TINY", "load", "load_config", "load_tokenizer"]
 
@@ -71,7 +71,11 @@ def load(
         raise ConfigError(f"base_precision = {base_precision}: {source} is quantised already; leave base_precision out")
     resolved = base_dtype(dtype, place, getattr(config, "dtype", None), base_precision)
     tokenizer = load_tokenizer(source)
-    model = read(source, lambda: read_model(source, config, head, tokenizer, resolved))
+    if head.has_head:
+        objective = head.apply(config, tokenizer)
+        model = read(source, lambda: read_with_head(source, config, objective, dtype=resolved, seed=seed))
+    else:
+        model = read(source, lambda: CAUSAL_LM.auto_class.from_pretrained(source, dtype=resolved))
     if base_precision is not None:
         quantise_base(model, base_precision, device=place)
     return model.to(place).eval(), tokenizer

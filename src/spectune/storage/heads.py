@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -61,7 +61,7 @@ class HeadSettings:
         if (names := self.names) is not None:
             config.id2label, config.label2id = names, {name: number for number, name in names.items()}
         if self.problem_type is not None:
-            config.problem_type = self.problem_type
+            config.problem_type = cast(Any, self.problem_type)
         if self.has_head and padding_of(config) is None:
             ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
             config.get_text_config().pad_token_id = next((token for token in ids if isinstance(token, int)), 0)
@@ -80,16 +80,11 @@ class HeadSettings:
             )
 
 
-def read_model(
-    source: str, config: PretrainedConfig, settings: HeadSettings, tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-) -> PreTrainedModel:  # fmt: skip
-    """The base of a checkpoint with the head of `settings`: the checkpoint's own, where it has one of these sizes, and
+def read_with_head(
+    source: str, config: PretrainedConfig, objective: Objective, *, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
+    """The base of a checkpoint with the head of `config`: the checkpoint's own, where it has one of these sizes, and
     else one that is drawn as transformers draws it, with the seed. Raises DataError: more than the head is missing."""
-    if not settings.has_head:
-        plain: PreTrainedModel = CAUSAL_LM.auto_class.from_pretrained(source, dtype=dtype)
-        return plain
-    objective, seed = settings.apply(config, tokenizer), settings.seed
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
         load: Any = objective.auto_class.from_pretrained
@@ -110,7 +105,7 @@ def read_model(
 def _quiet() -> Iterator[None]:
     """transformers' own tables of new and unused weights are left out: that the head is new is said once, here."""
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -133,9 +133,9 @@ class Loop:
         tokens = sum(example.length for example in members)
         # data are made ready before the clock starts: speed is that of computing
         collated = [self.batches.collate(packs) if packs else None for packs in self.batches.of_step(window)]
-        for batch in filter(None, collated):
+        for made in filter(None, collated):
             # on the host, where asking costs nothing: on the device it would wait for what runs there
-            objective_of(self.model).precompute(batch)
+            objective_of(self.model).precompute(made)
         measured = self.peaks.of_step(first=run.observer.memory and self._is_first(number))
         rate = run.rate_at(number)
 
