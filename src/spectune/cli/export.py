@@ -9,6 +9,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
+from spectune.cli.heads import auto_class
 from spectune.cli.merge import write_merged
 from spectune.cli.runs import Run, find_run, free_folder
 from spectune.errors import ConfigError
@@ -92,7 +93,8 @@ def _write(chosen: str, found: Run, delta: Delta, folder: Path, dtype: str | Non
 
     if chosen == "peft":
         write_peft(delta, folder)
-        return f"model = peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
+        more = "" if found.labels is None else f", num_labels={found.labels.num_labels}"
+        return f"model = peft.AutoPeftModel{auto_class(found.labels)}.from_pretrained({str(folder)!r}{more})"
     # the dtype of the base's checkpoint, which is what an engine computes in, not that of this CPU
     own = None if dtype is not None else getattr(load_config(found.base), "dtype", None)
     write_prompt_embeds(delta, folder, own)

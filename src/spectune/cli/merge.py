@@ -9,6 +9,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
+from spectune.cli.heads import auto_class
 from spectune.cli.input_rows import row_length, rows_to_measure
 from spectune.cli.runs import Run, find_run, free_folder
 from spectune.errors import ConfigError
@@ -74,7 +75,7 @@ def write_merged(
         say(out, "copied: the run trained the base itself, and its weights are written bit for bit")
     else:
         answer |= _merge(found, folder, data, device, dtype or DTYPE, out)
-    answer["load"] = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    answer["load"] = f"model = transformers.AutoModel{auto_class(found.labels)}.from_pretrained({str(folder)!r})"
     say(out, f"written to {folder}\n{answer['load']}")
     return answer
 
@@ -87,7 +88,7 @@ def _merge(found: Run, folder: Path, data: str | None, device: str | None, dtype
     rows, source = rows_to_measure(data, found)
     model, tokenizer = found.load(device, dtype)
     max_length = row_length(model, found.config.get("max_length"))
-    encoded = encode(rows, tokenizer, max_length=max_length, **found.encode_options)
+    encoded = encode(rows, tokenizer, max_length=max_length, labels=found.labels, **found.encode_options)
     merged, difference = merge_and_measure(model, "run", rows=encoded.examples, tokenizer=tokenizer)
     write_model(merged, tokenizer, folder)
     if difference is None:

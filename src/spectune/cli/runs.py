@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from spectune.cli.console import note
+from spectune.cli.heads import head_options, labels_of_checkpoint, recorded_labels
 from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from spectune.data import Labels
 
 RUNS = Path("runs")
 #: the files of a delta's folder that name its base, and the keys under which they do
@@ -138,6 +142,11 @@ class Run:
         """How training made token ids of rows: arguments of `spectune.data.encode`, beside the length."""
         return {**self.prompt_options, "truncation": str(self.config.get("truncation") or "start")}
 
+    @functools.cached_property
+    def labels(self) -> Labels | None:
+        """What its head says; None of a language model."""
+        return labels_of_checkpoint(self.base) if self.delta_folder is None else recorded_labels(self.config)
+
     @property
     def row_options(self) -> dict[str, Any]:
         """How the run's data were read: arguments of `spectune.data.load_rows`, beside `skip_bad_rows`."""
@@ -152,9 +161,8 @@ class Run:
         trained_over = self.config.get("base_precision")
         if trained_over is not None and base_precision is None:
             note(f"trained over the base in {trained_over}, and loaded on the base as it is")
-        model, tokenizer = load(
-            self.base, device=device or "auto", dtype=dtype or "auto", base_precision=base_precision
-        )
+        where: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision}
+        model, tokenizer = load(self.base, **where, **head_options(self.labels))
         if self.delta_folder is not None:
             try:
                 load_delta(model, self.delta_folder, name="run")

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from spectune.deltas import slots
 from spectune.deltas.absent_weights import execution_device
 from spectune.deltas.folder import CONFIG_FILE, WEIGHTS_FILE, DeltaFiles, base_name, check_tensors, save_folder
-from spectune.deltas.method import Method
+from spectune.deltas.head_layout import check_head, parted, with_head, without_head
+from spectune.deltas.method import Method, module_at
 from spectune.deltas.modules import DeltaModule
 from spectune.deltas.site import ParameterSite, Site
+from spectune.deltas.trained_copy import HeadSite
 from spectune.errors import DataError
 from spectune.families import BaseIdentity, Family
 from spectune.files.weights import check_finite, read_headers, read_weights
@@ -195,8 +197,8 @@ class ModuleDelta(Delta):
         self.shared = self.method.build_shared(self.family)
         for site in sites:
             host = self.model.get_submodule(site.host)
-            module = self.method.build(site)
-            if self.shared is not None:
+            module = module_at(self.method, site)
+            if self.shared is not None and not isinstance(site, HeadSite):
                 module.bind_shared(self.shared)
             module.on_attach(host)
             module.to(_device_of(host, self.model)).train(self.model.training)
@@ -231,7 +233,8 @@ class AdapterFiles(DeltaFiles):
         self.weights, self.translate = weights, translate
 
     def write(self, folder: Path) -> None:
-        config, tensors = self.method.to_folder(self.delta.state_dict(), self.family)
+        own, head = parted(self.delta.state_dict(), self.family)
+        config, tensors = with_head(*self.method.to_folder(own, self.family), head, self.family)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -241,7 +244,8 @@ class AdapterFiles(DeltaFiles):
 
     def check(self, folder: Path) -> None:
         headers, where = self.translate(read_headers(self.weight_files(folder))), folder / self.weights
-        given = self.method.from_folder(headers, self.family)
+        check_head(headers, _task_type(folder), self.family, str(where))
+        given = self._state(headers)
         if len(given) < len(headers):
             raise DataError(f"{where} holds a tensor twice, under two names: {', '.join(headers)}")
         check_tensors(self.method.stored_shapes(self.family), given, str(where))
@@ -249,11 +253,26 @@ class AdapterFiles(DeltaFiles):
     def read(self, folder: Path) -> None:
         where, tensors = folder / self.weights, read_weights(self.weight_files(folder))
         try:
-            state = self.method.from_folder(self.translate(tensors), self.family)
+            state = self._state(self.translate(tensors))
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         check_finite(state, dict.fromkeys(state, torch.float32), str(where))
         self.delta.load_state_dict(state)
+
+    def _state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own, head = without_head(tensors, self.family)
+        return self.method.from_folder(own, self.family) | head
+
+
+def _task_type(folder: Path) -> str | None:
+    """What a folder's delta was trained for, as its config says; None where it does not say."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError):  # who reads the config itself says what is wrong with it
+        return None
+    found = config.get("task_type") if isinstance(config, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _part(site: Site) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from spectune.deltas.modules import OutputModule
 from spectune.deltas.site import OutputSite
 from spectune.errors import ConfigError
+from spectune.families import Family
 from spectune.families.quantised import is_plain
 
 
@@ -34,6 +35,16 @@ class CopySite(OutputSite):
         # a vector acts on features of its size; a matrix maps its last dimension to its first, or the other way round
         sizes = next(shape for _, shape in shapes)
         return cls(path, sizes[-1], sizes[0], shapes)
+
+
+@dataclass(frozen=True)
+class HeadSite(CopySite):
+    """At a module of the model's head, of which every delta has a copy, whatever its method."""
+
+
+def head_sites(family: Family) -> list[HeadSite]:
+    """The sites of a model's head; none where it is the base's own."""
+    return [HeadSite(p.path, p.shapes[0][1][-1], p.shapes[0][1][0], p.shapes) for p in family.trained_head]
 
 
 class TrainedCopy(OutputModule):

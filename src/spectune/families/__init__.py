@@ -13,11 +13,12 @@ from spectune.families.other_modules import OtherModule
 from spectune.families.parts import Slice
 from spectune.families.quantised import base_precision, dense_weight, quantised_weights
 from spectune.families.self_attention import Attention
+from spectune.families.trained_head import HeadPart
 from spectune.families.weight_digest import is_whole
 
 __all__ = [
-    "Attention", "BaseComparison", "BaseIdentity", "Bias", "Family", "FeedForward", "Layer", "Linear", "Matrix", "Norm",
-    "OtherModule", "Slice", "base_precision", "compare_bases", "dense_weight", "describe", "differences",
-    "embedding_width", "family_from_config", "fingerprint", "is_whole", "linear_shape", "quantised_weights",
-    "sample_differences", "token_embedding", "vocabulary_rows",
+    "Attention", "BaseComparison", "BaseIdentity", "Bias", "Family", "FeedForward", "HeadPart", "Layer", "Linear",
+    "Matrix", "Norm", "OtherModule", "Slice", "base_precision", "compare_bases", "dense_weight", "describe",
+    "differences", "embedding_width", "family_from_config", "fingerprint", "is_whole", "linear_shape",
+    "quantised_weights", "sample_differences", "token_embedding", "vocabulary_rows",
 ]  # fmt: skip

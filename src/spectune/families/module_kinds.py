@@ -28,6 +28,15 @@ def token_embedding(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """What the model says its token embeddings are, None where it does not say."""
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found
+
+
 def embedding_width(model: PreTrainedModel) -> int:
     """Columns of that table: the base's hidden size, but in the few types that project embeddings."""
     return int(token_embedding(model).weight.shape[1])

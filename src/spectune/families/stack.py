@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spectune.errors import ConfigError
+from spectune.families.module_kinds import input_embeddings
 
 #: words in the names of modules that pictures and sound go through, beside the text
 _OTHER_SENSES = re.compile(r"vision|visual|image|pixel|audio|speech|video|multi_?modal")
@@ -40,7 +41,7 @@ def find_decoder(model: PreTrainedModel, names: dict[int, str], beside: frozense
     named: nn.Module | None = model.get_decoder()  # type: ignore[no-untyped-call]
     if named is not None and named is not model and id(named) in names and layer_lists(named, beside, names):
         return named
-    embedding = names.get(id(model.get_input_embeddings()), "")
+    embedding = names.get(id(input_embeddings(model)), "")
     lists = layer_lists(model, beside, names)
     if not lists or not embedding:
         raise no_layers(model, None)

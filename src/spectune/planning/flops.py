@@ -1,5 +1,7 @@
 """Floating-point operations of a training step, from shapes."""
 
+import math
+
 import torch
 
 from spectune.deltas import InputSite, MatrixSite, Method
@@ -17,7 +19,8 @@ def flops_per_token(family: Family, method: Method, length: int, *, checkpointin
     """
     blocks = sum(linear.in_features * linear.out_features for linear in family.linears)
     blocks += sum(matrix.size * matrix.per_token // matrix.count for matrix in family.matrices)
-    head = family.vocab_size * family.hidden_size
+    trained = sum(math.prod(shape) for part in family.trained_head for _, shape in part.shapes)
+    head = trained or family.vocab_size * family.hidden_size
     seen = length + method.virtual_tokens
     # queries are as wide as the attention's output, which is taken for the hidden size
     attention = 2 * seen * sum(attention.hidden_size for attention in family.attentions)

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from spectune.deltas import Method
 from spectune.deltas.folder import CONFIG_FILE, WEIGHTS_FILE
+from spectune.deltas.head_layout import without_head_key
 from spectune.errors import DataError, SpectuneError, first_line
 from spectune.families import Family
 from spectune.files.weights import read_headers
@@ -55,9 +56,10 @@ def peft_method(folder: Path, config: dict[str, Any]) -> Method:
     problems = _wrong_types(config)
     if problems:
         raise DataError(f"{path} is not what PEFT writes", problems)
+    bare = without_head_key(config)
     try:
         for method in METHODS:
-            found = method.from_peft_config(config)
+            found = method.from_peft_config(bare)
             if found is not None:
                 return found
     except ValidationError as error:
@@ -81,7 +83,7 @@ def fit_peft(folder: Path, config: dict[str, Any], method: Method, family: Famil
     path = folder / CONFIG_FILE
     headers = read_headers([folder / WEIGHTS_FILE])
     try:
-        fitted = method.fitted_to(config, headers, family)
+        fitted = method.fitted_to(without_head_key(config), headers, family)
     except SpectuneError as error:
         raise DataError(f"{path} and {WEIGHTS_FILE} beside it do not fit this base: {error}") from error
     except Exception as error:  # patterns that are none, values that PEFT never writes

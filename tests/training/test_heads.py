@@ -1,0 +1,93 @@
+"""Training models with heads: steps weigh rows, a run goes on bit for bit, and its plan is what it took."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2ForTokenClassification, PreTrainedModel
+
+import spectune.training.loop as loop_module
+from spectune.errors import InterruptedRun
+from spectune.methods import METHODS, LoRA
+from spectune.results import RunResult
+from spectune.training import TrainingConfig, train
+from tests.support import make_tokenizer
+from tests.support.two_processes import interrupt_after
+
+RNG = random.Random(0)
+WORDS = ["Ada", "lives", "in", "Leeds", "name", "town", "York", "home"]
+TEXTS = [
+    {"text": " ".join(RNG.choices(WORDS, k=RNG.randint(2, 9))) + (" fox" if n % 2 else " dog"),
+     "label": "fox" if n % 2 else "dog"}
+    for n in range(24)
+]  # fmt: skip
+TAGGED = [
+    {"tokens": words, "tags": ["B-LOC" if w in ("Leeds", "York") else "O" for w in words]}
+    for words in (RNG.choices(WORDS, k=RNG.randint(2, 9)) for _ in range(24))
+]
+
+
+def make(kind: str, labels: list[str]) -> PreTrainedModel:
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, classifier_dropout=0.0, num_labels=len(labels) or 1,
+    )  # fmt: skip
+    if labels:
+        config.id2label = dict(enumerate(labels))
+    return (GPT2ForTokenClassification if kind == "words" else GPT2ForSequenceClassification)(config).eval()
+
+
+def run(kind: str, method: Any = None, **settings: Any) -> RunResult:
+    rows, labels = {
+        "text": (TEXTS, ["dog", "fox"]),
+        "words": (TAGGED, ["B-LOC", "O"]),
+        "numbers": ([{**row, "label": len(row["text"]) / 50} for row in TEXTS], []),
+    }[kind]
+    how = {"per_device_train_batch_size": 8, "max_length": 40, "learning_rate": 1e-2, **settings}
+    return train(make(kind, labels), make_tokenizer(), method or LoRA(r=2), rows[:16], rows[16:], TrainingConfig(**how))
+
+
+@pytest.mark.parametrize("kind", ["text", "words", "numbers"])
+def test_a_head_learns(kind: str) -> None:
+    result = run(kind, max_steps=12, eval_steps=12, memory_check="refuse")
+    assert result.valid_loss is not None
+    assert result.base_valid_loss is not None
+    assert result.valid_loss < 0.8 * result.base_valid_loss
+    assert result.trainable_parameters == result.stored_parameters
+
+
+@pytest.mark.parametrize("kind", ["text", "words"])
+def test_how_rows_are_spread_over_batches_changes_nothing(kind: str) -> None:
+    """Sums over rows (or scored words), divided once by those of the step."""
+    whole = run(kind, max_steps=3, eval_steps=3, per_device_train_batch_size=16)
+    parts = run(kind, max_steps=3, eval_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert parts.train_loss == pytest.approx(whole.train_loss, rel=1e-4)
+    assert parts.valid_loss == pytest.approx(whole.valid_loss, rel=1e-4)
+
+
+def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 6, "save_steps": 3, "eval_steps": 3}
+    whole = run("text", **settings, output_dir=tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module.Loop, "finish", interrupt_after(4))
+        with pytest.raises(InterruptedRun):
+            run("text", **settings, output_dir=tmp_path / "parts")
+    parts = run("text", **settings, output_dir=tmp_path / "parts", resume=True)
+    assert parts.valid_loss == whole.valid_loss
+    mine, other = (load_file(tmp_path / who / "best" / "adapter_model.safetensors") for who in ("whole", "parts"))
+    assert "base_model.model.score.weight" in mine
+    assert all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
+
+
+@pytest.mark.parametrize("method", [kind() for kind in METHODS], ids=lambda method: str(method.name))
+def test_every_method_trains_its_head(method: Any) -> None:
+    result = run("text", method, max_steps=4, eval_steps=4, learning_rate=5e-3)
+    assert result.valid_loss is not None
+    assert result.base_valid_loss is not None
+    assert result.valid_loss < result.base_valid_loss
