@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
 from spectune.cli.merge import write_merged
-from spectune.cli.runs import Run, find_run, free_folder
+from spectune.cli.proving import Proving, proved_folder, unproved
+from spectune.cli.runs import find_run, free_folder
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
     from spectune.deltas import Delta
 
-Format = Literal["peft", "merged", "prompt-embeds"]
+Format = Literal["peft", "merged", "prompt-embeds", "gguf-lora"]
 
 
 def export(
@@ -32,43 +36,76 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="auto, float32, bfloat16 or float16: dtype of merged and prompt-embeds.",
-            show_default="float32 for merged, the base's own for prompt-embeds",
+            help="auto, float32, bfloat16 or float16: dtype of merged and prompt-embeds, and of the base in the proof.",
+            show_default="float32; the base's own for prompt-embeds",
         ),
     ] = None,
+    check: options.Check = True,
     as_json: options.Json = False,
 ) -> None:
-    """Write a run's delta for other programs.
+    """Write a run's delta for other programs, and prove it.
+
+    What was written is run by the program that it is for, over rows of the run, before it gets its name: an export that
+    does nothing, or answers otherwise than the run, is refused.
 
     \b
-    peft           LoRA, prefix and prompt tuning as PEFT's folder, which PEFT loads (vLLM: LoRA)
+    peft           LoRA, prefix and prompt tuning as PEFT's folder, which PEFT loads (vLLM: LoRA); run by PEFT
     merged         LoRA, BitFit and full fine-tuning as a plain transformers folder, as `spectune merge` writes it
     prompt-embeds  prompt tuning as one tensor to put before the embedded text (vLLM, SGLang), with a README.md
+    gguf-lora      LoRA as llama.cpp's adapter file (needs the package gguf); read back, llama.cpp is not run
 
     \b
     Examples:
       spectune export
       spectune export --format merged --run runs/2026-01-31-lora-1 --output-dir out/model
       spectune export --format prompt-embeds --dtype bfloat16
+      spectune export --format gguf-lora --json
     """
     found = find_run(run)
     if format_ is not None:
         free_folder(output_dir, found.folder / f"export-{format_}")
     with work(as_json=as_json) as out:
-        from spectune.deltas import attached
+        if format_ == "gguf-lora":
+            from spectune.storage import gguf_package
 
+            gguf_package()  # what is missing is said before a base is loaded
         note(f"run: {found.folder}")
-        delta = attached(found.load(device, dtype)[0])["run"]
-        chosen = _choose(delta, format_)
-        folder = free_folder(output_dir, found.folder / f"export-{chosen}")
-        if chosen == "merged":
-            del delta  # merging loads its own, in its own dtype
-            answer = write_merged(found, folder, data, device, dtype, out)
-        else:
-            answer = {"run": str(found.folder), "base": found.base, "format": chosen, "folder": str(folder)}
-            answer["load"] = _write(chosen, found, delta, folder, dtype)
-            say(out, f"written to {folder}\n{answer['load']}")
+        proving = Proving(found, data, device, dtype, check)
+        answer = _written(proving, format_, output_dir, out)
     print_answer(answer, as_json=as_json)
+
+
+def _written(proving: Proving, wanted: Format | None, output_dir: Path | None, out: Console) -> dict[str, Any]:
+    """Write and prove; for JSON. The base is given up before what was written is run."""
+    from spectune.deltas import attached
+
+    found = proving.run
+    model, tokenizer = proving.loaded()
+    delta = attached(model)["run"]
+    chosen = _choose(delta, wanted)
+    folder = free_folder(output_dir, found.folder / f"export-{chosen}")
+    if chosen == "merged":
+        del delta, model, tokenizer  # merging loads its own, in its own dtype
+        return write_merged(proving, folder, out)
+    answer = {"run": str(found.folder), "base": found.base, "format": chosen, "folder": str(folder)}
+    expected = None
+    if proving.check and chosen != "gguf-lora":
+        expected = proving.expected(model, *proving.examples(model, tokenizer))
+    # held here and nowhere else, so that it is given up there
+    held = [delta]
+    del delta, model, tokenizer
+
+    def fill(draft: Path) -> dict[str, Any]:
+        written = held.pop()
+        if chosen == "gguf-lora":
+            return _gguf(written, draft, proving.check, out)
+        _write(chosen, written, draft, _tensor_dtype(proving))
+        del written
+        return unproved(out) if expected is None else proving.prove(draft, expected, out)
+
+    answer |= proved_folder(folder, fill) | {"load": _how(chosen, folder)}
+    say(out, f"written to {folder}\n{answer['load']}")
+    return answer
 
 
 def _choose(delta: Delta, wanted: str | None) -> str:
@@ -86,14 +123,40 @@ def _choose(delta: Delta, wanted: str | None) -> str:
     )
 
 
-def _write(chosen: str, found: Run, delta: Delta, folder: Path, dtype: str | None) -> str:
-    """Write the folder; returns how it is loaded."""
-    from spectune.storage import load_config, write_peft, write_prompt_embeds
+def _write(chosen: str, delta: Delta, folder: Path, dtype: torch.dtype) -> None:
+    from spectune.storage import write_peft, write_prompt_embeds
 
     if chosen == "peft":
         write_peft(delta, folder)
-        return f"model = peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
-    # the dtype of the base's checkpoint, which is what an engine computes in, not that of this CPU
-    own = None if dtype is not None else getattr(load_config(found.base), "dtype", None)
-    write_prompt_embeds(delta, folder, own)
-    return f"see {folder / 'README.md'}"
+    else:
+        write_prompt_embeds(delta, folder, dtype)
+
+
+def _gguf(delta: Delta, folder: Path, check: bool, out: Console) -> dict[str, Any]:
+    from spectune.storage import prove_gguf_lora, write_gguf_lora
+
+    write_gguf_lora(delta, folder)
+    if not check:
+        return unproved(out)
+    proof = prove_gguf_lora(folder, delta)
+    say(out, str(proof))
+    return {"proof": proof.as_dict()}
+
+
+def _tensor_dtype(proving: Proving) -> torch.dtype:
+    """Of prompt embeddings: that of the base's checkpoint, in which an engine computes, not that of this CPU."""
+    from spectune.storage import load_config, resolve_device, resolve_dtype
+
+    own = getattr(load_config(proving.run.base), "dtype", None)
+    if proving.dtype is None and own is not None:
+        return resolve_dtype(own, resolve_device("cpu"))
+    return resolve_dtype(proving.dtype or "float32", resolve_device(proving.device or "auto"), own)
+
+
+def _how(chosen: str, folder: Path) -> str:
+    """How what was written is loaded."""
+    return {
+        "peft": f"model = peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})",
+        "prompt-embeds": f"see {folder / 'README.md'}",
+        "gguf-lora": f"llama-cli --model BASE.gguf --lora {folder / 'adapter.gguf'}",
+    }[chosen]

@@ -1,4 +1,6 @@
-"""Folders for other programs: PEFT and vLLM, plain transformers, and engines that take prompt embeddings."""
+"""Folders for other programs: PEFT and vLLM, plain transformers, and engines that take prompt embeddings.
+
+llama.cpp's adapter file is written by `gguf_adapter.py`; what was written is run by `export_proof.py`."""
 
 import shutil
 from collections.abc import Callable
@@ -25,6 +27,7 @@ _FORMATS: dict[str, tuple[Callable[[Delta], bool], str]] = {
         lambda d: _only_virtual_tokens(d) is not None,
         "it is not made of embeddings that stand before the text",
     ),
+    "gguf-lora": (lambda d: _plain_lora(d), "llama.cpp's adapters are LoRA, and nothing beside it"),
 }
 
 
@@ -107,6 +110,11 @@ def _only_virtual_tokens(delta: Delta) -> InputModule | None:
     """The module of a delta that is embeddings before the text and nothing else."""
     modules = [module for _, module in delta.sites]
     return modules[0] if len(modules) == 1 and isinstance(modules[0], InputModule) else None
+
+
+def _plain_lora(delta: Delta) -> bool:
+    config, _ = delta.method.to_folder(delta.state_dict(), delta.family)
+    return config.get("peft_type") == "LORA" and not config.get("use_dora")
 
 
 def _base_name(model: PreTrainedModel) -> str:

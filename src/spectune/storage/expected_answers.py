@@ -1,0 +1,123 @@
+"""What an export has to answer: a delta's logits and losses on some rows, kept so that its base can be freed before the
+export is run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectune.compute.evaluating import evaluating
+from spectune.deltas import Delta, base_name, route
+from spectune.errors import ConfigError, some
+from spectune.families import quantised_weights, vocabulary_rows
+from spectune.objectives.causal_lm import causal_lm_loss_sum
+
+#: rows that an export is run on
+ROWS = 16
+#: of each row, the last so many positions are compared: logits are `[positions, vocabulary]`, and two of each are kept
+POSITIONS = 64
+
+Batch = Mapping[str, Tensor]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedAnswers:
+    """Of each row the logits under the delta and of the bare base: float32 on the host, `[positions, vocabulary]`.
+
+    Losses are nats per target token over all rows, whole; None where no row has a target.
+    """
+
+    batches: list[Batch]
+    tuned: list[Tensor]
+    bare: list[Tensor]
+    tuned_loss: float | None
+    bare_loss: float | None
+    base_class: type[PreTrainedModel]
+    base_name: str
+    dtype: torch.dtype
+    device: torch.device
+    measured_on: str
+
+
+def spread(items: Sequence[Item], count: int = ROWS) -> list[Item]:
+    """At most `count` of the items, spread evenly over all of them: files are often sorted."""
+    taken = min(count, len(items))
+    return [items[index * len(items) // taken] for index in range(taken)]
+
+
+def expected_answers(delta: Delta, batches: Sequence[Batch], source: str = "rows") -> ExpectedAnswers:
+    """What the delta answers on rows, and what its bare base does.
+
+    Args:
+        batches: one row each, as `spectune.data.collate([example], 0)` makes it: `input_ids`, `attention_mask`,
+            `labels`, each `[1, length]`.
+        source: what rows these are, in words.
+
+    Raises:
+        ConfigError: no rows; ids that the base does not have; the base is quantised, and the export's will not be.
+    """
+    model = delta.model
+    if not batches:
+        raise ConfigError(f"an export is proved on rows, and {source} have none that can be encoded: name others")
+    _check_ids(batches, vocabulary_rows(model))
+    if held := quantised_weights(model):
+        raise ConfigError(
+            f"this base is quantised ({some(list(held))}), and an export is for the base as it is: load it without "
+            "base_precision, load the delta there, and export from there"
+        )
+    with evaluating(model):
+        with route(model, delta.name):
+            tuned = [_answer(model, batch) for batch in batches]
+        with route(model, None):
+            bare = [_answer(model, batch) for batch in batches]
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    return ExpectedAnswers(
+        batches=list(batches),
+        tuned=[logits for logits, _ in tuned],
+        bare=[logits for logits, _ in bare],
+        tuned_loss=mean_loss([loss for _, loss in tuned]),
+        bare_loss=mean_loss([loss for _, loss in bare]),
+        base_class=type(model),
+        base_name=base_name(model),
+        dtype=model.dtype,
+        device=model.device,
+        measured_on=f"{len(batches)} of {source} ({tokens:,} tokens)",
+    )
+
+
+def kept(logits: Tensor) -> Tensor:
+    """What is compared of a row's logits `[1, length, vocabulary]` (or `[1, labels]`, of a head for whole rows)."""
+    return (logits[0][-POSITIONS:] if logits.dim() == 3 else logits).float().cpu()
+
+
+def loss_of(logits: Tensor, batch: Batch) -> tuple[float, int]:
+    """The loss of one row's logits summed over its targets, and their number."""
+    total, count = causal_lm_loss_sum(logits, batch["labels"].to(logits.device))
+    return float(total), count
+
+
+def mean_loss(losses: Sequence[tuple[float, int]]) -> float | None:
+    """Nats per target over all rows."""
+    count = sum(number for _, number in losses)
+    return math.fsum(total for total, _ in losses) / count if count else None
+
+
+def inputs_of(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """What a model is called with."""
+    return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+
+
+def _answer(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, tuple[float, int]]:
+    logits: Tensor = model(**inputs_of(batch, model.device), use_cache=False).logits
+    return kept(logits), loss_of(logits, batch)
+
+
+def _check_ids(batches: Sequence[Batch], vocabulary: int) -> None:
+    highest = max(int(batch["input_ids"].max()) for batch in batches)
+    if highest >= vocabulary:
+        raise ConfigError(f"rows have token {highest}, this base has {vocabulary}: encode them with its own tokenizer")
