@@ -1,11 +1,11 @@
 """LoRA as llama.cpp's adapter file, and the proof of it by reading it back.
 
-The file is what llama.cpp's `convert_lora_to_gguf.py` writes of PEFT's folder: `general.type` "adapter", `adapter.type`
-"lora", `adapter.lora.alpha`, and for each weight `W` of the base two tensors, `W.lora_a` `[r, in]` and `W.lora_b`
-`[out, r]`, float32, under llama.cpp's names. llama.cpp adds `alpha / r * B (A x)`, with one alpha for all and `r` of each
-tensor (`llama_adapter_lora_weight::get_scale`): where a linear has another scale (patterns, rsLoRA), what is left of it is
-multiplied into its B. Rows of B go where llama.cpp's converter of whole models puts the rows of W (queries and keys of
-Llama for its rotary layout, GPT-NeoX's fused q/k/v apart).
+The file is what llama.cpp's `convert_lora_to_gguf.py` writes of PEFT's folder: `general.type` "adapter",
+`adapter.type` "lora", `adapter.lora.alpha`, and for each weight `W` of the base two tensors, `W.lora_a` `[r, in]` and
+`W.lora_b` `[out, r]`, float32, under llama.cpp's names. llama.cpp adds `alpha / r * B (A x)`, with one alpha for all
+and `r` of each tensor (`llama_adapter_lora_weight::get_scale`): where a linear has another scale (patterns, rsLoRA),
+what is left of it is multiplied into its B. Rows of B go where llama.cpp's converter of whole models puts the rows of W
+(queries and keys of Llama for its rotary layout, GPT-NeoX's fused q/k/v apart).
 
 One thing is otherwise: the converter transposes GPT-2's weights, which are `Conv1D`, and with them A and B, although
 PEFT's A is `[r, in]` there, too. `llama-adapter.cpp` checks A against the weight's inputs, so here they stay.
@@ -32,7 +32,7 @@ _PREFIX = "base_model.model."
 #: A and B are copied, and a folded scale is one rounding in float32
 _TOLERANCE = 1e-6
 
-#: of a linear's name, the config and its number of outputs: where the rows of W go, `W_there = W[order]`; None: they stay
+#: of a linear's name, config and number of outputs: where the rows of W go, `W_there = W[order]`; None: they stay
 Order = Callable[[str, Any, int], Tensor | None]
 
 
@@ -64,8 +64,8 @@ class _Architecture:
     order: Order = _stay
 
 
-#: by transformers' model type, as the converters of llama.cpp register them (conversion/*.py); those alone whose weights
-#: need nothing beyond what stands here
+#: by transformers' model type, as llama.cpp's converters register them (conversion/*.py): those whose weights need
+#: nothing beyond what stands here
 _ARCHITECTURES: Mapping[str, _Architecture] = {
     "gemma": _Architecture("GEMMA"),
     "gemma2": _Architecture("GEMMA2"),
