@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spectune.storage.delta_folder import load_delta, stored_method
     from spectune.storage.descriptions import load_config, load_tokenizer
     from spectune.storage.devices import resolve_device, resolve_dtype
-    from spectune.storage.expected_answers import ExpectedAnswers, expected_answers, spread
+    from spectune.storage.expectation import ExpectedAnswers, expected_answers, spread
     from spectune.storage.export import (
         check_format,
         copy_model,
@@ -38,7 +38,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "spectune.storage.delta_folder": ("load_delta", "stored_method"),
     "spectune.storage.descriptions": ("load_config", "load_tokenizer"),
     "spectune.storage.devices": ("resolve_device", "resolve_dtype"),
-    "spectune.storage.expected_answers": ("ExpectedAnswers", "expected_answers", "spread"),
+    "spectune.storage.expectation": ("ExpectedAnswers", "expected_answers", "spread"),
     "spectune.storage.export": ("check_format", "copy_model", "export_formats", "write_model", "write_peft",
                                 "write_prompt_embeds"),
     "spectune.storage.export_proof": ("ExportProof", "prove_export"),

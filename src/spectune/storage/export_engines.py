@@ -22,7 +22,7 @@ from spectune.deltas.folder import CONFIG_FILE
 from spectune.errors import ConfigError, ExportError, SpectuneError, first_line
 from spectune.storage.delta_folder import load_delta
 from spectune.storage.descriptions import source_of
-from spectune.storage.expected_answers import Batch, ExpectedAnswers, inputs_of
+from spectune.storage.expectation import Batch, ExpectedAnswers, inputs_of
 from spectune.storage.export import PROMPT_EMBEDS_FILE
 
 _FULL = (torch.float32, torch.float64)

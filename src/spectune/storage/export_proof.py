@@ -13,7 +13,7 @@ import torch
 
 from spectune.deltas.merging import FLOAT32_TOLERANCE, LOW_PRECISION_TOLERANCE
 from spectune.errors import ExportError
-from spectune.storage.expected_answers import ExpectedAnswers, kept, loss_of, mean_loss
+from spectune.storage.expectation import ExpectedAnswers, kept, loss_of, mean_loss
 from spectune.storage.export_engines import Engine, running
 
 #: an export that differs by no more than this share of the delta's mean effect is the delta, in float32 too: a delta
