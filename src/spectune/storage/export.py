@@ -118,9 +118,10 @@ def _plain_lora(delta: Delta) -> bool:
 
 
 def _base_name(model: PreTrainedModel) -> str:
-    """The hub id, or the absolute path of a local folder: the export may be read from elsewhere."""
+    """The hub id, or the absolute path of a local folder: the export may be read from elsewhere; empty where the base
+    was loaded from neither."""
     name = str(model.config._name_or_path)
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def _prompt_embeds_page(virtual: Tensor, base: str) -> str:
