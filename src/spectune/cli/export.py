@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
     from spectune.deltas import Delta
 
+#: https://github.com/vllm-project/vllm/issues/48019, 40307
+_VLLM = (
+    "this base holds a text model inside another: vLLM is known to leave LoRA out there, in silence. vLLM has not run "
+    "this folder; ask it about a row of yours with and without, or export --format merged"
+)
+
 Format = Literal["peft", "merged", "prompt-embeds", "gguf-lora"]
 
 
@@ -36,8 +43,8 @@ def export(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="auto, float32, bfloat16 or float16: dtype of merged and prompt-embeds, and of the base in the proof.",
-            show_default="float32; the base's own for prompt-embeds",
+            help="auto, float32, bfloat16 or float16: dtype of merged and prompt-embeds.",
+            show_default="float32 for merged, the base's own for prompt-embeds",
         ),
     ] = None,
     check: options.Check = True,
@@ -80,7 +87,9 @@ def _written(proving: Proving, wanted: Format | None, output_dir: Path | None, o
     from spectune.deltas import attached
 
     found = proving.run
-    model, tokenizer = proving.loaded()
+    # PEFT's folder holds float32 weights whatever the base is, and lower precision would hide what differs
+    here = proving if wanted == "prompt-embeds" else replace(proving, dtype="auto" if wanted == "gguf-lora" else None)
+    model, tokenizer = here.loaded()
     delta = attached(model)["run"]
     chosen = _choose(delta, wanted)
     folder = free_folder(output_dir, found.folder / f"export-{chosen}")
@@ -90,7 +99,8 @@ def _written(proving: Proving, wanted: Format | None, output_dir: Path | None, o
     answer = {"run": str(found.folder), "base": found.base, "format": chosen, "folder": str(folder)}
     expected = None
     if proving.check and chosen != "gguf-lora":
-        expected = proving.expected(model, *proving.examples(model, tokenizer))
+        expected = here.expected(model, *here.examples(model, tokenizer))
+    wraps_text = model.config.get_text_config() is not model.config
     # held here and nowhere else, so that it is given up there
     held = [delta]
     del delta, model, tokenizer
@@ -101,10 +111,12 @@ def _written(proving: Proving, wanted: Format | None, output_dir: Path | None, o
             return _gguf(written, draft, proving.check, out)
         _write(chosen, written, draft, _tensor_dtype(proving))
         del written
-        return unproved(out) if expected is None else proving.prove(draft, expected, out)
+        return unproved() if expected is None else here.prove(draft, expected, out)
 
     answer |= proved_folder(folder, fill) | {"load": _how(chosen, folder)}
     say(out, f"written to {folder}\n{answer['load']}")
+    if chosen == "peft" and wraps_text:
+        note(_VLLM)
     return answer
 
 
@@ -137,7 +149,7 @@ def _gguf(delta: Delta, folder: Path, check: bool, out: Console) -> dict[str, An
 
     write_gguf_lora(delta, folder)
     if not check:
-        return unproved(out)
+        return unproved()
     proof = prove_gguf_lora(folder, delta)
     say(out, str(proof))
     return {"proof": proof.as_dict()}

@@ -83,7 +83,7 @@ def _copy(proving: Proving, folder: Path, out: Console) -> dict[str, Any]:
     storage.copy_model(found.delta, storage.load_tokenizer(found.base), folder)
     say(out, "copied: the run trained the base itself, and its weights are written bit for bit")
     if not proving.check:
-        return unproved(out)
+        return unproved()
     # in the dtype that they have
     stored = getattr(storage.load_config(folder), "dtype", None)
     model, tokenizer = proving.loaded(str(stored or DTYPE).removeprefix("torch."))
@@ -102,7 +102,7 @@ def _merge(proving: Proving, folder: Path, out: Console) -> dict[str, Any]:
     if not proving.check:
         merged, _ = merge_and_measure(model, "run", check=False)
         write_model(merged, tokenizer, folder)
-        return unproved(out)
+        return unproved()
     examples, source = proving.examples(model, tokenizer)
     merged, difference = merge_and_measure(model, "run", rows=examples, tokenizer=tokenizer)
     write_model(merged, tokenizer, folder)

@@ -48,8 +48,8 @@ class Proving:
             return self.run.load(self.device, self.dtype or default_dtype)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfMemoryError(
-                f"the base does not fit in {self.dtype or default_dtype}: take --dtype bfloat16 (what rounds is then "
-                "judged by its mean), or --device cpu"
+                f"the base does not fit in {self.dtype or default_dtype}, in which the export is made and proved: take "
+                "--device cpu"
             ) from error
 
     def examples(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], str]:
@@ -101,7 +101,7 @@ def proved_folder(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[
         return fill(draft)
 
 
-def unproved(out: Console) -> dict[str, Any]:
+def unproved() -> dict[str, Any]:
     """Say that nothing was proved, and why."""
     note(NOT_PROVED)
     return {"proof": None, "not_proved": NOT_PROVED}

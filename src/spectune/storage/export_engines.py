@@ -5,6 +5,7 @@ Each loads the folder and its base afresh, as its reader will.
 
 import contextlib
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from spectune.storage.expectation import Batch, ExpectedAnswers, inputs_of
 from spectune.storage.export import PROMPT_EMBEDS_FILE
 
 _FULL = (torch.float32, torch.float64)
+#: characters of what a program says that are kept: PEFT lists every name that it misses
+_SAID = 400
 
 
 @dataclass
@@ -63,7 +66,7 @@ def running(folder: Path, expected: ExpectedAnswers) -> Iterator[Engine]:
             raise
         except Exception as error:  # whatever the program has to say of the folder, it is not what was to be written
             raise ExportError(f"what was exported cannot be loaded: {type(error).__name__}: {error}") from error
-        engine.says += [first_line(warning.message) for warning in told if issubclass(warning.category, UserWarning)]
+        engine.says += [str(warning.message)[:_SAID] for warning in told if issubclass(warning.category, UserWarning)]
         with evaluating(model):
             yield engine
 
@@ -81,7 +84,8 @@ def _by_peft(folder: Path, expected: ExpectedAnswers) -> tuple[Any, Engine]:
     base = _fresh_base(_named_in(folder / CONFIG_FILE), expected)
     exact = expected.dtype in _FULL
     try:
-        import peft
+        with _quietly("bitsandbytes"):  # PEFT imports it, and it says which kernels it has not
+            import peft
     except ImportError:
         load_delta(base, folder, name="export")
         caveat = (
@@ -117,6 +121,17 @@ def _by_embeddings(folder: Path, expected: ExpectedAnswers) -> tuple[Any, Engine
 
     exact = expected.dtype in _FULL and stored.dtype in _FULL
     return base, Engine(f"{_transformers()}, inputs_embeds", logits, exact)
+
+
+@contextlib.contextmanager
+def _quietly(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _caller(model: Any) -> Callable[[Batch], Tensor]:
