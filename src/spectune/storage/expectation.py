@@ -50,7 +50,7 @@ def spread(items: Sequence[Item], count: int = ROWS) -> list[Item]:
     return [items[index * len(items) // taken] for index in range(taken)]
 
 
-def expected_answers(delta: Delta, batches: Sequence[Batch], source: str = "rows") -> ExpectedAnswers:
+def expected_answers(delta: Delta, batches: Sequence[Batch], source: str = "the rows given") -> ExpectedAnswers:
     """What the delta answers on rows, and what its bare base does.
 
     Args:

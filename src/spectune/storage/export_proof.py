@@ -20,7 +20,7 @@ from spectune.storage.export_engines import Engine, running
 #: that moves logits by less than the tolerance of the largest one could otherwise be left out unseen
 SHARE_OF_EFFECT = LOW_PRECISION_TOLERANCE
 #: a share of the largest logit beyond which no base rounds in float32
-_ROUNDING = 1e-3
+_ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)

@@ -218,10 +218,10 @@ def _pairs(delta: Delta, gguf: Any) -> list[_Pair]:
             problems.append(f"{key.removeprefix(_PREFIX)}: only A and B of linears")
             continue
         found.setdefault(path, {})[end] = tensor.detach().float().cpu()
-    pairs = []
+    pairs, linears = [], {linear.path for linear in delta.family.linears}
     for path, parts in found.items():
         name = names.get_name(_checkpoint_name(path, delta, architecture))
-        if name is None or not path.startswith(f"{delta.family.decoder}."):
+        if name is None or path not in linears:
             problems.append(f"{path}: llama.cpp has no such weight of a {config.model_type}")
             continue
         order = architecture.order(path.rpartition(".")[2], config, parts["lora_B"].shape[0])
