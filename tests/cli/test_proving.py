@@ -28,9 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
     ("method", "command", "program"),
     [
         ("lora", ["export"], "PEFT"),
-        ("prefix", ["export"], "PEFT"),
         ("prompt", ["export", "--format", "prompt-embeds"], "transformers"),
-        ("bitfit", ["merge"], "transformers"),
         ("full", ["merge"], "transformers"),
     ],
 )

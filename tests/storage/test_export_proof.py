@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.exports.cases import METHODS, TYPES, attached, batches, formats, save_base, write
-from benchmarks.exports.faults import FAULTS, wrong_prefix, zeros
+from benchmarks.exports.faults import FAULTS, targets_miss_a_linear, wrong_prefix, zeros
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from spectune.data import collate, encode, load_rows
 from spectune.deltas import attach, detach, own_rounding, route
@@ -155,6 +156,24 @@ def test_what_cannot_be_proved_is_said_before(tmp_path: Path) -> None:
     quantise_base(few, "int8", device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="is quantised"):
         expected_answers(attach(few, LoRA(r=2), "run"), batches())
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered.*:UserWarning")
+def test_on_a_checkpoint_in_four_bits_it_is_proved_there(tmp_path: Path) -> None:
+    """Its reader has it in four bits too; two right programs differ in what they round."""
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).save_pretrained(tmp_path / "plain")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=four_bits, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    delta = attached(LlamaForCausalLM, tmp_path / "base", METHODS["lora"])
+    expected = write(delta, "peft", tmp_path / "lora")
+    assert not prove_export(tmp_path / "lora", expected).exact
+    targets_miss_a_linear(tmp_path / "lora", tmp_path)
+    with pytest.raises(ExportError, match=r"a mean of 1% of the delta's effect\."):
+        prove_export(tmp_path / "lora", expected)
 
 
 PROOF = ExportProof(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
-from spectune.deltas import Delta, base_name, route
+from spectune.deltas import Delta, route
 from spectune.errors import ConfigError, some
 from spectune.families import quantised_weights, vocabulary_rows
 from spectune.objectives.causal_lm import causal_lm_loss_sum
@@ -20,6 +20,7 @@ from spectune.objectives.causal_lm import causal_lm_loss_sum
 ROWS = 16
 #: of each row, the last so many positions are compared: logits are `[positions, vocabulary]`, and two of each are kept
 POSITIONS = 64
+FULL = (torch.float32, torch.float64)
 
 Batch = Mapping[str, Tensor]
 Item = TypeVar("Item")
@@ -38,7 +39,8 @@ class ExpectedAnswers:
     tuned_loss: float | None
     bare_loss: float | None
     base_class: type[PreTrainedModel]
-    base_name: str
+    #: float32 throughout: what differs is a fault, or the order of sums
+    exact: bool
     dtype: torch.dtype
     device: torch.device
     measured_on: str
@@ -65,7 +67,8 @@ def expected_answers(delta: Delta, batches: Sequence[Batch], source: str = "the 
     if not batches:
         raise ConfigError(f"an export is proved on rows, and {source} have none that can be encoded: name others")
     _check_ids(batches, vocabulary_rows(model))
-    if held := quantised_weights(model):
+    held = quantised_weights(model)
+    if held and getattr(model.config, "quantization_config", None) is None:  # a checkpoint's own comes back with it
         raise ConfigError(
             f"this base is quantised ({some(list(held))}), and an export is for the base as it is: load it without "
             "base_precision, load the delta there, and export from there"
@@ -83,7 +86,7 @@ def expected_answers(delta: Delta, batches: Sequence[Batch], source: str = "the 
         tuned_loss=mean_loss([loss for _, loss in tuned]),
         bare_loss=mean_loss([loss for _, loss in bare]),
         base_class=type(model),
-        base_name=base_name(model),
+        exact=model.dtype in FULL and not held,
         dtype=model.dtype,
         device=model.device,
         measured_on=f"{len(batches)} of {source} ({tokens:,} tokens)",

@@ -23,10 +23,9 @@ from spectune.deltas.folder import CONFIG_FILE
 from spectune.errors import ConfigError, ExportError, SpectuneError, first_line
 from spectune.storage.delta_folder import load_delta
 from spectune.storage.descriptions import source_of
-from spectune.storage.expectation import Batch, ExpectedAnswers, inputs_of
+from spectune.storage.expectation import FULL, Batch, ExpectedAnswers, inputs_of
 from spectune.storage.export import PROMPT_EMBEDS_FILE
 
-_FULL = (torch.float32, torch.float64)
 #: characters of what a program says that are kept: PEFT lists every name that it misses
 _SAID = 400
 
@@ -76,13 +75,13 @@ def _by_transformers(folder: Path, expected: ExpectedAnswers) -> tuple[Any, Engi
     model, found = load(folder, dtype="auto", output_loading_info=True)
     says = [f"{kind.replace('_', ' ')}: {', '.join(map(str, names))}" for kind, names in found.items() if names]
     model = model.to(expected.device)
-    exact = expected.dtype in _FULL and all(parameter.dtype in _FULL for parameter in model.parameters())
+    exact = expected.exact and all(parameter.dtype in FULL for parameter in model.parameters())
     return model, Engine(_transformers(), _caller(model), exact, says)
 
 
 def _by_peft(folder: Path, expected: ExpectedAnswers) -> tuple[Any, Engine]:
     base = _fresh_base(_named_in(folder / CONFIG_FILE), expected)
-    exact = expected.dtype in _FULL
+    exact = expected.exact
     try:
         with _quietly("bitsandbytes"):  # PEFT imports it, and it says which kernels it has not
             import peft
@@ -119,7 +118,7 @@ def _by_embeddings(folder: Path, expected: ExpectedAnswers) -> tuple[Any, Engine
         found: Tensor = base(**inputs | {"inputs_embeds": together, "attention_mask": mask}, use_cache=False).logits
         return found[:, virtual.shape[1] :]
 
-    exact = expected.dtype in _FULL and stored.dtype in _FULL
+    exact = expected.exact and stored.dtype in FULL
     return base, Engine(f"{_transformers()}, inputs_embeds", logits, exact)
 
 
@@ -160,7 +159,9 @@ def _fresh_base(name: str, expected: ExpectedAnswers) -> PreTrainedModel:
         raise
     except (OSError, ValueError) as error:
         raise ExportError(f"the export names the base {name!r}, which cannot be loaded: {first_line(error)}") from error
-    moved: PreTrainedModel = model.to(expected.device).eval()  # type: ignore[arg-type]
+    if model.device == expected.device:  # checkpoints in few bits are where they are, and cannot be moved
+        return model
+    moved: PreTrainedModel = model.to(expected.device)  # type: ignore[arg-type]
     return moved
 
 

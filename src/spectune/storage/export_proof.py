@@ -175,7 +175,7 @@ def _refusal(proof: ExportProof) -> str:
         if proof.exact
         else f"a mean of {LOW_PRECISION_TOLERANCE:.0%} of the delta's effect"
     )
-    lower = "" if proof.exact else " Lower precision rounds, too: --dtype float32 tells the one from the other."
+    lower = "" if proof.exact else " Lower precision rounds, too: in float32 the one is told from the other."
     losses = ""
     if proof.loss is not None:
         losses = (
