@@ -164,7 +164,7 @@ def test_on_a_checkpoint_in_four_bits_it_is_proved_there(tmp_path: Path) -> None
     config = LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
     )
-    LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).save_pretrained(tmp_path / "plain")
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
     four_bits = BitsAndBytesConfig(load_in_4bit=True)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=four_bits, dtype=torch.float32)
     model.save_pretrained(tmp_path / "base")
