@@ -26,7 +26,7 @@ from benchmarks.coverage.bases import BaseFailsError
 from benchmarks.exports.cases import METHODS, TYPES, attached, formats, save_base, write
 from benchmarks.exports.faults import FAULTS
 
-from spectune.deltas import own_rounding
+from spectune.deltas.difference import own_rounding
 from spectune.errors import ConfigError, ExportError, SpectuneError
 from spectune.storage import ExpectedAnswers, prove_export
 

@@ -10,7 +10,8 @@ from benchmarks.exports.faults import wrong_prefix
 
 from spectune import embedded
 from spectune.data import collate, encode, load_rows
-from spectune.deltas import Method, attach, merge_and_measure, own_rounding
+from spectune.deltas import Method, attach, merge_and_measure
+from spectune.deltas.difference import own_rounding
 from spectune.errors import ExportError
 from spectune.methods import DoRA, LoRA, PrefixTuning, PromptTuning
 from spectune.storage import expected_answers, load, prove_export, spread, write_model, write_peft, write_prompt_embeds

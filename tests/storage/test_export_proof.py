@@ -16,7 +16,8 @@ from benchmarks.exports.faults import FAULTS, targets_miss_a_linear, wrong_prefi
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from spectune.data import collate, encode, load_rows
-from spectune.deltas import attach, detach, own_rounding, route
+from spectune.deltas import attach, detach, route
+from spectune.deltas.difference import own_rounding
 from spectune.errors import ConfigError, ExportError
 from spectune.evaluation import row_losses
 from spectune.methods import LoRA, PromptTuning

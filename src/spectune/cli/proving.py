@@ -85,7 +85,7 @@ class Proving:
 
     def _own_rounding(self, expected: ExpectedAnswers) -> float | None:
         """What float32 rounds of the run's own logits; the base is loaded once more for it."""
-        from spectune.deltas import own_rounding
+        from spectune.deltas.difference import own_rounding
 
         _free()
         model, _ = self.loaded()

@@ -19,7 +19,6 @@ Each file imports only files that stand above it here:
 from spectune.deltas.attaching import attach, attached, detach, place, unplaced
 from spectune.deltas.attachment import Attachment, BaseFacts
 from spectune.deltas.delta import Delta
-from spectune.deltas.difference import own_rounding
 from spectune.deltas.folder import base_name
 from spectune.deltas.merging import merge, merge_and_measure
 from spectune.deltas.method import InitContext, Method
@@ -39,7 +38,7 @@ __all__ = [
     "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate", "Delta",
     "DeltaModule", "InitContext", "InputModule", "InputSite", "Method", "OutputModule", "OutputSite",
     "ParameterModule", "ParameterSite", "RatePoint", "RateRule", "Site", "attach", "attached", "base_name",
-    "cached_values", "capture_keys_and_values", "detach", "kernel_serves", "merge", "merge_and_measure",
-    "own_rounding", "packed", "packing", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced",
-    "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
+    "cached_values", "capture_keys_and_values", "detach", "kernel_serves", "merge", "merge_and_measure", "packed",
+    "packing", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced", "why_mask_is_needed",
+    "why_not_cudnn", "why_not_packed",
 ]  # fmt: skip
