@@ -12,7 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.deltas import Delta, Method, attach, merge_and_measure
-from spectune.methods import IA3, BitFit, DoRA, FullFineTuning, LoRA, PrefixTuning, PromptTuning
+from spectune.methods import (
+    BY_NAME,
+    IA3,
+    BitFit,
+    DoRA,
+    FullFineTuning,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    method_from_name,
+)
 from spectune.storage import (
     ExpectedAnswers,
     expected_answers,
@@ -39,6 +49,15 @@ METHODS: dict[str, Method] = {
     "prompt": PromptTuning(num_virtual_tokens=4),
     "full": FullFineTuning(),
 }
+
+
+def _small(kind: type[Method]) -> Method:
+    """A rank that tiny bases have room for."""
+    rank = kind.model_fields.get("r")
+    return method_from_name(str(kind.model_fields["name"].default), **({"r": 4} if rank and rank.default > 4 else {}))
+
+
+METHODS |= {name: _small(kind) for name, kind in BY_NAME.items() if name not in METHODS}
 
 
 def batches() -> list[dict[str, Tensor]]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -75,7 +77,9 @@ def targets_miss_a_linear(folder: Path, base: Path) -> bool:
 
 def targets_miss_layers(folder: Path, base: Path) -> bool:
     """The config says the first layer only."""
-    if not json.loads((folder / "adapter_config.json").read_text()).get("target_modules"):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    known = peft.PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
+    if not config.get("target_modules") or "layers_to_transform" not in {entry.name for entry in fields(known)}:
         return False
     return _config(folder, "adapter_config.json", layers_to_transform=[0])
 
