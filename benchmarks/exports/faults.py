@@ -84,6 +84,11 @@ def targets_miss_layers(folder: Path, base: Path) -> bool:
     return _config(folder, "adapter_config.json", layers_to_transform=[0])
 
 
+def experts_lost(folder: Path, base: Path) -> bool:
+    """The config does not name the experts' parameters, whose tensors are there."""
+    return _config(folder, "adapter_config.json", target_parameters=None)
+
+
 def alpha_lost(folder: Path, base: Path) -> bool:
     """`lora_alpha` is PEFT's default."""
     if "lora_alpha" not in json.loads((folder / "adapter_config.json").read_text()):
@@ -247,8 +252,8 @@ def embeddings_of_zeros(folder: Path, base: Path) -> bool:
 
 FAULTS: dict[str, tuple[Fault, ...]] = {
     "peft": (
-        wrong_prefix, names_of_another_wrapping, targets_miss_a_linear, targets_miss_layers, alpha_lost, rslora_toggled,
-        magnitudes_lost, zeros, a_layer_is_missing, virtual_tokens_out_of_order, keys_for_values,
+        wrong_prefix, names_of_another_wrapping, targets_miss_a_linear, targets_miss_layers, experts_lost, alpha_lost,
+        rslora_toggled, magnitudes_lost, zeros, a_layer_is_missing, virtual_tokens_out_of_order, keys_for_values,
     ),
     "merged": (
         nothing_merged, merged_in_4_bits, merged_in_8_bits, through_bfloat16, merged_twice, changes_transposed,
