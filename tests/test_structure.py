@@ -43,7 +43,9 @@ ENTRY_POINTS = {
     "cli validate": "flags",
     "comparing compare": "spectune.compare",
     "evaluation of": "spectune.evaluation.Task.of",
+    "planning of": "spectune.planning.Workload.of, what spectune.plan takes",
     "planning plan": "spectune.plan",
+    "storage load": "spectune.load",
     "training train": "spectune.train",
 }
 _CHANGES = {"add", "append", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}

@@ -17,7 +17,7 @@ from spectune.version import __version__
 
 if TYPE_CHECKING:
     # isort: off
-    from spectune.comparing import Comparison as Comparison, compare as compare
+    from spectune.comparing import Arm as Arm, Comparison as Comparison, compare as compare
     from spectune.data import Source as Source
     from spectune.deltas import Delta as Delta, Method as Method, attach as attach, detach as detach, merge as merge
     from spectune.deltas import route as route
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # room -> its public names; `tests/test_public_api.py` holds this table and the imports above together.
 _PUBLIC: dict[str, tuple[str, ...]] = {
-    "comparing": ("Comparison", "compare"),
+    "comparing": ("Arm", "Comparison", "compare"),
     "data": ("Source",),
     "deltas": ("Delta", "Method", "attach", "detach", "merge", "route"),
     "errors": ("ConfigError", "DataError", "DivergedError", "DoesNotFitError", "InterruptedRun", "OutOfMemoryError",

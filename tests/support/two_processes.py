@@ -92,6 +92,7 @@ class Broken:
 
     def __init__(self, on: bool) -> None:
         self.on, self.calls = on, 0
+        self.precompute = CAUSAL_LM.precompute
 
     def loss_sum(self, *given: Any, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
         loss, counts = CAUSAL_LM.loss_sum(*given, **how)
@@ -113,10 +114,10 @@ def several(folder: Path) -> dict[str, Any]:
     found["does not fit"] = failure(lambda: run(LoRA(), settings(2)))
     trainer.check_memory = check
 
-    objective = loop_module.CAUSAL_LM
-    loop_module.CAUSAL_LM = Broken(world.leads)
+    objective_of, broken = loop_module.objective_of, Broken(world.leads)
+    loop_module.objective_of = lambda _: broken
     found["diverged"] = failure(lambda: run(LoRA(), settings(2, output_dir=folder / "diverged")))
-    loop_module.CAUSAL_LM = objective
+    loop_module.objective_of = objective_of
 
     loop_module.Loop.finish = finish if world.leads else interrupt_after(2)
     found["interrupted"] = failure(lambda: run(LoRA(), settings(2, output_dir=folder / "two")))

@@ -155,7 +155,8 @@ def test_on_cuda_all_steps_are_measured_and_validation_is_not_among_them(monkeyp
 
         monkeypatch.setattr(owner, name, grown)
 
-    monkeypatch.setattr(loop_module, "CAUSAL_LM", objective := CausalLM())
+    objective = CausalLM()
+    monkeypatch.setattr(loop_module, "objective_of", lambda _: objective)
     using(objective, "loss_sum", 100)
     using(loop_module, "row_losses", 500)
     monkeypatch.setattr(peaks, "PeakMemory", Fake)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import limits, options
+from spectune.cli.arms import arms_of, given_arms, names_of
 from spectune.cli.console import complain, import_libraries, note, print_answer, work
 from spectune.cli.dry_run import asked, dry_run
 from spectune.cli.evaluate import JUDGING
@@ -21,15 +22,19 @@ from spectune.errors import ConfigError, InterruptedRun, SpectuneError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spectune.comparing import Comparison
-    from spectune.deltas import Method
+    from spectune.comparing import Arm, Comparison
 
 #: Steps of a final run under --quick: enough for each method to fall below the bare base on the embedded task.
 QUICK_STEPS = 120
 
 
 Methods = Annotated[
-    str | None, typer.Option(help=f"Methods, comma-separated: {method_names()}.", show_default="all of them")
+    str | None,
+    typer.Option(
+        help=f"Methods, comma-separated: {method_names()}; with settings of their own behind a colon, joined by +: "
+        "lora,lora:r=64+task_type=SEQ_CLS.",
+        show_default="all of them",
+    ),
 ]
 Test = Annotated[
     list[str] | None,
@@ -50,7 +55,8 @@ Fractions = Annotated[
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="loss, exact_match, rouge_l, bleu, chrf, accuracy, or package.module:function; comma-separated.",
+        help="loss, exact_match, rouge_l, bleu, chrf, accuracy, macro_f1, matthews, of heads also mse, pearson, "
+        "span_f1, token_accuracy, or package.module:function; comma-separated.",
         show_default="by what the rows have",
     ),
 ]
@@ -85,6 +91,7 @@ def compare(
     output_dir: options.OutputDir = None,
     config: options.Config = None,
     assignments: options.Set = None,
+    task_type: options.TaskType = None,
     train_on: options.TrainOn = None,
     seed: options.Seed = None,
     resume: options.Resume = False,
@@ -108,6 +115,7 @@ def compare(
       spectune compare --model gpt2 --data train.jsonl --valid valid.jsonl --test test.jsonl --methods full,lora,bitfit
       spectune compare --data train.jsonl --fractions 100,300,1 --max-memory 24GiB
       spectune compare --config run.yaml --set lora.r=8 --output-dir runs/ranks
+      spectune compare --data train.jsonl --methods lora,lora:task_type=SEQ_CLS
     """
     if quick and thorough:
         raise ConfigError("--quick and --thorough: expected one of them, or neither")
@@ -123,7 +131,7 @@ def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, a
     """The command with its settings and limits (`given`)."""
     failed = False
     with work(as_json=as_json) as out:
-        check_inputs(settings, settings.method_names([]))
+        check_inputs(settings, names_of(given_arms(settings, [])))
         import_libraries()
         from spectune.methods import BY_NAME, SPECTRUM
 
@@ -131,10 +139,10 @@ def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, a
         if (precision := settings.text("base_precision")) is not None:  # a base in few bits is not trained itself
             training_it = [name for name in default if BY_NAME[name].trains_base]
             default = [name for name in default if name not in training_it]
-            if not any(key in settings.given for key in NAMING):
+            if not any(key in settings.given for key in (*NAMING, "arms")):
                 left_out = ", ".join(training_it)
                 note(f"base_precision {precision}: {left_out} trains the base's own weights and is left out")
-        chosen = settings.methods(settings.method_names(default))
+        chosen = arms_of(settings, given_arms(settings, default))
         if dry:
             answer = dry_run(chosen, settings, "compare", out)
         else:
@@ -150,7 +158,7 @@ def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, a
         raise typer.Exit(SpectuneError.exit_code)
 
 
-def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:
+def _compare(arms: list[Arm], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:
     from spectune import comparing, embedded
     from spectune.results import Limits
 
@@ -162,10 +170,10 @@ def _compare(methods: list[Method], settings: Settings, limits: dict[str, Any], 
     # each run's config.yaml: its own seed is not that of the split, and eval measures it as it was judged here
     judged = {key: value for key, value in asked(settings).items() if key in JUDGING and settings.get(key) is not None}
     recorded = origin(settings) | judged | {"split_seed": wanted.seed}
-    note(f"base: {settings.base}; methods: {', '.join(method.name for method in methods)}; folder: {folder}")
+    note(f"base: {settings.base}; methods: {', '.join(arm.name for arm in arms)}; folder: {folder}")
     try:
         return comparing.compare(
-            settings.base, data, valid, test_rows=settings.rows("test"), methods=methods, **asked(settings),
+            settings.base, data, valid, test_rows=settings.rows("test"), methods=arms, **asked(settings),
             limits=Limits(**limits) if limits else None, output_dir=folder, config=wanted, seed=wanted.seed,
             **settings.placement, retain=settings.text("retain"), resume=wanted.resume, origin=recorded,
             console=out,

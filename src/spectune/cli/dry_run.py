@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectune.cli.console import note
+from spectune.cli.heads import head_options, learned_by
 from spectune.cli.input_rows import row_length, training_rows
 from spectune.cli.runs import output_folder
 
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from spectune.cli.settings import Settings
-    from spectune.data import Row
-    from spectune.deltas import Method
+    from spectune.comparing import Arm
+    from spectune.data import Labels, Row, Rows
+    from spectune.training import TrainingConfig
 
 
-def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Console) -> dict[str, Any]:
-    """Train each method for one step, executed as its run would be, without a folder.
+def dry_run(arms: Sequence[Arm], settings: Settings, label: str, out: Console) -> dict[str, Any]:
+    """Train each arm's method for one step, executed as its run would be, without a folder.
 
     The longest batch comes first in an epoch, so one step shows whether memory suffices. Of the validation rows all are
     read and encoded, and the longest are evaluated. Raises SpectuneError: whatever the run itself would raise at its
@@ -44,29 +46,47 @@ def dry_run(methods: Sequence[Method], settings: Settings, label: str, out: Cons
 
     if label == "compare":
         check_settings(**asked(settings))
-    found = []
-    for number, method in enumerate(methods):
+    found, arms = [], learned_by(arms, settings, rows)
+    words = next((arm.labels for arm in arms if arm.labels is not None), None)
+    for number, arm in enumerate(arms):
+        method, labels = arm.method, arm.labels
+        if labels is None and words is not None:  # a language model beside a head
+            train_rows, valid_rows, own = _in_words(rows, held_out, wanted, words)
+        else:
+            train_rows, valid_rows, own = rows, held_out, wanted
         # a base for each: what full fine-tuning has trained is not the base any more
-        model, tokenizer = load(settings.base, **settings.placement)
-        if number == 0 and (retain := settings.text("retain")) is not None:
+        model, tokenizer = load(settings.base, **settings.placement, **head_options(labels))
+        if number == 0 and labels is None and (retain := settings.text("retain")) is not None:
             retained_passages(model, tokenizer, retain, wanted.seed)
-        as_run = {**dated(wanted, tokenizer).encode_options, "vocab_size": vocabulary_rows(model)}
+        as_run = {**dated(own, tokenizer).encode_options, "vocab_size": vocabulary_rows(model), "labels": labels}
         if number == 0 and label == "compare":
             length = row_length(model, wanted.max_length)
-            _check_judging(settings, rows, held_out, tokenizer, {**as_run, "max_length": length})
-        delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
+            _check_judging(settings, train_rows, valid_rows, tokenizer, {**as_run, "max_length": length})
+        delta = attach(model, method, arm.name, tokenizer=tokenizer, seed=wanted.seed)
         how: dict[str, Any] = {**as_run, "max_length": max_length(model, method, wanted)}
-        train = weighted(encode(rows, tokenizer, **how), rows.weights, wanted.seed)
-        judged = encode(held_out, tokenizer, **how)
+        train = weighted(encode(train_rows, tokenizer, **how), train_rows.weights, wanted.seed)
+        judged = encode(valid_rows, tokenizer, **how)
         # all validation rows are read; of these the longest are evaluated
         longest = sorted(judged.examples, key=lambda example: -example.length)
         few = Encoded(longest[: wanted.per_device_eval_batch_size], judged.report)
-        step = wanted.model_copy(update={"output_dir": None, "resume": False, "max_steps": 1})
+        step = own.model_copy(update={"output_dir": None, "resume": False, "max_steps": 1})
         result = training.train(model, tokenizer, delta, train, few, step, console=out, rehearsed=wanted)
         found.append(result.model_dump(mode="json", exclude={"folder", "stored_bytes"}))
         peak = result.peak_memory_bytes.get("train_allocated")
         note(f"  loss {result.train_loss:.4f}" + (f", {peak / 2**20:,.0f} MiB of tensors at the peak" if peak else ""))
     return {"dry_run": True, "folder": str(folder), "data": source, "runs": found}
+
+
+def _in_words(
+    rows: Rows, held_out: Sequence[Row], wanted: TrainingConfig, labels: Labels
+) -> tuple[Rows, Sequence[Row], TrainingConfig]:
+    """Rows of texts with labels as a language model beside a head has them, and its settings."""
+    from spectune.comparing.inputs import Rows as Given
+    from spectune.comparing.label_words import SEPARATOR
+
+    found = Given(rows, held_out, None, None).in_words(labels)
+    default = SEPARATOR if any(row.text is not None for row in rows) else ""
+    return found.train, found.valid, wanted.model_copy(update={"separator": wanted.separator or default})
 
 
 def asked(settings: Settings) -> dict[str, Any]:
@@ -83,7 +103,7 @@ def asked(settings: Settings) -> dict[str, Any]:
 
 
 def _check_judging(
-    settings: Settings, rows: list[Row], held_out: list[Row], tokenizer: PreTrainedTokenizerBase,
+    settings: Settings, rows: Sequence[Row], held_out: Sequence[Row], tokenizer: PreTrainedTokenizerBase,
     as_run: dict[str, Any],
 ) -> None:  # fmt: skip
     """Read and encode the rows that final runs would be judged on, and find out whether they give the metrics.
@@ -99,4 +119,5 @@ def _check_judging(
     encode(judged, tokenizer, **as_run)
     own = asked(settings)
     how = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
-    Task.of(judged, train_rows=rows, max_length=as_run["max_length"], separator=wanted.separator, **how)
+    how |= {"separator": wanted.separator, "labels": as_run["labels"]}
+    Task.of(judged, train_rows=rows, max_length=as_run["max_length"], **how)

@@ -14,6 +14,7 @@ from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
 from spectune.cli.input_rows import note_losses, row_length, rows_of, rows_of_run, run_on
 from spectune.cli.settings import Settings
+from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from spectune.cli.runs import Run
     from spectune.data import Row
+    from spectune.evaluation import JudgedRow
 
     Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, float]]
 
@@ -38,8 +40,9 @@ GenerateRows = Annotated[
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="What to measure beside the loss: auto, or some of exact_match, rouge_l, bleu, chrf, accuracy, and "
-        "your own as package.module:function or file.py:function, comma-separated; loss alone: loss.",
+        help="What to measure beside the loss: auto, or some of exact_match, rouge_l, bleu, chrf, accuracy, macro_f1, "
+        "matthews (of a head also mse, pearson, span_f1, token_accuracy), and your own as package.module:function or "
+        "file.py:function, comma-separated; loss alone: loss.",
         show_default="auto, or as the comparison had it",
     ),
 ]
@@ -111,6 +114,10 @@ def evaluate(
             rows, source = rows_of(files, "test", {**found.row_options, "skip_bad_rows": skip_bad_rows})
         note(f"{found.name}; rows: {source}")
 
+        if found.labels is not None and lm_eval_tasks is not None:
+            raise ConfigError(
+                "--lm-eval-tasks asks for texts, and this run has a head, which writes none: leave it out"
+            )
         asked_of_it = _harness(lm_eval_tasks, batch_size, lm_eval_limit, lm_eval_include)
         loaded = found.load(device, dtype, base_precision)
         of_rows: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -119,6 +126,7 @@ def evaluate(
         flags = {"metric": metric, "generate_rows": generate_rows, "choice_normalization": choice_normalization}
         of_rows |= {key: value for key, value in flags.items() if value is not None}
         answer = {"run": found.folder_name, "base_model": found.base, "data": source}
+        answer["task_type"] = "CAUSAL_LM" if found.labels is None else found.labels.task_type
         answer |= _measured(found, loaded, rows, source, of_rows, asked_of_it)
         if not as_json:
             _print(out, answer)
@@ -148,30 +156,33 @@ def _measured(
     """
     from spectune.data import encode
     from spectune.deltas import route
-    from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, loss_by_source, perplexity
+    from spectune.evaluation import Task, corpus_metrics, judge, judged_loss, perplexity
     from spectune.families import vocabulary_rows
 
     model, tokenizer = loaded
     max_length = row_length(model, run.config.get("max_length"))
     vocab_size = vocabulary_rows(model)
-    encoded = encode(rows, tokenizer, max_length=max_length, vocab_size=vocab_size, **run.encode_options)
+    labels = run.labels
+    how = {"max_length": max_length, "labels": labels, **run.encode_options}
+    encoded = encode(rows, tokenizer, vocab_size=vocab_size, **how)
     note_losses(encoded.report, source)
     # a row that encoding drops has nothing to be judged on
     answers = [str(answer) for answer in run.config.get("row_answers") or ()]
-    task = Task.of(encoded.rows, max_length=max_length, answers=answers, **run.encode_options, **wanted)
+    task = Task.of(encoded.rows, answers=answers, **how, **wanted)
     note(task.describe())
 
     def measured() -> dict[str, Any]:
         """Of one model, under whatever route is current."""
         judged = judge(model, tokenizer, task)
         loss, metrics = judged_loss(judged), corpus_metrics(judged)
+        if labels is not None:  # what a head has no meaning for is left out: perplexity, target tokens, texts
+            return {f"loss_{labels.loss_unit.replace(' ', '_')}": loss, **metrics, **_by_source(judged)}
         found: dict[str, Any] = {"loss_nats_per_token": loss, "perplexity": perplexity(loss)}
         found["target_tokens"] = sum(row.target_tokens for row in judged)
         found |= {"choice_accuracy" if name == "accuracy" else name: value for name, value in metrics.items()}
         if task.to_write:
             found["generated_rows"] = len(task.to_write)
-        if sources := loss_by_source(judged):
-            found["loss_by_source"] = sources
+        found |= _by_source(judged)
         return found | (harness_metrics(model, tokenizer) if harness_metrics else {})
 
     tuned = measured() if run.delta_folder is not None else None
@@ -180,12 +191,20 @@ def _measured(
     return {"rows": len(task.rows), "tuned": tuned, "base": base, "data_report": encoded.report.to_dict()}
 
 
+def _by_source(judged: Sequence[JudgedRow]) -> dict[str, Any]:
+    from spectune.evaluation import loss_by_source
+
+    sources = loss_by_source(judged)
+    return {"loss_by_source": sources} if sources else {}
+
+
 def _print(out: Console, answer: dict[str, Any]) -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
     say(out, f"{answer['rows']:,} rows of {answer['data']}", style="italic")  # a table's title would be folded
-    sides = {"tuned": answer["tuned"], "bare base": answer["base"]}
+    bare = "bare base" if answer["task_type"] == "CAUSAL_LM" else "untrained head"
+    sides = {"tuned": answer["tuned"], bare: answer["base"]}
     if answer["tuned"] is None:  # a model as it is
         sides = {"": answer["base"]}
     columns = [Column(name, justify="right") for name in sides]

@@ -10,9 +10,11 @@ import typer
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
 from spectune.cli.input_rows import rows_of, rows_of_run, run_on
+from spectune.cli.labelled_rows import labelled
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from spectune.cli.runs import Run
     from spectune.data import Row
 
 Prompts = Annotated[
@@ -40,7 +42,7 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Generate a completion for each prompt, with the newest run or the one that --run names; with --model alone, by
-    that model as it is.
+    that model as it is. A run with a head (task_type SEQ_CLS or TOKEN_CLS) says the prompt's class, number or tags.
 
     A prompt goes to the model exactly as a training row's prompt did: with the run's separator and
     the line end that all its training prompts end with, in the form of an instruction, or as a user's message in the
@@ -61,17 +63,18 @@ def generate(
             asked, source = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)], ""
         else:
             read = rows_of_run(found) if data is None else rows_of(data, "test", found.row_options)
-            asked, source = _rows_with_prompts(read[0], rows), f"; rows: {read[1]}"
+            some = read[0][:rows] if found.labels is not None else _rows_with_prompts(read[0], rows)
+            asked, source = some, f"; rows: {read[1]}"
         note(f"{found.name}{source}")
 
-        from spectune.data import prompts_ids
-        from spectune.inference import Sampling, generate_texts
-
-        base_model, tokenizer = found.load(device, dtype, base_precision)
-        asked_ids = prompts_ids(asked, tokenizer, **found.prompt_options)
-        sampling = Sampling(seed=seed or 0, temperature=temperature, top_p=top_p) if do_sample else None
-        texts = generate_texts(base_model, tokenizer, asked_ids, max_new_tokens=max_new_tokens, sampling=sampling)
-        written = [_record(row, text) for row, text in zip(asked, texts, strict=True)]
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed or 0} if do_sample else None
+        if found.labels is not None:
+            if sampling is not None:
+                raise ConfigError("--do-sample: this run has a head, which gives one label and writes no text")
+            written = labelled(found, asked, device, dtype, base_precision)
+        else:
+            texts = _written(found, asked, (device, dtype, base_precision), max_new_tokens, sampling)
+            written = [_record(row, text) for row, text in zip(asked, texts, strict=True)]
         for record in () if as_json else written:
             say(out, record["prompt"], style="dim")
             say(out, record["completion"].strip())
@@ -79,6 +82,20 @@ def generate(
                 say(out, f"reference: {record['references'][0]}", style="dim italic")
             out.print()
     print_answer({"run": found.folder_name, "base": found.base, "outputs": written}, as_json=as_json)
+
+
+def _written(
+    run: Run, asked: list[Row], place: tuple[str | None, str | None, str | None], new: int,
+    sampling: dict[str, Any] | None,
+) -> list[str]:  # fmt: skip
+    """What the run's model writes for each row. `place`: device, dtype and precision of the base."""
+    from spectune.data import prompts_ids
+    from spectune.inference import Sampling, generate_texts
+
+    model, tokenizer = run.load(*place)
+    ids = prompts_ids(asked, tokenizer, **run.prompt_options)
+    how = None if sampling is None else Sampling(**sampling)
+    return generate_texts(model, tokenizer, ids, max_new_tokens=new, sampling=how)
 
 
 def _row_of(typed: str, number: int, config: dict[str, Any]) -> Row:
@@ -93,6 +110,8 @@ def _row_of(typed: str, number: int, config: dict[str, Any]) -> Row:
         return _question(origin, typed, config)
     if shape == "text":
         return Row(origin, text=typed)
+    if shape == "tokens":
+        return Row(origin, tokens=tuple(typed.split()), shape=shape)
     if shape == "alpaca":
         made = row_of(origin, {"instruction": typed, "output": "-"})
         note(f"{origin}: put into the form of an instruction, as every prompt in training was")

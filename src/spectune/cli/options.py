@@ -48,6 +48,14 @@ Data = Annotated[
         show_default="the embedded task",
     ),
 ]
+TaskType = Annotated[
+    str | None,
+    typer.Option(
+        help="What is learned: auto, CAUSAL_LM (text), SEQ_CLS (a class or a number for a text) or TOKEN_CLS (a class "
+        "for each word).",
+        show_default="auto: by the rows; text + label is SEQ_CLS, tokens + tags is TOKEN_CLS",
+    ),
+]
 TrainOn = Annotated[
     str | None,
     typer.Option(help="Turns of a chat to learn: all (of the assistant) or last.", show_default="all"),

@@ -67,6 +67,7 @@ def plan(
     gradient_checkpointing: Recompute = False,
     data: Data = None,
     calibrate: Calibrate = False,
+    task_type: options.TaskType = None,
     config: options.Config = None,
     assignments: options.Set = None,
     device: AnyDevice = None,

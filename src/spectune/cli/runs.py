@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from spectune.cli.console import note
+from spectune.cli.heads import head_options, recorded_labels
 from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from spectune.data import Labels
 
 RUNS = Path("runs")
 #: the files of a delta's folder that name its base, and the keys under which they do
@@ -139,6 +142,11 @@ class Run:
         return {**self.prompt_options, "truncation": str(self.config.get("truncation") or "start")}
 
     @property
+    def labels(self) -> Labels | None:
+        """What its head says; None of a language model."""
+        return recorded_labels(self.config)
+
+    @property
     def row_options(self) -> dict[str, Any]:
         """How the run's data were read: arguments of `spectune.data.load_rows`, beside `skip_bad_rows`."""
         return {key: self.config.get(key) for key in ("columns", "delimiter", "encoding")}
@@ -152,9 +160,8 @@ class Run:
         trained_over = self.config.get("base_precision")
         if trained_over is not None and base_precision is None:
             note(f"trained over the base in {trained_over}, and loaded on the base as it is")
-        model, tokenizer = load(
-            self.base, device=device or "auto", dtype=dtype or "auto", base_precision=base_precision
-        )
+        where = {"device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision}
+        model, tokenizer = load(self.base, **where, **head_options(self.labels))
         if self.delta_folder is not None:
             try:
                 load_delta(model, self.delta_folder, name="run")

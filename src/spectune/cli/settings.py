@@ -26,9 +26,9 @@ RUN_KEYS = frozenset(
     # which rows of the data were held out, where that is not by the run's own seed
     | {"split_seed"}
     # a comparison's
-    | {"preset", "seeds", "fractions", "metric", "generate_rows", "choice_normalization"}
+    | {"arms", "preset", "seeds", "fractions", "metric", "generate_rows", "choice_normalization"}
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
-    | {"row_shape", "prompt_ends_with", "row_system", "row_tools", "row_template_kwargs", "row_answers"}
+    | {"row_shape", "prompt_ends_with", "row_system", "row_tools", "row_template_kwargs", "row_answers", "row_labels"}
 )
 #: keys that may be a mapping of their own
 MAPPINGS = ("columns", "row_template_kwargs", "data", "valid", "test")
@@ -149,7 +149,7 @@ class Settings:
     def check(self, names: Sequence[str] = ()) -> None:
         """Check, without importing torch, that the methods of those names are there, that every key given is known, and
         that the training's values fit. With no name keys may be any method's. Raises ConfigError."""
-        self._by_method(names)
+        self.by_method(names)
         self.training()
 
     def methods(self, names: Sequence[str]) -> list[Method]:
@@ -159,14 +159,14 @@ class Settings:
         name the keys are only checked, for commands that train nothing. Raises ConfigError: a name, a key or a value is
         wrong.
         """
-        chosen = self._by_method(names)
+        chosen = self.by_method(names)
         if not names:
             return []
         from spectune.methods import BY_NAME
 
         return [validated(BY_NAME[name], chosen[name]) for name in names]
 
-    def _by_method(self, names: Sequence[str]) -> dict[str, dict[str, Given]]:
+    def by_method(self, names: Sequence[str]) -> dict[str, dict[str, Given]]:
         """The keys given for each method named."""
         from spectune.training import TrainingConfig
 

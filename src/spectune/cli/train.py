@@ -10,6 +10,7 @@ import typer
 from spectune.cli import options
 from spectune.cli.console import import_libraries, note, print_answer, work
 from spectune.cli.dry_run import dry_run
+from spectune.cli.heads import decided, head_options
 from spectune.cli.input_rows import check_inputs, training_rows
 from spectune.cli.known_keys import method_names
 from spectune.cli.one_of_several import joined, of_first
@@ -19,6 +20,8 @@ from spectune.errors import ConfigError, InterruptedRun
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from spectune.comparing import Arm
 
 DEFAULT_METHOD = "lora"
 
@@ -32,6 +35,7 @@ def train(
     output_dir: options.OutputDir = None,
     config: options.Config = None,
     assignments: options.Set = None,
+    task_type: options.TaskType = None,
     train_on: options.TrainOn = None,
     seed: options.Seed = None,
     resume: options.Resume = False,
@@ -63,8 +67,15 @@ def train(
         check_inputs(settings, names)
         [name] = names
         with joined(settings.placement["device"]):
-            answer = dry_run(settings.methods(names), settings, name, out) if dry else _train(name, settings, out)
+            answer = dry_run(_arms(settings, name), settings, name, out) if dry else _train(name, settings, out)
     print_answer(answer, as_json=as_json)
+
+
+def _arms(settings: Settings, name: str) -> list[Arm]:
+    from spectune.comparing import Arm
+
+    [method] = settings.methods([name])
+    return [Arm(name, method)]
 
 
 def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
@@ -80,15 +91,17 @@ def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
 
     [method] = settings.methods([name])
     observer = Observer()
+    labels = decided(settings, rows)
     with observer.phases.of("load"):
-        model, tokenizer = load(settings.base, **settings.placement)
+        model, tokenizer = load(settings.base, **settings.placement, **head_options(labels))
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
     if (precision := settings.text("base_precision")) is not None:
         place += f", frozen linears in {precision}"
     note(f"base: {settings.base} ({place})\ndata: {source}\nfolder: {folder}")
     with observer.phases.of("prove"):
         delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
-    config = wanted.model_copy(update={"output_dir": folder})
+    learned = "CAUSAL_LM" if labels is None else labels.task_type
+    config = wanted.model_copy(update={"output_dir": folder, "task_type": learned})
     try:
         result = training.train(
             model, tokenizer, delta, rows, held_out, config, origin=origin(settings), console=out, observer=observer
@@ -98,5 +111,6 @@ def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
             "interrupted outside of a step. To go on from what is saved, or to start again if nothing is: the same "
             f"command with --output-dir {folder} --resume"
         ) from stop
-    note(f"kept in {folder / 'best'}; see what it writes: spectune generate --run {folder}")
+    does = "writes" if labels is None else "says"
+    note(f"kept in {folder / 'best'}; see what it {does}: spectune generate --run {folder}")
     return result.model_dump(mode="json")

@@ -32,6 +32,7 @@ def validate(
     model: options.Model = None,
     config: options.Config = None,
     assignments: options.Set = None,
+    task_type: options.TaskType = None,
     train_on: options.TrainOn = None,
     show: Annotated[int, typer.Option(min=0, help="Rows of each shape to show with what is learned of them.")] = 3,
     skip_bad_rows: options.SkipBadRows = False,

@@ -1,56 +1,44 @@
 """Compare methods on one base and one data set: search, repeat, measure, judge, recommend."""
 
-import datetime
-import hashlib
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.comparing import conditions
+from spectune.comparing.arms import Arm, arms_of
+from spectune.comparing.beginning import Beginning
 from spectune.comparing.comparison import Comparison
 from spectune.comparing.conditions import RecordedConditions
 from spectune.comparing.final_runs import base_rows, judge_base, valid_loss_of_base
-from spectune.comparing.inputs import Inputs, Rows
-from spectune.comparing.job import Arm, Job
-from spectune.comparing.measure import retained_passages
+from spectune.comparing.inputs import Rows
+from spectune.comparing.job import Job
 from spectune.comparing.runner import Runner
-from spectune.comparing.schedule import PRESETS, Schedule
-from spectune.deltas import Method, attached, base_name
-from spectune.errors import ConfigError, InterruptedRun
-from spectune.families import base_precision as precision_of
-from spectune.families import describe, fingerprint, vocabulary_rows
-from spectune.files.atomic import atomic_write_text
+from spectune.comparing.schedule import PRESETS
+from spectune.deltas import Method
+from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun
 from spectune.inference import CHOICE_NORMALIZATIONS
-from spectune.methods import BY_NAME, method_from_name
 from spectune.phases import Phases
-from spectune.planning import reference_shares
 from spectune.results import Limits
-from spectune.results.comparison_file import Base, Data
-from spectune.storage import TINY, load
-from spectune.training import TrainingConfig, environment
-from spectune.training.identity import FREE
-from spectune.training.prepare import dated, max_length
+from spectune.training import TrainingConfig
 
 GENERATE_ROWS = 64
-#: settings that no result depends on (speed and memory do on recomputation), and the one that differs between its runs
-NOT_SHARED = (FREE - {"gradient_checkpointing"}) | {"learning_rate"}
 #: files of a folder that is no comparison which can be resumed
 OF_OTHER_RUNS = ("comparison.json", "result.json", "identity.json", "runs")
 
 
 def compare(
     base: str | Path | PreTrainedModel, train_rows: Any, valid_rows: Any = None, *, test_rows: Any = None,
-    methods: Sequence[str | Method] | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
-    output_dir: str | Path | None = None, config: TrainingConfig | None = None, preset: str = "default",
-    seeds: int | None = None, fractions: Sequence[float] = (), metric: str = "auto",
-    generate_rows: int = GENERATE_ROWS, limits: Limits | None = None, seed: int | None = None, device: str = "auto",
-    dtype: str = "auto", base_precision: str | None = None, retain: str | Path | None = None, resume: bool = False,
+    methods: Sequence[str | Method | Arm] | Mapping[str, Method | Arm] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None, output_dir: str | Path | None = None,
+    config: TrainingConfig | None = None, preset: str = "default", seeds: int | None = None,
+    fractions: Sequence[float] = (), metric: str = "auto", generate_rows: int = GENERATE_ROWS,
+    limits: Limits | None = None, seed: int | None = None, device: str = "auto", dtype: str = "auto",
+    base_precision: str | None = None, retain: str | Path | None = None, resume: bool = False,
     choice_normalization: str = "sum", origin: Mapping[str, Any] | None = None, console: Console | None = None,
 ) -> Comparison:  # fmt: skip
     """Search each method's learning rate, train it with several seeds, measure all alike, and say what differs.
@@ -61,7 +49,9 @@ def compare(
             `spectune.Source`; without `valid_rows` a seeded tenth of the training rows is held out.
         test_rows: rows that only the final runs are judged on; without them they are judged on the validation rows,
             which have also chosen the rates.
-        methods: names or configs; all of them by default.
+        methods: names, configs or arms (`Arm(name, method, task_type="SEQ_CLS")`, see `spectune.comparing.arms`), or a
+            mapping from names to configs or arms; all methods by default. What is learned of the rows, their text or
+            their labels with a head, is the config's `task_type`, unless an arm has its own.
         config: one budget for all. A `learning_rate` is every method's, and nothing is searched.
         preset: "quick", "default" or "thorough": see `spectune.comparing.schedule`.
         seeds: final runs of each method; by default the preset's.
@@ -90,28 +80,36 @@ def compare(
     own |= {"generate_rows": generate_rows, "choice_normalization": choice_normalization}
     check_settings(**own)
     settings, folder, before = _begin(config, seed, output_dir, resume)
-    arms = _arms(methods, base_precision)
+    arms = arms_of(methods, base_precision)
     rows = phases.call("rows", Rows.read, train_rows, valid_rows, test_rows, settings)
-    model, tokenizer = phases.call("load", _base, base, tokenizer, device, dtype, base_precision)
-    _check_base(model, preset, named=isinstance(base, str | Path))
-    recorded = _recorded(str(model.config._name_or_path), settings, arms, own, origin)
-    settings = dated(_begun(settings, _max_length(model, arms, settings, before), before), tokenizer)
-    judged: dict[str, Any] = {name: own[name] for name in ("metric", "generate_rows", "choice_normalization")}
-    inputs = phases.call("rows", Inputs.of, rows, tokenizer, settings, vocab_size=vocabulary_rows(model), **judged)
-    virtual = max(arm.method.virtual_tokens for arm in arms)
-    text = phases.call("forget", retained_passages, model, tokenizer, retain, settings.seed, virtual_tokens=virtual)
-    schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, seeds=seeds, fractions=fractions)
-    job = Job(folder, model, tokenizer, arms, settings, inputs, text, schedule, origin, console, phases)
-    job.conditions = _checked(_conditions(job, retain), before, limits, folder)
-    return _carry_out(job, recorded)
+    where = {"device": device, "dtype": dtype, "base_precision": base_precision}
+    return _carried_out(
+        Beginning.of(
+            base, arms, rows, settings, tokenizer=tokenizer, where=where, own=own, folder=folder, before=before,
+            retain=retain, limits=limits, origin=origin, console=console, phases=phases,
+        )
+    )  # fmt: skip
 
 
-def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
-    """Make all runs that are not there yet, and the comparison from all of them. `recorded`: for config.yaml."""
-    folder, base = job.folder, job.conditions.base
-    job.phases.add(job.conditions.seconds_by_phase)
-    if not (folder / "config.yaml").is_file():  # what a resumption goes on with stays as it was
-        atomic_write_text(folder / "config.yaml", yaml.safe_dump(dict(recorded), sort_keys=False))
+def _carried_out(beginning: Beginning) -> Comparison:
+    """Make all runs that are not there yet, and the comparison from all of them."""
+    folder, misfits = beginning.folder, list[DoesNotFitError]()
+    for job in beginning.jobs():
+        try:
+            _carry_out(job)
+        except DoesNotFitError as error:  # of the arms of one kind of model none fits
+            misfits.append(error)
+        del job  # before the next one loads its model
+    if len(misfits) == len(beginning.tracks):
+        raise misfits[0]
+    comparison = Comparison.from_runs(folder)
+    comparison.save()
+    return comparison
+
+
+def _carry_out(job: Job) -> None:
+    """Make the runs of one kind of model that are not there yet."""
+    folder, base = job.folder, job.base
     for line in (job.conditions.data.mixture, job.inputs.notice):
         if line:
             job.print(line)
@@ -131,59 +129,6 @@ def _carry_out(job: Job, recorded: Mapping[str, Any]) -> Comparison:
         raise InterruptedRun(
             f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
         ) from stop
-    comparison = Comparison.from_runs(folder)
-    comparison.save()
-    return comparison
-
-
-def _checked(
-    found: RecordedConditions, before: RecordedConditions | None, limits: Limits | None, folder: Path
-) -> RecordedConditions:
-    """Check that the conditions are those of an earlier call (`before`), take over what it measured of the base, and
-    write them."""
-    found.limits = limits or (before.limits if before is not None else Limits())
-    if before is not None:
-        found.seconds_by_phase = before.seconds_by_phase
-        conditions.check(before, found, folder)
-        found.base = Base(**{**found.base.to_dict(), **before.base.to_dict()})
-        if before.metric_code not in (None, found.metric_code):
-            # what was measured of rows is judged anew, from the weights that are kept
-            for path in (folder / "base" / "rows.jsonl", *folder.glob("runs/*/*/rows.jsonl")):
-                path.unlink(missing_ok=True)
-    found.write(folder / conditions.FILE)
-    return found
-
-
-def _conditions(job: Job, retain: str | Path | None) -> RecordedConditions:
-    """What all runs share; `identity` is what their results depend on."""
-    model, settings, inputs, passages = job.model, job.config, job.inputs, job.passages
-    name, family, dtype = base_name(model), describe(model), str(model.dtype).removeprefix("torch.")
-    base = {"name": name, "total_parameters": family.num_parameters, "device": str(model.device), "dtype": dtype}
-    if (precision := precision_of(model)) is not None:
-        base["precision"] = precision
-    return RecordedConditions(
-        base=Base(**base),
-        fingerprint=fingerprint(model, family),
-        data=Data(
-            **inputs.describe(),
-            retained_passages=len(passages),
-            retained_tokens=sum(map(len, passages)),
-            retained_from=str(retain) if retain is not None else "sampled from the base at temperature 1",
-            target_tokens_per_step=job.schedule.target_tokens_per_step,
-        ),
-        settings=settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
-        preset=job.schedule.record(len(inputs.valid.examples)),
-        environment=environment(),
-        scale=reference_shares([arm.method for arm in job.arms]),
-        arms=[arm.record() for arm in job.arms],
-        identity={
-            **settings.model_dump(mode="json", exclude=NOT_SHARED),
-            "base": [name, family.num_parameters, dtype, *([precision] if precision else [])],
-            **inputs.identity(),
-            "passages_sha256": hashlib.sha256(repr(passages).encode()).hexdigest(),
-        },
-        metric_code=[metric.code_sha256 for metric in inputs.task.custom],
-    )
 
 
 def check_settings(
@@ -216,14 +161,6 @@ def _begin(
     return settings.model_copy(update={"seed": seed, "resume": False, "output_dir": None}), folder, before
 
 
-def _begun(settings: TrainingConfig, max_length: int, before: RecordedConditions | None) -> TrainingConfig:
-    """The settings with the length of rows, and with the date of the day on which the comparison began, where chat
-    templates saw one."""
-    recorded = before.identity.get("template_date") if before is not None else None
-    date = settings.template_date or (datetime.date.fromisoformat(recorded) if recorded else None)
-    return settings.model_copy(update={"max_length": max_length, "template_date": date})
-
-
 def _folder(given: str | Path | None, resume: bool) -> Path:
     if resume and given is None:
         raise ConfigError("resume needs an output_dir: there is nothing to go on from")
@@ -239,66 +176,3 @@ def _folder(given: str | Path | None, resume: bool) -> Path:
             "version, so nothing says under which conditions it was made. Give another --output-dir."
         )
     return folder
-
-
-def _check_base(model: PreTrainedModel, preset: str, *, named: bool) -> None:
-    if PRESETS[preset].own_process and not (named or base_name(model) == TINY):
-        raise ConfigError(
-            f"preset {preset} loads the base anew in processes of its own: name it, instead of giving a model"
-        )
-    if attached(model):
-        raise ConfigError(f"the model has deltas attached already ({', '.join(attached(model))}): detach them first")
-
-
-def _max_length(
-    model: PreTrainedModel, arms: Sequence[Arm], settings: TrainingConfig, before: RecordedConditions | None
-) -> int:
-    """The same tokens of every row for all: as many as the method with the most virtual tokens leaves room for; where
-    a comparison goes on with other methods, as many as it began with, if they leave room for that."""
-    length = min(max_length(model, arm.method, settings) for arm in arms)
-    if before is None or settings.max_length is not None:
-        return length
-    return min(length, int(before.identity["max_length"]))
-
-
-def _recorded(
-    name: str, settings: TrainingConfig, arms: Sequence[Arm], own: Mapping[str, Any], origin: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The comparison's config.yaml: what `--resume` reads where the command line says nothing."""
-    return {
-        "model": name,
-        **(origin or {}),
-        "methods": [arm.method.name for arm in arms],
-        **{key: value for key, value in own.items() if value not in (None, [])},
-        **settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
-        **{arm.method.name: arm.method.model_dump(mode="json", exclude={"name"}) for arm in arms},
-    }
-
-
-def _base(
-    base: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: str, dtype: str,
-    precision: str | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
-    if isinstance(base, PreTrainedModel) and tokenizer is not None and precision is None:
-        return base, tokenizer
-    model, own = load(base, device=device, dtype=dtype, base_precision=precision)
-    return model, tokenizer or own
-
-
-def _arms(methods: Sequence[str | Method] | None, precision: str | None) -> list[Arm]:
-    """Each method under a name for its runs: its own, with a number where one comes twice."""
-    wanted: Sequence[str | Method] = methods if methods is not None else list(BY_NAME)
-    if not wanted:
-        raise ConfigError(f"no method to compare; expected some of {', '.join(BY_NAME)}, or their configs")
-    arms: list[Arm] = []
-    for given in wanted:
-        method = method_from_name(given) if isinstance(given, str) else given
-        same = sum(arm.method.name == method.name for arm in arms)
-        arms.append(Arm(method.name if same == 0 else f"{method.name}-{same + 1}", method))
-    trained = [arm.name for arm in arms if arm.method.trains_base]
-    if precision is not None and trained:
-        raise ConfigError(
-            f"base_precision = {precision} is for methods that leave the base frozen, and {', '.join(trained)} trains "
-            "the base's own weights: leave it out of methods, or compare without base_precision"
-        )
-    return arms

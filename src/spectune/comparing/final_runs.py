@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from spectune.comparing.arms import Arm
 from spectune.comparing.conditions import final_place
 from spectune.comparing.isolated import memory_job, train_memory_in_own_process
-from spectune.comparing.job import FAILED, Arm, Job
-from spectune.comparing.measure import forgetting, measure
+from spectune.comparing.job import FAILED, Job
+from spectune.comparing.measure import forgetting, measure, measure_loading
 from spectune.data import pad_token_id
 from spectune.deltas import Delta
 from spectune.errors import DataError
@@ -41,7 +42,7 @@ def final_run(job: Job, arm: Arm, rate: float, seed: int, *, timed: bool) -> tup
             observer = Observer(phases)
             result = job.run(delta, config, job.inputs.train, job.inputs.valid, observer)
             rows = len(job.inputs.task.rows)
-            job.print(f"{arm.method.label}, seed {seed}: trained; now judged on {rows:,} rows and measured")
+            job.print(f"{arm.label}, seed {seed}: trained; now judged on {rows:,} rows and measured")
             (folder / FAILED).unlink(missing_ok=True)
             # memory is measured as the run was: what "auto" chose here is not chosen again there
             same = config.model_copy(update={"gradient_checkpointing": result.gradient_checkpointing or False})
@@ -55,7 +56,7 @@ def final_run(job: Job, arm: Arm, rate: float, seed: int, *, timed: bool) -> tup
 
 def base_rows(job: Job) -> Path:
     """The file of the bare base's judged rows."""
-    return job.folder / "base" / "rows.jsonl"
+    return job.folder / ("base" if not job.track else f"base-{job.track}") / "rows.jsonl"
 
 
 def judge_base(job: Job) -> None:
@@ -64,7 +65,7 @@ def judge_base(job: Job) -> None:
     write_rows(base_rows(job), judged)
     tokens = {"tokens": [len(passage) for passage in job.passages]}
     atomic_write_text(base_rows(job).with_name("passages.json"), json.dumps(tokens) + "\n")
-    base = job.conditions.base
+    base = job.base
     base.judged_loss, base.metrics = judged_loss(judged), {**corpus_metrics(judged)}
     base.judged_loss_by_source = {**loss_by_source(judged)}
 
@@ -96,10 +97,12 @@ def _judged(job: Job, folder: Path, observer: Observer) -> dict[str, Any]:
 
 
 def _costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig, phases: Phases, timed: bool) -> dict[str, Any]:
-    """Forgetting for every seed; for one of them (`timed`) speed, swapping and, with the preset's `own_process`, memory
-    in a process of its own."""
-    with phases.of("forget"):
-        found = forgetting(job.model, job.passages, job.base_passages)
+    """Forgetting for every seed (it is of a vocabulary: not with a head); for one of them (`timed`) speed, swapping
+    and, with the preset's `own_process`, memory in a process of its own."""
+    found: dict[str, Any] = {}
+    if job.labels is None:
+        with phases.of("forget"):
+            found = forgetting(job.model, job.passages, job.base_passages)
     if timed:
         with phases.of("costs"):
             found |= _timed_costs(job, delta, folder, config)
@@ -107,11 +110,15 @@ def _costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig, phases:
 
 
 def _timed_costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig) -> dict[str, Any]:
-    found = measure(job.model, job.tokenizer, delta, folder / "best")
+    if job.labels is None:
+        found = measure(job.model, job.tokenizer, delta, folder / "best")
+    else:
+        found = measure_loading(job.model, delta, folder / "best")
     if job.schedule.preset.own_process:
         model, precision = job.model, base_precision(job.model)
         where = model.config._name_or_path, str(model.device), str(model.dtype).removeprefix("torch.")
-        same = memory_job(*where, delta.method, config, job.inputs.train.rows, base_precision=precision)
+        same = memory_job(*where, delta.method, config, job.inputs.train.rows, base_precision=precision,
+                          labels=job.labels)  # fmt: skip
         found["peak_memory_bytes"] = {**found.get("peak_memory_bytes", {}), **train_memory_in_own_process(same)}
     return found
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from spectune import data
 from spectune.comparing.conditions import key
-from spectune.data import HELD_OUT, Encoded, Row, encode, load_rows, mixture, split_rows, weighted
+from spectune.comparing.label_words import as_words
+from spectune.data import HELD_OUT, Encoded, Labels, Row, encode, load_rows, mixture, split_rows, weighted
 from spectune.evaluation import Task
 from spectune.training import TrainingConfig
 from spectune.training.prepare import train_sources
@@ -39,6 +40,15 @@ class Rows:
             rows, held = split_rows(rows, seed=settings.seed)
         return cls(rows, held, held_out, None if test is None else load_rows(test, **how))
 
+    def in_words(self, labels: Labels) -> Rows:
+        """Rows of texts with labels as a language model has them."""
+        given = self.train
+        how = {"skip_bad_rows": given.skip_bad_rows, "weights": given.weights}
+        train = data.Rows(as_words(given, labels), given.skipped, **how)
+        parts = (None if part is None else as_words(part, labels) for part in (self.valid, self.test))
+        valid, test = parts
+        return dataclasses.replace(self, train=train, valid=valid or [], test=test)
+
     @property
     def judged(self) -> Sequence[Row]:
         return self.valid if self.test is None else self.test
@@ -62,17 +72,19 @@ class Inputs:
     def of(
         cls, rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: TrainingConfig, *, metric: str,
         generate_rows: int, choice_normalization: str = "sum", vocab_size: int | None = None,
+        labels: Labels | None = None,
     ) -> Inputs:  # fmt: skip
         """Encode the rows, at most `settings.max_length` tokens of each.
 
         Args:
             vocab_size: rows of the base's embedding, where they are known.
+            labels: what models' heads learn of the rows; None: their text is learned.
 
         Raises:
             ConfigError, DataError: rows that cannot be encoded, or a metric that they cannot give.
         """
         assert settings.max_length is not None
-        length, how = settings.max_length, settings.encode_options
+        length, how = settings.max_length, {**settings.encode_options, "labels": labels}
         parts = (rows.train, rows.valid) if rows.test is None else (rows.train, rows.valid, rows.test)
         train, valid, *test = (
             encode(part, tokenizer, max_length=length, vocab_size=vocab_size, **how) for part in parts
@@ -105,6 +117,7 @@ class Inputs:
             "generated_rows": len(self.task.to_write),
             "higher_is_better": self.task.higher_is_better,
             "task": self.task.describe(),
+            **({} if self.task.labels is None else {"loss_unit": self.task.labels.loss_unit}),
             **({"sources": sources, "mixture": mixture(self.train.report)} if sources else {}),
         }
 

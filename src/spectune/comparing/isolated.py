@@ -6,6 +6,7 @@ second on the optimizer's state is there as well, so this is the peak of a long 
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from rich.console import Console
 from spectune import errors
 from spectune.blocks.cuda_graphs import BEFORE_CAPTURE
 from spectune.blocks.execution import Execution
-from spectune.data import DataReport, Encoded, Row, load_rows
+from spectune.data import DataReport, Encoded, Labels, Row, load_rows
 from spectune.deltas import Method, attach
 from spectune.errors import OutOfMemoryError, SpectuneError, first_line
 from spectune.inference import is_out_of_memory
@@ -75,7 +76,7 @@ def train_memory_in_own_process(job: Mapping[str, Any]) -> dict[str, int]:
 
 def memory_job(
     base_name: str, device: str, dtype: str, method: Method, config: TrainingConfig,
-    train_rows: str | Path | Sequence[Row], *, base_precision: str | None = None,
+    train_rows: str | Path | Sequence[Row], *, base_precision: str | None = None, labels: Labels | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What the child reads, as JSON.
 
@@ -84,14 +85,16 @@ def memory_job(
         config: "auto" recomputes nothing here.
         train_rows: a path, or rows.
         base_precision: as in `spectune.load`.
+        labels: of the base's head; None of a language model.
     """
     fields = ("origin", "prompt", "completion", "text", "messages", "history", "unlearned", "tools", "documents",
-              "template_kwargs")  # fmt: skip
+              "template_kwargs", "label", "choices", "tokens", "tags")  # fmt: skip
     rows: Any = train_rows
     if not isinstance(train_rows, str | Path):
         rows = [{key: getattr(row, key) for key in fields} for row in train_rows]
     return {
         "base": {"name": base_name, "device": device, "dtype": dtype, "base_precision": base_precision},
+        "labels": None if labels is None else dataclasses.asdict(labels),
         "method": method.model_dump(mode="json"),
         "config": config.model_dump(mode="json", exclude={"output_dir", "resume"}),
         "rows": rows if isinstance(rows, list) else str(rows),
@@ -110,7 +113,9 @@ def _measure(job: dict[str, Any]) -> dict[str, int]:
     config, method = TrainingConfig(**job["config"]), method_from_dict(job["method"])
     source = job["rows"] if isinstance(job["rows"], str) else [Row(**row) for row in job["rows"]]
     rows = load_rows(source, **config.row_options)
-    model, tokenizer = load(**job["base"])
+    given = job.get("labels")
+    head = {} if given is None else Labels(given["task_type"], tuple(given["names"])).load_options
+    model, tokenizer = load(**job["base"], **head)
     torch.manual_seed(config.seed)
     delta = attach(model, method, "memory", tokenizer=tokenizer, seed=config.seed)
     prepared = prepare(model, tokenizer, method, rows, rows, config, delta.base_fingerprint)

@@ -12,12 +12,13 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.blocks.recompute import Recomputation
+from spectune.comparing.arms import Arm
 from spectune.comparing.budget import Budget
 from spectune.comparing.conditions import FILE, RecordedConditions, run_key
 from spectune.comparing.inputs import Inputs
 from spectune.comparing.schedule import Schedule
-from spectune.data import DataReport, Encoded
-from spectune.deltas import BaseFacts, BaseRate, Delta, Method, attach, attached, detach
+from spectune.data import DataReport, Encoded, Labels
+from spectune.deltas import BaseFacts, BaseRate, Delta, attach, attached, detach
 from spectune.evaluation import KeptLogits, Questions
 from spectune.families import embedding_width, vocabulary_rows
 from spectune.phases import Phases
@@ -39,22 +40,6 @@ MOST_KEPT = 2 * 2**30
 FAILED = "failed.json"
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One method of a comparison, under the name of its runs."""
-
-    name: str
-    method: Method
-
-    def record(self) -> results.Arm:
-        """The arm as the comparison's files have it."""
-        method = self.method
-        settings = method.model_dump(mode="json")
-        return results.Arm(
-            name=self.name, method=method.name, label=method.label, best_for=method.best_for, settings=settings
-        )
-
-
 class FailureNote(Failure):
     """What is noted in the folder of a run that failed until it has succeeded. `given_up`: nothing more of its arm was
     tried."""
@@ -67,6 +52,8 @@ class Job:
     """What all runs share.
 
     Attributes:
+        track: the task type, where others of the comparison learn something else and were begun before; else "".
+        labels: what the models' head says; None of language models.
         config: of every run but for its rate, steps and seed.
         passages: token ids of the text on which forgetting is measured.
         origin: entries for each run's config.yaml.
@@ -75,6 +62,8 @@ class Job:
     """
 
     folder: Path
+    track: str
+    labels: Labels | None
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     arms: Sequence[Arm]
@@ -92,6 +81,11 @@ class Job:
     budget: Budget = field(default_factory=lambda: Budget([]), init=False)
     heartbeat: Heartbeat = field(default_factory=Heartbeat, init=False)
     recomputation: dict[str, Recomputation] = field(default_factory=dict, init=False)
+
+    @property
+    def base(self) -> results.Base:
+        """What is known of the bare base; of a head's the untrained one."""
+        return self.conditions.other_bases[self.track] if self.track else self.conditions.base
 
     @functools.cached_property
     def questions(self) -> Questions:
@@ -119,7 +113,7 @@ class Job:
         return arm.method.learning_rates.at(embedding_width(self.model))
 
     def key(self, arm: Arm, rate: float, steps: int, seed: int, rows: int | None = None) -> str:
-        return run_key(self.conditions.identity, arm.method.model_dump(mode="json"), rate, steps, seed, rows)
+        return run_key(self.conditions.identity, arm.settings, rate, steps, seed, rows)
 
     def config_of(self, rate: float, steps: int, seed: int, **more: Any) -> TrainingConfig:
         fixed = {"learning_rate": rate, "max_steps": steps, "seed": seed, "output_dir": None, "resume": False}
@@ -136,16 +130,20 @@ class Job:
         observer.memory = not trying
         return train(
             self.model, self.tokenizer, delta, rows, valid, config, origin=self.origin, console=console,
-            base_valid_loss=self.conditions.base.valid_loss, predictions=self.predictions, observer=observer,
+            base_valid_loss=self.base.valid_loss, predictions=self.predictions, observer=observer,
         )  # fmt: skip
 
     def _display(self, delta: Delta, config: TrainingConfig, trying: str) -> Display:
         name, steps = delta.name, config.max_steps
-        label = f"{delta.method.label}, {trying or f'seed {config.seed}'}"
+        label = f"{self.label_of(name)}, {trying or f'seed {config.seed}'}"
         return Display(
             self.console or Console(), label, steps, 0, heartbeat=self.heartbeat, says=not trying,
             behind=lambda: self.budget.seconds_behind(name, steps),
         )  # fmt: skip
+
+    def label_of(self, name: str) -> str:
+        """What the arm of that name is called."""
+        return next(arm.label for arm in self.arms if arm.name == name)
 
     def print(self, line: str) -> None:
         (self.console or Console()).print(line, soft_wrap=True, highlight=False, markup=False)

@@ -125,6 +125,24 @@ def measure(
     return found | (_of_batch_1(rates[1]) if 1 in rates else {})
 
 
+def measure_loading(model: PreTrainedModel, delta: Delta, folder: Path) -> dict[str, Any]:
+    """The fields of `measure` that a delta with a head has, which decodes nothing: `swap_seconds`, and of
+    `peak_memory_bytes` the phase `load`. Detaches it."""
+    name, seconds = delta.name, list[float]()
+    detach(model, name)
+    with PeakMemory(model.device, baseline=model.parameters()) as peak:
+        load_delta(model, folder, name)
+    for _ in range(ROUNDS):
+        detach(model, name)
+        begin = time.perf_counter()
+        load_delta(model, folder, name)
+        wait_for(model.device)
+        seconds.append(time.perf_counter() - begin)
+    detach(model, name)
+    peaks = {f"load_{kind}": size for kind, size in peak.result.items()}
+    return {"swap_seconds": statistics.median(seconds), "peak_memory_bytes": peaks}
+
+
 def _warmed_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Sequence[int]) -> dict[int, float]:
     """Seconds of a step by size of batch, of decoding that does not count: a process does some things once."""
     return {

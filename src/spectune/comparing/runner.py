@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spectune.comparing.arms import Arm
 from spectune.comparing.budget import Budget
 from spectune.comparing.final_runs import final_folder, final_run
-from spectune.comparing.job import FAILED, Arm, FailureNote, Job
+from spectune.comparing.job import FAILED, FailureNote, Job
 from spectune.comparing.measure import SECONDS
 from spectune.comparing.search import successive_halving
 from spectune.comparing.short_runs import on_fewer, step_seconds, trial
@@ -84,7 +85,7 @@ class Runner:
         except SpectuneError:
             return  # the arm's own runs will say what is wrong with it
         if (seconds := self.budget.seconds_left()) is not None:
-            self.job.print(f"about {duration(seconds)}, by two steps of {left[0].method.label}")
+            self.job.print(f"about {duration(seconds)}, by two steps of {left[0].label}")
 
     def _fitting(self) -> list[Arm]:
         """The arms that the plan lets begin; the others have failed. Raises DoesNotFitError where none is left."""
@@ -109,7 +110,7 @@ class Runner:
     def _search(self, arm: Arm) -> float:
         """The best rate of an arm; what was tried goes to its search.json."""
         folder = self.job.folder / "search" / arm.name
-        method, schedule = arm.method, self.schedule
+        schedule = self.schedule
         rates, ratio = self.job.rates(arm), schedule.preset.around_default
         bounds = rates.search_range if ratio is None else rates.around(ratio)
 
@@ -129,7 +130,7 @@ class Runner:
         if found.best is None:
             reason = f"no learning rate: {found.sentence}. Try --set learning_rate=... below {min(bounds):g}"
             raise self._given_up(folder, arm, None, None, reason)
-        self.job.print(f"{method.label}: {found.sentence}; {self.budget}")
+        self.job.print(f"{arm.label}: {found.sentence}; {self.budget}")
         return found.best
 
     def _final_runs(self, arm: Arm, rate: float) -> None:
@@ -152,7 +153,7 @@ class Runner:
             judging = sum(result.seconds_by_phase.get(phase, 0.0) for phase in JUDGING)
             self.budget.ended(arm.name, steps, seconds, judging)
             metrics = "".join(f", {name} {value:.4g}" for name, value in result.metrics.items())
-            self.job.print(f"{arm.method.label}, seed {seed}: loss {result.judged_loss:.4f}{metrics}; {self.budget}")
+            self.job.print(f"{arm.label}, seed {seed}: loss {result.judged_loss:.4f}{metrics}; {self.budget}")
 
     def _curve(self, arm: Arm, rate: float) -> None:
         folder = self.job.folder / "curve" / arm.name
@@ -170,13 +171,13 @@ class Runner:
                     self._failed(folder, arm, rate, seed, f"on {rows:,} rows: {error}")
                 self.budget.ended(arm.name, steps, seconds)
         if self.schedule.curve:
-            self.job.print(f"{arm.method.label}: data curve done; {self.budget}")
+            self.job.print(f"{arm.label}: data curve done; {self.budget}")
 
     def _failed(
         self, folder: Path, arm: Arm, rate: float | None, seed: int | None, reason: str, *, given_up: bool = False
     ) -> None:
         note = FailureNote(
-            name=arm.name, method=arm.method.name, label=arm.method.label, seed=seed, learning_rate=rate,
+            name=arm.name, method=arm.method.name, label=arm.label, seed=seed, learning_rate=rate,
             reason=reason, given_up=given_up,
         )  # fmt: skip
         note.write(folder / FAILED)

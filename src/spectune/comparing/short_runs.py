@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
+from spectune.comparing.arms import Arm
 from spectune.comparing.conditions import curve_place
-from spectune.comparing.job import Arm, Job, subset
+from spectune.comparing.job import Job, subset
 from spectune.data import Encoded
 from spectune.errors import DivergedError
 from spectune.phases import Phases

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from spectune.data.data_report import DataReport
     from spectune.data.encoding import Encoded, encode, prompt_ids, prompts_ids
     from spectune.data.example import Example
+    from spectune.data.labelled import LabelledExample
+    from spectune.data.labels import Labels, find_labels, task_type_of
     from spectune.data.loading import HELD_OUT, Rows, load_rows, split_rows
     from spectune.data.mixing import Source, weight_changes
     from spectune.data.shapes import Row
@@ -27,6 +29,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "spectune.data.data_report": ("DataReport",),
     "spectune.data.encoding": ("Encoded", "encode", "prompt_ids", "prompts_ids"),
     "spectune.data.example": ("Example",),
+    "spectune.data.labelled": ("LabelledExample",),
+    "spectune.data.labels": ("Labels", "find_labels", "task_type_of"),
     "spectune.data.loading": ("HELD_OUT", "Rows", "load_rows", "split_rows"),
     "spectune.data.mixing": ("Source", "weight_changes"),
     "spectune.data.shapes": ("Row",),
@@ -34,9 +38,10 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
 }
 
 __all__ = [
-    "HELD_OUT", "DataReport", "Encoded", "Example", "Row", "Rows", "Source", "batches", "best_fit", "by_length",
-    "collate", "collate_packs", "encode", "filled", "load_rows", "mixture", "pack_step", "pad_token_id", "padded",
-    "places", "prompt_ids", "prompts_ids", "split_rows", "weight_changes", "weighted",
+    "HELD_OUT", "DataReport", "Encoded", "Example", "LabelledExample", "Labels", "Row", "Rows", "Source", "batches",
+    "best_fit", "by_length", "collate", "collate_packs", "encode", "filled", "find_labels", "load_rows", "mixture",
+    "pack_step", "pad_token_id", "padded", "places", "prompt_ids", "prompts_ids", "split_rows", "task_type_of",
+    "weight_changes", "weighted",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that is there

@@ -1,5 +1,6 @@
 """Batches: tensors of some examples, and which examples go together when."""
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -9,9 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spectune.data.example import Example
+from spectune.data.labelled import IGNORED, LabelledExample
 from spectune.errors import ConfigError
 
-IGNORED = -100
+__all__ = [
+    "IGNORED", "batches", "by_length", "collate", "collate_packs", "filled", "pad_token_id", "padded"
+]  # fmt: skip
+
 #: examples are sorted by length within groups of so many batches
 GROUP = 50
 
@@ -47,10 +52,13 @@ def collate(
     """`input_ids`, `attention_mask`, `labels`, each `[batch, length]` int64.
 
     Labels are -100 on prompts (later ones of a conversation, too) and padding, by position: a target that happens to be
-    the padding token stays one.
+    the padding token stays one. For a head `labels` are `[batch]`, int64 classes or float32 numbers; or, where words
+    have classes, `[batch, length]` int64, at each word's first token and -100 elsewhere, not shifted.
     """
     rows = [example.input_ids for example in examples]
     batch = padded(rows, pad_token_id, padding_side=padding_side, pad_to_multiple_of=pad_to_multiple_of)
+    if isinstance(examples[0], LabelledExample):
+        return batch | {"labels": _labels([e for e in examples if isinstance(e, LabelledExample)], batch)}
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     for row, mask, example in zip(labels, batch["attention_mask"], examples, strict=True):
         start = int(mask.argmax())
@@ -60,6 +68,18 @@ def collate(
     return batch | {"labels": labels}
 
 
+def _labels(examples: Sequence[LabelledExample], batch: dict[str, Tensor]) -> Tensor:
+    """The labels of texts for a head, as `collate` has them."""
+    given = [example.label for example in examples]
+    if None not in given:
+        measures = any(isinstance(label, float) for label in given)
+        return torch.tensor(given, dtype=torch.float32 if measures else torch.int64)
+    found = torch.full_like(batch["input_ids"], IGNORED)
+    for row, mask, example in zip(found, batch["attention_mask"], examples, strict=True):
+        row[mask.bool()] = torch.tensor(example.token_labels())
+    return found
+
+
 def filled(batch: dict[str, Tensor], rows: int, length: int, pad_token_id: int) -> dict[str, Tensor]:
     """What `collate` gives, filled up to `[rows, length]` with what nothing is learned from: padding on the right, and
     rows of padding that are not masked, since a row in which nothing may be attended to has no attention."""
@@ -67,7 +87,12 @@ def filled(batch: dict[str, Tensor], rows: int, length: int, pad_token_id: int) 
     if not (more_rows or more_tokens):
         return batch
     values = {"input_ids": (pad_token_id, pad_token_id), "attention_mask": (0, 1), "labels": (IGNORED, IGNORED)}
-    return {
+    one_each = {}
+    if batch["labels"].dim() == 1:  # one for each row
+        del values["labels"]
+        nothing = math.nan if batch["labels"].is_floating_point() else IGNORED
+        one_each["labels"] = F.pad(batch["labels"], (0, more_rows), value=nothing)
+    return one_each | {
         name: F.pad(F.pad(batch[name], (0, more_tokens), value=of_tokens), (0, 0, 0, more_rows), value=of_rows)
         for name, (of_tokens, of_rows) in values.items()
     }

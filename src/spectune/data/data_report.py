@@ -76,6 +76,8 @@ class DataReport:
         unknown: rows with an unknown token.
         ignored: keys of another shape that rows hold beside the one that is taken, and in how many.
         sources: of several sources, what each has, by its name.
+        labels: for a head, how many texts or words of each class there are.
+        unscored_words: words without a loss: they were cut, or have no token.
     """
 
     rows: int = 0
@@ -98,6 +100,8 @@ class DataReport:
     bad: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     sources: dict[str, SourceReport] = field(default_factory=dict)
+    labels: Counter[str] = field(default_factory=Counter)
+    unscored_words: int = 0
 
     def count_source(self, name: str | None, examples: Sequence[Example]) -> None:
         """Count a kept row with these examples under its source, where it has one."""
@@ -125,6 +129,8 @@ class DataReport:
             "turns_without_a_prompt": self.unasked,
             **({"ignored_keys": dict(self.ignored)} if self.ignored else {}),
             **({"sources": sources} if sources else {}),
+            **({"labels": dict(self.labels)} if self.labels else {}),
+            **({"words_without_a_loss": self.unscored_words} if self.unscored_words else {}),
             **{f"{name}_rows": rows for name, rows in lists.items()},
         }
 
@@ -147,6 +153,7 @@ class DataReport:
             (self.unasked, "turns before the first question not learned: the chat template cannot ask"),
             (self.eos_inside, "rows with an EOS inside of an answer, where generation will end"),
             (self.unknown, "rows with characters that the tokenizer does not know"),
+            (self.unscored_words, "words without a loss: cut, or without a token"),
         )
         parts += [f"{count:,} {what}" for count, what in counted if count]
         if self.ignored:

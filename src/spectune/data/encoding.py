@@ -18,6 +18,8 @@ from spectune.data.chats.chat_turns import conversation_sequences
 from spectune.data.cutting import TRUNCATIONS, cut, windows
 from spectune.data.data_report import DataReport
 from spectune.data.example import Example
+from spectune.data.head_encoding import encode_for_head
+from spectune.data.labels import Labels
 from spectune.data.loading import Rows, bad_rows
 from spectune.data.problem import RowProblem
 from spectune.data.rendering import Rendered, ending_at_eos, joined
@@ -54,6 +56,7 @@ class Encoded:
 def encode(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int, separator: str = "",
     train_on: str = "all", truncation: str = "start", today: str | None = None, vocab_size: int | None = None,
+    labels: Labels | None = None,
 ) -> Encoded:  # fmt: skip
     """Token ids of all rows, at most `max_length` each, and a report that accounts for every one.
 
@@ -67,6 +70,8 @@ def encode(
             "refuse" (a row that is too long is a bad row).
         today: the current date as chat templates see it, ISO.
         vocab_size: rows of the base's embedding, where they are known: a row with other ids is a bad row.
+        labels: what a head learns of the rows: texts with labels, without EOS (`spectune.data.head_encoding`); None:
+            their text is learned.
 
     Raises:
         ConfigError: the tokenizer has no EOS, or no chat template for `messages`; an EOS beyond the embedding.
@@ -77,10 +82,26 @@ def encode(
         raise ConfigError(f"max_length = {max_length}: at least 2 tokens are needed")
     if truncation not in TRUNCATIONS:
         raise ConfigError(f"truncation = {truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
-    encoder = RowEncoder(tokenizer, separator=separator, train_on=train_on, today=today, vocab_size=vocab_size)
     bad = list(rows.skipped) if isinstance(rows, Rows) else []
-    report, examples = DataReport(rows=len(rows) + len(bad), bad=bad), list[Example]()
-    problems: list[str] = []
+    report = DataReport(rows=len(rows) + len(bad), bad=bad)
+    if labels is not None:
+        how: dict[str, Any] = {"separator": separator, "today": today, "vocab_size": vocab_size}
+        found = encode_for_head(rows, tokenizer, labels, report, longest=max_length, truncation=truncation, **how)
+        for example in found[0]:
+            report.kept += 1
+            report.count_source(example.row.source, [example])
+            _count(report, [example], -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id))
+        return _accounted(rows, list(found[0]), found[1], report)
+    encoder = RowEncoder(tokenizer, separator=separator, train_on=train_on, today=today, vocab_size=vocab_size)
+    examples, problems = _encode_texts(rows, encoder, max_length, truncation, report)
+    return _accounted(rows, examples, problems, report)
+
+
+def _encode_texts(
+    rows: Sequence[Row], encoder: "RowEncoder", max_length: int, truncation: str, report: DataReport
+) -> tuple[list[Example], list[str]]:
+    """The examples of rows whose text is learned, and what is wrong with the others."""
+    examples, problems = list[Example](), list[str]()
     for row, made in encoder.encoded(rows):
         try:
             if isinstance(made, RowProblem):
@@ -96,6 +117,11 @@ def encode(
         report.count_source(row.source, found)
         _count(report, found, encoder.eos)
         examples += found
+    return examples, problems
+
+
+def _accounted(rows: Sequence[Row], examples: list[Example], problems: list[str], report: DataReport) -> Encoded:
+    """The examples with their report. Raises DataError: rows are bad and are not to be skipped, or none is left."""
     if problems and not (isinstance(rows, Rows) and rows.skip_bad_rows):
         raise bad_rows("the data", problems, report.rows)
     report.bad += problems
@@ -229,6 +255,8 @@ class RowEncoder:
 
     def _rendered(self, row: Row) -> list[Rendered] | RowProblem:
         try:
+            if row.tokens is not None:
+                raise RowProblem("has tokens + tags, and no text to learn: they are for task_type TOKEN_CLS")
             if row.messages is not None:
                 return conversation_sequences(self.template, row, last_only=self.last_only)
             if row.text is not None:

@@ -1,12 +1,14 @@
 """The shapes that a row may have, and one record as a row.
 
 Shapes: `text`; `prompt` + `completion`; `messages`; sharegpt (`conversations`) and alpaca (`instruction`, `input`,
-`output`). Optional: `references` (a list), `label` with `choices`; beside chats `system`, `tools`, `documents` and
-`chat_template_kwargs`.
+`output`); `tokens` + `tags`. Optional: `references` (a list), `label` with `choices`, or, for a head, `label` with a
+text or a chat; beside chats `system`, `tools`, `documents` and `chat_template_kwargs`.
 """
 
 import dataclasses
 import difflib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +17,10 @@ from spectune.data.chats.conversations import conversation, json_value, kind_of
 from spectune.data.problem import RowProblem
 from spectune.data.reading.raw_records import SHAPES
 
-EXPECTED = "expected text, prompt + completion, messages, instruction + output (alpaca), or conversations (sharegpt)"
+EXPECTED = (
+    "expected text, prompt + completion, messages, instruction + output (alpaca), conversations (sharegpt), or, for a "
+    "head, text + label or tokens + tags"
+)
 #: lists and objects within each other: what is deeper is no row, and would end in Python's own recursion limit
 _DEEPEST = 100
 _PREAMBLE = (
@@ -26,14 +31,17 @@ _PAIRED = ", paired with an input that provides further context"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. `text`, `prompt` with `completion`, or `messages` is set; `columns` holds what is left.
+    """One row. `text`, `prompt` with `completion`, `messages`, or `tokens` with `tags` is set; `columns` holds what is
+    left.
 
     Attributes:
-        shape: the keys that it was read from: text, prompt, messages, sharegpt or alpaca.
+        label: of a row with choices the right one; of a text or a chat its class, or a number.
+        shape: the keys that it was read from: text, prompt, messages, sharegpt, alpaca or tokens.
         history: of alpaca, earlier turns: what stands before each answer, and the answer.
         unlearned: places in `messages` of assistant turns that are not learned (`weight: 0`, `train: false`).
         tools, documents, template_kwargs: what the chat template gets beside the messages.
         source: the name of the data file, where there are several.
+        tokens, tags: words, and the class of each.
     """
 
     origin: str
@@ -42,7 +50,7 @@ class Row:
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     references: tuple[str, ...] = ()
-    label: str | None = None
+    label: str | int | float | None = None
     choices: tuple[str, ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
     shape: str = field(default="", compare=False)
@@ -52,6 +60,8 @@ class Row:
     documents: list[Any] | None = None
     template_kwargs: dict[str, Any] | None = None
     source: str | None = None
+    tokens: tuple[str, ...] | None = None
+    tags: tuple[str | int, ...] | None = None
 
     @property
     def answered(self) -> bool:
@@ -96,7 +106,7 @@ def row_of(origin: str, given: Mapping[str, Any], preferred: Sequence[str] = ())
     fields, used = read(record)
     optional: dict[str, Any] = {
         "references": _strings(record, "references"),
-        "label": string(record, "label") if "label" in record else None,
+        "label": _label(record, name) if "label" in record else None,
         "choices": _strings(record, "choices"),
     }
     if optional["choices"] and optional["label"] is not None and optional["label"] not in optional["choices"]:
@@ -118,6 +128,40 @@ def _prompt(record: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
 
 def _text(record: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     return {"text": string(record, "text")}, set()
+
+
+def _label(record: Mapping[str, Any], shape: str) -> str | int | float:
+    """Text; beside a text or a chat without choices also a number. Raises RowProblem: it is something else."""
+    value = record["label"]
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if not isinstance(value, int | float) or shape not in ("text", "messages", "sharegpt") or record.get("choices"):
+        return string(record, "label")
+    if not math.isfinite(value):
+        raise RowProblem(f"label is {value}; expected a finite number")
+    return value
+
+
+def _tokens(record: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Words and their tags, lists or JSON texts of lists."""
+    found = {key: json_value(record[key], key) for key in ("tokens", "tags")}
+    for key, what in (("tokens", "words"), ("tags", "texts, or of whole numbers")):
+        if not isinstance(found[key], list | tuple):
+            raise RowProblem(f"{key} is {kind_of(found[key])}, expected a list of {what}")
+    tokens, tags = found["tokens"], found["tags"]
+    if not tokens:
+        raise RowProblem("tokens is empty; expected at least one word")
+    if len(tokens) != len(tags):
+        raise RowProblem(f"{len(tokens)} tokens and {len(tags)} tags; expected a tag for each token")
+    for place, (word, tag) in enumerate(zip(tokens, tags, strict=True)):
+        if not isinstance(word, str) or not word.strip():
+            is_ = kind_of(word) if not isinstance(word, str) else "empty"
+            raise RowProblem(f"tokens[{place}] is {is_}; expected a word")
+        if isinstance(tag, bool) or not isinstance(tag, str | int) or tag == "":
+            raise RowProblem(f"tags[{place}] is {kind_of(tag) if tag != '' else 'empty'}; expected text, or a number")
+    if len({isinstance(tag, str) for tag in tags}) > 1:
+        raise RowProblem("tags are text and numbers; expected one kind")
+    return {"tokens": tuple(tokens), "tags": tuple(tags)}, set()
 
 
 def _chat(record: Mapping[str, Any], key: str = "messages") -> tuple[dict[str, Any], set[str]]:
@@ -164,7 +208,7 @@ def _alpaca(record: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
 _READERS: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("prompt", "completion"), _prompt, "prompt"), (("messages",), _chat, "messages"),
     (("conversations",), _sharegpt, "sharegpt"), (("instruction", "output"), _alpaca, "alpaca"),
-    (("text",), _text, "text"),
+    (("tokens", "tags"), _tokens, "tokens"), (("text",), _text, "text"),
 )  # fmt: skip
 
 
@@ -252,8 +296,8 @@ def _strings(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 def _missing(record: Mapping[str, Any]) -> str:
     keys = [str(key) for key in record]
-    partner = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
-    for key, other in partner.items():
+    pairs = (("prompt", "completion"), ("instruction", "output"), ("tokens", "tags"))
+    for key, other in (pair for one, two in pairs for pair in ((one, two), (two, one))):
         if record.get(key) is not None:
             if other in record:
                 return f"{other} is null; expected text"

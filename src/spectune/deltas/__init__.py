@@ -5,6 +5,7 @@ Each file imports only files that stand above it here:
     site, modules, layout   plain values, and the modules that act at sites
     rate_rule               a method's learning rate by the base's size
     slots                   where these modules stand in the model
+    trained_copy            the module that stands for one of the base's own, with weights of its own
     forward_state           what is in force in a forward pass
     method                  the contract of a method
     hooks/                  what acts inside a forward pass
@@ -33,12 +34,13 @@ from spectune.deltas.probes.survey import uncalled
 from spectune.deltas.rate_rule import SWEEPS, TINKER, BaseRate, RatePoint, RateRule
 from spectune.deltas.routing import route
 from spectune.deltas.site import AttentionSite, InputSite, OutputSite, ParameterSite, Site
+from spectune.deltas.trained_copy import CopySite, TrainedCopy
 
 __all__ = [
-    "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate", "Delta",
+    "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate", "CopySite", "Delta",
     "DeltaModule", "InitContext", "InputModule", "InputSite", "Method", "OutputModule", "OutputSite",
-    "ParameterModule", "ParameterSite", "RatePoint", "RateRule", "Site", "attach", "attached", "base_name",
-    "cached_values", "capture_keys_and_values", "detach", "kernel_serves", "merge", "merge_and_measure", "packed",
-    "packing", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced", "why_mask_is_needed",
+    "ParameterModule", "ParameterSite", "RatePoint", "RateRule", "Site", "TrainedCopy", "attach", "attached",
+    "base_name", "cached_values", "capture_keys_and_values", "detach", "kernel_serves", "merge", "merge_and_measure",
+    "packed", "packing", "place", "prove_reads_embeddings", "route", "uncalled", "unplaced", "why_mask_is_needed",
     "why_not_cudnn", "why_not_packed",
 ]  # fmt: skip

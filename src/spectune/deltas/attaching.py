@@ -14,8 +14,10 @@ from spectune.deltas.delta import Delta, ModuleDelta
 from spectune.deltas.layout import Route
 from spectune.deltas.method import InitContext, Method
 from spectune.deltas.probes.base_runs import can_run
+from spectune.deltas.probes.head_input import prove_head_follows_decoder
 from spectune.deltas.probes.sites import prove_that_sites_fire
 from spectune.deltas.probes.survey import settled_sites
+from spectune.deltas.trained_copy import HeadSite
 from spectune.deltas.tuned_base import TunedBase
 from spectune.errors import ConfigError
 from spectune.families import describe, fingerprint
@@ -53,7 +55,9 @@ def attach(
         shared = delta.shared if isinstance(delta, ModuleDelta) else None
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            method.initialise(delta.sites, InitContext(model, delta.family, generator, tokenizer, shared))
+            # a head begins as the model's own
+            own = [(site, module) for site, module in delta.sites if not isinstance(site, HeadSite)]
+            method.initialise(own, InitContext(model, delta.family, generator, tokenizer, shared))
 
     return place(model, method, name, keep_base=keep_base, fill=first_weights, facts=facts)
 
@@ -69,6 +73,7 @@ def place(
     delta = None
     try:
         delta = unplaced(model, method, name, keep_base=keep_base)
+        prove_head_follows_decoder(attachment)
         attachment.add(delta, settled_sites(attachment, method))
         if method.trains_base:
             prove_that_sites_fire(attachment, delta)  # before its weights are written over

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from spectune.deltas import slots
 from spectune.deltas.folder import CONFIG_FILE, WEIGHTS_FILE, DeltaFiles, base_name, check_tensors, save_folder
-from spectune.deltas.method import Method
+from spectune.deltas.head_layout import check_head, parted, with_head, without_head
+from spectune.deltas.method import Method, module_at
 from spectune.deltas.modules import DeltaModule
 from spectune.deltas.site import ParameterSite, Site
 from spectune.errors import DataError
@@ -173,7 +174,7 @@ class ModuleDelta(Delta):
         self.shared = self.method.build_shared(self.family)
         for site in sites:
             host = self.model.get_submodule(site.host)
-            module = self.method.build(site)
+            module = module_at(self.method, site)
             if self.shared is not None:
                 module.bind_shared(self.shared)
             module.on_attach(host)
@@ -203,7 +204,8 @@ class AdapterFiles(DeltaFiles):
         self.delta, self.method, self.family = delta, delta.method, delta.family
 
     def write(self, folder: Path) -> None:
-        config, tensors = self.method.to_folder(self.delta.state_dict(), self.family)
+        own, head = parted(self.delta.state_dict(), self.family)
+        config, tensors = with_head(*self.method.to_folder(own, self.family), head, self.family)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -213,15 +215,20 @@ class AdapterFiles(DeltaFiles):
 
     def check(self, folder: Path) -> None:
         headers = read_headers(self.weight_files(folder))
-        given = self.method.from_folder(headers, self.family)
+        check_head(headers, self.family, str(folder / WEIGHTS_FILE))
+        given = self._state(headers)
         if len(given) < len(headers):
             raise DataError(f"{folder / WEIGHTS_FILE} holds a tensor twice, under two names: {', '.join(headers)}")
         check_tensors(self.method.stored_shapes(self.family), given, str(folder / WEIGHTS_FILE))
 
     def read(self, folder: Path) -> None:
-        state = self.method.from_folder(read_weights(self.weight_files(folder)), self.family)
+        state = self._state(read_weights(self.weight_files(folder)))
         check_finite(state, dict.fromkeys(state, torch.float32), str(folder / WEIGHTS_FILE))
         self.delta.load_state_dict(state)
+
+    def _state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own, head = without_head(tensors, self.family)
+        return self.method.from_folder(own, self.family) | head
 
 
 def _part(site: Site) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spectune.deltas.modules import DeltaModule
 from spectune.deltas.rate_rule import RateRule
 from spectune.deltas.site import Site
+from spectune.deltas.trained_copy import HeadSite, TrainedCopy, head_sites
 from spectune.families import Family
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Method(BaseModel, ABC):
         """What a delta stores, named `site path.parameter`, on the meta device: absurd sizes cost nothing."""
         method = self.as_stored()
         with torch.device("meta"):
-            built = [(site.path, method.build(site)) for site in method.sites(family)]
+            built = [(site.path, module_at(method, site)) for site in all_sites(method, family)]
             return {f"{path}.{name}": tensor for path, module in built for name, tensor in module.stored().items()}
 
     def num_parameters(self, family: Family) -> int:
@@ -103,7 +104,7 @@ class Method(BaseModel, ABC):
     def num_trained_parameters(self, family: Family) -> int:
         """Weights trained: the same, plus what only training has."""
         with torch.device("meta"):
-            built = [self.build_shared(family), *(self.build(site) for site in self.sites(family))]
+            built = [self.build_shared(family), *(module_at(self, site) for site in all_sites(self, family))]
         return sum(p.numel() for module in built if module is not None for p in module.parameters())
 
     def build_shared(self, family: Family) -> nn.Module | None:
@@ -141,3 +142,13 @@ class Method(BaseModel, ABC):
     def as_stored(self) -> Method:
         """The method that a stored delta has: without what only training had."""
         return self
+
+
+def all_sites(method: Method, family: Family) -> list[Site]:
+    """A method's own sites, and those of the model's head, of which every delta has a copy."""
+    return [*method.sites(family), *([] if method.trains_base else head_sites(family))]
+
+
+def module_at(method: Method, site: Site) -> DeltaModule:
+    """The module for one of `all_sites`, as `Method.build` has it."""
+    return TrainedCopy(site) if isinstance(site, HeadSite) else method.build(site)

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune import inference
 from spectune.data import Encoded, Row, pad_token_id
 from spectune.errors import ConfigError
+from spectune.evaluation.agreement import CLASS_METRICS
 from spectune.evaluation.corpus import CORPUS_METRICS, corpus_statistics
+from spectune.evaluation.judge_head import judge_head
 from spectune.evaluation.judged import JudgedRow
 from spectune.evaluation.losses import RowLosses, row_losses
 from spectune.evaluation.metrics import exact_match, rouge_l
@@ -59,6 +61,8 @@ def judge(
 def _judge(model: PreTrainedModel, questions: Questions, phases: Phases, losses: RowLosses | None) -> list[JudgedRow]:
     task, tokenizer, encoded = questions.task, questions.tokenizer, questions.encoded
     _check_room(model, encoded, task.max_length)
+    if task.labels is not None:
+        return judge_head(model, questions, task.labels, losses)
     if losses is None or losses.target_tokens != tuple(example.target_tokens for example in encoded.examples):
         losses = row_losses(model, encoded.examples, pad_token_id(tokenizer, questions.vocab_size), task.batch_size)
     place_of = {id(row): place for place, row in enumerate(task.rows)}
@@ -72,7 +76,12 @@ def _judge(model: PreTrainedModel, questions: Questions, phases: Phases, losses:
     for place, best in zip(task.to_choose, _chosen(model, tokenizer, task), strict=True):
         row, found = task.rows[place], measured[place]
         found.prediction, found.references = row.choices[best], (str(row.label),)
-        found.metrics["accuracy"] = float(row.choices[best] == row.label)
+        found.metrics |= {"accuracy": float(row.choices[best] == row.label)} if "accuracy" in task.label_metrics else {}
+        for name in CLASS_METRICS:
+            if name in task.label_metrics:
+                classes = sorted(row.choices)
+                numbers = classes.index(str(row.label)), classes.index(row.choices[best])
+                found.statistics[name] = [*map(float, numbers), float(len(classes))]
     if task.to_write:
         _write(model, questions, measured, phases)
     return [
@@ -91,7 +100,7 @@ class _Measured:
 
     row: Row
     metrics: dict[str, float] = field(default_factory=dict)
-    statistics: dict[str, list[int]] = field(default_factory=dict)
+    statistics: dict[str, list[float]] = field(default_factory=dict)
     prediction: str | None = None
     references: tuple[str, ...] = ()
 
@@ -152,7 +161,7 @@ def _write(model: PreTrainedModel, questions: Questions, measured: Sequence[_Mea
         if name in task.text_metrics:
             statistics = corpus_statistics(name, texts, references, task.bleu_tokenizer)
             for place, of_row in zip(task.to_write, statistics, strict=True):
-                measured[place].statistics[name] = of_row
+                measured[place].statistics[name] = [*of_row]
 
 
 def rows_at_once(device_type: str, length: int, batch_size: int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spectune.errors import DataError
+from spectune.evaluation.agreement import AGREEMENT, agreement
 from spectune.evaluation.corpus import corpus_score
 from spectune.evaluation.losses import by_source, mean_per_token
 from spectune.files.strict_json import strict_json
@@ -26,15 +27,18 @@ class JudgedRow:
     origin: str
     """Where it came from: `file:line`."""
     loss_sum: float
-    """Nats, summed over its target tokens; of a long text over all of its windows. NaN where it was not finite."""
+    """Nats, summed over its target tokens; of a long text over all of its windows. NaN where it was not finite. Under a
+    head nats of the row, or of its words together, or the squared error of its number."""
     target_tokens: int
+    """Under a head what it has a loss of: 1, or its words."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Values whose mean over rows is the metric; none for a row that was neither written nor chosen."""
-    statistics: dict[str, list[int]] = field(default_factory=dict)
-    """Of `bleu` and `chrf`: counts that are summed over rows, see `spectune.evaluation.corpus`."""
+    statistics: dict[str, list[float]] = field(default_factory=dict)
+    """Of `bleu` and `chrf` counts that are summed over rows, see `spectune.evaluation.corpus`; of metrics of labels
+    those of `spectune.evaluation.agreement`."""
     prompt: str | None = None
     prediction: str | None = None
-    """What was written, without outer spaces; of choices the likeliest one."""
+    """What was written, without outer spaces; of choices the likeliest one, of a head its class, number, or tags."""
     references: tuple[str, ...] = ()
     """What it was compared with: as a model can write it, see `spectune.evaluation.asked`."""
     source: str | None = None
@@ -93,11 +97,17 @@ def loss_by_source(judged: Sequence[JudgedRow]) -> dict[str, float]:
 
 def corpus_metrics(judged: Sequence[JudgedRow]) -> dict[str, float]:
     """Each metric over the rows that have it: the mean of their values, or the score of their summed statistics."""
-    values, counts = defaultdict[str, list[float]](list), defaultdict[str, list[list[int]]](list)
+    values, counts = defaultdict[str, list[float]](list), defaultdict[str, list[list[float]]](list)
     for row in judged:
         for name, value in row.metrics.items():
             values[name].append(value)
         for name, statistics in row.statistics.items():
             counts[name].append(statistics)
     found = {name: math.fsum(of_rows) / len(of_rows) for name, of_rows in values.items()}
-    return found | {name: corpus_score(name, [*map(sum, zip(*rows, strict=True))]) for name, rows in counts.items()}
+    labels = {name: agreement(name, rows) for name, rows in counts.items() if name in AGREEMENT}
+    texts = {
+        name: corpus_score(name, [*map(sum, zip(*rows, strict=True))])
+        for name, rows in counts.items()
+        if name not in AGREEMENT
+    }
+    return found | labels | texts

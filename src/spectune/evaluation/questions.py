@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from transformers import PreTrainedTokenizerBase
 
-from spectune.data import Encoded, encode
+from spectune.data import Encoded, LabelledExample, encode
 from spectune.evaluation.asked import Asked, ask
 from spectune.evaluation.task import Task
 from spectune.inference import last_examples
@@ -23,8 +23,13 @@ class Questions:
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
         self.task, self.tokenizer, self.vocab_size = task, tokenizer, vocab_size
         how = {**task.conventions, "max_length": task.max_length, "truncation": task.truncation}
-        self.encoded: Encoded = encode(task.rows, tokenizer, vocab_size=vocab_size, **how)
+        self.encoded: Encoded = encode(task.rows, tokenizer, vocab_size=vocab_size, labels=task.labels, **how)
         self._asked: dict[tuple[frozenset[int], int], list[Asked]] = {}
+
+    @property
+    def labelled(self) -> list[LabelledExample]:
+        """The texts of a head's task."""
+        return [example for example in self.encoded.examples if isinstance(example, LabelledExample)]
 
     def asked(self, stops: Collection[int], length: int) -> list[Asked]:
         """See `ask`; kept for models with the same stop tokens and as much room."""

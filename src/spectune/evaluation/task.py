@@ -7,18 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectune.data import Row
+from spectune.data import Labels, Row
 from spectune.errors import ConfigError, DataError, did_you_mean
 from spectune.evaluation.choices import common_answers, inferred_choices, labelled
 from spectune.evaluation.corpus import CORPUS_METRICS
 from spectune.evaluation.custom import CustomMetric, load_metric
+from spectune.evaluation.label_metrics import (
+    LABEL_METRICS,
+    LOWER_IS_BETTER,
+    OF_CLASSES,
+    common_choices,
+    metrics_of_head,
+)
 from spectune.evaluation.references import answer_of, has_prompt, references_of
 from spectune.evaluation.scripts import bleu_tokenizer
 from spectune.inference import CHOICE_NORMALIZATIONS
 
 #: of what a model wrote, in the order of tables
 TEXT_METRICS = ("exact_match", "rouge_l", *CORPUS_METRICS)
-METRICS = ("loss", *TEXT_METRICS, "accuracy")
+METRICS = ("loss", *TEXT_METRICS, *LABEL_METRICS)
 
 _LIKELIHOODS = {
     "sum": "likelihood", "token": "likelihood per token, EOS counted,", "byte": "likelihood per UTF-8 byte",
@@ -37,6 +44,8 @@ class Task:
     answer as the label; `choices_of` says of which rows' answers. `max_new_tokens` None: a quarter more than the
     longest answer, see `judge_rows.new_tokens`. `choice_normalization`: by what the likeliest choice is found
     (`CHOICE_NORMALIZATIONS`). `bleu_tokenizer`: sacrebleu's, for all models the one that fits the references' scripts.
+    `label_metrics`: of the rows that are chosen, or of the head whose `labels` are given: then no row is written or
+    chosen, and all have what the head says of them.
     """
 
     rows: tuple[Row, ...]
@@ -56,13 +65,15 @@ class Task:
     truncation: str = "start"
     today: str | None = None
     choices_of: str = "training row"
+    label_metrics: tuple[str, ...] = ()
+    labels: Labels | None = None
 
     @classmethod
     def of(
         cls, rows: Sequence[Row], *, train_rows: Sequence[Row] = (), metric: str | None = "auto",
         generate_rows: int = 64, max_new_tokens: int | None = None, batch_size: int = 16, max_length: int,
         separator: str = "", choice_normalization: str = "sum", train_on: str = "all", truncation: str = "start",
-        today: str | None = None, answers: Sequence[str] = (),
+        today: str | None = None, answers: Sequence[str] = (), labels: Labels | None = None,
     ) -> Task:  # fmt: skip
         """Decide what is measured.
 
@@ -74,14 +85,15 @@ class Task:
             rows: those to judge on.
             train_rows: only looked at to find out whether the answers are a few labels.
             answers: those labels, where they are known without the rows.
-            metric: names out of loss, exact_match, rouge_l, bleu, chrf, accuracy, or import paths of functions (see
-                `spectune.evaluation.custom`), comma-separated. The loss is always taken.
+            metric: names out of `METRICS`, or import paths of functions (see `spectune.evaluation.custom`),
+                comma-separated. The loss is always taken.
             generate_rows: how many rows are written at most: of more, that many at even distances, the first among
                 them, so that sorted data is met everywhere; no draw, the same for every model.
             max_new_tokens: of a written row.
             batch_size: rows at a time; where memory does not suffice, it is halved.
             max_length, separator, train_on, truncation, today: as in training, see `spectune.data.encode`.
             choice_normalization: "sum", "token" or "byte": see `ChoiceScores.best`.
+            labels: of the head that is judged; None: a language model is.
 
         Raises:
             ConfigError: an unknown metric, or one that needs written rows where none may be written.
@@ -98,6 +110,13 @@ class Task:
             near = did_you_mean(choice_normalization, CHOICE_NORMALIZATIONS)
             expected = f"expected one of {', '.join(CHOICE_NORMALIZATIONS)}"
             raise ConfigError(f"choice_normalization {choice_normalization!r}{near}: {expected}")
+        if labels is not None:
+            return cls(
+                rows=tuple(dataclasses.replace(row) for row in rows), to_choose=(), to_write=(), writable=0,
+                text_metrics=(), custom=(), choices=(), max_new_tokens=None, batch_size=batch_size,
+                max_length=max_length, separator=separator, train_on=train_on, truncation=truncation, today=today,
+                label_metrics=metrics_of_head(labels, metric), labels=labels,
+            )  # fmt: skip
         wanted = _wanted(metric)
         own, choices, whose = _with_choices(rows, train_rows, answers, wanted)
         to_choose = _choosable(own, wanted)
@@ -111,6 +130,7 @@ class Task:
             max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length, separator=separator,
             choice_normalization=choice_normalization, bleu_tokenizer=bleu_tokenizer(references), train_on=train_on,
             truncation=truncation, today=today, choices_of=whose,
+            label_metrics=_of_choices([own[place] for place in to_choose], wanted),
         )  # fmt: skip
 
     @property
@@ -121,13 +141,16 @@ class Task:
     @property
     def higher_is_better(self) -> dict[str, bool]:
         """The metrics that rows will have, and which way is better."""
-        named = dict.fromkeys(("accuracy", *self.text_metrics) if self.to_choose else self.text_metrics, True)
+        named = {name: name not in LOWER_IS_BETTER for name in (*self.label_metrics, *self.text_metrics)}
         return named | {metric.name: metric.higher_is_better for metric in self.custom}
 
     def describe(self) -> str:
         """What is measured, in sentences for a report."""
         count = len(self.rows)
         parts = [f"Loss is taken of {_rows(count)}."]
+        if self.labels is not None:
+            names = f" {', '.join(self.label_metrics)}: of what it says." if self.label_metrics else ""
+            return f"{self.labels.describe()}. {parts[0]}{names}"
         if self.to_choose:
             over = "the row's choices"
             if self.choices:
@@ -159,6 +182,7 @@ class Task:
             "choices": list(self.choices), "max_new_tokens": self.max_new_tokens, "max_length": self.max_length,
             "separator": self.separator, "choice_normalization": self.choice_normalization,
             "bleu_tokenizer": self.bleu_tokenizer if "bleu" in self.text_metrics else None,
+            **({"labels": dataclasses.asdict(self.labels)} if self.labels is not None else {}),
         }  # fmt: skip
 
 
@@ -168,7 +192,7 @@ class _Wanted:
 
     metric: str | None
     text: tuple[str, ...]
-    accuracy: bool
+    classes: tuple[str, ...]
     custom: tuple[CustomMetric, ...]
     auto: bool = False
 
@@ -176,7 +200,7 @@ class _Wanted:
 def _wanted(metric: str | None) -> _Wanted:
     words = [word.strip() for word in (metric or "auto").split(",") if word.strip()]
     if words == ["auto"]:
-        return _Wanted(metric, TEXT_METRICS, True, (), auto=True)
+        return _Wanted(metric, TEXT_METRICS, OF_CLASSES, (), auto=True)
     for word in words:
         if ":" not in word and word not in METRICS:
             raise ConfigError(
@@ -189,7 +213,25 @@ def _wanted(metric: str | None) -> _Wanted:
     taken = [*METRICS, *(one.name for one in custom)]
     if twice := [one.source for one in custom if taken.count(one.name) > 1]:
         raise ConfigError(f"metric {', '.join(twice)}: the function's name is taken by another metric; rename it")
-    return _Wanted(metric, tuple(name for name in TEXT_METRICS if name in words), "accuracy" in words, custom)
+    if of_heads := [word for word in words if word in LABEL_METRICS and word not in OF_CLASSES]:
+        there = ", ".join(("loss", *TEXT_METRICS, *OF_CLASSES))
+        raise ConfigError(
+            f"metric {', '.join(of_heads)}: of a head (task_type SEQ_CLS or TOKEN_CLS), and these rows are judged by "
+            f"what a language model makes of them; expected auto, or some of {there}"
+        )
+    text, classes = (tuple(name for name in known if name in words) for known in (TEXT_METRICS, OF_CLASSES))
+    return _Wanted(metric, text, classes, custom)
+
+
+def _of_choices(rows: Sequence[Row], wanted: _Wanted) -> tuple[str, ...]:
+    """The metrics of rows that are chosen for: beyond accuracy where all have the same choices. Raises DataError: one
+    was named that they do not give."""
+    names = wanted.classes if rows else ()
+    if not rows or common_choices(rows):
+        return names
+    if not wanted.auto and (others := [name for name in names if name != "accuracy"]):
+        raise DataError(f"metric {', '.join(others)}: rows have choices of their own; expected the same in all")
+    return names[:1]
 
 
 def _with_choices(
@@ -200,7 +242,7 @@ def _with_choices(
     whose = "training row"
     # a row of its own each: the same object given twice is two rows
     own = [dataclasses.replace(row) for row in rows]
-    if not wanted.accuracy:
+    if not wanted.classes:
         return own, (), whose
     if any(row.choices for row in own):
         return labelled(own), (), whose
@@ -215,13 +257,14 @@ def _with_choices(
 
 def _choosable(rows: Sequence[Row], wanted: _Wanted) -> list[int]:
     """Places of the rows that are chosen for. Raises DataError where accuracy was named and there are none."""
-    if not wanted.accuracy:
+    if not wanted.classes:
         return []
     found = [place for place, row in enumerate(rows) if row.choices and row.label is not None and has_prompt(row)]
     if not found and not wanted.auto:
         raise DataError(
-            "metric accuracy: no row has a prompt, choices and a label, and the answers are not a few short "
-            "texts over and over; expected `choices` (a list) in the rows, and `label` or an answer that is one of them"
+            f"metric {', '.join(wanted.classes)}: no row has a prompt, choices and a label, and the answers are not a "
+            "few short texts over and over; expected `choices` (a list) in the rows, and `label` or an answer that is "
+            "one of them"
         )
     return found
 

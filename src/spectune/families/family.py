@@ -17,7 +17,8 @@ from spectune.families.parts import inner_activation
 from spectune.families.quantised import is_plain, is_transposed, packed_away
 from spectune.families.self_attention import Attention, attention_names, attention_of
 from spectune.families.stack import beside_text, find_decoder, find_layers
-from spectune.objectives import CAUSAL_LM
+from spectune.families.trained_head import HeadPart, trained_head
+from spectune.objectives import CAUSAL_LM, Objective, objective_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class Family:
     position_table: int | None
     #: tokens that some layers' attention reaches back at most, None where all see everything
     sliding_window: int | None = None
+    #: what the model is for, by PEFT's name; and the modules of a head that every delta has its own of: those of a
+    #: vocabulary head are the base's
+    task_type: str = CAUSAL_LM.task_type
+    trained_head: tuple[HeadPart, ...] = ()
 
     def gathers_tokens(self, path: str) -> bool:
         """Whether the module at `path` is in a list inside its layer (experts): its input is tokens of any rows."""
@@ -95,13 +100,15 @@ class Family:
 
 def describe(model: PreTrainedModel) -> Family:
     """The parts of `model`, which may be on the meta device. Raises ConfigError: the model has no list of decoder
-    layers or no token embeddings that can be recognised; or it is an encoder-decoder."""
+    layers or no token embeddings that can be recognised; it is an encoder-decoder; or it has a head that is not trained
+    here."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{type(model).__name__} is an encoder-decoder: what it reads goes through another stack than what it "
             "writes, and spectune is for models that go on with a text. Load its decoder alone, as "
             "AutoModelForCausalLM does for types that have one, or a decoder-only model."
         )
+    task_type = objective_of(model).task_type
     text = model.config.get_text_config()
     names = {id(module): name for name, module in model.named_modules()}
     beside = beside_text(model)
@@ -112,7 +119,7 @@ def describe(model: PreTrainedModel) -> Family:
             f"{type(model).__name__}: no table of token embeddings was found (get_input_embeddings() gave "
             f"{type(embedding).__name__}); spectune needs a model of one stream of tokens"
         )
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings() if task_type == CAUSAL_LM.task_type else None  # type: ignore[no-untyped-call]
     hidden = int(getattr(embedding, "embedding_dim", None) or text.hidden_size)
     stacks = find_layers(decoder, text, model, names, beside)
     layers = _describe_layers(model, stacks, hidden, text, beside)
@@ -129,13 +136,16 @@ def describe(model: PreTrainedModel) -> Family:
         layers=layers, linears=linears, biases=biases_of(model, names[id(decoder)], head_path, beside),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()) + packed_away(model),
         conv1d=bool(linears) and all(is_transposed(model.get_submodule(t.path)) for t in linears),
-        position_table=_position_table(decoder, embedding, text), sliding_window=_sliding_window(text)
+        position_table=_position_table(decoder, embedding, text), sliding_window=_sliding_window(text),
+        task_type=task_type,
+        trained_head=() if task_type == CAUSAL_LM.task_type else trained_head(model, names[id(decoder)]),
     )  # fmt: skip
 
 
-def family_from_config(config: PretrainedConfig) -> Family:
-    """The parts of the model that `config` describes. It is built on the meta device: no weight is made or read."""
-    return describe(CAUSAL_LM.empty_model(config))
+def family_from_config(config: PretrainedConfig, objective: Objective = CAUSAL_LM) -> Family:
+    """The parts of the model that `config` describes, with the objective's head. It is built on the meta device: no
+    weight is made or read."""
+    return describe(objective.empty_model(config))
 
 
 def _describe_layers(

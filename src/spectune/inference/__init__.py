@@ -1,12 +1,13 @@
 """What a model does with no gradient: generation, the likelihood of rows and choices, decoding speed."""
 
+from spectune.data.answered import answered_choice
 from spectune.inference.answers import UNLIMITED, answer_of, decoded, last_examples, shortened, up_to_stop
 from spectune.inference.decode import decode_tokens_per_second
 from spectune.inference.generate import Sampling, context_length, generate_ids, generate_texts, stop_ids
+from spectune.inference.head_outputs import head_outputs
 from spectune.inference.likelihood import (
     CHOICE_NORMALIZATIONS,
     ChoiceScores,
-    answered_choice,
     choice_log_likelihoods,
     row_loss_sums,
     target_likelihoods,
@@ -17,6 +18,6 @@ from spectune.inference.out_of_memory import halving, is_out_of_memory
 __all__ = [
     "CHOICE_NORMALIZATIONS", "UNLIMITED", "ChoiceScores", "Sampling", "answer_of", "answered_choice",
     "choice_log_likelihoods", "context_length", "decode_tokens_per_second", "decoded", "generate_ids",
-    "generate_texts", "halving", "is_out_of_memory", "last_examples", "row_loss_sums", "seeded", "shortened",
-    "stop_ids", "target_likelihoods", "up_to_stop", "wait_for",
+    "generate_texts", "halving", "head_outputs", "is_out_of_memory", "last_examples", "row_loss_sums", "seeded",
+    "shortened", "stop_ids", "target_likelihoods", "up_to_stop", "wait_for",
 ]  # fmt: skip

@@ -5,19 +5,13 @@ from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from spectune.data import Example, Row
+from spectune.data import Example
+from spectune.data.answered import answer_of
+
+__all__ = ["UNLIMITED", "answer_of", "decoded", "last_examples", "shortened", "up_to_stop"]
 
 #: tokens that no row reaches: to encode rows uncut
 UNLIMITED = 2**31
-
-
-def answer_of(row: Row) -> str | None:
-    """The row's own answer, word for word, of a chat the content of its last message; None where it has none, as a
-    tool call without content has not."""
-    if row.messages:
-        content = row.messages[-1].get("content") if row.answered else None
-        return content if isinstance(content, str) else None
-    return row.completion
 
 
 def last_examples(examples: Sequence[Example]) -> dict[int, Example]:

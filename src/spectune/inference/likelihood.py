@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.compute.evaluating import evaluating
 from spectune.data import Example, Row, by_length, collate, encode, pad_token_id
+from spectune.data.answered import answer_of, answered_choice, bare
 from spectune.errors import DataError
 from spectune.families import vocabulary_rows
-from spectune.inference.answers import UNLIMITED, answer_of, last_examples, shortened
-from spectune.objectives import CAUSAL_LM
+from spectune.inference.answers import UNLIMITED, last_examples, shortened
+from spectune.objectives import CAUSAL_LM, objective_of
 
 #: how choices of unlike length are compared: by log p, by its mean over their tokens, or over their UTF-8 bytes
 CHOICE_NORMALIZATIONS = ("sum", "token", "byte")
@@ -32,9 +32,10 @@ def row_loss_sums(
     """
     sums = [0.0] * len(examples)
     counts = [0] * len(examples)
+    objective = objective_of(model)
     with evaluating(model):
         for members, batch in _batches(model, examples, pad_token_id, batch_size):
-            found = CAUSAL_LM.token_losses(model, batch)
+            found = objective.token_losses(model, batch)
             for row, loss in zip(found.rows.tolist(), found.losses.tolist(), strict=True):
                 sums[members[row]] += loss
                 counts[members[row]] += 1
@@ -62,9 +63,10 @@ def _batches(
     model: PreTrainedModel, examples: Sequence[Example], pad_token_id: int, batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches on the model's device, the longest examples first, each with the indices of its examples."""
+    objective = objective_of(model)
     for members in by_length(range(len(examples)), [example.length for example in examples], batch_size):
         batch = collate([examples[index] for index in members], pad_token_id)
-        CAUSAL_LM.precompute(batch)
+        objective.precompute(batch)
         yield members, {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
@@ -147,16 +149,6 @@ def choice_log_likelihoods(
     return scores
 
 
-def answered_choice(row: Row) -> str | None:
-    """The choice that is the row's own answer, outer white space and Unicode's composition aside; None where none is,
-    or more than one."""
-    answer = answer_of(row)
-    if answer is None or answer in row.choices:
-        return answer
-    alike = [choice for choice in row.choices if _bare(choice) == _bare(answer)]
-    return alike[0] if len(alike) == 1 else None
-
-
 def choices_as_trained(row: Row) -> tuple[str, ...]:
     """The row's choices, with the outer white space of its own answer around each, where the answer is one of them."""
     answer = answer_of(row)
@@ -165,12 +157,8 @@ def choices_as_trained(row: Row) -> tuple[str, ...]:
     before = answer[: len(answer) - len(answer.lstrip())]
     behind = answer[len(answer.rstrip()) :]
     return tuple(
-        answer if _bare(choice) == _bare(answer) else f"{before}{choice.strip()}{behind}" for choice in row.choices
+        answer if bare(choice) == bare(answer) else f"{before}{choice.strip()}{behind}" for choice in row.choices
     )
-
-
-def _bare(text: str) -> str:
-    return unicodedata.normalize("NFC", text.strip())
 
 
 def _unfit(row: Row) -> str | None:

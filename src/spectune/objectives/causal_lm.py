@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, modeling_utils
+from transformers import AutoModelForCausalLM, modeling_utils
 
 from spectune.compute.head import LinearHead, linear_head
 from spectune.compute.linear_cross_entropy import (
@@ -21,6 +21,7 @@ from spectune.compute.linear_cross_entropy import (
     rows_of_a_chunk,
 )
 from spectune.data.batching import IGNORED
+from spectune.objectives.objective import Objective, TokenLosses, inputs_of
 
 
 def target_mask(labels: Tensor) -> Tensor:
@@ -70,39 +71,18 @@ class LabelledLogits(NamedTuple):
     """`[N]` int64, the row of the batch that each target stands in; in order."""
 
 
-class TokenLosses(NamedTuple):
-    """The losses of a batch's targets; N is their number."""
+class CausalLM(Objective):
+    """Causal language modelling: each token is predicted from those before it, with loss on labelled tokens."""
 
-    losses: Tensor
-    """`[N]` float32, in nats."""
-    rows: Tensor
-    """`[N]` int64, the row of the batch that each target belongs to; ascending."""
-
-
-class CausalLM:
-    """Causal language modelling: each token is predicted from those before it, with loss on labelled tokens. It holds
-    no state: one instance serves every model.
-
-    Attributes:
-        auto_class: transformers' class that loads a model with this objective's head.
-    """
-
+    task_type = "CAUSAL_LM"
     auto_class: Any = AutoModelForCausalLM
-
-    def empty_model(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-        """A model of this config on the meta device: no weight is made or read. Options are those of `from_config`
-        (`dtype`, ...)."""
-        with torch.device("meta"):
-            model: PreTrainedModel = self.auto_class.from_config(config, **options)
-        return model
+    packs = True
 
     def precompute(self, batch: dict[str, Tensor]) -> None:
-        """Add to a batch on the host what `loss_sum` would have to ask the device for, which would wait for it."""
         batch["positions"] = target_positions(batch["labels"])
 
     def prepare(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Do now what the first `loss_sum` of a model does once, for batches with these entries."""
-        linear_head(model, _inputs(batch))
+        linear_head(model, inputs_of(batch))
 
     def loss_sum(
         self, model: nn.Module, batch: Mapping[str, Any], *, fuse: bool = False, device_type: str | None = None
@@ -124,7 +104,7 @@ class CausalLM:
         Raises:
             ValueError: the decoder gives hidden states for other positions than the batch has.
         """
-        inputs = _inputs(batch)
+        inputs = inputs_of(batch)
         head = linear_head(model, inputs)
         if head is None:
             found = self.labelled_logits(model, batch)
@@ -141,7 +121,7 @@ class CausalLM:
     ) -> TokenLosses:
         """The loss of each target of a batch, for validation: the same numbers that `loss_sum` sums, up to rounding,
         without gradient; with a linear head a chunk of logits at a time, as there. Arguments and errors as there."""
-        inputs = _inputs(batch)
+        inputs = inputs_of(batch)
         head = linear_head(model, inputs)
         if head is None:
             found = self.labelled_logits(model, batch)
@@ -164,7 +144,7 @@ class CausalLM:
             batch: what the model takes (`input_ids`, `attention_mask`, ...) and `labels` `[batch, length]`, on the
                 model's device.
         """
-        inputs = _inputs(batch)
+        inputs = inputs_of(batch)
         labels: Tensor = batch["labels"]
         keep, targets = target_mask(labels), labels[:, 1:]
         positions = _positions_for_head(keep, head_selection(model))
@@ -227,10 +207,6 @@ def _slice_takes_rows() -> bool:
     """Whether transformers' own slicing function selects positions row by row, found by calling it."""
     function = getattr(modeling_utils, "slice_logits_to_keep", None)
     return bool(function and function(torch.zeros(2, 3, 1), torch.tensor([[0], [2]])).shape == (2, 1, 1))
-
-
-def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {"use_cache": False, **{name: value for name, value in batch.items() if name not in ("labels", "positions")}}
 
 
 def _positions_for_head(keep: Tensor, selection: str) -> Tensor | None:

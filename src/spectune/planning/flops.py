@@ -1,5 +1,7 @@
 """Floating-point operations of a training step, from shapes."""
 
+import math
+
 from spectune.deltas import InputSite, Method
 from spectune.families import Family
 
@@ -14,7 +16,8 @@ def flops_per_token(family: Family, method: Method, length: int, *, checkpointin
     that run through the layers (prompt) are counted to the text's.
     """
     blocks = sum(linear.in_features * linear.out_features for linear in family.linears)
-    head = family.vocab_size * family.hidden_size
+    trained = sum(math.prod(shape) for part in family.trained_head for _, shape in part.shapes)
+    head = trained or family.vocab_size * family.hidden_size
     seen = length + method.virtual_tokens
     # queries are as wide as the attention's output, which is taken for the hidden size
     attention = 2 * seen * sum(attention.hidden_size for attention in family.attentions)

@@ -39,6 +39,8 @@ def plan(
     optim: str = "adamw_torch_fused",
     gradient_accumulation_steps: int = 1,
     device: str | torch.device = "cuda",
+    task_type: str | None = None,
+    num_labels: int | None = None,
 ) -> Estimate:
     """Bytes of one training step by term, and its peak. No weights are read or made, and no device is needed.
 
@@ -59,6 +61,7 @@ def plan(
         memory: bytes, or "24GiB", for "auto"; None is what is free on that device here, if that can be found out.
         optim: as in `TrainingConfig`.
         device: "cuda", "cpu" or "mps": which kernels run.
+        task_type, num_labels: the head of a base that is not loaded, see `load`; None is the vocabulary's.
 
     Raises:
         ConfigError: a setting is wrong, the base has no room for that length, the method cannot act on this base, or
@@ -67,7 +70,7 @@ def plan(
     """
     accumulates = gradient_accumulation_steps > 1
     workload = Workload.of(base, method, dtype, device, base_precision=base_precision, optim=optim,
-                           accumulates=accumulates)  # fmt: skip
+                           accumulates=accumulates, task_type=task_type, num_labels=num_labels)  # fmt: skip
     shape = batch if isinstance(batch, Shape) else Shape.whole(batch, length)
     execution = execution or Execution(torch_compile, cuda_graphs)
     mode = execution.recomputation if gradient_checkpointing is None else gradient_checkpointing

@@ -4,6 +4,7 @@ The step is the real one: the model's own forward, the method's own modules and 
 autograd's backward, recomputation where checkpointing is on. Only a few layers run; `repeated_layers.py` repeats them.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from spectune.blocks.call import Wrapper, wrapped
 from spectune.compute.evaluating import evaluating
 from spectune.deltas import packed, packing
-from spectune.objectives import CAUSAL_LM
 from spectune.planning.graph_memory import BlockTensors
 from spectune.planning.kernels import kernels_of
 from spectune.planning.optimizer_memory import steps_in_backward
@@ -39,23 +39,23 @@ def trace_step(built: Skeleton, shape: Shape, *, accumulating: bool = False) -> 
     Raises:
         torch._dynamo.exc.TorchDynamoException: layers are compiled, and the compiler cannot trace one as a whole.
     """
+    objective = built.workload.objective
     model, trained, device = built.model, list(built.delta.parameters()), built.workload.device
     kernels = partial(kernels_of, device, cudnn=built.execution.cudnn)
     if accumulating:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-    batch = _batch(shape)
-    batch["positions"] = torch.zeros(shape.all_targets, dtype=torch.int64, device="meta")
+    batch = _batch(built, shape)
     tracer = _tracer(built, shape, [parameter.grad for parameter in trained if parameter.grad is not None])
     trace = tracer.trace
     model.train()
     built.block_tensors = BlockTensors()
     steps = _stepped(tracer, trained) if steps_in_backward(built.workload.optim) else nullcontext()
     with kernels(), Tracer(_TINY, ()):  # found out once a model, before its first step: no part of any
-        CAUSAL_LM.prepare(model, _batch(replace(_TINY, documents=shape.documents, padded=shape.padded)))
+        objective.prepare(model, _batch(built, replace(_TINY, documents=shape.documents, padded=shape.padded)))
     compiled = nullcontext() if built.compiled is None else built.compiled.running(tracer)
     with kernels(), _documents(built, shape), tracer, _marked(tracer, built), steps, compiled:
-        loss, _ = CAUSAL_LM.loss_sum(model, batch, fuse=built.compiled is not None, device_type=device)
+        loss, _ = objective.loss_sum(model, batch, fuse=built.compiled is not None, device_type=device)
         tracer.backward = True
         torch.autograd.backward(loss / shape.all_targets)
         del loss
@@ -71,14 +71,13 @@ def trace_step(built: Skeleton, shape: Shape, *, accumulating: bool = False) -> 
 
 def trace_validation(built: Skeleton, shape: Shape) -> Trace:
     """Trace the loss of a batch without gradients, as validation takes it. Marks as in `trace_step`, forward only."""
-    tracer, device, batch = _tracer(built, shape), built.workload.device, _batch(shape, training=False)
+    tracer, device, batch = _tracer(built, shape), built.workload.device, _batch(built, shape, training=False)
     kernels = partial(kernels_of, device, cudnn=built.execution.cudnn)
-    batch["positions"] = torch.zeros(shape.all_targets, dtype=torch.int64, device="meta")
     with evaluating(built.model):
         with kernels(), Tracer(_TINY, ()):  # found out once a model, before its first batch: no part of any
-            CAUSAL_LM.prepare(built.model, _batch(_TINY, training=False))
+            built.workload.objective.prepare(built.model, _batch(built, _TINY, training=False))
         with kernels(), tracer, _marked(tracer, built):
-            CAUSAL_LM.token_losses(built.model, batch, device_type=device)
+            built.workload.objective.token_losses(built.model, batch, device_type=device)
     return tracer.trace
 
 
@@ -118,15 +117,18 @@ def _documents(built: Skeleton, shape: Shape) -> Iterator[None]:
         yield
 
 
-def _batch(shape: Shape, *, training: bool = True) -> dict[str, Tensor]:
+def _batch(built: Skeleton, shape: Shape, *, training: bool = True) -> dict[str, Tensor]:
     """A batch as the training loop gives it: without a mask where it would hide nothing."""
-    names = ["input_ids", "labels"]
+    names, objective = ["input_ids"], built.workload.objective
     if shape.documents is not None:
         names.append("position_ids")
     elif shape.padded or not training:
         names.append("attention_mask")
     size = (shape.rows, shape.length)
-    return {name: torch.zeros(size, dtype=torch.int64, device="meta") for name in names}
+    labels = objective.label_shape(*size)
+    targets = min(shape.all_targets, math.prod(labels))  # a plan may take all tokens for targets
+    sizes = dict.fromkeys(names, size) | {"labels": labels, "positions": (targets,)}
+    return {name: torch.zeros(size, dtype=torch.int64, device="meta") for name, size in sizes.items()}
 
 
 @contextmanager

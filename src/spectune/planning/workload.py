@@ -15,7 +15,7 @@ from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import base_precision as base_precision_of
 from spectune.methods import method_from_name
-from spectune.objectives import CAUSAL_LM
+from spectune.objectives import CAUSAL_LM, Objective, objective_for, objective_of, padding_of
 from spectune.storage.base_precision import base_dtype, check_precision
 from spectune.storage.descriptions import load_config, positions_of
 
@@ -33,6 +33,7 @@ class Workload:
         accumulates: a step has several batches, whose gradients add up.
         model_class: of a loaded model; None is the class that transformers has for the config.
         weights: bytes of each tensor of a loaded model's own; None counts those of the class built anew.
+        objective: what it is trained for: its loss, and the head of a class built anew.
     """
 
     name: str
@@ -45,14 +46,16 @@ class Workload:
     accumulates: bool = False
     model_class: type[PreTrainedModel] | None = None
     weights: tuple[int, ...] | None = None
+    objective: Objective = CAUSAL_LM
 
     @classmethod
     def of(
         cls, base: str | Path | PretrainedConfig | PreTrainedModel, method: str | Method,
         dtype: str | torch.dtype | None = None, device: str | torch.device = "cuda", *,
         base_precision: str | None = None, optim: str = "adamw_torch_fused", accumulates: bool = False,
+        task_type: str | None = None, num_labels: int | None = None,
     ) -> Workload:  # fmt: skip
-        """From what `plan` takes, which describes these arguments.
+        """From what `plan` takes, which describes these arguments. A loaded model has its head already.
 
         Raises:
             ConfigError: a setting is wrong, or the loaded model has another precision than the one given.
@@ -61,8 +64,13 @@ class Workload:
         kind = torch.device(device).type
         described = load_config(base) if isinstance(base, str | Path) else base
         config: Any = copy.deepcopy(described.config if isinstance(described, PreTrainedModel) else described)
+        if num_labels is not None:
+            config.num_labels = num_labels
+        if padding_of(config) is None:  # a head finds the last token by it; which id it is changes nothing here
+            config.get_text_config().pad_token_id = 0
         name = str(base) if isinstance(base, str | Path) else getattr(config, "_name_or_path", "") or config.model_type
         model_class = weights = None
+        objective = objective_for(task_type or CAUSAL_LM.task_type, config)
         check_precision(base_precision)
         if isinstance(described, PreTrainedModel):
             own = base_precision_of(described)
@@ -72,13 +80,16 @@ class Workload:
                 )
             base_precision, dtype = own, described.dtype if dtype is None else dtype
             model_class, weights = type(described), tuple(tensor_bytes(described))
+            objective = objective_of(described)
             # under a prefix the model has our attention's name, which attaching a method sets again
             text = config.get_text_config()
             text._attn_implementation = str(text._attn_implementation).removeprefix("spectune_")
         dtype = base_dtype("auto" if dtype is None else dtype, torch.device(kind), getattr(config, "dtype", None),
                            base_precision)  # fmt: skip
         method = method_from_name(method) if isinstance(method, str) else method
-        return cls(str(name), config, method, dtype, kind, base_precision, optim, accumulates, model_class, weights)
+        return cls(
+            str(name), config, method, dtype, kind, base_precision, optim, accumulates, model_class, weights, objective
+        )  # fmt: skip
 
     @property
     def max_length(self) -> int | None:
@@ -98,7 +109,7 @@ class Workload:
     def model(self) -> PreTrainedModel:
         """The base on the meta device, with a config of its own: setting an attention function writes into it."""
         config, chosen = copy.deepcopy(self.config), self.model_class
-        make: Any = CAUSAL_LM.empty_model if chosen is None else chosen._from_config
+        make: Any = self.objective.empty_model if chosen is None else chosen._from_config
         with torch.device("meta"):
             model: PreTrainedModel = make(config, dtype=self.dtype)
         return model

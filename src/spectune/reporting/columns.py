@@ -8,7 +8,15 @@ from spectune.results.arm_result import ArmResult, metric_names
 from spectune.results.comparison_file import ComparisonResult
 
 #: how the metrics that ship are written; a custom one keeps its own name
-METRICS = {"rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF", "exact_match": "Exact match", "accuracy": "Accuracy"}
+METRICS = {
+    "rouge_l": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF", "exact_match": "Exact match", "accuracy": "Accuracy",
+    "macro_f1": "Macro F1", "matthews": "Matthews", "mse": "MSE", "pearson": "Pearson", "span_f1": "Span F1",
+    "token_accuracy": "Token accuracy",
+}  # fmt: skip
+
+
+#: what an arm learns of the rows, in tables of arms that do not all learn the same
+LEARNED = {"CAUSAL_LM": "label words", "SEQ_CLS": "a head", "TOKEN_CLS": "a head"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ FORGETTING = Column(
     lambda r: units.with_interval(r.forgetting_kl_nats_per_token, r.forgetting_low, r.forgetting_high),
     lambda r: r.forgetting_kl_nats_per_token,
 )
+LEARNS = Column("Learns", lambda r: LEARNED.get(r.task_type, r.task_type))
 LEARNING_RATE = Column("Learning rate", lambda r: units.rate(r.learning_rate), lambda r: r.learning_rate)
 SEEDS = Column(
     "Seeds", lambda r: f"{r.seeds} of {r.seeds + r.seeds_failed}" if r.seeds_failed else str(r.seeds), lambda r: r.seeds
@@ -66,6 +75,8 @@ SWAP = Column(
 
 def loss_title(comparison: ComparisonResult) -> str:
     """What `ArmResult.loss` is measured on."""
+    if not comparison.decided_by_loss:
+        return "Own loss"  # of label words or of a head: not to be compared
     return "Test loss" if comparison.data.judged_on == "test" else "Valid loss"
 
 
@@ -85,10 +96,15 @@ def columns_of(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> Colum
     title = loss_title(comparison)
     loss = Column(title, lambda r: units.with_interval(r.loss, r.loss_low, r.loss_high), lambda r: r.loss)
     # an interval takes the room of the perplexity, which says the same as the loss
-    perplexity = [] if any(row.loss_low is not None for row in rows) else [PERPLEXITY]
+    shown = comparison.has_text and comparison.decided_by_loss and not any(row.loss_low is not None for row in rows)
+    perplexity = [PERPLEXITY] if shown else []
+    # what has no meaning for what was learned is left out: the notes say so
+    relative = [RELATIVE] if comparison.decided_by_loss else []
+    forgetting = [FORGETTING] if comparison.has_text else []
+    learns = [] if comparison.decided_by_loss else [LEARNS]
     rate = [] if comparison.searches else [LEARNING_RATE]
     return Columns(
-        quality=[TRAINABLE, SHARE, loss, *perplexity, RELATIVE, FORGETTING],
+        quality=[*learns, TRAINABLE, SHARE, loss, *perplexity, *relative, *forgetting],
         metrics=[_metric(name) for name in metric_names(rows)],
         training=_present([*rate, MEMORY, PREDICTED, SPEED, TIME], rows),
         overheads=_present([OVERHEAD, OVERHEAD_16], rows),

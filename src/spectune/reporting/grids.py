@@ -29,6 +29,8 @@ def grids(comparison: ComparisonResult) -> list[Grid]:
     rows = arm_results(comparison)
     base = comparison.base
     facts = f"{units.count(base.total_parameters)} weights, validation loss {units.number(base.valid_loss)}"
+    if not comparison.has_text:
+        facts += " of its untrained head"
     columns = columns_of(comparison, rows)
     found = [_over_arms(f"Quality: {base.name} ({facts} before training)", columns.quality, rows)]
     found += [_metrics(comparison, columns.metrics, rows)] if columns.metrics else []
@@ -55,7 +57,10 @@ def _metrics(comparison: ComparisonResult, columns: Sequence[Column], rows: Sequ
     count = comparison.data.generated_rows
     grid = _over_arms(f"Task metrics (generation: {count:,} rows)" if count else "Task metrics", columns, rows)
     if bare := comparison.base.metrics:
-        grid.body.append(["Bare base", *(metric_text(name, bare.get(name)) for name in metric_names(rows))])
+        bases = [("Bare base" if comparison.has_text else "Untrained head", bare)]
+        bases += [("Untrained head", found.metrics) for found in comparison.other_bases.values()]
+        for label, of_base in bases:
+            grid.body.append([label, *(metric_text(name, of_base.get(name)) for name in metric_names(rows))])
     return grid
 
 

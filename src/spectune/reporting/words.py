@@ -97,12 +97,26 @@ def notes(comparison: ComparisonResult) -> list[str]:
     found = _budget(comparison.preset, searched=bool(comparison.searches))
     found += [f"Trained on {data.mixture}."] if data.mixture else []
     found += [_meaning_of_intervals(verdict)] if verdict.arms else []
-    found += [
-        f"Relative perf.: 100 x (base - method) / (base - full) of {rows} loss"
-        + (f"; undefined here: {why}." if why else "; 0 is the bare base, 100 is full fine-tuning."),
-        f"Losses are nats per target token on {judged} rows. Forgetting: mean KL(base || tuned), nats "
-        f"per token, on {data.retained_passages} passages ({data.retained_from}).",
-    ]
+    if comparison.decided_by_loss:
+        relative = f"Relative perf.: 100 x (base - method) / (base - full) of {rows} loss"
+        found.append(
+            relative + (f"; undefined here: {why}." if why else "; 0 is the bare base, 100 is full fine-tuning.")
+        )
+    losses = f"Losses are {data.loss_unit} on {judged} rows."
+    if not comparison.decided_by_loss:
+        losses = (
+            f"Own loss: nats per target token of the label's words, or nats per row of a head, on {judged} rows; these "
+            f"do not compare, and the arms are ordered by {metric_title(data.decided_by).lower()}."
+        )
+    if comparison.has_text:
+        losses += " Forgetting: mean KL(base || tuned), nats per token, on "
+        losses += f"{data.retained_passages} passages ({data.retained_from})."
+    found.append(losses)
+    if any(arm.task_type != "CAUSAL_LM" for arm in comparison.arms):
+        found.append(
+            "A head writes no text and has no vocabulary: it has no perplexity, no forgetting (a divergence of next "
+            "words), and no decoding speed. It begins untrained, which is what an untrained head's numbers are."
+        )
     if any(training_memory(run) for run in comparison.runs):
         what = "what is held of the device" if any(map(holds_a_device, comparison.runs)) else "tensors"
         found.append(f"Memory: peak of {what} in training ({base.device}, {base.dtype}).")

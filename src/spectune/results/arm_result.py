@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeGuard, TypeVar
 
 from spectune.results.comparison_file import ComparedRun, ComparisonResult, Decoding
-from spectune.results.verdict_record import Judgement, Verdict
+from spectune.results.verdict_record import JudgedArm, Judgement, Verdict
 
 FULL = "full"
 TASKS = 10
@@ -26,16 +26,18 @@ class ArmResult:
 
     Numbers are means over the seeds that ended, except: `train_memory_bytes` is the largest peak, `valid_perplexity`
     the exponential of the mean loss, and an overhead's noise the mean of the runs', at least the `noise_floor`. `loss`
-    is what the verdict ranks by: nats per target token on the judged rows, with its interval `loss_low` to `loss_high`
-    where there is a verdict. `relative_performance` is of that loss. `loss_by_source`: the judged loss on the rows of
-    each source. `busy_in_training` and `busy_in_decoding`: the machine did other work while a run of it was timed, so
-    that its times there are no facts. One run is shown as it is.
+    is of the judged rows, in the comparison's `loss_unit`: what the verdict ranks by, with its interval `loss_low` to
+    `loss_high` where there is a verdict; where a metric decides, losses are of different things and have no interval.
+    `relative_performance` is of that loss. `loss_by_source`: the judged loss on the rows of each source. `task_type`:
+    what the arm learns of the rows. `busy_in_training` and `busy_in_decoding`: the machine did other work while a run
+    of it was timed, so that its times there are no facts. One run is shown as it is.
     """
 
     name: str
     method: str
     label: str
     best_for: str
+    task_type: str = "CAUSAL_LM"
     trainable_parameters: int | None = None
     trainable_share: float | None = None
     stored_parameters: int | None = None
@@ -99,6 +101,7 @@ def arm_results(comparison: ComparisonResult) -> list[ArmResult]:
     found = [
         ArmResult(
             name=name, method=runs[0].method, label=labels[name], best_for=runs[0].best_for,
+            task_type=runs[0].task_type,
             seeds=len(runs), seeds_failed=failed.count(name),
             **_plain(runs), **_quality(runs, full, comparison), **_costs(runs, full, comparison),
         )
@@ -122,6 +125,8 @@ def relative_performance(base: float | None, full: float | None, loss: float | N
 
 def why_no_relative_performance(comparison: ComparisonResult) -> str | None:
     """The reason why relative performance is undefined in a comparison, None where it is defined."""
+    if not comparison.decided_by_loss:
+        return "losses of label words and of heads do not compare"
     if not (full := _full(comparison.runs_by_arm)):
         return "full fine-tuning was not run, or failed"
     loss = _loss(full, comparison)
@@ -130,8 +135,11 @@ def why_no_relative_performance(comparison: ComparisonResult) -> str | None:
 
 
 def base_loss(comparison: ComparisonResult) -> float | None:
-    """The bare base's loss on the judged rows; None where it was not measured on them, or is not finite."""
+    """The bare base's loss on the judged rows; None where it was not measured on them, or is not finite, or where no
+    loss decides."""
     base = comparison.base
+    if not comparison.decided_by_loss:
+        return None
     found = [None if comparison.verdict is None else comparison.verdict.base, base.judged_loss]
     if comparison.data.judged_on == "valid":
         found += [base.valid_loss, mean(run.base_valid_loss for run in comparison.runs)]
@@ -208,7 +216,8 @@ def _full(runs_by_arm: Mapping[str, list[ComparedRun]]) -> list[ComparedRun]:
 
 
 def _loss(runs: Sequence[ComparedRun], comparison: ComparisonResult) -> float | None:
-    judged = None if comparison.verdict is None or not runs else comparison.verdict.arm(runs[0].name).mean
+    by_loss = comparison.verdict is not None and comparison.decided_by_loss and runs
+    judged = comparison.verdict.arm(runs[0].name).mean if by_loss and comparison.verdict else None
     return mean(run.loss for run in runs) if judged is None else judged
 
 
@@ -227,12 +236,15 @@ def _plain(runs: Sequence[ComparedRun]) -> dict[str, Any]:
 
 def _quality(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], comparison: ComparisonResult) -> dict[str, Any]:
     verdict, name = comparison.verdict or Verdict(), runs[0].name
-    judged, forgetting = verdict.arm(name), (verdict.forgetting or Judgement()).arm(name)
+    judged = verdict.arm(name) if comparison.decided_by_loss else JudgedArm(name=name)
+    forgetting = (verdict.forgetting or Judgement()).arm(name)
     valid, loss = mean(run.valid_loss for run in runs), _loss(runs, comparison)
     names = dict.fromkeys(metric for run in runs for metric in run.metrics)
     means = {metric: mean(run.metrics.get(metric) for run in runs) for metric in names}
     metrics = {metric: value for metric, value in means.items() if value is not None}
     by_metric = {metric: verdict.metrics.get(metric, Judgement()).arm(name) for metric in metrics}
+    if not comparison.decided_by_loss:
+        by_metric[comparison.data.decided_by] = verdict.arm(name)
     intervals = {metric: _interval(arm.low, arm.high) for metric, arm in by_metric.items()}
     return {
         "valid_perplexity": runs[0].valid_perplexity if len(runs) == 1 or valid is None else _exp(valid),

@@ -38,7 +38,8 @@ class Base(Record):
 
 class Data(Record):
     """The rows. `held_out`: the share of the training rows that validates, None where rows for that were given.
-    `sources` and `mixture`, the same as a sentence: where the training rows are of several sources."""
+    `sources` and `mixture`, the same as a sentence: where the training rows are of several sources. `loss_unit`: of the
+    losses. `decided_by`: what the arms are ordered by, a metric where their losses are of different things."""
 
     train_rows: int = 0
     train_examples: int | None = None
@@ -55,6 +56,8 @@ class Data(Record):
     target_tokens_per_step: float | None = None
     sources: dict[str, TrainSource] = Field(default_factory=dict)
     mixture: str = ""
+    loss_unit: str = "nats per target token"
+    decided_by: str = "judged_loss"
 
 
 class Share(Record):
@@ -107,9 +110,10 @@ class Entry(Record):
 
 class Arm(Entry):
     """One method with its settings; the parameter counts are None until a run of it has ended. `seconds_by_phase`: of
-    all its runs together, those of the search too."""
+    all its runs together, those of the search too. `task_type`: what it learns of the rows."""
 
     best_for: str = ""
+    task_type: str = "CAUSAL_LM"
     settings: dict[str, Any] = Field(default_factory=dict)
     stored_parameters: int | None = None
     trainable_parameters: int | None = None
@@ -210,9 +214,11 @@ class ComparedRun(RunRecord, Entry):
 
 
 class Conditions(Record):
-    """What all runs of a comparison share. `seconds_by_phase`: what was no arm's own, such as loading the base."""
+    """What all runs of a comparison share. `seconds_by_phase`: what was no arm's own, such as loading the base.
+    `other_bases`: by task type, the base with an untrained head, where other arms learn text."""
 
     base: Base = Field(default_factory=Base)
+    other_bases: dict[str, Base] = Field(default_factory=dict)
     data: Data = Field(default_factory=Data)
     settings: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
@@ -242,6 +248,15 @@ class ComparisonResult(Conditions):
     verdict: Verdict | None = None
     recommendation: Recommendation | None = None
     command: list[str] | str | None = None
+
+    @property
+    def decided_by_loss(self) -> bool:
+        return self.data.decided_by == "judged_loss"
+
+    @property
+    def has_text(self) -> bool:
+        """Whether some arm is a language model; else all have heads, which write no text."""
+        return not self.arms or any(arm.task_type == "CAUSAL_LM" for arm in self.arms)
 
     @property
     def runs_by_arm(self) -> dict[str, list[ComparedRun]]:

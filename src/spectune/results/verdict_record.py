@@ -82,8 +82,9 @@ class Judgement(Record):
 
 
 class Verdict(Judgement):
-    """The judgement on the judged loss (nats per target token), and on every metric and on forgetting (nats per token)
-    beside it. `base` is the bare base's loss on the same rows."""
+    """The judgement on the judged loss, or on the metric that decides where losses do not compare (`measure` names it),
+    and on every other metric and on forgetting (nats per token) beside it. `base` is the bare base's loss on the same
+    rows."""
 
     base: float | None = None
     metrics: dict[str, Judgement] = Field(default_factory=dict)

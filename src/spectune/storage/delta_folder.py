@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from spectune.deltas import Delta, Method, place, unplaced
 from spectune.deltas.folder import CONFIG_FILE, OUR_FILE
+from spectune.deltas.head_layout import without_head_key
 from spectune.errors import DataError, SpectuneError, first_line
 from spectune.families import differences
 from spectune.methods import METHODS
@@ -97,8 +98,9 @@ def _peft_method(folder: Path) -> Method:
     if problems:
         raise DataError(f"{path} is not what PEFT writes", problems)
     try:
+        bare = without_head_key(config)
         for method in METHODS:
-            found = method.from_peft_config(config)
+            found = method.from_peft_config(bare)
             if found is not None:
                 return found
     except ValidationError as error:

@@ -16,6 +16,10 @@ class TrainingConfig(BaseModel):
     """How to train. The same for every method; only `learning_rate` has a default of each method's own.
 
     Attributes:
+        task_type: what is learned of the rows: "CAUSAL_LM" (their text), "SEQ_CLS" (a class or a number for a text) or
+            "TOKEN_CLS" (a class for each word), the latter two with a head of the model; "auto": by the rows, `text` +
+            `label` is SEQ_CLS, `tokens` + `tags` is TOKEN_CLS, all others are CAUSAL_LM. A model that is given as an
+            object has its head already.
         output_dir: the run's folder; None writes nothing.
         learning_rate: None is the method's default for a base of this size (`method.learning_rates`).
         num_train_epochs: may be a fraction.
@@ -63,6 +67,7 @@ class TrainingConfig(BaseModel):
     # no setting means anything when infinite: such a rate diverges at once, such epochs never end
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    task_type: Literal["auto", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"] = "auto"
     output_dir: Path | None = None
     learning_rate: float | None = Field(None, gt=0)
     num_train_epochs: float = Field(3.0, gt=0)
@@ -101,6 +106,12 @@ class TrainingConfig(BaseModel):
     resume: bool = False
     skip_bad_rows: bool = False
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
+
+    @field_validator("task_type", mode="before")
+    @classmethod
+    def _as_peft_writes_it(cls, value: Any) -> Any:
+        written = value.strip().upper().replace("-", "_") if isinstance(value, str) else value
+        return "auto" if written == "AUTO" else written
 
     @field_validator("memory_check", mode="before")
     @classmethod

@@ -276,7 +276,7 @@ def _packing_unloaded(
     """The same of a base that is not loaded: its documents are taken to be kept apart, by the fastest kernel that its
     config has nothing against (as `kernel_serves` finds out by running it)."""
     if not wants_packs(family, lengths, config, device_type):
-        return Packing(mask_free=len(set(lengths)) > 1), None
+        return Packing(mask_free=len(set(lengths)) > 1 and not family.trained_head), None
     kernel = None
     if workload is not None and not _needs_masks(workload, family):
         kernel = kernels(device_type, workload.dtype, compiled=config.torch_compile is True)[0]
@@ -296,6 +296,10 @@ def _needs_masks(workload: Workload, family: Family) -> bool:
 def wants_packs(family: Family, lengths: Sequence[int], config: TrainingConfig, device_type: str) -> bool:
     """`config.packing`, or whether "auto" would pack rows of these `lengths` in tokens on such a device, if the model
     can be given packs. The same for all methods."""
+    if family.trained_head:  # what it says of a text belongs to a row
+        if config.packing is True:
+            raise ConfigError("packing=true: rows for a head are not packed. Leave it out (packing=auto)")
+        return False
     if config.packing != "auto":
         return config.packing
     saved = share_saved(lengths, config)

@@ -17,6 +17,7 @@ FILE = "identity.json"
 #: settings that may change between a checkpoint and its resumption
 FREE = {
     *("output_dir", "resume", "logging_steps", "save_steps", "report_to", "memory_check"),
+    "task_type",  # the data and the labels tell it
     *("gradient_checkpointing", "cuda_graphs"),  # the numbers are the same, bit for bit where a step's are
 }
 

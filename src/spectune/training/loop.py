@@ -22,7 +22,7 @@ from spectune.deltas import route
 from spectune.errors import InterruptedRun, OutOfMemoryError
 from spectune.evaluation import RowLosses, row_losses
 from spectune.inference import is_out_of_memory, wait_for
-from spectune.objectives import CAUSAL_LM
+from spectune.objectives import objective_of
 from spectune.training.async_scalars import AsyncScalars
 from spectune.training.display import Display
 from spectune.training.distribution import World
@@ -133,6 +133,9 @@ class Loop:
         tokens = sum(example.length for example in members)
         # data are made ready before the clock starts: speed is that of computing
         collated = [self.batches.collate(packs) if packs else None for packs in self.batches.of_step(window)]
+        for batch in filter(None, collated):
+            # on the host, where asking costs nothing: on the device it would wait for what runs there
+            objective_of(self.model).precompute(batch)
         measured = self.peaks.of_step(first=run.observer.memory and self._is_first(number))
         rate = run.rate_at(number)
 
@@ -193,7 +196,9 @@ class Loop:
             return torch.zeros((), device=self.model.device)
         try:
             with self.batches.placed(self.model, batch) as placed, self.execution.attention(placed):
-                loss_sum, _ = CAUSAL_LM.loss_sum(self.model, placed, fuse=self.execution.compiled and can_compile_now())
+                loss_sum, _ = objective_of(self.model).loss_sum(
+                    self.model, placed, fuse=self.execution.compiled and can_compile_now()
+                )
                 torch.autograd.backward(loss_sum / targets)
                 return loss_sum.detach()
         except (RuntimeError, MemoryError) as error:

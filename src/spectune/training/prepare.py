@@ -1,6 +1,8 @@
 """From rows and settings to what a run trains on: token ids, length, rate, and the run's identity."""
 
+import dataclasses
 import datetime
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +10,24 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.data import DataReport, Encoded, Example, Row, encode, load_rows, pad_token_id, split_rows, weighted
+from spectune.data import (
+    DataReport,
+    Encoded,
+    Example,
+    Labels,
+    Row,
+    encode,
+    load_rows,
+    pad_token_id,
+    split_rows,
+    task_type_of,
+    weighted,
+)
+from spectune.data.labels import CAUSAL_LM
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import base_precision, embedding_width, vocabulary_rows
+from spectune.objectives import objective_of
 from spectune.results.run_result import TrainSource
 from spectune.storage.descriptions import positions_of
 from spectune.training.config import DEFAULT_LENGTH, TrainingConfig
@@ -20,7 +36,8 @@ from spectune.training.identity import FILE, identity_of, read_identity
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains on: token ids of training and validation rows, settings, and what follows from all of them."""
+    """What a run trains on: token ids of training and validation rows, settings, and what follows from all of them.
+    `labels`: what the model's head says; None of a language model."""
 
     config: TrainingConfig
     rows: list[Row]
@@ -29,6 +46,7 @@ class Prepared:
     max_length: int
     identity: dict[str, Any]
     pad_token_id: int
+    labels: Labels | None = None
 
     @property
     def examples(self) -> list[Example]:
@@ -55,7 +73,7 @@ def prepare(
         ConfigError, DataError: a length that the base has no room for, or bad data.
     """
     length, vocab_size = max_length(model, method, config), vocabulary_rows(model)
-    config = dated(config, tokenizer)
+    config, labels = dated(config, tokenizer), Labels.of_model(objective_of(model).task_type, model.config)
     if isinstance(train_rows, Encoded):
         train, valid, rows = train_rows, valid_rows, train_rows.rows
     else:
@@ -64,7 +82,9 @@ def prepare(
             rows, held_out = split_rows(rows, seed=config.seed)
         else:
             held_out = load_rows(valid_rows, **config.row_options)
-        how: dict[str, Any] = {"max_length": length, "vocab_size": vocab_size, **config.encode_options}
+        _check_task(model, config, rows)
+        how: dict[str, Any] = {"max_length": length, "vocab_size": vocab_size, "labels": labels}
+        how |= config.encode_options
         train, valid = (encode(part, tokenizer, **how) for part in (rows, held_out))
         train = weighted(train, rows.weights, config.seed)
     rate = config.learning_rate or method.learning_rates.at(embedding_width(model)).rate
@@ -73,7 +93,26 @@ def prepare(
         dtype=str(model.dtype).removeprefix("torch."), base_precision=base_precision(model),
     )  # fmt: skip
     identity["processes"] = processes
-    return Prepared(config, rows, (train, valid), rate, length, identity, pad_token_id(tokenizer, vocab_size))
+    if labels is not None:
+        identity["head"] = json.loads(json.dumps(dataclasses.asdict(labels)))
+    config = config.model_copy(update={"task_type": objective_of(model).task_type})
+    pad = pad_token_id(tokenizer, vocab_size)
+    return Prepared(config, rows, (train, valid), rate, length, identity, pad, labels)
+
+
+def _check_task(model: PreTrainedModel, config: TrainingConfig, rows: Sequence[Row]) -> None:
+    """Raises ConfigError: the setting, or the rows where that is left open, are for another head than the model has."""
+    has, wanted = objective_of(model).task_type, config.task_type
+    asked = task_type_of(rows) if wanted == "auto" else wanted
+    if asked == has or (wanted == "auto" and has != CAUSAL_LM):
+        return
+    found = f"task_type = {wanted}" if wanted != "auto" else f"the rows are for {asked} (task_type auto)"
+    kind = type(model).__name__
+    text = f", or set task_type to {CAUSAL_LM}, and the text alone is learned" if asked == "SEQ_CLS" else ""
+    raise ConfigError(
+        f"{found}, and the model given is a {kind}, which is for {has}: load the base with "
+        f"spectune.load(name, task_type={asked!r}, ...)" + (text if wanted == "auto" else "")
+    )
 
 
 def train_sources(report: DataReport) -> dict[str, TrainSource]:

@@ -59,10 +59,10 @@ def load_end(folder: Path, delta: Delta) -> None:
 def described(rows: Sequence[Row]) -> dict[str, Any]:
     """What a command that writes with the run must know of its training rows, for config.yaml and training.json.
 
-    `row_shape`: "messages", "alpaca", "prompt" or "text", the commonest one. `prompt_ends_with`: the white space that
-    every prompt ends in, "" where they share none. `row_system`, `row_tools`, `row_template_kwargs`: what all chats
-    have before their first question, and give their template; absent where they differ. `row_answers`: the few labels
-    that all rows are answered with, where that is so.
+    `row_shape`: "messages", "tokens", "alpaca", "prompt" or "text", the commonest one. `prompt_ends_with`: the white
+    space that every prompt ends in, "" where they share none. `row_system`, `row_tools`, `row_template_kwargs`: what all
+    chats have before their first question, and give their template; absent where they differ. `row_answers`: the few
+    labels that all rows are answered with, where that is so.
     """
     shapes = Counter(_shape(row) for row in rows)
     prompts = [row.prompt for row in rows if row.prompt is not None]
@@ -86,6 +86,8 @@ def described(rows: Sequence[Row]) -> dict[str, Any]:
 def _shape(row: Row) -> str:
     if row.messages:
         return "messages"
+    if row.tokens is not None:
+        return "tokens"
     return "text" if row.text is not None else "alpaca" if row.shape == "alpaca" else "prompt"
 
 
@@ -101,9 +103,11 @@ class RunFolder(Keeper):
         #: the weights of the lowest validation loss so far; before the first validation those of the start
         self.best = best if best is not None and self._leads else self._copy()
         self.identity = prepared.identity
-        kept = {"separator", "train_on", "truncation", "template_date"}
+        kept = {"task_type", "separator", "train_on", "truncation", "template_date"}
         own = {"max_length": self.identity["max_length"], **run.config.model_dump(mode="json", include=kept)}
         self.training = {**own, **described(prepared.rows)}
+        if prepared.labels is not None:
+            self.training["row_labels"] = list(prepared.labels.names)
         self._metrics: Any = None
         self._board: Any = None
         run.keeper = self

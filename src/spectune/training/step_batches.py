@@ -10,7 +10,6 @@ from spectune.blocks.execution import Packing
 from spectune.compute.masks import OneTextRows
 from spectune.data import Example, batches, by_length, collate, collate_packs, filled, pack_step
 from spectune.deltas import packed, packing
-from spectune.objectives import CAUSAL_LM
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
 
@@ -61,8 +60,6 @@ class Batches:
             batch = filled(batch, *self.packing.filled(*batch["input_ids"].shape), self.pad_token_id)
             if self.packing.mask_free or (not self._has_mask and bool(batch["attention_mask"].all())):
                 del batch["attention_mask"]
-        # made here, where asking costs nothing: on the device it would wait for what runs there
-        CAUSAL_LM.precompute(batch)
         return batch
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spectune.results import ComparisonResult, Limits, Verdict
-from spectune.results.arm_result import arm_results, is_finite, peak_memory
+from spectune.results.arm_result import ArmResult, arm_results, is_finite, peak_memory
 from spectune.results.phrases import named
 from spectune.results.recommendation import AXES
 
@@ -26,7 +26,8 @@ class Candidate:
 
     Attributes:
         runs: files or folders that prove the numbers.
-        judged_loss: None where it is not finite, too.
+        judged_loss: None where it is not finite, too. Where a metric decides in its place, that one, negated where more
+            is better.
         inference_overhead: as it is served: of the merged model (`merged`) where one task is served and it merges.
     """
 
@@ -71,7 +72,7 @@ def candidates(comparison: ComparisonResult, limits: Limits) -> list[Candidate]:
                 name=arm.name,
                 label=named(runs[0].label or arm.name, arm.method),
                 runs=tuple(run.place for run in runs),
-                judged_loss=arm.loss if is_finite(arm.loss) else None,
+                judged_loss=_decisive(arm, comparison),
                 relative_performance=arm.relative_performance,
                 train_memory_bytes=arm.train_memory_bytes,
                 peak_memory_bytes=max((peak for run in runs if (peak := peak_memory(run))), default=None),
@@ -85,9 +86,18 @@ def candidates(comparison: ComparisonResult, limits: Limits) -> list[Candidate]:
     return found
 
 
+def _decisive(arm: ArmResult, comparison: ComparisonResult) -> float | None:
+    by = comparison.data.decided_by
+    value = arm.loss if comparison.decided_by_loss else arm.metrics.get(by)
+    if not is_finite(value):
+        return None
+    return -value if comparison.data.higher_is_better.get(by, False) else value
+
+
 @dataclass(frozen=True)
 class Quality:
-    """What the verdict says of pairs: which are better, and how much worse an arm may be than another."""
+    """What the verdict says of pairs: which are better, and how much worse an arm may be than another. `what` decides:
+    the loss, or a metric."""
 
     judged: bool
     arms: frozenset[str]
@@ -95,6 +105,7 @@ class Quality:
     better: set[tuple[str, str]]
     relative: Mapping[tuple[str, str], float]
     open: Mapping[tuple[str, str], float]
+    what: str = "loss"
 
     @classmethod
     def of(cls, verdict: Verdict, arms: Sequence[Candidate]) -> Quality:
@@ -104,14 +115,22 @@ class Quality:
             if (seen := pair.seen_from(pair.a)) is None:
                 continue
             a, b, scale = pair.a, pair.b, abs(means[pair.a]) or 1.0
-            difference, low, high = (value / scale for value in seen)
+            sign = -1 if verdict.higher_is_better else 1  # how much worse b is than a
+            difference, *ends = (sign * value / scale for value in seen)
+            low, high = sorted(ends)
             relative[a, b], relative[b, a] = difference, -difference
             left_open[a, b], left_open[b, a] = high, -low
             better |= {(a, b)} if pair.differs else set()
         if not relative:  # nothing but raw numbers: good enough for a picture, not for a pick
             better = {(a.name, b.name) for a in arms for b in arms if a.rank < b.rank < math.inf}
         covers = verdict.covers_training_noise
-        return cls(bool(relative), frozenset(means), covers, better, relative, left_open)
+        what = "loss" if verdict.measure in ("", "judged_loss") else verdict.measure
+        return cls(bool(relative), frozenset(means), covers, better, relative, left_open, what)
+
+    @property
+    def best(self) -> str:
+        """`the lowest loss`, `the best accuracy`."""
+        return "the lowest loss" if self.what == "loss" else f"the best {self.what}"
 
     def is_better(self, a: Candidate, b: Candidate) -> bool:
         return (a.name, b.name) in self.better

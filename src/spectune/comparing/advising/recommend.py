@@ -55,7 +55,8 @@ def recommend(comparison: ComparisonResult, limits: Limits | None = None) -> Rec
         decision = _Decision(abstains=why)
     elif bare is not None and all(arm.judged_loss is not None and arm.judged_loss >= bare for arm in allowed):
         who = "no method" if len(allowed) == len(arms) else "none that keeps the limits"
-        why = f"No recommendation: {who} has a lower loss than the bare base ({bare:.3f} nats a token)."
+        unit = comparison.data.loss_unit.replace("nats per target token", "nats a token")
+        why = f"No recommendation: {who} has a lower loss than the bare base ({bare:.3f} {unit})."
         lowest = min(arm.rank for arm in allowed)
         decision = _Decision(abstains=why, reasons=[_reason(f"the lowest loss is {lowest:.3f}", allowed)])
     elif not quality.judged and len(allowed) > 1:
@@ -76,12 +77,12 @@ def recommend(comparison: ComparisonResult, limits: Limits | None = None) -> Rec
 def _decided(allowed: Sequence[Candidate], arms: Sequence[Candidate], quality: Quality, limits: Limits) -> _Decision:
     """The cheapest of the best, unless the evidence leaves too much open."""
     best = undominated(allowed, quality.is_better)
-    pick, why = _cheapest(best, limits)
+    pick, why = _cheapest(best, limits, quality)
     top = min(best, key=lambda arm: arm.rank)
     only = f"{pick.label} is the only method that {'keeps the limits' if len(arms) > 1 else 'was run'}"
     many = len(allowed) > 1
     reasons = [_quality_reason(best, pick, top, allowed, quality) if many else _reason(only, arms)]
-    other, _ = _cheapest(undominated(allowed, quality.is_clearly_better), limits)
+    other, _ = _cheapest(undominated(allowed, quality.is_clearly_better), limits, quality)
 
     def undecided(other: Candidate, text: str, why: str) -> _Decision:
         abstains = f"The evidence does not decide between {pick.label} and {other.label}: {text}"
@@ -112,7 +113,7 @@ def _decided(allowed: Sequence[Candidate], arms: Sequence[Candidate], quality: Q
     return _Decision(pick.name, None, reasons)
 
 
-def _cheapest(arms: Sequence[Candidate], limits: Limits) -> tuple[Candidate, str]:
+def _cheapest(arms: Sequence[Candidate], limits: Limits, quality: Quality) -> tuple[Candidate, str]:
     """The cheapest of some arms and, in words, what decided."""
     order = ["inference_overhead", "train_memory_bytes", "stored_bytes", "train_seconds"]
     order = sorted(order, key=lambda axis: axis != "stored_bytes") if limits.tenants > 1 else order
@@ -132,9 +133,10 @@ def _cheapest(arms: Sequence[Candidate], limits: Limits) -> tuple[Candidate, str
     # of equals the better one
     pick = min(left, key=lambda arm: arm.rank)
     if not steps:
-        return pick, f"{pick.label} costs no more than the others, and has the lowest loss of those as cheap"
+        return pick, f"{pick.label} costs no more than the others, and has {quality.best} of those as cheap"
     equal = [arm.label for arm in left if arm is not pick]
-    tie = f", and a loss not above that of {listed(equal)}, as cheap" if equal else ""
+    no_worse = "a loss not above that of" if quality.what == "loss" else f"no worse {quality.what} than"
+    tie = f", and {no_worse} {listed(equal)}, as cheap" if equal else ""
     return pick, f"of these {pick.label} is the cheapest: {', '.join(steps)}{tie}"
 
 
@@ -143,7 +145,7 @@ def _quality_reason(
 ) -> Reason:
     worse = [arm for arm in allowed if arm not in best]
     one = len(best) == 1
-    text = f"{listed([arm.label for arm in best])} {'has' if one else 'have'} the best loss"
+    text = f"{listed([arm.label for arm in best])} {'has' if one else 'have'} the best {quality.what}"
     if not one:
         text += ": no difference between them was found"
     if pick is not top:

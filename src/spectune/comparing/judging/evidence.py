@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from spectune.comparing.judging.statistics import Array, Score, bleu, chrf, ratio
+from spectune.evaluation.agreement import AGREEMENT, CLASS_METRICS, row_sums
 from spectune.results import ComparedRun, ComparisonResult
 from spectune.results.arm_result import is_finite
 
@@ -147,6 +148,26 @@ def _fill(found: Findings, tables: Mapping[Key, Rows]) -> None:
             return sums if isinstance(sums, list) and len(sums) == size and all(map(is_finite, sums)) else None
 
         metric(name, score, counts)
+    for name, score in AGREEMENT.items():
+        metric(name, score, _label_sums(name, tables))
+
+
+def _label_sums(name: str, tables: Mapping[Key, Rows]) -> Read:
+    """What a row adds to a metric of labels, with as many classes as any run had."""
+
+    def given(row: dict[str, Any]) -> list[float] | None:
+        sums = (row.get("statistics") or {}).get(name)
+        return sums if isinstance(sums, list) and sums and all(map(is_finite, sums)) else None
+
+    classes = 0
+    if name in CLASS_METRICS:
+        all_rows = (found for rows in tables.values() for row in rows.values() if (found := given(row)) is not None)
+        classes = int(max((found[2] for found in all_rows), default=0))
+
+    def read(row: dict[str, Any]) -> Sequence[float] | None:
+        return None if (sums := given(row)) is None else row_sums(name, sums, classes)
+
+    return read
 
 
 def _units(rows: Rows, numbers: Sequence[int]) -> dict[int, int]:

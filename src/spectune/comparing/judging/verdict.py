@@ -19,25 +19,33 @@ from spectune.results.verdict_record import JudgedArm, JudgedPair
 def verdict(comparison: ComparisonResult, folder: str | Path) -> Verdict:
     """What the runs of a comparison say about the order of its arms.
 
-    The judged loss (nats per target token), each metric and forgetting (nats per token) are corrected for their own
-    pairs each. Intervals are None where runs left no loss for each row. Never raises on partial content.
+    The judged loss (or what decides in its place), each metric and forgetting (nats per token) are corrected for their
+    own pairs each. Intervals are None where runs left no loss for each row. Never raises on partial content.
 
     Args:
         folder: the comparison's; runs' `rows_file` and `base/passages.json` are read under it.
     """
     findings = find_evidence(comparison, Path(folder))
     names = Naming.of(comparison)
-    if findings.loss is None:
-        judged = _without_rows([run for run in comparison.runs if run.name], names)
+    ways, forgetting = comparison.data.higher_is_better, findings.forgetting
+    by, runs = comparison.data.decided_by, [run for run in comparison.runs if run.name]
+    if comparison.decided_by_loss:
+        judged = _without_rows(runs, names)
+        if findings.loss is not None:
+            judged = _judge(findings.loss, "judged_loss", names, what="of its loss")
     else:
-        judged = _judge(findings.loss, "judged_loss", names, what="of its loss")
+        judged = _bare(by, f"No verdict on {by}: no run left it for each row.", None)
+        if (decisive := findings.metrics.pop(by, None)) is not None:
+            judged = _judge(decisive, by, names, higher_is_better=ways.get(by, True))
+        judged.sentences.append(
+            f"Decided by {by}: the losses of label words and of a head are of different things, and do not compare."
+        )
     judged.sentences[1:1] = edge_sentences(comparison, names)  # beside the headline, which ranks these arms
     judged.sentences += findings.problems + failure_sentences(comparison)
-    ways, forgetting = comparison.data.higher_is_better, findings.forgetting
     metrics = {n: _judge(e, n, names, higher_is_better=ways.get(n, True)) for n, e in findings.metrics.items()}
     return Verdict(
         **judged.to_dict(),
-        base=findings.base_loss,
+        base=findings.base_loss if comparison.decided_by_loss else None,
         metrics=metrics,
         forgetting=None if forgetting is None else _judge(forgetting, "forgetting", names, what="of its forgetting"),
     )

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 #: one of these makes an object a row
-SHAPES = ("prompt", "completion", "instruction", "output", "text", "messages", "conversations")
+SHAPES = ("prompt", "completion", "instruction", "output", "text", "messages", "conversations", "tokens",
+          "tags")  # fmt: skip
 #: what is a list or an object in a row, and so has to be written as JSON in a CSV's cell
 AS_JSON = (
     "references", "choices", "messages", "conversations", "tools", "documents", "chat_template_kwargs", "history",

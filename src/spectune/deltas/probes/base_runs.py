@@ -128,7 +128,12 @@ def cached_values(model: PreTrainedModel, watched: list[str]) -> tuple[dict[str,
     try:
         with evaluating(model):
             tokens = torch.tensor([[1, 2, 3]], device=token_embedding(model).weight.device)
-            out = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
+            attachment = Attachment.of(model)
+            # a model with a head may not say what was cached
+            headed = attachment is not None and attachment.family.trained_head
+            out = (model.base_model if headed else model)(
+                input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True
+            )
     finally:
         for handle in handles:
             handle.remove()

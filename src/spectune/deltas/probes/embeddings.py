@@ -12,7 +12,7 @@ from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.hooks.caches import carries_other_state
 from spectune.deltas.method import plain_tokens
-from spectune.deltas.probes.agreement import apart, logits_of
+from spectune.deltas.probes.agreement import apart, states_of
 from spectune.errors import ConfigError, first_line
 from spectune.families import token_embedding
 
@@ -39,12 +39,12 @@ def prove_reads_embeddings(model: PreTrainedModel) -> None:
     mask = torch.ones_like(ids)
     kind = attachment.family.model_type
     with attachment.state.routed(None), evaluating(model):
-        expected = logits_of(model, ids, mask)
+        expected = states_of(model, ids, mask)
         try:
             with _as_embeddings(attachment, noise=0.0):
-                got = logits_of(model, ids, mask)
+                got = states_of(model, ids, mask)
             with _as_embeddings(attachment, noise=0.1):
-                logits_of(model, ids, mask)
+                states_of(model, ids, mask)
         except Exception as error:
             raise ConfigError(
                 f"prompt tuning is refused: this {kind} model's own code needs token ids, which virtual tokens do not "

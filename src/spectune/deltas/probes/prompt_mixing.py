@@ -10,7 +10,7 @@ from spectune.deltas.attachment import Attachment
 from spectune.deltas.layout import Route
 from spectune.deltas.method import plain_tokens
 from spectune.deltas.modules import InputModule
-from spectune.deltas.probes.agreement import apart, logits_of
+from spectune.deltas.probes.agreement import apart, states_of
 from spectune.deltas.probes.base_runs import can_run
 from spectune.deltas.slots import get
 from spectune.errors import ConfigError
@@ -62,10 +62,10 @@ def _measure(attachment: Attachment, longest: str | None) -> float:
     try:
         with evaluating(model):
             with state.routed(None):
-                alone = logits_of(model, text, whole)[0]
-                behind_padding = logits_of(model, padded, mask, **given)[0, 2:]
+                alone = states_of(model, text, whole)[0]
+                behind_padding = states_of(model, padded, mask, **given)[0, 2:]
             with state.routed(Route([None, longest], per_row=True)):
-                beside = logits_of(model, text.repeat(2, 1), whole.repeat(2, 1))[0]
+                beside = states_of(model, text.repeat(2, 1), whole.repeat(2, 1))[0]
     finally:
         state.thread.pack_ahead = pack
     return apart([(behind_padding, alone), (beside, alone)]) / max(float(alone.abs().max()), 1e-30)

@@ -33,6 +33,8 @@ def why_mask_is_needed(model: PreTrainedModel) -> str | None:
         raise ConfigError("whether padding needs a mask is asked of a model with an attached delta")
     if _has_experts(model, attachment.family):
         return "its layers have experts, which may count the padding"
+    if attachment.family.trained_head:
+        return "its head finds the end of a text by the padding"
     proved, key = proved_as_routed(model, "needs no mask")
     if key not in proved and (reason := _why_mask_is_needed(model)) is not None:
         return reason

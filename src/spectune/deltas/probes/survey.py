@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import rehearsing
 from spectune.deltas.attachment import Attachment
-from spectune.deltas.method import Method
+from spectune.deltas.method import Method, all_sites, module_at
 from spectune.deltas.modules import OutputModule
 from spectune.deltas.open_sites import holder_of
 from spectune.deltas.probes.base_runs import can_run, first_logits, run
@@ -29,7 +29,7 @@ log = logging.getLogger("spectune")
 
 def settled_sites(attachment: Attachment, method: Method) -> list[Site]:
     """The method's sites on this base, each of one kind: at outputs, or at parameters where the base needs that."""
-    sites = method.sites(attachment.family)
+    sites = all_sites(method, attachment.family)
     if not can_run(attachment.model):
         return sites  # nothing can be run; the first real forward fails loudly where a module is missing
     calls = calls_of(attachment, [site for site in sites if isinstance(site, OutputSite)])
@@ -78,7 +78,7 @@ def uncalled(model: PreTrainedModel, family: Family) -> list[str]:
 def _at_parameter(site: OutputSite, method: Method, attachment: Attachment) -> OutputSite:
     """The site with the host's parameter that is changed in place of its output; as it is where that cannot be."""
     with torch.device("meta"):
-        module = method.build(site)
+        module = module_at(method, site)
     name = module.acts_on if isinstance(module, OutputModule) else None
     parameter = None if name is None else getattr(attachment.model.get_submodule(site.path), name, None)
     if not isinstance(parameter, nn.Parameter) or not parameter.is_floating_point():

@@ -37,12 +37,13 @@ def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[
     return environment.get_template("page.html.j2").render(
         title=f"Fine-tuning {clipped(comparison.base.name, 80)}: {len(rows)} methods compared",
         facts=_facts(comparison, rows),
-        headline=verdict[0] if verdict else _without_verdict(rows),
+        headline=verdict[0] if verdict else _without_verdict(rows, comparison.data.loss_unit),
         sentences=[*verdict[1:], *words.metric_sentences(comparison)],
         pick=words.recommendation_sentence(comparison),
         reasons=words.recommendation_reasons(comparison),
         context=words.recommendation_context(comparison),
         groups=groups,
+        loss_unit=comparison.data.loss_unit if comparison.decided_by_loss else "of each arm's own kind",
         columns=[column for _, found in groups for column in found],
         table=rows,
         by_source=sources_grid(comparison),
@@ -70,7 +71,8 @@ def _groups(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[tup
     of = columns.columns_of(comparison, rows)
     training = [column for column in of.training if column is not columns.LEARNING_RATE]
     tested = columns.loss_title(comparison) == "Test loss"
-    for column in [*([columns.VALID_LOSS] if tested else []), columns.PERPLEXITY]:
+    more = [*([columns.VALID_LOSS] if tested else []), *([columns.PERPLEXITY] if comparison.has_text else [])]
+    for column in more if comparison.decided_by_loss else []:
         if column not in of.quality:
             of.quality.insert(of.quality.index(columns.RELATIVE), column)
     return [
@@ -93,13 +95,13 @@ def _facts(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[str]
     return [*facts, f"preset {comparison.preset.name}"] if comparison.preset.name else facts
 
 
-def _without_verdict(rows: Sequence[ArmResult]) -> str:
+def _without_verdict(rows: Sequence[ArmResult], unit: str) -> str:
     ended = [row for row in rows if row.loss is not None]
     if not ended:
         return "No verdict: no run ended."
     best = min(ended, key=lambda row: row.loss or 0.0)
     return (
-        f"No verdict. {best.label} has the lowest loss here ({units.number(best.loss)} nats per target token), but "
+        f"No verdict. {best.label} has the lowest loss here ({units.number(best.loss)} {unit}), but "
         "nothing was tested: close methods may change places with another seed."
     )
 

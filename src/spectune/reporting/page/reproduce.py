@@ -29,7 +29,8 @@ class RunLine:
 def run_header(comparison: ComparisonResult) -> list[str]:
     losses = dict.fromkeys(["Valid loss", loss_title(comparison)])
     metrics = map(metric_title, metric_names(arm_results(comparison)))
-    return ["Learning rate", "Steps", *losses, *metrics, "Forgetting", "Memory", "Tokens/s", "Time", "Folder"]
+    forgetting = ["Forgetting"] if comparison.has_text else []
+    return ["Learning rate", "Steps", *losses, *metrics, *forgetting, "Memory", "Tokens/s", "Time", "Folder"]
 
 
 def run_lines(comparison: ComparisonResult) -> list[RunLine]:
@@ -44,7 +45,7 @@ def run_lines(comparison: ComparisonResult) -> list[RunLine]:
                 units.number(run.valid_loss),
                 *judged,
                 *(metric_text(name, run.metrics.get(name)) for name in names),
-                units.number(run.forgetting_kl_nats_per_token),
+                *([units.number(run.forgetting_kl_nats_per_token)] if comparison.has_text else []),
                 units.size(training_memory(run)),
                 units.count(run.train_tokens_per_second),
                 units.seconds(run.train_seconds),

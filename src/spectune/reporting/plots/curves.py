@@ -27,13 +27,14 @@ def learning_plot(comparison: ComparisonResult, folder: Path) -> Plot | None:
     validated = all(len(c.valid) >= ENOUGH for found in curves.values() for c in found)
     lines = {name: [line for c in found if (line := _line(c, validated))] for name, found in curves.items()}
     lines = {name: found for name, found in lines.items() if found}
-    if not lines:
+    if not lines or not comparison.decided_by_loss:  # losses of unlike things have no axis in common
         return None
     look = looks(comparison)
     dots = {} if validated else {name: [c.valid[-1] for c in found if c.valid] for name, found in curves.items()}
     points = [p for found in lines.values() for line in found for p in line]
     points += [dot for found in dots.values() for dot in found]
-    figure, axes = _scaled(points, [look[name] for name in lines], "validation" if validated else "training")
+    what = f"{'validation' if validated else 'training'} loss, {comparison.data.loss_unit}"
+    figure, axes = _scaled(points, [look[name] for name in lines], what)
     ends = []
     for name, drawn in lines.items():
         seen, mean = look[name], mean_line(drawn)
@@ -68,11 +69,12 @@ def data_plot(comparison: ComparisonResult) -> Plot | None:
             values.setdefault(point.name, {}).setdefault(point.rows, []).append(point.valid_loss)
     lines = {name: [(rows, sum(v) / len(v)) for rows, v in sorted(found.items())] for name, found in values.items()}
     counts = sorted({rows for line in lines.values() for rows, _ in line})
-    if len(counts) < 2:
+    if len(counts) < 2 or not comparison.decided_by_loss:
         return None
     look = looks(comparison)
     points = [p for line in lines.values() for p in line]
-    figure, axes = _scaled(points, [look[name] for name in lines], "validation")
+    what = f"validation loss, {comparison.data.loss_unit}"
+    figure, axes = _scaled(points, [look[name] for name in lines], what)
     log_axis(axes.xaxis, counts)
     axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.04)
     for name, line in lines.items():
@@ -113,7 +115,7 @@ def _scaled(points: Line, looks: Sequence[Look], what: str) -> tuple[Figure, Axe
     figure, longest = new_figure(height=3.5), max(len(look.label) for look in looks)
     axes = new_axes(figure, left=0.6, right=0.3 + 0.066 * longest, bottom=0.52)
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    loss_axis(axes.yaxis, ys, f"{what} loss, nats per target token")
+    loss_axis(axes.yaxis, ys, what)
     axes.set_xlim(0, max(xs))
     low, high = min(ys), max(ys)
     if axes.get_yscale() == "log":

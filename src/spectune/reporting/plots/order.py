@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from spectune.reporting import units
-from spectune.reporting.columns import loss_title
 from spectune.reporting.plots import style
 from spectune.reporting.plots.style import GRID, INK, MUTED, PAPER, Plot, looks
 from spectune.results import ComparisonResult, Verdict
@@ -34,7 +33,8 @@ def order_plot(comparison: ComparisonResult) -> Plot | None:
             axes.plot([arm.low, arm.high], [place, place], color=seen.colour, linewidth=1.6)
         axes.plot(mean, place, seen.marker, color=seen.colour, markersize=4.2)
     found = [value for arm, mean in arms for value in (mean, arm.low, arm.high) if value is not None]
-    style.loss_axis(axes.xaxis, found, style.loss_words(comparison))
+    title, words = style.verdict_words(comparison)
+    style.loss_axis(axes.xaxis, found, words)
     style.pad(axes, found, [0, len(arms) - 1], 0.06)
     _rows(axes, [look[name].label for name in names])
     for lane, group in enumerate(groups):
@@ -47,7 +47,7 @@ def order_plot(comparison: ComparisonResult) -> Plot | None:
         alike = dict.fromkeys(look[o].label for group in groups if name in group for o in group if o != name)
         interval = units.with_interval(mean, arm.low, arm.high)
         body.append([look[name].label, interval, ", ".join(alike) or "none"])
-    header = ["Method", loss_title(comparison), "No difference from"]
+    header = ["Method", title, "No difference from"]
     return Plot("verdict", "The order, and what cannot be told apart", what, figure, header, body)
 
 
@@ -78,10 +78,13 @@ def difference_plot(comparison: ComparisonResult) -> Plot | None:
         text, way = f"{difference:+.3f} ±{(high - low) / 2:.3f}", axes.get_yaxis_transform()
         axes.text(1.02, place, text, transform=way, fontsize=8, va="center", color=INK)
     _rows(axes, [look[entry[0]].label for entry in found])
-    axes.set_xlabel(f"loss minus that of {look[against].label}, nats per target token")
+    unit = f", {comparison.data.loss_unit}" if comparison.decided_by_loss else ""
+    of = "loss" if comparison.decided_by_loss else style.verdict_words(comparison)[1]
+    axes.set_xlabel(f"{of} minus that of {look[against].label}{unit}")
     what = (
-        f"Each method's loss minus that of {reference}, measured on the same rows, with its interval. Filled: the "
-        "difference is larger than noise; hollow: it is not. Left of the line is better."
+        f"Each method's {of} minus that of {reference}, measured on the same rows, with its interval. Filled: the "
+        f"difference is larger than noise; hollow: it is not. {'Right' if verdict.higher_is_better else 'Left'} of the "
+        "line is better."
     )
     header = ["Method", "Difference", "From", "To", "Share", "p, adjusted", "Differs"]
     body = []

@@ -32,10 +32,11 @@ def rate_plots(comparison: ComparisonResult) -> list[Plot]:
             body.append([units.rate(t.learning_rate), str(t.steps or units.MISSING), loss])
         words = _sentence(search)
         plots.append(Plot(f"learning-rate-{number}", look[name].label, words, figure, header, body, in_folder=False))
-    return [*plots, _together(searches, look)]
+    unit = comparison.data.loss_unit if comparison.decided_by_loss else "of each arm's own kind"
+    return [*plots, _together(searches, look, unit)]
 
 
-def _together(searches: Mapping[str, Search], look: Mapping[str, Look]) -> Plot:
+def _together(searches: Mapping[str, Search], look: Mapping[str, Look], unit: str) -> Plot:
     across = min(COLUMNS, len(searches))
     down = math.ceil(len(searches) / across)
     figure = new_figure(PANEL * across + 0.2, TALL * down + 0.2)
@@ -44,7 +45,7 @@ def _together(searches: Mapping[str, Search], look: Mapping[str, Look]) -> Plot:
         left, bottom = 0.2 + PANEL * (number % across) + 0.42, height - TALL * (number // across + 1) + 0.4
         panel = figure.add_axes((left / width, bottom / height, (PANEL - 0.52) / width, (TALL - 0.66) / height))
         _panel(panel, search, look[name])
-    figure.supylabel("validation loss, nats per target token", fontsize=8.5, x=0.004, ha="left")
+    figure.supylabel(f"validation loss, {unit}", fontsize=8.5, x=0.004, ha="left")
     key = "dashed: the best rate; thin to thick: fewer to more steps; cross: failed"
     figure.supxlabel(f"learning rate (log)     {key}", fontsize=8.5, y=0.0, va="bottom")
     return Plot("learning-rates", "Learning rates", "", figure, [], [], in_page=False)

@@ -1,5 +1,6 @@
 """How every figure looks: one column of a paper, direct labels, colours and markers that stay with their arm."""
 
+import dataclasses
 import io
 import math
 from collections.abc import Iterable, Sequence
@@ -14,8 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from spectune.reporting.columns import loss_title
+from spectune.reporting.columns import loss_title, metric_title
 from spectune.reporting.text import one_line
+from spectune.results.arm_result import ArmResult, arm_results
 from spectune.results.comparison_file import ComparisonResult
 
 #: ink, secondary ink, grid and paper; the page gives each of these colours another value in dark mode
@@ -143,7 +145,36 @@ def loss_axis(axis: Axis, values: Sequence[float], title: str) -> None:
 
 def loss_words(comparison: ComparisonResult) -> str:
     """What an axis of `ArmResult.loss` is called."""
-    return f"{loss_title(comparison).lower().replace('valid', 'validation')}, nats per target token"
+    if not comparison.decided_by_loss:
+        return drawn_title(comparison)
+    return f"{loss_title(comparison).lower().replace('valid', 'validation')}, {comparison.data.loss_unit}"
+
+
+def drawn_title(comparison: ComparisonResult) -> str:
+    """What is drawn as the loss, or in its place."""
+    by = comparison.data.decided_by
+    return loss_title(comparison) if comparison.decided_by_loss else f"1 - {metric_title(by).lower()}"
+
+
+def verdict_words(comparison: ComparisonResult) -> tuple[str, str]:
+    """What the verdict is on, as a header and as the title of an axis."""
+    if comparison.decided_by_loss:
+        return loss_title(comparison), loss_words(comparison)
+    title = metric_title(comparison.data.decided_by)
+    return title, title.lower()
+
+
+def drawn(comparison: ComparisonResult) -> list[ArmResult]:
+    """The arms with what decides in the loss's place, as an error: 1 - accuracy, of which less is better, too."""
+    arms, by = arm_results(comparison), comparison.data.decided_by
+    if comparison.decided_by_loss:
+        return arms
+    found = []
+    for arm in arms:
+        value, (low, high) = arm.metrics.get(by), arm.metric_intervals.get(by, (None, None))
+        ends = {"loss_low": None if high is None else 1 - high, "loss_high": None if low is None else 1 - low}
+        found.append(dataclasses.replace(arm, loss=None if value is None else 1 - value, **ends))
+    return found
 
 
 def pad(axes: Axes, xs: Sequence[float], ys: Sequence[float], x_share: float = 0.12, y_share: float = 0.14) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from spectune.reporting import units
-from spectune.reporting.columns import FORGETTING, loss_title
+from spectune.reporting.columns import FORGETTING
 from spectune.reporting.plots import style
 from spectune.reporting.plots.labels import Labelled, label_points
 from spectune.reporting.plots.style import INK, MUTED, PAPER, Look, Plot, looks
 from spectune.results import ComparisonResult
-from spectune.results.arm_result import ArmResult, arm_results, is_finite, undominated
+from spectune.results.arm_result import ArmResult, is_finite, undominated
 
 #: an arm, its cost and its loss
 Placed = tuple[ArmResult, float, float]
@@ -51,7 +51,7 @@ def quality_plots(comparison: ComparisonResult) -> list[Plot]:
         ),
         Cost("time", "training time", f"training time of one run, s {where}", lambda r: r.train_seconds, units.seconds),
     )
-    rows = [(row, row.loss) for row in arm_results(comparison) if is_finite(row.loss)]
+    rows = [(row, row.loss) for row in style.drawn(comparison) if is_finite(row.loss)]
     placed = [[(row, x, loss) for row, loss in rows if (x := cost.value(row)) is not None and x > 0] for cost in costs]
     return [_against(cost, found, comparison) for cost, found in zip(costs, placed, strict=True) if len(found) > 1]
 
@@ -72,7 +72,7 @@ def _against(cost: Cost, placed: Sequence[Placed], comparison: ComparisonResult)
     bars = "; bars are intervals of the loss" if ends else ""
     what = "Filled points lie on the Pareto front (the stepped line): nothing is better in both. "
     what += f"Lower and further left is better{bars}."
-    header = ["Method", cost.axis.partition(",")[0].capitalize(), loss_title(comparison), "On the front"]
+    header = ["Method", cost.axis.partition(",")[0].capitalize(), style.drawn_title(comparison), "On the front"]
     body = []
     for row, x, y in placed:
         on_front = "yes" if (row, x, y) in front else "no"
@@ -86,7 +86,7 @@ def _loss_text(row: ArmResult) -> str:
 
 def forgetting_plot(comparison: ComparisonResult) -> Plot | None:
     """How far the arms have moved from the base on other text, against their losses."""
-    found = [(row, row.loss, row.forgetting_kl_nats_per_token) for row in arm_results(comparison)]
+    found = [(row, row.loss, row.forgetting_kl_nats_per_token) for row in style.drawn(comparison)]
     placed = [(row, x, y) for row, x, y in found if is_finite(x) and is_finite(y)]
     if len(placed) < 2:
         return None
@@ -103,7 +103,7 @@ def forgetting_plot(comparison: ComparisonResult) -> Plot | None:
     label_points(axes, points)
     bars = "; bars are intervals" if x_ends or y_ends else ""
     what = f"How far each model has moved from the base on text that it was not tuned on. Lower left is better{bars}."
-    header = ["Method", loss_title(comparison), FORGETTING.title]
+    header = ["Method", style.drawn_title(comparison), FORGETTING.title]
     body = [[look[row.name].label, _loss_text(row), FORGETTING.text(row)] for row, _, _ in placed]
     return Plot("forgetting-and-quality", "Forgetting against quality", what, figure, header, body)
 
