@@ -4,7 +4,7 @@ export is run."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from spectune.compute.evaluating import evaluating
 from spectune.deltas import Delta, route
 from spectune.errors import ConfigError, some
 from spectune.families import quantised_weights, vocabulary_rows
+from spectune.objectives import SEQ_REGRESSION, Objective, objective_of, padding_of
 from spectune.objectives.causal_lm import causal_lm_loss_sum
+from spectune.objectives.labelled_places import LabelledPlaces, labelled_places
 
 #: rows that an export is run on
 ROWS = 16
@@ -30,7 +32,11 @@ Item = TypeVar("Item")
 class ExpectedAnswers:
     """Of each row the logits under the delta and of the bare base: float32 on the host, `[positions, vocabulary]`.
 
-    Losses are nats per target token over all rows, whole; None where no row has a target.
+    Losses are means over the targets of all rows, whole, in `loss_unit`; None where no row has a target.
+
+    Attributes:
+        objective: what the model is for: the loss of its logits.
+        head: what its reader loads the base with, beside the name: the sizes of a head that the base does not have.
     """
 
     batches: list[Batch]
@@ -38,12 +44,23 @@ class ExpectedAnswers:
     bare: list[Tensor]
     tuned_loss: float | None
     bare_loss: float | None
+    objective: Objective
     base_class: type[PreTrainedModel]
+    head: dict[str, Any]
     #: float32 throughout: what differs is a fault, or the order of sums
     exact: bool
     dtype: torch.dtype
     device: torch.device
     measured_on: str
+
+    @property
+    def loss_unit(self) -> str:
+        """What losses are counted in."""
+        if self.objective is SEQ_REGRESSION:
+            return "squared error per row"
+        return {"CAUSAL_LM": "nats per token", "SEQ_CLS": "nats per row"}.get(
+            self.objective.task_type, "nats per scored token"
+        )
 
 
 def spread(items: Sequence[Item], count: int = ROWS) -> list[Item]:
@@ -73,11 +90,12 @@ def expected_answers(delta: Delta, batches: Sequence[Batch], source: str = "the 
             f"this base is quantised ({some(list(held))}), and an export is for the base as it is: load it without "
             "base_precision, load the delta there, and export from there"
         )
+    objective = objective_of(model)
     with evaluating(model):
         with route(model, delta.name):
-            tuned = [_answer(model, batch) for batch in batches]
+            tuned = [_answer(model, objective, batch) for batch in batches]
         with route(model, None):
-            bare = [_answer(model, batch) for batch in batches]
+            bare = [_answer(model, objective, batch) for batch in batches]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     return ExpectedAnswers(
         batches=list(batches),
@@ -85,7 +103,9 @@ def expected_answers(delta: Delta, batches: Sequence[Batch], source: str = "the 
         bare=[logits for logits, _ in bare],
         tuned_loss=mean_loss([loss for _, loss in tuned]),
         bare_loss=mean_loss([loss for _, loss in bare]),
+        objective=objective,
         base_class=type(model),
+        head=_head_of(model) if delta.family.trained_head else {},
         exact=model.dtype in FULL and not held,
         dtype=model.dtype,
         device=model.device,
@@ -98,14 +118,19 @@ def kept(logits: Tensor) -> Tensor:
     return (logits[0][-POSITIONS:] if logits.dim() == 3 else logits).float().cpu()
 
 
-def loss_of(logits: Tensor, batch: Batch) -> tuple[float, int]:
+def loss_of(objective: Objective, logits: Tensor, batch: Batch) -> tuple[float, int]:
     """The loss of one row's logits summed over its targets, and their number."""
-    total, count = causal_lm_loss_sum(logits, batch["labels"].to(logits.device))
-    return float(total), count
+    labels = batch["labels"].to(logits.device)
+    if not isinstance(objective, LabelledPlaces):
+        total, count = causal_lm_loss_sum(logits, labels)
+        return float(total), count
+    places = labelled_places(labels)
+    losses = objective.losses(logits.flatten(0, -2)[places].float(), labels.flatten()[places])
+    return float(losses.sum()), losses.numel()
 
 
 def mean_loss(losses: Sequence[tuple[float, int]]) -> float | None:
-    """Nats per target over all rows."""
+    """The mean over the targets of all rows."""
     count = sum(number for _, number in losses)
     return math.fsum(total for total, _ in losses) / count if count else None
 
@@ -115,9 +140,17 @@ def inputs_of(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
 
 
-def _answer(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, tuple[float, int]]:
+def _answer(model: PreTrainedModel, objective: Objective, batch: Batch) -> tuple[Tensor, tuple[float, int]]:
     logits: Tensor = model(**inputs_of(batch, model.device), use_cache=False).logits
-    return kept(logits), loss_of(logits, batch)
+    return kept(logits), loss_of(objective, logits, batch)
+
+
+def _head_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The base's checkpoint may have no head, or one for other classes: PEFT's folder brings it."""
+    config = model.config
+    padding = {"pad_token_id": found} if (found := padding_of(config)) is not None else {}
+    kind = {"problem_type": found} if (found := config.problem_type) is not None else {}
+    return {"num_labels": config.num_labels, **kind, **padding, "ignore_mismatched_sizes": True}
 
 
 def _check_ids(batches: Sequence[Batch], vocabulary: int) -> None:

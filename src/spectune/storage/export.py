@@ -114,10 +114,11 @@ def _only_virtual_tokens(delta: Delta) -> InputModule | None:
 
 def _plain_lora(delta: Delta) -> bool:
     """LoRA whose change is `scale * B A` alone: not of magnitudes, and not from a start that the base gave up its own
-    weights for."""
+    weights for, and with no head beside it."""
     config, _ = delta.method.to_folder(delta.state_dict(), delta.family)
     starts = config.get("init_lora_weights", True)
-    return config.get("peft_type") == "LORA" and not config.get("use_dora") and starts in (True, "gaussian")
+    beside = config.get("use_dora") or delta.family.trained_head
+    return config.get("peft_type") == "LORA" and not beside and starts in (True, "gaussian")
 
 
 def _base_name(model: PreTrainedModel) -> str:

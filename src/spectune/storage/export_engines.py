@@ -154,7 +154,7 @@ def _fresh_base(name: str, expected: ExpectedAnswers) -> PreTrainedModel:
         )
     load: Any = expected.base_class.from_pretrained
     try:
-        model: PreTrainedModel = load(source_of(name), dtype=expected.dtype)
+        model: PreTrainedModel = load(source_of(name), dtype=expected.dtype, **expected.head)
     except SpectuneError:
         raise
     except (OSError, ValueError) as error:

@@ -31,7 +31,8 @@ class ExportProof:
         mean_effect: how far the delta moves the bare base's logits, on average.
         mean_from_base: how far the export does.
         own_rounding: how far the delta's float32 logits are from float64's, where that had to be known.
-        loss, delta_loss, base_loss: nats per target token of the export, of the delta here, of the bare base.
+        loss, delta_loss, base_loss: means over all targets, in `loss_unit`, of the export, of the delta here, of the
+            bare base.
         says: what the program said while it loaded the export.
         caveat: what was not proved, where the program itself is not here.
     """
@@ -47,6 +48,7 @@ class ExportProof:
     loss: float | None
     delta_loss: float | None
     base_loss: float | None
+    loss_unit: str = "nats per token"
     own_rounding: float | None = None
     says: tuple[str, ...] = ()
     caveat: str | None = None
@@ -80,17 +82,16 @@ class ExportProof:
         words = {
             "largest": "largest_logit_difference", "mean": "mean_logit_difference", "mean_effect": "mean_logit_effect",
             "mean_from_base": "mean_logit_difference_from_base", "own_rounding": "own_rounding_of_logits",
-            "loss": "loss_nats_per_token", "delta_loss": "loss_of_delta_nats_per_token",
-            "base_loss": "loss_of_base_nats_per_token", "exact": "float32",
+            "delta_loss": "loss_of_delta", "base_loss": "loss_of_base", "exact": "float32",
         }  # fmt: skip
         found = {words.get(entry.name, entry.name): getattr(self, entry.name) for entry in fields(self)}
-        return found | {"loss_change_nats_per_token": self.loss_change, "says": list(self.says)}
+        return found | {"loss_change": self.loss_change, "says": list(self.says)}
 
     def __str__(self) -> str:
         lines = [f"proved with {self.engine}, on {self.measured_on}", f"  {self.logits}"]
         if self.loss is not None and self.delta_loss is not None:
             lines.append(
-                f"  loss {self.loss:.4f} nats per token, the delta's here {self.delta_loss:.4f} (a change of "
+                f"  loss {self.loss:.4f} {self.loss_unit}, the delta's here {self.delta_loss:.4f} (a change of "
                 f"{self.loss_change:+.2g}), the bare base's {self.base_loss:.4f}"
             )
         if self.mean_effect == 0:
@@ -143,7 +144,7 @@ def _compare(engine: Engine, expected: ExpectedAnswers) -> ExportProof:
     count, losses = 0, []
     for batch, tuned, bare in zip(expected.batches, expected.tuned, expected.bare, strict=True):
         logits = engine.logits(batch)
-        losses.append(loss_of(logits, batch))
+        losses.append(loss_of(expected.objective, logits, batch))
         found = kept(logits)
         if found.shape != tuned.shape:
             raise ExportError(
@@ -161,6 +162,7 @@ def _compare(engine: Engine, expected: ExpectedAnswers) -> ExportProof:
         engine=engine.name, measured_on=expected.measured_on, exact=engine.exact, largest=float(largest),
         largest_logit=float(largest_logit), mean=mean, mean_effect=effect, mean_from_base=from_base,
         loss=mean_loss(losses), delta_loss=expected.tuned_loss, base_loss=expected.bare_loss,
+        loss_unit=expected.loss_unit,
         says=tuple(engine.says), caveat=engine.caveat,
     )  # fmt: skip
 
@@ -179,7 +181,7 @@ def _refusal(proof: ExportProof) -> str:
     losses = ""
     if proof.loss is not None:
         losses = (
-            f" Loss {proof.loss:.4f} nats per token, the delta's {proof.delta_loss:.4f}, the bare base's "
+            f" Loss {proof.loss:.4f} {proof.loss_unit}, the delta's {proof.delta_loss:.4f}, the bare base's "
             f"{proof.base_loss:.4f}."
         )
     differs = f"{proof.logits}, on {proof.measured_on}. Allowed is {allowed}.{losses}{lower}"
