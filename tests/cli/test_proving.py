@@ -122,6 +122,21 @@ def bases() -> int:
     return sum(isinstance(found, GPT2LMHeadModel) for found in gc.get_objects())
 
 
+def test_a_run_with_a_head(spectune: Spectune, base: Path) -> None:
+    rows = [{"text": f"number {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["--set", "max_steps=2", "--set", "learning_rate=0.01", "--device", "cpu", "--output-dir", "run"]
+    assert spectune("train", "--method", "lora", "--model", base, "--data", "rows.jsonl", *settings).exit_code == 0
+    result = spectune("export", "--run", "run", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert "proved with PEFT" in result.stdout
+    assert "nats per row" in result.stdout
+    load = f"transformers.AutoModelForSequenceClassification.from_pretrained('{base}', num_labels=2), 'run/export-peft'"
+    assert f"model = peft.PeftModel.from_pretrained({load})" in result.stdout
+    merged = spectune("merge", "--run", "run", "--device", "cpu")
+    assert "transformers.AutoModelForSequenceClassification.from_pretrained('run/merged')" in merged.stdout
+
+
 def test_gguf_lora(spectune: Spectune, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trained("lora")
     result = spectune("export", "--format", "gguf-lora")

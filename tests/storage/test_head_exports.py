@@ -69,8 +69,8 @@ def test_peft_runs_the_folder_with_its_head(kind: str, method: str, tmp_path: Pa
     write_peft(delta, tmp_path / "peft")
     proof = prove_export(tmp_path / "peft", expected)
     assert proof.mean_effect > 100 * proof.mean
-    assert proof.loss_unit == {"classes": "nats per row", "number": "squared error per row",
-                               "tags": "nats per scored token"}[kind]  # fmt: skip
+    assert proof.loss_unit == {"classes": "nats per row", "number": "squared error",
+                               "tags": "nats per word"}[kind]  # fmt: skip
     if method == "lora":
         alpha_lost(tmp_path / "peft", tmp_path)
         with pytest.raises(ExportError):

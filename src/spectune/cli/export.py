@@ -113,7 +113,7 @@ def _written(proving: Proving, wanted: Format | None, output_dir: Path | None, o
         del written
         return unproved() if expected is None else here.prove(draft, expected, out)
 
-    answer |= proved_folder(folder, fill) | {"load": _how(chosen, folder)}
+    answer |= proved_folder(folder, fill) | {"load": _how(chosen, folder, proving)}
     say(out, f"written to {folder}\n{answer['load']}")
     if chosen == "peft" and wraps_text:
         note(_VLLM)
@@ -165,10 +165,16 @@ def _tensor_dtype(proving: Proving) -> torch.dtype:
     return resolve_dtype(proving.dtype or "float32", resolve_device(proving.device or "auto"), own)
 
 
-def _how(chosen: str, folder: Path) -> str:
+def _how(chosen: str, folder: Path, proving: Proving) -> str:
     """How what was written is loaded."""
+    peft = f"model = peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
+    if labels := proving.run.labels:  # the base's checkpoint has no head, or one for other classes
+        base = (
+            f"transformers.{proving.auto_class}.from_pretrained({proving.run.base!r}, num_labels={labels.num_labels})"
+        )
+        peft = f"model = peft.PeftModel.from_pretrained({base}, {str(folder)!r})"
     return {
-        "peft": f"model = peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})",
+        "peft": peft,
         "prompt-embeds": f"see {folder / 'README.md'}",
         "gguf-lora": f"llama-cli --model BASE.gguf --lora {folder / 'adapter.gguf'}",
     }[chosen]

@@ -70,7 +70,7 @@ def write_merged(proving: Proving, folder: Path, out: Console) -> dict[str, Any]
     copied = storage.stored_method(found.delta).trains_base and proving.dtype is None
     fill = _copy if copied else _merge
     answer |= proved_folder(folder, lambda draft: fill(proving, draft, out))
-    answer["load"] = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    answer["load"] = f"model = transformers.{proving.auto_class}.from_pretrained({str(folder)!r})"
     say(out, f"written to {folder}\n{answer['load']}")
     return answer
 

@@ -58,7 +58,8 @@ class Proving:
 
         rows, source = rows_to_measure(self.data, self.run)
         max_length = row_length(model, self.run.config.get("max_length"))
-        return encode(rows, tokenizer, max_length=max_length, **self.run.encode_options).examples, source
+        how = {"max_length": max_length, "labels": self.run.labels, **self.run.encode_options}
+        return encode(rows, tokenizer, **how).examples, source
 
     def expected(self, model: PreTrainedModel, examples: list[Example], source: str) -> ExpectedAnswers:
         """What the run's delta answers on some of the rows."""
@@ -68,6 +69,14 @@ class Proving:
 
         batches = [collate([example], 0) for example in spread(examples)]
         return expected_answers(attached(model)["run"], batches, f"{len(examples):,} examples of {source}")
+
+    @property
+    def auto_class(self) -> str:
+        """transformers' class that loads a model like the run's."""
+        from spectune.objectives import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
+
+        task_type = CAUSAL_LM.task_type if self.run.labels is None else self.run.labels.task_type
+        return next(o.auto_class.__name__ for o in (CAUSAL_LM, SEQ_CLS, TOKEN_CLS) if o.task_type == task_type)
 
     def prove(self, folder: Path, expected: ExpectedAnswers, out: Console) -> dict[str, Any]:
         """Run what is in the folder, and say how far it is from the run; the numbers, for JSON. Nothing of the base may

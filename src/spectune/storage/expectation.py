@@ -57,10 +57,8 @@ class ExpectedAnswers:
     def loss_unit(self) -> str:
         """What losses are counted in."""
         if self.objective is SEQ_REGRESSION:
-            return "squared error per row"
-        return {"CAUSAL_LM": "nats per token", "SEQ_CLS": "nats per row"}.get(
-            self.objective.task_type, "nats per scored token"
-        )
+            return "squared error"
+        return {"CAUSAL_LM": "nats per token", "SEQ_CLS": "nats per row"}.get(self.objective.task_type, "nats per word")
 
 
 def spread(items: Sequence[Item], count: int = ROWS) -> list[Item]:
