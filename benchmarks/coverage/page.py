@@ -22,9 +22,21 @@ _NOTES = (
 )  # fmt: skip
 
 
+#: begins the page's last part, which `benchmarks.coverage.heads` writes
+HEADS = "## Heads"
+
+
 def write(rows: list[dict[str, Any]], page: Path) -> None:
-    """Write the page of all results."""
-    page.write_text("\n".join(_lines(rows)) + "\n")
+    """Write the page of all results; its part on heads stays."""
+    before = page.read_text() if page.exists() else ""
+    heads = before[len(without_heads(before)) :]
+    page.write_text("\n".join(_lines(rows)) + "\n" + (f"\n{heads}" if heads else ""))
+
+
+def without_heads(text: str) -> str:
+    """The page without its part on heads."""
+    place = text.find(f"{HEADS}\n")
+    return text if place < 0 else text[:place]
 
 
 def _lines(rows: list[dict[str, Any]]) -> list[str]:

@@ -19,6 +19,7 @@ from spectune.deltas.head_layout import check_head, parted, with_head, without_h
 from spectune.deltas.method import Method, module_at
 from spectune.deltas.modules import DeltaModule
 from spectune.deltas.site import ParameterSite, Site
+from spectune.deltas.trained_copy import HeadSite
 from spectune.errors import DataError
 from spectune.families import Family
 from spectune.files.weights import check_finite, read_headers, read_weights
@@ -175,7 +176,7 @@ class ModuleDelta(Delta):
         for site in sites:
             host = self.model.get_submodule(site.host)
             module = module_at(self.method, site)
-            if self.shared is not None:
+            if self.shared is not None and not isinstance(site, HeadSite):
                 module.bind_shared(self.shared)
             module.on_attach(host)
             module.to(_device_of(host, self.model)).train(self.model.training)
@@ -215,7 +216,7 @@ class AdapterFiles(DeltaFiles):
 
     def check(self, folder: Path) -> None:
         headers = read_headers(self.weight_files(folder))
-        check_head(headers, self.family, str(folder / WEIGHTS_FILE))
+        check_head(headers, _task_type(folder), self.family, str(folder / WEIGHTS_FILE))
         given = self._state(headers)
         if len(given) < len(headers):
             raise DataError(f"{folder / WEIGHTS_FILE} holds a tensor twice, under two names: {', '.join(headers)}")
@@ -229,6 +230,17 @@ class AdapterFiles(DeltaFiles):
     def _state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own, head = without_head(tensors, self.family)
         return self.method.from_folder(own, self.family) | head
+
+
+def _task_type(folder: Path) -> str | None:
+    """What a folder's delta was trained for, as its config says; None where it does not say."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError):  # who reads the config itself says what is wrong with it
+        return None
+    found = config.get("task_type") if isinstance(config, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _part(site: Site) -> str:

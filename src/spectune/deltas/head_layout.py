@@ -62,8 +62,14 @@ def without_head_key(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"modules_to_save": [name for name in saved if name not in IMPLIED] or None}
 
 
-def check_head(tensors: Mapping[str, Tensor], family: Family, what: str) -> None:
-    """Raise DataError where a folder's head is not this model's: none, one too many, or one for other labels."""
+def check_head(tensors: Mapping[str, Tensor], task_type: str | None, family: Family, what: str) -> None:
+    """Raise DataError where a folder's head is not this model's: none, one of another kind, or one for other labels.
+    `task_type`: what the folder says that it was trained for."""
+    if task_type in ("SEQ_CLS", "TOKEN_CLS") and task_type != family.task_type:
+        raise DataError(
+            f"{what} has a head for {task_type}, and this model is for {family.task_type}: load the base with "
+            f"task_type={task_type!r}"
+        )
     _, found = without_head(tensors, family)
     shapes = {f"{part.path}.{name}": shape for part in family.trained_head for name, shape in part.shapes}
     if missing := [name for name in shapes if name not in found]:
