@@ -42,6 +42,7 @@ ENTRY_POINTS = {
     "cli train": "flags",
     "cli validate": "flags",
     "comparing compare": "spectune.compare",
+    "data encode": "spectune.data.encode",
     "evaluation of": "spectune.evaluation.Task.of",
     "planning of": "spectune.planning.Workload.of, what spectune.plan takes",
     "planning plan": "spectune.plan",

@@ -192,7 +192,7 @@ columns:
 ```
 
 Where a row has several shapes, the one that `columns` names is taken, else the first of `prompt` + `completion`,
-`messages`, `conversations`, `instruction` + `output`, `text`; what is not used is counted. Columns that mean nothing here
+`messages`, `conversations`, `instruction` + `output`, `tokens` + `tags`, `text`; what is not used is counted. Columns that mean nothing here
 are kept with the row and never shown to the model."""
 
 #: its own section, so that it can be rewritten as a whole
@@ -303,6 +303,14 @@ def _shapes() -> Iterator[str]:
     yield "### sharegpt: `conversations`"
     turns = [{"from": "human", "value": "Two and two?"}, {"from": "gpt", "value": "Four."}]
     yield Example([{"conversations": turns}], CHATML_BASE).markdown()
+    yield "### For a head: `text` + `label`, and `tokens` + `tags`"
+    yield (
+        "A class, or a number, for a text; a class for each word. No token is learned and no EOS added: "
+        "[heads.md](heads.md). `--task-type CAUSAL_LM` learns the text instead."
+    )
+    reviews = [{"text": "A fine day.", "label": "positive"}, {"text": "Rain again.", "label": "negative"}]
+    yield Example(reviews).markdown()
+    yield Example([{"tokens": ["New", "York", "is", "far"], "tags": ["B-LOC", "I-LOC", "O", "O"]}]).markdown()
 
 
 def _templates() -> Iterator[str]:

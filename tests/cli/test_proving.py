@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from benchmarks.exports.faults import nothing_merged, wrong_prefix
 from tests.cli.test_merge import name_valid
@@ -131,8 +132,9 @@ def test_a_run_with_a_head(spectune: Spectune, base: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert "proved with PEFT" in result.stdout
     assert "nats per row" in result.stdout
-    load = f"transformers.AutoModelForSequenceClassification.from_pretrained('{base}', num_labels=2), 'run/export-peft'"
-    assert f"model = peft.PeftModel.from_pretrained({load})" in result.stdout
+    load = "peft.AutoPeftModelForSequenceClassification.from_pretrained('run/export-peft', num_labels=2)"
+    assert f"model = {load}" in result.stdout
+    assert peft.AutoPeftModelForSequenceClassification.from_pretrained("run/export-peft", num_labels=2) is not None
     merged = spectune("merge", "--run", "run", "--device", "cpu")
     assert "transformers.AutoModelForSequenceClassification.from_pretrained('run/merged')" in merged.stdout
 

@@ -25,7 +25,9 @@ def test_rows_with_choices_are_chosen_and_rows_with_answers_written() -> None:
     mixed = [*SENTENCES[:2], {"prompt": "q", "completion": "a", "choices": ["a", "b"], "label": "a"}]
     found = task(mixed)
     assert (found.to_write, found.to_choose, found.choices) == ((0, 1), (2,), ())
-    assert found.higher_is_better == dict.fromkeys(("accuracy", "exact_match", "rouge_l", "bleu", "chrf"), True)
+    assert found.higher_is_better == dict.fromkeys(
+        ("accuracy", "macro_f1", "matthews", "exact_match", "rouge_l", "bleu", "chrf"), True
+    )
     assert "the row's choices" in found.describe()
     written = task(mixed, metric="exact_match, chrf")
     assert (written.to_write, written.to_choose) == ((0, 1, 2), ())

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
+    from spectune.data import DataReport, LabelledExample, Labels
     from spectune.data.checked import Checked, Shown
     from spectune.data.overlaps import Repeats
 
@@ -26,11 +27,15 @@ def print_rows(out: Console, shown: Sequence[Shown], tokenizer: PreTrainedTokeni
     """Each sequence as text, with what is learned in colour, or in brackets where there are no colours."""
     from rich.text import Text
 
+    from spectune.data import LabelledExample
     from spectune.data.marked_text import marked, stretches
 
     colours = out.color_system is not None and not out.no_color
     for row in shown:
         example = row.example
+        if isinstance(example, LabelledExample):
+            _print_labelled(out, example, tokenizer)
+            continue
         say(out, _heading(row), style="bold")
         pieces = [piece._replace(text=_visible(piece.text)) for piece in stretches(example, tokenizer)]
         if colours:
@@ -39,6 +44,20 @@ def print_rows(out: Console, shown: Sequence[Shown], tokenizer: PreTrainedTokeni
         else:
             say(out, marked(pieces))
         say(out, "")
+
+
+def _print_labelled(out: Console, example: LabelledExample, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A text and its label, or words and their tags; the text as the head reads it."""
+    from spectune.data.head_labels import label_of
+
+    row = example.row
+    what = f"label {label_of(row)!r}" if example.label is not None else f"{example.target_tokens:,} words with a tag"
+    say(out, f"{row.origin} ({row.shape}): {example.length:,} tokens, {what}", style="bold")
+    text = str(tokenizer.decode(example.input_ids))
+    if row.tokens is not None and row.tags is not None:
+        text = " ".join(f"{row.tokens[word]}[[{row.tags[word]}]]" for word in example.words)
+    say(out, _visible(text))
+    say(out, "")
 
 
 def print_part(out: Console, part: Checked) -> None:
@@ -53,9 +72,12 @@ def print_part(out: Console, part: Checked) -> None:
     without = [f"{reason} ({', '.join(origins[:_NAMED])})" for reason, origins in part.dropped.items()]
     _line(out, "rows without a learned token", _some(len(report.dropped), without))
     _line(out, "sequences", f"{report.examples:,} of {report.kept:,} rows")
-    _line(out, "turns learned", f"{report.turns:,}")
-    share = f" ({report.target_tokens / report.tokens:.0%})"
-    _line(out, "tokens", f"{report.tokens:,}, {report.target_tokens:,} of them learned{share}")
+    if part.labels is not None:
+        _print_classes(out, part.labels, report)
+    else:
+        _line(out, "turns learned", f"{report.turns:,}")
+        share = f" ({report.target_tokens / report.tokens:.0%})"
+        _line(out, "tokens", f"{report.tokens:,}, {report.target_tokens:,} of them learned{share}")
     _line(out, "longest sequence", f"{report.longest:,} tokens (max_length {part.max_length:,})")
     cut = [
         f"the {lost} of {counts['rows']:,} ({counts['tokens']:,} tokens)" for lost, counts in part.truncations.items()
@@ -63,7 +85,8 @@ def print_part(out: Console, part: Checked) -> None:
     _line(out, "rows cut to max_length", _some(len(report.cut), cut))
     windows = sum(entry["windows"] for entry in report.split)
     _line(out, "long texts in windows", _some(len(report.split), [f"{windows:,} windows, no token lost"]))
-    _line(out, "rows that end with EOS", f"{ending['with_eos']:,} of {ending['rows']:,}")
+    if part.labels is None:
+        _line(out, "rows that end with EOS", f"{ending['with_eos']:,} of {ending['rows']:,}")
     for label, count in _rare(part).items():
         if count:
             _line(out, label, f"{count:,}")
@@ -71,6 +94,15 @@ def print_part(out: Console, part: Checked) -> None:
         _line(out, f"rows with {key}, not used", f"{count:,} (name it in columns to take it)")
     _repeats(out, part.seen.repeats, "copies of an earlier row", "earlier prompt, other answer")
     say(out, "")
+
+
+def _print_classes(out: Console, labels: Labels, report: DataReport) -> None:
+    """What a head learns, and how many texts or words there are of each class."""
+    _line(out, "task", labels.describe())
+    counts = [f"{name} {count:,}" for name, count in report.labels.most_common()]
+    if counts:
+        _line(out, "texts or words of each class", _some(len(counts), counts))
+    _line(out, "tokens", f"{report.tokens:,}")
 
 
 def print_overlaps(out: Console, overlaps: Sequence[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
+from spectune.cli.heads import auto_class
 from spectune.cli.merge import write_merged
 from spectune.cli.proving import Proving, proved_folder, unproved
 from spectune.cli.runs import find_run, free_folder
@@ -167,12 +168,10 @@ def _tensor_dtype(proving: Proving) -> torch.dtype:
 
 def _how(chosen: str, folder: Path, proving: Proving) -> str:
     """How what was written is loaded."""
-    peft = f"model = peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
-    if labels := proving.run.labels:  # the base's checkpoint has no head, or one for other classes
-        base = (
-            f"transformers.{proving.auto_class}.from_pretrained({proving.run.base!r}, num_labels={labels.num_labels})"
-        )
-        peft = f"model = peft.PeftModel.from_pretrained({base}, {str(folder)!r})"
+    labels = proving.run.labels
+    # the base's checkpoint has no head, or one for other classes
+    more = "" if labels is None else f", num_labels={labels.num_labels}"
+    peft = f"model = peft.AutoPeftModel{auto_class(labels)}.from_pretrained({str(folder)!r}{more})"
     return {
         "peft": peft,
         "prompt-embeds": f"see {folder / 'README.md'}",

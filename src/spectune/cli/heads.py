@@ -24,7 +24,7 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
         ConfigError: the setting is wrong. DataError: rows without a label, or with labels of mixed kinds.
     """
     from spectune.data import find_labels, task_type_of
-    from spectune.data.labels import classes_of_checkpoint
+    from spectune.data.head_labels import classes_of_checkpoint
     from spectune.storage import load_config
 
     wanted = settings.training().task_type
@@ -41,7 +41,7 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
 def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> list[Arm]:
     """Arms with what each learns of training rows, which is said. Raises as `spectune.comparing.arms.with_labels`."""
     from spectune.comparing.arms import with_labels
-    from spectune.data.labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
+    from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
     from spectune.storage import load_config
 
     config = load_config(settings.base)
@@ -50,6 +50,23 @@ def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> 
     for labels in dict.fromkeys(arm.labels for arm in found if arm.labels is not None):
         note(f"task: {labels.describe()}")
     return found
+
+
+def labels_of_checkpoint(base: str) -> Labels | None:
+    """What the head of a model that is taken as it is says, by its config; None of a language model's."""
+    from spectune.data import Labels
+    from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
+    from spectune.storage import load_config
+
+    config = load_config(base)
+    kind = next((kind for kind in (SEQ_CLS, TOKEN_CLS) if classes_of_checkpoint(config, kind)), None)
+    return None if kind is None else Labels.of_model(kind, config)
+
+
+def auto_class(labels: Labels | None) -> str:
+    """The end of the name of transformers' class, and of PEFT's, that loads a model with this head."""
+    endings = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+    return "ForCausalLM" if labels is None else endings[labels.task_type]
 
 
 def head_options(labels: Labels | None) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def labelled(
         raise DataError(f"the prompts: {problem}") from problem
     found = []
     for example, output in zip(examples, head_outputs(model, examples, pad_token_id(tokenizer)), strict=True):
-        record = {"origin": example.row.origin, "prompt": asked_of(example)}
+        record: dict[str, Any] = {"origin": example.row.origin, "prompt": asked_of(example)}
         record |= {"completion": written(answers(output, labels), labels), "references": _references(example.row)}
         if labels.names and example.label is not None:
             record["probability"] = round(float(output.softmax(-1).max()), 4)
@@ -45,7 +45,7 @@ def labelled(
 def _references(row: Row) -> list[str]:
     import json
 
-    from spectune.data.labels import label_of
+    from spectune.data.head_labels import label_of
 
     if row.tags is not None:
         return [json.dumps([str(tag) for tag in row.tags], ensure_ascii=False)]

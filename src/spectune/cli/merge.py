@@ -9,6 +9,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
+from spectune.cli.heads import auto_class
 from spectune.cli.proving import DTYPE, Proving, proved_folder, unproved
 from spectune.cli.runs import find_run, free_folder
 from spectune.errors import ConfigError
@@ -70,7 +71,7 @@ def write_merged(proving: Proving, folder: Path, out: Console) -> dict[str, Any]
     copied = storage.stored_method(found.delta).trains_base and proving.dtype is None
     fill = _copy if copied else _merge
     answer |= proved_folder(folder, lambda draft: fill(proving, draft, out))
-    answer["load"] = f"model = transformers.{proving.auto_class}.from_pretrained({str(folder)!r})"
+    answer["load"] = f"model = transformers.AutoModel{auto_class(found.labels)}.from_pretrained({str(folder)!r})"
     say(out, f"written to {folder}\n{answer['load']}")
     return answer
 

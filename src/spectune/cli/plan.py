@@ -10,6 +10,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import complain, import_libraries, note, print_answer, work
+from spectune.cli.heads import decided, head_options
 from spectune.cli.input_rows import check_inputs, named, rows_of, training_rows
 from spectune.cli.known_keys import method_names
 from spectune.cli.planned_text import Arm, decisions, print_plan
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from spectune.data import Encoded, Example, Rows
+    from spectune.data import Encoded, Example, Labels, Rows
     from spectune.deltas import Method
     from spectune.training import TrainingConfig
 
@@ -118,6 +119,7 @@ class Plans:
         limit: bytes of it; None where nobody knows.
         length: tokens of a row, where there are no rows; it leaves room for the virtual tokens of every method.
         rows: training and validation rows; None where there are none.
+        labels: what a head learns of them; None of a language model.
     """
 
     settings: Settings
@@ -128,11 +130,14 @@ class Plans:
     limit: int | None
     length: int
     rows: tuple[Rows, Rows] | None
+    labels: Labels | None = None
     _encoded: dict[int, tuple[Encoded, Encoded]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, methods: Sequence[Method], settings: Settings, memory: str | None, *, needs_rows: bool) -> Plans:
         """From the command's flags; `needs_rows`: the embedded rows are taken where there is no --data."""
+        from spectune.data import Labels
+        from spectune.data.head_labels import classes_of_checkpoint
         from spectune.planning.device_memory import free_memory
         from spectune.sizes import bytes_of
         from spectune.storage.descriptions import load_config, positions_of
@@ -149,7 +154,11 @@ class Plans:
         most = min((room for room in rooms if room >= 2), default=positions or DEFAULT_LENGTH)
         length = config.max_length or min(DEFAULT_LENGTH, most)
         rows = _rows(settings, config) if needs_rows or settings.get("data") is not None else None
-        return cls(settings, config, base, positions, device, limit, length, rows)
+        labels = None if rows is None else decided(settings, rows[0], base)
+        if rows is None and config.task_type not in ("auto", "CAUSAL_LM"):  # the classes are the checkpoint's, or two
+            known = classes_of_checkpoint(base, config.task_type)
+            labels = Labels(config.task_type, tuple(known[place] for place in sorted(known)) or ("0", "1"))
+        return cls(settings, config, base, positions, device, limit, length, rows, labels)
 
     def arm(self, method: Method) -> Arm:
         """The plan of a run with this method, as the run itself would plan it. Raises ConfigError: there is no room for
@@ -162,11 +171,16 @@ class Plans:
         train, valid = self.encoded(row_tokens(self.positions, method, config))
         workload = Workload.of(
             self.base, method, settings.text("dtype"), self.device, base_precision=settings.text("base_precision"),
-            optim=config.optim, accumulates=config.gradient_accumulation_steps > 1,
+            optim=config.optim, accumulates=config.gradient_accumulation_steps > 1, **self._head(),
         )  # fmt: skip
         found = plan_unloaded(workload, config, train, valid, length=self.length, limit=self.limit)
         assert found.estimate is not None
         return Arm(method, found.execution, found.estimate, found.memory)
+
+    def _head(self) -> dict[str, Any]:
+        """Arguments of `Workload.of`."""
+        labels = self.labels
+        return {} if labels is None else {"task_type": labels.task_type, "num_labels": labels.num_labels}
 
     def encoded(self, length: int) -> tuple[list[Example], list[Example]]:
         """Training and validation rows of at most so many tokens; empty where there are none."""
@@ -187,7 +201,7 @@ class Plans:
         if self.rows is None:
             return None
         if length not in self._encoded:
-            tokenizer, how = load_tokenizer(self.settings.base), self.config.encode_options
+            tokenizer, how = load_tokenizer(self.settings.base), {**self.config.encode_options, "labels": self.labels}
             how["vocab_size"] = getattr(self.base.get_text_config(), "vocab_size", None)
             train, valid = (encode(part, tokenizer, max_length=length, **how) for part in self.rows)
             self._encoded[length] = weighted(train, self.rows[0].weights, self.config.seed), valid
@@ -280,7 +294,8 @@ def _timed(method: Method, plans: Plans) -> dict[str, Any]:
     settings, examples = plans.settings, plans.examples()
     # of an epoch the longest batch comes first, among the steps that are not timed
     rows = [example.row for example in examples]
-    model, tokenizer = load(settings.base, **settings.placement | {"device": "auto"})
+    head = head_options(plans.labels)
+    model, tokenizer = load(settings.base, **settings.placement | {"device": "auto"}, **head)
     delta = attach(model, method, "calibration", tokenizer=tokenizer)
     few = {"output_dir": None, "resume": False, "max_steps": CALIBRATION_STEPS, "report_to": "none"}
     config = plans.config.model_copy(update=few)

@@ -70,14 +70,6 @@ class Proving:
         batches = [collate([example], 0) for example in spread(examples)]
         return expected_answers(attached(model)["run"], batches, f"{len(examples):,} examples of {source}")
 
-    @property
-    def auto_class(self) -> str:
-        """transformers' class that loads a model like the run's."""
-        from spectune.objectives import CAUSAL_LM, SEQ_CLS, TOKEN_CLS
-
-        task_type = CAUSAL_LM.task_type if self.run.labels is None else self.run.labels.task_type
-        return next(o.auto_class.__name__ for o in (CAUSAL_LM, SEQ_CLS, TOKEN_CLS) if o.task_type == task_type)
-
     def prove(self, folder: Path, expected: ExpectedAnswers, out: Console) -> dict[str, Any]:
         """Run what is in the folder, and say how far it is from the run; the numbers, for JSON. Nothing of the base may
         be held any more. Raises ExportError."""

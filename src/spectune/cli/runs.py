@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from spectune.cli.console import note
-from spectune.cli.heads import head_options, recorded_labels
+from spectune.cli.heads import head_options, labels_of_checkpoint, recorded_labels
 from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, DataError
 
@@ -141,10 +142,10 @@ class Run:
         """How training made token ids of rows: arguments of `spectune.data.encode`, beside the length."""
         return {**self.prompt_options, "truncation": str(self.config.get("truncation") or "start")}
 
-    @property
+    @functools.cached_property
     def labels(self) -> Labels | None:
         """What its head says; None of a language model."""
-        return recorded_labels(self.config)
+        return labels_of_checkpoint(self.base) if self.delta_folder is None else recorded_labels(self.config)
 
     @property
     def row_options(self) -> dict[str, Any]:
@@ -160,7 +161,7 @@ class Run:
         trained_over = self.config.get("base_precision")
         if trained_over is not None and base_precision is None:
             note(f"trained over the base in {trained_over}, and loaded on the base as it is")
-        where = {"device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision}
+        where: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision}
         model, tokenizer = load(self.base, **where, **head_options(self.labels))
         if self.delta_folder is not None:
             try:

@@ -9,6 +9,7 @@ import typer
 from spectune.cli import options
 from spectune.cli.checked_text import print_overlaps, print_part, print_rows
 from spectune.cli.console import print_answer, work
+from spectune.cli.heads import decided
 from spectune.cli.input_rows import check_inputs, named, note_losses
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DataError
@@ -87,6 +88,8 @@ def _checked(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Che
     for name, (source, data) in _sources(settings).items():
         try:
             rows = _rows(data, chosen)
+            if name == "train":
+                how["labels"] = decided(settings, rows, base)
             _need_template(rows, tokenizer, settings)
             found.append(
                 check(name, source, rows, tokenizer, skip_bad_rows=chosen.skip_bad_rows, max_length=length, how=how)

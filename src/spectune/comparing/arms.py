@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectune.data import Labels, Row, find_labels, task_type_of
-from spectune.data.labels import CAUSAL_LM, SEQ_CLS, TASK_TYPES
+from spectune.data.head_labels import CAUSAL_LM, SEQ_CLS, TASK_TYPES
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.methods import BY_NAME, method_from_name

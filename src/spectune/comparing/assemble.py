@@ -40,9 +40,9 @@ def assemble(folder: Path, limits: Limits | None = None) -> ComparisonResult:
     recorded = {arm.name: _read(folder / "search" / arm.name / "search.json", Search) for arm in found.arms}
     searches = {name: search for name, search in recorded.items() if search is not None and fixed is None}
     result = ComparisonResult(
-        format_version=FORMAT_VERSION, base=found.base, other_bases=found.other_bases, data=found.data, settings=found.settings,
-        environment=found.environment, scale=found.scale, preset=found.preset, searches=searches,
-        arms=[], runs=[], curves=[], failed=[], missing=[], seconds_by_phase=found.seconds_by_phase,
+        format_version=FORMAT_VERSION, base=found.base, other_bases=found.other_bases, data=found.data,
+        settings=found.settings, environment=found.environment, scale=found.scale, preset=found.preset,
+        searches=searches, arms=[], runs=[], curves=[], failed=[], missing=[], seconds_by_phase=found.seconds_by_phase,
     )  # fmt: skip
     for arm in found.arms:
         rate = fixed if fixed is not None else searches.get(arm.name, Search()).best

@@ -22,7 +22,7 @@ from spectune.comparing.label_words import SEPARATOR, check_same
 from spectune.comparing.measure import retained_passages
 from spectune.comparing.schedule import PRESETS, Schedule
 from spectune.data import Labels
-from spectune.data.labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
+from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
 from spectune.deltas import attached, base_name
 from spectune.errors import ConfigError, DataError
 from spectune.families import base_precision as precision_of
@@ -109,8 +109,9 @@ class Beginning:
         """The job of the first track, and the settings that all have."""
         arms, phases, preset = self.tracks[0], self.phases, self.own["preset"]
         model, tokenizer = self._load(arms[0].labels)
-        self._check_base(model, preset)
-        settings = dated(_begun(self.settings, self._max_length(model), self.before), tokenizer)
+        _check_base(model, preset, named=isinstance(self.base, str | Path))
+        length = _max_length(model, self.arms, self.settings, self.before)
+        settings = dated(_begun(self.settings, length, self.before), tokenizer)
         self._say_what_is_learned(settings)
         all_inputs = phases.call("rows", self._inputs, tokenizer, settings, vocabulary_rows(model))
         (inputs, own), text = all_inputs[0], list[list[int]]()
@@ -142,11 +143,12 @@ class Beginning:
 
     def _load(self, labels: Labels | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         base, tokenizer, precision = self.base, self.tokenizer, self.where["base_precision"]
-        if isinstance(base, PreTrainedModel) and tokenizer is not None and precision is None:
-            return base, tokenizer
-        head = {} if labels is None or isinstance(base, PreTrainedModel) else labels.load_options
-        model, own = self.phases.call("load", load, base, **self.where, **head)
-        return model, tokenizer or own
+        with self.phases.of("load"):
+            if isinstance(base, PreTrainedModel) and tokenizer is not None and precision is None:
+                return base, tokenizer
+            head = {} if labels is None or isinstance(base, PreTrainedModel) else labels.load_options
+            model, own = load(base, **self.where, **head)
+            return model, tokenizer or own
 
     def _inputs(
         self, tokenizer: PreTrainedTokenizerBase, settings: TrainingConfig, vocab_size: int | None
@@ -222,7 +224,7 @@ class Beginning:
         base = {"name": name, "total_parameters": family.num_parameters, "device": str(model.device), "dtype": dtype}
         if (precision := precision_of(model)) is not None:
             base["precision"] = precision
-        retained = {}
+        retained: dict[str, Any] = {}
         if job.labels is None:
             text = str(self.retain) if self.retain is not None else "sampled from the base at temperature 1"
             retained = {"retained_passages": len(passages), "retained_tokens": sum(map(len, passages))}
@@ -252,25 +254,6 @@ class Beginning:
             metric_code=[metric.code_sha256 for metric in inputs.task.custom],
         )  # fmt: skip
 
-    def _check_base(self, model: PreTrainedModel, preset: str) -> None:
-        named = isinstance(self.base, str | Path)
-        if PRESETS[preset].own_process and not (named or base_name(model) == TINY):
-            raise ConfigError(
-                f"preset {preset} loads the base anew in processes of its own: name it, instead of giving a model"
-            )
-        if attached(model):
-            raise ConfigError(
-                f"the model has deltas attached already ({', '.join(attached(model))}): detach them first"
-            )
-
-    def _max_length(self, model: PreTrainedModel) -> int:
-        """The same tokens of every row for all: as many as the method with the most virtual tokens leaves room for;
-        where a comparison goes on with other methods, as many as it began with, if they leave room for that."""
-        length = min(max_length(model, arm.method, self.settings) for arm in self.arms)
-        if self.before is None or self.settings.max_length is not None:
-            return length
-        return min(length, int(self.before.identity["max_length"]))
-
     def _write_config(self, name: str) -> None:
         """The comparison's config.yaml: what `--resume` reads where the command line says nothing. What a resumption
         goes on with stays as it was."""
@@ -280,27 +263,12 @@ class Beginning:
         recorded = {
             "model": name,
             **(self.origin or {}),
-            **self._recorded_arms(),
+            **_recorded_arms(self.given),
             **{key: value for key, value in self.own.items() if value not in (None, [])},
             **self.settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, yaml.safe_dump(recorded, sort_keys=False))
-
-    def _recorded_arms(self) -> dict[str, Any]:
-        """As methods with a block of settings each; as `arms` where some are named, or come twice."""
-        if all(arm == Arm(arm.method.name, arm.method) for arm in self.given):
-            blocks = {arm.method.name: arm.method.model_dump(mode="json", exclude={"name"}) for arm in self.given}
-            return {"methods": [arm.method.name for arm in self.given], **blocks}
-        return {
-            "arms": [
-                {
-                    **({"name": arm.called} if arm.called else {}), "method": arm.method.name,
-                    "task_type": arm.task_type, **arm.method.model_dump(mode="json", exclude={"name"}),
-                }
-                for arm in self.given
-            ]
-        }  # fmt: skip
 
 
 def _begun(settings: TrainingConfig, max_length: int, before: RecordedConditions | None) -> TrainingConfig:
@@ -309,3 +277,39 @@ def _begun(settings: TrainingConfig, max_length: int, before: RecordedConditions
     recorded = before.identity.get("template_date") if before is not None else None
     date = settings.template_date or (datetime.date.fromisoformat(recorded) if recorded else None)
     return settings.model_copy(update={"max_length": max_length, "template_date": date})
+
+
+def _check_base(model: PreTrainedModel, preset: str, *, named: bool) -> None:
+    if PRESETS[preset].own_process and not (named or base_name(model) == TINY):
+        raise ConfigError(
+            f"preset {preset} loads the base anew in processes of its own: name it, instead of giving a model"
+        )
+    if attached(model):
+        raise ConfigError(f"the model has deltas attached already ({', '.join(attached(model))}): detach them first")
+
+
+def _max_length(
+    model: PreTrainedModel, arms: Sequence[Arm], settings: TrainingConfig, before: RecordedConditions | None
+) -> int:
+    """The same tokens of every row for all: as many as the method with the most virtual tokens leaves room for;
+    where a comparison goes on with other methods, as many as it began with, if they leave room for that."""
+    length = min(max_length(model, arm.method, settings) for arm in arms)
+    if before is None or settings.max_length is not None:
+        return length
+    return min(length, int(before.identity["max_length"]))
+
+
+def _recorded_arms(given: Sequence[Arm]) -> dict[str, Any]:
+    """As methods with a block of settings each; as `arms` where some are named, or come twice."""
+    if all(arm == Arm(arm.method.name, arm.method) for arm in given):
+        blocks = {arm.method.name: arm.method.model_dump(mode="json", exclude={"name"}) for arm in given}
+        return {"methods": [arm.method.name for arm in given], **blocks}
+    return {
+        "arms": [
+            {
+                **({"name": arm.called} if arm.called else {}), "method": arm.method.name,
+                "task_type": arm.task_type, **arm.method.model_dump(mode="json", exclude={"name"}),
+            }
+            for arm in given
+        ]
+    }  # fmt: skip

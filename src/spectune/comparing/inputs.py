@@ -43,7 +43,7 @@ class Rows:
     def in_words(self, labels: Labels) -> Rows:
         """Rows of texts with labels as a language model has them."""
         given = self.train
-        how = {"skip_bad_rows": given.skip_bad_rows, "weights": given.weights}
+        how: dict[str, Any] = {"skip_bad_rows": given.skip_bad_rows, "weights": given.weights}
         train = data.Rows(as_words(given, labels), given.skipped, **how)
         parts = (None if part is None else as_words(part, labels) for part in (self.valid, self.test))
         valid, test = parts

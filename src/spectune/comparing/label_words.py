@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from spectune.data import Labels, Row
-from spectune.data.labels import label_of
+from spectune.data.head_labels import label_of
 from spectune.errors import DataError
 
 #: between a text and its label where no separator is given: the label of a text that ends in a word is no part of it

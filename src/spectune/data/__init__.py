@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from spectune.data.data_report import DataReport
     from spectune.data.encoding import Encoded, encode, prompt_ids, prompts_ids
     from spectune.data.example import Example
+    from spectune.data.head_labels import Labels, find_labels, task_type_of
     from spectune.data.labelled import LabelledExample
-    from spectune.data.labels import Labels, find_labels, task_type_of
     from spectune.data.loading import HELD_OUT, Rows, load_rows, split_rows
     from spectune.data.mixing import Source, weight_changes
     from spectune.data.shapes import Row
@@ -30,7 +30,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "spectune.data.encoding": ("Encoded", "encode", "prompt_ids", "prompts_ids"),
     "spectune.data.example": ("Example",),
     "spectune.data.labelled": ("LabelledExample",),
-    "spectune.data.labels": ("Labels", "find_labels", "task_type_of"),
+    "spectune.data.head_labels": ("Labels", "find_labels", "task_type_of"),
     "spectune.data.loading": ("HELD_OUT", "Rows", "load_rows", "split_rows"),
     "spectune.data.mixing": ("Source", "weight_changes"),
     "spectune.data.shapes": ("Row",),

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from spectune.data.encoding import Encoded, encode
 from spectune.data.example import Example
+from spectune.data.head_labels import Labels, label_of
+from spectune.data.labelled import LabelledExample
 from spectune.data.loading import Rows, bad_rows
 from spectune.data.marked_text import marked, stretches
 from spectune.data.overlaps import Seen
@@ -28,6 +30,7 @@ class Checked:
         name: train, valid or test.
         source: where the rows are from.
         rows: what could be read, whether it could be encoded or not.
+        labels: what a head learns of them; None: their text is learned.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Checked:
     encoded: Encoded
     max_length: int
     eos: int
+    labels: Labels | None = None
 
     @cached_property
     def seen(self) -> Seen:
@@ -75,6 +79,7 @@ class Checked:
             "data": self.source, "report": self.encoded.report.to_dict(), "max_length": self.max_length,
             "shapes": self.shapes, "truncations": self.truncations, "ending": self.ending,
             "duplicates": self.seen.repeats.to_dict(),
+            **({} if self.labels is None else {"task_type": self.labels.task_type, "classes": list(self.labels.names)}),
         }  # fmt: skip
 
     def shown(self, count: int) -> list["Shown"]:
@@ -104,6 +109,12 @@ class Shown:
 
     def to_dict(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         example, row = self.example, self.example.row
+        if isinstance(example, LabelledExample):
+            label = list(row.tags or ()) if example.label is None else label_of(row)
+            return {
+                "origin": row.origin, "shape": row.shape, "tokens": example.length, "label": label,
+                "text": tokenizer.decode(example.input_ids),
+            }  # fmt: skip
         ids, cut, whole = example.input_ids, example.prompt_length, stretches(example, tokenizer, whole=True)
         return {
             "origin": row.origin, "shape": row.shape, "sequence": self.number, "sequences": self.count,
@@ -137,4 +148,5 @@ def check(
         raise
     if encoded.report.bad and not skip_bad_rows:
         raise bad_rows(source, encoded.report.bad, encoded.report.rows)
-    return Checked(name, source, rows, encoded, max_length, int(tokenizer.eos_token_id))
+    eos = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+    return Checked(name, source, rows, encoded, max_length, eos, how.get("labels"))

@@ -19,7 +19,7 @@ from spectune.data.cutting import TRUNCATIONS, cut, windows
 from spectune.data.data_report import DataReport
 from spectune.data.example import Example
 from spectune.data.head_encoding import encode_for_head
-from spectune.data.labels import Labels
+from spectune.data.head_labels import Labels
 from spectune.data.loading import Rows, bad_rows
 from spectune.data.problem import RowProblem
 from spectune.data.rendering import Rendered, ending_at_eos, joined

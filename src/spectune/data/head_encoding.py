@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from spectune.data.chats.chat_template import ChatTemplate
 from spectune.data.data_report import DataReport
+from spectune.data.head_labels import TOKEN_CLS, Label, Labels, as_number, labels_of
 from spectune.data.labelled import LabelledExample
-from spectune.data.labels import TOKEN_CLS, Label, Labels, as_number, labels_of
 from spectune.data.problem import RowProblem
 from spectune.data.shapes import Row, other_shapes
 from spectune.data.tokenizing import Text, TextTokenizer, Tokens

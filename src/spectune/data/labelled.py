@@ -51,7 +51,7 @@ class LabelledExample(Example):
         mine, theirs = ((one.label, one.places, one.classes, one.words) for one in (self, other))
         return mine == theirs and super().__eq__(other)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __repr__(self) -> str:
         own = f"label={self.label}, places={self.places.tolist()}, classes={self.classes.tolist()}"

@@ -10,6 +10,7 @@ from spectune.data.mixing import Source, sources_in
 from spectune.data.problem import RowProblem
 from spectune.data.reading import Bad, records
 from spectune.data.reading.raw_records import NAMES
+from spectune.data.row_labels import CAUSAL_LM, label_problems, task_type_of
 from spectune.data.shapes import EXPECTED, Row, row_of
 from spectune.errors import ConfigError, DataError
 
@@ -62,7 +63,7 @@ def load_rows(
     rows, problems = how.read(source)
     named = source if isinstance(source, str) or hasattr(source, "__fspath__") else "the data"
     if problems and not skip_bad_rows:
-        raise bad_rows(str(named), problems, len(rows) + len(problems))
+        raise bad_rows(str(named), problems + _labels_wrong(rows), len(rows) + len(problems))
     if not rows:
         raise _no_rows(named, problems)
     return Rows(rows, problems, skip_bad_rows=skip_bad_rows)
@@ -112,6 +113,12 @@ def _mixed(sources: Sequence[Source], skip_bad_rows: bool, how: _How) -> Rows:
         raise bad_rows(", ".join(source.label for source in sources), problems, len(rows) + len(problems))
     weights = {source.label: source.weight for source in sources}
     return Rows(rows, problems, skip_bad_rows=skip_bad_rows, weights=weights)
+
+
+def _labels_wrong(rows: Sequence[Row]) -> list[str]:
+    """What else is wrong with rows for a head, to be said with what cannot be read."""
+    task_type = task_type_of(rows)
+    return [] if task_type == CAUSAL_LM else list(label_problems(rows, task_type).values())
 
 
 def _no_rows(named: Any, problems: Sequence[str]) -> DataError:

@@ -92,8 +92,12 @@ def _texts(row: Row) -> tuple[str, str]:
     if row.messages is not None:
         before = [*map(_message, row.asked), _beside(row)]
         return "\n".join(part for part in before if part), _message(row.messages[-1]) if row.answered else ""
+    if row.text is not None and row.label is not None:  # for a head: the text asks, the label answers
+        return _plain(row.text), str(row.label)
     if row.text is not None:
         return "", _plain(row.text)
+    if row.tokens is not None:
+        return _plain(" ".join(row.tokens)), json.dumps(row.tags)
     return _plain(row.before), _plain(row.completion or "")
 
 

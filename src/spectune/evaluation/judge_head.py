@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.data import LabelledExample, Labels, pad_token_id
-from spectune.evaluation.agreement import CLASS_METRICS, pearson_statistics
 from spectune.evaluation.judged import JudgedRow
+from spectune.evaluation.label_scores import CLASS_METRICS, pearson_statistics
 from spectune.evaluation.losses import RowLosses, row_losses
 from spectune.evaluation.questions import Questions
 from spectune.evaluation.references import has_prompt, prompt_of

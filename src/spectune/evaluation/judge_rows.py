@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune import inference
 from spectune.data import Encoded, Row, pad_token_id
 from spectune.errors import ConfigError
-from spectune.evaluation.agreement import CLASS_METRICS
 from spectune.evaluation.corpus import CORPUS_METRICS, corpus_statistics
 from spectune.evaluation.judge_head import judge_head
 from spectune.evaluation.judged import JudgedRow
+from spectune.evaluation.label_scores import CLASS_METRICS
 from spectune.evaluation.losses import RowLosses, row_losses
 from spectune.evaluation.metrics import exact_match, rouge_l
 from spectune.evaluation.questions import Questions

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from spectune.errors import DataError
-from spectune.evaluation.agreement import AGREEMENT, agreement
 from spectune.evaluation.corpus import corpus_score
+from spectune.evaluation.label_scores import AGREEMENT, agreement
 from spectune.evaluation.losses import by_source, mean_per_token
 from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_write_text
@@ -35,7 +35,7 @@ class JudgedRow:
     """Values whose mean over rows is the metric; none for a row that was neither written nor chosen."""
     statistics: dict[str, list[float]] = field(default_factory=dict)
     """Of `bleu` and `chrf` counts that are summed over rows, see `spectune.evaluation.corpus`; of metrics of labels
-    those of `spectune.evaluation.agreement`."""
+    those of `spectune.evaluation.label_scores`."""
     prompt: str | None = None
     prediction: str | None = None
     """What was written, without outer spaces; of choices the likeliest one, of a head its class, number, or tags."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from spectune.data import Labels, Row
-from spectune.data.labels import TOKEN_CLS
+from spectune.data.head_labels import TOKEN_CLS
 from spectune.errors import ConfigError, did_you_mean
 from spectune.evaluation.spans import are_spans
 
@@ -25,6 +25,7 @@ def common_choices(rows: Sequence[Row]) -> tuple[str, ...]:
 def metrics_of_head(labels: Labels, metric: str | None) -> tuple[str, ...]:
     """The metrics that a head's rows will have, out of those that `metric` names. Raises ConfigError: it names one that
     such a head does not give."""
+    there: tuple[str, ...]
     if labels.task_type == TOKEN_CLS:
         there = OF_WORDS if are_spans(labels.names) else OF_WORDS[1:]
     else:

@@ -111,12 +111,8 @@ class Task:
             expected = f"expected one of {', '.join(CHOICE_NORMALIZATIONS)}"
             raise ConfigError(f"choice_normalization {choice_normalization!r}{near}: {expected}")
         if labels is not None:
-            return cls(
-                rows=tuple(dataclasses.replace(row) for row in rows), to_choose=(), to_write=(), writable=0,
-                text_metrics=(), custom=(), choices=(), max_new_tokens=None, batch_size=batch_size,
-                max_length=max_length, separator=separator, train_on=train_on, truncation=truncation, today=today,
-                label_metrics=metrics_of_head(labels, metric), labels=labels,
-            )  # fmt: skip
+            how = {"separator": separator, "train_on": train_on, "truncation": truncation, "today": today}
+            return _of_head(rows, labels, metric, batch_size=batch_size, max_length=max_length, **how)
         wanted = _wanted(metric)
         own, choices, whose = _with_choices(rows, train_rows, answers, wanted)
         to_choose = _choosable(own, wanted)
@@ -184,6 +180,14 @@ class Task:
             "bleu_tokenizer": self.bleu_tokenizer if "bleu" in self.text_metrics else None,
             **({"labels": dataclasses.asdict(self.labels)} if self.labels is not None else {}),
         }  # fmt: skip
+
+
+def _of_head(rows: Sequence[Row], labels: Labels, metric: str | None, **how: Any) -> Task:
+    """The task of a head: no row is written, and what it says of each is measured."""
+    return Task(
+        rows=tuple(dataclasses.replace(row) for row in rows), to_choose=(), to_write=(), writable=0, text_metrics=(),
+        custom=(), choices=(), max_new_tokens=None, label_metrics=metrics_of_head(labels, metric), labels=labels, **how,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

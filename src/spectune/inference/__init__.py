@@ -4,7 +4,7 @@ from spectune.data.answered import answered_choice
 from spectune.inference.answers import UNLIMITED, answer_of, decoded, last_examples, shortened, up_to_stop
 from spectune.inference.decode import decode_tokens_per_second
 from spectune.inference.generate import Sampling, context_length, generate_ids, generate_texts, stop_ids
-from spectune.inference.head_outputs import head_outputs
+from spectune.inference.head_pass import head_outputs
 from spectune.inference.likelihood import (
     CHOICE_NORMALIZATIONS,
     ChoiceScores,

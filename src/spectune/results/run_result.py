@@ -90,8 +90,9 @@ class RunResult(RunRecord):
     """One training with one method, seed and learning rate.
 
     Losses are nats per target token; with a head (`task_type` SEQ_CLS or TOKEN_CLS) nats per row or per word, or
-    squared errors, and what a head has no meaning for is None: perplexity, forgetting, decoding.
-    `trainable_parameters` counts what was trained (a prefix's reparametrisation too), `stored_parameters` what is stored and used at inference, `total_parameters` the base's.
+    squared errors, and what a head has no meaning for is None: perplexity, forgetting, decoding. `trainable_parameters`
+    counts what was trained (a prefix's reparametrisation too), `stored_parameters` what is stored and used at
+    inference, `total_parameters` the base's.
     `peak_memory_bytes`: `<phase>_<kind>`. Phases: `train`, on CUDA all steps, elsewhere the first two (of which one
     holds the longest rows); `valid`, the longest batch of validation; `load`, putting the delta onto its base;
     `generate`, decoding in a batch. Kinds: `allocated`, tensors (CUDA: by torch's allocator; elsewhere counted as they

@@ -23,7 +23,7 @@ from spectune.data import (
     task_type_of,
     weighted,
 )
-from spectune.data.labels import CAUSAL_LM
+from spectune.data.head_labels import CAUSAL_LM
 from spectune.deltas import Method
 from spectune.errors import ConfigError
 from spectune.families import base_precision, embedding_width, vocabulary_rows

@@ -60,9 +60,9 @@ def described(rows: Sequence[Row]) -> dict[str, Any]:
     """What a command that writes with the run must know of its training rows, for config.yaml and training.json.
 
     `row_shape`: "messages", "tokens", "alpaca", "prompt" or "text", the commonest one. `prompt_ends_with`: the white
-    space that every prompt ends in, "" where they share none. `row_system`, `row_tools`, `row_template_kwargs`: what all
-    chats have before their first question, and give their template; absent where they differ. `row_answers`: the few
-    labels that all rows are answered with, where that is so.
+    space that every prompt ends in, "" where they share none. `row_system`, `row_tools`, `row_template_kwargs`: what
+    all chats have before their first question, and give their template; absent where they differ. `row_answers`: the
+    few labels that all rows are answered with, where that is so.
     """
     shapes = Counter(_shape(row) for row in rows)
     prompts = [row.prompt for row in rows if row.prompt is not None]

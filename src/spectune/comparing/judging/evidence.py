@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from spectune.comparing.judging.statistics import Array, Score, bleu, chrf, ratio
-from spectune.evaluation.agreement import AGREEMENT, CLASS_METRICS, row_sums
+from spectune.evaluation.label_scores import AGREEMENT, CLASS_METRICS, row_sums
 from spectune.results import ComparedRun, ComparisonResult
 from spectune.results.arm_result import is_finite
 

@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 #: one of these makes an object a row
-SHAPES = ("prompt", "completion", "instruction", "output", "text", "messages", "conversations", "tokens",
-          "tags")  # fmt: skip
+SHAPES = ("prompt", "completion", "instruction", "output", "text", "messages", "conversations", "tokens")
 #: what is a list or an object in a row, and so has to be written as JSON in a CSV's cell
 AS_JSON = (
     "references", "choices", "messages", "conversations", "tools", "documents", "chat_template_kwargs", "history",
 )  # fmt: skip
 #: every name that means something in a row
-NAMES = tuple(dict.fromkeys((*SHAPES, *AS_JSON, "input", "system", "label")))
+NAMES = tuple(dict.fromkeys((*SHAPES, *AS_JSON, "input", "system", "label", "tags")))
 #: names of parts of a data set, of which only one can be meant
 SPLITS = (
     "train", "training", "valid", "validation", "val", "dev", "eval", "evaluation", "test", "holdout", "held_out",

@@ -172,8 +172,8 @@ def drawn(comparison: ComparisonResult) -> list[ArmResult]:
     found = []
     for arm in arms:
         value, (low, high) = arm.metrics.get(by), arm.metric_intervals.get(by, (None, None))
-        ends = {"loss_low": None if high is None else 1 - high, "loss_high": None if low is None else 1 - low}
-        found.append(dataclasses.replace(arm, loss=None if value is None else 1 - value, **ends))
+        error, least, most = (None if end is None else 1 - end for end in (value, high, low))
+        found.append(dataclasses.replace(arm, loss=error, loss_low=least, loss_high=most))
     return found
 
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectune.data.answered import answer_of, answered_choice
 from spectune.data.loading import Rows, bad_rows
 from spectune.data.problem import RowProblem
+from spectune.data.row_labels import (
+    CAUSAL_LM,
+    SEQ_CLS,
+    TASK_TYPES,
+    TOKEN_CLS,
+    Label,
+    label_of,
+    label_problems,
+    labels_of,
+    task_type_of,
+)
 from spectune.data.shapes import Row
 from spectune.errors import DataError, some
 
-#: what a model is trained for, by the names that PEFT has for it
-CAUSAL_LM, SEQ_CLS, TOKEN_CLS = "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"
-TASK_TYPES = (CAUSAL_LM, SEQ_CLS, TOKEN_CLS)
-Label = str | int | float
-_EXPECTED = {
-    SEQ_CLS: "expected text + label, or prompt + completion with the class as the answer",
-    TOKEN_CLS: "expected tokens + tags, lists of the same length",
-}
+__all__ = [
+    "CAUSAL_LM", "SEQ_CLS", "TASK_TYPES", "TOKEN_CLS", "Label", "Labels", "as_number", "classes_of_checkpoint",
+    "find_labels", "label_of", "labels_of", "task_type_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,15 +96,6 @@ class Labels:
         return cls(task_type, tuple(str(config.id2label[place]) for place in range(config.num_labels)))
 
 
-def task_type_of(rows: Sequence[Row]) -> str:
-    """What rows are for where nobody says: `tokens` + `tags` for TOKEN_CLS, `text` + `label` for SEQ_CLS, all others
-    for CAUSAL_LM."""
-    if any(row.tokens is not None for row in rows):
-        return TOKEN_CLS
-    texts = rows and all(row.text is not None for row in rows)
-    return SEQ_CLS if texts and any(row.label is not None for row in rows) else CAUSAL_LM
-
-
 def find_labels(rows: Sequence[Row], task_type: str, known: Mapping[int, str] | None = None) -> Labels | None:
     """The classes of training rows, sorted; or that their labels are numbers. None for CAUSAL_LM.
 
@@ -115,24 +111,11 @@ def find_labels(rows: Sequence[Row], task_type: str, known: Mapping[int, str] | 
     """
     if task_type == CAUSAL_LM:
         return None
-    found, problems = list[tuple[Row, list[Label]]](), dict[int, str]()
-    for place, row in enumerate(rows):
-        try:
-            found.append((row, labels_of(row, task_type)))
-        except RowProblem as problem:
-            problems[place] = f"{row.origin}: {problem}"
-    kinds = Counter(_kind(label) for _, labels in found for label in labels)
-    text = kinds["text"] >= kinds["a number"]
-    wrong = "a number" if text else "text"
-    if kinds["text"] and kinds["a number"]:
-        places = {id(row): place for place, row in enumerate(rows)}
-        for row, labels in found:
-            if bad := [label for label in labels if _kind(label) == wrong]:
-                expected = f"expected {'text' if text else 'a number'}, as in most rows"
-                problems[places[id(row)]] = f"{row.origin}: the label {bad[0]!r} is {wrong}; {expected}"
+    problems = label_problems(rows, task_type)
     if problems and not (isinstance(rows, Rows) and rows.skip_bad_rows):
-        raise bad_rows("the data", [problems[place] for place in sorted(problems)], len(rows))
-    given = [label for _, labels in found for label in labels if _kind(label) != wrong or not kinds[wrong]]
+        raise bad_rows("the data", list(problems.values()), len(rows))
+    good = [row for place, row in enumerate(rows) if place not in problems]
+    given = [label for row in good for label in labels_of(row, task_type)]
     if task_type == SEQ_CLS and _are_measures(given):
         return Labels(task_type)
     return Labels(task_type, _classes(given, task_type, known or {}))
@@ -160,32 +143,6 @@ def _classes(given: Iterable[Label], task_type: str, known: Mapping[int, str]) -
 
 
 _EMPTY = "no row has a label; expected one in each"
-
-
-def labels_of(row: Row, task_type: str) -> list[Label]:
-    """The label of a row, or the tags of its words. Raises RowProblem: it has none."""
-    if task_type == TOKEN_CLS:
-        if row.tags is None:
-            raise RowProblem(f"has no tags ({row.shape}); {_EXPECTED[task_type]}")
-        return list(row.tags)
-    found = label_of(row)
-    if found is None:
-        raise RowProblem(f"has no label ({row.shape}); {_EXPECTED[task_type]}")
-    return [found]
-
-
-def label_of(row: Row) -> Label | None:
-    """What a text is to be classified as: of rows with choices the right one, of prompts and chats with an answer and
-    no label that answer without outer spaces; else the label."""
-    if row.choices:
-        return row.label if row.label is not None else answered_choice(row)
-    if row.prompt is not None or (row.messages and row.label is None):
-        return (answer_of(row) or "").strip() or None
-    return row.label
-
-
-def _kind(label: Label) -> str:
-    return "text" if isinstance(label, str) else "a number"
 
 
 def _are_measures(labels: Sequence[Label]) -> bool:
