@@ -146,9 +146,9 @@ def _answer(model: PreTrainedModel, objective: Objective, batch: Batch) -> tuple
 def _head_of(model: PreTrainedModel) -> dict[str, Any]:
     """The base's checkpoint may have no head, or one for other classes: PEFT's folder brings it."""
     config = model.config
-    padding = {"pad_token_id": found} if (found := padding_of(config)) is not None else {}
-    kind = {"problem_type": found} if (found := config.problem_type) is not None else {}
-    return {"num_labels": config.num_labels, **kind, **padding, "ignore_mismatched_sizes": True}
+    given = {"pad_token_id": padding_of(config), "problem_type": config.problem_type}
+    known = {name: value for name, value in given.items() if value is not None}
+    return {"num_labels": config.num_labels, **known, "ignore_mismatched_sizes": True}
 
 
 def _check_ids(batches: Sequence[Batch], vocabulary: int) -> None:
