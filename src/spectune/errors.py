@@ -46,6 +46,10 @@ class DataError(SpectuneError, ValueError):
         super().__init__("\n".join([message, *self.problems]))
 
 
+class ExportError(SpectuneError):
+    """What was exported does not do what the delta does, in the program that it was written for."""
+
+
 class DoesNotFitError(SpectuneError):
     """The plan says that the run does not fit into memory."""
 

@@ -63,7 +63,7 @@ def test_every_method_has_the_formats_that_it_says() -> None:
             "adapter": [],
             "prefix": ["peft"],
             "prompt": ["peft", "prompt-embeds"],
-            "lora": ["peft", "merged"],
+            "lora": ["peft", "merged", "gguf-lora"],
             "bitfit": ["merged"],
         }
         == found
@@ -146,7 +146,7 @@ def test_the_tensor_has_the_bases_dtype(tmp_path: Path) -> None:
             "it does not act as a change of the base's weights. This one can be written as --format p",
         ),
         ("lora", "prompt-embeds", "it is not made of embeddings that stand before the text"),
-        ("lora", "gguf", "'gguf' is not one of 'peft', 'merged', 'prompt-embeds'"),
+        ("lora", "gguf", "'gguf' is not one of 'peft', 'merged', 'prompt-embeds', 'gguf-lora'"),
     ],
 )
 def test_refusals_are_in_words(

@@ -10,15 +10,12 @@ import typer
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
 from spectune.cli.heads import auto_class
-from spectune.cli.input_rows import row_length, rows_to_measure
-from spectune.cli.runs import Run, find_run, free_folder
+from spectune.cli.proving import DTYPE, Proving, proved_folder, unproved
+from spectune.cli.runs import find_run, free_folder
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-#: Merging in lower precision mostly rounds the delta away, and is refused then; a merged model can be cast later.
-DTYPE = "float32"
 
 
 def merge(
@@ -34,12 +31,14 @@ def merge(
             help="auto, float32, bfloat16 or float16: dtype of the merge and of the written model.", show_default=DTYPE
         ),
     ] = None,
+    check: options.Check = True,
     as_json: options.Json = False,
 ) -> None:
     """Merge a run's delta into its base: a transformers folder with the tokenizer, which loads without spectune.
 
-    The merged model's logits are compared with the unmerged one's, on rows, and it is refused where they differ by
-    more than rounding. LoRA and BitFit can be merged; a fully tuned base is copied.
+    The merged model's logits are compared with the unmerged one's, on rows, and again as transformers loads them from
+    the folder; it is refused where they differ by more than rounding. LoRA and BitFit can be merged; a fully tuned base
+    is copied.
 
     \b
     Examples:
@@ -59,43 +58,63 @@ def merge(
                 f"base's weights. For other engines: spectune export --run {found.folder}"
             )
         note(f"run: {found.folder}")
-        answer = write_merged(found, folder, data, device, dtype, out)
+        answer = write_merged(Proving(found, data, device, dtype, check), folder, out)
     print_answer(answer, as_json=as_json)
 
 
-def write_merged(
-    found: Run, folder: Path, data: str | None, device: str | None, dtype: str | None, out: Console
-) -> dict[str, Any]:
-    """Merge, compare, write, and say so; also for `export --format merged`. The method is one that can merge."""
+def write_merged(proving: Proving, folder: Path, out: Console) -> dict[str, Any]:
+    """Merge, compare, write, prove and say so; also for `export --format merged`. The method is one that can merge."""
     from spectune import storage
 
+    found = proving.run
     answer: dict[str, Any] = {"run": str(found.folder), "base": found.base, "format": "merged", "folder": str(folder)}
-    if storage.stored_method(found.delta).trains_base and dtype is None:
-        storage.copy_model(found.delta, storage.load_tokenizer(found.base), folder)
-        say(out, "copied: the run trained the base itself, and its weights are written bit for bit")
-    else:
-        answer |= _merge(found, folder, data, device, dtype or DTYPE, out)
+    copied = storage.stored_method(found.delta).trains_base and proving.dtype is None
+    fill = _copy if copied else _merge
+    answer |= proved_folder(folder, lambda draft: fill(proving, draft, out))
     answer["load"] = f"model = transformers.AutoModel{auto_class(found.labels)}.from_pretrained({str(folder)!r})"
     say(out, f"written to {folder}\n{answer['load']}")
     return answer
 
 
-def _merge(found: Run, folder: Path, data: str | None, device: str | None, dtype: str, out: Console) -> dict[str, Any]:
-    from spectune.data import encode
+def _copy(proving: Proving, folder: Path, out: Console) -> dict[str, Any]:
+    """The weights of a run that trained the base itself, bit for bit."""
+    from spectune import storage
+
+    found = proving.run
+    storage.copy_model(found.delta, storage.load_tokenizer(found.base), folder)
+    say(out, "copied: the run trained the base itself, and its weights are written bit for bit")
+    if not proving.check:
+        return unproved()
+    # in the dtype that they have
+    stored = getattr(storage.load_config(folder), "dtype", None)
+    model, tokenizer = proving.loaded(str(stored or DTYPE).removeprefix("torch."))
+    expected = proving.expected(model, *proving.examples(model, tokenizer))
+    del model, tokenizer
+    return proving.prove(folder, expected, out)
+
+
+def _merge(proving: Proving, folder: Path, out: Console) -> dict[str, Any]:
+    """The delta written into its base, compared before it is written and after."""
     from spectune.deltas import merge_and_measure
     from spectune.storage import write_model
 
-    rows, source = rows_to_measure(data, found)
-    model, tokenizer = found.load(device, dtype)
-    max_length = row_length(model, found.config.get("max_length"))
-    encoded = encode(rows, tokenizer, max_length=max_length, labels=found.labels, **found.encode_options)
-    merged, difference = merge_and_measure(model, "run", rows=encoded.examples, tokenizer=tokenizer)
+    # lower precision mostly rounds the delta away, and is refused then; a merged model can be cast later
+    model, tokenizer = proving.loaded()
+    if not proving.check:
+        merged, _ = merge_and_measure(model, "run", check=False)
+        write_model(merged, tokenizer, folder)
+        return unproved()
+    examples, source = proving.examples(model, tokenizer)
+    merged, difference = merge_and_measure(model, "run", rows=examples, tokenizer=tokenizer)
     write_model(merged, tokenizer, folder)
-    if difference is None:
-        return {}
-    say(out, f"rows: {source}\n{difference}")
-    return {
-        "largest_logit_difference": difference.largest, "largest_logit": difference.largest_logit,
-        "mean_logit_difference": difference.mean, "mean_logit_effect": difference.mean_effect,
-        "own_rounding_of_logits": difference.own_rounding, "measured_on": f"{difference.measured_on} of {source}",
-    }  # fmt: skip
+    expected = proving.expected(model, examples, source)
+    del merged, model, tokenizer
+    answer = {}
+    if difference is not None:
+        say(out, f"rows: {source}\n{difference}")
+        answer = {
+            "largest_logit_difference": difference.largest, "largest_logit": difference.largest_logit,
+            "mean_logit_difference": difference.mean, "mean_logit_effect": difference.mean_effect,
+            "own_rounding_of_logits": difference.own_rounding, "measured_on": f"{difference.measured_on} of {source}",
+        }  # fmt: skip
+    return answer | proving.prove(folder, expected, out)

@@ -103,8 +103,14 @@ ComparedOn = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Rows to compare the merged and the unmerged model on.",
+        help="Rows to prove on: what was written has to answer on them as the run does.",
         show_default="the rows that the run was judged on",
+    ),
+]
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check/--no-check", help="Run what was written; it is refused where it does not do what the run does."
     ),
 ]
 Run = Annotated[

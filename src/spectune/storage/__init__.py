@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spectune.storage.delta_folder import load_delta, stored_method
     from spectune.storage.descriptions import load_config, load_tokenizer
     from spectune.storage.devices import resolve_device, resolve_dtype
+    from spectune.storage.expectation import ExpectedAnswers, expected_answers, spread
     from spectune.storage.export import (
         check_format,
         copy_model,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
         write_peft,
         write_prompt_embeds,
     )
+    from spectune.storage.export_proof import ExportProof, prove_export
+    from spectune.storage.gguf_adapter import GgufProof, gguf_package, prove_gguf_lora, write_gguf_lora
 
 #: file -> its names, as above; `tests/test_public_api.py` holds both together
 _PUBLIC: dict[str, tuple[str, ...]] = {
@@ -35,14 +38,19 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "spectune.storage.delta_folder": ("load_delta", "stored_method"),
     "spectune.storage.descriptions": ("load_config", "load_tokenizer"),
     "spectune.storage.devices": ("resolve_device", "resolve_dtype"),
+    "spectune.storage.expectation": ("ExpectedAnswers", "expected_answers", "spread"),
     "spectune.storage.export": ("check_format", "copy_model", "export_formats", "write_model", "write_peft",
                                 "write_prompt_embeds"),
+    "spectune.storage.export_proof": ("ExportProof", "prove_export"),
+    "spectune.storage.gguf_adapter": ("GgufProof", "gguf_package", "prove_gguf_lora", "write_gguf_lora"),
 }  # fmt: skip
 
 __all__ = [
-    "PRECISIONS", "TINY", "atomic_folder", "atomic_write_text", "base_name", "check_format", "copy_model",
-    "export_formats", "load", "load_config", "load_delta", "load_tokenizer", "quantise_base", "resolve_device",
-    "resolve_dtype", "stored_method", "write_model", "write_peft", "write_prompt_embeds",
+    "PRECISIONS", "TINY", "ExpectedAnswers", "ExportProof", "GgufProof", "atomic_folder", "atomic_write_text",
+    "base_name", "check_format", "copy_model", "expected_answers", "export_formats", "gguf_package", "load",
+    "load_config", "load_delta", "load_tokenizer", "prove_export", "prove_gguf_lora", "quantise_base",
+    "resolve_device", "resolve_dtype", "spread", "stored_method", "write_gguf_lora", "write_model", "write_peft",
+    "write_prompt_embeds",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that is there

@@ -1,4 +1,6 @@
-"""Folders for other programs: PEFT and vLLM, plain transformers, and engines that take prompt embeddings."""
+"""Folders for other programs: PEFT and vLLM, plain transformers, and engines that take prompt embeddings.
+
+llama.cpp's adapter file is written by `gguf_adapter.py`; what was written is run by `export_proof.py`."""
 
 import shutil
 from collections.abc import Callable
@@ -25,6 +27,7 @@ _FORMATS: dict[str, tuple[Callable[[Delta], bool], str]] = {
         lambda d: _only_virtual_tokens(d) is not None,
         "it is not made of embeddings that stand before the text",
     ),
+    "gguf-lora": (lambda d: _plain_lora(d), "llama.cpp's adapters are LoRA, and nothing beside it"),
 }
 
 
@@ -109,10 +112,20 @@ def _only_virtual_tokens(delta: Delta) -> InputModule | None:
     return modules[0] if len(modules) == 1 and isinstance(modules[0], InputModule) else None
 
 
+def _plain_lora(delta: Delta) -> bool:
+    """LoRA whose change is `scale * B A` alone: not of magnitudes, and not from a start that the base gave up its own
+    weights for, and with no head beside it."""
+    config, _ = delta.method.to_folder(delta.state_dict(), delta.family)
+    starts = config.get("init_lora_weights", True)
+    beside = config.get("use_dora") or delta.family.trained_head
+    return config.get("peft_type") == "LORA" and not beside and starts in (True, "gaussian")
+
+
 def _base_name(model: PreTrainedModel) -> str:
-    """The hub id, or the absolute path of a local folder: the export may be read from elsewhere."""
+    """The hub id, or the absolute path of a local folder: the export may be read from elsewhere; empty where the base
+    was loaded from neither."""
     name = str(model.config._name_or_path)
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def _prompt_embeds_page(virtual: Tensor, base: str) -> str:
