@@ -150,10 +150,12 @@ class LNTuning(Method):
         if others := sorted(at - {norm.path for norm in family.norms}):
             raise DataError(f"it has weights for what is no norm of this {family.model_type} model's decoder", others)
         named = self._targeted(family)
-        if all(norm.path in at for norm in named):
-            return Fitted(self)  # weights for others are surplus: PEFT does not take them in
+        paths = tuple(norm.path for norm in named if norm.path in at)
+        if not paths:
+            raise DataError(f"it holds no tensor <module>{_COPY}... for a norm that its config names: nothing is tuned")
         # what PEFT's config names beside them has no weights, and acts as the base
-        return Fitted(self.model_copy(update={"target_modules": tuple(n.path for n in named if n.path in at)}))
+        same = len(paths) == len(named)
+        return Fitted(self if same else self.model_copy(update={"target_modules": paths}))
 
     @classmethod
     def from_peft_config(cls, config: Mapping[str, Any]) -> LNTuning | None:
