@@ -161,6 +161,22 @@ def test_a_change_that_leaves_the_places_changes_nothing(
         assert torch.allclose(answer(changed, "again"), tuned, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", [LoRA(r=2), BottleneckAdapter(bottleneck_dim=4, dropout=0.0)], ids=named)
+def test_a_layer_that_was_put_in_as_a_copy_is_the_bases_after_detach(method: Method) -> None:
+    torch.manual_seed(0)
+    model = llama().eval()
+    layers(model)[1] = copy.deepcopy(layers(model)[0])
+    bare = model(input_ids=IDS).logits
+    torch.manual_seed(0)
+    model = llama().eval()
+    move(put_on(model, method))
+    layers(model)[1] = copy.deepcopy(layers(model)[0])
+    detach(model, "task")
+    assert torch.equal(model(input_ids=IDS).logits, bare)
+    assert not any("deltas" in name for name in model.state_dict())
+    assert not any("spectune" in str(hook) for m in model.modules() for hook in m._forward_hooks.values())
+
+
 # -- changes that take a delta's place away ---------------------------------------------------------------------------
 
 

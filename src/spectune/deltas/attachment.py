@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 from torch import nn
 from transformers import PreTrainedModel
 
+from spectune.deltas import slots
 from spectune.deltas.delta import Delta
 from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks.decoder import DecoderHook
 from spectune.deltas.hooks.model_methods import ModelMethods
+from spectune.deltas.hooks.module_side import remove_copies
 from spectune.deltas.hooks.transformers_checkpoint import CheckpointHook
 from spectune.deltas.layout import Route
 from spectune.deltas.open_sites import OpenSites
@@ -85,6 +87,7 @@ class Attachment:
         stays as it is; what was put in a weight's place takes a gradient again if that weight did."""
         for hook in self._hooks:
             hook.close()
+        remove_copies(self.model)
         for parameter, trainable in self._requires_grad.values():
             parameter.requires_grad_(trainable)
             if not trainable:
@@ -117,6 +120,7 @@ class Attachment:
         """Take a delta off, and with the last one everything else. `undo`: of an attach that failed. Raises
         ConfigError: it is the base itself, and no copy was kept."""
         delta.take_off(self.sites.close, undo=undo)
+        slots.take_copies(self.model, delta.name)
         self.places.remove(delta.name)
         del self.deltas[delta.name]
         self.state.virtual_tokens.pop(delta.name, None)

@@ -37,6 +37,19 @@ def take(module: nn.Module, name: str, part: str = "") -> None:
             del module.deltas
 
 
+def take_copies(model: nn.Module, name: str) -> None:
+    """Take a delta's modules out of copies of hosts, which stand in the model where one of its parts was copied (a
+    layer put in twice): with their hooks, they would go on to act."""
+    keys = key_of(name), f"{key_of(name)}#"
+    for module in list(model.modules()):
+        deltas = module._modules.get("deltas")
+        if isinstance(deltas, nn.ModuleDict):
+            for key in [key for key in deltas if key == keys[0] or key.startswith(keys[1])]:
+                del deltas[key]
+            if not len(deltas):
+                del module.deltas
+
+
 def _key(name: str, part: str) -> str:
     return f"{key_of(name)}#{part}" if part else key_of(name)
 

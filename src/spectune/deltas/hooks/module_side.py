@@ -35,3 +35,15 @@ class SideHook:
                 "cannot share a batch with others. Route each of them in a batch of its own."
             )
         return [(delta_module, layout.picks(rows, tensor, self.path)) for delta_module, rows in acting]
+
+
+def remove_copies(model: nn.Module) -> None:
+    """Take hooks off copies of modules that had some (a layer put in twice), for which nobody has a handle."""
+    for module in model.modules():
+        for hooks, takes_names in (
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), SideHook)]:
+                del hooks[key]
+                takes_names.pop(key, None)
