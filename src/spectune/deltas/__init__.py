@@ -9,7 +9,6 @@ Each file imports only files that stand above it here:
     target_parameters       matrices that a config names, and what is said of those it leaves out
     target_names            which linears a user's names mean, and names that say exactly a set of them
     peft_config             what PEFT's config says of places, and which of its keys are read
-    low_rank_modules        the modules of LoRA and its kin
     slots                   where these modules stand in the model
     trained_copy            the module that stands for one of the base's own, with weights of its own
     forward_state           what is in force in a forward pass
@@ -27,7 +26,6 @@ from spectune.deltas.attaching import attach, attached, check_can_attach, detach
 from spectune.deltas.attachment import Attachment, BaseFacts
 from spectune.deltas.delta import Delta
 from spectune.deltas.folder import base_name
-from spectune.deltas.low_rank_modules import LoRALayer, LoRAMatrix, StartedLoRALayer
 from spectune.deltas.merging import merge, merge_and_measure
 from spectune.deltas.method import Fitted, InitContext, Method
 from spectune.deltas.modules import (
@@ -75,9 +73,9 @@ from spectune.deltas.trained_copy import CopySite, TrainedCopy
 
 __all__ = [
     "ALL_LINEAR", "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate",
-    "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite", "LoRALayer",
-    "LoRAMatrix", "MatrixSite", "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed",
-    "RatePoint", "RateRule", "Search", "Site", "StartedLoRALayer", "TrainedCopy", "attach", "attached", "base_name",
+    "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite",
+    "MatrixSite", "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed",
+    "RatePoint", "RateRule", "Search", "Site", "TrainedCopy", "attach", "attached", "base_name",
     "cached_values", "capture_keys_and_values", "check_can_attach", "check_ia3_keys", "check_keys", "check_lora_keys",
     "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words",
     "experts_left_out", "kernel_serves", "left_out", "linears_alone", "merge", "merge_and_measure", "packed", "packing",

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.magnitude import scale_features
-from spectune.deltas import DeltaModule, InitContext, LoRALayer, OutputModule, Site
+from spectune.deltas import DeltaModule, InitContext, OutputModule, Site
 from spectune.errors import ConfigError
 from spectune.families import Family, dense_weight
 from spectune.methods.lora import LoRA, peft_fields
+from spectune.methods.low_rank_modules import LoRALayer
 
 _MAGNITUDE = ".lora_magnitude_vector"
 

@@ -24,8 +24,6 @@ from spectune.deltas import (
     DeltaModule,
     Fitted,
     InitContext,
-    LoRALayer,
-    LoRAMatrix,
     MatrixSite,
     Method,
     OutputSite,
@@ -33,7 +31,6 @@ from spectune.deltas import (
     RateRule,
     Search,
     Site,
-    StartedLoRALayer,
     check_lora_keys,
     check_patterns,
     checked_pattern,
@@ -50,13 +47,12 @@ from spectune.deltas import (
 )  # fmt: skip
 from spectune.errors import ConfigError, DataError, some
 from spectune.families import Family, Linear, Matrix
+from spectune.methods.low_rank_modules import STARTS, LoRALayer, LoRAMatrix, StartedLoRALayer
 
 _PEFT_PREFIX = "base_model.model."
 #: VeLoRA's, which only its backward pass looks at
 _OF_TRAINING = ".lora_velora_embed"
 Number = TypeVar("Number", int, float)
-#: starts at factors of the base's weight
-_STARTS = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ class LoRA(Method):
                 "lora_dropout cannot act on target_parameters, whose inputs the base keeps to itself (PEFT refuses "
                 "both together): set lora_dropout to 0"
             )
-        if self.target_parameters and self.init_lora_weights in _STARTS:
+        if self.target_parameters and self.init_lora_weights in STARTS:
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r} starts at factors of linears' weights, and "
                 "target_parameters are none: use another start"
@@ -179,7 +175,7 @@ class LoRA(Method):
         named = f"{site.path}.weight" if isinstance(site, _WeightSite) else site.path
         given = site, self.rank(named), self.scale(named), self.lora_dropout
         start = str(self.init_lora_weights)
-        layer = StartedLoRALayer(*given, start) if start in _STARTS else LoRALayer(*given)
+        layer = StartedLoRALayer(*given, start) if start in STARTS else LoRALayer(*given)
         layer.rate_ratio = ratio
         return layer
 
@@ -188,7 +184,7 @@ class LoRA(Method):
             assert isinstance(module, LoRALayer | LoRAMatrix)
             module.initialise(context.generator)
             if self.init_lora_weights == "gaussian":
-                module.lora_A.normal_(0.0, 1 / module.lora_A.shape[0], generator=context.generator)
+                module.lora_A.normal_(0.0, 1 / module.r, generator=context.generator)
 
     # PEFT's layout: base_model.model.<module>.lora_A.weight [r, in], .lora_B.weight [out, r]
 
@@ -272,7 +268,7 @@ def peft_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "target_modules": modules if isinstance(modules, str) else tuple(sorted(modules)),
         "use_rslora": config.get("use_rslora", False),
         # the other starts leave the base as it is, and are over once there are weights
-        "init_lora_weights": start if (start := str(config.get("init_lora_weights")).lower()) in _STARTS else True,
+        "init_lora_weights": start if (start := str(config.get("init_lora_weights")).lower()) in STARTS else True,
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
         "target_parameters": tuple(sorted(parameters)),

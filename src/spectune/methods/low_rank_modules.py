@@ -11,8 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.low_rank import low_rank_sum
 from spectune.compute.low_rank_starts import orthonormal, principal
-from spectune.deltas.modules import OutputModule, ParameterModule
-from spectune.deltas.site import MatrixSite, OutputSite
+from spectune.deltas import MatrixSite, OutputModule, OutputSite, ParameterModule
 from spectune.errors import ConfigError
 from spectune.families import dense_weight
 from spectune.families.quantised import is_plain
@@ -32,14 +31,13 @@ class LoRALayer(OutputModule):
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(r, site.in_features))
         self.lora_B = nn.Parameter(torch.zeros(site.out_features, r))
-        self.scale = scale
+        self.r, self.scale = r, scale
         # none is no module: a dropout of zero would copy its input, and keep the copy for backward
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def initialise(self, generator: torch.Generator) -> None:
-        """`A` as in the paper's code and PEFT: Kaiming with a = sqrt(5), uniform within 1 / sqrt(in_features)."""
-        bound = 1 / math.sqrt(self.lora_A.shape[1])
-        self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
+        """The first `A`; `B` is zero already."""
+        _kaiming(self.lora_A, generator)
 
     def rate_factor(self, name: str) -> float:
         return self.rate_ratio if name == "lora_B" else 1.0
@@ -125,8 +123,8 @@ class LoRAMatrix(ParameterModule):
 
     def __init__(self, site: MatrixSite, r: int, scale: float, rate_ratio: float = 1.0) -> None:
         super().__init__()
-        self.rate_ratio = rate_ratio
-        self.several, self.transposed, self.scale = len(site.shape) == 3, site.transposed, scale
+        self.r, self.scale, self.rate_ratio = r, scale, rate_ratio
+        self.several, self.transposed = len(site.shape) == 3, site.transposed
         self.count = site.shape[0] if self.several else 1
         out_features, in_features = site.shape[:-3:-1] if site.transposed else site.shape[-2:]
         self.lora_A = nn.Parameter(torch.empty(self.count * r, in_features))
@@ -134,7 +132,7 @@ class LoRAMatrix(ParameterModule):
 
     def initialise(self, generator: torch.Generator) -> None:
         """As a linear's."""
-        LoRALayer.initialise(self, generator)  # type: ignore[arg-type]
+        _kaiming(self.lora_A, generator)
 
     def rate_factor(self, name: str) -> float:
         return self.rate_ratio if name == "lora_B" else 1.0
@@ -154,3 +152,9 @@ class LoRAMatrix(ParameterModule):
         if torch.compiler.is_compiling() or type(parameter) not in (nn.Parameter, Tensor):
             return self.changed(parameter)  # the compiler loses the change in grouped products, without an error
         return low_rank_sum(parameter, *self.factors(parameter.dtype))
+
+
+def _kaiming(weight: nn.Parameter, generator: torch.Generator) -> None:
+    """As in the paper's code and PEFT: Kaiming with a = sqrt(5), uniform within 1 / sqrt(in_features)."""
+    bound = 1 / math.sqrt(weight.shape[1])
+    weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
