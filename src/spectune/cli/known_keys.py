@@ -15,7 +15,7 @@ ROOM = "spectune.methods"
 
 
 def method_names() -> str:
-    """The methods for a help text: a method is one file, named as the method is."""
+    """The methods for a help text: a method is one file, named as the method is; what several share stands beside."""
     return ", ".join(names())
 
 
@@ -23,7 +23,8 @@ def method_names() -> str:
 def names() -> tuple[str, ...]:
     room = importlib.util.find_spec(ROOM)
     places = room.submodule_search_locations if room is not None else None
-    return tuple(module.name for module in pkgutil.iter_modules(places))
+    files = [module.name for module in pkgutil.iter_modules(places)]
+    return tuple(file for file in files if any(file in _called(config) for config in _classes(_source(file))))
 
 
 @cache
@@ -34,6 +35,7 @@ def fields(method: str) -> frozenset[str]:
     return frozenset(_fields(config, tree)) - {"name"}
 
 
+@cache
 def _source(file: str) -> ast.Module:
     room = importlib.util.find_spec(ROOM)
     assert room is not None

@@ -68,7 +68,7 @@ class WeightDigest:
 
 @torch.no_grad()
 def digest(weight: Tensor, *, table: bool = False, scale: Tensor | None = None) -> WeightDigest:
-    """The digest of `weight` `[rows, columns]`, or of `weight * scale`, `scale` `[rows, 1]`, on any device. `table`:
+    """The digest of `weight` `[rows, columns]`, or of `weight * scale` (`scale` `[rows, 1]`), on any device. `table`:
     rows may be added later, and what is said of the others stays."""
     sample = sampled(weight, TABLE_COLUMNS if table else columns_read(*weight.shape)).float()
     if scale is not None:
