@@ -111,7 +111,7 @@ def test_interrupt_outside_of_the_loop(
         raise KeyboardInterrupt
 
     # by import_module: the attribute `comparing.compare` is the function
-    room, step = {"train": ("training.prepare", "encode"), "compare": ("comparing.experiment", "retained_passages")}[
+    room, step = {"train": ("training.prepare", "encode"), "compare": ("comparing.beginning", "retained_passages")}[
         command
     ]
     monkeypatch.setattr(importlib.import_module(f"spectune.{room}"), step, stop)

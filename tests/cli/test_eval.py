@@ -83,7 +83,8 @@ def test_eval_and_compare_measure_alike(
     by_itself = spectune("eval", "--run", run, "--device", "cpu", "--json")  # with nothing said, as the comparison did
     assert answer["data"]["task"] in by_itself.stderr
     assert json.loads(by_itself.stdout)["tuned"] == tuned
-    assert set(arm["metrics"]) == {"accuracy", "exact_match", "rouge_l", "bleu", "chrf"}
+    labels = {"accuracy", "macro_f1", "matthews"}
+    assert set(arm["metrics"]) == {*labels, "exact_match", "rouge_l", "bleu", "chrf"}
 
 
 def test_an_answer_that_is_no_choice_is_named_by_file_and_line(spectune: Spectune, run: Path, tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ def test_hf_trainer(tmp_path: Path) -> None:
 #: put before the notebook's own cells, which run as they stand: what takes most of their time has tests of its own
 SHORT = """
 import importlib
-measure, experiment = (importlib.import_module(f"spectune.comparing.{name}") for name in ("measure", "experiment"))
+measure, beginning = (importlib.import_module(f"spectune.comparing.{name}") for name in ("measure", "beginning"))
 measure.DECODE_TOKENS, measure.ROUNDS = 3, 1
-passages = experiment.retained_passages
-experiment.retained_passages = lambda *args, **kwargs: passages(*args, **kwargs)[:2]
+passages = beginning.retained_passages
+beginning.retained_passages = lambda *args, **kwargs: passages(*args, **kwargs)[:2]
 """
 
 

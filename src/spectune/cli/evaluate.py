@@ -12,6 +12,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
+from spectune.cli.heads import as_learned
 from spectune.cli.input_rows import note_losses, row_length, rows_of, rows_of_run, run_on
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError
@@ -127,7 +128,7 @@ def evaluate(
         of_rows |= {key: value for key, value in flags.items() if value is not None}
         answer = {"run": found.folder_name, "base_model": found.base, "data": source}
         answer["task_type"] = "CAUSAL_LM" if found.labels is None else found.labels.task_type
-        answer |= _measured(found, loaded, rows, source, of_rows, asked_of_it)
+        answer |= _measured(found, loaded, as_learned(found.config, rows), source, of_rows, asked_of_it)
         if not as_json:
             _print(out, answer)
     print_answer(answer, as_json=as_json)

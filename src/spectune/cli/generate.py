@@ -9,6 +9,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.console import note, print_answer, say, work
+from spectune.cli.heads import as_learned
 from spectune.cli.input_rows import rows_of, rows_of_run, run_on
 from spectune.cli.labelled_rows import labelled
 from spectune.errors import ConfigError
@@ -63,8 +64,9 @@ def generate(
             asked, source = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)], ""
         else:
             read = rows_of_run(found) if data is None else rows_of(data, "test", found.row_options)
-            some = read[0][:rows] if found.labels is not None else _rows_with_prompts(read[0], rows)
-            asked, source = some, f"; rows: {read[1]}"
+            given = as_learned(found.config, read[0])
+            asked = given[:rows] if found.labels is not None else _rows_with_prompts(given, rows)
+            source = f"; rows: {read[1]}"
         note(f"{found.name}{source}")
 
         sampling = {"temperature": temperature, "top_p": top_p, "seed": seed or 0} if do_sample else None

@@ -83,3 +83,14 @@ def recorded_labels(config: Mapping[str, Any]) -> Labels | None:
     if task_type in ("auto", "CAUSAL_LM"):
         return None
     return Labels(task_type, tuple(str(name) for name in config.get("row_labels") or ()))
+
+
+def as_learned(config: Mapping[str, Any], rows: list[Row]) -> list[Row]:
+    """Rows as a run had them: of texts with labels a language model that stood beside heads had the label's words."""
+    from spectune.comparing.label_words import as_words
+    from spectune.data import Labels
+
+    names = tuple(str(name) for name in config.get("row_labels") or ())
+    if not names or str(config.get("task_type")) != "CAUSAL_LM":
+        return rows
+    return as_words(rows, Labels("SEQ_CLS", names))
