@@ -4,8 +4,8 @@ results.
     python -m benchmarks.heads --base shared/bases/gpt2-27m --trec shared/data/trec --out out/heads
 
 writes `trec/` and `regression/`, two comparisons with their pages, and `heads.json`, what both found. The regression's
-texts are counted things ("two kites, seven cups and a lamp"), and the label is their number, divided by ten: a quantity
-that stands in no single word. They are drawn with a seed.
+texts are counted things ("two kites, seven cups and one lamp"), and the label is their number, divided by ten: a
+quantity that stands in no single word. They are drawn with a seed.
 """
 
 from __future__ import annotations
