@@ -79,7 +79,7 @@ def test_guide_without_a_comparison(spectune: Spectune) -> None:
     asked = spectune("recommend", "--rows", "800", "--tasks", "20", "--compute", "16GiB", "--must-merge", "--json")
     found = json.loads(asked.stdout)
     assert found["answers"] == {"rows": 800, "tasks": 20, "memory_bytes": 16 * 2**30, "must_merge": True}
-    assert found["shortlist"] == ["lora", "bitfit", "dora"]
+    assert found["shortlist"] == ["lora", "bitfit", "dora", "oft", "miss", "ln"]
 
 
 def test_a_guides_flag_asks_the_guide_though_there_is_a_comparison(spectune: Spectune) -> None:
