@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from spectune.methods import BY_NAME
 
 #: what PEFT has of our methods
-PEFT_METHODS = ("lora", "prefix", "prompt", "dora", "ia3")
+PEFT_METHODS = ("lora", "prefix", "prompt", "dora", "ia3", "oft", "miss")
 
 
 class RefusedError(Exception):
@@ -104,7 +104,7 @@ REAL_SYSTEMS = {
 #: rows of a batch of them
 REAL_ROWS = 32
 #: of several methods at one shape and tier, which come first
-METHOD_ORDER = ("lora", "prompt", "prefix", "dora", "ia3", "full", "adapter", "bitfit")
+METHOD_ORDER = ("lora", "prompt", "prefix", "dora", "ia3", "oft", "miss", "ln", "full", "adapter", "bitfit")
 
 
 def system(name: str) -> System:

@@ -44,6 +44,8 @@ def peft_model(model: Any, method: str) -> Any:
         "lora": lambda: peft.LoraConfig(**lora),
         "dora": lambda: peft.LoraConfig(**lora, use_dora=True),
         "ia3": lambda: peft.IA3Config(task_type=task),
+        "oft": lambda: peft.OFTConfig(task_type=task, oft_block_size=32, target_modules="all-linear"),
+        "miss": lambda: peft.MissConfig(task_type=task, r=32, target_modules="all-linear"),
         "prefix": lambda: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=20),
         "prompt": lambda: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=20),
     }

@@ -17,12 +17,12 @@ from spectune.comparing import Comparison, final_runs, job, measure
 from spectune.deltas import RatePoint, RateRule, attached
 from spectune.errors import ConfigError, DataError, DivergedError, DoesNotFitError, InterruptedRun
 from spectune.evaluation import read_rows
-from spectune.methods import BY_NAME, LoRA, PrefixTuning, PromptTuning
+from spectune.methods import LoRA, PrefixTuning, PromptTuning
 from spectune.phases import Phases
 from spectune.results import ComparisonResult
 from spectune.results.time_spent import time_spent
 from spectune.training import TrainingConfig
-from tests.comparing.small import SEARCHED, SIX_STEPS, run, timeless
+from tests.comparing.small import SEARCHED, SIX_STEPS, SMALL, run, timeless
 from tests.support import make_model, make_rows
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
@@ -33,7 +33,7 @@ def test_all_methods_side_by_side(tmp_path: Path) -> None:
     model = make_model()
     before = copy.deepcopy(model.state_dict())
     found = run(tmp_path / "c", model)
-    assert [r["method"] for r in found.runs] == list(BY_NAME)
+    assert [r["method"] for r in found.runs] == [getattr(method, "name", method) for method in SMALL]
     assert not found.failed
     assert not attached(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -16,6 +16,8 @@ ALLOWED = {
     ("planning/counts.py", "GPT2Config"): "a shape that everybody knows, for scale",
     ("planning/counts.py", "LlamaConfig"): "a shape that everybody knows, for scale",
 }
+#: files about another program's own table of types
+OTHERS_TABLES = {"storage/gguf_adapter.py": "llama.cpp's names of types, and where its converter puts their rows"}
 
 
 def named(path: Path) -> set[str]:
@@ -50,8 +52,8 @@ def test_no_type_of_model_is_named_in_src() -> None:
     found = {
         (path.relative_to(SOURCE).as_posix(), name) for path in sorted(SOURCE.rglob("*.py")) for name in named(path)
     }
-    assert found - set(ALLOWED) == set()
-    assert set(ALLOWED) <= found, "an exception that is none any more"
+    assert {(file, name) for file, name in found if file not in OTHERS_TABLES} == set(ALLOWED)
+    assert set(OTHERS_TABLES) <= {file for file, _ in found}, "an exception that is none any more"
 
 
 def test_the_search_finds_what_it_looks_for(tmp_path: Path) -> None:

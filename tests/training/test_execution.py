@@ -87,7 +87,7 @@ class Routes:
         rows: Any = SimpleNamespace(train=parts[0], valid=parts[1])
         schedule: Any = SimpleNamespace(final_steps=STEPS)
         checked = Job(
-            Path(), model, tokenizer, arms=[], config=config, inputs=rows, passages=[], schedule=schedule,
+            Path(), "", None, model, tokenizer, arms=[], config=config, inputs=rows, passages=[], schedule=schedule,
             conditions=unused, origin=None, console=QUIET,
         )  # fmt: skip
         checked.check_memory(Arm("arm", self.method))
