@@ -89,6 +89,15 @@ def test_a_plan_counts_the_head(spectune: Spectune, base: Path) -> None:
     assert counts[1] - counts[0] == 2 * 16
 
 
+def test_a_plan_of_rows_for_a_head_is_the_runs_own_prediction(spectune: Spectune, base: Path) -> None:
+    rows = [{**row, "text": str(row["text"]) * (1 + number % 5)} for number, row in enumerate(CLASSES)]
+    given = ("--data", write(Path("rows.jsonl"), rows), "--model", base, "--method", "lora", "--device", "cpu")
+    planned = json.loads(spectune("plan", *given, "--json").stdout)["methods"][0]
+    trained = json.loads(spectune("train", *given, "--output-dir", "run", "--json").stdout)
+    assert planned["peak_allocated"] == trained["predicted_memory_bytes"]["peak_allocated"]
+    assert "packed" not in spectune("plan", *given).stdout
+
+
 def test_arms_have_settings_of_their_own_and_wrong_ones_are_named(spectune: Spectune, base: Path) -> None:
     data = write(Path("rows.jsonl"), CLASSES)
     given = ("compare", "--data", data, "--model", base, *FAST)

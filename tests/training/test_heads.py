@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2ForTokenClassification, PreTrainedModel
 
 import spectune.training.loop as loop_module
+from spectune.deltas import Method, attach
 from spectune.errors import InterruptedRun
 from spectune.methods import METHODS, LoRA
 from spectune.results import RunResult
@@ -91,3 +92,12 @@ def test_every_method_trains_its_head(method: Any) -> None:
     assert result.valid_loss is not None
     assert result.base_valid_loss is not None
     assert result.valid_loss < result.base_valid_loss
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: str(m.model_fields["name"].default))
+def test_a_head_is_not_trained_at_the_rates_of_vectors(method: type[Method]) -> None:
+    delta = attach(make("SEQ_CLS", ["a", "b"]), method())
+    factors = [module.rate_factor("weight") for site, module in delta.sites if site.path == "score"]
+    assert len(factors) == (not method.trains_base)
+    for factor in factors:
+        assert factor * method.learning_rates.at(32).rate <= 1.001 * LoRA.learning_rates.at(448).rate

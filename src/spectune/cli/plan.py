@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from spectune.data import Encoded, Example, Labels, Rows
     from spectune.deltas import Method
+    from spectune.families import Family
     from spectune.training import TrainingConfig
 
 #: steps of a calibration: two that are not timed (they warm up), and those that are
@@ -182,6 +184,17 @@ class Plans:
         labels = self.labels
         return {} if labels is None else {"task_type": labels.task_type, "num_labels": labels.num_labels}
 
+    def family(self) -> Family:
+        """The base's parts, with the head of what its rows are for."""
+        from spectune.families import family_from_config
+        from spectune.objectives import objective_for
+
+        if self.labels is None:
+            return family_from_config(self.base)
+        config = copy.deepcopy(self.base)
+        config.num_labels = self.labels.num_labels
+        return family_from_config(config, objective_for(self.labels.task_type, config))
+
     def encoded(self, length: int) -> tuple[list[Example], list[Example]]:
         """Training and validation rows of at most so many tokens; empty where there are none."""
         found = self._reported(length)
@@ -264,10 +277,9 @@ def _rows(settings: Settings, config: TrainingConfig) -> tuple[Rows, Rows]:
 
 def _described(plans: Plans, arms: Sequence[Arm]) -> dict[str, Any]:
     """Rows, tokens, steps and operations of an epoch."""
-    from spectune.families import family_from_config
     from spectune.planning.flops import flops_per_token
 
-    config, family, data = plans.config, family_from_config(plans.base), plans.settings.rows("data")
+    config, family, data = plans.config, plans.family(), plans.settings.rows("data")
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     lengths = [example.length for example in plans.examples()]
     mean, flops = max(1, sum(lengths) // len(lengths)), {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spectune.deltas.modules import DeltaModule
 from spectune.deltas.rate_rule import RateRule
 from spectune.deltas.site import Site
-from spectune.deltas.trained_copy import HeadSite, TrainedCopy, head_sites
+from spectune.deltas.trained_copy import HeadSite, TrainedCopy, head_factor, head_sites
 from spectune.families import Family
 
 if TYPE_CHECKING:
@@ -175,4 +175,6 @@ def all_sites(method: Method, family: Family) -> list[Site]:
 
 def module_at(method: Method, site: Site) -> DeltaModule:
     """The module for one of `all_sites`, as `Method.build` has it."""
-    return TrainedCopy(site) if isinstance(site, HeadSite) else method.build(site)
+    if isinstance(site, HeadSite):
+        return TrainedCopy(site, head_factor(site, method.learning_rates))
+    return method.build(site)

@@ -6,10 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from spectune.deltas.modules import OutputModule
+from spectune.deltas.rate_rule import RatePoint, RateRule
 from spectune.deltas.site import OutputSite
 from spectune.errors import ConfigError
 from spectune.families import Family
 from spectune.families.quantised import is_plain
+
+#: the highest rate of a head beside a delta: a matrix does not bear the rates of vectors (prompt tuning's is 0.12 where
+#: this is 0.007)
+_HEAD_RATES = RateRule((
+    RatePoint(448, 7e-3, "LoRA's rates", strong=False),
+    RatePoint(2048, 1e-3, "LoRA's rates", strong=False),
+    RatePoint(4096, 3e-4, "LoRA's rates", strong=False),
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,12 +56,19 @@ def head_sites(family: Family) -> list[HeadSite]:
     return [HeadSite(p.path, p.shapes[0][1][-1], p.shapes[0][1][0], p.shapes) for p in family.trained_head]
 
 
+def head_factor(site: HeadSite, rates: RateRule) -> float:
+    """What a head's rate is of that of a method with these rates, on the same base."""
+    width = site.in_features
+    return min(1.0, _HEAD_RATES.at(width).rate / rates.at(width).rate)
+
+
 class TrainedCopy(OutputModule):
     """The host with weights of its own, float32, which begin as the host's. It computes what the host would compute
     with them, in the dtype of its input: merging it writes the very weights that it computed with."""
 
-    def __init__(self, site: CopySite) -> None:
+    def __init__(self, site: CopySite, rate_ratio: float = 1.0) -> None:
         super().__init__()
+        self.rate_ratio = rate_ratio  # of the run's learning rate
         for name, shape in site.shapes:
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
@@ -69,6 +85,9 @@ class TrainedCopy(OutputModule):
                     self.get_parameter(name).copy_(parameter)
         # not a child of this module: it is the base's
         self.__dict__["_host"] = host
+
+    def rate_factor(self, name: str) -> float:
+        return self.rate_ratio
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The host's output for `x` with this copy's weights, in the dtype of `x`; `y`, the host's own, is left."""

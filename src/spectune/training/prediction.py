@@ -209,9 +209,8 @@ def plan_unloaded(
     device = workload.device
     lengths = [example.length for example in examples] or [length]
     steps = steps_of_run(examples, config)
-    execution = decide(
-        config, family_from_config(workload.config), workload.method, lengths, device, steps=steps, workload=workload
-    )
+    family = family_from_config(workload.config, workload.objective)
+    execution = decide(config, family, workload.method, lengths, device, steps=steps, workload=workload)
     batch, judged = Shape.whole(config.per_device_train_batch_size, length), config.per_device_eval_batch_size
     found = PlannedBatches(batch, (), judged)
     if examples:
