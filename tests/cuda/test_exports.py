@@ -27,7 +27,7 @@ def test_exports_pass_and_what_does_nothing_is_refused(method: Method, tmp_path:
     generator = torch.Generator(DEVICE).manual_seed(0)
     with torch.no_grad():
         for parameter in delta.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, device=DEVICE) * 0.02)
+            parameter.add_(torch.randn(parameter.shape, generator=generator, device=DEVICE) * 0.01)
     examples = spread(encode(load_rows(embedded.TEST), tokenizer, max_length=256).examples)
     expected = expected_answers(delta, [collate([example], 0) for example in examples])
 

@@ -66,7 +66,9 @@ def passes(
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "spectune"]
+    """What is logged, but for what a method has to say of the base."""
+    found = [record.getMessage() for record in caplog.records if record.name == "spectune"]
+    return [message for message in found if "does not divide some inputs" not in message]
 
 
 def check(make: Any, method: Method, caplog: pytest.LogCaptureFixture, **how: Any) -> None:
