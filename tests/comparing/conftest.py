@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 
 @pytest.fixture
 def short_measurements(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Few passages, one round of decoding, no waiting for the disk; no page and no plots, except for tests marked by
+    """Few passages, one round of decoding; no page and no plots, except for tests marked by
     `with_reports`. What is left out here has tests of its own."""
     from spectune.comparing import measure
 
@@ -17,7 +15,6 @@ def short_measurements(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureR
     monkeypatch.setattr(measure, "PASSAGE_TOKENS", 8)
     monkeypatch.setattr(measure, "DECODE_TOKENS", 3)
     monkeypatch.setattr(measure, "ROUNDS", 1)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     if "with_reports" not in request.fixturenames:
         monkeypatch.setattr("spectune.comparing.comparison.write_reports", lambda content, folder: [])
 

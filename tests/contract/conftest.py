@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from spectune.methods import (
     PrefixTuning,
     PromptTuning,
 )
-from tests.contract.families import FAMILIES, VOCABULARY
+from tests.contract.families import FAMILIES, VOCABULARY, gpt2, llama
 
 #: every method at small size, and the variants whose code differs
 CASES: dict[str, Method] = {
@@ -76,8 +77,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in gone]
 
 
-#: the families that every fast run looks at; the others are behind `-m slow`
-FAST = ("gpt2", "llama")
+#: the families that every fast run looks at, with a first layer and a last one; the others are behind `-m slow`
+FAST: dict[str, Callable[[], PreTrainedModel]] = {"gpt2": partial(gpt2, 2), "llama": partial(llama, 2)}
+
+#: one case of each kind of module and method, for what is the same code whatever a kind's module computes
+KINDS = ("full", "adapter-block", "prefix", "prompt", "lora", "bitfit", "oft", "ia3")
 
 
 @pytest.fixture(params=[f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
@@ -91,7 +95,7 @@ def make_model(family: str) -> Callable[[], PreTrainedModel]:
 
     def make() -> PreTrainedModel:
         torch.manual_seed(7)
-        model = FAMILIES[family]().eval()
+        model = {**FAMILIES, **FAST}[family]().eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 # biases and norms away from their special first values, so that nothing is hidden by zeros and ones

@@ -40,15 +40,15 @@ SIZES: dict[str, Any] = {
 }
 
 
-def gpt2() -> PreTrainedModel:
+def gpt2(layers: int = 3) -> PreTrainedModel:
     """Learned absolute positions, `Conv1D`, fused q/k/v, biases, tied embeddings."""
-    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT}
+    sizes = {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": CONTEXT}
     return GPT2LMHeadModel(GPT2Config(**TOKENS, **sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
 
-def llama() -> PreTrainedModel:
+def llama(layers: int = 3) -> PreTrainedModel:
     """Rotary positions, grouped-query attention, gated feed-forward, no bias anywhere."""
-    return LlamaForCausalLM(LlamaConfig(**SIZES))
+    return LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": layers}))
 
 
 def qwen3() -> PreTrainedModel:

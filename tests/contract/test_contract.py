@@ -237,15 +237,15 @@ def test_generation_equals_repeated_forwards(model: PreTrainedModel, delta: Delt
     move(delta, 0.2)
     ids = tokens(2, 7)
     sequence = ids
-    for _ in range(5):
+    for _ in range(4):
         step = logits(model, sequence, attention_mask=torch.ones_like(sequence))[:, -1].argmax(-1)
         sequence = torch.cat([sequence, step[:, None]], dim=1)
     settings = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
     generated = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=5,
-        min_new_tokens=5,
+        max_new_tokens=4,
+        min_new_tokens=4,
         do_sample=False,
         **({} if cache == "dynamic" else settings),
     )
@@ -273,7 +273,11 @@ def test_cached_logits_equal_uncached(model: PreTrainedModel, delta: Delta, cach
 
 @pytest.mark.parametrize(
     "search",
-    [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}],
+    [
+        pytest.param({"num_beams": 3}, marks=pytest.mark.slow),  # less than the next one
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+    ],
     ids=["beams", "beams-returned", "sampled"],
 )
 def test_beams_and_samples_with_cache_write_what_they_write_without(

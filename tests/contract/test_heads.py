@@ -31,7 +31,7 @@ from spectune.errors import ConfigError, DataError
 from spectune.methods import FullFineTuning, LoRA
 from spectune.objectives import objective_of
 from spectune.storage import load_delta
-from tests.contract.conftest import CASES, move, padded, put_on, tokens
+from tests.contract.conftest import CASES, KINDS, move, padded, put_on, tokens
 from tests.contract.families import CONTEXT, SIZES, TOKENS
 
 LLAMA: dict[str, Any] = {**SIZES, "num_hidden_layers": 2, "num_labels": 3, "classifier_dropout": 0.0}
@@ -79,16 +79,29 @@ def outputs(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> 
     return found
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=BESIDE)
+@pytest.fixture
 def beside(request: pytest.FixtureRequest) -> Method:
     return CASES[request.param]
 
 
+#: every method on rows' heads, a case of each kind on tokens' heads
+ON_HEADS = pytest.mark.parametrize(
+    ("kind", "beside"),
+    [
+        pytest.param(kind, name, marks=[] if kind.endswith("text") or name in KINDS else pytest.mark.slow)
+        for kind in MODELS
+        for name in BESIDE
+    ],
+    indirect=True,
+)
+
+
+@ON_HEADS
 def test_a_delta_has_its_own_head_from_the_first_step_to_another_model(kind: str, beside: Method, folder: Path) -> None:
     """Attach, gradients, save, load on a model whose head is another, route, detach."""
     model, ids = make(kind), tokens()
@@ -122,6 +135,7 @@ def test_a_delta_has_its_own_head_from_the_first_step_to_another_model(kind: str
     assert model.state_dict().keys() == before.keys()
 
 
+@ON_HEADS
 def test_padding_on_either_side_changes_nothing(kind: str, beside: Method) -> None:
     model, rows = make(kind), [row[: 10 - 2 * n] for n, row in enumerate(tokens())]
     move(put_on(model, beside))

@@ -31,12 +31,27 @@ def run(method: Any = "lora", **settings: Any) -> RunResult:
     return train(make_model(), make_tokenizer(), chosen, rows[:24], rows[24:], config, console=Console(quiet=True))
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "one-step": {"max_steps": 1},
+}
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}, {"max_steps": 1}],
-    ids=["plain", "checkpointing", "accumulation", "one-step"],
+    ("method", "settings"),
+    [
+        pytest.param(
+            method,
+            WAYS[way],
+            id=f"{method}-{way}",
+            marks=[] if "lora" in method or way == "plain" else pytest.mark.slow,
+        )
+        for method in ("full", "prefix", "lora")
+        for way in WAYS
+    ],
 )
-@pytest.mark.parametrize("method", ["full", "prefix", "lora"])
 def test_the_prediction_stands_beside_what_was_measured(method: str, settings: dict[str, Any]) -> None:
     result = run(method, **settings)
     assert result.memory_prediction_source == "trace"

@@ -26,6 +26,7 @@ ROWS, LENGTH = 4, 40
 SHAPE = Shape(ROWS, LENGTH, LENGTH - 1, ROWS * (LENGTH - 1))
 #: inductor's decompositions and the partitioner that it has, without its kernels
 PARTITIONED = "aot_eager_decomp_partition"
+SLOW = pytest.mark.slow
 #: for what is not about a method: one weight a layer is traced and compiled sooner than seven
 ONE_LINEAR = LoRA(target_modules=["down_proj"])
 
@@ -117,11 +118,10 @@ def kept_by_blocks(model: PreTrainedModel, method: str | Method, backend: str, c
 @pytest.mark.parametrize(
     ("make", "method"),
     [
-        *((llama, method) for method in ("lora", "full", "prefix", "bitfit")),
+        *((llama, method) for method in ("lora", "full", "prefix")),
         (gpt2, "lora"),
-        (gpt2, "full"),
-        pytest.param(gpt2, "prefix", marks=pytest.mark.slow),
-        pytest.param(gpt2, "bitfit", marks=pytest.mark.slow),
+        pytest.param(llama, "bitfit", marks=SLOW),
+        *(pytest.param(gpt2, method, marks=SLOW) for method in ("full", "prefix", "bitfit")),
     ],
 )
 def test_a_block_keeps_what_the_plan_says(make: Callable[[], PreTrainedModel], method: str) -> None:
@@ -133,8 +133,8 @@ def test_a_block_keeps_what_the_plan_says(make: Callable[[], PreTrainedModel], m
     ("make", "method"),
     [
         (llama, ONE_LINEAR),
-        pytest.param(llama, "lora", marks=pytest.mark.slow),
-        pytest.param(gpt2, "lora", marks=pytest.mark.slow),
+        pytest.param(llama, "lora", marks=SLOW),
+        pytest.param(gpt2, "lora", marks=SLOW),
     ],
 )
 def test_within_a_budget_too(make: Callable[[], PreTrainedModel], method: str | Method) -> None:
@@ -145,6 +145,7 @@ def test_within_a_budget_too(make: Callable[[], PreTrainedModel], method: str | 
 
 
 @pytest.mark.skipif(not has_cpu_compiler(), reason="compiles kernels for the CPU")
-def test_inductor_itself_keeps_as_much() -> None:
+@pytest.mark.parametrize("method", [LoRA(target_modules=["q_proj", "v_proj"]), pytest.param(LoRA(), marks=SLOW)])
+def test_inductor_itself_keeps_as_much(method: Method) -> None:
     """It puts narrow products beside each other, which are then views of one tensor, of as many bytes."""
-    assert kept_by_plan(llama(), "lora", False) == kept_by_blocks(llama(), "lora", "inductor", False)
+    assert kept_by_plan(llama(), method, False) == kept_by_blocks(llama(), method, "inductor", False)

@@ -1,7 +1,8 @@
 """What each of two processes does for `tests/training/test_processes.py`: everything in one launch, for it takes a
 while until torch is there.
 
-Run by torchrun with the folder in which the rows, and one process's checkpoint, are, and results are left.
+Run by torchrun with the folder in which the rows, and one process's checkpoint, are, and results are left; with names
+of cases behind it for these alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ CASES: dict[str, tuple[Method, dict[str, Any]]] = {
     "adapter": (BottleneckAdapter(bottleneck_dim=8, dropout=0.0), {}),  # masks are each process's own
     "packed": (LoRA(r=2), {"packing": True}),
 }
+#: of each kind of module one, and what runs otherwise; the others are behind `-m slow`
+FEW = ("full", "adapter", "prefix", "prompt", "lora", "bitfit", "oft", "packed")
 #: of 17 rows the third step has one, and a process none
 ROWS, STEPS = make_rows(17), 6
 
@@ -100,13 +103,19 @@ class Broken:
         return loss * (float("nan") if self.on and self.calls > 4 else 1.0), counts
 
 
-def several(folder: Path) -> dict[str, Any]:
+def trained(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     world, found = World(torch.device("cpu")), {}
-    for name, (method, changes) in CASES.items():
+    for name in names:
+        method, changes = CASES[name]
         result, state = run(method, settings(2, output_dir=folder / name, **changes))
         found[name] = result.model_dump(mode="json")
         if world.leads:
             save_file(state, folder / f"{name}.safetensors")
+    return found
+
+
+def several(folder: Path) -> dict[str, Any]:
+    world, found = World(torch.device("cpu")), trained(folder, FEW)
     found["other rows"] = failure(lambda: run(LoRA(), settings(2), ROWS[: 17 - world.rank]))
 
     check, finish = trainer.check_memory, loop_module.Loop.finish
@@ -138,12 +147,13 @@ def several(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    place = Path(sys.argv[1])
+    place, cases = Path(sys.argv[1]), sys.argv[2:]
     first, _ = run(LoRA(), settings(2))  # meets and parts
     with membership():
-        outcome = {"first": first.model_dump(mode="json"), **several(place)}
+        outcome = {"first": first.model_dump(mode="json"), **(trained(place, cases) if cases else several(place))}
         rank = os.environ["RANK"]
         (place / f"rank-{rank}.json").write_text(json.dumps(outcome))
-        sys.argv[1:] = ["train", "--data", str(place / f"rows-{rank}.jsonl"), "--device", "cpu"]
-        sys.argv += ["--output-dir", str(place / "cli"), "--set", "max_steps=2"]
-        main()
+        if not cases:
+            sys.argv[1:] = ["train", "--data", str(place / f"rows-{rank}.jsonl"), "--device", "cpu"]
+            sys.argv += ["--output-dir", str(place / "cli"), "--set", "max_steps=2"]
+            main()

@@ -101,7 +101,10 @@ def test_what_cannot_be_planned_recomputes_nothing_by_itself(
     assert "not predicted" in caplog.text
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "prefix", "prompt", "adapter"])
+@pytest.mark.parametrize(
+    "method",
+    ["full", "lora", "prefix", *(pytest.param(name, marks=pytest.mark.slow) for name in ("prompt", "adapter"))],
+)
 def test_a_run_may_go_on_in_another_way_and_its_numbers_do_not_change(method: str, tmp_path: Path) -> None:
     whole, _ = run(method, max_steps=4, gradient_checkpointing=False)
     folder = tmp_path / "run"

@@ -36,12 +36,12 @@ def documented(
     return F.scaled_dot_product_attention(q, k, v, seen, scale=scale)[0].transpose(0, 1)
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize("method", ["lora", "prefix", pytest.param("prompt", marks=pytest.mark.slow)])
 def test_batches_of_other_documents_share_a_graph(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr(torch_varlen, "varlen_attn", documented)
     monkeypatch.setattr(packed_attention, "flash_takes", lambda *tensors: True)
     torch.manual_seed(0)
-    sizes = {"n_layer": 3, "n_embd": 16, "n_head": 2, "n_positions": 128, "vocab_size": 50}
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 128, "vocab_size": 50}
     model = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)).train()
     delta = attach(model, method_from_name(method), "task")
     model.train()

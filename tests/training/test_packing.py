@@ -58,8 +58,12 @@ def run(
     return result, {name: t.clone() for name, t in delta.training_state_dict().items()}, console.export_text()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
-@pytest.mark.parametrize("accumulate", [1, 3])
+#: every method with its batches accumulated; by itself each batch is one of those
+@pytest.mark.parametrize(
+    ("method", "accumulate"),
+    [(m, 3) for m in METHODS] + [(METHODS[0], 1)] + [pytest.param(m, 1, marks=pytest.mark.slow) for m in METHODS[1:]],
+    ids=repr,
+)
 def test_a_packed_run_is_the_padded_one(method: Method, accumulate: int) -> None:
     config = settings(max_steps=3, gradient_accumulation_steps=accumulate, learning_rate=1e-3)
     padded, a, _ = run(method, config.model_copy(update={"packing": False}))

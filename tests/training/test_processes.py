@@ -22,9 +22,11 @@ from spectune.methods import LoRA
 from spectune.storage import resolve_device
 from spectune.training import loop as loop_module
 from spectune.training.distribution import World
-from tests.support.two_processes import CASES, interrupt_after, run, settings
+from tests.support.once import made_once
+from tests.support.two_processes import CASES, FEW, interrupt_after, run, settings
 
 ROOT = Path(__file__).parents[2]
+OTHERS = [name for name in CASES if name not in FEW]
 
 
 def torchrun(*arguments: str | Path, folder: Path | None = None) -> subprocess.Popen[str]:
@@ -41,21 +43,39 @@ def torchrun(*arguments: str | Path, folder: Path | None = None) -> subprocess.P
     )
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]], str]:
+Launched = tuple[Path, dict[str, list[Any]], str]
+
+
+def found_in(folder: Path) -> Launched:
     """The folder of two processes' results, what each of them found by name, and what they printed."""
-    folder = tmp_path_factory.mktemp("two")
-    good = json.dumps({"prompt": "name: Ada", "completion": " Ada lives in Leeds."}) + "\n"
-    (folder / "rows-0.jsonl").write_text(good * 20)
-    (folder / "rows-1.jsonl").write_text(good * 20 + '{"prompt": 7}\n')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module.Loop, "finish", interrupt_after(3))
-        with pytest.raises(InterruptedRun):
-            run(LoRA(), settings(4, output_dir=folder / "one"))
-    printed, _ = torchrun(ROOT / "tests" / "support" / "two_processes.py", folder).communicate(timeout=200)
-    assert (folder / "rank-0.json").is_file(), printed
     found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
-    return folder, {name: [one[name] for one in found] for name in found[0]}, printed
+    return folder, {name: [one[name] for one in found] for name in found[0]}, (folder / "printed").read_text()
+
+
+def launch(folder: Path, *cases: str) -> None:
+    printed, _ = torchrun(ROOT / "tests" / "support" / "two_processes.py", folder, *cases).communicate(timeout=200)
+    assert (folder / "rank-0.json").is_file(), printed
+    (folder / "printed").write_text(printed)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    def make(folder: Path) -> None:
+        good = json.dumps({"prompt": "name: Ada", "completion": " Ada lives in Leeds."}) + "\n"
+        (folder / "rows-0.jsonl").write_text(good * 20)
+        (folder / "rows-1.jsonl").write_text(good * 20 + '{"prompt": 7}\n')
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop_module.Loop, "finish", interrupt_after(3))
+            with pytest.raises(InterruptedRun):
+                run(LoRA(), settings(4, output_dir=folder / "one"))
+        launch(folder)
+
+    return found_in(made_once(tmp_path_factory, "two", make))
+
+
+@pytest.fixture(scope="module")
+def launched_others(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    return found_in(made_once(tmp_path_factory, "two-others", lambda folder: launch(folder, *OTHERS)))
 
 
 def alike(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -64,9 +84,11 @@ def alike(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
     )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_train_as_one_with_the_same_rows_a_step(name: str, launched: Any, tmp_path: Path) -> None:
-    folder, found, _ = launched
+@pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_two_processes_train_as_one_with_the_same_rows_a_step(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder, found, _ = request.getfixturevalue("launched" if name in FEW else "launched_others")
     method, changes = CASES[name]
     alone, state = run(method, settings(4, output_dir=tmp_path / "run", **changes))
     losses, own = (

@@ -81,8 +81,9 @@ def equal(found: list[Tensor], wanted: list[Tensor]) -> None:
         )
 
 
-#: one of each method; the others are behind `-m slow`, and so are all other families
-FAST = {"full", "adapter-both", "prefix", "prompt", "lora", "bitfit", "dora", "ia3"}
+#: what a block can have to recompute: its own weights' inputs, a module behind it, keys in front, rows that are longer,
+#: products beside its own; other methods are behind `-m slow`, and so are all other families
+FAST = {"full", "adapter-both", "prefix", "prompt", "lora"}
 SLOW = pytest.mark.slow
 
 

@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from spectune.compute import allocator_settings
 
@@ -105,9 +104,15 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _add_all(self, tree: Any) -> None:
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
+        # by hand: torch's walk through any tree takes longer than many of the operations themselves
+        if isinstance(tree, Tensor):
+            self.add(tree)
+        elif isinstance(tree, (tuple, list)):
+            for part in tree:
+                self._add_all(part)
+        elif isinstance(tree, dict):
+            for part in tree.values():
+                self._add_all(part)
 
 
 class PeakMemory:

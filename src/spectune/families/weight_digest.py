@@ -73,7 +73,8 @@ def digest(weight: Tensor, *, table: bool = False, scale: Tensor | None = None) 
     sample = sampled(weight, TABLE_COLUMNS if table else columns_read(*weight.shape)).float()
     if scale is not None:
         sample = sample * scale
-    rows = torch.stack([_row_digests(sample, dtype) for dtype in ROUNDINGS], 1)  # [rows, 3]
+    columns = _odd(torch.arange(sample.shape[1], device=sample.device))
+    rows = _mixed(torch.stack([_row_sums(sample, columns, dtype) for dtype in ROUNDINGS], 1))  # [rows, 3]
     size = RANGE if table else max(len(rows), 1)
     weighted = rows * _odd(torch.arange(len(rows), device=rows.device) + 2**40)[:, None]
     ranges = [part.sum(0) for part in torch.split(weighted, size)]
@@ -142,11 +143,10 @@ def sums_of(text: str) -> np.ndarray[Any, Any]:
     return np.frombuffer(base64.b64decode(text), dtype="<i2").astype(np.float64).reshape(-1, SUMS) * UNIT
 
 
-def _row_digests(sample: Tensor, dtype: torch.dtype) -> Tensor:
-    """int64 `[rows]` of `sample` `[rows, width]`, float32, its values rounded to `dtype`."""
+def _row_sums(sample: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """int64 `[rows]` of `sample` `[rows, width]`, float32, its values rounded to `dtype`, weighted by `columns`."""
     # as float32 again: values that were rounded before have one digest in both
     bits = (sample.to(dtype).float() + 0.0).view(torch.int32)  # no -0.0
-    columns = _odd(torch.arange(sample.shape[1], device=sample.device))
     found = sample.new_empty(len(sample), dtype=torch.int64)
     # piece by piece, which a processor's cache holds: int64 is four times as large as bfloat16
     piece = max(1, 2**18 // max(1, sample.shape[1]))
@@ -154,7 +154,7 @@ def _row_digests(sample: Tensor, dtype: torch.dtype) -> Tensor:
         piece = max(1, len(sample))
     for begin in range(0, len(sample), piece):
         found[begin : begin + piece] = (bits[begin : begin + piece] * columns).sum(1)
-    return _mixed(found)
+    return found
 
 
 def _sums(sample: Tensor, table: bool) -> tuple[float, str]:

@@ -55,7 +55,7 @@ class Rotation(EntryModule):
         super().__init__()
         self.oft_R = nn.Parameter(torch.zeros(blocks, size * (size - 1) // 2))
         self.size, self.terms = size, terms
-        self.register_buffer("upper", torch.triu_indices(size, size, 1), persistent=False)
+        self.register_buffer("upper", _upper_triangle(size, self.oft_R.device), persistent=False)
 
     def turn(self) -> Tensor:
         """`R - I`, `[blocks, size, size]`, float32: what is small stays exact in the base's dtype."""
@@ -95,6 +95,13 @@ class Rotation(EntryModule):
         apart = x.reshape(*x.shape[:-1], -1, self.size)
         turned = apart @ blocks[0] if len(blocks) == 1 else torch.einsum("...rk,rkc->...rc", apart, blocks)
         return turned.flatten(-2)
+
+
+def _upper_triangle(size: int, device: torch.device) -> Tensor:
+    """Its rows and columns. Where nothing but shapes is counted torch makes them in hundreds of slow steps."""
+    if device.type == "meta":
+        return torch.empty(2, size * (size - 1) // 2, dtype=torch.long, device=device)
+    return torch.triu_indices(size, size, 1)
 
 
 class OFT(Method):
