@@ -16,7 +16,7 @@ from spectune.deltas import Delta, Method, attach, attached, detach, route
 from spectune.errors import ConfigError
 from spectune.methods import METHODS, BitFit, LoRA, PrefixTuning
 from spectune.storage import load_delta
-from tests.contract.conftest import CASES, move, put_on, tokens
+from tests.contract.conftest import CASES, KINDS, move, put_on, tokens
 from tests.contract.families import gpt2, llama
 
 ERRORS: tuple[type[BaseException], ...] = (RuntimeError, KeyboardInterrupt)
@@ -36,9 +36,9 @@ def method(request: pytest.FixtureRequest) -> Method:
     return CASES[request.param]
 
 
-def make_model(make: Callable[[], PreTrainedModel] = gpt2) -> PreTrainedModel:
+def make_model(make: Callable[[int], PreTrainedModel] = gpt2) -> PreTrainedModel:
     torch.manual_seed(7)
-    model = make().eval()
+    model = make(2).eval()
     next(model.parameters()).requires_grad_(False)
     model.get_submodule("transformer.h.1" if make is gpt2 else "model.layers.1").train()
     return model
@@ -114,10 +114,17 @@ class raising:  # noqa: N801
         del self.module.forward
 
 
+#: a case of each kind of module, where what is around it is what has to hold; the others are behind `-m slow`
+of_each_kind = pytest.mark.parametrize(
+    "method", [case if case in KINDS else pytest.param(case, marks=pytest.mark.slow) for case in CASES], indirect=True
+)
+
+
 def test_every_method_has_a_case() -> None:
     assert {type(method) for method in CASES.values()} == set(METHODS)
 
 
+@of_each_kind
 @pytest.mark.parametrize("error", ERRORS)
 def test_in_a_module_of_the_base(method: Method, error: type[BaseException]) -> None:
     model = make_model()
@@ -165,7 +172,8 @@ def run(model: PreTrainedModel, name: str | None) -> torch.Tensor:
         return logits(model)
 
 
-@pytest.mark.parametrize("error", ERRORS)
+@of_each_kind
+@pytest.mark.parametrize("error", [pytest.param(RuntimeError, marks=pytest.mark.slow), KeyboardInterrupt])
 def test_in_generate(method: Method, error: type[BaseException]) -> None:
     """Ctrl-C between two tokens and within one, with each kind of cache."""
     for make in (gpt2, llama):
@@ -191,6 +199,7 @@ def test_in_generate(method: Method, error: type[BaseException]) -> None:
             assert state(model) == state_before
 
 
+@of_each_kind
 @pytest.mark.parametrize("error", ERRORS)
 def test_in_the_recomputation_of_checkpointing(method: Method, error: type[BaseException]) -> None:
     model = make_model()
@@ -237,26 +246,36 @@ class at_call:  # noqa: N801
         self.patch.undo()
 
 
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another"])
+#: every method once, and a case of each kind beside another delta with the other error; the rest is behind `-m slow`
+ATTACHED = [
+    pytest.param(case, error, beside, id=f"{case}-{'beside another' if beside else 'alone'}-{error.__name__}",
+                 marks=() if (not beside and error is RuntimeError)
+                 or (beside and error is KeyboardInterrupt and case in KINDS) else pytest.mark.slow)
+    for case in CASES
+    for error in ERRORS
+    for beside in (False, True)
+    if not (beside and CASES[case].trains_base)  # which stands alone
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "error", "beside"), ATTACHED, indirect=["method"])
 def test_a_failed_attach(method: Method, error: type[BaseException], beside: bool) -> None:
-    if beside and method.trains_base:
-        pytest.skip("full fine-tuning stands alone")
     for make in (gpt2, llama):
-        model = make_model(make)
+        model, other = make_model(make), fresh(make, method)
+        sites = method.sites(other.family)
         if beside:  # of another method: what was proved for one is not proved again for the next
             move(put_on(model, BitFit() if isinstance(method, LoRA) else LoRA(r=2), "first"))
         cls = type(method)
         places = [("initialise", 1, False), ("initialise", 1, True)]
-        if method.sites(fresh(make, method).family):
+        if sites:
             places += [("sites", 1, False), ("build", 1, False), ("build", 3, False), ("build_shared", 1, True)]
         for name, call, after in places:
-            if name == "build" and call > len(method.sites(fresh(make, method).family)):
+            if name == "build" and call > len(sites):
                 continue
             with unharmed(model, error), at_call(cls, name, error, call, after):
                 put_on(model, method)
         for after in (False, True):
-            with unharmed(model, error), at_call(type(fresh(make, method)), "put_on", error, 1, after):
+            with unharmed(model, error), at_call(type(other), "put_on", error, 1, after):
                 put_on(model, method)
         layer = model.get_submodule("transformer.h.1" if make is gpt2 else "model.layers.1")
         with unharmed(model, error), raising(layer, error):  # in the probe, or in what initialise runs
@@ -267,11 +286,11 @@ def test_a_failed_attach(method: Method, error: type[BaseException], beside: boo
         assert torch.equal(expected, answer_of_a_fresh(make, method))
 
 
-def fresh(make: Callable[[], PreTrainedModel], method: Method) -> Delta:
+def fresh(make: Callable[[int], PreTrainedModel], method: Method) -> Delta:
     return put_on(make_model(make), method)
 
 
-def answer_of_a_fresh(make: Callable[[], PreTrainedModel], method: Method) -> torch.Tensor:
+def answer_of_a_fresh(make: Callable[[int], PreTrainedModel], method: Method) -> torch.Tensor:
     delta = fresh(make, method)
     move(delta)
     return logits(delta.model)

@@ -66,7 +66,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 def made() -> Any:
     torch.manual_seed(0)
-    return llama().eval()
+    return llama(2).eval()
 
 
 @pytest.mark.parametrize("around", SURROUNDINGS)

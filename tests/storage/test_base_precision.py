@@ -161,9 +161,17 @@ def test_attach_train_and_detach(
     assert torch.equal(logits(model, small_batch), bare)
 
 
-#: on the real base, which takes its time: fp8 with every method, the others with one of each kind of site
-ON_THE_REAL_BASE = [("fp8", name) for name in FROZEN] + [
-    pytest.param(p, name, marks=needs.get(p, ())) for p in ("int8", "nf4") for name in ("lora", "prefix", "prompt")
+#: on the real base, which takes its time: fp8 with a method of each kind, the others with one method; what is left of
+#: these is behind `-m slow`, and at random weights every method is looked at in every precision
+KINDS = ("adapter", "prefix", "prompt", "lora", "oft")
+ON_THE_REAL_BASE = [
+    *(pytest.param("fp8", name, marks=() if name in KINDS else pytest.mark.slow) for name in FROZEN),
+    *(pytest.param(precision, "lora", marks=needs.get(precision, ())) for precision in ("int8", "nf4")),
+    *(
+        pytest.param(precision, name, marks=[pytest.mark.slow, *([needs[precision]] if precision in needs else [])])
+        for precision in ("int8", "nf4")
+        for name in ("prefix", "prompt")
+    ),
 ]
 
 
@@ -189,6 +197,9 @@ def test_gradients_at_random_weights_are_those_of_the_plain_base_nearly(
     assert RANDOM[precision] < cosine(*found) < 1 - 1e-9
 
 
+@pytest.mark.parametrize(
+    "method", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in FROZEN], indirect=True
+)
 def test_a_delta_goes_from_one_precision_to_the_other(
     small: PreTrainedModel, precision: str, method: Method, small_batch: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -117,7 +117,7 @@ def test_equals_eager_and_all_layers_share_a_graph(
 
 @pytest.mark.slow
 def test_no_method_breaks_a_graph_after_another(graphs: Callable[[], int]) -> None:
-    """In one process, without a reset; each by itself, and one after another of them, is tested with every run."""
+    """In one process, without a reset; one of each kind by itself, and after another, is tested with every run."""
     for method in METHODS:
         model, delta = built(llama, undropped(method))
         with compiled(model, delta.family, backend="aot_eager"):

@@ -112,7 +112,7 @@ def test_processes_share_a_step_s_packs(monkeypatch: pytest.MonkeyPatch) -> None
         assert sorted(row for own in found for batch in own for pack in batch for row in pack) == list(range(10))
 
 
-#: that each method goes on bit for bit is tested unpacked; here it is packs that do, with weights beside the base's,
+#: that a run goes on bit for bit is tested unpacked; here it is packs that do, with weights beside the base's,
 #: with the base's own, and with tokens of a method's own
 @pytest.mark.parametrize(
     "method",

@@ -74,8 +74,8 @@ def valid_loss(model: Any, config: TrainingConfig) -> float:
     return row_losses(model, examples, 0, config.per_device_eval_batch_size).mean_per_token
 
 
-#: what a checkpoint holds is a delta's tensors and the run's own, whatever the delta computes: one case of each kind,
-#: with dropout in one, and weights that only training has; the others are behind `-m slow`
+#: what a checkpoint holds is a delta's tensors and the run's own, whatever the delta computes: the base's own,
+#: modules beside it, keys with and without the weights that only training has; the others are behind `-m slow`
 RESUMED = ("full", "adapter", "prefix", "lora")
 
 
