@@ -28,7 +28,7 @@ from spectune.data import encode, load_rows
 from spectune.deltas import Method, attach
 from spectune.errors import ConfigError
 from spectune.families import describe, family_from_config
-from spectune.methods import METHODS, FullFineTuning, LoRA, PrefixTuning
+from spectune.methods import METHODS, OFT, DoRA, FullFineTuning, LNTuning, LoRA, MiSS, PrefixTuning
 from spectune.storage import load
 from spectune.storage.bases import load_config
 from spectune.training import TrainingConfig, run_state, train, trainer
@@ -144,6 +144,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 #: what a method can be to a plan: it trains the base, has tokens of its own, has weights beside the base's. Each method
 #: is asked for as it is; the others' further settings are behind `-m slow`
 KINDS = (FullFineTuning, PrefixTuning, LoRA)
+#: planned and run as LoRA is
+ALIKE = (DoRA, OFT, MiSS, LNTuning)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ KINDS = (FullFineTuning, PrefixTuning, LoRA)
             method,
             settings,
             id=f"{method.__name__}-{name}",
-            marks=[] if name == "auto" or method in KINDS else pytest.mark.slow,
+            marks=[] if (name == "auto" and method not in ALIKE) or method in KINDS else pytest.mark.slow,
         )
         for method in METHODS
         for name, settings in SETTINGS.items()

@@ -48,7 +48,21 @@ def base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return make_model(), make_tokenizer()
 
 
-@pytest.mark.parametrize("method", spectune.METHODS, ids=lambda method: method.model_fields["name"].default)
+#: one of each kind of site; the others with -m slow
+KINDS = (spectune.FullFineTuning, spectune.PrefixTuning, spectune.PromptTuning, spectune.LoRA, spectune.OFT)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(
+            method,
+            id=str(method.model_fields["name"].default),
+            marks=[] if method in KINDS else pytest.mark.slow,
+        )
+        for method in spectune.METHODS
+    ],
+)
 def test_a_run_that_has_ended_leaves_no_tensor_behind(base: Any, method: type[Method]) -> None:
     model, tokenizer = base
     rows = make_rows(12)
