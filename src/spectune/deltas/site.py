@@ -25,12 +25,14 @@ class OutputSite(_AtModule):
         entry: it acts before the module instead: it sees the input and returns a new one (`EntryModule`).
         on: the module's parameter that is changed instead of its input or output (`SideModule.acts_on`), where the
             base uses the parameter without calling the module, or the output is more than the linear map; else None.
+        overwritten: the base writes into the output in place: what a backward pass needs of it has to be kept apart.
     """
 
     in_features: int
     out_features: int
     entry: bool = field(default=False, kw_only=True)
     on: str | None = field(default=None, kw_only=True)
+    overwritten: bool = field(default=False, kw_only=True, compare=False)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.magnitude import scale_features
-from spectune.deltas import DeltaModule, InitContext, OutputModule, Site
+from spectune.deltas import DeltaModule, InitContext, OutputModule, OutputSite, Site
 from spectune.errors import ConfigError
 from spectune.families import Family, dense_weight
 from spectune.methods.lora import LoRA, peft_fields
@@ -26,9 +26,9 @@ _MAGNITUDE = ".lora_magnitude_vector"
 class DoRALayer(OutputModule):
     """`y + (m / n - 1) (y - bias) + (m / n) s B A x` with `n = ||W0 + s B A||` for each output."""
 
-    def __init__(self, lora: LoRALayer) -> None:
+    def __init__(self, lora: LoRALayer, *, overwritten: bool = False) -> None:
         super().__init__()
-        self.lora = lora
+        self.lora, self.overwritten = lora, overwritten
         self.magnitude = nn.Parameter(torch.zeros(lora.lora_B.shape[0]))
 
     def on_attach(self, host: nn.Module) -> None:
@@ -50,7 +50,8 @@ class DoRALayer(OutputModule):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         ratio = self.magnitude / self.row_norms()
-        return scale_features(y, self.lora.change(x), ratio, getattr(self._host[0], "bias", None))
+        made = scale_features(y, self.lora.change(x), ratio, getattr(self._host[0], "bias", None))
+        return made.clone() if self.overwritten else made  # its backward pass keeps `made`
 
     acts_on = "weight"
 
@@ -100,7 +101,7 @@ class DoRA(LoRA):
     def build(self, site: Site) -> DoRALayer:
         lora = super().build(site)
         assert isinstance(lora, LoRALayer)
-        return DoRALayer(lora)
+        return DoRALayer(lora, overwritten=isinstance(site, OutputSite) and site.overwritten)
 
     def initialise(self, modules: Sequence[tuple[Site, DeltaModule]], context: InitContext) -> None:
         for _, module in modules:

@@ -33,24 +33,28 @@ def settled_sites(attachment: Attachment, method: Method) -> list[Site]:
     if not can_run(attachment.model):
         return sites  # nothing can be run; the first real forward fails loudly where a module is missing
     calls = calls_of(attachment, [site for site in sites if isinstance(site, OutputSite)])
-    return [
-        _at_parameter(site, method, attachment)
+    written: set[str] = attachment.proved["overwritten"]
+    settled: list[Site] = []
+    for site in sites:
         # an expert that two tokens did not go to is called by others
-        if isinstance(site, OutputSite) and not calls.get(site, attachment.family.gathers_tokens(site.path))
-        else site
-        for site in sites
-    ]
+        if isinstance(site, OutputSite) and not calls.get(site, attachment.family.gathers_tokens(site.path)):
+            site = _at_parameter(site, method, attachment)
+        elif isinstance(site, OutputSite) and site.path in written:
+            site = replace(site, overwritten=True)
+        settled.append(site)
+    return settled
 
 
 def calls_of(attachment: Attachment, sites: Sequence[OutputSite]) -> dict[OutputSite, bool]:
     """Which of the sites' modules the bare base calls for two tokens, and whether with outputs of their linear maps and
     the sites' widths. What was found is kept."""
     found: dict[OutputSite, bool | None] = attachment.proved.setdefault("calls", {})
+    written: set[str] = attachment.proved.setdefault("overwritten", set())
     plain = {replace(site, on=None): site for site in sites}
     unknown = [site for site in plain if site not in found]
     if unknown:
         with attachment.state.routed(None):
-            calls = _calls(attachment.model, {site.path: site for site in unknown})
+            calls = _calls(attachment.model, {site.path: site for site in unknown}, written)
         found.update((site, calls.get(site.path)) for site in unknown)
     return {site: fits for plain_site, site in plain.items() if (fits := found[plain_site]) is not None}
 
@@ -63,7 +67,7 @@ def uncalled(model: PreTrainedModel, family: Family) -> list[str]:
         return []
     sites = {t.path: OutputSite(t.path, t.in_features, t.out_features) for t in family.linears}
     try:
-        called = _calls(model, sites)
+        called = _calls(model, sites, set())
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
@@ -86,14 +90,15 @@ def _at_parameter(site: OutputSite, method: Method, attachment: Attachment) -> O
     return site if holder_of(site.path, attachment.family) is None else replace(site, on=name)
 
 
-def _calls(model: PreTrainedModel, wanted: dict[str, OutputSite]) -> dict[str, bool]:
+def _calls(model: PreTrainedModel, wanted: dict[str, OutputSite], written: set[str]) -> dict[str, bool]:
     """Which of the modules are called for two tokens, and whether with tensors of their sites' widths. Some are called
-    in evaluation and not in training: these count as not called."""
+    in evaluation and not in training: these count as not called. Those whose output is written into are put into
+    `written`."""
     if not wanted:
         return {}
-    found = _calls_now(model, wanted)
+    found = _calls_now(model, wanted, written)
     try:
-        in_training = _calls_now(model, wanted, training=True)
+        in_training = _calls_now(model, wanted, written, training=True)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception:  # some types want more than a text there; what trains them meets that itself
@@ -101,14 +106,19 @@ def _calls(model: PreTrainedModel, wanted: dict[str, OutputSite]) -> dict[str, b
     return {path: fits for path, fits in found.items() if path in in_training}
 
 
-def _calls_now(model: PreTrainedModel, wanted: dict[str, OutputSite], *, training: bool = False) -> dict[str, bool]:
+def _calls_now(
+    model: PreTrainedModel, wanted: dict[str, OutputSite], written: set[str], *, training: bool = False
+) -> dict[str, bool]:
     found: dict[str, bool] = {}
+    outputs: list[tuple[str, Tensor, int]] = []
 
     def seen(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if type(output) in (tuple, list) else output
             wide = isinstance(first, Tensor) and first.shape[-1:] == (wanted[path].out_features,)
             found[path] = wide and _is_its_linear_map(module, args, first)
+            if isinstance(first, Tensor) and not first.is_inference():
+                outputs.append((path, first, first._version))
 
         return hook
 
@@ -122,6 +132,7 @@ def _calls_now(model: PreTrainedModel, wanted: dict[str, OutputSite], *, trainin
     finally:
         for handle in handles:
             handle.remove()
+    written |= {path for path, output, version in outputs if output._version != version}
     return found
 
 
