@@ -100,6 +100,11 @@ REASONS = (
         "The head adds its bias in code of its own, outside of any module whose output could be changed.",
         "A hook around the head.",
     ),
+    Reason(
+        r"matches no trainable norm",
+        "The base's norms have no weights.",
+        "Nothing could: the method is about them.",
+    ),
 )
 
 
