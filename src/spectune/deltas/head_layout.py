@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from spectune.deltas.peft_config import PREFIX
 from spectune.errors import DataError
 from spectune.families import Family
 
 #: before a module's path; under prompt learning PEFT leaves out the second word
-_PREFIXES = ("base_model.model.", "base_model.")
+_PREFIXES = (PREFIX, "base_model.")
 #: methods of PEFT's that do not wrap the base's modules
 _PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 #: what PEFT trains of itself for a task with a head

@@ -38,10 +38,11 @@ from spectune.deltas import (
     placed,
     targets,
 )  # fmt: skip
+from spectune.deltas.peft_config import PREFIX
 from spectune.errors import ConfigError, DataError
 from spectune.families import Family, Linear
 
-_PEFT_PREFIX, _VECTOR = "base_model.model.", ".ia3_l"
+_VECTOR = ".ia3_l"
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class IA3(Method):
             whole = next(iter(state.values())).new_ones(width)
             for name, start, size in vectors:
                 whole[start : start + size] = state[name]
-            tensors[f"{_PEFT_PREFIX}{path}{_VECTOR}"] = whole[None, :] if inner else whole[:, None]
+            tensors[f"{PREFIX}{path}{_VECTOR}"] = whole[None, :] if inner else whole[:, None]
         config: dict[str, Any] = {
             "peft_type": "IA3",
             "task_type": "CAUSAL_LM",
@@ -214,7 +215,7 @@ class IA3(Method):
             path: (inner, width, vectors) for (path, inner), (width, vectors) in (_parts(self, family) or {}).items()
         }
         for name, tensor in tensors.items():
-            path = name.removeprefix(_PEFT_PREFIX).removesuffix(_VECTOR)
+            path = name.removeprefix(PREFIX).removesuffix(_VECTOR)
             if name in state:
                 continue
             if path not in parts:
@@ -237,7 +238,7 @@ class IA3(Method):
 
     def fitted_to(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: Family) -> Fitted:
         at = placed(config, tensors, _VECTOR[1:], family)
-        shapes = {path: list(tensors[f"{_PEFT_PREFIX}{path}{_VECTOR}"].shape) for path in at.paths}
+        shapes = {path: list(tensors[f"{PREFIX}{path}{_VECTOR}"].shape) for path in at.paths}
         inner = {path for path, shape in shapes.items() if shape[:1] == [1]}
         parts: _Parts = {(path, path in inner): (0, ()) for path in at.paths}
         names = _peft_names(parts, family)

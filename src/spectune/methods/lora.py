@@ -45,11 +45,11 @@ from spectune.deltas import (
     targets,
     told_apart,
 )  # fmt: skip
+from spectune.deltas.peft_config import PREFIX
 from spectune.errors import ConfigError, DataError, some
 from spectune.families import Family, Linear, Matrix
 from spectune.methods.low_rank_modules import STARTS, LoRALayer, LoRAMatrix, StartedLoRALayer
 
-_PEFT_PREFIX = "base_model.model."
 #: VeLoRA's, which only its backward pass looks at
 _OF_TRAINING = ".lora_velora_embed"
 Number = TypeVar("Number", int, float)
@@ -218,13 +218,13 @@ class LoRA(Method):
         config |= {key: found for key, found in patterns.items() if found}
         config |= {"init_lora_weights": self.init_lora_weights} if self.init_lora_weights is not True else {}
         keys = self._matrix_keys(family)
-        return config, {f"{_PEFT_PREFIX}{keys.get(name, name)}.weight": tensor for name, tensor in state.items()}
+        return config, {f"{PREFIX}{keys.get(name, name)}.weight": tensor for name, tensor in state.items()}
 
     def from_folder(self, tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-        if family.conv1d and self.init_lora_weights == "olora" and any(n.startswith(_PEFT_PREFIX) for n in tensors):
+        if family.conv1d and self.init_lora_weights == "olora" and any(n.startswith(PREFIX) for n in tensors):
             raise DataError("this is PEFT's OLoRA on a Conv1D base, which it starts at the factors of another matrix")
         ours = {theirs: name for name, theirs in self._matrix_keys(family).items()}
-        plain = {n.removeprefix(_PEFT_PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
+        plain = {n.removeprefix(PREFIX).removesuffix(".weight"): tensor for n, tensor in tensors.items()}
         return {ours.get(name, name): tensor for name, tensor in plain.items()}
 
     def _matrix_keys(self, family: Family) -> dict[str, str]:

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from spectune.deltas import Delta
+from spectune.deltas.peft_config import PREFIX
 from spectune.errors import ConfigError, ExportError, some
 from spectune.files.atomic import atomic_folder
 from spectune.methods.lora import LoRA
 from spectune.storage.export import check_format
 
 GGUF_FILE = "adapter.gguf"
-_PREFIX = "base_model.model."
 #: A and B are copied, and a folded scale is one rounding in float32
 _TOLERANCE = 1e-6
 
@@ -213,9 +213,9 @@ def _pairs(delta: Delta, gguf: Any) -> list[_Pair]:
     found: dict[str, dict[str, Tensor]] = {}
     problems = []
     for key, tensor in tensors.items():
-        path, _, end = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        path, _, end = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if end not in ("lora_A", "lora_B"):
-            problems.append(f"{key.removeprefix(_PREFIX)}: only A and B of linears")
+            problems.append(f"{key.removeprefix(PREFIX)}: only A and B of linears")
             continue
         found.setdefault(path, {})[end] = tensor.detach().float().cpu()
     pairs, linears = [], {linear.path for linear in delta.family.linears}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spectune.deltas import Method, ends_with, same_targets
 from spectune.deltas.folder import CONFIG_FILE
+from spectune.deltas.peft_config import PREFIX
 from spectune.errors import DataError
 from spectune.families import Family
 from spectune.files.weights import read_headers
@@ -83,7 +84,7 @@ def fit_mlx(folder: Path, method: Method, family: Family) -> ForeignFolder:
         for name, tensor in tensors.items():
             found = names[name]
             assert found is not None, "they are refused above"
-            made[f"base_model.model.{found[0]}.{_PARTS[found[1]]}"] = tensor if found[1] == "m" else tensor.T
+            made[f"{PREFIX}{found[0]}.{_PARTS[found[1]]}"] = tensor if found[1] == "m" else tensor.T
         return made
 
     return ForeignFolder(fitted, MLX_WEIGHTS, translate)
