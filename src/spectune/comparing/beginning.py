@@ -28,6 +28,7 @@ from spectune.errors import ConfigError, DataError
 from spectune.families import base_precision as precision_of
 from spectune.families import describe, fingerprint, vocabulary_rows
 from spectune.files.atomic import atomic_write_text
+from spectune.files.plain_console import PlainConsole, print_line
 from spectune.objectives import objective_of
 from spectune.phases import Phases
 from spectune.planning import reference_shares
@@ -198,7 +199,7 @@ class Beginning:
             self._print(f"label words: a text is asked with {separator!r} behind it, and answered with its class")
 
     def _print(self, line: str) -> None:
-        (self.console or Console()).print(line, soft_wrap=True, highlight=False, markup=False)
+        print_line(self.console or PlainConsole(), line)
 
     def _checked(self, found: RecordedConditions) -> RecordedConditions:
         """Check that the conditions are those of an earlier call (`before`), take over what it measured of the base,

@@ -9,10 +9,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from spectune.files.plain_text import one_line
 from spectune.reporting import words
 from spectune.reporting.columns import METHOD, columns_of
 from spectune.reporting.grids import Grid, grids, sources_grid, time_grid
-from spectune.reporting.text import one_line
 from spectune.results import ComparisonResult
 from spectune.results.arm_result import arm_results
 

@@ -16,6 +16,7 @@ from spectune.data import mixture
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError, InterruptedRun
 from spectune.evaluation import perplexity
+from spectune.files.plain_console import PlainConsole, print_line
 from spectune.results.run_result import RunResult
 from spectune.training.checkpoint import check_same_step, latest_checkpoint, read_state, restore
 from spectune.training.config import TrainingConfig
@@ -99,7 +100,7 @@ def _trained(
 ) -> RunResult:  # fmt: skip
     """`train`. When it returns, it holds nothing of the device any more but the delta's weights."""
     config, world, phases = asked.config, World(model.device), asked.observer.phases
-    out = (asked.console or Console()) if world.leads else Console(quiet=True)
+    out = (asked.console or PlainConsole()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
     delta = phases.call("prove", _attach, model, tokenizer, method_or_delta, asked.name, config.seed)
@@ -163,7 +164,7 @@ def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out:
     assert folder is not None
     check_identity(read_identity(folder), prepared.identity, folder, "finished run")
     load_end(folder, delta)
-    out.print(f"the run in {folder} is finished already: nothing to do", soft_wrap=True, highlight=False)
+    print_line(out, f"the run in {folder} is finished already: nothing to do")
     return finished
 
 
@@ -181,7 +182,7 @@ def _start_or_resume(
         check_identity(recorded, prepared.identity, checkpoint, "checkpoint")
         best = restore(checkpoint, delta, run.optimizer)
         observer.phases.add(run.progress.seconds_by_phase)
-        out.print(f"going on from {checkpoint}", soft_wrap=True, highlight=False)
+        print_line(out, f"going on from {checkpoint}")
     check_same_step(world.gather(run.progress.step), folder)
     return run, RunFolder(folder, run, best, prepared, tokenizer)
 
@@ -293,4 +294,4 @@ def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execut
         execution.reason("torch_compile"),
     ]
     for line in (line for line in lines if line is not None):
-        out.print(line, soft_wrap=True, highlight=False, markup=False)
+        print_line(out, line)

@@ -8,13 +8,13 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from spectune.files.plain_text import clipped, plain
 from spectune.reporting import columns, units, words
 from spectune.reporting.grids import sources_grid, time_grid
 from spectune.reporting.page import reproduce
 from spectune.reporting.page.examples import examples
 from spectune.reporting.page.svg import inline
 from spectune.reporting.plots.style import Plot
-from spectune.reporting.text import clipped, plain
 from spectune.results import ComparisonResult
 from spectune.results.arm_result import ArmResult, arm_results
 

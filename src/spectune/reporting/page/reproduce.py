@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from spectune.files.plain_text import plain
 from spectune.reporting import units
 from spectune.reporting.artifacts import under_runs
 from spectune.reporting.columns import loss_title, metric_text, metric_title
 from spectune.reporting.grids import Grid
-from spectune.reporting.text import plain
 from spectune.results.arm_result import arm_results, metric_names, training_memory
 from spectune.results.comparison_file import Arm, ComparedRun, ComparisonResult
 

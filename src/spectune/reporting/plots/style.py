@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from spectune.files.plain_text import one_line
 from spectune.reporting.columns import loss_title, metric_title
-from spectune.reporting.text import one_line
 from spectune.results.arm_result import ArmResult, arm_results
 from spectune.results.comparison_file import ComparisonResult
 
