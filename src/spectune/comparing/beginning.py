@@ -126,7 +126,13 @@ class Beginning:
             self.folder, "", arms[0].labels, model, tokenizer, arms, own, inputs, text, schedule,
             self._origin(arms[0].labels), self.console, phases,
         )  # fmt: skip
-        job.conditions = self._checked(self._conditions(job, settings, [found for found, _ in all_inputs]))
+        learned = [found for found, _ in all_inputs]
+        if self.before is not None and inputs.task.custom:
+            # what a folder goes on with is known before any code runs
+            conditions.check(self.before, self._conditions(job, settings, learned), self.folder)
+        learned = [found.with_code() for found in learned]
+        job.inputs = learned[0]
+        job.conditions = self._checked(self._conditions(job, settings, learned))
         self._write_config(str(model.config._name_or_path))
         phases.add(job.conditions.seconds_by_phase)
         return settings, job
@@ -138,7 +144,8 @@ class Beginning:
         vocab_size, place = vocabulary_rows(model), self.tracks.index(arms)
         inputs, own = self.phases.call("rows", self._inputs, tokenizer, settings, vocab_size)[place]
         return Job(
-            self.folder, arms[0].task_type, arms[0].labels, model, tokenizer, arms, own, inputs, [], schedule,
+            self.folder, arms[0].task_type, arms[0].labels, model, tokenizer, arms, own, inputs.with_code(), [],
+            schedule,
             self._origin(arms[0].labels), self.console, self.phases, conditions,
         )  # fmt: skip
 

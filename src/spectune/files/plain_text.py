@@ -98,9 +98,9 @@ def _shown(found: re.Match[str]) -> str:
     beside = before >= _FIRST_JOINED, after >= _FIRST_JOINED
     if (character in _JOINERS and all(beside)) or (character in _MARKS and any(beside)):
         return character
-    return (
-        character.encode("ascii", "backslashreplace").decode() if ord(character) > 0x7F else f"\\x{ord(character):02x}"
-    )
+    if (code := ord(character)) < 0x80:
+        return f"\\x{code:02x}"
+    return character.encode("ascii", "backslashreplace").decode()
 
 
 def _shorter(line: str) -> str:
