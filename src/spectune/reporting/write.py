@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from spectune.files.atomic import atomic_write_bytes
+from spectune.reporting.made_plain import made_plain
 from spectune.reporting.page import comparison_page
 from spectune.reporting.plots import comparison_figure, comparison_plots, figure_style
 from spectune.reporting.spreadsheets import comparison_csv, runs_csv
@@ -25,7 +26,7 @@ def write_reports(comparison: ComparisonResult, folder: str | Path) -> list[Path
     nothing else), `shares-and-performance.svg` and `.png`, and the page's figures as SVG and PNG under `plots/`. Each
     file is written atomically; the same comparison gives the same bytes.
     """
-    folder = Path(folder)
+    folder, comparison = Path(folder), made_plain(comparison)
     folder.mkdir(parents=True, exist_ok=True)
     contents: dict[str, bytes] = {
         "comparison.csv": _bytes(comparison_csv(comparison)),

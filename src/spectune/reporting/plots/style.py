@@ -36,6 +36,7 @@ STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.7,
     "figure.facecolor": PAPER, "axes.facecolor": PAPER,
+    "text.usetex": False,  # nor are they a program, whatever the user's own settings of matplotlib are
     "text.parse_math": False,  # labels are the user's: a dollar sign is a dollar sign
     "svg.fonttype": "none",
     "svg.hashsalt": "spectune",  # the same comparison gives the same bytes
