@@ -18,6 +18,7 @@ from spectune.cli.known_keys import method_names
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
+from spectune.files.plain_text import command_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -183,5 +184,6 @@ def _compare(arms: list[Arm], settings: Settings, limits: dict[str, Any], out: C
         )  # fmt: skip
     except (InterruptedRun, KeyboardInterrupt) as stop:
         raise InterruptedRun(
-            f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
+            f"the comparison is in {folder}. To go on: the same command with "
+            f"{command_line('--output-dir', folder, '--resume')}"
         ) from stop

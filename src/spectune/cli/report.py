@@ -9,6 +9,7 @@ from spectune.cli import limits, options
 from spectune.cli.console import note, print_answer, work
 from spectune.cli.runs import RUNS, find_comparison
 from spectune.errors import ConfigError
+from spectune.files.plain_text import command_line
 
 
 def report(
@@ -48,6 +49,8 @@ def report(
         out.print(comparison.table())
         gone = ", ".join(f"{run.name} seed {run.seed}" for run in comparison.result.missing)
         if gone:
-            note(f"not run yet: {gone}. To go on: spectune compare --resume --output-dir {found}")
+            note(
+                f"not run yet: {gone}. To go on: {command_line('spectune', 'compare', '--resume', '--output-dir', found)}"
+            )
         note(f"written to {found}; the page: {found / 'report.html'}")
     print_answer({"folder": str(found), **comparison.to_dict()}, as_json=as_json)

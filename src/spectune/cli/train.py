@@ -17,6 +17,7 @@ from spectune.cli.one_of_several import joined, of_first
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, InterruptedRun
+from spectune.files.plain_text import command_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,8 +110,8 @@ def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
     except KeyboardInterrupt as stop:  # outside of the loop, which has its own answer
         raise InterruptedRun(
             "interrupted outside of a step. To go on from what is saved, or to start again if nothing is: the same "
-            f"command with --output-dir {folder} --resume"
+            f"command with {command_line('--output-dir', folder, '--resume')}"
         ) from stop
     does = "writes" if labels is None else "says"
-    note(f"kept in {folder / 'best'}; see what it {does}: spectune generate --run {folder}")
+    note(f"kept in {folder / 'best'}; see what it {does}: {command_line('spectune', 'generate', '--run', folder)}")
     return result.model_dump(mode="json")

@@ -21,6 +21,7 @@ from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import PRESETS
 from spectune.deltas import Method
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun
+from spectune.files.plain_text import command_line
 from spectune.inference import CHOICE_NORMALIZATIONS
 from spectune.phases import Phases
 from spectune.results import Limits
@@ -127,7 +128,8 @@ def _carry_out(job: Job) -> None:
     except InterruptedRun as stop:  # what it says is of one run
         job.record_time()
         raise InterruptedRun(
-            f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
+            f"the comparison is in {folder}. To go on: the same command with "
+            f"{command_line('--output-dir', folder, '--resume')}"
         ) from stop
 
 

@@ -64,6 +64,11 @@ def json_text(value: Any, encoding: str | None = None) -> str:
     return _UNFIT.sub(_json_escaped, text)
 
 
+def markdown_code(text: str) -> str:
+    """A path or a name as Markdown's code, which it cannot end, nor a cell of a table."""
+    return f"`{one_line(text, 200).replace('`', chr(39)).replace('|', '/')}`"
+
+
 def command_line(*words: str | PathLike[str]) -> str:
     """A command as a shell takes it; one word of it or more. A path that begins with a dash is written as `./-x`, so
     that it is not taken for a flag, and what cannot be seen as `$'\\n'`."""

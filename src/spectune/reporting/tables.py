@@ -20,6 +20,8 @@ from spectune.results.arm_result import arm_results
 
 #: characters of a sentence, and of a cell
 LONGEST, LONGEST_CELL = 2000, 200
+#: characters of a column that are never folded
+WIDEST = 30
 #: what Markdown gives a meaning inside a line
 _MARKDOWN = re.compile(r"[\\|<&`*\[\]!$~]")
 _ENTITIES = {"<": "&lt;", "&": "&amp;"}
@@ -97,18 +99,12 @@ def _rich(grid: Grid) -> Table:
     table.padding = (0, 1, 0, 0)
     for number, name in enumerate(grid.header):
         # a number is not broken, but between the two sides of a slash
-        numbers = (
-            []
-            if number in grid.words
-            else [one_line(row[number], LONGEST_CELL).replace(" / ", " /\n", 1) for row in grid.body]
-        )
-        width = max(
-            map(len, [*one_line(name, LONGEST_CELL).split(), *(part for cell in numbers for part in cell.split("\n"))])
-        )
+        numbers = [] if number in grid.words else [row[number].replace(" / ", " /\n", 1) for row in grid.body]
+        head = _text(name, most=LONGEST_CELL)
+        width = max(map(len, [*head.plain.split(), *(part for cell in numbers for part in cell.split("\n"))]))
         way: Any = "left" if number in grid.words else "right"
-        table.add_column(
-            _text(name, most=LONGEST_CELL), justify=way, no_wrap=number == 0, overflow="fold", min_width=width
-        )
+        at_least = min(width, WIDEST)
+        table.add_column(head, justify=way, no_wrap=number == 0, overflow="fold", min_width=at_least)
     for cells in grid.body:
         table.add_row(*(_text(cell, most=LONGEST_CELL) for cell in cells))
     return table

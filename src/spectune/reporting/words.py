@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from spectune.files.plain_text import one_line
+from spectune.files.plain_text import markdown_code
 from spectune.reporting import units
 from spectune.reporting.columns import metric_title
 from spectune.results import ComparisonResult, Recommendation, Verdict
@@ -49,19 +49,16 @@ def evidence(runs: Sequence[str], comparison: ComparisonResult) -> str:
     """The runs that prove a sentence, as Markdown: each by name where they are few, else the folders that hold them."""
     runs = list(dict.fromkeys(runs))
     if len(runs) <= NAMED:
-        return ", ".join(map(_code, runs))
+        return ", ".join(map(markdown_code, runs))
     if len(runs) == len(comparison.runs):
         return f"all {len(runs)} runs in `runs/`"
     places = map(PurePosixPath, runs)
     counts = Counter((place.parent if place.suffix == ".jsonl" else place).parent for place in places)
     same = len(set(counts.values())) == 1
-    folders = ", ".join(_code(f"{folder}/") + ("" if same else f" ({count})") for folder, count in counts.items())
+    folders = ", ".join(
+        markdown_code(f"{folder}/") + ("" if same else f" ({count})") for folder, count in counts.items()
+    )
     return f"{len(runs)} runs in {folders}"
-
-
-def _code(path: str) -> str:
-    """A path as Markdown's code, which it cannot end, and with nothing that ends a table's cell."""
-    return f"`{one_line(path, 200).replace('`', chr(39)).replace('|', '/')}`"
 
 
 def recommendation_context(comparison: ComparisonResult) -> list[str]:

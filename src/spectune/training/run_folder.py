@@ -17,6 +17,7 @@ from spectune.data import Encoded, Row
 from spectune.deltas import Delta
 from spectune.errors import ConfigError, DataError
 from spectune.evaluation import common_answers
+from spectune.files.plain_text import command_line
 from spectune.files.strict_json import strict_json
 from spectune.results.run_result import RunResult
 from spectune.storage import atomic_write_text
@@ -216,7 +217,7 @@ class RunFolder(Keeper):
             return "Nothing was written, because the run has no output_dir."
         return (
             f"A checkpoint is in {self.run.config.output_dir}. To go on: the same command with "
-            f"--output-dir {self.run.config.output_dir} --resume"
+            f"{command_line('--output-dir', self.run.config.output_dir, '--resume')}"
         )
 
     @property
