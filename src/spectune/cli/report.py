@@ -49,8 +49,7 @@ def report(
         out.print(comparison.table())
         gone = ", ".join(f"{run.name} seed {run.seed}" for run in comparison.result.missing)
         if gone:
-            note(
-                f"not run yet: {gone}. To go on: {command_line('spectune', 'compare', '--resume', '--output-dir', found)}"
-            )
+            again = command_line("spectune", "compare", "--resume", "--output-dir", found)
+            note(f"not run yet: {gone}. To go on: {again}")
         note(f"written to {found}; the page: {found / 'report.html'}")
     print_answer({"folder": str(found), **comparison.to_dict()}, as_json=as_json)

@@ -55,10 +55,8 @@ def evidence(runs: Sequence[str], comparison: ComparisonResult) -> str:
     places = map(PurePosixPath, runs)
     counts = Counter((place.parent if place.suffix == ".jsonl" else place).parent for place in places)
     same = len(set(counts.values())) == 1
-    folders = ", ".join(
-        markdown_code(f"{folder}/") + ("" if same else f" ({count})") for folder, count in counts.items()
-    )
-    return f"{len(runs)} runs in {folders}"
+    folders = [markdown_code(f"{folder}/") + ("" if same else f" ({count})") for folder, count in counts.items()]
+    return f"{len(runs)} runs in {', '.join(folders)}"
 
 
 def recommendation_context(comparison: ComparisonResult) -> list[str]:
