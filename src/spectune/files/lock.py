@@ -153,9 +153,7 @@ def folder_lock(folder: str | Path, doing: str) -> Iterator[None]:
     if claim is None:
         yield
         return
-    watched = weakref.ref(claim)
-    # else a child that was forked off would hold the lock for as long as it lives
-    os.register_at_fork(after_in_child=lambda: (held := watched()) is not None and held.forget())
+    os.register_at_fork(after_in_child=functools.partial(_forget, weakref.ref(claim)))
     _sign(claim, doing)
     token = _INSIDE.set(_INSIDE.get() | {claim.key})
     try:
@@ -166,6 +164,12 @@ def folder_lock(folder: str | Path, doing: str) -> Iterator[None]:
         if made and os.getpid() == claim.process:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
+
+
+def _forget(claim: weakref.ref[Claim]) -> None:
+    """In a child that was forked off: it would hold its parent's lock for as long as it lives."""
+    if (held := claim()) is not None:
+        held.forget()
 
 
 def _claim(folder: Path) -> Claim | None:

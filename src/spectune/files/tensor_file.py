@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ def _chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[memoryview]:
 def _bytes(tensor: Tensor) -> memoryview:
     """A tensor's content, in its own memory where it lies there as it is stored."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return memoryview(plain.view(torch.uint8).numpy())
+    content: Any = plain.view(torch.uint8).numpy()
+    return memoryview(content)
 
 
 def _write(descriptor: int, content: memoryview) -> None:
