@@ -13,8 +13,6 @@ from spectune.files.lock import LOCK_FILE, folder_lock
 _EARLIER = re.compile(
     r"\.(checkpoint|best)-[0-9]{1,18}\.(old\.)?[a-z0-9_]{8}|\.best\.[0-9]+|\.end\.safetensors\.[0-9]+", re.ASCII
 )
-    r"\.(checkpoint|best)-[0-9]{1,18}\.(old\.)?[a-z0-9_]{8}|\.best\.[0-9]+|\.end\.safetensors\.[0-9]+"
-)
 #: folders in a run's
 OF_RUN = ("tensorboard",)
 

@@ -7,17 +7,17 @@ from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 
-Count = Annotated[int, Field(ge=0)]
-#: seconds, and sums of losses, which rounding may take a little below zero
-Seconds = Annotated[float, Field(ge=0)]
-Loss = Annotated[float, Field(ge=-1e-3)]
+Count = Annotated[int, Field(strict=True, ge=0, le=2**60)]
+Seconds = Annotated[float, Field(strict=True, ge=0, le=1e12)]
+#: rounding may take it a little below zero
+Loss = Annotated[float, Field(strict=True, ge=-1e-3)]
 
 
 @dataclass
 class Progress:
     """Where a run stands."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     step: Count = 0
     epoch: Count = 0

@@ -124,7 +124,7 @@ def read_checkpoint(path: Path, number: int, run: RunState, identity: Mapping[st
             f"{path / STATE_FILE} has format_version {state.format_version}, and this version of spectune reads up to "
             f"{FORMAT}: install a newer one"
         )
-    check_identity(state.identity.as_dict(), identity, path, "checkpoint")
+    check_identity(state.identity, identity, path, "checkpoint")
     if problems := state.progress.problems(number, run.batches.steps_per_epoch, run.total_steps):
         raise DataError(f"{path / STATE_FILE} does not fit the run", problems)
     _check_tensors(path, run, state.progress)
