@@ -35,11 +35,11 @@ def claimed(folder: Path, doing: str, *, resume: bool, within: Sequence[str] = O
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; expected a folder, or a name that is free")
     if not (folder / LOCK_FILE).exists():  # who has it is said first
-        _check_empty(folder, resume)
+        check_empty(folder, resume)
     above = [place for place in folder.parents if not place.exists()]
     try:
         with folder_lock(folder, doing):
-            _check_empty(folder, resume)
+            check_empty(folder, resume)
             for place in (folder, *(place for pattern in within for place in folder.glob(pattern))):
                 _sweep(place)
             yield
@@ -49,7 +49,8 @@ def claimed(folder: Path, doing: str, *, resume: bool, within: Sequence[str] = O
                 place.rmdir()
 
 
-def _check_empty(folder: Path, resume: bool) -> None:
+def check_empty(folder: Path, resume: bool) -> None:
+    """Raises ConfigError where there is something in a folder, without `resume`."""
     if not resume and folder.is_dir() and any(entry.name != LOCK_FILE for entry in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: give another --output-dir, or --resume to go on there")
 
