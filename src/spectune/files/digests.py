@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from spectune.errors import DataError
-from spectune.files.regular import plain_file
+from spectune.files.regular import inside, plain_file
 
 #: files that are read at once; hashing does not hold Python's lock
 _AT_ONCE = 4
@@ -35,7 +35,7 @@ def check_files(folder: str | Path, digests: Mapping[str, Digest], cure: str) ->
     """Compare files with what they were when they were written; several are read at once.
 
     Args:
-        digests: by name in the folder.
+        digests: by name in the folder, or by path in it.
         cure: what to do, for the message's end.
 
     Raises:
@@ -50,10 +50,10 @@ def check_files(folder: str | Path, digests: Mapping[str, Digest], cure: str) ->
 
 
 def _apart(folder: Path, name: str, written: Digest) -> str | None:
-    if Path(name).name != name:
-        return f"{name!r}: no name of a file in a folder"
     path = folder / name
     try:
+        if inside(folder, str(path.parent.relative_to(folder))) is None:
+            return f"{name!r}: leads out of the folder"
         if not plain_file(path):
             return f"{name}: is missing"
         if (size := path.stat().st_size) != written.bytes:
