@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -75,9 +76,10 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         seen.append(loop.run)
         killed(loop)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+    with pytest.MonkeyPatch.context() as patch:
         stops(patch, 7, seen_and_killed)
-        run(folder)
+        with pytest.raises(MemoryError):
+            run(folder)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     return folder, seen[0]
 
@@ -115,14 +117,19 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(folder: Path, stopped: Any
             bad = bytearray(good)
             bad[at] ^= 1 << draw.randrange(8)
             path.write_bytes(bad)
-            try:
+            if path.suffix == ".json" and says(bad) == says(good):
+                continue  # JSON has two ways to write some things
+            with pytest.raises(DataError, match=re.escape(str(place))):
                 read_checkpoint(place, 6, stopped[1], identity)
-            except DataError as error:
-                assert str(place) in str(error)
-            else:  # JSON has two ways to write some things
-                assert json.loads(bad) == json.loads(good), (path.name, at)
         path.write_bytes(good)
     assert read_checkpoint(place, 6, stopped[1], identity).progress.step == 6
+
+
+def says(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def tensors_with(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -222,9 +229,10 @@ def test_the_newest_whole_checkpoint_is_gone_on_from_and_what_is_damaged_is_name
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 8, "epo')
     assert os.readlink(folder / "best") == "best-6"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+    with pytest.MonkeyPatch.context() as patch:
         stops(patch, 5, killed)
-        run(folder, resume=True)
+        with pytest.raises(MemoryError):
+            run(folder, resume=True)
     assert os.readlink(folder / "best") == "best-4"
     assert (folder / "best" / "adapter_model.safetensors").is_file()
     assert not (folder / "best-6").exists()
