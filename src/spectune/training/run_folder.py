@@ -22,6 +22,7 @@ from spectune.results.run_result import RunResult
 from spectune.storage import atomic_write_text
 from spectune.training.checkpoint import TRAINING_FILE, save_checkpoint, swap_best
 from spectune.training.event_files import drop_events_after
+from spectune.training.finished import RESULT_FILE
 from spectune.training.identity import write_identity
 from spectune.training.prepare import Prepared
 from spectune.training.run_state import Keeper, RunState
@@ -39,8 +40,9 @@ def check_folder(folder: Path | None, resume: bool) -> RunResult | None:
         return None
     if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty: give another output_dir, or resume to go on there")
-    done = folder / "result.json"
-    return RunResult.load(done) if resume and done.is_file() else None
+    done = folder / RESULT_FILE
+    # its seal is looked at once it is known to be the run that is asked for
+    return RunResult.load(done, warn=lambda _: None) if resume and os.path.lexists(done) else None
 
 
 def load_end(folder: Path, delta: Delta) -> None:

@@ -17,11 +17,13 @@ from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError, InterruptedRun
 from spectune.evaluation import perplexity
 from spectune.results.run_result import RunResult
+from spectune.results.vouched import digests_of_run
 from spectune.training.checkpoint import check_same_step, latest_checkpoint, read_state, restore
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import check_graphs
 from spectune.training.display import Display
 from spectune.training.distribution import World
+from spectune.training.finished import RESULT_FILE, check_finished
 from spectune.training.identity import check_alike, check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.machine import Gauges, environment, load_of
@@ -119,7 +121,7 @@ def _trained(
     phases.call("save", _keep, folder)
     result = _result(folder, prepared, predicted, stopped)
     if folder.folder is not None:
-        result.save(folder.folder / "result.json")
+        result.save(folder.folder / RESULT_FILE, digests_of_run(folder.folder))
     world.barrier()  # all are done, or none
     return result
 
@@ -162,6 +164,7 @@ def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out:
     folder = prepared.config.output_dir
     assert folder is not None
     check_identity(read_identity(folder), prepared.identity, folder, "finished run")
+    check_finished(folder)
     load_end(folder, delta)
     out.print(f"the run in {folder} is finished already: nothing to do", soft_wrap=True, highlight=False)
     return finished
