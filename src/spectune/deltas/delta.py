@@ -23,6 +23,7 @@ from spectune.deltas.trained_copy import HeadSite
 from spectune.errors import DataError
 from spectune.families import BaseIdentity, Family
 from spectune.files.digests import Digest
+from spectune.files.metadata import read_json
 from spectune.files.tensor_file import write_tensors
 from spectune.files.weights import check_finite, read_headers, read_weights
 
@@ -267,12 +268,10 @@ class AdapterFiles(DeltaFiles):
 
 def _task_type(folder: Path) -> str | None:
     """What a folder's delta was trained for, as its config says; None where it does not say."""
-    path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text("utf-8")) if path.is_file() else None
-    except (ValueError, RecursionError):  # who reads the config itself says what is wrong with it
+        found = (read_json(folder / CONFIG_FILE, any_integer=True) or {}).get("task_type")
+    except DataError:  # who reads the config itself says what is wrong with it
         return None
-    found = config.get("task_type") if isinstance(config, dict) else None
     return found if isinstance(found, str) else None
 
 

@@ -1,6 +1,5 @@
 """A delta's folder: `adapter_config.json`, `adapter_model.safetensors`, and `spectune.json`, which PEFT never reads."""
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -120,18 +119,6 @@ def base_name(model: PreTrainedModel) -> str:
     """What the base was loaded as; the embedded one by its own name, which holds on every machine."""
     name = str(model.config._name_or_path)
     return NAME if name and Path(name) == Path(MODEL_FOLDER) else name
-
-
-def digests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of each safetensors file of a folder, by name."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
-
-
-def sha256(path: Path) -> str:
-    """A file's SHA-256, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:

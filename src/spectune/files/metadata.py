@@ -47,7 +47,7 @@ class Seal(enum.Enum):
 
 def read_json(
     path: Path, most: int = MAX_JSON_BYTES, *, what: str = "", again: str = _AGAIN, links: bool = False,
-    non_finite: bool = False,
+    non_finite: bool = False, any_integer: bool = False,
 ) -> dict[str, Any] | None:  # fmt: skip
     """An object out of a JSON file, None where there is no file.
 
@@ -56,23 +56,28 @@ def read_json(
         what: it should be, such as "a run's result", and `again`: what to do where it is damaged, for the message.
         links: the file may be a link to anywhere: the user named it.
         non_finite: NaN and infinity are allowed, as transformers writes them.
+        any_integer: integers may be longer than 64 bits, for who checks the range of each field.
 
     Raises:
         DataError: it is no regular file, too long, not UTF-8, no JSON (NaN and infinite numbers are none), too deep,
             holds a key twice or an integer that no program takes, or no object.
     """
     content = read_bounded(path, most, links=links)
-    return None if content is None else json_object(content, str(path), what, again, non_finite=non_finite)
+    how = {"non_finite": non_finite, "any_integer": any_integer}
+    return None if content is None else json_object(content, str(path), what, again, **how)
 
 
 def json_object(
-    content: bytes, where: str, what: str = "", again: str = _AGAIN, *, non_finite: bool = False
-) -> dict[str, Any]:
+    content: bytes, where: str, what: str = "", again: str = _AGAIN, *, non_finite: bool = False,
+    any_integer: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """An object out of JSON text. Raises DataError as `read_json` does; `where` names what the text is of."""
     try:
         text = content.decode("utf-8")
         numbers: dict[str, Any] = {} if non_finite else {"parse_constant": _no_number, "parse_float": _finite}
-        found = json.loads(text, object_pairs_hook=_object, parse_int=whole_number, **numbers)
+        if not any_integer:
+            numbers["parse_int"] = whole_number
+        found = json.loads(text, object_pairs_hook=_object, **numbers)
         check_plain(found)
     except (ValueError, RecursionError) as error:
         raise _damaged(where, f"is not readable JSON ({_said(error)})", what, again) from error
@@ -137,7 +142,7 @@ def read_lines(
 
 
 def read_record(
-    path: Path, kind: type[M], *, what: str, again: str = _AGAIN, warn: Callable[[str], None] | None = None
+    path: Path, kind: type[M], *, what: str = "", again: str = _AGAIN, warn: Callable[[str], None] | None = None
 ) -> M | None:
     """A record of ours as its model; None where there is no file.
 
@@ -153,14 +158,15 @@ def read_record(
 
 
 def record_of(
-    content: Mapping[str, Any], path: Path, kind: type[M], *, what: str, again: str = _AGAIN,
+    content: Mapping[str, Any], path: Path, kind: type[M], *, what: str = "", again: str = _AGAIN,
     warn: Callable[[str], None] | None = None,
 ) -> M:  # fmt: skip
     """The same of content that was read. Raises DataError."""
     try:
         found = kind.model_validate(without_seal(content))
     except ValidationError as error:
-        raise DataError(f"{path} cannot be read as {what} ({first_problem(error)}). {_sentence(again)}") from error
+        as_what = f" as {what}" if what else ""
+        raise DataError(f"{path} cannot be read{as_what} ({first_problem(error)}). {_sentence(again)}") from error
     check_seal(path, content, again, warn=warn)
     return found
 

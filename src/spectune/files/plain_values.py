@@ -47,4 +47,4 @@ def is_text(text: str) -> bool:
 
 def _check_text(text: str) -> None:
     if not is_text(text):
-        raise ValueError("half of a surrogate pair, which is no text")
+        raise ValueError("half of a surrogate pair, an unfinished hex escape")
