@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from spectune.comparing.arms import Arm, arms_of
 from spectune.comparing.beginning import Beginning
 from spectune.comparing.comparison import Comparison
 from spectune.comparing.conditions import RecordedConditions
-from spectune.comparing.final_runs import base_rows, judge_base, valid_loss_of_base
+from spectune.comparing.final_runs import base_passages, base_rows, judge_base, valid_loss_of_base
 from spectune.comparing.inputs import Rows
+from spectune.comparing.intact import vouched_files
 from spectune.comparing.job import Job
 from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import PRESETS
@@ -120,11 +122,12 @@ def _carry_out(job: Job) -> None:
         if line:
             job.print(line)
     try:
-        if base.judged_loss is None or not base_rows(job).is_file():
+        if base.judged_loss is None or not all(path.is_file() for path in (base_rows(job), base_passages(job))):
             judge_base(job)
         if base.valid_loss is None:
             # the judged rows are those, unless there are rows to test on
             base.valid_loss = base.judged_loss if job.inputs.rows.test is None else valid_loss_of_base(job)
+        job.conditions.files = vouched_files(folder, job.conditions)
         job.conditions.write(folder / conditions.FILE)
         runner = Runner(job)
         runner.run()
@@ -167,7 +170,8 @@ def _begin(
             f"{folder} holds {', '.join(other)} and no {conditions.FILE}: a single run, or a comparison of an earlier "
             "version, so nothing says under which conditions it was made. Give another --output-dir."
         )
-    before = conditions.read(folder) if (folder / conditions.FILE).is_file() else None
+    # whether it was changed is looked at once it is known to be the comparison that is asked for
+    before = conditions.read(folder, warn=lambda _: None) if os.path.lexists(folder / conditions.FILE) else None
     seed = settings.seed if seed is None else seed
     return settings.model_copy(update={"seed": seed, "resume": False, "output_dir": None}), before
 

@@ -32,7 +32,8 @@ MAX_LINE_BYTES, MAX_LINES_BYTES = 16 * 2**20, 2**30
 #: of a sealed record: the digest of everything else in it
 SEAL = "sha256"
 _NUMBER = re.compile("0|[1-9][0-9]{0,17}", re.ASCII)
-_AGAIN = "copy it again from where it was written"
+#: what to do about a damaged file, where nobody says more
+AGAIN = "copy it again from where it was written"
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -46,7 +47,7 @@ class Seal(enum.Enum):
 
 
 def read_json(
-    path: Path, most: int = MAX_JSON_BYTES, *, what: str = "", again: str = _AGAIN, links: bool = False,
+    path: Path, most: int = MAX_JSON_BYTES, *, what: str = "", again: str = AGAIN, links: bool = False,
     non_finite: bool = False, any_integer: bool = False,
 ) -> dict[str, Any] | None:  # fmt: skip
     """An object out of a JSON file, None where there is no file.
@@ -68,7 +69,7 @@ def read_json(
 
 
 def json_object(
-    content: bytes, where: str, what: str = "", again: str = _AGAIN, *, non_finite: bool = False,
+    content: bytes, where: str, what: str = "", again: str = AGAIN, *, non_finite: bool = False,
     any_integer: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """An object out of JSON text. Raises DataError as `read_json` does; `where` names what the text is of."""
@@ -87,7 +88,7 @@ def json_object(
 
 
 def read_yaml(
-    path: Path, most: int = MAX_YAML_BYTES, *, what: str = "", again: str = _AGAIN, links: bool = False
+    path: Path, most: int = MAX_YAML_BYTES, *, what: str = "", again: str = AGAIN, links: bool = False
 ) -> dict[str, Any] | None:
     """A mapping out of a YAML file, by the core rules of YAML 1.2; None where there is no file, {} where it is empty.
     Raises DataError as `read_json` does; also for tags that are no plain types, and aliases that grow."""
@@ -142,7 +143,7 @@ def read_lines(
 
 
 def read_record(
-    path: Path, kind: type[M], *, what: str = "", again: str = _AGAIN, warn: Callable[[str], None] | None = None
+    path: Path, kind: type[M], *, what: str = "", again: str = AGAIN, warn: Callable[[str], None] | None = None
 ) -> M | None:
     """A record of ours as its model; None where there is no file.
 
@@ -158,7 +159,7 @@ def read_record(
 
 
 def record_of(
-    content: Mapping[str, Any], path: Path, kind: type[M], *, what: str = "", again: str = _AGAIN,
+    content: Mapping[str, Any], path: Path, kind: type[M], *, what: str = "", again: str = AGAIN,
     warn: Callable[[str], None] | None = None,
 ) -> M:  # fmt: skip
     """The same of content that was read. Raises DataError."""
@@ -190,7 +191,7 @@ def without_seal(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_seal(
-    path: Path, content: Mapping[str, Any], again: str = _AGAIN, *, warn: Callable[[str], None] | None = None
+    path: Path, content: Mapping[str, Any], again: str = AGAIN, *, warn: Callable[[str], None] | None = None
 ) -> None:
     """Raise DataError where a record is not as it was written, or tell `warn` of it. The last of all checks: what is
     wrong in particular says more."""

@@ -109,7 +109,7 @@ def copy_model(source: Path, tokenizer: PreTrainedTokenizerBase, folder: str | P
     """
     folder = Path(folder)
     if (found := read_manifest(source / OUR_FILE)) is not None:
-        check_digests(found[0], source.glob("*.safetensors"))
+        check_digests(found[0], sorted(source.glob("*.safetensors")) or [source / "model.safetensors"])
     with atomic_folder(folder) as temporary:
         for file in source.iterdir():
             if file.name != OUR_FILE and not file.is_dir() and plain_file(file):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +16,14 @@ from spectune.deltas import Delta
 from spectune.errors import ConfigError, some
 from spectune.evaluation import common_answers
 from spectune.files.atomic import atomic_file, atomic_write_text
+from spectune.files.core_yaml import yaml_text
 from spectune.files.disk_errors import disk_errors
 from spectune.files.metadata import numbered, read_json, read_lines, sealed
 from spectune.files.strict_json import strict_json
 from spectune.files.tensor_file import write_tensors
 from spectune.files.weights import read_weights
 from spectune.results.run_result import RunResult
+from spectune.results.vouched import digests_of_run
 from spectune.training.checkpoint import (
     BEST,
     PREFIX,
@@ -33,6 +34,7 @@ from spectune.training.checkpoint import (
     swap_best,
 )
 from spectune.training.event_files import drop_events_after
+from spectune.training.finished import RESULT_FILE
 from spectune.training.identity import write_identity
 from spectune.training.interrupt import held_back
 from spectune.training.prepare import Prepared
@@ -52,8 +54,9 @@ def check_folder(folder: Path | None, resume: bool) -> RunResult | None:
         if resume:
             raise ConfigError("resume needs an output_dir: there is nothing to go on from")
         return None
-    done = folder / "result.json"
-    return RunResult.load(done) if resume and done.is_file() else None
+    done = folder / RESULT_FILE
+    # its seal is looked at once it is known to be the run that is asked for
+    return RunResult.load(done, warn=lambda _: None) if resume and os.path.lexists(done) else None
 
 
 def load_end(folder: Path, delta: Delta) -> None:
@@ -159,7 +162,7 @@ class RunFolder(Keeper):
                 "learning_rate": self.identity["learning_rate"],
                 **self.training,
             }
-            atomic_write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+            atomic_write_text(folder / "config.yaml", yaml_text(settings))
         atomic_write_text(folder / "environment.json", strict_json(sealed(machine)) + "\n")
         report = {part: found.report.to_dict() for part, found in zip(("train", "valid"), encoded, strict=True)}
         atomic_write_text(folder / "data_report.json", strict_json(sealed(report)) + "\n")
@@ -229,7 +232,7 @@ class RunFolder(Keeper):
         """Write the run's result, by which it counts as finished."""
         if self.folder is not None:
             with self._writing(self.folder):
-                result.save(self.folder / "result.json")
+                result.save(self.folder / RESULT_FILE, digests_of_run(self.folder))
 
     def stored_bytes(self) -> int | None:
         """Bytes of the delta's own files; None where nothing is written."""

@@ -23,6 +23,7 @@ from spectune.training.config import TrainingConfig
 from spectune.training.decisions import check_graphs
 from spectune.training.display import Display
 from spectune.training.distribution import World
+from spectune.training.finished import check_finished
 from spectune.training.identity import check_alike, check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.machine import Gauges, environment, load_of
@@ -176,6 +177,7 @@ def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out:
     folder = prepared.config.output_dir
     assert folder is not None
     check_identity(read_identity(folder), prepared.identity, folder, "finished run")
+    check_finished(folder)
     load_end(folder, delta)
     out.print(f"the run in {folder} is finished already: nothing to do", soft_wrap=True, highlight=False)
     return finished
