@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spectune.deltas import Delta
-from spectune.deltas.folder import OUR_FILE
+from spectune.deltas.folder import CONFIG_FILE, OUR_FILE
 from spectune.files.atomic import atomic_folder, remove_folder
 from spectune.files.metadata import number_of, numbered, sealed
 from spectune.files.strict_json import strict_json
@@ -35,6 +35,8 @@ TENSOR_FILES = (DELTA_FILE, BEST_FILE, OPTIMIZER_FILE, RANDOM_FILE)
 FORMAT = 2
 #: stands in `best/` beside the delta
 TRAINING_FILE = "training.json"
+#: of a fully tuned model
+MODEL_CONFIG_FILE = "config.json"
 
 
 def save_checkpoint(
@@ -125,5 +127,7 @@ def _is_ours(checkpoint: Path, entry: Path) -> bool:
 
 
 def _is_best(best: Path, *_: Path, of_step: bool = True) -> bool:
-    """Whether a run wrote the folder of its best weights."""
-    return (not of_step or number_of(best.name, BEST_PREFIX) is not None) and (best / TRAINING_FILE).is_file()
+    """Whether a run wrote the folder of its best weights, whatever has become of it."""
+    if of_step and number_of(best.name, BEST_PREFIX) is None:
+        return False
+    return any((best / name).is_file() for name in (TRAINING_FILE, OUR_FILE, CONFIG_FILE, MODEL_CONFIG_FILE))

@@ -35,6 +35,7 @@ from spectune.training.checkpoint import (
 )
 from spectune.training.event_files import drop_events_after
 from spectune.training.finished import RESULT_FILE
+from spectune.training.identity import FILE as IDENTITY_FILE
 from spectune.training.identity import write_identity
 from spectune.training.interrupt import held_back
 from spectune.training.prepare import Prepared
@@ -152,8 +153,9 @@ class RunFolder(Keeper):
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         now = self.run.progress
-        if now.step == 0:
+        if now.step == 0 or not (folder / IDENTITY_FILE).is_file():
             write_identity(folder, self.identity)
+        if now.step == 0 or not (folder / "config.yaml").is_file():
             settings = {
                 "model": str(self.run.delta.model.config._name_or_path),
                 **origin,
