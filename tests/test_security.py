@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 def test_every_test_that_is_named_exists() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text("utf-8"))
     assert len(named) > 25
-    gone = [f"{file}::{name}" for file, name in named if name not in tests_of(ROOT / file)]
+    gone = [f"{file}::{name}" for file, name in named if name not in functions_in(ROOT / file)]
     assert not gone, gone
 
 
-def tests_of(path: Path) -> set[str]:
+def functions_in(path: Path) -> set[str]:
     if not path.is_file():
         return set()
     return {node.name for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)}
