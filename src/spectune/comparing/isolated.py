@@ -24,8 +24,7 @@ from spectune.blocks.cuda_graphs import BEFORE_CAPTURE
 from spectune.blocks.execution import Execution
 from spectune.data import DataReport, Encoded, Labels, Row, load_rows
 from spectune.deltas import Method, attach
-from spectune.errors import OutOfMemoryError, SpectuneError, first_line
-from spectune.inference import is_out_of_memory
+from spectune.errors import OutOfMemoryError, SpectuneError, first_line, is_out_of_memory
 from spectune.methods import method_from_dict
 from spectune.storage import load
 from spectune.training import TrainingConfig

@@ -7,12 +7,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune import embedded
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, DataError, OutOfMemoryError, first_line, is_out_of_memory
+from spectune.families import vocabulary_rows
 from spectune.objectives import CAUSAL_LM
+from spectune.storage.accounting import check_numbers
 from spectune.storage.base_precision import base_dtype, check_precision, quantise_base
-from spectune.storage.descriptions import load_config, load_tokenizer, read, source_of
+from spectune.storage.descriptions import load_config, load_tokenizer, source_of
 from spectune.storage.devices import resolve_device
-from spectune.storage.heads import HeadSettings, read_with_head
+from spectune.storage.heads import HeadSettings
+from spectune.storage.models import Reading, read_model
 
 __all__ = ["TINY", "load", "load_config", "load_tokenizer"]
 
@@ -30,6 +33,8 @@ def load(
     id2label: Mapping[int, str] | Sequence[str] | None = None,
     problem_type: str | None = None,
     seed: int = 0,
+    trust_remote_code: bool = False,
+    allow_missing_weights: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base and its tokenizer, in evaluation mode.
 
@@ -48,11 +53,17 @@ def load(
             (regression).
         id2label: the classes' names.
         problem_type: of SEQ_CLS, as transformers has it: "single_label_classification" or "regression".
-        seed: of a head that the checkpoint has not, or has for another number of labels.
+        seed: of a head that the checkpoint has not, or has for another number of labels; and of weights that it lacks.
+        trust_remote_code: Python code that comes with the base may run, with this process's rights. It is never asked
+            for on standard input, and a base that has a class in transformers is loaded without.
+        allow_missing_weights: weights that the checkpoint lacks, or has in another shape, begin at random, which is
+            said, and those of the decoder that the config has no place for are left out.
 
     Raises:
         ConfigError: a precision that this device or this base cannot take, or one for a model that is loaded already.
-        DataError: the base cannot be found or read; the message lists what to do.
+        DataError: the base cannot be found or read, is damaged, lacks weights or holds others than its config
+            describes, or needs code of its own; the message says what to do.
+        OutOfMemoryError: there is no room for it, on the host or the device.
     """
     check_precision(base_precision)
     head = HeadSettings(task_type, num_labels, id2label, problem_type, seed)
@@ -63,19 +74,53 @@ def load(
                 "quantise that one with spectune.storage.quantise_base(model, precision)"
             )
         head.check(name)
-        return name, load_tokenizer(str(name.config._name_or_path))
+        return name, load_tokenizer(str(name.config._name_or_path), trust_remote_code=trust_remote_code)
     source = source_of(name)
     place = resolve_device(device)
-    config = load_config(source)
+    config = load_config(source, trust_remote_code=trust_remote_code)
     if base_precision is not None and getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"base_precision = {base_precision}: {source} is quantised already; leave base_precision out")
     resolved = base_dtype(dtype, place, getattr(config, "dtype", None), base_precision)
-    tokenizer = load_tokenizer(source)
-    if head.has_head:
-        objective = head.apply(config, tokenizer)
-        model = read(source, lambda: read_with_head(source, config, objective, dtype=resolved, seed=seed))
-    else:
-        model = read(source, lambda: CAUSAL_LM.auto_class.from_pretrained(source, dtype=resolved))
-    if base_precision is not None:
-        quantise_base(model, base_precision, device=place)
-    return model.to(place).eval(), tokenizer
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    objective = head.apply(config, tokenizer) if head.has_head else CAUSAL_LM
+    reading = Reading(source, resolved, seed, trust_remote_code, allow_missing_weights)
+    model = read_model(reading, objective.auto_class, config, objective=objective)
+    check_ids(source, model, tokenizer)
+    return placed(source, model, place, base_precision).eval(), tokenizer
+
+
+def check_ids(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError where the tokens that begin and end a text have no row in the base's embeddings."""
+    rows = vocabulary_rows(model)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    if past := [f"{name} = {token}" for name, token in ids.items() if isinstance(token, int) and token >= rows]:
+        raise DataError(
+            f"{source}: its tokenizer has {' and '.join(past)}, and the base has embeddings for {rows} tokens: they do "
+            "not belong together. Copy both again from where they were written, or resize the embeddings"
+        )
+
+
+def placed(
+    source: str, model: PreTrainedModel, place: torch.device, base_precision: str | None = None
+) -> PreTrainedModel:
+    """The model on a device, with its weights looked at there. Raises OutOfMemoryError; DataError: weights are not
+    finite."""
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    try:
+        if base_precision is not None:
+            check_numbers(source, model)  # of codes nobody can tell
+            quantise_base(model, base_precision, device=place)
+        moved: PreTrainedModel = model if model.device == place else model.to(place)  # type: ignore[arg-type]
+        check_numbers(source, moved)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        how = f"quantised to {base_precision} on" if base_precision is not None else "put on"
+        less = (
+            "" if base_precision is not None else ", --base-precision nf4 or fp8 (methods that leave the base frozen)"
+        )
+        raise OutOfMemoryError(
+            f"out of memory while {source} ({size / 2**30:,.2f} GiB in {str(model.dtype).removeprefix('torch.')}) was "
+            f"{how} {place}: {first_line(error)}. Take --dtype bfloat16{less}, a smaller base, or another --device."
+        ) from error
+    return moved

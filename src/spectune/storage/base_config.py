@@ -1,0 +1,86 @@
+"""`config.json` as it stands in a base's folder: what no model can have, and what would fetch code."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from spectune.errors import DataError, some
+
+#: of a model: its parts, each of which is an object in memory; and its sizes. The largest known have a tenth of them.
+MOST_PARTS, MOST_SIZE = 2**12, 2**24
+_PARTS = re.compile(r"(^|_)(layers?|blocks?|experts|heads?|stages|groups)(_per_\w+)?$")
+_SIZES = re.compile(r"(size|dim|rank|hidden|inner|width|embd|d_model|d_ff|d_kv|positions?|embeddings|labels)$")
+#: what every model has at least one of
+_ONE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+#: where a config says by which kernel attention, experts and so on are computed
+_KERNELS = re.compile(r"^_?\w*implementation(_internal)?$|^kernel_config$|^use_kernels$")
+#: token ids and lists of them
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_ANY_LENGTH = re.compile(r"positions?|embeddings|max_")
+_COPY = "copy it again from where it was written"
+
+
+def check_config(found: Mapping[str, Any], path: Path) -> None:
+    """Raise DataError where a config has numbers that no model has, of parts that a library would begin to make; names
+    a kernel of the hub, which is code; or says what is its own code in another form than transformers writes."""
+    problems = [problem for key, value in _entries(found, "") if (problem := _problem(key, value)) is not None]
+    code = found.get("auto_map")
+    if code is not None and not (isinstance(code, dict) and all(_is_code(value) for value in code.values())):
+        problems.append("auto_map is no object of names")
+    quantised = found.get("quantization_config")
+    if quantised is not None and not isinstance(quantised, dict):
+        problems.append(f"quantization_config is a {type(quantised).__name__}, expected an object")
+    if problems:
+        raise DataError(f"{path} describes no base that can be loaded: {some(problems)}; {_COPY}")
+
+
+def check_described(config: Any, path: str) -> None:
+    """Raise DataError where a config that transformers has read lacks a size, or has one of another type."""
+    try:
+        text = config.get_text_config()
+        sizes = {name: getattr(text, name, None) for name in _ONE}
+    except Exception as error:  # configs are code, of many authors
+        raise DataError(f"{path}: {type(error).__name__}: {error}; {_COPY}") from error
+    problems = [
+        f"{name} is {str(value)[:40]}"
+        for name, value in sizes.items()
+        if value is not None and not isinstance(value, list) and (type(value) is not int or value < 1)
+    ]
+    if problems:
+        raise DataError(f"{path}: {some(problems)}, expected a whole number of one or more; {_COPY}")
+
+
+def _entries(found: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in found.items():
+        if isinstance(value, dict):
+            yield from _entries(value, f"{prefix}{key}.")
+        yield f"{prefix}{key}", value
+
+
+def _problem(place: str, value: Any) -> str | None:
+    key = place.rpartition(".")[2]
+    if _KERNELS.match(key) and _of_hub(value):
+        return f"{place} is {str(value)[:100]!a}, which is code from the hub; take it out"
+    if key in _IDS:
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        return None if all(type(i) is int for i in ids) else f"{place} is {str(value)[:60]!a}, expected a token's id"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not key.isascii():
+        return None
+    most = MOST_PARTS if _PARTS.search(key) else MOST_SIZE if _SIZES.search(key) else None
+    if most == MOST_SIZE and _ANY_LENGTH.search(key):
+        most = 2**40
+    if most is not None and not -1 <= value <= most:  # -1 is none, in some
+        return f"{place} is {value}, expected at most {most:,}"
+    return None
+
+
+def _of_hub(value: Any) -> bool:
+    """Whether a kernel is named by its repository; of a mapping, any."""
+    if isinstance(value, dict):
+        return any(_of_hub(inner) for inner in value.values())
+    return isinstance(value, str) and "/" in value
+
+
+def _is_code(value: Any) -> bool:
+    return all(item is None or isinstance(item, str) for item in (value if isinstance(value, list) else [value]))
