@@ -121,7 +121,7 @@ class Routes:
             return loop(run, execution)
 
         self.patch.setattr(isolated, "Loop", noting)
-        _measure(memory_job(str(self.files["base"]), "cpu", "float32", self.method, self.config, self.files["train"]))
+        _measure(memory_job(base, self.method, self.config, self.files["train"]))
         [found] = seen
         return found
 

@@ -40,6 +40,8 @@ def generate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing_weights: options.AllowMissingWeights = False,
     as_json: options.Json = False,
 ) -> None:
     """Generate a completion for each prompt, with the newest run or the one that --run names; with --model alone, by
@@ -58,7 +60,7 @@ def generate(
     """
     if prompts and data is not None:
         raise ConfigError("prompts come from the command line or from --data, not from both")
-    found = run_on(run, model)
+    found = run_on(run, model).allowing(trust_remote_code, allow_missing_weights)
     with work(as_json=as_json) as out:
         if prompts:
             asked, source = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)], ""

@@ -31,7 +31,9 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
     task_type = task_type_of(rows) if wanted == "auto" else wanted
     if task_type == "CAUSAL_LM":
         return None
-    config = load_config(settings.base) if base is None else base
+    config = base
+    if config is None:
+        config = load_config(settings.base, trust_remote_code=settings.trust_remote_code)
     labels = find_labels(rows, task_type, classes_of_checkpoint(config, task_type))
     if labels is not None:
         note(f"task: {labels.describe()}{', by the rows' if wanted == 'auto' else ''}")
@@ -44,7 +46,7 @@ def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> 
     from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
     from spectune.storage import load_config
 
-    config = load_config(settings.base)
+    config = load_config(settings.base, trust_remote_code=settings.trust_remote_code)
     known = {kind: classes_of_checkpoint(config, kind) for kind in (SEQ_CLS, TOKEN_CLS)}
     named = arms_of(arms, settings.text("base_precision"))
     found = with_labels(named, rows, settings.training().task_type, known)
@@ -53,13 +55,13 @@ def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> 
     return found
 
 
-def labels_of_checkpoint(base: str) -> Labels | None:
+def labels_of_checkpoint(base: str, trust_remote_code: bool = False) -> Labels | None:
     """What the head of a model that is taken as it is says, by its config; None of a language model's."""
     from spectune.data import Labels
     from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
     from spectune.storage import load_config
 
-    config = load_config(base)
+    config = load_config(base, trust_remote_code=trust_remote_code)
     kind = next((kind for kind in (SEQ_CLS, TOKEN_CLS) if classes_of_checkpoint(config, kind)), None)
     return None if kind is None else Labels.of_model(kind, config)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 #: Keys of the command itself; everything else is the training's or a method's.
 RUN_KEYS = frozenset(
     {"model", "data", "valid", "test", "retain", "output_dir", "method", "methods", "device", "dtype", "base_precision"}
+    | {"trust_remote_code", "allow_missing_weights"}
     # which rows of the data were held out, where that is not by the run's own seed
     | {"split_seed"}
     # a comparison's
@@ -67,12 +68,25 @@ class Settings:
 
     @property
     def placement(self) -> dict[str, Any]:
-        """How the base is loaded, as `spectune.load` takes it: device and dtype, "auto" where they were left open, and
-        what its frozen weights are stored in, None where that is `dtype`."""
+        """How the base is loaded, as `spectune.load` takes it: device and dtype, "auto" where they were left open;
+        what its frozen weights are stored in, None where that is `dtype`; and what of it is allowed."""
         return {
             "device": self.text("device") or "auto", "dtype": self.text("dtype") or "auto",
-            "base_precision": self.text("base_precision"),
+            "base_precision": self.text("base_precision"), "trust_remote_code": self.trust_remote_code,
+            "allow_missing_weights": self.switch("allow_missing_weights"),
         }  # fmt: skip
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether Python code that comes with the base may run."""
+        return self.switch("trust_remote_code")
+
+    def switch(self, key: str) -> bool:
+        """A key of the command itself that is on or off. Raises ConfigError: it is something else."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self._unexpected(key, "true or false")
+        return bool(value)
 
     def text(self, key: str) -> str | None:
         """A key of the command itself that has to be text. Raises ConfigError: it is something else."""

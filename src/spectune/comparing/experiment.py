@@ -40,6 +40,7 @@ def compare(
     limits: Limits | None = None, seed: int | None = None, device: str = "auto", dtype: str = "auto",
     base_precision: str | None = None, retain: str | Path | None = None, resume: bool = False,
     choice_normalization: str = "sum", origin: Mapping[str, Any] | None = None, console: Console | None = None,
+    trust_remote_code: bool = False, allow_missing_weights: bool = False,
 ) -> Comparison:  # fmt: skip
     """Search each method's learning rate, train it with several seeds, measure all alike, and say what differs.
 
@@ -65,6 +66,7 @@ def compare(
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
         choice_normalization: "sum", "token" or "byte", see `spectune.evaluation.Task`.
         origin: entries for config.yaml, the comparison's and each run's, see `train`.
+        trust_remote_code, allow_missing_weights: what of the base is allowed, see `spectune.load`.
 
     Raises:
         ConfigError, DataError: bad settings or data, or a folder to go on in whose runs had other settings, data or
@@ -82,7 +84,8 @@ def compare(
     settings, folder, before = _begin(config, seed, output_dir, resume)
     arms = arms_of(methods, base_precision)
     rows = phases.call("rows", Rows.read, train_rows, valid_rows, test_rows, settings)
-    where = {"device": device, "dtype": dtype, "base_precision": base_precision}
+    where = {"device": device, "dtype": dtype, "base_precision": base_precision,
+             "trust_remote_code": trust_remote_code, "allow_missing_weights": allow_missing_weights}  # fmt: skip
     return _carried_out(
         Beginning.of(
             base, arms, rows, settings, tokenizer=tokenizer, where=where, own=own, folder=folder, before=before,

@@ -41,6 +41,7 @@ def plan(
     device: str | torch.device = "cuda",
     task_type: str | None = None,
     num_labels: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Estimate:
     """Bytes of one training step by term, and its peak. No weights are read or made, and no device is needed.
 
@@ -62,15 +63,17 @@ def plan(
         optim: as in `TrainingConfig`.
         device: "cuda", "cpu" or "mps": which kernels run.
         task_type, num_labels: the head of a base that is not loaded, see `load`; None is the vocabulary's.
+        trust_remote_code: Python code that comes with a base that is given by name may run, see `load`.
 
     Raises:
         ConfigError: a setting is wrong, the base has no room for that length, the method cannot act on this base, or
             block inputs are to go to host memory on another device than CUDA.
-        DataError: no such base.
+        DataError: no such base, or its config describes no model.
     """
     accumulates = gradient_accumulation_steps > 1
     workload = Workload.of(base, method, dtype, device, base_precision=base_precision, optim=optim,
-                           accumulates=accumulates, task_type=task_type, num_labels=num_labels)  # fmt: skip
+                           accumulates=accumulates, task_type=task_type, num_labels=num_labels,
+                           trust_remote_code=trust_remote_code)  # fmt: skip
     shape = batch if isinstance(batch, Shape) else Shape.whole(batch, length)
     execution = execution or Execution(torch_compile, cuda_graphs)
     mode = execution.recomputation if gradient_checkpointing is None else gradient_checkpointing

@@ -7,17 +7,21 @@ from typing import Any
 
 from spectune.errors import DataError, some
 
-#: of a model: its parts, each of which is an object in memory; and its sizes. The largest known have a tenth of them.
-MOST_PARTS, MOST_SIZE = 2**12, 2**24
-_PARTS = re.compile(r"(^|_)(layers?|blocks?|experts|heads?|stages|groups)(_per_\w+)?$")
-_SIZES = re.compile(r"(size|dim|rank|hidden|inner|width|embd|d_model|d_ff|d_kv|positions?|embeddings|labels)$")
+#: of a model: its parts, each of which is an object in memory, as each label is; its sizes; and its positions. The
+#: largest known have a tenth of them.
+MOST_PARTS, MOST_LABELS, MOST_SIZE, MOST_POSITIONS = 2**12, 2**17, 2**24, 2**40
+_MOST = (
+    (re.compile(r"(^|_)(layers?|blocks?|experts|heads?|stages|groups)(_per_\w+)?$"), MOST_PARTS),
+    (re.compile(r"(^|_)labels$"), MOST_LABELS),
+    (re.compile(r"positions?$|embeddings$|max_"), MOST_POSITIONS),
+    (re.compile(r"(size|dim|rank|hidden|inner|width|embd|d_model|d_ff|d_kv)$"), MOST_SIZE),
+)
 #: what every model has at least one of
 _ONE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 #: where a config says by which kernel attention, experts and so on are computed
 _KERNELS = re.compile(r"^_?\w*implementation(_internal)?$|^kernel_config$|^use_kernels$")
 #: token ids and lists of them
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_ANY_LENGTH = re.compile(r"positions?|embeddings|max_")
 _COPY = "copy it again from where it was written"
 
 
@@ -46,6 +50,7 @@ def check_described(config: Any, path: str) -> None:
         f"{name} is {str(value)[:40]}"
         for name, value in sizes.items()
         if value is not None and not isinstance(value, list) and (type(value) is not int or value < 1)
+        if not (name == "max_position_embeddings" and value == -1)  # without a limit
     ]
     if problems:
         raise DataError(f"{path}: {some(problems)}, expected a whole number of one or more; {_COPY}")
@@ -67,10 +72,9 @@ def _problem(place: str, value: Any) -> str | None:
         return None if all(type(i) is int for i in ids) else f"{place} is {str(value)[:60]!a}, expected a token's id"
     if isinstance(value, bool) or not isinstance(value, int | float) or not key.isascii():
         return None
-    most = MOST_PARTS if _PARTS.search(key) else MOST_SIZE if _SIZES.search(key) else None
-    if most == MOST_SIZE and _ANY_LENGTH.search(key):
-        most = 2**40
-    if most is not None and not -1 <= value <= most:  # -1 is none, in some
+    most = next((most for pattern, most in _MOST if pattern.search(key)), None)
+    least = -1 if key.startswith(("num_", "n_")) else -MOST_PARTS  # -1 is none, in some; others count from the end
+    if most is not None and not least <= value <= most:
         return f"{place} is {value}, expected at most {most:,}"
     return None
 
