@@ -121,6 +121,7 @@ class Routes:
             return loop(run, execution)
 
         self.patch.setattr(isolated, "Loop", noting)
+        base = {"name": str(self.files["base"]), "device": "cpu", "dtype": "float32"}
         _measure(memory_job(base, self.method, self.config, self.files["train"]))
         [found] = seen
         return found

@@ -31,9 +31,7 @@ def generate(
     data: Annotated[str | None, typer.Option(help="Take the prompts from the rows of a file.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Number of rows of --data.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens for each prompt.")] = 64,
-    do_sample: Annotated[
-        bool, typer.Option("--do-sample", help="Sample tokens; the default is greedy decoding.")
-    ] = False,
+    do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample tokens; else decoding is greedy.")] = False,
     temperature: Annotated[float, typer.Option(min=0.01, help="Temperature for --do-sample.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus probability for --do-sample.")] = 1.0,
     seed: options.Seed = None,

@@ -33,7 +33,7 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
         return None
     config = base
     if config is None:
-        config = load_config(settings.base, trust_remote_code=settings.trust_remote_code)
+        config = load_config(settings.base, trust_remote_code=settings.placement["trust_remote_code"])
     labels = find_labels(rows, task_type, classes_of_checkpoint(config, task_type))
     if labels is not None:
         note(f"task: {labels.describe()}{', by the rows' if wanted == 'auto' else ''}")
@@ -46,7 +46,7 @@ def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> 
     from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
     from spectune.storage import load_config
 
-    config = load_config(settings.base, trust_remote_code=settings.trust_remote_code)
+    config = load_config(settings.base, trust_remote_code=settings.placement["trust_remote_code"])
     known = {kind: classes_of_checkpoint(config, kind) for kind in (SEQ_CLS, TOKEN_CLS)}
     named = arms_of(arms, settings.text("base_precision"))
     found = with_labels(named, rows, settings.training().task_type, known)

@@ -152,7 +152,7 @@ class Plans:
         name = settings.text("device") or ("cuda" if memory is not None else "auto")
         device = str(resolve_device(name)) if name == "auto" else name
         limit = free_memory(device) if memory is None else bytes_of(memory, "--memory")
-        base = load_config(settings.base, trust_remote_code=settings.trust_remote_code)
+        base = load_config(settings.base, trust_remote_code=settings.placement["trust_remote_code"])
         positions = positions_of(base)
         rooms = [] if positions is None else [positions - method.virtual_tokens for method in methods]
         most = min((room for room in rooms if room >= 2), default=positions or DEFAULT_LENGTH)
@@ -216,7 +216,9 @@ class Plans:
         if self.rows is None:
             return None
         if length not in self._encoded:
-            tokenizer = load_tokenizer(self.settings.base, trust_remote_code=self.settings.trust_remote_code)
+            tokenizer = load_tokenizer(
+                self.settings.base, trust_remote_code=self.settings.placement["trust_remote_code"]
+            )
             how = {**self.config.encode_options, "labels": self.labels}
             how["vocab_size"] = getattr(self.base.get_text_config(), "vocab_size", None)
             train, valid = (encode(part, tokenizer, max_length=length, **how) for part in self.rows)

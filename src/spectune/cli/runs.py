@@ -70,7 +70,7 @@ def origin(settings: Settings) -> dict[str, Any]:
     keys = ("retain", "device", "dtype", "base_precision")
     named = {key: value for key in ("data", "valid", "test", "split_seed") if (value := settings.get(key)) is not None}
     kept: dict[str, Any] = {key: value for key in keys if (value := settings.text(key)) is not None}
-    if settings.switch("allow_missing_weights"):
+    if settings.placement["allow_missing_weights"]:
         kept["allow_missing_weights"] = True
     return {"model": settings.base, **named, **kept}
 

@@ -72,21 +72,9 @@ class Settings:
         what its frozen weights are stored in, None where that is `dtype`; and what of it is allowed."""
         return {
             "device": self.text("device") or "auto", "dtype": self.text("dtype") or "auto",
-            "base_precision": self.text("base_precision"), "trust_remote_code": self.trust_remote_code,
-            "allow_missing_weights": self.switch("allow_missing_weights"),
+            "base_precision": self.text("base_precision"), "trust_remote_code": _switch(self, "trust_remote_code"),
+            "allow_missing_weights": _switch(self, "allow_missing_weights"),
         }  # fmt: skip
-
-    @property
-    def trust_remote_code(self) -> bool:
-        """Whether Python code that comes with the base may run."""
-        return self.switch("trust_remote_code")
-
-    def switch(self, key: str) -> bool:
-        """A key of the command itself that is on or off. Raises ConfigError: it is something else."""
-        value = self.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self._unexpected(key, "true or false")
-        return bool(value)
 
     def text(self, key: str) -> str | None:
         """A key of the command itself that has to be text. Raises ConfigError: it is something else."""
@@ -229,6 +217,14 @@ class Settings:
                 raise ConfigError(f"{self.given[key].where}: {twice} is named more than once; name each method once.")
             return names
         return list(default)
+
+
+def _switch(settings: Settings, key: str) -> bool:
+    """A key of the command itself that is on or off. Raises ConfigError: it is something else."""
+    value = settings.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{settings.given[key].where}: {key} is {shown(value)}; expected true or false.")
+    return bool(value)
 
 
 def _weighted(text: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def validate(
         check_inputs(settings)
         from spectune.storage import load_tokenizer
 
-        tokenizer = load_tokenizer(settings.base, trust_remote_code=settings.trust_remote_code)
+        tokenizer = load_tokenizer(settings.base, trust_remote_code=settings.placement["trust_remote_code"])
         parts = _checked(settings, tokenizer)
         overlaps = _overlaps(parts, settings.training())
         shown = parts[0].shown(show)
@@ -82,7 +82,10 @@ def _checked(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Che
     from spectune.storage.descriptions import positions_of
     from spectune.training.config import DEFAULT_LENGTH
 
-    chosen, base = settings.training(), load_config(settings.base, trust_remote_code=settings.trust_remote_code)
+    chosen, base = (
+        settings.training(),
+        load_config(settings.base, trust_remote_code=settings.placement["trust_remote_code"]),
+    )
     length = chosen.max_length or min(positions_of(base) or DEFAULT_LENGTH, DEFAULT_LENGTH)
     how = {**chosen.encode_options, "vocab_size": getattr(base.get_text_config(), "vocab_size", None)}
     found, problems = list["Checked"](), list[DataError]()

@@ -61,12 +61,11 @@ def compare(
         generate_rows: judged rows that every final run writes a completion for.
         limits: of the user, for the recommendation; a resumption without any keeps those it began with.
         seed: of weights, data order and splits; default is the config's.
-        output_dir, resume: default is the config's, else a new temporary folder; to go on there with what has ended.
-        base_precision: what the frozen base's weights are stored in, see `spectune.load`.
+        output_dir, resume: default is the config's, else a new temporary folder; to go on with what has ended.
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
         choice_normalization: "sum", "token" or "byte", see `spectune.evaluation.Task`.
         origin: entries for config.yaml, the comparison's and each run's, see `train`.
-        trust_remote_code, allow_missing_weights: what of the base is allowed, see `spectune.load`.
+        base_precision, trust_remote_code, allow_missing_weights: how the base is loaded, see `spectune.load`.
 
     Raises:
         ConfigError, DataError: bad settings or data, or a folder to go on in whose runs had other settings, data or

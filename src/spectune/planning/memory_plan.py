@@ -57,13 +57,12 @@ def plan(
             that fits into `memory`, and the last where none does; None is `execution`'s, else none.
         torch_compile: blocks are compiled. Whether a run compiles (`TrainingConfig`'s "auto") follows from its length,
             which is not known here: `spectune plan --data` and `train` work it out.
-        cuda_graphs: blocks are captured as CUDA graphs, where nothing is recomputed. What the graphs of one shape of a
-            batch keep from step to step is added (`Estimate.recordings`).
+        cuda_graphs: blocks are captured as CUDA graphs, where nothing is recomputed; with what those of one shape keep
+            from step to step (`Estimate.recordings`).
         memory: bytes, or "24GiB", for "auto"; None is what is free on that device here, if that can be found out.
         optim: as in `TrainingConfig`.
         device: "cuda", "cpu" or "mps": which kernels run.
-        task_type, num_labels: the head of a base that is not loaded, see `load`; None is the vocabulary's.
-        trust_remote_code: Python code that comes with a base that is given by name may run, see `load`.
+        task_type, num_labels, trust_remote_code: of a base that is not loaded, see `load`.
 
     Raises:
         ConfigError: a setting is wrong, the base has no room for that length, the method cannot act on this base, or

@@ -49,20 +49,18 @@ def load(
             bfloat16 on CUDA. The weights are read to the host first and go to the device one by one.
         task_type: the head, by PEFT's name: "CAUSAL_LM" (the vocabulary's), "SEQ_CLS" (a class or a number for a text)
             or "TOKEN_CLS" (a class for each token). The latter two are trained and stored with each delta.
-        num_labels: outputs of that head; None: as the checkpoint's config has it. One output of SEQ_CLS is a number
-            (regression).
+        num_labels: outputs of that head; None: as the checkpoint's config has it. One of SEQ_CLS is a regression.
         id2label: the classes' names.
         problem_type: of SEQ_CLS, as transformers has it: "single_label_classification" or "regression".
         seed: of a head that the checkpoint has not, or has for another number of labels; and of weights that it lacks.
-        trust_remote_code: Python code that comes with the base may run, with this process's rights. It is never asked
-            for on standard input, and a base that has a class in transformers is loaded without.
-        allow_missing_weights: weights that the checkpoint lacks, or has in another shape, begin at random, which is
-            said, and those of the decoder that the config has no place for are left out.
+        trust_remote_code: Python code that comes with the base may run, with this process's rights; never asked for.
+        allow_missing_weights: what the checkpoint lacks, or has in another shape, begins at random, and what of it the
+            config has no place for is left out; both are said.
 
     Raises:
         ConfigError: a precision that this device or this base cannot take, or one for a model that is loaded already.
-        DataError: the base cannot be found or read, is damaged, lacks weights or holds others than its config
-            describes, or needs code of its own; the message says what to do.
+        DataError: the base cannot be found or read, is damaged, needs code of its own, or does not hold the weights
+            that its config describes; the message says what to do.
         OutOfMemoryError: there is no room for it, on the host or the device.
     """
     check_precision(base_precision)
@@ -75,21 +73,19 @@ def load(
             )
         head.check(name)
         return name, load_tokenizer(str(name.config._name_or_path), trust_remote_code=trust_remote_code)
-    source = source_of(name)
-    place = resolve_device(device)
+    source, place = source_of(name), resolve_device(device)
     config = load_config(source, trust_remote_code=trust_remote_code)
     if base_precision is not None and getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"base_precision = {base_precision}: {source} is quantised already; leave base_precision out")
     resolved = base_dtype(dtype, place, getattr(config, "dtype", None), base_precision)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     objective = head.apply(config, tokenizer) if head.has_head else CAUSAL_LM
-    reading = Reading(source, resolved, seed, trust_remote_code, allow_missing_weights)
-    model = read_model(reading, objective.auto_class, config, objective=objective)
-    check_ids(source, model, tokenizer)
-    return placed(source, model, place, base_precision).eval(), tokenizer
+    model = read_model(Reading(source, resolved, seed, trust_remote_code, allow_missing_weights), objective, config)
+    _check_ids(source, model, tokenizer)
+    return _placed(source, model, place, base_precision).eval(), tokenizer
 
 
-def check_ids(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_ids(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise DataError where the tokens that begin and end a text have no row in the base's embeddings."""
     rows = vocabulary_rows(model)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
@@ -100,9 +96,7 @@ def check_ids(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         )
 
 
-def placed(
-    source: str, model: PreTrainedModel, place: torch.device, base_precision: str | None = None
-) -> PreTrainedModel:
+def _placed(source: str, model: PreTrainedModel, place: torch.device, base_precision: str | None) -> PreTrainedModel:
     """The model on a device, with its weights looked at there. Raises OutOfMemoryError; DataError: weights are not
     finite."""
     size = sum(parameter.nbytes for parameter in model.parameters())

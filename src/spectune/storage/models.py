@@ -5,7 +5,6 @@ import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
@@ -25,25 +24,19 @@ class Reading:
     """How a base is read, as `load` takes it.
 
     Attributes:
-        dtype: "auto": as the checkpoint has it.
         seed: of weights that begin at random.
     """
 
     source: str
-    dtype: torch.dtype | str
+    dtype: torch.dtype
     seed: int = 0
     trust_remote_code: bool = False
     allow_missing_weights: bool = False
 
 
-def read_model(
-    reading: Reading, kind: Any, config: PretrainedConfig, *, objective: Objective = CAUSAL_LM
-) -> PreTrainedModel:
+def read_model(reading: Reading, objective: Objective, config: PretrainedConfig) -> PreTrainedModel:
     """The base on the host, in evaluation mode; with the head of `config`: the checkpoint's own, where it has one of
     these sizes, and else one that is drawn as transformers draws it, with the seed.
-
-    Args:
-        kind: the class that reads it: one of transformers' `Auto` classes, or a model's own.
 
     Raises:
         DataError: its files are damaged, or do not hold what its config describes.
@@ -54,12 +47,12 @@ def read_model(
     weights = read_weights(source, read_config(source))
     quantised = getattr(config, "quantization_config", None) is not None
     account = Account(source, weights, quantised, reading.allow_missing_weights, reading.seed)
-    empty = _empty(kind, config, objective)
+    empty = objective.empty_model(copy.deepcopy(config))
     account.check_headers(empty)
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(reading.seed)
         model, found = from_pretrained(
-            kind, source, f"{weights.names} ({weights.nbytes / 2**30:,.2f} GiB)", config=config, dtype=reading.dtype,
+            objective.auto_class, source, f"{weights.names} ({weights.nbytes / 2**30:,.2f} GiB)", config=config, dtype=reading.dtype,
             trust_remote_code=reading.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     has_head = objective.task_type != CAUSAL_LM.task_type
@@ -70,16 +63,6 @@ def read_model(
             source, objective.task_type, config.num_labels, " and ".join(new), reading.seed,
         )  # fmt: skip
     return model  # type: ignore[no-any-return]
-
-
-def _empty(kind: Any, config: PretrainedConfig, objective: Objective) -> PreTrainedModel:
-    """The model without weights that `kind` would read."""
-    own = copy.deepcopy(config)
-    if not hasattr(kind, "_from_config"):
-        return objective.empty_model(own)
-    with torch.device("meta"):
-        model: PreTrainedModel = kind._from_config(own)
-    return model
 
 
 @contextlib.contextmanager
