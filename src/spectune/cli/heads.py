@@ -23,6 +23,7 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
     Raises:
         ConfigError: the setting is wrong. DataError: rows without a label, or with labels of mixed kinds.
     """
+    from spectune.cli.settings import own_code
     from spectune.data import find_labels, task_type_of
     from spectune.data.head_labels import classes_of_checkpoint
     from spectune.storage import load_config
@@ -33,7 +34,7 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
         return None
     config = base
     if config is None:
-        config = load_config(settings.base, trust_remote_code=settings.placement["trust_remote_code"])
+        config = load_config(settings.base, **own_code(settings))
     labels = find_labels(rows, task_type, classes_of_checkpoint(config, task_type))
     if labels is not None:
         note(f"task: {labels.describe()}{', by the rows' if wanted == 'auto' else ''}")
@@ -42,11 +43,12 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
 
 def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> list[Arm]:
     """Arms with what each learns of training rows, which is said. Raises as `spectune.comparing.arms.with_labels`."""
+    from spectune.cli.settings import own_code
     from spectune.comparing.arms import arms_of, with_labels
     from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
     from spectune.storage import load_config
 
-    config = load_config(settings.base, trust_remote_code=settings.placement["trust_remote_code"])
+    config = load_config(settings.base, **own_code(settings))
     known = {kind: classes_of_checkpoint(config, kind) for kind in (SEQ_CLS, TOKEN_CLS)}
     named = arms_of(arms, settings.text("base_precision"))
     found = with_labels(named, rows, settings.training().task_type, known)

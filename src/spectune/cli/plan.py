@@ -15,7 +15,7 @@ from spectune.cli.heads import decided, head_options
 from spectune.cli.input_rows import check_inputs, named, rows_of, training_rows
 from spectune.cli.known_keys import method_names
 from spectune.cli.planned_text import Arm, decisions, print_plan
-from spectune.cli.settings import Settings
+from spectune.cli.settings import Settings, own_code
 from spectune.errors import ConfigError, DoesNotFitError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Plans:
         name = settings.text("device") or ("cuda" if memory is not None else "auto")
         device = str(resolve_device(name)) if name == "auto" else name
         limit = free_memory(device) if memory is None else bytes_of(memory, "--memory")
-        base = load_config(settings.base, trust_remote_code=settings.placement["trust_remote_code"])
+        base = load_config(settings.base, **own_code(settings))
         positions = positions_of(base)
         rooms = [] if positions is None else [positions - method.virtual_tokens for method in methods]
         most = min((room for room in rooms if room >= 2), default=positions or DEFAULT_LENGTH)
@@ -216,9 +216,7 @@ class Plans:
         if self.rows is None:
             return None
         if length not in self._encoded:
-            tokenizer = load_tokenizer(
-                self.settings.base, trust_remote_code=self.settings.placement["trust_remote_code"]
-            )
+            tokenizer = load_tokenizer(self.settings.base, **own_code(self.settings))
             how = {**self.config.encode_options, "labels": self.labels}
             how["vocab_size"] = getattr(self.base.get_text_config(), "vocab_size", None)
             train, valid = (encode(part, tokenizer, max_length=length, **how) for part in self.rows)

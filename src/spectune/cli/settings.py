@@ -72,7 +72,7 @@ class Settings:
         what its frozen weights are stored in, None where that is `dtype`; and what of it is allowed."""
         return {
             "device": self.text("device") or "auto", "dtype": self.text("dtype") or "auto",
-            "base_precision": self.text("base_precision"), "trust_remote_code": _switch(self, "trust_remote_code"),
+            "base_precision": self.text("base_precision"), **own_code(self),
             "allow_missing_weights": _switch(self, "allow_missing_weights"),
         }  # fmt: skip
 
@@ -217,6 +217,11 @@ class Settings:
                 raise ConfigError(f"{self.given[key].where}: {twice} is named more than once; name each method once.")
             return names
         return list(default)
+
+
+def own_code(settings: Settings) -> dict[str, bool]:
+    """Whether Python code that comes with the base may run: an argument of what reads its config or tokenizer."""
+    return {"trust_remote_code": _switch(settings, "trust_remote_code")}
 
 
 def _switch(settings: Settings, key: str) -> bool:

@@ -11,7 +11,7 @@ from spectune.cli.checked_text import print_overlaps, print_part, print_rows
 from spectune.cli.console import print_answer, work
 from spectune.cli.heads import decided
 from spectune.cli.input_rows import check_inputs, named, note_losses
-from spectune.cli.settings import Settings
+from spectune.cli.settings import Settings, own_code
 from spectune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def validate(
         check_inputs(settings)
         from spectune.storage import load_tokenizer
 
-        tokenizer = load_tokenizer(settings.base, trust_remote_code=settings.placement["trust_remote_code"])
+        tokenizer = load_tokenizer(settings.base, **own_code(settings))
         parts = _checked(settings, tokenizer)
         overlaps = _overlaps(parts, settings.training())
         shown = parts[0].shown(show)
@@ -84,7 +84,7 @@ def _checked(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Che
 
     chosen, base = (
         settings.training(),
-        load_config(settings.base, trust_remote_code=settings.placement["trust_remote_code"]),
+        load_config(settings.base, **own_code(settings)),
     )
     length = chosen.max_length or min(positions_of(base) or DEFAULT_LENGTH, DEFAULT_LENGTH)
     how = {**chosen.encode_options, "vocab_size": getattr(base.get_text_config(), "vocab_size", None)}

@@ -53,10 +53,9 @@ def plan(
         execution: how blocks run, instead of `torch_compile` and `cuda_graphs`.
         dtype: of the base; None is what `load` takes on that device, or the loaded model's own.
         base_precision: "fp8", "nf4", "int8", see `load`; None is the loaded model's own, else none.
-        gradient_checkpointing: as in `TrainingConfig`; "auto" is the first of none, "selective", True and "offload"
-            that fits into `memory`, and the last where none does; None is `execution`'s, else none.
-        torch_compile: blocks are compiled. Whether a run compiles (`TrainingConfig`'s "auto") follows from its length,
-            which is not known here: `spectune plan --data` and `train` work it out.
+        gradient_checkpointing: as in `TrainingConfig`; "auto": the first of none, "selective", True and "offload" that
+            fits into `memory`, else the last; None is `execution`'s, else none.
+        torch_compile: blocks are compiled; whether a run's are ("auto") follows from its length, unknown here.
         cuda_graphs: blocks are captured as CUDA graphs, where nothing is recomputed; with what those of one shape keep
             from step to step (`Estimate.recordings`).
         memory: bytes, or "24GiB", for "auto"; None is what is free on that device here, if that can be found out.
@@ -66,8 +65,7 @@ def plan(
 
     Raises:
         ConfigError: a setting is wrong, the base has no room for that length, the method cannot act on this base, or
-            block inputs are to go to host memory on another device than CUDA.
-        DataError: no such base, or its config describes no model.
+            block inputs are to go to host memory on another device than CUDA. DataError: there is no such base.
     """
     accumulates = gradient_accumulation_steps > 1
     workload = Workload.of(base, method, dtype, device, base_precision=base_precision, optim=optim,

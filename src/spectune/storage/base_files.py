@@ -116,26 +116,31 @@ def read_weights(source: str, config: Mapping[str, Any]) -> Weights:
 
 def _check_kinds(folder: Path) -> None:
     """Whatever of a folder transformers may open is a regular file of a bounded size, and adds nothing in silence."""
-    for entry in os.scandir(folder):
-        try:
-            found = entry.stat()
-        except OSError:
-            continue  # a link to nowhere is no file: what needs it says so
-        if stat.S_ISDIR(found.st_mode):
-            continue
-        if not stat.S_ISREG(found.st_mode):
-            plain_file(Path(entry.path), links=True)  # says what it is
-        if entry.name.endswith(_TEXTS) and found.st_size > MAX_FILE_BYTES:
-            raise DataError(f"{entry.path} has {found.st_size:,} bytes, which nothing beside weights has: it is "
-                            f"damaged; {_COPY}")  # fmt: skip
-        if entry.name == "adapter_config.json":
-            raise DataError(
-                f"{entry.path} stands in the folder of a base, and transformers would load that adapter over it: name "
-                "the delta's folder as a delta (--run, or load_delta), or take the adapter's files out of the base's"
-            )
-        if entry.name.startswith("shard-") and entry.name.endswith(".safetensors"):
-            raise DataError(f"{entry.path}: a checkpoint of several processes is not read; save it as one model: "
-                            "model.save_pretrained(folder)")  # fmt: skip
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            _check_entry(entry)
+
+
+def _check_entry(entry: os.DirEntry[str]) -> None:
+    try:
+        found = entry.stat()
+    except OSError:
+        return  # a link to nowhere is no file: what needs it says so
+    if stat.S_ISDIR(found.st_mode):
+        return
+    if not stat.S_ISREG(found.st_mode):
+        plain_file(Path(entry.path), links=True)  # says what it is
+    if entry.name.endswith(_TEXTS) and found.st_size > MAX_FILE_BYTES:
+        raise DataError(f"{entry.path} has {found.st_size:,} bytes, which nothing beside weights has: it is damaged; "
+                        f"{_COPY}")  # fmt: skip
+    if entry.name == "adapter_config.json":
+        raise DataError(
+            f"{entry.path} stands in the folder of a base, and transformers would load that adapter over it: name "
+            "the delta's folder as a delta (--run, or load_delta), or take the adapter's files out of the base's"
+        )
+    if entry.name.startswith("shard-") and entry.name.endswith(".safetensors"):
+        raise DataError(f"{entry.path}: a checkpoint of several processes is not read; save it as one model: "
+                        "model.save_pretrained(folder)")  # fmt: skip
 
 
 def _shards(index: Path) -> list[Path]:

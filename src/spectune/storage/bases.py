@@ -39,8 +39,7 @@ def load(
     """A base and its tokenizer, in evaluation mode.
 
     Args:
-        name: a hub id, a local folder, `"spectune-tiny"`, or a loaded model (whose tokenizer is then looked up by
-            the name it was loaded from).
+        name: a hub id, a folder, `"spectune-tiny"`, or a loaded model, whose tokenizer is looked up by its name.
         device: "auto", "cpu", "cuda", "mps" or a torch device.
         dtype: "auto" is float32 on the CPU and the checkpoint's own type on CUDA; or "float32", "bfloat16",
             "float16", or a torch dtype.
@@ -58,9 +57,9 @@ def load(
             config has no place for is left out; both are said.
 
     Raises:
-        ConfigError: a precision that this device or this base cannot take, or one for a model that is loaded already.
+        ConfigError: a precision that this device, this base or a loaded model cannot take.
         DataError: the base cannot be found or read, is damaged, needs code of its own, or does not hold the weights
-            that its config describes; the message says what to do.
+            of its config; the message says what to do.
         OutOfMemoryError: there is no room for it, on the host or the device.
     """
     check_precision(base_precision)

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from spectune.families import describe
 from spectune.objectives import CAUSAL_LM, Objective
 from spectune.storage.accounting import Account
 from spectune.storage.base_files import read_config, read_weights
 from spectune.storage.pretrained import fetch_weights, from_pretrained
+from spectune.storage.pretrained import reading as reading_files
 
 log = logging.getLogger("spectune")
 
@@ -45,15 +47,19 @@ def read_model(reading: Reading, objective: Objective, config: PretrainedConfig)
     source = reading.source
     fetch_weights(source)
     weights = read_weights(source, read_config(source))
-    quantised = getattr(config, "quantization_config", None) is not None
+    quantised = (bits := getattr(config, "quantization_config", None)) is not None
+    with reading_files(source, "config.json"):
+        if isinstance(bits, dict) and not AutoHfQuantizer.supports_quant_method(bits):
+            raise ValueError("it is quantised in a way that transformers does not know, and would pass over")
     account = Account(source, weights, quantised, reading.allow_missing_weights, reading.seed)
     empty = objective.empty_model(copy.deepcopy(config))
     account.check_headers(empty)
+    files = f"{weights.names} ({weights.nbytes / 2**30:,.2f} GiB)"
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(reading.seed)
         model, found = from_pretrained(
-            objective.auto_class, source, f"{weights.names} ({weights.nbytes / 2**30:,.2f} GiB)", config=config, dtype=reading.dtype,
-            trust_remote_code=reading.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
+            objective.auto_class, source, files, config=config, dtype=reading.dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True, trust_remote_code=reading.trust_remote_code,
         )  # fmt: skip
     has_head = objective.task_type != CAUSAL_LM.task_type
     head = tuple(f"{part.path}." for part in describe(model).trained_head) if has_head else ()
