@@ -8,7 +8,7 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.checked_text import print_overlaps, print_part, print_rows
-from spectune.cli.console import print_answer, work
+from spectune.cli.console import note, print_answer, work
 from spectune.cli.heads import decided
 from spectune.cli.input_rows import check_inputs, named, note_losses
 from spectune.cli.settings import Settings, own_code
@@ -88,6 +88,8 @@ def _checked(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Che
     )
     length = chosen.max_length or min(positions_of(base) or DEFAULT_LENGTH, DEFAULT_LENGTH)
     how = {**chosen.encode_options, "vocab_size": getattr(base.get_text_config(), "vocab_size", None)}
+    if how["vocab_size"] is not None and len(tokenizer) > how["vocab_size"]:
+        note(f"{settings.base}: its tokenizer knows {len(tokenizer)} tokens, and its config.json {how['vocab_size']}")
     found, problems = list["Checked"](), list[DataError]()
     for name, (source, data) in _sources(settings).items():
         try:

@@ -18,6 +18,9 @@ _MOST = (
 )
 #: what every model has at least one of
 _ONE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+#: the same in raw configs of some types
+_ALSO_ONE = ("n_layer", "n_layers", "n_head", "n_heads", "n_embd", "d_model", "n_positions", "n_ctx")
+_SWITCHES = ("is_encoder_decoder", "is_decoder", "tie_word_embeddings", "add_cross_attention")
 #: where a config says by which kernel attention, experts and so on are computed
 _KERNELS = re.compile(r"^_?\w*implementation(_internal)?$|^kernel_config$|^use_kernels$")
 #: token ids and lists of them
@@ -70,12 +73,16 @@ def _problem(place: str, value: Any) -> str | None:
     if key in _IDS:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         return None if all(type(i) is int for i in ids) else f"{place} is {str(value)[:60]!a}, expected a token's id"
+    if key in _SWITCHES and not isinstance(value, bool | None):
+        return f"{place} is {str(value)[:60]!a}, expected true or false"
     if isinstance(value, bool) or not isinstance(value, int | float) or not key.isascii():
         return None
     most = next((most for pattern, most in _MOST if pattern.search(key)), None)
-    least = -1 if key.startswith(("num_", "n_")) else -MOST_PARTS  # -1 is none, in some; others count from the end
+    least = (
+        1 if key in _ONE + _ALSO_ONE else -1 if key.startswith(("num_", "n_")) else -MOST_PARTS
+    )  # -1 is none, in some; others count from the end
     if most is not None and not least <= value <= most:
-        return f"{place} is {value}, expected at most {most:,}"
+        return f"{place} is {value}, expected {least:,} to {most:,}"
     return None
 
 

@@ -1,5 +1,6 @@
 """Loading bases: a model object, a local folder, a hub id, or the embedded `spectune-tiny`."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from spectune.storage.heads import HeadSettings
 from spectune.storage.models import Reading, read_model
 
 __all__ = ["TINY", "load", "load_config", "load_tokenizer"]
+
+log = logging.getLogger("spectune")
 
 TINY = embedded.NAME
 
@@ -87,6 +90,9 @@ def load(
 def _check_ids(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise DataError where the tokens that begin and end a text have no row in the base's embeddings."""
     rows = vocabulary_rows(model)
+    if len(tokenizer) > rows:
+        log.warning("%s: its tokenizer knows %d tokens, and it has embeddings for %d: texts with any of the others are "
+                    "refused", source, len(tokenizer), rows)  # fmt: skip
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     if past := [f"{name} = {token}" for name, token in ids.items() if isinstance(token, int) and token >= rows]:
         raise DataError(
