@@ -41,6 +41,9 @@ class _Loader(yaml.SafeLoader):
         for first in {first for _, _, firsts in _PATTERNS for first in firsts}
     }
 
+    #: numbers stay the words that they are written as
+    in_words = False
+
     def construct_mapping(self, node: Node, deep: bool = False) -> dict[str, Any]:
         if not isinstance(node, MappingNode):
             raise YamlError(f"expected keys with values{_place(node)}")
@@ -57,14 +60,18 @@ class _Loader(yaml.SafeLoader):
     def construct_yaml_map(self, node: Node) -> Iterator[dict[str, Any]]:
         yield self.construct_mapping(node, deep=True)
 
-    def construct_yaml_int(self, node: ScalarNode) -> int:
+    def construct_yaml_int(self, node: ScalarNode) -> int | str:
+        if self.in_words:
+            return str(node.value)
         text = str(node.value).lower()
         for prefix, base in (("0o", 8), ("0x", 16)):
             if text.startswith(prefix):
                 return whole_number(text[2:], base)
         return whole_number(text)
 
-    def construct_yaml_float(self, node: ScalarNode) -> float:
+    def construct_yaml_float(self, node: ScalarNode) -> float | str:
+        if self.in_words:
+            return str(node.value)
         text = str(node.value).lower()
         if text.endswith((".inf", ".nan")):
             return float(text.replace(".", ""))
@@ -110,10 +117,16 @@ def compose_yaml(text: str) -> Node | None:
     return node
 
 
-def yaml_value(node: Node) -> Any:
-    """What a node stands for: text, a number, true, false, None, a list or a dict. Raises YamlError."""
+def yaml_value(node: Node, *, in_words: bool = False) -> Any:
+    """What a node stands for: text, a number, true, false, None, a list or a dict. Raises YamlError.
+
+    Args:
+        in_words: a number is the text that it is written as, for who takes text: `010`, `1e-3`, `0x1F`.
+    """
+    loader = _Loader("")
+    loader.in_words = in_words
     try:
-        found = _Loader("").construct_object(node, deep=True)
+        found = loader.construct_object(node, deep=True)
         check_plain(found)
     except RecursionError:
         raise YamlError(_DEEP) from None

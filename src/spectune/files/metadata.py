@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from spectune.errors import DataError
+from spectune.files.core_yaml import YamlError, load_yaml
 from spectune.files.plain_values import MAX_DEPTH, check_plain, whole_number
 from spectune.files.regular import opened, read_bounded
 from spectune.files.strict_json import strict_json
@@ -31,7 +32,8 @@ MAX_LINE_BYTES, MAX_LINES_BYTES = 16 * 2**20, 2**30
 #: of a sealed record: the digest of everything else in it
 SEAL = "sha256"
 _NUMBER = re.compile("0|[1-9][0-9]{0,17}", re.ASCII)
-_AGAIN = "copy it again from where it was written"
+#: what to do about a damaged file, where nobody says more
+AGAIN = "copy it again from where it was written"
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -45,51 +47,60 @@ class Seal(enum.Enum):
 
 
 def read_json(
-    path: Path, most: int = MAX_JSON_BYTES, *, links: bool = False, non_finite: bool = False
-) -> dict[str, Any] | None:
+    path: Path, most: int = MAX_JSON_BYTES, *, what: str = "", again: str = AGAIN, links: bool = False,
+    non_finite: bool = False, any_integer: bool = False,
+) -> dict[str, Any] | None:  # fmt: skip
     """An object out of a JSON file, None where there is no file.
 
     Args:
         most: bytes that are read.
+        what: it should be, such as "a run's result", and `again`: what to do where it is damaged, for the message.
         links: the file may be a link to anywhere: the user named it.
         non_finite: NaN and infinity are allowed, as transformers writes them.
+        any_integer: integers may be longer than 64 bits, for who checks the range of each field.
 
     Raises:
         DataError: it is no regular file, too long, not UTF-8, no JSON (NaN and infinite numbers are none), too deep,
             holds a key twice or an integer that no program takes, or no object.
     """
     content = read_bounded(path, most, links=links)
-    return None if content is None else json_object(content, str(path), non_finite=non_finite)
+    how = {"non_finite": non_finite, "any_integer": any_integer}
+    return None if content is None else json_object(content, str(path), what, again, **how)
 
 
-def json_object(content: bytes, where: str, *, non_finite: bool = False) -> dict[str, Any]:
+def json_object(
+    content: bytes, where: str, what: str = "", again: str = AGAIN, *, non_finite: bool = False,
+    any_integer: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """An object out of JSON text. Raises DataError as `read_json` does; `where` names what the text is of."""
     try:
         text = content.decode("utf-8")
         numbers: dict[str, Any] = {} if non_finite else {"parse_constant": _no_number, "parse_float": _finite}
-        found = json.loads(text, object_pairs_hook=_object, parse_int=whole_number, **numbers)
+        if not any_integer:
+            numbers["parse_int"] = whole_number
+        found = json.loads(text, object_pairs_hook=_object, **numbers)
         check_plain(found)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not readable JSON ({_said(error)}); {_AGAIN}") from error
+        raise _damaged(where, f"is not readable JSON ({_said(error)})", what, again) from error
     if not isinstance(found, dict):
-        raise DataError(f"{where} holds a {type(found).__name__}, expected an object; {_AGAIN}")
+        raise _damaged(where, f"holds a {type(found).__name__}, expected an object", what, again)
     return found
 
 
-def read_yaml(path: Path, most: int = MAX_YAML_BYTES, *, links: bool = False) -> dict[str, Any] | None:
+def read_yaml(
+    path: Path, most: int = MAX_YAML_BYTES, *, what: str = "", again: str = AGAIN, links: bool = False
+) -> dict[str, Any] | None:
     """A mapping out of a YAML file, by the core rules of YAML 1.2; None where there is no file, {} where it is empty.
     Raises DataError as `read_json` does; also for tags that are no plain types, and aliases that grow."""
-    from spectune.files.core_yaml import YamlError, load_yaml
-
     content = read_bounded(path, most, links=links)
     if content is None:
         return None
     try:
         found = load_yaml(content.decode("utf-8"))
     except (YamlError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not readable YAML ({_said(error)}); {_AGAIN}") from error
+        raise _damaged(str(path), f"is not readable YAML ({_said(error)})", what, again) from error
     if found is not None and not isinstance(found, dict):
-        raise DataError(f"{path} holds a {type(found).__name__}, expected keys with values; {_AGAIN}")
+        raise _damaged(str(path), f"holds a {type(found).__name__}, expected keys with values", what, again)
     return found or {}
 
 
@@ -132,24 +143,31 @@ def read_lines(
 
 
 def read_record(
-    path: Path, kind: type[M], again: str = _AGAIN, *, warn: Callable[[str], None] | None = None
+    path: Path, kind: type[M], *, what: str = "", again: str = AGAIN, warn: Callable[[str], None] | None = None
 ) -> M | None:
     """A record of ours as its model; None where there is no file.
 
     Args:
-        again: what to do where it is damaged, for the message.
+        what, again: for the message, see `read_json`.
         warn: is told of a seal that is wrong: of a record that is only shown. By default that is an error.
 
     Raises:
         DataError: as `read_json`; or it does not fit the model, or, looked at last, its seal is wrong.
     """
-    content = read_json(path)
-    if content is None:
-        return None
+    content = read_json(path, what=what, again=again)
+    return None if content is None else record_of(content, path, kind, what=what, again=again, warn=warn)
+
+
+def record_of(
+    content: Mapping[str, Any], path: Path, kind: type[M], *, what: str = "", again: str = AGAIN,
+    warn: Callable[[str], None] | None = None,
+) -> M:  # fmt: skip
+    """The same of content that was read. Raises DataError."""
     try:
         found = kind.model_validate(without_seal(content))
     except ValidationError as error:
-        raise DataError(f"{path} cannot be read ({first_problem(error)}). {again}") from error
+        as_what = f" as {what}" if what else ""
+        raise DataError(f"{path} cannot be read{as_what} ({first_problem(error)}). {_sentence(again)}") from error
     check_seal(path, content, again, warn=warn)
     return found
 
@@ -173,7 +191,7 @@ def without_seal(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_seal(
-    path: Path, content: Mapping[str, Any], again: str = _AGAIN, *, warn: Callable[[str], None] | None = None
+    path: Path, content: Mapping[str, Any], again: str = AGAIN, *, warn: Callable[[str], None] | None = None
 ) -> None:
     """Raise DataError where a record is not as it was written, or tell `warn` of it. The last of all checks: what is
     wrong in particular says more."""
@@ -181,7 +199,7 @@ def check_seal(
         return
     said = f"{path} is not as it was written: its content does not fit its key {SEAL!r}"
     if warn is None:
-        raise DataError(f"{said}. {again}. If it was changed on purpose, take that key out")
+        raise DataError(f"{said}. {_sentence(again)} If it was changed on purpose, take that key out")
     warn(said)
 
 
@@ -217,6 +235,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {twice[:100]!a} stands twice in one object")
     return found
+
+
+def _damaged(where: str, problem: str, what: str, again: str) -> DataError:
+    if not what:
+        return DataError(f"{where} {problem}; {again}")
+    return DataError(f"{where} cannot be read as {what}: it {problem}. {_sentence(again)}")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].removesuffix('.')}."
 
 
 def _no_number(text: str) -> NoReturn:

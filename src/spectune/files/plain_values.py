@@ -14,7 +14,7 @@ def check_plain(value: Any) -> None:
     while waiting:
         item, depth = waiting.pop()
         if isinstance(item, str):
-            _text(item)
+            _check_text(item)
             continue
         if not isinstance(item, dict | list):
             continue
@@ -22,7 +22,7 @@ def check_plain(value: Any) -> None:
             raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
         if isinstance(item, dict):
             for key in item:
-                _text(key)
+                _check_text(key)
         waiting += [(inner, depth + 1) for inner in (item.values() if isinstance(item, dict) else item)]
 
 
@@ -34,9 +34,17 @@ def whole_number(text: str, base: int = 10) -> int:
     return value
 
 
-def _text(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair, which is no text") from None
+def is_text(text: str) -> bool:
+    """Whether it can be written: half of a surrogate pair, which JSON and YAML may name, cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_text(text: str) -> None:
+    if not is_text(text):
+        raise ValueError("half of a surrogate pair, an unfinished hex escape")

@@ -22,16 +22,17 @@ def plain_file(path: Path, *, links: bool = False) -> bool:
         DataError: what is there is no regular file, or a link that leads nowhere, in a circle or out of its folder
             (into the blobs of the hub's cache is allowed: that is how the cache stores every file).
     """
+    cure = "" if links else f"; {_COPY}"
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise DataError(f"{path} is a link to {os.readlink(path)}, where there is nothing; {_COPY}") from None
+            raise DataError(f"{path} is a link to {os.readlink(path)}, where there is nothing{cure}") from None
         return False
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path} cannot be looked at: {error}; {_COPY}") from error
+        raise DataError(f"{path} cannot be looked at: {error}{cure}") from error
     if not stat.S_ISREG(mode):
-        raise DataError(f"{path} is {_kind(mode)}, expected a file; {_COPY}")
+        raise DataError(f"{path} is {_kind(mode)}, expected a file{cure}")
     target = os.path.realpath(path)
     inside = links or any(os.path.commonpath([target, root]) == root for root in _roots(path.parent))
     if path.is_symlink() and not inside:
@@ -52,7 +53,7 @@ def opened(path: Path, *, links: bool = False) -> Iterator[BinaryIO | None]:
         # not blocking: between the look and the opening something else may have come there
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):
-                raise DataError(f"{path} is {_kind(mode)}, expected a file; {_COPY}")
+                raise DataError(f"{path} is {_kind(mode)}, expected a file")
             yield file
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
