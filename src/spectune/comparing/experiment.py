@@ -78,8 +78,7 @@ def compare(
     Raises:
         ConfigError, DataError: bad settings or data, or a folder to go on in whose runs had other settings, data or
             base; before anything is trained.
-        DoesNotFitError: the plan says that no method fits into memory; before anything is trained. Where some fit,
-            those that do not are among the failed runs.
+        DoesNotFitError: by the plan no method fits into memory. Of several, those that do not are failed runs.
         InterruptedRun: Ctrl-C or SIGTERM; `resume` goes on from there.
 
     A run that fails stays in the result with its reason, and the others go on.

@@ -71,11 +71,13 @@ def _problem(entries: Mapping[str, Any], room: int) -> str | None:
     """What is wrong with a header, over `room` bytes of tensors."""
     places = []
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or not _whole(shape := entry.get("shape")):
+        found: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        shape, dtype, place = (found.get(key) for key in ("shape", "dtype", "data_offsets"))
+        if shape is None or not _whole(shape):
             return f"{name[:100]!a} has no shape"
-        if not isinstance(dtype := entry.get("dtype"), str) or dtype not in BITS:
+        if not isinstance(dtype, str) or dtype not in BITS:
             return f"{name[:100]!a} is {str(dtype)[:40]!a}, a dtype that nobody knows"
-        if not _whole(place := entry.get("data_offsets")) or len(place) != 2:
+        if place is None or not _whole(place) or len(place) != 2:
             return f"{name[:100]!a} has no place in the file"
         if 8 * (place[1] - place[0]) != math.prod(shape) * BITS[dtype]:
             return f"{name[:100]!a} is {dtype} {shape}, and has {place[1] - place[0]:,} bytes"

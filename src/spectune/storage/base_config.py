@@ -78,9 +78,9 @@ def _problem(place: str, value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not key.isascii():
         return None
     most = next((most for pattern, most in _MOST if pattern.search(key)), None)
-    least = (
-        1 if key in _ONE + _ALSO_ONE else -1 if key.startswith(("num_", "n_")) else -MOST_PARTS
-    )  # -1 is none, in some; others count from the end
+    least = -1 if key.startswith(("num_", "n_")) else -MOST_PARTS  # -1 is none, in some; others count from the end
+    if key in _ONE + _ALSO_ONE:
+        least = 1
     if most is not None and not least <= value <= most:
         return f"{place} is {value}, expected {least:,} to {most:,}"
     return None

@@ -84,7 +84,7 @@ def load(
     objective = head.apply(config, tokenizer) if head.has_head else CAUSAL_LM
     model = read_model(Reading(source, resolved, seed, trust_remote_code, allow_missing_weights), objective, config)
     _check_ids(source, model, tokenizer)
-    return _placed(source, model, place, base_precision).eval(), tokenizer
+    return _placed(source, model, place, base_precision), tokenizer
 
 
 def _check_ids(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,7 +109,7 @@ def _placed(source: str, model: PreTrainedModel, place: torch.device, base_preci
         if base_precision is not None:
             check_numbers(source, model)  # of codes nobody can tell
             quantise_base(model, base_precision, device=place)
-        moved: PreTrainedModel = model if model.device == place else model.to(place)  # type: ignore[arg-type]
+        moved: PreTrainedModel = model.to(place)  # type: ignore[arg-type]
         check_numbers(source, moved)
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):

@@ -5,11 +5,12 @@ import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from spectune.families import describe
 from spectune.objectives import CAUSAL_LM, Objective
@@ -49,7 +50,8 @@ def read_model(reading: Reading, objective: Objective, config: PretrainedConfig)
     weights = read_weights(source, read_config(source))
     quantised = (bits := getattr(config, "quantization_config", None)) is not None
     with reading_files(source, "config.json"):
-        if isinstance(bits, dict) and not AutoHfQuantizer.supports_quant_method(bits):
+        known: Any = AutoHfQuantizer.supports_quant_method
+        if isinstance(bits, dict) and not known(bits):
             raise ValueError("it is quantised in a way that transformers does not know, and would pass over")
     account = Account(source, weights, quantised, reading.allow_missing_weights, reading.seed)
     empty = objective.empty_model(copy.deepcopy(config))

@@ -90,16 +90,17 @@ def fetch_weights(source: str) -> None:
     """Have the hub's cache hold the weights' files of a base that is no local folder, as transformers would."""
     if Path(source).is_dir():
         return
-    from transformers.utils import cached_file as fetched
-    from transformers.utils.hub import get_checkpoint_shard_files
+    from transformers.utils import hub
 
+    fetched: Any = hub.cached_file
+    shards: Any = hub.get_checkpoint_shard_files
     absent = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
     with reading(source, "its weights"):
         for name in ("model.safetensors", "pytorch_model.bin"):
             if fetched(source, name, **absent) is not None:
                 return
             if (index := fetched(source, f"{name}.index.json", **absent)) is not None:
-                get_checkpoint_shard_files(source, index)
+                shards(source, index)
                 return
 
 
