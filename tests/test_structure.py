@@ -37,7 +37,9 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS, METHODS, ATTRIBUTES = 400, 60, 8, 15, 12
 ENTRY_POINTS = {
     "cli compare": "flags",
     "cli evaluate": "flags",
+    "cli export": "flags",
     "cli generate": "flags",
+    "cli merge": "flags",
     "cli plan": "flags",
     "cli recommend": "flags",
     "cli train": "flags",

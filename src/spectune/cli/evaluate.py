@@ -91,6 +91,8 @@ def evaluate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing_weights: options.AllowMissingWeights = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a run on rows: loss, perplexity, and, where rows have references or choices, text metrics and accuracy.
@@ -107,7 +109,7 @@ def evaluate(
       spectune eval --model out/merged --data test.jsonl
       spectune eval --metric rouge_l,my_metrics.py:shortness --json
     """
-    found = run_on(run, model)
+    found = run_on(run, model).allowing(trust_remote_code, allow_missing_weights)
     with work(as_json=as_json) as out:
         files = Settings.collect(None, None, {"data": data or None}).rows("data")
         if files is None:

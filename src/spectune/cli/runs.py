@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import json
@@ -112,7 +113,9 @@ def origin(settings: Settings) -> dict[str, Any]:
     """The origin of base and data for a run's config.yaml, so that `--config` with that file repeats the run."""
     keys = ("retain", "device", "dtype", "base_precision")
     named = {key: value for key in ("data", "valid", "test", "split_seed") if (value := settings.get(key)) is not None}
-    kept = {key: value for key in keys if (value := settings.text(key)) is not None}
+    kept: dict[str, Any] = {key: value for key in keys if (value := settings.text(key)) is not None}
+    if settings.placement["allow_missing_weights"]:
+        kept["allow_missing_weights"] = True
     return {"model": settings.base, **named, **kept}
 
 
@@ -125,7 +128,8 @@ def resumed(settings: Settings) -> Settings:
     if folder is None or not settings.get("resume") or not (Path(folder) / "config.yaml").is_file():
         return settings
     recorded = Settings.collect(Path(folder) / "config.yaml", None, {})
-    kept = recorded.given
+    # whether code may run is for who starts the command to say, not for the folder
+    kept = {key: value for key, value in recorded.given.items() if key != "trust_remote_code"}
     if any(key in settings.given for key in NAMING):
         other = settings.method_names([]) != recorded.method_names([])
         # the fields of one method are not for another
@@ -142,6 +146,7 @@ class Run:
         delta_folder: None where there is no delta: the base is the model.
         result, config: empty where there is no run.
         rebased: the base is not the run's own word, but the user's.
+        trust_remote_code, allow_missing_weights: how the base is loaded, see `spectune.load`.
     """
 
     folder: Path
@@ -150,6 +155,13 @@ class Run:
     result: dict[str, Any]
     config: dict[str, Any]
     rebased: bool = False
+    trust_remote_code: bool = False
+    allow_missing_weights: bool = False
+
+    def allowing(self, trust_remote_code: bool, allow_missing_weights: bool) -> Run:
+        """The same, on a base that is loaded so; what may be missing of it was allowed to the run, too."""
+        allowed = allow_missing_weights or self.config.get("allow_missing_weights") is True
+        return dataclasses.replace(self, trust_remote_code=trust_remote_code, allow_missing_weights=allowed)
 
     @property
     def name(self) -> str:
@@ -189,12 +201,22 @@ class Run:
     @functools.cached_property
     def labels(self) -> Labels | None:
         """What its head says; None of a language model."""
-        return labels_of_checkpoint(self.base) if self.delta_folder is None else recorded_labels(self.config)
+        return (
+            labels_of_checkpoint(self.base, self.trust_remote_code)
+            if self.delta_folder is None
+            else recorded_labels(self.config)
+        )
 
     @property
     def row_options(self) -> dict[str, Any]:
         """How the run's data were read: arguments of `spectune.data.load_rows`, beside `skip_bad_rows`."""
         return {key: self.config.get(key) for key in ("columns", "delimiter", "encoding")}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's. Raises DataError where it is not to be had."""
+        from spectune.storage import load_tokenizer
+
+        return load_tokenizer(self.base, trust_remote_code=self.trust_remote_code)
 
     def load(
         self, device: str | None, dtype: str | None, base_precision: str | None = None
@@ -205,7 +227,10 @@ class Run:
         trained_over = self.config.get("base_precision")
         if trained_over is not None and base_precision is None:
             note(f"trained over the base in {trained_over}, and loaded on the base as it is")
-        where: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision}
+        where: dict[str, Any] = {
+            "device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision,
+            "trust_remote_code": self.trust_remote_code, "allow_missing_weights": self.allow_missing_weights,
+        }  # fmt: skip
         model, tokenizer = load(self.base, **where, **head_options(self.labels))
         if self.delta_folder is not None:
             try:
