@@ -121,9 +121,10 @@ def run(chosen: Sequence[Kind], planned: list[tuple[str, int, int]], jobs: int) 
 def about(seed: int, jobs: int, seconds: float) -> dict[str, Any]:
     """The machine, the versions, the day, and the command."""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    command = shlex.join(["python", "-m", "benchmarks.reliability", *sys.argv[1:]])
     return {
-        "date": datetime.date.today().isoformat(), "command": shlex.join(["python", "-m", "benchmarks.reliability", *sys.argv[1:]]),
-        "seed": seed, "jobs": jobs, "seconds": round(seconds), "python": platform.python_version(), **packages,
+        "date": datetime.date.today().isoformat(), "command": command, "seed": seed, "jobs": jobs,
+        "seconds": round(seconds), "python": platform.python_version(), **packages,
         "machine": f"{platform.system()} {platform.release()}, {os.cpu_count()} cores",
     }  # fmt: skip
 

@@ -2,8 +2,8 @@
 fails, or a signal comes.
 
 What counts: opening for writing, a write that reaches the system (the files that Python opens are opened anew over a
-raw file that tells of each), rename, link, unlink, mkdir, rmdir, truncate, chmod and fsync. Python's audit hook sees all
-but writes and syncs, before they are done; these are wrapped. What libraries in other languages write is one call.
+raw file that tells of each), rename, link, unlink, mkdir, rmdir, truncate, chmod and fsync. Python's audit hook sees
+all but writes and syncs, before they are done; these are wrapped. What libraries in other languages write is one call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-_write, _fsync, _open = os.write, os.fsync, io.open
+_write, _pwrite, _open = os.write, os.pwrite, io.open
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 #: audit event -> places of paths and of the folders that they are relative to
 _EVENTS: dict[str, tuple[tuple[int, int | None], ...]] = {
@@ -48,8 +48,7 @@ class Watch:
 
     def put(self) -> None:
         sys.addaudithook(self._audited)
-        os.write, os.fsync = self._os_write, self._os_fsync
-        os.fdatasync = self._os_fsync
+        os.write, os.pwrite, os.fsync, os.fdatasync = self._os_write, self._os_pwrite, self._os_fsync, self._os_fsync
         for module in (builtins, io, _io):
             module.open = self._opened  # type: ignore[attr-defined]
         shutil._USE_CP_SENDFILE = False  # type: ignore[attr-defined]
@@ -109,6 +108,12 @@ class Watch:
         if path is None:
             return _write(descriptor, content)
         return self.written(path, content, lambda part: _write(descriptor, part))
+
+    def _os_pwrite(self, descriptor: int, content: Any, offset: int) -> int:
+        path = self.below(descriptor)
+        if path is None:
+            return _pwrite(descriptor, content, offset)
+        return self.written(path, content, lambda part: _pwrite(descriptor, part, offset))
 
     def _os_fsync(self, descriptor: Any) -> None:
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()

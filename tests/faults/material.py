@@ -33,7 +33,7 @@ COMPARE: dict[str, tuple[str, ...]] = {
 #: part of the names of what no two runs share
 _VOLATILE = (
     "second", "memory", "machine_load", "latency", "overhead", "sha256", "created", "date", "peak", "decode", "swap",
-    "loading", "timed", "command",
+    "loading", "timed", "command", "recommendation",
 )  # fmt: skip
 
 
@@ -114,7 +114,8 @@ def differences(expected: Path, found: Path) -> list[str]:
     """What is not the same in two folders: names, links, weights to the bit, and records but for the time they took."""
     names, others = tree(expected), tree(found)
     problems = [f"missing: {name}" for name in names if name not in others]
-    problems += [f"left over: {name}" for name in others if name not in names]
+    left_over = [name for name in others if name not in names]
+    problems += [f"left over: {name}" for name in left_over if os.path.dirname(name) not in left_over]
     for name, kind in names.items():
         if name in others and kind != others[name]:
             problems.append(f"{name} is {others[name]}, expected {kind}")
@@ -179,5 +180,6 @@ def _first(one: Any, other: Any, where: str = "") -> str | None:
     return None if one == other else f"{where} is {str(other)[:80]}, expected {str(one)[:80]}"
 
 
-def copied(folder: Path, to: Path) -> Path:
-    return Path(shutil.copytree(folder, to, symlinks=True))
+def finished(place: Place, name: str) -> Path:
+    """A copy of what a scenario leaves that nothing happened to."""
+    return Path(shutil.copytree(unbroken(place, name) / OUT, place.folder / OUT, symlinks=True))
