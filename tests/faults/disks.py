@@ -1,5 +1,5 @@
-"""Disks that are full, out of inodes, read-only or broken: one sentence that names the folder, nothing half-written under
-a name that counts, and once there is room the work goes on to the same end."""
+"""Disks that are full, out of inodes, read-only or broken: one sentence that names the folder, nothing half-written
+under a name that counts, and once there is room the work goes on to the same end."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def _full_disk(place: Place, seed: int, index: int) -> Verdict:
 
 FULL = Kind(
     "full-disk",
-    "`train` and `compare` on a disk without room or inodes for all: exit 1, one sentence that names the folder and the "
-    "last checkpoint; with more room, `--resume` ends bit-equal",
+    "`train` and `compare` on a disk without room or inodes for all: exit 1, one sentence that names the folder and "
+    "the last checkpoint; with more room, `--resume` ends bit-equal",
     100, _full_disk, quick=6, fast=1,
 )  # fmt: skip
 
@@ -208,8 +208,8 @@ def _used(disk: Path) -> int:
 
 DERIVED_FULL = Kind(
     "full-disk-made",
-    "`merge`, `export` and `report` on a full disk: exit 1, one sentence that names the folder, nothing left behind; with "
-    "more room the same command ends as it should",
+    "`merge`, `export` and `report` on a full disk: exit 1, one sentence that names the folder, nothing left behind; "
+    "with more room the same command ends as it should",
     60, _full_derived, quick=4, fast=1,
 )  # fmt: skip
 

@@ -101,8 +101,8 @@ def _pair(place: Place, seed: int, index: int) -> Verdict:
 
 PAIRS = Kind(
     "pairs",
-    "two processes on one folder (`train`, `compare`, `--resume`, `merge`, `export`, `report` beside `compare`, default "
-    "names): one wins and ends as if alone, the other is refused by name with exit 2; default names differ",
+    "two processes on one folder (`train`, `compare`, `--resume`, `merge`, `export`, `report` beside `compare`, "
+    "default names): one wins and ends as if alone, the other is refused by name with exit 2; default names differ",
     56, _pair, quick=8, fast=2,
 )  # fmt: skip
 

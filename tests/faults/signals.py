@@ -50,8 +50,8 @@ def _signalled(place: Place, seed: int, index: int) -> Verdict:
 
 SIGNALLED = Kind(
     "signals",
-    "SIGINT, SIGTERM or SIGHUP at any moment, some twice: exit 130 within 10 s and a word on how to go on; `--resume` ends "
-    "bit-equal",
+    "SIGINT, SIGTERM or SIGHUP at any moment, some twice: exit 130 within 10 s and a word on how to go on; `--resume` "
+    "ends bit-equal",
     150, _signalled, quick=8, fast=2,
 )  # fmt: skip
 
