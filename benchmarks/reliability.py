@@ -107,8 +107,8 @@ def run(chosen: Sequence[Kind], planned: list[tuple[str, int, int]], jobs: int) 
             for number in range(1, len(planned) + 1):
                 got = found.get(timeout=600)
                 tallies[got["kind"]].add(got)
-                for problem in got["problems"]:
-                    print(f"{got['kind']} {got['seed']} {got['index']}: {got['what']}: {problem}", flush=True)
+                for problem in got["problems"][:3]:
+                    print(f"{got['kind']} {got['seed']} {got['index']}: {got['what']}: {problem[:500]}", flush=True)
                 if number % 100 == 0:
                     print(f"{number} of {len(planned)} cases, {time.monotonic() - begin:.0f} s", flush=True)
             for worker in workers:
