@@ -14,7 +14,7 @@ from tests.faults.child import Forks, server
 
 
 @pytest.fixture(scope="session")
-def faults_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the cases of all kinds run, and what they share is kept."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -24,12 +24,12 @@ def faults_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def forks(faults_root: Path) -> Iterator[Forks]:
+def forks(shared_root: Path) -> Iterator[Forks]:
     """A connection to the fork server that the first worker who asks starts; it goes with that worker, and whoever
     comes later starts the next."""
-    address = faults_root / "address"
+    address = shared_root / "address"
     with contextlib.ExitStack() as stack:
-        with open(faults_root / "server.lock", "w") as lock:
+        with open(shared_root / "server.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 connected = Forks(address.read_text())
