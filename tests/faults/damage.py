@@ -288,7 +288,9 @@ def cause_of(faults: list[str], outcome: Outcome, seen: list[str]) -> str:
     """Where a fault comes from: an error's type and our innermost line, or the first thing seen."""
     if outcome.traceback:
         ours = re.findall(r'src/spectune/(\S+?)", line (\d+), in (\S+)', outcome.stderr)
-        lines = [line for line in outcome.stderr.splitlines() if re.match(r"^[\w.]*(Error|Exception|Exit|Panic\w*)\b", line)]
+        lines = [
+            line for line in outcome.stderr.splitlines() if re.match(r"^[\w.]*(Error|Exception|Exit|Panic\w*)\b", line)
+        ]
         where = ":".join(ours[-1]) if ours else "?"
         return f"{(lines or ['?'])[-1][:100]} at {where}"
     return seen[0][:160] if seen and any(f in ("network", "program", "code", "written") for f in faults) else ""

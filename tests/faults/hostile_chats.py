@@ -1,4 +1,4 @@
-"""Chat templates made to harm: endless, growing, recursive, escaping; and those of known families, changed at random."""
+"""Chat templates made to harm: endless, growing, recursive, escaping; and known families', changed at random."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ ENDLESS = [
     "{{ 'a' * @N }}", "{{ ('a' * @N) | length }}", "{{ [0] * @N }}", "{{ ([0] * @N) | length }}", "{{ 9 ** @N }}",
     "{{ 9 ** 9 ** 9 ** 9 }}", "{% set x = 9 ** @N %}", "{{ 1 << @N }}", "{{ 'a'.ljust(@N) }}", "{{ 'a'.zfill(@N) }}",
     "{{ '%' ~ @N ~ 'd' }}", "{{ ('%' ~ @N ~ 'd') % 1 }}", "{{ ('{:' ~ @N ~ '}').format(1) }}", "{{ 'a' | center(@N) }}",
-    "{{ 'a' | indent(@N) }}", "{{ lipsum(n=@N) }}", "{{ 'ab' | replace('a', 'b' * @N) }}", "{{ 'x' | wordwrap(1) * @N }}",
-    "{% set ns = namespace(x='aa') %}{% for a in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}",
-    "{% set ns = namespace(x=[1]) %}{% for a in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}",
-    "{% set ns = namespace(x=9) %}{% for a in range(64) %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
-    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "{{ 'a' | indent(@N) }}", "{{ lipsum(n=@N) }}", "{{ 'ab' | replace('a', 'b' * @N) }}",
+    "{{ 'x' | wordwrap(1) * @N }}",
+    "{% set n = namespace(x='aa') %}{% for a in range(64) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x | length }}",
+    "{% set n = namespace(x=[1]) %}{% for a in range(64) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x | length }}",
+    "{% set n = namespace(x=9) %}{% for a in range(64) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% for a in messages recursive %}{{ loop(messages) }}{% endfor %}", "{{ messages | tojson(indent=@N) }}",
     "{{ 'a' | tojson | tojson | batch(@N, 'x') | list }}", "{{ messages | batch(@N, 'x') | list | length }}",
@@ -38,7 +40,8 @@ ENDLESS = [
     "{% set x = [] %}{% set _ = x.append(x) %}{{ x | tojson }}", "{% set d = {} %}{% set _ = d.update(a=d) %}{{ d }}",
     "{{ 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!' is match('(a+)+$') }}", "{{ 'a' | string | float ** @N }}",
     "{% for a in range(@N) if a is divisibleby 7 %}x{% endfor %}", "{{ messages | map('string') | join('a' * @N) }}",
-    "{{ range(@N) | random }}", "{{ 'a'.translate({97: 'b' * @N}) }}", "{{ '\\n'.expandtabs(@N) }}{{ '\\t'.expandtabs(@N) }}",
+    "{{ range(@N) | random }}", "{{ 'a'.translate({97: 'b' * @N}) }}",
+    "{{ '\\n'.expandtabs(@N) }}{{ '\\t'.expandtabs(@N) }}",
 ]  # fmt: skip
 ESCAPES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.mkdir('@M') }}",
@@ -47,7 +50,8 @@ ESCAPES = [
     "{{ lipsum.__globals__['os'].mkdir('@M') }}", "{{ messages.__class__.__base__.__subclasses__() }}",
     "{{ ''['__class__'] }}", "{{ '' | attr('__class__') | attr('__mro__') }}", "{{ namespace.__init__.__globals__ }}",
     "{% include '/etc/passwd' %}", "{% import 'os' as os %}{{ os.mkdir('@M') }}", "{% extends '../x' %}",
-    "{{ '{0.__class__.__mro__}'.format('') }}", "{{ '%(x)s'.__mod__ }}", "{{ '{0.__globals__}'.format(raise_exception) }}",
+    "{{ '{0.__class__.__mro__}'.format('') }}", "{{ '%(x)s'.__mod__ }}",
+    "{{ '{0.__globals__}'.format(raise_exception) }}",
     "{{ '{0.__globals__[os]}'.format_map({'0': raise_exception}) }}", "{{ joiner.__init__.__globals__ }}",
     "{{ (messages | map(attribute='__class__') | list) }}", "{{ range.__self__ }}", "{{ tojson.__globals__ }}",
     "{% set x = raise_exception %}{{ x.__code__ }}", "{{ strftime_now('%Y' * @N) }}", "{{ strftime_now(4) }}",
@@ -56,12 +60,16 @@ ESCAPES = [
     "{{ messages[0].content.__len__.__self__ }}", "{{ dict(a=1).__init__.__objclass__ }}", "{{ (1).__class__ }}",
 ]  # fmt: skip
 BROKEN = [
-    "{{", "{% for %}", "{% endfor %}", "{{ x.y.z }}", "{{ 1 / 0 }}", "{{ messages[99] }}", "{{ raise_exception('no') }}",
+    "{{", "{% for %}", "{% endfor %}", "{{ x.y.z }}", "{{ 1 / 0 }}", "{{ messages[99] }}",
+    "{{ raise_exception('no') }}",
     "{{ raise_exception('\\x1b[2J' * 999) }}", "{{ raise_exception('x' * 10**6) }}", "{{ raise_exception() }}",
     "{{ raise_exception(4) }}", "{% raw %}", "", " ", "\0", "{{ undefined_function() }}", "{% " + "if x %}{% " * 300,
-    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{{ " + "-" * 5000 + "1 }}", "{{ [" * 1000, "{% if 1 %}" * 500 + "{% endif %}" * 500,
-    "{{ 1" + " + 1" * 20_000 + " }}", "x" * 1_000_000, "{{ 'x' }}" * 50_000, "{{ messages | nosuch }}", "{{ messages is nosuch }}",
-    "{% nosuch %}", "{# x", "{{ '\\ud83d' }}", "{{ '\\x1b[2J' }}", "{{ loop.index }}", "{{ 'a' + 1 }}", "{{ messages + 'a' }}",
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{{ " + "-" * 5000 + "1 }}", "{{ [" * 1000,
+    "{% if 1 %}" * 500 + "{% endif %}" * 500,
+    "{{ 1" + " + 1" * 20_000 + " }}", "x" * 1_000_000, "{{ 'x' }}" * 50_000, "{{ messages | nosuch }}",
+    "{{ messages is nosuch }}",
+    "{% nosuch %}", "{# x", "{{ '\\ud83d' }}", "{{ '\\x1b[2J' }}", "{{ loop.index }}", "{{ 'a' + 1 }}",
+    "{{ messages + 'a' }}",
     "{% set x %}", "{{ ''.encode('rot13') }}", "{{ 'a'.nosuch() }}", "{{ messages.0.content.9 }}", "{{ caller() }}",
 ]  # fmt: skip
 

@@ -20,7 +20,8 @@ from tests.faults.scenes import BASE, CPU, FINISHED, QUICK, copied, with_runs
 NAME = "strangers-rows"
 #: what texts may hold; commands show some of them
 TEXTS = [
-    "\x1b[2J\x1b]0;title\x07", "\x9b31m", "\u202etxt.exe", "=HYPERLINK(\"http://x\")", "@SUM(A1)", "-1+1", "<|endoftext|>",
+    "\x1b[2J\x1b]0;title\x07", "\x9b31m", "\u202etxt.exe", "=HYPERLINK(\"http://x\")", "@SUM(A1)", "-1+1",
+    "<|endoftext|>",
     "<s></s><|im_end|>", "{{ 7 * 7 }}{% for x in y %}", "</script><script>alert(1)</script>", "![x](http://x)", "\0",
     "a\u2028b\u2029c\x85d", "\ud83d", "\U0001f600" * 50, "e\u0301" * 200, "\ufeff", "\ufffe\uffff", "", " ", "\n" * 500,
     "x" * 100_000, "'; DROP TABLE x; --", "$(touch marker)", "`touch marker`", "%s%n", "../../etc/passwd", "ﷺ" * 300,
@@ -91,7 +92,8 @@ def message(random: Random) -> Any:
             {"role": random.choice(["user", "assistant", "system", "tool", "\x1b[2J", 4, None, "x" * 2000]),
              "content": random.choice([*TEXTS, *VALUES])},
             {"role": "assistant", "tool_calls": random.choice(VALUES)},
-            {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": random.choice(VALUES)}}]},
+            {"role": "assistant", "content": "a",
+            "tool_calls": [{"function": {"name": "f", "arguments": random.choice(VALUES)}}]},
             {"role": "user", "content": [{"type": random.choice(["text", "image", 4]), "text": random.choice(TEXTS)}]},
             {"from": random.choice(["human", "gpt", 4]), "value": random.choice(TEXTS)}, random.choice(VALUES),
             {"role": "user", "content": "x", random.choice(KEYS): random.choice(VALUES)},
@@ -129,13 +131,16 @@ def bad_lines(random: Random, folder: Path) -> tuple[str, str]:
         "deep": b"[" * spoiling.DEEP, "deep object": b'{"prompt":' * 5000 + b"1" + b"}" * 5000,
         "long": b'{"prompt": "' + b"x" * 80_000_000 + b'", "completion": "y"}',
         "long without an end": b'{"prompt": "' + b"x" * 80_000_000,
-        "large number": b'{"prompt": ' + b"9" * 1_000_000 + b"}", "not UTF-8": b'{"prompt": "\xff\xfe", "completion": "x"}',
+        "large number": b'{"prompt": ' + b"9" * 1_000_000 + b"}",
+        "not UTF-8": b'{"prompt": "\xff\xfe", "completion": "x"}',
         "zeros": bytes(1000), "not JSON": b"{'prompt': 'x'}", "a list": b"[1, 2]", "a number": b"7", "a text": b'"x"',
         "NaN": b'{"prompt": NaN, "completion": "x"}', "twice": b'{"prompt": "a", "prompt": "b", "completion": "c"}',
         "escapes": b'{"\\u001b[2J": "x"}', "comment": b"// x", "many": b"{}\n" * 50_000, "blank": b"\n" * 100_000,
         "many keys": b"{" + b",".join(b'"k%d": 1' % n for n in range(100_000)) + b"}", "half": b'{"prompt": "a", "comp',
-        "other ends": b'{"prompt": "a", "completion": "b"}\r{"prompt": "a", "completion": "b"}\r', "mark": b"\xef\xbb\xbf",
-        "raw escapes": b'\x1b[2J{"prompt": "\x1b]0;x\x07"', "large exponent": b'{"prompt": 1e999999999, "completion": "x"}',
+        "other ends": b'{"prompt": "a", "completion": "b"}\r{"prompt": "a", "completion": "b"}\r',
+        "mark": b"\xef\xbb\xbf",
+        "raw escapes": b'\x1b[2J{"prompt": "\x1b]0;x\x07"',
+        "large exponent": b'{"prompt": 1e999999999, "completion": "x"}',
     }  # fmt: skip
     name = random.choice(sorted(kinds))
     rows = [dumped([row]) for row in good_rows(8)]
@@ -149,7 +154,9 @@ def documents(random: Random, folder: Path) -> tuple[str, str]:
     """One JSON document that is no list of rows."""
     path = folder / f"{NAME}.json"
     path.write_text(json.dumps(good_rows(8)))
-    what = random.choice([spoiling.other_document, spoiling.deep_value, spoiling.other_value, spoiling.without_key])(random, path)
+    what = random.choice([spoiling.other_document, spoiling.deep_value, spoiling.other_value, spoiling.without_key])(
+        random, path
+    )
     return path.name, str(what)
 
 
@@ -175,17 +182,21 @@ def cells(random: Random, folder: Path) -> tuple[str, str]:
     """A CSV: odd cells, headers, quotes, widths."""
     rows: list[dict[str, Any]] = [*good_rows(8)]
     kinds: dict[str, Callable[[], bytes]] = {
-        "odd cells": lambda: tables([*rows, *({**GOOD, "prompt": t, "references": t} for t in TEXTS)]).encode("utf-8", "surrogatepass"),
+        "odd cells": lambda: tables([*rows, *({**GOOD, "prompt": t, "references": t} for t in TEXTS)]).encode("utf-8",
+        "surrogatepass"),
         "an open quote": lambda: tables(rows).encode() + b'"a,b\n' + b"x,y\n" * 1000,
         "a long open quote": lambda: tables(rows).encode() + b'"' + b"x" * 80_000_000,
         "wide": lambda: b",".join([b"prompt", b"completion", *(b"c%d" % n for n in range(50_000))]) + b"\na,b\n",
         "wide row": lambda: tables(rows).encode() + b"," * 1_000_000 + b"\n",
-        "zeros": lambda: tables(rows).encode() + bytes(1000), "quotes": lambda: b'prompt,completion\n"""""""",""""\n' * 9,
+        "zeros": lambda: tables(rows).encode() + bytes(1000),
+        "quotes": lambda: b'prompt,completion\n"""""""",""""\n' * 9,
         "header twice": lambda: b"prompt,prompt,completion\na,b,c\n" * 9, "no header": lambda: b"a,b\nc,d\n",
         "escapes in the header": lambda: b"prompt,completion,\x1b[2J,=1+1\na,b,c,d\n", "empty": lambda: b"",
         "only a header": lambda: b"prompt,completion\n", "excel": lambda: b"sep=;\nprompt;completion\na;b\n" * 5,
-        "lists": lambda: tables([*rows, {**GOOD, "references": "[" * 90_000}]).encode(), "ends": lambda: b"prompt,completion\ra,b\r",
-        "deep": lambda: tables([*rows, {**GOOD, "messages": '[{"role":' * 3000}]).encode(), "commas": lambda: b"," * 10_000_000,
+        "lists": lambda: tables([*rows, {**GOOD, "references": "[" * 90_000}]).encode(),
+        "ends": lambda: b"prompt,completion\ra,b\r",
+        "deep": lambda: tables([*rows, {**GOOD, "messages": '[{"role":' * 3000}]).encode(),
+        "commas": lambda: b"," * 10_000_000,
     }  # fmt: skip
     name = random.choice(sorted(kinds))
     suffix = random.choice([".csv", ".csv", ".tsv"])
@@ -200,7 +211,8 @@ def packed(random: Random, folder: Path) -> tuple[str, str]:
     kinds: dict[str, Callable[[], bytes]] = {
         "bomb of one line": lambda: _bomb(b"x"), "bomb of rows": lambda: _bomb(b'{"prompt": "a", "completion": "b"}\n'),
         "bomb of blank lines": lambda: _bomb(b"\n"), "cut": lambda: gzip.compress(inner)[: random.randrange(20, 120)],
-        "not packed": lambda: inner, "in one another": lambda: gzip.compress(gzip.compress(inner)), "blank": lambda: bomb,
+        "not packed": lambda: inner, "in one another": lambda: gzip.compress(gzip.compress(inner)),
+        "blank": lambda: bomb,
         "rest": lambda: gzip.compress(inner) + b"rest", "flipped": lambda: flipped(random, gzip.compress(inner)),
         "empty": lambda: b"", "forged length": lambda: gzip.compress(inner)[:-4] + b"\xff" * 4,
         "whole": lambda: gzip.compress(inner), "pickle": lambda: gzip.compress(spoiling.bomb(folder / "marker")),
@@ -231,7 +243,11 @@ def columns(random: Random, folder: Path) -> tuple[str, str]:
     path.write_bytes(raw)
     what = "as made"
     if random.random() < 0.6:
-        what = str(random.choice([spoiling.flip, spoiling.flip, spoiling.truncate, spoiling.zeros, spoiling.noise])(random, path))
+        what = str(
+            random.choice([spoiling.flip, spoiling.flip, spoiling.truncate, spoiling.zeros, spoiling.noise])(
+                random, path
+            )
+        )
     return path.name, what
 
 
@@ -243,10 +259,13 @@ def column_file(random: Random, scratch: Path) -> tuple[str, bytes]:
     deep: Any = "x"
     for _ in range(random.choice([2, 60])):
         deep = [deep]
-    kind = random.choice(["plain", "plain", "bomb", "long", "bytes", "deep", "dates", "names", "nulls", "numbers", "dictionary"])
+    kind = random.choice(
+        ["plain", "plain", "bomb", "long", "bytes", "deep", "dates", "names", "nulls", "numbers", "dictionary"]
+    )
     table = {
         "plain": lambda: pa.table({"prompt": prompts, "completion": answers}),
-        "bomb": lambda: pa.table({"prompt": pa.array(["x" * 1000]).take(pa.array([0] * 1_000_000)), "completion": pa.nulls(1_000_000, pa.string())}),
+        "bomb": lambda: pa.table({"prompt": pa.array(["x" * 1000]).take(pa.array([0] * 1_000_000)),
+        "completion": pa.nulls(1_000_000, pa.string())}),
         "long": lambda: pa.table({"prompt": ["x" * 80_000_000], "completion": ["y"]}),
         "bytes": lambda: pa.table({"prompt": pa.array([b"\xff\xfe"] * 8), "completion": answers}),
         "deep": lambda: pa.table({"prompt": [deep] * 8, "completion": answers}),
@@ -259,7 +278,9 @@ def column_file(random: Random, scratch: Path) -> tuple[str, bytes]:
     suffix = random.choice([".parquet", ".parquet", ".arrow", ".feather"]) if kind != "bomb" else ".parquet"
     try:
         if suffix == ".parquet":
-            parquet.write_table(table, scratch, compression=random.choice(["zstd", "snappy", "none"]) if kind != "bomb" else "zstd")
+            parquet.write_table(
+                table, scratch, compression=random.choice(["zstd", "snappy", "none"]) if kind != "bomb" else "zstd"
+            )
         elif suffix == ".feather":
             feather.write_feather(table, str(scratch), compression="uncompressed")
         else:
@@ -272,8 +293,10 @@ def column_file(random: Random, scratch: Path) -> tuple[str, bytes]:
 
 def texts(random: Random, folder: Path) -> tuple[str, str]:
     kinds: dict[str, Callable[[], bytes]] = {
-        "odd": lambda: "\n\n".join(random.sample(TEXTS, 9)).encode("utf-8", "surrogatepass"), "zeros": lambda: bytes(10_000),
-        "long": lambda: b"x" * 80_000_000, "lines": lambda: b"\n" * 5_000_000, "bytes": lambda: random.randbytes(10_000),
+        "odd": lambda: "\n\n".join(random.sample(TEXTS, 9)).encode("utf-8", "surrogatepass"),
+        "zeros": lambda: bytes(10_000),
+        "long": lambda: b"x" * 80_000_000, "lines": lambda: b"\n" * 5_000_000,
+        "bytes": lambda: random.randbytes(10_000),
         "words": lambda: b"name: Ada lives. " * 200_000, "empty": lambda: b"", "space": lambda: b" " * 100_000,
         "special": lambda: b"<|endoftext|><s>" * 3000, "pickle": lambda: spoiling.bomb(folder / "marker"),
     }  # fmt: skip
@@ -285,7 +308,9 @@ def texts(random: Random, folder: Path) -> tuple[str, str]:
 
 def nodes(random: Random, folder: Path) -> tuple[str, str]:
     """What is no file, under a file's name."""
-    path = folder / f"{NAME}{random.choice(['.jsonl', '.json', '.csv', '.txt', '.parquet', '.arrow', '.jsonl.gz', '.py'])}"
+    path = (
+        folder / f"{NAME}{random.choice(['.jsonl', '.json', '.csv', '.txt', '.parquet', '.arrow', '.jsonl.gz', '.py'])}"
+    )
     path.write_bytes(dumped(good_rows(8)))
     return path.name, str(random.choice(spoiling.NODES)(random, path))
 
@@ -302,7 +327,9 @@ def folders(random: Random, folder: Path) -> tuple[str, str]:
         (place / "b.csv").write_text("prompt,completion\na,b\n")
     elif kind == "saved":
         (place / "dataset_info.json").write_bytes(random.choice([b"{}", b"[", b"[1]", b'{"features": 4}']))
-        (place / "state.json").write_bytes(random.choice([b"{}", b'{"_data_files": [{"filename": "../../x"}]}', b"\xff"]))
+        (place / "state.json").write_bytes(
+            random.choice([b"{}", b'{"_data_files": [{"filename": "../../x"}]}', b"\xff"])
+        )
     elif kind == "script":
         (place / f"{NAME}.py").write_text(f"import os\nos.mkdir({str(folder / 'marker')!r})\n")
         (place / "a.jsonl").write_bytes(dumped(good_rows(8)))
@@ -314,7 +341,8 @@ def folders(random: Random, folder: Path) -> tuple[str, str]:
 
 
 MAKERS: list[Callable[[Random, Path], tuple[str, str]]] = [
-    json_lines, json_lines, json_lines, bad_lines, bad_lines, documents, encodings, cells, cells, packed, columns, columns,
+    json_lines, json_lines, json_lines, bad_lines, bad_lines, documents, encodings, cells, cells, packed, columns,
+    columns,
     texts, nodes, folders,
 ]  # fmt: skip
 KINDS = (kind("hostile-data", "A data file made to harm is read or refused by name, within bounds.", 1000, make),)

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.faults import spoiling
+from tests.faults import spoiling, spoiling_tensors
 from tests.faults.damage import Trial, kind
 from tests.faults.kinds import Place
 from tests.faults.scenes import BASE, BASES, CPU, FINISHED, QUICK, ROWS, UNFINISHED, copied, scene, with_runs
@@ -19,12 +19,14 @@ ON_BASE = {
     "eval": ("eval", "--model", BASE, "--data", ROWS, "--generate-rows", "1", "--max-new-tokens", "4", *CPU, "--json"),
     "train": ("train", "--model", BASE, "--data", ROWS, "--output-dir", "new", *QUICK, *CPU, "--json"),
     "plan": ("plan", "--model", BASE, "--method", "lora", "--batch", "2", "--length", "32", *CPU, "--json"),
-    "compare": ("compare", "--model", BASE, "--data", ROWS, "--methods", "lora", "--quick", "--dry-run", "--output-dir", "new", *QUICK, *CPU, "--json"),
+    "compare": ("compare", "--model", BASE, "--data", ROWS, "--methods", "lora", "--quick", "--dry-run",
+    "--output-dir", "new", *QUICK, *CPU, "--json"),
 }  # fmt: skip
 #: what knows the base that it was made on
 ON_RUN = {
     "generate --run": ("generate", "--run", FINISHED, "--rows", "1", "--max-new-tokens", "6", *CPU, "--json"),
-    "eval --run": ("eval", "--run", FINISHED, "--data", ROWS, "--generate-rows", "1", "--max-new-tokens", "4", *CPU, "--json"),
+    "eval --run": ("eval", "--run", FINISHED, "--data", ROWS, "--generate-rows", "1", "--max-new-tokens", "4", *CPU,
+    "--json"),
     "resume": ("train", "--resume", "--output-dir", UNFINISHED, "--json"),
 }  # fmt: skip
 #: absurd values of fields that every family has
@@ -105,8 +107,12 @@ def _damaged(place: Place, random: Random, base: Path) -> tuple[str, str, tuple[
             return path.name, f"is that of {other.parent.name}", ()
     path = random.choice(weights if how == "weights" else files)
     for _ in range(10):
-        blows = random.choice([spoiling.BYTES, spoiling.TENSORS, spoiling.TENSORS]) if how == "weights" else None
-        what = random.choice(blows)(random, path) if blows else spoiling.strike(random, path)
+        blows = (
+            random.choice([spoiling.BYTES, spoiling_tensors.TENSORS, spoiling_tensors.TENSORS])
+            if how == "weights"
+            else None
+        )
+        what = random.choice(blows)(random, path) if blows else spoiling_tensors.strike(random, path)
         if what is not None:
             return path.name, what, ()
     return "", "nothing", ()
@@ -116,7 +122,9 @@ def _field(random: Random, base: Path) -> tuple[str, str]:
     """One field of the config (or of how text is generated, or of the tokenizer's) has a value that makes no sense."""
     path = base / "config.json"
     if random.random() < 0.25:
-        path = base / random.choice([n for n in ("generation_config.json", "tokenizer_config.json") if (base / n).exists()])
+        path = base / random.choice(
+            [n for n in ("generation_config.json", "tokenizer_config.json") if (base / n).exists()]
+        )
     content = json.loads(path.read_text())
     known = [name for name in FIELDS if name in content] if random.random() < 0.7 else list(FIELDS)
     name = random.choice(known or list(FIELDS))
@@ -128,7 +136,9 @@ def _field(random: Random, base: Path) -> tuple[str, str]:
 def _planted(random: Random, base: Path) -> tuple[str, str]:
     """Code, or what would fetch some, where a library may look for it."""
     marker = base.parent / "marker"
-    kind = random.choice(["auto_map", "auto_map", "tokenizer", "adapter", "bin", "bin alone", "index", "kernel", "hub code"])
+    kind = random.choice(
+        ["auto_map", "auto_map", "tokenizer", "adapter", "bin", "bin alone", "index", "kernel", "hub code"]
+    )
     code = CODE.format(marker=str(marker))
     if kind in ("auto_map", "hub code"):
         (base / "modeling_x.py").write_text(code)
@@ -167,7 +177,9 @@ def _planted(random: Random, base: Path) -> tuple[str, str]:
             (base / "x.bin").write_bytes(spoiling.bomb(marker))
         return "model.safetensors.index.json", f"names {target!r}"
     content = json.loads((base / "config.json").read_text())
-    key = random.choice(["attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"])
+    key = random.choice(
+        ["attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"]
+    )
     spoiling.changed(base / "config.json", content | {key: "kernels-community/flash-attn3"})
     return "config.json", f"{key} of a hub kernel"
 

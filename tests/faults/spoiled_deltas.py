@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.faults import spoiling
+from tests.faults import spoiling, spoiling_tensors
 from tests.faults.child import Case
 from tests.faults.damage import Trial, kind
 from tests.faults.kinds import Place
@@ -61,7 +61,9 @@ def make(place: Place, random: Random, folder: Path) -> Trial:
     command = random.choice(commands)
     copied(origin, folder)
     touched, what, names, knowable = _damaged(place, random, folder / DELTA, name)
-    call = {"call": "tests.faults.spoiled_deltas:load", "argv": ()} if command == "load" else {"argv": COMMANDS[command]}
+    call = (
+        {"call": "tests.faults.spoiled_deltas:load", "argv": ()} if command == "load" else {"argv": COMMANDS[command]}
+    )
     return Trial(
         origin, touched=touched and f"{DELTA}/{touched}", what=f"{name}: {what}", names=(DELTA, *names),
         knowable=knowable, hub="base_name is" in what or "base_model_name_or_path is" in what, **call,
@@ -85,7 +87,7 @@ def _damaged(place: Place, random: Random, delta: Path, name: str) -> tuple[str,
         for key in ("weights", "digests", "sha256"):
             content.pop(key, None)
         spoiling.changed(config, content)
-        what = spoiling.other_tensors(random, random.choice(weights))
+        what = spoiling_tensors.other_tensors(random, random.choice(weights))
         return weights[0].name, f"no digest, {what}", tuple(w.name for w in weights), False
     if how == "field":
         return *_field(random, config), (), ours
@@ -102,8 +104,8 @@ def _damaged(place: Place, random: Random, delta: Path, name: str) -> tuple[str,
     files = sorted(path for path in delta.iterdir() if path.is_file())
     path = random.choice(weights if how == "weights" else files)
     for _ in range(10):
-        blows = random.choice([spoiling.BYTES, spoiling.TENSORS]) if how == "weights" else None
-        what = random.choice(blows)(random, path) if blows else spoiling.strike(random, path)
+        blows = random.choice([spoiling.BYTES, spoiling_tensors.TENSORS]) if how == "weights" else None
+        what = random.choice(blows)(random, path) if blows else spoiling_tensors.strike(random, path)
         if what is not None:
             return path.name, what, (), ours
     return "", "nothing", (), ours
@@ -148,7 +150,9 @@ def save(name: str) -> None:
     }  # fmt: skip
     method = name.removesuffix("-peft")
     model, _ = spectune.load(BASE)
-    delta = spectune.attach(model, method_from_name(method, **small.get(method, {})), "task", keep_base=method == "full")
+    delta = spectune.attach(
+        model, method_from_name(method, **small.get(method, {})), "task", keep_base=method == "full"
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in delta.parameters():

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from random import Random
 
-from tests.faults import spoiling
+from tests.faults import spoiling, spoiling_tensors
 from tests.faults.child import Case
 from tests.faults.damage import Trial, kind
 from tests.faults.kinds import Place
@@ -89,9 +89,8 @@ def _damaged(random: Random, folder: Path, damaged: Path) -> tuple[str, str, boo
     files = regular(damaged)
     read = [path for path in files if path.suffix in READ]
     path = random.choice(read if random.random() < 0.95 else files)
-    if how == "swap":
-        if (found := _swapped(random, folder, damaged, read)) is not None:
-            return str(found[0].relative_to(folder)), found[1], True
+    if how == "swap" and (found := _swapped(random, folder, damaged, read)) is not None:
+        return str(found[0].relative_to(folder)), found[1], True
     if how == "forged":
         records = [p for p in files if p.suffix == ".json"]
         path = random.choice(records)
@@ -108,8 +107,8 @@ def _damaged(random: Random, folder: Path, damaged: Path) -> tuple[str, str, boo
         shutil.rmtree(gone)
         return str(gone.relative_to(folder)), "the folder is gone", True
     for _ in range(10):
-        blow = lines if path.suffix == ".jsonl" else yaml if path.suffix == ".yaml" else spoiling.strike
-        what = (blow if random.random() < 0.5 else spoiling.strike)(random, path)
+        blow = lines if path.suffix == ".jsonl" else yaml if path.suffix == ".yaml" else spoiling_tensors.strike
+        what = (blow if random.random() < 0.5 else spoiling_tensors.strike)(random, path)
         if what is not None:
             return str(path.relative_to(folder)), what, True
     return "", "nothing", True
@@ -206,7 +205,8 @@ def yaml(random: Random, path: Path) -> str | None:
         [
             "99", "-1", "x", "null", "[1, 2]", "{a: 1}", "1e400", ".nan", "off", "'\\e[2J'", '"\\e[2Jx"', "9" * 5000,
             f"!!python/object/apply:os.mkdir ['{marker}']", "!!python/name:os.system", "&a [*a]", "*nowhere", "|",
-            "[" * 5000 + "]" * 5000, "'" + "x" * 10**6 + "'", "../../x.py:metric", "2029-02-30", "0x10", "1_000", "!x y",
+            "[" * 5000 + "]" * 5000, "'" + "x" * 10**6 + "'", "../../x.py:metric", "2029-02-30", "0x10", "1_000",
+            "!x y",
             "{" + ", ".join(f"a{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9) if n else 1}]" for n in range(9)) + "}",
         ]
     )  # fmt: skip

@@ -19,7 +19,16 @@ PATHS = {"os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.ren
 #: of these the second is written, too, or alone
 TARGETS = {"os.rename", "os.link", "os.symlink", "shutil.move"}
 NETWORK = {"socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.gethostbyname", "socket.bind"}
-PROGRAMS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn"}
+PROGRAMS = {
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "pty.spawn",
+}
 #: what torch and Python look at a machine with
 HARMLESS = {("g++", "--version"), ("uname", "-p")}
 #: what the harness itself writes, and the folder that torch makes as it is imported
@@ -103,5 +112,3 @@ def watch(root: str, log: str) -> None:
     Path(tempfile.tempdir).mkdir(exist_ok=True)
     huggingface_hub.constants.HF_HUB_OFFLINE = False
     sys.addaudithook(Watcher(root, log))
-
-
