@@ -6,6 +6,7 @@ torch is made in a process of the fork server.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -23,9 +24,9 @@ FINISHED, UNFINISHED = "finished-run", "unfinished-run"
 COMPARED, UNCOMPARED = "finished-comparison", "unfinished-comparison"
 CPU = ("--device", "cpu")
 STEPS = ("--set", "max_steps=4", "--set", "save_steps=1", "--set", "eval_steps=2", "--set", "learning_rate=0.01",
-         "--set", "max_length=48", "--set", "per_device_train_batch_size=4")  # fmt: skip
+         "--set", "max_length=40", "--set", "per_device_train_batch_size=4")  # fmt: skip
 LORA = ("--set", "lora_dropout=0.1", "--set", "r=4")
-QUICK = ("--set", "max_steps=2", "--set", "max_length=48", "--set", "per_device_train_batch_size=4")
+QUICK = ("--set", "max_steps=2", "--set", "max_length=40", "--set", "per_device_train_batch_size=4")
 #: the bases that scenes are made of
 BASES = ("gpt2", "llama", "qwen3", "slow", "tiny")
 
@@ -65,7 +66,7 @@ def with_runs(place: Place, base: str, method: str = "lora") -> Path:
         settings = (*STEPS, *(LORA if method == "lora" else ()))
         train = ("train", "--model", BASE, "--data", ROWS, "--method", method, *settings, *CPU)
         made(place, Case((*train, "--output-dir", FINISHED), cwd=folder))
-        stop = ("tests.faults.scenes:interrupt_at", {"name": "checkpoint-2"})
+        stop = ("tests.faults.scenes:interrupt_when", {"pattern": f"{UNFINISHED}/checkpoint-2"})
         made(place, Case((*train, "--output-dir", UNFINISHED), cwd=folder, faults=(stop,)), codes=(130,))
 
     return place.once(f"runs-{base}-{method}", make)
@@ -77,7 +78,7 @@ def with_comparisons(place: Place) -> Path:
     def make(folder: Path) -> None:
         copied(scene(place, "gpt2"), folder)
         made(place, Case((*COMPARE, "--output-dir", COMPARED), cwd=folder))
-        stop = ("tests.faults.scenes:interrupt_at", {"name": "result.json", "inside": "/runs/lora/"})
+        stop = ("tests.faults.scenes:interrupt_when", {"pattern": f"{UNCOMPARED}/runs/lora/*/result.json"})
         made(place, Case((*COMPARE, "--output-dir", UNCOMPARED), cwd=folder, faults=(stop,)), codes=(130,))
 
     return place.once("comparisons", make)
@@ -102,16 +103,18 @@ def copied(scene: Path, folder: Path, most: int = 2**20) -> Path:
 # -- inside of the fork server's processes ---------------------------------------------------------------------------
 
 
-def interrupt_at(name: str, inside: str = "") -> None:
-    """Ctrl-C as soon as a file or folder of that name is in its place."""
-    fired = []
+def interrupt_when(pattern: str) -> None:
+    """Ctrl-C as soon as a file or folder of that name is in its place, however it came there."""
+    state = {"busy": False, "fired": False}
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "os.rename" and not fired:
-            target = os.fsdecode(arguments[1])
-            if os.path.basename(target) == name and inside in target:
-                fired.append(target)
-                signal.raise_signal(signal.SIGINT)
+        if state["busy"] or state["fired"] or not (event == "open" or event.startswith("os.")):
+            return
+        state["busy"] = True
+        state["fired"] = bool(glob.glob(pattern))
+        state["busy"] = False
+        if state["fired"]:
+            signal.raise_signal(signal.SIGINT)
 
     sys.addaudithook(hook)
 

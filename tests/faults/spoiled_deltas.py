@@ -27,7 +27,7 @@ COMMANDS = {
     "merge": ("merge", "--run", DELTA, "--output-dir", "new", "--data", ROWS, *CPU, "--json"),
     "export": ("export", "--run", DELTA, "--format", "peft", "--output-dir", "new", "--no-check", *CPU, "--json"),
 }  # fmt: skip
-MERGED = ("lora", "bitfit", "dora", "ia3", "oft", "miss", "ln", "full")
+MERGED = ("lora", "bitfit", "dora", "oft", "miss", "full")
 EXPORTED = ("lora", "prefix", "prompt")
 #: sizes and settings that a forged config may have; each is taken where the config has such a key
 FIELDS: dict[str, list[Any]] = {

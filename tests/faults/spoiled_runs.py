@@ -70,7 +70,7 @@ def with_others(place: Place, method: str) -> Path:
         copied(with_runs(place, "gpt2", method), folder)
         settings = (*STEPS, *(LORA if method == "lora" else ()))
         train = ("train", "--model", BASE, "--data", ROWS, "--method", method, *settings, *CPU, "--seed", "1")
-        stop = ("tests.faults.scenes:interrupt_at", {"name": "checkpoint-2"})
+        stop = ("tests.faults.scenes:interrupt_when", {"pattern": f"{OTHER}-{UNFINISHED}/checkpoint-2"})
         made(place, Case((*train, "--output-dir", f"{OTHER}-{UNFINISHED}"), cwd=folder, faults=(stop,)), codes=(130,))
         made(place, Case((*train, "--output-dir", f"{OTHER}-{FINISHED}"), cwd=folder))
 

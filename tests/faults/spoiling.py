@@ -10,7 +10,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-
 #: damages a file in place; None where the file has nothing of the sort
 Blow = Callable[[Random, Path], str | None]
 
