@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -83,11 +82,11 @@ def test_clocks_and_memory_are_no_result() -> None:
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Iterator[list[Path]]:
+def places(tmp_path: Path) -> list[Path]:
     found = [tmp_path / "a" / "same", tmp_path / "b" / "same"]
     for folder in found:
         folder.mkdir(parents=True)
-    yield found
+    return found
 
 
 def test_a_seed_gives_the_same_case(places: list[Path]) -> None:
