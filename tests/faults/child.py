@@ -227,7 +227,7 @@ def server() -> Iterator[str]:
     """A server's address. It ends after the `with`, once nobody is connected any more."""
     folder = tempfile.mkdtemp(prefix="spectune-forks-")
     address = str(Path(folder) / "socket")
-    paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT / "src"), str(ROOT)]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "tests.faults.child", address]
     process = subprocess.Popen(
