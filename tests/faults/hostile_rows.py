@@ -269,7 +269,7 @@ def column_file(random: Random, scratch: Path) -> tuple[str, bytes]:
         "long": lambda: pa.table({"prompt": ["x" * 80_000_000], "completion": ["y"]}),
         "bytes": lambda: pa.table({"prompt": pa.array([b"\xff\xfe"] * 8), "completion": answers}),
         "deep": lambda: pa.table({"prompt": [deep] * 8, "completion": answers}),
-        "dates": lambda: pa.table({"prompt": pa.array([2**62] * 8, pa.timestamp("s")), "completion": answers}),
+        "dates": lambda: pa.table({"prompt": pa.array([2**62] * 8, pa.timestamp("us")), "completion": answers}),
         "names": lambda: pa.table({"prompt": prompts, "completion": answers, "\x1b[2J": prompts, "": prompts}),
         "nulls": lambda: pa.table({"prompt": pa.nulls(8), "completion": answers}),
         "numbers": lambda: pa.table({"prompt": [float("nan")] * 8, "completion": [10**18] * 8}),

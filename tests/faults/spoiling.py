@@ -140,6 +140,12 @@ def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+def one_of(random: Random, known: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """A place, often one at the top: large tables (a vocabulary) would take all blows otherwise."""
+    top = [place for place in known if len(place) == 1]
+    return random.choice(top if top and random.random() < 0.5 else known)
+
+
 def held(content: Any, path: tuple[Any, ...]) -> tuple[Any, Any]:
     """The container of a place, and its key there."""
     for key in path[:-1]:
@@ -163,8 +169,7 @@ def other_value(random: Random, path: Path) -> str | None:
     content = parsed(path)
     if not (known := places(content)):
         return None
-    # large tables (a vocabulary) would otherwise take all blows
-    place = random.choice([p for p in known if len(p) == 1] if random.random() < 0.5 else known)
+    place = one_of(random, known)
     holder, key = held(content, place)
     value = random.choice(OTHER_VALUES)
     old, holder[key] = holder[key], value
@@ -191,7 +196,7 @@ def without_key(random: Random, path: Path) -> str | None:
     known = [place for place in places(content) if isinstance(held(content, place)[0], dict)]
     if not known:
         return None
-    place = random.choice([p for p in known if len(p) == 1] if random.random() < 0.5 else known)
+    place = one_of(random, known)
     holder, key = held(content, place)
     del holder[key]
     changed(path, content)
