@@ -81,7 +81,7 @@ class Judgement:
 
     Attributes:
         faults: what was broken, by name.
-        heard: refused, warned, same, unknowable or silent; "ran" where nothing is compared.
+        heard: refused, warned, same, unknowable, silent or killed; "ran" where nothing is compared.
         cause: where a fault comes from, for grouping. differs: the first thing that is other than it would be.
     """
 
@@ -101,7 +101,8 @@ class Judgement:
 
     def verdict(self) -> Verdict:
         """As the table of all kinds takes it."""
-        return Verdict(str(self), list(self.faults), {self.heard: 1})
+        flips = {f"flipped bits: {self.heard}": 1} if "flipped" in self.trial.what else {}
+        return Verdict(str(self), list(self.faults), {self.heard: 1, **flips})
 
 
 Make = Callable[[Place, Random, Path], Trial]
@@ -214,7 +215,7 @@ def judged(
 ) -> Judgement:
     faults = broken(trial, outcome, seen)
     differs = "" if truth is None else difference(truth, result)
-    heard = "refused"
+    heard = "killed" if outcome.killed else "refused"
     if outcome.rc == 0:
         heard = "ran" if truth is None else "same"
         if truth is not None and warned(trial, truth, outcome):

@@ -133,25 +133,27 @@ def _field(random: Random, base: Path) -> tuple[str, str]:
     return path.name, f"{name} is {value!r}"
 
 
+def plant_model(base: Path, marker: Path, repository: str = "", *, other_type: bool = False) -> None:
+    """Code of the base's own, in its folder or in somebody's on the hub, that leaves a mark."""
+    (base / "modeling_x.py").write_text(CODE.format(marker=str(marker)))
+    names = {"AutoConfig": "MyConfig", "AutoModelForCausalLM": "MyModel"}
+    content = json.loads((base / "config.json").read_text())
+    content["auto_map"] = {auto: f"{repository}modeling_x.{name}" for auto, name in names.items()}
+    spoiling.changed(base / "config.json", content | ({"model_type": "something-new"} if other_type else {}))
+
+
 def _planted(random: Random, base: Path) -> tuple[str, str]:
     """Code, or what would fetch some, where a library may look for it."""
     marker = base.parent / "marker"
     kind = random.choice(
         ["auto_map", "auto_map", "tokenizer", "adapter", "bin", "bin alone", "index", "kernel", "hub code"]
     )
-    code = CODE.format(marker=str(marker))
     if kind in ("auto_map", "hub code"):
-        (base / "modeling_x.py").write_text(code)
-        start = "someone/repository--" if kind == "hub code" else ""
-        names = {"AutoConfig": "MyConfig", "AutoModelForCausalLM": "MyModel"}
-        content = json.loads((base / "config.json").read_text())
-        content["auto_map"] = {auto: f"{start}modeling_x.{name}" for auto, name in names.items()}
-        if random.random() < 0.5:
-            content["model_type"] = "something-new"
-        spoiling.changed(base / "config.json", content)
-        return "config.json", f"{kind} with {content['model_type']}"
+        other = random.random() < 0.5
+        plant_model(base, marker, "someone/repository--" if kind == "hub code" else "", other_type=other)
+        return "config.json", f"{kind}{' of another type' if other else ''}"
     if kind == "tokenizer":
-        (base / "tokenization_x.py").write_text(code)
+        (base / "tokenization_x.py").write_text(CODE.format(marker=str(marker)))
         content = json.loads((base / "tokenizer_config.json").read_text())
         content["auto_map"] = {"AutoTokenizer": ["tokenization_x.MyTokenizer", "tokenization_x.MyTokenizer"]}
         content["tokenizer_class"] = random.choice(["MyTokenizer", "NoSuchTokenizer", content.get("tokenizer_class")])

@@ -28,6 +28,7 @@ from tests.faults.scenes import (
     with_comparisons,
     with_runs,
 )
+from tests.faults.spoiled_bases import plant_model
 
 OTHER = "other-run"
 ASKED = ("--max-new-tokens", "4", *CPU, "--json")
@@ -59,7 +60,9 @@ def make(place: Place, random: Random, folder: Path) -> Trial:
         origin, (damaged, argv) = with_comparisons(place), random.choice(OF_COMPARISONS)
     copied(origin, folder)
     touched, what, knowable = _damaged(random, folder, folder / damaged)
-    names = (damaged, Path(touched).name) if touched else (damaged,)
+    names = (
+        (damaged, BASE, Path(touched).name) if "code" in what else (damaged, *([Path(touched).name] if touched else []))
+    )
     return Trial(origin, argv, touched, f"{origin.name}: {what}", names=names, knowable=knowable)
 
 
@@ -85,7 +88,7 @@ def regular(folder: Path) -> list[Path]:
 
 def _damaged(random: Random, folder: Path, damaged: Path) -> tuple[str, str, bool]:
     """What was damaged, how, and whether the folder tells."""
-    how = random.choices(["file", "swap", "forged", "surplus", "folder"], [70, 10, 8, 8, 4])[0]
+    how = random.choices(["file", "swap", "forged", "surplus", "folder", "code"], [66, 10, 8, 8, 4, 4])[0]
     files = regular(damaged)
     read = [path for path in files if path.suffix in READ]
     path = random.choice(read if random.random() < 0.95 else files)
@@ -101,6 +104,8 @@ def _damaged(random: Random, folder: Path, damaged: Path) -> tuple[str, str, boo
             return str(path.relative_to(folder)), f"forged: {what}", False
     if how == "surplus":
         return _surplus(random, folder, damaged)
+    if how == "code":
+        return _planted(random, folder, damaged)
     if how == "folder":
         folders = sorted({path.parent for path in files} - {damaged})
         gone = random.choice(folders)
@@ -125,6 +130,21 @@ def _swapped(random: Random, folder: Path, damaged: Path, files: list[Path]) -> 
     path.unlink()
     shutil.copyfile(other, path)
     return path, f"is {other.relative_to(folder)}"
+
+
+def _planted(random: Random, folder: Path, damaged: Path) -> tuple[str, str, bool]:
+    """Settings that name code: a metric in a file of the folder's, or the base's own, which the settings trust."""
+    settings = damaged / "config.yaml"
+    if random.random() < 0.5:
+        (damaged / "metrics.py").write_text(f"import os\nos.mkdir({str(folder / 'marker')!r})\nscore = len\n")
+        added = {"metric": f"{damaged.name}/metrics.py:score"}
+    else:
+        plant_model(folder / BASE, folder / "marker")
+        added = {"trust_remote_code": "true"}
+    kept = [line for line in settings.read_text().splitlines() if line.partition(":")[0] not in added]
+    settings.unlink()
+    settings.write_text("\n".join([*kept, *(f"{key}: {value}" for key, value in added.items())]) + "\n")
+    return str(settings.relative_to(folder)), f"names code: {added}", True
 
 
 def resealed(content: dict[str, object]) -> dict[str, object]:
