@@ -18,7 +18,8 @@ from pathlib import Path
 
 from tests.faults.child import Forks
 
-MODULES = ("crashes", "disks", "signals", "streams", "pairs", "damaged_bases", "damaged_folders", "hostile")
+MODULES = ("crashes", "disks", "signals", "streams", "pairs", "spoiled_bases", "spoiled_deltas",
+           "spoiled_runs", "hostile_rows", "hostile_chats")  # fmt: skip
 
 
 @dataclass(frozen=True)
