@@ -3,6 +3,8 @@
     PYTHONPATH=src python -m benchmarks.reliability                        all of it, as many at once as there are cores
     PYTHONPATH=src python -m benchmarks.reliability --quick --out x        few cases of each, elsewhere
     PYTHONPATH=src python -m benchmarks.reliability --only crash-train     one kind; --case N: one case of it alone
+    PYTHONPATH=src python -m benchmarks.reliability --accidents            what is nobody's doing; --damage: the rest
+    PYTHONPATH=src python -m benchmarks.reliability --of a.json b.json     the page of runs that were made apart
 
 A case is given by kind, seed and number, and is the same whenever it is run. Nothing here needs a device or a network.
 """
@@ -10,8 +12,10 @@ A case is given by kind, seed and number, and is the same whenever it is run. No
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -35,6 +39,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 #: failures that the page lists of a kind; the JSON beside it has all
 LISTED = 10
+#: modules of tests.faults whose faults are nobody's doing
+ACCIDENTS = tuple(f"tests.faults.{name}" for name in ("crashes", "disks", "signals", "streams", "pairs"))
 
 
 @dataclass
@@ -102,32 +108,37 @@ def cases(chosen: Sequence[Kind], seed: int, quick: bool, only_case: int | None)
     yield from ((name, seed, index) for _, name, index in sorted(planned))
 
 
-def run(chosen: Sequence[Kind], planned: list[tuple[str, int, int]], jobs: int) -> dict[str, Tally]:
-    """All of these cases, in `jobs` processes."""
+def run(
+    chosen: Sequence[Kind], planned: list[tuple[str, int, int]], jobs: int, limit_s: float = math.inf
+) -> dict[str, Tally]:
+    """All of these cases, in `jobs` processes; as many as `limit_s` seconds allow."""
     context = multiprocessing.get_context("spawn")
     tasks, found = context.Queue(), context.Queue()
     tallies = {kind.name: Tally(kind) for kind in chosen}
     root = tempfile.mkdtemp(prefix="spectune-reliability-")
     begin = told = time.monotonic()
-    try:
-        with server() as address:
-            workers = [context.Process(target=work, args=(address, root, tasks, found)) for _ in range(jobs)]
-            for worker in workers:
-                worker.start()
-            for task in (*planned, *[None] * jobs):
-                tasks.put(task)
-            for number in range(1, len(planned) + 1):
-                got = found.get(timeout=600)
-                tallies[got["kind"]].add(got)
-                for problem in got["problems"][:3]:
-                    print(f"{got['kind']} {got['seed']} {got['index']}: {got['what']}: {problem[:500]}", flush=True)
-                if time.monotonic() - told > 20:
-                    told = time.monotonic()
-                    print(f"{number} of {len(planned)} cases, {told - begin:.0f} s", flush=True)
-            for worker in workers:
-                worker.join()
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, root, ignore_errors=True)
+        address = stack.enter_context(server())
+        for _ in range(jobs):
+            worker = context.Process(target=work, args=(address, root, tasks, found), daemon=True)
+            worker.start()
+            stack.callback(worker.join)
+            stack.callback(worker.terminate)
+        for task in planned:
+            tasks.put(task)
+        for number in range(1, len(planned) + 1):
+            try:
+                got = found.get(timeout=min(600.0, max(0.0, begin + limit_s - time.monotonic())))
+            except queue.Empty:
+                print(f"{number - 1} of {len(planned)} cases: the others were not begun or not ended", flush=True)
+                break
+            tallies[got["kind"]].add(got)
+            for problem in got["problems"][:3]:
+                print(f"{got['kind']} {got['seed']} {got['index']}: {got['what']}: {problem[:500]}", flush=True)
+            if time.monotonic() - told > 20:
+                told = time.monotonic()
+                print(f"{number} of {len(planned)} cases, {told - begin:.0f} s", flush=True)
     return tallies
 
 
@@ -142,34 +153,52 @@ def about(seed: int, jobs: int, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def page(known: dict[str, Any], tallies: dict[str, Tally]) -> str:
-    total, held = sum(t.cases for t in tallies.values()), sum(t.held for t in tallies.values())
+def page(runs: list[dict[str, Any]], records: dict[str, dict[str, Any]]) -> str:
+    total, held = (sum(record[key] for record in records.values()) for key in ("cases", "held"))
     lines = [
         "# Reliability", "",
         "What faults do to the command: kills, full disks, signals, closed streams, second processes, and damaged and "
         "hostile files. Made by `benchmarks/reliability.py`, which runs the kinds of tests/faults; how a fault is put "
         "in stands there. Each case is a process of its own, on a tiny base, on the CPU.", "",
-        f"{held:,} of {total:,} cases held, {known['date']}: `{known['command']}`, seed {known['seed']}, "
-        f"{known['jobs']} at once, {known['seconds']:,} s. {known['machine']}; Python {known['python']}, torch "
-        f"{known['torch']}, transformers {known['transformers']}, safetensors {known['safetensors']}.", "",
-        "| kind | cases | held | what is promised | counted |", "|---|---:|---:|---|---|",
+        f"{held:,} of {total:,} cases held.", "",
     ]  # fmt: skip
-    for name, tally in tallies.items():
-        counted = ", ".join(f"{count:,} {what}" for what, count in sorted(tally.counts.items()))
-        lines.append(f"| `{name}` | {tally.cases:,} | {tally.held:,} | {tally.kind.promise} | {counted} |")
+    for known in runs:
+        lines.append(
+            f"- {known['date']}: `{known['command']}`, seed {known['seed']}, {known['jobs']} at once, "
+            f"{known['seconds']:,} s. {known['machine']}; Python {known['python']}, torch {known['torch']}, "
+            f"transformers {known['transformers']}, safetensors {known['safetensors']}."
+        )
+    lines += ["", "| kind | cases | held | what is promised | counted |", "|---|---:|---:|---|---|"]
+    for name, record in records.items():
+        counted = ", ".join(f"{count:,} {what}" for what, count in sorted(record["counts"].items()))
+        lines.append(f"| `{name}` | {record['cases']:,} | {record['held']:,} | {record['promise']} | {counted} |")
     lines += ["", "## What did not hold", ""]
-    failed = [tally for tally in tallies.values() if tally.failures]
+    failed = {name: record for name, record in records.items() if record["failures"]}
     lines += [] if failed else ["Nothing."]
-    for tally in failed:
-        lines += [f"### {tally.kind.name}: {len(tally.failures):,} of {tally.cases:,}", ""]
-        for failure in sorted(tally.failures, key=lambda failure: int(failure["index"]))[:LISTED]:
-            again = f"--only {tally.kind.name} --seed {failure['seed']} --case {failure['index']}"
-            problem = " ".join(failure["problems"][0].split())[:300].replace("|", "\\|").replace("<", "&lt;")
-            lines.append(f"- `{again}`: {failure['what']}: {problem}")
-        if len(tally.failures) > LISTED:
-            lines.append(f"- and {len(tally.failures) - LISTED:,} more, in the JSON beside this page")
+    for name, record in failed.items():
+        lines += [f"### {name}: {len(record['failures']):,} of {record['cases']:,}", ""]
+        for failure in sorted(record["failures"], key=lambda failure: int(failure["index"]))[:LISTED]:
+            again = f"--only {name} --seed {failure['seed']} --case {failure['index']}"
+            lines.append(f"- `{again}`: {_plain(failure['what'], 160)}: {_plain(failure['problems'][0], 300)}")
+        if len(record["failures"]) > LISTED:
+            lines.append(f"- and {len(record['failures']) - LISTED:,} more, in the JSON beside this page")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _plain(text: str, most: int) -> str:
+    """Text of a case as Markdown that shows it as it is."""
+    kept = "".join(letter if letter.isprintable() else " " for letter in text)
+    return "".join(f"\\{letter}" if letter in "\\|<>[]*_`#" else letter for letter in " ".join(kept.split())[:most])
+
+
+def write(folder: Path, runs: list[dict[str, Any]], records: dict[str, dict[str, Any]]) -> None:
+    """The page, and beside it a JSON that has every failure."""
+    target = folder / PAGE.name
+    folder.mkdir(parents=True, exist_ok=True)
+    target.write_text(page(runs, records), encoding="utf-8")
+    target.with_suffix(".json").write_text(json.dumps({"runs": runs, "kinds": records}, indent=1) + "\n", "utf-8")
+    print(f"written to {target} and {target.with_suffix('.json').name}")
 
 
 def main() -> int:
@@ -179,26 +208,31 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", action="append", help="a kind; repeatable")
     parser.add_argument("--case", type=int, help="one case of that kind")
-    parser.add_argument("--out", type=Path, help="a folder for page and JSON instead of docs/")
+    parser.add_argument("--accidents", action="store_true", help="kills, disks, signals, streams, second processes")
+    parser.add_argument("--damage", action="store_true", help="damaged and hostile files")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="as many cases as that allows")
+    parser.add_argument("--out", type=Path, default=PAGE.parent, help="a folder for page and JSON instead of docs/")
+    parser.add_argument("--of", type=Path, nargs="+", metavar="JSON", help="the page of earlier runs; nothing is run")
     given = parser.parse_args()
+    if given.of:
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in given.of]
+        records = {name: record for one in found for name, record in one["kinds"].items()}
+        write(given.out, [run for one in found for run in one["runs"]], records)
+        return 0
     everything = kinds()
+    accidents = {kind.name for kind in everything if kind.case.__module__ in ACCIDENTS}
     chosen = [kind for kind in everything if given.only is None or kind.name in given.only]
+    chosen = [kind for kind in chosen if not given.accidents or kind.name in accidents]
+    chosen = [kind for kind in chosen if not given.damage or kind.name not in accidents]
     if not chosen or len(chosen) < len(set(given.only or [])):
         parser.error(f"--only takes {', '.join(kind.name for kind in everything)}")
     planned, begin = list(cases(chosen, given.seed, given.quick, given.case)), time.monotonic()
-    tallies = run(chosen, planned, min(given.jobs, len(planned)))
+    tallies = run(chosen, planned, min(given.jobs, len(planned)), given.seconds)
     known = about(given.seed, given.jobs, time.monotonic() - begin)
     for name, tally in tallies.items():
         print(f"{name}: {tally.held} of {tally.cases} held, {tally.seconds / max(1, tally.cases):.2f} s each")
     if given.case is None:
-        target = PAGE if given.out is None else given.out / PAGE.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page(known, tallies), encoding="utf-8")
-        records = {name: tally.record() for name, tally in tallies.items()}
-        target.with_suffix(".json").write_text(
-            json.dumps({**known, "kinds": records}, indent=2) + "\n", encoding="utf-8"
-        )
-        print(f"written to {target} and {target.with_suffix('.json').name}")
+        write(given.out, [known], {name: tally.record() for name, tally in tallies.items()})
     return 0 if all(tally.held == tally.cases for tally in tallies.values()) else 1
 
 
