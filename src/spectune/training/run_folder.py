@@ -19,7 +19,7 @@ from spectune.files.atomic import atomic_file, atomic_write_text
 from spectune.files.core_yaml import yaml_text
 from spectune.files.disk_errors import disk_errors
 from spectune.files.metadata import numbered, read_json, read_lines, sealed
-from spectune.files.plain_text import command_line
+from spectune.files.plain_text import command_line, one_line
 from spectune.files.strict_json import strict_json
 from spectune.files.tensor_file import write_tensors
 from spectune.files.weights import read_weights
@@ -286,7 +286,7 @@ class RunFolder(Keeper):
             if self._board is not None:
                 for key, value in entry.items():
                     if key not in ("step", "epoch"):
-                        self._board.add_scalar(key, value, entry["step"])
+                        self._board.add_scalar(one_line(key, 200), value, entry["step"])
 
     @property
     def resume_hint(self) -> str:
