@@ -49,6 +49,7 @@ def small(content: dict[str, Any]) -> dict[str, Any]:
     content["failed"] = [{"name": "lora", "method": "lora", "label": "LoRA", "seed": 9, "reason": "-1+1 no memory"}]
     content["command"] = ["spectune", "compare", "--data", "a b"]
     content["mystery"] = {"later": "versions"}
+    content["changed"] = ["runs/full/result.json"]
     return {**content, "verdict": None, "recommendation": None}
 
 
