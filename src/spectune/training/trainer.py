@@ -33,7 +33,7 @@ from spectune.training.peaks import largest
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
 from spectune.training.prepare import Prepared, prepare, train_sources
 from spectune.training.restoring import check_same_step, newest_whole
-from spectune.training.run_folder import RunFolder, check_folder, load_end
+from spectune.training.run_folder import RunFolder, check_folder, load_end, stored_bytes
 from spectune.training.run_state import RunState, trained_parameters
 
 
@@ -261,7 +261,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         learning_rate=prepared.learning_rate,
         task_type=config.task_type,
         trainable_parameters=delta.num_trained_parameters(), stored_parameters=delta.num_parameters(),
-        total_parameters=delta.family.num_parameters, stored_bytes=folder.stored_bytes(),
+        total_parameters=delta.family.num_parameters, stored_bytes=stored_bytes(folder.folder),
         steps=progress.step, best_step=progress.best_step,
         train_tokens=progress.tokens, target_tokens=progress.targets,
         train_loss=progress.last_epoch_loss, valid_loss=valid_loss, last_valid_loss=progress.valid_loss,
