@@ -52,9 +52,12 @@ class RunLog:
         os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            self.sync()  # what the run's result vouches for is on the disk before it
+        finally:
+            self._metrics.close()
+            if self._board is not None:
+                self._board.close()
 
 
 def board_class() -> Callable[..., Any]:
