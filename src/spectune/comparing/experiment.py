@@ -79,7 +79,9 @@ def compare(
             base; before anything is trained.
         DoesNotFitError: the plan says that no method fits into memory; before anything is trained. Where some fit,
             those that do not are among the failed runs.
-        InterruptedRun: Ctrl-C or SIGTERM; `resume` goes on from there.
+        BusyFolderError: another process works in the folder.
+        WriteError: the disk is full, read-only or broken; `resume` goes on from there.
+        InterruptedRun: Ctrl-C, SIGTERM or SIGHUP; `resume` goes on from there.
 
     A run that fails stays in the result with its reason, and the others go on.
     """

@@ -72,6 +72,8 @@ def train(
         ConfigError, DataError: bad settings or data, a delta that is not of this model or that nothing may be trained
             of, or a run to resume that had other settings, data or base; nothing was trained.
         DoesNotFitError: the plan says that the run does not fit into memory, and `memory_check` is "refuse".
+        BusyFolderError: another process works in the folder.
+        WriteError: the disk is full, read-only or broken; says which checkpoint is whole.
         InterruptedRun, OutOfMemoryError, DivergedError: see `spectune.errors`.
     """
     asked = _Asked(
