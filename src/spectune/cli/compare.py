@@ -184,8 +184,10 @@ def _compare_in(folder: Path, arms: list[Arm], settings: Settings, limits: dict[
     if data is None:
         data, valid = str(embedded.TRAIN), valid or str(embedded.VALID)
     # each run's config.yaml: its own seed is not that of the split, and eval measures it as it was judged here
-    judged = {key: value for key, value in asked(settings).items() if key in JUDGING and settings.get(key) is not None}
-    recorded = origin(settings) | judged | {"split_seed": wanted.seed}
+    usual = asked(Settings({}))  # not recorded, nor where --resume finds it recorded: the same file, gone on with or not
+    judged = {key: value for key, value in asked(settings).items() if key in JUDGING and value != usual[key]}
+    named = {key: value for key, value in origin(settings).items() if key != "split_seed"}
+    recorded = named | judged | {"split_seed": wanted.seed}
     note(f"base: {settings.base}; methods: {', '.join(arm.name for arm in arms)}; folder: {folder}")
     return comparing.compare(
         settings.base, data, valid, test_rows=settings.rows("test"), methods=arms, **asked(settings),

@@ -243,8 +243,9 @@ class RunFolder(Keeper):
         return None if found is None else int(found["stored_bytes"])
 
     def close(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
+        if self._metrics is not None and self.folder is not None:
+            with self._writing(self.folder), self._metrics:
+                os.fsync(self._metrics.fileno())  # the result vouches for it
         if self._board is not None and self.folder is not None:
             with self._writing(self.folder):
                 self._board.close()

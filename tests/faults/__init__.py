@@ -1,0 +1,1 @@
+"""Faults by accident and by intent: kills, full disks, signals, second processes, damaged and hostile files."""
