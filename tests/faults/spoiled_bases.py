@@ -80,6 +80,8 @@ def make(place: Place, random: Random, folder: Path) -> Trial:
     name = random.choice(sorted(commands))
     copied(origin, folder)
     touched, what, names = _damaged(place, random, folder / BASE)
+    if touched == "adapter_config.json":
+        names = ("someone/model", "../x")  # then it is a delta, which may name its base
     return Trial(
         origin, commands[name], touched and f"{BASE}/{touched}", f"{base}: {what}",
         names=(BASE, FINISHED, UNFINISHED, *names) if commands is ON_RUN else (BASE, *names),
