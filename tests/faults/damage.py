@@ -264,7 +264,7 @@ def wrong_message(trial: Trial, outcome: Outcome) -> list[str]:
         found.append("several messages")
     if len(said) > LONGEST:
         found.append("long message")
-    if not any(name in said for name in trial.names):
+    if not any(name in said for name in (*trial.names, "this base has")):
         found.append("not named")
     return found
 
