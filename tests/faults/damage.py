@@ -30,7 +30,9 @@ MOST_MEMORY = 2 * 2**30
 #: characters of a message; a data file's bad rows are listed, and others counted
 LONGEST = 6000
 #: what a result has of clocks, machines and places
-VOLATILE = re.compile(r"sha256|second|memory|load_average|ran_share|overhead|latency|spread|environment|decode|rounds|cost")
+VOLATILE = re.compile(
+    r"sha256|second|memory|load_average|ran_share|overhead|latency|spread|environment|decode|rounds|cost"
+)
 RESULTS = {".safetensors", ".csv", ".md", ".html", ".svg"}
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
