@@ -33,7 +33,8 @@ LONGEST = 6000
 VOLATILE = re.compile(
     r"sha256|second|memory|load_average|ran_share|overhead|latency|spread|environment|decode|rounds|cost"
 )
-RESULTS = {".safetensors", ".csv", ".md", ".html", ".svg"}
+#: files that are results: weights; of `report` what it writes, which elsewhere has new times, where work is done again
+WEIGHTS, PAGES = {".safetensors"}, {".csv", ".md", ".html"}
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -192,7 +193,7 @@ def result_of(
     files = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
         for name, state in files_of(folder).items()
-        if before.get(name) != state and Path(name).suffix in RESULTS and not name.startswith("tmp")
+        if before.get(name) != state and Path(name).suffix in WEIGHTS | PAGES and not name.startswith("tmp")
     }
     return leaves(printed), files
 
@@ -216,7 +217,7 @@ def judged(
     trial: Trial, truth: Truth | None, outcome: Outcome, seen: list[str], result: tuple[dict[str, Any], dict[str, str]]
 ) -> Judgement:
     faults = broken(trial, outcome, seen)
-    differs = "" if truth is None else difference(truth, result)
+    differs = "" if truth is None else difference(truth, result, WEIGHTS | (PAGES if "report" in trial.argv else set()))
     heard = "killed" if outcome.killed else "refused"
     if outcome.rc == 0:
         heard = "ran" if truth is None else "same"
@@ -278,9 +279,10 @@ def warned(trial: Trial, truth: Truth, outcome: Outcome) -> bool:
     return any(name in line for line in outcome.stderr.splitlines() if line not in known)
 
 
-def difference(truth: Truth, result: tuple[dict[str, Any], dict[str, str]]) -> str:
+def difference(truth: Truth, result: tuple[dict[str, Any], dict[str, str]], suffixes: set[str]) -> str:
     """The first of what is other than it would be; empty where nothing is."""
-    for wanted, found in zip((truth.values, truth.files), result, strict=True):
+    files = {name: digest for name, digest in truth.files.items() if Path(name).suffix in suffixes}
+    for wanted, found in zip((truth.values, files), result, strict=True):
         for name, value in wanted.items():
             if name not in found or repr(found[name]) != repr(value):
                 return f"[{name}: {str(value)[:60]!r} -> {str(found.get(name))[:60]!r}]"
