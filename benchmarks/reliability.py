@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import platform
+import queue
 import shlex
 import shutil
 import sys
@@ -68,12 +69,23 @@ def work(address: str, root: str, tasks: Any, found: Any) -> None:
     """A worker process: cases, until there are none."""
     by_name = {kind.name: kind for kind in kinds()}
     with Forks(address) as forks:
-        for name, seed, index in iter(tasks.get, None):
+        for name, seed, index in iter(lambda: _next(tasks), None):
             verdict, seconds = judged(by_name[name], forks, Path(root), seed, index)
             found.put({
                 "kind": name, "seed": seed, "index": index, "what": verdict.what, "problems": verdict.problems,
                 "counts": verdict.counts, "seconds": seconds,
             })  # fmt: skip
+
+
+def _next(tasks: Any) -> Any:
+    """The next case; None: there are no more, or who had them is gone."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        try:
+            return tasks.get(timeout=5)
+        except queue.Empty:
+            continue
+    return None
 
 
 def cases(chosen: Sequence[Kind], seed: int, quick: bool, only_case: int | None) -> Iterator[tuple[str, int, int]]:
@@ -96,7 +108,7 @@ def run(chosen: Sequence[Kind], planned: list[tuple[str, int, int]], jobs: int) 
     tasks, found = context.Queue(), context.Queue()
     tallies = {kind.name: Tally(kind) for kind in chosen}
     root = tempfile.mkdtemp(prefix="spectune-reliability-")
-    begin = time.monotonic()
+    begin = told = time.monotonic()
     try:
         with server() as address:
             workers = [context.Process(target=work, args=(address, root, tasks, found)) for _ in range(jobs)]
@@ -107,10 +119,11 @@ def run(chosen: Sequence[Kind], planned: list[tuple[str, int, int]], jobs: int) 
             for number in range(1, len(planned) + 1):
                 got = found.get(timeout=600)
                 tallies[got["kind"]].add(got)
-                for problem in got["problems"]:
-                    print(f"{got['kind']} {got['seed']} {got['index']}: {got['what']}: {problem}", flush=True)
-                if number % 100 == 0:
-                    print(f"{number} of {len(planned)} cases, {time.monotonic() - begin:.0f} s", flush=True)
+                for problem in got["problems"][:3]:
+                    print(f"{got['kind']} {got['seed']} {got['index']}: {got['what']}: {problem[:500]}", flush=True)
+                if time.monotonic() - told > 20:
+                    told = time.monotonic()
+                    print(f"{number} of {len(planned)} cases, {told - begin:.0f} s", flush=True)
             for worker in workers:
                 worker.join()
     finally:

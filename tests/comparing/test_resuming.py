@@ -153,7 +153,7 @@ def test_damaged_results(tmp_path: Path) -> None:
     result.unlink()
     assert run(tmp_path / "c", resume=True, **given).runs[0]["judged_loss"] == whole.runs[0]["judged_loss"]
     (tmp_path / "c" / "search" / "bitfit" / "search.json").write_text("[]")
-    with pytest.raises(DataError, match=r"search\.json cannot be read: expected an object"):
+    with pytest.raises(DataError, match=r"search\.json cannot be read as a search: it holds a list"):
         Comparison.from_runs(tmp_path / "c")
 
 

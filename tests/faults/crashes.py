@@ -6,11 +6,11 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tests.faults.child import Outcome
 from tests.faults.kinds import Kind, Place, Verdict
-from tests.faults.material import COMPARE, OUT, TRAIN, calls, case, resumed, tree, unbroken
+from tests.faults.material import COMPARE, OUT, calls, case, compared, either, resumed, trained, tree, unbroken
 
 CASES = {"train": 350, "compare": 150}
 
@@ -46,10 +46,10 @@ def _killed(place: Place, rng: random.Random, name: str, at: int, resuming: bool
     return what, problems
 
 
-def _crash_point(kind: str, names: Sequence[str]) -> Kind:
+def _crash_point(kind: str, scenarios: Callable[[Place], list[str]]) -> Kind:
     def run(place: Place, seed: int, index: int) -> Verdict:
         rng = made.random(seed, index)
-        name, at = point(place, names, (index % made.cases + rng.random()) / made.cases)
+        name, at = point(place, scenarios(place), (index % made.cases + rng.random()) / made.cases)
         what, problems = _killed(place, rng, name, at, resuming=False)
         if rng.random() < 1 / 3:
             again, more = _killed(place, rng, name, rng.randrange(len(calls(place, name))), resuming=True)
@@ -60,14 +60,14 @@ def _crash_point(kind: str, names: Sequence[str]) -> Kind:
         f"crash-{kind}",
         f"`{kind}` killed before or inside a call that writes, some again while going on: `--resume` ends bit-equal, "
         "with nothing left over and no link to nothing",
-        CASES[kind], run, quick=12, fast=3 if kind == "train" else 1,
+        CASES[kind], run, quick=12, fast=2 if kind == "train" else 1,
     )  # fmt: skip
     return made
 
 
 def _random_kill(place: Place, seed: int, index: int) -> Verdict:
     rng = KILLS.random(seed, index)
-    name = rng.choice([*TRAIN, *TRAIN, *COMPARE])
+    name = rng.choice([*trained(place), *either(place)])
     unbroken(place, name)
     seconds = rng.random() * (1.8 if name in COMPARE else 0.6)
     child = place.forks.start(case(place, name))
@@ -84,7 +84,7 @@ KILLS = Kind(
 
 def _power_cut(place: Place, seed: int, index: int) -> Verdict:
     rng = POWER.random(seed, index)
-    name, at = point(place, [*TRAIN, *COMPARE], (index % POWER.cases + rng.random()) / POWER.cases)
+    name, at = point(place, either(place), (index % POWER.cases + rng.random()) / POWER.cases)
     fault = ("tests.faults.injection:cut_power", {"root": str(place.folder / OUT), "at": at, "seed": rng.random()})
     outcome = place.forks.run(case(place, name, faults=[fault]))
     call, paths, _ = calls(place, name)[at]
@@ -101,4 +101,4 @@ POWER = Kind(
     100, _power_cut, quick=6, fast=1,
 )  # fmt: skip
 
-KINDS = (_crash_point("train", [*TRAIN]), _crash_point("compare", [*COMPARE]), KILLS, POWER)
+KINDS = (_crash_point("train", trained), _crash_point("compare", compared), KILLS, POWER)

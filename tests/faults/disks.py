@@ -15,7 +15,19 @@ from pathlib import Path
 from tests.faults.child import Case, Outcome
 from tests.faults.crashes import point
 from tests.faults.kinds import Kind, Place, Verdict
-from tests.faults.material import COMPARE, OUT, TRAIN, case, command, differences, finished, resumed, tree, unbroken
+from tests.faults.material import (
+    OUT,
+    TRAIN,
+    case,
+    command,
+    differences,
+    either,
+    finished,
+    resumed,
+    trained,
+    tree,
+    unbroken,
+)
 
 CODES = ("ENOSPC", "EDQUOT", "EIO", "EROFS")
 PAGE = 4096
@@ -105,7 +117,7 @@ def _full(place: Place, name: str, options: str, what: str) -> Verdict:
 
 def _full_disk(place: Place, seed: int, index: int) -> Verdict:
     rng = FULL.random(seed, index)
-    name, inodes = rng.choice([*TRAIN, *TRAIN, *COMPARE]), rng.random() < 0.25
+    name, inodes = rng.choice([*trained(place), *either(place)]), rng.random() < 0.25
     pages, entries = needs(unbroken(place, name) / OUT)
     if not can_mount():
         return _failing(place, rng, name, rng.randrange(100), "ENOSPC")
@@ -137,14 +149,14 @@ def _failing(place: Place, rng: random.Random, name: str, at: int, code: str) ->
 
 def _failing_disk(place: Place, seed: int, index: int) -> Verdict:
     rng = FAILING.random(seed, index)
-    name, at = point(place, [*TRAIN, *COMPARE], (index % FAILING.cases + rng.random()) / FAILING.cases)
+    name, at = point(place, either(place), (index % FAILING.cases + rng.random()) / FAILING.cases)
     return _failing(place, rng, name, at, rng.choice(CODES))
 
 
 FAILING = Kind(
     "failing-disk",
     "no space, a quota, a read-only or a broken disk at any call that writes: as on a full disk",
-    100, _failing_disk, quick=6, fast=1,
+    100, _failing_disk, quick=6, fast=0,
 )  # fmt: skip
 
 
@@ -174,7 +186,7 @@ def made(place: Place, name: str) -> Path:
 
 def _full_derived(place: Place, seed: int, index: int) -> Verdict:
     rng = DERIVED_FULL.random(seed, index)
-    name = rng.choice([*DERIVED])
+    name = "merge" if place.few else rng.choice([*DERIVED])
     expected = made(place, name)
     scenario, _, target = DERIVED[name]
     before, after = needs(unbroken(place, scenario) / OUT)[0], needs(expected)[0]

@@ -29,11 +29,13 @@ class Place:
     Attributes:
         folder: its own, empty; gone after it.
         shared: for what all cases use: see `once`.
+        few: of the scenarios the quickest are enough.
     """
 
     forks: Forks
     folder: Path
     shared: Path
+    few: bool = False
 
     def once(self, name: str, make: Callable[[Path], None]) -> Path:
         """`shared/<name>`, filled by `make` by the first process that asks; the others wait for it."""
@@ -108,14 +110,14 @@ def case_folder(root: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def judged(kind: Kind, forks: Forks, root: Path, seed: int, index: int) -> tuple[Verdict, float]:
+def judged(kind: Kind, forks: Forks, root: Path, seed: int, index: int, *, few: bool = False) -> tuple[Verdict, float]:
     """One case, in a folder of its own; an error of the harness itself is a failure, too. And its seconds."""
     begin = time.monotonic()
     shared = root / "shared"
     shared.mkdir(parents=True, exist_ok=True)
     with case_folder(root) as folder:
         try:
-            verdict = kind.case(Place(forks, folder, shared), seed, index)
+            verdict = kind.case(Place(forks, folder, shared, few), seed, index)
         except Exception:
             verdict = Verdict("the harness itself", [traceback.format_exc()[-1500:]])
     return verdict, time.monotonic() - begin

@@ -103,17 +103,46 @@ def calls(place: Place, name: str) -> list[tuple[str, list[str], int]]:
     return [(call, paths, size) for call, paths, size in map(json.loads, lines)]
 
 
-def resumed(place: Place, name: str) -> tuple[Outcome, list[str]]:
-    """The same command with --resume, and what of its end is not as the unbroken run's."""
+def trained(place: Place) -> list[str]:
+    """The scenarios of `train`."""
+    return ["lora", "end"] if place.few else [*TRAIN]
+
+
+def compared(place: Place) -> list[str]:
+    """The scenarios of `compare`."""
+    return ["given"] if place.few else [*COMPARE]
+
+
+def either(place: Place) -> list[str]:
+    """Of few the ones that train."""
+    return trained(place) if place.few else [*TRAIN, *COMPARE]
+
+
+def resumed(place: Place, name: str, *, stopped: bool = False) -> tuple[Outcome, list[str]]:
+    """The same command with --resume, and what of its end is not as the unbroken run's; `stopped`: a signal has left
+    checkpoints at other steps."""
     done = place.forks.run(case(place, name, "--resume"))
-    problems = [] if done.rc == 0 and not done.traceback else [f"--resume: {done}"]
-    return done, problems + differences(unbroken(place, name) / OUT, place.folder / OUT)
+    if done.rc != 0 or done.traceback:
+        return done, [f"--resume: {done}"]
+    return done, differences(unbroken(place, name) / OUT, place.folder / OUT, own_checkpoints=stopped)
 
 
-def differences(expected: Path, found: Path) -> list[str]:
-    """What is not the same in two folders: names, links, weights to the bit, and records but for the time they took."""
+def _checkpoint_of(name: str) -> str | None:
+    return next((part for part in name.split(os.sep) if part.startswith("checkpoint-")), None)
+
+
+def differences(expected: Path, found: Path, *, own_checkpoints: bool = False) -> list[str]:
+    """What is not the same in two folders: names, links, weights to the bit, and records but for the time they took;
+    with `own_checkpoints` of the checkpoints those of steps at which both have one."""
     names, others = tree(expected), tree(found)
-    problems = [f"missing: {name}" for name in names if name not in others]
+    if own_checkpoints:
+        both = [name for name in names if name in others]
+        names, others = (
+            {name: kind for name, kind in own.items() if not _checkpoint_of(name) or name in both}
+            for own in (names, others)
+        )
+    missing = [name for name in names if name not in others]
+    problems = [f"missing: {name}" for name in missing if os.path.dirname(name) not in missing]
     left_over = [name for name in others if name not in names]
     problems += [f"left over: {name}" for name in left_over if os.path.dirname(name) not in left_over]
     for name, kind in names.items():

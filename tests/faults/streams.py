@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.faults.child import CLOSED, Case
 from tests.faults.kinds import Kind, Place, Verdict
-from tests.faults.material import COMPARE, OUT, TRAIN, case, differences, unbroken
+from tests.faults.material import OUT, case, differences, either, trained, unbroken
 
 FULL = "/dev/full"
 #: what is done to stdin, stdout and stderr
@@ -36,7 +36,7 @@ def head(pipe: Path) -> None:
 def _streamed(place: Place, seed: int, index: int) -> Verdict:
     rng = STREAMED.random(seed, index)
     way = [*WAYS][index % len(WAYS)]
-    name = rng.choice([*TRAIN]) if rng.random() < 0.6 else rng.choice([*COMPARE])
+    name = rng.choice(trained(place) if rng.random() < 0.6 else either(place))
     as_json = rng.random() < 0.25
     how: dict[str, Any] = dict(WAYS[way])
     expected = unbroken(place, name) / OUT
@@ -62,7 +62,7 @@ def _streamed(place: Place, seed: int, index: int) -> Verdict:
 STREAMED = Kind(
     "streams",
     "`train` and `compare` with streams closed, full, or read by `head -1`: the work ends as it should, exit 0",
-    45, _streamed, quick=9, fast=2,
+    45, _streamed, quick=9, fast=1,
 )  # fmt: skip
 
 KINDS = (STREAMED,)

@@ -159,26 +159,36 @@ def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, a
 
 
 def _compare(arms: list[Arm], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:
+    from spectune.comparing.experiment import WITHIN
+
+    resume = settings.training().resume
+    how: dict[str, Any] = {"resume": resume, "within": WITHIN}
+    with output_folder(settings.text("output_dir"), "compare", "spectune compare", **how) as folder:
+        try:
+            return _compare_in(folder, arms, settings, limits, out)
+        except (InterruptedRun, KeyboardInterrupt) as stop:
+            raise InterruptedRun(
+                f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
+            ) from stop
+
+
+def _compare_in(folder: Path, arms: list[Arm], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:
     from spectune import comparing, embedded
     from spectune.results import Limits
 
     wanted = settings.training()
-    folder = output_folder(settings.text("output_dir"), "compare", resume=wanted.resume)
     data, valid = settings.rows("data"), settings.rows("valid")
     if data is None:
         data, valid = str(embedded.TRAIN), valid or str(embedded.VALID)
     # each run's config.yaml: its own seed is not that of the split, and eval measures it as it was judged here
-    judged = {key: value for key, value in asked(settings).items() if key in JUDGING and settings.get(key) is not None}
-    recorded = origin(settings) | judged | {"split_seed": wanted.seed}
+    usual = asked(Settings({}))  # not recorded, nor where --resume finds it recorded: the same file, gone on with or not
+    judged = {key: value for key, value in asked(settings).items() if key in JUDGING and value != usual[key]}
+    named = {key: value for key, value in origin(settings).items() if key != "split_seed"}
+    recorded = named | judged | {"split_seed": wanted.seed}
     note(f"base: {settings.base}; methods: {', '.join(arm.name for arm in arms)}; folder: {folder}")
-    try:
-        return comparing.compare(
-            settings.base, data, valid, test_rows=settings.rows("test"), methods=arms, **asked(settings),
-            limits=Limits(**limits) if limits else None, output_dir=folder, config=wanted, seed=wanted.seed,
-            **settings.placement, retain=settings.text("retain"), resume=wanted.resume, origin=recorded,
-            console=out,
-        )  # fmt: skip
-    except (InterruptedRun, KeyboardInterrupt) as stop:
-        raise InterruptedRun(
-            f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
-        ) from stop
+    return comparing.compare(
+        settings.base, data, valid, test_rows=settings.rows("test"), methods=arms, **asked(settings),
+        limits=Limits(**limits) if limits else None, output_dir=folder, config=wanted, seed=wanted.seed,
+        **settings.placement, retain=settings.text("retain"), resume=wanted.resume, origin=recorded,
+        console=out,
+    )  # fmt: skip

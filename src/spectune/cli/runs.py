@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from spectune.cli.console import note
 from spectune.cli.heads import head_options, labels_of_checkpoint, recorded_labels
 from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, DataError
+from spectune.files.lock import LOCK_FILE
+from spectune.training.claim import OF_RUN, check_empty, claimed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,28 +32,68 @@ _BASE_NAMES = {"spectune.json": "base_name", "adapter_config.json": "base_model_
 
 
 def new_folder(label: str, root: Path = RUNS) -> Path:
-    """`runs/<date>-<label>-<n>` with the first `n` that is free. The folder is not made."""
+    """`runs/<date>-<label>-<n>` with the first `n` that is free. The folder is made, so that nobody else gets its
+    name."""
+    while True:
+        folder = free_name(label, root)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # somebody else has just taken it
+            folder.mkdir()
+            return folder
+
+
+def free_name(label: str, root: Path = RUNS) -> Path:
+    """The name that `new_folder` would take now."""
     start = f"{datetime.date.today().isoformat()}-{label}-"
     taken = {path.name for path in root.glob(start + "*")}
     number = next(n for n in range(1, len(taken) + 2) if f"{start}{n}" not in taken)
     return root / f"{start}{number}"
 
 
-def output_folder(given: str | None, label: str, *, resume: bool, root: Path = RUNS) -> Path:
-    """The folder of a run: the one given, else a new one. Raises ConfigError: it is not empty, or `--resume` has no
-    folder to go on in."""
+def check_output_folder(given: str | None, label: str, *, resume: bool, root: Path = RUNS) -> Path:
+    """The folder that a run would go to: the one given, else a new one. Raises ConfigError: it is not empty, or
+    `--resume` has no folder to go on in."""
     if given is None:
         if resume:
             folders = sorted((path for path in root.glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
             newest = f" The newest is {folders[-1]}." if folders else ""
             raise ConfigError(f"--resume goes on in a run's folder: name it with --output-dir.{newest}")
-        return new_folder(label, root)
+        return free_name(label, root)
     folder = Path(given)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output-dir {folder} is a file; expected a folder, or a name that is free")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"--output-dir {folder} is not empty: give another one, or --resume to go on there")
+    if not (folder / LOCK_FILE).exists():  # who has it is said first
+        check_empty(folder, resume)
     return folder
+
+
+@contextlib.contextmanager
+def output_folder(
+    given: str | None, label: str, doing: str, *, resume: bool, within: Sequence[str] = OF_RUN, root: Path = RUNS
+) -> Iterator[Path]:
+    """The folder of a run, the one given or a new one, for this process alone. One that was made is taken away again
+    where nothing was written.
+
+    Args:
+        doing, within: see `spectune.training.claim`.
+
+    Raises:
+        ConfigError: it is not empty, or `--resume` has no folder to go on in.
+        BusyFolderError: another process has it.
+    """
+    folder = check_output_folder(given, label, resume=resume, root=root)
+    if given is not None:
+        with claimed(folder, doing, resume=resume, within=within):
+            yield folder
+        return
+    rooted, folder = root.is_dir(), new_folder(label, root)
+    try:
+        with claimed(folder, doing, resume=False, within=within):
+            yield folder
+    finally:
+        for made in (folder, *([] if rooted else [root])):
+            with contextlib.suppress(OSError):  # there is something in it
+                made.rmdir()
 
 
 def free_folder(given: Path | None, default: Path) -> Path:

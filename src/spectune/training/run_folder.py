@@ -1,59 +1,73 @@
 """A run's folder (or none) and its best weights: everything that training writes goes through here."""
 
-import json
-import math
+import contextlib
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spectune.data import Encoded, Row
 from spectune.deltas import Delta
-from spectune.errors import ConfigError, DataError
+from spectune.errors import ConfigError, some
 from spectune.evaluation import common_answers
+from spectune.files.atomic import atomic_file, atomic_write_text
+from spectune.files.core_yaml import yaml_text
+from spectune.files.disk_errors import disk_errors
+from spectune.files.metadata import numbered, read_json, read_lines, sealed
 from spectune.files.strict_json import strict_json
+from spectune.files.tensor_file import write_tensors
+from spectune.files.weights import read_weights
 from spectune.results.run_result import RunResult
-from spectune.storage import atomic_write_text
-from spectune.training.checkpoint import TRAINING_FILE, save_checkpoint, swap_best
+from spectune.results.vouched import digests_of_run
+from spectune.training.checkpoint import (
+    BEST,
+    PREFIX,
+    TRAINING_FILE,
+    drop_best,
+    drop_checkpoints,
+    save_checkpoint,
+    swap_best,
+)
 from spectune.training.event_files import drop_events_after
+from spectune.training.finished import RESULT_FILE
+from spectune.training.identity import FILE as IDENTITY_FILE
 from spectune.training.identity import write_identity
+from spectune.training.interrupt import held_back
 from spectune.training.prepare import Prepared
 from spectune.training.run_state import Keeper, RunState
 
+log = logging.getLogger("spectune")
+
 #: the weights at the end, where best/ does not hold them as they were trained
 END_FILE = "end.safetensors"
+METRICS_FILE = "metrics.jsonl"
 
 
 def check_folder(folder: Path | None, resume: bool) -> RunResult | None:
     """The result of a finished run that is asked to resume; None where there is something to do. Raises ConfigError
-    where there is nothing to resume in, or the folder is not empty without `resume`."""
+    where there is nothing to resume in."""
     if folder is None:
         if resume:
             raise ConfigError("resume needs an output_dir: there is nothing to go on from")
         return None
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty: give another output_dir, or resume to go on there")
-    done = folder / "result.json"
-    return RunResult.load(done) if resume and done.is_file() else None
+    done = folder / RESULT_FILE
+    # its seal is looked at once it is known to be the run that is asked for
+    return RunResult.load(done, warn=lambda _: None) if resume and os.path.lexists(done) else None
 
 
 def load_end(folder: Path, delta: Delta) -> None:
-    """Give an attached delta the weights that a finished run ended with. Raises DataError where they are gone."""
+    """Give an attached delta the weights that a finished run ended with. Raises DataError where they are gone or
+    damaged."""
     end = folder / END_FILE
-    if not end.is_file():
-        delta.files.read(folder / "best")
-        return
-    try:
-        state = load_file(end)
-    except Exception as error:
-        raise DataError(f"{end} cannot be read: {error}. Train again in a new folder.") from error
-    delta.load_training_state_dict(state)
+    if os.path.lexists(end):
+        delta.load_training_state_dict(read_weights([end]))
+    else:
+        delta.files.read(folder / BEST)
 
 
 def described(rows: Sequence[Row]) -> dict[str, Any]:
@@ -110,6 +124,9 @@ class RunFolder(Keeper):
             self.training["row_labels"] = list(prepared.labels.names)
         self._metrics: Any = None
         self._board: Any = None
+        self._whole = ""
+        if self.folder is not None:
+            self._find_whole(self.folder)
         run.keeper = self
 
     def begin(self, encoded: Sequence[Encoded], machine: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
@@ -128,9 +145,17 @@ class RunFolder(Keeper):
             board: Callable[..., Any] = Board
             drop_events_after(self.folder / "tensorboard", self.run.progress.step)
             self._board = board(str(self.folder / "tensorboard"))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.run.progress.step == 0:
-            write_identity(self.folder, self.identity)
+        with self._writing(self.folder), held_back():
+            self._begin(self.folder, encoded, machine, origin)
+
+    def _begin(
+        self, folder: Path, encoded: Sequence[Encoded], machine: Mapping[str, Any], origin: Mapping[str, Any]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        now = self.run.progress
+        if now.step == 0 or not (folder / IDENTITY_FILE).is_file():
+            write_identity(folder, self.identity)
+        if now.step == 0 or not (folder / "config.yaml").is_file():
             settings = {
                 "model": str(self.run.delta.model.config._name_or_path),
                 **origin,
@@ -139,15 +164,44 @@ class RunFolder(Keeper):
                 "learning_rate": self.identity["learning_rate"],
                 **self.training,
             }
-            atomic_write_text(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-        atomic_write_text(self.folder / "environment.json", strict_json(dict(machine)) + "\n")
+            atomic_write_text(folder / "config.yaml", yaml_text(settings))
+        atomic_write_text(folder / "environment.json", strict_json(sealed(machine)) + "\n")
         report = {part: found.report.to_dict() for part, found in zip(("train", "valid"), encoded, strict=True)}
-        atomic_write_text(self.folder / "data_report.json", strict_json(report) + "\n")
-        path = self.folder / "metrics.jsonl"
-        if path.is_file():  # after a resumption, lines past the checkpoint are taken back
-            last, lines = self.run.progress.step, path.read_text(encoding="utf-8").splitlines()
-            atomic_write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= last))
-        self._metrics = path.open("a", encoding="utf-8")
+        atomic_write_text(folder / "data_report.json", strict_json(sealed(report)) + "\n")
+        if now.best_step is not None:  # best/ may be that of a step that is taken back
+            self._write_as(self.best, now.best_step)
+        drop_best(folder)
+        drop_checkpoints(folder, now.step, later=False)
+        path = folder / METRICS_FILE
+        if os.path.lexists(path):
+            _take_back(path, now.step)
+        self._metrics = path.open("ab", buffering=0)
+
+    def _write_as(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Write weights that are not in force as the best."""
+        delta, now = self.run.delta, self._copy()
+        assert self.folder is not None
+        delta.load_training_state_dict(weights)
+        try:
+            swap_best(self.folder, delta, step, self.tokenizer, self.training)
+        finally:
+            delta.load_training_state_dict(now)
+
+    @contextlib.contextmanager
+    def _writing(self, folder: Path) -> Iterator[None]:
+        """Around what is written. Raises WriteError, which says how to go on."""
+        with disk_errors(folder, self._whole):
+            yield
+
+    def _find_whole(self, folder: Path) -> None:
+        """What can be relied on whatever the disk does, as a sentence."""
+        go_on = f"With that mended, the same command with --output-dir {folder} --resume"
+        found = [path.name for number, path in numbered(folder, PREFIX) if number <= self.run.progress.step]
+        self._whole = (
+            f"{found[-1]} there is whole. {go_on} goes on from it."
+            if found
+            else f"No checkpoint had been written yet. {go_on} starts again."
+        )
 
     def load_best(self) -> None:
         """Give the delta its best weights again."""
@@ -159,27 +213,41 @@ class RunFolder(Keeper):
         """After a divergence: give the delta its best weights again, or its first ones, and keep those in `best/`."""
         self.load_best()
         if self.folder is not None and self.run.progress.best_step is None:
-            swap_best(self.folder, self.run.delta, 0, self.tokenizer, self.training)
+            with self._writing(self.folder), held_back():
+                swap_best(self.folder, self.run.delta, 0, self.tokenizer, self.training)
 
     def keep_end(self) -> None:
         """Keep the weights as they are now, if those in `best/` are other ones or folded."""
-        other = self.run.progress.best_step != self.run.progress.step and not self.run.config.load_best_at_end
-        if self.folder is not None and (other or self.run.delta.method.as_stored() != self.run.delta.method):
-            temporary = self.folder / f".{END_FILE}.{os.getpid()}"
-            save_file({name: t.contiguous() for name, t in self._copy().items()}, temporary)
-            os.replace(temporary, self.folder / END_FILE)
+        if self.folder is None:
+            return
+        now, end = self.run.progress, self.folder / END_FILE
+        other = now.best_step != now.step and not self.run.config.load_best_at_end
+        with self._writing(self.folder), held_back():
+            if other or self.run.delta.method.as_stored() != self.run.delta.method:
+                with atomic_file(end) as temporary:
+                    write_tensors(temporary, self.run.delta.training_state_dict())
+            else:
+                end.unlink(missing_ok=True)  # of an earlier call
+            drop_checkpoints(self.folder, now.step)
+
+    def keep_result(self, result: RunResult) -> None:
+        """Write the run's result, by which it counts as finished."""
+        if self.folder is not None:
+            with self._writing(self.folder):
+                result.save(self.folder / RESULT_FILE, digests_of_run(self.folder))
 
     def stored_bytes(self) -> int | None:
         """Bytes of the delta's own files; None where nothing is written."""
-        file = None if self.folder is None else self.folder / "best" / TRAINING_FILE
-        if file is None or not file.is_file():
-            return None
-        return int(json.loads(file.read_text(encoding="utf-8"))["stored_bytes"])
+        found = None if self.folder is None else read_json(self.folder / BEST / TRAINING_FILE)
+        return None if found is None else int(found["stored_bytes"])
 
     def close(self) -> None:
-        for file in (self._metrics, self._board):
-            if file is not None:
-                file.close()
+        if self._metrics is not None and self.folder is not None:
+            with self._writing(self.folder), self._metrics:
+                os.fsync(self._metrics.fileno())  # the result vouches for it
+        if self._board is not None and self.folder is not None:
+            with self._writing(self.folder):
+                self._board.close()
         self.run.keeper = Keeper()  # no circle keeps the optimizer's memory
 
     def _copy(self) -> dict[str, Tensor]:
@@ -187,28 +255,37 @@ class RunFolder(Keeper):
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def checkpoint(self) -> None:
-        if self._board is not None:
-            self._board.flush()  # a kill after this goes on from here: what was logged up to here is not logged again
-        if self.folder is not None:
-            run = self.run
-            with run.observer.phases.of("save"):
-                run.progress.seconds_by_phase = run.observer.phases.record()
-                save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
+        if self.folder is None:
+            return
+        run = self.run
+        with run.observer.phases.of("save"), self._writing(self.folder), held_back():
+            # a kill after this goes on from here: what was logged up to here is not logged again
+            if self._board is not None:
+                self._board.flush()
+            if self._metrics is not None:
+                os.fsync(self._metrics.fileno())
+            run.progress.seconds_by_phase = run.observer.phases.record()
+            save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
+            self._find_whole(self.folder)
 
     def keep_best(self) -> None:
         with self.run.observer.phases.of("save"):
             self.best = self._copy()
             if self.folder is not None:
-                swap_best(self.folder, self.run.delta, self.run.progress.step, self.tokenizer, self.training)
+                with self._writing(self.folder), held_back():
+                    swap_best(self.folder, self.run.delta, self.run.progress.step, self.tokenizer, self.training)
 
     def log(self, entry: dict[str, Any]) -> None:
-        if self._metrics is not None:
-            self._metrics.write(strict_json(entry, indent=None) + "\n")
-            self._metrics.flush()
-        if self._board is not None:
-            for key, value in entry.items():
-                if key not in ("step", "epoch"):
-                    self._board.add_scalar(key, value, entry["step"])
+        if self.folder is None or self._metrics is None:
+            return
+        with self._writing(self.folder):
+            line = (strict_json(entry, indent=None) + "\n").encode("utf-8")
+            while line:
+                line = line[self._metrics.write(line) :]
+            if self._board is not None:
+                for key, value in entry.items():
+                    if key not in ("step", "epoch"):
+                        self._board.add_scalar(key, value, entry["step"])
 
     @property
     def resume_hint(self) -> str:
@@ -230,8 +307,15 @@ class RunFolder(Keeper):
         return f"The last good state, of step {self.run.progress.best_step}, is kept{where}."
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut short by a crash
+def _take_back(path: Path, step: int) -> None:
+    """Leave in a file of JSON lines those of the steps up to this one; the others are written again."""
+    damaged: list[str] = []
+    lines = []
+    for number, line in read_lines(path, torn=True, skipped=damaged.append):
+        if type(at := line.get("step")) is not int:
+            damaged.append(f"{path}:{number} says no step")
+        elif at <= step:
+            lines.append(strict_json(line, indent=None) + "\n")
+    if damaged:
+        log.warning("%s has damaged lines, which are left out: %s", path, some(damaged))
+    atomic_write_text(path, "".join(lines))
