@@ -11,6 +11,7 @@ Names are imported when they are first used, so that `spectune --help` need not 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from spectune.version import __version__
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
     from spectune.storage import load as load, load_delta as load_delta
     from spectune.training import TrainingConfig as TrainingConfig, train as train
     # isort: on
+
+# Before libraries read them: none of them tells anybody what is done here, unless the user has it so.
+for _name, _value in {
+    "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}.items():  # fmt: skip
+    os.environ.setdefault(_name, _value)
 
 # room -> its public names; `tests/test_public_api.py` holds this table and the imports above together.
 _PUBLIC: dict[str, tuple[str, ...]] = {

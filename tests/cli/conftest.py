@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,32 @@ Spectune = Callable[..., Any]
 
 
 @pytest.fixture
-def spectune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spectune:
-    """`spectune("train", "--json")` in an empty folder; the result has exit_code, stdout and stderr."""
+def asked_of_the_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The addresses of other machines that were asked for, and not given."""
+    asked: list[str] = []
+    local = ("", "None", "localhost", "::1", "0.0.0.0", socket.gethostname())
+
+    def guarded(call: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def guarded_call(*given: Any, **options: Any) -> Any:
+            address = given[place]
+            host = str(address[0] if isinstance(address, tuple) else address)
+            if (place == 0 or isinstance(address, tuple)) and host not in local and not host.startswith("127."):
+                asked.append(str(address))
+                raise OSError(f"{address}: tests have no network")
+            return call(*given, **options)
+
+        return guarded_call
+
+    monkeypatch.setattr(socket.socket, "connect", guarded(socket.socket.connect, 1))
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded(socket.socket.connect_ex, 1))
+    monkeypatch.setattr(socket, "getaddrinfo", guarded(socket.getaddrinfo, 0))
+    return asked
+
+
+@pytest.fixture
+def spectune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_of_the_network: list[str]) -> Iterator[Spectune]:
+    """`spectune("train", "--json")` in an empty folder; the result has exit_code, stdout and stderr. No command asks
+    another machine for anything, be it in vain."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_COLOR", "1")
 
@@ -58,7 +83,8 @@ def spectune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spectune:
             raise result.exception  # a traceback is never an answer to a user
         return result
 
-    return call
+    yield call
+    assert not asked_of_the_network
 
 
 Trained = Callable[[str], Path]

@@ -51,6 +51,12 @@ def test_where_the_file_of_a_metric_has_changed_runs_are_judged_again_and_not_tr
     assert again.content["base"]["metrics"]["length"] == -first.content["base"]["metrics"]["length"]
     assert again.runs[0]["train_seconds"] == first.runs[0]["train_seconds"]
     assert again.runs[0]["judged_loss"] == first.runs[0]["judged_loss"]
+    file.write_text(f"import os\nos.mkdir({str(tmp_path / 'it ran')!r})\nraise SystemExit(5)\n")
+    with pytest.raises(ConfigError, match="generated_rows: 2 in the comparison, 1 now"):
+        run(tmp_path / "c", resume=True, generate_rows=1, **given)
+    assert not (tmp_path / "it ran").exists(), "code ran before the conditions were compared"
+    with pytest.raises(ConfigError, match=r"own\.py cannot be imported: SystemExit: 5"):
+        run(tmp_path / "c", resume=True, **given)
 
 
 def test_another_metric_is_named_alone(tmp_path: Path) -> None:

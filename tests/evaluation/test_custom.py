@@ -19,6 +19,16 @@ def broken(prediction, references, row):
     return row["nothing"]
 def endless(prediction, references, row):
     return float("inf")
+def leaving(prediction, references, row):
+    raise SystemExit(5)
+def ending(prediction, references, row):
+    raise GeneratorExit
+class Stop(KeyboardInterrupt):
+    exit_code = 0
+def stopping(prediction, references, row):
+    raise Stop
+def interrupted(prediction, references, row):
+    raise KeyboardInterrupt
 NUMBER = 3
 """
 ROW = load_rows([{"prompt": "a", "completion": "b", "references": ["b", "c"], "topic": "xyz"}])[0]
@@ -64,6 +74,21 @@ def test_a_failure_names_row_and_function(folder: Path) -> None:
         load_metric("own_metrics_for_a_test.py:broken")("x", ("b",), ROW)
     with pytest.raises(ConfigError, match=r"test\.py:endless on row .*1 is inf; expected a finite number"):
         load_metric("own_metrics_for_a_test.py:endless")("x", ("b",), ROW)
+
+
+@pytest.mark.parametrize("name", ["leaving", "ending", "stopping"])
+def test_code_that_would_end_the_program_is_a_metric_that_fails(folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"test\.py:{name} on row .*1 failed: ") as caught:
+        load_metric(f"own_metrics_for_a_test.py:{name}")("x", ("b",), ROW)
+    assert caught.value.exit_code == 2
+    (folder / "ends_at_import.py").write_text("import sys\nsys.exit(5)")
+    with pytest.raises(ConfigError, match=r"ends_at_import.py:f: ends_at_import.py cannot be imported: SystemExit: 5"):
+        load_metric("ends_at_import.py:f")
+
+
+def test_an_interrupt_within_a_metric_is_the_users(folder: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        load_metric("own_metrics_for_a_test.py:interrupted")("x", ("b",), ROW)
 
 
 def test_a_row_is_what_the_data_held() -> None:

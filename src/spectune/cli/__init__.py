@@ -3,6 +3,9 @@
 
 def main() -> None:
     """Run the command line and leave with the exit code that `spectune.errors` gives."""
+    from spectune.cli.standard_streams import install_for_good
+
+    install_for_good()
     from spectune.cli.app import build_app
 
     build_app()(prog_name="spectune")

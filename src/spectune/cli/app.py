@@ -1,7 +1,9 @@
 """Puts the commands together, and turns errors into a message and an exit code, in one place."""
 
 import signal
+import sys
 import threading
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from spectune.cli.compare import compare
+from spectune.cli.console import answer, complain
 from spectune.cli.doctor import doctor
 from spectune.cli.env import env
 from spectune.cli.evaluate import evaluate
@@ -19,17 +22,49 @@ from spectune.cli.one_of_several import refuse_several, stop
 from spectune.cli.plan import plan
 from spectune.cli.recommend import recommend
 from spectune.cli.report import report
+from spectune.cli.standard_streams import StandardStreams
 from spectune.cli.train import train
 from spectune.cli.unknown_flags import Command
 from spectune.cli.validate import validate
-from spectune.errors import SpectuneError
+from spectune.errors import SpectuneError, first_line
 from spectune.torchrun import Place
 from spectune.training.interrupt import stopping_signals
 from spectune.version import __version__
 
+#: commands whose result is a folder: what they print without these flags tells of the work
+WORKING, ANSWERING = ("train", "compare", "merge", "export"), ("--json", "--dry-run")
+
 
 class Commands(TyperGroup):
     """The one place where a user's error becomes a message on stderr and an exit code: no traceback."""
+
+    #: the command that was called
+    named: str | None = None
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """Run a command, with streams that take plain text and stop nothing."""
+        if not standalone_mode:
+            return super().main(args, *more, standalone_mode=False, **options)
+        given = sys.argv[1:] if args is None else list(args)
+        with StandardStreams() as streams:
+            code = self._ended(given, *more, **options)
+            results = self.named not in WORKING or any(flag in given for flag in ANSWERING)
+            code = streams.exit_code(code, results=results)
+        sys.exit(code)
+
+    def _ended(self, args: list[str], *more: Any, **options: Any) -> int:
+        """The exit code of a command."""
+        try:
+            found = super().main(args, *more, standalone_mode=False, **options)
+        except typer.Abort:
+            complain("aborted", label="stopped")
+            return SpectuneError.exit_code
+        except Exception as error:  # a usage error, whose class differs between versions of typer
+            if not hasattr(error, "show"):
+                raise
+            error.show(file=sys.stderr)
+            return int(getattr(error, "exit_code", 2))
+        return found if isinstance(found, int) else 0
 
     def invoke(self, ctx: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
@@ -42,17 +77,19 @@ class Commands(TyperGroup):
             stop(error)
         except KeyboardInterrupt as error:
             stop(error, "interrupted")
-        except BrokenPipeError:
-            raise  # the reader of our output has left (`| head`): typer closes quietly
         except OSError as error:
             stop(error, f"{error.filename or 'input or output'}: {error.strerror or error}")
         except Exception as error:
             if Place.from_environment().alone or isinstance(error, typer.Exit | typer.Abort):
                 raise
             stop(error)  # a usage error, or a fault of ours
+        except BaseException as error:  # sys.exit and the panics of libraries: of code that the command has loaded
+            text = f"code that this command loaded ended it: {type(error).__name__}: {first_line(error)}"
+            stop(SpectuneError(text))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         found = super().resolve_command(ctx, args)
+        self.named = found[0]
         refuse_several(found[0])
         return found
 
@@ -97,6 +134,6 @@ def _root(
     6 diverged, 130 interrupted (go on with --resume).
     """
     if version:
-        typer.echo(f"spectune {__version__}")
+        answer(f"spectune {__version__}")
     elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        answer(context.get_help())

@@ -11,13 +11,14 @@ from spectune.cli import limits, options
 from spectune.cli.arms import arms_of, given_arms, names_of
 from spectune.cli.console import complain, import_libraries, note, print_answer, work
 from spectune.cli.dry_run import asked, dry_run
-from spectune.cli.evaluate import JUDGING
+from spectune.cli.evaluate import JUDGING, refuse_recorded_code
 from spectune.cli.given import Given
 from spectune.cli.input_rows import check_inputs
 from spectune.cli.known_keys import method_names
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
+from spectune.files.plain_text import command_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,7 +125,10 @@ def compare(
     settings = Settings.collect(config, assignments, flags)
     if quick:
         settings.given.setdefault("max_steps", Given(QUICK_STEPS, "--quick"))
-    _run(resumed(settings), limits.fields(context), quick=quick, dry=dry, as_json=as_json)
+    whole = resumed(settings)
+    if "metric" not in settings.given:
+        refuse_recorded_code(whole.text("metric"), Path(settings.text("output_dir") or ""))
+    _run(whole, limits.fields(context), quick=quick, dry=dry, as_json=as_json)
 
 
 def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, as_json: bool) -> None:
@@ -167,9 +171,8 @@ def _compare(arms: list[Arm], settings: Settings, limits: dict[str, Any], out: C
         try:
             return _compare_in(folder, arms, settings, limits, out)
         except (InterruptedRun, KeyboardInterrupt) as stop:
-            raise InterruptedRun(
-                f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
-            ) from stop
+            again = command_line("--output-dir", folder, "--resume")
+            raise InterruptedRun(f"the comparison is in {folder}. To go on: the same command with {again}") from stop
 
 
 def _compare_in(folder: Path, arms: list[Arm], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:

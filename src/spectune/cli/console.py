@@ -1,19 +1,21 @@
-"""Where output goes: results to stdout, everything else to stderr; with --json stdout has one object and no more."""
+"""Where output goes: results to stdout, everything else to stderr; with --json stdout has one object and no more.
+
+All of it is plain text (`files.plain_text`), on a terminal and in a file alike, for a file is read on a terminal later;
+--json has every character, escaped.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import importlib
-import json
 import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from spectune.compute import allocator_settings
+from spectune.files import plain_text
 from spectune.torchrun import Place
 
 if TYPE_CHECKING:
@@ -23,44 +25,63 @@ if TYPE_CHECKING:
 WIDE = 240
 #: they import all else that takes long
 LIBRARIES = ("transformers.modeling_utils", "spectune.methods", "spectune.training.prediction")
-#: transformers and datasets read these when they are imported, which is when a command needs them
+#: transformers, datasets and tqdm read these when they are imported, which is when a command needs them
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "DATASETS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error", "TQDM_MININTERVAL": "15",
 }  # fmt: skip
 
 
 def console(*, stderr: bool = False) -> Console:
     """A rich console on stdout or stderr that folds lines on a terminal only. Of several processes the first prints."""
-    from rich.console import Console
+    from spectune.files.plain_console import PlainConsole
 
     stream = sys.stderr if stderr else sys.stdout
-    quiet = not Place.from_environment().leads
-    return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False, quiet=quiet)
+    terminal = stream is not None and stream.isatty()
+    return PlainConsole(file=stream, width=None if terminal else WIDE, quiet=not Place.from_environment().leads)
 
 
 def say(out: Console, text: str, style: str | None = None) -> None:
     """Write a user's own text (rows, paths, what a model wrote): never folded, and nothing in it is rich's markup."""
-    out.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
+    if out.is_terminal:
+        out.print(plain_text.plain(text), style=style, markup=False, emoji=False, soft_wrap=True)
+    elif not out.quiet:
+        out.file.write(f"{plain_text.plain(text)}\n")  # rich would make spaces of tabs
 
 
 def complain(message: str, label: str = "error") -> None:
     """Write `label: message` to stderr, never folded; red on a terminal."""
-    typer.echo(f"{typer.style(f'{label}:', fg='red', bold=True)} {message}", err=True)
+    shown = f"{label}:"
+    if sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+        shown = f"\x1b[31m\x1b[1m{shown}\x1b[0m"
+    _write(sys.stderr, f"{shown} {plain_text.message(message)}")
 
 
 def note(message: str) -> None:
     """Write a line for the user to stderr, so that stdout stays the result's."""
     if Place.from_environment().leads:
-        typer.echo(message, err=True)
+        _write(sys.stderr, plain_text.message(message))
 
 
-def print_answer(answer: Any, *, as_json: bool) -> None:
+def answer(line: str) -> None:
+    """Write a line of the result to stdout."""
+    _write(sys.stdout, plain_text.plain(line))
+
+
+def print_answer(content: Any, *, as_json: bool) -> None:
     """With `as_json` print one JSON object. Numbers that are not finite become null: JSON has no word for them."""
     from spectune.files.strict_json import finite
 
     if as_json and Place.from_environment().leads:
-        typer.echo(json.dumps(finite(answer), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+        _write(sys.stdout, plain_text.json_text(finite(content), getattr(sys.stdout, "encoding", None)))
+
+
+def _write(stream: Any, text: str) -> None:
+    """Text that is plain already, with colours of ours: below what would make it plain."""
+    if stream is not None:
+        below = getattr(stream, "rich_proxied_file", stream)
+        below.write(f"{text}\n")
+        below.flush()
 
 
 def import_libraries() -> None:

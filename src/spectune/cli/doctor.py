@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spectune.cli import options
+from spectune.cli import console, options
 from spectune.errors import ConfigError, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -47,14 +46,14 @@ def doctor(
     for outcome in found_by(output_dir, skip or []):
         outcomes.append(outcome)
         if not as_json:
-            typer.echo(outcome.line())
+            console.answer(outcome.line())
     failed = [outcome.name for outcome in outcomes if outcome.status == "failed"]
     seconds = time.monotonic() - began
     answer = {"ok": not failed, "seconds": seconds, "checks": [outcome.to_dict() for outcome in outcomes]}
     if not as_json:
-        typer.echo(f"{f'{len(failed)} failed: ' + ', '.join(failed) if failed else 'nothing failed'}, {seconds:.0f} s")
-    if as_json:  # not by way of what imports torch, which may be what is broken
-        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+        found = f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing failed"
+        console.answer(f"{found}, {seconds:.0f} s")
+    console.print_answer(answer, as_json=as_json)
     if failed:
         raise typer.Exit(1)
 

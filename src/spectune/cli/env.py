@@ -5,10 +5,8 @@ import platform
 import sys
 from typing import Any
 
-import typer
-
 from spectune.cli import options
-from spectune.cli.console import print_answer, work
+from spectune.cli.console import print_answer, say, work
 from spectune.version import __version__, installed_version
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "pydantic", "numpy", "scipy")
@@ -30,9 +28,9 @@ def env(as_json: options.Json = False) -> None:
         found = _environment()
         if not as_json:
             for section, facts in found.items():
-                out.print(f"[bold]{section}[/bold]")
+                say(out, section, style="bold")
                 for name, value in facts.items():
-                    typer.echo(f"  {name:<24} {'-' if value is None else value}")
+                    say(out, f"  {name:<24} {'-' if value is None else value}")
     print_answer(found, as_json=as_json)
 
 

@@ -16,6 +16,7 @@ from spectune.cli.heads import as_learned
 from spectune.cli.input_rows import note_losses, row_length, rows_of, rows_of_run, run_on
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError
+from spectune.files.plain_text import command_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,6 +120,8 @@ def evaluate(
             raise ConfigError(
                 "--lm-eval-tasks asks for texts, and this run has a head, which writes none: leave it out"
             )
+        if files is None and metric is None:
+            refuse_recorded_code(found.config.get("metric"), found.folder)
         asked_of_it = _harness(lm_eval_tasks, batch_size, lm_eval_limit, lm_eval_include)
         loaded = found.load(device, dtype, base_precision)
         of_rows: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -132,6 +135,17 @@ def evaluate(
         if not as_json:
             _print(out, answer)
     print_answer(answer, as_json=as_json)
+
+
+def refuse_recorded_code(metric: Any, folder: Path) -> None:
+    """Refuse a metric that is code and that only a folder's config.yaml names: whoever made the folder chose the code.
+    Raises ConfigError, which says how to name it."""
+    code = [word.strip() for word in metric.split(",") if ":" in word] if isinstance(metric, str) else []
+    if code:
+        raise ConfigError(
+            f"{folder / 'config.yaml'} names the metric {', '.join(code)}, which is Python code, and code that a "
+            f"folder names is not run. To run it, name it: {command_line('--metric', metric)}; or give another --metric"
+        )
 
 
 def _harness(tasks: str | None, batch_size: int, limit: int | None, include: Path | None) -> Measure | None:

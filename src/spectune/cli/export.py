@@ -15,6 +15,7 @@ from spectune.cli.merge import write_merged
 from spectune.cli.proving import Proving, proved_folder, unproved
 from spectune.cli.runs import find_run, free_folder
 from spectune.errors import ConfigError
+from spectune.files.plain_text import command_line
 
 if TYPE_CHECKING:
     import torch
@@ -175,5 +176,5 @@ def _how(chosen: str, folder: Path, proving: Proving) -> str:
     return {
         "peft": peft,
         "prompt-embeds": f"see {folder / 'README.md'}",
-        "gguf-lora": f"llama-cli --model BASE.gguf --lora {folder / 'adapter.gguf'}",
+        "gguf-lora": command_line("llama-cli", "--model", "BASE.gguf", "--lora", folder / "adapter.gguf"),
     }[chosen]

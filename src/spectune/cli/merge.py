@@ -13,6 +13,7 @@ from spectune.cli.heads import auto_class
 from spectune.cli.proving import DTYPE, Proving, proved_folder, unproved
 from spectune.cli.runs import find_run, free_folder
 from spectune.errors import ConfigError
+from spectune.files.plain_text import command_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,7 @@ def merge(
         if not method.can_merge:
             raise ConfigError(
                 f"the run {found.folder} is {method.label}, which cannot be merged: it does not act as a change of the "
-                f"base's weights. For other engines: spectune export --run {found.folder}"
+                f"base's weights. For other engines: {command_line('spectune', 'export', '--run', found.folder)}"
             )
         note(f"run: {found.folder}")
         answer = write_merged(Proving(found, data, device, dtype, check), folder, out)

@@ -10,6 +10,7 @@ from spectune.cli.console import note, print_answer, work
 from spectune.cli.runs import RUNS, find_comparison
 from spectune.errors import ConfigError
 from spectune.files.lock import folder_lock
+from spectune.files.plain_text import command_line
 
 
 def report(
@@ -50,6 +51,7 @@ def report(
         out.print(comparison.table())
         gone = ", ".join(f"{run.name} seed {run.seed}" for run in comparison.result.missing)
         if gone:
-            note(f"not run yet: {gone}. To go on: spectune compare --resume --output-dir {found}")
+            again = command_line("spectune", "compare", "--resume", "--output-dir", found)
+            note(f"not run yet: {gone}. To go on: {again}")
         note(f"written to {found}; the page: {found / 'report.html'}")
     print_answer({"folder": str(found), **comparison.to_dict()}, as_json=as_json)

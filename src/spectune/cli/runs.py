@@ -19,6 +19,7 @@ from spectune.cli.heads import head_options, labels_of_checkpoint, recorded_labe
 from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, DataError
 from spectune.files.lock import LOCK_FILE
+from spectune.files.plain_text import command_line
 from spectune.training.claim import OF_RUN, check_empty, claimed
 
 if TYPE_CHECKING:
@@ -246,12 +247,12 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
     if is_model(given):
         raise DataError(
             f"{given} is a model and no run: it has no delta to put onto a base. eval and generate take it as it is "
-            f"with --model {given}"
+            f"with {command_line('--model', given)}"
         )
     command = "compare" if (given / "runs").is_dir() else "train"
     raise DataError(
         f"{given} holds no finished run: expected best/ and result.json, or a delta's adapter_config.json. "
-        f"An interrupted run goes on with: spectune {command} --resume --output-dir {given}"
+        f"An interrupted run goes on with: {command_line('spectune', command, '--resume', '--output-dir', given)}"
     )
 
 
@@ -277,7 +278,8 @@ def find_comparison(given: Path | None, file: str, root: Path = RUNS) -> Path | 
             if (given / "result.json").is_file() or is_delta(given):
                 expected += ", and this is a single run's: spectune eval measures it"
             elif is_model(given):
-                expected += f", and this is a model: spectune eval --model {given} measures it"
+                command = command_line("spectune", "eval", "--model", given)
+                expected += f", and this is a model: {command} measures it"
             raise DataError(f"{given} holds no {file}: {expected}")
         return given
     found = list(root.glob(f"*/{file}"))

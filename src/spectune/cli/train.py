@@ -19,6 +19,7 @@ from spectune.cli.one_of_several import joined, of_first
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, InterruptedRun
+from spectune.files.plain_text import command_line
 from spectune.torchrun import Place
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
         except KeyboardInterrupt as stop:  # outside of the loop, which has its own answer
             raise InterruptedRun(
                 "interrupted outside of a step. To go on from what is saved, or to start again if nothing is: the same "
-                f"command with --output-dir {folder} --resume"
+                f"command with {command_line('--output-dir', folder, '--resume')}"
             ) from stop
 
 
@@ -130,5 +131,5 @@ def _train_in(folder: Path, name: str, settings: Settings, out: Console) -> dict
         model, tokenizer, delta, rows, held_out, config, origin=origin(settings), console=out, observer=observer
     )
     does = "writes" if labels is None else "says"
-    note(f"kept in {folder / 'best'}; see what it {does}: spectune generate --run {folder}")
+    note(f"kept in {folder / 'best'}; see what it {does}: {command_line('spectune', 'generate', '--run', folder)}")
     return result.model_dump(mode="json")

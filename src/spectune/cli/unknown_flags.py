@@ -9,6 +9,7 @@ from typer.core import TyperCommand
 from spectune.cli import known_keys
 from spectune.cli.synonyms import SYNONYMS, how_to_write, meant
 from spectune.errors import ConfigError
+from spectune.files.plain_text import command_line
 
 
 class Command(TyperCommand):
@@ -37,7 +38,7 @@ def _instead(ctx: Any, flag: str, given: list[str]) -> str:
     if other in flags:
         return f"{start}; did you mean {flags[other]}?{how_to_write(word)}"
     if other in keys:
-        return f"{start}: it is a key, --set {other}={_value(flag, given)}{how_to_write(word)}"
+        return f"{start}: it is a key, {command_line('--set', f'{other}={_value(flag, given)}')}{how_to_write(word)}"
     return f"{start}; spectune {ctx.command.name} --help lists those there are"
 
 

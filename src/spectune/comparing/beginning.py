@@ -29,6 +29,7 @@ from spectune.families import base_precision as precision_of
 from spectune.families import describe, fingerprint, vocabulary_rows
 from spectune.files.atomic import atomic_write_text
 from spectune.files.core_yaml import yaml_text
+from spectune.files.plain_console import PlainConsole, print_line
 from spectune.objectives import objective_of
 from spectune.phases import Phases
 from spectune.planning import reference_shares
@@ -126,7 +127,13 @@ class Beginning:
             self.folder, "", arms[0].labels, model, tokenizer, arms, own, inputs, text, schedule,
             self._origin(arms[0].labels), self.console, phases,
         )  # fmt: skip
-        job.conditions = self._checked(self._conditions(job, settings, [found for found, _ in all_inputs]))
+        learned = [found for found, _ in all_inputs]
+        if self.before is not None and inputs.task.custom:
+            # what a folder goes on with is known before any code runs
+            conditions.check(self.before, self._conditions(job, settings, learned), self.folder)
+        learned = [found.with_code() for found in learned]
+        job.inputs = learned[0]
+        job.conditions = self._checked(self._conditions(job, settings, learned))
         self._write_config(str(model.config._name_or_path))
         phases.add(job.conditions.seconds_by_phase)
         return settings, job
@@ -138,7 +145,8 @@ class Beginning:
         vocab_size, place = vocabulary_rows(model), self.tracks.index(arms)
         inputs, own = self.phases.call("rows", self._inputs, tokenizer, settings, vocab_size)[place]
         return Job(
-            self.folder, arms[0].task_type, arms[0].labels, model, tokenizer, arms, own, inputs, [], schedule,
+            self.folder, arms[0].task_type, arms[0].labels, model, tokenizer, arms, own, inputs.with_code(), [],
+            schedule,
             self._origin(arms[0].labels), self.console, self.phases, conditions,
         )  # fmt: skip
 
@@ -199,7 +207,7 @@ class Beginning:
             self._print(f"label words: a text is asked with {separator!r} behind it, and answered with its class")
 
     def _print(self, line: str) -> None:
-        (self.console or Console()).print(line, soft_wrap=True, highlight=False, markup=False)
+        print_line(self.console or PlainConsole(), line)
 
     def _checked(self, found: RecordedConditions) -> RecordedConditions:
         """Check that the conditions are those of an earlier call (`before`), take over what it measured of the base,

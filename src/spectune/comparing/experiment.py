@@ -24,6 +24,7 @@ from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import PRESETS
 from spectune.deltas import Method
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, WriteError
+from spectune.files.plain_text import command_line
 from spectune.inference import CHOICE_NORMALIZATIONS
 from spectune.phases import Phases
 from spectune.results import Limits
@@ -136,7 +137,8 @@ def _carry_out(job: Job) -> None:
     except InterruptedRun as stop:  # what it says is of one run
         job.record_time()
         raise InterruptedRun(
-            f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
+            f"the comparison is in {folder}. To go on: the same command with "
+            f"{command_line('--output-dir', folder, '--resume')}"
         ) from stop
 
 
@@ -189,7 +191,8 @@ def _folder(config: TrainingConfig | None, output_dir: str | Path | None, resume
         with claimed(folder, "spectune compare", resume=resume, within=WITHIN):
             yield folder
     except WriteError as error:  # what it says to go on with is of one run
-        go_on = f"What had ended is kept. With that mended, the same command with --output-dir {folder} --resume"
+        again = command_line("--output-dir", folder, "--resume")
+        go_on = f"What had ended is kept. With that mended, the same command with {again}"
         raise WriteError(folder, error.reason, f"{go_on} goes on from there.") from error
     finally:
         if given is None:

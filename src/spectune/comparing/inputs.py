@@ -74,7 +74,7 @@ class Inputs:
         generate_rows: int, choice_normalization: str = "sum", vocab_size: int | None = None,
         labels: Labels | None = None,
     ) -> Inputs:  # fmt: skip
-        """Encode the rows, at most `settings.max_length` tokens of each.
+        """Encode the rows, at most `settings.max_length` tokens of each. Metrics of the user's own are not imported.
 
         Args:
             vocab_size: rows of the base's embedding, where they are known.
@@ -94,10 +94,14 @@ class Inputs:
         task = Task.of(
             (test[0] if test else valid).rows, train_rows=rows.train, metric=metric, generate_rows=generate_rows,
             choice_normalization=choice_normalization, max_length=length,
-            batch_size=settings.per_device_eval_batch_size, **how,
+            batch_size=settings.per_device_eval_batch_size, code_later=True, **how,
         )  # fmt: skip
         # of the rows to train and to validate on each run tells itself
         return cls(rows, train, valid, task, test[0].report.summary("test") if test else "")
+
+    def with_code(self) -> Inputs:
+        """With the user's own metrics imported. Raises ConfigError: one cannot be."""
+        return dataclasses.replace(self, task=self.task.with_code())
 
     @property
     def train_size(self) -> tuple[int, int]:

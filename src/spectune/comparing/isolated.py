@@ -58,7 +58,8 @@ def train_memory_in_own_process(job: Mapping[str, Any]) -> dict[str, int]:
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
-        [sys.executable, "-m", "spectune.comparing.isolated"], input=json.dumps(job), env=environment,
+        # -P: a module is not looked for in the working directory, which may be a stranger's
+        [sys.executable, "-P", "-m", "spectune.comparing.isolated"], input=json.dumps(job), env=environment,
         capture_output=True, text=True, encoding="utf-8", check=False,
     )  # fmt: skip
     doing = f"measuring the memory of {method_from_dict(job['method']).label} in a process of its own"

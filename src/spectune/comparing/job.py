@@ -21,6 +21,7 @@ from spectune.data import DataReport, Encoded, Labels
 from spectune.deltas import BaseFacts, BaseRate, Delta, attach, attached, detach
 from spectune.evaluation import KeptLogits, Questions
 from spectune.families import embedding_width, vocabulary_rows
+from spectune.files.plain_console import PlainConsole, print_line
 from spectune.phases import Phases
 from spectune.planning.device_memory import free_memory
 from spectune.results import RunResult
@@ -137,7 +138,7 @@ class Job:
         name, steps = delta.name, config.max_steps
         label = f"{self.label_of(name)}, {trying or f'seed {config.seed}'}"
         return Display(
-            self.console or Console(), label, steps, 0, heartbeat=self.heartbeat, says=not trying,
+            self.console or PlainConsole(), label, steps, 0, heartbeat=self.heartbeat, says=not trying,
             behind=lambda: self.budget.seconds_behind(name, steps),
         )  # fmt: skip
 
@@ -146,7 +147,7 @@ class Job:
         return next(arm.label for arm in self.arms if arm.name == name)
 
     def print(self, line: str) -> None:
-        (self.console or Console()).print(line, soft_wrap=True, highlight=False, markup=False)
+        print_line(self.console or PlainConsole(), line)
 
     def planned(self, arm: Arm, config: TrainingConfig) -> TrainingConfig:
         """The config of a short run, which is executed as the arm's final runs were planned, and not planned again."""

@@ -6,6 +6,7 @@ The function is `f(prediction: str, references: list[str], row: dict) -> float`,
 attribute `higher_is_better = False`.
 """
 
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -13,11 +14,11 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 from spectune.data import Row
 from spectune.errors import ConfigError, first_line
@@ -34,6 +35,15 @@ class CustomMetric:
     function: Callable[[str, list[str], dict[str, Any]], float]
     higher_is_better: bool = True
 
+    @classmethod
+    def named(cls, source: str) -> Self:
+        """The metric by its name alone: nothing is imported. Raises ConfigError: it is no import path."""
+        return cls(_parted(source)[1], source, _not_imported)
+
+    @property
+    def imported(self) -> bool:
+        return self.function is not _not_imported
+
     @property
     def code_sha256(self) -> str | None:
         """The digest of the file that defines the function; None where Python cannot find it."""
@@ -46,10 +56,8 @@ class CustomMetric:
     def __call__(self, prediction: str, references: tuple[str, ...], row: Row) -> float:
         """The value for one row. Raises ConfigError, naming row and function: it failed, or gave no finite number."""
         where = f"metric {self.source} on {row.origin}"
-        try:
+        with _run(f"{where} failed", _SIGNATURE):
             value = float(self.function(prediction, list(references), row_dict(row)))
-        except Exception as error:  # it is the user's code: whatever it raises
-            raise ConfigError(f"{where} failed: {type(error).__name__}: {first_line(error)}; {_SIGNATURE}") from error
         if not math.isfinite(value):
             raise ConfigError(f"{where} is {value}; expected a finite number")
         return value
@@ -58,15 +66,12 @@ class CustomMetric:
 def load_metric(source: str) -> CustomMetric:
     """The function at an import path; modules are looked for in the working directory, too. Raises ConfigError: there
     is no such file, module or function, or it cannot be imported."""
-    place, _, name = source.rpartition(":")
-    if not place or not name:
-        raise ConfigError(f"metric {source!r}: expected package.module:function or file.py:function")
+    place, name = _parted(source)
     before = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))
     try:
-        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # importing runs the user's code
-        raise ConfigError(f"metric {source}: {place} cannot be imported: {first_line(error)}") from error
+        with _run(f"metric {source}: {place} cannot be imported"):
+            module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     finally:
         sys.path[:] = before
     function = getattr(module, name, None)
@@ -74,7 +79,9 @@ def load_metric(source: str) -> CustomMetric:
         near = difflib.get_close_matches(name, [key for key in vars(module) if not key.startswith("_")], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"metric {source}: {place} has no function {name!r}{hint} {_SIGNATURE}")
-    return CustomMetric(name, source, function, bool(getattr(function, "higher_is_better", True)))
+    with _run(f"metric {source}: its attribute higher_is_better cannot be read"):
+        higher = bool(getattr(function, "higher_is_better", True))
+    return CustomMetric(name, source, function, higher)
 
 
 def row_dict(row: Row) -> dict[str, Any]:
@@ -85,6 +92,32 @@ def row_dict(row: Row) -> dict[str, Any]:
     if arguments := fields.pop("template_kwargs", None):
         fields["chat_template_kwargs"] = arguments
     return columns | {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+
+@contextlib.contextmanager
+def _run(failed: str, expected: str = "") -> Iterator[None]:
+    """Inside, the user's code runs. Whatever it raises, sys.exit() and what libraries panic with too, is a ConfigError;
+    Ctrl-C stays what it is."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is KeyboardInterrupt:
+            raise
+        # of what cannot be imported its own words say enough
+        kind = "" if isinstance(error, ImportError | OSError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{failed}: {kind}{first_line(error)}" + (f"; {expected}" if expected else "")) from error
+
+
+def _parted(source: str) -> tuple[str, str]:
+    """Module or file, and function. Raises ConfigError: it is no such path."""
+    place, _, name = source.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"metric {source!r}: expected package.module:function or file.py:function")
+    return place, name
+
+
+def _not_imported(prediction: str, references: list[str], row: dict[str, Any]) -> float:
+    raise AssertionError("the metric's code was not imported")
 
 
 def _from_file(path: Path) -> ModuleType:

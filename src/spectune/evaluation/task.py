@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class Task:
         cls, rows: Sequence[Row], *, train_rows: Sequence[Row] = (), metric: str | None = "auto",
         generate_rows: int = 64, max_new_tokens: int | None = None, batch_size: int = 16, max_length: int,
         separator: str = "", choice_normalization: str = "sum", train_on: str = "all", truncation: str = "start",
-        today: str | None = None, answers: Sequence[str] = (), labels: Labels | None = None,
+        today: str | None = None, answers: Sequence[str] = (), labels: Labels | None = None, code_later: bool = False,
     ) -> Task:  # fmt: skip
         """Decide what is measured.
 
@@ -94,6 +94,7 @@ class Task:
             max_length, separator, train_on, truncation, today: as in training, see `spectune.data.encode`.
             choice_normalization: "sum", "token" or "byte": see `ChoiceScores.best`.
             labels: of the head that is judged; None: a language model is.
+            code_later: metrics of the user's own are not imported yet: `with_code` does.
 
         Raises:
             ConfigError: an unknown metric, or one that needs written rows where none may be written.
@@ -113,7 +114,7 @@ class Task:
         if labels is not None:
             how = {"separator": separator, "train_on": train_on, "truncation": truncation, "today": today}
             return _of_head(rows, labels, metric, batch_size=batch_size, max_length=max_length, **how)
-        wanted = _wanted(metric)
+        wanted = _wanted(metric, CustomMetric.named if code_later else load_metric)
         own, choices, whose = _with_choices(rows, train_rows, answers, wanted)
         to_choose = _choosable(own, wanted)
         writable = _writable(own, wanted, to_choose, generate_rows)
@@ -129,6 +130,12 @@ class Task:
             label_metrics=_of_choices([own[place] for place in to_choose], wanted),
         )  # fmt: skip
 
+    def with_code(self) -> Task:
+        """With the user's own metrics imported. Raises ConfigError: one cannot be."""
+        if all(metric.imported for metric in self.custom):
+            return self
+        return dataclasses.replace(self, custom=tuple(load_metric(metric.source) for metric in self.custom))
+
     @property
     def conventions(self) -> dict[str, Any]:
         """How rows become ids, cutting apart: arguments of `encode` and of `prompts_ids`."""
@@ -136,9 +143,9 @@ class Task:
 
     @property
     def higher_is_better(self) -> dict[str, bool]:
-        """The metrics that rows will have, and which way is better."""
+        """The metrics that rows will have, and which way is better; of the user's own only their code says it."""
         named = {name: name not in LOWER_IS_BETTER for name in (*self.label_metrics, *self.text_metrics)}
-        return named | {metric.name: metric.higher_is_better for metric in self.custom}
+        return named | {metric.name: metric.higher_is_better for metric in self.custom if metric.imported}
 
     def describe(self) -> str:
         """What is measured, in sentences for a report."""
@@ -201,7 +208,7 @@ class _Wanted:
     auto: bool = False
 
 
-def _wanted(metric: str | None) -> _Wanted:
+def _wanted(metric: str | None, custom_metric: Callable[[str], CustomMetric]) -> _Wanted:
     words = [word.strip() for word in (metric or "auto").split(",") if word.strip()]
     if words == ["auto"]:
         return _Wanted(metric, TEXT_METRICS, OF_CLASSES, (), auto=True)
@@ -213,7 +220,7 @@ def _wanted(metric: str | None) -> _Wanted:
             )
     if not words:
         raise ConfigError(f"metric {metric!r} names none; expected auto, or some of {', '.join(METRICS)}")
-    custom = tuple(load_metric(word) for word in words if ":" in word)
+    custom = tuple(custom_metric(word) for word in words if ":" in word)
     taken = [*METRICS, *(one.name for one in custom)]
     if twice := [one.source for one in custom if taken.count(one.name) > 1]:
         raise ConfigError(f"metric {', '.join(twice)}: the function's name is taken by another metric; rename it")

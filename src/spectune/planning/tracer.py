@@ -4,9 +4,10 @@ Nothing is computed. Where a model reads a value (are there any padded rows? how
 that of the batch that is planned.
 """
 
+import gc
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +42,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._outside = {t.untyped_storage()._cdata for t in outside}
         self._true: dict[int, bool] = {}
         self._known = _Known()
+        self._collects = False
+
+    def __enter__(self) -> Self:
+        """Python's collector does not come by inside: what it would free, and when, depends on the whole process."""
+        self._collects = gc.isenabled()
+        gc.disable()
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if self._collects:
+            gc.enable()
 
     def mark(self, name: str) -> None:
         """Name the place among the events that the step has come to."""

@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from spectune.files.plain_text import one_line
 from spectune.results.arm_result import (
     PLAIN,
     arm_results,
@@ -17,6 +18,8 @@ from spectune.results.arm_result import (
 )
 from spectune.results.comparison_file import ComparisonResult
 
+#: signs that begin a formula in a spreadsheet, those of East Asian width too
+FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\u2212")
 #: fields of a run's result that are one number or word
 RUN_FIELDS = (
     "learning_rate", "steps", "best_step", "target_tokens", "train_loss", "valid_loss", "last_valid_loss",
@@ -29,7 +32,7 @@ RUN_FIELDS = (
 def comparison_csv(comparison: ComparisonResult) -> str:
     """One arm a line: the means over its seeds. Empty where a number does not exist; metrics have columns
     `metric_<name>`, with `_low` and `_high` where there are intervals, and the rows of several sources
-    `judged_loss[<name>]`, with the bare base's beside it."""
+    `judged_loss[<name>]`, with the bare base's beside it. Text that would be a formula has an apostrophe before it."""
     rows = arm_results(comparison)
     names = metric_names(rows)
     sources, base = source_names(comparison), base_loss_by_source(comparison)
@@ -74,6 +77,16 @@ def runs_csv(comparison: ComparisonResult) -> str:
 def _csv(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(["" if value is None else value for value in line] for line in lines)
+    writer.writerow(map(_cell, header))
+    writer.writerows(map(_cell, line) for line in lines)
     return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Numbers as they are; text on one line, with an apostrophe before what a spreadsheet would compute."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        return value
+    text = one_line(value)
+    return f"'{text}" if text.startswith(FORMULAS) else text

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from spectune.files.plain_text import markdown_code
 from spectune.reporting import units
 from spectune.reporting.columns import metric_title
 from spectune.results import ComparisonResult, Recommendation, Verdict
@@ -48,14 +49,14 @@ def evidence(runs: Sequence[str], comparison: ComparisonResult) -> str:
     """The runs that prove a sentence, as Markdown: each by name where they are few, else the folders that hold them."""
     runs = list(dict.fromkeys(runs))
     if len(runs) <= NAMED:
-        return ", ".join(f"`{run}`" for run in runs)
+        return ", ".join(map(markdown_code, runs))
     if len(runs) == len(comparison.runs):
         return f"all {len(runs)} runs in `runs/`"
     places = map(PurePosixPath, runs)
     counts = Counter((place.parent if place.suffix == ".jsonl" else place).parent for place in places)
     same = len(set(counts.values())) == 1
-    folders = ", ".join(f"`{folder}/`" + ("" if same else f" ({count})") for folder, count in counts.items())
-    return f"{len(runs)} runs in {folders}"
+    folders = [markdown_code(f"{folder}/") + ("" if same else f" ({count})") for folder, count in counts.items()]
+    return f"{len(runs)} runs in {', '.join(folders)}"
 
 
 def recommendation_context(comparison: ComparisonResult) -> list[str]:

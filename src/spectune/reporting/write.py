@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from spectune.files.atomic import atomic_write_bytes, sweep
 from spectune.files.disk_errors import disk_errors
+from spectune.reporting.made_plain import made_plain
 from spectune.reporting.page import comparison_page
 from spectune.reporting.plots import comparison_figure, comparison_plots, figure_style
 from spectune.reporting.spreadsheets import comparison_csv, runs_csv
@@ -29,7 +30,7 @@ def write_reports(comparison: ComparisonResult, folder: str | Path) -> list[Path
     Raises:
         WriteError: the disk is full, read-only or broken.
     """
-    folder = Path(folder)
+    folder, comparison = Path(folder), made_plain(comparison)
     for place in (folder, folder / PLOTS):
         sweep(place)
     contents: dict[str, bytes] = {

@@ -14,6 +14,7 @@ from spectune.deltas import Delta, InputModule
 from spectune.deltas.folder import CONFIG_FILE, OUR_FILE, name_base
 from spectune.errors import ConfigError
 from spectune.files.atomic import atomic_folder
+from spectune.files.plain_text import markdown_code
 from spectune.files.regular import plain_file
 from spectune.files.tensor_file import write_tensors
 from spectune.storage.manifest import check_digests, read_manifest
@@ -146,7 +147,7 @@ def _prompt_embeds_page(virtual: Tensor, base: str) -> str:
     return f"""# Prompt embeddings
 
 `{PROMPT_EMBEDS_FILE}` holds one tensor, `prompt_embeds` [{count} virtual tokens, {hidden} hidden], {dtype}, trained for
-the base `{base}`.
+the base {markdown_code(base)}.
 
 Put it before the embedded text. No text token changes its embedding; positions count from the first virtual token on,
 as every engine does without being told. Tokenise the text as in training: separator or chat template, and no special

@@ -1,5 +1,6 @@
 """What a run shows while it trains: a bar on a terminal, elsewhere a line every some seconds; and a line an epoch."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Self
@@ -7,8 +8,12 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from spectune.files.plain_console import above_bar, print_line
+from spectune.files.plain_text import one_line
 from spectune.sizes import duration
 
+#: characters of a run's name beside its bar
+LONGEST_LABEL = 60
 #: seconds between two lines where there is no terminal
 EVERY = 15.0
 
@@ -46,18 +51,24 @@ class Display:
         self._heartbeat, self._behind = heartbeat or Heartbeat(), behind
         self._begun, self._done, self._first = self._heartbeat.clock(), done, done
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[rate]:,.0f} tokens/s"),
             TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+            redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
-        self._task = self._bar.add_task(label, total=total, completed=done, loss=float("nan"), rate=0.0)
+        self._above = contextlib.ExitStack()
+        shown = one_line(label, LONGEST_LABEL)
+        self._task = self._bar.add_task(shown, total=total, completed=done, loss=float("nan"), rate=0.0)
 
     def __enter__(self) -> Self:
         self._bar.start()
+        if not self._bar.disable:
+            self._above.enter_context(above_bar(self.console))
         self._begun = self._heartbeat.clock()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._above.close()
         self._bar.stop()
 
     def go_on_from(self, step: int) -> None:
@@ -87,4 +98,4 @@ class Display:
         return f", about {duration(seconds)} left" + ("" if after is None else f", {duration(seconds + after)} in all")
 
     def _print(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+        print_line(self.console, line)

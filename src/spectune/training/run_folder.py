@@ -19,6 +19,7 @@ from spectune.files.atomic import atomic_file, atomic_write_text
 from spectune.files.core_yaml import yaml_text
 from spectune.files.disk_errors import disk_errors
 from spectune.files.metadata import numbered, read_json, read_lines, sealed
+from spectune.files.plain_text import command_line
 from spectune.files.strict_json import strict_json
 from spectune.files.tensor_file import write_tensors
 from spectune.files.weights import read_weights
@@ -195,7 +196,7 @@ class RunFolder(Keeper):
 
     def _find_whole(self, folder: Path) -> None:
         """What can be relied on whatever the disk does, as a sentence."""
-        go_on = f"With that mended, the same command with --output-dir {folder} --resume"
+        go_on = f"With that mended, the same command with {command_line('--output-dir', folder, '--resume')}"
         found = [path.name for number, path in numbered(folder, PREFIX) if number <= self.run.progress.step]
         self._whole = (
             f"{found[-1]} there is whole. {go_on} goes on from it."
@@ -293,7 +294,7 @@ class RunFolder(Keeper):
             return "Nothing was written, because the run has no output_dir."
         return (
             f"A checkpoint is in {self.run.config.output_dir}. To go on: the same command with "
-            f"--output-dir {self.run.config.output_dir} --resume"
+            f"{command_line('--output-dir', self.run.config.output_dir, '--resume')}"
         )
 
     @property

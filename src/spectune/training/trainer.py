@@ -17,6 +17,7 @@ from spectune.data import mixture
 from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError, InterruptedRun
 from spectune.evaluation import perplexity
+from spectune.files.plain_console import PlainConsole, print_line
 from spectune.results.run_result import RunResult
 from spectune.training.claim import claimed
 from spectune.training.config import TrainingConfig
@@ -115,7 +116,7 @@ def _alone(
 ) -> RunResult:  # fmt: skip
     """The same, with the run's folder for itself."""
     config, phases = asked.config, asked.observer.phases
-    out = (asked.console or Console()) if world.leads else Console(quiet=True)
+    out = (asked.console or PlainConsole()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
     delta = phases.call("prove", _attach, model, tokenizer, method_or_delta, asked.name, config.seed)
@@ -179,7 +180,7 @@ def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out:
     check_identity(read_identity(folder), prepared.identity, folder, "finished run")
     check_finished(folder)
     load_end(folder, delta)
-    out.print(f"the run in {folder} is finished already: nothing to do", soft_wrap=True, highlight=False)
+    print_line(out, f"the run in {folder} is finished already: nothing to do")
     return finished
 
 
@@ -196,7 +197,7 @@ def _start_or_resume(
         saved.restore(run)
         best = saved.best
         observer.phases.add(run.progress.seconds_by_phase)
-        out.print(f"going on from {saved.path}", soft_wrap=True, highlight=False)
+        print_line(out, f"going on from {saved.path}")
     check_same_step(world.gather(run.progress.step), folder)
     return run, RunFolder(folder, run, best, prepared, tokenizer)
 
@@ -308,4 +309,4 @@ def _announce(out: Console, run: RunState, prepared: Prepared, execution: Execut
         execution.reason("torch_compile"),
     ]
     for line in (line for line in lines if line is not None):
-        out.print(line, soft_wrap=True, highlight=False, markup=False)
+        print_line(out, line)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from spectune.files.plain_text import clipped
 from spectune.reporting import units
 from spectune.reporting.artifacts import judged_rows, rows_of
 from spectune.reporting.columns import metric_text, metric_title
-from spectune.reporting.text import clipped
 from spectune.results.comparison_file import ComparisonResult
 
 COUNT = 12

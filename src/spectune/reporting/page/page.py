@@ -4,20 +4,23 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from spectune.files.plain_text import clipped
 from spectune.reporting import columns, units, words
 from spectune.reporting.grids import sources_grid, time_grid
 from spectune.reporting.page import reproduce
 from spectune.reporting.page.examples import examples
 from spectune.reporting.page.svg import inline
 from spectune.reporting.plots.style import Plot
-from spectune.reporting.text import clipped, plain
 from spectune.results import ComparisonResult
 from spectune.results.arm_result import ArmResult, arm_results
 
+#: characters of a text on the page
+LONGEST = 20_000
 HERE = Path(__file__).parent
 
 
@@ -29,10 +32,10 @@ def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[
     runs = reproduce.run_lines(comparison)
     script = (HERE / "script.js").read_text(encoding="utf-8")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True
-    )
+        autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True,
+        finalize=_shown,
+    )  # fmt: skip
     environment.filters["anchors"] = lambda proofs: _anchors(proofs, comparison, runs)
-    environment.filters["plain"] = plain
     verdict = words.verdict_sentences(comparison)
     return environment.get_template("page.html.j2").render(
         title=f"Fine-tuning {clipped(comparison.base.name, 80)}: {len(rows)} methods compared",
@@ -65,6 +68,11 @@ def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def _shown(value: Any) -> Any:
+    """Of all that the template puts in, text is made plain; what is HTML already is ours."""
+    return clipped(value, LONGEST) if type(value) is str else value
 
 
 def _groups(comparison: ComparisonResult, rows: Sequence[ArmResult]) -> list[tuple[str, list[columns.Column]]]:

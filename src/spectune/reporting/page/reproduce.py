@@ -1,19 +1,21 @@
 """What it takes to repeat a comparison: commands, settings, versions, and the results of each run."""
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from spectune.files.plain_text import clipped, command_line
 from spectune.reporting import units
 from spectune.reporting.artifacts import under_runs
 from spectune.reporting.columns import loss_title, metric_text, metric_title
 from spectune.reporting.grids import Grid
-from spectune.reporting.text import plain
 from spectune.results.arm_result import arm_results, metric_names, training_memory
 from spectune.results.comparison_file import Arm, ComparedRun, ComparisonResult
+
+#: characters of a setting
+LONGEST = 20_000
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def memory_grid(comparison: ComparisonResult) -> Grid | None:
 def command(comparison: ComparisonResult, folder: Path) -> str | None:
     """The command line that would run it again; None where the folder does not say."""
     if given := comparison.command:
-        return shlex.join(given) if isinstance(given, list) else plain(given)
+        return clipped(command_line(*given) if isinstance(given, list) else given, LONGEST)
     again = "spectune compare --config config.yaml --output-dir again"
     return again if (folder / "config.yaml").is_file() else None
 
@@ -129,4 +131,4 @@ def _value(value: Any) -> str:
         return ", ".join(f"{key} {_value(inner)}" for key, inner in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(f"({_value(v)})" if isinstance(v, list | tuple) else _value(v) for v in value) or "none"
-    return plain(str(value))
+    return clipped(str(value), LONGEST)

@@ -4,6 +4,7 @@ import re
 
 from markupsafe import Markup, escape
 
+from spectune.files.plain_text import one_line
 from spectune.reporting.plots.style import COLOURS, GRID, INK, MUTED, PAPER, Plot
 
 #: colours of the figures and the variables of style.css that take their place
@@ -25,8 +26,8 @@ def inline(svg: str, plot: Plot) -> Markup:
     assert found is not None, "matplotlib writes a viewBox"
     head = (
         f'<svg viewBox="{found.group(1)}" style="--width: {float(found.group(1).split()[2]):.0f}" role="img" '
-        f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{escape(plot.title)}</title>'
-        f'<desc id="{name}-desc">{escape(plot.description)}</desc>'
+        f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{escape(one_line(plot.title))}</title>'
+        f'<desc id="{name}-desc">{escape(one_line(plot.description))}</desc>'
     )
     return Markup(head + re.sub(r"\n\s*", "\n", body).strip())
 

@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from spectune.files.plain_text import one_line
 from spectune.reporting.columns import loss_title, metric_title
-from spectune.reporting.text import one_line
 from spectune.results.arm_result import ArmResult, arm_results
 from spectune.results.comparison_file import ComparisonResult
 
@@ -36,6 +36,7 @@ STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.7,
     "figure.facecolor": PAPER, "axes.facecolor": PAPER,
+    "text.usetex": False,  # nor are they a program, whatever the user's own settings of matplotlib are
     "text.parse_math": False,  # labels are the user's: a dollar sign is a dollar sign
     "svg.fonttype": "none",
     "svg.hashsalt": "spectune",  # the same comparison gives the same bytes
