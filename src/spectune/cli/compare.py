@@ -184,7 +184,9 @@ def _compare_in(folder: Path, arms: list[Arm], settings: Settings, limits: dict[
     if data is None:
         data, valid = str(embedded.TRAIN), valid or str(embedded.VALID)
     # each run's config.yaml: its own seed is not that of the split, and eval measures it as it was judged here
-    usual = asked(Settings({}))  # not recorded, nor where --resume finds it recorded: the same file, gone on with or not
+    usual = asked(
+        Settings({})
+    )  # not recorded, nor where --resume finds it recorded: the same file, gone on with or not
     judged = {key: value for key, value in asked(settings).items() if key in JUDGING and value != usual[key]}
     named = {key: value for key, value in origin(settings).items() if key != "split_seed"}
     recorded = named | judged | {"split_seed": wanted.seed}
