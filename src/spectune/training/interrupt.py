@@ -24,6 +24,8 @@ def stopping_signals() -> list[signal.Signals]:
 def end_at_once() -> None:
     """All is written and said, and the process is ending: a signal from now on ends it, without a traceback of whatever
     is cleared away just then."""
+    if threading.current_thread() is not threading.main_thread():
+        return
     for number in stopping_signals():
         signal.signal(number, lambda *_: os._exit(InterruptedRun.exit_code))
 
