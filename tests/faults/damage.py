@@ -131,7 +131,7 @@ def judgement(place: Place, make: Make, random: Random) -> Judgement:
     return judged(trial, truth, outcome, [*seen, *marks(folder)], result)
 
 
-def kind(name: str, promise: str, cases: int, make: Make, *, quick: int = 20, fast: int = 4) -> Kind:
+def kind(name: str, promise: str, cases: int, make: Make, *, quick: int = 20, fast: int = 0) -> Kind:
     """A kind for the table."""
 
     def case(place: Place, seed: int, index: int) -> Verdict:
