@@ -29,9 +29,9 @@ OUT_OF_MEMORY = 5
 MOST_MEMORY = 2 * 2**30
 #: characters of a message; a data file's bad rows are listed, and others counted
 LONGEST = 6000
-#: what a result has of clocks, machines and places
+#: what a result has of clocks, machines and places; of bytes on disk a config's text is a part
 VOLATILE = re.compile(
-    r"sha256|second|memory|load_average|ran_share|overhead|latency|spread|environment|decode|rounds|cost"
+    r"sha256|stored_bytes|second|memory|load_average|ran_share|overhead|latency|spread|environment|decode|rounds|cost"
 )
 #: files that are results: weights; of `report` what it writes, which elsewhere has new times, where work is done again
 WEIGHTS, PAGES = {".safetensors"}, {".csv", ".md", ".html"}
