@@ -27,8 +27,8 @@ from tests.faults.scenes import copied
 CODES = range(7)
 OUT_OF_MEMORY = 5
 MOST_MEMORY = 2 * 2**30
-#: characters of a message; a data file's bad rows are listed, and others counted
-LONGEST = 6000
+#: characters of a message: fifty bad rows are listed, and the others counted
+LONGEST = 20_000
 #: what a result has of clocks, machines and places; of bytes on disk a config's text is a part
 VOLATILE = re.compile(
     r"sha256|stored_bytes|second|memory|load_average|ran_share|overhead|latency|spread|environment|decode|rounds|cost"

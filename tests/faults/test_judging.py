@@ -55,7 +55,7 @@ def test_a_refusal_names_what_it_is_about() -> None:
     assert (faults(ENDED).faults, faults(ENDED).heard) == ((), "refused")
     for stderr, fault in (
         ("error: something is wrong\n", "not named"), ("oh\n", "no message"),
-        ("error: config.json" + "x" * 9000, "long message"), ("error: config.json\nerror: again", "several messages"),
+        ("error: config.json" + "x" * 30_000, "long message"), ("error: config.json\nerror: again", "several messages"),
         ("error: config.json \x1b[2J", "control characters"),
         ("Traceback (most recent call last):\nValueError: config.json", "traceback"),
     ):  # fmt: skip
