@@ -249,8 +249,7 @@ class at_call:  # noqa: N801
 #: every method once, and a case of each kind beside another delta with the other error; the rest is behind `-m slow`
 ATTACHED = [
     pytest.param(case, error, beside, id=f"{case}-{'beside another' if beside else 'alone'}-{error.__name__}",
-                 marks=() if (not beside and error is RuntimeError)
-                 or (beside and error is KeyboardInterrupt and case in KINDS) else pytest.mark.slow)
+                 marks=() if case in KINDS and beside is (error is KeyboardInterrupt) else pytest.mark.slow)
     for case in CASES
     for error in ERRORS
     for beside in (False, True)
@@ -296,6 +295,7 @@ def answer_of_a_fresh(make: Callable[[int], PreTrainedModel], method: Method) ->
     return logits(delta.model)
 
 
+@of_each_kind
 @pytest.mark.parametrize("error", ERRORS)
 def test_a_failed_load(method: Method, error: type[BaseException], tmp_path: Path) -> None:
     delta = fresh(gpt2, method)

@@ -6,11 +6,16 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.pylabtools import select_figure_formats
 from nbclient import NotebookClient
 
+import spectune
+from spectune.comparing import beginning, final_runs, isolated, measure
 from spectune.storage import load, load_delta
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -47,28 +52,37 @@ def test_hf_trainer(tmp_path: Path) -> None:
     assert any(tensor.abs().max() > 0 for name, tensor in delta.state_dict().items() if name.endswith("up.weight"))
 
 
-#: put before the notebook's own cells, which run as they stand: what takes most of their time has tests of its own
-SHORT = """
-import importlib
-names = ("measure", "beginning", "isolated", "final_runs")
-measure, beginning, isolated, final_runs = (importlib.import_module(f"spectune.comparing.{name}") for name in names)
-final_runs.train_memory_in_own_process = isolated._measure  # in this process
-import spectune
-compare = spectune.compare
-spectune.compare = lambda base, rows, held_out, **settings: compare(base, rows[:24], held_out[:4], **settings)
-measure.DECODE_TOKENS, measure.ROUNDS = 3, 1
-passages = beginning.retained_passages
-beginning.retained_passages = lambda *args, **kwargs: passages(*args, **kwargs)[:2]
-"""
-
-
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("first", [SHORT, pytest.param("", marks=pytest.mark.slow)], ids=["short", "as it stands"])
-def test_notebook_shows_table_and_figure(first: str) -> None:
+def test_the_notebook_as_it_stands() -> None:
     notebook = nbformat.read(EXAMPLES / "comparison.ipynb", as_version=4)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    shown = [output.data for output in outputs if output.output_type == "execute_result"]
+    shown_is_whole([output.data for output in outputs if output.output_type == "execute_result"])
+
+
+def test_the_notebook_s_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, without a kernel, and with less of what takes most of their time and has tests of its own."""
+    compare, passages = spectune.compare, beginning.retained_passages
+    monkeypatch.setattr(final_runs, "train_memory_in_own_process", isolated._measure)
+    monkeypatch.setattr(measure, "DECODE_TOKENS", 3)
+    monkeypatch.setattr(measure, "ROUNDS", 1)
+    monkeypatch.setattr(beginning, "retained_passages", lambda *args, **kwargs: passages(*args, **kwargs)[:2])
+
+    def small(base: str, rows: list[Any], held_out: list[Any], config: spectune.TrainingConfig, **settings: Any) -> Any:
+        return compare(base, rows[:16], held_out[:2], config=config.model_copy(update={"max_steps": 2}), **settings)
+
+    monkeypatch.setattr(spectune, "compare", small)
+    shell, shown = InteractiveShell(), []
+    select_figure_formats(shell, {"png"})
+    for cell in nbformat.read(EXAMPLES / "comparison.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            found = shell.run_cell(cell.source)
+            found.raise_error()
+            shown.append(shell.display_formatter.format(found.result)[0])
+    shown_is_whole(shown)
+
+
+def shown_is_whole(shown: list[dict[str, Any]]) -> None:
     assert any("<table>" in data.get("text/html", "") for data in shown)
     assert any("image/png" in data for data in shown)

@@ -78,7 +78,7 @@ def _random_kill(place: Place, seed: int, index: int) -> Verdict:
 
 
 KILLS = Kind(
-    "random-kills", "`train` and `compare` killed at any time: as at a crash point", 100, _random_kill, quick=6, fast=1
+    "random-kills", "`train` and `compare` killed at any time: as at a crash point", 100, _random_kill, quick=6, fast=0
 )
 
 

@@ -285,8 +285,12 @@ def _later(seconds: float, number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def short_measurements() -> None:
-    """A comparison measures few passages, once: what it measures is not what is looked at here."""
-    from spectune.comparing import measure
+def short_measurements(page: bool) -> None:
+    """A comparison measures few passages, once: what it measures is not what is looked at here. `page`: and makes its
+    page and plots."""
+    from spectune.comparing import comparison, measure
+
+    if not page:
+        comparison.write_reports = lambda content, folder: []  # type: ignore[attr-defined]
 
     measure.PASSAGES, measure.PASSAGE_TOKENS, measure.DECODE_TOKENS, measure.ROUNDS = 2, 8, 3, 1

@@ -81,7 +81,8 @@ def command(place: Place, name: str, *more: str) -> tuple[str, ...]:
 
 def case(place: Place, name: str, *more: str, cwd: Path | None = None, **how: Any) -> Case:
     """A scenario's command as a case."""
-    faults = (("tests.faults.injection:short_measurements", {}),) if name in COMPARE else ()
+    short = ("tests.faults.injection:short_measurements", {"page": not place.few})
+    faults = (short,) if name in COMPARE else ()
     faults += tuple(how.pop("faults", ()))
     how.setdefault("limit_s", 60.0 if name in COMPARE else 20.0)
     return Case(command(place, name, *more), cwd=cwd or place.folder, faults=faults, **how)
@@ -95,7 +96,7 @@ def unbroken(place: Place, name: str) -> Path:
         done = place.forks.run(case(place, name, cwd=folder, faults=[("tests.faults.injection:count", log)]))
         assert done.rc == 0, done
 
-    return place.once(f"unbroken-{name}", make)
+    return place.once(f"unbroken-{name}{'-few' if place.few else ''}", make)
 
 
 def calls(place: Place, name: str) -> list[tuple[str, list[str], int]]:
@@ -105,7 +106,7 @@ def calls(place: Place, name: str) -> list[tuple[str, list[str], int]]:
 
 def trained(place: Place) -> list[str]:
     """The scenarios of `train`."""
-    return ["lora", "end"] if place.few else [*TRAIN]
+    return ["lora"] if place.few else [*TRAIN]
 
 
 def compared(place: Place) -> list[str]:

@@ -91,7 +91,7 @@ def copied(scene: Path, folder: Path, most: int = 2**20) -> Path:
     """A copy of a scene. Large files are links to the same bytes: who damages one takes it away first."""
 
     def copy(source: str, target: str) -> None:
-        if os.stat(source).st_size > most:
+        if os.stat(source).st_size > most and not os.path.exists(target):
             os.link(source, target)
         else:
             shutil.copyfile(source, target)

@@ -75,11 +75,13 @@ from transformers import GPT2Config as MyConfig, GPT2LMHeadModel as MyModel, Pre
 def make(place: Place, random: Random, folder: Path) -> Trial:
     """A base with one thing wrong, and a command."""
     base = random.choices(BASES, weights=[4, 4, 2, 3, 1])[0]
-    origin = with_runs(place, base)
     commands = ON_BASE if random.random() < 0.7 else ON_RUN
+    origin = scene(place, base) if commands is ON_BASE else with_runs(place, base)
     name = random.choice(sorted(commands))
     copied(origin, folder)
     touched, what, names = _damaged(place, random, folder / BASE)
+    if touched == "adapter_config.json":
+        names = ("someone/model", "../x")  # then it is a delta, which may name its base
     return Trial(
         origin, commands[name], touched and f"{BASE}/{touched}", f"{base}: {what}",
         names=(BASE, FINISHED, UNFINISHED, *names) if commands is ON_RUN else (BASE, *names),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -55,19 +56,22 @@ def make(place: Place, random: Random, folder: Path) -> Trial:
     """A run's or a comparison's folder with one thing wrong, and a command."""
     if random.random() < 0.6:
         method = random.choice(["lora", "lora", "full", "prefix"])
-        origin, (damaged, argv) = with_others(place, method), random.choice(OF_RUNS)
+        origin, (damaged, argv) = with_runs(place, "gpt2", method), random.choice(OF_RUNS)
     else:
         origin, (damaged, argv) = with_comparisons(place), random.choice(OF_COMPARISONS)
+        method = ""
     copied(origin, folder)
-    touched, what, knowable = _damaged(random, folder, folder / damaged)
-    names = (
-        (damaged, BASE, Path(touched).name) if "code" in what else (damaged, *([Path(touched).name] if touched else []))
-    )
+
+    def others() -> Path:
+        return others_of(place, method) if method else folder
+
+    touched, what, knowable = _damaged(random, folder, folder / damaged, others)
+    names = (damaged, *([Path(touched).name] if touched else []), *([BASE] if "code" in what else []))
     return Trial(origin, argv, touched, f"{origin.name}: {what}", names=names, knowable=knowable)
 
 
-def with_others(place: Place, method: str) -> Path:
-    """A scene with runs, and one more of another seed, whose files look alike."""
+def others_of(place: Place, method: str) -> Path:
+    """Runs of another seed, whose files look alike, beside those of the scene."""
 
     def make_others(folder: Path) -> None:
         copied(with_runs(place, "gpt2", method), folder)
@@ -86,13 +90,15 @@ def regular(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
 
-def _damaged(random: Random, folder: Path, damaged: Path) -> tuple[str, str, bool]:
+def _damaged(random: Random, folder: Path, damaged: Path, others: Callable[[], Path]) -> tuple[str, str, bool]:
     """What was damaged, how, and whether the folder tells."""
     how = random.choices(["file", "swap", "forged", "surplus", "folder", "code"], [66, 10, 8, 8, 4, 4])[0]
     files = regular(damaged)
     read = [path for path in files if path.suffix in READ]
+    if random.random() < 0.8:
+        read = [path for path in read if _matters(path.relative_to(damaged), damaged.name)]
     path = random.choice(read if random.random() < 0.95 else files)
-    if how == "swap" and (found := _swapped(random, folder, damaged, read)) is not None:
+    if how == "swap" and (found := _swapped(random, others(), read)) is not None:
         return str(found[0].relative_to(folder)), found[1], True
     if how == "forged":
         records = [p for p in files if p.suffix == ".json"]
@@ -119,17 +125,22 @@ def _damaged(random: Random, folder: Path, damaged: Path) -> tuple[str, str, boo
     return "", "nothing", True
 
 
-def _swapped(random: Random, folder: Path, damaged: Path, files: list[Path]) -> tuple[Path, str] | None:
+def _matters(path: Path, run: str) -> bool:
+    """Not in a checkpoint that no command looks at: of a run that goes on the newest counts, of a finished one none."""
+    return not path.parts[0].startswith("checkpoint-") or (run, path.parts[0]) == (UNFINISHED, "checkpoint-2")
+
+
+def _swapped(random: Random, others: Path, files: list[Path]) -> tuple[Path, str] | None:
     """A file is that of another run, of another arm, or of another checkpoint."""
     path = random.choice(files)
-    alike = [other for other in regular(folder) if other.name == path.name and other != path]
+    alike = [other for other in regular(others) if other.name == path.name and other != path]
     alike = [other for other in alike if other.read_bytes() != path.read_bytes()]
     if not alike:
         return None
     other = random.choice(alike)
     path.unlink()
     shutil.copyfile(other, path)
-    return path, f"is {other.relative_to(folder)}"
+    return path, f"is {other.relative_to(others)}"
 
 
 def _planted(random: Random, folder: Path, damaged: Path) -> tuple[str, str, bool]:

@@ -161,9 +161,9 @@ def test_attach_train_and_detach(
     assert torch.equal(logits(model, small_batch), bare)
 
 
-#: on the real base, which takes its time: fp8 with a method of each kind, the others with one method; what is left of
-#: these is behind `-m slow`, and at random weights every method is looked at in every precision
-KINDS = ("adapter", "prefix", "prompt", "lora", "oft")
+#: on the real base, which takes its time: fp8 with weights beside the base's and with virtual tokens, the others with
+#: one method; what is left is behind `-m slow`, and at random weights every method is looked at in every precision
+KINDS = ("prompt", "lora")
 ON_THE_REAL_BASE = [
     *(pytest.param("fp8", name, marks=() if name in KINDS else pytest.mark.slow) for name in FROZEN),
     *(pytest.param(precision, "lora", marks=needs.get(precision, ())) for precision in ("int8", "nf4")),

@@ -168,6 +168,7 @@ def test_runs_as_it_is_without_gradients(graphs: Callable[[], int]) -> None:
     assert graphs() == 0
 
 
+@pytest.mark.slow  # what a block keeps is held by tests/planning/test_compiled_blocks.py, too
 def test_keeps_less_than_eager_steps_do() -> None:
     """Normed inputs and gated products are made again: of a Llama block with LoRA, 12.5 instead of 23.4 d-units. DoRA
     keeps its linears' outputs as well, once: 14.4 of the like."""

@@ -28,7 +28,7 @@ from spectune.data import encode, load_rows
 from spectune.deltas import Method, attach
 from spectune.errors import ConfigError
 from spectune.families import describe, family_from_config
-from spectune.methods import METHODS, OFT, DoRA, FullFineTuning, LNTuning, LoRA, MiSS, PrefixTuning
+from spectune.methods import METHODS, FullFineTuning, LoRA, PrefixTuning
 from spectune.storage import load
 from spectune.storage.bases import load_config
 from spectune.training import TrainingConfig, run_state, train, trainer
@@ -142,11 +142,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "selective": {"packing": False, "gradient_checkpointing": "selective", "gradient_accumulation_steps": 2},
     "compiled": {"torch_compile": True, "packing": False},
 }
-#: what a method can be to a plan: it trains the base, has tokens of its own, has weights beside the base's. Each method
-#: is asked for as it is; the others' further settings are behind `-m slow`
+#: what a method can be to a plan: it trains the base, has tokens of its own, has weights beside the base's. These are
+#: asked for as they are, and one of them with each further setting; the rest is behind `-m slow`
 KINDS = (FullFineTuning, PrefixTuning, LoRA)
-#: planned and run as LoRA is
-ALIKE = (DoRA, OFT, MiSS, LNTuning)
+FURTHER = {"selective": PrefixTuning, "compiled": LoRA}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +155,7 @@ ALIKE = (DoRA, OFT, MiSS, LNTuning)
             method,
             settings,
             id=f"{method.__name__}-{name}",
-            marks=[] if (name == "auto" and method not in ALIKE) or method in KINDS else pytest.mark.slow,
+            marks=[] if method is FURTHER.get(name) or (name == "auto" and method in KINDS) else pytest.mark.slow,
         )
         for method in METHODS
         for name, settings in SETTINGS.items()

@@ -48,8 +48,8 @@ def base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return make_model(), make_tokenizer()
 
 
-#: one of each kind of site; the others with -m slow
-KINDS = (spectune.FullFineTuning, spectune.PrefixTuning, spectune.PromptTuning, spectune.LoRA, spectune.OFT)
+#: the base itself, modules at outputs, and what is put into attention; the others with -m slow
+KINDS = (spectune.FullFineTuning, spectune.PrefixTuning, spectune.LoRA)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_run_that_has_ended_leaves_no_tensor_behind(base: Any, method: type[Me
     assert left_since(before) == []
 
 
-@pytest.mark.parametrize("method", [spectune.LoRA, spectune.PrefixTuning])
+@pytest.mark.parametrize("method", [spectune.LoRA, pytest.param(spectune.PrefixTuning, marks=pytest.mark.slow)])
 def test_blocks_that_were_recorded_leave_no_tensor_behind(method: type[Method]) -> None:
     before = live()
     model, delta = built(gpt2, method())

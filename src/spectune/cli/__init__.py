@@ -7,8 +7,12 @@ def main() -> None:
 
     install_for_good()
     from spectune.cli.app import build_app
+    from spectune.training.interrupt import end_at_once
 
-    build_app()(prog_name="spectune")
+    try:
+        build_app()(prog_name="spectune")
+    finally:
+        end_at_once()
 
 
 __all__ = ["main"]

@@ -26,7 +26,7 @@ from spectune.cli.standard_streams import StandardStreams
 from spectune.cli.train import train
 from spectune.cli.unknown_flags import Command
 from spectune.cli.validate import validate
-from spectune.errors import SpectuneError, first_line
+from spectune.errors import InterruptedRun, SpectuneError, first_line
 from spectune.torchrun import Place
 from spectune.training.interrupt import stopping_signals
 from spectune.version import __version__
@@ -59,9 +59,9 @@ class Commands(TyperGroup):
         """The exit code of a command."""
         try:
             found = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
-        except typer.Abort:
-            complain("aborted", label="stopped")
-            return SpectuneError.exit_code
+        except typer.Abort:  # a second signal, while the first one was being answered
+            complain("interrupted", label="stopped")
+            return InterruptedRun.exit_code
         except Exception as error:  # a usage error, whose class differs between versions of typer
             if not hasattr(error, "show"):
                 raise

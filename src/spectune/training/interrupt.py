@@ -2,11 +2,14 @@
 checkpoint, say how to go on."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
+
+from spectune.errors import InterruptedRun
 
 
 def stopping_signals() -> list[signal.Signals]:
@@ -16,6 +19,15 @@ def stopping_signals() -> list[signal.Signals]:
     if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
         found.append(hangup)
     return found
+
+
+def end_at_once() -> None:
+    """All is written and said, and the process is ending: a signal from now on ends it, without a traceback of whatever
+    is cleared away just then."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in stopping_signals():
+        signal.signal(number, lambda *_: os._exit(InterruptedRun.exit_code))
 
 
 class Interrupts:
@@ -74,5 +86,5 @@ def held_back() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        for again in came:
+            signal.raise_signal(again)
