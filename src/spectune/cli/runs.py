@@ -6,20 +6,24 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from pydantic import ValidationError
 
 from spectune.cli.console import note
 from spectune.cli.heads import head_options, labels_of_checkpoint, recorded_labels
+from spectune.cli.run_settings import TEXTS, RunSettings
 from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, DataError
 from spectune.files.lock import LOCK_FILE
+from spectune.files.metadata import check_seal, first_problem, read_json, read_yaml, record_of, without_seal
+from spectune.results.run_result import RunRecord
+from spectune.results.vouched import BEST, FILES, FREE, problems_with, vouched_for
 from spectune.training.claim import OF_RUN, check_empty, claimed
 
 if TYPE_CHECKING:
@@ -28,8 +32,16 @@ if TYPE_CHECKING:
     from spectune.data import Labels
 
 RUNS = Path("runs")
+RESULT_FILE, TRAINING_FILE = "result.json", "training.json"
+#: what is used of a run beside its weights, and was there when it was finished
+_SHOWN = (FREE, f"{BEST}/{TRAINING_FILE}")
+_COPY = "copy the run's folder again from where it was written"
 #: the files of a delta's folder that name its base, and the keys under which they do
 _BASE_NAMES = {"spectune.json": "base_name", "adapter_config.json": "base_model_name_or_path"}
+
+
+class UnknownBaseError(DataError):
+    """A delta's folder does not say which base it belongs to."""
 
 
 def new_folder(label: str, root: Path = RUNS) -> Path:
@@ -124,9 +136,12 @@ def resumed(settings: Settings) -> Settings:
     Where that is another thing than the run had, training refuses it by name.
     """
     folder = settings.text("output_dir")
-    if folder is None or not settings.get("resume") or not (Path(folder) / "config.yaml").is_file():
+    if folder is None or not settings.get("resume") or not os.path.lexists(Path(folder) / FREE):
         return settings
-    recorded = Settings.collect(Path(folder) / "config.yaml", None, {})
+    try:
+        recorded = Settings.collect(Path(folder) / FREE, None, {})
+    except ConfigError as error:  # the user has not named it
+        raise DataError(f"{Path(folder) / FREE} is damaged: {error}") from error
     # whether code may run is for who starts the command to say, not for the folder
     kept = {key: value for key, value in recorded.given.items() if key != "trust_remote_code"}
     if any(key in settings.given for key in NAMING):
@@ -267,7 +282,9 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
         return _open(given.parent)
     if is_delta(given):
         # how rows became token ids in training (`separator`, `max_length`, ...), as a run's `best/` tells by itself
-        return Run(given, given, _base_of(given, {}), {}, _mapping(given / "training.json", json.loads))
+        config = _checked(read_json(given / TRAINING_FILE) or {}, given / TRAINING_FILE)
+        _warn_of_changes(given / TRAINING_FILE, config)
+        return Run(given, given, _base_of(given, {}), {}, without_seal(config))
     if is_model(given):
         raise DataError(
             f"{given} is a model and no run: it has no delta to put onto a base. eval and generate take it as it is "
@@ -319,10 +336,17 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """The mapping in a file; empty where there is none."""
-    found = parse(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A run's settings, whose values are of the types that they are used as. Raises DataError."""
+    try:
+        RunSettings.model_validate(config)
+    except ValidationError as error:
+        raise DataError(f"{path} cannot be read as a run's settings ({first_problem(error)}). {_COPY}.") from error
+    return config
+
+
+def _warn_of_changes(path: Path, content: dict[str, Any]) -> None:
+    check_seal(path, content, warn=lambda said: note(f"warning: {said}"))
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -332,15 +356,16 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _open(folder: Path) -> Run:
-    saved = folder / "result.json"
-    try:
-        result = json.loads(saved.read_text(encoding="utf-8"))
-        if not isinstance(result, dict):
-            raise ValueError("expected an object")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{saved} cannot be read as a run's result: {error}") from error
-    config = _mapping(folder / "config.yaml", yaml.safe_load)
-    return Run(folder, folder / "best", _base_of(folder / "best", config), result, config)
+    saved, config_file = folder / RESULT_FILE, folder / FREE
+    result = read_json(saved, what="a run's result", again=_COPY) or {}
+    record_of({**result, FILES: None}, saved, RunRecord, what="a run's result", again=_COPY, warn=lambda _: None)
+    config = _checked(read_yaml(config_file, again=_COPY, texts=TEXTS) or {}, config_file)
+    run = Run(folder, folder / BEST, _base_of(folder / BEST, config), without_seal(result), config)
+    _warn_of_changes(saved, result)
+    shown = {name: digest for name, digest in vouched_for(saved, result).items() if name in _SHOWN}
+    for problem in problems_with(folder, shown):
+        note(f"warning: {problem}; it was changed after the run was finished, and is taken as it is")
+    return run
 
 
 def _base_of(delta_folder: Path, config: dict[str, Any]) -> str:
@@ -348,9 +373,9 @@ def _base_of(delta_folder: Path, config: dict[str, Any]) -> str:
     if isinstance(config.get("model"), str):
         return str(config["model"])
     for file, key in _BASE_NAMES.items():
-        if name := _mapping(delta_folder / file, json.loads).get(key):
-            return str(name)
-    raise DataError(f"{delta_folder} does not say which base it belongs to: name it with --model")
+        if isinstance(name := (read_json(delta_folder / file, any_integer=True) or {}).get(key), str) and name:
+            return name
+    raise UnknownBaseError(f"{delta_folder} does not say which base it belongs to: name it with --model")
 
 
 def _loss(run: Run) -> float:
