@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from spectune.cli.console import note, say
 from spectune.cli.input_rows import row_length, rows_to_measure
 from spectune.cli.runs import Run
-from spectune.errors import OutOfMemoryError
+from spectune.errors import OutOfMemoryError, first_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,10 +46,10 @@ class Proving:
 
         try:
             return self.run.load(self.device, self.dtype or default_dtype)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (torch.OutOfMemoryError, MemoryError, OutOfMemoryError) as error:
             raise OutOfMemoryError(
                 f"the base does not fit in {self.dtype or default_dtype}, in which the export is made and proved: take "
-                "--device cpu"
+                f"--device cpu ({first_line(error)})"
             ) from error
 
     def examples(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], str]:

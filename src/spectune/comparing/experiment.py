@@ -63,8 +63,7 @@ def compare(
             mapping from names to configs or arms; all methods by default. What is learned of the rows, their text or
             their labels with a head, is the config's `task_type`, unless an arm has its own.
         config: one budget for all. A `learning_rate` is every method's, and nothing is searched.
-        preset: "quick", "default" or "thorough": see `spectune.comparing.schedule`.
-        seeds: final runs of each method; by default the preset's.
+        preset, seeds: "quick", "default" or "thorough" (`spectune.comparing.schedule`), and final runs of each method.
         fractions: a data curve: shares of the rows (at most 1) or numbers of rows.
         metric: "auto", names or `package.module:function`, see `spectune.evaluation.Task`.
         generate_rows: judged rows that every final run writes a completion for.
@@ -80,9 +79,14 @@ def compare(
         ConfigError, DataError: bad settings or data, or a folder to go on in whose runs had other settings, data or
             base; before anything is trained.
         DoesNotFitError: by the plan no method fits into memory. Of several, those that do not are failed runs.
+<<<<<<< HEAD
         BusyFolderError: another process works in the folder.
         WriteError: the disk is full, read-only or broken; `resume` goes on from there.
         InterruptedRun: Ctrl-C, SIGTERM or SIGHUP; `resume` goes on from there.
+=======
+        BusyFolderError: another process works in the folder. WriteError: the disk is full, read-only or broken.
+        InterruptedRun: Ctrl-C, SIGTERM or SIGHUP; `resume` goes on from there, as after a WriteError.
+>>>>>>> bases
 
     A run that fails stays in the result with its reason, and the others go on.
     """

@@ -13,8 +13,8 @@ from spectune.storage.base_config import check_described
 from spectune.storage.base_files import check_tokenizer, read_config
 from spectune.storage.pretrained import TRUST, from_pretrained, reading
 
-#: what a tokenizer is tried on
-_TRIED = "A line of text, 1.\n"
+#: how many of its tokens a tokenizer is tried on
+_TRIED = 8
 
 
 def source_of(name: str | Path) -> str:
@@ -42,6 +42,7 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     check_local(source)
     found = read_config(source)
     config = from_pretrained(AutoConfig, source, "config.json", trust_remote_code=trust_remote_code)
+    found = found or read_config(source)  # the hub's cache has it now
     check_described(config, f"{source}: config.json")
     if (code := getattr(config, "auto_map", None)) is not None:
         if trust_remote_code:
@@ -63,11 +64,9 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
     )
     with reading(source, file):
         # without files transformers makes an empty tokenizer of the model's type, which knows its special tokens alone
-        known, special = set(tokenizer.get_vocab()), set(tokenizer.all_special_tokens)
-        ids = tokenizer(_TRIED)["input_ids"]
-        tokenizer.decode(ids)
-        _check_tokenizer(tokenizer)
-    if known <= special:
+        known, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
+        _check_tokenizer(tokenizer, sorted(known[token] for token in known.keys() - special)[:_TRIED])
+    if known.keys() <= special:
         raise DataError(
             f"{source!r} has no tokenizer: the one that transformers made of it knows {len(known)} tokens, all of "
             "them special. Save the base's tokenizer there: tokenizer.save_pretrained(folder)."
@@ -75,8 +74,20 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreT
     return tokenizer
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError where settings of a tokenizer have types that it was given by a file, and cannot have."""
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> None:
+    """Raise whatever a tokenizer raises that encodes the text of none of its `tokens`. Raise ValueError where settings
+    of it have types that it was given by a file, and cannot have."""
+    failed: Exception | None = None
+    for token in tokens:
+        try:
+            tokenizer(tokenizer.decode([token]))
+        except Exception as error:  # a token may be a part of a word that cannot stand alone
+            failed = error
+        else:
+            break
+    else:
+        if failed is not None:
+            raise failed
     template = tokenizer.chat_template
     if not isinstance(template, str | dict | None):
         raise ValueError(f"chat_template is a {type(template).__name__}, expected text")
