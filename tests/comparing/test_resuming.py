@@ -245,3 +245,13 @@ def test_a_comparison_that_fails_before_it_starts_leaves_no_folder(tmp_path: Pat
     with pytest.raises(DataError):
         run(tmp_path / "c", methods=["bitfit"], train_rows="nosuch.jsonl")
     assert not (tmp_path / "c").exists()
+
+
+def test_a_trial_of_another_rate_is_not_taken_for_this_one_s(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given: dict[str, Any] = {"methods": ["bitfit"], "config": SEARCHED, "preset": "quick"}
+    first = run(tmp_path / "c", **given)
+    one, other = sorted((tmp_path / "c").glob("search/*/*/result.json"))[:2]
+    one.write_bytes(other.read_bytes())
+    again = run(tmp_path / "c", resume=True, **given)
+    assert f"{one} is of another folder than the one that it stands in" in caplog.text
+    assert timeless(again.content) == timeless(first.content)

@@ -16,7 +16,7 @@ from spectune.comparing.final_runs import measured
 from spectune.comparing.intact import changed_since
 from spectune.comparing.job import FAILED, FailureNote
 from spectune.comparing.judging.verdict import verdict
-from spectune.comparing.short_runs import curve_point
+from spectune.comparing.short_runs import curve_point, of_its_folder
 from spectune.errors import some
 from spectune.results import ComparedRun, ComparisonResult, Limits
 from spectune.results.comparison_file import FORMAT_VERSION, Arm, CurvePoint, Failure, Missing, Search
@@ -125,7 +125,8 @@ def _curve(
                 point = None if run is None else curve_point(run, arm.name, rows)
             else:
                 key = conditions.run_key(found.identity, arm.settings, rate, steps, seed, rows)
-                place = folder / conditions.curve_place(arm.name, rows, seed, key)
-                point = read(place / "result.json", CurvePoint)
+                path = folder / conditions.curve_place(arm.name, rows, seed, key) / "result.json"
+                point = read(path, CurvePoint)
+                point = point if point is not None and of_its_folder(point, path, folder) else None
             if point is not None:
                 yield point

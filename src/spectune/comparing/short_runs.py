@@ -24,6 +24,8 @@ log = logging.getLogger("spectune")
 CURVE_VALIDATIONS = 5
 #: trials draw weights and batches with seeds of their own: the rate is not chosen by the luck of a final run's seed
 SEARCH_SEED = 10_000
+#: a key of the file alone: the folder that it is of, whose name says of which arm, rate, steps, rows and seed
+PLACE = "place"
 R = TypeVar("R", bound=Record)
 
 
@@ -32,7 +34,7 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
     seed = job.config.seed + SEARCH_SEED
     label = f"{rate:g}-{steps}-{job.key(arm, rate, steps, seed)}"
     path = job.folder / "search" / arm.name / label / "result.json"
-    if (done := _saved(path, Trial)) is not None:
+    if (done := _saved(path, Trial, job.folder)) is not None:
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, steps, seed, eval_steps=steps)
@@ -48,7 +50,7 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
             learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False,
             seconds_by_phase=phases.record(),
         )  # fmt: skip
-        run.write(path)
+        _save(run, path, job.folder)
     return run, time.perf_counter() - begin
 
 
@@ -64,7 +66,7 @@ def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) 
     smaller ones."""
     place = curve_place(arm.name, rows, seed, job.key(arm, rate, steps, seed, rows))
     path = job.folder / place / "result.json"
-    if (done := _saved(path, CurvePoint)) is not None:
+    if (done := _saved(path, CurvePoint, job.folder)) is not None:
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
@@ -73,7 +75,7 @@ def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) 
         result = _run(job, arm, config, *some, phases, f"on {rows:,} rows")
         point = curve_point(result, arm.name, rows)
         point.seconds_by_phase = phases.record()
-        point.write(path)
+        _save(point, path, job.folder)
     return point, time.perf_counter() - begin
 
 
@@ -90,8 +92,14 @@ def _run(
         return job.run(delta, job.planned(arm, config), rows, valid, Observer(phases), trying)
 
 
-def _saved(path: Path, kind: type[R]) -> R | None:
-    """The small result that an earlier call left; None where there is none, or a damaged one: it is made anew."""
+def _save(record: Record, path: Path, folder: Path) -> None:
+    place = path.parent.relative_to(folder).as_posix()
+    type(record).model_validate({**record.to_dict(), PLACE: place}).write(path)
+
+
+def _saved(path: Path, kind: type[R], folder: Path) -> R | None:
+    """The small result that an earlier call left; None where there is none, a damaged one, or another folder's: it is
+    made anew."""
     try:
         found = kind.read(path, what="a small result")
     except DataError as error:
@@ -99,5 +107,14 @@ def _saved(path: Path, kind: type[R]) -> R | None:
         return None
     if found is None:
         return None
+    if not of_its_folder(found, path, folder):
+        log.warning("%s is of another folder than the one that it stands in: it is made anew", path)
+        return None
     # files of earlier versions do not say where their time went
     return found if found.model_fields_set >= set(kind.model_fields) - {"seconds_by_phase"} else None
+
+
+def of_its_folder(found: Record, path: Path, folder: Path) -> bool:
+    """Whether a small result is of the folder that it was read from. The key that says so is taken out: it is the
+    file's, not the result's. Files of earlier versions have none."""
+    return (found.model_extra or {}).pop(PLACE, None) in (None, path.parent.relative_to(folder).as_posix())

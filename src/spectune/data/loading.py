@@ -165,7 +165,10 @@ def split_rows(rows: list[Row], share: float = HELD_OUT, seed: int = 0) -> tuple
     """`(train, valid)`: a seeded `share` of the rows (at least one) held out; both keep the order of the rows. Raises
     DataError: fewer than two rows."""
     if len(rows) < 2:
-        raise DataError(f"{len(rows)} row cannot be split into training and validation; give at least 2, or --valid")
+        where = f"{rows[0].origin}: " if rows else ""
+        raise DataError(
+            f"{where}{len(rows)} row cannot be split into training and validation; give at least 2, or --valid"
+        )
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
     held = set(random.Random(seed).sample(range(len(rows)), count))
     train, valid = ([row for i, row in enumerate(rows) if (i in held) is out] for out in (False, True))

@@ -101,6 +101,9 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.eos = str(tokenizer.eos_token or "")
+        folder = str(getattr(tokenizer, "name_or_path", "") or "")
+        #: in messages
+        self.named = f"the tokenizer's chat template{f' ({folder})' if folder else ''}"
         self._globals = {**tokenizer.special_tokens_map, "strftime_now": _clock(today)}
         self._watch = TemplateWatch()
         self._compiled: dict[bool, _Compiled] = {}
@@ -237,9 +240,9 @@ class ChatTemplate:
             made: Made = self._watch.run(self._of(row).environment.render, given, work, *arguments)
         except TemplateLimitError as limit:
             raise ConfigError(
-                f"{row.origin}: the tokenizer's chat template {limit}. Chat templates are programs: use this one only "
-                "if you trust where it is from, mended (chat_template.jinja or tokenizer_config.json in the base's "
-                "folder), or another tokenizer; or leave this row out"
+                f"{row.origin}: {self.named} {limit}. Chat templates are programs of whoever made the base: mend this "
+                "one (chat_template.jinja or tokenizer_config.json in the base's folder), use another base, or leave "
+                "this row out"
             ) from None
         return made
 
@@ -256,23 +259,22 @@ class ChatTemplate:
             try:
                 source = str(self.tokenizer.get_chat_template(tools=row.tools or None))
             except Exception as error:  # several templates, and none for this
-                raise ConfigError(f"the tokenizer's chat templates cannot be used: {_shortened(error)}") from error
+                raise ConfigError(f"{self.named} cannot be used: {_shortened(error)}") from error
             if len(source) > LONGEST_TEMPLATE:
                 raise ConfigError(
-                    f"the tokenizer's chat template has {len(source):,} characters; expected at most "
+                    f"{self.named} has {len(source):,} characters; expected at most "
                     f"{LONGEST_TEMPLATE:,}: use another tokenizer, or mend its template"
                 )
             try:
                 self._compiled[has_tools] = self._watch.run(_compiled, source)
             except TemplateLimitError as limit:
-                raise ConfigError(f"compiling the tokenizer's chat template {limit}; use another one") from None
+                raise ConfigError(f"{self.named} {limit}; use another one") from None
             except (RecursionError, MemoryError) as error:
                 raise ConfigError(
-                    "the tokenizer's chat template nests its blocks or expressions too deeply to be compiled; use "
-                    "another one"
+                    f"{self.named} nests its blocks or expressions too deeply to be compiled; use another one"
                 ) from error
             except Exception as error:
-                raise ConfigError(f"the tokenizer's chat template is no Jinja template: {_shortened(error)}") from error
+                raise ConfigError(f"{self.named} is no Jinja template: {_shortened(error)}") from error
         return self._compiled[has_tools]
 
 

@@ -7,7 +7,7 @@ for a cell that ends with the file.
 import re
 from collections.abc import Iterator
 
-from spectune.data.reading.limits import COLUMNS, ROW
+from spectune.data.reading.limits import COLUMNS, LINE, ROW
 from spectune.data.reading.raw_records import Bad
 
 #: what stands in quotes, quotes written twice among it
@@ -99,7 +99,7 @@ class CsvRows:
                 self._position = end + 1
                 return "".join(pieces)
             pieces.append("\n")
-            length += len(inside[0]) + 1
+            length += len(inside[0]) + LINE
             if length > self._longest:
                 raise RowTooLongError(opened, quoted=True)
             line = next(self._lines, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectune.data.reading.csv_cells import CsvRows, RowTooLongError, UnclosedQuoteError
-from spectune.data.reading.limits import COLUMNS, ROW, mib
+from spectune.data.reading.limits import COLUMNS, LINE, ROW, mib
 from spectune.data.reading.raw_records import AS_JSON, NAMES, SHAPES, Bad, Record, as_record, json_object
 from spectune.data.reading.text_stream import lines
 from spectune.errors import DataError, did_you_mean, some
@@ -77,7 +77,7 @@ def _header_lines(path: Path, given: Iterator[str], longest: int) -> list[str]:
     quotes = size = 0
     for line in given:
         head.append(line)
-        if (size := size + len(line) + 1) > longest:
+        if (size := size + len(line) + LINE) > longest:
             raise DataError(f"{path}:1: no header in the first {mib(longest)}; expected one, and its quotes closed")
         quotes += line.count('"')
         if line.strip("\r") and quotes % 2 == 0:

@@ -54,12 +54,20 @@ def file_records(
 ) -> Iterator[Record]:
     """`(origin, record)` for each record of a file. Raises DataError: the file as a whole cannot be read."""
     check_regular(path)
+    found = _records(path, delimiter=delimiter, encoding=encoding, known=known)
+    if kind_of(path) not in _TABLES and path.suffix.lower() not in PACKED:
+        return found
+    return _enough_for(path, found)
+
+
+def _enough_for(path: Path, records: Iterator[Record]) -> Iterator[Record]:
+    """The records. Raises DataError: there are more of them than a packed file of this size has."""
     most = max(ROWS, os.stat(path).st_size // BYTES_A_ROW)
-    for number, record in enumerate(_records(path, delimiter=delimiter, encoding=encoding, known=known)):
+    for number, record in enumerate(records):
         if number == most:
             raise DataError(
                 f"{path}: more than {most:,} rows in a file of {os.stat(path).st_size:,} bytes; expected at least "
-                f"{BYTES_A_ROW} bytes a row: it is the same row again and again, or damaged"
+                f"{BYTES_A_ROW} bytes a row: it is the same row again and again; unpack it, or write it as JSON lines"
             )
         yield record
 
@@ -86,8 +94,8 @@ def near(path: Path) -> str:
     """` (did you mean train.jsonl?)`: the data files beside a missing one that are named most like it."""
     try:
         with os.scandir(path.parent) as entries:
-            some = itertools.islice(entries, _LOOKED_AT)
-            names = [entry.name for entry in some if kind_of(Path(entry.name)) is not None and entry.is_file()]
+            beside = itertools.islice(entries, _LOOKED_AT)
+            names = [entry.name for entry in beside if kind_of(Path(entry.name)) is not None and entry.is_file()]
     except (OSError, ValueError):
         return f" (there is no folder {path.parent} either)"
     alike = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)

@@ -11,23 +11,16 @@ from spectune.data.reading.single_object import rows_of_object
 from spectune.data.reading.text_stream import lines, texts
 from spectune.errors import DataError
 
-#: lines without anything in them, one behind the other
-_MOST_BLANK = 1_000_000
 _SPACE = " \t\n\r"
 
 
 def json_lines_records(path: Path, encoding: str | None = None, *, longest: int = ROW) -> Iterator[Record]:
     """One object a line. Raises DataError: the file is JSON, but not in lines, or a line has more than `longest`
     characters."""
-    first, blank = True, 0
+    first = True
     for number, line in enumerate(lines(path, encoding, longest=longest), start=1):
         if not (bare := line.strip()):
-            if (blank := blank + 1) > _MOST_BLANK:
-                raise DataError(
-                    f"{path}:{number}: more than {_MOST_BLANK:,} empty lines; expected one object in each line"
-                )
             continue
-        blank = 0
         try:
             check_parts(line)
             value = json.loads(line.rstrip("\r"), object_pairs_hook=json_object)

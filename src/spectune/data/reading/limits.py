@@ -16,8 +16,10 @@ COLUMNS = 10_000
 JSON_PARTS = 4_000_000
 #: what is packed may become so much, or so many times its size if that is more
 UNPACKED, RATIO = 256 << 20, 100
-#: rows that a file of any size may have; more need 4 bytes each
-ROWS, BYTES_A_ROW = 1_000_000, 4
+#: rows that a packed file or a table of any size may have; more need so many bytes each
+ROWS, BYTES_A_ROW = 200_000, 8
+#: what a line takes in memory beside its characters, and empty lines that may follow each other
+LINE, EMPTY_LINES = 64, 1_000_000
 #: files in a folder
 FILES = 100_000
 #: bad rows after which nothing more is read

@@ -95,7 +95,7 @@ def _file_records(path: Path, batches: Iterator[Any], kind: str, longest: int, r
                 return
             for start in range(0, batch.num_rows, _BATCH_ROWS):
                 for part in _parts(batch.slice(start, _BATCH_ROWS), f"{path}:row", number, longest):
-                    decoded += part.nbytes
+                    decoded += _size(part)
                     check_unpacked(path, decoded, size)
                     for row in _as_rows(part):
                         number += 1

@@ -3,15 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from spectune.data.reading.limits import DOCUMENT, mib
+from spectune.data.reading.limits import DOCUMENT, LINE, mib
 from spectune.data.reading.raw_records import Record
 from spectune.data.reading.text_stream import lines
 from spectune.errors import DataError
 
 #: stands in a line of its own between two documents
 SEPARATOR = "<|endoftext|>"
-#: what a line takes beside its characters
-_LINE = 10
 
 
 def text_records(path: Path, encoding: str | None = None, *, longest: int = DOCUMENT) -> Iterator[Record]:
@@ -20,7 +18,7 @@ def text_records(path: Path, encoding: str | None = None, *, longest: int = DOCU
     start, document, size = 1, list[str](), 0
     for number, line in enumerate(lines(path, encoding, longest=longest), start=1):
         if line.strip() != SEPARATOR:
-            if (size := size + len(line) + _LINE) > longest:
+            if (size := size + len(line) + LINE) > longest:
                 raise DataError(
                     f"{path}:{start}: a document of more than {mib(longest)}, which is the most that is read; split "
                     f"it: a line that holds {SEPARATOR} alone separates documents"

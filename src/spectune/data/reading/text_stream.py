@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from spectune.data.reading.limits import ROW, check_unpacked, row_too_long
+from spectune.data.reading.limits import EMPTY_LINES, ROW, check_unpacked, row_too_long
 from spectune.errors import DataError
 
 #: packed text formats have one of these behind their own suffix
@@ -43,9 +43,12 @@ def lines(path: Path, encoding: str | None = None, *, longest: int = ROW) -> Ite
     the text. Raises DataError: the file cannot be read, is not in this encoding, or has a line of more than `longest`
     characters."""
     pieces: list[str] = []
-    number, length = 1, 0
+    number, length, empty = 1, 0, 0
     for text in texts(path, encoding):
         first, *more = text.split("\n")
+        empty = 0 if text.strip() else empty + len(more)
+        if empty > EMPTY_LINES:
+            raise DataError(f"{path}:{number}: more than {EMPTY_LINES:,} empty lines; expected data")
         pieces.append(first)
         length += len(first)
         if length > longest:
