@@ -31,8 +31,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(compared: Path, tmp_path: Path) -> Path:
-    shutil.copytree(compared.parent / "base", tmp_path / "base")
-    return Path(shutil.copytree(compared, tmp_path / "c", symlinks=True))
+    # beside the first one, with which it shares its base's folder
+    return Path(shutil.copytree(compared, compared.parent / tmp_path.name, symlinks=True))
 
 
 def flip(path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_resumption_refuses_what_was_changed_and_makes_anew_what_is_gone(copy:
     before = Comparison.load(copy)
     rows = copy / "base" / "rows.jsonl"
     rows.write_text(rows.read_text().replace('"loss_sum": ', '"loss_sum": 1'))
-    with pytest.raises(DataError, match="nothing is taken over.*Remove the files of base/") as caught:
+    with pytest.raises(DataError, match=r"nothing is taken over.*Remove the files of base/") as caught:
         run(copy, methods=ARMS, resume=True)
     assert "base/rows.jsonl" in str(caught.value)
     rows.unlink()
