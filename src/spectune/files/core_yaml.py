@@ -60,6 +60,9 @@ class _Loader(yaml.SafeLoader):
     def plain_map(self, node: Node) -> Iterator[dict[str, Any]]:
         yield self.plain_mapping(node)
 
+    def refused(self, node: Node) -> None:
+        raise YamlError(f"the tag {node.tag} is of no plain type{_place(node)}")
+
     def plain_int(self, node: ScalarNode) -> int | str:
         if self.in_words:
             return str(node.value)
@@ -85,7 +88,7 @@ for _kind, _make in (
 ):  # fmt: skip
     _Loader.add_constructor(_TAG + _kind, _make)
 for _kind in ("binary", "timestamp", "set", "omap", "pairs"):  # nothing here has a use for them
-    _Loader.add_constructor(_TAG + _kind, lambda loader, node: loader.construct_undefined(node))
+    _Loader.add_constructor(_TAG + _kind, _Loader.refused)
 
 
 class _Dumper(yaml.SafeDumper):
