@@ -57,12 +57,8 @@ def test_output_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", ["some/where", None])
 def test_a_folder_in_which_nothing_was_written_is_not_left(tmp_path: Path, given: str | None) -> None:
     place = None if given is None else str(tmp_path / given)
-    with (
-        pytest.raises(DataError),
-        output_folder(place, "lora", "spectune train", resume=False, root=tmp_path / "runs") as folder,
-    ):
+    with output_folder(place, "lora", "spectune train", resume=False, root=tmp_path / "runs") as folder:
         assert (folder / ".lock").is_file()
-        raise DataError("bad rows")
     assert list(tmp_path.iterdir()) == []
 
 

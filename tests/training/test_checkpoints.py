@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -19,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from spectune.deltas import attached
 from spectune.errors import BusyFolderError, ConfigError, DataError, InterruptedRun, WriteError
-from spectune.files.lock import folder_lock
 from spectune.files.metadata import sealed
 from spectune.methods import LoRA
 from spectune.training import TrainingConfig, checkpoint, train
@@ -28,6 +28,7 @@ from spectune.training.identity import OtherRunError
 from spectune.training.interrupt import held_back, stopping_signals
 from spectune.training.restoring import newest_whole, read_checkpoint
 from tests.support import make_model, make_rows, make_tokenizer
+from tests.support.other_process import other_process_in
 
 STEPS = 8
 Weights = dict[str, torch.Tensor]
@@ -75,9 +76,10 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         seen.append(loop.run)
         killed(loop)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+    with pytest.MonkeyPatch.context() as patch:
         stops(patch, 7, seen_and_killed)
-        run(folder)
+        with pytest.raises(MemoryError):
+            run(folder)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     return folder, seen[0]
 
@@ -115,14 +117,19 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(folder: Path, stopped: Any
             bad = bytearray(good)
             bad[at] ^= 1 << draw.randrange(8)
             path.write_bytes(bad)
-            try:
+            if path.suffix == ".json" and says(bad) == says(good):
+                continue  # JSON has two ways to write some things
+            with pytest.raises(DataError, match=re.escape(str(place))):
                 read_checkpoint(place, 6, stopped[1], identity)
-            except DataError as error:
-                assert str(place) in str(error)
-            else:  # JSON has two ways to write some things
-                assert json.loads(bad) == json.loads(good), (path.name, at)
         path.write_bytes(good)
     assert read_checkpoint(place, 6, stopped[1], identity).progress.step == 6
+
+
+def says(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def tensors_with(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -222,9 +229,10 @@ def test_the_newest_whole_checkpoint_is_gone_on_from_and_what_is_damaged_is_name
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 8, "epo')
     assert os.readlink(folder / "best") == "best-6"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+    with pytest.MonkeyPatch.context() as patch:
         stops(patch, 5, killed)
-        run(folder, resume=True)
+        with pytest.raises(MemoryError):
+            run(folder, resume=True)
     assert os.readlink(folder / "best") == "best-4"
     assert (folder / "best" / "adapter_model.safetensors").is_file()
     assert not (folder / "best-6").exists()
@@ -340,32 +348,12 @@ def test_who_ignores_hangups_goes_on_ignoring_them() -> None:
 # -- one process in a folder ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def other_process(folder: Path) -> Iterator[int]:
-    """A process that works in the folder."""
-    ready, done = os.pipe(), os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            with folder_lock(folder, "spectune train"):
-                os.write(ready[1], b"x")
-                os.close(done[1])
-                os.read(done[0], 1)
-        finally:
-            os._exit(0)
-    os.read(ready[0], 1)
-    yield child
-    for descriptor in (*done, *ready):
-        os.close(descriptor)
-    os.waitpid(child, 0)
-
-
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_second_process_is_refused_by_name_and_takes_nothing_away(
-    folder: Path, other_process: int, resume: bool
-) -> None:
+def test_a_second_process_is_refused_by_name_and_takes_nothing_away(folder: Path, resume: bool) -> None:
     before = content(folder)
-    with pytest.raises(BusyFolderError, match=rf"spectune train has it, process {other_process} on ") as caught:
+    with other_process_in(folder) as other, pytest.raises(BusyFolderError) as caught:
         run(folder, resume=resume)
+    assert f"spectune train has it, process {other} on " in str(caught.value)
     assert caught.value.exit_code == 2
     assert content(folder) == before
 

@@ -24,6 +24,7 @@ from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import PRESETS
 from spectune.deltas import Method
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, WriteError
+from spectune.files.disk_errors import disk_errors
 from spectune.inference import CHOICE_NORMALIZATIONS
 from spectune.phases import Phases
 from spectune.results import Limits
@@ -78,7 +79,9 @@ def compare(
             base; before anything is trained.
         DoesNotFitError: the plan says that no method fits into memory; before anything is trained. Where some fit,
             those that do not are among the failed runs.
-        InterruptedRun: Ctrl-C or SIGTERM; `resume` goes on from there.
+        BusyFolderError: another process works in the folder.
+        WriteError: the disk is full, read-only or broken; `resume` goes on from there.
+        InterruptedRun: Ctrl-C, SIGTERM or SIGHUP; `resume` goes on from there.
 
     A run that fails stays in the result with its reason, and the others go on.
     """
@@ -186,7 +189,7 @@ def _folder(config: TrainingConfig | None, output_dir: str | Path | None, resume
         raise ConfigError("resume needs an output_dir: there is nothing to go on from")
     folder = Path(given) if given is not None else Path(tempfile.mkdtemp(prefix="spectune-compare-"))
     try:
-        with claimed(folder, "spectune compare", resume=resume, within=WITHIN):
+        with disk_errors(folder), claimed(folder, "spectune compare", resume=resume, within=WITHIN):
             yield folder
     except WriteError as error:  # what it says to go on with is of one run
         go_on = f"What had ended is kept. With that mended, the same command with --output-dir {folder} --resume"

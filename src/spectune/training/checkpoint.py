@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spectune.deltas import Delta
-from spectune.deltas.folder import OUR_FILE
+from spectune.deltas.folder import CONFIG_FILE, OUR_FILE
 from spectune.files.atomic import atomic_folder, remove_folder
 from spectune.files.metadata import number_of, numbered, sealed
 from spectune.files.strict_json import strict_json
+from spectune.files.syncing import sync_folder
 from spectune.files.tensor_file import write_tensors
 from spectune.training.optimizer import MasterAdamW
 from spectune.training.progress import Progress
@@ -35,6 +36,8 @@ TENSOR_FILES = (DELTA_FILE, BEST_FILE, OPTIMIZER_FILE, RANDOM_FILE)
 FORMAT = 2
 #: stands in `best/` beside the delta
 TRAINING_FILE = "training.json"
+#: of a fully tuned model
+MODEL_CONFIG_FILE = "config.json"
 
 
 def save_checkpoint(
@@ -116,6 +119,7 @@ def _point(link: Path, name: str) -> None:
     if link.is_dir() and not link.is_symlink() and _is_best(link, of_step=False):
         remove_folder(link)  # the run's folder was copied by something that follows links
     os.replace(new, link)
+    sync_folder(link.parent)  # before what it pointed to is removed
 
 
 def _is_ours(checkpoint: Path, entry: Path) -> bool:
@@ -125,5 +129,7 @@ def _is_ours(checkpoint: Path, entry: Path) -> bool:
 
 
 def _is_best(best: Path, *_: Path, of_step: bool = True) -> bool:
-    """Whether a run wrote the folder of its best weights."""
-    return (not of_step or number_of(best.name, BEST_PREFIX) is not None) and (best / TRAINING_FILE).is_file()
+    """Whether a run wrote the folder of its best weights, whatever has become of it."""
+    if of_step and number_of(best.name, BEST_PREFIX) is None:
+        return False
+    return any((best / name).is_file() for name in (TRAINING_FILE, OUR_FILE, CONFIG_FILE, MODEL_CONFIG_FILE))
