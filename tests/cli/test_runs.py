@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 from tests.support import make_model, make_rows, make_tokenizer
+from tests.support.hostile_files import HOSTILE_JSON, HOSTILE_YAML, holding
 
 from spectune.cli.runs import find_run, free_name, new_folder, output_folder, resumed
 from spectune.cli.settings import Settings
@@ -142,3 +144,19 @@ def test_a_best_folder_alone_knows_how_rows_became_ids(tmp_path: Path) -> None:
     found = find_run(folder)
     assert found.base == "some-base"
     assert (found.config["separator"], found.config["max_length"]) == (" => ", 64)
+
+
+HOSTILE = [("result.json", make) for make in HOSTILE_JSON.values()]
+HOSTILE += [("config.yaml", make) for make in HOSTILE_YAML.values()]
+HOSTILE += [("config.yaml", holding(text)) for text in (b"", b"max_length: x", b"row_labels: 5", b"columns: [a]")]
+
+
+@pytest.mark.parametrize(("name", "make"), HOSTILE)
+def test_hostile_metadata_of_a_run_is_one_sentence(tmp_path: Path, name: str, make: Callable[[Path], Path]) -> None:
+    folder = make_run(tmp_path / "run", 1.0)
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(DataError) as caught:
+        find_run(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)

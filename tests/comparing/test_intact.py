@@ -11,8 +11,10 @@ import pytest
 
 from spectune.comparing import Comparison, measure
 from spectune.comparing.intact import changed_since, check_intact
+from spectune.comparing.short_runs import _saved as saved
 from spectune.errors import DataError
 from spectune.reporting.words import changed_sentence
+from spectune.results.comparison_file import Trial
 from tests.comparing.small import run
 
 ARMS = ["bitfit"]
@@ -31,8 +33,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(compared: Path, tmp_path: Path) -> Path:
-    shutil.copytree(compared.parent / "base", tmp_path / "base")
-    return Path(shutil.copytree(compared, tmp_path / "c", symlinks=True))
+    # beside the first one, with which it shares its base's folder
+    return Path(shutil.copytree(compared, compared.parent / tmp_path.name, symlinks=True))
 
 
 def flip(path: Path) -> None:
@@ -141,3 +143,19 @@ def test_rows_outside_of_the_folder_are_not_read(copy: Path, place: str) -> None
     result.write_text(json.dumps({k: v for k, v in content.items() if k != "sha256"} | {"rows_file": place}))
     found = Comparison.from_runs(copy)
     assert any("is not in the comparison's folder" in line for line in found.content["verdict"]["sentences"])
+
+
+def test_a_small_result_of_another_run_is_made_anew_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "result.json"
+    Trial(
+        learning_rate=1e-3, steps=4, target_tokens=9, valid_loss=1.0, reason=None, extension=False, seconds_by_phase={}
+    ).write(path)
+    assert saved(path, Trial, learning_rate=1e-3, steps=4) is not None
+    assert not caplog.records
+    assert saved(path, Trial, learning_rate=1e-2, steps=4) is None
+    assert "is of another run (by learning_rate)" in caplog.text
+    flip(path)
+    assert saved(path, Trial, learning_rate=1e-3, steps=4) is None
+    assert "it is made anew" in caplog.text

@@ -343,7 +343,7 @@ def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         RunSettings.model_validate(config)
     except ValidationError as error:
-        raise DataError(f"{path} cannot be read as a run's settings ({first_problem(error)}). {_COPY}.") from error
+        raise DataError(f"{path} cannot be read as a run's settings ({first_problem(error)}); {_COPY}") from error
     return config
 
 
@@ -362,6 +362,8 @@ def _open(folder: Path) -> Run:
     result = read_json(saved, what="a run's result", again=_COPY) or {}
     record_of({**result, FILES: None}, saved, RunRecord, what="a run's result", again=_COPY, warn=lambda _: None)
     config = _checked(read_yaml(config_file, again=_COPY, texts=TEXTS) or {}, config_file)
+    if not config and os.path.lexists(config_file):
+        raise DataError(f"{config_file} is empty, expected a run's settings; {_COPY}")
     run = Run(folder, folder / BEST, _base_of(folder / BEST, config), without_seal(result), config)
     _warn_of_changes(saved, result)
     shown = {name: digest for name, digest in vouched_for(saved, result).items() if name in _SHOWN}

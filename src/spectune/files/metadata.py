@@ -104,7 +104,7 @@ def read_yaml(
         raise _damaged(str(path), f"is not readable YAML ({_said(error)})", what, again) from error
     if found is not None and not isinstance(found, dict):
         raise _damaged(str(path), f"holds a {type(found).__name__}, expected keys with values", what, again)
-    return {key: words[key] if key in texts else value for key, value in (found or {}).items()}
+    return {key: (words or {})[key] if key in texts else value for key, value in (found or {}).items()}
 
 
 def read_lines(

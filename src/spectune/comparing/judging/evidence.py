@@ -219,7 +219,7 @@ def _forgetting(
     return Evidence({arm: np.stack(seeds) for arm, seeds in arms.items()}, ratio, size, size)
 
 
-def _tokens_of_passages(folder: Path) -> list[int] | None:
+def _tokens_of_passages(folder: Path) -> list[float] | None:
     """As the comparison wrote them; None where it did not, or where they are damaged."""
     try:
         found = (read_json(_place(folder, "base/passages.json")) or {}).get("tokens")
