@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -68,5 +68,6 @@ def _apart(folder: Path, name: str, written: Digest) -> str | None:
 
 
 def _digest(file: BinaryIO) -> Digest:
-    found = hashlib.file_digest(file, "sha256").hexdigest()
+    content: Any = file
+    found = hashlib.file_digest(content, "sha256").hexdigest()
     return Digest(bytes=file.tell(), sha256=found)
