@@ -90,7 +90,7 @@ class DivergedError(SpectuneError):
 
 
 class InterruptedRun(SpectuneError):  # noqa: N818 - an interruption is not an error of the program
-    """Ctrl-C or SIGTERM: a checkpoint was written, the message says how to go on."""
+    """Ctrl-C, SIGTERM or SIGHUP: a checkpoint was written, the message says how to go on."""
 
     exit_code = 130
 

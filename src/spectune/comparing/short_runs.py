@@ -1,21 +1,24 @@
 """Runs that keep nothing but a small result: trials of the search, points of a data curve, a few steps to time. Each is
 taken from its folder where an earlier call has finished it."""
 
+import logging
 import time
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from spectune.comparing.arms import Arm
 from spectune.comparing.conditions import curve_place
 from spectune.comparing.job import Job, subset
 from spectune.data import Encoded
-from spectune.errors import DivergedError
+from spectune.errors import DataError, DivergedError
 from spectune.phases import Phases
 from spectune.results import RunResult
 from spectune.results.comparison_file import CurvePoint, Trial
 from spectune.results.record import Record
 from spectune.training import TrainingConfig
 from spectune.training.observer import Observer
+
+log = logging.getLogger("spectune")
 
 #: a run on fewer rows is validated at so many points, and the best one counts
 CURVE_VALIDATIONS = 5
@@ -29,7 +32,7 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
     seed = job.config.seed + SEARCH_SEED
     label = f"{rate:g}-{steps}-{job.key(arm, rate, steps, seed)}"
     path = job.folder / "search" / arm.name / label / "result.json"
-    if (done := _saved(path, Trial)) is not None:
+    if (done := _saved(path, Trial, learning_rate=rate, steps=steps)) is not None:
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, steps, seed, eval_steps=steps)
@@ -61,7 +64,7 @@ def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) 
     smaller ones."""
     place = curve_place(arm.name, rows, seed, job.key(arm, rate, steps, seed, rows))
     path = job.folder / place / "result.json"
-    if (done := _saved(path, CurvePoint)) is not None:
+    if (done := _saved(path, CurvePoint, name=arm.name, rows=rows, seed=seed, learning_rate=rate)) is not None:
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
@@ -87,11 +90,18 @@ def _run(
         return job.run(delta, job.planned(arm, config), rows, valid, Observer(phases), trying)
 
 
-def _saved(path: Path, kind: type[R]) -> R | None:
-    """The small result that an earlier call left; None where there is none, or a damaged one: it is made anew."""
+def _saved(path: Path, kind: type[R], **wanted: Any) -> R | None:
+    """The small result that an earlier call left; None where there is none, or a damaged one, or another run's (one
+    whose fields are not those that are `wanted`): it is made anew."""
     try:
-        found = kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = kind.read(path, what="a small result")
+    except DataError as error:
+        log.warning("%s: it is made anew", error)
+        return None
+    if found is None:
+        return None
+    if other := [name for name, value in wanted.items() if getattr(found, name) != value]:
+        log.warning("%s is of another run (by %s): it is made anew", path, ", ".join(other))
         return None
     # files of earlier versions do not say where their time went
     return found if found.model_fields_set >= set(kind.model_fields) - {"seconds_by_phase"} else None

@@ -16,7 +16,7 @@ from spectune.embedded import MODEL_FOLDER, NAME
 from spectune.errors import DataError
 from spectune.files.atomic import atomic_folder
 from spectune.files.digests import Digest, digest_of
-from spectune.files.metadata import sealed
+from spectune.files.metadata import read_json, sealed
 from spectune.files.strict_json import strict_json
 from spectune.files.weights import FLOATS
 from spectune.version import __version__
@@ -96,20 +96,19 @@ def _is_ours(folder: Path, entry: Path) -> bool:
     """Whether a save wrote `entry`: what the folder itself says. Format 1 says it of weights only, and a model's has a
     config too."""
     try:
-        ours = json.loads((folder / OUR_FILE).read_text(encoding="utf-8"))
+        if (ours := read_json(folder / OUR_FILE)) is None:
+            return False
         weights = ours.get("weights", [WEIGHTS_FILE])
         configs = [CONFIG_FILE] if WEIGHTS_FILE in weights else ["config.json", "generation_config.json"]
         return entry.name in ours.get("files", [OUR_FILE, *weights, *configs])
-    except (OSError, ValueError, AttributeError, TypeError):  # none, or not one of ours
+    except (DataError, AttributeError, TypeError):  # not one of ours
         return False
 
 
 def name_base(config_file: Path, name: str) -> None:
     """Write PEFT's key for the base into a config of PEFT's layout; any other config, or none, stays as it is."""
-    if not config_file.is_file():
-        return
-    config = json.loads(config_file.read_text())
-    if "peft_type" in config:
+    config = read_json(config_file, any_integer=True)
+    if config is not None and "peft_type" in config:
         config_file.write_text(
             json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n", encoding="utf-8"
         )

@@ -44,7 +44,7 @@ class _Loader(yaml.SafeLoader):
     #: numbers stay the words that they are written as
     in_words = False
 
-    def construct_mapping(self, node: Node, deep: bool = False) -> dict[str, Any]:
+    def plain_mapping(self, node: Node) -> dict[str, Any]:
         if not isinstance(node, MappingNode):
             raise YamlError(f"expected keys with values{_place(node)}")
         seen = set[str]()
@@ -57,10 +57,13 @@ class _Loader(yaml.SafeLoader):
         self.flatten_mapping(node)
         return {str(key.value): self.construct_object(value, deep=True) for key, value in node.value}
 
-    def construct_yaml_map(self, node: Node) -> Iterator[dict[str, Any]]:
-        yield self.construct_mapping(node, deep=True)
+    def plain_map(self, node: Node) -> Iterator[dict[str, Any]]:
+        yield self.plain_mapping(node)
 
-    def construct_yaml_int(self, node: ScalarNode) -> int | str:
+    def refused(self, node: Node) -> None:
+        raise YamlError(f"the tag {node.tag} is of no plain type{_place(node)}")
+
+    def plain_int(self, node: ScalarNode) -> int | str:
         if self.in_words:
             return str(node.value)
         text = str(node.value).lower()
@@ -69,7 +72,7 @@ class _Loader(yaml.SafeLoader):
                 return whole_number(text[2:], base)
         return whole_number(text)
 
-    def construct_yaml_float(self, node: ScalarNode) -> float | str:
+    def plain_float(self, node: ScalarNode) -> float | str:
         if self.in_words:
             return str(node.value)
         text = str(node.value).lower()
@@ -81,11 +84,11 @@ class _Loader(yaml.SafeLoader):
 
 
 for _kind, _make in (
-    ("map", _Loader.construct_yaml_map), ("int", _Loader.construct_yaml_int), ("float", _Loader.construct_yaml_float),
+    ("map", _Loader.plain_map), ("int", _Loader.plain_int), ("float", _Loader.plain_float),
 ):  # fmt: skip
     _Loader.add_constructor(_TAG + _kind, _make)
 for _kind in ("binary", "timestamp", "set", "omap", "pairs"):  # nothing here has a use for them
-    _Loader.add_constructor(_TAG + _kind, _Loader.construct_undefined)
+    _Loader.add_constructor(_TAG + _kind, _Loader.refused)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,11 +1,11 @@
 """What files were when they were written: their size and their SHA-256."""
 
 import hashlib
+import io
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -67,7 +67,6 @@ def _apart(folder: Path, name: str, written: Digest) -> str | None:
     return None
 
 
-def _digest(file: BinaryIO) -> Digest:
-    content: Any = file
-    found = hashlib.file_digest(content, "sha256").hexdigest()
+def _digest(file: io.BufferedReader) -> Digest:
+    found = hashlib.file_digest(file, "sha256").hexdigest()
     return Digest(bytes=file.tell(), sha256=found)

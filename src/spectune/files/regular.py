@@ -1,11 +1,11 @@
 """Files that anybody may have put there: only regular ones are opened, and no more is read than was agreed."""
 
 import contextlib
+import io
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from spectune.errors import DataError
 
@@ -43,7 +43,7 @@ def plain_file(path: Path, *, links: bool = False) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, links: bool = False) -> Iterator[BinaryIO | None]:
+def opened(path: Path, *, links: bool = False) -> Iterator[io.BufferedReader | None]:
     """A regular file, open to be read; None where there is none. Never waits for a pipe. Raises DataError as
     `plain_file`; or it cannot be read."""
     if not plain_file(path, links=links):

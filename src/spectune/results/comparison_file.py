@@ -239,6 +239,7 @@ class ComparisonResult(Conditions):
         curves: points of the data curve.
         missing: final runs of a comparison that was interrupted.
         command: of files that have it, the command line that made them.
+        changed: a line for each file that was changed or damaged after it was written, and is shown as it is.
     """
 
     format_version: int = 1
@@ -250,6 +251,7 @@ class ComparisonResult(Conditions):
     verdict: Verdict | None = None
     recommendation: Recommendation | None = None
     command: list[str] | str | None = None
+    changed: list[str] = Field(default_factory=list)
 
     @property
     def decided_by_loss(self) -> bool:
@@ -304,7 +306,7 @@ class ComparisonResult(Conditions):
         version = content.get("format_version", 1)
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise DataError(
-                f"{path} has format_version {version!r}, and this version of spectune reads up to {FORMAT_VERSION}: "
+                f"{path} has format_version {version}, and this version of spectune reads up to {FORMAT_VERSION}: "
                 "install a newer one"
             )
         return record_of(content, path, cls, what=what, again=_AGAIN, warn=warn)

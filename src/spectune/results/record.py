@@ -1,20 +1,33 @@
 """Parts of result files, which older and newer versions of spectune write too."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from spectune.files.atomic import atomic_write_text
-from spectune.files.metadata import read_record, sealed
+from spectune.files.metadata import AGAIN, read_record, sealed
 from spectune.files.strict_json import strict_json
+
+
+def _within(least: float, most: float) -> AfterValidator:
+    """Numbers that are not finite are what was not measured, and no file has any."""
+
+    def check(value: float) -> float:
+        if math.isfinite(value) and not least <= value <= most:
+            raise ValueError(f"{value:g} is out of range, expected a number from {least:g} to {most:g}")
+        return value
+
+    return AfterValidator(check)
+
 
 #: how many, and how long: no sum of them overflows, whoever wrote them
 Count = Annotated[int, Field(ge=0, le=2**60)]
-Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Seconds = Annotated[float, _within(0, 1e12)]
 #: a loss, a speed, a difference: their squares are numbers still
-Measure = Annotated[float, Field(ge=-1e100, le=1e100)]
+Measure = Annotated[float, _within(-1e100, 1e100)]
 
 
 class Record(BaseModel):
@@ -43,7 +56,9 @@ class Record(BaseModel):
         atomic_write_text(path, strict_json(sealed(self.to_dict())) + "\n")
 
     @classmethod
-    def read(cls, path: Path, *, what: str, again: str, warn: Callable[[str], None] | None = None) -> Self | None:
+    def read(
+        cls, path: Path, *, what: str = "", again: str = AGAIN, warn: Callable[[str], None] | None = None
+    ) -> Self | None:
         """What `write` wrote; None where there is no file. Raises DataError as
         `spectune.files.metadata.read_record`."""
         return read_record(path, cls, what=what, again=again, warn=warn)

@@ -38,14 +38,13 @@ def problems_of_run(folder: Path, *, weights: bool, warned: bool = True) -> list
 
     Args:
         weights: look at those in best/ too, by the digests of their own file.
-        warned: a changed config.yaml, which may be meant, is logged.
+        warned: a changed config.yaml, which may be meant, is logged, and not among them.
     """
     path = folder / RESULT_FILE
     content = read_json(path, what="a run's result", again="Remove it and resume") or {}
     digests = {name: digest for name, digest in vouched_for(path, content).items() if name != ROWS_FILE}
-    config = digests.pop(FREE, None)
-    if warned and config is not None:
-        for problem in problems_with(folder, {FREE: config}):
+    if warned and FREE in digests:
+        for problem in problems_with(folder, {FREE: digests.pop(FREE)}):
             log.warning("%s: changed since the run was finished, which may be meant", problem)
     found = problems_with(folder, digests)
     if weights:
