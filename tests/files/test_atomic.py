@@ -177,6 +177,20 @@ def test_a_sweep_and_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*/content"))) == 2 * 30
 
 
+def test_a_folder_that_cannot_be_renamed_is_removed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a container's image."""
+
+    def refused(*_: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    (tmp_path / "old" / "a").mkdir(parents=True)
+    monkeypatch.setattr(os, "replace", refused)
+    remove_folder(tmp_path / "old")
+    assert names(tmp_path) == []
+
+
 def test_nothing_is_swept_but_what_has_a_temporary_name(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     for name in (
@@ -208,6 +222,15 @@ def test_a_link_to_a_folder_is_replaced_and_removed_and_its_target_stays(tmp_pat
     remove_folder(tmp_path / "nowhere")
     assert names(tmp_path) == ["target"]
     assert names(tmp_path / "target") == ["mine"]
+
+
+def test_the_folder_that_one_is_in_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with atomic_folder(".") as folder:
+        (folder / "content").touch()
+    assert names(tmp_path) == ["here"]
+    assert names(tmp_path / "here") == ["content"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])

@@ -151,6 +151,13 @@ def test_whatever_a_lock_says_is_plain_text(said: str, tmp_path: Path) -> None:
     os.close(lock)
 
 
+def test_a_file_is_no_folder_to_lock(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match="is a file, or in one"), folder_lock(place, "x"):
+            pytest.fail("it is locked")
+
+
 def test_without_locks_it_is_said_once_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

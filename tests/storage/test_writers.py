@@ -10,11 +10,19 @@ import pytest
 
 from spectune.comparing import compare
 from spectune.deltas import attach, detach, merge
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, DataError, WriteError
 from spectune.methods import FullFineTuning, LoRA, PromptTuning
-from spectune.storage import atomic_folder, copy_model, write_model, write_peft, write_prompt_embeds
+from spectune.storage import (
+    atomic_folder,
+    copy_model,
+    write_gguf_lora,
+    write_model,
+    write_peft,
+    write_prompt_embeds,
+)
 from spectune.training import TrainingConfig, train
 from spectune.training.checkpoint import swap_best
+from tests.files.children import files_of_at_most
 from tests.support import make_model, make_rows, make_tokenizer
 
 Write = Callable[[Any, Path], object]
@@ -66,6 +74,35 @@ def test_a_folder_that_holds_other_files_is_refused_as_it_is(writer: str, holds:
         WRITERS[writer](model, folder)
     assert content(folder) == before
     assert {path.name for path in tmp_path.iterdir()} <= {"folder", "full"}
+
+
+@pytest.mark.parametrize("writer", ["save", "save of a model", "peft", "prompt", "model", "copy", "gguf"])
+def test_a_full_disk_is_said_of_the_folder_and_nothing_stays(writer: str, tmp_path: Path) -> None:
+    model = make_model()
+    if writer == "copy":
+        full(model, tmp_path / "full")
+    write: Write = {
+        **WRITERS,
+        "gguf": lambda model, folder: write_gguf_lora(attach(model, LoRA(r=2), "task"), folder),
+        "copy": lambda _, folder: copy_model(tmp_path / "full", make_tokenizer(), folder),
+    }[writer]
+    with files_of_at_most(2**9), pytest.raises(WriteError, match=f"^{tmp_path / 'folder'} could not be written"):
+        write(model, tmp_path / "folder")
+    assert {path.name for path in tmp_path.iterdir()} <= {"full"}
+
+
+def test_a_model_that_was_changed_is_not_copied(tmp_path: Path) -> None:
+    full(make_model(), tmp_path / "full")
+    weights = tmp_path / "full" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(DataError, match="SHA-256"):
+        copy_model(tmp_path / "full", make_tokenizer(), tmp_path / "copy")
+    weights.unlink()
+    with pytest.raises(DataError, match="is missing"):
+        copy_model(tmp_path / "full", make_tokenizer(), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_saved_delta_is_replaced_and_what_was_put_beside_it_is_not(tmp_path: Path) -> None:

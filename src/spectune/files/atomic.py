@@ -8,6 +8,7 @@ two renames where the file system cannot exchange them in one; `-gone` is on its
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import secrets
@@ -84,6 +85,8 @@ def atomic_folder(path: str | Path, replaces: Callable[[Path, Path], bool] = lam
         WriteError: the disk is full, read-only or broken, whichever library met it.
     """
     path = Path(path)
+    if path.name in ("", ".."):  # "." names no folder in the one above
+        path = Path(os.path.abspath(path))
     with disk_errors(path, _KEPT if path.exists() else ""):
         _sweep(path.parent, path.name)
         _check_replaced(path, replaces)
@@ -211,7 +214,12 @@ def _discard(path: Path, gone: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
         return
-    os.replace(path, gone)
+    try:
+        os.replace(path, gone)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # a folder of a container's image, which can be emptied and not renamed
+            raise
+        gone = path
     sync_folder(path.parent)
     shutil.rmtree(gone, ignore_errors=True)  # what resists is tried again by the next sweep
 

@@ -104,6 +104,8 @@ def _open(path: Path, make: bool) -> int:
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags | (os.O_CREAT if make else 0), 0o666)
+    except PermissionError:  # another user's: it can be locked, and read, all the same
+        descriptor = os.open(path, flags & ~os.O_RDWR | os.O_RDONLY)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise ConfigError(f"{path} is no plain file, expected the file of a lock: remove it") from error
@@ -137,7 +139,7 @@ def folder_lock(folder: str | Path, doing: str) -> Iterator[None]:
     Raises:
         BusyFolderError: another process has it. At once: nothing is waited for.
         WriteError: the disk is full, read-only or broken.
-        ConfigError: `.lock` is something else than a file.
+        ConfigError: `.lock` is something else than a file, or the folder something else than a folder.
     """
     if not Place.from_environment().leads:
         yield
@@ -182,6 +184,8 @@ def _claim(folder: Path) -> Claim | None:
                 claim = Claim.on(path, make=True)
         except FileNotFoundError:  # who had it before found the folder empty, and removed it
             continue
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConfigError(f"{folder} is a file, or in one; expected a folder") from error
         if claim is not None:
             return claim
         with contextlib.suppress(OSError):

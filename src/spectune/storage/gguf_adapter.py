@@ -11,6 +11,7 @@ One thing is otherwise: the converter transposes GPT-2's weights, which are `Con
 PEFT's A is `[r, in]` there, too. `llama-adapter.cpp` checks A against the weight's inputs, so here they stay.
 """
 
+import contextlib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -143,20 +144,19 @@ def write_gguf_lora(delta: Delta, folder: str | Path) -> Path:
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
         arch = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture.name]]
-        writer = gguf.GGUFWriter(temporary / GGUF_FILE, arch)
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        writer.add_name(delta.name)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for pair in pairs:
-            left = pair.scale * pair.lora_a.shape[0] / alpha
-            writer.add_tensor(f"{pair.name}.lora_a", pair.lora_a.numpy())
-            writer.add_tensor(f"{pair.name}.lora_b", (pair.lora_b * left if left != 1 else pair.lora_b).numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with contextlib.closing(gguf.GGUFWriter(temporary / GGUF_FILE, arch)) as writer:
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+            writer.add_name(delta.name)
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            for pair in pairs:
+                left = pair.scale * pair.lora_a.shape[0] / alpha
+                writer.add_tensor(f"{pair.name}.lora_a", pair.lora_a.numpy())
+                writer.add_tensor(f"{pair.name}.lora_b", (pair.lora_b * left if left != 1 else pair.lora_b).numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
     return folder
 
 
