@@ -36,6 +36,10 @@ class ConfigError(SpectuneError, ValueError):
     exit_code = 2
 
 
+class BusyFolderError(ConfigError):
+    """Another process works in the folder: it is named by its number, its machine, its command and since when."""
+
+
 class DataError(SpectuneError, ValueError):
     """Data is missing or broken. `problems` holds one line each, `file:line: what is wrong; what was expected`."""
 
@@ -44,6 +48,23 @@ class DataError(SpectuneError, ValueError):
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         self.problems = list(problems)
         super().__init__("\n".join([message, *self.problems]))
+
+
+class WriteError(SpectuneError):
+    """The disk is full, read-only or broken.
+
+    Attributes:
+        folder: what could not be written.
+        reason: in words, of the disk.
+        whole: what there is that can be relied on, as a sentence; empty where nothing is.
+    """
+
+    def __init__(self, folder: object, reason: str, whole: str = "") -> None:
+        super().__init__(str(folder), reason, whole)
+        self.folder, self.reason, self.whole = str(folder), reason, whole
+
+    def __str__(self) -> str:
+        return f"{self.folder} could not be written: {self.reason}. {self.whole}".rstrip()
 
 
 class ExportError(SpectuneError):
@@ -69,7 +90,7 @@ class DivergedError(SpectuneError):
 
 
 class InterruptedRun(SpectuneError):  # noqa: N818 - an interruption is not an error of the program
-    """Ctrl-C or SIGTERM: a checkpoint was written, the message says how to go on."""
+    """Ctrl-C, SIGTERM or SIGHUP: a checkpoint was written, the message says how to go on."""
 
     exit_code = 130
 

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from tests.support import make_model, make_rows, make_tokenizer
 
-from spectune.cli.runs import find_run, new_folder, output_folder, resumed
+from spectune.cli.runs import find_run, free_name, new_folder, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DataError
 from spectune.methods import LoRA
@@ -29,24 +29,35 @@ def make_run(folder: Path, loss: float, age: int = 0) -> Path:
 
 
 def test_names_count_up(tmp_path: Path) -> None:
-    first = new_folder("lora", tmp_path)
-    assert first.name.endswith("-lora-1")
-    first.mkdir()
-    assert new_folder("lora", tmp_path).name.endswith("-lora-2")
-    assert new_folder("bitfit", tmp_path).name.endswith("-bitfit-1")
+    """Each is a folder from the moment on that it is chosen, and so nobody else's."""
+    assert free_name("lora", tmp_path).name.endswith("-lora-1")
+    assert new_folder("lora", tmp_path / "runs").name.endswith("-lora-1")
+    assert new_folder("lora", tmp_path / "runs").name.endswith("-lora-2")
+    assert new_folder("bitfit", tmp_path / "runs").name.endswith("-bitfit-1")
+    assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
 def test_output_folder(tmp_path: Path) -> None:
-    used = tmp_path / "used"
+    used, doing = tmp_path / "used", "spectune train"
     used.mkdir()
     (used / "x").touch()
-    with pytest.raises(ConfigError, match="not empty"):
-        output_folder(str(used), "lora", resume=False)
-    assert output_folder(str(used), "lora", resume=True) == used
-    with pytest.raises(ConfigError, match="is a file"):
-        output_folder(str(used / "x"), "lora", resume=True)
-    with pytest.raises(ConfigError, match=r"name it with --output-dir. The newest is .*used"):
-        output_folder(None, "lora", resume=True, root=tmp_path)
+    with pytest.raises(ConfigError, match="not empty"), output_folder(str(used), "lora", doing, resume=False):
+        pass
+    with output_folder(str(used), "lora", doing, resume=True) as folder:
+        assert folder == used
+    with pytest.raises(ConfigError, match="is a file"), output_folder(str(used / "x"), "lora", doing, resume=True):
+        pass
+    newest = r"name it with --output-dir. The newest is .*used"
+    with pytest.raises(ConfigError, match=newest), output_folder(None, "lora", doing, resume=True, root=tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("given", ["some/where", None])
+def test_a_folder_in_which_nothing_was_written_is_not_left(tmp_path: Path, given: str | None) -> None:
+    place = None if given is None else str(tmp_path / given)
+    with output_folder(place, "lora", "spectune train", resume=False, root=tmp_path / "runs") as folder:
+        assert (folder / ".lock").is_file()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_newest_run(tmp_path: Path) -> None:

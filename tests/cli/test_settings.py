@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.support.hostile_files import HOSTILE_YAML
 
+from spectune.cli.arms import given_arms
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError
 from spectune.methods import BitFit, LoRA, PrefixTuning
@@ -23,7 +25,7 @@ def test_flags_win_over_set_and_set_over_the_file(run_yaml: Path) -> None:
     assert settings.base == "other"
     assert settings.text("data") is None
     assert settings.training().max_steps == 9
-    assert settings.training().learning_rate == pytest.approx(1e-3)  # YAML reads 1e-3 as text
+    assert settings.training().learning_rate == pytest.approx(1e-3)
     assert settings.method_names(["bitfit"]) == ["lora"]
     assert settings.methods(["lora"]) == [LoRA(r=8)]
 
@@ -112,8 +114,12 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "value"),
     [
-        ("1e-3", "1e-3"),
+        ("1e-3", 1e-3),
         ("3", 3),
+        ("010", 10),
+        ("off", "off"),
+        ("12:30", "12:30"),
+        ("2024-01-31", "2024-01-31"),
         ("true", True),
         ("null", None),
         ("[a, b]", ["a", "b"]),
@@ -138,3 +144,62 @@ def test_a_key_of_another_method_says_whose_it_is() -> None:
 def test_a_method_named_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="--methods: lora is named more than once"):
         Settings.collect(None, None, {"methods": "lora,bitfit,lora"}).method_names([])
+
+
+#: what YAML 1.1, or a number's own writing, makes something else of
+WORDS = [
+    "off",
+    "on",
+    "yes",
+    "no",
+    "y",
+    "N",
+    "1e-3",
+    "12:30",
+    "1:02:03",
+    "2024-01-31",
+    "010",
+    "0o17",
+    "0x1F",
+    "1_000",
+]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_where_a_setting_is_text_a_word_is_the_word_that_was_written(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "run.yaml"
+    lines = ["model: W", "separator: W", "columns: {prompt: W}", "encoding: W", "data: [{path: W, weight: 010}, W]"]
+    lines += ["lora: {target_modules: [W]}", "arms: [{method: lora, name: W}]"]
+    path.write_text("\n".join(lines).replace("W", word))
+    given = [f"{key}={word}" for key in ("model", "separator", "columns.prompt", "encoding")]
+    for settings in (Settings.collect(path, None, {}), Settings.collect(None, given, {})):
+        config = settings.training()
+        found = {settings.base, config.separator, config.columns["prompt"], config.encoding}
+        assert found == {word}
+    settings = Settings.collect(path, None, {})
+    assert [(str(source.data), source.weight) for source in settings.rows("data") or []] == [(word, 10), (word, 1)]
+    assert settings.methods(["lora"]) == [LoRA(target_modules=(word,))]
+    assert [arm.name for arm in given_arms(settings, [])] == [word]
+    [arm] = given_arms(Settings.collect(None, [f"methods=lora:task_type={word}"], {}), [])
+    assert arm.given["task_type"].text == word
+
+
+@pytest.mark.parametrize("word", ["off", "refuse", "warn"])
+def test_memory_check_is_the_word_that_was_written(tmp_path: Path, word: str) -> None:
+    (tmp_path / "run.yaml").write_text(f"memory_check: {word}\nmax_steps: 010\npacking: off\n")
+    for settings in (
+        Settings.collect(tmp_path / "run.yaml", None, {}),
+        Settings.collect(None, [f"memory_check={word}", "max_steps=010", "packing=off"], {}),
+    ):
+        assert settings.get("memory_check") == word
+        config = settings.training()
+        assert (config.memory_check, config.max_steps, config.packing) == (word, 10, False)
+
+
+@pytest.mark.parametrize("kind", sorted(HOSTILE_YAML))
+def test_a_hostile_config_is_one_sentence_that_names_the_file(tmp_path: Path, kind: str) -> None:
+    path = HOSTILE_YAML[kind](tmp_path / "run.yaml")
+    with pytest.raises(ConfigError) as caught:
+        Settings.collect(path, None, {}).check()
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)

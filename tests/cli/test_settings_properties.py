@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 import yaml
@@ -35,7 +35,7 @@ KNOWN: dict[str, st.SearchStrategy[Any]] = {
 
 def values(field: FieldInfo) -> st.SearchStrategy[Any]:
     """Values of a field's type within its bounds; those bounds are of no concern to None."""
-    types = get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
+    types = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
     bounds = tuple(field.metadata)
     found = [st.from_type(Annotated[(kind, *bounds)] if bounds and kind is not NoneType else kind) for kind in types]
     return st.one_of(found)

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pickle
+import random
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -356,6 +357,21 @@ def test_digests_that_are_wrong(copy: Callable[[str], Path]) -> None:
         assert path in refused(copy("lora"), lambda f, b=broken: edit(f, lambda c: c["weights"].update(b)))
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_flipped_bit_anywhere_in_what_was_saved_is_noticed(kind: str, copy: Callable[[str], Path]) -> None:
+    chance, folder = random.Random(kind), copy(kind)
+    for path in sorted(folder.iterdir()):
+        before = path.read_bytes()
+        for place in sorted(chance.sample(range(len(before)), 12)):
+            flipped = bytearray(before)
+            flipped[place] ^= 1 << chance.randrange(8)
+            path.write_bytes(flipped)
+            with pytest.raises(DataError):
+                load_delta(base()[0], folder)
+        path.write_bytes(before)
+    assert refusal(folder, lambda _: None) is None
+
+
 def test_a_shard_that_is_gone(copy: Callable[[str], Path]) -> None:
     def add(folder: Path) -> None:
         edit(folder, lambda c: c["weights"].update({"z.safetensors": {"bytes": 1, "sha256": "0" * 64}}))
@@ -450,6 +466,7 @@ def test_a_projection_of_absurd_width_is_not_built(copy: Callable[[str], Path]) 
     """A stored prefix has no projection: its width says nothing of the file."""
 
     def change(folder: Path) -> None:
+        edit(folder, lambda c: c.pop("sha256"))
         edit(folder, lambda c: c["method"].update(prefix_projection=True, encoder_hidden_size=10**12))
 
     assert refusal(copy("prefix"), change) is None

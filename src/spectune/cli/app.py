@@ -24,6 +24,7 @@ from spectune.cli.unknown_flags import Command
 from spectune.cli.validate import validate
 from spectune.errors import SpectuneError
 from spectune.torchrun import Place
+from spectune.training.interrupt import stopping_signals
 from spectune.version import __version__
 
 
@@ -33,7 +34,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
             # as Ctrl-C; the training loop has a handler of its own, which checkpoints
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            for number in set(stopping_signals()) - {signal.SIGINT}:
+                signal.signal(number, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except SpectuneError as error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectune.cli import known_keys
 from spectune.cli.given import Given, shown, validated
+from spectune.cli.settings import parse_value
 from spectune.cli.synonyms import suggest
 from spectune.errors import ConfigError
 
@@ -39,13 +40,13 @@ def given_arms(settings: Settings, default: Sequence[str]) -> list[GivenArm]:
     if (entries := settings.given.get("arms")) is not None and "methods" not in settings.given:
         if not isinstance(entries.value, list) or not all(isinstance(entry, dict) for entry in entries.value):
             raise ConfigError(f"{entries.where}: arms is {shown(entries.value)}; expected a list of {{method: lora}}")
-        arms = [_of_entry(entry, entries.where) for entry in entries.value]
+        arms = [_of_entry(*entry, entries.where) for entry in zip(entries.value, entries.text, strict=True)]
     else:
         arms = [_of_word(word, settings) for word in _words(settings, default)]
     problems = [problem for arm in arms for problem in _unknown(arm)]
     seen = list[tuple[Any, ...]]()
     for arm in arms:
-        key = arm.method, arm.name, sorted((name, repr(given.value)) for name, given in arm.given.items())
+        key = arm.method, arm.name, sorted((name, shown(given.value)) for name, given in arm.given.items())
         if key in seen:
             where = next((settings.given[name].where for name in ("methods", "arms") if name in settings.given), "")
             problems.append(f"{where}: {arm.method} is named more than once; name each method once.")
@@ -77,7 +78,7 @@ def arms_of(settings: Settings, arms: Sequence[GivenArm]) -> list[Arm]:
 def _words(settings: Settings, default: Sequence[str]) -> list[str]:
     for key in ("methods", "method", "method.name"):
         if (given := settings.given.get(key)) is not None:
-            value = given.value
+            value = given.text
             words = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
             if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
                 raise ConfigError(f"{given.where}: {key} is {shown(value)}; expected names such as lora,bitfit.")
@@ -87,8 +88,6 @@ def _words(settings: Settings, default: Sequence[str]) -> list[str]:
 
 def _of_word(word: str, settings: Settings) -> GivenArm:
     """`lora`, or `lora:r=8+use_rslora=true`."""
-    import yaml
-
     method, _, rest = word.partition(":")
     where, given = (
         next((settings.given[k].where for k in ("methods", "method") if k in settings.given), "--methods"),
@@ -98,18 +97,18 @@ def _of_word(word: str, settings: Settings) -> GivenArm:
         key, equals, raw = part.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"{where}: {word}: expected METHOD:KEY=VALUE+KEY=VALUE, such as lora:r=8+use_rslora=true")
-        given[key.strip()] = Given(yaml.safe_load(raw), where)
+        given[key.strip()] = parse_value(raw, where)
     return GivenArm(method.strip(), "", given)
 
 
-def _of_entry(entry: dict[Any, Any], where: str) -> GivenArm:
-    method = entry.get("method")
+def _of_entry(entry: dict[Any, Any], words: dict[Any, Any], where: str) -> GivenArm:
+    """`words`: the same, with its numbers as they were written."""
+    method, name = words.get("method"), words.get("name")
     if not isinstance(method, str):
         raise ConfigError(
             f"{where}: the arm {shown(entry)} has no method; expected {{name: LoRA r8, method: lora, r: 8}}"
         )
-    name = entry.get("name")
-    given = {str(key): Given(value, where) for key, value in entry.items() if key not in ("name", "method")}
+    given = {key: Given(value, where, words[key]) for key, value in entry.items() if key not in ("name", "method")}
     return GivenArm(method, "" if name is None else str(name), given)
 
 

@@ -159,11 +159,24 @@ def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, a
 
 
 def _compare(arms: list[Arm], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:
+    from spectune.comparing.experiment import WITHIN
+
+    resume = settings.training().resume
+    how: dict[str, Any] = {"resume": resume, "within": WITHIN}
+    with output_folder(settings.text("output_dir"), "compare", "spectune compare", **how) as folder:
+        try:
+            return _compare_in(folder, arms, settings, limits, out)
+        except (InterruptedRun, KeyboardInterrupt) as stop:
+            raise InterruptedRun(
+                f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
+            ) from stop
+
+
+def _compare_in(folder: Path, arms: list[Arm], settings: Settings, limits: dict[str, Any], out: Console) -> Comparison:
     from spectune import comparing, embedded
     from spectune.results import Limits
 
     wanted = settings.training()
-    folder = output_folder(settings.text("output_dir"), "compare", resume=wanted.resume)
     data, valid = settings.rows("data"), settings.rows("valid")
     if data is None:
         data, valid = str(embedded.TRAIN), valid or str(embedded.VALID)
@@ -171,14 +184,9 @@ def _compare(arms: list[Arm], settings: Settings, limits: dict[str, Any], out: C
     judged = {key: value for key, value in asked(settings).items() if key in JUDGING and settings.get(key) is not None}
     recorded = origin(settings) | judged | {"split_seed": wanted.seed}
     note(f"base: {settings.base}; methods: {', '.join(arm.name for arm in arms)}; folder: {folder}")
-    try:
-        return comparing.compare(
-            settings.base, data, valid, test_rows=settings.rows("test"), methods=arms, **asked(settings),
-            limits=Limits(**limits) if limits else None, output_dir=folder, config=wanted, seed=wanted.seed,
-            **settings.placement, retain=settings.text("retain"), resume=wanted.resume, origin=recorded,
-            console=out,
-        )  # fmt: skip
-    except (InterruptedRun, KeyboardInterrupt) as stop:
-        raise InterruptedRun(
-            f"the comparison is in {folder}. To go on: the same command with --output-dir {folder} --resume"
-        ) from stop
+    return comparing.compare(
+        settings.base, data, valid, test_rows=settings.rows("test"), methods=arms, **asked(settings),
+        limits=Limits(**limits) if limits else None, output_dir=folder, config=wanted, seed=wanted.seed,
+        **settings.placement, retain=settings.text("retain"), resume=wanted.resume, origin=recorded,
+        console=out,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from spectune.cli.console import note
 from spectune.cli.heads import head_options, learned_by
 from spectune.cli.input_rows import row_length, training_rows
-from spectune.cli.runs import output_folder
+from spectune.cli.runs import check_output_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +28,7 @@ def dry_run(arms: Sequence[Arm], settings: Settings, label: str, out: Console) -
     start.
     """
     wanted = settings.training()
-    folder = output_folder(settings.text("output_dir"), label, resume=wanted.resume)
+    folder = check_output_folder(settings.text("output_dir"), label, resume=wanted.resume)
     rows, held_out, source = training_rows(settings)
     note(
         f"dry run: one step for each method on its longest batch, validated on the longest rows; nothing is written (a "

@@ -10,10 +10,21 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 @dataclass(frozen=True)
 class Given:
-    """A value and where the user gave it: `run.yaml:3` or `--set`."""
+    """A value and where the user gave it: `run.yaml:3` or `--set`.
+
+    Attributes:
+        words: the value with each number as it was written, for settings that are text: `010` is no 10 there. None
+            where there is no number in it.
+    """
 
     value: Any
     where: str
+    words: Any = None
+
+    @property
+    def text(self) -> Any:
+        """The value of a setting that is text, or made of text."""
+        return self.value if self.words is None else self.words
 
 
 def shown(value: Any) -> str:
@@ -30,7 +41,7 @@ def validated(cls: Any, chosen: Mapping[str, Given]) -> Any:
     from spectune.errors import ConfigError
 
     try:
-        return cls(**{key: given.value for key, given in chosen.items()})
+        return cls(**{key: _meant(given, cls.model_fields.get(key)) for key, given in chosen.items()})
     except ValidationError as error:
         lines = {}
         for problem in error.errors(include_url=False):
@@ -44,6 +55,26 @@ def validated(cls: Any, chosen: Mapping[str, Given]) -> Any:
             else:
                 lines[key] = f"{where}: {key}: {reason}" + (f", given {shown(problem['input'])}" if place else "")
         raise ConfigError("\n".join(lines.values())) from error
+
+
+def _meant(given: Given, field: Any) -> Any:
+    """A value as its setting has it: numbers are words where the setting takes no number."""
+    return given.value if field is None or _NUMBERS & set(_leaves(field.annotation)) else given.text
+
+
+#: what a setting may be for which a number is one
+_NUMBERS = {bool, int, float, Any, object}
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """The types that a value is made of: of `dict[str, tuple[int, ...]]` str and int."""
+    if get_origin(annotation) is Literal:
+        yield from map(type, get_args(annotation))
+    elif parts := get_args(annotation):
+        for part in parts:
+            yield from _leaves(part)
+    else:
+        yield annotation
 
 
 def _words(annotation: Any) -> str:

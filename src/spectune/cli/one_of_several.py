@@ -16,6 +16,7 @@ import typer
 from spectune.cli.console import complain
 from spectune.errors import ConfigError, InterruptedRun, PeerFailedError
 from spectune.torchrun import Place
+from spectune.training.interrupt import stopping_signals
 
 #: what runs in any number of processes; a machine is looked at by any of them
 SHARED = ("train", "env", "doctor")
@@ -77,7 +78,7 @@ def stop(error: BaseException, message: str | None = None) -> NoReturn:
 
 def _stop_one_of_several(error: BaseException, message: str | None, place: Place) -> NoReturn:
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's, as soon as another process has ended
+        for number in stopping_signals():  # torchrun's, as soon as another process has ended
             signal.signal(number, signal.SIG_IGN)
     from spectune.training.membership import Board, described, leave, tell_torchrun
 

@@ -95,7 +95,7 @@ class Proving:
 
 def proved_folder(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Fill a folder that has its name only once it is written and proved; what `fill` returns. Nothing stays of one
-    that is refused."""
+    that is refused, and of one that a kill cut short nothing after the next start. Raises WriteError."""
     from spectune.storage import atomic_folder
 
     with atomic_folder(folder) as draft:

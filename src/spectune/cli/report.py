@@ -9,6 +9,7 @@ from spectune.cli import limits, options
 from spectune.cli.console import note, print_answer, work
 from spectune.cli.runs import RUNS, find_comparison
 from spectune.errors import ConfigError
+from spectune.files.lock import folder_lock
 
 
 def report(
@@ -43,8 +44,9 @@ def report(
         from spectune.comparing import Comparison
         from spectune.results import Limits
 
-        comparison = Comparison.from_runs(found, Limits(**wanted) if wanted else None)
-        comparison.save()
+        with folder_lock(found, "spectune report"):
+            comparison = Comparison.from_runs(found, Limits(**wanted) if wanted else None)
+            comparison.save()
         out.print(comparison.table())
         gone = ", ".join(f"{run.name} seed {run.seed}" for run in comparison.result.missing)
         if gone:

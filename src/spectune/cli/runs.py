@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
-import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from pydantic import ValidationError
 
 from spectune.cli.console import note
 from spectune.cli.heads import head_options, labels_of_checkpoint, recorded_labels
+from spectune.cli.run_settings import TEXTS, RunSettings
 from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, DataError
+from spectune.files.lock import LOCK_FILE
+from spectune.files.metadata import check_seal, first_problem, read_json, read_yaml, record_of, without_seal
+from spectune.results.run_result import RunRecord
+from spectune.results.vouched import BEST, FILES, FREE, problems_with, vouched_for
+from spectune.training.claim import OF_RUN, check_empty, claimed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,33 +31,81 @@ if TYPE_CHECKING:
     from spectune.data import Labels
 
 RUNS = Path("runs")
+RESULT_FILE, TRAINING_FILE = "result.json", "training.json"
+#: what is used of a run beside its weights, and was there when it was finished
+_SHOWN = (FREE, f"{BEST}/{TRAINING_FILE}")
+_COPY = "copy the run's folder again from where it was written"
 #: the files of a delta's folder that name its base, and the keys under which they do
 _BASE_NAMES = {"spectune.json": "base_name", "adapter_config.json": "base_model_name_or_path"}
 
 
+class UnknownBaseError(DataError):
+    """A delta's folder does not say which base it belongs to."""
+
+
 def new_folder(label: str, root: Path = RUNS) -> Path:
-    """`runs/<date>-<label>-<n>` with the first `n` that is free. The folder is not made."""
+    """`runs/<date>-<label>-<n>` with the first `n` that is free. The folder is made, so that nobody else gets its
+    name."""
+    while True:
+        folder = free_name(label, root)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # somebody else has just taken it
+            folder.mkdir()
+            return folder
+
+
+def free_name(label: str, root: Path = RUNS) -> Path:
+    """The name that `new_folder` would take now."""
     start = f"{datetime.date.today().isoformat()}-{label}-"
     taken = {path.name for path in root.glob(start + "*")}
     number = next(n for n in range(1, len(taken) + 2) if f"{start}{n}" not in taken)
     return root / f"{start}{number}"
 
 
-def output_folder(given: str | None, label: str, *, resume: bool, root: Path = RUNS) -> Path:
-    """The folder of a run: the one given, else a new one. Raises ConfigError: it is not empty, or `--resume` has no
-    folder to go on in."""
+def check_output_folder(given: str | None, label: str, *, resume: bool, root: Path = RUNS) -> Path:
+    """The folder that a run would go to: the one given, else a new one. Raises ConfigError: it is not empty, or
+    `--resume` has no folder to go on in."""
     if given is None:
         if resume:
             folders = sorted((path for path in root.glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime)
             newest = f" The newest is {folders[-1]}." if folders else ""
             raise ConfigError(f"--resume goes on in a run's folder: name it with --output-dir.{newest}")
-        return new_folder(label, root)
+        return free_name(label, root)
     folder = Path(given)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output-dir {folder} is a file; expected a folder, or a name that is free")
-    if not resume and folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"--output-dir {folder} is not empty: give another one, or --resume to go on there")
+    if not (folder / LOCK_FILE).exists():  # who has it is said first
+        check_empty(folder, resume)
     return folder
+
+
+@contextlib.contextmanager
+def output_folder(
+    given: str | None, label: str, doing: str, *, resume: bool, within: Sequence[str] = OF_RUN, root: Path = RUNS
+) -> Iterator[Path]:
+    """The folder of a run, the one given or a new one, for this process alone. One that was made is taken away again
+    where nothing was written.
+
+    Args:
+        doing, within: see `spectune.training.claim`.
+
+    Raises:
+        ConfigError: it is not empty, or `--resume` has no folder to go on in.
+        BusyFolderError: another process has it.
+    """
+    folder = check_output_folder(given, label, resume=resume, root=root)
+    if given is not None:
+        with claimed(folder, doing, resume=resume, within=within):
+            yield folder
+        return
+    rooted, folder = root.is_dir(), new_folder(label, root)
+    try:
+        with claimed(folder, doing, resume=False, within=within):
+            yield folder
+    finally:
+        for made in (folder, *([] if rooted else [root])):
+            with contextlib.suppress(OSError):  # there is something in it
+                made.rmdir()
 
 
 def free_folder(given: Path | None, default: Path) -> Path:
@@ -78,9 +133,12 @@ def resumed(settings: Settings) -> Settings:
     Where that is another thing than the run had, training refuses it by name.
     """
     folder = settings.text("output_dir")
-    if folder is None or not settings.get("resume") or not (Path(folder) / "config.yaml").is_file():
+    if folder is None or not settings.get("resume") or not os.path.lexists(Path(folder) / FREE):
         return settings
-    recorded = Settings.collect(Path(folder) / "config.yaml", None, {})
+    try:
+        recorded = Settings.collect(Path(folder) / FREE, None, {})
+    except ConfigError as error:  # the user has not named it
+        raise DataError(f"{Path(folder) / FREE} is damaged: {error}") from error
     kept = recorded.given
     if any(key in settings.given for key in NAMING):
         other = settings.method_names([]) != recorded.method_names([])
@@ -199,7 +257,9 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
         return _open(given.parent)
     if is_delta(given):
         # how rows became token ids in training (`separator`, `max_length`, ...), as a run's `best/` tells by itself
-        return Run(given, given, _base_of(given, {}), {}, _mapping(given / "training.json", json.loads))
+        config = _checked(read_json(given / TRAINING_FILE) or {}, given / TRAINING_FILE)
+        _warn_of_changes(given / TRAINING_FILE, config)
+        return Run(given, given, _base_of(given, {}), {}, without_seal(config))
     if is_model(given):
         raise DataError(
             f"{given} is a model and no run: it has no delta to put onto a base. eval and generate take it as it is "
@@ -251,10 +311,17 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """The mapping in a file; empty where there is none."""
-    found = parse(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A run's settings, whose values are of the types that they are used as. Raises DataError."""
+    try:
+        RunSettings.model_validate(config)
+    except ValidationError as error:
+        raise DataError(f"{path} cannot be read as a run's settings ({first_problem(error)}). {_COPY}.") from error
+    return config
+
+
+def _warn_of_changes(path: Path, content: dict[str, Any]) -> None:
+    check_seal(path, content, warn=lambda said: note(f"warning: {said}"))
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -264,15 +331,16 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _open(folder: Path) -> Run:
-    saved = folder / "result.json"
-    try:
-        result = json.loads(saved.read_text(encoding="utf-8"))
-        if not isinstance(result, dict):
-            raise ValueError("expected an object")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{saved} cannot be read as a run's result: {error}") from error
-    config = _mapping(folder / "config.yaml", yaml.safe_load)
-    return Run(folder, folder / "best", _base_of(folder / "best", config), result, config)
+    saved, config_file = folder / RESULT_FILE, folder / FREE
+    result = read_json(saved, what="a run's result", again=_COPY) or {}
+    record_of({**result, FILES: None}, saved, RunRecord, what="a run's result", again=_COPY, warn=lambda _: None)
+    config = _checked(read_yaml(config_file, again=_COPY, texts=TEXTS) or {}, config_file)
+    run = Run(folder, folder / BEST, _base_of(folder / BEST, config), without_seal(result), config)
+    _warn_of_changes(saved, result)
+    shown = {name: digest for name, digest in vouched_for(saved, result).items() if name in _SHOWN}
+    for problem in problems_with(folder, shown):
+        note(f"warning: {problem}; it was changed after the run was finished, and is taken as it is")
+    return run
 
 
 def _base_of(delta_folder: Path, config: dict[str, Any]) -> str:
@@ -280,9 +348,9 @@ def _base_of(delta_folder: Path, config: dict[str, Any]) -> str:
     if isinstance(config.get("model"), str):
         return str(config["model"])
     for file, key in _BASE_NAMES.items():
-        if name := _mapping(delta_folder / file, json.loads).get(key):
-            return str(name)
-    raise DataError(f"{delta_folder} does not say which base it belongs to: name it with --model")
+        if isinstance(name := (read_json(delta_folder / file, any_integer=True) or {}).get(key), str) and name:
+            return name
+    raise UnknownBaseError(f"{delta_folder} does not say which base it belongs to: name it with --model")
 
 
 def _loss(run: Run) -> float:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from spectune.cli import known_keys
 from spectune.cli.given import Given, shown, validated
 from spectune.cli.synonyms import SYNONYMS, suggest
-from spectune.errors import ConfigError
+from spectune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import yaml
+    from yaml.nodes import MappingNode, Node
 
     from spectune.data import Source
     from spectune.deltas import Method
@@ -76,7 +76,7 @@ class Settings:
 
     def text(self, key: str) -> str | None:
         """A key of the command itself that has to be text. Raises ConfigError: it is something else."""
-        value = self.get(key)
+        value = _text(self.given.get(key))
         if value is not None and not isinstance(value, str | Path):
             raise self._unexpected(key, "text")
         return None if value is None else str(value)
@@ -87,22 +87,25 @@ class Settings:
         An entry is `FILE`, `FILE=WEIGHT` or, in YAML, `{path: FILE, weight: 2, name: web}`. Raises ConfigError: it is
         something else, or a weight is no number above 0.
         """
-        value = self.get(key)
-        entries = value if isinstance(value, list) else [] if value is None else [value]
-        found = [self._source(key, entry) for entry in entries]
+        values, words = (
+            found if isinstance(found, list) else [] if found is None else [found]
+            for found in (self.get(key), _text(self.given.get(key)))
+        )
+        found = [self._source(key, *entry) for entry in zip(values, words, strict=True)]
         if not found:
             return None
         if len(found) == 1 and found[0].weight == 1 and found[0].name is None:
             return str(found[0].data)
         return found
 
-    def _source(self, key: str, entry: Any) -> Source:
+    def _source(self, key: str, entry: Any, words: Any) -> Source:
+        """`words`: the same, with its numbers as they were written."""
         from spectune.data import Source
 
-        if isinstance(entry, str | Path):
-            given: dict[Any, Any] = _weighted(str(entry))
+        if isinstance(words, str | Path):
+            given: dict[Any, Any] = _weighted(str(words))
         elif isinstance(entry, dict):
-            given = entry
+            given = {**words, **({"weight": entry["weight"]} if "weight" in entry else {})}
         else:
             raise self._unexpected(key, "a file, or a list of files such as [a.jsonl, {path: b.jsonl, weight: 2}]")
         where = self.given[key].where
@@ -206,7 +209,7 @@ class Settings:
         """The methods that the user named, by `--methods a,b`, `--method a`, or the file's `method(s)`. Raises
         ConfigError: what names them is neither text nor a list of names."""
         for key in (key for key in NAMING if key in self.given):
-            value = self.given[key].value
+            value = self.given[key].text
             names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
             if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
                 raise self._unexpected(key, "names such as lora,bitfit")
@@ -215,6 +218,11 @@ class Settings:
                 raise ConfigError(f"{self.given[key].where}: {twice} is named more than once; name each method once.")
             return names
         return list(default)
+
+
+def _text(given: Given | None) -> Any:
+    """The value of a key that is text, or made of text: numbers in it as they were written."""
+    return None if given is None else given.text
 
 
 def _weighted(text: str) -> dict[str, Any]:
@@ -231,72 +239,90 @@ def _weighted(text: str) -> dict[str, Any]:
 def _gather(given: dict[str, Given], name: str) -> None:
     """The entries of a mapping, such as `columns.prompt=question` or those of a block `data:`, as one key."""
     parts = {key: given.pop(key) for key in [key for key in given if key.startswith(f"{name}.")]}
-    if parts:
-        whole = given.get(name)
-        base = dict(whole.value) if whole is not None and isinstance(whole.value, dict) else {}
-        entries = {key.removeprefix(f"{name}."): part.value for key, part in parts.items()}
-        given[name] = Given(base | entries, next(iter(parts.values())).where)
+    if not parts:
+        return
+    whole = given.get(name)
+    base = whole if whole is not None and isinstance(whole.value, dict) else Given({}, "")
+    inner = {key.removeprefix(f"{name}."): part for key, part in parts.items()}
+    value, words = ({key: getattr(part, kind) for key, part in inner.items()} for kind in ("value", "text"))
+    given[name] = Given(base.value | value, next(iter(parts.values())).where, base.text | words)
+
+
+def parse_value(raw: str, where: str) -> Given:
+    """A value as it stands behind `KEY=`: what YAML has for it; text as it is written, spaces and colons too."""
+    from spectune.files.core_yaml import YamlError, compose_yaml, yaml_value
+
+    try:
+        node = compose_yaml(raw)
+        value, words = (None, None) if node is None else (yaml_value(node), yaml_value(node, in_words=True))
+    except YamlError:  # then it is text
+        return Given(raw, where)
+    as_written = isinstance(value, str | dict) and raw.strip()[:1] not in ("'", '"')
+    if as_written or (value is None and raw.strip() not in ("null", "~")):
+        return Given(raw, where)  # a separator of `: ` is no YAML, and ` ` would be null
+    return Given(value, where, words)
 
 
 def _parse_assignment(text: str) -> dict[str, Given]:
-    import yaml
-
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals or not key:
         raise ConfigError(f"--set {text}: expected KEY=VALUE, such as --set learning_rate=1e-3")
-    try:
-        value = yaml.safe_load(raw)
-    except Exception:  # its constructors raise whatever they meet (2024-99-99 is a ValueError): then it is text
-        value = raw
-    as_written = isinstance(value, str | dict) and raw.strip()[:1] not in ("'", '"')
-    if as_written or (value is None and raw.strip() not in ("null", "~")):
-        value = raw  # text keeps its spaces and colons: a separator of `: ` is no YAML, and ` ` would be null
-    return {key: Given(value, f"--set {text}")}
+    return {key: parse_value(raw, f"--set {text}")}
 
 
 def _read_yaml(path: Path) -> dict[str, Given]:
-    import yaml
+    from yaml.nodes import MappingNode
+
+    from spectune.files.core_yaml import YamlError, compose_yaml
+    from spectune.files.metadata import MAX_YAML_BYTES
+    from spectune.files.regular import read_bounded
 
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        if node is None:
-            return {}
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}: expected keys with values, such as `learning_rate: 1e-3`")
-        return _flatten(node, path, "")
-    except FileNotFoundError as error:
-        raise ConfigError(f"--config {path}: there is no such file") from error
+        content = read_bounded(path, MAX_YAML_BYTES, links=True)
+        if content is None:
+            raise ConfigError(f"--config {path}: there is no such file")
+        node = compose_yaml(content.decode("utf-8"))
+    except DataError as error:  # a pipe, a device, a folder, a file without an end
+        raise ConfigError(f"--config {error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: not UTF-8 text ({error})") from error
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"--config {path}: not YAML: {_one_line(error)}") from error
+        raise ConfigError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except YamlError as error:
+        raise ConfigError(f"--config {path}: not YAML: {error}") from error
+    if node is None:
+        return {}
+    if not isinstance(node, MappingNode):
+        raise ConfigError(f"{path}: expected keys with values, such as `learning_rate: 1e-3`")
+    return _flatten(node, path, "")
 
 
-def _flatten(node: yaml.MappingNode, path: Path, prefix: str) -> dict[str, Given]:
+def _flatten(node: MappingNode, path: Path, prefix: str) -> dict[str, Given]:
     """A mapping's keys with their lines; blocks become dotted keys."""
-    import yaml
+    from yaml.nodes import MappingNode, ScalarNode
+
+    from spectune.files.plain_values import is_text
 
     found: dict[str, Given] = {}
-    loader = yaml.SafeLoader("")
     for key_node, value_node in node.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
-        if not isinstance(key_node.value, str):
+        if not isinstance(key_node, ScalarNode):
             raise ConfigError(f"{where}: a key is a list or a block; expected text, such as `learning_rate: 1e-3`")
         key = prefix + key_node.value
+        if not is_text(key):
+            raise ConfigError(f"{where}: the key {key!a} is no Unicode text; expected a name")
         if key in found:
             raise ConfigError(f"{where}: {key!r} is there twice, first at {found[key].where}")
-        if isinstance(value_node, yaml.MappingNode):
+        if isinstance(value_node, MappingNode):
             found.update(_flatten(value_node, path, key + "."))
-            continue
-        try:
-            found[key] = Given(loader.construct_object(value_node, deep=True), where)
-        except Exception as error:  # YAML's constructors raise whatever they meet: 2024-99-99 is a ValueError
-            raise ConfigError(f"{where}: {key}: its value cannot be read: {_one_line(error)}") from error
+        else:
+            found[key] = _value_of(value_node, where, key)
     return found
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _value_of(node: Node, where: str, key: str) -> Given:
+    from spectune.files.core_yaml import YamlError, yaml_value
+
+    try:
+        return Given(yaml_value(node), where, yaml_value(node, in_words=True))
+    except YamlError as error:
+        raise ConfigError(f"{where}: {key}: its value cannot be read: {error}") from error

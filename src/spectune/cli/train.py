@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ from spectune.cli.one_of_several import joined, of_first
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, InterruptedRun
+from spectune.torchrun import Place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,8 +82,29 @@ def _arms(settings: Settings, name: str) -> list[Arm]:
 
 
 def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
+    with _folder(name, settings) as folder:
+        try:
+            return _train_in(folder, name, settings, out)
+        except KeyboardInterrupt as stop:  # outside of the loop, which has its own answer
+            raise InterruptedRun(
+                "interrupted outside of a step. To go on from what is saved, or to start again if nothing is: the same "
+                f"command with --output-dir {folder} --resume"
+            ) from stop
+
+
+@contextlib.contextmanager
+def _folder(name: str, settings: Settings) -> Iterator[Path]:
+    """The run's folder, which the first process chooses and locks."""
+    with contextlib.ExitStack() as held:
+        chosen = ""
+        if Place.from_environment().leads:
+            given, resume = settings.text("output_dir"), settings.training().resume
+            chosen = str(held.enter_context(output_folder(given, name, "spectune train", resume=resume)))
+        yield Path(of_first(chosen))
+
+
+def _train_in(folder: Path, name: str, settings: Settings, out: Console) -> dict[str, Any]:
     wanted = settings.training()
-    folder = Path(of_first(str(output_folder(settings.text("output_dir"), name, resume=wanted.resume))))
     rows, held_out, source = training_rows(settings)
 
     import_libraries()
@@ -102,15 +126,9 @@ def _train(name: str, settings: Settings, out: Console) -> dict[str, Any]:
         delta = attach(model, method, method.name, tokenizer=tokenizer, seed=wanted.seed)
     learned = "CAUSAL_LM" if labels is None else labels.task_type
     config = wanted.model_copy(update={"output_dir": folder, "task_type": learned})
-    try:
-        result = training.train(
-            model, tokenizer, delta, rows, held_out, config, origin=origin(settings), console=out, observer=observer
-        )
-    except KeyboardInterrupt as stop:  # outside of the loop, which has its own answer
-        raise InterruptedRun(
-            "interrupted outside of a step. To go on from what is saved, or to start again if nothing is: the same "
-            f"command with --output-dir {folder} --resume"
-        ) from stop
+    result = training.train(
+        model, tokenizer, delta, rows, held_out, config, origin=origin(settings), console=out, observer=observer
+    )
     does = "writes" if labels is None else "says"
     note(f"kept in {folder / 'best'}; see what it {does}: spectune generate --run {folder}")
     return result.model_dump(mode="json")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +16,7 @@ from spectune.comparing import conditions
 from spectune.comparing.arms import Arm, tracks_of, with_labels
 from spectune.comparing.conditions import RecordedConditions
 from spectune.comparing.inputs import Inputs, Rows
+from spectune.comparing.intact import check_intact
 from spectune.comparing.job import Job
 from spectune.comparing.label_words import SEPARATOR, check_same
 from spectune.comparing.measure import retained_passages
@@ -28,6 +28,7 @@ from spectune.errors import ConfigError, DataError
 from spectune.families import base_precision as precision_of
 from spectune.families import describe, fingerprint, vocabulary_rows
 from spectune.files.atomic import atomic_write_text
+from spectune.files.core_yaml import yaml_text
 from spectune.objectives import objective_of
 from spectune.phases import Phases
 from spectune.planning import reference_shares
@@ -208,12 +209,14 @@ class Beginning:
         if before is not None:
             found.seconds_by_phase = before.seconds_by_phase
             conditions.check(before, found, folder)
+            check_intact(folder, [arm.name for arm in self.arms])
             found.base = Base(**{**found.base.to_dict(), **before.base.to_dict()})
             found.other_bases |= before.other_bases
             if before.metric_code not in (None, found.metric_code):
                 # what was measured of rows is judged anew, from the weights that are kept
                 for path in (folder / "base" / "rows.jsonl", *folder.glob("runs/*/*/rows.jsonl")):
                     path.unlink(missing_ok=True)
+            found.files = {name: digest for name, digest in before.files.items() if (folder / name).is_file()}
         found.write(folder / conditions.FILE)
         return found
 
@@ -268,7 +271,7 @@ class Beginning:
             **self.settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(path, yaml.safe_dump(recorded, sort_keys=False))
+        atomic_write_text(path, yaml_text(recorded))
 
 
 def _begun(settings: TrainingConfig, max_length: int, before: RecordedConditions | None) -> TrainingConfig:

@@ -1,21 +1,28 @@
 """What all runs of a comparison share, and the folder of each: `conditions.json` and the keys of run folders."""
 
+import datetime
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from spectune.data import weight_changes
 from spectune.errors import DataError
 from spectune.families import differences
+from spectune.files.digests import Digest
+from spectune.files.metadata import first_problem, read_json, record_of
 from spectune.results import Limits
 from spectune.results.comparison_file import Conditions
+from spectune.results.vouched import vouched_for
+from spectune.storage.manifest import Base as BaseFingerprint
 from spectune.training.identity import OtherRunError
 
 FILE = "conditions.json"
+#: no comparison has as many; each is looked for on disk
+MOST_RUNS = 20_000
 KEYS = {"base", "data", "settings", "preset", "environment", "scale", "arms", "limits", "identity"}
 
 
@@ -28,12 +35,25 @@ class RecordedConditions(Conditions):
         metric_code: hashes of the user's metrics. No part of the identity: where they have changed, runs are judged
             again, and not trained again.
         limits: of the user, for the recommendation.
+        files: what the files that no run has are, by path; see `spectune.results.vouched`.
     """
 
     fingerprint: Any = None
     identity: dict[str, Any] = Field(default_factory=dict)
     metric_code: list[str] | None = None
     limits: Limits = Field(default_factory=Limits)
+    files: dict[str, Digest] = Field(default_factory=dict)
+
+
+class _Identity(BaseModel):
+    """What is more than compared of what was recorded."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    max_length: Annotated[int, Field(ge=1)] | None = None
+    template_date: Annotated[str, AfterValidator(datetime.date.fromisoformat)] | None = None
+    passages_sha256: str | None = None
+    data_sha256: str | None = None
 
 
 def key(*parts: Any) -> str:
@@ -63,19 +83,28 @@ def curve_place(arm: str, rows: int, seed: int, key: str) -> Path:
     return Path("curve") / arm / f"{rows}-seed-{seed}-{key}"
 
 
-def read(folder: Path) -> RecordedConditions:
-    """The conditions of the comparison in a folder. Raises DataError where there are none, or damaged ones."""
+def read(folder: Path, warn: Callable[[str], None] | None = None) -> RecordedConditions:
+    """The conditions of the comparison in a folder. `warn` is told where they were changed after they were written; by
+    default that is an error. Raises DataError where there are none, or damaged ones."""
     path = folder / FILE
+    what, again = "the conditions of a comparison", "Expected the folder of `spectune compare`"
+    content = read_json(path, what=what, again=again)
+    lacking = "there is no such file" if content is None else f"it has no {', '.join(sorted(KEYS - set(content)))}"
+    if content is None or KEYS - set(content):
+        raise DataError(f"{path} cannot be read as {what}: {lacking}. {again}.")
+    found = record_of(content, path, RecordedConditions, what=what, again=again, warn=warn)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or KEYS - set(found):
-            raise ValueError(f"expected an object with {', '.join(sorted(KEYS))}")
-        return RecordedConditions.model_validate(found)
-    except (OSError, ValueError, ValidationError) as error:
-        raise DataError(
-            f"{path} cannot be read as the conditions of a comparison: {error}. Expected the folder of `spectune "
-            "compare`."
-        ) from error
+        _Identity.model_validate(found.identity)
+        if found.fingerprint is not None and "parts" in dict(found.fingerprint):  # earlier ones are not compared
+            BaseFingerprint.model_validate(found.fingerprint)
+    except (ValueError, TypeError) as error:
+        problem = first_problem(error) if isinstance(error, ValidationError) else "fingerprint: expected an object"
+        raise DataError(f"{path} cannot be read as {what} ({problem}). {again}.") from error
+    vouched_for(path, content)
+    runs = len(found.arms) * len(found.preset.seeds) * (1 + len(found.preset.curve))
+    if runs > MOST_RUNS:
+        raise DataError(f"{path} cannot be read as {what}: it has {runs:,} runs, more than {MOST_RUNS:,}. {again}.")
+    return found
 
 
 def check(recorded: RecordedConditions, wanted: RecordedConditions, folder: Path) -> None:

@@ -1,8 +1,10 @@
 """Compare methods on one base and one data set: search, repeat, measure, judge, recommend."""
 
+import contextlib
 import math
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,25 @@ from spectune.comparing.arms import Arm, arms_of
 from spectune.comparing.beginning import Beginning
 from spectune.comparing.comparison import Comparison
 from spectune.comparing.conditions import RecordedConditions
-from spectune.comparing.final_runs import base_rows, judge_base, valid_loss_of_base
+from spectune.comparing.final_runs import base_passages, base_rows, judge_base, valid_loss_of_base
 from spectune.comparing.inputs import Rows
+from spectune.comparing.intact import vouched_files
 from spectune.comparing.job import Job
 from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import PRESETS
 from spectune.deltas import Method
-from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun
+from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, WriteError
+from spectune.files.disk_errors import disk_errors
 from spectune.inference import CHOICE_NORMALIZATIONS
 from spectune.phases import Phases
 from spectune.results import Limits
 from spectune.training import TrainingConfig
+from spectune.training.claim import OF_RUN, claimed
 
 GENERATE_ROWS = 64
+#: folders in a comparison's
+WITHIN = ("plots", "base*", "search/*", "search/*/*", "curve/*", "curve/*/*", "runs/*", "runs/*/*",
+          *(f"runs/*/*/{name}" for name in OF_RUN))  # fmt: skip
 #: files of a folder that is no comparison which can be resumed
 OF_OTHER_RUNS = ("comparison.json", "result.json", "identity.json", "runs")
 
@@ -71,7 +79,9 @@ def compare(
             base; before anything is trained.
         DoesNotFitError: the plan says that no method fits into memory; before anything is trained. Where some fit,
             those that do not are among the failed runs.
-        InterruptedRun: Ctrl-C or SIGTERM; `resume` goes on from there.
+        BusyFolderError: another process works in the folder.
+        WriteError: the disk is full, read-only or broken; `resume` goes on from there.
+        InterruptedRun: Ctrl-C, SIGTERM or SIGHUP; `resume` goes on from there.
 
     A run that fails stays in the result with its reason, and the others go on.
     """
@@ -79,16 +89,17 @@ def compare(
     own: dict[str, Any] = {"preset": preset, "seeds": seeds, "fractions": list(fractions), "metric": metric}
     own |= {"generate_rows": generate_rows, "choice_normalization": choice_normalization}
     check_settings(**own)
-    settings, folder, before = _begin(config, seed, output_dir, resume)
-    arms = arms_of(methods, base_precision)
-    rows = phases.call("rows", Rows.read, train_rows, valid_rows, test_rows, settings)
-    where = {"device": device, "dtype": dtype, "base_precision": base_precision}
-    return _carried_out(
-        Beginning.of(
-            base, arms, rows, settings, tokenizer=tokenizer, where=where, own=own, folder=folder, before=before,
-            retain=retain, limits=limits, origin=origin, console=console, phases=phases,
-        )
-    )  # fmt: skip
+    with _folder(config, output_dir, resume) as folder:
+        settings, before = _begin(folder, config, seed)
+        arms = arms_of(methods, base_precision)
+        rows = phases.call("rows", Rows.read, train_rows, valid_rows, test_rows, settings)
+        where = {"device": device, "dtype": dtype, "base_precision": base_precision}
+        return _carried_out(
+            Beginning.of(
+                base, arms, rows, settings, tokenizer=tokenizer, where=where, own=own, folder=folder, before=before,
+                retain=retain, limits=limits, origin=origin, console=console, phases=phases,
+            )
+        )  # fmt: skip
 
 
 def _carried_out(beginning: Beginning) -> Comparison:
@@ -114,11 +125,12 @@ def _carry_out(job: Job) -> None:
         if line:
             job.print(line)
     try:
-        if base.judged_loss is None or not base_rows(job).is_file():
+        if base.judged_loss is None or not all(path.is_file() for path in (base_rows(job), base_passages(job))):
             judge_base(job)
         if base.valid_loss is None:
             # the judged rows are those, unless there are rows to test on
             base.valid_loss = base.judged_loss if job.inputs.rows.test is None else valid_loss_of_base(job)
+        job.conditions.files = vouched_files(folder, job.conditions)
         job.conditions.write(folder / conditions.FILE)
         runner = Runner(job)
         runner.run()
@@ -151,28 +163,38 @@ def check_settings(
 
 
 def _begin(
-    config: TrainingConfig | None, seed: int | None, output_dir: str | Path | None, resume: bool
-) -> tuple[TrainingConfig, Path, RecordedConditions | None]:
-    """The settings of all runs, the folder, and the conditions of an earlier call that lie in it."""
+    folder: Path, config: TrainingConfig | None, seed: int | None
+) -> tuple[TrainingConfig, RecordedConditions | None]:
+    """The settings of all runs, and the conditions of an earlier call that lie in the folder."""
     settings = config or TrainingConfig()
-    folder = _folder(output_dir if output_dir is not None else settings.output_dir, resume or settings.resume)
-    before = conditions.read(folder) if (folder / conditions.FILE).is_file() else None
-    seed = settings.seed if seed is None else seed
-    return settings.model_copy(update={"seed": seed, "resume": False, "output_dir": None}), folder, before
-
-
-def _folder(given: str | Path | None, resume: bool) -> Path:
-    if resume and given is None:
-        raise ConfigError("resume needs an output_dir: there is nothing to go on from")
-    folder = Path(given) if given is not None else Path(tempfile.mkdtemp(prefix="spectune-compare-"))
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; expected a folder, or a name that is free")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
-        raise ConfigError(f"{folder} is not empty: give another --output-dir, or --resume to go on there")
     other = [name for name in OF_OTHER_RUNS if (folder / name).exists()]
     if other and not (folder / conditions.FILE).is_file():
         raise ConfigError(
             f"{folder} holds {', '.join(other)} and no {conditions.FILE}: a single run, or a comparison of an earlier "
             "version, so nothing says under which conditions it was made. Give another --output-dir."
         )
-    return folder
+    # whether it was changed is looked at once it is known to be the comparison that is asked for
+    before = conditions.read(folder, warn=lambda _: None) if os.path.lexists(folder / conditions.FILE) else None
+    seed = settings.seed if seed is None else seed
+    return settings.model_copy(update={"seed": seed, "resume": False, "output_dir": None}), before
+
+
+@contextlib.contextmanager
+def _folder(config: TrainingConfig | None, output_dir: str | Path | None, resume: bool) -> Iterator[Path]:
+    """The comparison's folder, for this process alone. Raises WriteError, which says how to go on: its disk is full,
+    read-only or broken."""
+    settings = config or TrainingConfig()
+    given, resume = output_dir if output_dir is not None else settings.output_dir, resume or settings.resume
+    if resume and given is None:
+        raise ConfigError("resume needs an output_dir: there is nothing to go on from")
+    folder = Path(given) if given is not None else Path(tempfile.mkdtemp(prefix="spectune-compare-"))
+    try:
+        with disk_errors(folder), claimed(folder, "spectune compare", resume=resume, within=WITHIN):
+            yield folder
+    except WriteError as error:  # what it says to go on with is of one run
+        go_on = f"What had ended is kept. With that mended, the same command with --output-dir {folder} --resume"
+        raise WriteError(folder, error.reason, f"{go_on} goes on from there.") from error
+    finally:
+        if given is None:
+            with contextlib.suppress(OSError):  # there is something in it
+                folder.rmdir()

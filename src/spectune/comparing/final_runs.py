@@ -1,14 +1,17 @@
 """Final runs: trained with their seeds, judged and measured. Each is taken from its folder where an earlier call has
 finished it."""
 
-import json
+import logging
 import math
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from spectune.comparing.arms import Arm
 from spectune.comparing.conditions import final_place
+from spectune.comparing.intact import PASSAGES_FILE, base_folder, rows_as_written
 from spectune.comparing.isolated import memory_job, train_memory_in_own_process
 from spectune.comparing.job import FAILED, Job
 from spectune.comparing.measure import forgetting, measure, measure_loading
@@ -18,10 +21,16 @@ from spectune.errors import DataError
 from spectune.evaluation import corpus_metrics, judge, judged_loss, loss_by_source, read_rows, row_losses, write_rows
 from spectune.families import base_precision, vocabulary_rows
 from spectune.files.atomic import atomic_write_text
+from spectune.files.metadata import sealed
+from spectune.files.strict_json import strict_json
 from spectune.phases import Phases
 from spectune.results import RunResult
+from spectune.results.vouched import digests_of_run
 from spectune.training import TrainingConfig
+from spectune.training.finished import RESULT_FILE, ROWS_FILE
 from spectune.training.observer import Observer
+
+log = logging.getLogger("spectune")
 
 
 def final_folder(job: Job, arm: Arm, rate: float, seed: int) -> Path:
@@ -50,13 +59,18 @@ def final_run(job: Job, arm: Arm, rate: float, seed: int, *, timed: bool) -> tup
         key, passages = folder.name.rsplit("-", 1)[-1], job.conditions.identity["passages_sha256"]
         found |= {"name": arm.name, "key": key, "retained_sha256": passages, "seconds_by_phase": phases.record()}
         result = result.with_measured(found)
-        result.save(folder / "result.json")
+        result.save(folder / RESULT_FILE, digests_of_run(folder))
     return result, time.perf_counter() - begin
 
 
 def base_rows(job: Job) -> Path:
     """The file of the bare base's judged rows."""
-    return job.folder / ("base" if not job.track else f"base-{job.track}") / "rows.jsonl"
+    return job.folder / base_folder(job.track) / ROWS_FILE
+
+
+def base_passages(job: Job) -> Path:
+    """The file of the lengths of the passages that forgetting is measured on."""
+    return base_rows(job).with_name(PASSAGES_FILE)
 
 
 def judge_base(job: Job) -> None:
@@ -64,7 +78,7 @@ def judge_base(job: Job) -> None:
     judged = judge(job.model, job.tokenizer, job.inputs.task, questions=job.questions, phases=job.phases)
     write_rows(base_rows(job), judged)
     tokens = {"tokens": [len(passage) for passage in job.passages]}
-    atomic_write_text(base_rows(job).with_name("passages.json"), json.dumps(tokens) + "\n")
+    atomic_write_text(base_passages(job), strict_json(sealed(tokens), indent=None) + "\n")
     base = job.base
     base.judged_loss, base.metrics = judged_loss(judged), {**corpus_metrics(judged)}
     base.judged_loss_by_source = {**loss_by_source(judged)}
@@ -85,13 +99,13 @@ def _judged(job: Job, folder: Path, observer: Observer) -> dict[str, Any]:
     judged = judge(
         job.model, job.tokenizer, job.inputs.task, questions=job.questions, phases=observer.phases, losses=seen
     )
-    write_rows(folder / "rows.jsonl", judged)
+    write_rows(folder / ROWS_FILE, judged)
     return {
         "judged_on": job.inputs.rows.judged_on,
         "judged_loss": judged_loss(judged),
         "judged_loss_by_source": loss_by_source(judged),
         "metrics": corpus_metrics(judged),
-        "rows_file": str((folder / "rows.jsonl").relative_to(job.folder)),
+        "rows_file": str((folder / ROWS_FILE).relative_to(job.folder)),
         "evaluation_seconds": time.perf_counter() - begin,
     }
 
@@ -123,10 +137,11 @@ def _timed_costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig) -
     return found
 
 
-def measured(folder: Path) -> RunResult | None:
-    """The result of a run that has been trained and measured. Raises DataError where it is damaged."""
-    path = folder / "result.json"
-    found = RunResult.load(path) if path.is_file() else None
+def measured(folder: Path, warn: Callable[[str], None] | None = None) -> RunResult | None:
+    """The result of a run that has been trained and measured. `warn`: see `RunResult.load`. Raises DataError where it
+    is damaged."""
+    path = folder / RESULT_FILE
+    found = RunResult.load(path, warn=warn) if os.path.lexists(path) else None
     return None if found is None or found.key is None else found
 
 
@@ -136,7 +151,10 @@ def _with_rows(folder: Path) -> RunResult | None:
     if found is None:
         return None
     try:
-        loss = judged_loss(read_rows(folder / "rows.jsonl"))
+        loss = judged_loss(read_rows(folder / ROWS_FILE))
     except DataError:
+        return None
+    if not rows_as_written(folder):
+        log.warning("%s is not as it was written: its rows are judged again", folder / ROWS_FILE)
         return None
     return found if found.judged_loss is None or math.isclose(loss, found.judged_loss) else None

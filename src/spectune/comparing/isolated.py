@@ -25,6 +25,7 @@ from spectune.blocks.execution import Execution
 from spectune.data import DataReport, Encoded, Labels, Row, load_rows
 from spectune.deltas import Method, attach
 from spectune.errors import OutOfMemoryError, SpectuneError, first_line
+from spectune.files.metadata import json_object
 from spectune.inference import is_out_of_memory
 from spectune.methods import method_from_dict
 from spectune.storage import load
@@ -63,7 +64,7 @@ def train_memory_in_own_process(job: Mapping[str, Any]) -> dict[str, int]:
     )  # fmt: skip
     doing = f"measuring the memory of {method_from_dict(job['method']).label} in a process of its own"
     try:
-        answer = json.loads(done.stdout)
+        answer = json_object(done.stdout.encode("utf-8", "replace"), "its answer")
     except ValueError:
         if done.returncode == -9:
             raise OutOfMemoryError(f"{doing}: the system killed it, most likely for want of memory") from None

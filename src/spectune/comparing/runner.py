@@ -12,7 +12,7 @@ from spectune.comparing.job import FAILED, FailureNote, Job
 from spectune.comparing.measure import SECONDS
 from spectune.comparing.search import successive_halving
 from spectune.comparing.short_runs import on_fewer, step_seconds, trial
-from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError
+from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError, WriteError
 from spectune.results.comparison_file import Trial
 from spectune.sizes import duration
 
@@ -45,7 +45,7 @@ class Runner:
 
         Raises:
             DoesNotFitError: the plan says that no arm fits into memory.
-            InterruptedRun: Ctrl-C or SIGTERM.
+            InterruptedRun: Ctrl-C, SIGTERM or SIGHUP.
         """
         left = self._fitting()
         self._announce(left)
@@ -80,7 +80,7 @@ class Runner:
             return  # an earlier call has made all final runs: then there is no time to tell
         try:
             self.budget.step_seconds = step_seconds(self.job, left[0])
-        except InterruptedRun:
+        except (InterruptedRun, WriteError):
             raise
         except SpectuneError:
             return  # the arm's own runs will say what is wrong with it
@@ -122,7 +122,7 @@ class Runner:
         try:
             extensions = schedule.preset.extensions
             found = successive_halving(bounds, schedule.rungs, run, source=rates.sentence, extensions=extensions)
-        except InterruptedRun:
+        except (InterruptedRun, WriteError):
             raise
         except SpectuneError as error:
             raise self._given_up(folder, arm, None, None, str(error)) from None
@@ -139,7 +139,7 @@ class Runner:
         for seed in self.schedule.seeds:
             try:
                 result, seconds = final_run(self.job, arm, rate, seed, timed=not timed)
-            except InterruptedRun:
+            except (InterruptedRun, WriteError):
                 raise
             except SpectuneError as error:
                 folder = final_folder(self.job, arm, rate, seed)
@@ -164,7 +164,7 @@ class Runner:
             for seed in self.schedule.curve_seeds:
                 try:
                     _, seconds = on_fewer(self.job, arm, rate, rows, steps, seed)
-                except InterruptedRun:
+                except (InterruptedRun, WriteError):
                     raise
                 except SpectuneError as error:
                     seconds = None

@@ -1,6 +1,7 @@
 """Runs that keep nothing but a small result: trials of the search, points of a data curve, a few steps to time. Each is
 taken from its folder where an earlier call has finished it."""
 
+import logging
 import time
 from pathlib import Path
 from typing import TypeVar
@@ -9,13 +10,15 @@ from spectune.comparing.arms import Arm
 from spectune.comparing.conditions import curve_place
 from spectune.comparing.job import Job, subset
 from spectune.data import Encoded
-from spectune.errors import DivergedError
+from spectune.errors import DataError, DivergedError
 from spectune.phases import Phases
 from spectune.results import RunResult
 from spectune.results.comparison_file import CurvePoint, Trial
 from spectune.results.record import Record
 from spectune.training import TrainingConfig
 from spectune.training.observer import Observer
+
+log = logging.getLogger("spectune")
 
 #: a run on fewer rows is validated at so many points, and the best one counts
 CURVE_VALIDATIONS = 5
@@ -90,8 +93,11 @@ def _run(
 def _saved(path: Path, kind: type[R]) -> R | None:
     """The small result that an earlier call left; None where there is none, or a damaged one: it is made anew."""
     try:
-        found = kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = kind.read(path, what="a small result")
+    except DataError as error:
+        log.warning("%s: it is made anew", error)
+        return None
+    if found is None:
         return None
     # files of earlier versions do not say where their time went
     return found if found.model_fields_set >= set(kind.model_fields) - {"seconds_by_phase"} else None

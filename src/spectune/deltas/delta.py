@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +22,9 @@ from spectune.deltas.site import ParameterSite, Site
 from spectune.deltas.trained_copy import HeadSite
 from spectune.errors import DataError
 from spectune.families import BaseIdentity, Family
+from spectune.files.digests import Digest
+from spectune.files.metadata import read_json
+from spectune.files.tensor_file import write_tensors
 from spectune.files.weights import check_finite, read_headers, read_weights
 
 _SHARED = "shared"
@@ -131,6 +133,7 @@ class Delta(_Counts, ABC):
 
         Raises:
             ConfigError: the folder holds other files, which would be lost.
+            WriteError: the disk is full, read-only or broken; the folder is as it was.
         """
         return save_folder(
             Path(folder), self.method, self.files.write,
@@ -232,12 +235,11 @@ class AdapterFiles(DeltaFiles):
         self.delta, self.method, self.family = delta, delta.method, delta.family
         self.weights, self.translate = weights, translate
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> Mapping[str, Digest]:
         own, head = parted(self.delta.state_dict(), self.family)
         config, tensors = with_head(*self.method.to_folder(own, self.family), head, self.family)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return {WEIGHTS_FILE: write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})}
 
     def weight_files(self, folder: Path) -> list[Path]:
         return [folder / self.weights]
@@ -266,12 +268,10 @@ class AdapterFiles(DeltaFiles):
 
 def _task_type(folder: Path) -> str | None:
     """What a folder's delta was trained for, as its config says; None where it does not say."""
-    path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text("utf-8")) if path.is_file() else None
-    except (ValueError, RecursionError):  # who reads the config itself says what is wrong with it
+        found = (read_json(folder / CONFIG_FILE, any_integer=True) or {}).get("task_type")
+    except DataError:  # who reads the config itself says what is wrong with it
         return None
-    found = config.get("task_type") if isinstance(config, dict) else None
     return found if isinstance(found, str) else None
 
 

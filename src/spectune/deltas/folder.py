@@ -1,6 +1,5 @@
 """A delta's folder: `adapter_config.json`, `adapter_model.safetensors`, and `spectune.json`, which PEFT never reads."""
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -16,6 +15,9 @@ from spectune.deltas.method import Method
 from spectune.embedded import MODEL_FOLDER, NAME
 from spectune.errors import DataError
 from spectune.files.atomic import atomic_folder
+from spectune.files.digests import Digest, digest_of
+from spectune.files.metadata import read_json, sealed
+from spectune.files.strict_json import strict_json
 from spectune.files.weights import FLOATS
 from spectune.version import __version__
 
@@ -30,8 +32,9 @@ class DeltaFiles(ABC):
     """How one delta's weights are written to a folder and read from it."""
 
     @abstractmethod
-    def write(self, folder: Path) -> None:
-        """Write config and weights into an existing folder, not atomically."""
+    def write(self, folder: Path) -> Mapping[str, Digest]:
+        """Write config and weights into an existing folder, not atomically. Returns the digests of the weights, by the
+        names of their files, as far as they are known from the writing."""
 
     @abstractmethod
     def weight_files(self, folder: Path) -> list[Path]:
@@ -49,7 +52,7 @@ class DeltaFiles(ABC):
 
 
 def save_folder(
-    folder: Path, method: Method, write: Callable[[Path], None],
+    folder: Path, method: Method, write: Callable[[Path], Mapping[str, Digest]],
     *, base: Mapping[str, Any], base_name: str, parameters: int,
 ) -> Path:  # fmt: skip
     """Write a delta's folder, atomically; one that an earlier save wrote is replaced. Returns the folder.
@@ -62,10 +65,14 @@ def save_folder(
 
     Raises:
         ConfigError: the folder holds files that no save of a delta wrote.
+        WriteError: the disk is full, read-only or broken; the folder is as it was.
     """
     with atomic_folder(folder, replaces=_is_ours) as temporary:
-        write(temporary)
+        known = write(temporary)
         name_base(temporary / CONFIG_FILE, base_name)
+        files = sorted(file for file in temporary.iterdir() if file.is_file())
+        digests = {file.name: (known.get(file.name) or digest_of(file)).model_dump() for file in files}
+        weights = {name for name in digests if name.endswith(".safetensors")}
         ours = {
             "format": FORMAT,
             "method": method.as_stored().model_dump(mode="json"),
@@ -76,11 +83,12 @@ def save_folder(
             "text_positions_start_at": method.virtual_tokens,
             "parameters": parameters,
             "versions": {"spectune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-            "weights": digests(temporary),
+            "weights": {name: digest for name, digest in digests.items() if name in weights},
+            "digests": {name: digest for name, digest in digests.items() if name not in weights},
             # what a later save may replace
-            "files": sorted({entry.name for entry in temporary.iterdir()} | {OUR_FILE}),
+            "files": sorted({*digests, OUR_FILE}),
         }
-        (temporary / OUR_FILE).write_text(json.dumps(ours, indent=2) + "\n")
+        (temporary / OUR_FILE).write_text(strict_json(sealed(ours)) + "\n", encoding="utf-8")
     return folder
 
 
@@ -88,39 +96,28 @@ def _is_ours(folder: Path, entry: Path) -> bool:
     """Whether a save wrote `entry`: what the folder itself says. Format 1 says it of weights only, and a model's has a
     config too."""
     try:
-        ours = json.loads((folder / OUR_FILE).read_text(encoding="utf-8"))
+        if (ours := read_json(folder / OUR_FILE)) is None:
+            return False
         weights = ours.get("weights", [WEIGHTS_FILE])
         configs = [CONFIG_FILE] if WEIGHTS_FILE in weights else ["config.json", "generation_config.json"]
         return entry.name in ours.get("files", [OUR_FILE, *weights, *configs])
-    except (OSError, ValueError, AttributeError, TypeError):  # none, or not one of ours
+    except (DataError, AttributeError, TypeError):  # not one of ours
         return False
 
 
 def name_base(config_file: Path, name: str) -> None:
     """Write PEFT's key for the base into a config of PEFT's layout; any other config, or none, stays as it is."""
-    if not config_file.is_file():
-        return
-    config = json.loads(config_file.read_text())
-    if "peft_type" in config:
-        config_file.write_text(json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n")
+    config = read_json(config_file, any_integer=True)
+    if config is not None and "peft_type" in config:
+        config_file.write_text(
+            json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def base_name(model: PreTrainedModel) -> str:
     """What the base was loaded as; the embedded one by its own name, which holds on every machine."""
     name = str(model.config._name_or_path)
     return NAME if name and Path(name) == Path(MODEL_FOLDER) else name
-
-
-def digests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of each safetensors file of a folder, by name."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
-
-
-def sha256(path: Path) -> str:
-    """A file's SHA-256, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:

@@ -15,6 +15,7 @@ from spectune.deltas.folder import DeltaFiles, check_tensors
 from spectune.deltas.site import Site
 from spectune.errors import ConfigError, DataError, some
 from spectune.families import quantised_weights
+from spectune.files.digests import Digest
 from spectune.files.weights import check_finite, need_weights, read_headers, read_weights
 
 
@@ -97,9 +98,10 @@ class ModelFiles(DeltaFiles):
         self.model: Any = model
         self._own = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> Mapping[str, Digest]:
         # the class's own method: the instance's is shadowed while deltas are attached
         type(self.model).save_pretrained(self.model, folder)
+        return {}
 
     def weight_files(self, folder: Path) -> list[Path]:
         files = sorted(folder.glob("*.safetensors"))

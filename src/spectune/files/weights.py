@@ -4,8 +4,6 @@ Nothing is ever unpickled. A file is opened only where it is a regular file insi
 out of the folder would read what the folder does not hold.
 """
 
-import os
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spectune.errors import DataError
+from spectune.files.regular import plain_file
 
 #: what weights may be stored as; anything narrower (float8) has lost what a delta needs, integers are no weights
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -26,36 +25,6 @@ _DTYPES = {
 }  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _COPY = "copy the folder again from where it was written"
-
-
-def plain_file(path: Path) -> bool:
-    """Whether there is a file at `path`. Raises DataError: what is there is no regular file, or a link that leads
-    nowhere or out of its folder (into the blobs of the hub's cache is allowed: that is how the cache stores every
-    file)."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise DataError(f"{path} is a link to {os.readlink(path)}, where there is nothing; {_COPY}") from None
-        return False
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be looked at: {error}; {_COPY}") from error
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
-        raise DataError(f"{path} is {kind}, expected a file; {_COPY}")
-    target = os.path.realpath(path)
-    if path.is_symlink() and not any(os.path.commonpath([target, root]) == root for root in _roots(path.parent)):
-        raise DataError(
-            f"{path} is a link to {target}, outside of its folder: refused. Put the file itself there if it is meant."
-        )
-    return True
-
-
-def _roots(folder: Path) -> list[str]:
-    """Folders that links in `folder` may lead to: itself, and for a snapshot of the hub's cache the blobs beside it."""
-    own = os.path.realpath(folder)
-    caches = [parent.parent for parent in Path(own).parents if parent.name == "snapshots"]
-    return [own, *(str(cache / "blobs") for cache in caches[:1])]
 
 
 def need_weights(path: Path) -> Path:

@@ -90,6 +90,16 @@ def failure_lines(comparison: ComparisonResult) -> list[str]:
     return lines
 
 
+def changed_sentence(comparison: ComparisonResult) -> str | None:
+    """Which files were changed after they were written; None where none was."""
+    if not comparison.changed:
+        return None
+    return (
+        "Changed or damaged after it was written, and shown here as it is, so that these numbers may not be those that "
+        f"were measured: {'; '.join(comparison.changed)}."
+    )
+
+
 def notes(comparison: ComparisonResult) -> list[str]:
     """What a reader must know to read the tables right."""
     data, base = comparison.data, comparison.base
@@ -97,7 +107,9 @@ def notes(comparison: ComparisonResult) -> list[str]:
     verdict = comparison.verdict or Verdict()
     rows = "test" if data.judged_on == "test" else "validation"
     judged = f"{data.valid_rows:,}" if data.judged_rows is None else f"{data.judged_rows:,} {rows}"
-    found = _budget(comparison.preset, searched=bool(comparison.searches))
+    changed = changed_sentence(comparison)
+    found = [changed] if changed is not None else []
+    found += _budget(comparison.preset, searched=bool(comparison.searches))
     found += [f"Trained on {data.mixture}."] if data.mixture else []
     found += [_meaning_of_intervals(verdict)] if verdict.arms else []
     if comparison.decided_by_loss:

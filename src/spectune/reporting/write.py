@@ -6,7 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from spectune.files.atomic import atomic_write_bytes
+from spectune.files.atomic import atomic_write_bytes, sweep
+from spectune.files.disk_errors import disk_errors
 from spectune.reporting.page import comparison_page
 from spectune.reporting.plots import comparison_figure, comparison_plots, figure_style
 from spectune.reporting.spreadsheets import comparison_csv, runs_csv
@@ -24,9 +25,13 @@ def write_reports(comparison: ComparisonResult, folder: str | Path) -> list[Path
     `comparison.csv` (a line an arm), `runs.csv` (a line a run), `comparison.md`, `report.html` (one file that needs
     nothing else), `shares-and-performance.svg` and `.png`, and the page's figures as SVG and PNG under `plots/`. Each
     file is written atomically; the same comparison gives the same bytes.
+
+    Raises:
+        WriteError: the disk is full, read-only or broken.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, folder / PLOTS):
+        sweep(place)
     contents: dict[str, bytes] = {
         "comparison.csv": _bytes(comparison_csv(comparison)),
         "runs.csv": _bytes(runs_csv(comparison)),
@@ -44,8 +49,9 @@ def write_reports(comparison: ComparisonResult, folder: str | Path) -> list[Path
         contents |= {f"{FIGURE}.{kind}": _saved(figure, kind) for kind in ("svg", "png")}
     svgs = [(plot, svg.decode()) for plot, svg in drawn]
     contents["report.html"] = _bytes(comparison_page(comparison, folder, svgs))
-    for name, content in contents.items():
-        atomic_write_bytes(folder / name, content)
+    with disk_errors(folder, "What was measured is whole: spectune report makes these files again."):
+        for name, content in contents.items():
+            atomic_write_bytes(folder / name, content)
     return [folder / name for name in contents]
 
 

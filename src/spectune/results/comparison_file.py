@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from spectune.errors import DataError
+from spectune.files.metadata import read_json, record_of
 from spectune.results.recommendation import Recommendation
-from spectune.results.record import Record, first_problem
+from spectune.results.record import Count, Measure, Record, Seconds
 from spectune.results.run_result import RunRecord, TrainSource
 from spectune.results.verdict_record import Verdict
 
 FILE = "comparison.json"
 #: raised when a reader of this version would misunderstand the file; one without a version is of the first
 FORMAT_VERSION = 1
+_AGAIN = "`spectune report` makes it anew from the comparison's runs"
 
 
 class Base(Record):
@@ -25,15 +27,15 @@ class Base(Record):
     `judged_loss_by_source` is empty where those are of one source."""
 
     name: str = ""
-    total_parameters: int | None = None
+    total_parameters: Count | None = None
     device: str = ""
     dtype: str = ""
     precision: str | None = None
-    judged_loss: float | None = None
-    judged_loss_by_source: dict[str, float | None] = Field(default_factory=dict)
-    metrics: dict[str, float | None] = Field(default_factory=dict)
-    valid_loss: float | None = None
-    decode_tokens_per_second: float | None = None
+    judged_loss: Measure | None = None
+    judged_loss_by_source: dict[str, Measure | None] = Field(default_factory=dict)
+    metrics: dict[str, Measure | None] = Field(default_factory=dict)
+    valid_loss: Measure | None = None
+    decode_tokens_per_second: Measure | None = None
 
 
 class Data(Record):
@@ -41,19 +43,19 @@ class Data(Record):
     `sources` and `mixture`, the same as a sentence: where the training rows are of several sources. `loss_unit`: of the
     losses. `decided_by`: what the arms are ordered by, a metric where their losses are of different things."""
 
-    train_rows: int = 0
-    train_examples: int | None = None
-    valid_rows: int = 0
-    held_out: float | None = None
+    train_rows: Count = 0
+    train_examples: Count | None = None
+    valid_rows: Count = 0
+    held_out: Measure | None = None
     judged_on: str = "valid"
-    judged_rows: int | None = None
-    generated_rows: int | None = None
+    judged_rows: Count | None = None
+    generated_rows: Count | None = None
     higher_is_better: dict[str, bool] = Field(default_factory=dict)
     task: str | None = None
-    retained_passages: int | None = None
-    retained_tokens: int | None = None
+    retained_passages: Count | None = None
+    retained_tokens: Count | None = None
     retained_from: str = ""
-    target_tokens_per_step: float | None = None
+    target_tokens_per_step: Measure | None = None
     sources: dict[str, TrainSource] = Field(default_factory=dict)
     mixture: str = ""
     loss_unit: str = "nats per target token"
@@ -63,15 +65,15 @@ class Data(Record):
 class Share(Record):
     """Trained weights of a method on some model; None where it cannot be said."""
 
-    parameters: int | None = None
-    share: float | None = None
+    parameters: Count | None = None
+    share: Measure | None = None
 
 
 class Scale(Record):
     """The share of the weights that each method trains on a model of known size."""
 
     model: str = ""
-    total_parameters: int | None = None
+    total_parameters: Count | None = None
     shares: dict[str, Share] = Field(default_factory=dict)
 
 
@@ -81,14 +83,14 @@ class Preset(Record):
 
     name: str = ""
     seeds: list[int] = Field(default_factory=list)
-    rungs: list[tuple[int, float]] = Field(default_factory=list)
-    fixed_learning_rate: float | None = None
-    final_steps: int | None = None
-    final_target_tokens: int | None = None
-    search_target_tokens: int | None = None
-    total_target_tokens: int | None = None
-    curve: list[tuple[int, int]] = Field(default_factory=list)
-    search_valid_rows: int | None = None
+    rungs: list[tuple[Count, Measure]] = Field(default_factory=list)
+    fixed_learning_rate: Measure | None = None
+    final_steps: Count | None = None
+    final_target_tokens: Count | None = None
+    search_target_tokens: Count | None = None
+    total_target_tokens: Count | None = None
+    curve: list[tuple[Count, Count]] = Field(default_factory=list)
+    search_valid_rows: Count | None = None
     covers_training_noise: bool = False
     memory_in_own_process: bool = False
 
@@ -115,16 +117,16 @@ class Arm(Entry):
     best_for: str = ""
     task_type: str = "CAUSAL_LM"
     settings: dict[str, Any] = Field(default_factory=dict)
-    stored_parameters: int | None = None
-    trainable_parameters: int | None = None
-    seconds_by_phase: dict[str, float] = Field(default_factory=dict)
+    stored_parameters: Count | None = None
+    trainable_parameters: Count | None = None
+    seconds_by_phase: dict[str, Seconds] = Field(default_factory=dict)
 
 
 class Failure(Entry):
     """A run that failed, or where there is no seed, a search."""
 
     seed: int | None = None
-    learning_rate: float | None = None
+    learning_rate: Measure | None = None
     reason: str = ""
 
 
@@ -139,13 +141,13 @@ class Trial(Record):
     """One short run of a search. `valid_loss` is None where it diverged, with the reason; an extension was tried
     because the best rate lay on the edge."""
 
-    learning_rate: float = 0.0
-    steps: int = 0
-    target_tokens: int = 0
-    valid_loss: float | None = None
+    learning_rate: Measure = 0.0
+    steps: Count = 0
+    target_tokens: Count = 0
+    valid_loss: Measure | None = None
     reason: str | None = None
     extension: bool = False
-    seconds_by_phase: dict[str, float] = Field(default_factory=dict)
+    seconds_by_phase: dict[str, Seconds] = Field(default_factory=dict)
 
     @property
     def rank(self) -> float:
@@ -166,9 +168,9 @@ class Search(Record):
 
     source: str = ""
     trials: list[Trial] = Field(default_factory=list)
-    best: float | None = None
+    best: Measure | None = None
     edge: str | None = None
-    range: tuple[float, float] | None = None
+    range: tuple[Measure, Measure] | None = None
     sentence: str = ""
 
 
@@ -176,29 +178,29 @@ class CurvePoint(Record):
     """A run on some of the rows: a point of a data curve."""
 
     name: str = ""
-    rows: int = 0
+    rows: Count = 0
     method: str = ""
     seed: int | None = None
-    learning_rate: float | None = None
-    steps: int | None = None
-    valid_loss: float | None = None
-    last_valid_loss: float | None = None
-    train_loss: float | None = None
-    base_valid_loss: float | None = None
-    seconds_by_phase: dict[str, float] = Field(default_factory=dict)
+    learning_rate: Measure | None = None
+    steps: Count | None = None
+    valid_loss: Measure | None = None
+    last_valid_loss: Measure | None = None
+    train_loss: Measure | None = None
+    base_valid_loss: Measure | None = None
+    seconds_by_phase: dict[str, Seconds] = Field(default_factory=dict)
 
 
 class Decoding(Record):
     """Decoded tokens a second over all rows of a batch, and overheads as shares of the bare base's time: medians over
     rounds, `_range` are quartiles. None where there is no merged model."""
 
-    tuned: float | None = None
-    merged: float | None = None
-    base: float | None = None
-    overhead: float | None = None
-    overhead_range: tuple[float, float] | None = None
-    overhead_merged: float | None = None
-    overhead_merged_range: tuple[float, float] | None = None
+    tuned: Measure | None = None
+    merged: Measure | None = None
+    base: Measure | None = None
+    overhead: Measure | None = None
+    overhead_range: tuple[Measure, Measure] | None = None
+    overhead_merged: Measure | None = None
+    overhead_merged_range: tuple[Measure, Measure] | None = None
 
 
 class ComparedRun(RunRecord, Entry):
@@ -225,7 +227,7 @@ class Conditions(Record):
     scale: list[Scale] = Field(default_factory=list)
     preset: Preset = Field(default_factory=Preset)
     arms: list[Arm] = Field(default_factory=list)
-    seconds_by_phase: dict[str, float] = Field(default_factory=dict)
+    seconds_by_phase: dict[str, Seconds] = Field(default_factory=dict)
 
 
 class ComparisonResult(Conditions):
@@ -237,6 +239,7 @@ class ComparisonResult(Conditions):
         curves: points of the data curve.
         missing: final runs of a comparison that was interrupted.
         command: of files that have it, the command line that made them.
+        changed: a line for each file that was changed or damaged after it was written, and is shown as it is.
     """
 
     format_version: int = 1
@@ -248,6 +251,7 @@ class ComparisonResult(Conditions):
     verdict: Verdict | None = None
     recommendation: Recommendation | None = None
     command: list[str] | str | None = None
+    changed: list[str] = Field(default_factory=list)
 
     @property
     def decided_by_loss(self) -> bool:
@@ -286,26 +290,23 @@ class ComparisonResult(Conditions):
         self.write(folder / FILE)
 
     @classmethod
-    def load(cls, folder: Path) -> ComparisonResult:
+    def load(cls, folder: Path, *, warn: Callable[[str], None] | None = None) -> ComparisonResult:
         """The comparison in a folder.
+
+        Args:
+            warn: is told where the file was changed after it was written; by default that is an error.
 
         Raises:
             DataError: there is none, or it is damaged, or of a later version of spectune than this one can read.
         """
-        path = folder / FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as a comparison: {error}") from error
-        if not isinstance(content, dict):
-            raise DataError(f"{path} holds no object; expected what `spectune compare` writes")
+        path, what = folder / FILE, "a comparison"
+        content = read_json(path, what=what, again=_AGAIN)
+        if content is None:
+            raise DataError(f"{path} cannot be read as a comparison: there is no such file")
         version = content.get("format_version", 1)
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise DataError(
                 f"{path} has format_version {version}, and this version of spectune reads up to {FORMAT_VERSION}: "
                 "install a newer one"
             )
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            raise DataError(f"{path} cannot be read as a comparison ({first_problem(error)})") from error
+        return record_of(content, path, cls, what=what, again=_AGAIN, warn=warn)

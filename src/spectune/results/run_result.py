@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,22 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from spectune.errors import DataError
 from spectune.files.atomic import atomic_write_text
+from spectune.files.metadata import check_seal, first_problem, read_json, sealed, without_seal
 from spectune.files.strict_json import strict_json
 from spectune.results.other_work import MachineLoad
-from spectune.results.record import Record, first_problem
+from spectune.results.record import Count, Measure, Record, Seconds
+from spectune.results.vouched import FILES
+
+_AGAIN = "Remove it and resume: the run goes on from its last checkpoint."
 
 
 class TrainSource(Record):
     """One of several sources that a run was trained on: its rows, how often an epoch has each (`weight`), and the
     examples that an epoch has of it."""
 
-    rows: int = 0
-    weight: float = 1.0
-    examples: int = 0
+    rows: Count = 0
+    weight: Measure = 1.0
+    examples: Count = 0
 
 
 class RunRecord(Record):
@@ -32,53 +36,53 @@ class RunRecord(Record):
     name: str = ""
     settings: dict[str, Any] = Field(default_factory=dict)
     seed: int | None = None
-    learning_rate: float | None = None
+    learning_rate: Measure | None = None
     task_type: str = "CAUSAL_LM"
-    trainable_parameters: int | None = None
-    stored_parameters: int | None = None
-    total_parameters: int | None = None
-    stored_bytes: int | None = None
-    steps: int | None = None
-    best_step: int | None = None
-    train_tokens: int | None = None
-    target_tokens: int | None = None
-    train_loss: float | None = None
-    valid_loss: float | None = None
-    valid_loss_by_source: Mapping[str, float | None] = Field(default_factory=dict)
+    trainable_parameters: Count | None = None
+    stored_parameters: Count | None = None
+    total_parameters: Count | None = None
+    stored_bytes: Count | None = None
+    steps: Count | None = None
+    best_step: Count | None = None
+    train_tokens: Count | None = None
+    target_tokens: Count | None = None
+    train_loss: Measure | None = None
+    valid_loss: Measure | None = None
+    valid_loss_by_source: Mapping[str, Measure | None] = Field(default_factory=dict)
     train_sources: Mapping[str, TrainSource] = Field(default_factory=dict)
-    base_valid_loss: float | None = None
+    base_valid_loss: Measure | None = None
     valid_perplexity: float | None = None
-    train_tokens_per_second: float | None = None
-    train_seconds: float | None = None
-    seconds_by_phase: dict[str, float] = Field(default_factory=dict)
-    peak_memory_bytes: dict[str, int] = Field(default_factory=dict)
-    predicted_memory_bytes: dict[str, int] = Field(default_factory=dict)
+    train_tokens_per_second: Measure | None = None
+    train_seconds: Seconds | None = None
+    seconds_by_phase: dict[str, Seconds] = Field(default_factory=dict)
+    peak_memory_bytes: dict[str, Count] = Field(default_factory=dict)
+    predicted_memory_bytes: dict[str, Count] = Field(default_factory=dict)
     memory_prediction_source: str | None = None
     gradient_checkpointing: bool | str | None = None
     stopped_early: bool = False
-    processes: int = 1
-    metrics: Mapping[str, float | None] = Field(default_factory=dict)
-    forgetting_kl_nats_per_token: float | None = None
-    decode_tokens_per_second: float | None = None
-    decode_tokens_per_second_base: float | None = None
-    decode_tokens_per_second_merged: float | None = None
-    decode_tokens_per_second_spread: float | None = None
-    decode_tokens_per_second_base_spread: float | None = None
-    decode_tokens_per_second_merged_spread: float | None = None
-    inference_overhead_range: tuple[float, float] | None = None
-    inference_overhead_merged_range: tuple[float, float] | None = None
+    processes: Count = 1
+    metrics: Mapping[str, Measure | None] = Field(default_factory=dict)
+    forgetting_kl_nats_per_token: Measure | None = None
+    decode_tokens_per_second: Measure | None = None
+    decode_tokens_per_second_base: Measure | None = None
+    decode_tokens_per_second_merged: Measure | None = None
+    decode_tokens_per_second_spread: Measure | None = None
+    decode_tokens_per_second_base_spread: Measure | None = None
+    decode_tokens_per_second_merged_spread: Measure | None = None
+    inference_overhead_range: tuple[Measure, Measure] | None = None
+    inference_overhead_merged_range: tuple[Measure, Measure] | None = None
     retained_sha256: str | None = None
-    swap_seconds: float | None = None
+    swap_seconds: Seconds | None = None
     machine_load: dict[str, MachineLoad] = Field(default_factory=dict)
     folder: str | None = None
     key: str | None = None
-    last_valid_loss: float | None = None
-    judged_loss: float | None = None
-    judged_loss_by_source: Mapping[str, float | None] = Field(default_factory=dict)
+    last_valid_loss: Measure | None = None
+    judged_loss: Measure | None = None
+    judged_loss_by_source: Mapping[str, Measure | None] = Field(default_factory=dict)
     judged_on: str | None = None
     rows_file: str | None = None
-    evaluation_seconds: float | None = None
-    forgetting_by_passage: Sequence[float | None] | None = None
+    evaluation_seconds: Seconds | None = None
+    forgetting_by_passage: Sequence[Measure | None] | None = None
 
     @property
     def loss(self) -> float | None:
@@ -127,18 +131,18 @@ class RunResult(RunRecord):
     name: str
     settings: dict[str, Any]
     seed: int
-    learning_rate: float
-    trainable_parameters: int
-    stored_parameters: int
-    total_parameters: int
-    steps: int
-    train_tokens: int
-    target_tokens: int
-    train_loss: float | None
-    train_tokens_per_second: float
-    train_seconds: float
-    metrics: dict[str, float] = Field(default_factory=dict)
-    forgetting_by_passage: list[float] | None = None
+    learning_rate: Measure
+    trainable_parameters: Count
+    stored_parameters: Count
+    total_parameters: Count
+    steps: Count
+    train_tokens: Count
+    target_tokens: Count
+    train_loss: Measure | None
+    train_tokens_per_second: Measure
+    train_seconds: Seconds
+    metrics: dict[str, Measure] = Field(default_factory=dict)
+    forgetting_by_passage: list[Measure] | None = None
     decode: dict[str, dict[str, Any]] | None = None
 
     def with_measured(self, found: Mapping[str, Any]) -> RunResult:
@@ -147,19 +151,29 @@ class RunResult(RunRecord):
         both = {key: {**getattr(self, key), **found.get(key, {})} for key in ("peak_memory_bytes", "machine_load")}
         return self.model_copy(update={**found, **both})
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, atomically; a number that is not finite becomes null."""
-        atomic_write_text(path, strict_json(self.model_dump(mode="json")) + "\n")
+    def save(self, path: str | Path, files: Mapping[str, Any] | None = None) -> None:
+        """Write as JSON with a seal, atomically; a number that is not finite becomes null. `files`: of the run's other
+        files, what they are, see `spectune.results.vouched`."""
+        vouched = {FILES: files} if files else {}
+        atomic_write_text(path, strict_json(sealed({**self.model_dump(mode="json"), **vouched})) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> RunResult:
-        """Read `result.json`. Raises DataError where it is damaged."""
+    def load(cls, path: str | Path, *, warn: Callable[[str], None] | None = None) -> RunResult:
+        """Read `result.json`.
+
+        Args:
+            warn: is told where the file was changed after it was written; by default that is an error.
+
+        Raises:
+            DataError: there is none, or it is damaged.
+        """
+        path = Path(path)
+        content = read_json(path, what="a run's result", again=_AGAIN)
+        if content is None:
+            raise DataError(f"{path} cannot be read as a run's result: there is no such file")
         try:
-            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+            found = cls.model_validate({key: value for key, value in without_seal(content).items() if key != FILES})
         except ValidationError as error:
-            raise DataError(
-                f"{path} is not a run's result ({first_problem(error)}). Remove it and resume: the run goes on from "
-                "its last checkpoint."
-            ) from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read as a run's result: {error}") from error
+            raise DataError(f"{path} is not a run's result ({first_problem(error)}). {_AGAIN}") from error
+        check_seal(path, content, _AGAIN, warn=warn)
+        return found

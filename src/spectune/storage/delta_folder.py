@@ -17,11 +17,12 @@ from spectune.deltas.delta import AdapterFiles, ModuleDelta
 from spectune.deltas.folder import CONFIG_FILE, OUR_FILE, DeltaFiles
 from spectune.errors import DataError, SpectuneError, first_line, some
 from spectune.families import Family, compare_bases, sample_differences
+from spectune.files.metadata import read_json
 from spectune.storage.foreign.foreign_folder import ForeignFolder
 from spectune.storage.foreign.mlx_folder import fit_mlx, is_mlx, mlx_method
 from spectune.storage.foreign.other_formats import is_adapter_hub, refuse_adapter_hub, refuse_folder, refuse_path
 from spectune.storage.foreign.peft_folder import fit_peft, peft_method
-from spectune.storage.manifest import FirstManifest, Manifest, check_digests, read_json, read_manifest
+from spectune.storage.manifest import FirstManifest, Manifest, check_digests, read_manifest
 
 log = logging.getLogger("spectune")
 
@@ -81,7 +82,7 @@ def _described(folder: Path) -> tuple[Manifest | None, Method, dict[str, Any]]:
     found = read_manifest(folder / OUR_FILE)
     if found is not None:
         return *found, {}
-    config = read_json(folder / CONFIG_FILE)
+    config = read_json(folder / CONFIG_FILE, any_integer=True)
     if config is None:
         raise refuse_folder(folder)
     if "spectune_method" in config:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,6 +14,9 @@ from spectune.deltas import Delta, InputModule
 from spectune.deltas.folder import CONFIG_FILE, OUR_FILE, name_base
 from spectune.errors import ConfigError
 from spectune.files.atomic import atomic_folder
+from spectune.files.regular import plain_file
+from spectune.files.tensor_file import write_tensors
+from spectune.storage.manifest import check_digests, read_manifest
 
 PROMPT_EMBEDS_FILE = "prompt_embeds.safetensors"
 
@@ -54,6 +56,7 @@ def write_peft(delta: Delta, folder: str | Path) -> Path:
 
     Raises:
         ConfigError: PEFT has no such method.
+        WriteError: the disk is full, read-only or broken.
     """
     folder = Path(folder)
     check_format(delta, "peft")
@@ -71,6 +74,7 @@ def write_prompt_embeds(delta: Delta, folder: str | Path, dtype: torch.dtype | N
 
     Raises:
         ConfigError: the method is not made of embeddings before the text.
+        WriteError: the disk is full, read-only or broken.
     """
     folder = Path(folder)
     check_format(delta, "prompt-embeds")
@@ -81,13 +85,14 @@ def write_prompt_embeds(delta: Delta, folder: str | Path, dtype: torch.dtype | N
     base = _base_name(delta.model)
     with atomic_folder(folder) as temporary:
         metadata = {"format": "pt", "base_model_name_or_path": base}
-        save_file({"prompt_embeds": virtual}, temporary / PROMPT_EMBEDS_FILE, metadata=metadata)
+        write_tensors(temporary / PROMPT_EMBEDS_FILE, {"prompt_embeds": virtual}, metadata)
         (temporary / "README.md").write_text(_prompt_embeds_page(virtual, base), encoding="utf-8")
     return folder
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """A plain model (what `merge` gives) and its tokenizer as a transformers folder; atomically. Returns the folder."""
+    """A plain model (what `merge` gives) and its tokenizer as a transformers folder; atomically. Returns the folder.
+    Raises WriteError: the disk is full, read-only or broken, as transformers' own writers met it."""
     folder = Path(folder)
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
@@ -96,11 +101,18 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def copy_model(source: Path, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """A fully tuned model's folder as a plain transformers folder, weights bit for bit, with the tokenizer."""
+    """A fully tuned model's folder as a plain transformers folder, weights bit for bit, with the tokenizer.
+
+    Raises:
+        DataError: the folder is not as it was saved, or holds a link out of itself.
+        WriteError: the disk is full, read-only or broken.
+    """
     folder = Path(folder)
+    if (found := read_manifest(source / OUR_FILE)) is not None:
+        check_digests(found[0], sorted(source.glob("*.safetensors")) or [source / "model.safetensors"])
     with atomic_folder(folder) as temporary:
         for file in source.iterdir():
-            if file.is_file() and file.name != OUR_FILE:
+            if file.name != OUR_FILE and not file.is_dir() and plain_file(file):
                 shutil.copyfile(file, temporary / file.name)
         tokenizer.save_pretrained(temporary)
     return folder

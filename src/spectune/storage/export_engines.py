@@ -4,7 +4,6 @@ Each loads the folder and its base afresh, as its reader will.
 """
 
 import contextlib
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.folder import CONFIG_FILE
 from spectune.errors import ConfigError, ExportError, SpectuneError, first_line
+from spectune.files.metadata import read_json
 from spectune.storage.delta_folder import load_delta
 from spectune.storage.descriptions import source_of
 from spectune.storage.expectation import FULL, Batch, ExpectedAnswers, inputs_of
@@ -142,7 +142,7 @@ def _caller(model: Any) -> Callable[[Batch], Tensor]:
 
 
 def _named_in(config_file: Path) -> str:
-    return str(json.loads(config_file.read_text()).get("base_model_name_or_path") or "")
+    return str((read_json(config_file) or {}).get("base_model_name_or_path") or "")
 
 
 def _fresh_base(name: str, expected: ExpectedAnswers) -> PreTrainedModel:

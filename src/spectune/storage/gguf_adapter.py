@@ -132,6 +132,7 @@ def write_gguf_lora(delta: Delta, folder: str | Path) -> Path:
     Raises:
         ConfigError: the `gguf` package is not installed; the method is not LoRA; llama.cpp has no such base, or no such
             weight.
+        WriteError: the disk is full, read-only or broken.
     """
     gguf = gguf_package()
     check_format(delta, "gguf-lora")

@@ -1,24 +1,23 @@
 """`spectune.json`: what a delta's folder says of itself, and the digests of its weights, checked on reading."""
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from spectune.deltas import Method
-from spectune.deltas.folder import FORMAT, OUR_FILE, sha256
+from spectune.deltas.folder import FORMAT, OUR_FILE
 from spectune.errors import DataError, SpectuneError
 from spectune.families import is_whole
-from spectune.files.weights import need_weights, plain_file
+from spectune.files.digests import Digest, check_files
+from spectune.files.metadata import SEAL, Seal, read_json, seal_of
+from spectune.files.weights import need_weights
 from spectune.methods import method_from_dict
 
-#: no config is longer; a longer file is not read
-MAX_JSON_BYTES = 16 * 2**20
-
-_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$")]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+_WeightsName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$")]
 
 
 class _Strict(BaseModel):
@@ -76,13 +75,6 @@ class Base(_Strict):
         return self.model_dump(exclude_none=True)
 
 
-class Digest(_Strict):
-    """What a file was when it was written."""
-
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-
-
 class Manifest(_Strict):
     """The content of `spectune.json`."""
 
@@ -95,9 +87,12 @@ class Manifest(_Strict):
     parameters: int | None = None
     versions: dict[str, str] | None = None
     #: by file name; folders written before this key have none
-    weights: dict[_FileName, Digest] | None = None
+    weights: dict[_WeightsName, Digest] | None = None
+    #: of the other files that the save wrote, such as `adapter_config.json`
+    digests: dict[_FileName, Digest] | None = None
     #: of the folder, all that the save wrote
     files: list[str] | None = None
+    _seal: Seal = PrivateAttr(Seal.ABSENT)
 
 
 class FirstManifest(Manifest):
@@ -109,7 +104,7 @@ class FirstManifest(Manifest):
 def read_manifest(path: Path) -> tuple[Manifest, Method] | None:
     """A folder's `spectune.json` and the method it describes; None where there is none. Raises DataError: it is
     damaged, of another format, or its method is none of ours; everything wrong is listed."""
-    content = read_json(path)
+    content = read_json(path, any_integer=True)  # the model says of which key it is too large
     if content is None:
         return None
     version = content.get("format")
@@ -121,6 +116,7 @@ def read_manifest(path: Path) -> tuple[Manifest, Method] | None:
         manifest = (FirstManifest if version == 1 else Manifest).model_validate(content)
     except ValidationError as error:
         raise DataError(f"{path} is not what Delta.save writes; copy the folder again", explain(error)) from None
+    manifest._seal = seal_of(content)
     method = _method(path, manifest)
     starts_at = manifest.text_positions_start_at
     if starts_at is not None and starts_at != method.virtual_tokens:
@@ -147,7 +143,8 @@ def _method(path: Path, manifest: Manifest) -> Method:
 
 
 def check_digests(manifest: Manifest, files: Iterable[Path]) -> None:
-    """Compare weight files with what they were when saved; nothing to compare in folders without the key. Raises
+    """Compare a folder's files with what they were when saved, and what it says of itself with its seal; nothing to
+    compare where the key `weights` is not there, as in folders of the first versions, or was taken out. Raises
     DataError: a file is missing, is not listed, or was changed; all of them are named."""
     if manifest.weights is None:
         return
@@ -156,46 +153,18 @@ def check_digests(manifest: Manifest, files: Iterable[Path]) -> None:
     for name in manifest.weights:
         need_weights(folder / name)
     problems = [f"{name}: is not listed in {OUR_FILE}" for name in present if name not in manifest.weights]
-    for name, path in present.items():
-        saved = manifest.weights.get(name)
-        if saved is None:
-            continue
-        size = path.stat().st_size
-        if size != saved.bytes:
-            problems.append(f"{name}: has {size:,} bytes, {saved.bytes:,} were saved")
-        elif (found := sha256(path)) != saved.sha256:
-            problems.append(f"{name}: its SHA-256 is {found[:16]}..., {saved.sha256[:16]}... was saved")
+    try:
+        check_files(folder, {**manifest.weights, **(manifest.digests or {})}, "")
+    except DataError as error:
+        problems += error.problems
+    if manifest._seal is Seal.WRONG:
+        problems.append(f"{OUR_FILE}: its content does not fit its key {SEAL!r}")
     if problems:
         raise DataError(
-            f"{folder}: the weights are not the ones that were saved. Copy the folder again; or, if they were changed "
-            f"on purpose, take the key 'weights' out of {folder / OUR_FILE}",
+            f"{folder}: the weights, or what is said of them, are not what was saved. Copy the folder again; or, if "
+            f"they were changed on purpose, take the key 'weights' out of {folder / OUR_FILE}",
             problems,
         )
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """An object out of a JSON file, None where there is no file. Raises DataError: it is no regular file, too long, no
-    JSON (NaN and infinite numbers are none), or no object."""
-    if not plain_file(path):
-        return None
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"{path.stat().st_size:,} bytes, at most {MAX_JSON_BYTES:,} are read")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number, parse_float=_finite)
-    except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{path} is not readable JSON ({error}); copy the folder again") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}, expected an object; copy the folder again")
-    return content
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _no_number(text)
 
 
 def explain(error: ValidationError) -> list[str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Lt
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 #: tokens of a row where the user says nothing, if the base has room for them
 DEFAULT_LENGTH = 1024
+#: so large that no step ever gets there, and no more than a tensor's sizes
+Whole = Annotated[int, Lt(2**63)]
 
 
 class TrainingConfig(BaseModel):
@@ -71,10 +74,10 @@ class TrainingConfig(BaseModel):
     output_dir: Path | None = None
     learning_rate: float | None = Field(None, gt=0)
     num_train_epochs: float = Field(3.0, gt=0)
-    max_steps: int = Field(-1, ge=-1)
-    per_device_train_batch_size: int = Field(8, ge=1)
-    per_device_eval_batch_size: int = Field(16, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_steps: Whole = Field(-1, ge=-1)
+    per_device_train_batch_size: Whole = Field(8, ge=1)
+    per_device_eval_batch_size: Whole = Field(16, ge=1)
+    gradient_accumulation_steps: Whole = Field(1, ge=1)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: float = Field(0.06, ge=0)
     optim: Literal["adamw_torch_fused", "adamw_8bit", "adamw_in_backward"] = "adamw_torch_fused"
@@ -83,7 +86,7 @@ class TrainingConfig(BaseModel):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0)
-    max_length: int | None = Field(None, ge=2)
+    max_length: Whole | None = Field(None, ge=2)
     separator: str = ""
     train_on: Literal["all", "last"] = "all"
     truncation: Literal["start", "middle", "refuse"] = "start"
@@ -91,11 +94,11 @@ class TrainingConfig(BaseModel):
     delimiter: str | None = Field(None, min_length=1, max_length=1)
     encoding: str | None = None
     template_date: datetime.date | None = None
-    seed: int = 0
-    eval_steps: int | None = Field(None, ge=1)
-    save_steps: int | None = Field(None, ge=1)
-    logging_steps: int | None = Field(None, ge=1)
-    early_stopping_patience: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
+    eval_steps: Whole | None = Field(None, ge=1)
+    save_steps: Whole | None = Field(None, ge=1)
+    logging_steps: Whole | None = Field(None, ge=1)
+    early_stopping_patience: Whole | None = Field(None, ge=1)
     load_best_at_end: bool = True
     group_by_length: bool = False
     packing: bool | Literal["auto"] = "auto"

@@ -5,14 +5,14 @@ The step is `MasterAdamW`'s in float32; between steps the first moment and the r
 the step divided by nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from spectune.compute.dynamic_codes import LEAST, codes_of, values_of
+from spectune.compute.dynamic_codes import BLOCK, LEAST, codes_of, values_of
 from spectune.training.config import TrainingConfig
-from spectune.training.optimizer import MasterAdamW
+from spectune.training.optimizer import Kind, MasterAdamW
 
 #: name of a moment -> whether it may be negative
 _MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
@@ -63,11 +63,22 @@ class EightBitAdamW(MasterAdamW):
                 found[f"{index}.{name}_codes"], found[f"{index}.{name}_scales"] = codes, scales
         return found
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_dict({key: value for key, value in state.items() if not key.endswith(("_codes", "_scales"))})
-        for key, codes in state.items():
-            if key.endswith("_codes"):
-                index, _, name = key.removesuffix("_codes").partition(".")
-                place = self.masters[int(index)].device
-                pair = codes.to(place, copy=True), state[f"{index}.{name}_scales"].to(place, copy=True)
-                self.codes.setdefault(int(index), {})[name] = pair
+    def _kinds(self, index: int) -> dict[str, Kind]:
+        found, numbers = super()._kinds(index), self.masters[index].numel()
+        if numbers < LEAST:
+            return found
+        blocks = -(-numbers // BLOCK)
+        for name in _MOMENTS:
+            del found[name]
+            found[f"{name}_codes"] = torch.Size([blocks, BLOCK]), torch.uint8
+            found[f"{name}_scales"] = torch.Size([blocks, 1]), torch.float32
+        return found
+
+    def _put(self, index: int, name: str, value: Tensor) -> None:
+        moment, _, part = name.rpartition("_")
+        if part not in ("codes", "scales"):
+            super()._put(index, name, value)
+            return
+        moments = self.codes.setdefault(index, {})
+        codes, scales = moments.get(moment, (value, value))
+        moments[moment] = (value, scales) if part == "codes" else (codes, value)

@@ -1,7 +1,8 @@
 """TensorBoard's files of a run that goes on from a checkpoint."""
 
-import os
 from pathlib import Path
+
+from spectune.files.atomic import atomic_file
 
 
 def drop_events_after(folder: Path, step: int) -> None:
@@ -16,9 +17,7 @@ def drop_events_after(folder: Path, step: int) -> None:
 
     for path in sorted(folder.glob("*tfevents*")):
         kept = [record for record in RawEventFileLoader(str(path)).Load() if Event.FromString(record).step <= step]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             writer = RecordWriter(file)
             for record in kept:
                 writer.write(record)
-        os.replace(temporary, path)

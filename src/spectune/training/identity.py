@@ -1,16 +1,22 @@
 """What must be the same when a run goes on, or when it is taken for finished: `identity.json` and each checkpoint."""
 
+import datetime
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel
 
 from spectune.data import Encoded, weight_changes
 from spectune.deltas import Method
 from spectune.errors import ConfigError, DataError
 from spectune.families import differences
-from spectune.storage import atomic_write_text
+from spectune.files.atomic import atomic_write_text
+from spectune.files.metadata import read_record, sealed
+from spectune.files.strict_json import strict_json
+from spectune.storage.manifest import Base
 from spectune.training.config import TrainingConfig
 
 FILE = "identity.json"
@@ -56,21 +62,48 @@ def identity_of(
     return dict(json.loads(json.dumps(found)))
 
 
+class _Types(BaseModel):
+    """What is more than compared of an identity that was read."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] | None = None
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] | None = None
+    processes: Annotated[int, Field(ge=1)] | None = None
+    weights: dict[str, float] | None = None
+    method: dict[str, Any] | None = None
+    template_date: Annotated[str, AfterValidator(datetime.date.fromisoformat)] | None = None
+    base: dict[str, Any] | None = None
+
+
+def _of_known_types(found: dict[str, Any]) -> dict[str, Any]:
+    base = _Types.model_validate(found).base
+    if base is not None and "parts" in base:  # an earlier version had other samples, which are not compared
+        Base.model_validate(base)
+    return found
+
+
+#: as it was recorded
+RecordedIdentity = Annotated[dict[str, Any], AfterValidator(_of_known_types)]
+
+
+class _File(RootModel[RecordedIdentity]):
+    """`identity.json`."""
+
+
 def write_identity(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Write a run's `identity.json`, atomically."""
-    atomic_write_text(folder / FILE, json.dumps(identity, indent=2) + "\n")
+    """Write a run's `identity.json`, sealed and atomically."""
+    atomic_write_text(folder / FILE, strict_json(sealed(identity)) + "\n")
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """The identity of the run in a folder. Raises DataError where there is none."""
+    """The identity of the run in a folder. Raises DataError: there is none, or it is damaged."""
     path = folder / FILE
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}): without it nobody knows which settings, data and base the run there "
-            "had. Start in a new folder."
-        ) from error
+    again = "Without it nobody knows which settings, data and base the run there had: start in a new folder"
+    found = read_record(path, _File, what="the identity of a run", again=again)
+    if found is None:
+        raise DataError(f"{path} is missing. {again}.")
+    return found.root
 
 
 def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], place: Path, what: str) -> None:

@@ -1,13 +1,25 @@
-"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, say how to go on."""
+"""Ctrl-C, SIGTERM, and SIGHUP, by which a terminal that is closed ends what runs in it: finish the step, write a
+checkpoint, say how to go on."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
 
+def stopping_signals() -> list[signal.Signals]:
+    """What asks a run to stop. Not SIGHUP where that is ignored, as nohup wants it; Windows has none."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    hangup: signal.Signals | None = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        found.append(hangup)
+    return found
+
+
 class Interrupts:
-    """Inside the `with`, the first signal only sets `requested`; a second Ctrl-C stops at once.
+    """Inside the `with`, the first signal only sets `requested`; a second one stops at once.
 
     Signals can only be caught in the main thread; elsewhere this does nothing.
 
@@ -23,7 +35,7 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in stopping_signals():
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -46,3 +58,21 @@ class Interrupts:
         if self.requested is not None:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, what must not stop half-way: a signal that comes meanwhile is answered at the end, as it would have been
+    at once. In another thread than the main one, which signals never interrupt, this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in stopping_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for again in came:
+            signal.raise_signal(again)

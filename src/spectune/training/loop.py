@@ -229,9 +229,8 @@ class Loop:
         self.peaks.resume()
         if not math.isfinite(valid_loss):
             raise run.diverged(f"the validation loss is {valid_loss} after step {run.progress.step}")
-        per_step = run.config.per_device_train_batch_size * self.world.size * run.config.gradient_accumulation_steps
         sources = losses.by_source(run.valid_examples)
-        display.say(run.validated(valid_loss, sources, math.ceil(len(self.batches.examples) / per_step)))
+        display.say(run.validated(valid_loss, sources, self.batches.steps_per_epoch))
         if run.progress.best_step == run.progress.step or not run.config.load_best_at_end:
             run.observer.losses = losses
         return run.has_stopped_improving

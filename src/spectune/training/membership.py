@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import Store
 from spectune.errors import InterruptedRun, PeerFailedError, SpectuneError, first_line
 from spectune.torchrun import Place
 from spectune.training.distribution import shared_store
+from spectune.training.interrupt import stopping_signals
 
 _KEY = "spectune/failure"
 #: the first process speaks for all where all fail alike: the others give it so many seconds
@@ -138,7 +139,7 @@ def deaf() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in stopping_signals()}
     try:
         yield
     finally:

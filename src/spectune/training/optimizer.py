@@ -6,6 +6,7 @@ have rows of zeros.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from spectune.errors import DataError
 from spectune.planning.optimizer_memory import stepped_together
 from spectune.training.config import TrainingConfig
+
+#: of a tensor
+Kind = tuple[torch.Size, torch.dtype]
+_INDEX = re.compile("0|[1-9][0-9]{0,8}", re.ASCII)
 
 
 class MasterAdamW:
@@ -132,18 +137,53 @@ class MasterAdamW:
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse. Raises DataError where the state is of other parameters."""
+        """The inverse. Raises DataError as `check_state` does; nothing is changed then."""
+        self.check_state(state)
         for key, value in state.items():
-            index, _, name = key.partition(".")
-            if not index.isdigit() or int(index) >= len(self.masters):
-                raise DataError(f"the optimizer's checkpoint has a state for parameter {key}, this run has none")
-            master = self.masters[int(index)]
+            number, _, name = key.partition(".")
+            index, master = int(number), self.masters[int(number)]
             if name == "master":
                 with torch.no_grad():
                     master.copy_(value)
             else:
                 place = value.device if name == "step" and master.device.type == "cpu" else master.device
-                self.inner_of(master).state[master][name] = value.to(place, copy=True)
+                self._put(index, name, value.to(place, copy=True))
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Look at names, shapes and dtypes alone. Raises DataError: the state is of other parameters, all of them
+        listed. A weight that never had a gradient has none."""
+        problems, given = list[str](), dict[int, dict[str, Tensor]]()
+        for key, tensor in state.items():
+            number, _, name = key.partition(".")
+            if not _INDEX.fullmatch(number) or int(number) >= len(self.masters):
+                problems.append(f"there is a state for parameter {key}, this run has none")
+            else:
+                given.setdefault(int(number), {})[name] = tensor
+        for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+            found, expected = given.get(index, {}), dict[str, Kind]()
+            if master is not parameter:
+                expected["master"] = (master.shape, torch.float32)
+            if set(found) - {"master"}:
+                expected |= self._kinds(index)
+            problems += [f"missing: {index}.{name}" for name in expected if name not in found]
+            problems += [f"surplus: {index}.{name}" for name in found if name not in expected]
+            problems += [
+                f"{index}.{name} is {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}"
+                for name, tensor in found.items()
+                for shape, dtype in [expected.get(name, (tensor.shape, tensor.dtype))]
+                if (tensor.shape, tensor.dtype) != (shape, dtype)
+            ]
+        if problems:
+            raise DataError("the optimizer's state is not that of this run", problems)
+
+    def _kinds(self, index: int) -> dict[str, Kind]:
+        """What is kept of a weight that was stepped, beside its master."""
+        moment = self.masters[index].shape, torch.float32
+        return {"step": (torch.Size(), torch.float32), "exp_avg": moment, "exp_avg_sq": moment}
+
+    def _put(self, index: int, name: str, value: Tensor) -> None:
+        master = self.masters[index]
+        self.inner_of(master).state[master][name] = value
 
 
 def set_rate(inner: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -1,29 +1,43 @@
 """A run's folder (or none) and its best weights: everything that training writes goes through here."""
 
-import json
-import math
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spectune.data import Encoded, Row
 from spectune.deltas import Delta
-from spectune.errors import ConfigError, DataError
+from spectune.errors import ConfigError
 from spectune.evaluation import common_answers
+from spectune.files.atomic import atomic_file, atomic_write_text
+from spectune.files.core_yaml import yaml_text
+from spectune.files.disk_errors import disk_errors
+from spectune.files.metadata import numbered, read_json, sealed
 from spectune.files.strict_json import strict_json
+from spectune.files.tensor_file import write_tensors
+from spectune.files.weights import read_weights
 from spectune.results.run_result import RunResult
-from spectune.storage import atomic_write_text
-from spectune.training.checkpoint import TRAINING_FILE, save_checkpoint, swap_best
-from spectune.training.event_files import drop_events_after
+from spectune.results.vouched import digests_of_run
+from spectune.training.checkpoint import (
+    BEST,
+    PREFIX,
+    TRAINING_FILE,
+    drop_best,
+    drop_checkpoints,
+    save_checkpoint,
+    swap_best,
+)
+from spectune.training.finished import RESULT_FILE
+from spectune.training.identity import FILE as IDENTITY_FILE
 from spectune.training.identity import write_identity
+from spectune.training.interrupt import held_back
 from spectune.training.prepare import Prepared
+from spectune.training.run_log import RunLog, board_class
 from spectune.training.run_state import Keeper, RunState
 
 #: the weights at the end, where best/ does not hold them as they were trained
@@ -32,28 +46,24 @@ END_FILE = "end.safetensors"
 
 def check_folder(folder: Path | None, resume: bool) -> RunResult | None:
     """The result of a finished run that is asked to resume; None where there is something to do. Raises ConfigError
-    where there is nothing to resume in, or the folder is not empty without `resume`."""
+    where there is nothing to resume in."""
     if folder is None:
         if resume:
             raise ConfigError("resume needs an output_dir: there is nothing to go on from")
         return None
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty: give another output_dir, or resume to go on there")
-    done = folder / "result.json"
-    return RunResult.load(done) if resume and done.is_file() else None
+    done = folder / RESULT_FILE
+    # its seal is looked at once it is known to be the run that is asked for
+    return RunResult.load(done, warn=lambda _: None) if resume and os.path.lexists(done) else None
 
 
 def load_end(folder: Path, delta: Delta) -> None:
-    """Give an attached delta the weights that a finished run ended with. Raises DataError where they are gone."""
+    """Give an attached delta the weights that a finished run ended with. Raises DataError where they are gone or
+    damaged."""
     end = folder / END_FILE
-    if not end.is_file():
-        delta.files.read(folder / "best")
-        return
-    try:
-        state = load_file(end)
-    except Exception as error:
-        raise DataError(f"{end} cannot be read: {error}. Train again in a new folder.") from error
-    delta.load_training_state_dict(state)
+    if os.path.lexists(end):
+        delta.load_training_state_dict(read_weights([end]))
+    else:
+        delta.files.read(folder / BEST)
 
 
 def described(rows: Sequence[Row]) -> dict[str, Any]:
@@ -108,8 +118,8 @@ class RunFolder(Keeper):
         self.training = {**own, **described(prepared.rows)}
         if prepared.labels is not None:
             self.training["row_labels"] = list(prepared.labels.names)
-        self._metrics: Any = None
-        self._board: Any = None
+        self._log: RunLog | None = None
+        self._whole = "" if self.folder is None else _whole_in(self.folder, run.progress.step)
         run.keeper = self
 
     def begin(self, encoded: Sequence[Encoded], machine: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
@@ -119,35 +129,30 @@ class RunFolder(Keeper):
         """
         if self.folder is None:
             return
-        if self.run.config.report_to == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter as Board
-            except ImportError as error:
-                needed = "report_to = tensorboard needs the package: pip install 'spectune[tensorboard]'"
-                raise ConfigError(needed) from error
-            board: Callable[..., Any] = Board
-            drop_events_after(self.folder / "tensorboard", self.run.progress.step)
-            self._board = board(str(self.folder / "tensorboard"))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.run.progress.step == 0:
-            write_identity(self.folder, self.identity)
-            settings = {
-                "model": str(self.run.delta.model.config._name_or_path),
-                **origin,
-                "method": self.run.delta.method.model_dump(mode="json"),
-                **self.run.config.model_dump(mode="json", exclude={"resume", "output_dir"}),
-                "learning_rate": self.identity["learning_rate"],
-                **self.training,
-            }
-            atomic_write_text(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-        atomic_write_text(self.folder / "environment.json", strict_json(dict(machine)) + "\n")
-        report = {part: found.report.to_dict() for part, found in zip(("train", "valid"), encoded, strict=True)}
-        atomic_write_text(self.folder / "data_report.json", strict_json(report) + "\n")
-        path = self.folder / "metrics.jsonl"
-        if path.is_file():  # after a resumption, lines past the checkpoint are taken back
-            last, lines = self.run.progress.step, path.read_text(encoding="utf-8").splitlines()
-            atomic_write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= last))
-        self._metrics = path.open("a", encoding="utf-8")
+        folder, now = self.folder, self.run.progress
+        board = board_class() if self.run.config.report_to == "tensorboard" else None
+        with self._writing(folder), held_back():
+            folder.mkdir(parents=True, exist_ok=True)
+            if now.step == 0 or not (folder / IDENTITY_FILE).is_file():
+                write_identity(folder, self.identity)
+            if now.step == 0 or not (folder / "config.yaml").is_file():
+                atomic_write_text(folder / "config.yaml", yaml_text(_settings_of(self, origin)))
+            atomic_write_text(folder / "environment.json", strict_json(sealed(machine)) + "\n")
+            report = {part: found.report.to_dict() for part, found in zip(("train", "valid"), encoded, strict=True)}
+            atomic_write_text(folder / "data_report.json", strict_json(sealed(report)) + "\n")
+            if now.best_step is not None:  # best/ may be that of a step that is taken back
+                delta, here = self.run.delta, self._copy()
+                with _holding(delta, self.best, here):
+                    swap_best(folder, delta, now.best_step, self.tokenizer, self.training)
+            drop_best(folder)
+            drop_checkpoints(folder, now.step, later=False)
+            self._log = RunLog(folder, now.step, board)
+
+    @contextlib.contextmanager
+    def _writing(self, folder: Path) -> Iterator[None]:
+        """Around what is written. Raises WriteError, which says how to go on."""
+        with disk_errors(folder, self._whole):
+            yield
 
     def load_best(self) -> None:
         """Give the delta its best weights again."""
@@ -159,27 +164,33 @@ class RunFolder(Keeper):
         """After a divergence: give the delta its best weights again, or its first ones, and keep those in `best/`."""
         self.load_best()
         if self.folder is not None and self.run.progress.best_step is None:
-            swap_best(self.folder, self.run.delta, 0, self.tokenizer, self.training)
+            with self._writing(self.folder), held_back():
+                swap_best(self.folder, self.run.delta, 0, self.tokenizer, self.training)
 
     def keep_end(self) -> None:
         """Keep the weights as they are now, if those in `best/` are other ones or folded."""
-        other = self.run.progress.best_step != self.run.progress.step and not self.run.config.load_best_at_end
-        if self.folder is not None and (other or self.run.delta.method.as_stored() != self.run.delta.method):
-            temporary = self.folder / f".{END_FILE}.{os.getpid()}"
-            save_file({name: t.contiguous() for name, t in self._copy().items()}, temporary)
-            os.replace(temporary, self.folder / END_FILE)
+        if self.folder is None:
+            return
+        now, end = self.run.progress, self.folder / END_FILE
+        other = now.best_step != now.step and not self.run.config.load_best_at_end
+        with self._writing(self.folder), held_back():
+            if other or self.run.delta.method.as_stored() != self.run.delta.method:
+                with atomic_file(end) as temporary:
+                    write_tensors(temporary, self.run.delta.training_state_dict())
+            else:
+                end.unlink(missing_ok=True)  # of an earlier call
+            drop_checkpoints(self.folder, now.step)
 
-    def stored_bytes(self) -> int | None:
-        """Bytes of the delta's own files; None where nothing is written."""
-        file = None if self.folder is None else self.folder / "best" / TRAINING_FILE
-        if file is None or not file.is_file():
-            return None
-        return int(json.loads(file.read_text(encoding="utf-8"))["stored_bytes"])
+    def keep_result(self, result: RunResult) -> None:
+        """Write the run's result, by which it counts as finished."""
+        if self.folder is not None:
+            with self._writing(self.folder):
+                result.save(self.folder / RESULT_FILE, digests_of_run(self.folder))
 
     def close(self) -> None:
-        for file in (self._metrics, self._board):
-            if file is not None:
-                file.close()
+        if self.folder is not None and self._log is not None:
+            with self._writing(self.folder):
+                self._log.close()
         self.run.keeper = Keeper()  # no circle keeps the optimizer's memory
 
     def _copy(self) -> dict[str, Tensor]:
@@ -187,28 +198,27 @@ class RunFolder(Keeper):
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def checkpoint(self) -> None:
-        if self._board is not None:
-            self._board.flush()  # a kill after this goes on from here: what was logged up to here is not logged again
-        if self.folder is not None:
-            run = self.run
-            with run.observer.phases.of("save"):
-                run.progress.seconds_by_phase = run.observer.phases.record()
-                save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
+        if self.folder is None:
+            return
+        run = self.run
+        with run.observer.phases.of("save"), self._writing(self.folder), held_back():
+            if self._log is not None:
+                self._log.sync()  # a kill after this goes on from here: what was logged so far is not logged again
+            run.progress.seconds_by_phase = run.observer.phases.record()
+            save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
+            self._whole = _whole_in(self.folder, run.progress.step)
 
     def keep_best(self) -> None:
         with self.run.observer.phases.of("save"):
             self.best = self._copy()
             if self.folder is not None:
-                swap_best(self.folder, self.run.delta, self.run.progress.step, self.tokenizer, self.training)
+                with self._writing(self.folder), held_back():
+                    swap_best(self.folder, self.run.delta, self.run.progress.step, self.tokenizer, self.training)
 
     def log(self, entry: dict[str, Any]) -> None:
-        if self._metrics is not None:
-            self._metrics.write(strict_json(entry, indent=None) + "\n")
-            self._metrics.flush()
-        if self._board is not None:
-            for key, value in entry.items():
-                if key not in ("step", "epoch"):
-                    self._board.add_scalar(key, value, entry["step"])
+        if self.folder is not None and self._log is not None:
+            with self._writing(self.folder):
+                self._log.write(entry)
 
     @property
     def resume_hint(self) -> str:
@@ -230,8 +240,39 @@ class RunFolder(Keeper):
         return f"The last good state, of step {self.run.progress.best_step}, is kept{where}."
 
 
-def _step_of(line: str) -> float:
+def _settings_of(kept: RunFolder, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """For config.yaml: `--config` with that file repeats the run."""
+    run = kept.run
+    return {
+        "model": str(run.delta.model.config._name_or_path),
+        **origin,
+        "method": run.delta.method.model_dump(mode="json"),
+        **run.config.model_dump(mode="json", exclude={"resume", "output_dir"}),
+        "learning_rate": kept.identity["learning_rate"],
+        **kept.training,
+    }
+
+
+def stored_bytes(folder: Path | None) -> int | None:
+    """Bytes of the delta's own files in a run's folder; None where nothing is written."""
+    found = None if folder is None else read_json(folder / BEST / TRAINING_FILE)
+    return None if found is None else int(found["stored_bytes"])
+
+
+@contextlib.contextmanager
+def _holding(delta: Delta, weights: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[None]:
+    """A delta with other weights, for the duration; `after`: those that it has then."""
+    delta.load_training_state_dict(weights)
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut short by a crash
+        yield
+    finally:
+        delta.load_training_state_dict(after)
+
+
+def _whole_in(folder: Path, step: int) -> str:
+    """What can be relied on in a run's folder whatever the disk does, as a sentence."""
+    go_on = f"With that mended, the same command with --output-dir {folder} --resume"
+    found = [path.name for number, path in numbered(folder, PREFIX) if number <= step]
+    if not found:
+        return f"No checkpoint had been written yet. {go_on} starts again."
+    return f"{found[-1]} there is whole. {go_on} goes on from it."

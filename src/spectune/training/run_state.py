@@ -12,13 +12,13 @@ from spectune.blocks.execution import Packing
 from spectune.data import Example
 from spectune.deltas import Delta
 from spectune.errors import ConfigError, DivergedError
-from spectune.training.checkpoint import Progress
 from spectune.training.config import TrainingConfig
 from spectune.training.distribution import World
 from spectune.training.observer import Observer
 from spectune.training.optimizer import MasterAdamW, learning_rate_at
 from spectune.training.optimizers import make_optimizer
 from spectune.training.prepare import Prepared, total_steps
+from spectune.training.progress import Progress
 from spectune.training.step_batches import Batches
 
 

@@ -27,11 +27,21 @@ class Batches:
         self._has_mask = not packing.mask_free and bool(packing.lengths) and len(set(self.lengths)) > 1
         self._one_text_rows = OneTextRows()
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of every epoch: so many `windows`."""
+        return -(-len(self.examples) // self._rows_of_step)
+
+    @property
+    def _rows_of_step(self) -> int:
+        config = self.config
+        return config.per_device_train_batch_size * self.world.size * config.gradient_accumulation_steps
+
     def windows(self, epoch: int) -> list[list[list[int]]]:
         """The batches of an epoch for all processes, numbers of rows, in groups of one optimizer step each."""
         config = self.config
         size = config.per_device_train_batch_size * self.world.size
-        drawn, grouped = size * config.gradient_accumulation_steps, config.group_by_length
+        drawn, grouped = self._rows_of_step, config.group_by_length
         steps = batches(self.lengths, drawn, seed=config.seed, epoch=epoch, group_by_length=grouped)
         return [by_length(rows, self.lengths, size) for rows in steps]
 

@@ -1,5 +1,6 @@
 """`train`: from rows and a method to a trained delta, a folder and a result."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from spectune.deltas import Delta, Method, attach, attached, route
 from spectune.errors import ConfigError, DivergedError, InterruptedRun
 from spectune.evaluation import perplexity
 from spectune.results.run_result import RunResult
-from spectune.training.checkpoint import check_same_step, latest_checkpoint, read_state, restore
+from spectune.training.claim import claimed
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import check_graphs
 from spectune.training.display import Display
 from spectune.training.distribution import World
+from spectune.training.finished import check_finished
 from spectune.training.identity import check_alike, check_identity, read_identity
 from spectune.training.loop import Loop
 from spectune.training.machine import Gauges, environment, load_of
@@ -30,7 +32,8 @@ from spectune.training.observer import Observer
 from spectune.training.peaks import largest
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
 from spectune.training.prepare import Prepared, prepare, train_sources
-from spectune.training.run_folder import RunFolder, check_folder, load_end
+from spectune.training.restoring import check_same_step, newest_whole
+from spectune.training.run_folder import RunFolder, check_folder, load_end, stored_bytes
 from spectune.training.run_state import RunState, trained_parameters
 
 
@@ -69,6 +72,8 @@ def train(
         ConfigError, DataError: bad settings or data, a delta that is not of this model or that nothing may be trained
             of, or a run to resume that had other settings, data or base; nothing was trained.
         DoesNotFitError: the plan says that the run does not fit into memory, and `memory_check` is "refuse".
+        BusyFolderError: another process works in the folder.
+        WriteError: the disk is full, read-only or broken; says which checkpoint is whole.
         InterruptedRun, OutOfMemoryError, DivergedError: see `spectune.errors`.
     """
     asked = _Asked(
@@ -98,7 +103,20 @@ def _trained(
     asked: _Asked
 ) -> RunResult:  # fmt: skip
     """`train`. When it returns, it holds nothing of the device any more but the delta's weights."""
-    config, world, phases = asked.config, World(model.device), asked.observer.phases
+    world, config = World(model.device), asked.config
+    with contextlib.ExitStack() as held:
+        with world.agreed():
+            if config.output_dir is not None and world.leads:
+                held.enter_context(claimed(config.output_dir, "spectune train", resume=config.resume))
+        return _alone(model, tokenizer, method_or_delta, rows, asked, world)
+
+
+def _alone(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method_or_delta: Method | Delta, rows: tuple[Any, Any],
+    asked: _Asked, world: World
+) -> RunResult:  # fmt: skip
+    """The same, with the run's folder for itself."""
+    config, phases = asked.config, asked.observer.phases
     out = (asked.console or Console()) if world.leads else Console(quiet=True)
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
@@ -118,8 +136,7 @@ def _trained(
     stopped = _run_to_end(Loop(run, execution), folder, out, asked.base_valid_loss)
     phases.call("save", _keep, folder)
     result = _result(folder, prepared, predicted, stopped)
-    if folder.folder is not None:
-        result.save(folder.folder / "result.json")
+    folder.keep_result(result)
     world.barrier()  # all are done, or none
     return result
 
@@ -162,6 +179,7 @@ def _finished_before(finished: RunResult, delta: Delta, prepared: Prepared, out:
     folder = prepared.config.output_dir
     assert folder is not None
     check_identity(read_identity(folder), prepared.identity, folder, "finished run")
+    check_finished(folder)
     load_end(folder, delta)
     out.print(f"the run in {folder} is finished already: nothing to do", soft_wrap=True, highlight=False)
     return finished
@@ -176,12 +194,11 @@ def _start_or_resume(
     run = RunState.of(delta, prepared, execution.packing, world)
     run.observer = observer
     folder, best = prepared.config.output_dir, None
-    if folder is not None and prepared.config.resume and (checkpoint := latest_checkpoint(folder)) is not None:
-        run.progress, recorded = read_state(checkpoint)
-        check_identity(recorded, prepared.identity, checkpoint, "checkpoint")
-        best = restore(checkpoint, delta, run.optimizer)
+    if folder is not None and prepared.config.resume and (saved := newest_whole(folder, run, prepared.identity)):
+        saved.restore(run)
+        best = saved.best
         observer.phases.add(run.progress.seconds_by_phase)
-        out.print(f"going on from {checkpoint}", soft_wrap=True, highlight=False)
+        out.print(f"going on from {saved.path}", soft_wrap=True, highlight=False)
     check_same_step(world.gather(run.progress.step), folder)
     return run, RunFolder(folder, run, best, prepared, tokenizer)
 
@@ -246,7 +263,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         learning_rate=prepared.learning_rate,
         task_type=config.task_type,
         trainable_parameters=delta.num_trained_parameters(), stored_parameters=delta.num_parameters(),
-        total_parameters=delta.family.num_parameters, stored_bytes=folder.stored_bytes(),
+        total_parameters=delta.family.num_parameters, stored_bytes=stored_bytes(folder.folder),
         steps=progress.step, best_step=progress.best_step,
         train_tokens=progress.tokens, target_tokens=progress.targets,
         train_loss=progress.last_epoch_loss, valid_loss=valid_loss, last_valid_loss=progress.valid_loss,

@@ -48,6 +48,7 @@ def comparison_page(comparison: ComparisonResult, folder: Path, drawn: Sequence[
         table=rows,
         by_source=sources_grid(comparison),
         failures=words.failure_lines(comparison),
+        changed=words.changed_sentence(comparison),
         notes=words.notes(comparison),
         verdict_plots=[shown[name] for name in ("verdict", "differences") if name in shown],
         quality_plots=[found for name, found in shown.items() if "quality" in name],
