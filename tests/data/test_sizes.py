@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from spectune.data import load_rows
-from spectune.data.reading import limits
+from spectune.data.reading import data_sizes
 from spectune.data.reading.csv_source import csv_records
 from spectune.data.reading.json_source import json_lines_records, json_records
 from spectune.data.reading.table_source import arrow_records, parquet_records
@@ -67,7 +67,7 @@ def test_what_becomes_a_hundred_times_as_much_is_refused(
     pack = gzip.compress if suffix == "gz" else zstandard.ZstdCompressor().compress
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack(content))
     assert len(load_rows(tmp_path / f"a.jsonl.{suffix}")) == 500
-    monkeypatch.setattr(limits.check_unpacked, "__defaults__", (1 << 20,))
+    monkeypatch.setattr(data_sizes.check_unpacked, "__defaults__", (1 << 20,))
     with pytest.raises(DataError, match=r"that become more than 1 MiB, over 100 times as much"):
         load_rows(tmp_path / f"a.jsonl.{suffix}")
 
@@ -137,7 +137,7 @@ def test_pipes_devices_and_circles_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_many_columns_parts_and_bad_rows_have_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [f"c{number}" for number in range(limits.COLUMNS + 1)]
+    names = [f"c{number}" for number in range(data_sizes.COLUMNS + 1)]
     with pytest.raises(DataError, match=":1: 10,001 columns; expected at most 10,000"):
         load_rows(written(tmp_path / "a.csv", ",".join(["text", *names[1:]]) + "\n"))
     with pytest.raises(DataError, match=":1: has 10,001 keys; expected at most 10,000"):

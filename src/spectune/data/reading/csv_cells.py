@@ -7,7 +7,7 @@ for a cell that ends with the file.
 import re
 from collections.abc import Iterator
 
-from spectune.data.reading.limits import COLUMNS, LINE, ROW
+from spectune.data.reading.data_sizes import COLUMNS, LINE, ROW
 from spectune.data.reading.raw_records import Bad
 
 #: what stands in quotes, quotes written twice among it
