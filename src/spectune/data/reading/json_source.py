@@ -22,7 +22,8 @@ def json_lines_records(path: Path, encoding: str | None = None, *, longest: int 
         if not (bare := line.strip()):
             continue
         try:
-            check_parts(line)
+            if len(line) > JSON_PARTS:
+                check_parts(line)
             value = json.loads(line.rstrip("\r"), object_pairs_hook=json_object)
             found = Bad(_LIST) if isinstance(value, list) else as_record(value)
         except json.JSONDecodeError as error:
