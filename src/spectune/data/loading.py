@@ -9,7 +9,7 @@ from typing import Any
 from spectune.data.mixing import Source, sources_in
 from spectune.data.problem import RowProblem
 from spectune.data.reading import Bad, records
-from spectune.data.reading.limits import BAD_ROWS
+from spectune.data.reading.data_sizes import BAD_ROWS
 from spectune.data.reading.raw_records import NAMES
 from spectune.data.row_labels import CAUSAL_LM, label_problems, task_type_of
 from spectune.data.shapes import EXPECTED, Row, row_of

@@ -19,7 +19,7 @@ from typing import Any
 
 from spectune.data.chats.conversations import conversation, json_value, kind_of
 from spectune.data.problem import RowProblem
-from spectune.data.reading.limits import COLUMNS
+from spectune.data.reading.data_sizes import COLUMNS
 from spectune.data.reading.raw_records import SHAPES
 
 EXPECTED = (

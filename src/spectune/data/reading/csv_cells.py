@@ -7,7 +7,7 @@ for a cell that ends with the file.
 import re
 from collections.abc import Iterator
 
-from spectune.data.reading.limits import COLUMNS, LINE, ROW
+from spectune.data.reading.data_sizes import COLUMNS, LINE, ROW
 from spectune.data.reading.raw_records import Bad
 
 #: what stands in quotes, quotes written twice among it
@@ -92,14 +92,17 @@ class CsvRows:
         opened, pieces, length = self._number, list[str](), 0
         self._position += 1
         while True:
-            inside = _INSIDE.match(self._line, self._position)
-            assert inside is not None
-            pieces.append(inside[0].replace('""', '"'))
-            if (end := inside.end()) < len(self._line):
+            start, end = self._position, self._line.find('"', self._position)
+            if end >= 0 and self._line.startswith('"', end + 1):
+                inside = _INSIDE.match(self._line, start)
+                end = inside.end() if inside is not None and inside.end() < len(self._line) else -1
+            piece = self._line[start : None if end < 0 else end]
+            pieces.append(piece.replace('""', '"') if '""' in piece else piece)
+            if end >= 0:
                 self._position = end + 1
                 return "".join(pieces)
             pieces.append("\n")
-            length += len(inside[0]) + LINE
+            length += len(piece) + LINE
             if length > self._longest:
                 raise RowTooLongError(opened, quoted=True)
             line = next(self._lines, None)

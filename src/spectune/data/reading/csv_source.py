@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectune.data.reading.csv_cells import CsvRows, RowTooLongError, UnclosedQuoteError
-from spectune.data.reading.limits import COLUMNS, LINE, ROW, mib
+from spectune.data.reading.data_sizes import COLUMNS, LINE, ROW, mib
 from spectune.data.reading.raw_records import AS_JSON, NAMES, SHAPES, Bad, Record, as_record, json_object
 from spectune.data.reading.text_stream import lines
 from spectune.errors import DataError, did_you_mean, some

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from spectune.data.reading.csv_source import csv_records
+from spectune.data.reading.data_sizes import BYTES_A_ROW, ROWS, check_regular
 from spectune.data.reading.json_source import json_lines_records, json_records
-from spectune.data.reading.limits import BYTES_A_ROW, ROWS, check_regular
 from spectune.data.reading.raw_records import Record
 from spectune.data.reading.table_source import arrow_records, parquet_records
 from spectune.data.reading.text_source import text_records

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from spectune.data.reading.data_sizes import FILES, check_regular
 from spectune.data.reading.file_source import KNOWN, file_records, kind_of, suffix_of
-from spectune.data.reading.limits import FILES, check_regular
 from spectune.data.reading.object_source import dataset_records
 from spectune.data.reading.raw_records import SPLITS, Record
 from spectune.errors import DataError, first_line, some

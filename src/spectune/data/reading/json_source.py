@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from spectune.data.reading.limits import DOCUMENT, JSON_PARTS, ROW, mib, row_too_long
+from spectune.data.reading.data_sizes import DOCUMENT, JSON_PARTS, ROW, mib, row_too_long
 from spectune.data.reading.raw_records import Bad, Record, as_record, json_object
 from spectune.data.reading.single_object import rows_of_object
 from spectune.data.reading.text_stream import lines, texts
@@ -22,7 +22,8 @@ def json_lines_records(path: Path, encoding: str | None = None, *, longest: int 
         if not (bare := line.strip()):
             continue
         try:
-            check_parts(line)
+            if len(line) > JSON_PARTS:
+                check_parts(line)
             value = json.loads(line.rstrip("\r"), object_pairs_hook=json_object)
             found = Bad(_LIST) if isinstance(value, list) else as_record(value)
         except json.JSONDecodeError as error:

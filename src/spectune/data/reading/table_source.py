@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spectune.data.reading.limits import COLUMNS, JSON_PARTS, ROW, check_unpacked, row_too_long
+from spectune.data.reading.data_sizes import COLUMNS, JSON_PARTS, ROW, check_unpacked, row_too_long
 from spectune.data.reading.raw_records import Record, as_record
 from spectune.errors import DataError, first_line, some
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from spectune.data.reading.limits import DOCUMENT, LINE, mib
+from spectune.data.reading.data_sizes import DOCUMENT, LINE, mib
 from spectune.data.reading.raw_records import Record
 from spectune.data.reading.text_stream import lines
 from spectune.errors import DataError

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from spectune.data.reading.limits import EMPTY_LINES, ROW, check_unpacked, row_too_long
+from spectune.data.reading.data_sizes import EMPTY_LINES, ROW, check_unpacked, row_too_long
 from spectune.errors import DataError
 
 #: packed text formats have one of these behind their own suffix
