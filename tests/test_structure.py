@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,7 +37,9 @@ FILE_LINES, FUNCTION_LINES, PARAMETERS, METHODS, ATTRIBUTES = 400, 60, 8, 15, 12
 ENTRY_POINTS = {
     "cli compare": "flags",
     "cli evaluate": "flags",
+    "cli export": "flags",
     "cli generate": "flags",
+    "cli merge": "flags",
     "cli plan": "flags",
     "cli recommend": "flags",
     "cli train": "flags",
@@ -277,3 +280,106 @@ def test_no_package_exports_a_function_under_the_name_of_its_file() -> None:
 )
 def test_changes_of_a_module_are_seen(source: str, changes: list[str]) -> None:
     assert [name for name, _ in module_changes(ast.parse(source))] == changes
+
+
+#: by what is called, the only files that may: the user's own metric, our own rooms and names, the one loader of bases
+RUNS_CODE = {
+    "import_module(name)": {
+        "__init__.py", "lazy_names.py", "cli/console.py", "evaluation/custom.py",
+    },
+    "exec_module": {"evaluation/custom.py"},
+    "from_pretrained(trust_remote_code)": {"storage/pretrained.py", "objectives/objective.py"},
+    "yaml.load": {"files/core_yaml.py"},
+}  # fmt: skip
+_BUILTINS = {"eval", "exec", "compile", "__import__"}
+_ATTRIBUTES = {"exec_module", "load_module", "run_path", "run_module", "system", "popen", "unsafe_load", "full_load"}
+_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "code", "codeop"}
+
+
+def test_code_from_elsewhere_runs_in_the_listed_places_alone() -> None:
+    found = {f"{path}: {what}" for path, tree in trees().items() for what in code_runs(tree)}
+    allowed = {f"{path}: {what}" for what, paths in RUNS_CODE.items() for path in paths}
+    assert not found - allowed, listed(found - allowed)
+
+
+def code_runs(tree: ast.Module) -> Iterator[str]:
+    """What a file has that runs code, unpickles, or hands a line to a shell."""
+    own = names_of(tree) | {name for function in functions(tree) for name in (function.name, *parameters(function))}
+    for node in nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            yield from (name for name in names if name.partition(".")[0] in _MODULES)
+        elif isinstance(node, ast.Call):
+            yield from code_runs_in(node, own)
+
+
+def code_runs_in(call: ast.Call, own: set[str]) -> Iterator[str]:
+    function, keywords = ast.unparse(call.func), {keyword.arg: keyword.value for keyword in call.keywords}
+    last = function.rpartition(".")[2]
+    false = {name for name, value in keywords.items() if isinstance(value, ast.Constant) and value.value is False}
+    if last == "import_module" and not (call.args and isinstance(call.args[0], ast.Constant)):
+        yield "import_module(name)"
+    elif (function in _BUILTINS and function not in own) or ("." in function and last in _ATTRIBUTES):
+        yield last
+    elif function in ("torch.load", "numpy.load", "np.load", "torch.package", "yaml.load"):
+        yield function
+    if (
+        "." in function
+        and last in ("from_pretrained", "from_config")
+        and "trust_remote_code" in keywords.keys() - false
+    ):
+        yield "from_pretrained(trust_remote_code)"
+    if "trust_remote_code" in keywords and ast.unparse(keywords["trust_remote_code"]) == "True":
+        yield "trust_remote_code=True"
+    if "shell" in keywords.keys() - false:
+        yield "shell"
+
+
+@pytest.mark.parametrize(
+    ("source", "runs"),
+    [
+        ("import importlib\nimportlib.import_module(name)", ["import_module(name)"]),
+        ("importlib.import_module('gguf')", []),
+        ("spec.loader.exec_module(module)", ["exec_module"]),
+        ("import pickle", ["pickle"]),
+        ("from joblib.externals import x", ["joblib.externals"]),
+        ("eval('1')", ["eval"]),
+        ("model.eval()", []),
+        ("from torch import compile\ncompile(block)", []),
+        ("torch.load(path, weights_only=True)", ["torch.load"]),
+        ("kind.from_pretrained(x, trust_remote_code=asked)", ["from_pretrained(trust_remote_code)"]),
+        ("kind.from_pretrained(x, trust_remote_code=False)", []),
+        ("load(x, trust_remote_code=True)", ["trust_remote_code=True"]),
+        ("load(x, trust_remote_code=asked)", []),
+        ("subprocess.run(line, shell=True)", ["shell"]),
+        ("os.system(line)", ["system"]),
+    ],
+)
+def test_what_runs_code_is_seen(source: str, runs: list[str]) -> None:
+    assert list(code_runs(ast.parse(source))) == runs
+
+
+def test_all_that_is_printed_is_made_plain() -> None:
+    """Consoles of rich, but for silent ones, and typer's echo would write text as it is."""
+    found = [
+        f"{path}:{node.lineno}"
+        for path, tree in trees().items()
+        if path != "files/plain_console.py"
+        for node in nodes(tree)
+        if isinstance(node, ast.Call)
+        if (name := ast.unparse(node.func)) in ("typer.echo", "click.echo", "rich.print")
+        or (name.rpartition(".")[2] == "Console" and "quiet=True" not in ast.unparse(node))
+    ]
+    assert not found, listed(found)
+
+
+def test_a_command_that_is_to_be_typed_is_quoted_for_the_shell() -> None:
+    """`command_line` writes it: a flag with a name behind it is never put together by hand."""
+    hint = re.compile(r"(`?spectune [a-z]+|same command|goes on with|To go on)[^`]*--[a-z-]+ \{")
+    found = [
+        f"{path}:{node.lineno}"
+        for path, tree in trees().items()
+        for node in nodes(tree)
+        if isinstance(node, ast.JoinedStr) and hint.search(ast.unparse(node))
+    ]
+    assert not found, listed(found)

@@ -1,10 +1,14 @@
 """The errors a user can meet, each with the exit code that the command line answers with."""
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 
 #: names given in a message; the others are counted
 NAMED = 5
+#: what libraries say where memory ran out
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc",
+              "alloc_failed")  # fmt: skip
 
 
 def first_line(error: BaseException) -> str:
@@ -22,6 +26,16 @@ def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """` (did you mean 'lora'?)` with the known name that is most like the given one; empty where none is."""
     near = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, a library or Python raised this error because the device's or the host's memory ran out."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # safetensors has an error of its own, which is of no other kind
+    if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":
+        return any(sign in str(error).lower() for sign in _NO_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 class SpectuneError(Exception):

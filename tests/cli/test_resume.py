@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.support.other_process import other_process_in
 
 from spectune.training import loop as loop_module
 
@@ -73,6 +74,11 @@ def test_compare_goes_on_with_what_the_folder_has(spectune: Spectune, base: Path
     again = spectune("compare", "--resume", "--output-dir", "out", "--json")
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["runs"] == first["runs"]
+    with other_process_in(Path("out"), "spectune compare") as other:
+        for second in (("compare", "--resume", "--output-dir", "out"), (*command, "--output-dir", "out"), ("report",)):
+            busy = spectune(*second, *(["out"] if second == ("report",) else []))
+            assert busy.exit_code == 2
+            assert f"spectune compare has it, process {other} on " in busy.stderr
     refused = spectune("compare", "--resume", "--output-dir", "out", "--set", "max_steps=9")
     assert refused.exit_code == 2
     assert "max_steps: 2 in the comparison, 9 now" in refused.stderr

@@ -21,6 +21,7 @@ from spectune.objectives import CAUSAL_LM
 from spectune.storage import load
 from spectune.training import TrainingConfig
 
+TINY = {"name": "spectune-tiny", "device": "cpu", "dtype": "float32"}
 SMALL = TrainingConfig(per_device_train_batch_size=4, learning_rate=1e-3)
 
 
@@ -35,14 +36,14 @@ def test_full_fine_tuning_holds_weights_gradients_and_moments_at_its_longest_bat
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(embedded.VALID.read_text().splitlines(keepends=True)[:16]))
     rows = load_rows(path)
-    peaks = train_memory_in_own_process(memory_job("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, rows))
+    peaks = train_memory_in_own_process(memory_job(TINY, FullFineTuning(), SMALL, rows))
     assert 4 * weights < peaks["train_allocated"] < 6 * weights
     assert 3 * weights < peaks["valid_allocated"] < peaks["train_allocated"]
     assert any(key.startswith("train_resident") for key in peaks)
     # only tensors are counted, so another process gives the same number; a path gives what rows give
-    here = _measure(memory_job("spectune-tiny", "cpu", "float32", FullFineTuning(), SMALL, path))
+    here = _measure(memory_job(TINY, FullFineTuning(), SMALL, path))
     assert here["train_allocated"] == peaks["train_allocated"]
-    lora = _measure(memory_job("spectune-tiny", "cpu", "float32", LoRA(), SMALL, path))
+    lora = _measure(memory_job(TINY, LoRA(), SMALL, path))
     assert lora["train_allocated"] < peaks["train_allocated"] - weights
 
 
@@ -59,7 +60,7 @@ def test_the_childs_error_is_the_parents(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(subprocess, "run", child)
     method = LoRA(target_modules=["nothing"])
-    job = memory_job("spectune-tiny", "cpu", "float32", method, SMALL, load_rows(embedded.VALID)[:4])
+    job = memory_job(TINY, method, SMALL, load_rows(embedded.VALID)[:4])
     with pytest.raises(ConfigError, match=r"memory of LoRA in a process of its own: .*nothing"):
         train_memory_in_own_process(job)
 
@@ -79,7 +80,7 @@ def test_every_end_of_the_child_is_told(
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, code, stdout, stderr))
     with pytest.raises(kind, match=expected) as caught:
-        train_memory_in_own_process(memory_job("spectune-tiny", "cpu", "float32", LoRA(), SMALL, embedded.TRAIN))
+        train_memory_in_own_process(memory_job(TINY, LoRA(), SMALL, embedded.TRAIN))
     assert type(caught.value) is kind
 
 
@@ -96,7 +97,7 @@ def test_every_step_is_on_the_longest_rows(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(CAUSAL_LM, "loss_sum", seen)
     rows = [Row(f"r:{n}", prompt="a " * n, completion="b") for n in range(9)]
     padded = SMALL.model_copy(update={"packing": False})
-    peaks = _measure(memory_job("spectune-tiny", "cpu", "float32", PrefixTuning(num_virtual_tokens=2), padded, rows))
+    peaks = _measure(memory_job(TINY, PrefixTuning(num_virtual_tokens=2), padded, rows))
     assert len(shapes) == STEPS
     assert len(set(shapes)) == 1
     assert shapes[0][0] == 4

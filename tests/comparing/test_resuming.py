@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from spectune.comparing import Comparison, job
-from spectune.errors import ConfigError, DataError, DivergedError, InterruptedRun
+from spectune.comparing import Comparison, final_runs, job
+from spectune.errors import ConfigError, DataError, DivergedError, InterruptedRun, WriteError
 from spectune.methods import LoRA, PrefixTuning
 from spectune.results import Limits
 from tests.comparing.small import SEARCHED, SIX_STEPS, run, timeless
@@ -210,3 +211,37 @@ def test_saving_more_often_is_no_other_comparison(tmp_path: Path) -> None:
     first = run(tmp_path / "c", methods=["bitfit"])
     often = SIX_STEPS.model_copy(update={"save_steps": 2})
     assert run(tmp_path / "c", methods=["bitfit"], config=often, resume=True).runs == first.runs
+
+
+def test_a_full_disk_ends_a_comparison_which_goes_on_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no fault of the run that met it; and what a kill left lies there no more, then."""
+    folder, write = tmp_path / "c", final_runs.write_rows
+
+    def full(path: Path, *given: Any) -> Any:
+        if "runs" in path.parts:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(final_runs, "write_rows", full)
+        with pytest.raises(WriteError) as caught:
+            run(folder, methods=["bitfit"])
+    assert str(caught.value).startswith(f"{folder} could not be written: no space")
+    assert f"--output-dir {folder} --resume goes on from there." in str(caught.value)
+    assert not list(folder.rglob("failed.json"))
+    [place] = folder.glob("runs/bitfit/*")
+    for left in (place / ".result.json.0123456789ab.spectune-new", folder / ".plots.0123456789ab.spectune-new"):
+        left.write_text("half")
+    (place / ".best.4711").symlink_to("best-6")
+    found = run(folder, methods=["bitfit"], resume=True)
+    assert not found.failed
+    assert not list(folder.rglob(".*"))
+    assert found.runs[0]["judged_loss"] == run(tmp_path / "other", methods=["bitfit"]).runs[0]["judged_loss"]
+
+
+def test_a_comparison_that_fails_before_it_starts_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        run(tmp_path / "c", methods=["bitfit"], train_rows="nosuch.jsonl")
+    assert not (tmp_path / "c").exists()

@@ -259,7 +259,7 @@ def test_numbers_that_are_not_finite_are_null_on_disk_and_nan_again(tmp_path: Pa
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     good = json.dumps(dataclasses.asdict(JudgedRow(0, "a:1", 1.0, 2)))
     (tmp_path / "rows.jsonl").write_text(f"{good}\n{line}\n")
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: not a judged row"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2.* a judged row"):
         read_rows(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match="cannot be read"):
         read_rows(tmp_path / "none.jsonl")

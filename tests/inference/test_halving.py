@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from spectune.errors import OutOfMemoryError
-from spectune.inference import halving, is_out_of_memory
+from spectune.errors import OutOfMemoryError, is_out_of_memory
+from spectune.inference import halving
 
 
 def test_halves_down_to_one_then_gives_up() -> None:

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from spectune.errors import DataError
-from spectune.storage import bases, descriptions
+from spectune.storage import bases, descriptions, pretrained
 
 
 @pytest.fixture
@@ -22,10 +22,10 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(descriptions.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(descriptions.socket, "create_connection", fail)
+    monkeypatch.setattr(pretrained.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(pretrained.socket, "create_connection", fail)
     for cls in (descriptions.AutoConfig, descriptions.AutoTokenizer):
-        monkeypatch.setattr(cls, "from_pretrained", lambda *_: pytest.fail("transformers was asked"))
+        monkeypatch.setattr(cls, "from_pretrained", lambda *_, **__: pytest.fail("transformers was asked"))
     return asked
 
 
@@ -45,7 +45,7 @@ def test_a_name_that_is_no_hub_id_is_not_asked_for(no_hub: list[Any]) -> None:
 def test_a_proxy_or_the_offline_switch_leave_it_to_transformers(
     no_hub: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(*_: object) -> None:
+    def read(*_: object, **__: object) -> None:
         raise OSError("asked")
 
     monkeypatch.setattr(descriptions.AutoConfig, "from_pretrained", read)
@@ -53,7 +53,7 @@ def test_a_proxy_or_the_offline_switch_leave_it_to_transformers(
     with pytest.raises(DataError, match="asked"):
         bases.load("nobody/nothing")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(descriptions.urllib.request, "getproxies", lambda: {"https": "http://proxy"})
+    monkeypatch.setattr(pretrained.urllib.request, "getproxies", lambda: {"https": "http://proxy"})
     with pytest.raises(DataError, match="asked"):
         bases.load("nobody/nothing")
     assert no_hub == []

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from spectune.deltas import attached
 from spectune.errors import BusyFolderError, ConfigError, DataError, InterruptedRun, WriteError
-from spectune.files.lock import folder_lock
 from spectune.files.metadata import sealed
 from spectune.methods import LoRA
 from spectune.training import TrainingConfig, checkpoint, train
@@ -29,6 +28,7 @@ from spectune.training.identity import OtherRunError
 from spectune.training.interrupt import held_back, stopping_signals
 from spectune.training.restoring import newest_whole, read_checkpoint
 from tests.support import make_model, make_rows, make_tokenizer
+from tests.support.other_process import other_process_in
 
 STEPS = 8
 Weights = dict[str, torch.Tensor]
@@ -348,32 +348,12 @@ def test_who_ignores_hangups_goes_on_ignoring_them() -> None:
 # -- one process in a folder ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def other_process(folder: Path) -> Iterator[int]:
-    """A process that works in the folder."""
-    ready, done = os.pipe(), os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            with folder_lock(folder, "spectune train"):
-                os.write(ready[1], b"x")
-                os.close(done[1])
-                os.read(done[0], 1)
-        finally:
-            os._exit(0)
-    os.read(ready[0], 1)
-    yield child
-    for descriptor in (*done, *ready):
-        os.close(descriptor)
-    os.waitpid(child, 0)
-
-
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_second_process_is_refused_by_name_and_takes_nothing_away(
-    folder: Path, other_process: int, resume: bool
-) -> None:
+def test_a_second_process_is_refused_by_name_and_takes_nothing_away(folder: Path, resume: bool) -> None:
     before = content(folder)
-    with pytest.raises(BusyFolderError, match=rf"spectune train has it, process {other_process} on ") as caught:
+    with other_process_in(folder) as other, pytest.raises(BusyFolderError) as caught:
         run(folder, resume=resume)
+    assert f"spectune train has it, process {other} on " in str(caught.value)
     assert caught.value.exit_code == 2
     assert content(folder) == before
 

@@ -121,7 +121,8 @@ class Routes:
             return loop(run, execution)
 
         self.patch.setattr(isolated, "Loop", noting)
-        _measure(memory_job(str(self.files["base"]), "cpu", "float32", self.method, self.config, self.files["train"]))
+        base = {"name": str(self.files["base"]), "device": "cpu", "dtype": "float32"}
+        _measure(memory_job(base, self.method, self.config, self.files["train"]))
         [found] = seen
         return found
 

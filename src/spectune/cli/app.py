@@ -41,21 +41,24 @@ class Commands(TyperGroup):
     #: the command that was called
     named: str | None = None
 
-    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **options: Any) -> Any:
+    def main(
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, complete_var: str | None = None,
+        standalone_mode: bool = True, windows_expand_args: bool = True, **extra: Any,
+    ) -> Any:  # fmt: skip
         """Run a command, with streams that take plain text and stop nothing."""
         if not standalone_mode:
-            return super().main(args, *more, standalone_mode=False, **options)
+            return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         given = sys.argv[1:] if args is None else list(args)
         with StandardStreams() as streams:
-            code = self._ended(given, *more, **options)
+            code = self._ended(given, prog_name, complete_var, extra)
             results = self.named not in WORKING or any(flag in given for flag in ANSWERING)
             code = streams.exit_code(code, results=results)
         sys.exit(code)
 
-    def _ended(self, args: list[str], *more: Any, **options: Any) -> int:
+    def _ended(self, args: list[str], prog_name: str | None, complete_var: str | None, extra: dict[str, Any]) -> int:
         """The exit code of a command."""
         try:
-            found = super().main(args, *more, standalone_mode=False, **options)
+            found = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except typer.Abort:  # a second signal, while the first one was being answered
             complain("interrupted", label="stopped")
             return InterruptedRun.exit_code

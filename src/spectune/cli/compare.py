@@ -100,6 +100,8 @@ def compare(
     device: options.Device = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing_weights: options.AllowMissingWeights = False,
     skip_bad_rows: options.SkipBadRows = False,
     as_json: options.Json = False,
 ) -> None:
@@ -125,10 +127,15 @@ def compare(
     settings = Settings.collect(config, assignments, flags)
     if quick:
         settings.given.setdefault("max_steps", Given(QUICK_STEPS, "--quick"))
+    _run(_gone_on_with(settings), limits.fields(context), quick=quick, dry=dry, as_json=as_json)
+
+
+def _gone_on_with(settings: Settings) -> Settings:
+    """With --resume: what the user left open as the folder has it, but for code."""
     whole = resumed(settings)
     if "metric" not in settings.given:
         refuse_recorded_code(whole.text("metric"), Path(settings.text("output_dir") or ""))
-    _run(whole, limits.fields(context), quick=quick, dry=dry, as_json=as_json)
+    return whole
 
 
 def _run(settings: Settings, given: dict[str, Any], *, quick: bool, dry: bool, as_json: bool) -> None:
@@ -184,9 +191,7 @@ def _compare_in(folder: Path, arms: list[Arm], settings: Settings, limits: dict[
     if data is None:
         data, valid = str(embedded.TRAIN), valid or str(embedded.VALID)
     # each run's config.yaml: its own seed is not that of the split, and eval measures it as it was judged here
-    usual = asked(
-        Settings({})
-    )  # not recorded, nor where --resume finds it recorded: the same file, gone on with or not
+    usual = asked(Settings({}))  # is not recorded, nor where --resume finds it so
     judged = {key: value for key, value in asked(settings).items() if key in JUDGING and value != usual[key]}
     named = {key: value for key, value in origin(settings).items() if key != "split_seed"}
     recorded = named | judged | {"split_seed": wanted.seed}

@@ -91,6 +91,8 @@ def evaluate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing_weights: options.AllowMissingWeights = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a run on rows: loss, perplexity, and, where rows have references or choices, text metrics and accuracy.
@@ -107,7 +109,7 @@ def evaluate(
       spectune eval --model out/merged --data test.jsonl
       spectune eval --metric rouge_l,my_metrics.py:shortness --json
     """
-    found = run_on(run, model)
+    found = run_on(run, model).allowing(trust_remote_code, allow_missing_weights)
     with work(as_json=as_json) as out:
         files = Settings.collect(None, None, {"data": data or None}).rows("data")
         if files is None:
@@ -120,21 +122,26 @@ def evaluate(
             raise ConfigError(
                 "--lm-eval-tasks asks for texts, and this run has a head, which writes none: leave it out"
             )
-        if files is None and metric is None:
-            refuse_recorded_code(found.config.get("metric"), found.folder)
         asked_of_it = _harness(lm_eval_tasks, batch_size, lm_eval_limit, lm_eval_include)
-        loaded = found.load(device, dtype, base_precision)
-        of_rows: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        if files is None:  # a comparison's own rows are measured as it did
-            of_rows |= {key: found.config[key] for key in JUDGING if found.config.get(key) is not None}
         flags = {"metric": metric, "generate_rows": generate_rows, "choice_normalization": choice_normalization}
-        of_rows |= {key: value for key, value in flags.items() if value is not None}
+        of_rows = _judging(None if files is not None else found, flags)
+        of_rows |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        loaded = found.load(device, dtype, base_precision)
         answer = {"run": found.folder_name, "base_model": found.base, "data": source}
         answer["task_type"] = "CAUSAL_LM" if found.labels is None else found.labels.task_type
         answer |= _measured(found, loaded, as_learned(found.config, rows), source, of_rows, asked_of_it)
         if not as_json:
             _print(out, answer)
     print_answer(answer, as_json=as_json)
+
+
+def _judging(run: Run | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """How rows are measured: as a comparison measured this run's own, where no flag says otherwise. Raises ConfigError:
+    by code that only the run's folder names."""
+    if run is not None and flags["metric"] is None:
+        refuse_recorded_code(run.config.get("metric"), run.folder)
+    recorded = {} if run is None else {key: run.config.get(key) for key in JUDGING}
+    return {key: value for of in (recorded, flags) for key, value in of.items() if value is not None}
 
 
 def refuse_recorded_code(metric: Any, folder: Path) -> None:

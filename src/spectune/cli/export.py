@@ -50,6 +50,8 @@ def export(
         ),
     ] = None,
     check: options.Check = True,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing_weights: options.AllowMissingWeights = False,
     as_json: options.Json = False,
 ) -> None:
     """Write a run's delta for other programs, and prove it.
@@ -70,7 +72,7 @@ def export(
       spectune export --format prompt-embeds --dtype bfloat16
       spectune export --format gguf-lora --json
     """
-    found = find_run(run)
+    found = find_run(run).allowing(trust_remote_code, allow_missing_weights)
     if format_ is not None:
         free_folder(output_dir, found.folder / f"export-{format_}")
     with work(as_json=as_json) as out:
@@ -161,7 +163,7 @@ def _tensor_dtype(proving: Proving) -> torch.dtype:
     """Of prompt embeddings: that of the base's checkpoint, in which an engine computes, not that of this CPU."""
     from spectune.storage import load_config, resolve_device, resolve_dtype
 
-    own = getattr(load_config(proving.run.base), "dtype", None)
+    own = getattr(load_config(proving.run.base, trust_remote_code=proving.run.trust_remote_code), "dtype", None)
     if proving.dtype is None and own is not None:
         return resolve_dtype(own, resolve_device("cpu"))
     return resolve_dtype(proving.dtype or "float32", resolve_device(proving.device or "auto"), own)

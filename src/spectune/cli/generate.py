@@ -31,15 +31,15 @@ def generate(
     data: Annotated[str | None, typer.Option(help="Take the prompts from the rows of a file.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Number of rows of --data.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens for each prompt.")] = 64,
-    do_sample: Annotated[
-        bool, typer.Option("--do-sample", help="Sample tokens; the default is greedy decoding.")
-    ] = False,
+    do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample tokens; else decoding is greedy.")] = False,
     temperature: Annotated[float, typer.Option(min=0.01, help="Temperature for --do-sample.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus probability for --do-sample.")] = 1.0,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing_weights: options.AllowMissingWeights = False,
     as_json: options.Json = False,
 ) -> None:
     """Generate a completion for each prompt, with the newest run or the one that --run names; with --model alone, by
@@ -58,7 +58,7 @@ def generate(
     """
     if prompts and data is not None:
         raise ConfigError("prompts come from the command line or from --data, not from both")
-    found = run_on(run, model)
+    found = run_on(run, model).allowing(trust_remote_code, allow_missing_weights)
     with work(as_json=as_json) as out:
         if prompts:
             asked, source = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)], ""

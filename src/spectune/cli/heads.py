@@ -23,6 +23,7 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
     Raises:
         ConfigError: the setting is wrong. DataError: rows without a label, or with labels of mixed kinds.
     """
+    from spectune.cli.settings import own_code
     from spectune.data import find_labels, task_type_of
     from spectune.data.head_labels import classes_of_checkpoint
     from spectune.storage import load_config
@@ -31,7 +32,9 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
     task_type = task_type_of(rows) if wanted == "auto" else wanted
     if task_type == "CAUSAL_LM":
         return None
-    config = load_config(settings.base) if base is None else base
+    config = base
+    if config is None:
+        config = load_config(settings.base, **own_code(settings))
     labels = find_labels(rows, task_type, classes_of_checkpoint(config, task_type))
     if labels is not None:
         note(f"task: {labels.describe()}{', by the rows' if wanted == 'auto' else ''}")
@@ -40,11 +43,12 @@ def decided(settings: Settings, rows: Sequence[Row], base: Any = None) -> Labels
 
 def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> list[Arm]:
     """Arms with what each learns of training rows, which is said. Raises as `spectune.comparing.arms.with_labels`."""
+    from spectune.cli.settings import own_code
     from spectune.comparing.arms import arms_of, with_labels
     from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
     from spectune.storage import load_config
 
-    config = load_config(settings.base)
+    config = load_config(settings.base, **own_code(settings))
     known = {kind: classes_of_checkpoint(config, kind) for kind in (SEQ_CLS, TOKEN_CLS)}
     named = arms_of(arms, settings.text("base_precision"))
     found = with_labels(named, rows, settings.training().task_type, known)
@@ -53,13 +57,13 @@ def learned_by(arms: Sequence[Arm], settings: Settings, rows: Sequence[Row]) -> 
     return found
 
 
-def labels_of_checkpoint(base: str) -> Labels | None:
+def labels_of_checkpoint(base: str, trust_remote_code: bool = False) -> Labels | None:
     """What the head of a model that is taken as it is says, by its config; None of a language model's."""
     from spectune.data import Labels
     from spectune.data.head_labels import SEQ_CLS, TOKEN_CLS, classes_of_checkpoint
     from spectune.storage import load_config
 
-    config = load_config(base)
+    config = load_config(base, trust_remote_code=trust_remote_code)
     kind = next((kind for kind in (SEQ_CLS, TOKEN_CLS) if classes_of_checkpoint(config, kind)), None)
     return None if kind is None else Labels.of_model(kind, config)
 

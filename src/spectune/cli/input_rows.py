@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spectune.cli.console import note
-from spectune.cli.runs import Run, find_run, is_delta, model_as_it_is
+from spectune.cli.runs import Run, UnknownBaseError, find_run, is_delta, model_as_it_is
 from spectune.cli.settings import Settings
 from spectune.errors import ConfigError, DataError, SpectuneError
 
@@ -137,7 +137,7 @@ def run_on(given: Path | None, model: str | None) -> Run:
             return model_as_it_is(model)
     try:
         found = find_run(given)
-    except DataError:
+    except UnknownBaseError:
         if model is None or given is None or not is_delta(given):
             raise
         return Run(given, given, model, {}, {}, rebased=True)

@@ -33,6 +33,8 @@ def merge(
         ),
     ] = None,
     check: options.Check = True,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing_weights: options.AllowMissingWeights = False,
     as_json: options.Json = False,
 ) -> None:
     """Merge a run's delta into its base: a transformers folder with the tokenizer, which loads without spectune.
@@ -47,7 +49,7 @@ def merge(
       spectune merge --run runs/2026-01-31-lora-1 --output-dir out/model
       spectune merge --data test.jsonl --json
     """
-    found = find_run(run)
+    found = find_run(run).allowing(trust_remote_code, allow_missing_weights)
     folder = free_folder(output_dir, found.folder / "merged")
     with work(as_json=as_json) as out:
         from spectune.storage import stored_method
@@ -82,7 +84,7 @@ def _copy(proving: Proving, folder: Path, out: Console) -> dict[str, Any]:
     from spectune import storage
 
     found = proving.run
-    storage.copy_model(found.delta, storage.load_tokenizer(found.base), folder)
+    storage.copy_model(found.delta, found.tokenizer(), folder)
     say(out, "copied: the run trained the base itself, and its weights are written bit for bit")
     if not proving.check:
         return unproved()

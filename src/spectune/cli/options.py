@@ -90,6 +90,21 @@ BasePrecision = Annotated[
     str | None,
     typer.Option(help="fp8, nf4 or int8: storage precision of the frozen base's weights.", show_default="as --dtype"),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Let Python code that comes with the base run, with your rights. Never asked, never taken from a run's "
+        "folder.",
+    ),
+]
+AllowMissingWeights = Annotated[
+    bool,
+    typer.Option(
+        "--allow-missing-weights",
+        help="Take a base whose files lack weights of its config, or have others: what is missing begins at random.",
+    ),
+]
 ChoiceNormalization = Annotated[
     str | None,
     typer.Option(

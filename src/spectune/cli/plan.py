@@ -15,7 +15,7 @@ from spectune.cli.heads import decided, head_options
 from spectune.cli.input_rows import check_inputs, named, rows_of, training_rows
 from spectune.cli.known_keys import method_names
 from spectune.cli.planned_text import Arm, decisions, print_plan
-from spectune.cli.settings import Settings
+from spectune.cli.settings import Settings, own_code
 from spectune.errors import ConfigError, DoesNotFitError
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def plan(
     device: AnyDevice = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    allow_missing_weights: options.AllowMissingWeights = False,
     as_json: options.Json = False,
 ) -> None:
     """Predict the memory that training needs, by term and at its peak, from the base's config alone.
@@ -150,7 +152,7 @@ class Plans:
         name = settings.text("device") or ("cuda" if memory is not None else "auto")
         device = str(resolve_device(name)) if name == "auto" else name
         limit = free_memory(device) if memory is None else bytes_of(memory, "--memory")
-        base = load_config(settings.base)
+        base = load_config(settings.base, **own_code(settings))
         positions = positions_of(base)
         rooms = [] if positions is None else [positions - method.virtual_tokens for method in methods]
         most = min((room for room in rooms if room >= 2), default=positions or DEFAULT_LENGTH)
@@ -214,7 +216,8 @@ class Plans:
         if self.rows is None:
             return None
         if length not in self._encoded:
-            tokenizer, how = load_tokenizer(self.settings.base), {**self.config.encode_options, "labels": self.labels}
+            tokenizer = load_tokenizer(self.settings.base, **own_code(self.settings))
+            how = {**self.config.encode_options, "labels": self.labels}
             how["vocab_size"] = getattr(self.base.get_text_config(), "vocab_size", None)
             train, valid = (encode(part, tokenizer, max_length=length, **how) for part in self.rows)
             self._encoded[length] = weighted(train, self.rows[0].weights, self.config.seed), valid

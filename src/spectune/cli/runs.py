@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from pydantic import ValidationError
 
 from spectune.cli.console import note
 from spectune.cli.heads import head_options, labels_of_checkpoint, recorded_labels
+from spectune.cli.run_settings import TEXTS, RunSettings
 from spectune.cli.settings import NAMING, Settings
 from spectune.errors import ConfigError, DataError
 from spectune.files.lock import LOCK_FILE
+from spectune.files.metadata import check_seal, first_problem, read_json, read_yaml, record_of, without_seal
 from spectune.files.plain_text import command_line
+from spectune.results.run_result import RunRecord
+from spectune.results.vouched import BEST, FILES, FREE, problems_with, vouched_for
 from spectune.training.claim import OF_RUN, check_empty, claimed
 
 if TYPE_CHECKING:
@@ -28,8 +33,16 @@ if TYPE_CHECKING:
     from spectune.data import Labels
 
 RUNS = Path("runs")
+RESULT_FILE, TRAINING_FILE = "result.json", "training.json"
+#: what is used of a run beside its weights, and was there when it was finished
+_SHOWN = (FREE, f"{BEST}/{TRAINING_FILE}")
+_COPY = "copy the run's folder again from where it was written"
 #: the files of a delta's folder that name its base, and the keys under which they do
 _BASE_NAMES = {"spectune.json": "base_name", "adapter_config.json": "base_model_name_or_path"}
+
+
+class UnknownBaseError(DataError):
+    """A delta's folder does not say which base it belongs to."""
 
 
 def new_folder(label: str, root: Path = RUNS) -> Path:
@@ -112,7 +125,9 @@ def origin(settings: Settings) -> dict[str, Any]:
     """The origin of base and data for a run's config.yaml, so that `--config` with that file repeats the run."""
     keys = ("retain", "device", "dtype", "base_precision")
     named = {key: value for key in ("data", "valid", "test", "split_seed") if (value := settings.get(key)) is not None}
-    kept = {key: value for key in keys if (value := settings.text(key)) is not None}
+    kept: dict[str, Any] = {key: value for key in keys if (value := settings.text(key)) is not None}
+    if settings.placement["allow_missing_weights"]:
+        kept["allow_missing_weights"] = True
     return {"model": settings.base, **named, **kept}
 
 
@@ -122,10 +137,14 @@ def resumed(settings: Settings) -> Settings:
     Where that is another thing than the run had, training refuses it by name.
     """
     folder = settings.text("output_dir")
-    if folder is None or not settings.get("resume") or not (Path(folder) / "config.yaml").is_file():
+    if folder is None or not settings.get("resume") or not os.path.lexists(Path(folder) / FREE):
         return settings
-    recorded = Settings.collect(Path(folder) / "config.yaml", None, {})
-    kept = recorded.given
+    try:
+        recorded = Settings.collect(Path(folder) / FREE, None, {})
+    except ConfigError as error:  # the user has not named it
+        raise DataError(f"{Path(folder) / FREE} is damaged: {error}") from error
+    # whether code may run is for who starts the command to say, not for the folder
+    kept = {key: value for key, value in recorded.given.items() if key != "trust_remote_code"}
     if any(key in settings.given for key in NAMING):
         other = settings.method_names([]) != recorded.method_names([])
         # the fields of one method are not for another
@@ -142,6 +161,7 @@ class Run:
         delta_folder: None where there is no delta: the base is the model.
         result, config: empty where there is no run.
         rebased: the base is not the run's own word, but the user's.
+        trust_remote_code, allow_missing_weights: how the base is loaded, see `spectune.load`.
     """
 
     folder: Path
@@ -150,6 +170,13 @@ class Run:
     result: dict[str, Any]
     config: dict[str, Any]
     rebased: bool = False
+    trust_remote_code: bool = False
+    allow_missing_weights: bool = False
+
+    def allowing(self, trust_remote_code: bool, allow_missing_weights: bool) -> Run:
+        """The same, on a base that is loaded so; what may be missing of it was allowed to the run, too."""
+        allowed = allow_missing_weights or self.config.get("allow_missing_weights") is True
+        return dataclasses.replace(self, trust_remote_code=trust_remote_code, allow_missing_weights=allowed)
 
     @property
     def name(self) -> str:
@@ -189,12 +216,22 @@ class Run:
     @functools.cached_property
     def labels(self) -> Labels | None:
         """What its head says; None of a language model."""
-        return labels_of_checkpoint(self.base) if self.delta_folder is None else recorded_labels(self.config)
+        return (
+            labels_of_checkpoint(self.base, self.trust_remote_code)
+            if self.delta_folder is None
+            else recorded_labels(self.config)
+        )
 
     @property
     def row_options(self) -> dict[str, Any]:
         """How the run's data were read: arguments of `spectune.data.load_rows`, beside `skip_bad_rows`."""
         return {key: self.config.get(key) for key in ("columns", "delimiter", "encoding")}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's. Raises DataError where it is not to be had."""
+        from spectune.storage import load_tokenizer
+
+        return load_tokenizer(self.base, trust_remote_code=self.trust_remote_code)
 
     def load(
         self, device: str | None, dtype: str | None, base_precision: str | None = None
@@ -205,7 +242,10 @@ class Run:
         trained_over = self.config.get("base_precision")
         if trained_over is not None and base_precision is None:
             note(f"trained over the base in {trained_over}, and loaded on the base as it is")
-        where: dict[str, Any] = {"device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision}
+        where: dict[str, Any] = {
+            "device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision,
+            "trust_remote_code": self.trust_remote_code, "allow_missing_weights": self.allow_missing_weights,
+        }  # fmt: skip
         model, tokenizer = load(self.base, **where, **head_options(self.labels))
         if self.delta_folder is not None:
             try:
@@ -243,7 +283,9 @@ def find_run(given: Path | None, root: Path = RUNS) -> Run:
         return _open(given.parent)
     if is_delta(given):
         # how rows became token ids in training (`separator`, `max_length`, ...), as a run's `best/` tells by itself
-        return Run(given, given, _base_of(given, {}), {}, _mapping(given / "training.json", json.loads))
+        config = _checked(read_json(given / TRAINING_FILE) or {}, given / TRAINING_FILE)
+        _warn_of_changes(given / TRAINING_FILE, config)
+        return Run(given, given, _base_of(given, {}), {}, without_seal(config))
     if is_model(given):
         raise DataError(
             f"{given} is a model and no run: it has no delta to put onto a base. eval and generate take it as it is "
@@ -296,10 +338,17 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """The mapping in a file; empty where there is none."""
-    found = parse(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A run's settings, whose values are of the types that they are used as. Raises DataError."""
+    try:
+        RunSettings.model_validate(config)
+    except ValidationError as error:
+        raise DataError(f"{path} cannot be read as a run's settings ({first_problem(error)}). {_COPY}.") from error
+    return config
+
+
+def _warn_of_changes(path: Path, content: dict[str, Any]) -> None:
+    check_seal(path, content, warn=lambda said: note(f"warning: {said}"))
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -309,15 +358,16 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _open(folder: Path) -> Run:
-    saved = folder / "result.json"
-    try:
-        result = json.loads(saved.read_text(encoding="utf-8"))
-        if not isinstance(result, dict):
-            raise ValueError("expected an object")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{saved} cannot be read as a run's result: {error}") from error
-    config = _mapping(folder / "config.yaml", yaml.safe_load)
-    return Run(folder, folder / "best", _base_of(folder / "best", config), result, config)
+    saved, config_file = folder / RESULT_FILE, folder / FREE
+    result = read_json(saved, what="a run's result", again=_COPY) or {}
+    record_of({**result, FILES: None}, saved, RunRecord, what="a run's result", again=_COPY, warn=lambda _: None)
+    config = _checked(read_yaml(config_file, again=_COPY, texts=TEXTS) or {}, config_file)
+    run = Run(folder, folder / BEST, _base_of(folder / BEST, config), without_seal(result), config)
+    _warn_of_changes(saved, result)
+    shown = {name: digest for name, digest in vouched_for(saved, result).items() if name in _SHOWN}
+    for problem in problems_with(folder, shown):
+        note(f"warning: {problem}; it was changed after the run was finished, and is taken as it is")
+    return run
 
 
 def _base_of(delta_folder: Path, config: dict[str, Any]) -> str:
@@ -325,9 +375,9 @@ def _base_of(delta_folder: Path, config: dict[str, Any]) -> str:
     if isinstance(config.get("model"), str):
         return str(config["model"])
     for file, key in _BASE_NAMES.items():
-        if name := _mapping(delta_folder / file, json.loads).get(key):
-            return str(name)
-    raise DataError(f"{delta_folder} does not say which base it belongs to: name it with --model")
+        if isinstance(name := (read_json(delta_folder / file, any_integer=True) or {}).get(key), str) and name:
+            return name
+    raise UnknownBaseError(f"{delta_folder} does not say which base it belongs to: name it with --model")
 
 
 def _loss(run: Run) -> float:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 #: Keys of the command itself; everything else is the training's or a method's.
 RUN_KEYS = frozenset(
     {"model", "data", "valid", "test", "retain", "output_dir", "method", "methods", "device", "dtype", "base_precision"}
+    | {"trust_remote_code", "allow_missing_weights"}
     # which rows of the data were held out, where that is not by the run's own seed
     | {"split_seed"}
     # a comparison's
@@ -67,11 +68,12 @@ class Settings:
 
     @property
     def placement(self) -> dict[str, Any]:
-        """How the base is loaded, as `spectune.load` takes it: device and dtype, "auto" where they were left open, and
-        what its frozen weights are stored in, None where that is `dtype`."""
+        """How the base is loaded, as `spectune.load` takes it: device and dtype, "auto" where they were left open;
+        what its frozen weights are stored in, None where that is `dtype`; and what of it is allowed."""
         return {
             "device": self.text("device") or "auto", "dtype": self.text("dtype") or "auto",
-            "base_precision": self.text("base_precision"),
+            "base_precision": self.text("base_precision"), **own_code(self),
+            "allow_missing_weights": _switch(self, "allow_missing_weights"),
         }  # fmt: skip
 
     def text(self, key: str) -> str | None:
@@ -218,6 +220,19 @@ class Settings:
                 raise ConfigError(f"{self.given[key].where}: {twice} is named more than once; name each method once.")
             return names
         return list(default)
+
+
+def own_code(settings: Settings) -> dict[str, bool]:
+    """Whether Python code that comes with the base may run: an argument of what reads its config or tokenizer."""
+    return {"trust_remote_code": _switch(settings, "trust_remote_code")}
+
+
+def _switch(settings: Settings, key: str) -> bool:
+    """A key of the command itself that is on or off. Raises ConfigError: it is something else."""
+    value = settings.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{settings.given[key].where}: {key} is {shown(value)}; expected true or false.")
+    return bool(value)
 
 
 def _text(given: Given | None) -> Any:

@@ -8,10 +8,10 @@ import typer
 
 from spectune.cli import options
 from spectune.cli.checked_text import print_overlaps, print_part, print_rows
-from spectune.cli.console import print_answer, work
+from spectune.cli.console import note, print_answer, work
 from spectune.cli.heads import decided
 from spectune.cli.input_rows import check_inputs, named, note_losses
-from spectune.cli.settings import Settings
+from spectune.cli.settings import Settings, own_code
 from spectune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def validate(
     train_on: options.TrainOn = None,
     show: Annotated[int, typer.Option(min=0, help="Rows of each shape to show with what is learned of them.")] = 3,
     skip_bad_rows: options.SkipBadRows = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Check data against a base's tokenizer: show what is learned of a few rows, and count what is lost, doubled or
@@ -56,7 +57,7 @@ def validate(
         check_inputs(settings)
         from spectune.storage import load_tokenizer
 
-        tokenizer = load_tokenizer(settings.base)
+        tokenizer = load_tokenizer(settings.base, **own_code(settings))
         parts = _checked(settings, tokenizer)
         overlaps = _overlaps(parts, settings.training())
         shown = parts[0].shown(show)
@@ -81,9 +82,14 @@ def _checked(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Che
     from spectune.storage.descriptions import positions_of
     from spectune.training.config import DEFAULT_LENGTH
 
-    chosen, base = settings.training(), load_config(settings.base)
+    chosen, base = (
+        settings.training(),
+        load_config(settings.base, **own_code(settings)),
+    )
     length = chosen.max_length or min(positions_of(base) or DEFAULT_LENGTH, DEFAULT_LENGTH)
     how = {**chosen.encode_options, "vocab_size": getattr(base.get_text_config(), "vocab_size", None)}
+    if how["vocab_size"] is not None and len(tokenizer) > how["vocab_size"]:
+        note(f"{settings.base}: its tokenizer knows {len(tokenizer)} tokens, and its config.json {how['vocab_size']}")
     found, problems = list["Checked"](), list[DataError]()
     for name, (source, data) in _sources(settings).items():
         try:

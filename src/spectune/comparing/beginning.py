@@ -48,7 +48,7 @@ COMMON_METRIC = "accuracy"
 
 @dataclass(frozen=True)
 class Beginning:
-    """What was asked for, as `compare` has it; `where`: device, dtype and base_precision, `own`: a comparison's own
+    """What was asked for, as `compare` has it; `where`: how the base is loaded, `own`: a comparison's own
     settings, `given`: the arms as they were given.
 
     Attributes:
@@ -88,7 +88,7 @@ class Beginning:
             labels = Labels.of_model(kind, base.config)
             learned = [dataclasses.replace(arm, task_type=kind, labels=labels) for arm in arms]
         else:
-            config = load_config(str(base))
+            config = load_config(str(base), trust_remote_code=asked["where"]["trust_remote_code"])
             known = {kind: classes_of_checkpoint(config, kind) for kind in (SEQ_CLS, TOKEN_CLS)}
             learned = with_labels(arms, rows.train, settings.task_type, known)
         return cls(base=base, given=arms, arms=learned, rows=rows, settings=settings, **asked)
@@ -125,7 +125,7 @@ class Beginning:
         schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, **more)
         job = Job(
             self.folder, "", arms[0].labels, model, tokenizer, arms, own, inputs, text, schedule,
-            self._origin(arms[0].labels), self.console, phases,
+            self._origin(arms[0].labels), self.console, phases, loaded=self.where,
         )  # fmt: skip
         learned = [found for found, _ in all_inputs]
         if self.before is not None and inputs.task.custom:
@@ -146,8 +146,7 @@ class Beginning:
         inputs, own = self.phases.call("rows", self._inputs, tokenizer, settings, vocab_size)[place]
         return Job(
             self.folder, arms[0].task_type, arms[0].labels, model, tokenizer, arms, own, inputs.with_code(), [],
-            schedule,
-            self._origin(arms[0].labels), self.console, self.phases, conditions,
+            schedule, self._origin(arms[0].labels), self.console, self.phases, conditions, loaded=self.where,
         )  # fmt: skip
 
     def _load(self, labels: Labels | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

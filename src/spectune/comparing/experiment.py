@@ -24,6 +24,7 @@ from spectune.comparing.runner import Runner
 from spectune.comparing.schedule import PRESETS
 from spectune.deltas import Method
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, WriteError
+from spectune.files.disk_errors import disk_errors
 from spectune.files.plain_text import command_line
 from spectune.inference import CHOICE_NORMALIZATIONS
 from spectune.phases import Phases
@@ -48,6 +49,7 @@ def compare(
     limits: Limits | None = None, seed: int | None = None, device: str = "auto", dtype: str = "auto",
     base_precision: str | None = None, retain: str | Path | None = None, resume: bool = False,
     choice_normalization: str = "sum", origin: Mapping[str, Any] | None = None, console: Console | None = None,
+    trust_remote_code: bool = False, allow_missing_weights: bool = False,
 ) -> Comparison:  # fmt: skip
     """Search each method's learning rate, train it with several seeds, measure all alike, and say what differs.
 
@@ -68,18 +70,19 @@ def compare(
         generate_rows: judged rows that every final run writes a completion for.
         limits: of the user, for the recommendation; a resumption without any keeps those it began with.
         seed: of weights, data order and splits; default is the config's.
-        output_dir, resume: default is the config's, else a new temporary folder; to go on there with what has ended.
-        base_precision: what the frozen base's weights are stored in, see `spectune.load`.
+        output_dir, resume: default is the config's, else a new temporary folder; to go on with what has ended.
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
         choice_normalization: "sum", "token" or "byte", see `spectune.evaluation.Task`.
         origin: entries for config.yaml, the comparison's and each run's, see `train`.
+        base_precision, trust_remote_code, allow_missing_weights: how the base is loaded, see `spectune.load`.
 
     Raises:
         ConfigError, DataError: bad settings or data, or a folder to go on in whose runs had other settings, data or
             base; before anything is trained.
-        DoesNotFitError: the plan says that no method fits into memory; before anything is trained. Where some fit,
-            those that do not are among the failed runs.
-        InterruptedRun: Ctrl-C or SIGTERM; `resume` goes on from there.
+        DoesNotFitError: by the plan no method fits into memory. Of several, those that do not are failed runs.
+        BusyFolderError: another process works in the folder.
+        WriteError: the disk is full, read-only or broken; `resume` goes on from there.
+        InterruptedRun: Ctrl-C, SIGTERM or SIGHUP; `resume` goes on from there.
 
     A run that fails stays in the result with its reason, and the others go on.
     """
@@ -91,7 +94,8 @@ def compare(
         settings, before = _begin(folder, config, seed)
         arms = arms_of(methods, base_precision)
         rows = phases.call("rows", Rows.read, train_rows, valid_rows, test_rows, settings)
-        where = {"device": device, "dtype": dtype, "base_precision": base_precision}
+        where = {"device": device, "dtype": dtype, "base_precision": base_precision,
+                 "trust_remote_code": trust_remote_code, "allow_missing_weights": allow_missing_weights}  # fmt: skip
         return _carried_out(
             Beginning.of(
                 base, arms, rows, settings, tokenizer=tokenizer, where=where, own=own, folder=folder, before=before,
@@ -188,7 +192,7 @@ def _folder(config: TrainingConfig | None, output_dir: str | Path | None, resume
         raise ConfigError("resume needs an output_dir: there is nothing to go on from")
     folder = Path(given) if given is not None else Path(tempfile.mkdtemp(prefix="spectune-compare-"))
     try:
-        with claimed(folder, "spectune compare", resume=resume, within=WITHIN):
+        with disk_errors(folder), claimed(folder, "spectune compare", resume=resume, within=WITHIN):
             yield folder
     except WriteError as error:  # what it says to go on with is of one run
         again = command_line("--output-dir", folder, "--resume")

@@ -130,9 +130,12 @@ def _timed_costs(job: Job, delta: Delta, folder: Path, config: TrainingConfig) -
         found = measure_loading(job.model, delta, folder / "best")
     if job.schedule.preset.own_process:
         model, precision = job.model, base_precision(job.model)
-        where = model.config._name_or_path, str(model.device), str(model.dtype).removeprefix("torch.")
-        same = memory_job(*where, delta.method, config, job.inputs.train.rows, base_precision=precision,
-                          labels=job.labels)  # fmt: skip
+        base = {
+            "name": model.config._name_or_path, "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."), "base_precision": precision,
+            **{key: job.loaded[key] for key in ("trust_remote_code", "allow_missing_weights") if key in job.loaded},
+        }  # fmt: skip
+        same = memory_job(base, delta.method, config, job.inputs.train.rows, labels=job.labels)
         found["peak_memory_bytes"] = {**found.get("peak_memory_bytes", {}), **train_memory_in_own_process(same)}
     return found
 

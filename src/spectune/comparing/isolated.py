@@ -24,8 +24,8 @@ from spectune.blocks.cuda_graphs import BEFORE_CAPTURE
 from spectune.blocks.execution import Execution
 from spectune.data import DataReport, Encoded, Labels, Row, load_rows
 from spectune.deltas import Method, attach
-from spectune.errors import OutOfMemoryError, SpectuneError, first_line
-from spectune.inference import is_out_of_memory
+from spectune.errors import OutOfMemoryError, SpectuneError, first_line, is_out_of_memory
+from spectune.files.metadata import json_object
 from spectune.methods import method_from_dict
 from spectune.storage import load
 from spectune.training import TrainingConfig
@@ -64,7 +64,7 @@ def train_memory_in_own_process(job: Mapping[str, Any]) -> dict[str, int]:
     )  # fmt: skip
     doing = f"measuring the memory of {method_from_dict(job['method']).label} in a process of its own"
     try:
-        answer = json.loads(done.stdout)
+        answer = json_object(done.stdout.encode("utf-8", "replace"), "its answer")
     except ValueError:
         if done.returncode == -9:
             raise OutOfMemoryError(f"{doing}: the system killed it, most likely for want of memory") from None
@@ -76,16 +76,15 @@ def train_memory_in_own_process(job: Mapping[str, Any]) -> dict[str, int]:
 
 
 def memory_job(
-    base_name: str, device: str, dtype: str, method: Method, config: TrainingConfig,
-    train_rows: str | Path | Sequence[Row], *, base_precision: str | None = None, labels: Labels | None = None,
+    base: Mapping[str, Any], method: Method, config: TrainingConfig, train_rows: str | Path | Sequence[Row], *,
+    labels: Labels | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What the child reads, as JSON.
 
     Args:
-        base_name: what `spectune.load` takes by name.
+        base: arguments of `spectune.load`, its name among them.
         config: "auto" recomputes nothing here.
         train_rows: a path, or rows.
-        base_precision: as in `spectune.load`.
         labels: of the base's head; None of a language model.
     """
     fields = ("origin", "prompt", "completion", "text", "messages", "history", "unlearned", "tools", "documents",
@@ -94,7 +93,7 @@ def memory_job(
     if not isinstance(train_rows, str | Path):
         rows = [{key: getattr(row, key) for key in fields} for row in train_rows]
     return {
-        "base": {"name": base_name, "device": device, "dtype": dtype, "base_precision": base_precision},
+        "base": dict(base),
         "labels": None if labels is None else dataclasses.asdict(labels),
         "method": method.model_dump(mode="json"),
         "config": config.model_dump(mode="json", exclude={"output_dir", "resume"}),

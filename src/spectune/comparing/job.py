@@ -60,6 +60,7 @@ class Job:
         origin: entries for each run's config.yaml.
         console: where final runs show their progress.
         phases: where the time goes that is no arm's own: each run records its own.
+        loaded: how the base was, as `spectune.load` takes it.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Job:
     console: Console | None
     phases: Phases = field(default_factory=Phases)
     conditions: RecordedConditions = field(default_factory=RecordedConditions)
+    loaded: Mapping[str, Any] = field(default_factory=dict)
     predictions: Predictions = field(default_factory=Predictions, init=False)
     base_passages: KeptLogits = field(default_factory=lambda: KeptLogits(_room()), init=False)
     base_facts: BaseFacts = field(default_factory=BaseFacts, init=False)

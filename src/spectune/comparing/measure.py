@@ -17,11 +17,14 @@ from spectune.compute.memory import PeakMemory
 from spectune.deltas import Delta, attached, base_name, detach, merge
 from spectune.errors import ConfigError, DataError
 from spectune.evaluation import KeptLogits, passage_kls, sample_passages
+from spectune.files.regular import read_bounded
 from spectune.inference import context_length, decode_tokens_per_second, wait_for
 from spectune.storage import TINY, load_delta
 from spectune.training.machine import Watch
 
 PASSAGES = 64
+#: of the user's own text: each passage is tokenized, and run through every model
+MAX_RETAIN_BYTES = 64 * 2**20
 PASSAGE_TOKENS = 128
 #: what the rounds of measuring speed take about
 SECONDS = 1.0
@@ -50,10 +53,11 @@ def retained_passages(
     room = None if context is None else context - virtual_tokens
     if retain is not None:
         path = Path(retain)
-        if not path.is_file():
+        raw = read_bounded(path, MAX_RETAIN_BYTES, links=True)
+        if raw is None:
             raise DataError(f"--retain {path}: no such file; expected plain text, passages parted by blank lines")
         try:
-            content = path.read_text(encoding="utf-8")
+            content = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"--retain {path} is not UTF-8 text: {error}") from error
         texts = [text.strip() for text in content.split("\n\n") if text.strip()]

@@ -45,7 +45,7 @@ class Runner:
 
         Raises:
             DoesNotFitError: the plan says that no arm fits into memory.
-            InterruptedRun: Ctrl-C or SIGTERM.
+            InterruptedRun: Ctrl-C, SIGTERM or SIGHUP.
         """
         left = self._fitting()
         self._announce(left)

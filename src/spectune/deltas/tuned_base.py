@@ -1,6 +1,7 @@
 """Full fine-tuning's delta: the base itself, all of whose weights are trained."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from spectune.deltas.delta import Delta
 from spectune.deltas.folder import DeltaFiles, check_tensors
 from spectune.deltas.site import Site
-from spectune.errors import ConfigError, DataError, some
+from spectune.errors import ConfigError, DataError, first_line, is_out_of_memory, some
 from spectune.families import quantised_weights
 from spectune.files.digests import Digest
 from spectune.files.weights import check_finite, need_weights, read_headers, read_weights
@@ -120,7 +121,7 @@ class ModelFiles(DeltaFiles):
         what = f"the model in {folder}"
         state: Mapping[str, Tensor] = self._without_buffers(read_weights(self.weight_files(folder)))
         if self._in_another_layout(state):
-            state = self._converted(folder)
+            state = self._read_as_stored(folder, state)
         check_tensors(self._own, state, what)
         check_finite(state, {name: self._own[name].dtype for name in state}, what)
         _write(self.model, state)
@@ -138,14 +139,28 @@ class ModelFiles(DeltaFiles):
         buffers = self._buffers()
         return {name: tensor for name, tensor in state.items() if name not in buffers}
 
-    def _converted(self, folder: Path) -> dict[str, Tensor]:
-        """The folder's weights, read by transformers itself: it stores some types otherwise than it holds them (each
-        expert by itself, a head under its old name). Its own class, so that nothing but tensors is read."""
+    def _read_as_stored(self, folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            return self._converted(state)
+        except DataError as error:
+            raise DataError(f"the model in {folder}: {error}") from error
+        except Exception as error:  # what transformers says of tensors that it cannot join
+            if is_out_of_memory(error):
+                raise
+            raise DataError(f"the model in {folder}: the tensors do not fit ({first_line(error)})") from error
+
+    def _converted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The folder's weights under the model's names, by transformers itself: it stores some types otherwise than it
+        holds them (each expert by itself, a head under its old name). Of the folder it is given these tensors, and
+        nothing that could say what else to load."""
         load: Any = type(self.model).from_pretrained
-        model, found = load(folder, dtype=self.model.dtype, output_loading_info=True, use_safetensors=True)
+        config = copy.deepcopy(self.model.config)
+        model, found = load(
+            None, config=config, state_dict=dict(state), dtype=self.model.dtype, output_loading_info=True
+        )
         problems = [f"{kind.replace('_', ' ')}: {entry}" for kind, entries in found.items() for entry in entries]
         if problems:
-            raise DataError(f"the model in {folder}: the tensors do not fit", problems)
+            raise DataError("the tensors do not fit", problems)
         return {name: parameter.detach().to(self.model.device) for name, parameter in model.named_parameters()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from spectune.errors import DataError
 from spectune.evaluation.corpus import corpus_score
 from spectune.evaluation.label_scores import AGREEMENT, agreement
 from spectune.evaluation.losses import by_source, mean_per_token
+from spectune.evaluation.row_line import check_row
+from spectune.files.metadata import read_lines
 from spectune.files.strict_json import strict_json
 from spectune.storage import atomic_write_text
 
@@ -56,6 +57,7 @@ class JudgedRow:
         names = {item.name for item in fields(cls)}
         if unknown := set(given) - names:
             raise ValueError(f"unknown keys {sorted(unknown)}; expected some of {sorted(names)}")
+        check_row(given)
         loss, references = given.get("loss_sum"), tuple(given.get("references", ()))
         return cls(**{**given, "loss_sum": math.nan if loss is None else float(loss), "references": references})
 
@@ -67,14 +69,10 @@ def write_rows(path: str | Path, judged: Sequence[JudgedRow]) -> None:
 
 def read_rows(path: str | Path) -> list[JudgedRow]:
     """The rows that `write_rows` wrote. Raises DataError, `file:line`, where one is damaged."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in read_lines(Path(path), what="a judged row"):
         try:
-            rows.append(JudgedRow.from_dict(json.loads(line)))
+            rows.append(JudgedRow.from_dict(line))
         except (ValueError, TypeError) as error:
             raise DataError(f"{path}:{number}: not a judged row: {error}") from error
     return rows

@@ -11,14 +11,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from spectune.errors import DataError
-from spectune.files.core_yaml import YamlError, load_yaml
+from spectune.files.core_yaml import YamlError, compose_yaml, yaml_value
 from spectune.files.plain_values import MAX_DEPTH, check_plain, whole_number
 from spectune.files.regular import opened, read_bounded
 from spectune.files.strict_json import strict_json
@@ -88,29 +88,33 @@ def json_object(
 
 
 def read_yaml(
-    path: Path, most: int = MAX_YAML_BYTES, *, what: str = "", again: str = AGAIN, links: bool = False
-) -> dict[str, Any] | None:
+    path: Path, most: int = MAX_YAML_BYTES, *, what: str = "", again: str = AGAIN, links: bool = False,
+    texts: Container[str] = (),
+) -> dict[str, Any] | None:  # fmt: skip
     """A mapping out of a YAML file, by the core rules of YAML 1.2; None where there is no file, {} where it is empty.
-    Raises DataError as `read_json` does; also for tags that are no plain types, and aliases that grow."""
+    `texts`: keys whose values are text, in which a number is the word that it is written as. Raises DataError as
+    `read_json` does; also for tags that are no plain types, and aliases that grow."""
     content = read_bounded(path, most, links=links)
     if content is None:
         return None
     try:
-        found = load_yaml(content.decode("utf-8"))
+        node = compose_yaml(content.decode("utf-8"))
+        found, words = (None, None) if node is None else (yaml_value(node), yaml_value(node, in_words=True))
     except (YamlError, UnicodeDecodeError) as error:
         raise _damaged(str(path), f"is not readable YAML ({_said(error)})", what, again) from error
     if found is not None and not isinstance(found, dict):
         raise _damaged(str(path), f"holds a {type(found).__name__}, expected keys with values", what, again)
-    return found or {}
+    return {key: words[key] if key in texts else value for key, value in (found or {}).items()}
 
 
 def read_lines(
-    path: Path, *, most: int = MAX_LINES_BYTES, longest: int = MAX_LINE_BYTES, torn: bool = False,
-    skipped: Callable[[str], None] | None = None,
+    path: Path, *, what: str = "", again: str = AGAIN, most: int = MAX_LINES_BYTES, longest: int = MAX_LINE_BYTES,
+    torn: bool = False, skipped: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
     """The objects of a file of JSON lines, each with the number of its line, from 1; lines without a word are left out.
 
     Args:
+        what, again: of each line, for messages, see `read_json`.
         torn: a last line without its end may be what a kill left, and is then no fault; nothing comes of it.
         skipped: is told of each damaged line, and the reading goes on; by default it is an error.
 
@@ -120,7 +124,7 @@ def read_lines(
     """
     with opened(path) as file:
         if file is None:
-            raise DataError(f"{path} is missing")
+            raise DataError(f"{path} cannot be read: there is no such file")
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise DataError(f"{path} has {size:,} bytes; at most {most:,} are read of such a file: it is damaged")
         number = 0
@@ -131,7 +135,7 @@ def read_lines(
             if not line.strip():
                 continue
             try:
-                found = json_object(line, f"{path}:{number}")
+                found = json_object(line, f"{path}:{number}", what, again)
             except DataError as error:
                 if torn and not line.endswith(b"\n"):
                     return

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ _SMALL = 2**16
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Digest:
-    """Write a safetensors file, byte for byte what `safetensors.torch.save_file` writes of contiguous copies.
+    """Write a safetensors file, byte for byte what `safetensors.torch.save_file` writes of contiguous copies, and wait
+    until it is on the disk. It is hashed in the meantime, by another thread.
 
     Tensors may be on any device, of any strides, and share memory; one at a time is copied where it has to be. It is
-    written under its name as it is, and not waited for: write into an `atomic_folder` or an `atomic_file`.
+    written under its name as it is: write into an `atomic_folder` or an `atomic_file`.
 
     Returns:
-        size and SHA-256 of what was meant to be written, whatever the disk makes of it.
+        size and SHA-256 of what was to be written, whatever the disk makes of it.
 
     Raises:
         OSError: the disk is full, read-only or broken.
@@ -45,17 +46,19 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     ordered = sorted(tensors.items(), key=lambda item: (-_ORDER[item[1].dtype], item[0]))
     header = _header(dict(ordered), metadata)
     found, size = hashlib.sha256(header), len(header)
-    hashed: Future[None] | None = None
-    with ThreadPoolExecutor(max_workers=1) as pool, Path(path).open("wb", buffering=0) as file:
-        _write(file.fileno(), memoryview(header))
-        for chunk in _chunks(ordered):
-            if hashed is not None:
-                hashed.result()
-            hashed = pool.submit(found.update, chunk)
-            _write(file.fileno(), chunk)
-            size += len(chunk)
-        if hashed is not None:
-            hashed.result()
+    with Path(path).open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            _write(file.fileno(), memoryview(header))
+            for chunk, is_copy in _chunks(tensor for _, tensor in ordered):
+                hashed = pool.submit(found.update, chunk)
+                _write(file.fileno(), chunk)
+                size += len(chunk)
+                if is_copy:
+                    hashed.result()  # else copies would wait in memory for the slower of the two
+            os.fsync(file.fileno())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return Digest(bytes=size, sha256=found.hexdigest())
 
 
@@ -72,28 +75,28 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
     return len(text).to_bytes(8, "little") + text
 
 
-def _chunks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[memoryview]:
-    """The tensors' bytes in parts of at most `_CHUNK`; small tensors together in one."""
+def _chunks(tensors: Iterable[Tensor]) -> Iterator[tuple[memoryview, bool]]:
+    """The tensors' bytes in parts of at most `_CHUNK`, and whether they are copies; small tensors together in one."""
     small: list[memoryview] = []
     waiting = 0
-    for _, tensor in tensors:
-        content = _bytes(tensor)
+    for tensor in tensors:
+        content, is_copy = _bytes(tensor)
         if len(content) < _SMALL:
             small.append(content)
             waiting += len(content)
         if waiting >= _CHUNK or (small and len(content) >= _SMALL):
-            yield memoryview(b"".join(small))
+            yield memoryview(b"".join(small)), True
             small, waiting = [], 0
         if len(content) >= _SMALL:
-            yield from (content[start : start + _CHUNK] for start in range(0, len(content), _CHUNK))
-    yield memoryview(b"".join(small))
+            yield from ((content[start : start + _CHUNK], is_copy) for start in range(0, len(content), _CHUNK))
+    yield memoryview(b"".join(small)), True
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    """A tensor's content, in its own memory where it lies there as it is stored."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    content: Any = plain.view(torch.uint8).numpy()
-    return memoryview(content)
+def _bytes(tensor: Tensor) -> tuple[memoryview, bool]:
+    """A tensor's content, and whether it is a copy: not where it lies in memory as it is stored."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    content: Any = plain.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(content), plain.data_ptr() != tensor.data_ptr()
 
 
 def _write(descriptor: int, content: memoryview) -> None:

@@ -13,11 +13,11 @@ from spectune.inference.likelihood import (
     target_likelihoods,
 )
 from spectune.inference.modes import seeded, wait_for
-from spectune.inference.out_of_memory import halving, is_out_of_memory
+from spectune.inference.out_of_memory import halving
 
 __all__ = [
     "CHOICE_NORMALIZATIONS", "UNLIMITED", "ChoiceScores", "Sampling", "answer_of", "answered_choice",
     "choice_log_likelihoods", "context_length", "decode_tokens_per_second", "decoded", "generate_ids",
-    "generate_texts", "halving", "head_outputs", "is_out_of_memory", "last_examples", "row_loss_sums", "seeded",
+    "generate_texts", "halving", "head_outputs", "last_examples", "row_loss_sums", "seeded",
     "shortened", "stop_ids", "target_likelihoods", "up_to_stop", "wait_for",
 ]  # fmt: skip

@@ -7,19 +7,11 @@ from typing import TypeVar
 
 import torch
 
-from spectune.errors import OutOfMemoryError
+from spectune.errors import OutOfMemoryError, is_out_of_memory
 
 log = logging.getLogger("spectune")
 
 T = TypeVar("T")
-_SIGNS = ("not enough memory", "can't allocate memory", "out of memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python raised this error because the device's or the host's memory ran out."""
-    if isinstance(error, RuntimeError):
-        return any(sign in str(error) for sign in _SIGNS)
-    return isinstance(error, MemoryError)
 
 
 def halving(work: Callable[[int], T], batch_size: int, doing: str) -> T:

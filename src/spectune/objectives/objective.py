@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from spectune.errors import DataError, SpectuneError, first_line
+from spectune.files.own_code import trusts
+
 
 class TokenLosses(NamedTuple):
     """The losses of a batch's targets (tokens, or whole rows); N is their number."""
@@ -36,9 +39,21 @@ class Objective(ABC):
 
     def empty_model(self, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
         """A model of this config on the meta device: no weight is made or read. Options are those of `from_config`
-        (`dtype`, ...)."""
-        with torch.device("meta"):
-            model: PreTrainedModel = self.auto_class.from_config(config, **options)
+        (`dtype`, ...). Code that comes with a base runs if its config was loaded so. Raises DataError: no model can be
+        made of this config."""
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = self.auto_class.from_config(
+                    config, trust_remote_code=trusts(config), **options
+                )
+        except SpectuneError:
+            raise
+        except Exception as error:  # models are code of many authors, and configs anybody's
+            name = getattr(config, "_name_or_path", "") or "the base"
+            raise DataError(
+                f"{name}: no model can be made of its config.json ({type(error).__name__}: {first_line(error)}); copy "
+                "it again from where it was written"
+            ) from error
         return model
 
     @abstractmethod

@@ -41,6 +41,7 @@ def plan(
     device: str | torch.device = "cuda",
     task_type: str | None = None,
     num_labels: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Estimate:
     """Bytes of one training step by term, and its peak. No weights are read or made, and no device is needed.
 
@@ -52,25 +53,24 @@ def plan(
         execution: how blocks run, instead of `torch_compile` and `cuda_graphs`.
         dtype: of the base; None is what `load` takes on that device, or the loaded model's own.
         base_precision: "fp8", "nf4", "int8", see `load`; None is the loaded model's own, else none.
-        gradient_checkpointing: as in `TrainingConfig`; "auto" is the first of none, "selective", True and "offload"
-            that fits into `memory`, and the last where none does; None is `execution`'s, else none.
-        torch_compile: blocks are compiled. Whether a run compiles (`TrainingConfig`'s "auto") follows from its length,
-            which is not known here: `spectune plan --data` and `train` work it out.
-        cuda_graphs: blocks are captured as CUDA graphs, where nothing is recomputed. What the graphs of one shape of a
-            batch keep from step to step is added (`Estimate.recordings`).
+        gradient_checkpointing: as in `TrainingConfig`; "auto": the first of none, "selective", True and "offload" that
+            fits into `memory`, else the last; None is `execution`'s, else none.
+        torch_compile: blocks are compiled; whether a run's are ("auto") follows from its length, unknown here.
+        cuda_graphs: blocks are captured as CUDA graphs, where nothing is recomputed; with what those of one shape keep
+            from step to step (`Estimate.recordings`).
         memory: bytes, or "24GiB", for "auto"; None is what is free on that device here, if that can be found out.
         optim: as in `TrainingConfig`.
         device: "cuda", "cpu" or "mps": which kernels run.
-        task_type, num_labels: the head of a base that is not loaded, see `load`; None is the vocabulary's.
+        task_type, num_labels, trust_remote_code: of a base that is not loaded, see `load`.
 
     Raises:
         ConfigError: a setting is wrong, the base has no room for that length, the method cannot act on this base, or
-            block inputs are to go to host memory on another device than CUDA.
-        DataError: no such base.
+            block inputs are to go to host memory on another device than CUDA. DataError: there is no such base.
     """
     accumulates = gradient_accumulation_steps > 1
     workload = Workload.of(base, method, dtype, device, base_precision=base_precision, optim=optim,
-                           accumulates=accumulates, task_type=task_type, num_labels=num_labels)  # fmt: skip
+                           accumulates=accumulates, task_type=task_type, num_labels=num_labels,
+                           trust_remote_code=trust_remote_code)  # fmt: skip
     shape = batch if isinstance(batch, Shape) else Shape.whole(batch, length)
     execution = execution or Execution(torch_compile, cuda_graphs)
     mode = execution.recomputation if gradient_checkpointing is None else gradient_checkpointing

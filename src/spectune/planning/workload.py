@@ -53,7 +53,7 @@ class Workload:
         cls, base: str | Path | PretrainedConfig | PreTrainedModel, method: str | Method,
         dtype: str | torch.dtype | None = None, device: str | torch.device = "cuda", *,
         base_precision: str | None = None, optim: str = "adamw_torch_fused", accumulates: bool = False,
-        task_type: str | None = None, num_labels: int | None = None,
+        task_type: str | None = None, num_labels: int | None = None, trust_remote_code: bool = False,
     ) -> Workload:  # fmt: skip
         """From what `plan` takes, which describes these arguments. A loaded model has its head already.
 
@@ -62,7 +62,7 @@ class Workload:
             DataError: no such base.
         """
         kind = torch.device(device).type
-        described = load_config(base) if isinstance(base, str | Path) else base
+        described = load_config(base, trust_remote_code=trust_remote_code) if isinstance(base, str | Path) else base
         config: Any = copy.deepcopy(described.config if isinstance(described, PreTrainedModel) else described)
         if num_labels is not None:
             config.num_labels = num_labels

@@ -1,22 +1,20 @@
 """What is known of a base without its weights: its config and its tokenizer. Nothing here imports torch."""
 
-import os
-import socket
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from spectune import embedded
-from spectune.errors import DataError, first_line
+from spectune.errors import DataError
 from spectune.files.local_folder import check_local
+from spectune.files.own_code import OwnCode
+from spectune.storage.base_config import check_described
+from spectune.storage.base_files import check_tokenizer, read_config
+from spectune.storage.pretrained import TRUST, from_pretrained, reading
 
-#: seconds that the hub may take to answer at all
-PATIENCE = 5
+#: what a tokenizer is tried on
+_TRIED = "A line of text, 1.\n"
 
 
 def source_of(name: str | Path) -> str:
@@ -30,58 +28,62 @@ def positions_of(config: Any) -> int | None:
     return None if context is None else int(context)
 
 
-def load_config(name: str | Path) -> Any:
-    """The config alone of a hub id, a folder, or `"spectune-tiny"`; no weights are read. Raises DataError."""
+def load_config(name: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The config alone of a hub id, a folder, or `"spectune-tiny"`; no weights are read.
+
+    Args:
+        trust_remote_code: code that comes with the base may run, where it needs any.
+
+    Raises:
+        DataError: there is no such base, its config is damaged or describes no model, or it needs code of its own.
+        OutOfMemoryError: memory ran out.
+    """
     source = source_of(name)
-    return read(source, lambda: AutoConfig.from_pretrained(source))
+    check_local(source)
+    found = read_config(source)
+    config = from_pretrained(AutoConfig, source, "config.json", trust_remote_code=trust_remote_code)
+    check_described(config, f"{source}: config.json")
+    if (code := getattr(config, "auto_map", None)) is not None:
+        if trust_remote_code:
+            config.auto_map = OwnCode(code)
+        elif "model_type" not in found:  # the class was found by its name in the code
+            raise DataError(f"the base {source!r} needs code of its own, which comes with it: {TRUST}")
+    return config
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer alone of a hub id, a folder, or `"spectune-tiny"`; no weights are read. Raises DataError."""
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer alone of a hub id, a folder, or `"spectune-tiny"`; no weights are read. Arguments and errors as
+    `load_config` has them."""
     source = source_of(name)
-    tokenizer: PreTrainedTokenizerBase = read(source, lambda: AutoTokenizer.from_pretrained(source))
-    # without files transformers makes an empty tokenizer of the model's type, which knows its special tokens alone
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+    check_local(source)
+    check_tokenizer(source)
+    file = "its tokenizer (tokenizer.json, tokenizer_config.json and so on)"
+    tokenizer: PreTrainedTokenizerBase = from_pretrained(
+        AutoTokenizer, source, file, trust_remote_code=trust_remote_code
+    )
+    with reading(source, file):
+        # without files transformers makes an empty tokenizer of the model's type, which knows its special tokens alone
+        known, special = set(tokenizer.get_vocab()), set(tokenizer.all_special_tokens)
+        ids = tokenizer(_TRIED)["input_ids"]
+        tokenizer.decode(ids)
+        _check_tokenizer(tokenizer)
+    if known <= special:
         raise DataError(
-            f"{source!r} has no tokenizer: the one that transformers made of it knows {len(tokenizer)} tokens, all of "
+            f"{source!r} has no tokenizer: the one that transformers made of it knows {len(known)} tokens, all of "
             "them special. Save the base's tokenizer there: tokenizer.save_pretrained(folder)."
         )
     return tokenizer
 
 
-def read(source: str, reading: Callable[[], Any]) -> Any:
-    """What `reading` gives. Raises DataError: the base is not there, or cannot be read."""
-    check_local(source)
-    try:
-        _refuse_unreachable(source)
-        return reading()
-    except (OSError, ValueError, KeyError) as error:
-        if Path(source).is_dir():
-            inside = ", ".join(sorted(os.listdir(source))[:12]) or "nothing"
-            raise DataError(
-                f"{source} is a folder, but no base that transformers can load ({first_line(error)}). It holds: "
-                f"{inside}. Expected config.json, *.safetensors and a tokenizer."
-            ) from error
-        raise DataError(
-            f"the base {source!r} is neither a local folder nor to be had from the hub ({first_line(error)}).\n"
-            "What to do: give a local folder that holds config.json, weights and tokenizer; or set HF_HOME to a cache "
-            "that has the model (with HF_HUB_OFFLINE=1 where there is no network); or check the name and log in "
-            "(HF_TOKEN) if the model is gated. --model spectune-tiny works everywhere."
-        ) from error
-
-
-def _refuse_unreachable(source: str) -> None:
-    """Raise at once what transformers would raise after half a minute of retries. Raises ValueError: the name is no hub
-    id. Raises OSError: the hub cannot be reached, and the cache does not have the base."""
-    if Path(source).exists():
-        return
-    cached = isinstance(try_to_load_from_cache(source, "config.json"), str)  # checks the id, too
-    if cached or constants.HF_HUB_OFFLINE or urllib.request.getproxies():  # a proxy looks names up by itself
-        return
-    hub = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection(
-            (hub.hostname or "", hub.port or (80 if hub.scheme == "http" else 443)), timeout=PATIENCE
-        ).close()
-    except OSError as error:
-        raise ConnectionError(f"no connection to {hub.hostname}: {error.strerror or error}") from error
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where settings of a tokenizer have types that it was given by a file, and cannot have."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str | dict | None):
+        raise ValueError(f"chat_template is a {type(template).__name__}, expected text")
+    if isinstance(template, dict) and not all(isinstance(text, str) for text in template.values()):
+        raise ValueError("chat_template has entries that are no text")
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length > 0:
+        raise ValueError(f"model_max_length is {str(length)[:60]!a}, expected a number above 0")
+    if tokenizer.padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side is {str(tokenizer.padding_side)[:60]!a}, expected left or right")

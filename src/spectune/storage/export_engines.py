@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.folder import CONFIG_FILE
-from spectune.errors import ConfigError, ExportError, SpectuneError, first_line
+from spectune.errors import ConfigError, ExportError, OutOfMemoryError
 from spectune.files.metadata import read_json
 from spectune.storage.delta_folder import load_delta
 from spectune.storage.descriptions import source_of
 from spectune.storage.expectation import FULL, Batch, ExpectedAnswers, inputs_of
 from spectune.storage.export import PROMPT_EMBEDS_FILE
+from spectune.storage.pretrained import from_pretrained
 
 #: characters of what a program says that are kept: PEFT lists every name that it misses
 _SAID = 400
@@ -61,7 +62,7 @@ def running(folder: Path, expected: ExpectedAnswers) -> Iterator[Engine]:
         warnings.simplefilter("always")
         try:
             model, engine = made(folder, expected)
-        except (torch.OutOfMemoryError, MemoryError, ConfigError, ExportError):
+        except (torch.OutOfMemoryError, MemoryError, ConfigError, ExportError, OutOfMemoryError):
             raise
         except Exception as error:  # whatever the program has to say of the folder, it is not what was to be written
             raise ExportError(f"what was exported cannot be loaded: {type(error).__name__}: {error}") from error
@@ -71,8 +72,10 @@ def running(folder: Path, expected: ExpectedAnswers) -> Iterator[Engine]:
 
 
 def _by_transformers(folder: Path, expected: ExpectedAnswers) -> tuple[Any, Engine]:
-    load: Any = expected.base_class.from_pretrained
-    model, found = load(folder, dtype="auto", output_loading_info=True)
+    model, found = from_pretrained(
+        expected.base_class, str(folder), "what was exported", trust_remote_code=False, dtype="auto",
+        output_loading_info=True,
+    )  # fmt: skip
     says = [f"{kind.replace('_', ' ')}: {', '.join(map(str, names))}" for kind, names in found.items() if names]
     model = model.to(expected.device)
     exact = expected.exact and all(parameter.dtype in FULL for parameter in model.parameters())
@@ -152,13 +155,15 @@ def _fresh_base(name: str, expected: ExpectedAnswers) -> PreTrainedModel:
             "an export names its base, for its reader to load, and this base was not loaded from a folder or the hub: "
             "save it (model.save_pretrained), load it from there, and load the delta onto that"
         )
-    load: Any = expected.base_class.from_pretrained
-    try:
-        model: PreTrainedModel = load(source_of(name), dtype=expected.dtype, **expected.head)
-    except SpectuneError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ExportError(f"the export names the base {name!r}, which cannot be loaded: {first_line(error)}") from error
+    # its class is here, with its code: none of the folder's is asked for
+    model: PreTrainedModel = from_pretrained(
+        expected.base_class,
+        source_of(name),
+        "its weights",
+        trust_remote_code=False,
+        dtype=expected.dtype,
+        **expected.head,
+    )
     if model.device == expected.device:  # checkpoints in few bits are where they are, and cannot be moved
         return model
     moved: PreTrainedModel = model.to(expected.device)  # type: ignore[arg-type]

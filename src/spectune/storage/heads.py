@@ -1,20 +1,13 @@
-"""Loading a base with a head that is trained beside a delta, which most checkpoints do not have yet."""
+"""What head a base is loaded with: one that is trained beside a delta, which most checkpoints do not have yet."""
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from spectune.errors import ConfigError, DataError, some
-from spectune.families import describe
+from spectune.errors import ConfigError
 from spectune.objectives import CAUSAL_LM, TASK_TYPES, Objective, objective_for, objective_of, padding_of
-
-log = logging.getLogger("spectune")
 
 
 @dataclass(frozen=True)
@@ -78,35 +71,3 @@ class HeadSettings:
                 f"task_type = {self.task_type}, num_labels = {wanted}, and the model given is a {type(model).__name__} "
                 f"for {own} with {labels} labels: give a base by name, or leave these out"
             )
-
-
-def read_with_head(
-    source: str, config: PretrainedConfig, objective: Objective, *, dtype: torch.dtype, seed: int
-) -> PreTrainedModel:
-    """The base of a checkpoint with the head of `config`: the checkpoint's own, where it has one of these sizes, and
-    else one that is drawn as transformers draws it, with the seed. Raises DataError: more than the head is missing."""
-    with torch.random.fork_rng(devices=[]), _quiet():
-        torch.manual_seed(seed)
-        load: Any = objective.auto_class.from_pretrained
-        model, found = load(source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-    head = tuple(f"{part.path}." for part in describe(model).trained_head)
-    new = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
-    if beyond := [name for name in new if not name.startswith(head)]:
-        raise DataError(f"{source} lacks weights of the base, or has others of another shape: {some(beyond)}")
-    if new:
-        log.info(
-            "%s has no head for %s with %d outputs: %s begins at random (seed %d) and is trained with the delta",
-            source, objective.task_type, config.num_labels, " and ".join(new), seed,
-        )  # fmt: skip
-    return model  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' own tables of new and unused weights are left out: that the head is new is said once, here."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)

@@ -20,6 +20,7 @@ from spectune.deltas.folder import CONFIG_FILE, OUR_FILE
 from spectune.files.atomic import atomic_folder, remove_folder
 from spectune.files.metadata import number_of, numbered, sealed
 from spectune.files.strict_json import strict_json
+from spectune.files.syncing import sync_folder
 from spectune.files.tensor_file import write_tensors
 from spectune.training.optimizer import MasterAdamW
 from spectune.training.progress import Progress
@@ -118,6 +119,7 @@ def _point(link: Path, name: str) -> None:
     if link.is_dir() and not link.is_symlink() and _is_best(link, of_step=False):
         remove_folder(link)  # the run's folder was copied by something that follows links
     os.replace(new, link)
+    sync_folder(link.parent)  # before what it pointed to is removed
 
 
 def _is_ours(checkpoint: Path, entry: Path) -> bool:

@@ -47,7 +47,8 @@ class Display:
         self, console: Console, label: str, total: int, done: int, *, heartbeat: Heartbeat | None = None,
         behind: Callable[[], float | None] | None = None, says: bool = True,
     ) -> None:  # fmt: skip
-        self.console, self.label, self.total, self.says = console, label, total, says
+        self.console, self.total, self.says = console, total, says
+        self.label = one_line(label, LONGEST_LABEL)
         self._heartbeat, self._behind = heartbeat or Heartbeat(), behind
         self._begun, self._done, self._first = self._heartbeat.clock(), done, done
         self._bar = Progress(
@@ -57,8 +58,7 @@ class Display:
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self._above = contextlib.ExitStack()
-        shown = one_line(label, LONGEST_LABEL)
-        self._task = self._bar.add_task(shown, total=total, completed=done, loss=float("nan"), rate=0.0)
+        self._task = self._bar.add_task(self.label, total=total, completed=done, loss=float("nan"), rate=0.0)
 
     def __enter__(self) -> Self:
         self._bar.start()

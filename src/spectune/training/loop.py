@@ -19,9 +19,9 @@ from spectune.blocks.execution import Execution
 from spectune.compute.memory import PeakMemory, counts_tensors
 from spectune.data import Example
 from spectune.deltas import route
-from spectune.errors import InterruptedRun, OutOfMemoryError
+from spectune.errors import InterruptedRun, OutOfMemoryError, is_out_of_memory
 from spectune.evaluation import RowLosses, row_losses
-from spectune.inference import is_out_of_memory, wait_for
+from spectune.inference import wait_for
 from spectune.objectives import objective_of
 from spectune.training.async_scalars import AsyncScalars
 from spectune.training.display import Display

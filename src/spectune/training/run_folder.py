@@ -1,10 +1,9 @@
 """A run's folder (or none) and its best weights: everything that training writes goes through here."""
 
 import contextlib
-import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from spectune.data import Encoded, Row
 from spectune.deltas import Delta
-from spectune.errors import ConfigError, some
+from spectune.errors import ConfigError
 from spectune.evaluation import common_answers
 from spectune.files.atomic import atomic_file, atomic_write_text
 from spectune.files.core_yaml import yaml_text
 from spectune.files.disk_errors import disk_errors
-from spectune.files.metadata import numbered, read_json, read_lines, sealed
-from spectune.files.plain_text import command_line
+from spectune.files.metadata import numbered, read_json, sealed
+from spectune.files.plain_text import command_line, one_line
 from spectune.files.strict_json import strict_json
 from spectune.files.tensor_file import write_tensors
 from spectune.files.weights import read_weights
@@ -34,19 +33,16 @@ from spectune.training.checkpoint import (
     save_checkpoint,
     swap_best,
 )
-from spectune.training.event_files import drop_events_after
 from spectune.training.finished import RESULT_FILE
 from spectune.training.identity import FILE as IDENTITY_FILE
 from spectune.training.identity import write_identity
 from spectune.training.interrupt import held_back
 from spectune.training.prepare import Prepared
+from spectune.training.run_log import RunLog, board_class
 from spectune.training.run_state import Keeper, RunState
-
-log = logging.getLogger("spectune")
 
 #: the weights at the end, where best/ does not hold them as they were trained
 END_FILE = "end.safetensors"
-METRICS_FILE = "metrics.jsonl"
 
 
 def check_folder(folder: Path | None, resume: bool) -> RunResult | None:
@@ -123,11 +119,8 @@ class RunFolder(Keeper):
         self.training = {**own, **described(prepared.rows)}
         if prepared.labels is not None:
             self.training["row_labels"] = list(prepared.labels.names)
-        self._metrics: Any = None
-        self._board: Any = None
-        self._whole = ""
-        if self.folder is not None:
-            self._find_whole(self.folder)
+        self._log: RunLog | None = None
+        self._whole = "" if self.folder is None else _whole_in(self.folder, run.progress.step)
         run.keeper = self
 
     def begin(self, encoded: Sequence[Encoded], machine: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
@@ -137,56 +130,24 @@ class RunFolder(Keeper):
         """
         if self.folder is None:
             return
-        if self.run.config.report_to == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter as Board
-            except ImportError as error:
-                needed = "report_to = tensorboard needs the package: pip install 'spectune[tensorboard]'"
-                raise ConfigError(needed) from error
-            board: Callable[..., Any] = Board
-            drop_events_after(self.folder / "tensorboard", self.run.progress.step)
-            self._board = board(str(self.folder / "tensorboard"))
-        with self._writing(self.folder), held_back():
-            self._begin(self.folder, encoded, machine, origin)
-
-    def _begin(
-        self, folder: Path, encoded: Sequence[Encoded], machine: Mapping[str, Any], origin: Mapping[str, Any]
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        now = self.run.progress
-        if now.step == 0 or not (folder / IDENTITY_FILE).is_file():
-            write_identity(folder, self.identity)
-        if now.step == 0 or not (folder / "config.yaml").is_file():
-            settings = {
-                "model": str(self.run.delta.model.config._name_or_path),
-                **origin,
-                "method": self.run.delta.method.model_dump(mode="json"),
-                **self.run.config.model_dump(mode="json", exclude={"resume", "output_dir"}),
-                "learning_rate": self.identity["learning_rate"],
-                **self.training,
-            }
-            atomic_write_text(folder / "config.yaml", yaml_text(settings))
-        atomic_write_text(folder / "environment.json", strict_json(sealed(machine)) + "\n")
-        report = {part: found.report.to_dict() for part, found in zip(("train", "valid"), encoded, strict=True)}
-        atomic_write_text(folder / "data_report.json", strict_json(sealed(report)) + "\n")
-        if now.best_step is not None:  # best/ may be that of a step that is taken back
-            self._write_as(self.best, now.best_step)
-        drop_best(folder)
-        drop_checkpoints(folder, now.step, later=False)
-        path = folder / METRICS_FILE
-        if os.path.lexists(path):
-            _take_back(path, now.step)
-        self._metrics = path.open("ab", buffering=0)
-
-    def _write_as(self, weights: Mapping[str, Tensor], step: int) -> None:
-        """Write weights that are not in force as the best."""
-        delta, now = self.run.delta, self._copy()
-        assert self.folder is not None
-        delta.load_training_state_dict(weights)
-        try:
-            swap_best(self.folder, delta, step, self.tokenizer, self.training)
-        finally:
-            delta.load_training_state_dict(now)
+        folder, now = self.folder, self.run.progress
+        board = board_class() if self.run.config.report_to == "tensorboard" else None
+        with self._writing(folder), held_back():
+            folder.mkdir(parents=True, exist_ok=True)
+            if now.step == 0 or not (folder / IDENTITY_FILE).is_file():
+                write_identity(folder, self.identity)
+            if now.step == 0 or not (folder / "config.yaml").is_file():
+                atomic_write_text(folder / "config.yaml", yaml_text(_settings_of(self, origin)))
+            atomic_write_text(folder / "environment.json", strict_json(sealed(machine)) + "\n")
+            report = {part: found.report.to_dict() for part, found in zip(("train", "valid"), encoded, strict=True)}
+            atomic_write_text(folder / "data_report.json", strict_json(sealed(report)) + "\n")
+            if now.best_step is not None:  # best/ may be that of a step that is taken back
+                delta, here = self.run.delta, self._copy()
+                with _holding(delta, self.best, here):
+                    swap_best(folder, delta, now.best_step, self.tokenizer, self.training)
+            drop_best(folder)
+            drop_checkpoints(folder, now.step, later=False)
+            self._log = RunLog(folder, now.step, board)
 
     @contextlib.contextmanager
     def _writing(self, folder: Path) -> Iterator[None]:
@@ -194,6 +155,7 @@ class RunFolder(Keeper):
         with disk_errors(folder, self._whole):
             yield
 
+<<<<<<< HEAD
     def _find_whole(self, folder: Path) -> None:
         """What can be relied on whatever the disk does, as a sentence."""
         go_on = f"With that mended, the same command with {command_line('--output-dir', folder, '--resume')}"
@@ -204,6 +166,8 @@ class RunFolder(Keeper):
             else f"No checkpoint had been written yet. {go_on} starts again."
         )
 
+=======
+>>>>>>> runs
     def load_best(self) -> None:
         """Give the delta its best weights again."""
         if self._leads:
@@ -237,18 +201,17 @@ class RunFolder(Keeper):
             with self._writing(self.folder):
                 result.save(self.folder / RESULT_FILE, digests_of_run(self.folder))
 
-    def stored_bytes(self) -> int | None:
-        """Bytes of the delta's own files; None where nothing is written."""
-        found = None if self.folder is None else read_json(self.folder / BEST / TRAINING_FILE)
-        return None if found is None else int(found["stored_bytes"])
-
     def close(self) -> None:
+<<<<<<< HEAD
         if self._metrics is not None and self.folder is not None:
             with self._writing(self.folder), self._metrics:
                 os.fsync(self._metrics.fileno())  # the result vouches for it
         if self._board is not None and self.folder is not None:
+=======
+        if self.folder is not None and self._log is not None:
+>>>>>>> runs
             with self._writing(self.folder):
-                self._board.close()
+                self._log.close()
         self.run.keeper = Keeper()  # no circle keeps the optimizer's memory
 
     def _copy(self) -> dict[str, Tensor]:
@@ -260,14 +223,11 @@ class RunFolder(Keeper):
             return
         run = self.run
         with run.observer.phases.of("save"), self._writing(self.folder), held_back():
-            # a kill after this goes on from here: what was logged up to here is not logged again
-            if self._board is not None:
-                self._board.flush()
-            if self._metrics is not None:
-                os.fsync(self._metrics.fileno())
+            if self._log is not None:
+                self._log.sync()  # a kill after this goes on from here: what was logged so far is not logged again
             run.progress.seconds_by_phase = run.observer.phases.record()
             save_checkpoint(self.folder, run.progress, run.delta, run.optimizer, self.best, self.identity)
-            self._find_whole(self.folder)
+            self._whole = _whole_in(self.folder, run.progress.step)
 
     def keep_best(self) -> None:
         with self.run.observer.phases.of("save"):
@@ -277,6 +237,7 @@ class RunFolder(Keeper):
                     swap_best(self.folder, self.run.delta, self.run.progress.step, self.tokenizer, self.training)
 
     def log(self, entry: dict[str, Any]) -> None:
+<<<<<<< HEAD
         if self.folder is None or self._metrics is None:
             return
         with self._writing(self.folder):
@@ -286,7 +247,12 @@ class RunFolder(Keeper):
             if self._board is not None:
                 for key, value in entry.items():
                     if key not in ("step", "epoch"):
-                        self._board.add_scalar(key, value, entry["step"])
+                        self._board.add_scalar(one_line(key, 200), value, entry["step"])
+=======
+        if self.folder is not None and self._log is not None:
+            with self._writing(self.folder):
+                self._log.write(entry)
+>>>>>>> runs
 
     @property
     def resume_hint(self) -> str:
@@ -308,15 +274,39 @@ class RunFolder(Keeper):
         return f"The last good state, of step {self.run.progress.best_step}, is kept{where}."
 
 
-def _take_back(path: Path, step: int) -> None:
-    """Leave in a file of JSON lines those of the steps up to this one; the others are written again."""
-    damaged: list[str] = []
-    lines = []
-    for number, line in read_lines(path, torn=True, skipped=damaged.append):
-        if type(at := line.get("step")) is not int:
-            damaged.append(f"{path}:{number} says no step")
-        elif at <= step:
-            lines.append(strict_json(line, indent=None) + "\n")
-    if damaged:
-        log.warning("%s has damaged lines, which are left out: %s", path, some(damaged))
-    atomic_write_text(path, "".join(lines))
+def _settings_of(kept: RunFolder, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """For config.yaml: `--config` with that file repeats the run."""
+    run = kept.run
+    return {
+        "model": str(run.delta.model.config._name_or_path),
+        **origin,
+        "method": run.delta.method.model_dump(mode="json"),
+        **run.config.model_dump(mode="json", exclude={"resume", "output_dir"}),
+        "learning_rate": kept.identity["learning_rate"],
+        **kept.training,
+    }
+
+
+def stored_bytes(folder: Path | None) -> int | None:
+    """Bytes of the delta's own files in a run's folder; None where nothing is written."""
+    found = None if folder is None else read_json(folder / BEST / TRAINING_FILE)
+    return None if found is None else int(found["stored_bytes"])
+
+
+@contextlib.contextmanager
+def _holding(delta: Delta, weights: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Iterator[None]:
+    """A delta with other weights, for the duration; `after`: those that it has then."""
+    delta.load_training_state_dict(weights)
+    try:
+        yield
+    finally:
+        delta.load_training_state_dict(after)
+
+
+def _whole_in(folder: Path, step: int) -> str:
+    """What can be relied on in a run's folder whatever the disk does, as a sentence."""
+    go_on = f"With that mended, the same command with --output-dir {folder} --resume"
+    found = [path.name for number, path in numbered(folder, PREFIX) if number <= step]
+    if not found:
+        return f"No checkpoint had been written yet. {go_on} starts again."
+    return f"{found[-1]} there is whole. {go_on} goes on from it."

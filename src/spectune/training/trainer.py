@@ -34,7 +34,7 @@ from spectune.training.peaks import largest
 from spectune.training.prediction import Prediction, Predictions, check_memory, predict
 from spectune.training.prepare import Prepared, prepare, train_sources
 from spectune.training.restoring import check_same_step, newest_whole
-from spectune.training.run_folder import RunFolder, check_folder, load_end
+from spectune.training.run_folder import RunFolder, check_folder, load_end, stored_bytes
 from spectune.training.run_state import RunState, trained_parameters
 
 
@@ -73,6 +73,8 @@ def train(
         ConfigError, DataError: bad settings or data, a delta that is not of this model or that nothing may be trained
             of, or a run to resume that had other settings, data or base; nothing was trained.
         DoesNotFitError: the plan says that the run does not fit into memory, and `memory_check` is "refuse".
+        BusyFolderError: another process works in the folder.
+        WriteError: the disk is full, read-only or broken; says which checkpoint is whole.
         InterruptedRun, OutOfMemoryError, DivergedError: see `spectune.errors`.
     """
     asked = _Asked(
@@ -262,7 +264,7 @@ def _result(folder: RunFolder, prepared: Prepared, predicted: Prediction, stoppe
         learning_rate=prepared.learning_rate,
         task_type=config.task_type,
         trainable_parameters=delta.num_trained_parameters(), stored_parameters=delta.num_parameters(),
-        total_parameters=delta.family.num_parameters, stored_bytes=folder.stored_bytes(),
+        total_parameters=delta.family.num_parameters, stored_bytes=stored_bytes(folder.folder),
         steps=progress.step, best_step=progress.best_step,
         train_tokens=progress.tokens, target_tokens=progress.targets,
         train_loss=progress.last_epoch_loss, valid_loss=valid_loss, last_valid_loss=progress.valid_loss,

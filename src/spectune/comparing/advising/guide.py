@@ -5,6 +5,7 @@ from typing import Any
 
 from spectune.comparing.advising.rules_of_thumb import GIB, RULES, Answers, Rule, Traits
 from spectune.deltas import Method
+from spectune.files.plain_text import command_line
 from spectune.methods import BY_NAME, method_from_name
 from spectune.planning import reference_shares
 
@@ -61,9 +62,9 @@ def _commands(answers: Answers, shortlist: Sequence[str], methods: Sequence[Meth
     """The comparison that would measure the shortlist, with full fine-tuning as its yardstick where there is room."""
     yardstick = [method.name for method in methods if method.trains_base and answers.level != "low"]
     names = list(dict.fromkeys([*yardstick, *shortlist]))
-    quick = " --quick" if answers.fast_iteration else ""
-    command = f"spectune compare --data train.jsonl --methods {','.join(names)}{quick}"
-    limits = f" --tenants {answers.tasks}" if (answers.tasks or 1) > 1 else ""
+    quick = ["--quick"] if answers.fast_iteration else []
+    command = command_line("spectune", "compare", "--data", "train.jsonl", "--methods", ",".join(names), *quick)
+    limits = ["--tenants", str(answers.tasks)] if (answers.tasks or 1) > 1 else []
     if answers.memory_bytes is not None:
-        limits += f" --max-memory {answers.memory_bytes / GIB:g}GiB"
-    return command, f"spectune recommend{limits}"
+        limits += ["--max-memory", f"{answers.memory_bytes / GIB:g}GiB"]
+    return command, command_line("spectune", "recommend", *limits)

@@ -1,6 +1,5 @@
 """What the runs of a comparison left for the statistics: their rows' losses and metrics, and what each forgot."""
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,9 @@ import numpy as np
 
 from spectune.comparing.judging.statistics import Array, Score, bleu, chrf, ratio
 from spectune.evaluation.label_scores import AGREEMENT, CLASS_METRICS, row_sums
+from spectune.evaluation.row_line import check_row
+from spectune.files.metadata import read_json, read_lines
+from spectune.files.regular import inside
 from spectune.results import ComparedRun, ComparisonResult
 from spectune.results.arm_result import is_finite
 
@@ -19,6 +21,8 @@ from spectune.results.arm_result import is_finite
 CORPUS: dict[str, tuple[Score, int]] = {"bleu": (bleu, 10), "chrf": (chrf, 18)}
 #: rows with the same prompt are one draw of the bootstrap where at least so many different prompts remain
 MIN_UNITS = 30
+#: numbers that the sums of a metric of classes may take, over all rows of a run
+MOST_SUMS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ def find_evidence(comparison: ComparisonResult, folder: Path) -> Findings:
         if not run.rows_file:
             continue
         try:
-            tables[_key(run)] = _read_rows(folder / run.rows_file)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            tables[_key(run)] = _read_rows(_place(folder, run.rows_file))
+        except ValueError as error:
             found.problems.append(f"{_title(run)} is left out: {run.rows_file} cannot be used ({error}).")
     without = [run for run in runs if not run.rows_file] if tables else []
     found.problems += [f"{_title(run)} is left out: it was saved without a loss for each row." for run in without]
@@ -63,8 +67,8 @@ def find_evidence(comparison: ComparisonResult, folder: Path) -> Findings:
     if tables:
         _fill(found, tables)
     try:
-        found.base_loss = _mean_loss(_read_rows(folder / "base" / "rows.jsonl"), tables)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        found.base_loss = _mean_loss(_read_rows(_place(folder, "base/rows.jsonl")), tables)
+    except ValueError:
         found.base_loss = None  # an older comparison has no such file
     found.forgetting = _forgetting(comparison, runs, folder, found.problems)
     return found
@@ -80,20 +84,27 @@ Read = Callable[[dict[str, Any]], Sequence[float] | None]
 def _read_rows(path: Path) -> Rows:
     """Row number -> its line. Raises ValueError where a loss is missing or not finite, or no token is counted."""
     rows: Rows = {}
-    with path.open(encoding="utf-8") as lines:
-        for place, line in enumerate(lines):
-            if line.strip():
-                row = json.loads(line)
-                rows[int(row.get("row", place))] = row
+    for place, row in read_lines(path):
+        try:
+            number = check_row(row).get("row")
+        except ValueError as error:
+            raise ValueError(f"line {place}: {error}") from error
+        rows[place - 1 if number is None else number] = row
     for number, row in rows.items():
-        loss, tokens = row["loss_sum"], row["target_tokens"]
-        if not isinstance(loss, int | float) or not math.isfinite(loss):
-            raise ValueError(f"row {number} has the loss {loss}; expected a finite number")
-        if not isinstance(tokens, int | float) or not 0 <= tokens < math.inf:
-            raise ValueError(f"row {number} has {tokens} target tokens; expected a number from 0")
+        if row.get("loss_sum") is None:
+            raise ValueError(f"row {number} has the loss None; expected a finite number")
+        if row.get("target_tokens") is None:
+            raise ValueError(f"row {number} does not say how many target tokens it has")
     if not sum(row["target_tokens"] for row in rows.values()):
         raise ValueError("it has no target token")
     return rows
+
+
+def _place(folder: Path, path: str) -> Path:
+    """A path within a comparison's folder. Raises ValueError: it leads out of it."""
+    if (found := inside(folder, path)) is None:
+        raise ValueError("it is not in the comparison's folder")
+    return found
 
 
 def _same_rows(tables: dict[Key, Rows], titles: Mapping[Key, str], problems: list[str]) -> dict[Key, Rows]:
@@ -163,6 +174,8 @@ def _label_sums(name: str, tables: Mapping[Key, Rows]) -> Read:
     if name in CLASS_METRICS:
         all_rows = (found for rows in tables.values() for row in rows.values() if (found := given(row)) is not None)
         classes = int(max((found[2] for found in all_rows), default=0))
+        if classes * max(map(len, tables.values()), default=0) > MOST_SUMS:
+            return lambda row: None
 
     def read(row: dict[str, Any]) -> Sequence[float] | None:
         return None if (sums := given(row)) is None else row_sums(name, sums, classes)
@@ -191,9 +204,8 @@ def _forgetting(
     if not lists:
         return None
     size = Counter(len(values) for values in lists.values()).most_common(1)[0][0]
-    try:
-        tokens = json.loads((folder / "base" / "passages.json").read_text(encoding="utf-8"))["tokens"]
-    except (OSError, ValueError, KeyError, TypeError):
+    tokens = _tokens_of_passages(folder)
+    if tokens is None:
         total, passages = comparison.data.retained_tokens, comparison.data.retained_passages
         tokens = [total / passages if total and passages else 1.0] * size
     if size < 2 or len(tokens) != size or not all(map(is_finite, tokens)) or not sum(tokens):
@@ -205,6 +217,16 @@ def _forgetting(
         else:
             problems.append(f"{title} is left out of forgetting: {len(values)} passages, the others have {size}.")
     return Evidence({arm: np.stack(seeds) for arm, seeds in arms.items()}, ratio, size, size)
+
+
+def _tokens_of_passages(folder: Path) -> list[int] | None:
+    """As the comparison wrote them; None where it did not, or where they are damaged."""
+    try:
+        found = (read_json(_place(folder, "base/passages.json")) or {}).get("tokens")
+    except ValueError:
+        return None
+    plain = isinstance(found, list) and all(type(count) is int and 0 <= count < 2**31 for count in found)
+    return found if plain else None
 
 
 def _mean_loss(rows: Rows, tables: Mapping[Key, Rows]) -> float | None:

@@ -1,12 +1,14 @@
 """What it takes to repeat a comparison: commands, settings, versions, and the results of each run."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from spectune.errors import DataError
+from spectune.files.metadata import read_json, without_seal
 from spectune.files.plain_text import clipped, command_line
+from spectune.files.regular import inside
 from spectune.reporting import units
 from spectune.reporting.artifacts import under_runs
 from spectune.reporting.columns import loss_title, metric_text, metric_title
@@ -111,12 +113,13 @@ def settings(comparison: ComparisonResult, folder: Path) -> list[tuple[str, list
 def _environment(comparison: ComparisonResult, folder: Path) -> Mapping[str, Any]:
     """Of the first run, where the comparison has none of its own."""
     for runs in comparison.runs_by_arm.values():
+        place = inside(folder, f"{place_of(runs[0])}/environment.json")
         try:
-            found = json.loads((folder / place_of(runs[0]) / "environment.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = None if place is None else read_json(place)
+        except DataError:
             continue
-        if isinstance(found, dict):
-            return found
+        if found is not None:
+            return without_seal(found)
     return {}
 
 
