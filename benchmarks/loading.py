@@ -1,7 +1,7 @@
 """What looking at a base costs: the time to load one, and of that the checks (headers against an empty model, numbers).
 
-    python -m benchmarks.loading --out loading.json                      # Llama of 1 GB, on the CPU
-    python -m benchmarks.loading --layers 32 --hidden 4096 --device cuda --out loading.json
+python -m benchmarks.loading --out loading.json                      # Llama of 1 GB, on the CPU
+python -m benchmarks.loading --layers 32 --hidden 4096 --device cuda --out loading.json
 """
 
 from __future__ import annotations

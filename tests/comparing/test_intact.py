@@ -70,7 +70,7 @@ def test_a_resumption_refuses_what_was_changed_and_makes_anew_what_is_gone(copy:
     before = Comparison.load(copy)
     rows = copy / "base" / "rows.jsonl"
     rows.write_text(rows.read_text().replace('"loss_sum": ', '"loss_sum": 1'))
-    with pytest.raises(DataError, match="nothing is taken over.*Remove the files of base/") as caught:
+    with pytest.raises(DataError, match=r"nothing is taken over.*Remove the files of base/") as caught:
         run(copy, methods=ARMS, resume=True)
     assert "base/rows.jsonl" in str(caught.value)
     rows.unlink()

@@ -65,7 +65,8 @@ def make(place: Place, random: Random, folder: Path) -> Trial:
         {"call": "tests.faults.spoiled_deltas:load", "argv": ()} if command == "load" else {"argv": COMMANDS[command]}
     )
     return Trial(
-        origin, touched=touched and f"{DELTA}/{touched}", what=f"{name}: {what}", names=(DELTA, *names),
+        origin, touched=touched and f"{DELTA}/{touched}", what=f"{name}: {what}",
+        names=(DELTA, "merging 'run'", *names),
         knowable=knowable, hub="base_name is" in what or "base_model_name_or_path is" in what, **call,
     )  # fmt: skip
 

@@ -95,6 +95,8 @@ def _damaged(random: Random, folder: Path, damaged: Path, others: Callable[[], P
     how = random.choices(["file", "swap", "forged", "surplus", "folder", "code"], [66, 10, 8, 8, 4, 4])[0]
     files = regular(damaged)
     read = [path for path in files if path.suffix in READ]
+    if random.random() < 0.8:
+        read = [path for path in read if _matters(path.relative_to(damaged), damaged.name)]
     path = random.choice(read if random.random() < 0.95 else files)
     if how == "swap" and (found := _swapped(random, others(), read)) is not None:
         return str(found[0].relative_to(folder)), found[1], True
@@ -121,6 +123,11 @@ def _damaged(random: Random, folder: Path, damaged: Path, others: Callable[[], P
         if what is not None:
             return str(path.relative_to(folder)), what, True
     return "", "nothing", True
+
+
+def _matters(path: Path, run: str) -> bool:
+    """Not in a checkpoint that no command looks at: of a run that goes on the newest counts, of a finished one none."""
+    return not path.parts[0].startswith("checkpoint-") or (run, path.parts[0]) == (UNFINISHED, "checkpoint-2")
 
 
 def _swapped(random: Random, others: Path, files: list[Path]) -> tuple[Path, str] | None:

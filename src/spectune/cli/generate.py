@@ -65,7 +65,7 @@ def generate(
         else:
             read = rows_of_run(found) if data is None else rows_of(data, "test", found.row_options)
             given = as_learned(found.config, read[0])
-            asked = given[:rows] if found.labels is not None else _rows_with_prompts(given, rows)
+            asked = given[:rows] if found.labels is not None else _rows_with_prompts(given, rows, data or found.name)
             source = f"; rows: {read[1]}"
         note(f"{found.name}{source}")
 
@@ -142,10 +142,10 @@ def _ending(prompt: str, ending: str) -> str:
     return prompt + ending[there:]
 
 
-def _rows_with_prompts(rows: list[Row], count: int) -> list[Row]:
+def _rows_with_prompts(rows: list[Row], count: int, source: str) -> list[Row]:
     asked = [row for row in rows if row.prompt is not None or row.messages]
     if not asked:
-        raise ConfigError("these rows have no prompts to go on from: expected `prompt` or `messages`")
+        raise ConfigError(f"{source}: these rows have no prompts to go on from; expected `prompt` or `messages`")
     return asked[:count]
 
 

@@ -9,14 +9,17 @@ from typing import Any
 from spectune.data.mixing import Source, sources_in
 from spectune.data.problem import RowProblem
 from spectune.data.reading import Bad, records
+from spectune.data.reading.limits import BAD_ROWS
 from spectune.data.reading.raw_records import NAMES
 from spectune.data.row_labels import CAUSAL_LM, label_problems, task_type_of
 from spectune.data.shapes import EXPECTED, Row, row_of
-from spectune.errors import ConfigError, DataError
+from spectune.errors import ConfigError, DataError, some
 
 #: the default share of the rows that is held out for validation
 HELD_OUT = 0.1
 _LISTED = 50
+#: bad rows for each good one: with more of them, and many in all, a file is no data
+_BAD_SHARE = 9
 
 
 class Rows(list[Row]):
@@ -60,7 +63,7 @@ def load_rows(
     how = _How(renamed, delimiter, encoding)
     if sources := sources_in(source):
         return _mixed(sources, skip_bad_rows, how)
-    rows, problems = how.read(source)
+    rows, problems = how.read(source, skip_bad_rows=skip_bad_rows)
     named = source if isinstance(source, str) or hasattr(source, "__fspath__") else "the data"
     if problems and not skip_bad_rows:
         raise bad_rows(str(named), problems + _labels_wrong(rows), len(rows) + len(problems))
@@ -81,8 +84,9 @@ class _How:
     delimiter: str | None
     encoding: str | None
 
-    def read(self, source: Any) -> tuple[list[Row], list[str]]:
-        """The good rows, and what is wrong with each of the others."""
+    def read(self, source: Any, *, skip_bad_rows: bool = False) -> tuple[list[Row], list[str]]:
+        """The good rows, and what is wrong with each of the others. Raises DataError: so many are bad that this is no
+        data."""
         rows, problems = list[Row](), list[str]()
         if isinstance(source, Rows):
             return list(source), source.skipped
@@ -96,6 +100,9 @@ class _How:
                 rows.append(row_of(origin, _renamed(record, self.columns), tuple(self.columns)))
             except RowProblem as problem:
                 problems.append(f"{origin}: {problem}")
+                if len(problems) > BAD_ROWS and not (skip_bad_rows and len(problems) <= _BAD_SHARE * len(rows)):
+                    count = len(rows) + len(problems)
+                    raise bad_rows(f"{source} (read up to here)", problems, count) from None
         return rows, problems
 
 
@@ -104,7 +111,7 @@ def _mixed(sources: Sequence[Source], skip_bad_rows: bool, how: _How) -> Rows:
     rows."""
     rows, problems = list[Row](), list[str]()
     for source in sources:
-        found, wrong = how.read(source.data)
+        found, wrong = how.read(source.data, skip_bad_rows=skip_bad_rows)
         if not found and (skip_bad_rows or not wrong):
             raise _no_rows(source.data if isinstance(source.data, str | Path) else source.label, wrong)
         rows += [dataclasses.replace(row, source=source.name) for row in found]
@@ -149,7 +156,7 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str | None]) -> Ma
         return record
     missing = [theirs for theirs in columns.values() if theirs is not None and theirs not in record]
     if missing and not any(theirs in record for theirs in columns.values() if theirs is not None):
-        raise RowProblem(f"has no column {missing[0]!r}, which columns names; it has {', '.join(map(str, record))}")
+        raise RowProblem(f"has no column {missing[0]!r}, which columns names; it has {some([*map(str, record)])}")
     kept = {key: value for key, value in record.items() if key not in columns and key not in columns.values()}
     return kept | {ours: record[theirs] for ours, theirs in columns.items() if theirs is not None and theirs in record}
 

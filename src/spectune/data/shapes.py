@@ -6,15 +6,20 @@ text or a chat; beside chats `system`, `tools`, `documents` and `chat_template_k
 """
 
 import dataclasses
+import datetime
+import decimal
 import difflib
+import itertools
 import json
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from spectune.data.chats.conversations import conversation, json_value, kind_of
 from spectune.data.problem import RowProblem
+from spectune.data.reading.limits import COLUMNS
 from spectune.data.reading.raw_records import SHAPES
 
 EXPECTED = (
@@ -23,6 +28,12 @@ EXPECTED = (
 )
 #: lists and objects within each other: what is deeper is no row, and would end in Python's own recursion limit
 _DEEPEST = 100
+#: keys of a row that a message names, and characters of each
+_NAMED, _LONGEST_NAME = 30, 80
+#: what a chat template is shown: it could call the methods of anything else
+_SHOWN = frozenset({"messages", "conversations", "prompt", "completion", "tools", "documents", "chat_template_kwargs"})
+_PLAIN = frozenset({int, float, bool, type(None)})
+_OTHERS = (int, float, bytes, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID)
 _PREAMBLE = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
 )
@@ -97,6 +108,8 @@ def row_of(origin: str, given: Mapping[str, Any], preferred: Sequence[str] = ())
     Raises:
         RowProblem: it has no shape, or something in it is not what it has to be.
     """
+    if len(given) > COLUMNS:
+        raise RowProblem(f"has {len(given):,} keys; expected at most {COLUMNS:,}")
     _check_text(given)
     record = {key: value for key, value in given.items() if value is not None}
     shapes = [shape for shape in _READERS if all(key in record for key in shape[0])]
@@ -250,6 +263,11 @@ def _object(record: Mapping[str, Any], key: str) -> dict[str, Any] | None:
     return dict(found)
 
 
+def shortened(name: str) -> str:
+    """A key as a message names it."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+
+
 def unencodable(text: str) -> str | None:
     """What in a text is no Unicode text, so that no tokenizer takes it, as an escape: `'\\ud83d'`; else None."""
     try:
@@ -273,6 +291,9 @@ def _check_text(record: Mapping[str, Any]) -> None:
                 raise RowProblem(f"{key} is nested more than {_DEEPEST} levels deep; expected text or a flat list")
             parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
             waiting.extend((key, part, depth + 1) for part in parts)
+        elif type(value) not in _PLAIN and key in _SHOWN and not isinstance(value, _OTHERS):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise RowProblem(f"{ascii(key)[1:-1]} holds a {kind}; expected texts, numbers, lists and objects")
 
 
 def string(record: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
@@ -295,7 +316,7 @@ def _strings(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _missing(record: Mapping[str, Any]) -> str:
-    keys = [str(key) for key in record]
+    keys = [shortened(str(key)) for key in itertools.islice(record, _NAMED)]
     pairs = (("prompt", "completion"), ("instruction", "output"), ("tokens", "tags"))
     for key, other in (pair for one, two in pairs for pair in ((one, two), (two, one))):
         if record.get(key) is not None:
@@ -307,4 +328,5 @@ def _missing(record: Mapping[str, Any]) -> str:
         return f"{nulls[0]} is null; {EXPECTED}"
     alike = [(k, m[0]) for k in keys if (m := difflib.get_close_matches(k, SHAPES, n=1, cutoff=0.7))]
     hint = f" (did you mean {alike[0][1]!r} for {alike[0][0]!r}?)" if alike else ""
-    return f"has {', '.join(keys) or 'no keys'}{hint}; {EXPECTED}, or `columns` that rename yours"
+    rest = f" and {len(record) - len(keys)} more" if len(record) > len(keys) else ""
+    return f"has {', '.join(keys) or 'no keys'}{rest}{hint}; {EXPECTED}, or `columns` that rename yours"

@@ -18,7 +18,7 @@ from spectune.files.atomic import atomic_file, atomic_write_text
 from spectune.files.core_yaml import yaml_text
 from spectune.files.disk_errors import disk_errors
 from spectune.files.metadata import numbered, read_json, sealed
-from spectune.files.plain_text import command_line, one_line
+from spectune.files.plain_text import command_line
 from spectune.files.strict_json import strict_json
 from spectune.files.tensor_file import write_tensors
 from spectune.files.weights import read_weights
@@ -155,19 +155,6 @@ class RunFolder(Keeper):
         with disk_errors(folder, self._whole):
             yield
 
-<<<<<<< HEAD
-    def _find_whole(self, folder: Path) -> None:
-        """What can be relied on whatever the disk does, as a sentence."""
-        go_on = f"With that mended, the same command with {command_line('--output-dir', folder, '--resume')}"
-        found = [path.name for number, path in numbered(folder, PREFIX) if number <= self.run.progress.step]
-        self._whole = (
-            f"{found[-1]} there is whole. {go_on} goes on from it."
-            if found
-            else f"No checkpoint had been written yet. {go_on} starts again."
-        )
-
-=======
->>>>>>> runs
     def load_best(self) -> None:
         """Give the delta its best weights again."""
         if self._leads:
@@ -202,14 +189,7 @@ class RunFolder(Keeper):
                 result.save(self.folder / RESULT_FILE, digests_of_run(self.folder))
 
     def close(self) -> None:
-<<<<<<< HEAD
-        if self._metrics is not None and self.folder is not None:
-            with self._writing(self.folder), self._metrics:
-                os.fsync(self._metrics.fileno())  # the result vouches for it
-        if self._board is not None and self.folder is not None:
-=======
         if self.folder is not None and self._log is not None:
->>>>>>> runs
             with self._writing(self.folder):
                 self._log.close()
         self.run.keeper = Keeper()  # no circle keeps the optimizer's memory
@@ -237,22 +217,9 @@ class RunFolder(Keeper):
                     swap_best(self.folder, self.run.delta, self.run.progress.step, self.tokenizer, self.training)
 
     def log(self, entry: dict[str, Any]) -> None:
-<<<<<<< HEAD
-        if self.folder is None or self._metrics is None:
-            return
-        with self._writing(self.folder):
-            line = (strict_json(entry, indent=None) + "\n").encode("utf-8")
-            while line:
-                line = line[self._metrics.write(line) :]
-            if self._board is not None:
-                for key, value in entry.items():
-                    if key not in ("step", "epoch"):
-                        self._board.add_scalar(one_line(key, 200), value, entry["step"])
-=======
         if self.folder is not None and self._log is not None:
             with self._writing(self.folder):
                 self._log.write(entry)
->>>>>>> runs
 
     @property
     def resume_hint(self) -> str:
@@ -305,7 +272,7 @@ def _holding(delta: Delta, weights: Mapping[str, Tensor], after: Mapping[str, Te
 
 def _whole_in(folder: Path, step: int) -> str:
     """What can be relied on in a run's folder whatever the disk does, as a sentence."""
-    go_on = f"With that mended, the same command with --output-dir {folder} --resume"
+    go_on = f"With that mended, the same command with {command_line('--output-dir', folder, '--resume')}"
     found = [path.name for number, path in numbered(folder, PREFIX) if number <= step]
     if not found:
         return f"No checkpoint had been written yet. {go_on} starts again."

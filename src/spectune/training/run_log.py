@@ -9,6 +9,7 @@ from typing import Any
 from spectune.errors import ConfigError, some
 from spectune.files.atomic import atomic_write_text
 from spectune.files.metadata import read_lines
+from spectune.files.plain_text import one_line
 from spectune.files.strict_json import strict_json
 from spectune.training.event_files import drop_events_after
 
@@ -43,7 +44,7 @@ class RunLog:
         if self._board is not None:
             for key, value in entry.items():
                 if key not in ("step", "epoch"):
-                    self._board.add_scalar(key, value, entry["step"])
+                    self._board.add_scalar(one_line(key, 200), value, entry["step"])
 
     def sync(self) -> None:
         """Wait until all of it is on the disk."""

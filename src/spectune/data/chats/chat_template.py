@@ -6,13 +6,17 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from spectune.data.chats.message_forms import MessageForms, disputed, find_forms
-from spectune.data.chats.prompt_beginnings import MarkedTemplate, plain_globals
+from spectune.data.chats.metered_environment import MeteredEnvironment, clock
+from spectune.data.chats.prompt_beginnings import MarkedTemplate
+from spectune.data.chats.template_meter import TemplateLimitError
+from spectune.data.chats.template_watch import TemplateWatch
 from spectune.data.problem import RowProblem
 from spectune.data.shapes import Row
 from spectune.errors import ConfigError, first_line
@@ -23,7 +27,13 @@ _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 #: what looks like a special token, whether the tokenizer has it as one or not
 _TAG = r"<[^<>\s]+>|\[/?[A-Z_]+\]"
 
+#: characters of a template; the largest of published ones have about 40,000
+LONGEST_TEMPLATE = 1 << 18
+#: characters of a template's own error that are shown
+_LONGEST_REFUSAL = 300
+
 Message = dict[str, Any]
+Made = TypeVar("Made")
 Span = tuple[int, int]
 
 
@@ -66,7 +76,8 @@ class _Compiled(NamedTuple):
     """A template's text, what jinja makes of it, and that with its loop over the messages marked, where that helps."""
 
     source: str
-    template: Any
+    environment: MeteredEnvironment
+    template: Template
     marks: bool
     marked: MarkedTemplate | None
 
@@ -91,6 +102,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.eos = str(tokenizer.eos_token or "")
         self._globals = {**tokenizer.special_tokens_map, "strftime_now": _clock(today)}
+        self._watch = TemplateWatch()
         self._compiled: dict[bool, _Compiled] = {}
         self._behind: dict[bool, str] = {}
         self._skipped: dict[tuple[str, ...], frozenset[int]] = {}
@@ -117,15 +129,17 @@ class ChatTemplate:
         compiled = self._of(row)
         shown = self.forms(row).shown(messages) if disputed(messages) else list(messages)
         if compiled.marks:
-            marks: Any = chat_template_utils._render_with_assistant_indices
             try:
-                text, spans = marks(compiled.template, shown, add_generation_prompt=False, **self._given(row))
+                return self._bounded(row, shown, _with_marks, compiled, shown, self._given(row))
+            except ConfigError:
+                raise
             except Exception as error:  # templates raise what they like: jinja's errors, and their own
                 raise _refusal(error) from error
-            return Whole(str(text), [(int(start), int(stop)) for start, stop in spans])
-        if compiled.marked is not None:
+        if (marked := compiled.marked) is not None:
             try:
-                text, ends = compiled.marked.render(shown, self._given(row))
+                text, ends = self._bounded(row, shown, marked.render, shown, self._given(row))
+            except ConfigError:
+                raise
             except Exception:  # the messages are refused, or the template wants more of them than can be followed
                 return Whole(self.without_trailing(self.render(row, messages)))
             alone = row.tools or row.documents or row.template_kwargs
@@ -151,8 +165,11 @@ class ChatTemplate:
         template, given = self._of(row).template, self._given(row)
         if not as_given and disputed(messages):
             messages = self.forms(row).shown(messages)
+        given |= {"messages": messages, "add_generation_prompt": generation}
         try:
-            return str(template.render(messages=messages, add_generation_prompt=generation, **given))
+            return str(self._bounded(row, messages, template.render, given))
+        except ConfigError:
+            raise
         except Exception as error:  # templates raise what they like: jinja's errors, and their own
             raise _refusal(error) from error
 
@@ -212,6 +229,20 @@ class ChatTemplate:
             self._skipped[roles] = frozenset(range(len(messages))) - frozenset(written)
         return self._skipped[roles]
 
+    def _bounded(self, row: Row, messages: Sequence[Message], work: Callable[..., Made], *arguments: Any) -> Made:
+        """What a rendering gives. Raises ConfigError: it takes more time or memory than templates may, or is another
+        one each time; and whatever the template raises."""
+        given = (messages, row.tools, row.documents, row.template_kwargs)
+        try:
+            made: Made = self._watch.run(self._of(row).environment.render, given, work, *arguments)
+        except TemplateLimitError as limit:
+            raise ConfigError(
+                f"{row.origin}: the tokenizer's chat template {limit}. Chat templates are programs: use this one only "
+                "if you trust where it is from, mended (chat_template.jinja or tokenizer_config.json in the base's "
+                "folder), or another tokenizer; or leave this row out"
+            ) from None
+        return made
+
     def _given(self, row: Row) -> dict[str, Any]:
         return {**self._globals, "tools": row.tools, "documents": row.documents, **(row.template_kwargs or {})}
 
@@ -222,11 +253,26 @@ class ChatTemplate:
         """The template for a row: a tokenizer may have another one for rows with tools."""
         has_tools = bool(row.tools)
         if has_tools not in self._compiled:
-            source = str(self.tokenizer.get_chat_template(tools=row.tools or None))
             try:
-                self._compiled[has_tools] = _compiled(source)
+                source = str(self.tokenizer.get_chat_template(tools=row.tools or None))
+            except Exception as error:  # several templates, and none for this
+                raise ConfigError(f"the tokenizer's chat templates cannot be used: {_shortened(error)}") from error
+            if len(source) > LONGEST_TEMPLATE:
+                raise ConfigError(
+                    f"the tokenizer's chat template has {len(source):,} characters; expected at most "
+                    f"{LONGEST_TEMPLATE:,}: use another tokenizer, or mend its template"
+                )
+            try:
+                self._compiled[has_tools] = self._watch.run(_compiled, source)
+            except TemplateLimitError as limit:
+                raise ConfigError(f"compiling the tokenizer's chat template {limit}; use another one") from None
+            except (RecursionError, MemoryError) as error:
+                raise ConfigError(
+                    "the tokenizer's chat template nests its blocks or expressions too deeply to be compiled; use "
+                    "another one"
+                ) from error
             except Exception as error:
-                raise ConfigError(f"the tokenizer's chat template is no Jinja template: {first_line(error)}") from error
+                raise ConfigError(f"the tokenizer's chat template is no Jinja template: {_shortened(error)}") from error
         return self._compiled[has_tools]
 
 
@@ -235,24 +281,39 @@ def _compiled(source: str) -> _Compiled:
     """A template, compiled once, whoever uses it: that takes longer than rendering a hundred conversations.
 
     Transformers' own function for rendering hides from templates what they could do harm with; that includes callables
-    such as the clock, which is why the template that it compiles is called, in its environment, and not the function.
+    such as the clock, which is why the template is called, in an environment made of transformers', and not the
+    function.
     """
     compile_template: Any = chat_template_utils._compile_jinja_template
-    environment = compile_template(source).environment
-    template, marked = environment.from_string(source), MarkedTemplate.of(environment, source)
-    return _Compiled(source, plain_globals(template), _MARKS.search(source) is not None, marked)
+    environment = MeteredEnvironment(compile_template("").environment)
+    template, marked = environment.compiled(environment.metered(source)), MarkedTemplate.of(environment, source)
+    return _Compiled(source, environment, template, _MARKS.search(source) is not None, marked)
+
+
+def _with_marks(compiled: _Compiled, messages: Sequence[Message], given: dict[str, Any]) -> Whole:
+    """A conversation, and what the template marks of it, as transformers finds it."""
+    pieces, spans = list[str](), list[Span]()
+    tracked: Any = compiled.environment
+    context = compiled.template.new_context({**given, "messages": messages, "add_generation_prompt": False})
+    with tracked.activate_tracker(pieces, spans):
+        pieces += compiled.template.root_render_func(context)
+    return Whole("".join(pieces), [(int(start), int(stop)) for start, stop in spans])
 
 
 def _clock(today: str | None) -> Callable[[str], str]:
-    """What templates call to format the current date."""
-    if today is None:
-        return lambda form: datetime.datetime.now().strftime(form)
+    """What templates call to format the current date: midnight, as a text with the time in it would be another one for
+    each row."""
     try:
-        day = datetime.datetime.fromisoformat(today)
+        day = datetime.date.today() if today is None else datetime.datetime.fromisoformat(today)
     except ValueError:
         raise ConfigError(f"template_date = {today!r}; expected a date such as 2026-01-31") from None
-    return day.strftime
+    return clock(day)
+
+
+def _shortened(error: Exception) -> str:
+    text = first_line(error)
+    return text if len(text) <= _LONGEST_REFUSAL else f"{text[:_LONGEST_REFUSAL]}..."
 
 
 def _refusal(error: Exception) -> RowProblem:
-    return RowProblem(f"the tokenizer's chat template refuses these messages: {first_line(error)}")
+    return RowProblem(f"the tokenizer's chat template refuses these messages: {_shortened(error)}")

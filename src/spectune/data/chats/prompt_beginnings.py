@@ -12,7 +12,10 @@ What cannot be proved (a template that looks ahead, or at the last message first
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jinja2 import Environment, Template, nodes
+from jinja2 import Template, nodes
+
+from spectune.data.chats.metered_environment import Counted, MeteredEnvironment
+from spectune.data.chats.metered_syntax import APPLIED
 
 _LOOP, _ROUND = "spectune_messages_of_loop", "spectune_end_of_round"
 #: what can take a template from one part to another, or end a round early
@@ -22,13 +25,6 @@ _JUMPS = (
 )  # fmt: skip
 
 
-def plain_globals(template: Template) -> Template:
-    """The template with its globals in one dict: jinja goes through its chain of them anew for each rendering, which
-    takes as long as rendering a short conversation."""
-    template.globals = dict(template.globals)
-    return template
-
-
 class MarkedTemplate:
     """A template whose last loop tells where its rounds end."""
 
@@ -36,15 +32,15 @@ class MarkedTemplate:
         self._template = template
 
     @classmethod
-    def of(cls, environment: Environment, source: str) -> "MarkedTemplate | None":
+    def of(cls, environment: MeteredEnvironment, source: str) -> "MarkedTemplate | None":
         """None: what the template writes behind its last loop may depend on the messages."""
-        tree = environment.parse(source)
+        tree = environment.metered(source)
         if (loop := _last_loop(tree)) is None:
             return None
-        loop.iter = nodes.Call(nodes.Name(_LOOP, "load"), [loop.iter], [], None, None)
+        loop.iter = nodes.Filter(loop.iter, APPLIED, [nodes.Name(_LOOP, "load")], [], None, None)
         loop.body.append(nodes.Output([nodes.Name(_ROUND, "load")]))  # written as an empty text: a call takes longer
         tree.set_environment(environment).set_lineno(loop.lineno)
-        return cls(plain_globals(environment.from_string(tree)))
+        return cls(environment.compiled(tree))
 
     def render(self, messages: Sequence[Any], given: dict[str, Any]) -> tuple[str, dict[int, int]]:
         """The text without a generation prompt, and by a number of messages where the part of it ends that is written
@@ -132,7 +128,7 @@ class _Rounds:
         return ""
 
 
-class _Messages:
+class _Messages(Counted):
     """The messages from `first` on, as a template reads them. It is no list on purpose: what would be read of one
     without its own methods (by `+`, `==`, as text or JSON) is an error here."""
 
@@ -141,6 +137,10 @@ class _Messages:
 
     def __init__(self, of: Sequence[Any], first: int, seen: _Seen) -> None:
         self._of, self._first, self._seen = of, first, seen
+
+    @property
+    def rounds(self) -> int:
+        return max(len(self._of) - self._first, 0)
 
     def __iter__(self) -> Iterator[Any]:
         for place in range(self._first, len(self._of)):

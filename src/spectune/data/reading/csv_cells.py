@@ -4,9 +4,14 @@ Not Python's `csv`: its limit to a cell's size belongs to the whole process, and
 for a cell that ends with the file.
 """
 
+import re
 from collections.abc import Iterator
 
+from spectune.data.reading.limits import COLUMNS, ROW
 from spectune.data.reading.raw_records import Bad
+
+#: what stands in quotes, quotes written twice among it
+_INSIDE = re.compile(r'[^"]*+(?:""[^"]*+)*+')
 
 
 class UnclosedQuoteError(Exception):
@@ -17,14 +22,24 @@ class UnclosedQuoteError(Exception):
         self.line = line
 
 
+class RowTooLongError(Exception):
+    """A row of more characters than are read, or of more cells; `line` is the number of the line in which it, or the
+    quote that makes it so long, opened."""
+
+    def __init__(self, line: int, *, quoted: bool = False) -> None:
+        super().__init__(line)
+        self.line, self.quoted = line, quoted
+
+
 class CsvRows:
     """`(line, cells)` for each row that is not blank, `line` being the number of its first line. Cells that Python's
     `csv` would read, but no standard allows, make the row bad; a row ends where `csv` would end it.
 
-    Raises UnclosedQuoteError: what follows would be swallowed by one cell.
+    Raises UnclosedQuoteError: what follows would be swallowed by one cell; RowTooLongError.
     """
 
-    def __init__(self, lines: Iterator[str], delimiter: str) -> None:
+    def __init__(self, lines: Iterator[str], delimiter: str, *, longest: int = ROW) -> None:
+        self._longest = longest
         self._lines = lines
         self._delimiter = delimiter
         self._number = 0
@@ -44,6 +59,7 @@ class CsvRows:
 
     def _quoted_row(self) -> list[str] | Bad:
         cells: list[str] = []
+        size, start = 0, self._number
         wrong: Bad | None = None
         while True:
             opened = self._number
@@ -54,6 +70,8 @@ class CsvRows:
             if stop < 0:
                 plain = plain.removesuffix("\r")
             cells.append(cell + plain)
+            if len(cells) > COLUMNS or (size := size + len(cell) + len(plain)) > self._longest:
+                raise RowTooLongError(start, quoted=len(cells) <= COLUMNS)
             if quoted and plain:
                 where = "" if opened == self._number else f" of the cell that opens in line {opened}"
                 wrong = wrong or Bad(
@@ -71,21 +89,21 @@ class CsvRows:
 
     def _quoted_cell(self) -> str:
         """The cell whose opening quote stands at the position; it ends behind the closing one."""
-        opened, pieces = self._number, list[str]()
+        opened, pieces, length = self._number, list[str](), 0
         self._position += 1
         while True:
-            end = self._line.find('"', self._position)
-            if end < 0:
-                pieces += self._line[self._position :], "\n"
-                line = next(self._lines, None)
-                if line is None:
-                    raise UnclosedQuoteError(opened)
-                self._line, self._position = line, 0
-                self._number += 1
-            elif self._line.startswith('"', end + 1):
-                pieces.append(self._line[self._position : end + 1])
-                self._position = end + 2
-            else:
-                pieces.append(self._line[self._position : end])
+            inside = _INSIDE.match(self._line, self._position)
+            assert inside is not None
+            pieces.append(inside[0].replace('""', '"'))
+            if (end := inside.end()) < len(self._line):
                 self._position = end + 1
                 return "".join(pieces)
+            pieces.append("\n")
+            length += len(inside[0]) + 1
+            if length > self._longest:
+                raise RowTooLongError(opened, quoted=True)
+            line = next(self._lines, None)
+            if line is None:
+                raise UnclosedQuoteError(opened)
+            self._line, self._position = line, 0
+            self._number += 1

@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from spectune.data.reading.csv_cells import CsvRows, UnclosedQuoteError
+from spectune.data.reading.csv_cells import CsvRows, RowTooLongError, UnclosedQuoteError
+from spectune.data.reading.limits import COLUMNS, ROW, mib
 from spectune.data.reading.raw_records import AS_JSON, NAMES, SHAPES, Bad, Record, as_record, json_object
 from spectune.data.reading.text_stream import lines
 from spectune.errors import DataError, did_you_mean, some
@@ -19,8 +21,9 @@ _SAID = re.compile(r"sep=(.)\r?")
 
 
 def csv_records(
-    path: Path, encoding: str | None = None, *, delimiter: str | None = None, known: Collection[str] = ()
-) -> Iterator[Record]:
+    path: Path, encoding: str | None = None, *, delimiter: str | None = None, known: Collection[str] = (),
+    longest: int = ROW,
+) -> Iterator[Record]:  # fmt: skip
     """The rows below the header.
 
     Args:
@@ -28,20 +31,22 @@ def csv_records(
         known: further names that count as known; a mapping says which of a row's names each stands for.
 
     Raises:
-        DataError: the header does not say what is in the rows, or a quote is never closed.
+        DataError: the header does not say what is in the rows, a quote is never closed, or a row has more than
+            `longest` characters.
     """
-    given = lines(path, encoding)
-    head = _header_lines(given)
+    given = lines(path, encoding, longest=longest)
+    head = _header_lines(path, given, longest)
     if head and (said := _SAID.fullmatch(head[-1])):
         delimiter = delimiter or said[1]
-        below = _header_lines(given)
+        below = _header_lines(path, given, longest)
         head = [*[""] * len(head), *below] if below else []
     if not head:
         return
     meanings = {**{name: name for name in NAMES}, **_meanings(known)}
     default = "\t" if ".tsv" in path.suffixes[-2:] else ","
-    rows = iter(CsvRows(chain(head, given), _told(path, delimiter) or _found(path, head, default, meanings)))
     try:
+        told = _told(path, delimiter) or _found(path, head, default, meanings)
+        rows = iter(CsvRows(chain(head, given), told, longest=longest))
         line, header = next(rows)
         where = f"{path}:{line}"
         if isinstance(header, Bad):
@@ -50,6 +55,10 @@ def csv_records(
         columns = _Columns(header, meanings)
         for line, cells in rows:
             yield f"{path}:{line}", cells if isinstance(cells, Bad) else columns.record(cells)
+    except RowTooLongError as error:
+        more = f"{mib(longest)} in a row" if error.quoted else f"{COLUMNS:,} columns"
+        quote = ": a quote opens there, and is not closed for as long" if error.quoted else ""
+        raise DataError(f"{path}:{error.line}: more than {more}{quote}; expected less") from None
     except UnclosedQuoteError as error:
         raise DataError(
             f"{path}:{error.line}: a quote opens a cell and is never closed, so that the rest of the file would be in "
@@ -61,12 +70,15 @@ def _meanings(known: Collection[str]) -> Mapping[str, str]:
     return known if isinstance(known, Mapping) else {name: name for name in known}
 
 
-def _header_lines(given: Iterator[str]) -> list[str]:
-    """The lines up to the header's end, which a quote may put off; empty where there is no header."""
+def _header_lines(path: Path, given: Iterator[str], longest: int) -> list[str]:
+    """The lines up to the header's end, which a quote may put off; empty where there is no header. Raises DataError: it
+    is longer than a row may be."""
     head: list[str] = []
-    quotes = 0
+    quotes = size = 0
     for line in given:
         head.append(line)
+        if (size := size + len(line) + 1) > longest:
+            raise DataError(f"{path}:1: no header in the first {mib(longest)}; expected one, and its quotes closed")
         quotes += line.count('"')
         if line.strip("\r") and quotes % 2 == 0:
             return head
@@ -113,7 +125,9 @@ def _check_header(where: str, head: list[str], header: list[str], meanings: Mapp
     """Raises DataError: names that are doubled or empty, or none that makes a row."""
     if any("\r" in name for name in header):
         raise DataError(f"{where}: the rows end in a lone carriage return; save the file with line feeds")
-    if doubled := sorted({repr(name) for name in header if name and header.count(name) > 1}):
+    if len(header) > COLUMNS:
+        raise DataError(f"{where}: {len(header):,} columns; expected at most {COLUMNS:,}")
+    if doubled := sorted(repr(name) for name, count in Counter(header).items() if name and count > 1):
         raise DataError(f"{where}: the header has {some(doubled)} more than once; expected each name once")
     shapes = [name for name in header if name in meanings and (meanings[name] in SHAPES or meanings[name] not in NAMES)]
     if not shapes:
@@ -149,7 +163,7 @@ class _Columns:
         header = self.header
         if len(cells) != len(header):
             columns = f"{len(header)} columns as in the header, but {len(cells)}"
-            return Bad(f"not {columns}; expected {', '.join(header)}")
+            return Bad(f"not {columns}; expected {some(header)}")
         if cells == header and len(header) > 1:
             return Bad("the header a second time; expected a row")
         record: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell != ""}

@@ -1,11 +1,13 @@
 """Records of a folder: one that `datasets` saved, or one of data files that belong together."""
 
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from spectune.data.reading.file_source import KNOWN, file_records, kind_of, suffix_of
+from spectune.data.reading.limits import FILES, check_regular
 from spectune.data.reading.object_source import dataset_records
 from spectune.data.reading.raw_records import SPLITS, Record
 from spectune.errors import DataError, first_line, some
@@ -22,9 +24,11 @@ def folder_records(
 ) -> Iterator[Record]:
     """The records of all files, which are of one kind, by name. Raises DataError: not one data set is in the folder."""
     try:
-        entries = sorted(folder.iterdir())
+        entries = sorted(itertools.islice(folder.iterdir(), FILES + 1))
     except OSError as error:
         raise DataError(f"{folder}: cannot be read: {error}") from error
+    if len(entries) > FILES:
+        raise DataError(f"{folder}: more than {FILES:,} files in one folder; name the file that is meant")
     if any(entry.name in _SAVED for entry in entries):
         yield from _saved(folder)
         return
@@ -35,8 +39,12 @@ def folder_records(
 def _saved(folder: Path) -> Iterator[Record]:
     import datasets
 
+    for path in itertools.islice(itertools.chain(folder.glob("*"), folder.glob("*/*")), FILES):
+        check_regular(path)
     try:
         found = datasets.load_from_disk(str(folder))
+        for part in found.values() if isinstance(found, Mapping) else [found]:
+            part.data.table.validate(full=True)  # a damaged one would end the process
     except Exception as error:
         raise DataError(f"{folder}: no readable folder of datasets' save_to_disk: {first_line(error)}") from error
     yield from dataset_records(found, str(folder))

@@ -38,7 +38,7 @@ def records(
     path = Path(source)
     if os.path.isdir(path):  # never an error, whatever the text is; unlike the path's own
         yield from folder_records(path, delimiter=delimiter, encoding=encoding, known=known)
-    elif os.path.exists(path):
+    elif os.path.lexists(path):
         yield from file_records(path, delimiter=delimiter, encoding=encoding, known=known)
     elif (problem := missing(source)) is not None:
         raise DataError(problem)
@@ -48,6 +48,6 @@ def records(
 
 def missing(source: str | os.PathLike[str]) -> str | None:
     """What to say of a file that is not there; None where it is, or where the name may be that of a hub's data set."""
-    if os.path.exists(source) or (kind_of(Path(source)) is None and isinstance(source, str)):
+    if os.path.lexists(source) or (kind_of(Path(source)) is None and isinstance(source, str)):
         return None
     return f"{source}: no such file{near(Path(source))}"

@@ -3,18 +3,22 @@
 import codecs
 import gzip
 import itertools
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from spectune.data.reading.limits import ROW, check_unpacked, row_too_long
 from spectune.errors import DataError
 
 #: packed text formats have one of these behind their own suffix
 PACKED = (".gz", ".zst", ".zstd")
 _CHUNK = 1 << 16
-#: a packed chunk may grow a thousandfold
-_PACKED_CHUNK = 1 << 13
+#: a packed chunk of zstd may grow thirty-thousandfold
+_PACKED_CHUNK = 1 << 11
+#: memory that a zstd file may ask for to be unpacked; `zstd` itself gives no more unless it is told
+_WINDOW = 1 << 27
 #: as many bytes of a file's beginning say how it is encoded
 _BEGINNING = 1024
 _MARKS = (
@@ -34,16 +38,23 @@ _NO_TEXT = {
 }
 
 
-def lines(path: Path, encoding: str | None = None) -> Iterator[str]:
+def lines(path: Path, encoding: str | None = None, *, longest: int = ROW) -> Iterator[str]:
     """The lines without their "\\n", at which alone they are split: a lone "\\r" and Unicode's separators belong to
-    the text. Raises DataError: the file cannot be read, or is not in this encoding."""
+    the text. Raises DataError: the file cannot be read, is not in this encoding, or has a line of more than `longest`
+    characters."""
     pieces: list[str] = []
+    number, length = 1, 0
     for text in texts(path, encoding):
         first, *more = text.split("\n")
         pieces.append(first)
+        length += len(first)
+        if length > longest:
+            raise row_too_long(f"{path}:{number}", longest)
         for line in more:
             yield "".join(pieces)
             pieces = [line]
+        if more:
+            number, length = number + len(more), len(more[-1])
     if last := "".join(pieces):
         yield last
 
@@ -111,12 +122,12 @@ def _found(path: Path, beginning: bytes) -> str:
 def _chunks(path: Path) -> Iterator[bytes]:
     suffix = path.suffix.lower()
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
             if suffix == ".gz":
                 with gzip.GzipFile(fileobj=file) as unpacked:
-                    yield from iter(lambda: unpacked.read(_CHUNK), b"")
+                    yield from _bounded(path, file, iter(lambda: unpacked.read(_CHUNK), b""))
             elif suffix in PACKED:
-                yield from _zstd(path, file)
+                yield from _bounded(path, file, _zstd(path, file))
             else:
                 yield from iter(lambda: file.read(_CHUNK), b"")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -125,20 +136,37 @@ def _chunks(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file that has become a pipe since it was looked at without waiting for somebody to write into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _bounded(path: Path, file: IO[bytes], chunks: Iterator[bytes]) -> Iterator[bytes]:
+    packed, unpacked = os.fstat(file.fileno()).st_size, 0
+    for chunk in chunks:
+        unpacked += len(chunk)
+        check_unpacked(path, unpacked, packed)
+        yield chunk
+
+
 def _zstd(path: Path, file: IO[bytes]) -> Iterator[bytes]:
     """Frame by frame: the package's own reader takes a file that breaks off for one that ends."""
     import zstandard
 
-    unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    unpacker = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
     frame: Any = None
     try:
         while packed := file.read(_PACKED_CHUNK):
             while packed:
                 frame = frame or unpacker.decompressobj()
-                if unpacked := frame.decompress(packed):
-                    yield unpacked
+                unpacked = frame.decompress(packed)
+                yield from (unpacked[at : at + _CHUNK] for at in range(0, len(unpacked), _CHUNK))
                 packed, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     except zstandard.ZstdError as error:
+        if "too much memory" in str(error):
+            raise DataError(
+                f"{path}: packed by zstd with a window of more than {_WINDOW >> 20} MiB; pack it again without --long"
+            ) from None
         raise DataError(f"{path}: damaged, or no zstd file: {error}; make it again") from None
     if frame is not None:
         raise DataError(f"{path}: damaged: the zstd stream breaks off; make it again")
