@@ -79,14 +79,8 @@ def compare(
         ConfigError, DataError: bad settings or data, or a folder to go on in whose runs had other settings, data or
             base; before anything is trained.
         DoesNotFitError: by the plan no method fits into memory. Of several, those that do not are failed runs.
-<<<<<<< HEAD
-        BusyFolderError: another process works in the folder.
-        WriteError: the disk is full, read-only or broken; `resume` goes on from there.
-        InterruptedRun: Ctrl-C, SIGTERM or SIGHUP; `resume` goes on from there.
-=======
         BusyFolderError: another process works in the folder. WriteError: the disk is full, read-only or broken.
         InterruptedRun: Ctrl-C, SIGTERM or SIGHUP; `resume` goes on from there, as after a WriteError.
->>>>>>> bases
 
     A run that fails stays in the result with its reason, and the others go on.
     """

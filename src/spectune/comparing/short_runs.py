@@ -4,7 +4,7 @@ taken from its folder where an earlier call has finished it."""
 import logging
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from spectune.comparing.arms import Arm
 from spectune.comparing.conditions import curve_place
@@ -34,11 +34,7 @@ def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | N
     seed = job.config.seed + SEARCH_SEED
     label = f"{rate:g}-{steps}-{job.key(arm, rate, steps, seed)}"
     path = job.folder / "search" / arm.name / label / "result.json"
-<<<<<<< HEAD
     if (done := _saved(path, Trial, job.folder)) is not None:
-=======
-    if (done := _saved(path, Trial, learning_rate=rate, steps=steps)) is not None:
->>>>>>> reader
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, steps, seed, eval_steps=steps)
@@ -70,11 +66,7 @@ def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) 
     smaller ones."""
     place = curve_place(arm.name, rows, seed, job.key(arm, rate, steps, seed, rows))
     path = job.folder / place / "result.json"
-<<<<<<< HEAD
     if (done := _saved(path, CurvePoint, job.folder)) is not None:
-=======
-    if (done := _saved(path, CurvePoint, name=arm.name, rows=rows, seed=seed, learning_rate=rate)) is not None:
->>>>>>> reader
         return done, None
     begin = time.perf_counter()
     config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
@@ -100,7 +92,6 @@ def _run(
         return job.run(delta, job.planned(arm, config), rows, valid, Observer(phases), trying)
 
 
-<<<<<<< HEAD
 def _save(record: Record, path: Path, folder: Path) -> None:
     place = path.parent.relative_to(folder).as_posix()
     type(record).model_validate({**record.to_dict(), PLACE: place}).write(path)
@@ -109,11 +100,6 @@ def _save(record: Record, path: Path, folder: Path) -> None:
 def _saved(path: Path, kind: type[R], folder: Path) -> R | None:
     """The small result that an earlier call left; None where there is none, a damaged one, or another folder's: it is
     made anew."""
-=======
-def _saved(path: Path, kind: type[R], **wanted: Any) -> R | None:
-    """The small result that an earlier call left; None where there is none, or a damaged one, or another run's (one
-    whose fields are not those that are `wanted`): it is made anew."""
->>>>>>> reader
     try:
         found = kind.read(path, what="a small result")
     except DataError as error:
@@ -121,13 +107,8 @@ def _saved(path: Path, kind: type[R], **wanted: Any) -> R | None:
         return None
     if found is None:
         return None
-<<<<<<< HEAD
     if not of_its_folder(found, path, folder):
         log.warning("%s is of another folder than the one that it stands in: it is made anew", path)
-=======
-    if other := [name for name, value in wanted.items() if getattr(found, name) != value]:
-        log.warning("%s is of another run (by %s): it is made anew", path, ", ".join(other))
->>>>>>> reader
         return None
     # files of earlier versions do not say where their time went
     return found if found.model_fields_set >= set(kind.model_fields) - {"seconds_by_phase"} else None
