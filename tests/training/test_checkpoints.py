@@ -282,10 +282,10 @@ def test_a_full_disk_says_what_is_whole_and_the_run_goes_on_once_there_is_room(
 ) -> None:
     folder, write = tmp_path / "run", checkpoint.write_tensors
 
-    def full(path: Path, *given: Any) -> Any:
+    def full(path: Path, *given: Any, **how: Any) -> Any:
         if "checkpoint-4" in path.parent.name and path.name == "optimizer.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(path, *given)
+        return write(path, *given, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_tensors", full)
@@ -307,10 +307,10 @@ def test_a_hangup_and_a_second_signal_leave_a_whole_checkpoint(
     """The terminal goes; and while the checkpoint is being written, somebody is impatient."""
     folder, write = tmp_path / "run", checkpoint.write_tensors
 
-    def impatient(path: Path, *given: Any) -> Any:
+    def impatient(path: Path, *given: Any, **how: Any) -> Any:
         if "checkpoint-3" in path.parent.name:
             os.kill(os.getpid(), signal.SIGTERM)
-        return write(path, *given)
+        return write(path, *given, **how)
 
     with monkeypatch.context() as patch:
         stops(patch, 3, lambda _: os.kill(os.getpid(), signal.SIGHUP))

@@ -71,7 +71,7 @@ def save_folder(
         known = write(temporary)
         name_base(temporary / CONFIG_FILE, base_name)
         files = sorted(file for file in temporary.iterdir() if file.is_file())
-        digests = {file.name: (known.get(file.name) or digest_of(file)).model_dump() for file in files}
+        digests = {file.name: (known.get(file.name) or digest_of(file)).record() for file in files}
         weights = {name for name in digests if name.endswith(".safetensors")}
         ours = {
             "format": FORMAT,

@@ -1,6 +1,5 @@
 """Writing safetensors as a stream: no second copy of all tensors, and digested while it is written."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectune.files.digests import Digest
+from spectune.files.digests import Digest, Hashing
 
 #: safetensors' names, from the narrowest on; it writes the widest first, so that every tensor is aligned
 _NAMES = {
@@ -27,15 +26,24 @@ _CHUNK = 8 * 2**20
 _SMALL = 2**16
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Digest:
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    handed_on: bool = True,
+) -> Digest:
     """Write a safetensors file, byte for byte what `safetensors.torch.save_file` writes of contiguous copies, and wait
     until it is on the disk. It is hashed in the meantime, by another thread.
 
     Tensors may be on any device, of any strides, and share memory; one at a time is copied where it has to be. It is
     written under its name as it is: write into an `atomic_folder` or an `atomic_file`.
 
+    Args:
+        handed_on: see `spectune.files.digests`.
+
     Returns:
-        size and SHA-256 of what was to be written, whatever the disk makes of it.
+        size and hash of what was to be written, whatever the disk makes of it.
 
     Raises:
         OSError: the disk is full, read-only or broken.
@@ -45,21 +53,21 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         raise ValueError(f"safetensors has no such type: {', '.join(unknown)}")
     ordered = sorted(tensors.items(), key=lambda item: (-_ORDER[item[1].dtype], item[0]))
     header = _header(dict(ordered), metadata)
-    found, size = hashlib.sha256(header), len(header)
+    found = Hashing(handed_on=handed_on)
+    found.update(header)
     with Path(path).open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as pool:
         try:
             _write(file.fileno(), memoryview(header))
             for chunk, is_copy in _chunks(tensor for _, tensor in ordered):
                 hashed = pool.submit(found.update, chunk)
                 _write(file.fileno(), chunk)
-                size += len(chunk)
                 if is_copy:
                     hashed.result()  # else copies would wait in memory for the slower of the two
             os.fsync(file.fileno())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return Digest(bytes=size, sha256=found.hexdigest())
+    return found.digest()
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:

@@ -25,7 +25,7 @@ _DIGESTS = TypeAdapter(dict[str, Digest])
 
 def digests_in(folder: Path, names: tuple[str, ...] | list[str]) -> dict[str, Any]:
     """The digests of those of the files that are there, for a record. Raises OSError."""
-    return {name: digest_of(folder / name).model_dump() for name in names if (folder / name).is_file()}
+    return {name: digest_of(folder / name).record() for name in names if (folder / name).is_file()}
 
 
 def digests_of_run(folder: Path) -> dict[str, Any]:

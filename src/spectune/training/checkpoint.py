@@ -52,12 +52,13 @@ def save_checkpoint(
         random["cuda"] = torch.cuda.get_rng_state()
     parts = (delta.training_state_dict(), best, optimizer.state_dict(), random)
     with atomic_folder(path, replaces=_is_ours) as temporary:
-        files = {name: write_tensors(temporary / name, part) for name, part in zip(TENSOR_FILES, parts, strict=True)}
+        named = zip(TENSOR_FILES, parts, strict=True)
+        files = {name: write_tensors(temporary / name, part, handed_on=False) for name, part in named}
         state = {
             "format_version": FORMAT,
             "progress": asdict(progress),
             "identity": identity,
-            "files": {name: digest.model_dump() for name, digest in files.items()},
+            "files": {name: digest.record() for name, digest in files.items()},
         }
         (temporary / STATE_FILE).write_text(strict_json(sealed(state)) + "\n", encoding="utf-8")
     drop_checkpoints(folder, progress.step)
