@@ -154,8 +154,9 @@ def page(records: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# What digests cost", "",
         "Saving and loading a checkpoint-like folder with a digest of every file (XXH3, 128 bits) and without: medians "
-        "of seconds, and of the ratios within pairs that were measured one after the other. Made by `python -m benchmarks.digests`,"
-        f" which says how. Of saving and loading together at most {MOST} times the time without is wanted.", "",
+        "of seconds, and of the ratios within pairs that were measured one after the other. Made by "
+        "`python -m benchmarks.digests`, which says how. Of saving and loading together at most "
+        f"{MOST} times the time without is wanted.", "",
         "In saving the hash is made beside writing and flushing; in loading from the disk it reads ahead, and what "
         "follows finds the files in memory. A load from the page cache is a copy of memory, and reading the files once "
         "more to hash them is half as much again. With SHA-256, which checkpoints had at first, saving and loading "
