@@ -11,6 +11,7 @@ import pytest
 
 from spectune.comparing import Comparison, measure
 from spectune.comparing.intact import changed_since, check_intact
+from spectune.comparing.short_runs import _save as save
 from spectune.comparing.short_runs import _saved as saved
 from spectune.errors import DataError
 from spectune.reporting.words import changed_sentence
@@ -148,14 +149,17 @@ def test_rows_outside_of_the_folder_are_not_read(copy: Path, place: str) -> None
 def test_a_small_result_of_another_run_is_made_anew_with_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "result.json"
-    Trial(
+    path, other = (tmp_path / "search" / "lora" / name / "result.json" for name in ("0.001-4-a", "0.01-4-b"))
+    trial = Trial(
         learning_rate=1e-3, steps=4, target_tokens=9, valid_loss=1.0, reason=None, extension=False, seconds_by_phase={}
-    ).write(path)
-    assert saved(path, Trial, learning_rate=1e-3, steps=4) is not None
+    )
+    save(trial, path, tmp_path)
+    assert saved(path, Trial, tmp_path) is not None
     assert not caplog.records
-    assert saved(path, Trial, learning_rate=1e-2, steps=4) is None
-    assert "is of another run (by learning_rate)" in caplog.text
+    other.parent.mkdir()
+    other.write_bytes(path.read_bytes())
+    assert saved(other, Trial, tmp_path) is None
+    assert "is of another folder" in caplog.text
     flip(path)
-    assert saved(path, Trial, learning_rate=1e-3, steps=4) is None
+    assert saved(path, Trial, tmp_path) is None
     assert "it is made anew" in caplog.text

@@ -104,10 +104,10 @@ class Settings:
         """`words`: the same, with its numbers as they were written."""
         from spectune.data import Source
 
-        if isinstance(words, str | Path):
+        if isinstance(entry, str | Path):
             given: dict[Any, Any] = _weighted(str(words))
         elif isinstance(entry, dict):
-            given = {**words, **({"weight": entry["weight"]} if "weight" in entry else {})}
+            given = {**words, **{name: entry[name] for name in ("weight", "name") if name in entry}}
         else:
             raise self._unexpected(key, "a file, or a list of files such as [a.jsonl, {path: b.jsonl, weight: 2}]")
         where = self.given[key].where

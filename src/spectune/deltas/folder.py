@@ -16,7 +16,7 @@ from spectune.embedded import MODEL_FOLDER, NAME
 from spectune.errors import DataError
 from spectune.files.atomic import atomic_folder
 from spectune.files.digests import Digest, digest_of
-from spectune.files.metadata import read_json, sealed
+from spectune.files.metadata import content_sha256, read_json, sealed
 from spectune.files.strict_json import strict_json
 from spectune.files.weights import FLOATS
 from spectune.version import __version__
@@ -24,6 +24,8 @@ from spectune.version import __version__
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OUR_FILE = "spectune.json"
+#: the keys of a base's name, in ours and in PEFT's config; they may be changed
+BASE_NAME, _PEFT_BASE_NAME = "base_name", "base_model_name_or_path"
 #: of `spectune.json`. Format 1 had another fingerprint of the base (`spectune.families.sample_differences`)
 FORMAT = 2
 
@@ -71,6 +73,7 @@ def save_folder(
         known = write(temporary)
         name_base(temporary / CONFIG_FILE, base_name)
         files = sorted(file for file in temporary.iterdir() if file.is_file())
+        config = config_sha256(temporary / CONFIG_FILE)
         digests = {file.name: (known.get(file.name) or digest_of(file)).record() for file in files}
         weights = {name for name in digests if name.endswith(".safetensors")}
         ours = {
@@ -78,18 +81,26 @@ def save_folder(
             "method": method.as_stored().model_dump(mode="json"),
             "trained_as": method.model_dump(mode="json"),
             "base": base,
-            "base_name": base_name,
             # what a reader of the weights must know: where the text's positions start
             "text_positions_start_at": method.virtual_tokens,
             "parameters": parameters,
             "versions": {"spectune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "weights": {name: digest for name, digest in digests.items() if name in weights},
-            "digests": {name: digest for name, digest in digests.items() if name not in weights},
+            "digests": {name: digest for name, digest in digests.items() if name not in {*weights, CONFIG_FILE}},
+            **({"config_sha256": config} if config is not None else {}),
             # what a later save may replace
             "files": sorted({*digests, OUR_FILE}),
         }
-        (temporary / OUR_FILE).write_text(strict_json(sealed(ours)) + "\n", encoding="utf-8")
+        named = {**sealed(ours), BASE_NAME: base_name}
+        (temporary / OUR_FILE).write_text(strict_json(named) + "\n", encoding="utf-8")
     return folder
+
+
+def config_sha256(config_file: Path) -> str | None:
+    """What a config of PEFT's layout says, but for the name of its base: that is where it lies on this machine, and is
+    changed where a folder is moved. None where there is no such file. Raises DataError: it is damaged."""
+    config = read_json(config_file, any_integer=True)
+    return None if config is None else content_sha256({k: v for k, v in config.items() if k != _PEFT_BASE_NAME})
 
 
 def _is_ours(folder: Path, entry: Path) -> bool:
@@ -109,9 +120,7 @@ def name_base(config_file: Path, name: str) -> None:
     """Write PEFT's key for the base into a config of PEFT's layout; any other config, or none, stays as it is."""
     config = read_json(config_file, any_integer=True)
     if config is not None and "peft_type" in config:
-        config_file.write_text(
-            json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n", encoding="utf-8"
-        )
+        config_file.write_text(json.dumps(config | {_PEFT_BASE_NAME: name}, indent=2) + "\n", encoding="utf-8")
 
 
 def base_name(model: PreTrainedModel) -> str:

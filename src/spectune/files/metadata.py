@@ -179,14 +179,14 @@ def record_of(
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content as JSON will give it back (numbers that are not finite are null), with its seal."""
     plain = without_seal(json.loads(strict_json(content, indent=None)))
-    return {**plain, SEAL: _digest(plain)}
+    return {**plain, SEAL: content_sha256(plain)}
 
 
 def seal_of(content: Mapping[str, Any]) -> Seal:
     """Whether a record that was read is as it was sealed."""
     if SEAL not in content:
         return Seal.ABSENT
-    return Seal.RIGHT if content[SEAL] == _digest(without_seal(content)) else Seal.WRONG
+    return Seal.RIGHT if content[SEAL] == content_sha256(without_seal(content)) else Seal.WRONG
 
 
 def without_seal(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +227,8 @@ def first_problem(error: ValidationError) -> str:
     return f"{place}: {first['msg']}{more}" if place else f"{first['msg']}{more}"
 
 
-def _digest(plain: Mapping[str, Any]) -> str:
+def content_sha256(plain: Mapping[str, Any]) -> str:
+    """The SHA-256 of what a JSON object says, however it is written: keys sorted, no white space, UTF-8."""
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 

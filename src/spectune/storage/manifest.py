@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from spectune.deltas import Method
-from spectune.deltas.folder import FORMAT, OUR_FILE
+from spectune.deltas.folder import BASE_NAME, CONFIG_FILE, FORMAT, OUR_FILE, config_sha256
 from spectune.errors import DataError, SpectuneError
 from spectune.families import is_whole
 from spectune.files.digests import Digest, check_files
@@ -90,6 +90,8 @@ class Manifest(_Strict):
     weights: dict[_WeightsName, Digest] | None = None
     #: of the other files that the save wrote, such as `adapter_config.json`
     digests: dict[_FileName, Digest] | None = None
+    #: of `adapter_config.json`, see `spectune.deltas.folder.config_sha256`
+    config_sha256: str | None = None
     #: of the folder, all that the save wrote
     files: list[str] | None = None
     _seal: Seal = PrivateAttr(Seal.ABSENT)
@@ -116,7 +118,8 @@ def read_manifest(path: Path) -> tuple[Manifest, Method] | None:
         manifest = (FirstManifest if version == 1 else Manifest).model_validate(content)
     except ValidationError as error:
         raise DataError(f"{path} is not what Delta.save writes; copy the folder again", explain(error)) from None
-    manifest._seal = seal_of(content)
+    if version == FORMAT:  # format 1 had no seal
+        manifest._seal = seal_of({key: value for key, value in content.items() if key != BASE_NAME})
     method = _method(path, manifest)
     starts_at = manifest.text_positions_start_at
     if starts_at is not None and starts_at != method.virtual_tokens:
@@ -157,6 +160,8 @@ def check_digests(manifest: Manifest, files: Iterable[Path]) -> None:
         check_files(folder, {**manifest.weights, **(manifest.digests or {})}, "")
     except DataError as error:
         problems += error.problems
+    if manifest.config_sha256 not in (None, config_sha256(folder / CONFIG_FILE)):
+        problems.append(f"{CONFIG_FILE}: is not the one that was written")
     if manifest._seal is Seal.WRONG:
         problems.append(f"{OUR_FILE}: its content does not fit its key {SEAL!r}")
     if problems:

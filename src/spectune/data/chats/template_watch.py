@@ -65,7 +65,7 @@ class TemplateWatch:
 
     def _begin(self) -> None:
         self._asleep = False
-        threading.Thread(target=self._look, name="spectune template watch", daemon=True).start()
+        threading.Thread(target=self._look, name="template watch", daemon=True).start()
 
     def _forget(self, thread: int, number: int) -> None:
         """Take back an exception that has not been raised yet."""
