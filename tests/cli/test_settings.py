@@ -168,7 +168,7 @@ WORDS = [
 @pytest.mark.parametrize("word", WORDS)
 def test_where_a_setting_is_text_a_word_is_the_word_that_was_written(tmp_path: Path, word: str) -> None:
     path = tmp_path / "run.yaml"
-    lines = ["model: W", "separator: W", "columns: {prompt: W}", "encoding: W", "data: [{path: W, weight: 010}, W]"]
+    lines = ["model: W", "separator: W", "columns: {prompt: W}", "encoding: W", "data: [{path: W, weight: 010}]"]
     lines += ["lora: {target_modules: [W]}", "arms: [{method: lora, name: W}]"]
     path.write_text("\n".join(lines).replace("W", word))
     given = [f"{key}={word}" for key in ("model", "separator", "columns.prompt", "encoding")]
@@ -177,7 +177,7 @@ def test_where_a_setting_is_text_a_word_is_the_word_that_was_written(tmp_path: P
         found = {settings.base, config.separator, config.columns["prompt"], config.encoding}
         assert found == {word}
     settings = Settings.collect(path, None, {})
-    assert [(str(source.data), source.weight) for source in settings.rows("data") or []] == [(word, 10), (word, 1)]
+    assert [(str(source.data), source.weight) for source in settings.rows("data") or []] == [(word, 10)]
     assert settings.methods(["lora"]) == [LoRA(target_modules=(word,))]
     assert [arm.name for arm in given_arms(settings, [])] == [word]
     [arm] = given_arms(Settings.collect(None, [f"methods=lora:task_type={word}"], {}), [])

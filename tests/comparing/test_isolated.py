@@ -30,6 +30,7 @@ def weights() -> int:
     return sum(p.nbytes for p in load("spectune-tiny")[0].parameters())
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_holds_weights_gradients_and_moments_at_its_longest_batch(
     weights: int, tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def test_damaged_conditions(tmp_path: Path, text: str) -> None:
         Comparison.from_runs(tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_damaged_results(tmp_path: Path) -> None:
     """Rows and small results are made anew; a run's result is only removed by the user, and made anew then."""
     given: dict[str, Any] = {"methods": ["bitfit"], "config": SEARCHED, "preset": "quick", "fractions": [8]}

@@ -136,6 +136,7 @@ def test_a_block_keeps_what_the_plan_says(make: Callable[[], PreTrainedModel], m
         pytest.param(gpt2, "lora", marks=SLOW),
     ],
 )
+@pytest.mark.slow
 def test_within_a_budget_too(make: Callable[[], PreTrainedModel], method: str | Method) -> None:
     kept = [kept_by_plan(make(), method, mode) for mode in (False, "selective", True)]
     for planned, mode in zip(kept[1:], ("selective", True), strict=True):

@@ -176,6 +176,7 @@ def test_smaller_shapes_find_room_in_the_memory_of_the_largest() -> None:
     assert 0.8 * sum(trace.buffers.outputs) < several.uncaptured < 0.5 * max(split_by_graph_pool(trace)[0])
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_recorded_as_others_are() -> None:
     """What stands around a block is the same; what it keeps inside is the compiler's matter."""
     planned = partial(plan, llama().config, "lora", 512, 64, dtype="bfloat16", torch_compile=True)

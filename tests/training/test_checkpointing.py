@@ -45,6 +45,7 @@ def needs(monkeypatch: pytest.MonkeyPatch) -> dict[Any, int]:
     return found
 
 
+@pytest.mark.slow
 def test_auto_takes_the_first_that_fits_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     needed = needs(monkeypatch)
     assert needed[False] > needed["selective"] > needed[True]

@@ -141,6 +141,7 @@ def test_one_model_after_another_is_right() -> None:
         assert float((found - before).detach().abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_lengths_may_vary_without_a_graph_for_each(graphs: Callable[[], int]) -> None:
     model, delta = built(llama, LoRA(target_modules=ONE_LINEAR))
     lengths = (12, 14, 9, 17, 8, 21, 10)
@@ -231,6 +232,7 @@ def test_long_runs_on_a_cpu_need_a_compiler(there: bool, monkeypatch: pytest.Mon
     assert not pays(family, "cpu", **few)
 
 
+@pytest.mark.slow
 def test_a_run_that_counts_its_memory_is_compiled_all_the_same(
     graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,6 +242,7 @@ def test_nor_in_inductor_s_graphs(mode: Recomputation, attention: bool) -> None:
 
 
 @pytest.mark.parametrize("mode", [pytest.param("selective", marks=SLOW), True])
+@pytest.mark.slow
 def test_dropout_of_models_and_methods_is_drawn_once(mode: Recomputation) -> None:
     def drop(model: Any) -> None:
         for module in model.modules():
