@@ -58,8 +58,14 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python tools/make_docs.py --check
 
-test: lint
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS)
+# The checks of `make lint` take one core for a minute: they run beside the tests, and are shown after them.
+test: $(VENV)/.installed-dev
+	@mkdir -p build; $(MAKE) --no-print-directory lint > build/lint.log 2>&1 & checks=$$!; \
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal; tests=$$?; \
+	wait $$checks; checks=$$?; cat build/lint.log; \
+	if [ $$checks -ne 0 ]; then echo "make lint failed" >&2; fi; \
+	if [ $$tests -ne 0 ]; then echo "pytest failed" >&2; fi; \
+	[ $$checks -eq 0 ] && [ $$tests -eq 0 ]
 
 test-slow: $(VENV)/.installed-dev
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) -m slow --timeout 3600

@@ -180,8 +180,8 @@ same rows give the same token ids, whatever they are read from. Text is UTF-8, o
 A row that cannot be read or learned as it is written is an error that names it as `file:line` (a table's as its number);
 all bad rows are named at once, and the command ends with 3. `--skip-bad-rows` leaves them out and counts them.
 
-A line or row has at most 64 MiB, 10,000 columns and 4,000,000 values; a document of plain text, and a `.json` that is one
-object, 256 MiB. What is packed becomes at most 256 MiB, or 100 times its size where that is more. Reading stops at 100,000
+A line or row has at most 8 MiB, 10,000 columns and 4,000,000 values; a document of plain text that is longer is read in parts,
+which end where a line does, and a `.json` that is one object has at most 256 MiB. What is packed becomes at most 256 MiB, or 100 times its size where that is more. Reading stops at 100,000
 bad rows. Pipes and devices (`<(...)`, `/dev/stdin`) are refused: data is read again by `--resume` and `eval`. A chat
 template is a program of whoever made the base: its steps, memory and time are limited, and it has to write the same text
 each time.

@@ -37,7 +37,6 @@ def written(path: Path, text: str) -> Path:
         ("a.csv", "text,id\na,1\n" + LONG, csv_records, 3),
         ("a.csv", 'text,id\na,1\n"' + "xy\n" * 5000, csv_records, 3),
         ("a.csv", '"' + "xy\n" * 5000, csv_records, 1),
-        ("a.txt", "a\n<|endoftext|>\n" + "xy\n" * 5000, text_records, 3),
         ("a.txt", "a\n<|endoftext|>\n" + LONG, text_records, 3),
     ],
 )
@@ -51,11 +50,24 @@ def test_what_is_longer_than_a_row_is_refused_with_its_line(
     assert "100,000 characters" in str(caught.value)
 
 
+def test_a_long_document_is_read_in_parts_that_end_where_a_line_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "a\n<|endoftext|>\n" + "".join(f"{n:07}\n" for n in range(3000))
+    path = written(tmp_path / "a.txt", text)
+    found = [(origin, record["text"]) for origin, record in text_records(path, longest=100_000)]  # type: ignore[call-overload, index]
+    assert found[0] == (f"{path}:1", "a")
+    assert len(found) > 2
+    assert "\n".join(part for _, part in found[1:]) + "\n" == text.partition("<|endoftext|>\n")[2]
+    assert [origin for origin, part in found[1:]] == [f"{path}:{3 + int(part[:7])}" for _, part in found[1:]]
+    assert caplog.text.count("is read in parts of that size") == 1
+
+
 def test_a_file_without_an_end_is_not_read_to_it(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.csv"):
         with (tmp_path / name).open("wb") as file:
             file.truncate(1 << 40)
-        with pytest.raises(DataError, match=":1: a row of more than 64 MiB"):
+        with pytest.raises(DataError, match=":1: a row of more than 8 MiB"):
             load_rows(tmp_path / name)
 
 

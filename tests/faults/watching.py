@@ -82,7 +82,10 @@ class Watcher:
 
     @staticmethod
     def _harmless(arguments: tuple[Any, ...]) -> bool:
-        return len(arguments) > 1 and isinstance(arguments[1], list) and tuple(arguments[1]) in HARMLESS
+        if len(arguments) < 2 or not isinstance(arguments[1], list) or not arguments[1]:
+            return False
+        program, *given = arguments[1]
+        return (os.path.basename(str(program)), *given) in HARMLESS
 
     def _inside(self, path: Any) -> bool:
         if not isinstance(path, str) or path.startswith("<"):

@@ -23,7 +23,9 @@ from tests.planning.test_compiled_blocks import LENGTH, ONE_LINEAR, ROWS, SHAPE,
 __all__ = ["fresh_compiler"]
 
 
-@pytest.mark.parametrize("method", [ONE_LINEAR, PrefixTuning()], ids=["lora", "prefix"])
+@pytest.mark.parametrize(
+    "method", [ONE_LINEAR, pytest.param(PrefixTuning(), marks=pytest.mark.slow)], ids=["lora", "prefix"]
+)
 def test_few_layers_stand_for_many(method: Method) -> None:
     workload = Workload.of(llama(7), method, torch.bfloat16, "cuda")
     short, whole = (Planner(workload, Execution(compiled=True), all_layers=every) for every in (False, True))

@@ -78,6 +78,7 @@ def test_auto_takes_the_first_that_fits_and_says_so(monkeypatch: pytest.MonkeyPa
         run(gradient_checkpointing=False)
 
 
+@pytest.mark.slow
 def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prediction, "free_memory", lambda _: 2**40)
     for mode in (False, "selective", True):

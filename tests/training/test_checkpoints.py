@@ -330,6 +330,14 @@ def test_one_hangup_is_answered_as_ctrl_c_is(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
 
 
+@pytest.fixture(autouse=True)
+def _hangups_arrive() -> Iterator[None]:
+    """Under nohup, too, which has them ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def hangups_ignored() -> Iterator[None]:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

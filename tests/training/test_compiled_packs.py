@@ -36,7 +36,9 @@ def documented(
     return F.scaled_dot_product_attention(q, k, v, seen, scale=scale)[0].transpose(0, 1)
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix", pytest.param("prompt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(method, marks=pytest.mark.slow) for method in ("prefix", "prompt"))]
+)
 def test_batches_of_other_documents_share_a_graph(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr(torch_varlen, "varlen_attn", documented)
     monkeypatch.setattr(packed_attention, "flash_takes", lambda *tensors: True)

@@ -125,6 +125,7 @@ def test_no_method_breaks_a_graph_after_another(graphs: Callable[[], int]) -> No
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_one_model_after_another_is_right() -> None:
     """Dynamo would reuse the graph of the bare model: the delta of the next one then does nothing, without a word."""
     torch.manual_seed(0)

@@ -122,6 +122,7 @@ def test_a_cache_is_written_once() -> None:
 
 
 @pytest.mark.parametrize(("method", "last"), [pytest.param(FullFineTuning(), 1, marks=SLOW), (LoRA(r=2), 2)])
+@pytest.mark.slow
 def test_the_last_product_is_not_made_again(method: Method, last: int) -> None:
     """Nor is LoRA's second one there, which is added to it."""
     plain, lean = Cut(), Cut()

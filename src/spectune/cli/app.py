@@ -59,7 +59,7 @@ class Commands(TyperGroup):
         """The exit code of a command."""
         try:
             found = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
-        except typer.Abort:  # a second signal, while the first one was being answered
+        except (typer.Abort, KeyboardInterrupt):  # a second signal, while the first one was being answered
             complain("interrupted", label="stopped")
             return InterruptedRun.exit_code
         except Exception as error:  # a usage error, whose class differs between versions of typer

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 #: steps (loop rounds and calls, weighed with what stands in the loop or macro) and bytes that any rendering may take
 STEPS, ROOM = 50_000, 48 << 20
 #: the largest thing that may be made
-LARGEST = 32 << 20
+LARGEST = 1 << 20
 #: what a long conversation adds at most
 _MOST_STEPS, _MOST_ROOM = 20_000_000, 512 << 20
 #: lists in lists that a template may build

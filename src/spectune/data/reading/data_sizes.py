@@ -6,9 +6,10 @@ from pathlib import Path
 
 from spectune.errors import DataError
 
-#: of a line, a CSV's row or a table's row, in characters or bytes
-ROW = 64 << 20
-#: of a document of plain text, and of a .json that is one object
+#: of a line, a CSV's row or a table's row, in characters or bytes. A tokenizer takes 150 bytes for each character of a
+#: text, and 8 MiB are more than any model reads at once
+ROW = 8 << 20
+#: of a .json that is one object
 DOCUMENT = 256 << 20
 #: columns of a table, keys of a row
 COLUMNS = 10_000

@@ -1,6 +1,7 @@
 """Records of JSON lines, and of one JSON text."""
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from spectune.data.reading.single_object import rows_of_object
 from spectune.data.reading.text_stream import lines, texts
 from spectune.errors import DataError
 
-_SPACE = " \t\n\r"
+_NO_SPACE = re.compile(r"[^ \t\n\r]")
 
 
 def json_lines_records(path: Path, encoding: str | None = None, *, longest: int = ROW) -> Iterator[Record]:
@@ -100,10 +101,10 @@ class _Text:
     def next(self) -> str:
         """The next character that is no white space, where the text then is; empty at the end."""
         while True:
-            while self.at < len(self.buffer):
-                if (found := self.buffer[self.at]) not in _SPACE:
-                    return found
-                self.at += 1
+            if found := _NO_SPACE.search(self.buffer, self.at):
+                self.at = found.start()
+                return found[0]
+            self.at = len(self.buffer)
             if not self.more():
                 return ""
 
