@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 #: steps (loop rounds and calls, weighed with what stands in the loop or macro) and bytes that any rendering may take
 STEPS, ROOM = 50_000, 48 << 20
 #: the largest thing that may be made
-LARGEST = 1 << 20
+LARGEST = 256 << 10
 #: what a long conversation adds at most
 _MOST_STEPS, _MOST_ROOM = 20_000_000, 512 << 20
 #: lists in lists that a template may build
@@ -75,7 +75,7 @@ class Meter:
     def fits(self, size: int) -> None:
         """Raises TemplateLimitError: nothing of so many bytes may be made."""
         if size > self.largest and not (self._grant() and size <= self.largest):
-            raise TemplateLimitError(f"makes a text or a list of more than {self.largest >> 20} MiB at once")
+            raise TemplateLimitError(f"makes a text or a list of more than {self.largest >> 10:,} KiB at once")
 
     def _grant(self) -> bool:
         """What the conversation's own length adds, once."""
