@@ -1,7 +1,7 @@
 """What digests cost: saving and loading a checkpoint-like folder of 1 GB with them and without, in pairs.
 
     python -m benchmarks.digests --out out/digests.json     # measures; --gb, --pairs, --folder: on the disk in question
-    python -m benchmarks.digests --page docs/results/digests.md out/*.json
+    python -m benchmarks.digests --page docs/results/digests.md docs/results/digests.jsonl
 
 A folder of four safetensors files, as full fine-tuning checkpoints them (weights, best weights, optimizer state of
 twice their size, random state), is written by `atomic_folder` and `write_tensors` to the last fsync, and read back by
@@ -188,14 +188,15 @@ def main() -> None:
     given = parser.parse_args()
     if given.page:
         page_file, *found = given.page
-        page_file.write_text(page([json.loads(path.read_text()) for path in found]), encoding="utf-8")
+        records = [json.loads(line) for path in found for line in path.read_text().splitlines()]
+        page_file.write_text(page(records), encoding="utf-8")
         return
     with tempfile.TemporaryDirectory(dir=given.folder) as place:
         record = {"machine": given.machine, **measure(Path(place), given.gb, given.pairs)}
     print(page([record]))
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(record, indent=1) + "\n")
+        given.out.write_text(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
