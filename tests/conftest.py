@@ -13,6 +13,11 @@ import pytest
 gc.disable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What has processes of its own comes first: at the end one worker would wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_processes.py")
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()

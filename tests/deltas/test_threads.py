@@ -160,6 +160,7 @@ def test_two_models_in_two_threads_do_not_see_each_other() -> None:
         assert all(pool.map(work, range(2)))
 
 
+@pytest.mark.slow
 def test_compiled_models_follow_the_route_of_their_thread_and_task() -> None:
     torch.compiler.reset()  # what other tests compiled of the same code counts against the limit
     torch.manual_seed(0)

@@ -140,6 +140,7 @@ def test_block_inputs_in_host_memory_do_not_add_up() -> None:
     assert kept.activations - shallow.activations == pytest.approx(6 * hidden, rel=0.01)
 
 
+@pytest.mark.slow
 def test_forms_of_recomputation_keep_less_and_auto_takes_the_first_that_fits() -> None:
     asked: dict[str, Any] = {"batch": learned(8, 1024, 16), "dtype": "bfloat16"}
     config = LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 12})
