@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from spectune.errors import DataError
-from spectune.files.core_yaml import load_yaml, yaml_text
+from spectune.files.core_yaml import compose_yaml, yaml_text, yaml_value
 from spectune.files.metadata import (
     SEAL,
     Seal,
@@ -179,6 +179,11 @@ def test_numbered_folders_are_those_with_our_numbers(tmp_path: Path) -> None:
 
 
 WORDS = "off no null ~ true 1e3 1_000 0o17 017 12:30 2024-01-31 .inf << = é:"
+
+
+def load_yaml(text: str) -> Any:
+    node = compose_yaml(text)
+    return None if node is None else yaml_value(node)
 
 
 @pytest.mark.parametrize("text", [*WORDS.split(" "), "", " ", "é: x", "a # b"])

@@ -11,7 +11,7 @@ from spectune.comparing import conditions
 from spectune.comparing.conditions import RecordedConditions
 from spectune.errors import DataError
 from spectune.files.digests import Digest
-from spectune.files.metadata import SEAL, Seal, read_json, seal_of
+from spectune.files.metadata import SEAL, broken_seal, read_json
 from spectune.results.vouched import FILES, FREE, digests_in, problems_with, vouched_for
 from spectune.training.finished import RESULT_FILE, ROWS_FILE, problems_of_run
 
@@ -76,8 +76,7 @@ def _problems(folder: Path, *, weights: bool, arms: Sequence[str] | None = None)
                 log.warning("%s: changed since the comparison was made, which may be meant", problem)
     resumed = arms is not None
     yield from problems_with(folder, {n: d for n, d in digests.items() if not resumed or (folder / n).exists()})
-    if seal_of(content) is Seal.WRONG:
-        yield f"{path}: its content does not fit its key {SEAL!r}"
+    yield from broken_seal(path, content)
     for result in sorted((folder / "runs").glob(f"*/*/{RESULT_FILE}")):
         if resumed and result.parent.parent.name not in (arms or ()):
             continue

@@ -72,10 +72,10 @@ def save_folder(
     with atomic_folder(folder, replaces=_is_ours) as temporary:
         known = write(temporary)
         name_base(temporary / CONFIG_FILE, base_name)
-        files = sorted(file for file in temporary.iterdir() if file.is_file())
+        names = sorted(file.name for file in temporary.iterdir() if file.is_file())
+        weights = [name for name in names if name.endswith(".safetensors")]
+        others = [name for name in names if name not in weights and name != CONFIG_FILE]
         config = config_sha256(temporary / CONFIG_FILE)
-        digests = {file.name: (known.get(file.name) or digest_of(file)).record() for file in files}
-        weights = {name for name in digests if name.endswith(".safetensors")}
         ours = {
             "format": FORMAT,
             "method": method.as_stored().model_dump(mode="json"),
@@ -85,11 +85,11 @@ def save_folder(
             "text_positions_start_at": method.virtual_tokens,
             "parameters": parameters,
             "versions": {"spectune": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-            "weights": {name: digest for name, digest in digests.items() if name in weights},
-            "digests": {name: digest for name, digest in digests.items() if name not in {*weights, CONFIG_FILE}},
+            "weights": {name: (known.get(name) or digest_of(temporary / name)).record() for name in weights},
+            "digests": {name: digest_of(temporary / name).record() for name in others},
             **({"config_sha256": config} if config is not None else {}),
             # what a later save may replace
-            "files": sorted({*digests, OUR_FILE}),
+            "files": sorted({*names, OUR_FILE}),
         }
         named = {**sealed(ours), BASE_NAME: base_name}
         (temporary / OUR_FILE).write_text(strict_json(named) + "\n", encoding="utf-8")

@@ -100,12 +100,6 @@ class _Dumper(yaml.SafeDumper):
     }
 
 
-def load_yaml(text: str) -> Any:
-    """The value of YAML text; None of an empty one. Raises YamlError."""
-    node = compose_yaml(text)
-    return None if node is None else yaml_value(node)
-
-
 def compose_yaml(text: str) -> Node | None:
     """The nodes of YAML text, which know their lines; None of an empty text. Raises YamlError: it is none, is too deep,
     or grows beyond `MAX_NODES` where its aliases are followed."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from spectune.errors import BusyFolderError, ConfigError
 from spectune.files.disk_errors import disk_errors
+from spectune.files.plain_text import one_line
 from spectune.files.syncing import make_folder
 from spectune.torchrun import Place
 
@@ -220,16 +221,12 @@ def _owner(path: Path) -> str | None:
     descriptor = _open(path, make=False)
     try:
         said = json.loads(os.read(descriptor, _MOST))
-        parts = {key: _shown(said[key]) for key in ("pid", "host", "doing", "command", "since")}
+        parts = {key: one_line(str(said[key]), _SHOWN) for key in ("pid", "host", "doing", "command", "since")}
     except (ValueError, RecursionError, KeyError, TypeError):
         return None
     finally:
         os.close(descriptor)
     return "{doing} has it, process {pid} on {host}, since {since} ({command})".format(**parts)
-
-
-def _shown(value: object) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in str(value)[:_SHOWN])
 
 
 @functools.cache

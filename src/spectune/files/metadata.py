@@ -194,6 +194,11 @@ def without_seal(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != SEAL}
 
 
+def broken_seal(path: Path, content: Mapping[str, Any]) -> list[str]:
+    """A line, for a list of what is wrong, where a record is not as it was sealed."""
+    return [f"{path}: its content does not fit its key {SEAL!r}"] if seal_of(content) is Seal.WRONG else []
+
+
 def check_seal(
     path: Path, content: Mapping[str, Any], again: str = AGAIN, *, warn: Callable[[str], None] | None = None
 ) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from spectune.deltas.folder import OUR_FILE
 from spectune.errors import DataError
-from spectune.files.metadata import Seal, read_json, seal_of
-from spectune.results.vouched import BEST, FREE, problems_with, vouched_for
+from spectune.files.metadata import SEAL, broken_seal, read_json
+from spectune.results.vouched import BEST, FILES, FREE, problems_with, vouched_for
 from spectune.storage.manifest import check_digests, read_manifest
 
 log = logging.getLogger("spectune")
@@ -28,7 +28,7 @@ def check_finished(folder: Path) -> None:
         raise DataError(
             f"{folder}: the finished run there is not as it was written, and is not taken for finished. Remove "
             f"{result} and what is named here, and resume: the run goes on from its last checkpoint. Or, if it was "
-            f"changed on purpose, take the keys 'sha256' and 'files' out of {result}",
+            f"changed on purpose, take the keys {SEAL!r} and {FILES!r} out of {result}",
             problems,
         )
 
@@ -52,9 +52,7 @@ def problems_of_run(folder: Path, *, weights: bool, warned: bool = True) -> list
             _check_weights(folder / BEST)
         except DataError as error:
             found += error.problems or [str(error)]
-    if seal_of(content) is Seal.WRONG:
-        found.append(f"{path}: its content does not fit its key 'sha256'")
-    return found
+    return found + broken_seal(path, content)
 
 
 def _check_weights(best: Path) -> None:
