@@ -74,6 +74,22 @@ def test_of_many_processes_one_is_in_at_a_time(tmp_path: Path) -> None:
     assert [child.join() for child in [Child(work) for _ in range(4)]] == [0] * 4
 
 
+def test_a_folder_that_goes_while_it_is_looked_at_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mkdir finds it there, and who had it takes it away, empty, before anybody sees that it is a folder."""
+    places = [tmp_path / "run"]
+
+    def went(path: Path) -> None:
+        if places:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(places.pop()))
+        path.mkdir()
+
+    monkeypatch.setattr("spectune.files.lock.make_folder", went)
+    with folder_lock(tmp_path / "run", "x"):
+        assert (tmp_path / "run" / LOCK_FILE).exists()
+
+
 def test_inside_the_same_thread_may_lock_again_and_no_other(tmp_path: Path) -> None:
     seen: list[bool] = []
     (tmp_path / "link").symlink_to(tmp_path)

@@ -186,6 +186,8 @@ def _claim(folder: Path) -> Claim | None:
         except FileNotFoundError:  # who had it before found the folder empty, and removed it
             continue
         except (FileExistsError, NotADirectoryError) as error:
+            if isinstance(error, FileExistsError) and (folder.is_dir() or not folder.exists()):
+                continue  # who had it before removed it between our finding it there and seeing what it is
             raise ConfigError(f"{folder} is a file, or in one; expected a folder") from error
         if claim is not None:
             return claim
