@@ -20,6 +20,7 @@ from torch import Tensor
 from spectune.compute.pack_layout import Kernel, Pack
 from spectune.deltas.frames import calling_generator, running_generators
 from spectune.deltas.layout import BatchLayout, Route
+from spectune.deltas.running_passes import RunningPasses
 from spectune.deltas.table_route import KeepsDeltas
 
 
@@ -132,6 +133,7 @@ class ForwardState:
         kernel: attention over their documents; None uses masks.
         longest: tokens of the longest document of all packed batches (0: not known).
         tables: what keeps deltas' operands by slot (`slot_tables`).
+        passes: which threads run through the model.
         thread: of the pass that runs.
     """
 
@@ -142,6 +144,7 @@ class ForwardState:
         self.kernel: Kernel | None = None
         self.longest = 0
         self.tables = WeakSet[KeepsDeltas]()
+        self.passes = RunningPasses()
         self.thread = ThreadState()
         self._task = TaskLocal()
         self._in_force: dict[object, Route] = {}  # of every thread and task

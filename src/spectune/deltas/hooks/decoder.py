@@ -77,6 +77,7 @@ class DecoderHook:
 
     def enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: `[batch, text]` in, `[batch, virtual + text]` out, positions shifted."""
+        self.state.passes.begin()
         for prepare in self.before_pass:
             prepare()
         call = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
@@ -101,6 +102,7 @@ class DecoderHook:
 
     def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: hidden states of virtual tokens are cut off, so that any head sees text only."""
+        self.state.passes.end()
         done, self.state.thread.exit = self.state.thread.exit, None
         if done is None:
             return None
