@@ -88,6 +88,6 @@ __all__ = [
     "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words",
     "experts_left_out", "hold_base", "kernel_serves", "left_out", "linears_alone", "merge", "merge_and_measure",
     "packed", "packing", "parameters_known", "parameters_named", "peft_keys", "peft_targets", "place", "placed",
-    "prove_reads_embeddings", "put_back", "route", "same_targets", "set_aside", "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn",
-    "why_not_packed",
+    "prove_reads_embeddings", "put_back", "route", "same_targets", "set_aside", "targets", "told_apart", "uncalled",
+    "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
 ]  # fmt: skip
