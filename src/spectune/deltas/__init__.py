@@ -76,12 +76,12 @@ from spectune.deltas.trained_copy import CopySite, TrainedCopy
 __all__ = [
     "ALL_LINEAR", "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate",
     "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite",
-    "MatrixSite", "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed",
-    "RatePoint", "RateRule", "Route", "Search", "Site", "TrainedCopy", "agree", "apart", "attach", "attached", "base_name",
+    "MatrixSite", "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed", "RatePoint",
+    "RateRule", "Route", "Search", "Site", "TrainedCopy", "agree", "apart", "attach", "attached", "base_name",
     "cached_values", "capture_keys_and_values", "check_can_attach", "check_ia3_keys", "check_keys", "check_lora_keys",
     "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words",
-    "experts_left_out", "kernel_serves", "left_out", "linears_alone", "merge", "merge_and_measure", "packed", "packing",
-    "parameters_known", "parameters_named", "peft_keys", "peft_targets", "place", "placed", "prove_reads_embeddings",
-    "route", "same_targets", "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn",
-    "why_not_packed",
+    "experts_left_out", "kernel_serves", "left_out", "linears_alone", "merge", "merge_and_measure", "packed",
+    "packing", "parameters_known", "parameters_named", "peft_keys", "peft_targets", "place", "placed",
+    "prove_reads_embeddings", "route", "same_targets", "targets", "told_apart", "uncalled", "unplaced",
+    "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from spectune.errors import ConfigError, OutOfMemoryError, is_out_of_memory
 from spectune.families import vocabulary_rows
 from spectune.inference.cached_lane import CachedLane
 from spectune.inference.decode_batch import Caller, DecodeBatch
-from spectune.inference.engine_bases import context_of, why_alone, why_not_delta, why_not_engine, windows_of
+from spectune.inference.engine_bases import text_limit, why_alone, why_not_delta, why_not_engine, windows_of
 from spectune.inference.lane import Lane, UncachedLane
 from spectune.inference.request import Request, Ticket, Written
 
@@ -65,6 +65,7 @@ class Engine:
         self._why_not = why_not_engine(model)
         if self._why_not is not None:
             log.info("each token takes a pass over its whole row: %s", self._why_not)
+        self._limit = text_limit(model)
         self._lanes: dict[Key, Lane] = {}
         self._waiting: deque[Ticket] = deque()
 
@@ -93,7 +94,9 @@ class Engine:
                 raise ConfigError(f"no delta {request.delta!r} is attached; attached are: {', '.join(known) or 'none'}")
             for _, module in known[request.delta].sites:
                 module.eval()
-        limit = context_of(self.model, request.delta)
+        limit = self._limit
+        if limit is not None and attachment is not None:
+            limit -= attachment.state.count_of(request.delta)
         ticket = Ticket(request, room_for(request.ids, request.max_new_tokens, limit, vocabulary_rows(self.model)))
         self._waiting.append(ticket)
         return ticket

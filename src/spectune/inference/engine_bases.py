@@ -1,5 +1,5 @@
-"""Which bases the decode engine writes with: those whose pass over one token a row, with our cache, masks and positions,
-gives what their plain pass over the whole text gives."""
+"""Which bases the decode engine writes with: those whose pass over one token a row, with our cache, masks and
+positions, gives what their plain pass over the whole text gives."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -157,11 +157,9 @@ def why_alone(attachment: Attachment, name: str) -> str | None:
     return None
 
 
-def context_of(model: PreTrainedModel, delta: str | None) -> int | None:
-    """The most text tokens that the model takes under a delta; None where nothing limits it."""
+def text_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model takes, virtual ones included; None where nothing limits it."""
     attachment = Attachment.of(model)
     family = describe(model) if attachment is None else attachment.family
     limit = family.position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    return limit - (0 if attachment is None else attachment.state.count_of(delta))
+    return limit if isinstance(limit, int) and limit > 0 else None

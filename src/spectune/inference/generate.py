@@ -14,11 +14,11 @@ from spectune.compute.evaluating import evaluating
 from spectune.data import by_length, pad_token_id, padded
 from spectune.deltas import Attachment, route
 from spectune.errors import ConfigError
-from spectune.families import describe, vocabulary_rows
+from spectune.families import vocabulary_rows
 from spectune.inference.answers import decoded, up_to_stop
 from spectune.inference.drawing import Sampling
 from spectune.inference.engine import Engine
-from spectune.inference.engine_bases import why_not_engine
+from spectune.inference.engine_bases import text_limit, why_not_engine
 from spectune.inference.modes import generation_defaults, seeded
 from spectune.inference.request import Request
 
@@ -137,12 +137,8 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 def context_length(model: PreTrainedModel) -> int | None:
     """The most text tokens that the model takes now: its table of positions, or what its config says it was made
     for, less the virtual tokens of the current delta. None where nothing limits it."""
-    attachment = Attachment.of(model)
-    family = describe(model) if attachment is None else attachment.family
-    limit = family.position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    return limit - (0 if attachment is None else attachment.state.most_virtual_tokens)
+    limit, attachment = text_limit(model), Attachment.of(model)
+    return limit if limit is None or attachment is None else limit - attachment.state.most_virtual_tokens
 
 
 def _check_ids(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
