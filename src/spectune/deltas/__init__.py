@@ -16,7 +16,9 @@ Each file imports only files that stand above it here:
     method                  the contract of a method
     hooks/                  what acts inside a forward pass
     folder, delta           one delta, and its files
+    table_route             rows that read operands by slot
     open_sites, attachment  the deltas of one model
+    slot_tables             operands of many deltas by slot
     packed_batches          several documents in one sequence
     probes/                 what is proved by running the base
     tuned_base              full fine-tuning's delta
@@ -51,6 +53,7 @@ from spectune.deltas.probes.survey import uncalled
 from spectune.deltas.rate_rule import SWEEPS, TINKER, BaseRate, RatePoint, RateRule
 from spectune.deltas.routing import route
 from spectune.deltas.site import AttentionSite, InputSite, MatrixSite, OutputSite, ParameterSite, Site
+from spectune.deltas.slot_tables import SlotTables
 from spectune.deltas.target_names import (
     ALL_LINEAR,
     Search,
@@ -79,7 +82,7 @@ __all__ = [
     "ALL_LINEAR", "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate",
     "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite", "Kind",
     "MatrixSite", "Method", "Operands", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed",
-    "RatePoint", "RateRule", "Route", "Search", "Site", "TrainedCopy", "attach", "attached", "base_name",
+    "RatePoint", "RateRule", "Route", "Search", "Site", "SlotTables", "TrainedCopy", "attach", "attached", "base_name",
     "cached_values", "capture_keys_and_values", "check_can_attach", "check_ia3_keys", "check_keys", "check_lora_keys",
     "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words",
     "experts_left_out", "kernel_serves", "left_out", "linears_alone", "merge", "merge_and_measure", "packed", "packing",

@@ -8,6 +8,7 @@ from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks.module_side import SideHook
 from spectune.deltas.modules import EntryModule
 from spectune.deltas.slots import get
+from spectune.deltas.table_route import TableRoute
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -25,11 +26,14 @@ class EntryHook(SideHook):
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Forward pre-hook: the call, with the input changed."""
         route = self.state.current
-        if route.bare:
+        by_slot = isinstance(route, TableRoute)
+        if not self.tables if by_slot else route.bare:
             return None
         name = None if args else next(key for key, value in kwargs.items() if isinstance(value, Tensor))
         x: Tensor = args[0] if name is None else kwargs[name]
-        if route.mixed:
+        if isinstance(route, TableRoute):
+            x = route.changed(self.tables, [x])
+        elif route.mixed:
             x = self.mixed([x])
         else:
             delta_module = get(module, route.name)

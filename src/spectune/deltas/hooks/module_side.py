@@ -10,6 +10,7 @@ from spectune.deltas.layout import BatchLayout
 from spectune.deltas.modules import SideModule
 from spectune.deltas.row_groups import RowGroup
 from spectune.deltas.slots import get
+from spectune.deltas.table_route import Table
 from spectune.errors import ConfigError
 
 
@@ -23,6 +24,8 @@ class SideHook:
 
     def __init__(self, module: nn.Module, path: str, state: ForwardState, *, gathers_tokens: bool) -> None:
         self.module, self.path, self.state, self.gathers_tokens = module, path, state, gathers_tokens
+        #: what acts here under a `TableRoute`; found at the hook alone, so that compiled blocks are alike
+        self.tables: tuple[Table, ...] = ()
 
     def close(self) -> None:
         self.handle.remove()

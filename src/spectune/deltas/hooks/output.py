@@ -8,6 +8,7 @@ from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks.module_side import SideHook
 from spectune.deltas.modules import OutputModule
 from spectune.deltas.slots import get
+from spectune.deltas.table_route import TableRoute
 
 
 class OutputHook(SideHook):
@@ -22,11 +23,14 @@ class OutputHook(SideHook):
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: the module's output, changed."""
         route = self.state.current
-        if route.bare:
+        by_slot = isinstance(route, TableRoute)
+        if not self.tables if by_slot else route.bare:
             return None
         several = type(output) in (tuple, list)
         y = output[0] if several else output
-        if route.mixed:
+        if isinstance(route, TableRoute):
+            changed = route.changed(self.tables, [_input(args, kwargs), y])
+        elif route.mixed:
             changed = self.mixed([_input(args, kwargs), y])
         else:
             delta_module = get(module, route.name)
