@@ -104,7 +104,9 @@ class OpenSites:
     def reading(self, owner: object, tables: SiteTables) -> Iterator[None]:
         """Inside, routes over the tables of `owner` find them. Raises ConfigError: those of another owner are read."""
         if self._readers and self._reader is not owner:
-            raise ConfigError("other tables of this model are being read: one thread reads tables, one owner's at a time")
+            raise ConfigError(
+                "other tables of this model are being read: one thread reads tables, one owner's at a time"
+            )
         if self._reader is not owner:
             self._reader, self._tables = owner, {}
             self.now_read(owner, tables)
