@@ -2,7 +2,8 @@
 
 Each file imports only files that stand above it here:
 
-    site, modules, layout   plain values, and the modules that act at sites
+    site, modules           plain values, and the modules that act at sites
+    row_groups, layout      whose modules act on which rows of a batch
     absent_weights, foreign_layers  models that nothing can be attached to as they are
     places, frames          where a model's parts are after it was changed, and calls that left a route behind
     rate_rule               a method's learning rate by the base's size
@@ -33,6 +34,8 @@ from spectune.deltas.modules import (
     DeltaModule,
     EntryModule,
     InputModule,
+    Kind,
+    Operands,
     OutputModule,
     ParameterModule,
 )
@@ -73,8 +76,8 @@ from spectune.deltas.trained_copy import CopySite, TrainedCopy
 
 __all__ = [
     "ALL_LINEAR", "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate",
-    "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite",
-    "MatrixSite", "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed",
+    "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite", "Kind",
+    "MatrixSite", "Method", "Operands", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed",
     "RatePoint", "RateRule", "Search", "Site", "TrainedCopy", "attach", "attached", "base_name",
     "cached_values", "capture_keys_and_values", "check_can_attach", "check_ia3_keys", "check_keys", "check_lora_keys",
     "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words",

@@ -69,7 +69,7 @@ class Attachment:
         self.sites = OpenSites(model, self.family, self.state)
         checkpoints = CheckpointHook(self.base_modules, self.keeping_pass)
         before_pass = (self._check_places, checkpoints.keep, self.sites.keep_attention)
-        self.decoder = DecoderHook(model, self.family, self.state, before_pass=before_pass)
+        self.decoder = DecoderHook(model, self.family, self.state, before_pass=before_pass, prepare=self.sites.prepare)
         methods = ModelMethods(model, self.state, self.decoder.puts_tokens_in, self._refuse_save_pretrained)
         self._hooks: tuple[CheckpointHook | DecoderHook | ModelMethods, ...] = (checkpoints, self.decoder, methods)
         for parameter, _ in self._requires_grad.values():

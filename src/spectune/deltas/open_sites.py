@@ -9,6 +9,7 @@ from spectune.deltas.hooks.entry import EntryHook
 from spectune.deltas.hooks.module_side import SideHook
 from spectune.deltas.hooks.output import OutputHook
 from spectune.deltas.hooks.parameter import ParameterHook
+from spectune.deltas.layout import BatchLayout
 from spectune.deltas.site import AttentionSite, InputSite, OutputSite, ParameterSite, Site
 from spectune.errors import ConfigError
 from spectune.families import Family
@@ -85,6 +86,11 @@ class OpenSites:
         this one's config object): else the prefix would be left out in silence."""
         if self._attention_before is not None and not attention_function.is_on(self.model):
             self._attention_before = attention_function.switch_on(self.model)
+
+    def prepare(self, layout: BatchLayout) -> None:
+        """Find out what acts where on the rows of a batch, before blocks run."""
+        for hook, _ in self._sides.values():
+            hook.prepare(layout)
 
     def running(self) -> list[ParameterHook]:
         """Hooks of the layers that run now."""

@@ -48,12 +48,15 @@ class _Exit:
 
 
 class DecoderHook:
-    """The pair of hooks at the decoder. `before_pass`: called at the beginning of every pass."""
+    """The pair of hooks at the decoder. `before_pass`: called at the beginning of every pass. `prepare`: called with
+    the layout of a pass whose rows differ, before its blocks run."""
 
     def __init__(
-        self, model: PreTrainedModel, family: Family, state: ForwardState, *, before_pass: Sequence[Callable[[], None]]
-    ) -> None:
+        self, model: PreTrainedModel, family: Family, state: ForwardState, *, before_pass: Sequence[Callable[[], None]],
+        prepare: Callable[[BatchLayout], None],
+    ) -> None:  # fmt: skip
         self.model, self.family, self.state, self.before_pass = model, family, state, before_pass
+        self.prepare = prepare
         self.decoder = decoder = model.get_submodule(family.decoder)
         self.signature = inspect.signature(decoder.forward)
         self.takes_positions = "position_ids" in self.signature.parameters
@@ -117,6 +120,8 @@ class DecoderHook:
         return output
 
     def _begin(self, layout: BatchLayout | None, done: _Exit) -> None:
+        if layout is not None and layout.route.mixed:
+            self.prepare(layout)
         self.state.begin_pass(layout)
         self.state.thread.exit = replace(done, outer=running.state)
         running.state = self.state
