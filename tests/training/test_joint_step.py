@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spectune.training import TrainingConfig
+from spectune.training.joint_step import AskedStep, step_together
 from spectune.training.optimizer import MasterAdamW
 from spectune.training.optimizers import make_optimizer
-from spectune.training.shared_step import OptimizerStep, SharedStep
 from tests.training.test_optimizer import give_gradients, weights
 
 #: of each run: its settings, what the rates of its weights are multiplied with, its rate and its clipping
@@ -30,13 +30,13 @@ def optimizers(dtype: torch.dtype = torch.float32) -> list[MasterAdamW]:
     ]
 
 
-def asked(made: list[MasterAdamW], step: int, losses: dict[int, float] | None = None) -> list[OptimizerStep]:
+def asked(made: list[MasterAdamW], step: int, losses: dict[int, float] | None = None) -> list[AskedStep]:
     """A step of each with gradients, a rate that falls and a loss."""
     found = []
     for number, (optimizer, (_, _, rate, clip)) in enumerate(zip(made, RUNS, strict=True)):
         give_gradients([p for p in optimizer.parameters if isinstance(p, nn.Parameter)], step + 7 * number)
         loss = torch.tensor((losses or {}).get(number, 1.0))
-        found.append(OptimizerStep(optimizer, rate / (1 + step), clip, loss))
+        found.append(AskedStep(optimizer, rate / (1 + step), clip, loss))
     return found
 
 
@@ -51,17 +51,17 @@ def check_same(ours: list[MasterAdamW], theirs: list[MasterAdamW]) -> None:
             assert torch.equal(value, states[1][name]), name
 
 
-def each_alone(steps: list[OptimizerStep]) -> list[Tensor]:
-    return [one.optimizer.step(one.learning_rate, one.max_grad_norm, one.loss) for one in steps]
+def each_alone(steps: list[AskedStep]) -> list[Tensor]:
+    return [one.optimizer.step(one.rate, one.max_grad_norm, one.loss) for one in steps]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_of_many_runs_is_each_runs_own_to_the_last_bit(dtype: torch.dtype) -> None:
     """Of unlike rates, clipping, moments and forms; weights without a gradient in some steps, runs that sit out."""
-    ours, theirs, shared = optimizers(dtype), optimizers(dtype), SharedStep()
+    ours, theirs = optimizers(dtype), optimizers(dtype)
     for step in range(5):
         taking = [n for n in range(len(RUNS)) if step != 3 or n != 1]
-        norms = shared.step([one for n, one in enumerate(asked(ours, step)) if n in taking])
+        norms = step_together([one for n, one in enumerate(asked(ours, step)) if n in taking])
         expected = each_alone([one for n, one in enumerate(asked(theirs, step)) if n in taking])
         assert all(torch.equal(a, b) for a, b in zip(norms, expected, strict=True))
         for optimizer in (*ours, *theirs):  # of who sat out
@@ -71,7 +71,7 @@ def test_a_step_of_many_runs_is_each_runs_own_to_the_last_bit(dtype: torch.dtype
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 1.0])
 def test_a_run_that_is_not_finite_takes_no_step_and_the_others_do(loss: float) -> None:
-    ours, theirs, shared = optimizers(), optimizers(), SharedStep()
+    ours, theirs = optimizers(), optimizers()
     for step in range(3):
         steps = [asked(made, step, {1: loss} if step == 1 else None) for made in (ours, theirs)]
         if step == 1 and loss == 1.0:
@@ -80,7 +80,7 @@ def test_a_run_that_is_not_finite_takes_no_step_and_the_others_do(loss: float) -
                 assert gradient is not None
                 gradient[0, 0] = float("nan")
         before = copy.deepcopy(list(ours[1].parameters))
-        norms = shared.step(steps[0])
+        norms = step_together(steps[0])
         each_alone(steps[1])
         check_same(ours, theirs)
         if step == 1:
@@ -91,23 +91,22 @@ def test_a_run_that_is_not_finite_takes_no_step_and_the_others_do(loss: float) -
 def test_a_step_goes_on_from_states_that_were_loaded_and_without_a_loss() -> None:
     ours, theirs = optimizers(), optimizers()
     for step in range(2):
-        SharedStep().step(asked(ours, step))
+        step_together(asked(ours, step))
         each_alone(asked(theirs, step))
-    again, shared = optimizers(), SharedStep()
+    again = optimizers()
     for one, other in zip(again, ours, strict=True):
         one.load_state_dict(other.state_dict())
         with torch.no_grad():
             for a, b in zip(one.parameters, other.parameters, strict=True):
                 a.copy_(b)
-    steps = [OptimizerStep(s.optimizer, s.learning_rate, s.max_grad_norm) for s in asked(again, 2)]
-    shared.step(steps)
+    steps = [AskedStep(s.optimizer, s.rate, s.max_grad_norm) for s in asked(again, 2)]
+    step_together(steps)
     each_alone(asked(theirs, 2))
     check_same(again, theirs)
-    shared.forget(again[0])
 
 
 def test_runs_without_a_gradient_have_the_norm_0() -> None:
     made = optimizers()
-    steps = [OptimizerStep(optimizer, 1e-3, 1.0) for optimizer in made]
-    assert [float(norm) for norm in SharedStep().step(steps)] == [0.0] * len(RUNS)
-    assert SharedStep().step([]) == []
+    steps = [AskedStep(optimizer, 1e-3, 1.0) for optimizer in made]
+    assert [float(norm) for norm in step_together(steps)] == [0.0] * len(RUNS)
+    assert step_together([]) == []
