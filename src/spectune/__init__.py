@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     from spectune.deltas import route as route
     from spectune.errors import ConfigError as ConfigError, DataError as DataError, DivergedError as DivergedError
     from spectune.errors import DoesNotFitError as DoesNotFitError, InterruptedRun as InterruptedRun
-    from spectune.errors import OutOfMemoryError as OutOfMemoryError, SpectuneError as SpectuneError
+    from spectune.errors import OutOfMemoryError as OutOfMemoryError, RunsFailedError as RunsFailedError
+    from spectune.errors import SpectuneError as SpectuneError
     from spectune.methods import METHODS as METHODS, BitFit as BitFit, BottleneckAdapter as BottleneckAdapter
     from spectune.methods import FullFineTuning as FullFineTuning, LoRA as LoRA, PrefixTuning as PrefixTuning
     from spectune.methods import PromptTuning as PromptTuning, method_from_name as method_from_name
     from spectune.planning import Estimate as Estimate, plan as plan
     from spectune.results import RunResult as RunResult
     from spectune.storage import Bank as Bank, load as load, load_delta as load_delta
-    from spectune.training import TrainingConfig as TrainingConfig, train as train
+    from spectune.training import Run as Run, TrainingConfig as TrainingConfig, train as train
+    from spectune.training import train_together as train_together
     # isort: on
 
 # Before libraries read them: none of them tells anybody what is done here, unless the user has it so.
@@ -47,13 +49,13 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "data": ("Source",),
     "deltas": ("Delta", "Method", "attach", "detach", "merge", "route"),
     "errors": ("ConfigError", "DataError", "DivergedError", "DoesNotFitError", "InterruptedRun", "OutOfMemoryError",
-               "SpectuneError"),
+               "RunsFailedError", "SpectuneError"),
     "methods": ("METHODS", "BitFit", "BottleneckAdapter", "FullFineTuning", "LoRA", "PrefixTuning", "PromptTuning",
                 "method_from_name"),
     "planning": ("Estimate", "plan"),
     "results": ("RunResult",),
     "storage": ("Bank", "load", "load_delta"),
-    "training": ("TrainingConfig", "train"),
+    "training": ("Run", "TrainingConfig", "train", "train_together"),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}
 

@@ -2,7 +2,7 @@
 
 import difflib
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 #: names given in a message; the others are counted
 NAMED = 5
@@ -119,3 +119,18 @@ class PeerFailedError(SpectuneError):
     def __init__(self, rank: int, message: str, exit_code: int) -> None:
         self.exit_code = exit_code
         super().__init__(f"process {rank} failed: {message}")
+
+
+class RunsFailedError(SpectuneError):
+    """Of runs that were trained together some failed, and the others went on to their ends.
+
+    Attributes:
+        failures: why each of those failed, by its name.
+        results: of the others, in their order.
+    """
+
+    def __init__(self, failures: Mapping[str, SpectuneError], results: Sequence[object] = ()) -> None:
+        self.failures, self.results = dict(failures), list(results)
+        self.exit_code = next(iter(self.failures.values())).exit_code
+        many = f"{len(self.failures)} of {len(self.failures) + len(self.results)} runs failed"
+        super().__init__("\n".join([f"{many}:", *(f"{name}: {error}" for name, error in self.failures.items())]))

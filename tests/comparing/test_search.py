@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from spectune.comparing.search import candidates, successive_halving
+from spectune.comparing.search import candidates, halving, successive_halving
 from spectune.results.comparison_file import Trial
 
 RUNGS = [(8, 10), (4, 20), (2, 40)]
@@ -119,3 +119,19 @@ def test_where_all_diverge_there_is_no_best() -> None:
     assert len(found.trials) == 8 + 2
     assert "all of" in found.sentence
     assert found.to_dict()["trials"][0]["reason"] == "the loss is nan in step 3"
+
+
+def test_searches_that_take_their_trials_in_one_go_find_what_each_finds_alone() -> None:
+    bowls = [bowl(3e-4), bowl(10.0), bowl(1.0, diverges_from=3e-3)]
+    alone = [successive_halving((1e-4, 1e-2), RUNGS, trial, source="a test", extensions=2) for trial, _ in bowls]
+    searches = [halving((1e-4, 1e-2), RUNGS, source="a test", extensions=2) for _ in bowls]
+    wanted, found = {n: next(search) for n, search in enumerate(searches)}, {}
+    while wanted:
+        made = {n: [bowls[n][0](*one) for one in ask] for n, ask in wanted.items()}
+        wanted = {}
+        for n, trials in made.items():
+            try:
+                wanted[n] = searches[n].send(trials)
+            except StopIteration as end:
+                found[n] = end.value
+    assert [found[n] for n in range(len(bowls))] == alone

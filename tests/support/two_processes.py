@@ -25,7 +25,7 @@ from spectune.deltas import Method, attached
 from spectune.errors import DoesNotFitError, SpectuneError
 from spectune.methods import METHODS, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 from spectune.objectives import CAUSAL_LM
-from spectune.training import RunResult, TrainingConfig, train, trainer
+from spectune.training import RunResult, TrainingConfig, starting, train
 from spectune.training import loop as loop_module
 from spectune.training.distribution import World
 from spectune.training.membership import membership
@@ -118,10 +118,10 @@ def several(folder: Path) -> dict[str, Any]:
     world, found = World(torch.device("cpu")), trained(folder, FEW)
     found["other rows"] = failure(lambda: run(LoRA(), settings(2), ROWS[: 17 - world.rank]))
 
-    check, finish = trainer.check_memory, loop_module.Loop.finish
-    trainer.check_memory = check if world.leads else does_not_fit
+    check, finish = starting.check_memory, loop_module.Loop.finish
+    starting.check_memory = check if world.leads else does_not_fit
     found["does not fit"] = failure(lambda: run(LoRA(), settings(2)))
-    trainer.check_memory = check
+    starting.check_memory = check
 
     objective_of, broken = loop_module.objective_of, Broken(world.leads)
     loop_module.objective_of = lambda _: broken

@@ -31,7 +31,7 @@ from spectune.families import describe, family_from_config
 from spectune.methods import METHODS, FullFineTuning, LoRA, PrefixTuning
 from spectune.storage import load
 from spectune.storage.bases import load_config
-from spectune.training import TrainingConfig, run_state, train, trainer
+from spectune.training import TrainingConfig, run_state, starting, train
 from spectune.training.decisions import compiling_gain, decide, launch_bound
 from spectune.training.prediction import Prediction
 from tests.contract.families import FAMILIES
@@ -63,7 +63,7 @@ class Routes:
         self.method, self.settings, self.files, self.patch = method, settings, files, patch
         self.config = TrainingConfig(**settings)
         self.predicted: list[Prediction] = []
-        for module in (trainer, job):
+        for module in (starting, job):
             patch.setattr(module, "predict", self._noting(module.predict))  # type: ignore[attr-defined]
 
     def _noting(self, real: Any) -> Any:

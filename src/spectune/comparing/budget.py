@@ -21,6 +21,7 @@ class Budget:
     final_steps: int | None = None
     judging_seconds: float = 0.0
     _judged: list[float] = field(default_factory=list)
+    _trained: list[tuple[str, int]] = field(default_factory=list)
     _spent: dict[str, tuple[int, float]] = field(default_factory=dict)
     _finished: int = 0
 
@@ -30,6 +31,10 @@ class Budget:
     def ended(self, arm: str, steps: int, seconds: float | None, judging: float | None = None) -> None:
         """A run has ended; `seconds` is None where an earlier call made it, whose time is not known. `judging`: those
         of a final run that were not training."""
+        if (arm, steps) in self._trained:
+            self._trained.remove((arm, steps))
+            self._judged += [] if judging is None else [judging]
+            return
         if (arm, steps) in self.left:
             self.left.remove((arm, steps))
         else:  # an extension of the search, which was not planned
@@ -40,6 +45,12 @@ class Budget:
             self._spent[arm] = (before[0] + steps, before[1] + seconds - (judging or 0.0))
             self._judged += [] if judging is None else [judging]
 
+    def trained(self, arm: str, steps: int, seconds: float) -> None:
+        """A run's steps are taken, in passes that it shared with others: `seconds` are its part of the time. It has
+        ended when what comes behind them is done, too."""
+        self.ended(arm, steps, seconds)
+        self._trained.append((arm, steps))
+
     @property
     def has_spent(self) -> bool:
         """Whether a run has ended that was not there before."""
@@ -49,6 +60,7 @@ class Budget:
         """An arm has failed: what was planned of it is not done."""
         self.total_steps -= sum(steps for name, steps in self.left if name == arm)
         self.left = [run for run in self.left if run[0] != arm]
+        self._trained = [run for run in self._trained if run[0] != arm]
 
     def seconds_left(self) -> float | None:
         """From what each method's steps took so far, and what judging and measuring took; None before any has ended."""
@@ -56,7 +68,7 @@ class Budget:
             return None
         training = sum(steps * (self._step(arm) or mean) for arm, steps in self.left)
         judging = sum(self._judged) / len(self._judged) if self._judged else self.judging_seconds
-        return training + judging * sum(steps == self.final_steps for _, steps in self.left)
+        return training + judging * sum(steps == self.final_steps for _, steps in (*self.left, *self._trained))
 
     def seconds_behind(self, arm: str, steps: int) -> float | None:
         """What is left behind the steps of a run that is under way."""
@@ -74,5 +86,5 @@ class Budget:
     def __str__(self) -> str:
         share = self._finished / self.total_steps if self.total_steps else 1.0
         left = self.seconds_left()
-        when = "" if left is None or not self.left else f", about {duration(left)} left"
+        when = "" if left is None or not (self.left or self._trained) else f", about {duration(left)} left"
         return f"{100 * share:.0f}% of the budget done{when}"

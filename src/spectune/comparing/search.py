@@ -2,7 +2,7 @@
 better half of them for twice as many, and so on. It knows nothing of models: a trial is a function."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from spectune.results.comparison_file import Search, Trial
 
@@ -19,12 +19,31 @@ def successive_halving(
     bounds: tuple[float, float], rungs: Sequence[tuple[int, int]], trial: Callable[[float, int], Trial], *,
     source: str, extensions: int = 0,
 ) -> Search:  # fmt: skip
-    """Run trials and return the best rate.
+    """Run trials, one by one, and return the best rate.
+
+    Args:
+        trial: runs one rate for so many steps; a divergence is a trial without a loss.
+        bounds, rungs, source, extensions: see `halving`.
+    """
+    search, made = halving(bounds, rungs, source=source, extensions=extensions), None
+    while True:
+        try:
+            wanted = search.send(made)
+        except StopIteration as end:
+            found: Search = end.value
+            return found
+        made = [trial(rate, steps) for rate, steps in wanted]
+
+
+def halving(
+    bounds: tuple[float, float], rungs: Sequence[tuple[int, int]], *, source: str, extensions: int = 0
+) -> Generator[list[tuple[float, int]], list[Trial] | None, Search]:
+    """The search as what it asks for: it yields (rate, steps) of trials that do not wait for each other, is sent those
+    trials, and returns the best rate. Many searches can so take their trials in one go.
 
     Args:
         bounds: lowest and highest rate of the first rung.
         rungs: (rates, steps) of each rung; rates fall from one to the next.
-        trial: runs one rate for so many steps; a divergence is a trial without a loss.
         extensions: where the best of the last rung is the lowest or highest rate tried so far, a rate as far beyond it
             as the first rung's are apart is tried, as long as that helps, at most so many times; where all diverged,
             lower ones.
@@ -39,7 +58,7 @@ def successive_halving(
         last = []
         # where all that go on diverge in their longer runs, the next best of the rung before take their place
         while left and all(t.valid_loss is None for t in last):
-            last = [trial(rate, steps) for rate in left[:count]]
+            last = yield from _tried(left[:count], steps)
             left = left[count:]
             trials += last
         if all(t.valid_loss is None for t in last):
@@ -53,7 +72,7 @@ def successive_halving(
             beyond = best.learning_rate * ratio if side == "high" else best.learning_rate / ratio
         else:
             break
-        further = trial(float(f"{beyond:.3g}"), steps)
+        [further] = yield from _tried([float(f"{beyond:.3g}")], steps)
         trials.append(further.model_copy(update={"extension": True}))
         if further.rank >= best.rank and not none:
             break
@@ -61,6 +80,11 @@ def successive_halving(
     if best.valid_loss is None:
         return _found(source, trials, None, None)
     return _found(source, trials, best.learning_rate, _edge(best.learning_rate, trials))
+
+
+def _tried(rates: Sequence[float], steps: int) -> Generator[list[tuple[float, int]], list[Trial] | None, list[Trial]]:
+    """Ask for these rates; what was made of them."""
+    return (yield [(rate, steps) for rate in rates]) or []
 
 
 def _found(source: str, trials: list[Trial], best: float | None, edge: str | None) -> Search:

@@ -31,7 +31,7 @@ from spectune.deltas.delta import Delta
 from spectune.deltas.folder import base_name
 from spectune.deltas.layout import Route
 from spectune.deltas.merging import merge, merge_and_measure
-from spectune.deltas.method import Fitted, InitContext, Method
+from spectune.deltas.method import Fitted, InitContext, Method, plain_tokens
 from spectune.deltas.modules import (
     AttentionModule,
     DeltaModule,
@@ -89,6 +89,7 @@ __all__ = [
     "check_keys", "check_lora_keys", "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with",
     "exact_names", "expert_words", "experts_left_out", "hold_base", "kernel_serves", "left_out", "linears_alone",
     "merge", "merge_and_measure", "packed", "packing", "parameters_known", "parameters_named", "peft_keys",
-    "peft_targets", "place", "placed", "prove_reads_embeddings", "put_back", "route", "same_targets", "set_aside",
-    "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
+    "peft_targets", "place", "placed", "plain_tokens", "prove_reads_embeddings", "put_back", "route",
+    "same_targets", "set_aside", "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed",
+    "why_not_cudnn", "why_not_packed",
 ]  # fmt: skip

@@ -20,6 +20,8 @@ from spectune.results.comparison_file import ComparisonResult
 
 #: signs that begin a formula in a spreadsheet, those of East Asian width too
 FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\u2212")
+#: what the time of a run by itself is called
+_OWN = {"train_tokens_per_second": "own_tokens_per_second", "train_seconds": "own_train_seconds"}
 #: fields of a run's result that are one number or word
 RUN_FIELDS = (
     "learning_rate", "steps", "best_step", "target_tokens", "train_loss", "valid_loss", "last_valid_loss",
@@ -62,8 +64,8 @@ def runs_csv(comparison: ComparisonResult) -> str:
     header += [*(f"metric_{name}" for name in names), *(f"judged_loss[{name}]" for name in sources), "failed"]
     lines: list[list[Any]] = []
     for run in runs:
-        memory = training_memory(run), predicted_memory(run)
-        numbers = [*(getattr(run, key) for key in RUN_FIELDS), *memory, *(run.metrics.get(name) for name in names)]
+        numbers = [getattr(run, _OWN.get(key, key)) for key in RUN_FIELDS]
+        numbers += [training_memory(run), predicted_memory(run), *(run.metrics.get(name) for name in names)]
         numbers += [run.judged_loss_by_source.get(name) for name in sources]
         lines.append([run.name, run.method, labels[run.name], run.seed, *numbers, None])
     blank = [None] * (len(header) - 6)

@@ -136,6 +136,11 @@ def notes(comparison: ComparisonResult) -> list[str]:
     if any(training_memory(run) for run in comparison.runs):
         what = "what is held of the device" if any(map(holds_a_device, comparison.runs)) else "tensors"
         found.append(f"Memory: peak of {what} in training ({base.device}, {base.dtype}).")
+    if most := max((run.trained_together for run in comparison.runs if run.shared), default=0):
+        found.append(
+            f"Up to {most} runs shared a pass. Memory and speed of training are those of some steps that each arm took "
+            "by itself, and its time is its tokens at that speed."
+        )
     if any(run.decode_tokens_per_second for run in comparison.runs):
         found.append(
             "Inference overhead: time for each decoded token at batch 1 against the bare base, unmerged / merged; ± is "

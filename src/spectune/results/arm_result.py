@@ -10,12 +10,14 @@ from spectune.results.verdict_record import JudgedArm, Judgement, Verdict
 
 FULL = "full"
 TASKS = 10
-#: fields that are as in the first run of an arm, and those that are means over its runs
+#: fields that are as in the first run of an arm, and, with what they are of a run, those that are means over its runs
 OF_FIRST = ("trainable_parameters", "stored_parameters", "learning_rate", "memory_prediction_source")
-MEANS = (
-    "train_loss", "valid_loss", "forgetting_kl_nats_per_token", "train_tokens_per_second", "train_seconds",
-    "decode_tokens_per_second", "swap_seconds",
-)  # fmt: skip
+MEANS = {
+    "train_loss": "train_loss", "valid_loss": "valid_loss",
+    "forgetting_kl_nats_per_token": "forgetting_kl_nats_per_token",
+    "train_tokens_per_second": "own_tokens_per_second", "train_seconds": "own_train_seconds",
+    "decode_tokens_per_second": "decode_tokens_per_second", "swap_seconds": "swap_seconds",
+}  # fmt: skip
 T = TypeVar("T")
 
 
@@ -227,7 +229,7 @@ def _plain(runs: Sequence[ComparedRun]) -> dict[str, Any]:
     trained, total = first.trainable_parameters, first.total_parameters
     return {
         **{name: getattr(first, name) for name in OF_FIRST},
-        **{name: mean(getattr(run, name) for run in runs) for name in MEANS},
+        **{name: mean(getattr(run, own) for run in runs) for name, own in MEANS.items()},
         "trainable_share": trained / total if trained is not None and total else None,
         "stored_bytes": None if stored is None else round(stored),
         "bytes_for_ten_tasks": None if stored is None else TASKS * round(stored),
@@ -268,7 +270,7 @@ def _by_source(runs: Sequence[ComparedRun]) -> dict[str, float]:
 
 
 def _costs(runs: Sequence[ComparedRun], full: Sequence[ComparedRun], comparison: ComparisonResult) -> dict[str, Any]:
-    speed, full_speed = (mean(run.train_tokens_per_second for run in of) for of in (runs, full))
+    speed, full_speed = (mean(run.own_tokens_per_second for run in of) for of in (runs, full))
     peaks = [peak for run in runs if (peak := training_memory(run))]
     predicted = [peak for run in runs if (peak := predicted_memory(run))]
     found: dict[str, Any] = {

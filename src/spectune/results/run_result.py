@@ -61,6 +61,8 @@ class RunRecord(Record):
     gradient_checkpointing: bool | str | None = None
     stopped_early: bool = False
     processes: Count = 1
+    trained_together: Count = 1
+    train_tokens_per_second_alone: Measure | None = None
     metrics: Mapping[str, Measure | None] = Field(default_factory=dict)
     forgetting_kl_nats_per_token: Measure | None = None
     decode_tokens_per_second: Measure | None = None
@@ -83,6 +85,24 @@ class RunRecord(Record):
     rows_file: str | None = None
     evaluation_seconds: Seconds | None = None
     forgetting_by_passage: Sequence[Measure | None] | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether its steps were passes that other runs had a part in: then their time and memory are not its own."""
+        return self.trained_together > 1
+
+    @property
+    def own_tokens_per_second(self) -> float | None:
+        """Tokens a second of training by itself; None where that was not measured."""
+        return self.train_tokens_per_second_alone if self.shared else self.train_tokens_per_second
+
+    @property
+    def own_train_seconds(self) -> float | None:
+        """Seconds that its steps take by themselves: of a run that shared passes, its tokens at its own speed."""
+        if not self.shared:
+            return self.train_seconds
+        speed, tokens = self.own_tokens_per_second, self.train_tokens
+        return tokens / speed if speed and tokens is not None else None
 
     @property
     def loss(self) -> float | None:
@@ -111,6 +131,11 @@ class RunResult(RunRecord):
     and `peak_allocated` and `peak_reserved` to compare with `train_allocated` and `train_reserved`;
     `memory_prediction_source` is its source, "none" where the base could not be described.
     `processes`: that shared out each step's rows; speeds are of all of them together, peaks of the largest.
+    `trained_together`: the most runs, this one among them, that were trained at the same time on one base. Where it is
+    more than 1, `train_seconds` are its part of the time of all of them, `train_tokens_per_second` and the load are of
+    that, and no peak of training is its own but one that was measured by itself: `own_tokens_per_second` and
+    `own_train_seconds` are what it takes alone, by `train_tokens_per_second_alone`, of a few steps that a comparison
+    takes for it.
     `gradient_checkpointing`: what was recomputed (false, "selective", true, "offload"), whatever the setting was.
     Decoding speeds are medians over rounds, their `_spread` is half of what they range over; `inference_overhead_range`
     are the least and the most extra time of a round, as shares of the bare base's time in the same round.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from spectune.results.run_result import RunResult
     from spectune.training.config import TrainingConfig
     from spectune.training.machine import environment
+    from spectune.training.together import Run, train_together
     from spectune.training.trainer import train
 
 #: file -> its names, as above; `tests/test_public_api.py` holds both together
@@ -20,10 +21,11 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "spectune.results.run_result": ("RunResult",),
     "spectune.training.config": ("TrainingConfig",),
     "spectune.training.machine": ("environment",),
+    "spectune.training.together": ("Run", "train_together"),
     "spectune.training.trainer": ("train",),
 }
 
-__all__ = ["RunResult", "TrainingConfig", "environment", "train"]
+__all__ = ["Run", "RunResult", "TrainingConfig", "environment", "train", "train_together"]
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that is there
     __getattr__ = lazy_names(__name__, _PUBLIC)

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +16,16 @@ from spectune.sizes import duration
 LONGEST_LABEL = 60
 #: seconds between two lines where there is no terminal
 EVERY = 15.0
+
+
+class Shows(Protocol):
+    """What a run tells as it goes."""
+
+    def step(self, loss: float, tokens_per_second: float) -> None:
+        """A step was taken."""
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
 
 
 class Heartbeat:

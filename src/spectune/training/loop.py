@@ -8,7 +8,7 @@ still, for a fifth of a step of a small model. What a step gave is looked at bef
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,21 +16,52 @@ from torch import Tensor
 
 from spectune.blocks.compile import can_compile_now
 from spectune.blocks.execution import Execution
-from spectune.compute.memory import PeakMemory, counts_tensors
-from spectune.data import Example
+from spectune.compute.memory import PeakMemory
 from spectune.deltas import route
 from spectune.errors import InterruptedRun, OutOfMemoryError, is_out_of_memory
-from spectune.evaluation import RowLosses, row_losses
 from spectune.inference import wait_for
 from spectune.objectives import objective_of
 from spectune.training.async_scalars import AsyncScalars
-from spectune.training.display import Display
-from spectune.training.distribution import World
+from spectune.training.display import Shows
 from spectune.training.interrupt import Interrupts
+from spectune.training.joint_step import AskedStep
 from spectune.training.machine import Gauges
 from spectune.training.peaks import MEMORY_STEPS, Peaks
 from spectune.training.run_state import RunState
-from spectune.training.shared_validation import shared_losses
+from spectune.training.step_clock import Span, StepClock
+from spectune.training.validating import measured_losses
+
+
+@dataclass(frozen=True)
+class ReadyStep:
+    """An optimizer step that may be launched.
+
+    Attributes:
+        number: of the step, from 0.
+        batches: on the host; None where a batch has nothing for this process. None at all where whoever takes the step
+            makes them.
+        targets, tokens: of all its rows, on all processes.
+    """
+
+    number: int
+    batches: list[dict[str, Tensor] | None]
+    targets: int
+    tokens: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """An optimizer step whose gradient is there.
+
+    Attributes:
+        sums: its loss sum, and, of several processes, how many had a signal.
+        optimizer: what the optimizer is to take.
+    """
+
+    ready: ReadyStep
+    sums: tuple[Tensor, ...]
+    optimizer: AskedStep
 
 
 @dataclass
@@ -39,41 +70,40 @@ class _Step:
 
     Attributes:
         scalars: its loss sum, the gradient's norm, and how many processes had a signal.
-        began: when the host was done with the data, and the CPU time by then.
         memory: what was allocated, where tensors are counted; None otherwise.
     """
 
     scalars: AsyncScalars
-    targets: int
-    tokens: int
-    rate: float
-    began: tuple[float, float]
+    ready: ReadyStep
+    span: Span
     memory: PeakMemory | None
 
 
 class Loop:
-    """Drives a run from where its progress is, with its steps executed as `execution` says."""
+    """Drives a run from where its progress is, with its steps executed as `execution` says.
 
-    def __init__(self, run: RunState, execution: Execution) -> None:
+    Args:
+        interrupts, peaks: where runs that are trained together share one of each.
+    """
+
+    def __init__(
+        self, run: RunState, execution: Execution, interrupts: Interrupts | None = None, peaks: Peaks | None = None
+    ) -> None:
         self.run, self.execution = run, execution
         self.model, self.batches = run.delta.model, run.batches
-        self.interrupts = Interrupts(alone=self.world.size == 1)
+        self.interrupts = interrupts or Interrupts(alone=run.batches.world.size == 1)
         self.max_in_flight = steps_ahead(self.model.device)
-        model, optimizer = self.model, run.optimizer  # not the loop itself: no circle keeps the optimizer's memory
-        found = run.progress.peak_memory_bytes
-        self.peaks = Peaks(model.device, lambda: [*model.parameters(), *optimizer.tensors()], found)
-        self._first_step = run.progress.step
+        self.peaks = peaks or peaks_of(run)
+        #: validation stopped improving, and so did the run
+        self.stopped = False
+        #: the step from which on steps count for speed
+        self._timed_from = run.progress.step + MEMORY_STEPS
         self._in_flight: deque[_Step] = deque()
         #: carried to the next step in flight: 0 if the one before it was applied, NaN if it was skipped
         self._poison: Tensor | None = None
-        self._gauges = Gauges.of(self.model.device.type)
-        self._last_end = 0.0, 0.0
+        self._clock = StepClock(Gauges.of(self.model.device.type))
 
-    @property
-    def world(self) -> World:
-        return self.run.batches.world
-
-    def drive(self, display: Display) -> bool:
+    def drive(self, display: Shows) -> bool:
         """Train to the end. Returns whether it ended early because validation stopped improving.
 
         Raises:
@@ -81,34 +111,44 @@ class Loop:
             OutOfMemoryError: names batch and length.
             DivergedError: loss or gradient is not finite.
         """
-        run, now = self.run, self.run.progress
-        with self.interrupts as interrupts, self.running():
+        with self.interrupts, self.running():
             self.peaks.resume()
-            while now.step < run.total_steps:
-                windows = self.batches.windows(now.epoch)
-                for place, window in enumerate(windows[now.window :], now.window + 1):
-                    self.begin(window)
-                    step, epoch_ends = now.step + len(self._in_flight), place == len(windows)
-                    last = step == run.total_steps
-                    validates = _due(run.config.eval_steps, step, epoch_ends, last)
-                    saves = _due(run.config.save_steps, step, epoch_ends, last)
-                    waits = validates or saves or epoch_ends or last or interrupts.decided is not None
-                    self._settle(0 if waits else self.max_in_flight, display)
-                    stop = self.validate(display) if validates else False
-                    if epoch_ends or last or stop:
-                        run.end_epoch(whole=epoch_ends)
-                    if saves and not (last or stop):
-                        run.keeper.checkpoint()
-                    if stop:
-                        return True
-                    if interrupts.decided:
-                        self._settle(0, display)
-                        run.keeper.checkpoint()
-                        where = f"{interrupts.decided} after step {now.step} of {run.total_steps}"
-                        raise InterruptedRun(f"{where}. {run.keeper.resume_hint}")
-                    if last:
-                        break
-        return False
+            for window in self.course(display):
+                self.begin(window)
+        return self.stopped
+
+    def course(self, display: Shows) -> Iterator[list[list[int]]]:
+        """The batches of each step, which whoever asks has begun when it asks for the next; what is due between two
+        steps is done here: validation, checkpoints, the end of an epoch. Raises as `drive`."""
+        run, now = self.run, self.run.progress
+        while now.step < run.total_steps:
+            windows = self.batches.windows(now.epoch)
+            for place, window in enumerate(windows[now.window :], now.window + 1):
+                yield window
+                step, epoch_ends = now.step + len(self._in_flight), place == len(windows)
+                last = step == run.total_steps
+                validates = _due(run.config.eval_steps, step, epoch_ends, last)
+                saves = _due(run.config.save_steps, step, epoch_ends, last)
+                waits = validates or saves or epoch_ends or last or self.interrupts.decided is not None
+                self.settle(0 if waits else self.max_in_flight, display)
+                self.stopped = self.validate(display) if validates else False
+                if epoch_ends or last or self.stopped:
+                    run.end_epoch(whole=epoch_ends)
+                if saves and not (last or self.stopped):
+                    run.keeper.checkpoint()
+                if self.stopped:
+                    return
+                if self.interrupts.decided:
+                    raise self.interrupted(display)
+                if last:
+                    break
+
+    def interrupted(self, display: Shows) -> InterruptedRun:
+        """Finish what is in flight and write a checkpoint. Returns what there is to raise."""
+        self.settle(0, display)
+        self.run.keeper.checkpoint()
+        where = f"{self.interrupts.decided} after step {self.run.progress.step} of {self.run.total_steps}"
+        return InterruptedRun(f"{where}. {self.run.keeper.resume_hint}")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -127,37 +167,58 @@ class Loop:
 
     def begin(self, window: list[list[int]]) -> None:
         """Launch one optimizer step over some batches. Nothing here waits for the device."""
-        run, number = self.run, self.run.progress.step + len(self._in_flight)
+        made = self.make_ready(window)
+        with self.measured() as (span, memory):
+            self.batches.world.seed_step(self.run.config.seed, made.number)
+            self.run.optimizer.begin(made.rate)
+            loss_sum = torch.zeros((), device=self.model.device)
+            for batch in made.batches:
+                # the gradient of a step is that of the sum over its target tokens divided by their number, however
+                # they are spread over batches and processes
+                loss_sum += self.backward(batch, made.targets)
+            step = self.gathered(made, loss_sum)
+            norm = step.optimizer.take()
+            self.launched(step, norm, span, memory)
+
+    def make_ready(self, window: list[list[int]], *, collate: bool = True) -> ReadyStep:
+        """The next step over some batches, on the host. `collate`: make tensors of them."""
+        number = self.run.progress.step + len(self._in_flight)
         members = [self.batches.examples[i] for batch in window for i in batch]
         targets = sum(example.target_tokens for example in members)
         tokens = sum(example.length for example in members)
         # data are made ready before the clock starts: speed is that of computing
-        collated = [self.batches.collate(packs) if packs else None for packs in self.batches.of_step(window)]
+        packs_of = self.batches.of_step(window) if collate else []
+        collated = [self.batches.collate(packs) if packs else None for packs in packs_of]
         for made in filter(None, collated):
             # on the host, where asking costs nothing: on the device it would wait for what runs there
             objective_of(self.model).precompute(made)
-        measured = self.peaks.of_step(first=run.observer.memory and self._is_first(number))
-        rate = run.rate_at(number)
+        return ReadyStep(number, collated, targets, tokens, self.run.rate_at(number))
 
-        if not self._in_flight:
-            wait_for(self.model.device)
-        began = self._gauges.wall(), self._gauges.cpu()
-        with measured as memory:
-            self.world.seed_step(run.config.seed, number)
-            run.optimizer.begin(rate)
-            loss_sum = torch.zeros((), device=self.model.device)
-            for batch in collated:
-                # the gradient of a step is that of the sum over its target tokens divided by their number, however
-                # they are spread over batches and processes
-                loss_sum += self.backward(batch, targets)
-            self.world.sum_gradients(run.delta.parameters())
-            total, *requests = self.world.sum_of_step(loss_sum, self.interrupts.requested is not None)
-            # a step behind one that was not taken is not taken either: 0 * inf is no number
-            checked = total if self._poison is None else total + self._poison
-            norm = run.optimizer.step(rate, run.config.max_grad_norm, checked)
-            self._poison = 0.0 * (checked + norm.to(checked.device)) if self.max_in_flight else None
-            scalars = AsyncScalars(total, norm, *requests)
-        self._in_flight.append(_Step(scalars, targets, tokens, rate, began, memory))
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[tuple[Span, PeakMemory | None]]:
+        """Around the launch of a step: when it begins, and, where tensors are counted for it, its memory."""
+        first = self.run.observer.memory and self.run.progress.step + len(self._in_flight) < self._timed_from
+        with self.peaks.of_step(first=first) as memory:
+            if not self._in_flight:
+                wait_for(self.model.device)
+            yield self._clock.begin(), memory
+
+    def gathered(self, made: ReadyStep, loss_sum: Tensor) -> Gathered:
+        """A step whose gradient is there: sum it over processes. `loss_sum`: of this process's rows."""
+        run, world = self.run, self.batches.world
+        world.sum_gradients(run.delta.parameters())
+        total, *requests = world.sum_of_step(loss_sum, self.interrupts.requested is not None)
+        # a step behind one that was not taken is not taken either: 0 * inf is no number
+        checked = total if self._poison is None else total + self._poison
+        asked = AskedStep(run.optimizer, made.rate, run.config.max_grad_norm, checked)
+        return Gathered(made, (total, *requests), asked)
+
+    def launched(self, step: Gathered, norm: Tensor, span: Span, memory: PeakMemory | None) -> None:
+        """The optimizer was told to take a step: it is in flight."""
+        checked = step.optimizer.loss
+        self._poison = 0.0 * (checked + norm.to(checked.device)) if self.max_in_flight else None
+        total, *requests = step.sums
+        self._in_flight.append(_Step(AsyncScalars(total, norm, *requests), step.ready, span, memory))
 
     def finish(self) -> float:
         """Look at what the oldest step in flight gave. Returns its mean loss. Raises DivergedError where loss or
@@ -167,28 +228,20 @@ class Loop:
         self.interrupts.agree(sum(requests))
         if not self._in_flight:
             wait_for(self.model.device)
-        ended = self._gauges.wall(), self._gauges.cpu()
-        # behind another step it began when that one ended
-        seconds, cpu = (end - max(begun) for end, *begun in zip(ended, step.began, self._last_end, strict=True))
-        self._last_end = ended
-        loss = total / step.targets
+        seconds, cpu = self._clock.took(step.span)
+        made = step.ready
+        loss = total / made.targets
         for what, value in (("loss", loss), ("gradient's norm", norm)):
             if not math.isfinite(value):
                 raise run.diverged(f"the {what} is {value} in step {now.step + 1}")
 
-        if not self._is_first(now.step):
-            now.timed_tokens += step.tokens
+        if now.step >= self._timed_from:
+            now.timed_tokens += made.tokens
             now.timed_seconds += seconds
             now.timed_cpu_seconds += cpu
         self.peaks.keep("train", step.memory)
-        run.took_step(loss, norm, rate=step.rate, tokens=step.tokens, targets=step.targets, seconds=seconds)
+        run.took_step(loss, norm, rate=made.rate, tokens=made.tokens, targets=made.targets, seconds=seconds)
         return loss
-
-    def ahead(self, window: list[list[int]]) -> float | None:
-        """One more step, as a run takes it: begin it, then finish what is more than may be in flight. Returns the loss
-        of the last one that was finished, if any was."""
-        self.begin(window)
-        return self.finish() if len(self._in_flight) > self.max_in_flight else None
 
     def backward(self, batch: Mapping[str, Tensor] | None, targets: int) -> Tensor:
         """Add the gradient of this process's share of a batch, which may be none. Returns its loss sum, detached."""
@@ -204,68 +257,49 @@ class Loop:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise self._out_of_memory(*batch["input_ids"].shape) from error
+            step = self.run.progress.step + len(self._in_flight) + 1
+            raise out_of_memory(self.run, step, *batch["input_ids"].shape) from error
 
-    def validate(self, display: Display) -> bool:
+    def validate(self, display: Shows) -> bool:
         """Validation loss; keeps the best. Returns whether to stop early. Raises DivergedError: it is not finite."""
-        with self.run.observer.phases.of("validation"):
-            return self._validate(display)
-
-    def _validate(self, display: Display) -> bool:
         run = self.run
-        self.peaks.pause()
-        if counts_tensors(self.model.device.type):
-            if run.observer.memory and not any(name.startswith("valid_") for name in self.peaks.found):
-                # its peak of memory is that of its first batch, the longest rows. They are run once for it, beside the
-                # run's own validation, which counting tensors would slow down
-                order = sorted(run.valid_examples, key=lambda example: -example.length)
-                with self.peaks.of("valid"):
-                    self.valid_losses(order[: run.config.per_device_eval_batch_size])
-            losses = self.valid_losses()
-        else:
-            with self.peaks.of("valid"):
-                losses = self.valid_losses()
-        valid_loss = losses.mean_per_token
-        self.peaks.resume()
-        if not math.isfinite(valid_loss):
-            raise run.diverged(f"the validation loss is {valid_loss} after step {run.progress.step}")
-        sources = losses.by_source(run.valid_examples)
-        display.say(run.validated(valid_loss, sources, self.batches.steps_per_epoch))
-        if run.progress.best_step == run.progress.step or not run.config.load_best_at_end:
-            run.observer.losses = losses
-        return run.has_stopped_improving
+        with run.observer.phases.of("validation"):
+            losses = measured_losses(run, self.peaks)
+            valid_loss = losses.mean_per_token
+            if not math.isfinite(valid_loss):
+                raise run.diverged(f"the validation loss is {valid_loss} after step {run.progress.step}")
+            sources = losses.by_source(run.valid_examples)
+            display.say(run.validated(valid_loss, sources, self.batches.steps_per_epoch))
+            if run.progress.best_step == run.progress.step or not run.config.load_best_at_end:
+                run.observer.losses = losses
+            return run.has_stopped_improving
 
-    def valid_losses(self, examples: Sequence[Example] | None = None) -> RowLosses:
-        """The loss of each validation row under the current route, of which each process takes a share; of these
-        examples, if there are any, on this process alone."""
-        batch = self.run.config.per_device_eval_batch_size
-
-        def losses(rows: Sequence[Example]) -> RowLosses:
-            return row_losses(self.model, rows, self.batches.pad_token_id, batch)
-
-        if examples is not None:
-            return losses(examples)
-        return shared_losses(self.run.valid_examples, losses, self.world, self.model.device)
-
-    def _settle(self, left: int, display: Display) -> None:
-        """Finish steps until so many are left in flight."""
+    def settle(self, left: int, display: Shows) -> None:
+        """Finish steps until so many are left in flight. Raises as `finish`."""
         now = self.run.progress
         while len(self._in_flight) > left:
             loss = self.finish()
             display.step(loss, now.timed_tokens / now.timed_seconds if now.timed_seconds else 0.0)
 
-    def _is_first(self, step: int) -> bool:
-        return step < self._first_step + MEMORY_STEPS
 
-    def _out_of_memory(self, rows: int, length: int) -> OutOfMemoryError:
-        config = self.run.config
-        # a batch of packs has at most the tokens of so many of the longest rows
-        what, size = ("packs", config.per_device_train_batch_size) if self.batches.packing.on else ("rows", rows)
-        return OutOfMemoryError(
-            f"out of memory in step {self.run.progress.step + len(self._in_flight) + 1} with a batch of {rows} {what} "
-            f"of {length} tokens. Try per_device_train_batch_size={max(1, size // 2)} with gradient_accumulation_steps="
-            f"{2 * config.gradient_accumulation_steps}, a smaller max_length, or gradient_checkpointing=true."
-        )
+def out_of_memory(run: RunState, step: int, rows: int, length: int) -> OutOfMemoryError:
+    """The error that says in which step, from 1, memory ran out, with which batch, and what to try."""
+    config = run.config
+    # a batch of packs has at most the tokens of so many of the longest rows
+    what, size = ("packs", config.per_device_train_batch_size) if run.batches.packing.on else ("rows", rows)
+    return OutOfMemoryError(
+        f"out of memory in step {step} with a batch of {rows} {what} "
+        f"of {length} tokens. Try per_device_train_batch_size={max(1, size // 2)} with gradient_accumulation_steps="
+        f"{2 * config.gradient_accumulation_steps}, a smaller max_length, or gradient_checkpointing=true."
+    )
+
+
+def peaks_of(run: RunState) -> Peaks:
+    """What measures a run's peaks of memory."""
+    # not the run itself: no circle keeps the optimizer's memory
+    model, optimizer = run.delta.model, run.optimizer
+    found = run.progress.peak_memory_bytes
+    return Peaks(model.device, lambda: [*model.parameters(), *optimizer.tensors()], found)
 
 
 def _due(every: int | None, step: int, epoch_ends: bool, last: bool) -> bool:

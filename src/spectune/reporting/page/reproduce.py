@@ -51,8 +51,8 @@ def run_lines(comparison: ComparisonResult) -> list[RunLine]:
                 *(metric_text(name, run.metrics.get(name)) for name in names),
                 *([units.number(run.forgetting_kl_nats_per_token)] if comparison.has_text else []),
                 units.size(training_memory(run)),
-                units.count(run.train_tokens_per_second),
-                units.seconds(run.train_seconds),
+                units.count(run.own_tokens_per_second),
+                units.seconds(run.own_train_seconds),
                 place_of(run),
             ]
             seed = units.MISSING if run.seed is None else str(run.seed)
