@@ -125,7 +125,7 @@ class Beginning:
         schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, **more)
         job = Job(
             self.folder, "", arms[0].labels, model, tokenizer, arms, own, inputs, text, schedule,
-            self._origin(arms[0].labels), self.console, phases, loaded=self.where,
+            self._origin(arms[0].labels), self.console, phases, loaded=self.where, together=self.own["together"],
         )  # fmt: skip
         learned = [found for found, _ in all_inputs]
         if self.before is not None and inputs.task.custom:
@@ -147,6 +147,7 @@ class Beginning:
         return Job(
             self.folder, arms[0].task_type, arms[0].labels, model, tokenizer, arms, own, inputs.with_code(), [],
             schedule, self._origin(arms[0].labels), self.console, self.phases, conditions, loaded=self.where,
+            together=self.own["together"],
         )  # fmt: skip
 
     def _load(self, labels: Labels | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

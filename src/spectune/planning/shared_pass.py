@@ -34,9 +34,7 @@ def planned_together(estimates: Sequence[Estimate]) -> int:
 def largest_part(estimates: Sequence[Estimate], room: int | None, most: int) -> int:
     """How many of the first runs fit into a pass: at least 1, at most `most`. `room`: bytes; None is without limit."""
     count = 1
-    while count < min(most, len(estimates)) and (
-        room is None or planned_together(estimates[: count + 1]) <= room
-    ):
+    while count < min(most, len(estimates)) and (room is None or planned_together(estimates[: count + 1]) <= room):
         count += 1
     return count
 

@@ -17,6 +17,7 @@ from spectune.files.plain_console import PlainConsole
 from spectune.results.run_result import RunResult
 from spectune.training.claim import claimed
 from spectune.training.config import TrainingConfig
+from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.interrupt import Interrupts
 from spectune.training.joint_display import JointDisplay
@@ -50,6 +51,7 @@ def train_together(
     output_dir: str | Path | None = None,
     console: Console | None = None,
     asked: Sequence[Asked] = (),
+    display: Display | None = None,
 ) -> list[RunResult]:
     """Train several methods on one frozen base, in steps that all of them share: each as `spectune.train` would by
     itself, with its own rows, optimizer, schedule, clipping, validation, early stop, checkpoints and random numbers.
@@ -61,6 +63,7 @@ def train_together(
         runs: what to train. Settings may differ in everything; a run with an `output_dir` and `resume` goes on there.
         output_dir: runs without an `output_dir` of their own get a folder of their name in it.
         console: where to print; default is standard output.
+        display: what shows how far they are; by default one on the console.
         asked: for each run what `spectune.train` takes beside method and rows, for callers that want more of it than
             `runs` says; its config and name stand in place of those.
 
@@ -83,7 +86,7 @@ def train_together(
             if (folder := each.config.output_dir) is not None:
                 held.enter_context(claimed(folder, "spectune train", resume=each.config.resume))
         begun = _start(model, tokenizer, wanted, out)
-        found = _driven(model, [made for made in begun if isinstance(made, Started)], out)
+        found = _driven(model, [made for made in begun if isinstance(made, Started)], out, display)
         results = [made if isinstance(made, RunResult) else found[made.asked.name] for made in begun]
     return _checked(results, [each.name for _, each in wanted])
 
@@ -152,10 +155,13 @@ def _start(
     return begun
 
 
-def _driven(model: PreTrainedModel, begun: Sequence[Started], out: Console) -> dict[str, RunResult | SpectuneError]:
+def _driven(
+    model: PreTrainedModel, begun: Sequence[Started], out: Console, shown: Display | None
+) -> dict[str, RunResult | SpectuneError]:
     """Train all to their ends. Returns the result of each, or why it failed, by name."""
     interrupts = Interrupts()
-    display = JointDisplay(out, [(made.asked.name, made.run.total_steps, made.run.progress.step) for made in begun])
+    progress = [(made.asked.name, made.run.total_steps, made.run.progress.step) for made in begun]
+    display = JointDisplay(out, progress, shown)
     lanes = [
         Lane(made, Loop(made.run, made.predicted.execution, interrupts), display.of(made.asked.name)) for made in begun
     ]
