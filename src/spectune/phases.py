@@ -70,6 +70,14 @@ class Phases:
         finally:
             self._since += part._recorded - begun
 
+    def pause(self) -> None:
+        """What passes from here to `go_on` is somebody else's."""
+        self._charge()
+
+    def go_on(self, worked: float = 0.0) -> None:
+        """Count on, with so many of the seconds since `pause`."""
+        self._since = max(self._since, self._clock() - worked)
+
     def add(self, seconds: Mapping[str, float]) -> None:
         """Count what an earlier call took: of a run that goes on."""
         for phase, took in seconds.items():

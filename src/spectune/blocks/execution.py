@@ -103,11 +103,11 @@ class Execution:
 
     @contextlib.contextmanager
     def applied(
-        self, delta: Delta, *, backend: str | Callable[..., Any] = "inductor",
+        self, *deltas: Delta, backend: str | Callable[..., Any] = "inductor",
         capture: Callable[[], CudaCapture] = CudaCapture, transfers: Transfers | None = None,
         around_capture: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Iterator[None]:  # fmt: skip
-        """Inside the `with`, the model of an attached delta trains like this; after it, it is as it was.
+        """Inside the `with`, the model of attached deltas trains them like this; after it, it is as it was.
 
         Args:
             backend: of `torch.compile`.
@@ -117,7 +117,7 @@ class Execution:
         Raises:
             ConfigError: block inputs are to go to host memory, and the model is not on a CUDA device.
         """
-        model, family = delta.model, delta.family
+        model, family = deltas[0].model, deltas[0].family
         with contextlib.ExitStack() as stack:
             stack.enter_context(cudnn_attention(self.cudnn))
             if self.compiled:
@@ -125,7 +125,7 @@ class Execution:
                 stack.enter_context(compiled(model, family, backend=backend, memory_budget=budget))
             stack.enter_context(recomputing(model, self.recomputation, transfers=transfers))
             if self.graphs:
-                trained = list(delta.parameters())
+                trained = [parameter for delta in deltas for parameter in delta.parameters()]
                 graphs = graphed(model, family, trained, capture=capture, around_capture=around_capture)
                 stack.enter_context(graphs)
             yield

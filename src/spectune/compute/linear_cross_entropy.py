@@ -68,16 +68,21 @@ def linear_cross_entropy_sum(
 
 def linear_cross_entropy_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
-    softcap: float | None = None, chunk_rows: int | None = None,
+    softcap: float | None = None, chunk_rows: int | None = None, fuse: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The losses that `linear_cross_entropy_sum` sums, `[N]` float32 (float64 where hidden is), without gradient.
-    Arguments and errors are the same."""
+    """The losses that `linear_cross_entropy_sum` sums, `[N]` float32 (float64 where hidden is), with the gradient of
+    hidden where one is wanted, and of nothing else: whoever weighs rows each by itself has a head that is not trained.
+    Arguments and errors are the same; ValueError too where weight or bias want a gradient."""
     _check(hidden, weight, targets, bias)
     rows = chunk_rows or rows_of_a_chunk(hidden.shape[0], weight, hidden.device.type)
-    settings = _Settings(scale, softcap, rows, fuse=False, wanted=(False, False, False))
-    with torch.no_grad():
-        found, _ = _losses_and_gradients(hidden, weight, bias, targets, settings)
-    return torch.cat(found) if found else hidden.new_empty(0, dtype=exact_dtype(hidden.dtype))
+    on = torch.is_grad_enabled()
+    if on and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("a trained head has no gradient of each row's loss: use linear_cross_entropy_sum")
+    settings = _Settings(scale, softcap, rows, fuse, wanted=(on and hidden.requires_grad, False, False))
+    if not any(settings.wanted):
+        return _each(_losses_and_gradients(hidden, weight, bias, targets, settings)[0], hidden)
+    losses: Tensor = _LinearCrossEntropyOfEach.apply(hidden, weight, bias, targets, settings)  # type: ignore[no-untyped-call]
+    return losses
 
 
 def rows_of_a_chunk(rows: int, weight: Tensor, device_type: str) -> int:
@@ -119,6 +124,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # not in place: backward may come here again (retain_graph)
         found = [None if gradient is None else _times(gradient, factor) for gradient in ctx.saved_tensors]
         return (*found, None, None)
+
+
+class _LinearCrossEntropyOfEach(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
+    ) -> Tensor:
+        losses, [of_hidden, *_] = _losses_and_gradients(hidden, weight, bias, targets, settings)
+        ctx.save_for_backward(of_hidden)
+        return _each(losses, hidden)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
+        [gradient] = ctx.saved_tensors
+        return _times(gradient, factors[:, None]), None, None, None, None
+
+
+def _each(losses: list[Tensor], hidden: Tensor) -> Tensor:
+    """The losses of chunks, one after the other."""
+    return torch.cat(losses) if losses else hidden.new_empty(0, dtype=exact_dtype(hidden.dtype))
 
 
 def _sum(losses: list[Tensor], hidden: Tensor) -> Tensor:
@@ -189,15 +215,15 @@ def _filled_up(weight: Tensor) -> Tensor:
 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient * factor`, a scalar tensor. Lower precision would round the factor first, and with it all gradients the
-    same way: so it is multiplied in float32, a part at a time."""
+    """`gradient * factor`, a scalar tensor or one number for each row `[N, 1]`. Lower precision would round the factor
+    first, and with it all gradients the same way: so it is multiplied in float32, a part at a time."""
     if gradient.dtype not in HALF:
         return gradient * factor
     result = torch.empty_like(gradient)
     rows = max(1, _SCALED_AT_ONCE // max(1, gradient[:1].numel()))
     for begin in range(0, gradient.shape[0], rows):
         here = slice(begin, begin + rows)
-        torch.mul(gradient[here].float(), factor, out=result[here])
+        torch.mul(gradient[here].float(), factor if factor.dim() == 0 else factor[here], out=result[here])
     return result
 
 

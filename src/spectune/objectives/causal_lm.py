@@ -117,19 +117,20 @@ class CausalLM(Objective):
         return loss, targets.numel()
 
     def token_losses(
-        self, model: nn.Module, batch: Mapping[str, Any], *, device_type: str | None = None
+        self, model: nn.Module, batch: Mapping[str, Any], *, fuse: bool = False, device_type: str | None = None
     ) -> TokenLosses:
-        """The loss of each target of a batch, for validation: the same numbers that `loss_sum` sums, up to rounding,
-        without gradient; with a linear head a chunk of logits at a time, as there. Arguments and errors as there."""
+        """The loss of each target of a batch: the same numbers that `loss_sum` sums, up to rounding, with gradient
+        where gradients are wanted; with a linear head that is not trained a chunk of logits at a time, as there.
+        Arguments and errors as there."""
         inputs = inputs_of(batch)
         head = linear_head(model, inputs)
-        if head is None:
+        if head is None or (torch.is_grad_enabled() and head.weight.requires_grad):
             found = self.labelled_logits(model, batch)
             return TokenLosses(F.cross_entropy(found.logits.float(), found.targets, reduction="none"), found.rows)
         rows, targets, positions = _labelled_states(model, head, inputs, batch)
         size = rows_of_a_chunk(rows.shape[0], head.weight, device_type or rows.device.type)
         losses = linear_cross_entropy_losses(
-            rows, head.weight, targets, head.bias, scale=head.scale, softcap=head.softcap, chunk_rows=size
+            rows, head.weight, targets, head.bias, scale=head.scale, softcap=head.softcap, chunk_rows=size, fuse=fuse
         )
         return TokenLosses(losses, positions // batch["labels"].shape[1])
 

@@ -26,7 +26,7 @@ class LabelledPlaces(Objective):
         return losses.sum(), losses.numel()
 
     def token_losses(
-        self, model: nn.Module, batch: Mapping[str, Any], *, device_type: str | None = None
+        self, model: nn.Module, batch: Mapping[str, Any], *, fuse: bool = False, device_type: str | None = None
     ) -> TokenLosses:
         """One for each labelled place; with the gradient, where gradients are wanted.
 

@@ -87,9 +87,10 @@ class Objective(ABC):
 
     @abstractmethod
     def token_losses(
-        self, model: nn.Module, batch: Mapping[str, Any], *, device_type: str | None = None
+        self, model: nn.Module, batch: Mapping[str, Any], *, fuse: bool = False, device_type: str | None = None
     ) -> TokenLosses:
-        """The loss of each target of a batch, for validation: the numbers that `loss_sum` sums, without gradient."""
+        """The loss of each target of a batch: the numbers that `loss_sum` sums, with gradient where gradients are
+        wanted. Arguments as there."""
 
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -131,10 +131,11 @@ class RunResult(RunRecord):
     and `peak_allocated` and `peak_reserved` to compare with `train_allocated` and `train_reserved`;
     `memory_prediction_source` is its source, "none" where the base could not be described.
     `processes`: that shared out each step's rows; speeds are of all of them together, peaks of the largest.
-    `trained_together`: the most runs, this one among them, whose rows were in its passes. Where it is more than 1,
-    `train_seconds` are its part of the time of all of them, `train_tokens_per_second` and the load are of that, and
-    no peak of training is its own but one that was measured by itself: `own_tokens_per_second` and `own_train_seconds`
-    are what it takes alone, by `train_tokens_per_second_alone`, of a few steps that a comparison takes for it.
+    `trained_together`: the most runs, this one among them, that were trained at the same time on one base. Where it is
+    more than 1, `train_seconds` are its part of the time of all of them, `train_tokens_per_second` and the load are of
+    that, and no peak of training is its own but one that was measured by itself: `own_tokens_per_second` and
+    `own_train_seconds` are what it takes alone, by `train_tokens_per_second_alone`, of a few steps that a comparison
+    takes for it.
     `gradient_checkpointing`: what was recomputed (false, "selective", true, "offload"), whatever the setting was.
     Decoding speeds are medians over rounds, their `_spread` is half of what they range over; `inference_overhead_range`
     are the least and the most extra time of a round, as shares of the bare base's time in the same round.

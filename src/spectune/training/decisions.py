@@ -259,7 +259,7 @@ def _packing(
     Raises ConfigError where `packing` is True and the model cannot keep documents apart."""
     padded = len(set(lengths)) > 1
     if not wants_packs(family, lengths, config, device_type):
-        return Packing(mask_free=padded and _needs_no_mask(delta)), None
+        return Packing(mask_free=padded and needs_no_mask(delta)), None
     model, reason = delta.model, None
     virtual = virtual_in_sequence(delta.method, family)
     saved = share_saved(lengths, config, virtual)
@@ -274,7 +274,7 @@ def _packing(
     if config.packing is True:
         raise ConfigError(f"packing is refused: {reason}. Leave it out (packing=false), or to spectune (packing=auto).")
     notice = f"note: rows are padded, not packed, which computes {saved:.0%} more tokens than need be: {reason}"
-    return Packing(mask_free=padded and _needs_no_mask(delta)), notice
+    return Packing(mask_free=padded and needs_no_mask(delta)), notice
 
 
 def _packing_unloaded(
@@ -319,7 +319,7 @@ def wants_packs(family: Family, lengths: Sequence[int], config: TrainingConfig, 
     return device_type != "cuda" or not launch_bound(family, LoRA(), tokens=tokens, length=round(mean))
 
 
-def _needs_no_mask(delta: Delta) -> bool:
+def needs_no_mask(delta: Delta) -> bool:
     """Whether rows padded on the right need no mask. It decides about the speed alone: only the log hears of it."""
     with route(delta.model, delta.name):
         reason = why_mask_is_needed(delta.model)

@@ -57,11 +57,16 @@ def _base_loss(run: RunState) -> float:
     return loss
 
 
-def end(started: Started, *, stopped: bool) -> RunResult:
-    """What a run ends with: the delta's best weights, and its result. `stopped`: it ended early."""
+def end(started: Started, *, stopped: bool, beside: int = 1) -> RunResult:
+    """What a run ends with: the delta's best weights, and its result.
+
+    Args:
+        stopped: it ended early.
+        beside: the most runs that were trained at the same time, itself included.
+    """
     run, folder = started.run, started.folder
     run.observer.phases.call("save", _keep, started)
-    result = _result(started, stopped)
+    result = _result(started, stopped, beside)
     folder.keep_result(result)
     run.batches.world.barrier()  # all are done, or none
     return result
@@ -75,7 +80,7 @@ def _keep(started: Started) -> None:
     folder.keep_end()
 
 
-def _result(started: Started, stopped: bool) -> RunResult:
+def _result(started: Started, stopped: bool, beside: int) -> RunResult:
     run, prepared, predicted = started.run, started.prepared, started.predicted
     delta, progress, config = run.delta, run.progress, run.config
     best = config.load_best_at_end
@@ -107,6 +112,7 @@ def _result(started: Started, stopped: bool) -> RunResult:
         memory_prediction_source=predicted.source,
         gradient_checkpointing=predicted.execution.recomputation,
         stopped_early=stopped,
+        trained_together=beside,
         processes=world.size,
         folder=None if config.output_dir is None else str(config.output_dir),
     )  # fmt: skip

@@ -32,6 +32,10 @@ class AskedStep:
     max_grad_norm: float
     loss: Tensor | None = None
 
+    def take(self) -> Tensor:
+        """The step by itself. Returns the norm of the gradients before clipping."""
+        return self.optimizer.step(self.rate, self.max_grad_norm, self.loss)
+
 
 @dataclass
 class _Group:
@@ -75,7 +79,7 @@ def step_together(asked: Sequence[AskedStep]) -> list[Tensor]:
     Returns:
         the norm of each run's gradients before clipping, float32 scalars on the device of the gradients.
     """
-    alone = {n: _alone(one) for n, one in enumerate(asked) if not _shares(one.optimizer)}
+    alone = {n: one.take() for n, one in enumerate(asked) if not _shares(one.optimizer)}
     parts = {n: _Part(one, one.optimizer.take_gradients()) for n, one in enumerate(asked) if n not in alone}
     together = [part for part in parts.values() if part.stepped]
     if together:
@@ -115,10 +119,6 @@ def _shares(optimizer: MasterAdamW) -> bool:
     if type(optimizer) is not MasterAdamW or len({p.device for p in optimizer.parameters}) > 1:
         return False
     return all(m is p for m, p in zip(optimizer.masters, optimizer.parameters, strict=True))
-
-
-def _alone(one: AskedStep) -> Tensor:
-    return one.optimizer.step(one.rate, one.max_grad_norm, one.loss)
 
 
 def _norms(parts: Sequence[_Part]) -> None:

@@ -1,10 +1,10 @@
-"""A run among others that are trained beside it: its own random numbers, its own end."""
+"""A run among others that are trained beside it: its own random numbers, its own time, its own end."""
 
 import contextlib
 from collections.abc import Iterator
 
 from spectune.deltas import route
-from spectune.errors import InterruptedRun, SpectuneError
+from spectune.errors import SpectuneError
 from spectune.results.run_result import RunResult
 from spectune.training.display import Shows
 from spectune.training.ending import end, until_its_end
@@ -14,76 +14,88 @@ from spectune.training.starting import Started
 
 
 class Lane:
-    """One of several runs, from its first step to its last.
+    """One of several runs, from its first step to its last. Where it fails it ends, alone.
 
     Args:
-        started: the run; torch's random state is its own when this is made.
-        loop: its steps.
-        display: what it tells.
+        stream: the run's random numbers, since it was started.
+        shares: its rows may be in a pass with others.
 
     Attributes:
+        beside: the most runs that took a step in turn or together with it, itself included.
         result: of a run that has ended.
         error: of one that has failed, or was interrupted.
     """
 
-    def __init__(self, started: Started, loop: Loop, display: Shows) -> None:
-        self.started, self.loop, self.display = started, loop, display
+    def __init__(self, started: Started, stream: RandomStream, loop: Loop, display: Shows, *, shares: bool) -> None:
+        self.started, self.loop, self.display, self.shares = started, loop, display, shares
+        self.beside = 1
         self.result: RunResult | None = None
         self.error: SpectuneError | None = None
-        self._stream = RandomStream(loop.model.device)
-        self._course = loop.course(display)
+        self._stream, self._course = stream, loop.course(display)
         self._open = contextlib.ExitStack()
 
     @property
     def name(self) -> str:
+        """Its delta's."""
         return self.started.run.delta.name
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it has neither ended nor failed."""
+        return self.result is None and self.error is None
 
     def begin(self) -> bool:
         """What comes before the first step. Returns whether the run goes on."""
-        with self._failing():
+        with self._own_part():
             self._open.enter_context(until_its_end(self.started))
-        return self.error is None
+        return self.goes_on
 
     def next_window(self) -> list[list[int]] | None:
         """Do what is due after the last step. Returns the batches of the next one; None where the run has ended, well
         or badly."""
-        with self._failing():
+        with self._own_part():
             window = next(self._course, None)
             if window is not None:
                 return window
             self.close()
-            self.result = end(self.started, stopped=self.loop.stopped)
+            self.result = end(self.started, stopped=self.loop.stopped, beside=self.beside)
         return None
 
-    def step(self, window: list[list[int]]) -> bool:
-        """Launch a step by itself, as a run alone does. Returns whether the run goes on."""
-        with self._failing():
+    def step(self, window: list[list[int]]) -> None:
+        """A step by itself, as a run alone takes it."""
+        with self._own_part(), self.loop.batches.listening(self.loop.model):
             self.loop.begin(window)
-        return self.error is None
+            self.loop.settle(self.loop.max_in_flight, self.display)
+
+    def settle(self, seconds: float) -> None:
+        """A step was launched together with others. `seconds`: the run's part of the time that it took."""
+        with self._own_part(seconds):
+            self.loop.settle(self.loop.max_in_flight, self.display)
 
     def interrupt(self) -> None:
         """A signal came: write a checkpoint."""
-        with self._failing():
+        with self._own_part():
             raise self.loop.interrupted(self.display)
 
     def close(self) -> None:
-        """Let go of what the run holds open. What else is in flight is left."""
+        """Let go of what the run holds open."""
         self._open.close()
 
     @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        """Inside, what is done is the run's own: its delta, its random numbers. Where it fails it ends, alone."""
+    def _own_part(self, worked: float = 0.0) -> Iterator[None]:
+        """Inside, what is done is the run's own: its delta is on, its random numbers are drawn, its time passes, with
+        so many seconds of what others did meanwhile."""
+        phases = self.started.asked.observer.phases
+        phases.go_on(worked)
         try:
-            with self._stream.entered(), route(self.loop.model, self.loop.run.delta.name):
+            with self._stream.entered(), route(self.loop.model, self.name):
                 try:
                     yield
                 except BaseException as error:
-                    # what the run keeps of itself is written, or taken back, as the error says
+                    # what the run keeps is written, or taken back, as the error says
                     self._open.__exit__(type(error), error, error.__traceback__)
                     raise
         except SpectuneError as error:
             self.error = error
-
-    @property
-    def was_interrupted(self) -> bool:
-        return isinstance(self.error, InterruptedRun)
+        finally:
+            phases.pause()

@@ -24,7 +24,7 @@ from spectune.objectives import objective_of
 from spectune.training.async_scalars import AsyncScalars
 from spectune.training.display import Shows
 from spectune.training.interrupt import Interrupts
-from spectune.training.joint_step import AskedStep, step_together
+from spectune.training.joint_step import AskedStep
 from spectune.training.machine import Gauges
 from spectune.training.peaks import MEMORY_STEPS, Peaks
 from spectune.training.run_state import RunState
@@ -38,7 +38,8 @@ class ReadyStep:
 
     Attributes:
         number: of the step, from 0.
-        batches: on the host; None where a batch has nothing for this process.
+        batches: on the host; None where a batch has nothing for this process. None at all where whoever takes the step
+            makes them.
         targets, tokens: of all its rows, on all processes.
     """
 
@@ -129,7 +130,7 @@ class Loop:
                 validates = _due(run.config.eval_steps, step, epoch_ends, last)
                 saves = _due(run.config.save_steps, step, epoch_ends, last)
                 waits = validates or saves or epoch_ends or last or self.interrupts.decided is not None
-                self._settle(0 if waits else self.max_in_flight, display)
+                self.settle(0 if waits else self.max_in_flight, display)
                 self.stopped = self.validate(display) if validates else False
                 if epoch_ends or last or self.stopped:
                     run.end_epoch(whole=epoch_ends)
@@ -144,7 +145,7 @@ class Loop:
 
     def interrupted(self, display: Shows) -> InterruptedRun:
         """Finish what is in flight and write a checkpoint. Returns what there is to raise."""
-        self._settle(0, display)
+        self.settle(0, display)
         self.run.keeper.checkpoint()
         where = f"{self.interrupts.decided} after step {self.run.progress.step} of {self.run.total_steps}"
         return InterruptedRun(f"{where}. {self.run.keeper.resume_hint}")
@@ -176,17 +177,18 @@ class Loop:
                 # they are spread over batches and processes
                 loss_sum += self.backward(batch, made.targets)
             step = self.gathered(made, loss_sum)
-            [norm] = step_together([step.optimizer])
+            norm = step.optimizer.take()
             self.launched(step, norm, span, memory)
 
-    def make_ready(self, window: list[list[int]]) -> ReadyStep:
-        """The next step over some batches, on the host."""
+    def make_ready(self, window: list[list[int]], *, collate: bool = True) -> ReadyStep:
+        """The next step over some batches, on the host. `collate`: make tensors of them."""
         number = self.run.progress.step + len(self._in_flight)
         members = [self.batches.examples[i] for batch in window for i in batch]
         targets = sum(example.target_tokens for example in members)
         tokens = sum(example.length for example in members)
         # data are made ready before the clock starts: speed is that of computing
-        collated = [self.batches.collate(packs) if packs else None for packs in self.batches.of_step(window)]
+        packs_of = self.batches.of_step(window) if collate else []
+        collated = [self.batches.collate(packs) if packs else None for packs in packs_of]
         for made in filter(None, collated):
             # on the host, where asking costs nothing: on the device it would wait for what runs there
             objective_of(self.model).precompute(made)
@@ -272,8 +274,8 @@ class Loop:
                 run.observer.losses = losses
             return run.has_stopped_improving
 
-    def _settle(self, left: int, display: Shows) -> None:
-        """Finish steps until so many are left in flight."""
+    def settle(self, left: int, display: Shows) -> None:
+        """Finish steps until so many are left in flight. Raises as `finish`."""
         now = self.run.progress
         while len(self._in_flight) > left:
             loss = self.finish()

@@ -29,6 +29,10 @@ class RandomStream:
             self._state = self._now()
             self._set(before)
 
+    def restore(self) -> None:
+        """Draw on from here, outside."""
+        self._set(self._state)
+
     def _now(self) -> tuple[Tensor, Tensor | None]:
         own = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return torch.get_rng_state(), own

@@ -13,10 +13,12 @@ class Span:
     Attributes:
         began: when the host was done with the data.
         ended: None while it runs.
+        runs: that take it together: each has its part of the time.
     """
 
     began: tuple[float, float]
     ended: tuple[float, float] | None = None
+    runs: int = 1
 
 
 class StepClock:
@@ -35,7 +37,7 @@ class StepClock:
         span.ended = span.ended or self._now()
         seconds, cpu = (end - max(begun) for end, *begun in zip(span.ended, span.began, self._last_end, strict=True))
         self._last_end = span.ended
-        return seconds, cpu
+        return seconds / span.runs, cpu / span.runs
 
     def _now(self) -> tuple[float, float]:
         return self._gauges.wall(), self._gauges.cpu()

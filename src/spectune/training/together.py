@@ -13,16 +13,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spectune.compute.memory import leaving_nothing
 from spectune.deltas import Delta, Method, attached, detach
 from spectune.errors import ConfigError, InterruptedRun, RunsFailedError, SpectuneError
-from spectune.files.plain_console import PlainConsole
+from spectune.files.plain_console import PlainConsole, print_line
 from spectune.results.run_result import RunResult
 from spectune.training.claim import claimed
 from spectune.training.config import TrainingConfig
+from spectune.training.decisions import needs_no_mask
 from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.interrupt import Interrupts
 from spectune.training.joint_display import JointDisplay
+from spectune.training.joint_execution import joint_execution
 from spectune.training.lanes import Lane
 from spectune.training.loop import Loop
+from spectune.training.peaks import Peaks, largest
+from spectune.training.random_stream import RandomStream
+from spectune.training.rounds import Rounds
+from spectune.training.run_state import RunState
+from spectune.training.sharing import why_not_shared
 from spectune.training.starting import Asked, Started, start
 
 
@@ -86,8 +93,8 @@ def train_together(
             if (folder := each.config.output_dir) is not None:
                 held.enter_context(claimed(folder, "spectune train", resume=each.config.resume))
         begun = _start(model, tokenizer, wanted, out)
-        found = _driven(model, [made for made in begun if isinstance(made, Started)], out, display)
-        results = [made if isinstance(made, RunResult) else found[made.asked.name] for made in begun]
+        found = _driven(model, [made for made in begun if not isinstance(made, RunResult)], out, display)
+        results = [made if isinstance(made, RunResult) else found[made[0].asked.name] for made in begun]
     return _checked(results, [each.name for _, each in wanted])
 
 
@@ -105,6 +112,7 @@ def _wanted(runs: Sequence[Run], folder: Path | None, asked: Sequence[Asked]) ->
             raise ConfigError(
                 f"{made.name}: {_method_of(run).label} trains the base itself, which all runs share: train it alone"
             )
+        made.observer.phases.pause()
         found.append(made)
     _check_unlike("named", [each.name for each in found])
     _check_unlike("written to", [str(each.config.output_dir.resolve()) for each in found if each.config.output_dir])
@@ -138,39 +146,52 @@ def _check_unlike(what: str, given: Sequence[str]) -> None:
 
 def _start(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[tuple[Run, Asked]], out: Console
-) -> list[Started | RunResult]:
+) -> list[RunResult | tuple[Started, RandomStream]]:
     """Begin all runs, or none."""
-    before, begun = set(attached(model)), list[Started | RunResult]()
+    before, begun = set(attached(model)), list[RunResult | tuple[Started, RandomStream]]()
+    outside = RandomStream(model.device)
     try:
         for run, asked in wanted:
-            begun.append(start(model, tokenizer, run.method, (run.train_rows, run.valid_rows), asked, World(), out))
+            asked.observer.phases.go_on()
+            made = start(model, tokenizer, run.method, (run.train_rows, run.valid_rows), asked, World(), out)
+            asked.observer.phases.pause()
+            begun.append((made, RandomStream(model.device)) if isinstance(made, Started) else made)
     except BaseException:
-        for made in begun:
-            if isinstance(made, Started):
-                made.run.optimizer.close()
-                made.folder.close()
+        for started, _ in [made for made in begun if not isinstance(made, RunResult)]:
+            started.run.optimizer.close()
+            started.folder.close()
         for name in [name for name in attached(model) if name not in before]:
             detach(model, name)
         raise
+    finally:
+        outside.restore()
     return begun
 
 
 def _driven(
-    model: PreTrainedModel, begun: Sequence[Started], out: Console, shown: Display | None
+    model: PreTrainedModel, begun: Sequence[tuple[Started, RandomStream]], out: Console, shown: Display | None
 ) -> dict[str, RunResult | SpectuneError]:
     """Train all to their ends. Returns the result of each, or why it failed, by name."""
-    interrupts = Interrupts()
-    progress = [(made.asked.name, made.run.total_steps, made.run.progress.step) for made in begun]
+    if not begun:
+        return {}
+    interrupts, deltas = Interrupts(), [made.run.delta for made, _ in begun]
+    sharing = _sharing(deltas, out)
+    execution = joint_execution([made.predicted.execution for made, _ in begun])
+    peaks = _joint_peaks([made.run for made, _ in begun])
+    progress = [(made.asked.name, made.run.total_steps, made.run.progress.step) for made, _ in begun]
     display = JointDisplay(out, progress, shown)
     lanes = [
-        Lane(made, Loop(made.run, made.predicted.execution, interrupts), display.of(made.asked.name)) for made in begun
-    ]
+        Lane(made, stream, Loop(made.run, execution, interrupts, peaks), display.of(made.asked.name),
+             shares=made.run.delta in sharing)
+        for made, stream in begun
+    ]  # fmt: skip
+    mask_free = bool(sharing) and all(needs_no_mask(delta) for delta in sharing)
+    applied = execution.applied(*deltas, around_capture=peaks.set_aside)
     try:
-        with interrupts, display:
+        with interrupts, display, applied:
             model.train()
-            living = [lane for lane in lanes if lane.begin()]
-            while living:
-                living = _round(living, interrupts)
+            peaks.resume()
+            Rounds(model, interrupts, execution, mask_free=mask_free).drive(lanes)
     finally:
         for lane in lanes:
             lane.close()
@@ -178,14 +199,28 @@ def _driven(
     return {lane.name: lane.result or lane.error for lane in lanes}  # type: ignore[misc]
 
 
-def _round(living: Sequence[Lane], interrupts: Interrupts) -> list[Lane]:
-    """One step of each run. Returns those that go on."""
-    windows = [(lane, window) for lane in living if (window := lane.next_window()) is not None]
-    if interrupts.decided:
-        for lane, _ in windows:
-            lane.interrupt()
+def _sharing(deltas: Sequence[Delta], out: Console) -> list[Delta]:
+    """Those whose rows may be in one pass; why others are not is said."""
+    if len(deltas) < 2:
         return []
-    return [lane for lane, window in windows if lane.step(window)]
+    found = list[Delta]()
+    for delta in deltas:
+        if (reason := why_not_shared(delta)) is None:
+            found.append(delta)
+        else:
+            print_line(out, f"{delta.name} takes its steps by itself: {reason}")
+    return found
+
+
+def _joint_peaks(runs: Sequence[RunState]) -> Peaks:
+    """What measures the memory of all: one record, which each has."""
+    found = largest([run.progress.peak_memory_bytes for run in runs])
+    for run in runs:
+        run.progress.peak_memory_bytes = found
+    model, optimizers = runs[0].delta.model, [run.optimizer for run in runs]
+    return Peaks(
+        model.device, lambda: [*model.parameters(), *(t for each in optimizers for t in each.tensors())], found
+    )
 
 
 def _checked(found: Sequence[RunResult | SpectuneError], names: Sequence[str]) -> list[RunResult]:
