@@ -38,7 +38,9 @@ class Phases:
         self._clock = clock
         self._seconds = defaultdict[str, float](float)
         self._inside = [OTHER]
-        self._since = self._recorded = clock()
+        self._since = clock()
+        #: seconds that were counted here, and of these what was recorded
+        self._counted = self._recorded = 0.0
 
     @contextlib.contextmanager
     def of(self, phase: str) -> Iterator[None]:
@@ -58,17 +60,15 @@ class Phases:
             return function(*arguments, **named)
 
     @contextlib.contextmanager
-    def apart(self, among: int = 1) -> Iterator["Phases"]:
+    def apart(self) -> Iterator["Phases"]:
         """A stopwatch for a part that is recorded by itself. What it has recorded by the end is left out here; the rest
-        (all of it, where the part fails before) is counted here. `among`: parts that go on side by side, each of which
-        has so much less of the time."""
+        (all of it, where the part fails before) is counted here."""
         self._charge()
-        part = Phases(self._clock if among == 1 else lambda: self._clock() / among)
-        begun = part._recorded
+        part = Phases(self._clock)
         try:
             yield part
         finally:
-            self._since += part._recorded - begun
+            self._since += part._recorded
 
     def pause(self) -> None:
         """What passes from here to `go_on` is somebody else's."""
@@ -93,10 +93,11 @@ class Phases:
     def record(self) -> dict[str, float]:
         """Seconds of each phase that took any, up to now."""
         self._charge()
-        self._recorded = self._since
+        self._recorded = self._counted
         return {phase: self._seconds[phase] for phase in PHASES if self._seconds[phase] > 0}
 
     def _charge(self) -> None:
         now = self._clock()
         self._seconds[self._inside[-1]] += now - self._since
+        self._counted += now - self._since
         self._since = now

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,17 @@ from spectune.errors import (
     first_line,
 )
 from spectune.files.plain_console import PlainConsole
+from spectune.phases import Phases
 from spectune.planning.device_memory import free_memory
 from spectune.planning.shared_pass import largest_part
 from spectune.results import RunResult
 from spectune.results.comparison_file import Trial
 from spectune.training import Run, TrainingConfig, train_together
-from spectune.training.company import MOST, why_alone, worth_sharing
+from spectune.training.company import MOST, worth_sharing
 from spectune.training.display import Display
 from spectune.training.finished import RESULT_FILE
 from spectune.training.observer import Observer
+from spectune.training.sharing import why_not_shared
 from spectune.training.starting import Asked
 
 log = logging.getLogger("spectune")
@@ -160,7 +162,7 @@ class Ahead:
         name, job = one.arm.name, self.job
         if name not in self._alone:
             with job.attached(one.arm, one.config.seed, job.phases) as delta:
-                self._alone[name] = why_alone(delta)
+                self._alone[name] = why_not_shared(delta)
                 rows = one.config.per_device_train_batch_size * one.config.gradient_accumulation_steps
                 length = max(1, round(sum(e.length for e in one.rows.examples) / len(one.rows.examples)))
                 how = {"tokens": rows * length, "length": length, "device_type": job.model.device.type}
@@ -174,9 +176,11 @@ class Ahead:
         fewer are to share one from now on."""
         job, begin = self.job, time.perf_counter()
         with contextlib.ExitStack() as stack:
-            phases = [stack.enter_context(job.phases.apart(len(group))) for _ in group]
+            phases = [stack.enter_context(_paused(job.phases)) for _ in group]
             stack.enter_context(job.bare_after())
-            deltas = [job.attach(one.arm, one.config.seed, phases[n], f".{n}") for n, one in enumerate(group)]
+            deltas = [
+                _attached(job, one, own, number) for number, (one, own) in enumerate(zip(group, phases, strict=True))
+            ]
             observers = [Observer(own, memory=False) for own in phases]
             try:
                 found = self._found(group, deltas, observers)
@@ -191,6 +195,7 @@ class Ahead:
                 return True
             for one, ended, observer in zip(group, found, observers, strict=True):
                 if isinstance(ended, RunResult | DivergedError):
+                    observer.phases.go_on()
                     one.keep(ended, observer)
         taken, seconds = sum(one.config.max_steps for one in group), time.perf_counter() - begin
         for one, ended in zip(group, found, strict=True):
@@ -230,6 +235,23 @@ class Ahead:
             self.job.console or PlainConsole(), f"{len(group)} {what} together ({', '.join(arms)})",
             sum(one.config.max_steps for one in group), 0, heartbeat=self.job.heartbeat, says=not group[0].short,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _paused(whole: Phases) -> Iterator[Phases]:
+    """A stopwatch of one of several runs, which take turns: each is counted what passes while it is on."""
+    with whole.apart() as part:
+        part.pause()
+        yield part
+        part.go_on()
+
+
+def _attached(job: Job, one: _Wanted, phases: Phases, number: int) -> Delta:
+    """The delta of one of a group, beside the others."""
+    phases.go_on()
+    delta = job.attach(one.arm, one.config.seed, phases, f".{number}")
+    phases.pause()
+    return delta
 
 
 def _all_there(trials: Sequence[Trial | None]) -> list[Trial] | None:

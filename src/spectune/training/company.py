@@ -1,6 +1,6 @@
-"""Which runs may share a pass, and how many of them are worth it."""
+"""How many runs are worth a pass of their rows together."""
 
-from spectune.deltas import Delta, ParameterModule
+from spectune.deltas import Delta
 from spectune.families import Family
 from spectune.planning.flops import flops_per_token
 from spectune.training.decisions import LAUNCH_SECONDS_PER_LAYER, OPERATIONS_PER_SECOND
@@ -9,14 +9,6 @@ from spectune.training.decisions import LAUNCH_SECONDS_PER_LAYER, OPERATIONS_PER
 MOST = 16
 #: kind of device -> the seconds that a layer takes in a step however few rows there are, operations in a second
 _PACE = {"cuda": (LAUNCH_SECONDS_PER_LAYER, OPERATIONS_PER_SECOND), "cpu": (1e-3, 5e10)}
-
-
-def why_alone(delta: Delta) -> str | None:
-    """Why a delta's rows cannot be in one batch with those of others; None where they can."""
-    if delta.method.trains_base:
-        return f"{delta.method.label} trains the base itself"
-    inside = [site for site, module in delta.sites if isinstance(module, ParameterModule)]
-    return f"{delta.method.label} changes weights of the base, which all rows of a batch share" if inside else None
 
 
 def worth_sharing(family: Family, delta: Delta, *, tokens: int, length: int, device_type: str) -> int:
