@@ -32,12 +32,11 @@ from spectune.errors import (
 )
 from spectune.files.plain_console import PlainConsole
 from spectune.phases import Phases
-from spectune.planning.device_memory import free_memory
 from spectune.planning.shared_pass import largest_part
 from spectune.results import RunResult
 from spectune.results.comparison_file import Trial
 from spectune.training import Run, TrainingConfig, train_together
-from spectune.training.company import MOST, worth_sharing
+from spectune.training.company import MOST, room_of, worth_sharing
 from spectune.training.display import Display
 from spectune.training.finished import RESULT_FILE
 from spectune.training.observer import Observer
@@ -153,9 +152,7 @@ class Ahead:
         known = [estimate for estimate in estimates if estimate is not None]
         if len(known) < len(estimates):  # where nothing is predicted: the user does not wish it, or nobody can
             return most
-        free = free_memory(self.job.model.device)
-        room = None if free is None else free + sum(p.numel() * p.element_size() for p in self.job.model.parameters())
-        return largest_part(known, room, most)
+        return largest_part(known, room_of(self.job.model), most)
 
     def _why_alone(self, one: _Wanted) -> str | None:
         """Why an arm's runs are trained by themselves; found out once, and said."""

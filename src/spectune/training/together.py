@@ -16,6 +16,7 @@ from spectune.errors import ConfigError, InterruptedRun, RunsFailedError, Spectu
 from spectune.files.plain_console import PlainConsole, print_line
 from spectune.results.run_result import RunResult
 from spectune.training.claim import claimed
+from spectune.training.company import check_together
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import needs_no_mask
 from spectune.training.display import Display
@@ -156,6 +157,7 @@ def _start(
             made = start(model, tokenizer, run.method, (run.train_rows, run.valid_rows), asked, World(), out)
             asked.observer.phases.pause()
             begun.append((made, RandomStream(model.device)) if isinstance(made, Started) else made)
+        check_together(model, [made[0] for made in begun if not isinstance(made, RunResult)])
     except BaseException:
         for started, _ in [made for made in begun if not isinstance(made, RunResult)]:
             started.run.optimizer.close()
