@@ -38,7 +38,9 @@ class Phases:
         self._clock = clock
         self._seconds = defaultdict[str, float](float)
         self._inside = [OTHER]
-        self._since = self._recorded = clock()
+        self._since = clock()
+        #: seconds that were counted here, and of these what was recorded
+        self._counted = self._recorded = 0.0
 
     @contextlib.contextmanager
     def of(self, phase: str) -> Iterator[None]:
@@ -63,11 +65,10 @@ class Phases:
         (all of it, where the part fails before) is counted here."""
         self._charge()
         part = Phases(self._clock)
-        begun = part._recorded
         try:
             yield part
         finally:
-            self._since += part._recorded - begun
+            self._since += part._recorded
 
     def pause(self) -> None:
         """What passes from here to `go_on` is somebody else's."""
@@ -92,10 +93,11 @@ class Phases:
     def record(self) -> dict[str, float]:
         """Seconds of each phase that took any, up to now."""
         self._charge()
-        self._recorded = self._since
+        self._recorded = self._counted
         return {phase: self._seconds[phase] for phase in PHASES if self._seconds[phase] > 0}
 
     def _charge(self) -> None:
         now = self._clock()
         self._seconds[self._inside[-1]] += now - self._since
+        self._counted += now - self._since
         self._since = now

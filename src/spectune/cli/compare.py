@@ -96,6 +96,7 @@ def compare(
     train_on: options.TrainOn = None,
     seed: options.Seed = None,
     resume: options.Resume = False,
+    together: options.Together = None,
     dry: options.DryRun = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -119,6 +120,7 @@ def compare(
       spectune compare --data train.jsonl --fractions 100,300,1 --max-memory 24GiB
       spectune compare --config run.yaml --set lora.r=8 --output-dir runs/ranks
       spectune compare --data train.jsonl --methods lora,lora:task_type=SEQ_CLS
+      spectune compare --quick --together
     """
     if quick and thorough:
         raise ConfigError("--quick and --thorough: expected one of them, or neither")

@@ -98,7 +98,7 @@ def asked(settings: Settings) -> dict[str, Any]:
         "preset": settings.text("preset") or "default", "seeds": settings.whole("seeds"),
         "fractions": settings.numbers("fractions"), "metric": settings.text("metric") or "auto",
         "generate_rows": GENERATE_ROWS if rows is None else rows,
-        "choice_normalization": settings.text("choice_normalization") or "sum",
+        "choice_normalization": settings.text("choice_normalization") or "sum", "together": settings.together(),
     }  # fmt: skip
 
 

@@ -113,6 +113,14 @@ ChoiceNormalization = Annotated[
         show_default="sum",
     ),
 ]
+Together = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[auto|N]",
+        help="Train runs in shared passes over the base: up to N of them, or as many as gain from it and have room.",
+        show_default="each by itself",
+    ),
+]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip bad rows and count them in the report.")]
 ComparedOn = Annotated[
     str | None,

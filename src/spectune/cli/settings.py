@@ -27,7 +27,7 @@ RUN_KEYS = frozenset(
     # which rows of the data were held out, where that is not by the run's own seed
     | {"split_seed"}
     # a comparison's
-    | {"arms", "preset", "seeds", "fractions", "metric", "generate_rows", "choice_normalization"}
+    | {"arms", "preset", "seeds", "fractions", "metric", "generate_rows", "choice_normalization", "together"}
     # what a run's config.yaml says of its rows, for the commands that write with it; training works it out anew
     | {"row_shape", "prompt_ends_with", "row_system", "row_tools", "row_template_kwargs", "row_answers", "row_labels"}
 )
@@ -129,6 +129,18 @@ class Settings:
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
         raise self._unexpected(key, "a whole number")
+
+    def together(self) -> int | str | None:
+        """How many runs share a pass, at most: "auto", a number, or None where each is trained by itself. Raises
+        ConfigError: it is something else."""
+        value = self.get("together")
+        if value is None or value is False:
+            return None
+        if value is True or value == "auto":
+            return "auto"
+        if str(value).isdecimal() and int(value) > 0:
+            return int(value)
+        raise self._unexpected("together", "auto, or how many runs share a pass: 4, say")
 
     def numbers(self, key: str) -> list[float]:
         """A key of the command itself that has to be numbers: a list, or text with commas. Raises ConfigError: it is

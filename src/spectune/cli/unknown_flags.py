@@ -17,12 +17,21 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = list(args)
+        if any("--together" in param.opts for param in ctx.command.params):
+            args = _with_auto(args)
         try:
             return super().parse_args(ctx, args)
         except Exception as error:  # the parser's own, whose module differs between versions of typer
             if not hasattr(error, "possibilities"):
                 raise
             raise ConfigError(_instead(ctx, str(getattr(error, "option_name", "")), given)) from error
+
+
+def _with_auto(args: list[str]) -> list[str]:
+    """`--together` without a value is `--together auto`."""
+    values = [*args[1:], "--"]
+    lone = [word == "--together" and value.startswith("-") for word, value in zip(args, values, strict=True)]
+    return [f"{word}=auto" if alone else word for word, alone in zip(args, lone, strict=True)]
 
 
 def _instead(ctx: Any, flag: str, given: list[str]) -> str:

@@ -137,3 +137,19 @@ def tracks_of(arms: Sequence[Arm]) -> list[list[Arm]]:
     """The arms that are of one kind of model, language models first."""
     kinds = sorted(dict.fromkeys(arm.task_type for arm in arms), key=TASK_TYPES.index)
     return [[arm for arm in arms if arm.task_type == kind] for kind in kinds]
+
+
+def recorded_arms(given: Sequence[Arm]) -> dict[str, Any]:
+    """Arms for a config.yaml: methods with a block of settings each; `arms` where some are named, or come twice."""
+    if all(arm == Arm(arm.method.name, arm.method) for arm in given):
+        blocks = {arm.method.name: arm.method.model_dump(mode="json", exclude={"name"}) for arm in given}
+        return {"methods": [arm.method.name for arm in given], **blocks}
+    return {
+        "arms": [
+            {
+                **({"name": arm.called} if arm.called else {}), "method": arm.method.name,
+                "task_type": arm.task_type, **arm.method.model_dump(mode="json", exclude={"name"}),
+            }
+            for arm in given
+        ]
+    }  # fmt: skip

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spectune.comparing import conditions
-from spectune.comparing.arms import Arm, tracks_of, with_labels
+from spectune.comparing.arms import Arm, recorded_arms, tracks_of, with_labels
 from spectune.comparing.conditions import RecordedConditions
 from spectune.comparing.inputs import Inputs, Rows
 from spectune.comparing.intact import check_intact
@@ -125,7 +125,7 @@ class Beginning:
         schedule = Schedule.of(PRESETS[preset], settings, *inputs.train_size, **more)
         job = Job(
             self.folder, "", arms[0].labels, model, tokenizer, arms, own, inputs, text, schedule,
-            self._origin(arms[0].labels), self.console, phases, loaded=self.where,
+            self._origin(arms[0].labels), self.console, phases, loaded=self.where, together=self.own["together"],
         )  # fmt: skip
         learned = [found for found, _ in all_inputs]
         if self.before is not None and inputs.task.custom:
@@ -147,6 +147,7 @@ class Beginning:
         return Job(
             self.folder, arms[0].task_type, arms[0].labels, model, tokenizer, arms, own, inputs.with_code(), [],
             schedule, self._origin(arms[0].labels), self.console, self.phases, conditions, loaded=self.where,
+            together=self.own["together"],
         )  # fmt: skip
 
     def _load(self, labels: Labels | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -273,7 +274,7 @@ class Beginning:
         recorded = {
             "model": name,
             **(self.origin or {}),
-            **_recorded_arms(self.given),
+            **recorded_arms(self.given),
             **{key: value for key, value in self.own.items() if value not in (None, [])},
             **self.settings.model_dump(mode="json", exclude={"output_dir", "resume"}),
         }
@@ -307,19 +308,3 @@ def _max_length(
     if before is None or settings.max_length is not None:
         return length
     return min(length, int(before.identity["max_length"]))
-
-
-def _recorded_arms(given: Sequence[Arm]) -> dict[str, Any]:
-    """As methods with a block of settings each; as `arms` where some are named, or come twice."""
-    if all(arm == Arm(arm.method.name, arm.method) for arm in given):
-        blocks = {arm.method.name: arm.method.model_dump(mode="json", exclude={"name"}) for arm in given}
-        return {"methods": [arm.method.name for arm in given], **blocks}
-    return {
-        "arms": [
-            {
-                **({"name": arm.called} if arm.called else {}), "method": arm.method.name,
-                "task_type": arm.task_type, **arm.method.model_dump(mode="json", exclude={"name"}),
-            }
-            for arm in given
-        ]
-    }  # fmt: skip

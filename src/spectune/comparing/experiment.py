@@ -49,7 +49,7 @@ def compare(
     limits: Limits | None = None, seed: int | None = None, device: str = "auto", dtype: str = "auto",
     base_precision: str | None = None, retain: str | Path | None = None, resume: bool = False,
     choice_normalization: str = "sum", origin: Mapping[str, Any] | None = None, console: Console | None = None,
-    trust_remote_code: bool = False, allow_missing_weights: bool = False,
+    trust_remote_code: bool = False, allow_missing_weights: bool = False, together: int | str | None = None,
 ) -> Comparison:  # fmt: skip
     """Search each method's learning rate, train it with several seeds, measure all alike, and say what differs.
 
@@ -73,6 +73,8 @@ def compare(
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
         choice_normalization: "sum", "token" or "byte", see `spectune.evaluation.Task`.
         origin: entries for config.yaml, the comparison's and each run's, see `train`.
+        together: runs that share passes over the base, at most; "auto": as many as gain from it and have room, by the
+            plan. What they come to is what they come to by themselves, but for rounding.
         base_precision, trust_remote_code, allow_missing_weights: how the base is loaded, see `spectune.load`.
 
     Raises:
@@ -86,7 +88,7 @@ def compare(
     """
     phases = Phases()
     own: dict[str, Any] = {"preset": preset, "seeds": seeds, "fractions": list(fractions), "metric": metric}
-    own |= {"generate_rows": generate_rows, "choice_normalization": choice_normalization}
+    own |= {"generate_rows": generate_rows, "choice_normalization": choice_normalization, "together": together}
     check_settings(**own)
     with _folder(config, output_dir, resume) as folder:
         settings, before = _begin(folder, config, seed)
@@ -146,7 +148,7 @@ def _carry_out(job: Job) -> None:
 
 def check_settings(
     *, preset: str, seeds: int | None, fractions: Sequence[float], metric: str, generate_rows: int,
-    choice_normalization: str = "sum",
+    choice_normalization: str = "sum", together: int | str | None = None,
 ) -> None:  # fmt: skip
     """Check a comparison's own settings, before anything is read. Raises ConfigError."""
     if preset not in PRESETS:
@@ -155,6 +157,8 @@ def check_settings(
         raise ConfigError(f"seeds = {seeds}; expected at least 1 final run of each method")
     if generate_rows < 0:
         raise ConfigError(f"generate_rows = {generate_rows}; expected 0 (write nothing) or more")
+    if together not in (None, "auto") and not (isinstance(together, int) and together >= 1):
+        raise ConfigError(f"together = {together!r}; expected auto, or how many runs share a pass: 2, say")
     if choice_normalization not in CHOICE_NORMALIZATIONS:
         expected = f"expected one of {', '.join(CHOICE_NORMALIZATIONS)}"
         raise ConfigError(f"choice_normalization {choice_normalization!r}; {expected}")

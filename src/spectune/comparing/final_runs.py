@@ -15,9 +15,10 @@ from spectune.comparing.intact import PASSAGES_FILE, base_folder, rows_as_writte
 from spectune.comparing.isolated import memory_job, train_memory_in_own_process
 from spectune.comparing.job import FAILED, Job
 from spectune.comparing.measure import forgetting, measure, measure_loading
+from spectune.comparing.short_runs import by_itself
 from spectune.data import pad_token_id
 from spectune.deltas import Delta
-from spectune.errors import DataError
+from spectune.errors import DataError, SpectuneError
 from spectune.evaluation import corpus_metrics, judge, judged_loss, loss_by_source, read_rows, row_losses, write_rows
 from spectune.families import base_precision, vocabulary_rows
 from spectune.files.atomic import atomic_write_text
@@ -38,29 +39,53 @@ def final_folder(job: Job, arm: Arm, rate: float, seed: int) -> Path:
     return job.folder / final_place(arm.name, seed, job.key(arm, rate, job.schedule.final_steps, seed))
 
 
+def final_config(job: Job, arm: Arm, rate: float, seed: int) -> TrainingConfig:
+    """Its settings."""
+    folder = final_folder(job, arm, rate, seed)
+    return job.config_of(rate, job.schedule.final_steps, seed, output_dir=folder, resume=True)
+
+
 def final_run(job: Job, arm: Arm, rate: float, seed: int, *, timed: bool) -> tuple[RunResult, float | None]:
     """Train, or take what a finished run left, and measure what has not been measured; with `timed` decoding
     speeds as well, which do not depend on the seed. And the seconds it took; None where nothing was left to do."""
     folder = final_folder(job, arm, rate, seed)
     if (done := _with_rows(folder)) is not None:
         return done, None
-    begin = time.perf_counter()
-    config = job.config_of(rate, job.schedule.final_steps, seed, output_dir=folder, resume=True)
+    if isinstance(failed := job.ahead.get(folder), SpectuneError):
+        raise failed
+    begin, config = time.perf_counter(), final_config(job, arm, rate, seed)
     with job.phases.apart() as phases:
         with job.attached(arm, seed, phases) as delta:
             observer = Observer(phases)
             result = job.run(delta, config, job.inputs.train, job.inputs.valid, observer)
+            if not isinstance(losses := job.ahead.get(folder), SpectuneError | None):
+                observer.losses = losses
             rows = len(job.inputs.task.rows)
             job.print(f"{arm.label}, seed {seed}: trained; now judged on {rows:,} rows and measured")
             (folder / FAILED).unlink(missing_ok=True)
             # memory is measured as the run was: what "auto" chose here is not chosen again there
             same = config.model_copy(update={"gradient_checkpointing": result.gradient_checkpointing or False})
             found = _judged(job, folder, observer) | _costs(job, delta, folder, same, phases, timed)
+        if result.shared:
+            result = _without_shared(result)
+            if timed:
+                found = _and_also(found, phases.call("costs", by_itself, job, arm, same))
         key, passages = folder.name.rsplit("-", 1)[-1], job.conditions.identity["passages_sha256"]
         found |= {"name": arm.name, "key": key, "retained_sha256": passages, "seconds_by_phase": phases.record()}
         result = result.with_measured(found)
         result.save(folder / RESULT_FILE, digests_of_run(folder))
     return result, time.perf_counter() - begin
+
+
+def _without_shared(result: RunResult) -> RunResult:
+    """The result of a run that shared passes, without the peaks and the load that were those of all their runs."""
+    return result.model_copy(update={"peak_memory_bytes": {}, "machine_load": {}})
+
+
+def _and_also(found: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Both, peaks and loads together; where both have one, that of `found`."""
+    both = {key: {**more[key], **found.get(key, {})} for key in ("peak_memory_bytes", "machine_load")}
+    return {**more, **found, **both}
 
 
 def base_rows(job: Job) -> Path:

@@ -19,11 +19,13 @@ from spectune.comparing.inputs import Inputs
 from spectune.comparing.schedule import Schedule
 from spectune.data import DataReport, Encoded, Labels
 from spectune.deltas import BaseFacts, BaseRate, Delta, attach, attached, detach
-from spectune.evaluation import KeptLogits, Questions
+from spectune.errors import SpectuneError
+from spectune.evaluation import KeptLogits, Questions, RowLosses
 from spectune.families import embedding_width, vocabulary_rows
 from spectune.files.plain_console import PlainConsole, print_line
 from spectune.phases import Phases
 from spectune.planning.device_memory import free_memory
+from spectune.planning.estimate import Estimate
 from spectune.results import RunResult
 from spectune.results import comparison_file as results
 from spectune.results.comparison_file import Failure
@@ -61,6 +63,10 @@ class Job:
         console: where final runs show their progress.
         phases: where the time goes that is no arm's own: each run records its own.
         loaded: how the base was, as `spectune.load` takes it.
+        together: runs that share passes, at most; "auto" as many as gain from it; None trains each by itself.
+        estimates: the plan of each arm's runs, where there is one.
+        ahead: of final runs that were trained before their turn, by folder: why they failed, or the loss of each
+            validation row.
     """
 
     folder: Path
@@ -78,12 +84,15 @@ class Job:
     phases: Phases = field(default_factory=Phases)
     conditions: RecordedConditions = field(default_factory=RecordedConditions)
     loaded: Mapping[str, Any] = field(default_factory=dict)
+    together: int | str | None = None
     predictions: Predictions = field(default_factory=Predictions, init=False)
     base_passages: KeptLogits = field(default_factory=lambda: KeptLogits(_room()), init=False)
     base_facts: BaseFacts = field(default_factory=BaseFacts, init=False)
     budget: Budget = field(default_factory=lambda: Budget([]), init=False)
     heartbeat: Heartbeat = field(default_factory=Heartbeat, init=False)
     recomputation: dict[str, Recomputation] = field(default_factory=dict, init=False)
+    estimates: dict[str, Estimate | None] = field(default_factory=dict, init=False)
+    ahead: dict[Path, RowLosses | SpectuneError | None] = field(default_factory=dict, init=False)
 
     @property
     def base(self) -> results.Base:
@@ -105,6 +114,7 @@ class Job:
             predicted = predict(delta, prepared, World(), self.predictions)
             check_memory(predicted, delta, config.memory_check)
         self.recomputation[arm.name] = predicted.execution.recomputation
+        self.estimates[arm.name] = predicted.estimate
 
     def record_time(self) -> None:
         """Write where the time went that is no arm's own."""
@@ -114,6 +124,13 @@ class Job:
     def rates(self, arm: Arm) -> BaseRate:
         """The default learning rate of an arm on this base, and where a search begins."""
         return arm.method.learning_rates.at(embedding_width(self.model))
+
+    def search_settings(self, arm: Arm) -> dict[str, Any]:
+        """The search for an arm's rate, as `spectune.comparing.search.halving` takes it."""
+        rates, preset = self.rates(arm), self.schedule.preset
+        bounds = rates.search_range if preset.around_default is None else rates.around(preset.around_default)
+        return {"bounds": bounds, "rungs": self.schedule.rungs, "source": rates.sentence,
+                "extensions": preset.extensions}  # fmt: skip
 
     def key(self, arm: Arm, rate: float, steps: int, seed: int, rows: int | None = None) -> str:
         return run_key(self.conditions.identity, arm.settings, rate, steps, seed, rows)
@@ -127,13 +144,20 @@ class Job:
 
     def run(
         self, delta: Delta, config: TrainingConfig, rows: Encoded, valid: Encoded, observer: Observer, trying: str = "",
+        rehearsed: TrainingConfig | None = None,
     ) -> RunResult:  # fmt: skip
-        """Train an attached delta. `trying`: what a short run is for, of which nothing is shown but how far it is."""
-        console, observer.display = QUIET if trying else self.console, self._display(delta, config, trying)
-        observer.memory = not trying
+        """Train an attached delta, or take what was trained ahead of its turn.
+
+        Args:
+            trying: what a short run is for, of which nothing is shown but how far it is.
+            rehearsed: the settings of the run whose memory and speed a short one measures.
+        """
+        quiet, observer.display = trying or config.output_dir in self.ahead, self._display(delta, config, trying)
+        observer.memory = not trying or rehearsed is not None
         return train(
-            self.model, self.tokenizer, delta, rows, valid, config, origin=self.origin, console=console,
-            base_valid_loss=self.base.valid_loss, predictions=self.predictions, observer=observer,
+            self.model, self.tokenizer, delta, rows, valid, config, origin=self.origin,
+            console=QUIET if quiet else self.console, base_valid_loss=self.base.valid_loss,
+            predictions=self.predictions, rehearsed=rehearsed, observer=observer,
         )  # fmt: skip
 
     def _display(self, delta: Delta, config: TrainingConfig, trying: str) -> Display:
@@ -160,13 +184,22 @@ class Job:
 
     @contextlib.contextmanager
     def attached(self, arm: Arm, seed: int, phases: Phases) -> Iterator[Delta]:
-        """An arm's method attached to the base, inside a `with`; after it the base is bare again, come what may."""
+        """An arm's delta on the base, inside a `with`; after it the base is bare again, come what may."""
+        with self.bare_after():
+            yield self.attach(arm, seed, phases)
+
+    def attach(self, arm: Arm, seed: int, phases: Phases, suffix: str = "") -> Delta:
+        """An arm's delta on the base, called as the arm is and `suffix`."""
         keep = arm.method.trains_base
+        with phases.of("prove"):
+            how: dict[str, Any] = {"tokenizer": self.tokenizer, "seed": seed, "keep_base": keep}
+            return attach(self.model, arm.method, arm.name + suffix, **how, facts=self.base_facts)
+
+    @contextlib.contextmanager
+    def bare_after(self) -> Iterator[None]:
+        """After the `with` nothing is attached to the base."""
         try:
-            with phases.of("prove"):
-                how: dict[str, Any] = {"tokenizer": self.tokenizer, "seed": seed, "keep_base": keep}
-                delta = attach(self.model, arm.method, arm.name, **how, facts=self.base_facts)
-            yield delta
+            yield
         finally:
             for name in list(attached(self.model)):
                 detach(self.model, name)

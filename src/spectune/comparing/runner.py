@@ -1,10 +1,11 @@
 """Carries out the schedule, arm by arm, and says what it does and how long it will take."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spectune.comparing.ahead import Ahead
 from spectune.comparing.arms import Arm
 from spectune.comparing.budget import Budget
 from spectune.comparing.final_runs import final_folder, final_run
@@ -49,13 +50,37 @@ class Runner:
         """
         left = self._fitting()
         self._announce(left)
+        if self.job.together is not None:
+            self._carry_out(left, Ahead(self.job, self.job.together))
+            return
         for arm in left:
+            self._carry_out([arm], None)
+
+    def _carry_out(self, arms: Sequence[Arm], ahead: Ahead | None) -> None:
+        """The search, the final runs and the data curve of some arms; what `ahead` can, it trains before its turn."""
+        rates, fixed = dict[str, float](), self.schedule.learning_rate
+        if ahead is not None and fixed is None:
+            ahead.search(arms)
+        for arm in arms:
             try:
-                rate = self.schedule.learning_rate or self._search(arm)
-                self._final_runs(arm, rate)
-                self._curve(arm, rate)
+                rates[arm.name] = fixed or self._search(arm)
             except _GivenUpError:
                 self.budget.drop(arm.name)
+        if ahead is not None:
+            ahead.finals(rates)
+        self._of_each(rates, self._final_runs)
+        if ahead is not None:
+            ahead.curves(rates)
+        self._of_each(rates, self._curve)
+
+    def _of_each(self, rates: dict[str, float], turn: Callable[[Arm, float], None]) -> None:
+        """Runs of each arm that has a rate; one of which nothing more can come has none after that."""
+        for arm in [arm for arm in self.arms if arm.name in rates]:
+            try:
+                turn(arm, rates[arm.name])
+            except _GivenUpError:
+                self.budget.drop(arm.name)
+                del rates[arm.name]
 
     @property
     def has_run(self) -> bool:
@@ -109,10 +134,7 @@ class Runner:
 
     def _search(self, arm: Arm) -> float:
         """The best rate of an arm; what was tried goes to its search.json."""
-        folder = self.job.folder / "search" / arm.name
-        schedule = self.schedule
-        rates, ratio = self.job.rates(arm), schedule.preset.around_default
-        bounds = rates.search_range if ratio is None else rates.around(ratio)
+        folder, how = self.job.folder / "search" / arm.name, self.job.search_settings(arm)
 
         def run(rate: float, steps: int) -> Trial:
             found, seconds = trial(self.job, arm, rate, steps)
@@ -120,15 +142,14 @@ class Runner:
             return found
 
         try:
-            extensions = schedule.preset.extensions
-            found = successive_halving(bounds, schedule.rungs, run, source=rates.sentence, extensions=extensions)
+            found = successive_halving(trial=run, **how)
         except (InterruptedRun, WriteError):
             raise
         except SpectuneError as error:
             raise self._given_up(folder, arm, None, None, str(error)) from None
         found.write(folder / "search.json")
         if found.best is None:
-            reason = f"no learning rate: {found.sentence}. Try --set learning_rate=... below {min(bounds):g}"
+            reason = f"no learning rate: {found.sentence}. Try --set learning_rate=... below {min(how['bounds']):g}"
             raise self._given_up(folder, arm, None, None, reason)
         self.job.print(f"{arm.label}: {found.sentence}; {self.budget}")
         return found.best

@@ -3,8 +3,10 @@ taken from its folder where an earlier call has finished it."""
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from spectune.comparing.arms import Arm
 from spectune.comparing.conditions import curve_place
@@ -24,34 +26,81 @@ log = logging.getLogger("spectune")
 CURVE_VALIDATIONS = 5
 #: trials draw weights and batches with seeds of their own: the rate is not chosen by the luck of a final run's seed
 SEARCH_SEED = 10_000
+#: of a run by itself whose arm's runs share passes: two in which memory is counted, and those that are timed
+ALONE_STEPS = 12
 #: a key of the file alone: the folder that it is of, whose name says of which arm, rate, steps, rows and seed
 PLACE = "place"
 R = TypeVar("R", bound=Record)
 
 
-def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | None]:
-    """One rate for so many steps, and the seconds it took; None where an earlier call had made it."""
+@dataclass(frozen=True)
+class ShortRun(Generic[R]):
+    """A run of which nothing is kept but a small result.
+
+    Attributes:
+        path: of the small result, and `kind` its class.
+        made: the small result, of what the run came to. Raises the divergence where that is no result.
+        trying: what it is for.
+    """
+
+    arm: Arm
+    config: TrainingConfig
+    rows: Encoded
+    valid: Encoded
+    path: Path
+    kind: type[R]
+    trying: str
+    made: Callable[[RunResult | DivergedError], R]
+
+    def saved(self, folder: Path) -> R | None:
+        """The small result that an earlier call left in the comparison's `folder`; None where there is none, a damaged
+        one, or another run's: it is made anew."""
+        try:
+            found = self.kind.read(self.path, what="a small result")
+        except DataError as error:
+            log.warning("%s: it is made anew", error)
+            return None
+        if found is None:
+            return None
+        if not of_its_folder(found, self.path, folder):
+            log.warning("%s is of another folder than the one that it stands in: it is made anew", self.path)
+            return None
+        # files of earlier versions do not say where their time went
+        return found if found.model_fields_set >= set(self.kind.model_fields) - {"seconds_by_phase"} else None
+
+    def save(self, folder: Path, found: RunResult | DivergedError, seconds_by_phase: dict[str, float]) -> R:
+        """Write the small result of a run that has ended, or diverged."""
+        made = self.made(found).model_copy(update={"seconds_by_phase": seconds_by_phase})
+        place = self.path.parent.relative_to(folder).as_posix()
+        self.kind.model_validate({**made.to_dict(), PLACE: place}).write(self.path)
+        return made
+
+
+def trial_of(job: Job, arm: Arm, rate: float, steps: int) -> ShortRun[Trial]:
+    """One rate for so many steps."""
     seed = job.config.seed + SEARCH_SEED
     label = f"{rate:g}-{steps}-{job.key(arm, rate, steps, seed)}"
-    path = job.folder / "search" / arm.name / label / "result.json"
-    if (done := _saved(path, Trial, job.folder)) is not None:
-        return done, None
-    begin = time.perf_counter()
-    config = job.config_of(rate, steps, seed, eval_steps=steps)
-    reason, loss, targets = None, None, 0
-    with job.phases.apart() as phases:
-        rows = job.inputs.train, subset(job.inputs.valid, job.schedule.preset.search_rows, job.config.seed)
-        try:
-            result = _run(job, arm, config, *rows, phases, f"trying learning rate {rate:g}")
-            loss, targets = result.valid_loss, result.target_tokens
-        except DivergedError as error:
-            reason = str(error).split(". ", 1)[0]
-        run = Trial(
-            learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False,
-            seconds_by_phase=phases.record(),
-        )  # fmt: skip
-        _save(run, path, job.folder)
-    return run, time.perf_counter() - begin
+    valid = subset(job.inputs.valid, job.schedule.preset.search_rows, job.config.seed)
+
+    def made(found: RunResult | DivergedError) -> Trial:
+        reason, loss, targets = None, None, 0
+        if isinstance(found, DivergedError):
+            reason = str(found).split(". ", 1)[0]
+        else:
+            loss, targets = found.valid_loss, found.target_tokens
+        return Trial(
+            learning_rate=rate, steps=steps, target_tokens=targets, valid_loss=loss, reason=reason, extension=False
+        )
+
+    return ShortRun(
+        arm, job.config_of(rate, steps, seed, eval_steps=steps), job.inputs.train, valid,
+        job.folder / "search" / arm.name / label / "result.json", Trial, f"trying learning rate {rate:g}", made,
+    )  # fmt: skip
+
+
+def trial(job: Job, arm: Arm, rate: float, steps: int) -> tuple[Trial, float | None]:
+    """One rate for so many steps, and the seconds it took; None where an earlier call had made it."""
+    return _made(job, trial_of(job, arm, rate, steps))
 
 
 def step_seconds(job: Job, arm: Arm, steps: int = 2) -> float:
@@ -61,22 +110,42 @@ def step_seconds(job: Job, arm: Arm, steps: int = 2) -> float:
     return _run(job, arm, config, *rows, job.phases, "timing a step").train_seconds / steps
 
 
-def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) -> tuple[CurvePoint, float | None]:
-    """One point of a data curve, and its seconds: the first `rows` of a seeded order, so that each set holds the
-    smaller ones."""
+def by_itself(job: Job, arm: Arm, config: TrainingConfig) -> dict[str, Any]:
+    """Fields of the result of a run that shared passes, from the first steps of the same run by itself, which is thrown
+    away: its speed, its peaks of memory and the machine's load. `config`: the run's."""
+    steps = min(config.max_steps, ALONE_STEPS)
+    changes = {"max_steps": steps, "eval_steps": steps, "save_steps": None, "early_stopping_patience": None}
+    short = config.model_copy(update={**changes, "output_dir": None, "resume": False})
+    longest = sorted(job.inputs.valid.examples, key=lambda example: -example.length)
+    valid = Encoded(longest[: config.per_device_eval_batch_size], job.inputs.valid.report)
+    observer = Observer(Phases())
+    with job.attached(arm, config.seed, observer.phases) as delta:
+        found = job.run(delta, short, job.inputs.train, valid, observer, "measured by itself", config)
+    return {
+        "train_tokens_per_second_alone": found.train_tokens_per_second,
+        "peak_memory_bytes": found.peak_memory_bytes, "machine_load": found.machine_load,
+    }  # fmt: skip
+
+
+def point_of(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) -> ShortRun[CurvePoint]:
+    """One point of a data curve: the first `rows` of a seeded order, so that each set holds the smaller ones."""
     place = curve_place(arm.name, rows, seed, job.key(arm, rate, steps, seed, rows))
-    path = job.folder / place / "result.json"
-    if (done := _saved(path, CurvePoint, job.folder)) is not None:
-        return done, None
-    begin = time.perf_counter()
-    config = job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS))
-    with job.phases.apart() as phases:
-        some = subset(job.inputs.train, rows, job.config.seed), job.inputs.valid
-        result = _run(job, arm, config, *some, phases, f"on {rows:,} rows")
-        point = curve_point(result, arm.name, rows)
-        point.seconds_by_phase = phases.record()
-        _save(point, path, job.folder)
-    return point, time.perf_counter() - begin
+
+    def made(found: RunResult | DivergedError) -> CurvePoint:
+        if isinstance(found, DivergedError):
+            raise found
+        return curve_point(found, arm.name, rows)
+
+    return ShortRun(
+        arm, job.config_of(rate, steps, seed, eval_steps=max(1, steps // CURVE_VALIDATIONS)),
+        subset(job.inputs.train, rows, job.config.seed), job.inputs.valid, job.folder / place / "result.json",
+        CurvePoint, f"on {rows:,} rows", made,
+    )  # fmt: skip
+
+
+def on_fewer(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) -> tuple[CurvePoint, float | None]:
+    """One point of a data curve, and its seconds."""
+    return _made(job, point_of(job, arm, rate, rows, steps, seed))
 
 
 def curve_point(result: RunResult, arm: str, rows: int) -> CurvePoint:
@@ -85,33 +154,26 @@ def curve_point(result: RunResult, arm: str, rows: int) -> CurvePoint:
     return CurvePoint(name=arm, rows=rows, **result.model_dump(include=kept))
 
 
+def _made(job: Job, run: ShortRun[R]) -> tuple[R, float | None]:
+    """What a short run comes to, and its seconds; None where an earlier call had made it."""
+    if (done := run.saved(job.folder)) is not None:
+        return done, None
+    begin = time.perf_counter()
+    with job.phases.apart() as phases:
+        found: RunResult | DivergedError
+        try:
+            found = _run(job, run.arm, run.config, run.rows, run.valid, phases, run.trying)
+        except DivergedError as error:
+            found = error
+        made = run.save(job.folder, found, phases.record())
+    return made, time.perf_counter() - begin
+
+
 def _run(
     job: Job, arm: Arm, config: TrainingConfig, rows: Encoded, valid: Encoded, phases: Phases, trying: str
 ) -> RunResult:
     with job.attached(arm, config.seed, phases) as delta:
         return job.run(delta, job.planned(arm, config), rows, valid, Observer(phases), trying)
-
-
-def _save(record: Record, path: Path, folder: Path) -> None:
-    place = path.parent.relative_to(folder).as_posix()
-    type(record).model_validate({**record.to_dict(), PLACE: place}).write(path)
-
-
-def _saved(path: Path, kind: type[R], folder: Path) -> R | None:
-    """The small result that an earlier call left; None where there is none, a damaged one, or another folder's: it is
-    made anew."""
-    try:
-        found = kind.read(path, what="a small result")
-    except DataError as error:
-        log.warning("%s: it is made anew", error)
-        return None
-    if found is None:
-        return None
-    if not of_its_folder(found, path, folder):
-        log.warning("%s is of another folder than the one that it stands in: it is made anew", path)
-        return None
-    # files of earlier versions do not say where their time went
-    return found if found.model_fields_set >= set(kind.model_fields) - {"seconds_by_phase"} else None
 
 
 def of_its_folder(found: Record, path: Path, folder: Path) -> bool:

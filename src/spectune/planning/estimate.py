@@ -52,6 +52,7 @@ class Question:
             recordings=planner.graph_buffers(shape),
             trainable_parameters=sum(parameter.numel() for parameter in whole.trained),
             total_parameters=whole.family.num_parameters,
+            base_weights=whole.base,
             **step.largest,
             peak_allocated=step.peak_allocated,
             peak_reserved=step.peak_reserved,
@@ -95,6 +96,7 @@ class Estimate:
         recordings: bytes that the graphs of one shape of a batch keep between steps, part of the terms and peaks:
             copies of arguments and blocks' outputs (activations), gradients of these (workspace) and of weights
             (gradients). What a step makes inside of blocks is there all the time then, as workspace where it is idle.
+        base_weights: the base's own, which any number of deltas share: part of `weights`.
         weights: the base's and the delta's.
         gradients: of what is trained, with their float32 copies where the base has lower precision.
         optimizer: AdamW's two moments in float32, and float32 masters of weights of lower precision.
@@ -126,6 +128,7 @@ class Estimate:
     recordings: int
     trainable_parameters: int
     total_parameters: int
+    base_weights: int
     weights: int
     gradients: int
     optimizer: int

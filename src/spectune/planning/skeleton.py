@@ -32,6 +32,7 @@ class WholeModel:
 
     Attributes:
         weights: bytes of each tensor of the base (parameters, buffers), tied ones once, and of the delta's weights.
+        base: of these the base's own, in all.
         trained: weights that are trained, on the meta device.
         in_blocks: bytes of the gradients of those that stand inside of layers.
     """
@@ -40,6 +41,7 @@ class WholeModel:
     weights: tuple[int, ...]
     trained: tuple[nn.Parameter, ...]
     in_blocks: tuple[int, ...]
+    base: int
 
     @property
     def depth(self) -> int:
@@ -101,7 +103,7 @@ def skeleton(workload: Workload, execution: Execution, longest: int, *, all_laye
     own = () if workload.method.trains_base else (p.numel() * p.element_size() for p in beside)
     inside = {id(p) for layer in family.layers for p in model.get_submodule(layer.path).parameters()}
     in_blocks = tuple(p.numel() * p.element_size() for p in trained if id(p) in inside)
-    whole = WholeModel(family, (*held, *own), trained, in_blocks)
+    whole = WholeModel(family, (*held, *own), trained, in_blocks, sum(held))
     kinds = [] if all_layers else _kinds(model, delta, longest)
     if all(len(kind) <= FEW for kind in kinds):
         return Skeleton(workload, execution, whole, model, delta, [])

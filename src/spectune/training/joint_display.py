@@ -14,12 +14,13 @@ class JointDisplay(contextlib.AbstractContextManager["JointDisplay"]):
 
     Args:
         runs: of each its name, the steps it has in all, and those that are done.
+        display: the bar; by default one on the console.
     """
 
-    def __init__(self, console: Console, runs: Sequence[tuple[str, int, int]]) -> None:
+    def __init__(self, console: Console, runs: Sequence[tuple[str, int, int]], display: Display | None = None) -> None:
         total, done = sum(run[1] for run in runs), sum(run[2] for run in runs)
         label = runs[0][0] if len(runs) == 1 else f"{len(runs)} runs together"
-        self._display = Display(console, label, total, done)
+        self._display = display or Display(console, label, total, done)
         self._rates = dict.fromkeys((run[0] for run in runs), 0.0)
         self._done = done
 

@@ -16,8 +16,10 @@ from spectune.errors import ConfigError, InterruptedRun, RunsFailedError, Spectu
 from spectune.files.plain_console import PlainConsole, print_line
 from spectune.results.run_result import RunResult
 from spectune.training.claim import claimed
+from spectune.training.company import check_together
 from spectune.training.config import TrainingConfig
 from spectune.training.decisions import needs_no_mask
+from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.interrupt import Interrupts
 from spectune.training.joint_display import JointDisplay
@@ -57,6 +59,7 @@ def train_together(
     output_dir: str | Path | None = None,
     console: Console | None = None,
     asked: Sequence[Asked] = (),
+    display: Display | None = None,
 ) -> list[RunResult]:
     """Train several methods on one frozen base, in steps that all of them share: each as `spectune.train` would by
     itself, with its own rows, optimizer, schedule, clipping, validation, early stop, checkpoints and random numbers.
@@ -68,6 +71,7 @@ def train_together(
         runs: what to train. Settings may differ in everything; a run with an `output_dir` and `resume` goes on there.
         output_dir: runs without an `output_dir` of their own get a folder of their name in it.
         console: where to print; default is standard output.
+        display: what shows how far they are; by default one on the console.
         asked: for each run what `spectune.train` takes beside method and rows, for callers that want more of it than
             `runs` says; its config and name stand in place of those.
 
@@ -90,7 +94,7 @@ def train_together(
             if (folder := each.config.output_dir) is not None:
                 held.enter_context(claimed(folder, "spectune train", resume=each.config.resume))
         begun = _start(model, tokenizer, wanted, out)
-        found = _driven(model, [made for made in begun if not isinstance(made, RunResult)], out)
+        found = _driven(model, [made for made in begun if not isinstance(made, RunResult)], out, display)
         results = [made if isinstance(made, RunResult) else found[made[0].asked.name] for made in begun]
     return _checked(results, [each.name for _, each in wanted])
 
@@ -153,6 +157,7 @@ def _start(
             made = start(model, tokenizer, run.method, (run.train_rows, run.valid_rows), asked, World(), out)
             asked.observer.phases.pause()
             begun.append((made, RandomStream(model.device)) if isinstance(made, Started) else made)
+        check_together(model, [made[0] for made in begun if not isinstance(made, RunResult)])
     except BaseException:
         for started, _ in [made for made in begun if not isinstance(made, RunResult)]:
             started.run.optimizer.close()
@@ -166,7 +171,7 @@ def _start(
 
 
 def _driven(
-    model: PreTrainedModel, begun: Sequence[tuple[Started, RandomStream]], out: Console
+    model: PreTrainedModel, begun: Sequence[tuple[Started, RandomStream]], out: Console, shown: Display | None
 ) -> dict[str, RunResult | SpectuneError]:
     """Train all to their ends. Returns the result of each, or why it failed, by name."""
     if not begun:
@@ -175,7 +180,8 @@ def _driven(
     sharing = _sharing(deltas, out)
     execution = joint_execution([made.predicted.execution for made, _ in begun])
     peaks = _joint_peaks([made.run for made, _ in begun])
-    display = JointDisplay(out, [(made.asked.name, made.run.total_steps, made.run.progress.step) for made, _ in begun])
+    progress = [(made.asked.name, made.run.total_steps, made.run.progress.step) for made, _ in begun]
+    display = JointDisplay(out, progress, shown)
     lanes = [
         Lane(made, stream, Loop(made.run, execution, interrupts, peaks), display.of(made.asked.name),
              shares=made.run.delta in sharing)

@@ -1,0 +1,67 @@
+"""How many runs share a pass: as many as gain from it, and as many as have room beside each other."""
+
+import logging
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from spectune.deltas import Delta
+from spectune.errors import DoesNotFitError
+from spectune.families import Family
+from spectune.planning.device_memory import free_memory
+from spectune.planning.estimate import shown
+from spectune.planning.flops import flops_per_token
+from spectune.planning.shared_pass import largest_part, planned_together
+from spectune.training.decisions import LAUNCH_SECONDS_PER_LAYER, OPERATIONS_PER_SECOND
+from spectune.training.starting import Started
+
+log = logging.getLogger("spectune")
+
+#: runs that share a pass, at most, where nobody says how many
+MOST = 16
+#: kind of device -> the seconds that a layer takes in a step however few rows there are, operations in a second
+_PACE = {"cuda": (LAUNCH_SECONDS_PER_LAYER, OPERATIONS_PER_SECOND), "cpu": (1e-3, 5e10)}
+
+
+class TooManyTogetherError(DoesNotFitError):
+    """Runs that do not fit into one pass. `most`: how many of the first do."""
+
+    def __init__(self, most: int, message: str) -> None:
+        self.most = most
+        super().__init__(message)
+
+
+def room_of(model: PreTrainedModel) -> int | None:
+    """Bytes for a base that is loaded and all that is trained on it; None where nobody tells."""
+    free = free_memory(model.device)
+    return None if free is None else free + sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def check_together(model: PreTrainedModel, begun: Sequence[Started]) -> None:
+    """Compare the plan of runs that share passes with what is free. Raises TooManyTogetherError where they do not fit,
+    if any of them asks for that (`memory_check`); otherwise a warning is logged."""
+    known = [made.predicted.estimate for made in begun if made.predicted.estimate is not None]
+    room = room_of(model)
+    if room is None or len(known) < 2 or (needed := planned_together(known)) <= room:
+        return
+    most = largest_part(known, room, len(known))
+    message = (
+        f"{len(known)} runs in one pass are predicted to take {shown(needed)} of memory, and {shown(room)} is there: "
+        f"train at most {most} together. memory_check=warn tries it all the same."
+    )
+    if any(made.run.config.memory_check == "refuse" for made in begun):
+        raise TooManyTogetherError(most, message)
+    log.warning("%s", message)
+
+
+def worth_sharing(family: Family, delta: Delta, *, tokens: int, length: int, device_type: str) -> int:
+    """How many runs gain from one pass: as many as it takes until computing takes longer than what a pass takes
+    however few rows it has.
+
+    Args:
+        tokens: of one run's batch.
+        length: of a row.
+    """
+    a_layer, operations_per_second = _PACE.get(device_type, _PACE["cpu"])
+    computing = tokens * flops_per_token(family, delta.method, max(1, length)) / operations_per_second
+    return max(1, min(MOST, round(1 + len(family.layers) * a_layer / computing)))
