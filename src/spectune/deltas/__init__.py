@@ -26,6 +26,7 @@ from spectune.deltas.attaching import attach, attached, check_can_attach, detach
 from spectune.deltas.attachment import Attachment, BaseFacts
 from spectune.deltas.delta import Delta
 from spectune.deltas.folder import base_name
+from spectune.deltas.layout import Route
 from spectune.deltas.merging import merge, merge_and_measure
 from spectune.deltas.method import Fitted, InitContext, Method
 from spectune.deltas.modules import (
@@ -75,7 +76,7 @@ __all__ = [
     "ALL_LINEAR", "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate",
     "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite",
     "MatrixSite", "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed",
-    "RatePoint", "RateRule", "Search", "Site", "TrainedCopy", "attach", "attached", "base_name",
+    "RatePoint", "RateRule", "Route", "Search", "Site", "TrainedCopy", "attach", "attached", "base_name",
     "cached_values", "capture_keys_and_values", "check_can_attach", "check_ia3_keys", "check_keys", "check_lora_keys",
     "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words",
     "experts_left_out", "kernel_serves", "left_out", "linears_alone", "merge", "merge_and_measure", "packed", "packing",

@@ -13,11 +13,14 @@ from spectune.errors import ConfigError
 
 
 class Route:
-    """One delta (or None, the bare base) for all rows of any batch, or one for each row of batches of one size."""
+    """One delta (or None, the bare base) for all rows of any batch, or one for each row of batches of one size.
 
-    def __init__(self, names: Iterable[str | None], *, per_row: bool) -> None:
+    `cached`: virtual tokens and prefixes are in the cache already, and positions and masks are the caller's."""
+
+    def __init__(self, names: Iterable[str | None], *, per_row: bool, cached: bool = False) -> None:
         self.names = tuple(names)
         self.per_row = per_row
+        self.cached = cached
         #: rows of one batch differ
         self.mixed = any(name != self.names[0] for name in self.names)
         #: no row has a delta

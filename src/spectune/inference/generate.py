@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -14,17 +14,8 @@ from spectune.deltas import Attachment
 from spectune.errors import ConfigError
 from spectune.families import describe, vocabulary_rows
 from spectune.inference.answers import decoded, up_to_stop
+from spectune.inference.drawing import Sampling
 from spectune.inference.modes import generation_defaults, seeded
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: from the model's own distribution unless something is set."""
-
-    seed: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
 
 
 def generate_texts(

@@ -91,7 +91,7 @@ def _with_prefix(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """An attention function: `attend` with each row's prefix before the keys, and documents kept apart."""
     state: ForwardState | None = module.__dict__.get("_spectune_state")
-    if state is not None:
+    if state is not None and not state.current.cached:
         if state.thread.attention_calls is not None:
             state.thread.attention_calls[id(module)] = (key.detach(), value.detach())
         pack = state.pack
