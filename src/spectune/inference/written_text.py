@@ -32,6 +32,7 @@ class WrittenText:
     Attributes:
         found: a stop string is there; further tokens give nothing.
         text: all that was given so far.
+        known: with what is held back because it may begin a stop string.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
@@ -41,7 +42,7 @@ class WrittenText:
         self._ids: list[int] = []
         # decoding begins at `_from`; all ids before `_read` are whole characters
         self._from, self._read = 0, 0
-        self._known, self._before = "", ""  # all text, and that of it which comes from `_from` on
+        self.known, self._before = "", ""  # all text, and that of it which comes from `_from` on
 
     def add(self, token: int) -> str:
         """The text that can be shown now: no half characters, and nothing that may be the beginning of a stop string.
@@ -58,7 +59,7 @@ class WrittenText:
                 return ""
             self._from, self._before = self._read, ""
             sure = new = self._decode(self._from)
-        self._known += sure[len(self._before) :]
+        self.known += sure[len(self._before) :]
         self._before = sure
         if sure == new:
             self._read = len(self._ids)
@@ -72,11 +73,11 @@ class WrittenText:
         if self.found:
             return ""
         whole = self._decode(0)
-        if whole.startswith(self._known):
-            self._known = whole
+        if whole.startswith(self.known):
+            self.known = whole
         else:
             new = self._decode(self._from)
-            self._known += new[len(self._before) :] if new.startswith(self._before) else self._decode(self._read)
+            self.known += new[len(self._before) :] if new.startswith(self._before) else self._decode(self._read)
         return self._shown(whole=True)
 
     def _decode(self, start: int) -> str:
@@ -84,7 +85,7 @@ class WrittenText:
 
     def _shown(self, *, whole: bool) -> str:
         """The next piece of the text known so far."""
-        known, start = self._known, len(self.text)
+        known, start = self.known, len(self.text)
         # one that began in what was shown would have been held back
         places = [place for stop in self._stops if (place := known.find(stop, start)) >= 0]
         if places:

@@ -132,7 +132,7 @@ def wanted(given: Mapping[str, Any], kind: Literal["chat", "completion"], bounds
     model: type[_Chat | _Completion] = _Chat if kind == "chat" else _Completion
     for key in named.keys() & NEUTRAL.keys():
         value = named.pop(key)
-        if not any(type(value) is not bool and value == neutral or value is neutral for neutral in NEUTRAL[key]):
+        if not any((type(value) is not bool and value == neutral) or value is neutral for neutral in NEUTRAL[key]):
             raise invalid(
                 f"{key} is not served here; leave it out" + "".join(f", or give {n!r}" for n in NEUTRAL[key][:1]),
                 key, "unsupported_parameter",
