@@ -39,6 +39,7 @@ from spectune.deltas.modules import (
 )
 from spectune.deltas.packed_batches import packed, packing
 from spectune.deltas.peft_config import Placed, check_ia3_keys, check_keys, check_lora_keys, placed
+from spectune.deltas.probes.agreement import agree, apart
 from spectune.deltas.probes.attention_calls import why_not_cudnn
 from spectune.deltas.probes.base_runs import cached_values, capture_keys_and_values
 from spectune.deltas.probes.documents import kernel_serves, why_not_packed
@@ -76,7 +77,7 @@ __all__ = [
     "ALL_LINEAR", "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate",
     "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite",
     "MatrixSite", "Method", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed",
-    "RatePoint", "RateRule", "Route", "Search", "Site", "TrainedCopy", "attach", "attached", "base_name",
+    "RatePoint", "RateRule", "Route", "Search", "Site", "TrainedCopy", "agree", "apart", "attach", "attached", "base_name",
     "cached_values", "capture_keys_and_values", "check_can_attach", "check_ia3_keys", "check_keys", "check_lora_keys",
     "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words",
     "experts_left_out", "kernel_serves", "left_out", "linears_alone", "merge", "merge_and_measure", "packed", "packing",
