@@ -119,7 +119,7 @@ def _what(run: Path | None, model: str | None, deltas: Path | None) -> _What:
     """Raises ConfigError, DataError: as the flags' own commands do; a run has a head, which writes no text."""
     from spectune.cli.input_rows import run_on
     from spectune.cli.runs import RUNS, find_run
-    from spectune.storage import TINY
+    from spectune.embedded import NAME as TINY
 
     if deltas is not None and not deltas.is_dir():
         raise DataError(f"--deltas {deltas} is not a folder; expected one whose folders are deltas or runs")
@@ -152,7 +152,7 @@ def _of_run(found: Run) -> _What:
 def _base_of_deltas(deltas: Path) -> _What:
     """The base that the first of the deltas names."""
     from spectune.cli.runs import find_run
-    from spectune.storage import TINY
+    from spectune.embedded import NAME as TINY
 
     first = next((folder for folder in sorted(deltas.iterdir()) if _delta_of(folder) is not None), None)
     if first is None:
@@ -186,12 +186,14 @@ def _loader(base: str, how: Mapping[str, Any], rows: int | None, memory: int | N
     def load() -> Loaded:
         import_libraries()
         from spectune.serving.loaded import Loaded
-        from spectune.storage import Bank
         from spectune.storage import load as load_base
 
         model, tokenizer = load_base(base, **how)
-        bank = None if memory is None else Bank(model, device_memory=memory)
-        return Loaded.of(model, tokenizer, bank, rows)
+        if memory is None:
+            return Loaded.of(model, tokenizer, None, rows)
+        from spectune.storage import Bank
+
+        return Loaded.of(model, tokenizer, Bank(model, device_memory=memory), rows)
 
     return load
 

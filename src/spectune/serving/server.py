@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from spectune.serving.bounds import Bounds
 from spectune.serving.catalogue import Catalogue
 from spectune.serving.counters import Counters
 from spectune.serving.desk import Desk
-from spectune.serving.worker import Delivery, Worker
+from spectune.serving.worker import Worker
 
 if TYPE_CHECKING:
     from spectune.serving.loaded import Loaded
@@ -44,6 +45,7 @@ class Serving:
         host: as it was given.
         api_key: None: nobody is asked for one.
         note: is told what the user should know.
+        started: gets what stops the server, from any thread, as SIGTERM does.
     """
 
     load: Callable[[], Loaded]
@@ -52,6 +54,7 @@ class Serving:
     api_key: str | None = None
     bounds: Bounds = field(default_factory=Bounds)
     note: Callable[[str], None] = lambda text: None
+    started: Callable[[Callable[[], None]], None] = lambda stop: None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -116,17 +119,20 @@ async def _serve(serving: Serving, listening: socket.socket) -> int:
         desk.failed(error)
         server.should_exit = True
 
-    def post(delivery: Delivery) -> None:
-        call(desk.delivered, delivery)
+    def stop() -> None:
+        server.should_exit = True
+        desk.stop_taking()
 
-    def call(action: Callable[[Any], None], given: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-            loop.call_soon_threadsafe(action, given)
+    def call(action: Callable[..., None], *given: Any) -> None:
+        """On this loop's thread, from any."""
+        with contextlib.suppress(RuntimeError):  # it is closed: nobody is left to be told
+            loop.call_soon_threadsafe(action, *given)
 
-    worker = Worker(serving.load, post, lambda found: call(loaded, found), lambda error: call(failed, error))
+    worker = Worker(serving.load, partial(call, desk.delivered), partial(call, loaded), partial(call, failed))
     _describe(counters, desk, worker)
-    with _signals(server, desk) as came:
+    with _signals(server, stop) as came:
         desk.open(worker)
+        serving.started(partial(call, stop))
         await server.serve(sockets=[listening])
         desk.close()
         await asyncio.to_thread(worker.stop)
@@ -195,20 +201,16 @@ class TimedConnection(H11Protocol):
 
 
 @contextlib.contextmanager
-def _signals(server: Server, desk: Desk) -> Iterator[list[int]]:
+def _signals(server: Server, stop: Callable[[], None]) -> Iterator[list[int]]:
     """Inside, the first signal ends the server when its requests have ended, a second one at once."""
     from spectune.training.interrupt import stopping_signals
 
     came: list[int] = []
     loop = asyncio.get_running_loop()
 
-    def stop() -> None:
-        server.force_exit = len(came) > 1
-        server.should_exit = True
-        desk.stop_taking()
-
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
+        server.force_exit = len(came) > 1
         loop.call_soon_threadsafe(stop)
 
     try:
