@@ -8,7 +8,8 @@ VENV := .venv
 FLOOR := .venv-floor
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 # Two test processes with one thread each are faster than two that fight for the same cores.
-TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# Tests start processes of their own, which would compile every file again where bytecode is not kept.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.support.quick import others_slow
 
 from spectune.methods import METHODS
 
@@ -47,7 +48,9 @@ def test_train_prints_counts_and_writes_a_run(spectune: Spectune, base: Path, ro
     assert (config["model"], config["data"], config["device"]) == (str(base), str(rows), "cpu")
 
 
-@pytest.mark.parametrize("method", ["full", "adapter", "prefix", "prompt", "lora", "bitfit"])
+@pytest.mark.parametrize(
+    "method", others_slow(("full", "adapter", "prefix", "prompt", "lora", "bitfit"), ("full", "prompt", "lora"))
+)
 def test_every_method_trains_and_is_found_again(spectune: Spectune, base: Path, rows: Path, method: str) -> None:
     common = ("--model", base, "--data", rows, "--valid", rows, *QUICK)
     result = spectune("train", "--method", method, "--json", *common)
@@ -83,8 +86,8 @@ def test_resume(spectune: Spectune, base: Path, rows: Path) -> None:
     assert "--output-dir" in nowhere.stderr
 
 
-# Ctrl-C inside of the loop is sent to this process in tests/training, and its exit code is tested below and for resume
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow  # in a fork it is one of the kinds of faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt(base: Path, rows: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A real process, a real signal: exit 130, a checkpoint, and the command that goes on."""
     command = [sys.executable, "-m", "spectune", "train", "--model", str(base), "--data", str(rows)]

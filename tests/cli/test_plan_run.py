@@ -120,8 +120,14 @@ def unlike_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("packing", ["auto", "false"])
-@pytest.mark.parametrize("method", ["lora", "prompt", "prefix", "full"])
+@pytest.mark.parametrize(
+    ("method", "packing"),
+    [
+        pytest.param(method, packing, marks=() if method == "lora" or packing == "auto" else pytest.mark.slow)
+        for method in ("lora", "prompt", "prefix", "full")
+        for packing in ("auto", "false")
+    ],
+)
 def test_a_plan_of_rows_says_what_the_run_on_them_predicts(
     spectune: Spectune, base: Path, unlike_rows: Path, method: str, packing: str
 ) -> None:

@@ -125,26 +125,20 @@ def test_an_interruption_while_measuring_leaves_the_trained_delta_to_be_measured
         assert ours["forgetting_kl_nats_per_token"] == pytest.approx(theirs["forgetting_kl_nats_per_token"], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"config": TrainingConfig(max_steps=9, learning_rate=1e-2)}, "max_steps: 6 in the comparison, 9 now"),
-        ({"methods": ["bitfit", LoRA(r=4)]}, r"lora\.r: 2 in the comparison, 4 now"),
-        ({"retain": True}, "measured on other passages"),
-    ],
-)
-def test_resuming_with_other_settings_is_refused_before_anything_runs(
-    tmp_path: Path, changes: dict[str, Any], expected: str
-) -> None:
+def test_resuming_with_other_settings_is_refused_before_anything_runs(tmp_path: Path) -> None:
     run(tmp_path / "c", methods=[LoRA(r=2)])
     written = (tmp_path / "c" / "comparison.json").read_text()
-    if "retain" in changes:
-        changes = {"retain": tmp_path / "own.txt"}
-        changes["retain"].write_text("Ada lives in Leeds.")
-    with pytest.raises(ConfigError, match=expected):
-        run(tmp_path / "c", resume=True, **{"methods": ["bitfit", LoRA(r=2)], **changes})
-    assert not (tmp_path / "c" / "runs" / "bitfit").exists()
-    assert (tmp_path / "c" / "comparison.json").read_text() == written
+    (tmp_path / "own.txt").write_text("Ada lives in Leeds.")
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"config": TrainingConfig(max_steps=9, learning_rate=1e-2)}, "max_steps: 6 in the comparison, 9 now"),
+        ({"methods": ["bitfit", LoRA(r=4)]}, r"lora\.r: 2 in the comparison, 4 now"),
+        ({"retain": tmp_path / "own.txt"}, "measured on other passages"),
+    ]
+    for changes, expected in refused:
+        with pytest.raises(ConfigError, match=expected):
+            run(tmp_path / "c", resume=True, **{"methods": ["bitfit", LoRA(r=2)], **changes})
+        assert not (tmp_path / "c" / "runs" / "bitfit").exists()
+        assert (tmp_path / "c" / "comparison.json").read_text() == written
 
 
 def test_seed_folder_and_resume_of_the_config_count(tmp_path: Path) -> None:

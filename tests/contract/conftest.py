@@ -25,6 +25,7 @@ from spectune.methods import (
     PromptTuning,
 )
 from tests.contract.families import FAMILIES, VOCABULARY, gpt2, llama
+from tests.support.quick import others_slow
 
 #: every method at small size, and the variants whose code differs
 CASES: dict[str, Method] = {
@@ -82,6 +83,7 @@ FAST: dict[str, Callable[[], PreTrainedModel]] = {"gpt2": partial(gpt2, 2), "lla
 
 #: one case of each kind of module and method, for what is the same code whatever a kind's module computes
 KINDS = ("full", "adapter-block", "prefix", "prompt", "lora", "bitfit", "oft", "ia3")
+of_each_kind = pytest.mark.parametrize("method", others_slow(CASES, KINDS), indirect=True)
 
 
 @pytest.fixture(params=[f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])

@@ -15,7 +15,7 @@ from spectune.deltas import Delta, Method, attach, attached, detach, merge, rout
 from spectune.errors import ConfigError, DataError
 from spectune.methods import METHODS, LoRA, PrefixTuning, PromptTuning
 from spectune.storage import load_delta
-from tests.contract.conftest import CASES, REFUSED, move, padded, put_on, tokens
+from tests.contract.conftest import CASES, REFUSED, move, of_each_kind, padded, put_on, tokens
 from tests.contract.families import CONTEXT, FAMILIES, VOCABULARY
 
 Make = Callable[[], PreTrainedModel]
@@ -192,6 +192,7 @@ def test_two_models_may_share_one_config_object(make_model: Make) -> None:
     close(logits(first, tokens()), expected)
 
 
+@of_each_kind
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(make_model: Make, method: Method, reentrant: bool) -> None:
     results = []
@@ -340,6 +341,7 @@ def test_load_refuses_missing_surplus_and_misshapen_tensors_all_at_once(
     assert all(p.requires_grad for p in elsewhere.parameters())
 
 
+@of_each_kind
 def test_load_refuses_another_base(make_model: Make, model: PreTrainedModel, delta: Delta, tmp_path: Path) -> None:
     delta.save(tmp_path / "task")
     other = make_model()
@@ -351,6 +353,7 @@ def test_load_refuses_another_base(make_model: Make, model: PreTrainedModel, del
     load_delta(same, tmp_path / "task")  # the same base in lower precision is the same base
 
 
+@of_each_kind
 def test_two_saved_deltas_swapped_by_name(make_model: Make, method: Method, tmp_path: Path) -> None:
     if method.trains_base:
         pytest.skip("full fine-tuning stands alone")

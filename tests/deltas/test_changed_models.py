@@ -19,6 +19,7 @@ from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA, PrefixTuni
 from spectune.storage import load_delta
 from tests.contract.conftest import move, put_on, tokens
 from tests.contract.families import gpt2, llama
+from tests.support.quick import others_slow
 
 PROJECTED = PrefixTuning(num_virtual_tokens=2, prefix_projection=True, encoder_hidden_size=8)
 METHODS: list[Method] = [
@@ -121,11 +122,12 @@ def wrapped(model: Any) -> Any:
     return model
 
 
+FEW = ("lora", "prefix", "full")
 CHANGES = [assigned, resized, untied, eager, doubled, copied, pickled, saved_whole, wrapped]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("method", METHODS, ids=named)
+@pytest.mark.parametrize("method", others_slow(METHODS, [m for m in METHODS if m.name in FEW]), ids=named)
 def test_a_change_that_leaves_the_places_changes_nothing(
     method: Method, change: Callable[[Any], Any], tmp_path: Path
 ) -> None:

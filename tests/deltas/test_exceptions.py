@@ -16,7 +16,7 @@ from spectune.deltas import Delta, Method, attach, attached, detach, route
 from spectune.errors import ConfigError
 from spectune.methods import METHODS, BitFit, LoRA, PrefixTuning
 from spectune.storage import load_delta
-from tests.contract.conftest import CASES, KINDS, move, put_on, tokens
+from tests.contract.conftest import CASES, KINDS, move, of_each_kind, put_on, tokens
 from tests.contract.families import gpt2, llama
 
 ERRORS: tuple[type[BaseException], ...] = (RuntimeError, KeyboardInterrupt)
@@ -115,11 +115,6 @@ class raising:  # noqa: N801
 
 
 #: a case of each kind of module, where what is around it is what has to hold; the others are behind `-m slow`
-of_each_kind = pytest.mark.parametrize(
-    "method", [case if case in KINDS else pytest.param(case, marks=pytest.mark.slow) for case in CASES], indirect=True
-)
-
-
 def test_every_method_has_a_case() -> None:
     assert {type(method) for method in CASES.values()} == set(METHODS)
 
@@ -137,6 +132,7 @@ def test_in_a_module_of_the_base(method: Method, error: type[BaseException]) -> 
             logits(model)
 
 
+@of_each_kind
 @pytest.mark.parametrize("error", ERRORS)
 def test_in_a_delta_s_module(method: Method, error: type[BaseException]) -> None:
     for make in (gpt2, llama):
@@ -296,7 +292,7 @@ def answer_of_a_fresh(make: Callable[[int], PreTrainedModel], method: Method) ->
 
 
 @of_each_kind
-@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("error", [pytest.param(RuntimeError, marks=pytest.mark.slow), KeyboardInterrupt])
 def test_a_failed_load(method: Method, error: type[BaseException], tmp_path: Path) -> None:
     delta = fresh(gpt2, method)
     move(delta)

@@ -212,8 +212,18 @@ def test_thoughts_that_the_template_cuts_from_earlier_turns(train_on: str) -> No
     assert texts(by_heart(rows, tokenizer, train_on=train_on)) == wanted
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("template", sorted(TEMPLATES))
+#: with the others, which cut words otherwise, every third template
+EVERY = "byte_level"
+
+
+@pytest.mark.parametrize(
+    ("template", "kind"),
+    [
+        pytest.param(template, kind, marks=() if kind == EVERY or number % 3 == 0 else pytest.mark.slow)
+        for number, template in enumerate(sorted(TEMPLATES))
+        for kind in KINDS
+    ],
+)
 def test_every_family_s_template(template: str, kind: str) -> None:
     """The conversations whose labels are written out by hand, one by one: two may ask the same and answer otherwise."""
     tokenizer = tokenizer_for(template, kind)

@@ -37,6 +37,8 @@ from tests.planning.steps import batch, fake_peak, real_peak
 from tests.support.transfers import LateTransfers
 
 ROWS, LENGTH = 4, 40
+#: what every run of the tests plans on each family
+FEW = ("full", "adapter", "prefix", "prompt", "lora", "bitfit")
 
 
 def check(family: str, method: str, *, checkpointing: Recomputation, shorter: int = 0) -> None:
@@ -53,8 +55,14 @@ def check(family: str, method: str, *, checkpointing: Recomputation, shorter: in
     assert estimate.peak_allocated == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("method", list(BY_NAME))
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        pytest.param(family, method, marks=() if family == "llama" or method in FEW else pytest.mark.slow)
+        for family in ("gpt2", "llama", "mixtral")
+        for method in BY_NAME
+    ],
+)
 def test_every_method(family: str, method: str) -> None:
     check(family, method, checkpointing=False)
 

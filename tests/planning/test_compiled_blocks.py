@@ -118,12 +118,12 @@ def kept_by_blocks(model: PreTrainedModel, method: str | Method, backend: str, c
 @pytest.mark.parametrize(
     ("make", "method"),
     [
-        *((llama, method) for method in ("lora", "full")),
-        *(pytest.param(llama, method, marks=SLOW) for method in ("prefix", "bitfit")),
+        *((llama, method) for method in (ONE_LINEAR, "full")),
+        *(pytest.param(llama, method, marks=SLOW) for method in ("lora", "prefix", "bitfit")),
         *(pytest.param(gpt2, method, marks=SLOW) for method in ("lora", "full", "prefix", "bitfit")),
     ],
 )
-def test_a_block_keeps_what_the_plan_says(make: Callable[[], PreTrainedModel], method: str) -> None:
+def test_a_block_keeps_what_the_plan_says(make: Callable[[], PreTrainedModel], method: str | Method) -> None:
     planned = kept_by_plan(make(), method, False)
     assert planned == kept_by_blocks(make(), method, PARTITIONED, False)
 

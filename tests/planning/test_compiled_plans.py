@@ -37,6 +37,7 @@ def test_few_layers_stand_for_many(method: Method) -> None:
     assert not whole.built.repeats
 
 
+@pytest.mark.slow
 def test_a_plan_does_not_depend_on_when_garbage_is_collected() -> None:
     """What tracing leaves behind held a block's positions until the collector came by, or did not."""
     before, peaks = gc.get_threshold(), set()
@@ -52,6 +53,7 @@ def test_a_plan_does_not_depend_on_when_garbage_is_collected() -> None:
     assert len(peaks) == 1
 
 
+@pytest.mark.slow  # that they take less, and how much, is held by tests/planning/test_compiled_blocks.py, too
 def test_compiled_blocks_take_less_and_recomputed_ones_keep_their_input() -> None:
     base = llama(6).config
     asked: dict[str, Any] = {"batch": Shape(8, 512, 8, 64), "dtype": "bfloat16"}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from spectune.deltas import Method
-from spectune.methods import METHODS
+from spectune.methods import METHODS, FullFineTuning, LoRA, PrefixTuning
 from spectune.planning import plan, tracer
+from tests.support.quick import others_slow
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", others_slow(METHODS, (FullFineTuning, PrefixTuning, LoRA)))
 def test_a_plan_is_the_same_whether_an_operation_was_met_before(
     method: type[Method], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ pytestmark = [
 PLANTED = [
     ("gpt2", ["lora", "dora", "prompt", "bitfit", "full"]),
     ("llama", ["rslora", "prefix", "full"]),
-    ("gemma3", ["lora"]),
+    pytest.param("gemma3", ["lora"], marks=pytest.mark.slow),
 ]
 #: for good exports alone
 GOOD = [("gpt_neox", ["lora", "prompt"]), ("phi3", ["lora", "dora"]), ("opt", ["lora", "bitfit", "prefix"]),

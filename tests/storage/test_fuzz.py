@@ -40,6 +40,7 @@ from spectune.methods import (
 )
 from spectune.storage import load_delta
 from tests.support import make_model
+from tests.support.quick import others_slow
 
 OURS = "spectune.json"
 CONFIG = "adapter_config.json"
@@ -59,6 +60,8 @@ SMALL: dict[str, Method] = {
 #: methods whose folders PEFT reads and writes: without spectune.json they are PEFT's
 PEFTS = ("lora", "prefix", "prompt", "ia3", "ln")
 KINDS = [*SMALL, *(f"{name}-peft" for name in PEFTS)]
+#: the code that reads them is one: of ours and of PEFT's, of numbers, lists and none, what every run of the tests has
+FEW = ("lora", "prefix", "adapter", "bitfit", "full", "lora-peft", "prompt-peft", "ia3-peft")
 #: what reads a weights file knows a delta's, the base's own and PEFT's
 READ_ALIKE = ("lora", "prefix", "full", "lora-peft")
 
@@ -245,7 +248,7 @@ def resave(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, t
 WRONG_DTYPES = [torch.int8, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", others_slow(KINDS, FEW))
 def test_dtypes(copy: Callable[[str], Path], kind: str) -> None:
     for dtype in WRONG_DTYPES:
         said = refused(copy(kind), lambda f, to=dtype: resave(f, lambda t: {n: x.to(to) for n, x in t.items()}))
@@ -376,7 +379,7 @@ def test_configs_that_are_no_config(copy: Callable[[str], Path], name: str) -> N
         assert config(copy(kind)).name in said
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", others_slow(KINDS, FEW))
 def test_configs_cut_or_without_a_key_or_with_a_wrong_type(copy: Callable[[str], Path], kind: str) -> None:
     raw = config(copy(kind)).read_bytes()
     for share in (0.1, 0.5, 0.9):

@@ -1,8 +1,8 @@
 """What each of two processes does for `tests/training/test_processes.py`: everything in one launch, for it takes a
 while until torch is there.
 
-Run by torchrun with the folder in which the rows, and one process's checkpoint, are, and results are left; with names
-of cases behind it for these alone.
+Run by torchrun, or in forks that are told what torchrun tells, with the folder in which the rows, and one process's
+checkpoint, are, and results are left; with names of cases behind it for these alone.
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ def several(folder: Path) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
+def work(folder: str, cases: Sequence[str] = ()) -> None:
     warnings.simplefilter("error")
-    place, cases = Path(sys.argv[1]), sys.argv[2:]
+    place = Path(folder)
     first, _ = run(LoRA(), settings(2))  # meets and parts
     with membership():
         outcome = {"first": first.model_dump(mode="json"), **(trained(place, cases) if cases else several(place))}
@@ -157,3 +157,7 @@ if __name__ == "__main__":
             sys.argv[1:] = ["train", "--data", str(place / f"rows-{rank}.jsonl"), "--device", "cpu"]
             sys.argv += ["--output-dir", str(place / "cli"), "--set", "max_steps=2"]
             main()
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], sys.argv[2:])

@@ -56,8 +56,18 @@ def most(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"eval_steps": 3, "save_steps": 2, "gradient_accumulation_steps": 2}], ids=str)
-@pytest.mark.parametrize("method", [LoRA(r=2, lora_dropout=0.1), FullFineTuning()], ids=lambda m: m.name)
+DROPPED, OFTEN = LoRA(r=2, lora_dropout=0.1), {"eval_steps": 3, "save_steps": 2, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        pytest.param(DROPPED, OFTEN, id="lora-often"),
+        pytest.param(FullFineTuning(), {}, id="full"),
+        pytest.param(DROPPED, {}, id="lora", marks=pytest.mark.slow),
+        pytest.param(FullFineTuning(), OFTEN, id="full-often", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_ahead_is_the_run_that_waits(
     method: Any, changes: dict[str, Any], tmp_path: Path, most: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +82,7 @@ def test_a_run_ahead_is_the_run_that_waits(
 
 
 @pytest.mark.usefixtures("most")
-@pytest.mark.parametrize("where", ["begin", "finish"])
+@pytest.mark.parametrize("where", [pytest.param("begin", marks=pytest.mark.slow), "finish"])
 def test_stopped_while_one_is_under_way(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(gradient_accumulation_steps=2)
     _, whole = run(LoRA(r=2), config.model_copy(update={"output_dir": tmp_path / "whole"}))

@@ -17,6 +17,7 @@ from spectune.methods import LoRA, method_from_name
 from spectune.planning.estimate import Estimate
 from spectune.training import RunResult, TrainingConfig, prediction, train
 from tests.support import checkpointed_by_transformers, make_model, make_rows, make_tokenizer
+from tests.support.quick import others_slow
 
 
 def run(method: Any = "lora", model: Any = None, **settings: Any) -> tuple[RunResult, str]:
@@ -105,7 +106,7 @@ def test_what_cannot_be_planned_recomputes_nothing_by_itself(
 
 @pytest.mark.parametrize(
     "method",
-    ["full", "lora", "prefix", *(pytest.param(name, marks=pytest.mark.slow) for name in ("prompt", "adapter"))],
+    others_slow(("full", "lora", "prefix", "prompt", "adapter"), ("lora", "prefix")),
 )
 def test_a_run_may_go_on_in_another_way_and_its_numbers_do_not_change(method: str, tmp_path: Path) -> None:
     whole, _ = run(method, max_steps=4, gradient_checkpointing=False)

@@ -17,20 +17,18 @@ from spectune.blocks.compile import compiled
 from spectune.deltas import Delta, Method, attach, detach
 from spectune.families import Family, describe
 from spectune.methods import (
-    IA3,
     METHODS,
-    BitFit,
     BottleneckAdapter,
     DoRA,
     FullFineTuning,
     LoRA,
     PrefixTuning,
-    PromptTuning,
 )
 from spectune.objectives import CAUSAL_LM
 from spectune.training import TrainingConfig, decisions, train
 from spectune.training.decisions import CompilingGain, compiling_gain
 from tests.support import make_model, make_rows, make_tokenizer
+from tests.support.quick import others_slow
 
 DEPTH = 5
 #: for what is not about a method: one weight a layer is compiled sooner than seven
@@ -89,13 +87,11 @@ def steps(model: PreTrainedModel, delta: Delta, lengths: tuple[int, ...] = (12, 
 
 
 #: one of each kind of module; the others are behind `-m slow`
-KINDS = (FullFineTuning, BottleneckAdapter, PrefixTuning, PromptTuning, LoRA, BitFit, IA3)
+KINDS = (FullFineTuning, BottleneckAdapter, PrefixTuning, LoRA)
 
 
 @pytest.mark.parametrize("make", [pytest.param(gpt2, marks=pytest.mark.slow), llama])
-@pytest.mark.parametrize(
-    "method", [m if m in KINDS else pytest.param(m, marks=pytest.mark.slow, id=m.__name__) for m in METHODS]
-)
+@pytest.mark.parametrize("method", others_slow(METHODS, KINDS))
 def test_equals_eager_and_all_layers_share_a_graph(
     make: Callable[[], PreTrainedModel], method: type[Method], graphs: Callable[[], int]
 ) -> None:

@@ -144,7 +144,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 #: what a method can be to a plan: it trains the base, has tokens of its own, has weights beside the base's. These are
 #: asked for as they are, and one of them with each further setting; the rest is behind `-m slow`
-KINDS = (FullFineTuning, PrefixTuning, LoRA)
+KINDS = (FullFineTuning, LoRA)
 FURTHER = {"selective": PrefixTuning, "compiled": LoRA}
 
 

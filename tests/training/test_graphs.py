@@ -90,8 +90,14 @@ def check(make: Any, method: Method, given: list[dict[str, Tensor]], every: int 
     return Again.replays
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        pytest.param(make, method, marks=() if make is llama or method in (FullFineTuning, LoRA) else pytest.mark.slow)
+        for make in (gpt2, llama)
+        for method in METHODS
+    ],
+)
 def test_equals_plain_blocks(make: Any, method: type[Method]) -> None:
     count = BEFORE + 3
     replays = check(make, undropped(method), batches(count))

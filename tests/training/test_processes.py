@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from spectune.cli.one_of_several import refuse_several
 from spectune.errors import ConfigError, InterruptedRun
@@ -22,8 +23,12 @@ from spectune.methods import LoRA
 from spectune.storage import resolve_device
 from spectune.training import loop as loop_module
 from spectune.training.distribution import World
+from tests.faults.child import Case, Forks
+from tests.faults.conftest import forks, shared_root
 from tests.support.once import made_once
 from tests.support.two_processes import CASES, FEW, interrupt_after, run, settings
+
+__all__ = ["forks", "shared_root"]  # the fork server of tests/faults
 
 ROOT = Path(__file__).parents[2]
 OTHERS = [name for name in CASES if name not in FEW]
@@ -52,6 +57,27 @@ def found_in(folder: Path) -> Launched:
     return folder, {name: [one[name] for one in found] for name in found[0]}, (folder / "printed").read_text()
 
 
+def fork(folder: Path, forks: Forks) -> None:
+    """As torchrun would start them, without the seconds that two processes need to import everything."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    told |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    given = {"folder": str(folder)}
+    children = [
+        forks.start(
+            Case(
+                call="tests.support.two_processes:work", given=given, cwd=folder, limit_s=200, room=None,
+                env={**told, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outcomes = [child.wait() for child in children]
+    assert (folder / "rank-0.json").is_file(), "\n".join(map(str, outcomes))
+    ends = "".join(f"\nexit code: {outcome.rc}" for outcome in outcomes)
+    (folder / "printed").write_text("".join(outcome.stdout + outcome.stderr for outcome in outcomes) + ends)
+
+
 def launch(folder: Path, *cases: str) -> None:
     printed, _ = torchrun(ROOT / "tests" / "support" / "two_processes.py", folder, *cases).communicate(timeout=200)
     assert (folder / "rank-0.json").is_file(), printed
@@ -59,7 +85,7 @@ def launch(folder: Path, *cases: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+def launched(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Launched:
     def make(folder: Path) -> None:
         good = json.dumps({"prompt": "name: Ada", "completion": " Ada lives in Leeds."}) + "\n"
         (folder / "rows-0.jsonl").write_text(good * 20)
@@ -68,7 +94,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             patch.setattr(loop_module.Loop, "finish", interrupt_after(3))
             with pytest.raises(InterruptedRun):
                 run(LoRA(), settings(4, output_dir=folder / "one"))
-        launch(folder)
+        fork(folder, forks)
 
     return found_in(made_once(tmp_path_factory, "two", make))
 
@@ -148,7 +174,7 @@ def test_one_process_says_what_is_wrong_and_all_end_with_its_exit_code(launched:
     printed = launched[2]
     assert printed.count("error: process 1: ") == printed.count("error: ") == 1, printed
     assert "rows-1.jsonl:21" in printed
-    assert printed.count("exitcode  : 3") == 2, printed
+    assert printed.count("exit code: 3") == 2, printed
 
 
 def test_a_divergence_is_the_same_for_all_and_the_start_is_kept(launched: Any) -> None:

@@ -83,7 +83,7 @@ def equal(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 #: what a block can have to recompute: its own weights' inputs, a module behind it, keys in front, rows that are longer,
 #: products beside its own; other methods are behind `-m slow`, and so are all other families
-FAST = {"full", "adapter-both", "prefix", "prompt", "lora"}
+FAST = {"full", "prefix", "lora"}
 SLOW = pytest.mark.slow
 
 
@@ -219,7 +219,7 @@ def dropping(budget: float, attention: bool, backend: Any) -> list[Tensor]:
     return [out.detach(), *(t.grad for t in (x, *block.parameters()) if t.grad is not None)]
 
 
-@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("attention", [True, pytest.param(False, marks=SLOW)])
 def test_nothing_is_drawn_twice(attention: bool) -> None:
     wanted = dropping(1.0, attention, Cut())
     for budget in (memory_budget("selective"), 0.1, memory_budget(True)):
@@ -235,7 +235,7 @@ def test_a_partitioner_that_would_draw_twice_is_refused(monkeypatch: pytest.Monk
 @pytest.mark.skipif(not has_cpu_compiler(), reason="makes kernels for the CPU")
 @pytest.mark.parametrize(
     ("mode", "attention"),
-    [("selective", True), pytest.param(True, True, marks=SLOW), (True, False)],
+    [("selective", True), pytest.param(True, True, marks=SLOW), pytest.param(True, False, marks=SLOW)],
 )
 def test_nor_in_inductor_s_graphs(mode: Recomputation, attention: bool) -> None:
     """Whose masks come from a number that is drawn once."""

@@ -22,13 +22,15 @@ from spectune.training import RunResult, TrainingConfig, train
 from spectune.training import loop as loop_module
 from spectune.training.optimizer import MasterAdamW, learning_rate_at
 from tests.support import make_model, make_rows, make_tokenizer
+from tests.support.quick import others_slow
 
 QUIET = Console(quiet=True)
+PROJECTED = PrefixTuning(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8)
 CASES: list[Method] = [
     *(m() for m in METHODS if m not in (PrefixTuning, PromptTuning, BottleneckAdapter)),
     BottleneckAdapter(bottleneck_dim=8),
     PrefixTuning(num_virtual_tokens=4),
-    PrefixTuning(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8),
+    PROJECTED,
     PromptTuning(num_virtual_tokens=4),
 ]
 
@@ -45,7 +47,11 @@ def run(method: Method, config: TrainingConfig, **model: Any) -> tuple[RunResult
     return result, {name: t.clone() for name, t in delta.training_state_dict().items()}
 
 
-@pytest.mark.parametrize("method", CASES, ids=repr)
+#: of each kind of module one; that every method learns its rows is held by the commands and with heads, too
+FEW = ("full", "adapter", "prompt", "lora", "bitfit")
+
+
+@pytest.mark.parametrize("method", others_slow(CASES, [m for m in CASES if m.name in FEW or m == PROJECTED]), ids=repr)
 def test_it_learns_and_writes_what_the_design_says(method: Method, tmp_path: Path) -> None:
     rate = 0.1 if method.virtual_tokens else 1e-2
     result, _ = run(method, settings(output_dir=tmp_path / "run", learning_rate=rate, num_train_epochs=4))
@@ -76,11 +82,11 @@ def valid_loss(model: Any, config: TrainingConfig) -> float:
 
 #: what a checkpoint holds is a delta's tensors and the run's own, whatever the delta computes: the base's own,
 #: modules beside it, keys with and without the weights that only training has; the others are behind `-m slow`
-RESUMED = ("full", "adapter", "prefix", "lora")
+RESUMED = ("full", "adapter", "lora")
 
 
 @pytest.mark.parametrize(
-    "method", [m if m.name in RESUMED else pytest.param(m, marks=pytest.mark.slow) for m in CASES], ids=repr
+    "method", others_slow(CASES, [m for m in CASES if m.name in RESUMED or m == PROJECTED]), ids=repr
 )
 def test_stop_and_resume_equals_one_run_bit_for_bit(
     method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

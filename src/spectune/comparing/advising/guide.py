@@ -1,6 +1,8 @@
 """The textbook's advice without any run: which rules of thumb apply, their sources, and what would measure it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from spectune.comparing.advising.rules_of_thumb import GIB, RULES, Answers, Rule, Traits
@@ -20,8 +22,7 @@ def guide(answers: Answers | None = None) -> dict[str, Any]:
     """
     answers = answers or Answers()
     methods = [method_from_name(name) for name in BY_NAME]
-    smallest: Any = reference_shares(methods)[0]["shares"]  # of GPT-2 124M
-    traits = [Traits(method, float(smallest[method.name]["share"] or 0)) for method in methods]
+    traits = [Traits(method, _shares()[method.name]) for method in methods]
     rules = [_as_dict(rule, traits) for rule in RULES if rule.applies(answers)]
     others = [_as_dict(rule, traits) for rule in RULES if not rule.applies(answers)]
     table: list[dict[str, Any]] = [
@@ -50,6 +51,13 @@ def guide(answers: Answers | None = None) -> dict[str, Any]:
         "command": command,
         "then": then,
     }
+
+
+@cache
+def _shares() -> Mapping[str, float]:
+    """Of GPT-2 124M, what each method at its defaults stores; 0 where it cannot act there."""
+    smallest: Any = reference_shares(method_from_name(name) for name in BY_NAME)[0]["shares"]
+    return MappingProxyType({name: float(found["share"] or 0) for name, found in smallest.items()})
 
 
 def _as_dict(rule: Rule, methods: Sequence[Traits]) -> dict[str, Any]:
