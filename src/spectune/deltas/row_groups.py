@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from spectune.deltas.modules import Kind, SideModule
 
@@ -45,7 +44,7 @@ class RowGroup:
         one delta after the other, here."""
         if not self.together or (self.kind.dropout and any(module.training for module in self.modules)):
             return None
-        operands = stacked([module.operands() or {} for module in self.modules])
+        operands = self.kind.of.stacked(self.modules)
         if self.which is not None:
             operands = {name: tensor.index_select(0, self.which) for name, tensor in operands.items()}
         acting = sides if self.rows is None else [side.index_select(0, self.rows) for side in sides]
@@ -56,24 +55,6 @@ class RowGroup:
         if self.run > 1:
             made = made.view(rows, tokens, made.shape[-1])
         return made if self.rows is None else sides[-1].index_copy(0, self.rows, made)
-
-
-def stacked(each: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Operands of several modules, `[modules, ...]`, smaller ones filled up with zeros."""
-    return {name: _stack([operands[name] for operands in each]) for name in each[0]}
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    shapes = {tensor.shape for tensor in tensors}
-    if len(shapes) > 1:
-        most = [max(sizes) for sizes in zip(*shapes, strict=True)]
-        tensors = [tensor if list(tensor.shape) == most else _filled(tensor, most) for tensor in tensors]
-    return torch.stack(tensors)
-
-
-def _filled(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    missing = [size - own for size, own in zip(sizes, tensor.shape, strict=True)]
-    return F.pad(tensor, [end for size in reversed(missing) for end in (0, size)])
 
 
 class Grouping:
