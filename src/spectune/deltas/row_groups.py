@@ -158,10 +158,10 @@ class Grouping:
 
     def numbers(self, values: Sequence[int], device: torch.device) -> Tensor:
         """These as int64 on the device, made once."""
-        key = tuple(values), device
+        key = tuple(map(int, values)), device
         found = self._numbers.get(key)
         if found is None:
-            found = torch.tensor(values, device=device)
+            found = torch.tensor(key[0], device=device)
             if not torch.compiler.is_compiling():
                 self._numbers[key] = found
         return found
