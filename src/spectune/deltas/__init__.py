@@ -44,6 +44,7 @@ from spectune.deltas.modules import (
 )
 from spectune.deltas.packed_batches import packed, packing
 from spectune.deltas.peft_config import Placed, check_ia3_keys, check_keys, check_lora_keys, placed
+from spectune.deltas.probes.agreement import agree, apart
 from spectune.deltas.probes.attention_calls import why_not_cudnn
 from spectune.deltas.probes.base_runs import cached_values, capture_keys_and_values
 from spectune.deltas.probes.documents import kernel_serves, why_not_packed
@@ -54,7 +55,7 @@ from spectune.deltas.rate_rule import SWEEPS, TINKER, BaseRate, RatePoint, RateR
 from spectune.deltas.routing import route
 from spectune.deltas.shelving import hold_base, put_back, set_aside
 from spectune.deltas.site import AttentionSite, InputSite, MatrixSite, OutputSite, ParameterSite, Site
-from spectune.deltas.slot_tables import SlotTables
+from spectune.deltas.slot_tables import SlotTables, why_not_in_tables
 from spectune.deltas.target_names import (
     ALL_LINEAR,
     Search,
@@ -83,11 +84,12 @@ __all__ = [
     "ALL_LINEAR", "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate",
     "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite", "Kind",
     "MatrixSite", "Method", "Operands", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed",
-    "RatePoint", "RateRule", "Route", "Search", "Site", "SlotTables", "TrainedCopy", "attach", "attached", "base_name",
-    "cached_values", "capture_keys_and_values", "check_can_attach", "check_ia3_keys", "check_keys", "check_lora_keys",
-    "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words",
-    "experts_left_out", "hold_base", "kernel_serves", "left_out", "linears_alone", "merge", "merge_and_measure",
-    "packed", "packing", "parameters_known", "parameters_named", "peft_keys", "peft_targets", "place", "placed",
-    "prove_reads_embeddings", "put_back", "route", "same_targets", "set_aside", "targets", "told_apart", "uncalled",
-    "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
+    "RatePoint", "RateRule", "Route", "Search", "Site", "SlotTables", "TrainedCopy", "agree", "apart", "attach",
+    "attached", "base_name", "cached_values", "capture_keys_and_values", "check_can_attach", "check_ia3_keys",
+    "check_keys", "check_lora_keys", "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with",
+    "exact_names", "expert_words", "experts_left_out", "hold_base", "kernel_serves", "left_out", "linears_alone",
+    "merge", "merge_and_measure", "packed", "packing", "parameters_known", "parameters_named", "peft_keys",
+    "peft_targets", "place", "placed", "prove_reads_embeddings", "put_back", "route", "same_targets", "set_aside",
+    "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_in_tables",
+    "why_not_packed",
 ]  # fmt: skip

@@ -5,84 +5,51 @@ recorded.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from spectune.deltas import Attachment
+from spectune.data import padded
 from spectune.inference.slot_cache import SlotCache
-
-#: `run(rows, capacity)`: logits `[rows, vocabulary]` float32 of the batch's first rows, seeing so many places of each
-Run = Callable[[int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What a step gives; it holds until the next one. `logits` `[rows, vocabulary]` float32, `tokens` the likeliest,
-    int64 `[rows]`."""
-
-    logits: Tensor
-    tokens: Tensor
-
-
-class Steps(Protocol):
-    """How steps are run: as they are (`PlainSteps`), or recorded."""
-
-    def rows_for(self, active: int) -> int:
-        """How many rows to run where so many are written."""
-
-    def capacity_for(self, needed: int, capacity: int) -> int:
-        """How many places to see where `needed` are filled, of a cache of `capacity`."""
-
-    def __call__(self, rows: int, capacity: int) -> StepOutput:
-        """Run one."""
-
-    def forget(self) -> None:
-        """What was recorded is void."""
-
-
-class PlainSteps:
-    """Runs each step as it is."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def rows_for(self, active: int) -> int:
-        return active
-
-    def capacity_for(self, needed: int, capacity: int) -> int:
-        return needed
-
-    def __call__(self, rows: int, capacity: int) -> StepOutput:
-        logits = self.run(rows, capacity)
-        return StepOutput(logits, logits.argmax(-1))
-
-    def forget(self) -> None:
-        """Nothing is recorded."""
 
 
 class Caller:
-    """Calls a model for the logits of each row's last token."""
+    """Calls a model for the logits of each row's last token. `probing`: past hooks that stand on the model as a whole,
+    which count or keep what a user's own passes give."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, probing: bool = False) -> None:
         self.model = model
         self.parameters = set(inspect.signature(model.forward).parameters)
         self.cache_name = "cache" if "cache" in self.parameters else "past_key_values"
+        self._function: Any = model.forward if probing else model
 
-    def __call__(self, ids: Tensor, mask: Any, positions: Tensor, cache: SlotCache | DynamicCache) -> Tensor:
-        """Logits `[rows, vocabulary]` float32 of the last of `ids` `[rows, length]`."""
-        last = {"logits_to_keep": 1} if "logits_to_keep" in self.parameters else {}
-        # the bare call, without hooks that stand on the whole model, is the probes'
-        found: Tensor = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{self.cache_name: cache},
-            **last,
+    def __call__(self, ids: Tensor, mask: Any, positions: Tensor | None, cache: Cache | None) -> Tensor:
+        """Logits `[rows, vocabulary]` float32 of the last of `ids` `[rows, length]`. No cache: none is made."""
+        given: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self.parameters else {}
+        if positions is not None:
+            given["position_ids"] = positions
+        if cache is not None:
+            given[self.cache_name] = cache
+        found: Tensor = self._function(
+            input_ids=ids, attention_mask=mask, use_cache=cache is not None, **given
         ).logits  # fmt: skip
         return found[:, -1].float()
+
+    def read(self, texts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """One pass over texts, padded on the left: the logits of the last token of each, and each layer's keys and
+        values, `[rows, kv_heads, length, dim]`."""
+        batch = padded(texts, pad_token_id, padding_side="left")
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache()  # type: ignore[no-untyped-call]  # layers that keep everything: masks cut windows
+        ids, mask, positions = (
+            t.to(self.model.device) for t in (batch["input_ids"], batch["attention_mask"], positions)
+        )  # fmt: skip
+        logits = self(ids, mask, positions, cache)
+        return logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
 class DecodeBatch:
@@ -91,7 +58,7 @@ class DecodeBatch:
     Attributes:
         ids: each row's newest token, int64 `[slots, 1]`.
         lead: how many places of each row are visible however far back they are, int64 `[slots]`.
-        names: the delta of each row in `rows`, as the step is to be routed.
+        index: the slot of each row's delta in tables, int64 `[slots]`.
     """
 
     def __init__(
@@ -99,25 +66,29 @@ class DecodeBatch:
     ) -> None:
         self.call, self.windows, self.routed = call, windows, routed
         self.cache = SlotCache(call.model.device)
-        self.ids = self.lead = torch.empty(0, dtype=torch.int64, device=call.model.device)
+        self.ids = self.lead = self.index = torch.empty(0, dtype=torch.int64, device=call.model.device)
 
     def resize(self, slots: int, capacity: int) -> None:
         """As `SlotCache.resize`."""
         if slots != self.cache.slots:
             self.ids = torch.zeros(slots, 1, dtype=torch.int64, device=self.cache.device)
-            self.lead = torch.zeros(slots, dtype=torch.int64, device=self.cache.device)
+            self.lead, self.index = torch.zeros(2, slots, dtype=torch.int64, device=self.cache.device)
         self.cache.resize(slots, capacity)
 
-    def write(self, rows: list[tuple[int, int, int]]) -> None:
-        """Set each row's newest token, its place and how much of it is always visible."""
-        more = [(0, 0, 0)] * (self.cache.slots - len(rows))
-        ids, places, lead = torch.tensor([*rows, *more]).T.contiguous().to(self.cache.device, non_blocking=True)
+    def write(
+        self, tokens: Sequence[int], places: Sequence[int], lead: Sequence[int] = (), index: Sequence[int] = ()
+    ) -> None:
+        """Set what the next step is of: each row's newest token, its place, how much of it is always visible, and the
+        slot of its delta."""
+        given = [[*row, *[0] * (self.cache.slots - len(row))] for row in (tokens, places, lead, index)]
+        ids, at, always, slots = torch.tensor(given).to(self.cache.device, non_blocking=True)
         self.ids[:, 0] = ids
-        self.cache.places.copy_(places)
-        self.lead.copy_(lead)
+        self.cache.places.copy_(at)
+        self.lead.copy_(always)
+        self.index.copy_(slots)
 
     def advance(self, tokens: Tensor) -> None:
-        """The next step is of these tokens, int64 `[rows]`."""
+        """The next step is of these tokens, int64 `[rows]`, of the first rows."""
         rows = tokens.shape[0]
         self.ids[:rows, 0] = tokens
         self.cache.places[:rows] += 1
@@ -149,8 +120,3 @@ def as_attention_takes_it(seen: Tensor, model: PreTrainedModel) -> Tensor:
         return seen
     lowest = torch.finfo(model.dtype).min
     return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
-
-
-def attachment_of(model: PreTrainedModel) -> Attachment | None:
-    """The deltas of a model."""
-    return Attachment.of(model)

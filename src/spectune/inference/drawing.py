@@ -3,7 +3,7 @@ cumulative sum. So what a row draws depends on no neighbour, no batch and no dev
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,3 +71,26 @@ def _limited(scaled: Tensor, samplings: Sequence[Sampling]) -> Tensor:
         least = ordered.gather(-1, within - 1)
         scaled = scaled.masked_fill((probabilities < least) & (shares < 1), -torch.inf)
     return scaled
+
+
+def likelihoods(
+    logits: Tensor, tokens: Tensor, asked: Mapping[int, int]
+) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    """Log p of rows' tokens, and the likeliest tokens with theirs, the likeliest first; by row.
+
+    Args:
+        logits: `[rows, vocabulary]`, float32.
+        tokens: int64 `[rows]`.
+        asked: by row, how many of the likeliest.
+    """
+    if not asked:
+        return {}
+    numbers = torch.tensor(list(asked)).to(logits.device, non_blocking=True)
+    logs = logits[numbers].log_softmax(-1)
+    own = logs.gather(-1, tokens[numbers, None])[:, 0].tolist()
+    most = logs.topk(min(max(asked.values()), logs.shape[-1]), dim=-1)
+    rows = zip(asked.items(), own, most.indices.tolist(), most.values.tolist(), strict=True)
+    return {
+        number: (logprob, tuple(zip(ids, values, strict=True))[:count])
+        for (number, count), logprob, ids, values in rows
+    }

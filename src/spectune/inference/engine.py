@@ -3,24 +3,40 @@
 import contextlib
 import gc
 import logging
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from spectune.blocks.recorded_steps import PlainSteps, Steps
 from spectune.compute.cudnn import cudnn_attention
-from spectune.deltas import Attachment, AttentionModule, EntryModule, InputModule, OutputModule
+from spectune.deltas import Attachment, Delta, why_not_in_tables
 from spectune.errors import ConfigError, OutOfMemoryError, is_out_of_memory
-from spectune.families import Family, describe, vocabulary_rows
-from spectune.inference.decode_batch import Caller, PlainSteps, Run, Steps
-from spectune.inference.lane import Lane
+from spectune.families import vocabulary_rows
+from spectune.inference.cached_lane import CachedLane
+from spectune.inference.decode_batch import Caller, DecodeBatch
+from spectune.inference.engine_bases import family_of, text_limit, why_not_delta, why_not_engine, windows_of
+from spectune.inference.lane import Lane, UncachedLane
 from spectune.inference.request import Request, Ticket, Written
+from spectune.inference.step_choice import steps_for
 
 log = logging.getLogger("spectune")
 
 #: tokens of prompts, padding included, that go through one pass
 PROMPT_TOKENS = 8192
+#: steps to come, where nobody says
+EXPECTED = 64
+
+
+@dataclass(frozen=True)
+class Key:
+    """Of a lane: the delta that it is of, None for all whose rows can share a batch; and whether it has a cache."""
+
+    delta: str | None
+    cached: bool = True
 
 
 class Engine:
@@ -35,7 +51,8 @@ class Engine:
         pad_token_id: fills places without a token; any id will do.
         enter_at: wait until so many rows are free before prompts are run, where as many requests wait: a pass over
             several costs less than one over each.
-        steps: what runs a step.
+        expected_steps: about how many are to come: on CUDA they are recorded, or compiled, where that pays.
+        steps: what runs a batch's steps, in place of what pays.
 
     Attributes:
         rows: fewer than were asked for once memory has run out.
@@ -43,22 +60,25 @@ class Engine:
 
     def __init__(
         self, model: PreTrainedModel, *, rows: int = 16, pad_token_id: int = 0, enter_at: int = 1,
-        steps: Callable[[Run], Steps] = PlainSteps,
+        expected_steps: float = EXPECTED, steps: Callable[[DecodeBatch], Steps] | None = None,
     ) -> None:  # fmt: skip
         if rows < 1:
             raise ConfigError(f"rows = {rows}; expected at least 1")
-        self.model, self.rows, self.pad_token_id, self.enter_at, self._steps = (
-            model, rows, pad_token_id, enter_at, steps
-        )  # fmt: skip
+        self.model, self.rows, self.pad_token_id, self.enter_at = model, rows, pad_token_id, enter_at
+        self._steps = steps or steps_for(model, family_of(model), expected_steps)
         self._caller = Caller(model)
-        self._windows = windows_of(model)
-        self._lanes: dict[str | None, Lane] = {}
+        self._why_not = why_not_engine(model)
+        if self._why_not is not None:
+            log.info("each token takes a pass over its whole row: %s", self._why_not)
+        self._limit = text_limit(model)
+        self._lanes: dict[Key, Lane] = {}
+        self._alone: dict[str, tuple[weakref.ref[Delta] | None, str | None]] = {}
         self._waiting: deque[Ticket] = deque()
 
     @property
     def running(self) -> int:
         """Rows that are being written."""
-        return sum(len(lane.rows) for lane in self._lanes.values())
+        return sum(len(lane.tickets) for lane in self._lanes.values())
 
     @property
     def waiting(self) -> int:
@@ -80,7 +100,9 @@ class Engine:
                 raise ConfigError(f"no delta {request.delta!r} is attached; attached are: {', '.join(known) or 'none'}")
             for _, module in known[request.delta].sites:
                 module.eval()
-        limit = context_of(self.model, request.delta)
+        limit = self._limit
+        if limit is not None and attachment is not None:
+            limit -= attachment.state.count_of(request.delta)
         ticket = Ticket(request, room_for(request.ids, request.max_new_tokens, limit, vocabulary_rows(self.model)))
         self._waiting.append(ticket)
         return ticket
@@ -94,8 +116,15 @@ class Engine:
             self._waiting.remove(ticket)
             return
         for lane in self._lanes.values():
-            if any(row.ticket is ticket for row in lane.rows):
+            if ticket in lane.tickets:
                 lane.leave(ticket)
+
+    def close(self) -> None:
+        """Let go of what it put on the model (tables of deltas' weights), and of its rows."""
+        for lane in self._lanes.values():
+            lane.close()
+        self._lanes.clear()
+        self._waiting.clear()
 
     def step(self) -> list[Written]:
         """Run the prompts that there are rows for, then give each row a token."""
@@ -106,15 +135,15 @@ class Engine:
         free = min(self.rows - self.running, len(self._waiting))
         if free < 1 or (self.running and free < min(self.enter_at, len(self._waiting))):
             return []
-        by_lane: dict[str | None, list[Ticket]] = {}
+        by_lane: dict[Key, list[Ticket]] = {}
         for _ in range(free):
             ticket = self._waiting.popleft()
             by_lane.setdefault(self._lane_of(ticket.request.delta), []).append(ticket)
         written: list[Written] = []
         with self._running_model():
-            for name, tickets in by_lane.items():
+            for key, tickets in by_lane.items():
                 for group in alike(tickets):
-                    written += self._enter(name, group)
+                    written += self._enter(key, group)
         return written
 
     def advance(self) -> list[Written]:
@@ -125,11 +154,11 @@ class Engine:
                 written += self._advance(lane)
         return written
 
-    def _enter(self, name: str | None, tickets: Sequence[Ticket]) -> list[Written]:
+    def _enter(self, key: Key, tickets: Sequence[Ticket]) -> list[Written]:
         """Rows of one pass over their prompts. Where it fails, each by itself: one request's fault is its own."""
-        lane = self._lanes.get(name)
+        lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[name] = Lane(self._caller, self._windows, self._steps, self.pad_token_id)
+            lane = self._lanes[key] = self._made(key)
         try:
             return lane.enter(tickets)
         except Exception as error:
@@ -138,15 +167,34 @@ class Engine:
                 return [_failed(tickets[0], error)]
         if memory:
             return self._with_fewer(lane, tickets)
-        return [written for ticket in tickets for written in self._enter(name, [ticket])]
+        return [written for ticket in tickets for written in self._enter(key, [ticket])]
+
+    def _made(self, key: Key) -> Lane:
+        if not key.cached:
+            return UncachedLane(self._caller, self.pad_token_id)
+        # what is not in tables is not recorded: a graph would hold the weights of deltas that are gone
+        steps = self._steps if key.delta is None else lambda batch: PlainSteps(batch.run)
+        return CachedLane(self._caller, self.pad_token_id, windows_of(self.model), steps)
 
     def _advance(self, lane: Lane) -> list[Written]:
         try:
             return lane.advance()
         except Exception as error:
             if not is_out_of_memory(error):
-                raise
+                return self._again(lane, error)
         return self._with_fewer(lane, [])
+
+    def _again(self, lane: Lane, error: Exception) -> list[Written]:
+        """A step failed: its rows enter once more, where one that it is due to is found out; none does so twice."""
+        failed = []
+        for ticket in reversed(list(lane.tickets)):
+            lane.leave(ticket)
+            if ticket.failed or len(ticket.ids) >= ticket.room:
+                failed.append(_failed(ticket, error))
+            else:
+                ticket.failed = True
+                self._waiting.appendleft(ticket)
+        return failed
 
     def _with_fewer(self, lane: Lane, tickets: Sequence[Ticket]) -> list[Written]:
         """Memory ran out: half of the rows wait again, with what they have written."""
@@ -155,7 +203,7 @@ class Engine:
             torch.cuda.empty_cache()
         entering, running = len(tickets), self.running
         if entering + running <= 1:
-            alone = tickets[0] if tickets else lane.rows[0].ticket
+            alone = tickets[0] if tickets else lane.tickets[0]
             if not tickets:
                 lane.leave(alone)
             return [_failed(alone, OutOfMemoryError(
@@ -167,37 +215,38 @@ class Engine:
         self._waiting.extendleft(reversed(tickets))
         while self.running > self.rows:
             # the newest rows wait: they lose least
-            widest = max(self._lanes.values(), key=lambda lane: len(lane.rows))
-            ticket = widest.rows[-1].ticket
+            widest = max(self._lanes.values(), key=lambda lane: len(lane.tickets))
+            ticket = widest.tickets[-1]
             widest.leave(ticket)
             self._waiting.appendleft(ticket)
         for each in self._lanes.values():
             each.shrink()
         return []
 
-    def _lane_of(self, name: str | None) -> str | None:
-        """The lane that a delta's rows are written in: that of all deltas whose rows can share a batch, or its own."""
+    def _lane_of(self, name: str | None) -> Key:
+        """The lane that a delta's rows are written in: that of all whose rows can share a batch, or its own."""
         attachment = Attachment.of(self.model)
-        if attachment is None or name is None or why_alone(attachment, name) is None:
-            return None
-        return name
+        if self._why_not is not None:
+            return Key(None, cached=False)
+        if attachment is None or (name is None and attachment.tuned is None):
+            return Key(None)
+        if name is None:
+            return Key("")  # beside a fully tuned base
+        if why_not_delta(attachment, name) is not None:
+            return Key(None, cached=False)
+        delta = attachment.deltas.get(name)
+        known, reason = self._alone.get(name, (None, None))
+        if delta is not None and (known is None or known() is not delta):
+            reason = why_not_in_tables(attachment, delta)
+            if reason is not None:
+                log.info("%s: its rows are written in batches of their own", reason)
+            self._alone[name] = weakref.ref(delta), reason
+        return Key(None if reason is None else name)
 
     @contextlib.contextmanager
     def _running_model(self) -> Iterator[None]:
         with torch.no_grad(), cudnn_attention(False):
             yield
-
-
-def why_alone(attachment: Attachment, name: str) -> str | None:
-    """Why a delta's rows cannot share a batch with others; None where they can."""
-    if attachment.tuned is not None:
-        return "it is the base itself, fully tuned"
-    for site, module in attachment.deltas[name].sites:
-        if not isinstance(module, OutputModule | EntryModule | AttentionModule | InputModule):
-            return f"it acts on weights ({site.path})"
-        if isinstance(module, OutputModule | EntryModule) and attachment.family.gathers_tokens(site.path):
-            return f"it acts on experts ({site.path}), which are given tokens of any rows"
-    return None
 
 
 def alike(tickets: Sequence[Ticket]) -> list[list[Ticket]]:
@@ -230,31 +279,6 @@ def room_for(ids: Sequence[int], max_new_tokens: int, limit: int | None, vocabul
             f"the prompt has {len(ids)} tokens; this base takes {limit} and there must be room for one more"
         )
     return room
-
-
-def family_of(model: PreTrainedModel) -> Family:
-    """How a model is built."""
-    attachment = Attachment.of(model)
-    return describe(model) if attachment is None else attachment.family
-
-
-def context_of(model: PreTrainedModel, delta: str | None) -> int | None:
-    """The most text tokens that the model takes under a delta; None where nothing limits it."""
-    attachment = Attachment.of(model)
-    limit = family_of(model).position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    return limit - (0 if attachment is None else attachment.state.count_of(delta))
-
-
-def windows_of(model: PreTrainedModel) -> dict[str, int | None]:
-    """How far layers see, by the kind of layer as the base's masks are named; one entry where all are alike."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["full_attention" if window is None else "sliding_attention"]
-    return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
 
 
 def _failed(ticket: Ticket, error: BaseException) -> Written:

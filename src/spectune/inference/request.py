@@ -46,12 +46,14 @@ class Ticket:
         room: how many tokens may be written, given the context.
         ids: what has been written, the stop token not included.
         finished: how it ended: "stop", "length", "error" or "cancelled"; None while it has not.
+        failed: a step with it failed once.
     """
 
     request: Request
     room: int
     ids: list[int] = field(default_factory=list)
     finished: str | None = None
+    failed: bool = False
 
     def __post_init__(self) -> None:
         sampling = self.request.sampling
