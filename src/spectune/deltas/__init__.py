@@ -56,7 +56,7 @@ from spectune.deltas.rate_rule import SWEEPS, TINKER, BaseRate, RatePoint, RateR
 from spectune.deltas.routing import route
 from spectune.deltas.shelving import hold_base, put_back, set_aside
 from spectune.deltas.site import AttentionSite, InputSite, MatrixSite, OutputSite, ParameterSite, Site
-from spectune.deltas.slot_tables import SlotTables
+from spectune.deltas.slot_tables import SlotTables, why_not_in_tables
 from spectune.deltas.target_names import (
     ALL_LINEAR,
     Search,
@@ -92,5 +92,5 @@ __all__ = [
     "merge", "merge_and_measure", "packed", "packing", "parameters_known", "parameters_named", "peft_keys",
     "peft_targets", "place", "placed", "plain_tokens", "prove_reads_embeddings", "put_back", "route",
     "same_targets", "set_aside", "stacked", "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed",
-    "why_not_cudnn", "why_not_packed",
+    "why_not_cudnn", "why_not_in_tables", "why_not_packed",
 ]  # fmt: skip

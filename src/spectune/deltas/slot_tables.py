@@ -74,11 +74,7 @@ class SlotTables:
     def why_not(self, name: str) -> str | None:
         """Why a delta cannot be in tables, in a sentence; None where it can. Raises ConfigError: there is none of that
         name."""
-        delta = self._delta(name)
-        reason = "trains the base itself" if delta.method.trains_base else None
-        for site, module in delta.sites:
-            reason = reason or self._reason(site, module)
-        return None if reason is None else f"delta {name!r} ({delta.method.label}) {reason}"
+        return why_not_in_tables(self.attachment, self._delta(name))
 
     def put(self, name: str | None) -> int:
         """The slot of a delta, which is filled where it was not there; `take` gives it back. What a slot holds stays
@@ -154,15 +150,6 @@ class SlotTables:
             raise ConfigError(f"no delta {name!r} is attached; attached are: {', '.join(self.attachment.deltas)}")
         return delta
 
-    def _reason(self, site: Site, module: DeltaModule) -> str | None:
-        if isinstance(module, AttentionModule | InputModule):
-            return None
-        if not isinstance(module, SideModule) or not isinstance(site, OutputSite) or site.on is not None:
-            return f"changes a parameter itself ({site.path}), which all rows share"
-        if self.attachment.family.gathers_tokens(site.path):
-            return f"acts among experts ({site.path}), which are given tokens of any row"
-        return None if module.unchanging() is not None else f"has no form by row ({site.path})"
-
     def _free_slot(self) -> int:
         if not self._free:
             unused = next((name for name, held in self._held.items() if not held.uses), None)
@@ -232,6 +219,24 @@ class SlotTables:
         for (path, entry, _), table in self._tables.items():
             found[path, entry] += (table,)
         return found
+
+
+def why_not_in_tables(attachment: Attachment, delta: Delta) -> str | None:
+    """Why a delta cannot be in tables, in a sentence; None where it can."""
+    reason = "trains the base itself" if delta.method.trains_base else None
+    for site, module in delta.sites:
+        reason = reason or _why_not_there(attachment, site, module)
+    return None if reason is None else f"delta {delta.name!r} ({delta.method.label}) {reason}"
+
+
+def _why_not_there(attachment: Attachment, site: Site, module: DeltaModule) -> str | None:
+    if isinstance(module, AttentionModule | InputModule):
+        return None
+    if not isinstance(module, SideModule) or not isinstance(site, OutputSite) or site.on is not None:
+        return f"changes a parameter itself ({site.path}), which all rows share"
+    if attachment.family.gathers_tokens(site.path):
+        return f"acts among experts ({site.path}), which are given tokens of any row"
+    return None if module.unchanging() is not None else f"has no form by row ({site.path})"
 
 
 def _room(now: int, wanted: int) -> int:

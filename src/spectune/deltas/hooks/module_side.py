@@ -27,7 +27,6 @@ class SideHook:
         self.module, self.path, self.state, self.gathers_tokens = module, path, state, gathers_tokens
         #: what acts here under a `TableRoute`; found at the hook alone, so that compiled blocks are alike
         self.tables: tuple[Table, ...] = ()
-
         self.pass_here = _Pass()
 
     def close(self) -> None:
