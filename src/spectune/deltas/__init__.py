@@ -55,7 +55,7 @@ from spectune.deltas.rate_rule import SWEEPS, TINKER, BaseRate, RatePoint, RateR
 from spectune.deltas.routing import route
 from spectune.deltas.shelving import hold_base, put_back, set_aside
 from spectune.deltas.site import AttentionSite, InputSite, MatrixSite, OutputSite, ParameterSite, Site
-from spectune.deltas.slot_tables import SlotTables
+from spectune.deltas.slot_tables import SlotTables, why_not_in_tables
 from spectune.deltas.target_names import (
     ALL_LINEAR,
     Search,
@@ -90,5 +90,6 @@ __all__ = [
     "exact_names", "expert_words", "experts_left_out", "hold_base", "kernel_serves", "left_out", "linears_alone",
     "merge", "merge_and_measure", "packed", "packing", "parameters_known", "parameters_named", "peft_keys",
     "peft_targets", "place", "placed", "prove_reads_embeddings", "put_back", "route", "same_targets", "set_aside",
-    "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
+    "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_in_tables",
+    "why_not_packed",
 ]  # fmt: skip
