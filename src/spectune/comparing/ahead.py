@@ -145,7 +145,8 @@ class Ahead:
     def _count(self, left: Sequence[_Wanted]) -> int:
         """How many of the first share a pass."""
         plans = [self.job.plans.get(one.arm.name, (MOST, None)) for one in left]
-        return most_together(self.most, *zip(*plans, strict=True), room_of(self.job.model))
+        worth, estimates = [plan[0] for plan in plans], [plan[1] for plan in plans]
+        return most_together(self.most, worth, estimates, room_of(self.job.model))
 
     def _why_alone(self, one: _Wanted) -> str | None:
         """Why an arm's runs are trained by themselves; found out once, and said."""
