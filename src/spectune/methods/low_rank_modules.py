@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.low_rank import low_rank_sum
 from spectune.compute.low_rank_starts import orthonormal, principal
+from spectune.compute.row_products import row_products
 from spectune.deltas import Kind, MatrixSite, Operands, OutputModule, OutputSite, ParameterModule
 from spectune.errors import ConfigError
 from spectune.families import dense_weight
@@ -172,8 +173,7 @@ class LoRAMatrix(ParameterModule):
 def low_rank_change(operands: Operands, x: Tensor) -> Tensor:
     """`up down x` of each row, in the dtype of `x`. `down`: `[rows, r, in_features]`, `up`: `[rows, out_features, r]`,
     `x`: `[rows, tokens, in_features]`."""
-    down, up = operands["down"].to(x.dtype), operands["up"].to(x.dtype)
-    return torch.bmm(torch.bmm(x, down.mT), up.mT)
+    return row_products(operands["up"], row_products(operands["down"], x))
 
 
 def _kaiming(weight: nn.Parameter, generator: torch.Generator) -> None:
