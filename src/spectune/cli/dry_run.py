@@ -12,11 +12,13 @@ from spectune.cli.runs import check_output_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from spectune.cli.settings import Settings
     from spectune.comparing import Arm
     from spectune.data import Labels, Row, Rows
+    from spectune.deltas import Delta
+    from spectune.planning import Estimate
     from spectune.training import TrainingConfig
 
 
@@ -46,7 +48,7 @@ def dry_run(arms: Sequence[Arm], settings: Settings, label: str, out: Console) -
 
     if label == "compare":
         check_settings(**asked(settings))
-    found, arms = [], learned_by(arms, settings, rows)
+    found, arms, plans = [], learned_by(arms, settings, rows), list[tuple[int, Estimate | None]]()
     words = next((arm.labels for arm in arms if arm.labels is not None), None)
     for number, arm in enumerate(arms):
         method, labels = arm.method, arm.labels
@@ -66,6 +68,8 @@ def dry_run(arms: Sequence[Arm], settings: Settings, label: str, out: Console) -
         how: dict[str, Any] = {**as_run, "max_length": max_length(model, method, wanted)}
         train = weighted(encode(train_rows, tokenizer, **how), train_rows.weights, wanted.seed)
         judged = encode(valid_rows, tokenizer, **how)
+        if settings.together() is not None and not method.trains_base:
+            plans.append(_planned(delta, (tokenizer, train, judged), own))
         # all validation rows are read; of these the longest are evaluated
         longest = sorted(judged.examples, key=lambda example: -example.length)
         few = Encoded(longest[: wanted.per_device_eval_batch_size], judged.report)
@@ -74,7 +78,42 @@ def dry_run(arms: Sequence[Arm], settings: Settings, label: str, out: Console) -
         found.append(result.model_dump(mode="json", exclude={"folder", "stored_bytes"}))
         peak = result.peak_memory_bytes.get("train_allocated")
         note(f"  loss {result.train_loss:.4f}" + (f", {peak / 2**20:,.0f} MiB of tensors at the peak" if peak else ""))
-    return {"dry_run": True, "folder": str(folder), "data": source, "runs": found}
+    answer = {"dry_run": True, "folder": str(folder), "data": source, "runs": found}
+    return answer if settings.together() is None else answer | {"together": _together(settings, plans, model)}
+
+
+def _planned(delta: Delta, given: tuple[PreTrainedTokenizerBase, Any, Any], wanted: TrainingConfig) -> Any:
+    """How many runs gain from a pass with this one, and its plan by itself."""
+    from spectune.training.company import worth_sharing
+    from spectune.training.distribution import World
+    from spectune.training.prediction import predict
+    from spectune.training.prepare import prepare
+
+    tokenizer, train, judged = given
+    config = wanted.model_copy(update={"output_dir": None, "resume": False})
+    prepared = prepare(delta.model, tokenizer, delta.method, train, judged, config, delta.base_fingerprint)
+    return worth_sharing(delta, prepared), predict(delta, prepared, World()).estimate
+
+
+def _together(
+    settings: Settings, plans: Sequence[tuple[int, Estimate | None]], model: PreTrainedModel
+) -> dict[str, Any]:
+    """How many of the runs share a pass, and what that takes; said too."""
+    from spectune.planning.estimate import shown
+    from spectune.planning.shared_pass import planned_together
+    from spectune.training.company import most_together, room_of
+
+    room, estimates = room_of(model), [estimate for _, estimate in plans]
+    count = most_together(settings.together() or "auto", [worth for worth, _ in plans], estimates, room)
+    known = [estimate for estimate in estimates[:count] if estimate is not None]
+    needed = planned_together(known) if known and len(known) == count else None
+    line = (
+        f"together: {count} of {len(plans)} runs share a pass" if count > 1 else "together: each run is trained alone"
+    )
+    if needed is not None:
+        line += f"; predicted {shown(needed)}, the base once among it" + (f", of {shown(room)}" if room else "")
+    note(line)
+    return {"runs_in_a_pass": count, "predicted_bytes": needed, "room_bytes": room}
 
 
 def _in_words(

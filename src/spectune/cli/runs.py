@@ -352,8 +352,8 @@ def _warn_of_changes(path: Path, content: dict[str, Any]) -> None:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The finished runs in a folder: itself, or those of a comparison."""
-    places = [folder, *folder.glob("runs/*"), *folder.glob("runs/*/*")]
+    """The finished runs in a folder: itself, those that were trained together, or those of a comparison."""
+    places = [folder, *folder.glob("*"), *folder.glob("runs/*"), *folder.glob("runs/*/*")]
     return [place for place in places if (place / "result.json").is_file() and (place / "best").is_dir()]
 
 

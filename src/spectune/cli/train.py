@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import import_libraries, note, print_answer, work
+from spectune.cli.arms import arms_of, given_arms, names_of
+from spectune.cli.console import complain, import_libraries, note, print_answer, work
 from spectune.cli.dry_run import dry_run
 from spectune.cli.heads import decided, head_options
 from spectune.cli.input_rows import check_inputs, training_rows
@@ -18,7 +19,8 @@ from spectune.cli.known_keys import method_names
 from spectune.cli.one_of_several import joined, of_first
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings
-from spectune.errors import ConfigError, InterruptedRun
+from spectune.cli.train_several import LABEL, train_several
+from spectune.errors import ConfigError, InterruptedRun, SpectuneError
 from spectune.files.plain_text import command_line
 from spectune.torchrun import Place
 
@@ -43,6 +45,7 @@ def train(
     train_on: options.TrainOn = None,
     seed: options.Seed = None,
     resume: options.Resume = False,
+    together: options.Together = None,
     dry: options.DryRun = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -64,17 +67,43 @@ def train(
       spectune train --method prefix
       spectune train --model gpt2 --data train.jsonl --method lora --set r=8 --set learning_rate=1e-3
       spectune train --config run.yaml --output-dir runs/legal --resume
+      spectune train --method lora:r=8,adapter,prefix --together
     """
     settings = resumed(Settings.collect(config, assignments, options.flags(context)))
+    if settings.together() is not None:
+        _together(settings, dry=dry, as_json=as_json)
+        return
     names = settings.method_names([DEFAULT_METHOD])
     if len(names) != 1:
-        raise ConfigError(f"train takes one method, given {', '.join(names)}; `spectune compare` takes many")
+        raise ConfigError(
+            f"train takes one method, given {', '.join(names)}; with --together it takes many, "
+            "and `spectune compare` measures them side by side"
+        )
     with work(as_json=as_json) as out:
         check_inputs(settings, names)
         [name] = names
         with joined(settings.placement["device"]):
             answer = dry_run(_arms(settings, name), settings, name, out) if dry else _train(name, settings, out)
     print_answer(answer, as_json=as_json)
+
+
+def _together(settings: Settings, *, dry: bool, as_json: bool) -> None:
+    """Several methods in shared passes. Exit code of the first that failed, if any did."""
+    given = given_arms(settings, [DEFAULT_METHOD])
+    errors: list[SpectuneError] = []
+    with work(as_json=as_json) as out:
+        check_inputs(settings, names_of(given))
+        import_libraries()
+        chosen = arms_of(settings, given)
+        if dry:
+            answer = dry_run(chosen, settings, LABEL, out)
+        else:
+            answer, errors = train_several(chosen, settings, out)
+            for name, reason in answer["failed"].items():
+                complain(f"{name} failed: {reason}")
+    print_answer(answer, as_json=as_json)
+    if errors:
+        raise typer.Exit(errors[0].exit_code)
 
 
 def _arms(settings: Settings, name: str) -> list[Arm]:

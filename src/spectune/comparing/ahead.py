@@ -32,11 +32,10 @@ from spectune.errors import (
 )
 from spectune.files.plain_console import PlainConsole
 from spectune.phases import Phases
-from spectune.planning.shared_pass import largest_part
 from spectune.results import RunResult
 from spectune.results.comparison_file import Trial
 from spectune.training import Run, TrainingConfig, train_together
-from spectune.training.company import MOST, room_of, worth_sharing
+from spectune.training.company import MOST, most_together, room_of
 from spectune.training.display import Display
 from spectune.training.finished import RESULT_FILE
 from spectune.training.observer import Observer
@@ -72,7 +71,6 @@ class Ahead:
     job: Job
     most: int | str
     _alone: dict[str, str | None] = field(default_factory=dict)
-    _worth: dict[str, int] = field(default_factory=dict)
 
     def search(self, arms: Sequence[Arm]) -> None:
         """Make the trials of all arms' searches, those that do not wait for each other in one go."""
@@ -146,13 +144,9 @@ class Ahead:
 
     def _count(self, left: Sequence[_Wanted]) -> int:
         """How many of the first share a pass."""
-        most = self.most if isinstance(self.most, int) else min(self._worth.get(one.arm.name, MOST) for one in left)
-        most = min(most, len(left))
-        estimates = [self.job.estimates.get(one.arm.name) for one in left[:most]]
-        known = [estimate for estimate in estimates if estimate is not None]
-        if len(known) < len(estimates):  # where nothing is predicted: the user does not wish it, or nobody can
-            return most
-        return largest_part(known, room_of(self.job.model), most)
+        plans = [self.job.plans.get(one.arm.name, (MOST, None)) for one in left]
+        worth, estimates = [plan[0] for plan in plans], [plan[1] for plan in plans]
+        return most_together(self.most, worth, estimates, room_of(self.job.model))
 
     def _why_alone(self, one: _Wanted) -> str | None:
         """Why an arm's runs are trained by themselves; found out once, and said."""
@@ -160,10 +154,6 @@ class Ahead:
         if name not in self._alone:
             with job.attached(one.arm, one.config.seed, job.phases) as delta:
                 self._alone[name] = why_not_shared(delta)
-                rows = one.config.per_device_train_batch_size * one.config.gradient_accumulation_steps
-                length = max(1, round(sum(e.length for e in one.rows.examples) / len(one.rows.examples)))
-                how = {"tokens": rows * length, "length": length, "device_type": job.model.device.type}
-                self._worth[name] = worth_sharing(delta.family, delta, **how)
             if (why := self._alone[name]) is not None:
                 log.info("%s is trained by itself: %s", one.arm.label, why)
         return self._alone[name]

@@ -30,6 +30,7 @@ from spectune.results import RunResult
 from spectune.results import comparison_file as results
 from spectune.results.comparison_file import Failure
 from spectune.training import TrainingConfig, train
+from spectune.training.company import worth_sharing
 from spectune.training.display import Display, Heartbeat
 from spectune.training.distribution import World
 from spectune.training.observer import Observer
@@ -64,7 +65,7 @@ class Job:
         phases: where the time goes that is no arm's own: each run records its own.
         loaded: how the base was, as `spectune.load` takes it.
         together: runs that share passes, at most; "auto" as many as gain from it; None trains each by itself.
-        estimates: the plan of each arm's runs, where there is one.
+        plans: of each arm how many runs gain from a pass with one of its own, and the plan of such a run.
         ahead: of final runs that were trained before their turn, by folder: why they failed, or the loss of each
             validation row.
     """
@@ -91,7 +92,7 @@ class Job:
     budget: Budget = field(default_factory=lambda: Budget([]), init=False)
     heartbeat: Heartbeat = field(default_factory=Heartbeat, init=False)
     recomputation: dict[str, Recomputation] = field(default_factory=dict, init=False)
-    estimates: dict[str, Estimate | None] = field(default_factory=dict, init=False)
+    plans: dict[str, tuple[int, Estimate | None]] = field(default_factory=dict, init=False)
     ahead: dict[Path, RowLosses | SpectuneError | None] = field(default_factory=dict, init=False)
 
     @property
@@ -114,7 +115,7 @@ class Job:
             predicted = predict(delta, prepared, World(), self.predictions)
             check_memory(predicted, delta, config.memory_check)
         self.recomputation[arm.name] = predicted.execution.recomputation
-        self.estimates[arm.name] = predicted.estimate
+        self.plans[arm.name] = worth_sharing(delta, prepared), predicted.estimate
 
     def record_time(self) -> None:
         """Write where the time went that is no arm's own."""

@@ -7,12 +7,12 @@ from transformers import PreTrainedModel
 
 from spectune.deltas import Delta
 from spectune.errors import DoesNotFitError
-from spectune.families import Family
 from spectune.planning.device_memory import free_memory
-from spectune.planning.estimate import shown
+from spectune.planning.estimate import Estimate, shown
 from spectune.planning.flops import flops_per_token
 from spectune.planning.shared_pass import largest_part, planned_together
 from spectune.training.decisions import LAUNCH_SECONDS_PER_LAYER, OPERATIONS_PER_SECOND
+from spectune.training.prepare import Prepared
 from spectune.training.starting import Started
 
 log = logging.getLogger("spectune")
@@ -54,14 +54,28 @@ def check_together(model: PreTrainedModel, begun: Sequence[Started]) -> None:
     log.warning("%s", message)
 
 
-def worth_sharing(family: Family, delta: Delta, *, tokens: int, length: int, device_type: str) -> int:
-    """How many runs gain from one pass: as many as it takes until computing takes longer than what a pass takes
-    however few rows it has.
+def most_together(
+    asked: int | str, worth: Sequence[int], estimates: Sequence[Estimate | None], room: int | None
+) -> int:
+    """How many of the first of some runs share a pass.
 
     Args:
-        tokens: of one run's batch.
-        length: of a row.
+        asked: at most so many; "auto": as many as gain from it.
+        worth: by each of them `worth_sharing`.
+        estimates: of each by itself; where one is not predicted, memory has no say.
+        room: bytes for the base and all of them; None is without limit.
     """
-    a_layer, operations_per_second = _PACE.get(device_type, _PACE["cpu"])
-    computing = tokens * flops_per_token(family, delta.method, max(1, length)) / operations_per_second
-    return max(1, min(MOST, round(1 + len(family.layers) * a_layer / computing)))
+    most = min(len(worth), asked if isinstance(asked, int) else min(worth, default=1))
+    known = [estimate for estimate in estimates[:most] if estimate is not None]
+    return most if len(known) < most else largest_part(known, room, most)
+
+
+def worth_sharing(delta: Delta, prepared: Prepared) -> int:
+    """How many runs gain from a pass with this one: as many as it takes until computing takes longer than what a pass
+    takes however few rows it has."""
+    a_layer, operations_per_second = _PACE.get(delta.model.device.type, _PACE["cpu"])
+    length = max(1, round(sum(example.length for example in prepared.examples) / len(prepared.examples)))
+    operations = (
+        prepared.config.per_device_train_batch_size * length * flops_per_token(delta.family, delta.method, length)
+    )
+    return max(1, min(MOST, round(1 + len(delta.family.layers) * a_layer * operations_per_second / operations)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,19 +42,22 @@ class AskedStep:
 class _Group:
     """Weights with one rate, of one run, and what AdamW keeps of each."""
 
-    settings: dict[str, float]
+    betas: tuple[float, float]
+    weight_decay: float
+    eps: float
     factor: float
     numbers: list[int] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
-    moments: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    firsts: list[Tensor] = field(default_factory=list)
+    seconds: list[Tensor] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
 
     def add(self, number: int, master: Tensor, state: dict[str, Tensor]) -> None:
         self.numbers.append(number)
         self.weights.append(master)
         self.counts.append(state["step"])
-        for moments, name in zip(self.moments, ("exp_avg", "exp_avg_sq"), strict=True):
-            moments.append(state[name])
+        self.firsts.append(state["exp_avg"])
+        self.seconds.append(state["exp_avg_sq"])
 
 
 @dataclass
@@ -98,11 +102,13 @@ def _adamw(parts: Sequence[_Part]) -> None:
     torch._foreach_add_(counts, 1)
     for part, group, gradients in chosen:
         torch._fused_adamw_(
-            group.weights, gradients, *group.moments, [], group.counts, **group.settings,
-            lr=part.asked.rate * group.factor, amsgrad=False, maximize=False, found_inf=part.skipped,
+            group.weights, gradients, group.firsts, group.seconds, [], group.counts,
+            lr=part.asked.rate * group.factor, beta1=group.betas[0], beta2=group.betas[1],
+            weight_decay=group.weight_decay, eps=group.eps, amsgrad=False, maximize=False, found_inf=part.skipped,
         )  # fmt: skip
     # a step that was not taken does not count
-    torch._foreach_sub_(counts, [part.skipped for part, group, _ in chosen for _ in group.counts])  # type: ignore[arg-type]
+    skipped: Any = [part.skipped for part, group, _ in chosen for _ in group.counts]
+    torch._foreach_sub_(counts, skipped)
 
 
 def _chosen(part: _Part) -> Iterator[tuple[_Group, list[Tensor]]]:
@@ -148,11 +154,10 @@ def _clip(part: _Part) -> None:
 def _groups(optimizer: MasterAdamW, only: Set[int] | None = None) -> list[_Group]:
     """The optimizer's groups, of the weights of these numbers, one where nothing differs between them; what is kept of
     each weight is made where it is not there."""
-    numbers, found = {id(master): n for n, master in enumerate(optimizer.masters)}, dict[tuple[float, ...], _Group]()
+    numbers, found = {id(master): n for n, master in enumerate(optimizer.masters)}, dict[tuple[Any, ...], _Group]()
     for group in optimizer.inner.param_groups:
-        beta1, beta2 = group["betas"]
-        settings = {"beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"], "eps": group["eps"]}
-        own = found.setdefault((*settings.values(), group["factor"]), _Group(settings, group["factor"]))
+        settings = group["betas"], group["weight_decay"], group["eps"], group["factor"]
+        own = found.setdefault(settings, _Group(*settings))
         for master in group["params"]:
             if only is None or numbers[id(master)] in only:
                 own.add(numbers[id(master)], master, _state(optimizer.inner, master))
