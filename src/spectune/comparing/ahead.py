@@ -155,7 +155,7 @@ class Ahead:
             with job.attached(one.arm, one.config.seed, job.phases) as delta:
                 self._alone[name] = why_not_shared(delta)
             if (why := self._alone[name]) is not None:
-                log.info("%s is trained by itself: %s", one.arm.label, why)
+                job.print(f"{one.arm.label}: each run is trained by itself: {why}")
         return self._alone[name]
 
     def _trained(self, group: Sequence[_Wanted]) -> bool:
