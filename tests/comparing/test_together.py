@@ -40,8 +40,8 @@ def losses(found: Any) -> list[float]:
 
 def test_what_is_found_is_what_is_found_without(tmp_path: Path) -> None:
     """Searches, final runs of two seeds and a data curve; full fine-tuning is trained by itself."""
-    how: dict[str, Any] = {"methods": METHODS, "config": EIGHT_STEPS, "preset": "quick", "seeds": 2, "fractions": (0.5,)}
-    how |= {"generate_rows": 0}
+    how: dict[str, Any] = {"methods": METHODS, "config": EIGHT_STEPS, "preset": "quick", "seeds": 2}
+    how |= {"fractions": (0.5,), "generate_rows": 0}
     alone, shared = run(tmp_path / "a", **how), run(tmp_path / "b", together=16, **how)
     assert not shared.failed
     assert names(tmp_path / "b") == names(tmp_path / "a")
