@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,9 +60,14 @@ def train_together(
     console: Console | None = None,
     asked: Sequence[Asked] = (),
     display: Display | None = None,
+    share_passes: bool | Literal["auto"] = "auto",
 ) -> list[RunResult]:
     """Train several methods on one frozen base, in steps that all of them share: each as `spectune.train` would by
     itself, with its own rows, optimizer, schedule, clipping, validation, early stop, checkpoints and random numbers.
+
+    Rows of several runs in one pass give each run what it gets alone, up to the rounding of products of another size.
+    A run whose pass is its own gets it to the last bit: where passes are not shared, where a run draws random numbers
+    (dropout), and where its method cannot share a batch.
 
     A run that ends, stops early or fails leaves, and the others go on. The deltas stay attached, each as the best of
     its validation.
@@ -74,6 +79,8 @@ def train_together(
         display: what shows how far they are; by default one on the console.
         asked: for each run what `spectune.train` takes beside method and rows, for callers that want more of it than
             `runs` says; its config and name stand in place of those.
+        share_passes: whether rows of several runs go through the base in one pass; "auto" does on CUDA. On a CPU, which
+            computes no faster for more rows, that takes longer (docs/decisions.md): each run has its own pass.
 
     Returns:
         the results, in the order of `runs`.
@@ -94,7 +101,9 @@ def train_together(
             if (folder := each.config.output_dir) is not None:
                 held.enter_context(claimed(folder, "spectune train", resume=each.config.resume))
         begun = _start(model, tokenizer, wanted, out)
-        found = _driven(model, [made for made in begun if not isinstance(made, RunResult)], out, display)
+        shared = model.device.type != "cpu" if share_passes == "auto" else share_passes
+        going = [made for made in begun if not isinstance(made, RunResult)]
+        found = _driven(model, going, shared, out, display)
         results = [made if isinstance(made, RunResult) else found[made[0].asked.name] for made in begun]
     return _checked(results, [each.name for _, each in wanted])
 
@@ -171,20 +180,24 @@ def _start(
 
 
 def _driven(
-    model: PreTrainedModel, begun: Sequence[tuple[Started, RandomStream]], out: Console, shown: Display | None
+    model: PreTrainedModel,
+    begun: Sequence[tuple[Started, RandomStream]],
+    shared: bool,
+    out: Console,
+    shown: Display | None,
 ) -> dict[str, RunResult | SpectuneError]:
     """Train all to their ends. Returns the result of each, or why it failed, by name."""
     if not begun:
         return {}
     interrupts, deltas = Interrupts(), [made.run.delta for made, _ in begun]
-    sharing = _sharing(deltas, out)
+    sharing = _sharing(deltas, out) if shared and len(deltas) > 1 else []
     execution = joint_execution([made.predicted.execution for made, _ in begun])
     peaks = _joint_peaks([made.run for made, _ in begun])
     progress = [(made.asked.name, made.run.total_steps, made.run.progress.step) for made, _ in begun]
     display = JointDisplay(out, progress, shown)
     lanes = [
-        Lane(made, stream, Loop(made.run, execution, interrupts, peaks), display.of(made.asked.name),
-             shares=made.run.delta in sharing)
+        Lane(made, stream, Loop(made.run, replace(execution, packing=made.run.batches.packing), interrupts, peaks),
+             display.of(made.asked.name), shares=made.run.delta in sharing)
         for made, stream in begun
     ]  # fmt: skip
     mask_free = bool(sharing) and all(needs_no_mask(delta) for delta in sharing)
@@ -203,8 +216,6 @@ def _driven(
 
 def _sharing(deltas: Sequence[Delta], out: Console) -> list[Delta]:
     """Those whose rows may be in one pass; why others are not is said."""
-    if len(deltas) < 2:
-        return []
     found = list[Delta]()
     for delta in deltas:
         if (reason := why_not_shared(delta)) is None:
