@@ -142,6 +142,16 @@ def test_who_cannot_share_a_pass_is_trained_by_itself_and_that_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     methods: list[Any] = [BottleneckAdapter(bottleneck_dim=4, dropout=0.5), LoRA(r=2), LoRA(r=1)]
-    found = run(tmp_path / "c", methods=methods, together="auto", generate_rows=0, console=Console(width=200))
+    found = run(tmp_path / "c", methods=methods, together=4, generate_rows=0, console=Console(width=200))
     assert [each["trained_together"] for each in found.runs] == [1, 2, 2]
     assert "Adapter: each run is trained by itself: random numbers are drawn" in capsys.readouterr().out
+
+
+def test_auto_leaves_runs_by_themselves_where_shared_passes_gain_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = SIX_STEPS.model_copy(update={"memory_check": "warn", "max_steps": 2})
+    how: dict[str, Any] = {"methods": [LoRA(r=1), LoRA(r=2)], "config": planned, "generate_rows": 0}
+    found = run(tmp_path / "c", together="auto", console=Console(width=200), **how)
+    assert [each["trained_together"] for each in found.runs] == [1, 1]
+    assert "each run is trained by itself: shared passes gain nothing here (cpu)" in capsys.readouterr().out

@@ -27,7 +27,7 @@ def runs(count: int) -> list[Run]:
 def test_a_shared_pass_takes_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = list[int]()
     monkeypatch.setattr(company, "planned_together", lambda given: plans.append(planned_together(given)) or plans[-1])
-    results = train_together(make_model(), make_tokenizer(), runs(5), console=QUIET)
+    results = train_together(make_model(), make_tokenizer(), runs(5), console=QUIET, share_passes=True)
     measured = results[0].peak_memory_bytes["train_allocated"]
     assert 0.95 * measured < plans[-1] < 1.5 * measured
 
@@ -58,6 +58,6 @@ def test_too_many_runs_are_refused_before_a_step_with_how_many_fit(monkeypatch: 
     monkeypatch.setattr(company, "room_of", lambda given: 1)
     model = make_model()
     with pytest.raises(TooManyTogetherError, match="4 runs in one pass are predicted to take") as raised:
-        train_together(model, make_tokenizer(), runs(4), console=QUIET)
+        train_together(model, make_tokenizer(), runs(4), console=QUIET, share_passes=True)
     assert raised.value.most == 1
     assert not attached(model)

@@ -111,7 +111,10 @@ class _Runs:
             for arm in arms
         ]
         try:
-            results = train_together(self.model, self.tokenizer, runs, asked=asked, console=self.out)
+            shares: Any = "auto" if self.most == "auto" else True
+            results = train_together(
+                self.model, self.tokenizer, runs, asked=asked, console=self.out, share_passes=shares
+            )
         except RunsFailedError as error:
             self.failures |= error.failures
             results = error.results

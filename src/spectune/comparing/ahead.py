@@ -72,6 +72,12 @@ class Ahead:
     most: int | str
     _alone: dict[str, str | None] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        job = self.job
+        if self.most == "auto" and all(job.plans.get(arm.name, (MOST, None))[0] == 1 for arm in job.arms):
+            kind = job.model.device.type
+            job.print(f"each run is trained by itself: shared passes gain nothing here ({kind}); --together N has them")
+
     def search(self, arms: Sequence[Arm]) -> None:
         """Make the trials of all arms' searches, those that do not wait for each other in one go."""
         searches = {arm.name: halving(**self.job.search_settings(arm)) for arm in arms}
@@ -205,7 +211,13 @@ class Ahead:
         ]
         try:
             results = train_together(
-                job.model, job.tokenizer, runs, asked=asked, console=console, display=self._display(group)
+                job.model,
+                job.tokenizer,
+                runs,
+                asked=asked,
+                console=console,
+                display=self._display(group),
+                share_passes=True,
             )
         except RunsFailedError as error:
             for failed in error.failures.values():
