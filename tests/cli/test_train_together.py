@@ -40,8 +40,8 @@ def test_each_method_has_a_folder_and_resume_finds_them_finished(spectune: Spect
 
 
 def test_dry_run_says_how_many_share_a_pass_and_what_that_takes(spectune: Spectune, base: Path, rows: Path) -> None:
-    made = spectune("train", "--model", base, "--data", rows, "--methods", "lora,bitfit", "--together", "2", "--dry-run",
-                    "--json", *QUICK)  # fmt: skip
+    command = ("train", "--model", base, "--data", rows, "--method", "lora,bitfit", "--together", "2", *QUICK)
+    made = spectune(*command, "--dry-run", "--json")
     assert made.exit_code == 0, made.stderr
     found = json.loads(made.stdout)["together"]
     assert found["runs_in_a_pass"] == 2
