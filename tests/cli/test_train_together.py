@@ -34,7 +34,7 @@ def test_each_method_has_a_folder_and_resume_finds_them_finished(spectune: Spect
     assert again.stderr.count("is finished already") == 3
     assert json.loads(again.stdout)["runs"] == answer["runs"]
     best = min(answer["runs"], key=lambda name: answer["runs"][name]["valid_loss"])
-    written = spectune("generate", "--run", "out", "--prompt", "number 1", "--max-new-tokens", "2", "--json")
+    written = spectune("generate", "number 1", "--run", "out", "--max-new-tokens", "2", "--json")
     assert written.exit_code == 0, written.stderr
     assert f"out/{best}" in written.stderr + written.stdout
 

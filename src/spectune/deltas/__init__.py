@@ -39,6 +39,7 @@ from spectune.deltas.modules import (
     Operands,
     OutputModule,
     ParameterModule,
+    stacked,
 )
 from spectune.deltas.packed_batches import packed, packing
 from spectune.deltas.peft_config import Placed, check_ia3_keys, check_keys, check_lora_keys, placed
@@ -84,7 +85,6 @@ __all__ = [
     "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words",
     "experts_left_out", "kernel_serves", "left_out", "linears_alone", "merge", "merge_and_measure", "packed", "packing",
     "parameters_known", "parameters_named", "peft_keys", "peft_targets", "place", "placed", "plain_tokens",
-    "prove_reads_embeddings",
-    "route", "same_targets", "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn",
-    "why_not_packed",
+    "prove_reads_embeddings", "route", "same_targets", "stacked", "targets", "told_apart", "uncalled", "unplaced",
+    "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
 ]  # fmt: skip
