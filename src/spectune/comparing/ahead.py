@@ -18,7 +18,7 @@ from spectune.comparing.arms import Arm
 from spectune.comparing.final_runs import final_config
 from spectune.comparing.job import QUIET, Job
 from spectune.comparing.search import halving
-from spectune.comparing.short_runs import ShortRun, point_of, trial_of
+from spectune.comparing.short_runs import ShortRun, point_of, search_settings, trial_of
 from spectune.data import Encoded
 from spectune.deltas import Delta
 from spectune.errors import (
@@ -81,7 +81,7 @@ class Ahead:
 
     def search(self, arms: Sequence[Arm]) -> None:
         """Make the trials of all arms' searches, those that do not wait for each other in one go."""
-        searches = {arm.name: halving(**self.job.search_settings(arm)) for arm in arms}
+        searches = {arm.name: halving(**search_settings(self.job, arm)) for arm in arms}
         by_name, made = {arm.name: arm for arm in arms}, dict[str, list[Trial] | None](dict.fromkeys(searches))
         while made:
             asked = {}
