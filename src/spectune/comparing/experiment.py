@@ -73,8 +73,7 @@ def compare(
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
         choice_normalization: "sum", "token" or "byte", see `spectune.evaluation.Task`.
         origin: entries for config.yaml, the comparison's and each run's, see `train`.
-        together: runs that share passes over the base, at most; "auto": as many as gain from it and have room, by the
-            plan. What they come to is what they come to by themselves, but for rounding.
+        together: how many runs may share a pass; "auto": as many as gain from it and have room, by the plan.
         base_precision, trust_remote_code, allow_missing_weights: how the base is loaded, see `spectune.load`.
 
     Raises:

@@ -126,13 +126,6 @@ class Job:
         """The default learning rate of an arm on this base, and where a search begins."""
         return arm.method.learning_rates.at(embedding_width(self.model))
 
-    def search_settings(self, arm: Arm) -> dict[str, Any]:
-        """The search for an arm's rate, as `spectune.comparing.search.halving` takes it."""
-        rates, preset = self.rates(arm), self.schedule.preset
-        bounds = rates.search_range if preset.around_default is None else rates.around(preset.around_default)
-        return {"bounds": bounds, "rungs": self.schedule.rungs, "source": rates.sentence,
-                "extensions": preset.extensions}  # fmt: skip
-
     def key(self, arm: Arm, rate: float, steps: int, seed: int, rows: int | None = None) -> str:
         return run_key(self.conditions.identity, arm.settings, rate, steps, seed, rows)
 

@@ -76,6 +76,13 @@ class ShortRun(Generic[R]):
         return made
 
 
+def search_settings(job: Job, arm: Arm) -> dict[str, Any]:
+    """The search for an arm's rate, as `spectune.comparing.search.halving` takes it."""
+    rates, preset = job.rates(arm), job.schedule.preset
+    bounds = rates.search_range if preset.around_default is None else rates.around(preset.around_default)
+    return {"bounds": bounds, "rungs": job.schedule.rungs, "source": rates.sentence, "extensions": preset.extensions}
+
+
 def trial_of(job: Job, arm: Arm, rate: float, steps: int) -> ShortRun[Trial]:
     """One rate for so many steps."""
     seed = job.config.seed + SEARCH_SEED

@@ -99,8 +99,8 @@ def train_together(
         for _, each in wanted:
             if (folder := each.config.output_dir) is not None:
                 held.enter_context(claimed(folder, "spectune train", resume=each.config.resume))
-        begun = _start(model, tokenizer, wanted, out)
         shared = model.device.type != "cpu" if share_passes == "auto" else share_passes
+        begun = _start(model, tokenizer, wanted, out, shared=shared)
         going = [made for made in begun if not isinstance(made, RunResult)]
         found = _driven(model, going, shared, out, display)
         results = [made if isinstance(made, RunResult) else found[made[0].asked.name] for made in begun]
@@ -154,7 +154,12 @@ def _check_unlike(what: str, given: Sequence[str]) -> None:
 
 
 def _start(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[tuple[Run, Asked]], out: Console
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Sequence[tuple[Run, Asked]],
+    out: Console,
+    *,
+    shared: bool,
 ) -> list[RunResult | tuple[Started, RandomStream]]:
     """Begin all runs, or none."""
     before, begun = set(attached(model)), list[RunResult | tuple[Started, RandomStream]]()
@@ -165,7 +170,8 @@ def _start(
             made = start(model, tokenizer, run.method, (run.train_rows, run.valid_rows), asked, World(), out)
             asked.observer.phases.pause()
             begun.append((made, RandomStream(model.device)) if isinstance(made, Started) else made)
-        check_together(model, [made[0] for made in begun if not isinstance(made, RunResult)])
+        if shared:
+            check_together(model, [made[0] for made in begun if not isinstance(made, RunResult)])
     except BaseException:
         for started, _ in [made for made in begun if not isinstance(made, RunResult)]:
             started.run.optimizer.close()
