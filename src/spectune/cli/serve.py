@@ -87,7 +87,7 @@ def serve(
 
     with work():
         what = _what(run, model, deltas)
-        catalogue = Catalogue(what.name, deltas, what.named, _delta_of, _settings_of, what.settings)
+        catalogue = Catalogue(what.name, deltas, what.named, _settings_of, what.settings)
         bounds = Bounds(
             max_rows, max_queue, max_new_tokens, request_seconds=request_timeout, drain_seconds=shutdown_timeout
         )
@@ -153,8 +153,9 @@ def _base_of_deltas(deltas: Path) -> _What:
     """The base that the first of the deltas names."""
     from spectune.cli.runs import find_run
     from spectune.embedded import NAME as TINY
+    from spectune.serving.catalogue import delta_in
 
-    first = next((folder for folder in sorted(deltas.iterdir()) if _delta_of(folder) is not None), None)
+    first = next((folder for folder in sorted(deltas.iterdir()) if delta_in(folder) is not None), None)
     if first is None:
         return _What(TINY, TINY)
     base = find_run(first).base
@@ -165,13 +166,6 @@ def _base_of_deltas(deltas: Path) -> _What:
 def _base_name(base: str) -> str:
     """What a base is called: its hub id, or the name of its folder."""
     return Path(base).absolute().name if Path(base).is_dir() else base
-
-
-def _delta_of(folder: Path) -> Path | None:
-    """The delta in a folder: that of a run, or the folder itself; None where there is none."""
-    from spectune.cli.runs import is_delta
-
-    return next((path for path in (folder / "best", folder) if is_delta(path)), None)
 
 
 def _settings_of(delta: Path) -> Mapping[str, Any]:

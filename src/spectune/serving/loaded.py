@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from spectune.errors import DoesNotFitError
+from spectune.errors import BankFullError
 from spectune.serving.openai_format import TokenNames
 from spectune.serving.order import Order
 
@@ -77,15 +77,15 @@ class Loaded:
 
         name = order.delta
         if name is not None:
-            [name] = held.enter_context(self.bank.hold([name]))
+            (name,) = held.enter_context(self.bank.hold([name]))
         request = Request(
             order.ids, order.max_new_tokens, name, self.stops, order.sampling, order.stream, order.logprobs
         )
         return engine.submit(request)
 
     def is_full(self, error: BaseException) -> bool:
-        """Whether a delta is refused for want of room, which others may hold just now."""
-        return isinstance(error, DoesNotFitError)
+        """Whether a delta is refused for want of room that others hold just now."""
+        return isinstance(error, BankFullError)
 
     def prepare(self, delta: str) -> None:
         """Read a delta's files, from any thread. Raises SpectuneError."""

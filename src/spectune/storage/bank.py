@@ -118,7 +118,7 @@ class Bank:
                 self._memory.release(entry)
 
     @contextlib.contextmanager
-    def route(self, names: str | None | Sequence[str | None]) -> Iterator[None]:
+    def route(self, names: str | Sequence[str | None] | None) -> Iterator[None]:
         """`spectune.route` by the bank's names: one (or None) for all rows, or a list with one for each row. Deltas are
         put on the model where they are not there. Raises what `hold` and `spectune.route` raise."""
         single = names is None or isinstance(names, str)
