@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spectune.errors import (
@@ -41,19 +42,27 @@ STOPPING = "the server is stopping"
 _CHARACTERS = 128
 
 
+@dataclass
+class _Places:
+    """Places in the queue that a request has."""
+
+    left: int
+
+
 class Desk:
     """Takes requests on the event loop's thread, while the worker loads and writes on its own.
 
     Attributes:
         state: "loading", "ok", "stopping" or "failed".
         failure: why it is "failed".
+        choices: that were taken and are not written.
     """
 
     def __init__(self, catalogue: Catalogue, bounds: Bounds, counters: Counters) -> None:
         self.catalogue, self.bounds, self.counters = catalogue, bounds, counters
         self.state = "loading"
         self.failure: BaseException | None = None
-        self._choices = 0  # that were taken and are not done
+        self.choices = 0
         self._ready: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
         self._ready.add_done_callback(_looked_at)
         # tokenizers and templates run on one thread, files of deltas are read on another: neither waits for a step
@@ -101,9 +110,9 @@ class Desk:
             ApiError: the request is refused, or a choice cannot be written.
         """
         self.entry(wanted.model)
-        with self._taken(wanted):
+        with self._taken(wanted) as places:
             loaded = await asyncio.shield(self._ready)
-            job, inbox = await self._job(loaded, wanted)
+            job, inbox = await self._job(loaded, wanted, places)
             yield Answer(wanted, loaded.names, sum(len(order.ids) for order in job.orders[:: wanted.n]))
             worker, left = self.worker, wanted.choices
             assert worker is not None
@@ -121,7 +130,6 @@ class Desk:
                         if piece.error is not None:
                             raise as_api_error(piece.error, wanted.model)
                         left -= piece.last
-                    self.counters.count("tokens_total", sum(piece.tokens for piece in found), kind="completion")
                     yield found
             finally:
                 if left:
@@ -129,26 +137,24 @@ class Desk:
                     worker.cancel(job)
 
     @contextlib.contextmanager
-    def _taken(self, wanted: Wanted) -> Iterator[None]:
-        """A place in the queue for each choice. Raises ApiError: there is none, or no such model."""
+    def _taken(self, wanted: Wanted) -> Iterator[_Places]:
+        """A place in the queue for each choice, until it is written, whenever its client takes it. Raises ApiError:
+        there is none."""
         if self.state not in ("ok", "loading"):
             raise ApiError(503, STOPPING, code="stopping")
-        if self._choices + wanted.choices > self.bounds.max_queue:
+        if self.choices + wanted.choices > self.bounds.max_queue:
             self.counters.count("refused_total", reason="queue")
             raise ApiError(
-                429, f"{self._choices:,} choices are being written or wait, and there is room for "
+                429, f"{self.choices:,} choices are being written or wait, and there is room for "
                 f"{self.bounds.max_queue:,}; try again in a moment", code="queue_full", headers={"retry-after": "1"}
             )  # fmt: skip
-        self._choices += wanted.choices
+        places = _Places(wanted.choices)
+        self.choices += places.left
         try:
-            yield
+            yield places
         finally:
-            self._choices -= wanted.choices
-
-    @property
-    def choices(self) -> int:
-        """Choices that were taken and are not done."""
-        return self._choices
+            self.choices -= places.left
+            places.left = 0
 
     def entry(self, name: str) -> Entry:
         """The model of a name. Raises ApiError (404)."""
@@ -160,14 +166,22 @@ class Desk:
                            "GET /v1/models names those that do", param="model", code="model_not_found")  # fmt: skip
         return found
 
-    async def _job(self, loaded: Loaded, wanted: Wanted) -> tuple[Job, asyncio.Queue[Piece]]:
+    async def _job(self, loaded: Loaded, wanted: Wanted, places: _Places) -> tuple[Job, asyncio.Queue[Piece]]:
         """The orders of a request, and where their pieces come in."""
         loop = asyncio.get_running_loop()
         entry, form = await loop.run_in_executor(self._reading, self._opened, loaded, wanted.model)
         prompts = await loop.run_in_executor(self._encoding, self._prompts, loaded, wanted, form)
         self.counters.count("tokens_total", sum(map(len, prompts)), kind="prompt")
         inbox: asyncio.Queue[Piece] = asyncio.Queue()
-        return Job(tuple(self._orders(loaded, wanted, entry, prompts)), inbox.put_nowait), inbox
+
+        def deliver(piece: Piece) -> None:
+            self.counters.count("tokens_total", piece.tokens, kind="completion")
+            if piece.last and places.left:
+                places.left -= 1
+                self.choices -= 1
+            inbox.put_nowait(piece)
+
+        return Job(tuple(self._orders(loaded, wanted, entry, prompts)), deliver), inbox
 
     def _opened(self, loaded: Loaded, name: str) -> tuple[Entry, PromptForm]:
         """A model with its files read, and how its prompts are made. Raises ApiError."""
