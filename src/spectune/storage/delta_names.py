@@ -78,6 +78,6 @@ def _fetched(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FETCHED)))
     except Exception as error:  # the library's own kinds, and those of what it uses
         raise DataError(
-            f"no delta {name!r}: it is no folder, and not to be had from the hub ({first_line(error)}). Give the folder, "
-            "or check the id, the network and HF_TOKEN"
+            f"no delta {name!r}: it is no folder, and not to be had from the hub ({first_line(error)}). Give the "
+            "folder, or check the id, the network and HF_TOKEN"
         ) from error
