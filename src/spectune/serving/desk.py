@@ -22,24 +22,22 @@ from spectune.errors import (
     first_line,
 )
 from spectune.serving.api_error import ApiError, invalid
+from spectune.serving.asked_prompts import AskedPrompts, room_for
 from spectune.serving.bounds import Bounds
 from spectune.serving.catalogue import Catalogue, Entry
 from spectune.serving.counters import Counters
 from spectune.serving.openai_format import Answer
-from spectune.serving.order import Job, Order, Piece
+from spectune.serving.orders import Job, Order, Piece
 from spectune.serving.wanted import Wanted
 from spectune.serving.worker import Delivery, Worker
 
 if TYPE_CHECKING:
     from spectune.data.asking import PromptForm
-    from spectune.data.encoding import RowEncoder
     from spectune.serving.loaded import Loaded
 
 log = logging.getLogger("spectune")
 
 STOPPING = "the server is stopping"
-#: characters that a token stands for at most, as a bound: a longer text is not even tokenized
-_CHARACTERS = 128
 
 
 @dataclass
@@ -68,7 +66,7 @@ class Desk:
         # tokenizers and templates run on one thread, files of deltas are read on another: neither waits for a step
         self._encoding = ThreadPoolExecutor(1, "spectune-encoding")
         self._reading = ThreadPoolExecutor(1, "spectune-reading")
-        self._encoders: dict[tuple[Any, ...], RowEncoder] = {}
+        self._prompts = AskedPrompts()
         self.worker: Worker | None = None
 
     def open(self, worker: Worker) -> None:
@@ -170,7 +168,7 @@ class Desk:
         """The orders of a request, and where their pieces come in."""
         loop = asyncio.get_running_loop()
         entry, form = await loop.run_in_executor(self._reading, self._opened, loaded, wanted.model)
-        prompts = await loop.run_in_executor(self._encoding, self._prompts, loaded, wanted, form)
+        prompts = await loop.run_in_executor(self._encoding, self._prompts.ids, loaded, wanted, form)
         self.counters.count("tokens_total", sum(map(len, prompts)), kind="prompt")
         inbox: asyncio.Queue[Piece] = asyncio.Queue()
 
@@ -201,60 +199,10 @@ class Desk:
             seed = secrets.randbits(62) if drawing.seed is None else drawing.seed
             sampling = Sampling(seed, drawing.temperature, drawing.top_p, drawing.top_k)
         for place, ids in enumerate(prompts):
-            room = self._room(loaded, wanted, len(ids))
+            room = room_for(loaded, wanted, len(ids), self.bounds)
             for number in range(wanted.n):
                 stream = place * wanted.n + number
                 yield Order(ids, entry.delta, room, sampling, stream, wanted.stops, wanted.logprobs)
-
-    def _room(self, loaded: Loaded, wanted: Wanted, prompt: int) -> int:
-        """How many tokens may follow a prompt. Raises ApiError: not so many as are wanted."""
-        most, asked = loaded.context, wanted.max_tokens
-        if most is not None and prompt + (asked or 1) > most:
-            part = "messages" if wanted.chat else "prompt"
-            raise invalid(
-                f"this model's context is {most:,} tokens, and {prompt + (asked or 1):,} were requested ({prompt:,} in "
-                f"the {part}, {asked or 1:,} for the answer); shorten the {part}, or ask for fewer", part,
-                "context_length_exceeded",
-            )  # fmt: skip
-        room = self.bounds.max_new_tokens if most is None else min(self.bounds.max_new_tokens, most - prompt)
-        return room if asked is None else asked
-
-    def _prompts(self, loaded: Loaded, wanted: Wanted, form: PromptForm) -> list[tuple[int, ...]]:
-        """Token ids of the prompts of a request. Raises ApiError."""
-        from spectune.data.asking import asked_ids
-
-        part = "messages" if wanted.chat else "prompt"
-        try:
-            if wanted.messages is not None:
-                self._check_length(loaded, sum(len(str(m.get("content") or "")) for m in wanted.messages), part)
-                row = form.chat(list(wanted.messages), loaded.tokenizer)
-                return [tuple(asked_ids(row, self._encoder(loaded, form)))]
-            found = list[tuple[int, ...]]()
-            for number, prompt in enumerate(wanted.prompts or (), start=1):
-                if isinstance(prompt, tuple):
-                    found.append(_checked(prompt, loaded.vocabulary))
-                    continue
-                self._check_length(loaded, len(prompt), part)
-                row = form.prompt(prompt, f"prompt {number}")
-                found.append(tuple(asked_ids(row, self._encoder(loaded, form))))
-            return found
-        except SpectuneError as error:
-            folder = f" ({loaded.tokenizer.name_or_path})"  # nothing of the server's files
-            raise invalid(str(error).replace(folder, ""), part, "invalid_prompt") from error
-
-    def _check_length(self, loaded: Loaded, characters: int, part: str) -> None:
-        if loaded.context is not None and characters > loaded.context * _CHARACTERS:
-            raise invalid(
-                f"the {part} has {characters:,} characters, more than this model's context of {loaded.context:,} "
-                "tokens holds", part, "context_length_exceeded",
-            )  # fmt: skip
-
-    def _encoder(self, loaded: Loaded, form: PromptForm) -> RowEncoder:
-        """One for all deltas whose rows were made into text in the same way."""
-        key = (form.separator, form.train_on, form.template_date)
-        if key not in self._encoders:
-            self._encoders[key] = form.encoder(loaded.tokenizer)
-        return self._encoders[key]
 
 
 def as_api_error(error: BaseException, model: str, *, of_model: bool = False) -> ApiError:
@@ -278,13 +226,6 @@ def as_api_error(error: BaseException, model: str, *, of_model: bool = False) ->
         return invalid(str(error), code="invalid_request")
     log.error("a request for %r failed: %s", model, first_line(error), exc_info=error)
     return ApiError(500, "an error of the server; its log says more", code="internal_error")
-
-
-def _checked(ids: tuple[int, ...], vocabulary: int) -> tuple[int, ...]:
-    wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
-    if wrong is not None:
-        raise ConfigError(f"prompt holds the token id {wrong}; expected ids from 0 to {vocabulary - 1}")
-    return ids
 
 
 def _looked_at(future: asyncio.Future[Any]) -> None:
