@@ -60,10 +60,7 @@ def generate(
     found = run_on(run, model).allowing(trust_remote_code, allow_missing_weights)
     with work(as_json=as_json) as out:
         if prompts:
-            from spectune.data.asking import PromptForm
-
-            form = PromptForm.of(found.config)
-            asked, source = [form.prompt(text, f"prompt {n}", note) for n, text in enumerate(prompts, start=1)], ""
+            asked, source = _typed(prompts, found), ""
         else:
             read = rows_of_run(found) if data is None else rows_of(data, "test", found.row_options)
             given = as_learned(found.config, read[0])
@@ -86,6 +83,13 @@ def generate(
                 say(out, f"reference: {record['references'][0]}", style="dim italic")
             out.print()
     print_answer({"run": found.folder_name, "base": found.base, "outputs": written}, as_json=as_json)
+
+
+def _typed(prompts: list[str], run: Run) -> list[Row]:
+    from spectune.data.asking import PromptForm
+
+    form = PromptForm.of(run.config)
+    return [form.prompt(text, f"prompt {number}", note) for number, text in enumerate(prompts, start=1)]
 
 
 def _written(

@@ -12,6 +12,8 @@ from typing import Any
 from spectune.data.asking import PromptForm
 from spectune.errors import ConfigError
 
+#: a delta's folder has one of them
+_FILES = ("spectune.json", "adapter_config.json")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
 
 
@@ -40,7 +42,6 @@ class Catalogue:
         base: its name.
         deltas: a folder of deltas and runs, each served under its folder's name.
         named: more of them, by name.
-        delta_of: where in a folder the delta is; None: there is none in it.
         settings_of: how the rows that a delta was trained on were made into prompts, as its files have it. Raises
             DataError.
         base_settings: the same for the base.
@@ -49,7 +50,6 @@ class Catalogue:
     base: str
     deltas: Path | None = None
     named: Mapping[str, Path] = field(default_factory=dict)
-    delta_of: Callable[[Path], Path | None] = lambda folder: folder
     settings_of: Callable[[Path], Mapping[str, Any]] = lambda folder: {}
     base_settings: Mapping[str, Any] = field(default_factory=dict)
     _began: int = field(default_factory=lambda: int(time.time()), init=False)
@@ -82,7 +82,7 @@ class Catalogue:
             if self.deltas is None or not _NAME.fullmatch(name):
                 return None
             folder = self.deltas / name
-        delta = self.delta_of(folder)
+        delta = delta_in(folder)
         if delta is None:
             return None
         return Entry(name, str(delta.absolute()), int(_changed(delta)) or self._began)
@@ -101,6 +101,12 @@ class Catalogue:
         if self.deltas is not None and self.deltas.is_dir():
             folders = sorted(path for path in self.deltas.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
             yield from (path.name for path in folders)
+
+
+def delta_in(folder: Path) -> Path | None:
+    """The delta in a folder: that of a run, or the folder itself; None where there is none."""
+    places = (folder / "best", folder)
+    return next((place for place in places if any((place / file).is_file() for file in _FILES)), None)
 
 
 def _changed(folder: Path) -> float:
