@@ -177,8 +177,8 @@ class _Blocks:
 
 
 class CaptureTrace:
-    """The calls of one pass: values of their tensors, and which tensor of a call is an output of which. `keeping`: makes
-    of a call one with what was in force in that pass."""
+    """The calls of one pass: values of their tensors, and which tensor of a call is an output of which. `keeping`:
+    makes of a call one with what was in force in that pass."""
 
     def __init__(self, keeping: Callable[[Call], Call] | None = None) -> None:
         self.keeping = keeping
