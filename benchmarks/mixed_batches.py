@@ -82,8 +82,8 @@ def main() -> None:
             taken = fastest(passed, given.repeats)
             base = bare.setdefault(backward, taken)
             share = "of_one_LoRA" if backward else "of_bare"
-            line = {"case": name, "backward": backward, "milliseconds": round(taken, 2), share: round(taken / base, 2),
-                    "device": model.device.type, **{key: value for key, value in vars(given).items() if key != "out"}}  # fmt: skip
+            line = {"case": name, "backward": backward, "milliseconds": round(taken, 2), share: round(taken / base, 2)}
+            line |= {"device": model.device.type, **{key: size for key, size in vars(given).items() if key != "out"}}
             sys.stdout.write(json.dumps(line) + "\n")
             sys.stdout.flush()
             if given.out is not None:
