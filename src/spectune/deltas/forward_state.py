@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -130,6 +130,7 @@ class ForwardState:
         kernel: attention over their documents; None uses masks.
         longest: tokens of the longest document of all packed batches (0: not known).
         thread: of the pass that runs.
+        forget: called where a route of unlike rows ends, on its thread: what is known of its passes holds modules.
     """
 
     def __init__(self) -> None:
@@ -139,6 +140,7 @@ class ForwardState:
         self.kernel: Kernel | None = None
         self.longest = 0
         self.thread = ThreadState()
+        self.forget: Callable[[None], None] | None = None
         self._task = TaskLocal()
         self._in_force: dict[object, Route] = {}  # of every thread and task
 
@@ -200,6 +202,10 @@ class ForwardState:
                 yield
         finally:
             del self._in_force[entry]
+            if chosen.mixed and self.forget is not None:
+                self.forget(None)
+                layout = self.thread.layout
+                self.thread.layout = None if layout is not None and layout.route is chosen else layout
 
     def in_use(self, name: str) -> bool:
         """Whether a `with route` that names the delta is in force in any thread or task."""
