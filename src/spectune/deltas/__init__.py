@@ -41,6 +41,7 @@ from spectune.deltas.modules import (
     Operands,
     OutputModule,
     ParameterModule,
+    stacked,
 )
 from spectune.deltas.packed_batches import packed, packing
 from spectune.deltas.peft_config import Placed, check_ia3_keys, check_keys, check_lora_keys, placed
@@ -90,6 +91,6 @@ __all__ = [
     "exact_names", "expert_words", "experts_left_out", "hold_base", "kernel_serves", "left_out", "linears_alone",
     "merge", "merge_and_measure", "packed", "packing", "parameters_known", "parameters_named", "peft_keys",
     "peft_targets", "place", "placed", "prove_reads_embeddings", "put_back", "route", "same_targets", "set_aside",
-    "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_in_tables",
-    "why_not_packed",
+    "stacked", "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn",
+    "why_not_in_tables", "why_not_packed",
 ]  # fmt: skip
