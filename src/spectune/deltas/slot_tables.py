@@ -18,7 +18,7 @@ from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
 from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, Kind, Operands, SideModule
 from spectune.deltas.site import OutputSite, Site
-from spectune.deltas.table_route import Table, TableRoute
+from spectune.deltas.table_route import SiteTables, Table, TableRoute
 from spectune.errors import ConfigError
 
 #: a module's path, whether its input is changed, and how
@@ -140,7 +140,7 @@ class SlotTables:
         if names is None and (index is None or not cached):
             raise ConfigError("a route over tables needs the names of its rows; with cached=True their slots suffice")
         rows = self.index_of(names or ()) if index is None else index
-        with self.attachment.sites.reading(self, self._by_site), self.attachment.state.routed(
+        with self.attachment.sites.reading(self, _by_site(self._tables)), self.attachment.state.routed(
             TableRoute(names, rows, cached=cached)
         ):  # fmt: skip
             yield
@@ -190,7 +190,7 @@ class SlotTables:
                 table.acts[slot] = False
             written += [(table.operands[name][slot], idle) for name, idle in self._idle[key].items()]
         if written:
-            torch._foreach_copy_(*map(list, zip(*written, strict=True)))
+            torch._foreach_copy_([place for place, _ in written], [operand for _, operand in written])
 
     def _table(self, key: _Key, operands: Operands, module: SideModule) -> Table:
         """The table of a kind at a site, with room for these operands."""
@@ -203,7 +203,10 @@ class SlotTables:
                 return table
         idle = module.unchanging()
         assert idle is not None, "a module with operands has those that change nothing"
-        nothing = {name: _filled_up(idle[name], shape, self._kept_as(idle[name])) for name, shape in shapes.items()}
+        nothing = {
+            name: _filled_up(idle[name], shape, self._dtype if len(shape) > 1 else idle[name].dtype)
+            for name, shape in shapes.items()
+        }
         made = {name: tensor.expand(self.slots + 1, *tensor.shape).clone() for name, tensor in nothing.items()}
         if table is not None:
             for name, tensor in table.operands.items():
@@ -215,22 +218,12 @@ class SlotTables:
         self._new = True
         return self._tables[key]
 
-    def _kept_as(self, operand: Tensor) -> torch.dtype:
-        return self._dtype if operand.dim() > 1 else operand.dtype
-
     def _publish(self) -> None:
         """Have the hooks read new tables, if there are any."""
         if self._new:
             self._new = False
             self.version += 1
-            self.attachment.sites.now_read(self, self._by_site)
-
-    @property
-    def _by_site(self) -> dict[tuple[str, bool], tuple[Table, ...]]:
-        found = defaultdict[tuple[str, bool], tuple[Table, ...]](tuple)
-        for (path, entry, _), table in self._tables.items():
-            found[path, entry] += (table,)
-        return found
+            self.attachment.sites.now_read(self, _by_site(self._tables))
 
 
 def why_not_in_tables(attachment: Attachment, delta: Delta) -> str | None:
@@ -254,6 +247,13 @@ def _why_not_there(attachment: Attachment, site: Site, module: DeltaModule) -> s
     if attachment.family.gathers_tokens(site.path):
         return f"acts among experts ({site.path}), which are given tokens of any row"
     return None if module.operands() is not None else f"has no form by row ({site.path})"
+
+
+def _by_site(tables: dict[_Key, Table]) -> SiteTables:
+    found = defaultdict[tuple[str, bool], tuple[Table, ...]](tuple)
+    for (path, entry, _), table in tables.items():
+        found[path, entry] += (table,)
+    return found
 
 
 def _room(now: int, wanted: int) -> int:
