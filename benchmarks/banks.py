@@ -94,13 +94,24 @@ def write_deltas(model: PreTrainedModel, root: Path) -> None:
         detach(model, name)
 
 
+def loaded(base: str, device: str) -> PreTrainedModel:
+    """A base by name, or "8b": the shape of Llama-3-8B in bfloat16, with weights of no sense."""
+    if base != "8b":
+        model, _ = spectune.load(base, device=device)
+        return model
+    config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                         num_key_value_heads=8, vocab_size=128256, dtype="bfloat16")  # fmt: skip
+    with torch.device(device):
+        made: PreTrainedModel = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return made
+
+
 def loading(base: str, device: str, times: int) -> Iterator[dict[str, Any]]:
     """Each method's delta from disk for the first time, again, and back from host memory."""
-    model, _ = spectune.load(base, device=device)
+    model = loaded(base, device)
     name = Path(base).name
     with tempfile.TemporaryDirectory() as folder:
         write_deltas(model, Path(folder))
-        model, _ = spectune.load(base, device=device)
         answer(model)
         began = time.perf_counter()
         bank = spectune.Bank(model, folder)
