@@ -1,4 +1,4 @@
-"""On a CUDA device: a bank's deltas leave its memory and come back to the bit, and one recorded step reads any tables."""
+"""On a CUDA device: a bank's deltas leave its memory and come back to the bit; one recorded step reads any tables."""
 
 from __future__ import annotations
 
