@@ -4,7 +4,7 @@ tests/blocks/test_recorded_steps.py."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from tests.contract.families import llama
 from spectune.blocks import recorded_steps
 from spectune.blocks.recorded_steps import PlainSteps, RecordedSteps
 from spectune.blocks.step_blocks import Compiling
-from spectune.deltas import Attachment, attach, detach
+from spectune.deltas import Attachment, SlotTables, attach, detach
 from spectune.families import describe
 from spectune.inference.engine import Engine
 from spectune.inference.request import Request
@@ -44,9 +44,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded_steps, "LEAST_CAPACITY", 4)
 
 
-def written(engine: Engine) -> Iterator[list[int]]:
-    """Bare rows alone, then mixtures, then bare rows again: they enter late and end early."""
-    for deltas in ([None] * 3, [None, *METHODS, "lora", "prefix"], ["wide"] * 2, [None] * 3):
+MIXTURES = ([None] * 3, [None, *METHODS, "lora", "prefix"], ["wide"] * 2, [None] * 3)
+
+
+def written(engine: Engine, mixtures: Sequence[Sequence[str | None]] = MIXTURES) -> list[list[int]]:
+    """One mixture after the other; rows enter late and end early."""
+    found = []
+    for deltas in mixtures:
         tickets = [
             engine.submit(Request([5 + number, 7, 9 + number % 3], 3 + 2 * (number % 4), delta))
             for number, delta in enumerate(deltas)
@@ -54,7 +58,9 @@ def written(engine: Engine) -> Iterator[list[int]]:
         while not engine.idle:
             for one in engine.step():
                 assert one.error is None, one.error
-        yield from (ticket.ids for ticket in tickets)
+        found += [ticket.ids for ticket in tickets]
+    engine.close()
+    return found
 
 
 def recording(made: list[RecordedSteps], compiling: Compiling | None) -> Any:
@@ -69,28 +75,44 @@ def recording(made: list[RecordedSteps], compiling: Compiling | None) -> Any:
     return steps
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_recorded_steps_serve_any_mixture(model: Any, compiled: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_recorded_steps_serve_any_mixture(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    expected = written(Engine(model, rows=4))
+    made: list[RecordedSteps] = []
+    with caplog.at_level(logging.WARNING, logger="spectune"):
+        assert written(Engine(model, rows=4, steps=recording(made, None))) == expected
+    assert "cannot be recorded" not in caplog.text
+    [steps] = made
+    assert {how for how, _, _ in steps.graphs} == {"bare", "tables"}
+    assert any(graph.trusted for (how, _, _), graph in steps.graphs.items() if how == "tables")
+
+
+@pytest.mark.slow
+def test_one_compiled_block_serves_any_mixture(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_steps, "LEAST_CAPACITY", 64)
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    plain = Engine(model, rows=4)
-    expected = list(written(plain))
-    plain.close()
+    mixtures = ([*METHODS][:2], ["ia3", "prefix"], ["dora", None], ["lora"])
+    expected = written(Engine(model, rows=2), mixtures)
     made: list[RecordedSteps] = []
-    with caplog.at_level(logging.WARNING, logger="spectune"):
-        engine = Engine(model, rows=4, steps=recording(made, Compiling(backend=backend) if compiled else None))
-        assert list(written(engine)) == expected
-    assert "cannot be recorded" not in caplog.text
-    [steps] = made
-    assert {how for how, _, _ in steps.graphs} == {"bare", "tables"}
-    assert any(graph.trusted for (how, _, _), graph in steps.graphs.items() if how == "tables")
-    # one block for all layers: bare and by tables, of one row and of several, of one capacity and of any
-    assert len(graphs) <= 14 if compiled else not graphs
-    engine.close()
+    engine = Engine(model, rows=2, steps=recording(made, Compiling(backend=backend)))
+    assert written(engine, mixtures) == expected
+    assert len(made[0].forms) == 3, "a form was given up"
+    # of one row and of two, with each kind that came to the tables
+    assert len(graphs) <= 6
+
+
+def test_a_route_over_tables_stands_in_no_generator(model: Any) -> None:
+    """A compiled step would be compiled anew for each."""
+    tables = SlotTables(model, 2)
+    index = torch.tensor([tables.put("lora"), 0])
+    with tables.routed(None, index, cached=True):
+        assert tables.attachment.state._task.value.generator is None
+    tables.take("lora")
+    tables.close()
 
 
 def test_what_is_recorded_is_forgotten_with_the_tables_it_reads(model: Any) -> None:
