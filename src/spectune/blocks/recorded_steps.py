@@ -94,7 +94,18 @@ class Form:
 
 
 class StepCapture(CudaCapture):
-    """Records steps. All graphs share a pool: a step's logits are read before the next is run."""
+    """Records steps. All graphs share a pool: a step's logits are read before the next is run.
+
+    All engines record in one stream, torch's own for that: libraries keep a workspace for each stream that they have
+    seen, and what is recorded goes on using it."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        recording: Any = torch.cuda.graph
+        stream = recording.default_capture_stream
+        if stream is None or stream.device.index != torch.cuda.current_device():
+            stream = recording.default_capture_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.stream = stream
 
     def warm_up(self, function: Callable[[], Any]) -> None:
         """Run it where it will be captured: libraries make their workspaces there, kernels are compiled and tuned."""
