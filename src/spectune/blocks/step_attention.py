@@ -86,10 +86,11 @@ def _attend(
 
 
 def _register() -> None:
-    functions, masks = AttentionInterface(), AttentionMaskInterface()
+    functions: Any = AttentionInterface
+    masks: Any = AttentionMaskInterface
     for name in _KNOWN:
-        AttentionInterface.register(name + _ENDING, partial(_attend, functions[name]))
-        AttentionMaskInterface.register(name + _ENDING, masks[name])
+        AttentionInterface.register(name + _ENDING, partial(_attend, functions()[name]))
+        AttentionMaskInterface.register(name + _ENDING, masks()[name])
 
 
 _register()
