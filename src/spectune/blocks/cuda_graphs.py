@@ -35,8 +35,10 @@ log = logging.getLogger("spectune")
 
 #: passes of a shape before it is captured: the first is traced, and compiles what is compiled
 BEFORE_CAPTURE = 1
-#: shapes that are captured: each has inputs, outputs and gradients of its own
+#: shapes that are captured under one route: each has inputs, outputs and gradients of its own
 MOST_SHAPES = 4
+#: under all routes: of runs that are trained together some end before the others
+MOST_CAPTURES = 4 * MOST_SHAPES
 
 
 @contextlib.contextmanager
@@ -108,8 +110,10 @@ class _Blocks:
         """What has to be the same for captured blocks to serve a pass: the first one's arguments, and the delta of each
         row, which blocks look up while they are captured. None where nothing can be captured."""
         found, attachment = signature(leaves), Attachment.of(self.model)
-        if found is None or attachment is None:
-            return found
+        if found is None:
+            return None
+        if attachment is None:
+            return found, ()
         layout = attachment.state.layout
         return found, attachment.state.current.names if layout is None else layout.names
 
@@ -130,9 +134,13 @@ class _Blocks:
             self.replaying = self.captured[shape]
             if self.replaying is not None:
                 self.replaying[0].inputs.clear()
-        elif self.works and len(self.captured) < MOST_SHAPES:
+        elif self.works and self._has_room(shape):
             attachment = Attachment.of(self.model)
             self.trace = CaptureTrace(None if attachment is None else attachment.keeping())
+
+    def _has_room(self, key: Any) -> bool:
+        under_its_route = sum(names == key[1] for _, names in self.captured)
+        return under_its_route < MOST_SHAPES and len(self.captured) < MOST_CAPTURES
 
     def _captured(self, trace: CaptureTrace) -> list[GraphedBlock] | None:
         try:
@@ -177,8 +185,8 @@ class _Blocks:
 
 
 class CaptureTrace:
-    """The calls of one pass: values of their tensors, and which tensor of a call is an output of which. `keeping`: makes
-    of a call one with what was in force in that pass."""
+    """The calls of one pass: values of their tensors, and which tensor of a call is an output of which. `keeping`:
+    makes of a call one with what was in force in that pass."""
 
     def __init__(self, keeping: Callable[[Call], Call] | None = None) -> None:
         self.keeping = keeping

@@ -140,9 +140,14 @@ class SlotTables:
         if names is None and (index is None or not cached):
             raise ConfigError("a route over tables needs the names of its rows; with cached=True their slots suffice")
         rows = self.index_of(names or ()) if index is None else index
-        with self.attachment.sites.reading(self, _by_site(self._tables)), self.attachment.state.routed(
-            TableRoute(names, rows, cached=cached)
-        ):  # fmt: skip
+        with self.along(TableRoute(names, rows, cached=cached)):
+            yield
+
+    @contextlib.contextmanager
+    def along(self, route: TableRoute) -> Iterator[None]:
+        """The same with a route that was made before, again and again. Raises ConfigError: other tables of this model
+        are being read."""
+        with self.attachment.sites.reading(self, _by_site(self._tables)), self.attachment.state.routed(route):
             yield
 
     def close(self) -> None:

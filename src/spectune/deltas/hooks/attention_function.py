@@ -97,10 +97,10 @@ def _with_prefix(
             state.thread.attention_calls[id(module)] = (key.detach(), value.detach())
         pack = state.pack
         if pack is not None and attention_mask is None:  # the mask function left it to the kernel
-            lead = get(module, state.current.name)  # of the one delta of a packed batch
-            prefix = lead() if isinstance(lead, AttentionModule) else None
             causal = attends_causally(module, query, kwargs)
-            found = packed_attention.attend(pack, query, key, value, prefix, kwargs) if causal else None
+            found = (
+                packed_attention.attend(pack, query, key, value, _prefixes(module, state), kwargs) if causal else None
+            )
             if found is not None:
                 if state.thread.kernel_calls is not None:
                     state.thread.kernel_calls.add(id(module))
@@ -121,6 +121,15 @@ def _with_prefix(
             key, value, attention_mask = _put_before(module, state, query, key, value, attention_mask, kwargs)
     result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
     return result
+
+
+def _prefixes(module: nn.Module, state: ForwardState) -> list[tuple[Tensor, Tensor] | None]:
+    """Each row's prefix at this attention, one for all where they are of one delta."""
+    route, layout = state.current, state.layout
+    names = layout.names if route.mixed and layout is not None else route.names[:1]
+    found = {name: get(module, name) for name in dict.fromkeys(names)}
+    made = {name: prefix() for name, prefix in found.items() if isinstance(prefix, AttentionModule)}
+    return [made.get(name) for name in names]
 
 
 def _mask_of_none(attend: Any, module: nn.Module, query: Tensor, key: Tensor, settings: dict[str, Any]) -> Tensor:
