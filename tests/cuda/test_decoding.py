@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from spectune.blocks.recorded_steps import PlainSteps, RecordedSteps
+from spectune.blocks.step_attention import Filled
 from spectune.blocks.step_blocks import Compiling
 from spectune.compute.decode_attention import attend_by_length, attend_by_mask, takes_lengths
 from spectune.deltas import Attachment, attach
@@ -118,7 +119,7 @@ def test_flash_reads_each_row_up_to_its_length(heads: int, shared: int, capacity
         query.double(), *(t.double() for t in seen), mask, scale=0.2, enable_gqa=True
     ).transpose(1, 2)
     for found in (
-        attend_by_length(query, key, value, lengths, capacity, scale=0.2),
+        attend_by_length(query, key, value, *Filled.of(lengths.long() - 1, key.shape[2], capacity), scale=0.2),
         attend_by_mask(query, *seen, mask, scale=0.2),
     ):
         torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)

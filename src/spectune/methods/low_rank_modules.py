@@ -77,7 +77,7 @@ class LoRALayer(OutputModule):
 
     @staticmethod
     def by_row(operands: Operands, x: Tensor, y: Tensor) -> Tensor:
-        return y + low_rank_change(operands, x)
+        return row_products(operands["up"], row_products(operands["down"], x), y)
 
     def product(self) -> Tensor:
         """What is added to the weight, `[out, in]`, but for the scale."""
