@@ -232,11 +232,13 @@ class Engine:
             return Key(None)
         if name is None:
             return Key("")  # beside a fully tuned base
+        delta = attachment.deltas.get(name)
+        if delta is None:
+            return Key(None)  # it was detached meanwhile, as the pass over its prompt will say
         if why_not_delta(attachment, name) is not None:
             return Key(None, cached=False)
-        delta = attachment.deltas.get(name)
         known, reason = self._alone.get(name, (None, None))
-        if delta is not None and (known is None or known() is not delta):
+        if known is None or known() is not delta:
             reason = why_not_in_tables(attachment, delta)
             if reason is not None:
                 log.info("%s: its rows are written in batches of their own", reason)
