@@ -51,6 +51,7 @@ def test_the_largest_number_draws_a_token_that_has_a_share() -> None:
     assert draw(logits, [Sampling()], [1 - 2**-53]).tolist() == [1]
     assert draw(logits, [Sampling()], [0.0]).tolist() == [0]
     assert draw(logits.flip(-1), [Sampling()], [0.0]).tolist() == [2]
+    assert 0 <= int(draw(logits * torch.nan, [Sampling(top_p=0.5)], [0.5])) < 4
 
 
 def test_likelihoods_are_of_the_rows_that_asked() -> None:
