@@ -68,6 +68,7 @@ class Attachment:
         self._requires_grad = {name: (parameter, parameter.requires_grad) for name, parameter in named}
         self.places = Places(model)
         self.sites = OpenSites(model, self.family, self.state)
+        self.state.forget = self.sites.prepare
         checkpoints = CheckpointHook(self.base_modules, self.keeping_pass)
         before_pass = (self._check_places, checkpoints.keep, self.sites.keep_attention)
         self.decoder = DecoderHook(model, self.family, self.state, before_pass=before_pass, prepare=self.sites.prepare)

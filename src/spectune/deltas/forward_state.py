@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
@@ -135,6 +135,7 @@ class ForwardState:
         tables: what keeps deltas' operands by slot (`slot_tables`).
         passes: which threads run through the model.
         thread: of the pass that runs.
+        forget: called where a route of unlike rows ends, on its thread: what is known of its passes holds modules.
     """
 
     def __init__(self) -> None:
@@ -146,6 +147,7 @@ class ForwardState:
         self.tables = WeakSet[KeepsDeltas]()
         self.passes = RunningPasses()
         self.thread = ThreadState()
+        self.forget: Callable[[None], None] | None = None
         self._task = TaskLocal()
         self._in_force: dict[object, Route] = {}  # of every thread and task
 
@@ -212,6 +214,10 @@ class ForwardState:
                 yield
         finally:
             del self._in_force[entry]
+            if chosen.mixed and self.forget is not None:
+                self.forget(None)
+                layout = self.thread.layout
+                self.thread.layout = None if layout is not None and layout.route is chosen else layout
 
     def in_use(self, name: str) -> bool:
         """Whether a `with route` that names the delta is in force in any thread or task, or a slot is kept for it."""

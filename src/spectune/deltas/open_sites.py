@@ -100,8 +100,8 @@ class OpenSites:
         if self._attention_before is not None and not attention_function.is_on(self.model):
             self._attention_before = attention_function.switch_on(self.model)
 
-    def prepare(self, layout: BatchLayout) -> None:
-        """Find out what acts where on the rows of a batch, before blocks run."""
+    def prepare(self, layout: BatchLayout | None) -> None:
+        """Find out what acts where on the rows of a batch, before blocks run; None: forget it, with the modules."""
         for hook, _ in self._sides.values():
             hook.prepare(layout)
 

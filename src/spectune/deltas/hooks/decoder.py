@@ -53,7 +53,7 @@ class DecoderHook:
 
     def __init__(
         self, model: PreTrainedModel, family: Family, state: ForwardState, *, before_pass: Sequence[Callable[[], None]],
-        prepare: Callable[[BatchLayout], None],
+        prepare: Callable[[BatchLayout | None], None],
     ) -> None:  # fmt: skip
         self.model, self.family, self.state, self.before_pass = model, family, state, before_pass
         self.prepare = prepare
