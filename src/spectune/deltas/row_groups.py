@@ -106,7 +106,12 @@ class Grouping:
         return made
 
     def _rows(self, kinds: Mapping[Kind, list[str]], found: Mapping[str, SideModule]) -> SiteRows:
-        device = next(next(iter(found.values())).parameters()).device
+        with torch.no_grad():
+            formed = {kind: found[names[0]].operands() for kind, names in kinds.items()}
+        device = next((place.device for form in formed.values() if form for place in form.values()), None)
+        if device is None:
+            device = next(next(iter(found.values())).parameters()).device
+        together = {kind for kind, form in formed.items() if form is not None}
         of_name = {name: kind for kind, names in kinds.items() for name in names}
         # stretches of the batch as it is, where each kind is one of them
         stretches = [
@@ -115,7 +120,7 @@ class Grouping:
         ]
         acting = [kind for kind, _ in stretches if kind is not None]
         in_order = len(acting) == len(set(acting)) and all(
-            self._sorted(rows) for kind, rows in stretches if kind is not None and _alone(kind, kinds, found)
+            self._sorted(rows) for kind, rows in stretches if kind and (kind.dropout or kind not in together)
         )
         if not in_order:
             rows_of = {kind: [row for row, name in enumerate(self.names) if of_name.get(name or "") == kind]
@@ -128,14 +133,14 @@ class Grouping:
         order = [row for _, rows in stretches for row in rows]
         back = sorted(range(len(order)), key=order.__getitem__)
         return SiteRows(
-            tuple(kind and self._group(kind, kinds[kind], rows, found, device) for kind, rows in stretches),
+            tuple(kind and self._group(kind, rows, found, device, kind in together) for kind, rows in stretches),
             tuple(len(rows) for _, rows in stretches),
             None if in_order else self.numbers(order, device),
             None if in_order else self.numbers(back, device),
         )
 
     def _group(
-        self, kind: Kind, names: list[str], rows: Sequence[int], found: Mapping[str, SideModule], device: torch.device
+        self, kind: Kind, rows: Sequence[int], found: Mapping[str, SideModule], device: torch.device, together: bool
     ) -> RowGroup:
         # in the order in which they come: where each has one run there is nothing to choose
         names = [name for name in dict.fromkeys(self.names[row] for row in rows) if name is not None]
@@ -144,7 +149,6 @@ class Grouping:
         run = math.gcd(*(len(list(same)) for _, same in itertools.groupby(numbers)))
         which = numbers[::run]
         own = [[row for row in rows if self.names[row] == name] for name in names]
-        together = found[names[0]].operands() is not None
         _say(kind, together)
         return RowGroup(
             kind, tuple(found[name] for name in names), tuple(self.numbers(rows, device) for rows in own), run,
@@ -158,18 +162,13 @@ class Grouping:
 
     def numbers(self, values: Sequence[int], device: torch.device) -> Tensor:
         """These as int64 on the device, made once."""
-        key = tuple(values), device
+        key = tuple(map(int, values)), device
         found = self._numbers.get(key)
         if found is None:
-            found = torch.tensor(values, device=device)
+            found = torch.tensor(key[0], device=device)
             if not torch.compiler.is_compiling():
                 self._numbers[key] = found
         return found
-
-
-def _alone(kind: Kind, kinds: Mapping[Kind, list[str]], found: Mapping[str, SideModule]) -> bool:
-    """Whether deltas of this kind are, or may be, computed one after the other."""
-    return bool(kind.dropout) or found[kinds[kind][0]].operands() is None
 
 
 @functools.cache
