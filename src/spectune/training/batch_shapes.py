@@ -41,12 +41,19 @@ def batch_shapes(lengths: Sequence[int], config: TrainingConfig) -> BatchShapes:
     longest[max(lengths)] += 0  # any batch of another epoch may have it
     rows = min(size, len(lengths))
     padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in found)
+    chosen, places = few_lengths(longest)
+    return BatchShapes(chosen, rows, places * rows / padded - 1)
+
+
+def few_lengths(longest: Counter[int]) -> tuple[tuple[int, ...], int]:
+    """The few lengths that batches are filled up to, ascending, and the tokens of a row of each. `longest`: batches by
+    the length of their longest row."""
     chosen, places = _fewest(longest, 1)
     for count in range(2, MOST + 1):
         more, fewer = _fewest(longest, count)
         if places - fewer >= _WORTH * places:
             chosen, places = more, fewer
-    return BatchShapes(chosen, rows, places * rows / padded - 1)
+    return chosen, places
 
 
 def _fewest(longest: Counter[int], count: int) -> tuple[tuple[int, ...], int]:

@@ -30,19 +30,14 @@ class JointPasses:
         OutOfMemoryError."""
         try:
             with self._routed(batch.names), self._one_text_rows.passes():
-                placed = {
-                    name: tensor.to(self.model.device, non_blocking=True) for name, tensor in batch.tensors.items()
-                }
-                weights = batch.weights.to(self.model.device, non_blocking=True)
+                device, fuse = self.model.device, self.execution.compiled and can_compile_now()
+                placed = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.tensors.items()}
+                weights = batch.weights.to(device, non_blocking=True)
                 with self.execution.attention(placed):
-                    losses = (
-                        objective_of(self.model)
-                        .token_losses(self.model, placed, fuse=self.execution.compiled and can_compile_now())
-                        .losses
-                    )
+                    losses = objective_of(self.model).token_losses(self.model, placed, fuse=fuse).losses
                     # a run whose loss is no number has such gradients alone: no row knows of another
                     torch.autograd.backward((losses * weights).sum())
-                return [part.sum() for part in losses.detach().split(batch.counts)]
+                return [part.sum() for part in torch.split(losses.detach(), batch.counts)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

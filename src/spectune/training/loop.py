@@ -215,9 +215,9 @@ class Loop:
 
     def launched(self, step: Gathered, norm: Tensor, span: Span, memory: PeakMemory | None) -> None:
         """The optimizer was told to take a step: it is in flight."""
-        checked = step.optimizer.loss
-        self._poison = 0.0 * (checked + norm.to(checked.device)) if self.max_in_flight else None
         total, *requests = step.sums
+        checked = total if self._poison is None else total + self._poison
+        self._poison = 0.0 * (checked + norm.to(checked.device)) if self.max_in_flight else None
         self._in_flight.append(_Step(AsyncScalars(total, norm, *requests), step.ready, span, memory))
 
     def finish(self) -> float:

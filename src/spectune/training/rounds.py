@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from spectune.blocks.execution import Execution
 from spectune.objectives import objective_of
 from spectune.training.interrupt import Interrupts
-from spectune.training.joint_batches import Share, in_passes, joint_batch
+from spectune.training.joint_batches import JointBatch, in_passes, joint_batch, shares_of
 from spectune.training.joint_pass import JointPasses
 from spectune.training.joint_step import step_together
 from spectune.training.lanes import Lane
@@ -21,13 +21,10 @@ class Rounds:
 
     Args:
         execution: of the passes that runs share.
-        mask_free: their padding needs no mask.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, interrupts: Interrupts, execution: Execution, *, mask_free: bool
-    ) -> None:
-        self.model, self.interrupts, self.mask_free = model, interrupts, mask_free
+    def __init__(self, model: PreTrainedModel, interrupts: Interrupts, execution: Execution) -> None:
+        self.model, self.interrupts = model, interrupts
         self.passes = JointPasses(model, execution)
 
     def drive(self, lanes: Sequence[Lane]) -> None:
@@ -57,13 +54,10 @@ class Rounds:
             self._shared_step(together)
 
     def _shared_step(self, taking: Sequence[tuple[Lane, list[list[int]]]]) -> None:
-        begun = time.perf_counter()
-        lanes = [lane for lane, _ in taking]
+        """A step of each, in passes that they share; the optimizers' steps are taken at once."""
+        begun, lanes = time.perf_counter(), [lane for lane, _ in taking]
         ready = [lane.loop.make_ready(window, collate=False) for lane, window in taking]
-        made = [
-            joint_batch(shares, objective_of(self.model), lanes[0].loop.batches.pad_token_id, mask_free=self.mask_free)
-            for shares in in_passes(_shares(taking, ready))
-        ]
+        made = self._batches(taking, ready)
         with lanes[0].loop.measured() as (span, memory):
             span.runs = len(lanes)
             for lane, step in zip(lanes, ready, strict=True):
@@ -72,19 +66,24 @@ class Rounds:
             for batch in made:
                 for run, found in zip(batch.runs, self.passes.backward(batch), strict=True):
                     sums[run] += found
-            steps = [lane.loop.gathered(*given) for lane, *given in zip(lanes, ready, sums, strict=True)]
+            steps = [lane.loop.gathered(step, total) for lane, step, total in zip(lanes, ready, sums, strict=True)]
             norms = step_together([step.optimizer for step in steps])
-            for number, (lane, step, norm) in enumerate(zip(lanes, steps, norms, strict=True)):
-                lane.loop.launched(step, norm, span, None if number else memory)
+            for number, (lane, launched, norm) in enumerate(zip(lanes, steps, norms, strict=True)):
+                lane.loop.launched(launched, norm, span, None if number else memory)
         seconds = (time.perf_counter() - begun) / len(lanes)
         for lane in lanes:
             lane.settle(seconds)
 
-
-def _shares(taking: Sequence[tuple[Lane, list[list[int]]]], ready: Sequence[ReadyStep]) -> list[Share]:
-    """The batches of one step of each run."""
-    return [
-        Share(number, lane.name, [lane.loop.batches.examples[row] for row in batch], step.targets)
-        for number, ((lane, window), step) in enumerate(zip(taking, ready, strict=True))
-        for batch in window
-    ]
+    def _batches(self, taking: Sequence[tuple[Lane, list[list[int]]]], ready: Sequence[ReadyStep]) -> list[JointBatch]:
+        """The batches of a step of several runs, on the host."""
+        shares = [
+            share
+            for number, ((lane, window), step) in enumerate(zip(taking, ready, strict=True))
+            for share in shares_of(number, lane.name, lane.loop.batches, window, step.targets)
+        ]
+        objective, padding = objective_of(self.model), taking[0][0].loop.batches.pad_token_id
+        how = self.passes.execution.packing
+        return [
+            joint_batch(found, objective, padding, mask_free=how.mask_free, lengths=how.lengths)
+            for found in in_passes(shares)
+        ]

@@ -18,7 +18,6 @@ from spectune.results.run_result import RunResult
 from spectune.training.claim import claimed
 from spectune.training.company import check_together
 from spectune.training.config import TrainingConfig
-from spectune.training.decisions import needs_no_mask
 from spectune.training.display import Display
 from spectune.training.distribution import World
 from spectune.training.interrupt import Interrupts
@@ -114,8 +113,8 @@ def _wanted(runs: Sequence[Run], folder: Path | None, asked: Sequence[Asked]) ->
         raise ConfigError("no runs: give at least one spectune.Run")
     World()  # one process alone
     found = list[Asked]()
-    for run, name, own in zip(runs, _names(runs), asked or [None] * len(runs), strict=True):
-        made = own or Asked(run.config or TrainingConfig(), name)
+    asked = asked or [Asked(run.config or TrainingConfig(), name) for run, name in zip(runs, _names(runs), strict=True)]
+    for run, made in zip(runs, asked, strict=True):
         if made.config.output_dir is None and folder is not None:
             made = replace(made, config=made.config.model_copy(update={"output_dir": folder / made.name}))
         if _method_of(run).trains_base:
@@ -197,7 +196,8 @@ def _driven(
         return {}
     interrupts, deltas = Interrupts(), [made.run.delta for made, _ in begun]
     sharing = _sharing(deltas, out) if shared and len(deltas) > 1 else []
-    execution = joint_execution([made.predicted.execution for made, _ in begun])
+    executions = [made.predicted.execution for made, _ in begun]
+    execution = joint_execution(executions, [made.run for made, _ in begun if made.run.delta in sharing])
     peaks = _joint_peaks([made.run for made, _ in begun])
     progress = [(made.asked.name, made.run.total_steps, made.run.progress.step) for made, _ in begun]
     display = JointDisplay(out, progress, shown)
@@ -206,13 +206,12 @@ def _driven(
              display.of(made.asked.name), shares=made.run.delta in sharing)
         for made, stream in begun
     ]  # fmt: skip
-    mask_free = bool(sharing) and all(needs_no_mask(delta) for delta in sharing)
     applied = execution.applied(*deltas, around_capture=peaks.set_aside)
     try:
         with interrupts, display, applied:
             model.train()
             peaks.resume()
-            Rounds(model, interrupts, execution, mask_free=mask_free).drive(lanes)
+            Rounds(model, interrupts, execution).drive(lanes)
     finally:
         for lane in lanes:
             lane.close()
