@@ -14,9 +14,9 @@ ALIKE, UNLIKE = 1.05, 1.5
 def planned_together(estimates: Sequence[Estimate]) -> int:
     """Bytes of the device that runs of one base take whose rows go through one pass, without the process's context.
 
-    Each is counted as by itself, the base once, and what mixed rows take more (`ALIKE`, `UNLIKE`). Rows are filled up to the longest of any run, virtual tokens in the
-    sequence among them: what a run makes in its step grows with them. A validation batch is of one run alone, beside
-    the states of all.
+    Each is counted as by itself, the base once, and what mixed rows take more (`ALIKE`, `UNLIKE`). Rows are filled up
+    to the longest of any run, virtual tokens in the sequence among them: what a run makes in its step grows with them.
+    A validation batch is of one run alone, beside the states of all.
 
     Args:
         estimates: of each run's longest batch by itself.
