@@ -57,26 +57,13 @@ class ShortRun(Generic[R]):
     made: Callable[[RunResult | DivergedError], R]
 
     def saved(self, folder: Path) -> R | None:
-        """The small result that an earlier call left in the comparison's `folder`; None where there is none, a damaged
-        one, or another run's: it is made anew."""
-        try:
-            found = self.kind.read(self.path, what="a small result")
-        except DataError as error:
-            log.warning("%s: it is made anew", error)
-            return None
-        if found is None:
-            return None
-        if not of_its_folder(found, self.path, folder):
-            log.warning("%s is of another folder than the one that it stands in: it is made anew", self.path)
-            return None
-        # files of earlier versions do not say where their time went
-        return found if found.model_fields_set >= set(self.kind.model_fields) - {"seconds_by_phase"} else None
+        """The small result that an earlier call left in the comparison's `folder`; None where it has to be made."""
+        return _saved(self.path, self.kind, folder)
 
     def save(self, folder: Path, found: RunResult | DivergedError, seconds_by_phase: dict[str, float]) -> R:
         """Write the small result of a run that has ended, or diverged."""
         made = self.made(found).model_copy(update={"seconds_by_phase": seconds_by_phase})
-        place = self.path.parent.relative_to(folder).as_posix()
-        self.kind.model_validate({**made.to_dict(), PLACE: place}).write(self.path)
+        _save(made, self.path, folder)
         return made
 
 
@@ -205,6 +192,28 @@ def _run(
 ) -> RunResult:
     with job.attached(arm, config.seed, phases) as delta:
         return job.run(delta, job.planned(arm, config), rows, valid, Observer(phases), trying)
+
+
+def _save(record: Record, path: Path, folder: Path) -> None:
+    place = path.parent.relative_to(folder).as_posix()
+    type(record).model_validate({**record.to_dict(), PLACE: place}).write(path)
+
+
+def _saved(path: Path, kind: type[R], folder: Path) -> R | None:
+    """The small result that an earlier call left; None where there is none, a damaged one, or another folder's: it is
+    made anew."""
+    try:
+        found = kind.read(path, what="a small result")
+    except DataError as error:
+        log.warning("%s: it is made anew", error)
+        return None
+    if found is None:
+        return None
+    if not of_its_folder(found, path, folder):
+        log.warning("%s is of another folder than the one that it stands in: it is made anew", path)
+        return None
+    # files of earlier versions do not say where their time went
+    return found if found.model_fields_set >= set(kind.model_fields) - {"seconds_by_phase"} else None
 
 
 def of_its_folder(found: Record, path: Path, folder: Path) -> bool:
