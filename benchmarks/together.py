@@ -119,7 +119,9 @@ class Bench:
         runs = [Run(method, *self._rows(number)) for number, (method, _) in enumerate(self.runs)]
         asked = [Asked(self._config(number), f"run-{number}") for number in range(count)]
         self._reset()
-        results = train_together(self.model, self.tokenizer, runs, asked=asked, console=QUIET, display=clock.display())
+        results = train_together(
+            self.model, self.tokenizer, runs, asked=asked, console=QUIET, display=clock.display(), share_passes=True
+        )
         seconds = clock.of_a_step(count) / count
         lines = [self._line("together", result, seconds) for result in results]
         self._bare()

@@ -120,7 +120,6 @@ def compare(
       spectune compare --data train.jsonl --fractions 100,300,1 --max-memory 24GiB
       spectune compare --config run.yaml --set lora.r=8 --output-dir runs/ranks
       spectune compare --data train.jsonl --methods lora,lora:task_type=SEQ_CLS
-      spectune compare --quick --together
     """
     if quick and thorough:
         raise ConfigError("--quick and --thorough: expected one of them, or neither")

@@ -9,6 +9,7 @@ from spectune.cli.console import note
 from spectune.cli.heads import head_options, learned_by
 from spectune.cli.input_rows import row_length, training_rows
 from spectune.cli.runs import check_output_folder
+from spectune.cli.settings import runs_together
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +49,8 @@ def dry_run(arms: Sequence[Arm], settings: Settings, label: str, out: Console) -
 
     if label == "compare":
         check_settings(**asked(settings))
-    found, arms, plans = [], learned_by(arms, settings, rows), list[tuple[int, Estimate | None]]()
+    found, arms = [], learned_by(arms, settings, rows)
+    plans: list[tuple[int, Estimate | None]] = []
     words = next((arm.labels for arm in arms if arm.labels is not None), None)
     for number, arm in enumerate(arms):
         method, labels = arm.method, arm.labels
@@ -68,7 +70,7 @@ def dry_run(arms: Sequence[Arm], settings: Settings, label: str, out: Console) -
         how: dict[str, Any] = {**as_run, "max_length": max_length(model, method, wanted)}
         train = weighted(encode(train_rows, tokenizer, **how), train_rows.weights, wanted.seed)
         judged = encode(valid_rows, tokenizer, **how)
-        if settings.together() is not None and not method.trains_base:
+        if runs_together(settings) is not None and not method.trains_base:
             plans.append(_planned(delta, (tokenizer, train, judged), own))
         # all validation rows are read; of these the longest are evaluated
         longest = sorted(judged.examples, key=lambda example: -example.length)
@@ -79,7 +81,7 @@ def dry_run(arms: Sequence[Arm], settings: Settings, label: str, out: Console) -
         peak = result.peak_memory_bytes.get("train_allocated")
         note(f"  loss {result.train_loss:.4f}" + (f", {peak / 2**20:,.0f} MiB of tensors at the peak" if peak else ""))
     answer = {"dry_run": True, "folder": str(folder), "data": source, "runs": found}
-    return answer if settings.together() is None else answer | {"together": _together(settings, plans, model)}
+    return answer if runs_together(settings) is None else answer | {"together": _together(settings, plans, model)}
 
 
 def _planned(delta: Delta, given: tuple[PreTrainedTokenizerBase, Any, Any], wanted: TrainingConfig) -> Any:
@@ -104,7 +106,7 @@ def _together(
     from spectune.training.company import most_together, room_of
 
     room, estimates = room_of(model), [estimate for _, estimate in plans]
-    count = most_together(settings.together() or "auto", [worth for worth, _ in plans], estimates, room)
+    count = most_together(runs_together(settings) or "auto", [worth for worth, _ in plans], estimates, room)
     known = [estimate for estimate in estimates[:count] if estimate is not None]
     needed = planned_together(known) if known and len(known) == count else None
     line = (
@@ -137,7 +139,7 @@ def asked(settings: Settings) -> dict[str, Any]:
         "preset": settings.text("preset") or "default", "seeds": settings.whole("seeds"),
         "fractions": settings.numbers("fractions"), "metric": settings.text("metric") or "auto",
         "generate_rows": GENERATE_ROWS if rows is None else rows,
-        "choice_normalization": settings.text("choice_normalization") or "sum", "together": settings.together(),
+        "choice_normalization": settings.text("choice_normalization") or "sum", "together": runs_together(settings),
     }  # fmt: skip
 
 

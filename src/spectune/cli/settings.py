@@ -130,18 +130,6 @@ class Settings:
             return value
         raise self._unexpected(key, "a whole number")
 
-    def together(self) -> int | str | None:
-        """How many runs share a pass, at most: "auto", a number, or None where each is trained by itself. Raises
-        ConfigError: it is something else."""
-        value = self.get("together")
-        if value is None or value is False:
-            return None
-        if value is True or value == "auto":
-            return "auto"
-        if str(value).isdecimal() and int(value) > 0:
-            return int(value)
-        raise self._unexpected("together", "auto, or how many runs share a pass: 4, say")
-
     def numbers(self, key: str) -> list[float]:
         """A key of the command itself that has to be numbers: a list, or text with commas. Raises ConfigError: it is
         something else."""
@@ -232,6 +220,20 @@ class Settings:
                 raise ConfigError(f"{self.given[key].where}: {twice} is named more than once; name each method once.")
             return names
         return list(default)
+
+
+def runs_together(settings: Settings) -> int | str | None:
+    """How many runs share a pass, at most: "auto", a number, or None where each is trained by itself. Raises
+    ConfigError: it is something else."""
+    value = settings.get("together")
+    if value is None or value is False:
+        return None
+    if value is True or value == "auto":
+        return "auto"
+    if str(value).isdecimal() and int(value) > 0:
+        return int(value)
+    expected = "expected auto, or how many runs share a pass: 4, say"
+    raise ConfigError(f"{settings.given['together'].where}: together is {shown(value)}; {expected}.")
 
 
 def own_code(settings: Settings) -> dict[str, bool]:

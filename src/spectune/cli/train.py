@@ -18,7 +18,7 @@ from spectune.cli.input_rows import check_inputs, training_rows
 from spectune.cli.known_keys import method_names
 from spectune.cli.one_of_several import joined, of_first
 from spectune.cli.runs import origin, output_folder, resumed
-from spectune.cli.settings import Settings
+from spectune.cli.settings import Settings, runs_together
 from spectune.cli.train_several import LABEL, train_several
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
 from spectune.files.plain_text import command_line
@@ -70,7 +70,7 @@ def train(
       spectune train --method lora:r=8,adapter,prefix --together
     """
     settings = resumed(Settings.collect(config, assignments, options.flags(context)))
-    if settings.together() is not None:
+    if runs_together(settings) is not None:
         _together(settings, dry=dry, as_json=as_json)
         return
     names = settings.method_names([DEFAULT_METHOD])

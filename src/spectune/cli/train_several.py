@@ -9,7 +9,7 @@ from spectune.cli.console import import_libraries, note
 from spectune.cli.heads import decided, head_options
 from spectune.cli.input_rows import training_rows
 from spectune.cli.runs import origin, output_folder
-from spectune.cli.settings import Settings
+from spectune.cli.settings import Settings, runs_together
 from spectune.errors import ConfigError, InterruptedRun
 from spectune.files.plain_text import command_line
 from spectune.training.claim import OF_RUN
@@ -77,7 +77,7 @@ class _Runs:
         task_type: str, folder: Path, out: Console,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.rows, self.out = model, tokenizer, rows, out
-        self.folder, self.origin, self.most = folder, origin(settings), settings.together()
+        self.folder, self.origin, self.most = folder, origin(settings), runs_together(settings)
         self.config = settings.training().model_copy(update={"task_type": task_type})
         self.results: dict[str, RunResult] = {}
         self.failures: dict[str, SpectuneError] = {}
@@ -111,7 +111,10 @@ class _Runs:
             for arm in arms
         ]
         try:
-            results = train_together(self.model, self.tokenizer, runs, asked=asked, console=self.out)
+            shares: Any = "auto" if self.most == "auto" else True
+            results = train_together(
+                self.model, self.tokenizer, runs, asked=asked, console=self.out, share_passes=shares
+            )
         except RunsFailedError as error:
             self.failures |= error.failures
             results = error.results
@@ -129,7 +132,7 @@ def _write_config(folder: Path, arms: Sequence[Arm], settings: Settings) -> None
     from spectune.results.vouched import FREE
 
     recorded = {
-        **origin(settings), **recorded_arms(arms), "together": settings.together(),
+        **origin(settings), **recorded_arms(arms), "together": runs_together(settings),
         **settings.training().model_dump(mode="json", exclude={"output_dir", "resume"}),
     }  # fmt: skip
     if not (folder / FREE).is_file():

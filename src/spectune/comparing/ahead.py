@@ -18,7 +18,7 @@ from spectune.comparing.arms import Arm
 from spectune.comparing.final_runs import final_config
 from spectune.comparing.job import QUIET, Job
 from spectune.comparing.search import halving
-from spectune.comparing.short_runs import ShortRun, point_of, trial_of
+from spectune.comparing.short_runs import ShortRun, point_of, search_settings, trial_of
 from spectune.data import Encoded
 from spectune.deltas import Delta
 from spectune.errors import (
@@ -35,7 +35,7 @@ from spectune.phases import Phases
 from spectune.results import RunResult
 from spectune.results.comparison_file import Trial
 from spectune.training import Run, TrainingConfig, train_together
-from spectune.training.company import MOST, most_together, room_of
+from spectune.training.company import MOST, TooManyTogetherError, most_together, room_of
 from spectune.training.display import Display
 from spectune.training.finished import RESULT_FILE
 from spectune.training.observer import Observer
@@ -72,9 +72,16 @@ class Ahead:
     most: int | str
     _alone: dict[str, str | None] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        job = self.job
+        if self.most == "auto" and all(job.plans.get(arm.name, (MOST, None))[0] == 1 for arm in job.arms):
+            kind = job.model.device.type
+            job.print(f"each run is trained by itself: shared passes gain nothing here ({kind}); --together N has them")
+            self.most = 1
+
     def search(self, arms: Sequence[Arm]) -> None:
         """Make the trials of all arms' searches, those that do not wait for each other in one go."""
-        searches = {arm.name: halving(**self.job.search_settings(arm)) for arm in arms}
+        searches = {arm.name: halving(**search_settings(self.job, arm)) for arm in arms}
         by_name, made = {arm.name: arm for arm in arms}, dict[str, list[Trial] | None](dict.fromkeys(searches))
         while made:
             asked = {}
@@ -133,7 +140,7 @@ class Ahead:
 
     def _train(self, wanted: Sequence[_Wanted]) -> None:
         """Train them, as many in a pass as share one; who would be left by itself is left to its turn."""
-        left = [one for one in wanted if self._why_alone(one) is None]
+        left = [] if self.most == 1 else [one for one in wanted if self._why_alone(one) is None]
         while len(left) > 1:
             count = self._count(left)
             if count == 1:
@@ -155,7 +162,7 @@ class Ahead:
             with job.attached(one.arm, one.config.seed, job.phases) as delta:
                 self._alone[name] = why_not_shared(delta)
             if (why := self._alone[name]) is not None:
-                log.info("%s is trained by itself: %s", one.arm.label, why)
+                job.print(f"{one.arm.label}: each run is trained by itself: {why}")
         return self._alone[name]
 
     def _trained(self, group: Sequence[_Wanted]) -> bool:
@@ -173,12 +180,12 @@ class Ahead:
                 found = self._found(group, deltas, observers)
             except (InterruptedRun, WriteError):
                 raise
-            except OutOfMemoryError as error:
+            except (OutOfMemoryError, TooManyTogetherError) as error:
                 self.most = len(group) // 2
                 log.warning("%d runs share a pass from now on, not %d: %s", self.most, len(group), first_line(error))
                 return False
-            except SpectuneError as error:
-                log.info("these runs are trained by themselves, each in its turn: %s", first_line(error))
+            except SpectuneError as error:  # in whose turn it comes again, its run fails
+                log.warning("%d runs are trained by themselves, each in its turn: %s", len(group), first_line(error))
                 return True
             for one, ended, observer in zip(group, found, observers, strict=True):
                 if isinstance(ended, RunResult | DivergedError):
@@ -190,7 +197,7 @@ class Ahead:
                 steps = one.config.max_steps
                 job.budget.trained(one.arm.name, steps, seconds * steps / taken)
             else:
-                log.info("%s is trained by itself, in its turn: %s", one.arm.label, first_line(ended))
+                log.warning("a run of %s is trained by itself, in its turn: %s", one.arm.label, first_line(ended))
         return True
 
     def _found(
@@ -204,8 +211,9 @@ class Ahead:
             for one, delta, observer in zip(group, deltas, observers, strict=True)
         ]
         try:
+            display = self._display(group)
             results = train_together(
-                job.model, job.tokenizer, runs, asked=asked, console=console, display=self._display(group)
+                job.model, job.tokenizer, runs, asked=asked, console=console, display=display, share_passes=True
             )
         except RunsFailedError as error:
             for failed in error.failures.values():

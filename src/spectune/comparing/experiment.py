@@ -73,8 +73,7 @@ def compare(
         retain: a text file whose passages measure forgetting; default is text sampled from the base itself.
         choice_normalization: "sum", "token" or "byte", see `spectune.evaluation.Task`.
         origin: entries for config.yaml, the comparison's and each run's, see `train`.
-        together: runs that share passes over the base, at most; "auto": as many as gain from it and have room, by the
-            plan. What they come to is what they come to by themselves, but for rounding.
+        together: how many runs may share a pass; "auto": as many as gain from it and have room, by the plan.
         base_precision, trust_remote_code, allow_missing_weights: how the base is loaded, see `spectune.load`.
 
     Raises:
@@ -86,12 +85,11 @@ def compare(
 
     A run that fails stays in the result with its reason, and the others go on.
     """
-    phases = Phases()
     own: dict[str, Any] = {"preset": preset, "seeds": seeds, "fractions": list(fractions), "metric": metric}
     own |= {"generate_rows": generate_rows, "choice_normalization": choice_normalization, "together": together}
     check_settings(**own)
     with _folder(config, output_dir, resume) as folder:
-        settings, before = _begin(folder, config, seed)
+        phases, (settings, before) = Phases(), _begin(folder, config, seed)
         arms = arms_of(methods, base_precision)
         rows = phases.call("rows", Rows.read, train_rows, valid_rows, test_rows, settings)
         where = {"device": device, "dtype": dtype, "base_precision": base_precision,

@@ -126,13 +126,6 @@ class Job:
         """The default learning rate of an arm on this base, and where a search begins."""
         return arm.method.learning_rates.at(embedding_width(self.model))
 
-    def search_settings(self, arm: Arm) -> dict[str, Any]:
-        """The search for an arm's rate, as `spectune.comparing.search.halving` takes it."""
-        rates, preset = self.rates(arm), self.schedule.preset
-        bounds = rates.search_range if preset.around_default is None else rates.around(preset.around_default)
-        return {"bounds": bounds, "rungs": self.schedule.rungs, "source": rates.sentence,
-                "extensions": preset.extensions}  # fmt: skip
-
     def key(self, arm: Arm, rate: float, steps: int, seed: int, rows: int | None = None) -> str:
         return run_key(self.conditions.identity, arm.settings, rate, steps, seed, rows)
 
@@ -153,7 +146,8 @@ class Job:
             trying: what a short run is for, of which nothing is shown but how far it is.
             rehearsed: the settings of the run whose memory and speed a short one measures.
         """
-        quiet, observer.display = trying or config.output_dir in self.ahead, self._display(delta, config, trying)
+        quiet = trying or config.output_dir in self.ahead
+        observer.display = observer.display or self._display(delta, config, trying)
         observer.memory = not trying or rehearsed is not None
         return train(
             self.model, self.tokenizer, delta, rows, valid, config, origin=self.origin,

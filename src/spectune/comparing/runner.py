@@ -12,7 +12,7 @@ from spectune.comparing.final_runs import final_folder, final_run
 from spectune.comparing.job import FAILED, FailureNote, Job
 from spectune.comparing.measure import SECONDS
 from spectune.comparing.search import successive_halving
-from spectune.comparing.short_runs import on_fewer, step_seconds, trial
+from spectune.comparing.short_runs import on_fewer, search_settings, step_seconds, trial
 from spectune.errors import ConfigError, DoesNotFitError, InterruptedRun, OutOfMemoryError, SpectuneError, WriteError
 from spectune.results.comparison_file import Trial
 from spectune.sizes import duration
@@ -134,7 +134,7 @@ class Runner:
 
     def _search(self, arm: Arm) -> float:
         """The best rate of an arm; what was tried goes to its search.json."""
-        folder, how = self.job.folder / "search" / arm.name, self.job.search_settings(arm)
+        folder, how = self.job.folder / "search" / arm.name, search_settings(self.job, arm)
 
         def run(rate: float, steps: int) -> Trial:
             found, seconds = trial(self.job, arm, rate, steps)

@@ -19,8 +19,6 @@ log = logging.getLogger("spectune")
 
 #: runs that share a pass, at most, where nobody says how many
 MOST = 16
-#: kind of device -> the seconds that a layer takes in a step however few rows there are, operations in a second
-_PACE = {"cuda": (LAUNCH_SECONDS_PER_LAYER, OPERATIONS_PER_SECOND), "cpu": (1e-3, 5e10)}
 
 
 class TooManyTogetherError(DoesNotFitError):
@@ -71,11 +69,13 @@ def most_together(
 
 
 def worth_sharing(delta: Delta, prepared: Prepared) -> int:
-    """How many runs gain from a pass with this one: as many as it takes until computing takes longer than what a pass
-    takes however few rows it has."""
-    a_layer, operations_per_second = _PACE.get(delta.model.device.type, _PACE["cpu"])
+    """How many runs gain from a pass with this one: as many as it takes until computing takes longer than launching
+    what is computed. 1 where nothing is launched: on a CPU filling rows up to one length costs more than is gained."""
+    if delta.model.device.type != "cuda":
+        return 1
     length = max(1, round(sum(example.length for example in prepared.examples) / len(prepared.examples)))
     operations = (
         prepared.config.per_device_train_batch_size * length * flops_per_token(delta.family, delta.method, length)
     )
-    return max(1, min(MOST, round(1 + len(delta.family.layers) * a_layer * operations_per_second / operations)))
+    launching = len(delta.family.layers) * LAUNCH_SECONDS_PER_LAYER
+    return max(1, min(MOST, round(1 + launching * OPERATIONS_PER_SECOND / operations)))

@@ -116,7 +116,10 @@ def _chosen(part: _Part) -> Iterator[tuple[_Group, list[Tensor]]]:
     optimizer, only = part.asked.optimizer, None
     if len(part.stepped) < len(part.gradients):  # experts, say, that no token went to
         only = {n for n, found in enumerate(part.gradients) if found is not None}
-    for group in optimizer.known(lambda: _groups(optimizer)) if only is None else _groups(optimizer, only):
+    elif optimizer.known is None:
+        optimizer.known = _groups(optimizer)
+    groups: list[_Group] = optimizer.known if only is None else _groups(optimizer, only)
+    for group in groups:
         yield group, [found for n in group.numbers if (found := part.gradients[n]) is not None]
 
 

@@ -7,8 +7,8 @@ have rows of zeros.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from spectune.training.config import TrainingConfig
 
 #: of a tensor
 Kind = tuple[torch.Size, torch.dtype]
-T = TypeVar("T")
 _INDEX = re.compile("0|[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -45,14 +44,8 @@ class MasterAdamW:
         #: weights that are stepped together, by number
         self.groups = stepped_together(self.parameters, config.optim)
         self.inner = self._adamw(range(len(self.masters)), config, learning_rate)
-        self._known: Any = None
-
-    def known(self, made: Callable[[], T]) -> T:
-        """What is made of the weights and states once, by whoever steps them; anew where states were loaded."""
-        if self._known is None:
-            self._known = made()
-        found: T = self._known
-        return found
+        #: what `joint_step` makes of weights and states once; anew where states were loaded
+        self.known: Any = None
 
     def _adamw(self, members: Sequence[int], config: TrainingConfig, learning_rate: float) -> torch.optim.AdamW:
         """An optimizer of some masters, by number."""
@@ -149,7 +142,7 @@ class MasterAdamW:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse. Raises DataError as `check_state` does; nothing is changed then."""
         self.check_state(state)
-        self._known = None
+        self.known = None
         for key, value in state.items():
             number, _, name = key.partition(".")
             index, master = int(number), self.masters[int(number)]

@@ -99,8 +99,8 @@ def train_together(
         for _, each in wanted:
             if (folder := each.config.output_dir) is not None:
                 held.enter_context(claimed(folder, "spectune train", resume=each.config.resume))
-        begun = _start(model, tokenizer, wanted, out)
         shared = model.device.type != "cpu" if share_passes == "auto" else share_passes
+        begun = _start(model, tokenizer, wanted, out, shared=shared)
         going = [made for made in begun if not isinstance(made, RunResult)]
         found = _driven(model, going, shared, out, display)
         results = [made if isinstance(made, RunResult) else found[made.asked.name] for made in begun]
@@ -154,8 +154,9 @@ def _check_unlike(what: str, given: Sequence[str]) -> None:
 
 
 def _start(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[tuple[Run, Asked]], out: Console
-) -> list[RunResult | Started]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[tuple[Run, Asked]], out: Console, *,
+    shared: bool,
+) -> list[RunResult | Started]:  # fmt: skip
     """Begin all runs, or none."""
     before, begun = set(attached(model)), list[RunResult | Started]()
     outside = RandomStream(model.device)
@@ -167,7 +168,8 @@ def _start(
             if isinstance(made, Started):
                 made.run.stream = RandomStream(model.device)
             begun.append(made)
-        check_together(model, [made[0] for made in begun if not isinstance(made, RunResult)])
+        if shared:
+            check_together(model, [made for made in begun if isinstance(made, Started)])
     except BaseException:
         for started in [made for made in begun if isinstance(made, Started)]:
             started.run.optimizer.close()
