@@ -18,7 +18,7 @@ from tests.comparing.small import SEARCHED, SIX_STEPS, run
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
-METHODS: list[Any] = ["full", LoRA(r=2), PromptTuning(num_virtual_tokens=4)]
+METHODS: list[Any] = [LoRA(r=2), PromptTuning(num_virtual_tokens=4)]
 EIGHT_STEPS = SEARCHED.model_copy(update={"max_steps": 8})
 #: of losses, which differ by rounding
 NEAR = 1e-5
@@ -39,7 +39,7 @@ def losses(found: Any) -> list[float]:
 
 
 def test_what_is_found_is_what_is_found_without(tmp_path: Path) -> None:
-    """Searches, final runs of two seeds and a data curve; full fine-tuning is trained by itself."""
+    """Searches, final runs of two seeds and a data curve."""
     how: dict[str, Any] = {"methods": METHODS, "config": EIGHT_STEPS, "preset": "quick", "seeds": 2}
     how |= {"fractions": (0.5,), "generate_rows": 0}
     alone, shared = run(tmp_path / "a", **how), run(tmp_path / "b", together=16, **how)
@@ -51,7 +51,7 @@ def test_what_is_found_is_what_is_found_without(tmp_path: Path) -> None:
     order = [[arm["name"] for arm in found.content["verdict"]["arms"]] for found in (alone, shared)]
     assert order[0] == order[1]
     together = {run["name"]: run["trained_together"] for run in shared.content["runs"]}
-    assert together == {"full": 1, "lora": 4, "prompt": 4}
+    assert together == {"lora": 4, "prompt": 4}
     check_no_time_of_a_shared_pass_is_shown(shared.result)
     # it has ended: nothing is made again, whether runs would share passes or not
     again = run(tmp_path / "b", resume=True, **how)
@@ -107,9 +107,9 @@ def test_where_memory_is_short_fewer_share_a_pass(tmp_path: Path, caplog: pytest
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ahead, "train_together", small)
-        found = run(tmp_path / "c", methods=[LoRA(r=r) for r in (1, 2, 3, 4, 5)], together=4, generate_rows=0)
+        found = run(tmp_path / "c", methods=[LoRA(r=r) for r in (1, 2, 3, 4)], together=4, generate_rows=0)
     assert counts == [4, 2, 2]
-    assert [each["trained_together"] for each in found.runs] == [2, 2, 2, 2, 1]
+    assert [each["trained_together"] for each in found.runs] == [2, 2, 2, 2]
     assert "2 runs share a pass from now on, not 4: out of memory in step 1" in caplog.text
 
 
@@ -117,7 +117,7 @@ def test_an_interrupted_comparison_goes_on_with_and_without_shared_passes(tmp_pa
     methods: list[Any] = [LoRA(r=2), PromptTuning(num_virtual_tokens=4)]
     saving = SIX_STEPS.model_copy(update={"save_steps": 2, "eval_steps": 3})
     how: dict[str, Any] = {"methods": methods, "config": saving, "generate_rows": 0}
-    whole = run(tmp_path / "whole", together=4, **how)
+    found = []
     from spectune.training.rounds import Rounds
 
     real = Rounds._round
@@ -134,24 +134,27 @@ def test_an_interrupted_comparison_goes_on_with_and_without_shared_passes(tmp_pa
                 run(tmp_path / name, together=4, **how)
         there = [json.loads(path.read_text()) for path in (tmp_path / name).rglob("result.json")]
         assert there == []
-        again = run(tmp_path / name, together=4 if name == "with" else None, resume=True, **how)
-        assert losses(again) == pytest.approx(losses(whole), abs=NEAR)
+        found.append(run(tmp_path / name, together=4 if name == "with" else None, resume=True, **how))
+    assert losses(found[0]) == pytest.approx(losses(found[1]), abs=NEAR)
+    assert [run["steps"] for run in found[0].runs] == [6, 6]
 
 
 def test_who_cannot_share_a_pass_is_trained_by_itself_and_that_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    methods: list[Any] = [BottleneckAdapter(bottleneck_dim=4, dropout=0.5), LoRA(r=2), LoRA(r=1)]
+    methods: list[Any] = [BottleneckAdapter(bottleneck_dim=4, dropout=0.5), "full", LoRA(r=2), LoRA(r=1)]
     found = run(tmp_path / "c", methods=methods, together=4, generate_rows=0, console=Console(width=200))
-    assert [each["trained_together"] for each in found.runs] == [1, 2, 2]
-    assert "Adapter: each run is trained by itself: random numbers are drawn" in capsys.readouterr().out
+    assert [each["trained_together"] for each in found.runs] == [1, 1, 2, 2]
+    said = capsys.readouterr().out
+    assert "Adapter: each run is trained by itself: random numbers are drawn" in said
+    assert "Full: each run is trained by itself: Full trains the base itself" in said
 
 
 def test_auto_leaves_runs_by_themselves_where_shared_passes_gain_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    planned = SIX_STEPS.model_copy(update={"memory_check": "warn", "max_steps": 2})
-    how: dict[str, Any] = {"methods": [LoRA(r=1), LoRA(r=2)], "config": planned, "generate_rows": 0}
+    few = SIX_STEPS.model_copy(update={"max_steps": 1})
+    how: dict[str, Any] = {"methods": [LoRA(r=1), LoRA(r=2)], "config": few, "generate_rows": 0}
     found = run(tmp_path / "c", together="auto", console=Console(width=200), **how)
     assert [each["trained_together"] for each in found.runs] == [1, 1]
     assert "each run is trained by itself: shared passes gain nothing here (cpu)" in capsys.readouterr().out

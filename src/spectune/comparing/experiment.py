@@ -85,12 +85,11 @@ def compare(
 
     A run that fails stays in the result with its reason, and the others go on.
     """
-    phases = Phases()
     own: dict[str, Any] = {"preset": preset, "seeds": seeds, "fractions": list(fractions), "metric": metric}
     own |= {"generate_rows": generate_rows, "choice_normalization": choice_normalization, "together": together}
     check_settings(**own)
     with _folder(config, output_dir, resume) as folder:
-        settings, before = _begin(folder, config, seed)
+        phases, (settings, before) = Phases(), _begin(folder, config, seed)
         arms = arms_of(methods, base_precision)
         rows = phases.call("rows", Rows.read, train_rows, valid_rows, test_rows, settings)
         where = {"device": device, "dtype": dtype, "base_precision": base_precision,

@@ -146,7 +146,8 @@ class Job:
             trying: what a short run is for, of which nothing is shown but how far it is.
             rehearsed: the settings of the run whose memory and speed a short one measures.
         """
-        quiet, observer.display = trying or config.output_dir in self.ahead, self._display(delta, config, trying)
+        quiet = trying or config.output_dir in self.ahead
+        observer.display = observer.display or self._display(delta, config, trying)
         observer.memory = not trying or rehearsed is not None
         return train(
             self.model, self.tokenizer, delta, rows, valid, config, origin=self.origin,

@@ -1,16 +1,18 @@
 """Runs that keep nothing but a small result: trials of the search, points of a data curve, a few steps to time. Each is
 taken from its folder where an earlier call has finished it."""
 
+import itertools
 import logging
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from spectune.comparing.arms import Arm
 from spectune.comparing.conditions import curve_place
-from spectune.comparing.job import Job, subset
+from spectune.comparing.job import QUIET, Job, subset
 from spectune.data import Encoded
 from spectune.errors import DataError, DivergedError
 from spectune.phases import Phases
@@ -18,7 +20,9 @@ from spectune.results import RunResult
 from spectune.results.comparison_file import CurvePoint, Trial
 from spectune.results.record import Record
 from spectune.training import TrainingConfig
+from spectune.training.display import Display
 from spectune.training.observer import Observer
+from spectune.training.peaks import MEMORY_STEPS
 
 log = logging.getLogger("spectune")
 
@@ -53,26 +57,13 @@ class ShortRun(Generic[R]):
     made: Callable[[RunResult | DivergedError], R]
 
     def saved(self, folder: Path) -> R | None:
-        """The small result that an earlier call left in the comparison's `folder`; None where there is none, a damaged
-        one, or another run's: it is made anew."""
-        try:
-            found = self.kind.read(self.path, what="a small result")
-        except DataError as error:
-            log.warning("%s: it is made anew", error)
-            return None
-        if found is None:
-            return None
-        if not of_its_folder(found, self.path, folder):
-            log.warning("%s is of another folder than the one that it stands in: it is made anew", self.path)
-            return None
-        # files of earlier versions do not say where their time went
-        return found if found.model_fields_set >= set(self.kind.model_fields) - {"seconds_by_phase"} else None
+        """The small result that an earlier call left in the comparison's `folder`; None where it has to be made."""
+        return _saved(self.path, self.kind, folder)
 
     def save(self, folder: Path, found: RunResult | DivergedError, seconds_by_phase: dict[str, float]) -> R:
         """Write the small result of a run that has ended, or diverged."""
         made = self.made(found).model_copy(update={"seconds_by_phase": seconds_by_phase})
-        place = self.path.parent.relative_to(folder).as_posix()
-        self.kind.model_validate({**made.to_dict(), PLACE: place}).write(self.path)
+        _save(made, self.path, folder)
         return made
 
 
@@ -125,13 +116,33 @@ def by_itself(job: Job, arm: Arm, config: TrainingConfig) -> dict[str, Any]:
     short = config.model_copy(update={**changes, "output_dir": None, "resume": False})
     longest = sorted(job.inputs.valid.examples, key=lambda example: -example.length)
     valid = Encoded(longest[: config.per_device_eval_batch_size], job.inputs.valid.report)
-    observer = Observer(Phases())
+    times = _StepTimes(QUIET, "", steps, 0)
+    observer = Observer(Phases(), display=times)
     with job.attached(arm, config.seed, observer.phases) as delta:
         found = job.run(delta, short, job.inputs.train, valid, observer, "measured by itself", config)
+    # compiling and capturing, which a whole run has once, make the mean of so few steps slower, and not the median
+    usual = found.train_tokens / found.steps / times.median(MEMORY_STEPS) if steps > MEMORY_STEPS + 1 else 0.0
     return {
-        "train_tokens_per_second_alone": found.train_tokens_per_second,
+        "train_tokens_per_second_alone": max(found.train_tokens_per_second, usual),
         "peak_memory_bytes": found.peak_memory_bytes, "machine_load": found.machine_load,
     }  # fmt: skip
+
+
+class _StepTimes(Display):
+    """A display that shows nothing, and notes when each step was taken."""
+
+    ends: list[float]
+
+    def __enter__(self) -> Self:
+        self.ends = []
+        return super().__enter__()
+
+    def step(self, loss: float, tokens_per_second: float) -> None:
+        self.ends.append(time.perf_counter())
+
+    def median(self, left_out: int) -> float:
+        """Seconds from one step to the next, without the first."""
+        return statistics.median(b - a for a, b in itertools.pairwise(self.ends[left_out - 1 :]))
 
 
 def point_of(job: Job, arm: Arm, rate: float, rows: int, steps: int, seed: int) -> ShortRun[CurvePoint]:
@@ -181,6 +192,28 @@ def _run(
 ) -> RunResult:
     with job.attached(arm, config.seed, phases) as delta:
         return job.run(delta, job.planned(arm, config), rows, valid, Observer(phases), trying)
+
+
+def _save(record: Record, path: Path, folder: Path) -> None:
+    place = path.parent.relative_to(folder).as_posix()
+    type(record).model_validate({**record.to_dict(), PLACE: place}).write(path)
+
+
+def _saved(path: Path, kind: type[R], folder: Path) -> R | None:
+    """The small result that an earlier call left; None where there is none, a damaged one, or another folder's: it is
+    made anew."""
+    try:
+        found = kind.read(path, what="a small result")
+    except DataError as error:
+        log.warning("%s: it is made anew", error)
+        return None
+    if found is None:
+        return None
+    if not of_its_folder(found, path, folder):
+        log.warning("%s is of another folder than the one that it stands in: it is made anew", path)
+        return None
+    # files of earlier versions do not say where their time went
+    return found if found.model_fields_set >= set(kind.model_fields) - {"seconds_by_phase"} else None
 
 
 def of_its_folder(found: Record, path: Path, folder: Path) -> bool:

@@ -5,13 +5,18 @@ from collections.abc import Sequence
 from spectune.planning.estimate import Estimate
 from spectune.planning.flops import virtual_in_sequence
 
+#: what a pass of several runs makes of its rows, of what the runs make by themselves: where all are of one method, and
+#: where they are not, whose rows are cut out and joined again at each site. Measured, 2 to 8 runs on GPT-2 and Llama of
+#: 256 features, float32: 1.01 to 1.04, and 1.46 to 1.48
+ALIKE, UNLIKE = 1.05, 1.5
+
 
 def planned_together(estimates: Sequence[Estimate]) -> int:
     """Bytes of the device that runs of one base take whose rows go through one pass, without the process's context.
 
-    Each is counted as by itself, the base once. Rows are filled up to the longest of any run, virtual tokens in the
-    sequence among them: what a run makes in its step grows with them. A validation batch is of one run alone, beside
-    the states of all.
+    Each is counted as by itself, the base once, and what mixed rows take more (`ALIKE`, `UNLIKE`). Rows are filled up
+    to the longest of any run, virtual tokens in the sequence among them: what a run makes in its step grows with them.
+    A validation batch is of one run alone, beside the states of all.
 
     Args:
         estimates: of each run's longest batch by itself.
@@ -21,10 +26,12 @@ def planned_together(estimates: Sequence[Estimate]) -> int:
     base = max(one.base_weights for one in estimates)
     widths = [one.length + _virtual(one) for one in estimates]
     states = [one.weights - one.base_weights + one.optimizer for one in estimates]
-    training = sum(
-        state + max(0, one.peak_reserved - one.base_weights - state) * max(widths) // width
+    made = sum(
+        max(0, one.peak_reserved - one.base_weights - state) * max(widths) / width
         for one, state, width in zip(estimates, states, widths, strict=True)
     )
+    more = 1.0 if len(estimates) == 1 else ALIKE if len({one.method for one in estimates}) == 1 else UNLIKE
+    training = sum(states) + int(more * made)
     validation = max(
         (one.validation or 0) - one.base_weights - state for one, state in zip(estimates, states, strict=True)
     )

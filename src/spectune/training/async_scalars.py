@@ -1,5 +1,10 @@
 """Numbers copied from a device while it goes on working."""
 
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +21,7 @@ class AsyncScalars:
 
     def __init__(self, *scalars: Tensor) -> None:
         device = scalars[0].device
+        self._place = slice(None)
         self._copied: torch.cuda.Event | None = None
         # float64 holds any number type
         if device.type != "cuda":
@@ -28,9 +34,19 @@ class AsyncScalars:
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record(torch.cuda.current_stream(device))
 
+    @classmethod
+    def of_each(cls, groups: Sequence[Sequence[Tensor]]) -> list[AsyncScalars]:
+        """Several groups of scalars in one copy, one of these for each."""
+        whole, found, begin = cls(*(scalar for group in groups for scalar in group)), list[AsyncScalars](), 0
+        for group in groups:
+            part = copy.copy(whole)
+            part._place = slice(begin, begin := begin + len(group))
+            found.append(part)
+        return found
+
     def values(self) -> list[float]:
         """The numbers, in their order, as soon as they are there."""
         if self._copied is not None:
             self._copied.synchronize()
-        numbers: list[float] = self._host.tolist()
+        numbers: list[float] = self._host[self._place].tolist()
         return numbers

@@ -1,15 +1,14 @@
 """A run among others that are trained beside it: its own random numbers, its own time, its own end."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, MutableMapping
 
-from spectune.deltas import route
+from spectune.deltas import Attachment, route
 from spectune.errors import SpectuneError
 from spectune.results.run_result import RunResult
 from spectune.training.display import Shows
 from spectune.training.ending import end, until_its_end
 from spectune.training.loop import Loop
-from spectune.training.random_stream import RandomStream
 from spectune.training.starting import Started
 
 
@@ -17,7 +16,6 @@ class Lane:
     """One of several runs, from its first step to its last. Where it fails it ends, alone.
 
     Args:
-        stream: the run's random numbers, since it was started.
         shares: its rows may be in a pass with others.
 
     Attributes:
@@ -26,13 +24,18 @@ class Lane:
         error: of one that has failed, or was interrupted.
     """
 
-    def __init__(self, started: Started, stream: RandomStream, loop: Loop, display: Shows, *, shares: bool) -> None:
+    def __init__(self, started: Started, loop: Loop, display: Shows, *, shares: bool) -> None:
         self.started, self.loop, self.display, self.shares = started, loop, display, shares
         self.beside = 1
         self.result: RunResult | None = None
         self.error: SpectuneError | None = None
-        self._stream, self._course = stream, loop.course(display)
+        self._course = loop.course(display)
         self._open = contextlib.ExitStack()
+        attachment = Attachment.of(loop.model)
+        assert attachment is not None
+        self._state = attachment.state
+        with route(loop.model, self.name):  # the same in every step, as compiled and captured blocks look at it
+            self._route = self._state.current
 
     @property
     def name(self) -> str:
@@ -44,10 +47,17 @@ class Lane:
         """Whether it has neither ended nor failed."""
         return self.result is None and self.error is None
 
-    def begin(self) -> bool:
-        """What comes before the first step. Returns whether the run goes on."""
+    def begin(self, known: MutableMapping[Hashable, float]) -> bool:
+        """What comes before the first step. `known`: losses of the bare base, by rows. Returns whether the run goes
+        on."""
+        run, prepared = self.started.run, self.started.prepared
+        now, rows = run.progress, (prepared.encoded[1].sha256, run.config.per_device_eval_batch_size)
+        if now.base_valid_loss is None and self.started.asked.base_valid_loss is None:
+            now.base_valid_loss = known.get(rows)
         with self._own_part():
             self._open.enter_context(until_its_end(self.started))
+            if now.base_valid_loss is not None:
+                known[rows] = now.base_valid_loss
         return self.goes_on
 
     def next_window(self) -> list[list[int]] | None:
@@ -63,7 +73,7 @@ class Lane:
 
     def step(self, window: list[list[int]]) -> None:
         """A step by itself, as a run alone takes it."""
-        with self._own_part(), self.loop.batches.listening(self.loop.model):
+        with self._own_part(), self.loop.run.drawing(), self.loop.batches.listening(self.loop.model):
             self.loop.begin(window)
             self.loop.settle(self.loop.max_in_flight, self.display)
 
@@ -83,12 +93,12 @@ class Lane:
 
     @contextlib.contextmanager
     def _own_part(self, worked: float = 0.0) -> Iterator[None]:
-        """Inside, what is done is the run's own: its delta is on, its random numbers are drawn, its time passes, with
-        so many seconds of what others did meanwhile."""
+        """Inside, what is done is the run's own: its delta is on, and its time passes, with so many seconds of what
+        others did meanwhile."""
         phases = self.started.asked.observer.phases
         phases.go_on(worked)
         try:
-            with self._stream.entered(), route(self.loop.model, self.name):
+            with self._state.routed(self._route):
                 try:
                     yield
                 except BaseException as error:

@@ -63,6 +63,11 @@ class Gathered:
     sums: tuple[Tensor, ...]
     optimizer: AskedStep
 
+    def numbers(self, norm: Tensor) -> list[Tensor]:
+        """What the host wants to know of the step, given the norm of its gradient."""
+        total, *requests = self.sums
+        return [total, norm, *requests]
+
 
 @dataclass
 class _Step:
@@ -178,7 +183,8 @@ class Loop:
                 loss_sum += self.backward(batch, made.targets)
             step = self.gathered(made, loss_sum)
             norm = step.optimizer.take()
-            self.launched(step, norm, span, memory)
+            [scalars] = AsyncScalars.of_each([step.numbers(norm)])
+            self.launched(step, norm, scalars, span, memory)
 
     def make_ready(self, window: list[list[int]], *, collate: bool = True) -> ReadyStep:
         """The next step over some batches, on the host. `collate`: make tensors of them."""
@@ -213,12 +219,14 @@ class Loop:
         asked = AskedStep(run.optimizer, made.rate, run.config.max_grad_norm, checked)
         return Gathered(made, (total, *requests), asked)
 
-    def launched(self, step: Gathered, norm: Tensor, span: Span, memory: PeakMemory | None) -> None:
-        """The optimizer was told to take a step: it is in flight."""
-        total, *requests = step.sums
-        checked = total if self._poison is None else total + self._poison
+    def launched(
+        self, step: Gathered, norm: Tensor, scalars: AsyncScalars, span: Span, memory: PeakMemory | None
+    ) -> None:
+        """The optimizer was told to take a step: it is in flight. `scalars`: of the step's `numbers`."""
+        checked = step.optimizer.loss
+        assert checked is not None, "a step of training has a loss"
         self._poison = 0.0 * (checked + norm.to(checked.device)) if self.max_in_flight else None
-        self._in_flight.append(_Step(AsyncScalars(total, norm, *requests), step.ready, span, memory))
+        self._in_flight.append(_Step(scalars, step.ready, span, memory))
 
     def finish(self) -> float:
         """Look at what the oldest step in flight gave. Returns its mean loss. Raises DivergedError where loss or

@@ -1,13 +1,14 @@
 """Steps that several runs take at the same time: one after the other, or in passes that they share."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from spectune.blocks.execution import Execution
 from spectune.objectives import objective_of
+from spectune.training.async_scalars import AsyncScalars
 from spectune.training.interrupt import Interrupts
 from spectune.training.joint_batches import JointBatch, in_passes, joint_batch, shares_of
 from spectune.training.joint_pass import JointPasses
@@ -30,7 +31,8 @@ class Rounds:
     def drive(self, lanes: Sequence[Lane]) -> None:
         """All to their ends, which are in `Lane.result` and `Lane.error`. Raises OutOfMemoryError: a shared pass does
         not fit."""
-        living = [lane for lane in lanes if lane.begin()]
+        known = dict[Hashable, float]()
+        living = [lane for lane in lanes if lane.begin(known)]
         while living:
             self._round(living)
             living = [lane for lane in living if lane.goes_on]
@@ -68,8 +70,9 @@ class Rounds:
                     sums[run] += found
             steps = [lane.loop.gathered(step, total) for lane, step, total in zip(lanes, ready, sums, strict=True)]
             norms = step_together([step.optimizer for step in steps])
-            for number, (lane, launched, norm) in enumerate(zip(lanes, steps, norms, strict=True)):
-                lane.loop.launched(launched, norm, span, None if number else memory)
+            numbers = AsyncScalars.of_each([step.numbers(norm) for step, norm in zip(steps, norms, strict=True)])
+            for n, (lane, *launched) in enumerate(zip(lanes, steps, norms, numbers, strict=True)):
+                lane.loop.launched(*launched, span, None if n else memory)
         seconds = (time.perf_counter() - begun) / len(lanes)
         for lane in lanes:
             lane.settle(seconds)

@@ -202,7 +202,7 @@ class RunFolder(Keeper):
         if self.folder is None:
             return
         run = self.run
-        with run.observer.phases.of("save"), self._writing(self.folder), held_back():
+        with run.observer.phases.of("save"), self._writing(self.folder), held_back(), run.drawing():
             if self._log is not None:
                 self._log.sync()  # a kill after this goes on from here: what was logged so far is not logged again
             run.progress.seconds_by_phase = run.observer.phases.record()

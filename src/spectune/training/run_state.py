@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ from spectune.training.optimizer import MasterAdamW, learning_rate_at
 from spectune.training.optimizers import make_optimizer
 from spectune.training.prepare import Prepared, total_steps
 from spectune.training.progress import Progress
+from spectune.training.random_stream import RandomStream
 from spectune.training.step_batches import Batches
 
 
@@ -54,6 +57,7 @@ class RunState:
         batches: the training rows, in batches.
         total_steps: optimizer steps of the whole run.
         observer: what sees where its time goes, and more.
+        stream: the random numbers of a run among others; None where torch's own are the run's.
     """
 
     delta: Delta
@@ -66,6 +70,7 @@ class RunState:
     progress: Progress = field(default_factory=Progress)
     keeper: Keeper = field(default_factory=Keeper)
     observer: Observer = field(default_factory=Observer)
+    stream: RandomStream | None = None
 
     @classmethod
     def of(cls, delta: Delta, prepared: Prepared, packing: Packing, world: World) -> RunState:
@@ -76,6 +81,10 @@ class RunState:
         optimizer = make_optimizer(trained, config, rate, world.size, rate_factors(delta, trained))
         total = total_steps(len(prepared.examples), config, world.size)
         return cls(delta, optimizer, batches, prepared.valid, config, rate, total)
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Inside, random numbers are the run's own."""
+        return contextlib.nullcontext() if self.stream is None else self.stream.entered()
 
     def rate_at(self, step: int) -> float:
         """The learning rate of step `step`, from 0."""

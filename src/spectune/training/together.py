@@ -103,7 +103,7 @@ def train_together(
         begun = _start(model, tokenizer, wanted, out, shared=shared)
         going = [made for made in begun if not isinstance(made, RunResult)]
         found = _driven(model, going, shared, out, display)
-        results = [made if isinstance(made, RunResult) else found[made[0].asked.name] for made in begun]
+        results = [made if isinstance(made, RunResult) else found[made.asked.name] for made in begun]
     return _checked(results, [each.name for _, each in wanted])
 
 
@@ -154,26 +154,24 @@ def _check_unlike(what: str, given: Sequence[str]) -> None:
 
 
 def _start(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    wanted: Sequence[tuple[Run, Asked]],
-    out: Console,
-    *,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: Sequence[tuple[Run, Asked]], out: Console, *,
     shared: bool,
-) -> list[RunResult | tuple[Started, RandomStream]]:
+) -> list[RunResult | Started]:  # fmt: skip
     """Begin all runs, or none."""
-    before, begun = set(attached(model)), list[RunResult | tuple[Started, RandomStream]]()
+    before, begun = set(attached(model)), list[RunResult | Started]()
     outside = RandomStream(model.device)
     try:
         for run, asked in wanted:
             asked.observer.phases.go_on()
             made = start(model, tokenizer, run.method, (run.train_rows, run.valid_rows), asked, World(), out)
             asked.observer.phases.pause()
-            begun.append((made, RandomStream(model.device)) if isinstance(made, Started) else made)
+            if isinstance(made, Started):
+                made.run.stream = RandomStream(model.device)
+            begun.append(made)
         if shared:
-            check_together(model, [made[0] for made in begun if not isinstance(made, RunResult)])
+            check_together(model, [made for made in begun if isinstance(made, Started)])
     except BaseException:
-        for started, _ in [made for made in begun if not isinstance(made, RunResult)]:
+        for started in [made for made in begun if isinstance(made, Started)]:
             started.run.optimizer.close()
             started.folder.close()
         for name in [name for name in attached(model) if name not in before]:
@@ -186,7 +184,7 @@ def _start(
 
 def _driven(
     model: PreTrainedModel,
-    begun: Sequence[tuple[Started, RandomStream]],
+    begun: Sequence[Started],
     shared: bool,
     out: Console,
     shown: Display | None,
@@ -194,17 +192,17 @@ def _driven(
     """Train all to their ends. Returns the result of each, or why it failed, by name."""
     if not begun:
         return {}
-    interrupts, deltas = Interrupts(), [made.run.delta for made, _ in begun]
+    interrupts, deltas = Interrupts(), [made.run.delta for made in begun]
     sharing = _sharing(deltas, out) if shared and len(deltas) > 1 else []
-    executions = [made.predicted.execution for made, _ in begun]
-    execution = joint_execution(executions, [made.run for made, _ in begun if made.run.delta in sharing])
-    peaks = _joint_peaks([made.run for made, _ in begun])
-    progress = [(made.asked.name, made.run.total_steps, made.run.progress.step) for made, _ in begun]
+    executions = [made.predicted.execution for made in begun]
+    execution = joint_execution(executions, [made.run for made in begun if made.run.delta in sharing])
+    peaks = _joint_peaks([made.run for made in begun])
+    progress = [(made.asked.name, made.run.total_steps, made.run.progress.step) for made in begun]
     display = JointDisplay(out, progress, shown)
     lanes = [
-        Lane(made, stream, Loop(made.run, replace(execution, packing=made.run.batches.packing), interrupts, peaks),
+        Lane(made, Loop(made.run, replace(execution, packing=made.run.batches.packing), interrupts, peaks),
              display.of(made.asked.name), shares=made.run.delta in sharing)
-        for made, stream in begun
+        for made in begun
     ]  # fmt: skip
     applied = execution.applied(*deltas, around_capture=peaks.set_aside)
     try:
