@@ -102,6 +102,7 @@ class _Runs:
     def _train(self, arms: Sequence[Arm], config: Any) -> None:
         from spectune.deltas import attached, detach
         from spectune.errors import RunsFailedError
+        from spectune.results import RunResult
         from spectune.training import Run, train_together
         from spectune.training.starting import Asked
 
@@ -117,7 +118,7 @@ class _Runs:
             )
         except RunsFailedError as error:
             self.failures |= error.failures
-            results = error.results
+            results = [run for run in error.results if isinstance(run, RunResult)]
         for name in attached(self.model).copy():
             detach(self.model, name)
         names = [arm.name for arm in arms if arm.name not in self.failures]
