@@ -65,7 +65,8 @@ def _train_in(
     found = _Runs(model, tokenizer, (rows, held_out), settings, learned, folder, out).train(arms)
     ended = {name: run.model_dump(mode="json") for name, run in found.results.items()}
     failed = {name: str(error) for name, error in found.failures.items()}
-    note("".join(f"kept in {folder / name / 'best'}\n" for name in ended).rstrip())
+    for name in ended:
+        note(f"kept in {folder / name / 'best'}")
     return {"folder": str(folder), "runs": ended, "failed": failed}, list(found.failures.values())
 
 
