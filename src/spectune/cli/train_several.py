@@ -65,7 +65,8 @@ def _train_in(
     found = _Runs(model, tokenizer, (rows, held_out), settings, learned, folder, out).train(arms)
     ended = {name: run.model_dump(mode="json") for name, run in found.results.items()}
     failed = {name: str(error) for name, error in found.failures.items()}
-    note("".join(f"kept in {folder / name / 'best'}\n" for name in ended).rstrip())
+    for name in ended:
+        note(f"kept in {folder / name / 'best'}")
     return {"folder": str(folder), "runs": ended, "failed": failed}, list(found.failures.values())
 
 
@@ -102,6 +103,7 @@ class _Runs:
     def _train(self, arms: Sequence[Arm], config: Any) -> None:
         from spectune.deltas import attached, detach
         from spectune.errors import RunsFailedError
+        from spectune.results import RunResult
         from spectune.training import Run, train_together
         from spectune.training.starting import Asked
 
@@ -117,7 +119,7 @@ class _Runs:
             )
         except RunsFailedError as error:
             self.failures |= error.failures
-            results = error.results
+            results = [run for run in error.results if isinstance(run, RunResult)]
         for name in attached(self.model).copy():
             detach(self.model, name)
         names = [arm.name for arm in arms if arm.name not in self.failures]
