@@ -145,18 +145,25 @@ class Attachment:
     def keeping_pass(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function with what is in force in the pass that runs now, whenever it is called: for recomputation, when
         the route is another one."""
+        return self.keeping()(function)
+
+    def keeping(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """`keeping_pass` of the pass that runs now, for functions that are not known yet."""
         captured = self.state.current, self.state.layout
         # the layers that run now: their hooks stand outside of a function that is called again
         holding = self.sites.running()
 
-        def in_pass(*inputs: Any, **named: Any) -> Any:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(self.state.recomputing(captured))
-                for hook in holding:
-                    stack.enter_context(hook.changed())
-                return function(*inputs, **named)
+        def kept(function: Callable[..., Any]) -> Callable[..., Any]:
+            def in_pass(*inputs: Any, **named: Any) -> Any:
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(self.state.recomputing(captured))
+                    for hook in holding:
+                        stack.enter_context(hook.changed())
+                    return function(*inputs, **named)
 
-        return in_pass
+            return in_pass
+
+        return kept
 
     def _check_places(self) -> None:
         names = self.state.current.names

@@ -88,11 +88,6 @@ class Delta(_Counts, ABC):
         return []
 
     @property
-    def is_aside(self) -> bool:
-        """Its weights are in host memory, and may be put on the model again."""
-        return False
-
-    @property
     def hosts(self) -> dict[str, nn.Module]:
         """The base's modules at which it acts, by their paths when it was attached."""
         return {}
@@ -174,10 +169,6 @@ class ModuleDelta(Delta):
     _aside: dict[str, tuple[Site, DeltaModule, nn.Module]] = field(default_factory=dict)
 
     @property
-    def is_aside(self) -> bool:
-        return bool(self._aside) and not self._modules
-
-    @property
     def hosts(self) -> dict[str, nn.Module]:
         return self._hosts
 
@@ -238,7 +229,8 @@ class ModuleDelta(Delta):
         self._aside = {path: (site, module, self._hosts[site.host]) for path, (site, module) in self._modules.items()}
 
     def sites_aside(self) -> list[Site] | None:
-        """Where its modules were; None where something else stands at one of these places now."""
+        """Where its modules were; none where it was not set aside, and None where something else stands at one of these
+        places now."""
         try:
             same = all(self.model.get_submodule(site.host) is host for site, _, host in self._aside.values())
         except AttributeError:

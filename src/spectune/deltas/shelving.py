@@ -94,3 +94,8 @@ def put_back(delta: Delta) -> bool:
         delta.to_host()
         raise
     return True
+
+
+def is_aside(delta: Delta) -> bool:
+    """Whether a delta is off the model, and can be put back."""
+    return isinstance(delta, ModuleDelta) and not delta.sites and delta.sites_aside() != []

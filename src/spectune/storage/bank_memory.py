@@ -7,9 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
-
-from spectune.deltas import Attachment, Delta, detach, put_back, set_aside
+from spectune.deltas import Attachment, Delta, detach, is_aside, put_back, set_aside
 from spectune.errors import (
     BankFullError,
     ConfigError,
@@ -57,10 +55,6 @@ class BankMemory:
         self.loads = 0  # from disk
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the least recently wanted first
         self._reading = [threading.Lock() for _ in range(_LOCKS)]
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.attachment.model
 
     def names(self, *, on_device: bool | None = None) -> list[str]:
         """The deltas in memory, the least recently wanted first: all, those on the device, or those off it."""
@@ -115,7 +109,7 @@ class BankMemory:
                 raise ConfigError(f"delta {name!r} is in use: wait until no route names it")
             if self._is_on(entry):
                 with self.attachment.state.passes.none_running():
-                    detach(self.model, entry.key)
+                    detach(self.attachment.model, entry.key)
             del self._entries[name]
 
     def _found(self, name: str, *, hold: bool) -> Entry | None:
@@ -157,7 +151,7 @@ class BankMemory:
         """Move the delta to host memory that was not wanted for longest; False where all are in use."""
         for entry in self._entries.values():
             if self._is_on(entry) and not self._is_used(entry):
-                set_aside(self.model, entry.key)
+                set_aside(self.attachment.model, entry.key)
                 return True
         return False
 
@@ -170,8 +164,9 @@ class BankMemory:
                 if not is_out_of_memory(error):
                     raise
                 if not self._set_one_aside():
+                    device = self.attachment.model.device
                     raise OutOfMemoryError(
-                        f"out of memory while delta {name!r} ({_mib(entry.nbytes)}) was put on {self.model.device}: "
+                        f"out of memory while delta {name!r} ({_mib(entry.nbytes)}) was put on {device}: "
                         f"{first_line(error)}. Give the bank less device_memory than there is"
                     ) from error
 
@@ -181,9 +176,6 @@ class BankMemory:
         if entry.delta is None:
             assert entry.stored is not None, "it is read before it is held"
             entry.delta, entry.stored = entry.stored.attach(), None
-            modules = [module for _, module in entry.delta.sites]
-            tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-            entry.nbytes = sum(tensor.nbytes for tensor in tensors)
 
     def _limit_host(self) -> None:
         """Drop deltas from host memory that were not wanted for longest; the newest may be larger than the limit."""
@@ -195,7 +187,7 @@ class BankMemory:
 
 
 def _is_aside(entry: Entry) -> bool:
-    return entry.delta is not None and entry.delta.is_aside
+    return entry.delta is not None and is_aside(entry.delta)
 
 
 def _mib(size: int) -> str:

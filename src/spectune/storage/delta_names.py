@@ -37,13 +37,10 @@ class DeltaNames:
     def folder_of(self, name: str) -> Path:
         """Where a delta lies; what is on the hub is fetched. Raises DataError: there is none of that name."""
         inside = self._inside(name)
-        if inside is not None and inside.is_dir():
+        if inside is not None and os.path.isdir(inside):  # False for what no path can be
             return inside
-        try:
-            if Path(name).exists():
-                return Path(name)
-        except (OSError, ValueError):
-            pass  # no path that there could be
+        if os.path.exists(name):
+            return Path(name)
         if _HUB_ID.fullmatch(name):
             return _fetched(name)
         known = sorted(self.all())
