@@ -136,7 +136,6 @@ def test_without_the_extra_it_says_what_to_install(spectune: Spectune, monkeypat
     ("words", "code", "said"),
     [
         (("--deltas", "nowhere"), 3, "--deltas nowhere is not a folder"),
-        (("--host", "256.0.0.1"), 2, "--host 256.0.0.1"),
         (("--api-key", " "), 2, "--api-key is empty"),
         (("--device-memory", "much"), 2, "--device-memory much"),
         (("--model", "./nowhere"), 3, "no such folder"),
