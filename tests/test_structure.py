@@ -42,6 +42,7 @@ ENTRY_POINTS = {
     "cli merge": "flags",
     "cli plan": "flags",
     "cli recommend": "flags",
+    "cli serve": "flags",
     "cli train": "flags",
     "cli validate": "flags",
     "comparing compare": "spectune.compare",

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cli.md"
 COMMANDS = (
     *("compare", "train", "plan", "recommend", "report"),
-    *("generate", "eval", "merge", "export", "validate", "env", "doctor"),
+    *("generate", "serve", "eval", "merge", "export", "validate", "env", "doctor"),
 )
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from spectune.methods import PromptTuning as PromptTuning, method_from_name as method_from_name
     from spectune.planning import Estimate as Estimate, plan as plan
     from spectune.results import RunResult as RunResult
-    from spectune.storage import load as load, load_delta as load_delta
+    from spectune.storage import Bank as Bank, load as load, load_delta as load_delta
     from spectune.training import TrainingConfig as TrainingConfig, train as train
     # isort: on
 
@@ -52,7 +52,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
                 "method_from_name"),
     "planning": ("Estimate", "plan"),
     "results": ("RunResult",),
-    "storage": ("load", "load_delta"),
+    "storage": ("Bank", "load", "load_delta"),
     "training": ("TrainingConfig", "train"),
 }  # fmt: skip
 _ROOM_OF = {name: room for room, names in _PUBLIC.items() for name in names}

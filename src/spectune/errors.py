@@ -91,6 +91,10 @@ class DoesNotFitError(SpectuneError):
     exit_code = 4
 
 
+class BankFullError(DoesNotFitError):
+    """A bank's deltas do not fit on the device beside those that others hold now; later they may."""
+
+
 class OutOfMemoryError(SpectuneError):
     """Memory ran out in a step; the message names batch and length."""
 

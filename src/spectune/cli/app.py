@@ -22,6 +22,7 @@ from spectune.cli.one_of_several import refuse_several, stop
 from spectune.cli.plan import plan
 from spectune.cli.recommend import recommend
 from spectune.cli.report import report
+from spectune.cli.serve import serve
 from spectune.cli.standard_streams import StandardStreams
 from spectune.cli.train import train
 from spectune.cli.unknown_flags import Command
@@ -110,6 +111,7 @@ def build_app() -> typer.Typer:
     command("plan", short_help="Predict the memory that training needs, before anything is loaded.")(plan)
     command("recommend", short_help="Recommend a method, with the reasons.")(recommend)
     command("generate", short_help="Generate text with a tuned model.")(generate)
+    command("serve", short_help="Serve a base and its deltas over HTTP, as OpenAI's API does.")(serve)
     command("eval", short_help="Evaluate a tuned model on your own rows.")(evaluate)
     command("merge", short_help="Merge a run's delta into its base: a plain transformers folder.")(merge)
     command("export", short_help="Export a run's delta for PEFT, vLLM and other programs.")(export)

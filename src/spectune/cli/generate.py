@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,7 +60,10 @@ def generate(
     found = run_on(run, model).allowing(trust_remote_code, allow_missing_weights)
     with work(as_json=as_json) as out:
         if prompts:
-            asked, source = [_row_of(text, number, found.config) for number, text in enumerate(prompts, start=1)], ""
+            from spectune.data.asking import PromptForm
+
+            form = PromptForm.of(found.config)
+            asked, source = [form.prompt(text, f"prompt {n}", note) for n, text in enumerate(prompts, start=1)], ""
         else:
             read = rows_of_run(found) if data is None else rows_of(data, "test", found.row_options)
             given = as_learned(found.config, read[0])
@@ -98,48 +100,6 @@ def _written(
     ids = prompts_ids(asked, tokenizer, **run.prompt_options)
     how = None if sampling is None else Sampling(**sampling)
     return generate_texts(model, tokenizer, ids, max_new_tokens=new, sampling=how)
-
-
-def _row_of(typed: str, number: int, config: dict[str, Any]) -> Row:
-    """A typed prompt as a row of the shape that the run was trained on (`row_shape` and `prompt_ends_with`)."""
-    from spectune.data import Row
-    from spectune.data.shapes import row_of, unencodable
-
-    origin, shape = f"prompt {number}", config.get("row_shape")
-    if (wrong := unencodable(typed)) is not None:
-        raise ConfigError(f"{origin} holds {wrong}, which is no Unicode text; expected text in UTF-8")
-    if shape == "messages":
-        return _question(origin, typed, config)
-    if shape == "text":
-        return Row(origin, text=typed)
-    if shape == "tokens":
-        return Row(origin, tokens=tuple(typed.split()), shape=shape)
-    if shape == "alpaca":
-        made = row_of(origin, {"instruction": typed, "output": "-"})
-        note(f"{origin}: put into the form of an instruction, as every prompt in training was")
-        return dataclasses.replace(made, completion="")
-    prompt = _ending(typed, str(config.get("prompt_ends_with") or ""))
-    if prompt != typed:
-        note(f"{origin}: {prompt[len(typed) :]!r} is put at its end, as every prompt in training ended so")
-    return Row(origin, prompt=prompt, completion="")
-
-
-def _question(origin: str, typed: str, config: dict[str, Any]) -> Row:
-    """A user's message, behind the system message and with the tools that all chats in training had."""
-    from spectune.data import Row
-
-    messages = [{"role": "user", "content": typed}]
-    if (system := config.get("row_system")) is not None:
-        messages = [{"role": "system", "content": str(system)}, *messages]
-        note(f"{origin}: behind the system message that every chat in training began with")
-    arguments = config.get("row_template_kwargs")
-    return Row(origin, messages=messages, tools=config.get("row_tools"), template_kwargs=arguments)
-
-
-def _ending(prompt: str, ending: str) -> str:
-    """The prompt, with as much of the ending put behind it as is not there yet."""
-    there = next(n for n in range(len(ending), -1, -1) if prompt.endswith(ending[:n]))
-    return prompt + ending[there:]
 
 
 def _rows_with_prompts(rows: list[Row], count: int, source: str) -> list[Row]:

@@ -17,8 +17,8 @@ def scale_features(y: Tensor, change: Tensor, ratio: Tensor, bias: Tensor | None
 
     Args:
         y, change: `[..., features]`, of one floating dtype.
-        ratio: `[features]` float32.
-        bias: `[features]`, of any dtype, no gradient; None is none.
+        ratio: `[features]` float32, or `[rows, 1, features]` for `y` `[rows, tokens, features]`.
+        bias: as `ratio`, of any dtype, no gradient; None is none.
 
     Returns:
         `[..., features]`, in the dtype of `y`. The gradient of `ratio` is float32, and 0 where `ratio` is 0 and there
@@ -49,7 +49,11 @@ class _ScaleFeatures(torch.autograd.Function):
         below = gradient * ratio.to(gradient.dtype) if any(ctx.needs_input_grad[:2]) else None
         total = None
         if ctx.needs_input_grad[2]:
-            total = (gradient * kept).flatten(0, -2).sum(0, dtype=torch.float32)
+            total = gradient * kept
+            if ratio.dim() == 1:
+                total = total.flatten(0, -2).sum(0, dtype=torch.float32)
+            else:
+                total = total.sum(1, keepdim=True, dtype=torch.float32)
             if ctx.plain:
                 total = torch.where(ratio == 0, 0.0, total / ratio)
         wanted = ctx.needs_input_grad

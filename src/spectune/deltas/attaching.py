@@ -80,18 +80,22 @@ def _tell(delta: Delta) -> None:
 
 def place(
     model: PreTrainedModel, method: Method, name: str, *, fill: Callable[[Delta], None], keep_base: bool = False,
-    facts: BaseFacts | None = None, without_weights: bool = False,
+    facts: BaseFacts | None = None, without_weights: bool = False, serving: bool = False,
 ) -> Delta:  # fmt: skip
     """Attach with weights that `fill` writes: first ones, or a stored delta's. All or nothing. `without_weights`: the
-    model is on the meta device, and only planned with."""
+    model is on the meta device, and only planned with. `serving`: it is not made the active one, and will not be
+    trained, so that nothing is proved of gradients."""
     check_can_attach(model, method, name, without_weights=without_weights)
     make_hooks_visible_to_the_compiler()
     with contextlib.nullcontext() if without_weights else usual_settings(model.device):
-        return _placed(Attachment.of(model) or Attachment(model, facts), method, name, fill, keep_base)
+        delta = _placed(Attachment.of(model) or Attachment(model, facts), method, name, fill, keep_base, serving)
+    if not serving and (attachment := Attachment.of(model)) is not None:
+        attachment.state.active = Route.of(name)
+    return delta
 
 
 def _placed(
-    attachment: Attachment, method: Method, name: str, fill: Callable[[Delta], None], keep_base: bool
+    attachment: Attachment, method: Method, name: str, fill: Callable[[Delta], None], keep_base: bool, serving: bool
 ) -> Delta:  # fmt: skip
     model, delta = attachment.model, None
     try:
@@ -103,17 +107,16 @@ def _placed(
         with attachment.state.routed(None), evaluating(model, attachment.base_modules):
             fill(delta)
         if not method.trains_base:
-            _prove(attachment, delta)
+            _prove(attachment, delta, gradients=not serving)
     except BaseException as error:
         if delta is not None and name in attachment.deltas:
             attachment.remove(delta, undo=True)
-        elif not attachment.deltas:
-            attachment.close()
+        else:
+            attachment.close_unused()
         failed = error.__cause__ if isinstance(error, ConfigError) else error
         if isinstance(failed, RuntimeError) and not isinstance(failed, torch.OutOfMemoryError):
             _say_what_is_offloaded(model, method, failed)
         raise
-    attachment.state.active = Route.of(name)
     return delta
 
 
@@ -147,7 +150,7 @@ def unplaced(
     return ModuleDelta(method, model, family, name, base)
 
 
-def _prove(attachment: Attachment, delta: Delta) -> None:
+def _prove(attachment: Attachment, delta: Delta, *, gradients: bool) -> None:
     """What `sites` took from names and shapes, and that each site is reached."""
     method, key = delta.method, ("base", type(delta.method))
     if key not in attachment.proved and can_run(attachment.model):
@@ -155,7 +158,7 @@ def _prove(attachment: Attachment, delta: Delta) -> None:
             method.prove(attachment.model, attachment.family)
         attachment.proved[key] = True
     with attachment.state.routed(delta.name):
-        prove_that_sites_fire(attachment, delta)
+        prove_that_sites_fire(attachment, delta, gradients=gradients)
 
 
 def detach(model: PreTrainedModel, name: str) -> None:
@@ -166,13 +169,19 @@ def detach(model: PreTrainedModel, name: str) -> None:
         ConfigError: no such delta; one that a `with route` names, in any thread; or a fully tuned base of which no copy
             was kept (`attach(..., keep_base=True)`).
     """
+    attachment, delta = unused(model, name)
+    attachment.remove(delta)
+
+
+def unused(model: PreTrainedModel, name: str) -> tuple[Attachment, Delta]:
+    """A delta that may be taken off. Raises ConfigError: there is none, or it is in use."""
     attachment = Attachment.of(model)
     if attachment is None or name not in attachment.deltas:
         known = ", ".join(repr(known) for known in attached(model)) or "none"
         raise ConfigError(f"no delta {name!r} is attached; attached are: {known}")
     if attachment.state.in_use(name):
         raise ConfigError(f"delta {name!r} is in use by a `with spectune.route(...)`: detach it outside of that")
-    attachment.remove(attachment.deltas[name])
+    return attachment, attachment.deltas[name]
 
 
 def attached(model: nn.Module) -> dict[str, Delta]:

@@ -44,14 +44,14 @@ class BaseFacts:
 
 
 class Attachment:
-    """The deltas of one model. It exists from the first attach to the last detach.
+    """The deltas of one model. It exists from the first attach to the last detach, or as long as somebody holds it.
 
     Attributes:
         deltas: by name, in the order of attachment.
         state: what is in force now.
         sites: the hooks.
         facts: what was found out of the base; asked once for all deltas.
-        identity: which base it is.
+        holders: how many want it to stay, deltas or not.
     """
 
     def __init__(self, model: PreTrainedModel, facts: BaseFacts | None = None) -> None:
@@ -59,7 +59,8 @@ class Attachment:
         self.facts = facts or BaseFacts()
         self.facts.family = self.facts.family or describe(model)
         self.family: Family = self.facts.family
-        self.identity = self.facts.identity = self.facts.identity or BaseIdentity(model, self.family)
+        self.facts.identity = self.facts.identity or BaseIdentity(model, self.family)
+        self.holders = 0
         self.deltas: dict[str, Delta] = {}
         self.state = ForwardState()
         self.base_modules = list(model.modules())
@@ -69,7 +70,7 @@ class Attachment:
         self.sites = OpenSites(model, self.family, self.state)
         checkpoints = CheckpointHook(self.base_modules, self.keeping_pass)
         before_pass = (self._check_places, checkpoints.keep, self.sites.keep_attention)
-        self.decoder = DecoderHook(model, self.family, self.state, before_pass=before_pass)
+        self.decoder = DecoderHook(model, self.family, self.state, before_pass=before_pass, prepare=self.sites.prepare)
         methods = ModelMethods(model, self.state, self.decoder.puts_tokens_in, self._refuse_save_pretrained)
         self._hooks: tuple[CheckpointHook | DecoderHook | ModelMethods, ...] = (checkpoints, self.decoder, methods)
         for parameter, _ in self._requires_grad.values():
@@ -81,6 +82,11 @@ class Attachment:
         """The attachment of a model, None where nothing is attached."""
         found = model.__dict__.get(_ATTRIBUTE)
         return found if isinstance(found, Attachment) else None
+
+    def close_unused(self) -> None:
+        """Close it where no delta is left, and nobody holds it."""
+        if not self.deltas and not self.holders:
+            self.close()
 
     def close(self) -> None:
         """Leave the model as it was before the first attach, `requires_grad` included. What was added to it since then
@@ -126,8 +132,7 @@ class Attachment:
         self.state.virtual_tokens.pop(delta.name, None)
         if self.state.active.name == delta.name:
             self.state.active = Route.of(None)
-        if not self.deltas:
-            self.close()
+        self.close_unused()
 
     def modules_in_force(self) -> list[nn.Module]:
         """The modules that a forward pass runs now: the base's, and those of the deltas of the current route."""

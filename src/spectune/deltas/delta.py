@@ -88,6 +88,11 @@ class Delta(_Counts, ABC):
         return []
 
     @property
+    def is_aside(self) -> bool:
+        """Its weights are in host memory, and may be put on the model again."""
+        return False
+
+    @property
     def hosts(self) -> dict[str, nn.Module]:
         """The base's modules at which it acts, by their paths when it was attached."""
         return {}
@@ -165,6 +170,12 @@ class ModuleDelta(Delta):
     _modules: dict[str, tuple[Site, DeltaModule]] = field(default_factory=dict)
     # kept, since something else may stand at their paths by the time that the delta is taken off
     _hosts: dict[str, nn.Module] = field(default_factory=dict)
+    # while it is off the model, and may come back: its modules, each with its site and its host
+    _aside: dict[str, tuple[Site, DeltaModule, nn.Module]] = field(default_factory=dict)
+
+    @property
+    def is_aside(self) -> bool:
+        return bool(self._aside) and not self._modules
 
     @property
     def hosts(self) -> dict[str, nn.Module]:
@@ -200,10 +211,7 @@ class ModuleDelta(Delta):
         self.shared = self.method.build_shared(self.family)
         for site in sites:
             host = self.model.get_submodule(site.host)
-            module = module_at(self.method, site)
-            if self.shared is not None and not isinstance(site, HeadSite):
-                module.bind_shared(self.shared)
-            module.on_attach(host)
+            module = self._aside[site.path][1] if self._aside else self._built(site, host)
             module.to(_device_of(host, self.model)).train(self.model.training)
             opened(site)
             self._modules[site.path], self._hosts[site.host] = (site, module), host
@@ -214,6 +222,33 @@ class ModuleDelta(Delta):
             self.shared.to(_device_of(decoder, self.model)).train(self.model.training)
             self._hosts[self.family.decoder] = decoder
             slots.put(decoder, self.name, self.shared, _SHARED)
+        self._aside = {}
+
+    def _built(self, site: Site, host: nn.Module) -> DeltaModule:
+        module = module_at(self.method, site)
+        if self.shared is not None and not isinstance(site, HeadSite):
+            module.bind_shared(self.shared)
+        module.on_attach(host)
+        return module
+
+    def set_aside(self) -> None:
+        """Keep what `take_off` takes off, so that `put_on` puts the same modules on again. Only of a stored method's,
+        whose modules share nothing."""
+        assert self.shared is None, "a stored delta has no weights of training alone"
+        self._aside = {path: (site, module, self._hosts[site.host]) for path, (site, module) in self._modules.items()}
+
+    def sites_aside(self) -> list[Site] | None:
+        """Where its modules were; None where something else stands at one of these places now."""
+        try:
+            same = all(self.model.get_submodule(site.host) is host for site, _, host in self._aside.values())
+        except AttributeError:
+            same = False
+        return [site for site, _, _ in self._aside.values()] if same else None
+
+    def to_host(self) -> None:
+        """Move what was set aside to host memory."""
+        for _, module, _ in self._aside.values():
+            module.to("cpu")
 
     def take_off(self, closed: Callable[[Site], None], *, undo: bool = False) -> None:
         for site, _ in self._modules.values():
@@ -253,13 +288,17 @@ class AdapterFiles(DeltaFiles):
         check_tensors(self.method.stored_shapes(self.family), given, str(where))
 
     def read(self, folder: Path) -> None:
+        self.delta.load_state_dict(self.weights_of(folder))
+
+    def weights_of(self, folder: Path) -> dict[str, Tensor]:
+        """The stored state, as `read` loads it. Raises DataError as `read`."""
         where, tensors = folder / self.weights, read_weights(self.weight_files(folder))
         try:
             state = self._state(self.translate(tensors))
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         check_finite(state, dict.fromkeys(state, torch.float32), str(where))
-        self.delta.load_state_dict(state)
+        return state
 
     def _state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own, head = without_head(tensors, self.family)

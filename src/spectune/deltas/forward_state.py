@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 from spectune.compute.pack_layout import Kernel, Pack
 from spectune.deltas.frames import calling_generator, running_generators
 from spectune.deltas.layout import BatchLayout, Route
+from spectune.deltas.running_passes import RunningPasses
+from spectune.deltas.table_route import KeepsDeltas
 
 
 class TaskLocal:
@@ -129,6 +132,8 @@ class ForwardState:
         packing: packed batches may come.
         kernel: attention over their documents; None uses masks.
         longest: tokens of the longest document of all packed batches (0: not known).
+        tables: what keeps deltas' operands by slot (`slot_tables`).
+        passes: which threads run through the model.
         thread: of the pass that runs.
     """
 
@@ -138,12 +143,14 @@ class ForwardState:
         self.packing = False
         self.kernel: Kernel | None = None
         self.longest = 0
+        self.tables = WeakSet[KeepsDeltas]()
+        self.passes = RunningPasses()
         self.thread = ThreadState()
         self._task = TaskLocal()
         self._in_force: dict[object, Route] = {}  # of every thread and task
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_in_force": {}}  # a copied model begins with no route
+        return {**self.__dict__, "_in_force": {}, "tables": WeakSet()}  # a copied model begins with no route
 
     @property
     def current(self) -> Route:
@@ -202,8 +209,9 @@ class ForwardState:
             del self._in_force[entry]
 
     def in_use(self, name: str) -> bool:
-        """Whether a `with route` that names the delta is in force in any thread or task."""
-        return any(name in route.names for route in list(self._in_force.values()))
+        """Whether a `with route` that names the delta is in force in any thread or task, or a slot is kept for it."""
+        kept = any(tables.keeps(name) for tables in list(self.tables))
+        return kept or any(name in route.names for route in list(self._in_force.values()))
 
     @contextlib.contextmanager
     def recomputing(self, captured: tuple[Route, BatchLayout | None]) -> Iterator[None]:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from spectune.compute.pack_layout import Pack
+from spectune.deltas.row_groups import Grouping
 from spectune.errors import ConfigError
 
 
 class Route:
-    """One delta (or None, the bare base) for all rows of any batch, or one for each row of batches of one size."""
+    """One delta (or None, the bare base) for all rows of any batch, or one for each row of batches of one size.
 
-    def __init__(self, names: Iterable[str | None], *, per_row: bool) -> None:
+    `cached`: virtual tokens and prefixes are in the cache already, and positions and masks are the caller's."""
+
+    def __init__(self, names: Iterable[str | None], *, per_row: bool, cached: bool = False) -> None:
         self.names = tuple(names)
         self.per_row = per_row
+        self.cached = cached
         #: rows of one batch differ
         self.mixed = any(name != self.names[0] for name in self.names)
         #: no row has a delta
         self.bare = not any(self.names) and None in self.names
+        self._groupings: dict[tuple[str | None, ...], Grouping] = {}
 
     @classmethod
     def of(cls, name: str | None) -> Route:
@@ -48,6 +53,14 @@ class Route:
             )
         return names
 
+    def grouping(self, names: tuple[str | None, ...]) -> Grouping:
+        """How batches of rows with these deltas, which `over` gave, are grouped. Made once: a route's deltas stay what
+        they are while it is in force."""
+        found = self._groupings.get(names)
+        if found is None:
+            found = self._groupings[names] = Grouping(names)
+        return found
+
     def __repr__(self) -> str:
         return f"Route({list(self.names) if self.per_row else self.names[0]!r})"
 
@@ -65,6 +78,7 @@ class BatchLayout:
         seen: text tokens in the cache before this pass.
         padding: padding tokens on the left of each row, `[batch, 1]` int64; None where no mask says so.
         pack: the documents of a packed batch, virtual tokens included; None for one document in each row.
+        grouping: its rows by delta, at every site.
     """
 
     route: Route
@@ -74,29 +88,31 @@ class BatchLayout:
     seen: int = 0
     padding: Tensor | None = None
     pack: Pack | None = None
+    grouping: Grouping = field(init=False)
 
-    def groups(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Each delta of the batch with its rows' indices; the bare base's rows are in none."""
-        return [
-            (name, tuple(row for row, other in enumerate(self.names) if other == name))
-            for name in dict.fromkeys(self.names)
-            if name is not None
-        ]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grouping", self.route.grouping(self.names))
 
-    def picks(self, rows: tuple[int, ...], tensor: Tensor, path: str) -> Tensor:
-        """Indices along the first dimension of `tensor` that belong to `rows`: int64, on its device. `tensor`:
-        `[batch, ...]` or `[batch * length, features]`, the output of the module at `path`. Raises ConfigError: it is
-        neither, so that rows cannot be told apart."""
+    def apart(self, tensor: Tensor, path: str) -> Tensor:
+        """`tensor` as `[batch, tokens, features]`. `tensor`: `[batch, ..., features]` or `[batch * length, features]`,
+        of the module at `path`. Raises ConfigError: it is neither, so that rows cannot be told apart."""
         batch, first = len(self.names), tensor.shape[0]
-        index = torch.tensor(rows, device=tensor.device)
+        if first != batch:
+            length = first // batch if self.length is None else self.length
+            if tensor.dim() != 2 or first != batch * length:
+                raise ConfigError(
+                    f"{path} is given a tensor {list(tensor.shape)}, in which {batch} rows"
+                    + (f" of {self.length} tokens" if self.length is not None else "")
+                    + " cannot be told apart: deltas at this place cannot share a batch with others. Route each of "
+                    "them in a batch of its own."
+                )
+        return tensor.reshape(batch, -1, tensor.shape[-1])
+
+    def picks(self, rows: Tensor, tensor: Tensor) -> Tensor:
+        """Indices along the first dimension of `tensor` that belong to `rows`: int64, on its device. `tensor`: as
+        `apart` takes it."""
+        batch, first = len(self.names), tensor.shape[0]
         if first == batch:
-            return index
-        length = first // batch if self.length is None else self.length
-        if tensor.dim() != 2 or first != batch * length:
-            raise ConfigError(
-                f"{path} is given a tensor {list(tensor.shape)}, in which {batch} rows"
-                + (f" of {self.length} tokens" if self.length is not None else "")
-                + " cannot be told apart: deltas at this place cannot share a batch with others. Route each of them "
-                "in a batch of its own."
-            )
-        return (index[:, None] * length + torch.arange(length, device=tensor.device)).flatten()
+            return rows
+        length = first // batch
+        return (rows[:, None] * length + torch.arange(length, device=tensor.device)).flatten()

@@ -1,9 +1,16 @@
 """The modules that act at a site. Their weights are float32 and stay so, whatever the base is cast to."""
 
-from collections.abc import Callable
-from typing import Self
+from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
 from torch import Tensor, nn
+
+#: by name, what a module's change is computed with
+Operands = Mapping[str, Tensor]
 
 
 class DeltaModule(nn.Module):
@@ -39,12 +46,58 @@ class DeltaModule(nn.Module):
             own[name].data.copy_(tensor)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What modules at one site have in common that are computed together, a set of operands for each row. It holds no
+    weights: equal kinds are computed by one call.
+
+    Attributes:
+        of: whose `by_row` it is.
+        settings: what `by_row` is given beside tensors.
+        dropout: on the input, in training: rows are then computed one delta after the other.
+    """
+
+    of: type[SideModule]
+    settings: tuple[Hashable, ...] = ()
+    dropout: float = 0.0
+
+    def by_row(self, operands: Operands, *sides: Tensor) -> Tensor:
+        """`operands`: each `[rows, ...]`, filled up with zeros to the largest. `sides`: `x` `[rows, tokens,
+        in_features]`, and after a module `y` `[rows, tokens, out_features]`. Returns the last one's like."""
+        return self.of.by_row(operands, *sides, *self.settings)
+
+
 class SideModule(DeltaModule):
-    """Acts on one side of a module: on what goes in, or on what comes out."""
+    """Acts on one side of a module: on what goes in, or on what comes out.
+
+    A subclass whose change of many rows, of a delta each, is one product says so with `operands`, `alike` and
+    `by_row`; without them the rows of a mixed batch are computed one delta after the other."""
 
     #: the host's parameter that the same change can be made to in place of its input or output, see `changed`; None
     #: where it cannot
     acts_on: str | None = None
+
+    def operands(self) -> dict[str, Tensor] | None:
+        """What the change is computed with, float32, as the weights are now; gradients flow. None: there is no form by
+        row."""
+        return None
+
+    def unchanging(self) -> dict[str, Tensor] | None:
+        """Operands of the same shapes with which `by_row` gives back what it is given: zeros, where that is so."""
+        own = self.operands()
+        return None if own is None else {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+
+    def alike(self) -> Kind:
+        """Modules of one site whose kinds are equal may be computed together; their operands may differ in sizes that
+        zeros fill up."""
+        return Kind(type(self))
+
+    @staticmethod
+    def by_row(operands: Operands, *given: Any) -> Tensor:
+        """`(operands, x, y, *settings)` after a module, `(operands, x, *settings)` before one; see `Kind.by_row`.
+        Exact where operands are filled up with zeros; for any device and dtype of `x` and `y`, which are the
+        base's."""
+        raise NotImplementedError
 
     def changed(self, parameter: Tensor) -> Tensor:
         """The host's parameter `acts_on` with this change in it, for hosts whose parameters are used without their

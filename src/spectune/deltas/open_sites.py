@@ -1,5 +1,8 @@
 """The sites of a base where deltas act: each opened once, for all deltas, and closed with its last user."""
 
+import contextlib
+from collections.abc import Iterator
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -9,7 +12,9 @@ from spectune.deltas.hooks.entry import EntryHook
 from spectune.deltas.hooks.module_side import SideHook
 from spectune.deltas.hooks.output import OutputHook
 from spectune.deltas.hooks.parameter import ParameterHook
+from spectune.deltas.layout import BatchLayout
 from spectune.deltas.site import AttentionSite, InputSite, OutputSite, ParameterSite, Site
+from spectune.deltas.table_route import SiteTables
 from spectune.errors import ConfigError
 from spectune.families import Family
 
@@ -23,6 +28,9 @@ class OpenSites:
         self._parameters: dict[str, ParameterHook] = {}
         self._attention_users: dict[str, tuple[nn.Module, int]] = {}
         self._attention_before: str | None = None
+        self._tables: SiteTables = {}
+        self._reader: object = None  # whose tables these are
+        self._readers = 0  # routes over them that are in force
 
     def open(self, site: Site) -> None:
         """Let deltas act at a site. Raises ConfigError: attention cannot be exchanged, or a parameter cannot be changed
@@ -33,6 +41,7 @@ class OpenSites:
                 if hook is None:
                     gathers, kind = self.family.gathers_tokens(path), EntryHook if entry else OutputHook
                     hook = kind(self.model.get_submodule(path), path, self.state, gathers_tokens=gathers)
+                    hook.tables = self._tables.get((path, entry), ())
                 self._sides[path, entry] = hook, users + 1
             case OutputSite(path=owner, on=str(name)) | ParameterSite(host=owner, name=name):
                 self._open_parameter(owner, name)
@@ -85,6 +94,34 @@ class OpenSites:
         this one's config object): else the prefix would be left out in silence."""
         if self._attention_before is not None and not attention_function.is_on(self.model):
             self._attention_before = attention_function.switch_on(self.model)
+
+    def prepare(self, layout: BatchLayout) -> None:
+        """Find out what acts where on the rows of a batch, before blocks run."""
+        for hook, _ in self._sides.values():
+            hook.prepare(layout)
+
+    @contextlib.contextmanager
+    def reading(self, owner: object, tables: SiteTables) -> Iterator[None]:
+        """Inside, routes over the tables of `owner` find them. Raises ConfigError: those of another owner are read."""
+        if self._readers and self._reader is not owner:
+            raise ConfigError(
+                "other tables of this model are being read: one thread reads tables, one owner's at a time"
+            )
+        if self._reader is not owner:
+            self._reader, self._tables = owner, {}
+            self.now_read(owner, tables)
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+
+    def now_read(self, owner: object, tables: SiteTables) -> None:
+        """Give the hooks other tables of the owner whose they have; nothing of anybody else's."""
+        if self._reader is owner:
+            self._tables = tables
+            for site, (hook, _) in self._sides.items():
+                hook.tables = tables.get(site, ())
 
     def running(self) -> list[ParameterHook]:
         """Hooks of the layers that run now."""

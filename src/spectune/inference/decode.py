@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,9 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from spectune.compute.evaluating import evaluating
+from spectune.deltas import Attachment
 from spectune.errors import ConfigError
+from spectune.inference.engine import Engine
+from spectune.inference.engine_bases import why_not_engine
 from spectune.inference.generate import context_length, generate_batch, plain_config, stop_ids
 from spectune.inference.modes import wait_for
+from spectune.inference.request import Request, Written
 
 
 def decode_tokens_per_second(
@@ -41,15 +46,48 @@ def decode_tokens_per_second(
     vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator).tolist()
-    config = plain_config(new_tokens, stops, stops[0] if stops else 0, min_new_tokens=new_tokens if stops else None)
     rates = []
     with evaluating(model):
+        timed = _by_engine if why_not_engine(model, _routed(model, batch)) is None else _by_generate
         for run in range(warm_up + repeats):
-            clock = _Clock(model.device, new_tokens)
-            generate_batch(model, prompts, config, stopping_criteria=StoppingCriteriaList([clock]))
+            seconds = timed(model, prompts, new_tokens, stops)
             if run >= warm_up:
-                rates.append(batch * (new_tokens - 1) / (clock.times[1] - clock.times[0]))
+                rates.append(batch * (new_tokens - 1) / seconds)
     return statistics.median(rates)
+
+
+def _routed(model: PreTrainedModel, batch: int) -> tuple[str | None, ...]:
+    """The delta of each row under the current route."""
+    attachment = Attachment.of(model)
+    return (None,) * batch if attachment is None else attachment.state.current.over(batch)
+
+
+def _by_engine(model: PreTrainedModel, prompts: list[list[int]], new_tokens: int, stops: list[int]) -> float:
+    """Seconds from the first token to the last; no token stops a row."""
+    engine = Engine(model, rows=len(prompts))
+    for prompt, name in zip(prompts, _routed(model, len(prompts)), strict=True):
+        engine.submit(Request(prompt, new_tokens, name))
+    _raise_failed(engine.enter())
+    wait_for(model.device)
+    start = time.perf_counter()
+    while not engine.idle:
+        _raise_failed(engine.advance())
+    wait_for(model.device)
+    return time.perf_counter() - start
+
+
+def _raise_failed(written: Iterable[Written]) -> None:
+    for one in written:
+        if one.error is not None:
+            raise one.error
+
+
+def _by_generate(model: PreTrainedModel, prompts: list[list[int]], new_tokens: int, stops: list[int]) -> float:
+    """The same by transformers, which has to be told that stop tokens stop nothing."""
+    config = plain_config(new_tokens, stops, stops[0] if stops else 0, min_new_tokens=new_tokens if stops else None)
+    clock = _Clock(model.device, new_tokens)
+    generate_batch(model, prompts, config, stopping_criteria=StoppingCriteriaList([clock]))
+    return clock.times[1] - clock.times[0]
 
 
 class _Clock(StoppingCriteria):

@@ -1,8 +1,10 @@
-"""Text from a model: batches padded on the left, with the KV cache, each row up to its own end."""
+"""Text from a model: so many rows at once, each under its own delta and up to its own end."""
 
+import contextlib
 import itertools
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -10,21 +12,17 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from spectune.compute.evaluating import evaluating
 from spectune.data import by_length, pad_token_id, padded
-from spectune.deltas import Attachment
+from spectune.deltas import Attachment, route
 from spectune.errors import ConfigError
 from spectune.families import describe, vocabulary_rows
 from spectune.inference.answers import decoded, up_to_stop
+from spectune.inference.drawing import Sampling
+from spectune.inference.engine import Engine
+from spectune.inference.engine_bases import why_not_engine
 from spectune.inference.modes import generation_defaults, seeded
+from spectune.inference.request import Request
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: from the model's own distribution unless something is set."""
-
-    seed: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+log = logging.getLogger("spectune")
 
 
 def generate_texts(
@@ -35,10 +33,11 @@ def generate_texts(
 
     Other special tokens are in it: an answer may be one.
 
-    Rows run under the model's current route. A row ends at the first stop token (see `stop_ids`), after
+    Rows run under the model's current route; one that names a delta for each of as many rows as there are prompts gives
+    each prompt its own. A row ends at the first stop token (see `stop_ids`), after
     `max_new_tokens`, or where the base's context ends, whichever comes first. The checkpoint's own generation
-    defaults (temperature, penalties) are not used. Greedy output does not depend on `batch_size` but by rounding;
-    sampled output depends on the seed and `batch_size`.
+    defaults (temperature, penalties) are not used. Output does not depend on `batch_size` but by rounding; sampled
+    output is a function of the seed and of a prompt's place among the prompts.
 
     Args:
         prompts_ids: token ids, exactly the prefix of training (`spectune.data.prompt_ids`); none may be empty.
@@ -70,12 +69,57 @@ def generate_ids(
     """
     _check_ids(model, prompts_ids)
     rooms = _rooms(model, prompts_ids, max_new_tokens)
-    results: list[list[int]] = [[] for _ in prompts_ids]
+    if not rooms:
+        return []
+    names = _names(model, len(rooms))
+    with evaluating(model):
+        reason = why_not_engine(model, names)
+        if reason is None:
+            engine = Engine(model, rows=batch_size, pad_token_id=pad_token_id, enter_at=max(1, batch_size // 4))
+            requests = [
+                Request(prompt, room, name, stops, sampling, stream)
+                for stream, (prompt, room, name) in enumerate(zip(prompts_ids, rooms, names, strict=True))
+            ]
+            return _written(engine, requests)
+        log.debug("transformers' own generate writes: %s", reason)
+        return _by_generate(model, prompts_ids, rooms, stops, pad_token_id, batch_size, sampling)
+
+
+def _names(model: PreTrainedModel, prompts: int) -> tuple[str | None, ...]:
+    """The delta of each prompt under the current route. Raises ConfigError: it is of another number of rows."""
+    attachment = Attachment.of(model)
+    return (None,) * prompts if attachment is None else attachment.state.current.over(prompts)
+
+
+def _written(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    """What the engine writes, in the order of the requests; the longest first, so that memory which does not suffice
+    shows at once. Raises what went wrong with one of them."""
+    tickets = {index: engine.submit(requests[index]) for index in sorted(
+        range(len(requests)), key=lambda index: -len(requests[index].ids)
+    )}  # fmt: skip
+    while not engine.idle:
+        for written in engine.step():
+            if written.error is not None:
+                raise written.error
+    return [tickets[index].ids for index in range(len(requests))]
+
+
+def _by_generate(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], rooms: Sequence[int], stops: Sequence[int],
+    pad_token_id: int, batch_size: int, sampling: Sampling | None,
+) -> list[list[int]]:  # fmt: skip
+    """The same by transformers, in batches."""
+    results: list[list[int]] = [[] for _ in prompts]
     drawn = {} if sampling is None else {"do_sample": True, **asdict(sampling)}
-    with evaluating(model), seeded(drawn.pop("seed", 0), model.device):
-        for batch in _batches([len(prompt) for prompt in prompts_ids], rooms, batch_size):
+    attachment = Attachment.of(model)
+    names = _names(model, len(prompts))
+    with seeded(drawn.pop("seed", 0), model.device):
+        for batch in _batches([len(prompt) for prompt in prompts], rooms, batch_size):
             config = plain_config(rooms[batch[0]], stops, pad_token_id, **drawn)
-            new = generate_batch(model, [prompts_ids[index] for index in batch], config)
+            of_rows = [names[index] for index in batch]
+            routed = contextlib.nullcontext() if attachment is None or len(set(names)) == 1 else route(model, of_rows)
+            with routed:
+                new = generate_batch(model, [prompts[index] for index in batch], config)
             for index, ids in zip(batch, new, strict=True):
                 # cut by position: padding may be the stop token itself
                 results[index] = up_to_stop(ids, stops)

@@ -9,6 +9,7 @@ the whole block on the residual stream ("block").
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -19,11 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from spectune.compute.row_products import row_products
 from spectune.deltas import (
     SWEEPS,
     DeltaModule,
     InitContext,
+    Kind,
     Method,
+    Operands,
     OutputModule,
     OutputSite,
     RatePoint,
@@ -47,7 +51,7 @@ class Bottleneck(OutputModule):
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
-        self.activation = ACT2FN[method.activation]
+        self.activation = _activation(method.activation)
         self.dropout = nn.Dropout(method.dropout) if method.dropout else nn.Identity()  # see LoRALayer
         self.parallel = method.placement == "parallel"
 
@@ -56,6 +60,34 @@ class Bottleneck(OutputModule):
         low = F.linear(self.dropout(h), self.down.weight.to(h.dtype), self.down.bias.to(h.dtype))
         change = F.linear(self.activation(low), self.up.weight.to(h.dtype), self.up.bias.to(h.dtype))
         return y + PARALLEL_SCALE * change if self.parallel else y + change
+
+    def operands(self) -> dict[str, Tensor] | None:
+        if next(self.activation.parameters(), None) is not None:
+            return None  # each delta's activation is its own
+        return {"down": self.down.weight, "down_bias": self.down.bias, "up": self.up.weight, "up_bias": self.up.bias}
+
+    def alike(self) -> Kind:
+        dropout = self.dropout.p if isinstance(self.dropout, nn.Dropout) else 0.0
+        return Kind(Bottleneck, (self.activation, self.parallel), dropout)
+
+    @staticmethod
+    def by_row(operands: Operands, x: Tensor, y: Tensor, activation: nn.Module, parallel: bool) -> Tensor:
+        h = x if parallel else y
+        low = row_products(operands["down"], h) + operands["down_bias"][:, None].to(h.dtype)
+        change = row_products(operands["up"], activation(low)) + operands["up_bias"][:, None].to(h.dtype)
+        return y + PARALLEL_SCALE * change if parallel else y + change
+
+
+def _activation(name: str) -> nn.Module:
+    """One for all modules, so that they are alike; with weights, one for each."""
+    made = _stateless(name)
+    return made if next(made.parameters(), None) is None else ACT2FN[name]
+
+
+@functools.cache
+def _stateless(name: str) -> nn.Module:
+    found: nn.Module = ACT2FN[name]
+    return found
 
 
 class BottleneckAdapter(Method):

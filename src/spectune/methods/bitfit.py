@@ -18,6 +18,7 @@ from spectune.deltas import (
     DeltaModule,
     InitContext,
     Method,
+    Operands,
     OutputModule,
     OutputSite,
     ParameterModule,
@@ -44,6 +45,13 @@ class Offset(OutputModule):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.offset.to(y.dtype)
+
+    def operands(self) -> dict[str, Tensor]:
+        return {"offset": self.offset}
+
+    @staticmethod
+    def by_row(operands: Operands, x: Tensor, y: Tensor) -> Tensor:
+        return y + operands["offset"][:, None].to(y.dtype)
 
     def merge_into(self, module: nn.Module) -> None:
         bias = getattr(module, "bias", None)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.magnitude import scale_features
-from spectune.deltas import DeltaModule, InitContext, OutputModule, OutputSite, Site
+from spectune.deltas import DeltaModule, InitContext, Kind, Operands, OutputModule, OutputSite, Site
 from spectune.errors import ConfigError
 from spectune.families import Family, dense_weight
 from spectune.methods.lora import LoRA, peft_fields
-from spectune.methods.low_rank_modules import LoRALayer
+from spectune.methods.low_rank_modules import LoRALayer, low_rank_change
 
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -52,6 +52,24 @@ class DoRALayer(OutputModule):
         ratio = self.magnitude / self.row_norms()
         made = scale_features(y, self.lora.change(x), ratio, getattr(self._host[0], "bias", None))
         return made.clone() if self.overwritten else made  # its backward pass keeps `made`
+
+    def operands(self) -> dict[str, Tensor]:
+        bias = getattr(self._host[0], "bias", None)
+        own = {**self.lora.operands(), "ratio": self.magnitude / self.row_norms()}
+        return own if bias is None else {**own, "bias": bias}
+
+    def unchanging(self) -> dict[str, Tensor]:
+        own = self.operands()
+        return {**own, "up": torch.zeros_like(own["up"]), "ratio": torch.ones_like(own["ratio"])}
+
+    def alike(self) -> Kind:
+        return Kind(DoRALayer, (self.overwritten,), self.lora.alike().dropout)
+
+    @staticmethod
+    def by_row(operands: Operands, x: Tensor, y: Tensor, overwritten: bool) -> Tensor:
+        bias, change = operands.get("bias"), low_rank_change(operands, x)
+        made = scale_features(y, change, operands["ratio"][:, None], None if bias is None else bias[:, None])
+        return made.clone() if overwritten else made
 
     acts_on = "weight"
 

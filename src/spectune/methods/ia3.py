@@ -24,7 +24,9 @@ from spectune.deltas import (
     EntryModule,
     Fitted,
     InitContext,
+    Kind,
     Method,
+    Operands,
     OutputModule,
     OutputSite,
     RatePoint,
@@ -62,13 +64,26 @@ class Rescale(OutputModule):
             self.register_parameter(name, nn.Parameter(torch.ones(size)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y * self.whole().to(y.dtype)
+
+    def whole(self) -> Tensor:
+        """One vector for all outputs, `[out_features]`, float32."""
         pieces, end = [], 0
         for name, start, size in self.site.parts:
             vector = self.get_parameter(name)
             pieces += [vector.new_ones(start - end), vector]
             end = start + size
         pieces.append(pieces[-1].new_ones(self.site.out_features - end))
-        return y * torch.cat(pieces).to(y.dtype)
+        return torch.cat(pieces)
+
+    def operands(self) -> dict[str, Tensor]:
+        return {"scale": self.whole()}
+
+    def unchanging(self) -> dict[str, Tensor]:
+        return _ones(self.operands())
+
+    def alike(self) -> Kind:
+        return Kind(ScaledOutput)
 
 
 class Scale(nn.Module):
@@ -78,6 +93,12 @@ class Scale(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(features))
 
+    def operands(self) -> dict[str, Tensor]:
+        return {"scale": self.scale}
+
+    def unchanging(self) -> dict[str, Tensor]:
+        return _ones(self.operands())
+
 
 class ScaledOutput(Scale, OutputModule):
     """`y * l`, `[out_features]`."""
@@ -85,12 +106,24 @@ class ScaledOutput(Scale, OutputModule):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y * self.scale.to(y.dtype)
 
+    @staticmethod
+    def by_row(operands: Operands, x: Tensor, y: Tensor) -> Tensor:
+        return y * operands["scale"][:, None].to(y.dtype)
+
 
 class ScaledInput(Scale, EntryModule):
     """`x * l`, `[in_features]`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale.to(x.dtype)
+
+    @staticmethod
+    def by_row(operands: Operands, x: Tensor) -> Tensor:
+        return x * operands["scale"][:, None].to(x.dtype)
+
+
+def _ones(operands: Operands) -> dict[str, Tensor]:
+    return {name: torch.ones_like(tensor) for name, tensor in operands.items()}
 
 
 class IA3(Method):

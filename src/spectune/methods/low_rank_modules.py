@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from spectune.compute.low_rank import low_rank_sum
 from spectune.compute.low_rank_starts import orthonormal, principal
-from spectune.deltas import MatrixSite, OutputModule, OutputSite, ParameterModule
+from spectune.compute.row_products import row_products
+from spectune.deltas import Kind, MatrixSite, Operands, OutputModule, OutputSite, ParameterModule
 from spectune.errors import ConfigError
 from spectune.families import dense_weight
 from spectune.families.quantised import is_plain
@@ -50,6 +51,17 @@ class LoRALayer(OutputModule):
         # scaled on the small side: what is as wide as the output is then one product and one sum
         low = F.linear(self.dropout(x), (self.lora_A * self.scale).to(x.dtype))
         return F.linear(low, self.lora_B.to(x.dtype))
+
+    def operands(self) -> dict[str, Tensor]:
+        return {"down": self.lora_A * self.scale, "up": self.lora_B}
+
+    def alike(self) -> Kind:
+        dropout = self.dropout.p if isinstance(self.dropout, nn.Dropout) else 0.0
+        return Kind(LoRALayer, dropout=dropout)
+
+    @staticmethod
+    def by_row(operands: Operands, x: Tensor, y: Tensor) -> Tensor:
+        return y + low_rank_change(operands, x)
 
     def product(self) -> Tensor:
         """What is added to the weight, `[out, in]`, but for the scale."""
@@ -111,6 +123,10 @@ class StartedLoRALayer(LoRALayer):
         lost = F.linear(x - kept, (self.first_a * self.scale).to(x.dtype))
         return made - F.linear(lost, self.first_b.to(x.dtype))
 
+    def operands(self) -> dict[str, Tensor]:
+        down = torch.cat([self.lora_A, self.lora_A - self.first_a]) * self.scale
+        return {"down": down, "up": torch.cat([self.lora_B - self.first_b, self.first_b], dim=1)}
+
     def product(self) -> Tensor:
         return (self.lora_B - self.first_b) @ self.lora_A + self.first_b @ (self.lora_A - self.first_a)
 
@@ -152,6 +168,12 @@ class LoRAMatrix(ParameterModule):
         if torch.compiler.is_compiling() or type(parameter) not in (nn.Parameter, Tensor):
             return self.changed(parameter)  # the compiler loses the change in grouped products, without an error
         return low_rank_sum(parameter, *self.factors(parameter.dtype))
+
+
+def low_rank_change(operands: Operands, x: Tensor) -> Tensor:
+    """`up down x` of each row, in the dtype of `x`. `down`: `[rows, r, in_features]`, `up`: `[rows, out_features, r]`,
+    `x`: `[rows, tokens, in_features]`."""
+    return row_products(operands["up"], row_products(operands["down"], x))
 
 
 def _kaiming(weight: nn.Parameter, generator: torch.Generator) -> None:

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from spectune.compute.row_products import row_products
 from spectune.deltas import (
     SWEEPS,
     DeltaModule,
     Fitted,
     InitContext,
+    Kind,
     Method,
+    Operands,
     OutputModule,
     OutputSite,
     RatePoint,
@@ -60,6 +63,17 @@ class SharedShards(OutputModule):
         filled = F.pad(self.dropout(x), (0, -self.in_features % self.r))
         folded = filled.reshape(*x.shape[:-1], -1, self.r).sum(-2)
         return y + folded @ self.block().to(x.dtype)
+
+    def operands(self) -> dict[str, Tensor] | None:
+        return {"block": self.block()}
+
+    def alike(self) -> Kind:
+        return Kind(type(self), (self.r,), self.dropout.p if isinstance(self.dropout, nn.Dropout) else 0.0)
+
+    @staticmethod
+    def by_row(operands: Operands, x: Tensor, y: Tensor, r: int) -> Tensor:
+        folded = F.pad(x, (0, -x.shape[-1] % r)).unflatten(-1, (-1, r)).sum(-2)
+        return y + row_products(operands["block"].mT, folded)
 
     def block(self) -> Tensor:
         """`D`, `[r, out_features]`."""
@@ -101,6 +115,10 @@ class BlockTransform(SharedShards):
         weight = dense_weight(self._host[0])
         assert weight is not None, "on_attach has seen it"
         return y + F.linear(x, self.change(weight).to(x.dtype))
+
+    def operands(self) -> None:
+        """None: they would be matrices as large as the base's."""
+        return None
 
     def change(self, weight: Tensor) -> Tensor:
         r = self.r

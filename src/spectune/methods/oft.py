@@ -23,7 +23,9 @@ from spectune.deltas import (
     EntryModule,
     Fitted,
     InitContext,
+    Kind,
     Method,
+    Operands,
     OutputSite,
     RatePoint,
     RateRule,
@@ -78,6 +80,17 @@ class Rotation(EntryModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self._by_block(x, self.turn().to(x.dtype))
+
+    def operands(self) -> dict[str, Tensor]:
+        return {"turn": self.turn()}
+
+    def alike(self) -> Kind:
+        return Kind(Rotation, (len(self.oft_R), self.size))  # sizes that zeros do not fill up
+
+    @staticmethod
+    def by_row(operands: Operands, x: Tensor, blocks: int, size: int) -> Tensor:
+        turned = torch.einsum("btnk,bnkc->btnc", x.unflatten(-1, (-1, size)), operands["turn"].to(x.dtype))
+        return x + turned.flatten(-2)
 
     def changed(self, parameter: Tensor) -> Tensor:
         return parameter + self._by_block(parameter, self.turn().transpose(1, 2).to(parameter.dtype))

@@ -12,6 +12,7 @@ from spectune.lazy_names import lazy_names
 if TYPE_CHECKING:
     from spectune.deltas import base_name
     from spectune.files.atomic import atomic_folder, atomic_write_text
+    from spectune.storage.bank import Bank
     from spectune.storage.base_precision import PRECISIONS, quantise_base
     from spectune.storage.bases import TINY, load
     from spectune.storage.delta_folder import load_delta, stored_method
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _PUBLIC: dict[str, tuple[str, ...]] = {
     "spectune.deltas": ("base_name",),
     "spectune.files.atomic": ("atomic_folder", "atomic_write_text"),
+    "spectune.storage.bank": ("Bank",),
     "spectune.storage.base_precision": ("PRECISIONS", "quantise_base"),
     "spectune.storage.bases": ("TINY", "load"),
     "spectune.storage.delta_folder": ("load_delta", "stored_method"),
@@ -46,7 +48,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 __all__ = [
-    "PRECISIONS", "TINY", "ExpectedAnswers", "ExportProof", "GgufProof", "atomic_folder", "atomic_write_text",
+    "PRECISIONS", "TINY", "Bank", "ExpectedAnswers", "ExportProof", "GgufProof", "atomic_folder", "atomic_write_text",
     "base_name", "check_format", "copy_model", "expected_answers", "export_formats", "gguf_package", "load",
     "load_config", "load_delta", "load_tokenizer", "prove_export", "prove_gguf_lora", "quantise_base",
     "resolve_device", "resolve_dtype", "spread", "stored_method", "write_gguf_lora", "write_model", "write_peft",

@@ -6,10 +6,11 @@ touched.
 """
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.deltas import BaseFacts, Delta, Method, check_can_attach, place, unplaced
@@ -42,10 +43,97 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
             missing, surplus or misshapen tensors (all at once), weights that are not finite or not the ones that were
             saved. Nothing is attached then.
     """
-    folder = Path(folder)
+    read = _checked(model, Path(folder), name)
+    delta = place(
+        model, read.method, read.name, fill=lambda d: read.files_of(d).read(read.folder),
+        keep_base=read.method.trains_base, facts=read.facts,
+    )  # fmt: skip
+    if read.said is not None:
+        log.warning("%s: %s", folder, read.said)
+    for parameter in delta.parameters():
+        parameter.requires_grad_(trainable)
+    return delta
+
+
+@dataclass(frozen=True, eq=False)
+class StoredDelta:
+    """A delta's folder, checked against a base.
+
+    Attributes:
+        draft: the delta, not on the model.
+        foreign: what is understood of another program's folder; None of ours.
+        facts: of the base.
+        weights: all of them, in host memory; None where they are still to be read.
+    """
+
+    folder: Path
+    draft: Delta
+    foreign: ForeignFolder | None
+    facts: BaseFacts
+    weights: dict[str, Tensor] | None = None
+
+    @property
+    def method(self) -> Method:
+        return self.draft.method
+
+    @property
+    def name(self) -> str:
+        return self.draft.name
+
+    @property
+    def said(self) -> str | None:
+        """What the user should know of another program's folder."""
+        return None if self.foreign is None else self.foreign.said
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights that were read."""
+        return sum(tensor.nbytes for tensor in (self.weights or {}).values())
+
+    def files_of(self, delta: Delta) -> DeltaFiles:
+        """How the folder is read into this delta."""
+        if self.foreign is None:
+            return delta.files
+        assert isinstance(delta, ModuleDelta), "no other program's folder is read as a tuned base"
+        return AdapterFiles(delta, self.foreign.weights, self.foreign.translate)
+
+    def attach(self) -> Delta:
+        """Put the delta on the model with the weights that were read, to be used and not trained; it is not made the
+        active one. Raises ConfigError: its name is taken, or the base cannot take its method."""
+        weights = self.weights
+        assert weights is not None, "read_delta gives them"
+        delta = place(
+            self.draft.model, self.method, self.name, fill=lambda d: d.load_state_dict(weights), facts=self.facts,
+            serving=True,
+        )  # fmt: skip
+        for parameter in delta.parameters():
+            parameter.requires_grad_(False)
+        return delta
+
+
+def read_delta(model: PreTrainedModel, folder: Path, name: str) -> StoredDelta:
+    """Read and check the delta stored in `folder`, to be attached as `name`; from any thread, for nothing of the model
+    is changed. Raises DataError as `load_delta` does, and for a fully tuned model."""
+    read = _checked(model, folder, name, beside_others=True)
+    files = read.files_of(read.draft)
+    assert isinstance(files, AdapterFiles), "what stands beside others has its own weights only"
+    # copies: the reader's tensors are the file itself, which may be written to
+    return replace(read, weights={name: tensor.clone() for name, tensor in files.weights_of(folder).items()})
+
+
+def _checked(
+    model: PreTrainedModel, folder: Path, name: str | None, *, beside_others: bool = False
+) -> StoredDelta:  # fmt: skip
+    """The folder, as far as it can be checked without its weights being made. `beside_others`: a fully tuned model is
+    refused."""
     if not folder.is_dir():
         raise refuse_path(folder)
     manifest, method, config = _described(folder)
+    if beside_others and method.trains_base:
+        raise DataError(
+            f"{folder} is a fully tuned model ({method.label}), all of whose weights are its own: it cannot share a "
+            f"base with others. Load it as a base of its own: spectune.load({str(folder)!r})"
+        )
     name = name or folder.resolve().name
     check_can_attach(model, method, name)
     facts = BaseFacts()
@@ -57,18 +145,11 @@ def load_delta(model: PreTrainedModel, folder: str | Path, name: str | None = No
         log.warning("%s is another program's, and says nothing of its base's weights: they are not compared", folder)
     else:
         _check_base(manifest, draft, folder)
-    _check_files(_files(draft, foreign), folder, OUR_FILE if manifest is not None else CONFIG_FILE)
+    read = StoredDelta(folder, draft, foreign, facts)
+    _check_files(read.files_of(draft), folder, OUR_FILE if manifest is not None else CONFIG_FILE)
     if manifest is not None:
         check_digests(manifest, draft.files.weight_files(folder))
-    delta = place(
-        model, draft.method, name, fill=lambda d: _files(d, foreign).read(folder), keep_base=draft.method.trains_base,
-        facts=facts,
-    )  # fmt: skip
-    if foreign is not None and foreign.said is not None:
-        log.warning("%s: %s", folder, foreign.said)
-    for parameter in delta.parameters():
-        parameter.requires_grad_(trainable)
-    return delta
+    return read
 
 
 def stored_method(folder: Path) -> Method:
@@ -96,13 +177,6 @@ def _described(folder: Path) -> tuple[Manifest | None, Method, dict[str, Any]]:
 
 def _fitted(folder: Path, config: dict[str, Any], method: Method, family: Family) -> ForeignFolder:
     return fit_mlx(folder, method, family) if is_mlx(config) else fit_peft(folder, config, method, family)
-
-
-def _files(delta: Delta, foreign: ForeignFolder | None) -> DeltaFiles:
-    if foreign is None:
-        return delta.files
-    assert isinstance(delta, ModuleDelta), "no other program's folder is read as a tuned base"
-    return AdapterFiles(delta, foreign.weights, foreign.translate)
 
 
 def _check_base(manifest: Manifest, draft: Delta, folder: Path) -> None:

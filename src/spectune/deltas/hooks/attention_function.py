@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SUPPORTED = ("eager", "sdpa")
-_PREFIX = "spectune_"
+PREFIX = "spectune_"
 
 
 class _Running(threading.local):
@@ -50,13 +50,13 @@ def switch_on(model: PreTrainedModel, what: str = "prefix tuning") -> str:
     """Set the model's attention to the function that knows prefixes and packs; returns the plain name of what it had.
     `what` needs it. Raises ConfigError: the model's attention is neither eager nor SDPA, or the type has no
     exchangeable attention."""
-    before = implementation(model).removeprefix(_PREFIX)
+    before = implementation(model).removeprefix(PREFIX)
     if before not in SUPPORTED:
         raise ConfigError(
             f"{what} works with eager and SDPA attention; this model uses {before!r}. "
             "Call model.set_attn_implementation('sdpa') first."
         )
-    model.set_attn_implementation(_PREFIX + before)
+    model.set_attn_implementation(PREFIX + before)
     if not is_on(model):
         raise ConfigError(
             f"{type(model).__name__} does not use transformers' attention interface, so keys and values cannot be put "
@@ -73,7 +73,7 @@ def implementation(model: PreTrainedModel) -> str:
 
 def is_on(model: PreTrainedModel) -> bool:
     """Whether the function that knows prefixes is in force."""
-    return implementation(model).startswith(_PREFIX)
+    return implementation(model).startswith(PREFIX)
 
 
 def listen(module: nn.Module, state: ForwardState) -> None:
@@ -91,7 +91,7 @@ def _with_prefix(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """An attention function: `attend` with each row's prefix before the keys, and documents kept apart."""
     state: ForwardState | None = module.__dict__.get("_spectune_state")
-    if state is not None:
+    if state is not None and not state.current.cached:
         if state.thread.attention_calls is not None:
             state.thread.attention_calls[id(module)] = (key.detach(), value.detach())
         pack = state.pack

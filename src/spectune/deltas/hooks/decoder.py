@@ -48,12 +48,15 @@ class _Exit:
 
 
 class DecoderHook:
-    """The pair of hooks at the decoder. `before_pass`: called at the beginning of every pass."""
+    """The pair of hooks at the decoder. `before_pass`: called at the beginning of every pass. `prepare`: called with
+    the layout of a pass whose rows differ, before its blocks run."""
 
     def __init__(
-        self, model: PreTrainedModel, family: Family, state: ForwardState, *, before_pass: Sequence[Callable[[], None]]
-    ) -> None:
+        self, model: PreTrainedModel, family: Family, state: ForwardState, *, before_pass: Sequence[Callable[[], None]],
+        prepare: Callable[[BatchLayout], None],
+    ) -> None:  # fmt: skip
         self.model, self.family, self.state, self.before_pass = model, family, state, before_pass
+        self.prepare = prepare
         self.decoder = decoder = model.get_submodule(family.decoder)
         self.signature = inspect.signature(decoder.forward)
         self.takes_positions = "position_ids" in self.signature.parameters
@@ -74,6 +77,7 @@ class DecoderHook:
 
     def enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: `[batch, text]` in, `[batch, virtual + text]` out, positions shifted."""
+        self.state.passes.begin()
         for prepare in self.before_pass:
             prepare()
         call = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
@@ -81,6 +85,8 @@ class DecoderHook:
         text = ids if ids is not None else embeds
         if text is None:
             return None  # the base says itself what is missing
+        if self.state.current.cached:
+            return self._enter_cached(text)
         cache = next((call[name] for name in caches.CACHE_NAMES if call.get(name) is not None), None)
         if self.state.most_virtual_tokens:
             first = cache is None or bool(caches.seen_in(cache) == 0)
@@ -96,6 +102,7 @@ class DecoderHook:
 
     def leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: hidden states of virtual tokens are cut off, so that any head sees text only."""
+        self.state.passes.end()
         done, self.state.thread.exit = self.state.thread.exit, None
         if done is None:
             return None
@@ -117,9 +124,17 @@ class DecoderHook:
         return output
 
     def _begin(self, layout: BatchLayout | None, done: _Exit) -> None:
+        if layout is not None and layout.route.mixed:
+            self.prepare(layout)
         self.state.begin_pass(layout)
         self.state.thread.exit = replace(done, outer=running.state)
         running.state = self.state
+
+    def _enter_cached(self, text: Tensor) -> None:
+        """A pass that goes on behind a cache which holds everything: the call stays as it is."""
+        route = self.state.current
+        names = route.over(text.shape[0]) if route.per_row else None
+        self._begin(None if names is None else BatchLayout(route, names, text.shape[1]), _Exit())
 
     def _enter_rows(self, call: dict[str, Any], text: Tensor, mask: Any, cache: Any) -> Any:
         """The call of a batch with one text in each row; None where it stays as it is."""

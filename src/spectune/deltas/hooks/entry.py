@@ -8,6 +8,7 @@ from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks.module_side import SideHook
 from spectune.deltas.modules import EntryModule
 from spectune.deltas.slots import get
+from spectune.deltas.table_route import TableRoute
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -16,20 +17,24 @@ class EntryHook(SideHook):
     """The hook before the module at `path`; see `SideHook`. Hooks after the module see the changed input, but for rows
     of other deltas, which are as they came."""
 
+    kind = EntryModule
+
     def __init__(self, module: nn.Module, path: str, state: ForwardState, *, gathers_tokens: bool) -> None:
-        super().__init__(path, state, gathers_tokens=gathers_tokens)
+        super().__init__(module, path, state, gathers_tokens=gathers_tokens)
         self.handle = module.register_forward_pre_hook(self.run, with_kwargs=True)
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Forward pre-hook: the call, with the input changed."""
         route = self.state.current
-        if route.bare:
+        by_slot = isinstance(route, TableRoute)
+        if not self.tables if by_slot else route.bare:
             return None
         name = None if args else next(key for key, value in kwargs.items() if isinstance(value, Tensor))
         x: Tensor = args[0] if name is None else kwargs[name]
-        if route.mixed:
-            for entry, pick in self.by_rows(module, EntryModule, x):
-                x = x.index_copy(0, pick, entry(x[pick]))
+        if isinstance(route, TableRoute):
+            x = route.changed(self.tables, [x])
+        elif route.mixed:
+            x = self.mixed([x])
         else:
             delta_module = get(module, route.name)
             if not isinstance(delta_module, EntryModule):

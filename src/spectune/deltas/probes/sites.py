@@ -8,7 +8,7 @@ from torch import nn
 from spectune.compute.evaluating import evaluating
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
-from spectune.deltas.hooks.attention_function import implementation
+from spectune.deltas.hooks.attention_function import PREFIX, implementation
 from spectune.deltas.probes.base_runs import attention_calls, can_run, first_logits
 from spectune.deltas.probes.survey import calls_of
 from spectune.deltas.site import AttentionSite, OutputSite
@@ -17,8 +17,8 @@ from spectune.errors import NAMED, ConfigError, SpectuneError, first_line, some
 log = logging.getLogger("spectune")
 
 
-def prove_that_sites_fire(attachment: Attachment, delta: Delta) -> None:
-    """Run a few tokens through the model and check that each of the delta's sites is reached, and gradients each
+def prove_that_sites_fire(attachment: Attachment, delta: Delta, *, gradients: bool = True) -> None:
+    """Run a few tokens through the model and check that each of the delta's sites is reached, and `gradients` each
     weight. What was proved for a delta of the same method at the same sites is not proved again. Raises ConfigError: a
     module is never called, an attention module does not go through the registered attention function, or no gradient
     comes to any weight; all of them are named."""
@@ -29,12 +29,15 @@ def prove_that_sites_fire(attachment: Attachment, delta: Delta) -> None:
     _warn_of_dropout(delta)
     _check_widths(attachment, delta, calls)
     names = () if delta.method.trains_base else tuple(name for name, _ in delta.named_parameters())
-    key = ("fires", type(delta.method), implementation(attachment.model), names)
-    if key not in attachment.proved:
-        attended = set(attention_calls(attachment.model, [0, 1]))
-        attachment.proved[key] = attended, _reached_by_gradients(attachment, delta)
-    attended, reached = attachment.proved[key]
-    _check_reached(attachment, delta, calls, attended, reached)
+    # the function that knows prefixes computes what the plain one computes, but for those
+    about = type(delta.method), implementation(attachment.model).removeprefix(PREFIX), names
+    proved = attachment.proved
+    if ("runs", *about) not in proved:
+        proved["runs", *about] = set(attention_calls(attachment.model, [0, 1]))
+    if gradients and ("reached", *about) not in proved:
+        proved["reached", *about] = _reached_by_gradients(attachment, delta)
+    reached: set[str] | None = proved.get(("reached", *about))
+    _check_reached(attachment, delta, calls, proved["runs", *about], reached)
     _report_unreached(attachment, delta, reached)
 
 

@@ -1,0 +1,237 @@
+"""The operands of many deltas in tables, a slot each: rows of a step read their slots, whichever deltas these hold.
+
+What decodes with them records or compiles one step for any mixture of deltas. Slot 0 is the bare base.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectune.deltas.attachment import Attachment
+from spectune.deltas.delta import Delta
+from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, Kind, Operands, SideModule
+from spectune.deltas.site import OutputSite, Site
+from spectune.deltas.table_route import Table, TableRoute
+from spectune.errors import ConfigError
+
+#: a module's path, whether its input is changed, and how
+_Key = tuple[str, bool, Kind]
+
+
+@dataclass(eq=False)
+class _Held:
+    """A delta in a slot. `uses`: how many want it there."""
+
+    slot: int
+    delta: Delta
+    uses: int = 1
+
+
+class SlotTables:
+    """Tables for the deltas of one model, which one thread fills and reads.
+
+    Matrices are kept in the base's dtype and vectors in float32, on the device of their delta's modules; dimensions
+    that are neither side's width (ranks) are rounded up to powers of two, and filled up with zeros.
+
+    Args:
+        model: it has deltas, or a `Bank`; in evaluation mode.
+        slots: for as many deltas at once, beside slot 0.
+
+    Attributes:
+        version: another number whenever tensors were made anew: what was recorded with the old ones is void then.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int) -> None:
+        if slots < 1:
+            raise ConfigError(f"slots = {slots}: expected at least 1")
+        found = Attachment.of(model)
+        if found is None:
+            raise ConfigError("no delta is attached to this model, so that there is nothing to keep in tables")
+        self.attachment, self.slots, self.version = found, slots, 0
+        self._dtype = model.dtype
+        self._tables: dict[_Key, Table] = {}
+        self._idle: dict[_Key, Operands] = {}  # what changes nothing, of a table's sizes
+        self._held: dict[str, _Held] = {}  # the least recently wanted first
+        self._free = list(range(slots, 0, -1))
+        found.state.tables.add(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tables."""
+        return sum(tensor.nbytes for table in self._tables.values() for tensor in table.operands.values())
+
+    def keeps(self, name: str) -> bool:
+        """Whether the delta is in a slot that somebody uses."""
+        return name in self._held and self._held[name].uses > 0
+
+    def why_not(self, name: str) -> str | None:
+        """Why a delta cannot be in tables, in a sentence; None where it can. Raises ConfigError: there is none of that
+        name."""
+        delta = self._delta(name)
+        reason = "trains the base itself" if delta.method.trains_base else None
+        for site, module in delta.sites:
+            reason = reason or self._reason(site, module)
+        return None if reason is None else f"delta {name!r} ({delta.method.label}) {reason}"
+
+    def put(self, name: str | None) -> int:
+        """The slot of a delta, which is filled where it was not there; `take` gives it back. What a slot holds stays
+        until another delta needs it. A delta that is in use is not detached.
+
+        Raises:
+            ConfigError: no such delta, one that cannot be in tables (`why_not`), or all slots are in use.
+        """
+        if name is None:
+            return 0
+        delta, held = self._delta(name), self._held.pop(name, None)
+        if held is not None and held.delta is delta:
+            held.uses += 1
+        else:
+            if held is not None:  # another delta had this name
+                self._free.append(held.slot)
+            if (reason := self.why_not(name)) is not None:
+                raise ConfigError(f"{reason}: route its rows in a batch of their own")
+            held = _Held(self._free_slot(), delta)
+            self._fill(held.slot, delta)
+        self._held[name] = held
+        return held.slot
+
+    def take(self, name: str | None) -> None:
+        """The inverse of `put`. Raises ConfigError: the delta was not put, or taken as often."""
+        if name is None:
+            return
+        if not self.keeps(name):
+            raise ConfigError(f"delta {name!r} is in no slot that is used; put it first")
+        self._held[name].uses -= 1
+
+    def index_of(self, names: Sequence[str | None]) -> Tensor:
+        """The slots of deltas that were put, int64 `[rows]`, on the device. Raises ConfigError: one was not."""
+        if missing := [name for name in names if name is not None and name not in self._held]:
+            raise ConfigError(f"delta {missing[0]!r} is in no slot; put it first")
+        slots = [0 if name is None else self._held[name].slot for name in names]
+        return torch.tensor(slots, device=self.attachment.model.device)
+
+    @contextlib.contextmanager
+    def routed(
+        self, names: Sequence[str | None] | None, index: Tensor | None = None, *, cached: bool = False
+    ) -> Iterator[None]:
+        """Have each row read its slot inside the `with`, as `spectune.route` gives each its delta.
+
+        Args:
+            names: the delta of each row, all of them put; None with `cached`, where the index alone says it.
+            index: slots, int64 `[rows]`, on the device; what is recorded reads it again at each replay. None: made of
+                the names.
+            cached: virtual tokens and prefixes are in the cache already, and positions and masks are the caller's:
+                nothing is added or shifted.
+
+        Raises:
+            ConfigError: neither names nor an index, no names and not `cached`, or other tables of this model are being
+                read.
+        """
+        if names is None and (index is None or not cached):
+            raise ConfigError("a route over tables needs the names of its rows; with cached=True their slots suffice")
+        rows = self.index_of(names or ()) if index is None else index
+        with self.attachment.sites.reading(self, self._by_site), self.attachment.state.routed(
+            TableRoute(names, rows, cached=cached)
+        ):  # fmt: skip
+            yield
+
+    def close(self) -> None:
+        """Let go of all deltas and tables."""
+        self.attachment.state.tables.discard(self)
+        self._tables, self._idle, self._held, self._free = {}, {}, {}, list(range(self.slots, 0, -1))
+        self._changed()
+
+    def _delta(self, name: str) -> Delta:
+        delta = self.attachment.deltas.get(name)
+        if delta is None:
+            raise ConfigError(f"no delta {name!r} is attached; attached are: {', '.join(self.attachment.deltas)}")
+        return delta
+
+    def _reason(self, site: Site, module: DeltaModule) -> str | None:
+        if isinstance(module, AttentionModule | InputModule):
+            return None
+        if not isinstance(module, SideModule) or not isinstance(site, OutputSite) or site.on is not None:
+            return f"changes a parameter itself ({site.path}), which all rows share"
+        if self.attachment.family.gathers_tokens(site.path):
+            return f"acts among experts ({site.path}), which are given tokens of any row"
+        return None if module.unchanging() is not None else f"has no form by row ({site.path})"
+
+    def _free_slot(self) -> int:
+        if not self._free:
+            unused = next((name for name, held in self._held.items() if not held.uses), None)
+            if unused is None:
+                raise ConfigError(f"all {self.slots} slots are in use by other deltas: take one, or make more slots")
+            self._free.append(self._held.pop(unused).slot)
+        return self._free.pop()
+
+    @torch.no_grad()
+    def _fill(self, slot: int, delta: Delta) -> None:
+        """Write the delta's operands into a slot, where nothing else acts then."""
+        written, before = list[tuple[Tensor, Tensor]](), set(self._tables)
+        for site, module in delta.sites:
+            if not isinstance(module, SideModule) or not isinstance(site, OutputSite):
+                continue
+            operands, idle = module.operands(), module.unchanging()
+            assert operands is not None and idle is not None, "why_not has looked"
+            key = site.path, site.entry, module.alike()
+            table = self._table(key, site, operands, idle)
+            before.discard(key)
+            for name, operand in operands.items():
+                place = table.operands[name][slot]
+                place.zero_()
+                written.append((place[tuple(map(slice, operand.shape))], operand))
+        for key in before:  # what an earlier delta has left in this slot
+            table = self._tables[key]
+            written += [(table.operands[name][slot], idle) for name, idle in self._idle[key].items()]
+        if written:
+            torch._foreach_copy_(*map(list, zip(*written, strict=True)))
+
+    def _table(self, key: _Key, site: OutputSite, operands: Operands, idle: Operands) -> Table:
+        """The table of a kind at a site, with room for these operands."""
+        table, widths = self._tables.get(key), (site.in_features, site.out_features)
+        shapes = {name: [_rounded(size, widths) for size in operand.shape] for name, operand in operands.items()}
+        if table is not None:
+            now = {name: tensor.shape[1:] for name, tensor in table.operands.items()}
+            shapes = {name: list(map(max, now[name], shape)) for name, shape in shapes.items()}
+            if all(list(now[name]) == shape for name, shape in shapes.items()):
+                return table
+        nothing = {name: _filled_up(idle[name], shape, self._kept_as(idle[name])) for name, shape in shapes.items()}
+        made = {name: tensor.expand(self.slots + 1, *tensor.shape).clone() for name, tensor in nothing.items()}
+        if table is not None:
+            for name, tensor in table.operands.items():
+                made[name][tuple(map(slice, tensor.shape))] = tensor
+        self._tables[key], self._idle[key] = Table(key[-1], made), nothing
+        self._changed()
+        return self._tables[key]
+
+    def _kept_as(self, operand: Tensor) -> torch.dtype:
+        return self._dtype if operand.dim() > 1 else operand.dtype
+
+    def _changed(self) -> None:
+        self.version += 1
+        self.attachment.sites.now_read(self, self._by_site)
+
+    @property
+    def _by_site(self) -> dict[tuple[str, bool], tuple[Table, ...]]:
+        found = defaultdict[tuple[str, bool], tuple[Table, ...]](tuple)
+        for (path, entry, _), table in self._tables.items():
+            found[path, entry] += (table,)
+        return found
+
+
+def _rounded(size: int, widths: tuple[int, int]) -> int:
+    """A rank as a power of two; a side's width as it is."""
+    return size if size in widths else 1 << (size - 1).bit_length()
+
+
+def _filled_up(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    made = tensor.new_zeros(shape, dtype=dtype)
+    made[tuple(map(slice, tensor.shape))] = tensor
+    return made

@@ -1,0 +1,261 @@
+"""The decode engine: requests come and go, and each step every running one gets a token."""
+
+import contextlib
+import gc
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from spectune.blocks.recorded_steps import PlainSteps, Steps
+from spectune.compute.cudnn import cudnn_attention
+from spectune.deltas import Attachment
+from spectune.errors import ConfigError, OutOfMemoryError, is_out_of_memory
+from spectune.families import vocabulary_rows
+from spectune.inference.cached_lane import CachedLane
+from spectune.inference.decode_batch import Caller, DecodeBatch
+from spectune.inference.engine_bases import context_of, why_alone, why_not_delta, why_not_engine, windows_of
+from spectune.inference.lane import Lane, UncachedLane
+from spectune.inference.request import Request, Ticket, Written
+
+log = logging.getLogger("spectune")
+
+#: tokens of prompts, padding included, that go through one pass
+PROMPT_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Key:
+    """Of a lane: the delta that it is of, None for all whose rows can share a batch; and whether it has a cache."""
+
+    delta: str | None
+    cached: bool = True
+
+
+class Engine:
+    """Writes for many requests at once, each under a delta of its own. One thread drives it.
+
+    What a request gets depends on nothing but itself: greedy output is, token for token in float32, what transformers'
+    `generate` writes for it alone; sampled output is a function of its seed.
+
+    Args:
+        model: in evaluation mode.
+        rows: how many are written at once; further ones wait.
+        pad_token_id: fills places without a token; any id will do.
+        enter_at: wait until so many rows are free before prompts are run, where as many requests wait: a pass over
+            several costs less than one over each.
+        steps: what runs a batch's steps; None: each as it is.
+
+    Attributes:
+        rows: fewer than were asked for once memory has run out.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, rows: int = 16, pad_token_id: int = 0, enter_at: int = 1,
+        steps: Callable[[DecodeBatch], Steps] | None = None,
+    ) -> None:  # fmt: skip
+        if rows < 1:
+            raise ConfigError(f"rows = {rows}; expected at least 1")
+        self.model, self.rows, self.pad_token_id, self.enter_at = model, rows, pad_token_id, enter_at
+        self._steps = steps or (lambda batch: PlainSteps(batch.run))
+        self._caller = Caller(model)
+        self._why_not = why_not_engine(model)
+        if self._why_not is not None:
+            log.info("each token takes a pass over its whole row: %s", self._why_not)
+        self._lanes: dict[Key, Lane] = {}
+        self._waiting: deque[Ticket] = deque()
+
+    @property
+    def running(self) -> int:
+        """Rows that are being written."""
+        return sum(len(lane.tickets) for lane in self._lanes.values())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no row is free for yet."""
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and not self.running
+
+    def submit(self, request: Request) -> Ticket:
+        """Take a request; a row is its own as soon as one is free. Raises ConfigError: no such delta; an empty prompt,
+        one with ids that the model does not have, or one that leaves no room in its context."""
+        attachment = Attachment.of(self.model)
+        if request.delta is not None:
+            known = {} if attachment is None else attachment.deltas
+            if request.delta not in known:
+                raise ConfigError(f"no delta {request.delta!r} is attached; attached are: {', '.join(known) or 'none'}")
+            for _, module in known[request.delta].sites:
+                module.eval()
+        limit = context_of(self.model, request.delta)
+        ticket = Ticket(request, room_for(request.ids, request.max_new_tokens, limit, vocabulary_rows(self.model)))
+        self._waiting.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Let go of a request; nothing more is written for it."""
+        if ticket.finished is not None:
+            return
+        ticket.finished = "cancelled"
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+            return
+        for lane in self._lanes.values():
+            if ticket in lane.tickets:
+                lane.leave(ticket)
+
+    def step(self) -> list[Written]:
+        """Run the prompts that there are rows for, then give each row a token."""
+        return [*self.enter(), *self.advance()]
+
+    def enter(self) -> list[Written]:
+        """Run the prompts that there are rows for; the first token of each."""
+        free = min(self.rows - self.running, len(self._waiting))
+        if free < 1 or (self.running and free < min(self.enter_at, len(self._waiting))):
+            return []
+        by_lane: dict[Key, list[Ticket]] = {}
+        for _ in range(free):
+            ticket = self._waiting.popleft()
+            by_lane.setdefault(self._lane_of(ticket.request.delta), []).append(ticket)
+        written: list[Written] = []
+        with self._running_model():
+            for key, tickets in by_lane.items():
+                for group in alike(tickets):
+                    written += self._enter(key, group)
+        return written
+
+    def advance(self) -> list[Written]:
+        """A token for each row."""
+        written: list[Written] = []
+        with self._running_model():
+            for lane in self._lanes.values():
+                written += self._advance(lane)
+        return written
+
+    def _enter(self, key: Key, tickets: Sequence[Ticket]) -> list[Written]:
+        """Rows of one pass over their prompts. Where it fails, each by itself: one request's fault is its own."""
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = self._made(key)
+        try:
+            return lane.enter(tickets)
+        except Exception as error:
+            memory = is_out_of_memory(error)
+            if not memory and len(tickets) == 1:
+                return [_failed(tickets[0], error)]
+        if memory:
+            return self._with_fewer(lane, tickets)
+        return [written for ticket in tickets for written in self._enter(key, [ticket])]
+
+    def _made(self, key: Key) -> Lane:
+        if not key.cached:
+            return UncachedLane(self._caller, self.pad_token_id)
+        return CachedLane(self._caller, self.pad_token_id, windows_of(self.model), self._steps)
+
+    def _advance(self, lane: Lane) -> list[Written]:
+        try:
+            return lane.advance()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                return self._again(lane, error)
+        return self._with_fewer(lane, [])
+
+    def _again(self, lane: Lane, error: Exception) -> list[Written]:
+        """A step failed: its rows enter once more, where one that it is due to is found out; none does so twice."""
+        failed = []
+        for ticket in reversed(list(lane.tickets)):
+            lane.leave(ticket)
+            if ticket.failed or len(ticket.ids) >= ticket.room:
+                failed.append(_failed(ticket, error))
+            else:
+                ticket.failed = True
+                self._waiting.appendleft(ticket)
+        return failed
+
+    def _with_fewer(self, lane: Lane, tickets: Sequence[Ticket]) -> list[Written]:
+        """Memory ran out: half of the rows wait again, with what they have written."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        entering, running = len(tickets), self.running
+        if entering + running <= 1:
+            alone = tickets[0] if tickets else lane.tickets[0]
+            if not tickets:
+                lane.leave(alone)
+            return [_failed(alone, OutOfMemoryError(
+                f"out of memory while writing one row of {len(alone.seen)} tokens. Try a shorter prompt, a smaller "
+                "dtype, or another device."
+            ))]  # fmt: skip
+        self.rows = max(1, (entering + running) // 2)
+        log.warning("out of memory while writing %d rows; again with %d", entering + running, self.rows)
+        self._waiting.extendleft(reversed(tickets))
+        while self.running > self.rows:
+            # the newest rows wait: they lose least
+            widest = max(self._lanes.values(), key=lambda lane: len(lane.tickets))
+            ticket = widest.tickets[-1]
+            widest.leave(ticket)
+            self._waiting.appendleft(ticket)
+        for each in self._lanes.values():
+            each.shrink()
+        return []
+
+    def _lane_of(self, name: str | None) -> Key:
+        """The lane that a delta's rows are written in: that of all whose rows can share a batch, or its own."""
+        attachment = Attachment.of(self.model)
+        if self._why_not is not None:
+            return Key(None, cached=False)
+        if attachment is None or (name is None and attachment.tuned is None):
+            return Key(None)
+        if name is None:
+            return Key("")  # beside a fully tuned base
+        if why_not_delta(attachment, name) is not None:
+            return Key(None, cached=False)
+        return Key(None if why_alone(attachment, name) is None else name)
+
+    @contextlib.contextmanager
+    def _running_model(self) -> Iterator[None]:
+        with torch.no_grad(), cudnn_attention(False):
+            yield
+
+
+def alike(tickets: Sequence[Ticket]) -> list[list[Ticket]]:
+    """The tickets in groups for a pass each: of like length, the longest first, and of not too many tokens."""
+    groups: list[list[Ticket]] = []
+    longest = 0
+    for ticket in sorted(tickets, key=lambda ticket: -len(ticket.seen)):
+        length = len(ticket.seen)
+        if not groups or 2 * length < longest or longest * (len(groups[-1]) + 1) > PROMPT_TOKENS:
+            groups.append([])
+            longest = length
+        groups[-1].append(ticket)
+    return groups
+
+
+def room_for(ids: Sequence[int], max_new_tokens: int, limit: int | None, vocabulary: int) -> int:
+    """How many tokens may follow a prompt. Raises ConfigError: none, or the prompt is none that the base takes."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}; expected at least 1")
+    if len(ids) == 0:
+        raise ConfigError("the prompt is empty; a model needs at least one token to go on from")
+    if max(ids) >= vocabulary or min(ids) < 0:
+        raise ConfigError(
+            f"the prompt holds the token id {max(ids) if max(ids) >= vocabulary else min(ids)}, and the base's "
+            f"embedding has {vocabulary} rows"
+        )
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids))
+    if room < 1:
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens; this base takes {limit} and there must be room for one more"
+        )
+    return room
+
+
+def _failed(ticket: Ticket, error: BaseException) -> Written:
+    ticket.finished = "error"
+    return Written(ticket, finished="error", error=error)

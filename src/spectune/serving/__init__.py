@@ -1,0 +1,1 @@
+"""A base and its deltas behind OpenAI's HTTP interface: `spectune serve`."""

@@ -1,0 +1,92 @@
+"""The model that is served, with what its orders need."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from spectune.errors import BankFullError
+from spectune.serving.openai_format import TokenNames
+from spectune.serving.order import Order
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from spectune.inference import Engine, Ticket
+    from spectune.inference.written_text import WrittenText
+
+#: rows that are written at once where nobody says
+ROWS = {"cpu": 16}
+ROWS_ELSEWHERE = 64
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base, and the bank of its deltas.
+
+    Attributes:
+        bank: a `spectune.Bank`; None where no delta is served.
+        rows: written at once; None: as many as the device is usually good for.
+        stops: ids that end a text.
+        context: most tokens of prompt and answer together; None where nothing limits them.
+        vocabulary: rows of the embedding.
+        pad_token_id: fills places without a token.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    bank: Any
+    rows: int | None
+    stops: tuple[int, ...]
+    context: int | None
+    vocabulary: int
+    pad_token_id: int
+    names: TokenNames
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bank: Any = None, rows: int | None = None
+    ) -> Loaded:
+        from spectune.data import pad_token_id
+        from spectune.families import vocabulary_rows
+        from spectune.inference import context_length, stop_ids
+
+        vocabulary = vocabulary_rows(model)
+        return cls(
+            model, tokenizer, bank, rows, tuple(stop_ids(model, tokenizer)), context_length(model), vocabulary,
+            pad_token_id(tokenizer, vocabulary), TokenNames(tokenizer),
+        )  # fmt: skip
+
+    def engine(self) -> Engine:
+        from spectune.inference import Engine
+
+        rows = self.rows or ROWS.get(self.model.device.type, ROWS_ELSEWHERE)
+        return Engine(self.model, rows=rows, pad_token_id=self.pad_token_id)
+
+    def text(self, stops: Sequence[str]) -> WrittenText:
+        from spectune.inference.written_text import WrittenText
+
+        return WrittenText(self.tokenizer, stops)
+
+    def begin(self, engine: Engine, order: Order, held: contextlib.ExitStack) -> Ticket:
+        """Give an order a row. What it needs is held until the stack is closed. Raises SpectuneError: its delta cannot
+        be had, or its prompt leaves no room."""
+        from spectune.inference import Request
+
+        name = order.delta
+        if name is not None:
+            (name,) = held.enter_context(self.bank.hold([name]))
+        request = Request(
+            order.ids, order.max_new_tokens, name, self.stops, order.sampling, order.stream, order.logprobs
+        )
+        return engine.submit(request)
+
+    def is_full(self, error: BaseException) -> bool:
+        """Whether a delta is refused for want of room that others hold just now."""
+        return isinstance(error, BankFullError)
+
+    def prepare(self, delta: str) -> None:
+        """Read a delta's files, from any thread. Raises SpectuneError."""
+        self.bank.prepare(delta)
