@@ -53,14 +53,14 @@ class Layer(CacheLayerMixin):
     def __init__(self, batch: Batch, heads: int, dim: int) -> None:
         super().__init__()
         self.batch = batch
-        self.keys, self.values = (torch.zeros(ROWS, PLACES, heads, dim) for _ in range(2))
+        self.stored = torch.zeros(ROWS, PLACES, heads, dim), torch.zeros(ROWS, PLACES, heads, dim)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         rows, found = key_states.shape[0], []
-        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+        for buffer, new in zip(self.stored, (key_states, value_states), strict=True):
             buffer[torch.arange(rows), self.batch.places[:rows]] = new[:, :, 0]
             found.append(buffer[:rows, : self.batch.capacity].transpose(1, 2))
         return found[0], found[1]
@@ -104,7 +104,7 @@ class Batch:
     def written(self, steps: Any, count: int = 6) -> list[Tensor]:
         """Logits of some steps of three rows, which begin one after the other."""
         found = []
-        for buffer in (b for layer in self.cache.layers for b in (layer.keys, layer.values)):
+        for buffer in (b for layer in self.cache.layers for b in layer.stored):  # type: ignore[attr-defined]
             buffer.zero_()
         self.ids.copy_(torch.tensor([[5], [7], [9], [0]]))
         self.places.zero_()
@@ -126,7 +126,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recorded(batch: Batch, *forms: Form, capture: Any = Again) -> RecordedSteps:
-    return RecordedSteps(batch.run, torch.float32, ROWS, forms or (Form("a step"),), capture=capture)
+    return RecordedSteps(batch.run, torch.float32, forms or (Form("a step"),), capture=capture)
 
 
 def by_blocks(batch: Batch, compiling: Compiling | None = None) -> Form:

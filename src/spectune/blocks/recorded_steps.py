@@ -120,17 +120,17 @@ class RecordedSteps:
     """
 
     def __init__(
-        self, run: Run, dtype: torch.dtype, most_rows: int, forms: Sequence[Form] = (Form("the step as it is"),), *,
+        self, run: Run, dtype: torch.dtype, forms: Sequence[Form] = (Form("a step as it is"),), *,
         capture: Callable[[], StepCapture] = StepCapture,
     ) -> None:  # fmt: skip
         """`dtype`: of the base. `forms`: ways to run a step that give the same, those preferred first."""
-        self.run, self.dtype, self.most_rows, self.make_capture = run, dtype, most_rows, capture
+        self.run, self.dtype, self.make_capture = run, dtype, capture
         self.forms = list(forms)
         self.graphs: OrderedDict[tuple[int, int], _Graph] = OrderedDict()
         self.capture: StepCapture | None = None
 
     def rows_for(self, active: int) -> int:
-        return min(_power(active), self.most_rows)
+        return _power(active)
 
     def capacity_for(self, needed: int, capacity: int) -> int:
         return min(max(_power(needed), LEAST_CAPACITY), capacity)

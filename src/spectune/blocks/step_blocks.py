@@ -25,10 +25,9 @@ from spectune.families import Family
 
 
 class KeysAndValues(Protocol):
-    """A layer of a cache: `[most rows, places, kv_heads, dim]`."""
+    """A layer of a cache. `stored`: its keys and values, each `[most rows, places, kv_heads, dim]`."""
 
-    keys: Tensor
-    values: Tensor
+    stored: tuple[Tensor, Tensor]
 
 
 class StepCache(Protocol):
@@ -42,7 +41,7 @@ class _Layer:
     """What a block has of the cache in one step."""
 
     def __init__(self, layer: KeysAndValues, row_numbers: Tensor, places: Tensor) -> None:
-        self.keys, self.values = layer.keys, layer.values
+        self.keys, self.values = layer.stored
         self.row_numbers, self.places = row_numbers, places
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -102,8 +101,11 @@ class StepBlocks:
         cache's places is part of the step: it is entered anew for each. Nothing else may run on the model meanwhile.
 
         Raises:
-            ConfigError: the model's attention is none that is known here.
+            ConfigError: the model's attention is none that is known here, or its blocks do not have a layer of the
+                cache each.
         """
+        if len(cache.layers) != len(self.layers):
+            raise ConfigError(f"{len(self.layers)} blocks share a cache of {len(cache.layers)} layers")
         places = cache.places[:rows]
         numbers = torch.arange(rows, device=places.device)
         filled = Filled((places + 1).to(torch.int32), capacity)

@@ -55,7 +55,7 @@ from spectune.deltas.rate_rule import SWEEPS, TINKER, BaseRate, RatePoint, RateR
 from spectune.deltas.routing import route
 from spectune.deltas.shelving import hold_base, put_back, set_aside
 from spectune.deltas.site import AttentionSite, InputSite, MatrixSite, OutputSite, ParameterSite, Site
-from spectune.deltas.slot_tables import SlotTables
+from spectune.deltas.slot_tables import SlotTables, why_not_in_tables
 from spectune.deltas.target_names import (
     ALL_LINEAR,
     Search,
@@ -85,11 +85,11 @@ __all__ = [
     "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite", "Kind",
     "MatrixSite", "Method", "Operands", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed",
     "RatePoint", "RateRule", "Route", "Search", "Site", "SlotTables", "TrainedCopy", "agree", "apart", "attach",
-    "attached", "base_name",
-    "cached_values", "capture_keys_and_values", "check_can_attach", "check_ia3_keys", "check_keys", "check_lora_keys",
-    "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with", "exact_names", "expert_words",
-    "experts_left_out", "hold_base", "kernel_serves", "left_out", "linears_alone", "merge", "merge_and_measure",
-    "packed", "packing", "parameters_known", "parameters_named", "peft_keys", "peft_targets", "place", "placed",
-    "prove_reads_embeddings", "put_back", "route", "same_targets", "set_aside", "targets", "told_apart", "uncalled",
-    "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_packed",
+    "attached", "base_name", "cached_values", "capture_keys_and_values", "check_can_attach", "check_ia3_keys",
+    "check_keys", "check_lora_keys", "check_patterns", "checked_pattern", "checked_targets", "detach", "ends_with",
+    "exact_names", "expert_words", "experts_left_out", "hold_base", "kernel_serves", "left_out", "linears_alone",
+    "merge", "merge_and_measure", "packed", "packing", "parameters_known", "parameters_named", "peft_keys",
+    "peft_targets", "place", "placed", "prove_reads_embeddings", "put_back", "route", "same_targets", "set_aside",
+    "targets", "told_apart", "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_in_tables",
+    "why_not_packed",
 ]  # fmt: skip

@@ -140,6 +140,13 @@ class Method(_Stored):
         """Weights stored and used at inference, from shapes alone."""
         return sum(tensor.numel() for tensor in self.stored_shapes(family).values())
 
+    def num_bytes(self, family: Family) -> int:
+        """Memory of a stored delta's modules on a model, what they keep of the base included."""
+        method = self.as_stored()
+        with torch.device("meta"):
+            built = [module_at(method, site) for site in all_sites(method, family)]
+        return sum(tensor.nbytes for module in built for tensor in (*module.parameters(), *module.buffers()))
+
     def num_trained_parameters(self, family: Family) -> int:
         """Weights trained: the same, plus what only training has."""
         with torch.device("meta"):

@@ -76,6 +76,8 @@ class SideModule(DeltaModule):
     #: the host's parameter that the same change can be made to in place of its input or output, see `changed`; None
     #: where it cannot
     acts_on: str | None = None
+    #: `by_row` computes the output anew, whatever stood there: not for rows that have no such module
+    replaces_output = False
 
     def operands(self) -> dict[str, Tensor] | None:
         """What the change is computed with, float32, as the weights are now; gradients flow. None: there is no form by

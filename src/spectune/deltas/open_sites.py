@@ -1,7 +1,9 @@
 """The sites of a base where deltas act: each opened once, for all deltas, and closed with its last user."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,7 +31,7 @@ class OpenSites:
         self._attention_users: dict[str, tuple[nn.Module, int]] = {}
         self._attention_before: str | None = None
         self._tables: SiteTables = {}
-        self._reader: object = None  # whose tables these are
+        self._reader: weakref.ref[Any] | None = None  # whose tables these are
         self._readers = 0  # routes over them that are in force
 
     def open(self, site: Site) -> None:
@@ -103,13 +105,12 @@ class OpenSites:
     @contextlib.contextmanager
     def reading(self, owner: object, tables: SiteTables) -> Iterator[None]:
         """Inside, routes over the tables of `owner` find them. Raises ConfigError: those of another owner are read."""
-        if self._readers and self._reader is not owner:
-            raise ConfigError(
-                "other tables of this model are being read: one thread reads tables, one owner's at a time"
-            )
-        if self._reader is not owner:
-            self._reader, self._tables = owner, {}
-            self.now_read(owner, tables)
+        own = self._reader is not None and self._reader() is owner
+        if self._readers and not own:
+            raise ConfigError("other tables of this model are being read, and its hooks hold one owner's at a time")
+        if not own:
+            self._reader = weakref.ref(owner, lambda _: self._show({}))
+            self._show(tables)
         self._readers += 1
         try:
             yield
@@ -118,10 +119,13 @@ class OpenSites:
 
     def now_read(self, owner: object, tables: SiteTables) -> None:
         """Give the hooks other tables of the owner whose they have; nothing of anybody else's."""
-        if self._reader is owner:
-            self._tables = tables
-            for site, (hook, _) in self._sides.items():
-                hook.tables = tables.get(site, ())
+        if self._reader is not None and self._reader() is owner:
+            self._show(tables)
+
+    def _show(self, tables: SiteTables) -> None:
+        self._tables = tables
+        for site, (hook, _) in list(self._sides.items()):
+            hook.tables = tables.get(site, ())
 
     def running(self) -> list[ParameterHook]:
         """Hooks of the layers that run now."""

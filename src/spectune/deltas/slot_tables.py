@@ -37,8 +37,8 @@ class _Held:
 class SlotTables:
     """Tables for the deltas of one model, which one thread fills and reads.
 
-    Matrices are kept in the base's dtype and vectors in float32, on the device of their delta's modules; dimensions
-    that are neither side's width (ranks) are rounded up to powers of two, and filled up with zeros.
+    Matrices are kept in the base's dtype and vectors in float32, on the device of their delta's modules. Where deltas
+    of one kind have unlike ranks, tables grow to the next power of two, and smaller ones are filled up with zeros.
 
     Args:
         model: it has deltas, or a `Bank`; in evaluation mode.
@@ -74,11 +74,7 @@ class SlotTables:
     def why_not(self, name: str) -> str | None:
         """Why a delta cannot be in tables, in a sentence; None where it can. Raises ConfigError: there is none of that
         name."""
-        delta = self._delta(name)
-        reason = "trains the base itself" if delta.method.trains_base else None
-        for site, module in delta.sites:
-            reason = reason or self._reason(site, module)
-        return None if reason is None else f"delta {name!r} ({delta.method.label}) {reason}"
+        return why_not_in_tables(self.attachment, self._delta(name))
 
     def put(self, name: str | None) -> int:
         """The slot of a delta, which is filled where it was not there; `take` gives it back. What a slot holds stays
@@ -154,15 +150,6 @@ class SlotTables:
             raise ConfigError(f"no delta {name!r} is attached; attached are: {', '.join(self.attachment.deltas)}")
         return delta
 
-    def _reason(self, site: Site, module: DeltaModule) -> str | None:
-        if isinstance(module, AttentionModule | InputModule):
-            return None
-        if not isinstance(module, SideModule) or not isinstance(site, OutputSite) or site.on is not None:
-            return f"changes a parameter itself ({site.path}), which all rows share"
-        if self.attachment.family.gathers_tokens(site.path):
-            return f"acts among experts ({site.path}), which are given tokens of any row"
-        return None if module.unchanging() is not None else f"has no form by row ({site.path})"
-
     def _free_slot(self) -> int:
         if not self._free:
             unused = next((name for name, held in self._held.items() if not held.uses), None)
@@ -179,9 +166,12 @@ class SlotTables:
             if not isinstance(module, SideModule) or not isinstance(site, OutputSite):
                 continue
             operands, idle = module.operands(), module.unchanging()
-            assert operands is not None and idle is not None, "why_not has looked"
+            assert operands is not None, "why_not has looked"
+            assert idle is not None
             key = site.path, site.entry, module.alike()
-            table = self._table(key, site, operands, idle)
+            table = self._table(key, operands, idle)
+            if table.acts is not None:
+                table.acts[slot] = True
             before.discard(key)
             for name, operand in operands.items():
                 place = table.operands[name][slot]
@@ -189,25 +179,30 @@ class SlotTables:
                 written.append((place[tuple(map(slice, operand.shape))], operand))
         for key in before:  # what an earlier delta has left in this slot
             table = self._tables[key]
+            if table.acts is not None:
+                table.acts[slot] = False
             written += [(table.operands[name][slot], idle) for name, idle in self._idle[key].items()]
         if written:
             torch._foreach_copy_(*map(list, zip(*written, strict=True)))
 
-    def _table(self, key: _Key, site: OutputSite, operands: Operands, idle: Operands) -> Table:
+    def _table(self, key: _Key, operands: Operands, idle: Operands) -> Table:
         """The table of a kind at a site, with room for these operands."""
-        table, widths = self._tables.get(key), (site.in_features, site.out_features)
-        shapes = {name: [_rounded(size, widths) for size in operand.shape] for name, operand in operands.items()}
+        table = self._tables.get(key)
+        shapes = {name: list(operand.shape) for name, operand in operands.items()}
         if table is not None:
-            now = {name: tensor.shape[1:] for name, tensor in table.operands.items()}
-            shapes = {name: list(map(max, now[name], shape)) for name, shape in shapes.items()}
-            if all(list(now[name]) == shape for name, shape in shapes.items()):
+            now = {name: list(tensor.shape[1:]) for name, tensor in table.operands.items()}
+            shapes = {name: list(map(_room, now[name], shape)) for name, shape in shapes.items()}
+            if now == shapes:
                 return table
         nothing = {name: _filled_up(idle[name], shape, self._kept_as(idle[name])) for name, shape in shapes.items()}
         made = {name: tensor.expand(self.slots + 1, *tensor.shape).clone() for name, tensor in nothing.items()}
         if table is not None:
             for name, tensor in table.operands.items():
                 made[name][tuple(map(slice, tensor.shape))] = tensor
-        self._tables[key], self._idle[key] = Table(key[-1], made), nothing
+        acts = None if table is None else table.acts
+        if table is None and key[-1].of.replaces_output:
+            acts = torch.zeros(self.slots + 1, dtype=torch.bool, device=next(iter(made.values())).device)
+        self._tables[key], self._idle[key] = Table(key[-1], made, acts), nothing
         self._changed()
         return self._tables[key]
 
@@ -226,9 +221,27 @@ class SlotTables:
         return found
 
 
-def _rounded(size: int, widths: tuple[int, int]) -> int:
-    """A rank as a power of two; a side's width as it is."""
-    return size if size in widths else 1 << (size - 1).bit_length()
+def why_not_in_tables(attachment: Attachment, delta: Delta) -> str | None:
+    """Why a delta cannot be in tables, in a sentence; None where it can."""
+    reason = "trains the base itself" if delta.method.trains_base else None
+    for site, module in delta.sites:
+        reason = reason or _why_not_there(attachment, site, module)
+    return None if reason is None else f"delta {delta.name!r} ({delta.method.label}) {reason}"
+
+
+def _why_not_there(attachment: Attachment, site: Site, module: DeltaModule) -> str | None:
+    if isinstance(module, AttentionModule | InputModule):
+        return None
+    if not isinstance(module, SideModule) or not isinstance(site, OutputSite) or site.on is not None:
+        return f"changes a parameter itself ({site.path}), which all rows share"
+    if attachment.family.gathers_tokens(site.path):
+        return f"acts among experts ({site.path}), which are given tokens of any row"
+    return None if module.unchanging() is not None else f"has no form by row ({site.path})"
+
+
+def _room(now: int, wanted: int) -> int:
+    """A size that is not enough grows to a power of two: another one of it may be in need of more soon."""
+    return now if wanted <= now else 1 << (wanted - 1).bit_length()
 
 
 def _filled_up(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from spectune.deltas.layout import Route
@@ -19,15 +20,17 @@ from spectune.errors import ConfigError
 @dataclass(eq=False)
 class Table:
     """Operands of modules of one kind at one site: by name, `[slots, ...]`. Those of slots that have no such module
-    change nothing."""
+    change nothing; or `acts`, boolean `[slots]`, says which do have one."""
 
     kind: Kind
     operands: dict[str, Tensor]
+    acts: Tensor | None = None
 
     def changed(self, index: Tensor, sides: Sequence[Tensor]) -> Tensor:
         """The last of `sides`, each `[rows, tokens, features]`, with each row changed by its slot. `index`: int64
         `[rows]`."""
-        return self.kind.by_row({name: table[index] for name, table in self.operands.items()}, *sides)
+        made = self.kind.by_row({name: table[index] for name, table in self.operands.items()}, *sides)
+        return made if self.acts is None else torch.where(self.acts[index][:, None, None], made, sides[-1])
 
 
 class KeepsDeltas(Protocol):

@@ -72,6 +72,8 @@ class TrainedCopy(OutputModule):
     """The host with weights of its own, float32, which begin as the host's. It computes what the host would compute
     with them, in the dtype of its input: merging it writes the very weights that it computed with."""
 
+    replaces_output = True
+
     def __init__(self, site: CopySite, rate_ratio: float = 1.0) -> None:
         super().__init__()
         self.rate_ratio = rate_ratio  # of the run's learning rate

@@ -1,16 +1,17 @@
 """Rows that are written in one batch, over a cache with a row for each."""
 
-import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from spectune.blocks.recorded_steps import Steps
-from spectune.deltas import AttentionModule, InputModule, Route
+from spectune.blocks.recorded_steps import PlainSteps, Steps
+from spectune.deltas import AttentionModule, InputModule
 from spectune.inference.decode_batch import Caller, DecodeBatch
 from spectune.inference.lane import Lane
 from spectune.inference.request import Ticket, Written
+from spectune.inference.row_deltas import RowDeltas, routed_as
 from spectune.inference.slot_cache import STEP
 
 
@@ -30,15 +31,15 @@ class CachedLane(Lane):
     ) -> None:
         super().__init__(call, pad_token_id)
         self.filled: list[Filled] = []
-        self.batch = DecodeBatch(call, windows, self._routed)
+        self.batch = DecodeBatch(call, windows, lambda: self.deltas.routed())
         self.steps = steps(self.batch)
-        self._recorded = 0  # the version of the cache that steps know
+        self.deltas = RowDeltas(call.model, self.batch, always_tables=not isinstance(self.steps, PlainSteps))
+        self._recorded: object = None  # what steps that were recorded read
         self._changed = True
-        self._route: Route | None = None
 
     def enter(self, tickets: Sequence[Ticket]) -> list[Written]:
         names = [ticket.request.delta for ticket in tickets]
-        with self.reading(names):
+        with routed_as(self.call.model, names):
             logits, layers = self.call.read([ticket.seen for ticket in tickets], self.pad_token_id)
         virtual = [self._virtual_tokens(name) for name in names]
         length = layers[0][0].shape[2]
@@ -64,20 +65,19 @@ class CachedLane(Lane):
         self._make_room(len(self.tickets), needed, max(ticket.room - len(ticket.ids) for ticket in self.tickets))
         rows = min(self.steps.rows_for(len(self.tickets)), cache.slots)
         if self._changed:
+            slots = self.deltas.choose([ticket.request.delta for ticket in self.tickets], rows)
             newest = [ticket.ids[-1] for ticket in self.tickets]
-            self.batch.write(newest, [row.places for row in self.filled], [row.lead for row in self.filled])
-            names = [ticket.request.delta for ticket in self.tickets]
-            self._route = Route(names + [None] * (rows - len(names)), per_row=len(set(names)) > 1, cached=True)
+            self.batch.write(newest, [row.places for row in self.filled], [row.lead for row in self.filled], slots)
             self._changed = False
-        if self._recorded != cache.version:
+        if self._recorded != (reads := (cache.version, self.deltas.version)):
             self.steps.forget()
-            self._recorded = cache.version
+            self._recorded = reads
         found = self.steps(rows, self.steps.capacity_for(needed, cache.capacity))
         for row in self.filled:
             row.places += 1
         written, tokens = self.write(list(self.tickets), found.logits, found.tokens)
         if not self._changed:
-            self.batch.advance(tokens)
+            self.batch.advance(tokens[: len(written)])
         return written
 
     def leave(self, ticket: Ticket) -> None:
@@ -88,7 +88,11 @@ class CachedLane(Lane):
             self.tickets[slot], self.filled[slot] = self.tickets[last], self.filled[last]
         self.tickets.pop()
         self.filled.pop()
+        self.deltas.keep({ticket.request.delta for ticket in self.tickets})
         self._changed = True
+
+    def close(self) -> None:
+        self.deltas.close()
 
     def shrink(self) -> None:
         self.batch.resize(len(self.tickets), max((row.places + 1 for row in self.filled), default=0))
@@ -97,11 +101,11 @@ class CachedLane(Lane):
     def _make_room(self, slots: int, places: int, more: int) -> None:
         """Slots for so many rows and so many places of each. `more`: tokens that are still to come for a row."""
         cache = self.batch.cache
-        capacity = cache.capacity
+        slots, capacity = self.steps.rows_for(slots), cache.capacity
         if places > capacity:
             # half as much again, so that not every step copies all; no more than will be used
             wanted = min(places + max(places // 2, STEP), places + more)
-            capacity = -(-wanted // STEP) * STEP
+            capacity = self.steps.capacity_for(-(-wanted // STEP) * STEP, sys.maxsize)
         if slots > cache.slots or capacity > cache.capacity:
             self.batch.resize(max(slots, cache.slots), capacity)
             self._changed = True
@@ -124,17 +128,3 @@ class CachedLane(Lane):
         for site, module in self.attachment.deltas[name].sites:
             if isinstance(module, AttentionModule):
                 yield int(self.call.model.get_submodule(site.path).layer_idx), module()  # type: ignore[arg-type]
-
-    @contextlib.contextmanager
-    def _routed(self) -> Iterator[None]:
-        """The route of a step."""
-        attachment = self.attachment
-        if attachment is None:
-            yield
-        elif attachment.tuned is not None:
-            with self.reading([self.tickets[0].request.delta]):
-                yield
-        else:
-            assert self._route is not None, "a step is run when rows are written"
-            with attachment.state.routed(self._route):
-                yield

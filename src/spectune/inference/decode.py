@@ -1,5 +1,7 @@
 """How fast a model writes: new tokens a second, one after the other, with the KV cache."""
 
+import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Iterable
@@ -46,11 +48,20 @@ def decode_tokens_per_second(
     vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator).tolist()
+    if model.device.type == "cuda" and new_tokens > 2:
+        warm_up = max(warm_up, 1)  # steps are recorded in the first run
     rates = []
-    with evaluating(model):
-        timed = _by_engine if why_not_engine(model, _routed(model, batch)) is None else _by_generate
+    with evaluating(model), contextlib.ExitStack() as stack:
+        names = _routed(model, batch)
+        if why_not_engine(model, names) is None:
+            engine = Engine(model, rows=batch, expected_steps=new_tokens * (warm_up + repeats))
+            stack.enter_context(contextlib.closing(engine))
+            requests = [Request(prompt, new_tokens, name) for prompt, name in zip(prompts, names, strict=True)]
+            timed = functools.partial(_by_engine, engine, requests)
+        else:
+            timed = functools.partial(_by_generate, model, prompts, new_tokens, stops)
         for run in range(warm_up + repeats):
-            seconds = timed(model, prompts, new_tokens, stops)
+            seconds = timed()
             if run >= warm_up:
                 rates.append(batch * (new_tokens - 1) / seconds)
     return statistics.median(rates)
@@ -62,17 +73,16 @@ def _routed(model: PreTrainedModel, batch: int) -> tuple[str | None, ...]:
     return (None,) * batch if attachment is None else attachment.state.current.over(batch)
 
 
-def _by_engine(model: PreTrainedModel, prompts: list[list[int]], new_tokens: int, stops: list[int]) -> float:
+def _by_engine(engine: Engine, requests: Iterable[Request]) -> float:
     """Seconds from the first token to the last; no token stops a row."""
-    engine = Engine(model, rows=len(prompts))
-    for prompt, name in zip(prompts, _routed(model, len(prompts)), strict=True):
-        engine.submit(Request(prompt, new_tokens, name))
+    for request in requests:
+        engine.submit(request)
     _raise_failed(engine.enter())
-    wait_for(model.device)
+    wait_for(engine.model.device)
     start = time.perf_counter()
     while not engine.idle:
         _raise_failed(engine.advance())
-    wait_for(model.device)
+    wait_for(engine.model.device)
     return time.perf_counter() - start
 
 

@@ -58,6 +58,7 @@ class DecodeBatch:
     Attributes:
         ids: each row's newest token, int64 `[slots, 1]`.
         lead: how many places of each row are visible however far back they are, int64 `[slots]`.
+        index: the slot of each row's delta in tables, int64 `[slots]`.
     """
 
     def __init__(
@@ -65,26 +66,29 @@ class DecodeBatch:
     ) -> None:
         self.call, self.windows, self.routed = call, windows, routed
         self.cache = SlotCache(call.model.device)
-        self.ids = self.lead = torch.empty(0, dtype=torch.int64, device=call.model.device)
+        self.ids = self.lead = self.index = torch.empty(0, dtype=torch.int64, device=call.model.device)
 
     def resize(self, slots: int, capacity: int) -> None:
         """As `SlotCache.resize`."""
         if slots != self.cache.slots:
             self.ids = torch.zeros(slots, 1, dtype=torch.int64, device=self.cache.device)
-            self.lead = torch.zeros(slots, dtype=torch.int64, device=self.cache.device)
+            self.lead, self.index = torch.zeros(2, slots, dtype=torch.int64, device=self.cache.device)
         self.cache.resize(slots, capacity)
 
-    def write(self, tokens: Sequence[int], places: Sequence[int], lead: Sequence[int]) -> None:
-        """Set what the next step is of: each row's newest token, its place, and how much of it is always visible."""
-        rest = [0] * (self.cache.slots - len(tokens))
-        table = torch.tensor([[*tokens, *rest], [*places, *rest], [*lead, *rest]])
-        ids, at, always = table.to(self.cache.device, non_blocking=True)
+    def write(
+        self, tokens: Sequence[int], places: Sequence[int], lead: Sequence[int] = (), index: Sequence[int] = ()
+    ) -> None:
+        """Set what the next step is of: each row's newest token, its place, how much of it is always visible, and the
+        slot of its delta."""
+        given = [[*row, *[0] * (self.cache.slots - len(row))] for row in (tokens, places, lead, index)]
+        ids, at, always, slots = torch.tensor(given).to(self.cache.device, non_blocking=True)
         self.ids[:, 0] = ids
         self.cache.places.copy_(at)
         self.lead.copy_(always)
+        self.index.copy_(slots)
 
     def advance(self, tokens: Tensor) -> None:
-        """The next step is of these tokens, int64 `[rows]`."""
+        """The next step is of these tokens, int64 `[rows]`, of the first rows."""
         rows = tokens.shape[0]
         self.ids[:rows, 0] = tokens
         self.cache.places[:rows] += 1

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,19 +13,22 @@ from transformers import PreTrainedModel
 
 from spectune.blocks.recorded_steps import PlainSteps, Steps
 from spectune.compute.cudnn import cudnn_attention
-from spectune.deltas import Attachment
+from spectune.deltas import Attachment, Delta, why_not_in_tables
 from spectune.errors import ConfigError, OutOfMemoryError, is_out_of_memory
 from spectune.families import vocabulary_rows
 from spectune.inference.cached_lane import CachedLane
 from spectune.inference.decode_batch import Caller, DecodeBatch
-from spectune.inference.engine_bases import context_of, why_alone, why_not_delta, why_not_engine, windows_of
+from spectune.inference.engine_bases import family_of, text_limit, why_not_delta, why_not_engine, windows_of
 from spectune.inference.lane import Lane, UncachedLane
 from spectune.inference.request import Request, Ticket, Written
+from spectune.inference.step_choice import steps_for
 
 log = logging.getLogger("spectune")
 
 #: tokens of prompts, padding included, that go through one pass
 PROMPT_TOKENS = 8192
+#: steps to come, where nobody says
+EXPECTED = 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Engine:
         pad_token_id: fills places without a token; any id will do.
         enter_at: wait until so many rows are free before prompts are run, where as many requests wait: a pass over
             several costs less than one over each.
-        steps: what runs a batch's steps; None: each as it is.
+        expected_steps: about how many are to come: on CUDA they are recorded, or compiled, where that pays.
+        steps: what runs a batch's steps, in place of what pays.
 
     Attributes:
         rows: fewer than were asked for once memory has run out.
@@ -55,17 +60,19 @@ class Engine:
 
     def __init__(
         self, model: PreTrainedModel, *, rows: int = 16, pad_token_id: int = 0, enter_at: int = 1,
-        steps: Callable[[DecodeBatch], Steps] | None = None,
+        expected_steps: float = EXPECTED, steps: Callable[[DecodeBatch], Steps] | None = None,
     ) -> None:  # fmt: skip
         if rows < 1:
             raise ConfigError(f"rows = {rows}; expected at least 1")
         self.model, self.rows, self.pad_token_id, self.enter_at = model, rows, pad_token_id, enter_at
-        self._steps = steps or (lambda batch: PlainSteps(batch.run))
+        self._steps = steps or steps_for(model, family_of(model), expected_steps)
         self._caller = Caller(model)
         self._why_not = why_not_engine(model)
         if self._why_not is not None:
             log.info("each token takes a pass over its whole row: %s", self._why_not)
+        self._limit = text_limit(model)
         self._lanes: dict[Key, Lane] = {}
+        self._alone: dict[str, tuple[weakref.ref[Delta] | None, str | None]] = {}
         self._waiting: deque[Ticket] = deque()
 
     @property
@@ -93,7 +100,9 @@ class Engine:
                 raise ConfigError(f"no delta {request.delta!r} is attached; attached are: {', '.join(known) or 'none'}")
             for _, module in known[request.delta].sites:
                 module.eval()
-        limit = context_of(self.model, request.delta)
+        limit = self._limit
+        if limit is not None and attachment is not None:
+            limit -= attachment.state.count_of(request.delta)
         ticket = Ticket(request, room_for(request.ids, request.max_new_tokens, limit, vocabulary_rows(self.model)))
         self._waiting.append(ticket)
         return ticket
@@ -109,6 +118,13 @@ class Engine:
         for lane in self._lanes.values():
             if ticket in lane.tickets:
                 lane.leave(ticket)
+
+    def close(self) -> None:
+        """Let go of what it put on the model (tables of deltas' weights), and of its rows."""
+        for lane in self._lanes.values():
+            lane.close()
+        self._lanes.clear()
+        self._waiting.clear()
 
     def step(self) -> list[Written]:
         """Run the prompts that there are rows for, then give each row a token."""
@@ -156,7 +172,9 @@ class Engine:
     def _made(self, key: Key) -> Lane:
         if not key.cached:
             return UncachedLane(self._caller, self.pad_token_id)
-        return CachedLane(self._caller, self.pad_token_id, windows_of(self.model), self._steps)
+        # what is not in tables is not recorded: a graph would hold the weights of deltas that are gone
+        steps = self._steps if key.delta is None else lambda batch: PlainSteps(batch.run)
+        return CachedLane(self._caller, self.pad_token_id, windows_of(self.model), steps)
 
     def _advance(self, lane: Lane) -> list[Written]:
         try:
@@ -216,7 +234,14 @@ class Engine:
             return Key("")  # beside a fully tuned base
         if why_not_delta(attachment, name) is not None:
             return Key(None, cached=False)
-        return Key(None if why_alone(attachment, name) is None else name)
+        delta = attachment.deltas.get(name)
+        known, reason = self._alone.get(name, (None, None))
+        if delta is not None and (known is None or known() is not delta):
+            reason = why_not_in_tables(attachment, delta)
+            if reason is not None:
+                log.info("%s: its rows are written in batches of their own", reason)
+            self._alone[name] = weakref.ref(delta), reason
+        return Key(None if reason is None else name)
 
     @contextlib.contextmanager
     def _running_model(self) -> Iterator[None]:

@@ -1,5 +1,5 @@
-"""Which bases the decode engine writes with: those whose pass over one token a row, with our cache, masks and positions,
-gives what their plain pass over the whole text gives."""
+"""Which bases the decode engine writes with: those whose pass over one token a row, with our cache, masks and
+positions, gives what their plain pass over the whole text gives."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,18 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectune.compute.evaluating import evaluating
-from spectune.deltas import (
-    Attachment,
-    AttentionModule,
-    EntryModule,
-    InputModule,
-    OutputModule,
-    Route,
-    agree,
-    apart,
-)  # fmt: skip
+from spectune.deltas import Attachment, AttentionModule, Route, agree, apart
 from spectune.errors import first_line, is_out_of_memory
-from spectune.families import describe, vocabulary_rows
+from spectune.families import Family, describe, vocabulary_rows
 from spectune.inference.decode_batch import Caller, DecodeBatch
 from spectune.objectives import CAUSAL_LM, objective_of
 
@@ -119,7 +110,7 @@ def _by_engine(call: Caller, texts: Sequence[Sequence[int]]) -> list[Tensor]:
     found = [first]
     for step in range(_FOLLOWING):
         newest = [text[read + step] for text, read in zip(texts, _READ, strict=True)]
-        batch.write(newest, [read + step for read in _READ], [0] * len(texts))
+        batch.write(newest, [read + step for read in _READ])
         found.append(batch.run(len(texts), max(_READ) + step + 1))
     return [logits[row] for row in range(len(texts)) for logits in found]
 
@@ -145,23 +136,13 @@ def why_not_delta(attachment: Attachment, name: str) -> str | None:
     return None
 
 
-def why_alone(attachment: Attachment, name: str) -> str | None:
-    """Why a delta's rows cannot share a batch with others; None where they can."""
-    if attachment.tuned is not None:
-        return "it is the base itself, fully tuned"
-    for site, module in attachment.deltas[name].sites:
-        if not isinstance(module, OutputModule | EntryModule | AttentionModule | InputModule):
-            return f"it acts on weights ({site.path})"
-        if isinstance(module, OutputModule | EntryModule) and attachment.family.gathers_tokens(site.path):
-            return f"it acts on experts ({site.path}), which are given tokens of any rows"
-    return None
-
-
-def context_of(model: PreTrainedModel, delta: str | None) -> int | None:
-    """The most text tokens that the model takes under a delta; None where nothing limits it."""
+def family_of(model: PreTrainedModel) -> Family:
+    """How a model is built."""
     attachment = Attachment.of(model)
-    family = describe(model) if attachment is None else attachment.family
-    limit = family.position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    return limit - (0 if attachment is None else attachment.state.count_of(delta))
+    return describe(model) if attachment is None else attachment.family
+
+
+def text_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model takes, virtual ones included; None where nothing limits it."""
+    limit = family_of(model).position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -14,11 +14,11 @@ from spectune.compute.evaluating import evaluating
 from spectune.data import by_length, pad_token_id, padded
 from spectune.deltas import Attachment, route
 from spectune.errors import ConfigError
-from spectune.families import describe, vocabulary_rows
+from spectune.families import vocabulary_rows
 from spectune.inference.answers import decoded, up_to_stop
 from spectune.inference.drawing import Sampling
 from spectune.inference.engine import Engine
-from spectune.inference.engine_bases import why_not_engine
+from spectune.inference.engine_bases import text_limit, why_not_engine
 from spectune.inference.modes import generation_defaults, seeded
 from spectune.inference.request import Request
 
@@ -75,12 +75,11 @@ def generate_ids(
     with evaluating(model):
         reason = why_not_engine(model, names)
         if reason is None:
-            engine = Engine(model, rows=batch_size, pad_token_id=pad_token_id, enter_at=max(1, batch_size // 4))
             requests = [
                 Request(prompt, room, name, stops, sampling, stream)
                 for stream, (prompt, room, name) in enumerate(zip(prompts_ids, rooms, names, strict=True))
             ]
-            return _written(engine, requests)
+            return _by_engine(model, requests, pad_token_id, batch_size)
         log.debug("transformers' own generate writes: %s", reason)
         return _by_generate(model, prompts_ids, rooms, stops, pad_token_id, batch_size, sampling)
 
@@ -91,17 +90,23 @@ def _names(model: PreTrainedModel, prompts: int) -> tuple[str | None, ...]:
     return (None,) * prompts if attachment is None else attachment.state.current.over(prompts)
 
 
-def _written(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
-    """What the engine writes, in the order of the requests; the longest first, so that memory which does not suffice
-    shows at once. Raises what went wrong with one of them."""
-    tickets = {index: engine.submit(requests[index]) for index in sorted(
-        range(len(requests)), key=lambda index: -len(requests[index].ids)
-    )}  # fmt: skip
-    while not engine.idle:
-        for written in engine.step():
-            if written.error is not None:
-                raise written.error
-    return [tickets[index].ids for index in range(len(requests))]
+def _by_engine(
+    model: PreTrainedModel, requests: Sequence[Request], pad_token_id: int, batch_size: int
+) -> list[list[int]]:
+    """What the engine writes, in the order of the requests. Raises what went wrong with one of them."""
+    # a pass over one prompt takes a GPU as long as one over several; other devices take it token by token
+    enter_at = max(1, batch_size // 8) if model.device.type == "cuda" else 1
+    steps = sum(request.max_new_tokens for request in requests) / batch_size
+    engine = Engine(model, rows=batch_size, pad_token_id=pad_token_id, enter_at=enter_at, expected_steps=steps)
+    with contextlib.closing(engine):
+        # the longest first: memory that does not suffice shows at once
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index].ids))
+        tickets = {index: engine.submit(requests[index]) for index in order}
+        while not engine.idle:
+            for written in engine.step():
+                if written.error is not None:
+                    raise written.error
+        return [tickets[index].ids for index in range(len(requests))]
 
 
 def _by_generate(
@@ -111,13 +116,12 @@ def _by_generate(
     """The same by transformers, in batches."""
     results: list[list[int]] = [[] for _ in prompts]
     drawn = {} if sampling is None else {"do_sample": True, **asdict(sampling)}
-    attachment = Attachment.of(model)
     names = _names(model, len(prompts))
     with seeded(drawn.pop("seed", 0), model.device):
         for batch in _batches([len(prompt) for prompt in prompts], rooms, batch_size):
             config = plain_config(rooms[batch[0]], stops, pad_token_id, **drawn)
             of_rows = [names[index] for index in batch]
-            routed = contextlib.nullcontext() if attachment is None or len(set(names)) == 1 else route(model, of_rows)
+            routed = contextlib.nullcontext() if len(set(names)) == 1 else route(model, of_rows)
             with routed:
                 new = generate_batch(model, [prompts[index] for index in batch], config)
             for index, ids in zip(batch, new, strict=True):
@@ -137,12 +141,8 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 def context_length(model: PreTrainedModel) -> int | None:
     """The most text tokens that the model takes now: its table of positions, or what its config says it was made
     for, less the virtual tokens of the current delta. None where nothing limits it."""
-    attachment = Attachment.of(model)
-    family = describe(model) if attachment is None else attachment.family
-    limit = family.position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        return None
-    return limit - (0 if attachment is None else attachment.state.most_virtual_tokens)
+    limit, attachment = text_limit(model), Attachment.of(model)
+    return limit if limit is None or attachment is None else limit - attachment.state.most_virtual_tokens
 
 
 def _check_ids(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from spectune.deltas import Attachment, route
+from spectune.deltas import Attachment
 from spectune.inference.decode_batch import Caller
 from spectune.inference.drawing import draw, likelihoods
 from spectune.inference.request import Ticket, Written
+from spectune.inference.row_deltas import routed_as
 
 
 class Lane(ABC):
@@ -42,19 +42,12 @@ class Lane(ABC):
     def shrink(self) -> None:
         """Let go of memory that no row needs."""
 
+    def close(self) -> None:
+        """Let go of what stands on the model."""
+
     @property
     def attachment(self) -> Attachment | None:
         return Attachment.of(self.call.model)
-
-    @contextlib.contextmanager
-    def reading(self, names: Sequence[str | None]) -> Iterator[None]:
-        """The route of a pass over whole texts, of a delta each."""
-        current = None if self.attachment is None else self.attachment.state.current
-        if current is None or (not current.per_row and set(current.names) == set(names)):
-            yield
-        else:
-            with route(self.call.model, list(names) if len(set(names)) > 1 else names[0]):
-                yield
 
     def write(self, tickets: Sequence[Ticket], logits: Tensor, likeliest: Tensor) -> tuple[list[Written], Tensor]:
         """What the tickets get, noted on them, and as a tensor; rows that ended leave.
@@ -119,6 +112,6 @@ class UncachedLane(Lane):
 
     def _next(self, ticket: Ticket) -> list[Written]:
         ids = torch.tensor([ticket.seen], device=self.call.model.device)
-        with self.reading([ticket.request.delta]):
+        with routed_as(self.call.model, [ticket.request.delta]):
             logits = self.call(ids, torch.ones_like(ids), None, None)
         return self.write([ticket], logits, logits.argmax(-1))[0]

@@ -181,9 +181,6 @@ class BankMemory:
         if entry.delta is None:
             assert entry.stored is not None, "it is read before it is held"
             entry.delta, entry.stored = entry.stored.attach(), None
-            modules = [module for _, module in entry.delta.sites]
-            tensors = (t for module in modules for t in (*module.parameters(), *module.buffers()))
-            entry.nbytes = sum(tensor.nbytes for tensor in tensors)
 
     def _limit_host(self) -> None:
         """Drop deltas from host memory that were not wanted for longest; the newest may be larger than the limit."""

@@ -64,6 +64,7 @@ class StoredDelta:
         foreign: what is understood of another program's folder; None of ours.
         facts: of the base.
         weights: all of them, in host memory; None where they are still to be read.
+        nbytes: memory of the delta on the model, float32; 0 where they are still to be read.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class StoredDelta:
     foreign: ForeignFolder | None
     facts: BaseFacts
     weights: dict[str, Tensor] | None = None
+    nbytes: int = 0
 
     @property
     def method(self) -> Method:
@@ -84,11 +86,6 @@ class StoredDelta:
     def said(self) -> str | None:
         """What the user should know of another program's folder."""
         return None if self.foreign is None else self.foreign.said
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the weights that were read."""
-        return sum(tensor.nbytes for tensor in (self.weights or {}).values())
 
     def files_of(self, delta: Delta) -> DeltaFiles:
         """How the folder is read into this delta."""
@@ -118,7 +115,8 @@ def read_delta(model: PreTrainedModel, folder: Path, name: str) -> StoredDelta:
     files = read.files_of(read.draft)
     assert isinstance(files, AdapterFiles), "what stands beside others has its own weights only"
     # copies: the reader's tensors are the file itself, which may be written to
-    return replace(read, weights={name: tensor.clone() for name, tensor in files.weights_of(folder).items()})
+    weights = {name: tensor.clone() for name, tensor in files.weights_of(folder).items()}
+    return replace(read, weights=weights, nbytes=read.method.num_bytes(read.draft.family))
 
 
 def _checked(

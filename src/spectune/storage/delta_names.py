@@ -37,13 +37,10 @@ class DeltaNames:
     def folder_of(self, name: str) -> Path:
         """Where a delta lies; what is on the hub is fetched. Raises DataError: there is none of that name."""
         inside = self._inside(name)
-        if inside is not None and inside.is_dir():
+        if inside is not None and os.path.isdir(inside):  # False for what no path can be
             return inside
-        try:
-            if Path(name).exists():
-                return Path(name)
-        except (OSError, ValueError):
-            pass  # no path that there could be
+        if os.path.exists(name):
+            return Path(name)
         if _HUB_ID.fullmatch(name):
             return _fetched(name)
         known = sorted(self.all())
@@ -78,6 +75,6 @@ def _fetched(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FETCHED)))
     except Exception as error:  # the library's own kinds, and those of what it uses
         raise DataError(
-            f"no delta {name!r}: it is no folder, and not to be had from the hub ({first_line(error)}). Give the folder, "
-            "or check the id, the network and HF_TOKEN"
+            f"no delta {name!r}: it is no folder, and not to be had from the hub ({first_line(error)}). Give the "
+            "folder, or check the id, the network and HF_TOKEN"
         ) from error

@@ -62,6 +62,9 @@ class DecoderHook:
         self.takes_positions = "position_ids" in self.signature.parameters
         self.outer_call = OuterCall(model, family.decoder, state.thread)
         self._handles = [
+            # around the whole model: what changes it may have a hook of its own at the decoder meanwhile
+            model.register_forward_pre_hook(lambda *_: state.passes.begin()),
+            model.register_forward_hook(lambda *_: state.passes.end(), always_call=True),
             decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
             decoder.register_forward_hook(self.leave, always_call=True),
         ]

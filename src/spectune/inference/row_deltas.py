@@ -1,0 +1,102 @@
+"""The route of a batch's steps: by the names of its rows' deltas, or by tables of many deltas' weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+
+from transformers import PreTrainedModel
+
+from spectune.deltas import Attachment, Route, SlotTables, route
+from spectune.inference.decode_batch import DecodeBatch
+
+#: deltas that tables are made for at least
+LEAST_SLOTS = 4
+
+
+class RowDeltas:
+    """Which delta each row of a batch has.
+
+    Rows of one delta, or of none, need a route by its name alone. Those of several read tables, and so does a step that
+    is recorded and has any delta: it serves any mixture then.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: DecodeBatch, *, always_tables: bool) -> None:
+        self.model, self.batch, self.always_tables = model, batch, always_tables
+        self.tables: SlotTables | None = None
+        self._slots: dict[str, int] = {}
+        self._by_tables = False
+        self._made = 0
+        self._rows = 0
+        self._route = Route.of(None)
+
+    @property
+    def version(self) -> object:
+        """What a step reads: another value where what was recorded is void."""
+        return (self._made, self.tables.version) if self._by_tables and self.tables is not None else self._route.names
+
+    def choose(self, names: Sequence[str | None], rows: int) -> Sequence[int]:
+        """Set the delta of each row, and none for those behind them up to `rows`. Returns each one's slot in tables."""
+        self._rows, several = rows, set(names)
+        if (len(several) > 1 or (self.always_tables and any(several))) and self._holds(several):
+            assert self.tables is not None, "they hold these"
+            self._by_tables = True
+            return [0 if name is None else self._slots[name] for name in names]
+        self._by_tables = False
+        behind = [None] * (rows - len(names))
+        self._route = Route([*names, *behind] if len(several) > 1 else names[:1], per_row=len(several) > 1, cached=True)
+        return ()
+
+    def keep(self, names: Collection[str | None]) -> None:
+        """Let go of the slots of all deltas but these: what is in no slot can be detached."""
+        for name in [name for name in self._slots if name not in names]:
+            del self._slots[name]
+            if self.tables is not None:
+                self.tables.take(name)
+
+    def routed(self) -> AbstractContextManager[None]:
+        """The route of a step."""
+        attachment = Attachment.of(self.model)
+        if attachment is None:
+            return contextlib.nullcontext()
+        if attachment.tuned is not None:
+            return routed_as(self.model, self._route.names)
+        if self._by_tables and self.tables is not None:
+            return self.tables.routed(None, self.batch.index[: self._rows], cached=True)
+        return attachment.state.routed(self._route)
+
+    def close(self) -> None:
+        """Let go of the tables."""
+        self.keep(())
+        if self.tables is not None:
+            self.tables.close()
+            self.tables = None
+
+    def _holds(self, names: Collection[str | None]) -> bool:
+        """Whether these are in tables now. Not where somebody else's tables of this model are in use, which one thread
+        reads."""
+        attachment = Attachment.of(self.model)
+        if attachment is None or attachment.tuned is not None:
+            return False
+        self.keep(names)
+        wanted = [name for name in names if name is not None]
+        if self.tables is None or self.tables.slots < len(wanted):
+            if any(tables is not self.tables for tables in list(attachment.state.tables)):
+                return False
+            self.close()
+            self.tables = SlotTables(self.model, max(LEAST_SLOTS, 1 << (len(wanted) - 1).bit_length()))
+            self._made += 1
+        for name in wanted:
+            if name not in self._slots:
+                self._slots[name] = self.tables.put(name)
+        return True
+
+
+def routed_as(model: PreTrainedModel, names: Sequence[str | None]) -> AbstractContextManager[None]:
+    """The route of passes over whole texts, of a delta each."""
+    attachment = Attachment.of(model)
+    current = None if attachment is None else attachment.state.current
+    if current is None or (not current.per_row and set(current.names) == set(names)):
+        return contextlib.nullcontext()
+    return route(model, list(names) if len(set(names)) > 1 else names[0])
