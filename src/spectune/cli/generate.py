@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,13 @@ Prompts = Annotated[
     list[str] | None,
     typer.Argument(help="Prompts.", show_default="a few of the rows that the run was judged on"),
 ]
+Input = Annotated[Path | None, typer.Option("--input", help="File of requests: as --data, an answer may be missing.")]
+Output = Annotated[Path | None, typer.Option(help="File of their answers: JSON, a line for each, in order.")]
+Deltas = Annotated[Path | None, typer.Option(help="Folder of deltas and runs that requests may name.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on behind the whole lines that --output has.")]
+DeviceMemory = Annotated[
+    str | None, typer.Option(help="Memory for deltas on the device, such as 2GiB.", show_default="2GiB")
+]
 
 
 def generate(
@@ -28,7 +36,12 @@ def generate(
     run: options.Run = None,
     model: options.BaseOfRun = None,
     data: Annotated[str | None, typer.Option(help="Take the prompts from the rows of a file.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Number of rows of --data.")] = 5,
+    rows: Annotated[int | None, typer.Option(min=1, help="Number of rows of --data.", show_default="5")] = None,
+    source: Input = None,
+    output: Output = None,
+    deltas: Deltas = None,
+    resume: Resume = False,
+    device_memory: DeviceMemory = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens for each prompt.")] = 64,
     do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample tokens; else decoding is greedy.")] = False,
     temperature: Annotated[float, typer.Option(min=0.01, help="Temperature for --do-sample.")] = 1.0,
@@ -44,6 +57,11 @@ def generate(
     """Generate a completion for each prompt, with the newest run or the one that --run names; with --model alone, by
     that model as it is. A run with a head (task_type SEQ_CLS or TOKEN_CLS) says the prompt's class, number or tags.
 
+    With --input and --output all requests of a file are answered, in its order, a line each: rows of any shape, with
+    or without an answer, and where they like with `delta` (a name in --deltas, or a run's folder), `max_new_tokens`,
+    `temperature`, `top_p`, `top_k`, `seed`, `stop` and `id`. Rows of all deltas are written in one batch. A request
+    that cannot be answered has a line with `error`, and the command ends with 1.
+
     A prompt goes to the model exactly as a training row's prompt did: with the run's separator and
     the line end that all its training prompts end with, in the form of an instruction, or as a user's message in the
     chat template.
@@ -54,7 +72,27 @@ def generate(
       spectune generate "name: Green Park Museum | type: museum | town: Oxford | built: 1979"
       spectune generate "Who are you?" --run runs/2026-01-31-lora-1
       spectune generate --data test.jsonl --rows 20 --json
+      spectune generate --input requests.jsonl --output answers.jsonl --deltas deltas
+      spectune generate --input requests.jsonl --output answers.jsonl --deltas deltas --resume
     """
+    if source is not None or output is not None:
+        if prompts or data is not None or rows is not None:
+            raise ConfigError(
+                "with --input and --output, requests come from that file: leave out prompts, --data, --rows"
+            )
+        if source is None or output is None:
+            raise ConfigError(
+                "--input and --output go together: requests are read from one, answers written to the other"
+            )
+        place = {
+            "device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision,
+            "trust_remote_code": trust_remote_code, "allow_missing_weights": allow_missing_weights,
+        }  # fmt: skip
+        usual = (max_new_tokens, do_sample, temperature, top_p, seed)
+        where = (source, output, resume, run, model, deltas)
+        return _batch(where, usual, device_memory or "2GiB", place, as_json=as_json)
+    if deltas is not None or resume or device_memory is not None:
+        raise ConfigError("--deltas, --device-memory and --resume are for files: give --input and --output, too")
     if prompts and data is not None:
         raise ConfigError("prompts come from the command line or from --data, not from both")
     found = run_on(run, model).allowing(trust_remote_code, allow_missing_weights)
@@ -67,7 +105,8 @@ def generate(
         else:
             read = rows_of_run(found) if data is None else rows_of(data, "test", found.row_options)
             given = as_learned(found.config, read[0])
-            asked = given[:rows] if found.labels is not None else _rows_with_prompts(given, rows, data or found.name)
+            count = rows or 5
+            asked = given[:count] if found.labels is not None else _rows_with_prompts(given, count, data or found.name)
             source = f"; rows: {read[1]}"
         note(f"{found.name}{source}")
 
@@ -86,6 +125,24 @@ def generate(
                 say(out, f"reference: {record['references'][0]}", style="dim italic")
             out.print()
     print_answer({"run": found.folder_name, "base": found.base, "outputs": written}, as_json=as_json)
+
+
+def _batch(
+    where: tuple[Any, ...], usual: tuple[int, bool, float, float, int | None], device_memory: str,
+    place: dict[str, Any], *, as_json: bool,
+) -> None:  # fmt: skip
+    from spectune.cli.batch import Batch, answered, usual_of
+
+    with work(as_json=as_json):
+        found = answered(Batch(*where, usual_of(*usual), device_memory, place))
+        output = where[1]
+        if found["failed"]:
+            note(f"{found['failed']:,} of {found['lines']:,} requests failed: their lines in {output} have `error`")
+        else:
+            note(f"all {found['lines']:,} requests are answered in {output}")
+    print_answer({"output": str(output), **found}, as_json=as_json)
+    if found["failed"]:
+        raise typer.Exit(1)
 
 
 def _written(

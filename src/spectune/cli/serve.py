@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from spectune.cli import options
-from spectune.cli.console import import_libraries, note, work
-from spectune.errors import ConfigError, DataError
+from spectune.cli.base_and_deltas import loader, settings_of, what_is_asked
+from spectune.cli.console import note, work
+from spectune.errors import ConfigError
 from spectune.sizes import bytes_of
-
-if TYPE_CHECKING:
-    from spectune.cli.runs import Run
-    from spectune.serving.loaded import Loaded
 
 Deltas = Annotated[
     Path | None,
@@ -86,8 +81,8 @@ def serve(
     from spectune.serving.server import serve as run_server
 
     with work():
-        what = _what(run, model, deltas)
-        catalogue = Catalogue(what.name, deltas, what.named, _settings_of, what.settings)
+        what = what_is_asked(run, model, deltas)
+        catalogue = Catalogue(what.name, deltas, what.named, settings_of, what.settings)
         bounds = Bounds(
             max_rows, max_queue, max_new_tokens, request_seconds=request_timeout, drain_seconds=shutdown_timeout
         )
@@ -100,96 +95,9 @@ def serve(
         note(f"serving {served} at {address_of(listening)}/v1 (Ctrl-C stops it)")
         if api_key is None and not is_local(host):
             note(f"warning: anybody who reaches {host} may use this server: set SPECTUNE_API_KEY, or leave out --host")
-        load = _loader(what.base, how, max_rows, memory if catalogue.has_deltas else None)
+        load = loader(what.base, how, max_rows, memory if catalogue.has_deltas else None)
         code = run_server(Serving(load, catalogue, host, api_key, bounds, note), listening)
     raise typer.Exit(code)
-
-
-@dataclass(frozen=True)
-class _What:
-    """What is served: the base, its name, how its prompts are made, and deltas by name."""
-
-    base: str
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    named: Mapping[str, Path] = field(default_factory=dict)
-
-
-def _what(run: Path | None, model: str | None, deltas: Path | None) -> _What:
-    """Raises ConfigError, DataError: as the flags' own commands do; a run has a head, which writes no text."""
-    from spectune.cli.input_rows import run_on
-    from spectune.cli.runs import RUNS, find_run
-    from spectune.embedded import NAME as TINY
-
-    if deltas is not None and not deltas.is_dir():
-        raise DataError(f"--deltas {deltas} is not a folder; expected one whose folders are deltas or runs")
-    if run is None and model is None:
-        if deltas is not None:
-            return _base_of_deltas(deltas)
-        try:
-            found = find_run(None)
-        except ConfigError:  # there is none yet
-            return _What(TINY, TINY)
-        note(f"the newest run under {RUNS}/: {found.folder}")
-    else:
-        found = run_on(run, model)
-    return _of_run(found)
-
-
-def _of_run(found: Run) -> _What:
-    if found.labels is not None:
-        raise ConfigError(f"{found.name} has a head, which gives labels and writes no text: spectune generate runs it")
-    name = _base_name(found.base)
-    if found.delta_folder is None:
-        return _What(found.base, name)
-    folder = found.folder.absolute()
-    own = folder.parent.name if folder.name == "best" else folder.name
-    if (found.delta / "config.json").is_file():  # a fully tuned base is a base
-        return _What(str(found.delta), own, found.config)
-    return _What(found.base, name, {}, {own: found.delta})
-
-
-def _base_of_deltas(deltas: Path) -> _What:
-    """The base that the first of the deltas names."""
-    from spectune.cli.runs import find_run
-    from spectune.embedded import NAME as TINY
-    from spectune.serving.catalogue import delta_in
-
-    first = next((folder for folder in sorted(deltas.iterdir()) if delta_in(folder) is not None), None)
-    if first is None:
-        return _What(TINY, TINY)
-    base = find_run(first).base
-    note(f"base: {base}, as {first} has it")
-    return _What(base, _base_name(base))
-
-
-def _base_name(base: str) -> str:
-    """What a base is called: its hub id, or the name of its folder."""
-    return Path(base).absolute().name if Path(base).is_dir() else base
-
-
-def _settings_of(delta: Path) -> Mapping[str, Any]:
-    from spectune.cli.runs import find_run
-
-    return find_run(delta).config
-
-
-def _loader(base: str, how: Mapping[str, Any], rows: int | None, memory: int | None) -> Callable[[], Loaded]:
-    """Loads the base; `memory`: of the bank of its deltas, None where there is none."""
-
-    def load() -> Loaded:
-        import_libraries()
-        from spectune.serving.loaded import Loaded
-        from spectune.storage import load as load_base
-
-        model, tokenizer = load_base(base, **how)
-        if memory is None:
-            return Loaded.of(model, tokenizer, None, rows)
-        from spectune.storage import Bank
-
-        return Loaded.of(model, tokenizer, Bank(model, device_memory=memory), rows)
-
-    return load
 
 
 def _check_extra() -> None:

@@ -1,0 +1,103 @@
+"""Which base is meant, and which deltas of it by name: what `serve`, `chat` and batches of `generate` work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectune.cli.console import import_libraries, note
+from spectune.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from spectune.cli.runs import Run
+    from spectune.serving.loaded import Loaded
+
+
+@dataclass(frozen=True)
+class BaseAndDeltas:
+    """A base, its name, how its prompts are made, and deltas by name."""
+
+    base: str
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    named: Mapping[str, Path] = field(default_factory=dict)
+
+
+def what_is_asked(run: Path | None, model: str | None, deltas: Path | None) -> BaseAndDeltas:
+    """Raises ConfigError, DataError: as the flags' own commands do; a run has a head, which writes no text."""
+    from spectune.cli.input_rows import run_on
+    from spectune.cli.runs import RUNS, find_run
+    from spectune.embedded import NAME as TINY
+
+    if deltas is not None and not deltas.is_dir():
+        raise DataError(f"--deltas {deltas} is not a folder; expected one whose folders are deltas or runs")
+    if run is None and model is None:
+        if deltas is not None:
+            return _base_of_deltas(deltas)
+        try:
+            found = find_run(None)
+        except ConfigError:  # there is none yet
+            return BaseAndDeltas(TINY, TINY)
+        note(f"the newest run under {RUNS}/: {found.folder}")
+    else:
+        found = run_on(run, model)
+    return _of_run(found)
+
+
+def _of_run(found: Run) -> BaseAndDeltas:
+    if found.labels is not None:
+        raise ConfigError(f"{found.name} has a head, which gives labels and writes no text: spectune generate runs it")
+    name = _base_name(found.base)
+    if found.delta_folder is None:
+        return BaseAndDeltas(found.base, name)
+    folder = found.folder.absolute()
+    own = folder.parent.name if folder.name == "best" else folder.name
+    if (found.delta / "config.json").is_file():  # a fully tuned base is a base
+        return BaseAndDeltas(str(found.delta), own, found.config)
+    return BaseAndDeltas(found.base, name, {}, {own: found.delta})
+
+
+def _base_of_deltas(deltas: Path) -> BaseAndDeltas:
+    """The base that the first of the deltas names."""
+    from spectune.cli.runs import find_run
+    from spectune.embedded import NAME as TINY
+    from spectune.serving.catalogue import delta_in
+
+    first = next((folder for folder in sorted(deltas.iterdir()) if delta_in(folder) is not None), None)
+    if first is None:
+        return BaseAndDeltas(TINY, TINY)
+    base = find_run(first).base
+    note(f"base: {base}, as {first} has it")
+    return BaseAndDeltas(base, _base_name(base))
+
+
+def _base_name(base: str) -> str:
+    """What a base is called: its hub id, or the name of its folder."""
+    return Path(base).absolute().name if Path(base).is_dir() else base
+
+
+def settings_of(delta: Path) -> Mapping[str, Any]:
+    """How the rows that a delta was trained on were made into prompts. Raises DataError."""
+    from spectune.cli.runs import find_run
+
+    return find_run(delta).config
+
+
+def loader(base: str, how: Mapping[str, Any], rows: int | None, memory: int | None) -> Callable[[], Loaded]:
+    """Loads the base; `memory`: of the bank of its deltas, None where there is none."""
+
+    def load() -> Loaded:
+        import_libraries()
+        from spectune.serving.loaded import Loaded
+        from spectune.storage import load as load_base
+
+        model, tokenizer = load_base(base, **how)
+        if memory is None:
+            return Loaded.of(model, tokenizer, None, rows)
+        from spectune.storage import Bank
+
+        return Loaded.of(model, tokenizer, Bank(model, device_memory=memory), rows)
+
+    return load
