@@ -131,8 +131,8 @@ def _checked(batch: Batch, before: Before) -> Iterator[Asked]:
         number = one.number
         if number == before.lines and one.identity != before.last.get(IDENTITY):
             raise DataError(
-                f"line {number} of {batch.output} answers {IDENTITY} {before.last.get(IDENTITY)!r}, and {one.origin} has "
-                f"{one.identity!r}: --resume goes on with the same --input. Choose another --output for this one"
+                f"line {number} of {batch.output} answers {IDENTITY} {before.last.get(IDENTITY)!r}, and {one.origin} "
+                f"has {one.identity!r}: --resume goes on with the same --input. Choose another --output for this one"
             )
         yield one
     if number < before.lines:
@@ -220,7 +220,7 @@ class Writing:
             return True
         held, how = contextlib.ExitStack(), asked.how
         try:
-            name, delta, ids = self._ids(asked)
+            delta, ids = self._ids(asked)
             drawn = Sampling(how.seed, how.temperature, how.top_p, how.top_k) if how.sampled else None
             order = Order(tuple(ids), delta, how.max_new_tokens, drawn, how.stream, how.stop)
             ticket = self._loaded.begin(engine, order, held)
@@ -238,8 +238,8 @@ class Writing:
         self._running[ticket] = _Row(asked, self._loaded.text(how.stop), len(ids), held)
         return True
 
-    def _ids(self, asked: Asked) -> tuple[str, str | None, list[int]]:
-        """The model's name, its delta in the bank, and the prompt. Raises SpectuneError."""
+    def _ids(self, asked: Asked) -> tuple[str | None, list[int]]:
+        """The delta's name in the bank, and the prompt. Raises SpectuneError."""
         from spectune.data.asking import asked_ids
         from spectune.serving.catalogue import Entry, delta_in
 
@@ -257,11 +257,8 @@ class Writing:
             form = self._catalogue.form(entry)
             self._forms[name] = form, form.encoder(self._loaded.tokenizer)
         form, encoder = self._forms[name]
-        return (
-            name,
-            entry.delta,
-            asked_ids(row_asked(asked.record, form, self._loaded.tokenizer, asked.origin), encoder),
-        )
+        row = row_asked(asked.record, form, self._loaded.tokenizer, asked.origin)
+        return entry.delta, asked_ids(row, encoder)
 
     def _take(self, engine: Engine, written: Written) -> None:
         row = self._running.get(written.ticket)
@@ -310,9 +307,8 @@ class Writing:
         self._told = now
         new, seconds = self.lines - self._before.lines, max(now - self._began, 1e-9)
         failed = f", {self.failed:,} failed" if self.failed else ""
-        note(
-            f"{self.lines:,} lines{failed}; {new / seconds:,.1f} answers and {self.tokens / seconds:,.0f} tokens a second"
-        )
+        rates = f"{new / seconds:,.1f} answers and {self.tokens / seconds:,.0f} tokens a second"
+        note(f"{self.lines:,} lines{failed}; {rates}")
 
 
 def _known(asked: Asked) -> dict[str, Any]:

@@ -77,13 +77,9 @@ def generate(
     """
     if source is not None or output is not None:
         if prompts or data is not None or rows is not None:
-            raise ConfigError(
-                "with --input and --output, requests come from that file: leave out prompts, --data, --rows"
-            )
+            raise ConfigError("with --input and --output, requests come from a file: leave out prompts, --data, --rows")
         if source is None or output is None:
-            raise ConfigError(
-                "--input and --output go together: requests are read from one, answers written to the other"
-            )
+            raise ConfigError("--input and --output go together: requests are read there, and answers written here")
         place = {
             "device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision,
             "trust_remote_code": trust_remote_code, "allow_missing_weights": allow_missing_weights,
