@@ -20,9 +20,10 @@ NAMES = ("lora", "prefix", None, "bitfit")
 @pytest.fixture(scope="module")
 def deltas(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     """Three deltas that change what is written, saved as any program of the library's saves them."""
+    from tests.contract.conftest import move
+
     from spectune import attach, detach, load
     from spectune.methods import BitFit, LoRA, PrefixTuning
-    from tests.contract.conftest import move
 
     folder = tmp_path_factory.mktemp("deltas")
     model, _ = load(str(base), device="cpu")

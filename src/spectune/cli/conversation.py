@@ -51,9 +51,7 @@ class Conversation:
     def begin(self, system: str | None) -> None:
         """Forget what was said. Raises ConfigError: there is no place for a system message."""
         if system is not None and not self.turns:
-            raise ConfigError(
-                "this model has no chat template, or was trained on prompts: no system message"
-            )
+            raise ConfigError("this model has no chat template, or was trained on prompts: no system message")
         self.system, self._said = system, []
 
     def answer(self, text: str, how: How) -> Generator[str, None, None]:
