@@ -171,9 +171,9 @@ def test_no_more_is_held_than_a_window_of_requests(ask: Callable[..., Any], monk
     [
         (("--input", "in.jsonl"), 2, "--input and --output go together"),
         (("--output", "o"), 2, "--input and --output go together"),
-        (("--deltas", "d"), 2, "are for files: give --input and --output"),
-        (("--resume",), 2, "are for files: give --input and --output"),
-        (("--input", "in.jsonl", "--output", "o", "--rows", "3"), 2, "leave out prompts, --data, --rows"),
+        (("--deltas", "d"), 2, "--deltas is for files of requests: give --input and --output"),
+        (("--resume",), 2, "--resume is for files of requests: give --input and --output"),
+        (("--input", "in.jsonl", "--output", "o", "--rows", "3"), 2, "leave out --rows"),
         (("--input", "nothing.jsonl", "--output", "o"), 3, "nothing.jsonl: no such file"),
         (("--input", "in.jsonl", "--output", "in.jsonl"), 2, "--output in.jsonl is --input"),
         (("--input", "in.jsonl", "--output", "o", "--deltas", "nowhere"), 3, "nowhere is not a folder"),

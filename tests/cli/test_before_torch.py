@@ -53,6 +53,7 @@ MISTYPED: list[tuple[list[str], int, str]] = [
     (["compare", "--test", "none.jsonl"], 3, "none.jsonl: no such file"),
     (["compare", "--retain", "none.txt"], 3, "--retain none.txt: no such file"),
     (["plan", "--data", "none.jsonl"], 3, "none.jsonl: no such file"),
+    (["serve", "--deltas", "none"], 3, "--deltas none is not a folder"),
     (["validate", "--data", "none.jsonl"], 3, "none.jsonl: no such file"),
     (["train", "--data", "bad.jsonl"], 3, "bad.jsonl:1"),
     (["train", "--config", "none.yaml"], 2, "there is no such file"),

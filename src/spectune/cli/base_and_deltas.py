@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from spectune.cli.console import import_libraries, note
 from spectune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from spectune.cli.runs import Run
+    from spectune.serving.catalogue import Catalogue
     from spectune.serving.loaded import Loaded
+
+#: what is imported to write with a model, and takes long
+WRITING = ("transformers.modeling_utils", "spectune.storage.bases", "spectune.inference")
+LEAST_MEMORY = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,12 @@ class BaseAndDeltas:
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     named: Mapping[str, Path] = field(default_factory=dict)
+
+    def catalogue(self, deltas: Path | None) -> Catalogue:
+        """With the deltas of a folder. Raises ConfigError: one of them has the base's name."""
+        from spectune.serving.catalogue import Catalogue
+
+        return Catalogue(self.name, deltas, self.named, settings_of, self.settings)
 
 
 def what_is_asked(run: Path | None, model: str | None, deltas: Path | None) -> BaseAndDeltas:
@@ -85,11 +98,13 @@ def settings_of(delta: Path) -> Mapping[str, Any]:
     return find_run(delta).config
 
 
-def loader(base: str, how: Mapping[str, Any], rows: int | None, memory: int | None) -> Callable[[], Loaded]:
+def loader(
+    base: str, how: Mapping[str, Any], rows: int | None, memory: int | Literal["auto"] | None
+) -> Callable[[], Loaded]:
     """Loads the base; `memory`: of the bank of its deltas, None where there is none."""
 
     def load() -> Loaded:
-        import_libraries()
+        import_libraries(WRITING)
         from spectune.serving.loaded import Loaded
         from spectune.storage import load as load_base
 
@@ -98,6 +113,16 @@ def loader(base: str, how: Mapping[str, Any], rows: int | None, memory: int | No
             return Loaded.of(model, tokenizer, None, rows)
         from spectune.storage import Bank
 
-        return Loaded.of(model, tokenizer, Bank(model, device_memory=memory), rows)
+        size = memory_for_deltas(model) if memory == "auto" else memory
+        return Loaded.of(model, tokenizer, Bank(model, device_memory=size), rows)
 
     return load
+
+
+def memory_for_deltas(model: PreTrainedModel) -> int:
+    """A quarter of what is free beside the base on a GPU; 2 GiB elsewhere, and at least."""
+    import torch
+
+    if model.device.type != "cuda":
+        return LEAST_MEMORY
+    return max(LEAST_MEMORY, torch.cuda.mem_get_info(model.device)[0] // 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import shlex
@@ -14,19 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectune.cli.base_and_deltas import loader, settings_of, what_is_asked
+from spectune.cli.base_and_deltas import loader, what_is_asked
 from spectune.cli.console import note
 from spectune.data.requests import IDENTITY, Asked, How, requests, row_asked
-from spectune.errors import ConfigError, DataError, InterruptedRun, SpectuneError, WriteError, first_line
+from spectune.errors import DataError, InterruptedRun, SpectuneError, WriteError, first_line
 from spectune.files.line_file import LineFile, line_file
 from spectune.files.strict_json import strict_json
-from spectune.sizes import bytes_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from spectune.data.asking import PromptForm
     from spectune.data.encoding import RowEncoder
     from spectune.inference import Engine, Ticket, Written
     from spectune.inference.written_text import WrittenText
-    from spectune.serving.catalogue import Catalogue
+    from spectune.serving.catalogue import Catalogue, Entry
     from spectune.serving.loaded import Loaded
 
 #: how every line begins, and with it every file
@@ -56,7 +57,7 @@ class Batch:
     model: str | None
     deltas: Path | None
     usual: How
-    device_memory: str
+    device_memory: int
     place: dict[str, Any]
 
 
@@ -68,8 +69,6 @@ def answered(batch: Batch) -> dict[str, Any]:
         WriteError: the disk is full; all lines but the last are there.
         InterruptedRun: likewise.
     """
-    _check(batch)
-    memory = bytes_of(batch.device_memory, "--device-memory")
     with line_file(batch.output, resume=batch.resume, begins=BEGINS) as file:
         before = Before.of(file)
         asked = itertools.dropwhile(lambda one: one.number <= before.lines, _checked(batch, before))
@@ -77,11 +76,10 @@ def answered(batch: Batch) -> dict[str, Any]:
         if first is None:  # nothing is loaded for nothing
             return before.result(tokens=0)
         what = what_is_asked(batch.run, batch.model, batch.deltas)
-        from spectune.serving.catalogue import Catalogue
-
-        catalogue = Catalogue(what.name, batch.deltas, what.named, settings_of, what.settings)
-        loaded = loader(what.base, batch.place, None, memory)()
-        writing = Writing(loaded, catalogue, next(iter(what.named), what.name), file, before)
+        catalogue = what.catalogue(batch.deltas)
+        loaded = loader(what.base, batch.place, None, batch.device_memory)()
+        usual = next(iter(what.named), what.name)
+        writing = Writing(loaded, Prompts(catalogue, loaded.tokenizer, usual), file, before)
         try:
             writing.all_of(itertools.chain([first], asked))
         except KeyboardInterrupt as error:
@@ -144,16 +142,6 @@ def _checked(batch: Batch, before: Before) -> Iterator[Asked]:
         raise DataError(f"{batch.source} holds no request")
 
 
-def _check(batch: Batch) -> None:
-    from spectune.data.reading import missing
-
-    if (problem := missing(str(batch.source))) is not None:
-        raise DataError(f"--input {problem}")
-    with contextlib.suppress(OSError):
-        if batch.output.samefile(batch.source):
-            raise ConfigError(f"--output {batch.output} is --input: choose another name")
-
-
 @dataclass(eq=False)
 class _Row:
     """A request that is being written. `held`: what is given back when it ends."""
@@ -165,20 +153,55 @@ class _Row:
     tokens: int = 0
 
 
+class Prompts:
+    """Makes the prompt of each request as rows were made that its model was trained on.
+
+    Args:
+        usual: the model of requests that name none.
+    """
+
+    def __init__(self, catalogue: Catalogue, tokenizer: PreTrainedTokenizerBase, usual: str) -> None:
+        self._catalogue, self._tokenizer, self._usual = catalogue, tokenizer, usual
+        self._forms: dict[str, tuple[PromptForm, RowEncoder]] = {}
+
+    def of(self, asked: Asked) -> tuple[str | None, list[int]]:
+        """The delta's name in the bank, and the ids. Raises SpectuneError."""
+        from spectune.data.asking import asked_ids
+
+        name = asked.delta or self._usual
+        entry = self._entry(name, named=asked.delta is not None)
+        if name not in self._forms:
+            if len(self._forms) >= _FORMS:
+                self._forms.clear()
+            form = self._catalogue.form(entry)
+            self._forms[name] = form, form.encoder(self._tokenizer)
+        form, encoder = self._forms[name]
+        return entry.delta, asked_ids(row_asked(asked.record, form, self._tokenizer, asked.origin), encoder)
+
+    def _entry(self, name: str, *, named: bool) -> Entry:
+        from spectune.serving.catalogue import Entry, delta_in
+
+        if (entry := self._catalogue.find(name)) is not None:
+            return entry
+        folder = delta_in(Path(name)) if named else None
+        if folder is None:
+            where = f" in {self._catalogue.deltas}" if self._catalogue.deltas is not None else ""
+            raise DataError(f"no delta {name!r}{where}, and no folder of that name holds one")
+        return Entry(name, str(folder.absolute()), 0)
+
+
 class Writing:
     """Requests go into rows of the engine as they become free, and answers to the file in the order of requests.
 
     Args:
-        usual: the model of requests that name none.
         before: lines that are there already.
     """
 
-    def __init__(self, loaded: Loaded, catalogue: Catalogue, usual: str, file: LineFile, before: Before) -> None:
-        self._loaded, self._catalogue, self._usual, self._file, self._before = loaded, catalogue, usual, file, before
+    def __init__(self, loaded: Loaded, prompts: Prompts, file: LineFile, before: Before) -> None:
+        self._loaded, self._prompts, self._file, self._before = loaded, prompts, file, before
         self.lines, self.failed, self.tokens = before.lines, 0, 0
         self._done: dict[int, dict[str, Any]] = {}
         self._running: dict[Ticket, _Row] = {}
-        self._forms: dict[str, tuple[Any, RowEncoder]] = {}
         self._began = self._told = time.monotonic()
 
     def all_of(self, asked: Iterator[Asked]) -> None:
@@ -213,14 +236,14 @@ class Writing:
     def _begin(self, engine: Engine, asked: Asked) -> bool:
         """Give a request a row. Returns whether it has one, or cannot be answered; False: its delta has no room yet."""
         from spectune.inference import Sampling
-        from spectune.serving.order import Order
+        from spectune.serving.orders import Order
 
         if asked.problem is not None:
             self._fail(asked, asked.problem)
             return True
         held, how = contextlib.ExitStack(), asked.how
         try:
-            delta, ids = self._ids(asked)
+            delta, ids = self._prompts.of(asked)
             drawn = Sampling(how.seed, how.temperature, how.top_p, how.top_k) if how.sampled else None
             order = Order(tuple(ids), delta, how.max_new_tokens, drawn, how.stream, how.stop)
             ticket = self._loaded.begin(engine, order, held)
@@ -237,28 +260,6 @@ class Writing:
             raise
         self._running[ticket] = _Row(asked, self._loaded.text(how.stop), len(ids), held)
         return True
-
-    def _ids(self, asked: Asked) -> tuple[str | None, list[int]]:
-        """The delta's name in the bank, and the prompt. Raises SpectuneError."""
-        from spectune.data.asking import asked_ids
-        from spectune.serving.catalogue import Entry, delta_in
-
-        name = asked.delta or self._usual
-        entry = self._catalogue.find(name)
-        if entry is None:
-            folder = delta_in(Path(name)) if asked.delta is not None else None
-            if folder is None:
-                where = f" in {self._catalogue.deltas}" if self._catalogue.deltas is not None else ""
-                raise DataError(f"no delta {name!r}{where}, and no folder of that name holds one")
-            entry = Entry(name, str(folder.absolute()), 0)
-        if name not in self._forms:
-            if len(self._forms) >= _FORMS:
-                self._forms.clear()
-            form = self._catalogue.form(entry)
-            self._forms[name] = form, form.encoder(self._loaded.tokenizer)
-        form, encoder = self._forms[name]
-        row = row_asked(asked.record, form, self._loaded.tokenizer, asked.origin)
-        return entry.delta, asked_ids(row, encoder)
 
     def _take(self, engine: Engine, written: Written) -> None:
         row = self._running.get(written.ticket)
@@ -320,11 +321,3 @@ def _known(asked: Asked) -> dict[str, Any]:
 def _again() -> str:
     words = ["spectune", *sys.argv[1:]]
     return shlex.join(words if "--resume" in words else [*words, "--resume"])
-
-
-def usual_of(max_new_tokens: int, do_sample: bool, temperature: float, top_p: float, seed: int | None) -> How:
-    """The command's own flags."""
-    plain = How(max_new_tokens)
-    if not do_sample:
-        return plain
-    return dataclasses.replace(plain, temperature=temperature, top_p=top_p, seed=seed or 0)

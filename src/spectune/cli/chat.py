@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
-from spectune.cli.base_and_deltas import loader, settings_of, what_is_asked
-from spectune.cli.batch import usual_of
+from spectune.cli.base_and_deltas import loader, what_is_asked
 from spectune.cli.console import note, work
 from spectune.errors import InterruptedRun, SpectuneError
 from spectune.files.plain_text import plain
@@ -36,6 +35,7 @@ _MEMORY = 2**40
 
 
 def chat(
+    context: typer.Context,
     run: options.Run = None,
     model: options.BaseOfRun = None,
     system: Annotated[str | None, typer.Option(help="System message.", show_default="the run's own")] = None,
@@ -65,17 +65,16 @@ def chat(
       spectune chat --model Qwen/Qwen3-0.6B --do-sample --temperature 0.7
       echo "Who are you?" | spectune chat
     """
-    from spectune.cli.conversation import Conversation
-
     with work():
+        from spectune.cli.conversation import Conversation
+        from spectune.data.requests import How
+
         what = what_is_asked(run, model, None)
         place = {
             "device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision,
             "trust_remote_code": trust_remote_code, "allow_missing_weights": allow_missing_weights,
         }  # fmt: skip
-        from spectune.serving.catalogue import Catalogue
-
-        catalogue = Catalogue(what.name, None, what.named, settings_of, what.settings)
+        catalogue = what.catalogue(None)
         entry = catalogue.find(next(iter(what.named), what.name))
         assert entry is not None, "it is one of its own"
         form = catalogue.form(entry)
@@ -84,7 +83,7 @@ def chat(
             if system is not None:
                 talk.begin(system)
             note(f"{entry.name}: {talk.kind}. /help lists what else a line may be")
-            _talk(talk, usual_of(max_new_tokens, do_sample, temperature, top_p, seed))
+            _talk(talk, How.of(context.params))
 
 
 def _talk(talk: Conversation, how: How) -> None:

@@ -11,7 +11,7 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectune.compute import allocator_settings
@@ -84,14 +84,15 @@ def _write(stream: Any, text: str) -> None:
         below.flush()
 
 
-def import_libraries() -> None:
-    """Import torch, transformers and what trains, once a command's words are checked, without the garbage collector: it
-    would look again and again at what a hundred thousand lines of imports make, and find nothing to collect."""
+def import_libraries(names: Sequence[str] = LIBRARIES) -> None:
+    """Import torch, transformers and what trains, or what is named, once a command's words are checked, without the
+    garbage collector: it would look again and again at what a hundred thousand lines of imports make, and find nothing
+    to collect."""
     if "torch" in sys.modules:
         return
     gc.disable()
     try:
-        for name in LIBRARIES:
+        for name in names:
             importlib.import_module(name)
     finally:
         gc.freeze()

@@ -11,7 +11,7 @@ from spectune.cli.console import note
 from spectune.data.asking import PromptForm, asked_ids
 from spectune.errors import ConfigError
 from spectune.inference import Sampling
-from spectune.serving.order import Order
+from spectune.serving.orders import Order
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectune.cli import options
+from spectune.cli.batch_flags import answer_file, wants_files
 from spectune.cli.console import note, print_answer, say, work
 from spectune.cli.heads import as_learned
 from spectune.cli.input_rows import rows_of, rows_of_run, run_on
@@ -32,6 +33,7 @@ DeviceMemory = Annotated[
 
 
 def generate(
+    context: typer.Context,
     prompts: Prompts = None,
     run: options.Run = None,
     model: options.BaseOfRun = None,
@@ -75,29 +77,14 @@ def generate(
       spectune generate --input requests.jsonl --output answers.jsonl --deltas deltas
       spectune generate --input requests.jsonl --output answers.jsonl --deltas deltas --resume
     """
-    if source is not None or output is not None:
-        if prompts or data is not None or rows is not None:
-            raise ConfigError("with --input and --output, requests come from a file: leave out prompts, --data, --rows")
-        if source is None or output is None:
-            raise ConfigError("--input and --output go together: requests are read there, and answers written here")
-        place = {
-            "device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision,
-            "trust_remote_code": trust_remote_code, "allow_missing_weights": allow_missing_weights,
-        }  # fmt: skip
-        usual = (max_new_tokens, do_sample, temperature, top_p, seed)
-        where = (source, output, resume, run, model, deltas)
-        return _batch(where, usual, device_memory or "2GiB", place, as_json=as_json)
-    if deltas is not None or resume or device_memory is not None:
-        raise ConfigError("--deltas, --device-memory and --resume are for files: give --input and --output, too")
+    if wants_files(context.params):
+        return answer_file(context.params)
     if prompts and data is not None:
         raise ConfigError("prompts come from the command line or from --data, not from both")
     found = run_on(run, model).allowing(trust_remote_code, allow_missing_weights)
     with work(as_json=as_json) as out:
         if prompts:
-            from spectune.data.asking import PromptForm
-
-            form = PromptForm.of(found.config)
-            asked, source = [form.prompt(text, f"prompt {n}", note) for n, text in enumerate(prompts, start=1)], ""
+            asked, source = _typed(prompts, found), ""
         else:
             read = rows_of_run(found) if data is None else rows_of(data, "test", found.row_options)
             given = as_learned(found.config, read[0])
@@ -123,22 +110,11 @@ def generate(
     print_answer({"run": found.folder_name, "base": found.base, "outputs": written}, as_json=as_json)
 
 
-def _batch(
-    where: tuple[Any, ...], usual: tuple[int, bool, float, float, int | None], device_memory: str,
-    place: dict[str, Any], *, as_json: bool,
-) -> None:  # fmt: skip
-    from spectune.cli.batch import Batch, answered, usual_of
+def _typed(prompts: list[str], run: Run) -> list[Row]:
+    from spectune.data.asking import PromptForm
 
-    with work(as_json=as_json):
-        found = answered(Batch(*where, usual_of(*usual), device_memory, place))
-        output = where[1]
-        if found["failed"]:
-            note(f"{found['failed']:,} of {found['lines']:,} requests failed: their lines in {output} have `error`")
-        else:
-            note(f"all {found['lines']:,} requests are answered in {output}")
-    print_answer({"output": str(output), **found}, as_json=as_json)
-    if found["failed"]:
-        raise typer.Exit(1)
+    form = PromptForm.of(run.config)
+    return [form.prompt(text, f"prompt {number}", note) for number, text in enumerate(prompts, start=1)]
 
 
 def _written(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from spectune.cli import options
-from spectune.cli.base_and_deltas import loader, settings_of, what_is_asked
+from spectune.cli.base_and_deltas import loader, what_is_asked
 from spectune.cli.console import note, work
 from spectune.errors import ConfigError
 from spectune.sizes import bytes_of
+
+if TYPE_CHECKING:
+    from spectune.serving.server import Serving
 
 Deltas = Annotated[
     Path | None,
@@ -27,34 +30,45 @@ ApiKey = Annotated[
     str | None,
     typer.Option(envvar="SPECTUNE_API_KEY", help="What clients have to send as their API key.", show_default="none"),
 ]
+Base = Annotated[
+    str | None,
+    typer.Option("--model", help="Base: a hub id, a local folder, or spectune-tiny (embedded).",
+                 show_default="that of the run or the deltas, else spectune-tiny"),
+]  # fmt: skip
+Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of this machine's.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 is any that is free.")]
+Rows = Annotated[int | None, typer.Option(min=1, help="Answers written at once.", show_default="16, on a GPU 64")]
+Queue = Annotated[int, typer.Option(min=1, help="Answers that are written or wait; more get a 429.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens of an answer.")]
+RequestTimeout = Annotated[float, typer.Option(min=1, help="Seconds for a request, waiting included.")]
+ShutdownTimeout = Annotated[float, typer.Option(min=1, help="Seconds for running requests at the end.")]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory for deltas on the device, such as 8GiB.",
+                 show_default="2GiB, on a GPU a quarter of what the base leaves"),
+]  # fmt: skip
 _EXTRA = ("uvicorn",)
 
 
 def serve(
     run: ServedRun = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="Base: a hub id, a local folder, or spectune-tiny (embedded).",
-                     show_default="that of the run or the deltas, else spectune-tiny"),
-    ] = None,
+    model: Base = None,
     deltas: Deltas = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 is any that is free.")] = 8000,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     api_key: ApiKey = None,
-    max_rows: Annotated[
-        int | None, typer.Option(min=1, help="Answers written at once.", show_default="16, on a GPU 64")
-    ] = None,
-    max_queue: Annotated[int, typer.Option(min=1, help="Answers that are written or wait; more get a 429.")] = 512,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens of an answer.")] = 4096,
-    request_timeout: Annotated[float, typer.Option(min=1, help="Seconds for a request, waiting included.")] = 600.0,
-    shutdown_timeout: Annotated[float, typer.Option(min=1, help="Seconds for running requests at the end.")] = 30.0,
-    device_memory: Annotated[str, typer.Option(help="Memory for deltas on the device, such as 2GiB.")] = "2GiB",
+    max_rows: Rows = None,
+    max_queue: Queue = 512,
+    max_new_tokens: NewTokens = 4096,
+    request_timeout: RequestTimeout = 600.0,
+    shutdown_timeout: ShutdownTimeout = 30.0,
+    device_memory: DeviceMemory = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     allow_missing_weights: options.AllowMissingWeights = False,
-) -> None:  # fmt: skip
+) -> None:
     """Serve a base and any number of its deltas over HTTP as OpenAI's API does: /v1/models, /v1/chat/completions and
     /v1/completions, with streaming; /health and /metrics (Prometheus). `model` of a request is the base or a delta:
     requests for different deltas, of any methods, are answered in one batch.
@@ -72,32 +86,40 @@ def serve(
       curl localhost:8000/v1/models
     """
     _check_extra()
-    memory = bytes_of(device_memory, "--device-memory")
+    memory: int | Literal["auto"] = "auto" if device_memory is None else bytes_of(device_memory, "--device-memory")
     if api_key is not None and (not api_key.strip() or not api_key.isascii()):
         raise ConfigError("--api-key is empty or has letters beyond ASCII, which no header holds; expected a key")
     from spectune.serving.bounds import Bounds
-    from spectune.serving.catalogue import Catalogue
-    from spectune.serving.server import Serving, address_of, is_local, listen
-    from spectune.serving.server import serve as run_server
+    from spectune.serving.server import Serving
 
+    bounds = Bounds(
+        max_rows, max_queue, max_new_tokens, request_seconds=request_timeout, drain_seconds=shutdown_timeout
+    )
+    how = {
+        "device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision,
+        "trust_remote_code": trust_remote_code, "allow_missing_weights": allow_missing_weights,
+    }  # fmt: skip
     with work():
         what = what_is_asked(run, model, deltas)
-        catalogue = Catalogue(what.name, deltas, what.named, settings_of, what.settings)
-        bounds = Bounds(
-            max_rows, max_queue, max_new_tokens, request_seconds=request_timeout, drain_seconds=shutdown_timeout
-        )
-        how = {
-            "device": device or "auto", "dtype": dtype or "auto", "base_precision": base_precision,
-            "trust_remote_code": trust_remote_code, "allow_missing_weights": allow_missing_weights,
-        }  # fmt: skip
-        listening = listen(host, port)
-        served = what.name if not catalogue.has_deltas else f"{what.name} and its deltas"
-        note(f"serving {served} at {address_of(listening)}/v1 (Ctrl-C stops it)")
-        if api_key is None and not is_local(host):
-            note(f"warning: anybody who reaches {host} may use this server: set SPECTUNE_API_KEY, or leave out --host")
+        catalogue = what.catalogue(deltas)
         load = loader(what.base, how, max_rows, memory if catalogue.has_deltas else None)
-        code = run_server(Serving(load, catalogue, host, api_key, bounds, note), listening)
+        code = _run(Serving(load, catalogue, host, api_key, bounds, note), port)
     raise typer.Exit(code)
+
+
+def _run(serving: Serving, port: int) -> int:
+    """Serve until a signal comes; the exit code."""
+    from spectune.serving import server
+
+    listening = server.listen(serving.host, port)
+    names = f"{serving.catalogue.base}{' and its deltas' if serving.catalogue.has_deltas else ''}"
+    note(f"serving {names} at {server.address_of(listening)}/v1 (Ctrl-C stops it)")
+    if serving.api_key is None and not server.is_local(serving.host):
+        note(
+            f"warning: anybody who reaches {serving.host} may use this server: set SPECTUNE_API_KEY, or leave out "
+            "--host"
+        )
+    return server.serve(serving, listening)
 
 
 def _check_extra() -> None:

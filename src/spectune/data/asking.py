@@ -49,12 +49,15 @@ class PromptForm:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> PromptForm:
         """Of a run's settings; an empty mapping is a model as it is."""
-        texts = {key: str(config.get(key) or "") for key in ("prompt_ends_with", "separator")}
-        asis = {key: config.get(key) for key in ("row_shape", "row_tools", "row_template_kwargs")}
-        optional = {
-            key: None if config.get(key) is None else str(config[key]) for key in ("row_system", "template_date")
-        }
-        return cls(**texts, **asis, **optional, train_on=str(config.get("train_on") or "all"))
+
+        def text(key: str) -> str | None:
+            return None if config.get(key) is None else str(config[key])
+
+        return cls(
+            config.get("row_shape"), text("prompt_ends_with") or "", text("row_system"), config.get("row_tools"),
+            config.get("row_template_kwargs"), text("separator") or "", text("train_on") or "all",
+            text("template_date"),
+        )  # fmt: skip
 
     def prompt(self, typed: str, origin: str, note: Callable[[str], None] = lambda _: None) -> Row:
         """A typed prompt as a row without an answer.

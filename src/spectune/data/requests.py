@@ -40,6 +40,15 @@ class How:
     stop: tuple[str, ...] = ()
     stream: int = 0
 
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> How:
+        """Of a command's flags; sampling is for `do_sample` alone."""
+        plain = cls(flags["max_new_tokens"])
+        if not flags["do_sample"]:
+            return plain
+        drawn = {"temperature": flags["temperature"], "top_p": flags["top_p"], "seed": flags["seed"] or 0}
+        return dataclasses.replace(plain, **drawn)
+
     @property
     def sampled(self) -> bool:
         return self.temperature > 0

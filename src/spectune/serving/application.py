@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from spectune.serving.api_error import ApiError
-from spectune.serving.call import Call, ClientLeft, Receive, Scope, Send, as_json
 from spectune.serving.catalogue import Entry
 from spectune.serving.desk import Desk
+from spectune.serving.http_call import Call, ClientLeft, Receive, Scope, Send, as_json
 from spectune.serving.wanted import Wanted, read_json, wanted
 
 log = logging.getLogger("spectune")

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spectune.errors import (
@@ -21,24 +22,29 @@ from spectune.errors import (
     first_line,
 )
 from spectune.serving.api_error import ApiError, invalid
+from spectune.serving.asked_prompts import AskedPrompts, room_for
 from spectune.serving.bounds import Bounds
 from spectune.serving.catalogue import Catalogue, Entry
 from spectune.serving.counters import Counters
 from spectune.serving.openai_format import Answer
-from spectune.serving.order import Job, Order, Piece
+from spectune.serving.orders import Job, Order, Piece
 from spectune.serving.wanted import Wanted
 from spectune.serving.worker import Delivery, Worker
 
 if TYPE_CHECKING:
     from spectune.data.asking import PromptForm
-    from spectune.data.encoding import RowEncoder
     from spectune.serving.loaded import Loaded
 
 log = logging.getLogger("spectune")
 
 STOPPING = "the server is stopping"
-#: characters that a token stands for at most, as a bound: a longer text is not even tokenized
-_CHARACTERS = 128
+
+
+@dataclass
+class _Places:
+    """Places in the queue that a request has."""
+
+    left: int
 
 
 class Desk:
@@ -47,19 +53,20 @@ class Desk:
     Attributes:
         state: "loading", "ok", "stopping" or "failed".
         failure: why it is "failed".
+        choices: that were taken and are not written.
     """
 
     def __init__(self, catalogue: Catalogue, bounds: Bounds, counters: Counters) -> None:
         self.catalogue, self.bounds, self.counters = catalogue, bounds, counters
         self.state = "loading"
         self.failure: BaseException | None = None
-        self._choices = 0  # that were taken and are not done
+        self.choices = 0
         self._ready: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
         self._ready.add_done_callback(_looked_at)
         # tokenizers and templates run on one thread, files of deltas are read on another: neither waits for a step
         self._encoding = ThreadPoolExecutor(1, "spectune-encoding")
         self._reading = ThreadPoolExecutor(1, "spectune-reading")
-        self._encoders: dict[tuple[Any, ...], RowEncoder] = {}
+        self._prompts = AskedPrompts()
         self.worker: Worker | None = None
 
     def open(self, worker: Worker) -> None:
@@ -101,9 +108,9 @@ class Desk:
             ApiError: the request is refused, or a choice cannot be written.
         """
         self.entry(wanted.model)
-        with self._taken(wanted):
+        with self._taken(wanted) as places:
             loaded = await asyncio.shield(self._ready)
-            job, inbox = await self._job(loaded, wanted)
+            job, inbox = await self._job(loaded, wanted, places)
             yield Answer(wanted, loaded.names, sum(len(order.ids) for order in job.orders[:: wanted.n]))
             worker, left = self.worker, wanted.choices
             assert worker is not None
@@ -121,7 +128,6 @@ class Desk:
                         if piece.error is not None:
                             raise as_api_error(piece.error, wanted.model)
                         left -= piece.last
-                    self.counters.count("tokens_total", sum(piece.tokens for piece in found), kind="completion")
                     yield found
             finally:
                 if left:
@@ -129,26 +135,24 @@ class Desk:
                     worker.cancel(job)
 
     @contextlib.contextmanager
-    def _taken(self, wanted: Wanted) -> Iterator[None]:
-        """A place in the queue for each choice. Raises ApiError: there is none, or no such model."""
+    def _taken(self, wanted: Wanted) -> Iterator[_Places]:
+        """A place in the queue for each choice, until it is written, whenever its client takes it. Raises ApiError:
+        there is none."""
         if self.state not in ("ok", "loading"):
             raise ApiError(503, STOPPING, code="stopping")
-        if self._choices + wanted.choices > self.bounds.max_queue:
+        if self.choices + wanted.choices > self.bounds.max_queue:
             self.counters.count("refused_total", reason="queue")
             raise ApiError(
-                429, f"{self._choices:,} choices are being written or wait, and there is room for "
+                429, f"{self.choices:,} choices are being written or wait, and there is room for "
                 f"{self.bounds.max_queue:,}; try again in a moment", code="queue_full", headers={"retry-after": "1"}
             )  # fmt: skip
-        self._choices += wanted.choices
+        places = _Places(wanted.choices)
+        self.choices += places.left
         try:
-            yield
+            yield places
         finally:
-            self._choices -= wanted.choices
-
-    @property
-    def choices(self) -> int:
-        """Choices that were taken and are not done."""
-        return self._choices
+            self.choices -= places.left
+            places.left = 0
 
     def entry(self, name: str) -> Entry:
         """The model of a name. Raises ApiError (404)."""
@@ -160,14 +164,22 @@ class Desk:
                            "GET /v1/models names those that do", param="model", code="model_not_found")  # fmt: skip
         return found
 
-    async def _job(self, loaded: Loaded, wanted: Wanted) -> tuple[Job, asyncio.Queue[Piece]]:
+    async def _job(self, loaded: Loaded, wanted: Wanted, places: _Places) -> tuple[Job, asyncio.Queue[Piece]]:
         """The orders of a request, and where their pieces come in."""
         loop = asyncio.get_running_loop()
         entry, form = await loop.run_in_executor(self._reading, self._opened, loaded, wanted.model)
-        prompts = await loop.run_in_executor(self._encoding, self._prompts, loaded, wanted, form)
+        prompts = await loop.run_in_executor(self._encoding, self._prompts.ids, loaded, wanted, form)
         self.counters.count("tokens_total", sum(map(len, prompts)), kind="prompt")
         inbox: asyncio.Queue[Piece] = asyncio.Queue()
-        return Job(tuple(self._orders(loaded, wanted, entry, prompts)), inbox.put_nowait), inbox
+
+        def deliver(piece: Piece) -> None:
+            self.counters.count("tokens_total", piece.tokens, kind="completion")
+            if piece.last and places.left:
+                places.left -= 1
+                self.choices -= 1
+            inbox.put_nowait(piece)
+
+        return Job(tuple(self._orders(loaded, wanted, entry, prompts)), deliver), inbox
 
     def _opened(self, loaded: Loaded, name: str) -> tuple[Entry, PromptForm]:
         """A model with its files read, and how its prompts are made. Raises ApiError."""
@@ -187,60 +199,10 @@ class Desk:
             seed = secrets.randbits(62) if drawing.seed is None else drawing.seed
             sampling = Sampling(seed, drawing.temperature, drawing.top_p, drawing.top_k)
         for place, ids in enumerate(prompts):
-            room = self._room(loaded, wanted, len(ids))
+            room = room_for(loaded, wanted, len(ids), self.bounds)
             for number in range(wanted.n):
                 stream = place * wanted.n + number
                 yield Order(ids, entry.delta, room, sampling, stream, wanted.stops, wanted.logprobs)
-
-    def _room(self, loaded: Loaded, wanted: Wanted, prompt: int) -> int:
-        """How many tokens may follow a prompt. Raises ApiError: not so many as are wanted."""
-        most, asked = loaded.context, wanted.max_tokens
-        if most is not None and prompt + (asked or 1) > most:
-            part = "messages" if wanted.chat else "prompt"
-            raise invalid(
-                f"this model's context is {most:,} tokens, and {prompt + (asked or 1):,} were requested ({prompt:,} in "
-                f"the {part}, {asked or 1:,} for the answer); shorten the {part}, or ask for fewer", part,
-                "context_length_exceeded",
-            )  # fmt: skip
-        room = self.bounds.max_new_tokens if most is None else min(self.bounds.max_new_tokens, most - prompt)
-        return room if asked is None else asked
-
-    def _prompts(self, loaded: Loaded, wanted: Wanted, form: PromptForm) -> list[tuple[int, ...]]:
-        """Token ids of the prompts of a request. Raises ApiError."""
-        from spectune.data.asking import asked_ids
-
-        part = "messages" if wanted.chat else "prompt"
-        try:
-            if wanted.messages is not None:
-                self._check_length(loaded, sum(len(str(m.get("content") or "")) for m in wanted.messages), part)
-                row = form.chat(list(wanted.messages), loaded.tokenizer)
-                return [tuple(asked_ids(row, self._encoder(loaded, form)))]
-            found = list[tuple[int, ...]]()
-            for number, prompt in enumerate(wanted.prompts or (), start=1):
-                if isinstance(prompt, tuple):
-                    found.append(_checked(prompt, loaded.vocabulary))
-                    continue
-                self._check_length(loaded, len(prompt), part)
-                row = form.prompt(prompt, f"prompt {number}")
-                found.append(tuple(asked_ids(row, self._encoder(loaded, form))))
-            return found
-        except SpectuneError as error:
-            folder = f" ({loaded.tokenizer.name_or_path})"  # nothing of the server's files
-            raise invalid(str(error).replace(folder, ""), part, "invalid_prompt") from error
-
-    def _check_length(self, loaded: Loaded, characters: int, part: str) -> None:
-        if loaded.context is not None and characters > loaded.context * _CHARACTERS:
-            raise invalid(
-                f"the {part} has {characters:,} characters, more than this model's context of {loaded.context:,} "
-                "tokens holds", part, "context_length_exceeded",
-            )  # fmt: skip
-
-    def _encoder(self, loaded: Loaded, form: PromptForm) -> RowEncoder:
-        """One for all deltas whose rows were made into text in the same way."""
-        key = (form.separator, form.train_on, form.template_date)
-        if key not in self._encoders:
-            self._encoders[key] = form.encoder(loaded.tokenizer)
-        return self._encoders[key]
 
 
 def as_api_error(error: BaseException, model: str, *, of_model: bool = False) -> ApiError:
@@ -264,13 +226,6 @@ def as_api_error(error: BaseException, model: str, *, of_model: bool = False) ->
         return invalid(str(error), code="invalid_request")
     log.error("a request for %r failed: %s", model, first_line(error), exc_info=error)
     return ApiError(500, "an error of the server; its log says more", code="internal_error")
-
-
-def _checked(ids: tuple[int, ...], vocabulary: int) -> tuple[int, ...]:
-    wrong = next((token for token in ids if not 0 <= token < vocabulary), None)
-    if wrong is not None:
-        raise ConfigError(f"prompt holds the token id {wrong}; expected ids from 0 to {vocabulary - 1}")
-    return ids
 
 
 def _looked_at(future: asyncio.Future[Any]) -> None:

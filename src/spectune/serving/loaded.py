@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectune.errors import BankFullError
 from spectune.serving.openai_format import TokenNames
-from spectune.serving.order import Order
+from spectune.serving.orders import Order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 #: rows that are written at once where nobody says
 ROWS = {"cpu": 16}
 ROWS_ELSEWHERE = 64
+#: decoding steps of a server: what takes long once to be faster ever after is worth its time
+_NO_END = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Loaded:
         from spectune.inference import Engine
 
         rows = self.rows or ROWS.get(self.model.device.type, ROWS_ELSEWHERE)
-        return Engine(self.model, rows=rows, pad_token_id=self.pad_token_id)
+        return Engine(self.model, rows=rows, pad_token_id=self.pad_token_id, expected_steps=_NO_END)
 
     def text(self, stops: Sequence[str]) -> WrittenText:
         from spectune.inference.written_text import WrittenText

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from spectune.serving.order import Piece, Score
+from spectune.serving.orders import Piece, Score
 from spectune.serving.wanted import Wanted
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from spectune.errors import SpectuneError, first_line
-from spectune.serving.order import Job, Order, Piece, Score
+from spectune.serving.orders import Job, Order, Piece, Score
 
 if TYPE_CHECKING:
     from spectune.inference import Engine, Ticket, Written
@@ -108,6 +108,7 @@ class Worker:
                     self._failed(SpectuneError(f"decoding fails again and again: {first_line(error)}"))
                     return
         self._give_up_rows(engine, SpectuneError("the server was stopped"))
+        engine.close()
 
     def _turn(self, engine: Engine, served: Loaded) -> None:
         """New orders, then a step."""
@@ -149,14 +150,20 @@ class Worker:
         """Give the rows that are free to those who wait, in the order in which they came; who cannot have one is told
         why."""
         refused: Delivery = []
+        emptied = False
         while self._waiting and len(self._running) < engine.rows:
             row = self._waiting[0]
             try:
                 ticket = served.begin(engine, row.order, row.held)
             except Exception as error:
                 row.held.close()
-                if served.is_full(error) and self._running:  # until a row ends
-                    break
+                if served.is_full(error):
+                    if self._running:  # until a row ends
+                        break
+                    if not emptied:  # of tables that were made for rows which have ended
+                        engine.close()
+                        emptied = True
+                        continue
                 refused.append((row.job, Piece(row.choice, error=error)))
             else:
                 self._running[ticket] = row
