@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +17,13 @@ from spectune.cli.labelled_rows import labelled
 from spectune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from spectune.cli.runs import Run
     from spectune.data import Row
+
+#: rows of --data, where nobody says
+FEW = 5
 
 Prompts = Annotated[
     list[str] | None,
@@ -82,18 +88,9 @@ def generate(
     if prompts and data is not None:
         raise ConfigError("prompts come from the command line or from --data, not from both")
     found = run_on(run, model).allowing(trust_remote_code, allow_missing_weights)
+    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed or 0} if do_sample else None
     with work(as_json=as_json) as out:
-        if prompts:
-            asked, source = _typed(prompts, found), ""
-        else:
-            read = rows_of_run(found) if data is None else rows_of(data, "test", found.row_options)
-            given = as_learned(found.config, read[0])
-            count = rows or 5
-            asked = given[:count] if found.labels is not None else _rows_with_prompts(given, count, data or found.name)
-            source = f"; rows: {read[1]}"
-        note(f"{found.name}{source}")
-
-        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed or 0} if do_sample else None
+        asked = _asked(found, prompts, data, rows or FEW)
         if found.labels is not None:
             if sampling is not None:
                 raise ConfigError("--do-sample: this run has a head, which gives one label and writes no text")
@@ -102,12 +99,27 @@ def generate(
             texts = _written(found, asked, (device, dtype, base_precision), max_new_tokens, sampling)
             written = [_record(row, text) for row, text in zip(asked, texts, strict=True)]
         for record in () if as_json else written:
-            say(out, record["prompt"], style="dim")
-            say(out, record["completion"].strip())
-            if record["references"]:
-                say(out, f"reference: {record['references'][0]}", style="dim italic")
-            out.print()
+            _show(out, record)
     print_answer({"run": found.folder_name, "base": found.base, "outputs": written}, as_json=as_json)
+
+
+def _asked(run: Run, prompts: list[str] | None, data: str | None, count: int) -> list[Row]:
+    """The rows that are to be answered; says which they are."""
+    if prompts:
+        note(run.name)
+        return _typed(prompts, run)
+    read = rows_of_run(run) if data is None else rows_of(data, "test", run.row_options)
+    given = as_learned(run.config, read[0])
+    note(f"{run.name}; rows: {read[1]}")
+    return given[:count] if run.labels is not None else _rows_with_prompts(given, count, data or run.name)
+
+
+def _show(out: Console, record: Mapping[str, Any]) -> None:
+    say(out, record["prompt"], style="dim")
+    say(out, record["completion"].strip())
+    if record["references"]:
+        say(out, f"reference: {record['references'][0]}", style="dim italic")
+    out.print()
 
 
 def _typed(prompts: list[str], run: Run) -> list[Row]:
