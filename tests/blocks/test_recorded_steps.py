@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from spectune.blocks import recorded_steps
 from spectune.blocks.recorded_steps import Form, RecordedSteps
-from spectune.blocks.step_attention import step_attention
+from spectune.blocks.step_attention import Filled, step_attention
 from spectune.blocks.step_blocks import Compiling, StepBlocks
 from spectune.compute.decode_attention import attend_by_length, attend_by_mask
 from spectune.errors import ConfigError
@@ -152,7 +152,7 @@ def test_replays_give_what_the_steps_give(make: Any, exchanged: bool) -> None:
     for _ in range(2):
         agree(batch.written(steps), expected)
     assert len(steps.forms) == 1, "a form was given up"
-    assert list(steps.graphs) == [(1, 4), (2, 4), (4, 4), (4, 8)]
+    assert list(steps.graphs) == [(None, 1, 4), (None, 2, 4), (None, 4, 4), (None, 4, 8)]
     assert Again.replays >= len(expected)
     assert batch.model.config._attn_implementation == "sdpa"
     assert not any("_compiled_call_impl" in vars(module) for module in batch.model.modules())
@@ -203,7 +203,7 @@ def test_graphs_are_few_and_forgotten_when_what_they_read_is_replaced(monkeypatc
     expected = plain(batch)
     steps = recorded(batch)
     batch.written(steps)
-    assert list(steps.graphs) == [(4, 4), (4, 8)]
+    assert list(steps.graphs) == [(None, 4, 4), (None, 4, 8)]
     steps.forget()
     assert not steps.graphs
     agree(batch.written(steps), expected)
@@ -235,5 +235,5 @@ def test_flash_is_asked_for_rows_by_their_lengths() -> None:
     """On `meta`, which has the kernel's shapes and none of its numbers."""
     query = torch.empty(3, 8, 1, 16, dtype=torch.bfloat16, device="meta")
     key = torch.empty(3, 10, 2, 16, dtype=torch.bfloat16, device="meta").transpose(1, 2)
-    lengths = torch.empty(3, dtype=torch.int32, device="meta")
-    assert attend_by_length(query, key, key, lengths, 8).shape == (3, 1, 8, 16)
+    filled = Filled.of(torch.empty(3, dtype=torch.int64, device="meta"), 10, 8)
+    assert attend_by_length(query, key, key, *filled).shape == (3, 1, 8, 16)

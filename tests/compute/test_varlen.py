@@ -109,19 +109,26 @@ def test_a_pack_knows_its_documents() -> None:
     assert pack.spans.lengths == (3, 2, 2, 3)
     assert pack.spans.bounds.tolist() == [0, 3, 5, 7, 10]
     assert pack.longest == 3
-    index, spans = pack.with_lead(2)
+    index, spans = pack.with_lead((2,))
     assert index.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 0, 1, 7, 8, 0, 1, 9, 10, 11]
     assert spans.lengths == (5, 4, 4, 5)
+    index, spans = pack.with_lead((1, 2))
+    assert index.tolist() == [0, 3, 4, 5, 0, 6, 7, 1, 2, 8, 9, 1, 2, 10, 11, 12]
+    assert spans.lengths == (4, 3, 4, 5)
     seen = pack.mask(2)[0, 0].int().tolist()
     assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
 
 
 def test_virtual_tokens_go_before_each_document() -> None:
     pack = Pack.of(torch.tensor([[0, 0, 0, 1, 1], [0, 0, -1, -1, -1]]), CPU)
-    longer, source, moved = pack.grown(2)
+    longer, source, moved = pack.grown((2,))
     assert longer.lengths == ((5, 4), (4,))
     assert source.tolist() == [[-1, -2, 0, 1, 2, -1, -2, 3, 4], [-1, -2, 0, 1, 0, 0, 0, 0, 0]]
     assert moved.tolist() == [[2, 3, 4, 7, 8], [2, 3, 0, 0, 0]]
+    longer, source, moved = pack.grown((0, 2))
+    assert longer.lengths == ((3, 2), (4,))
+    assert source.tolist() == [[0, 1, 2, 3, 4], [-1, -2, 0, 1, 0]]
+    assert moved.tolist() == [[0, 1, 2, 3, 4], [2, 3, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("documents", [[0, 1, 0], [0, -1, 1], [-1, 0, 0]])

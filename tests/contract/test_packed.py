@@ -116,6 +116,54 @@ def test_recomputed_too(model: PreTrainedModel, case: str, how: tuple[str, Any])
     assert_same((sum(float(loss.detach()) for loss in losses), found), wanted)
 
 
+#: deltas of packs side by side: prefixes and prompts of unlike lengths, neighbours unlike
+MIXED: dict[str, Method | None] = {
+    "prefix": CASES["prefix"],
+    "adapter": CASES["adapter-block"],
+    "prompt": CASES["prompt"],
+    "none": None,
+    "lora": CASES["lora"],
+    "short-prompt": PromptTuning(num_virtual_tokens=2),
+    "sliding": PrefixTuning(num_virtual_tokens=4, sliding=True),
+    "ln": CASES["ln"],
+    "short-prefix": PrefixTuning(num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["kept", "recomputed"])
+def test_packs_of_a_delta_each_are_the_padded_batches_of_each_delta(
+    model: PreTrainedModel, how: tuple[str, Any], mode: bool
+) -> None:
+    attention, kernel = how
+    model.set_attn_implementation(attention)
+    deltas = {name: put_on(model, method, name) for name, method in MIXED.items() if method is not None}
+    for delta in deltas.values():
+        move(delta)
+    names = [name if name in deltas else None for name in MIXED]
+    rows, packs = examples(), [[2, 3], [5, 1], [0, 4, 6], [6], [1, 3], [4, 0], [2], [6, 3], [5]]
+    wanted = 0.0
+    for name, pack in zip(names, packs, strict=True):
+        with route(model, name):
+            loss, _ = CAUSAL_LM.loss_sum(model, collate([rows[i] for i in pack], 0))
+        if name is not None:
+            loss.backward()
+        wanted += float(loss.detach())
+    alone = {name: [p.grad for p in delta.parameters()] for name, delta in deltas.items()}
+    for parameter in model.parameters():
+        parameter.grad = None
+    batch = collate_packs([[rows[i] for i in pack] for pack in packs], 0)
+    model.train(mode)
+    around = packing(model, kernel), packed(model, batch.pop("documents")), recomputing(model, mode)
+    with around[0], around[1], around[2], route(model, names):
+        loss, _ = CAUSAL_LM.loss_sum(model, batch)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(wanted, rel=1e-6)
+    for name, delta in deltas.items():
+        for parameter, gradient in zip(delta.parameters(), alone[name], strict=True):
+            size = max(1.0, float(gradient.abs().max()))
+            torch.testing.assert_close(parameter.grad, gradient, atol=1e-5 * size, rtol=1e-5, msg=name)
+
+
 def test_outside_of_a_pack_the_model_is_as_ever(model: PreTrainedModel) -> None:
     before = str(model.config.get_text_config()._attn_implementation)
     put_on(model, LoRA(r=2))
@@ -196,7 +244,7 @@ def test_what_does_not_go_into_a_pack_is_refused_by_name(model: PreTrainedModel)
     with pytest.raises(ConfigError, match="with packing"), packed(model, documents):
         pass
     with packing(model), packed(model, documents):
-        with route(model, ["a", "b"]), pytest.raises(ConfigError, match="documents of one delta only"):
+        with route(model, ["a", "b", "a"]), pytest.raises(ConfigError, match="3 rows and this batch has 2 rows"):
             model(**given)
         with pytest.raises(ConfigError, match="no attention mask"):
             model(**given, attention_mask=torch.ones_like(documents))

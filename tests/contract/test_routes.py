@@ -21,7 +21,7 @@ Make = Callable[[], PreTrainedModel]
 DELTAS: dict[str, Method] = {
     **{f"case-{name}": method for name, method in CASES.items() if not method.trains_base},
     "lora-8": LoRA(r=8, use_rslora=True),
-    "lora-one": LoRA(r=2, target_modules=r".*\.0\..*"),
+    "lora-one": LoRA(r=2, target_modules=r".*\.0\..*att.*"),
     "prefix-3": PrefixTuning(num_virtual_tokens=3),
     "prompt-9": PromptTuning(num_virtual_tokens=9),
 }

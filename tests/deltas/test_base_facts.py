@@ -9,7 +9,7 @@ import torch
 
 from spectune.compute.varlen import loop_by_document
 from spectune.deltas import BaseFacts, attach, detach, kernel_serves, why_mask_is_needed, why_not_packed
-from spectune.methods import BitFit, FullFineTuning, LoRA, PromptTuning
+from spectune.methods import BitFit, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from tests.support import make_model
 
 METHODS = [LoRA(r=2), BitFit(), PromptTuning(num_virtual_tokens=2), FullFineTuning()]
@@ -48,3 +48,14 @@ def test_other_settings_of_a_method_are_proved_by_themselves() -> None:
         assert why_not_packed(model) is None
         assert runs
         detach(model, "a")
+
+
+def test_another_attention_function_is_no_other_base() -> None:
+    """Prefix tuning exchanges it, and what it computes but for prefixes is the same."""
+    model, runs = make_model(), list[int]()
+    attach(model, LoRA(r=2), "a")
+    attach(model, PrefixTuning(num_virtual_tokens=2), "prefix")
+    model.register_forward_hook(lambda *_: runs.append(1))
+    attach(model, LoRA(r=4), "b")
+    attach(model, PrefixTuning(num_virtual_tokens=3), "prefix-3", seed=1)
+    assert len(runs) <= 1  # a prefix takes its first keys and values of one text

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from spectune.blocks.cuda_graphs import BEFORE_CAPTURE, graphed
-from spectune.deltas import Method
+from spectune.deltas import Method, attach, route
 from spectune.errors import ConfigError
 from spectune.families import describe
-from spectune.methods import METHODS, BottleneckAdapter, FullFineTuning, LoRA
+from spectune.methods import IA3, METHODS, BitFit, BottleneckAdapter, DoRA, FullFineTuning, LoRA, PrefixTuning
 from spectune.objectives import CAUSAL_LM
 from spectune.training import TrainingConfig
 from spectune.training.decisions import decide, launch_bound
+from tests.contract.conftest import move
 from tests.training.test_compiling import built, gpt2, llama, undropped
 
 
@@ -242,3 +243,34 @@ def test_on_cuda(settings: dict[str, Any], message: str | None) -> None:
     else:
         with pytest.raises(ConfigError, match=message):
             decided("cuda", cuda_graphs=True, **settings)
+
+
+def test_rows_of_a_batch_with_a_delta_each_are_captured_by_route() -> None:
+    """Batches of one shape whose rows have other deltas from pass to pass: none is replayed for another's rows."""
+
+    def passed(capturing: bool) -> tuple[list[float], list[Tensor]]:
+        torch.manual_seed(3)
+        model: Any = llama().train()
+        methods = [LoRA(r=2), BitFit(), IA3(), DoRA(r=3), PrefixTuning(num_virtual_tokens=2), PrefixTuning()]
+        deltas = [attach(model, method, str(n), seed=n) for n, method in enumerate(methods)]
+        for delta in deltas:
+            move(delta)
+        trained = [p for delta in deltas for p in delta.parameters()]
+        ids = torch.arange(6 * 9).view(6, 9) % 60
+        losses = []
+        around = graphed(model, deltas[0].family, trained, capture=Again) if capturing else nullcontext()
+        with around:
+            for number in range(2 * (BEFORE + 3)):
+                names = ["0", "1", None, "3", "4", "5"] if number % 2 else ["5", "2", "2", "0", "4", "4"]
+                with route(model, names):
+                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                loss.backward()
+                losses.append(loss.item())
+        return losses, [p.grad for p in trained]
+
+    Again.replays = 0
+    expected, found = passed(False), passed(True)
+    assert Again.replays
+    assert found[0] == expected[0]
+    for one, other in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)

@@ -27,6 +27,7 @@ from spectune.blocks.call import Call, Wrapper, decoder_blocks, wrapped
 from spectune.blocks.compile import can_compile_now
 from spectune.blocks.graphed_block import CudaCapture, GraphedBlock, TracedCall, capture_blocks, signature
 from spectune.blocks.recompute import recomputed_call
+from spectune.deltas import Attachment
 from spectune.errors import first_line
 from spectune.families import Family
 
@@ -34,8 +35,10 @@ log = logging.getLogger("spectune")
 
 #: passes of a shape before it is captured: the first is traced, and compiles what is compiled
 BEFORE_CAPTURE = 1
-#: shapes that are captured: each has inputs, outputs and gradients of its own
+#: shapes that are captured under one route: each has inputs, outputs and gradients of its own
 MOST_SHAPES = 4
+#: under all routes: of runs that are trained together some end before the others
+MOST_CAPTURES = 4 * MOST_SHAPES
 
 
 @contextlib.contextmanager
@@ -95,13 +98,24 @@ class _Blocks:
             return self.plain[index](*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         if index == 0:
-            self._begin(signature(leaves))
+            self._begin(self._key(leaves))
         if self.replaying is not None and self.replaying[index].takes(leaves, spec):
             return self._replay(index, leaves, args, kwargs)
         output = (self.recomputed if self.works else self.plain)[index](*args, **kwargs)
         if self.trace is not None:
             self.trace.add(index, leaves, spec, output)
         return output
+
+    def _key(self, leaves: list[Any]) -> Any:
+        """What has to be the same for captured blocks to serve a pass: the first one's arguments, and the delta of each
+        row, which blocks look up while they are captured. None where nothing can be captured."""
+        found, attachment = signature(leaves), Attachment.of(self.model)
+        if found is None:
+            return None
+        if attachment is None:
+            return found, ()
+        layout = attachment.state.layout
+        return found, attachment.state.current.names if layout is None else layout.names
 
     def _begin(self, shape: Any) -> None:
         """Decide what this pass does: run, run and be traced, or replay. Capture what the last pass traced."""
@@ -120,13 +134,20 @@ class _Blocks:
             self.replaying = self.captured[shape]
             if self.replaying is not None:
                 self.replaying[0].inputs.clear()
-        elif self.works and len(self.captured) < MOST_SHAPES:
-            self.trace = CaptureTrace()
+        elif self.works and self._has_room(shape):
+            attachment = Attachment.of(self.model)
+            self.trace = CaptureTrace(None if attachment is None else attachment.keeping())
+
+    def _has_room(self, key: Any) -> bool:
+        under_its_route = sum(names == key[1] for _, names in self.captured)
+        return under_its_route < MOST_SHAPES and len(self.captured) < MOST_CAPTURES
 
     def _captured(self, trace: CaptureTrace) -> list[GraphedBlock] | None:
         try:
             with self.around_capture(), self._same_randomness():
-                return capture_blocks(self.plain, trace.calls, self.parameters, self.capture)
+                # under the route of the pass that was traced, which the one that runs now need not have
+                plain = self.plain if trace.keeping is None else [trace.keeping(call) for call in self.plain]
+                return capture_blocks(plain, trace.calls, self.parameters, self.capture)
         except RuntimeError as error:
             log.warning("the blocks run without CUDA graphs: %s", first_line(error))
             self._give_up()
@@ -164,9 +185,11 @@ class _Blocks:
 
 
 class CaptureTrace:
-    """The calls of one pass: values of their tensors, and which tensor of a call is an output of which."""
+    """The calls of one pass: values of their tensors, and which tensor of a call is an output of which. `keeping`:
+    makes of a call one with what was in force in that pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeping: Callable[[Call], Call] | None = None) -> None:
+        self.keeping = keeping
         self.calls: list[TracedCall] = []
         self._copies: dict[int, Tensor] = {}
         self._outputs: dict[int, tuple[int, int]] = {}

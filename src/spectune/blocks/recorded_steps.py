@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +31,8 @@ LEAST_CAPACITY = 128
 #: by how much logits may differ from those of the plain step, of their norm
 _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+#: how it is run, rows, capacity
+_Key = tuple[Hashable, int, int]
 #: rows, capacity -> logits, float32 `[rows, vocabulary]`. A step that runs twice does the same twice.
 Run = Callable[[int, int], Tensor]
 
@@ -50,8 +52,9 @@ class StepOutput(NamedTuple):
 class Steps(Protocol):
     """How decoding steps are run."""
 
-    def __call__(self, rows: int, capacity: int) -> StepOutput:
-        """The first `rows` rows, each over its own places before `capacity`."""
+    def __call__(self, rows: int, capacity: int, how: Hashable = None) -> StepOutput:
+        """The first `rows` rows, each over its own places before `capacity`. `how`: steps of another way to run (bare,
+        by tables) are others."""
 
     def rows_for(self, active: int) -> int:
         """How many rows a step takes where `active` are to be run."""
@@ -69,7 +72,7 @@ class PlainSteps:
     def __init__(self, run: Run) -> None:
         self.run = run
 
-    def __call__(self, rows: int, capacity: int) -> StepOutput:
+    def __call__(self, rows: int, capacity: int, how: Hashable = None) -> StepOutput:
         return _greedy(self.run(rows, capacity))
 
     def rows_for(self, active: int) -> int:
@@ -91,7 +94,18 @@ class Form:
 
 
 class StepCapture(CudaCapture):
-    """Records steps. All graphs share a pool: a step's logits are read before the next is run."""
+    """Records steps. All graphs share a pool: a step's logits are read before the next is run.
+
+    All engines record in one stream, torch's own for that: libraries keep a workspace for each stream that they have
+    seen, and what is recorded goes on using it."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        recording: Any = torch.cuda.graph
+        stream = recording.default_capture_stream
+        if stream is None or stream.device.index != torch.cuda.current_device():
+            stream = recording.default_capture_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.stream = stream
 
     def warm_up(self, function: Callable[[], Any]) -> None:
         """Run it where it will be captured: libraries make their workspaces there, kernels are compiled and tuned."""
@@ -126,7 +140,7 @@ class RecordedSteps:
         """`dtype`: of the base. `forms`: ways to run a step that give the same, those preferred first."""
         self.run, self.dtype, self.make_capture = run, dtype, capture
         self.forms = list(forms)
-        self.graphs: OrderedDict[tuple[int, int], _Graph] = OrderedDict()
+        self.graphs: OrderedDict[_Key, _Graph] = OrderedDict()
         self.capture: StepCapture | None = None
 
     def rows_for(self, active: int) -> int:
@@ -140,17 +154,18 @@ class RecordedSteps:
         self.graphs.clear()
         self.capture = None
 
-    def __call__(self, rows: int, capacity: int) -> StepOutput:
-        graph = self.graphs.get((rows, capacity))
+    def __call__(self, rows: int, capacity: int, how: Hashable = None) -> StepOutput:
+        key = how, rows, capacity
+        graph = self.graphs.get(key)
         if graph is not None and graph.trusted:
-            self.graphs.move_to_end((rows, capacity))
+            self.graphs.move_to_end(key)
             graph.replay()
             return graph.output
         plain = _greedy(self.run(rows, capacity))
         if not self.forms:
             return plain
         if graph is None:
-            self._record(rows, capacity)
+            self._record(key)
         else:
             graph.replay()
             graph.trusted = self._agree(plain.logits, graph.output.logits)
@@ -158,8 +173,8 @@ class RecordedSteps:
                 self._give_up("its replay gives other logits than the step itself")
         return plain
 
-    def _record(self, rows: int, capacity: int) -> None:
-        form = self.forms[0]
+    def _record(self, key: _Key) -> None:
+        form, (_, rows, capacity) = self.forms[0], key
 
         def step() -> list[Any]:
             with form.around(rows, capacity):
@@ -176,7 +191,7 @@ class RecordedSteps:
             return
         while len(self.graphs) >= MOST_GRAPHS:
             self.graphs.popitem(last=False)
-        self.graphs[rows, capacity] = _Graph(StepOutput(*output), replay)
+        self.graphs[key] = _Graph(StepOutput(*output), replay)
 
     def _agree(self, expected: Tensor, found: Tensor) -> bool:
         there = expected.isfinite()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -29,27 +30,41 @@ class Filled(NamedTuple):
 
     Attributes:
         lengths: int32 `[rows]`, how many of its first places each row has filled, the new token's included.
+        begins: int32 `[2, rows + 1]`, numbers of rows, and of the first place of each in a cache that is one long row.
         capacity: no row has more; as many places as the step's masks have.
     """
 
     lengths: Tensor
+    begins: Tensor
     capacity: int
+
+    @classmethod
+    def of(cls, places: Tensor, most_places: int, capacity: int) -> Filled:
+        """`places`: int64 `[rows]`, where each row's new token goes, of `most_places` that a row has."""
+        numbers = torch.arange(places.shape[0] + 1, dtype=torch.int32, device=places.device)
+        return cls((places + 1).to(torch.int32), torch.stack([numbers, numbers * most_places]), capacity)
 
 
 @contextlib.contextmanager
 def step_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside the `with`, blocks that are given `FILLED` attend by it; the model's attention is as it was after it.
     Raises ConfigError: the model's attention is none that is known here."""
-    before = implementation(model)
-    if before in _KNOWN:
-        model.set_attn_implementation(before + _ENDING)
+    before = known_attention(model)
     try:
+        model.set_attn_implementation(before + _ENDING)
         if implementation(model) != before + _ENDING:
-            raise ConfigError(f"{type(model).__name__} attends by {before!r}; expected one of {', '.join(_KNOWN)}")
+            raise ConfigError(f"{type(model).__name__} does not use transformers' attention interface")
         yield
     finally:
-        if before in _KNOWN:
-            model.set_attn_implementation(before)
+        model.set_attn_implementation(before)
+
+
+def known_attention(model: PreTrainedModel) -> str:
+    """The name of the model's attention function. Raises ConfigError: it is none that ends in SDPA."""
+    found = implementation(model)
+    if found not in _KNOWN:
+        raise ConfigError(f"{type(model).__name__} attends by {found!r}; expected one of {', '.join(_KNOWN)}")
+    return found
 
 
 def _attend(
@@ -71,10 +86,11 @@ def _attend(
 
 
 def _register() -> None:
-    functions, masks = AttentionInterface(), AttentionMaskInterface()
+    functions: Any = AttentionInterface
+    masks: Any = AttentionMaskInterface
     for name in _KNOWN:
-        AttentionInterface.register(name + _ENDING, partial(_attend, functions[name]))
-        AttentionMaskInterface.register(name + _ENDING, masks[name])
+        AttentionInterface.register(name + _ENDING, partial(_attend, functions()[name]))
+        AttentionMaskInterface.register(name + _ENDING, masks()[name])
 
 
 _register()

@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 
 from spectune.blocks.call import Call, Wrapper, decoder_blocks, wrapped
 from spectune.blocks.compile import MOST_GRAPHS, block_of
-from spectune.blocks.step_attention import FILLED, Filled, step_attention
+from spectune.blocks.step_attention import FILLED, Filled, known_attention, step_attention
 from spectune.errors import ConfigError
 from spectune.families import Family
 
@@ -86,7 +86,9 @@ class StepBlocks:
     """The blocks of one model for steps. What was compiled is kept as long as this is."""
 
     def __init__(self, model: PreTrainedModel, family: Family, compiling: Compiling | None = None) -> None:
-        """`compiling`: None runs them as they are. Raises ConfigError: a block takes no further keywords."""
+        """`compiling`: None runs them as they are. Raises ConfigError: a block takes no further keywords, or the
+        attention is none that is known here."""
+        known_attention(model)
         self.model, self.layers, self.compiling = model, decoder_blocks(model, family), compiling
         for layer in self.layers:
             if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(layer.forward).parameters.values()):
@@ -108,7 +110,7 @@ class StepBlocks:
             raise ConfigError(f"{len(self.layers)} blocks share a cache of {len(cache.layers)} layers")
         places = cache.places[:rows]
         numbers = torch.arange(rows, device=places.device)
-        filled = Filled((places + 1).to(torch.int32), capacity)
+        filled = Filled.of(places, cache.layers[0].stored[0].shape[1], capacity)
 
         def make(index: int, layer: nn.Module, inner: Call) -> Call:
             own = _Layer(cache.layers[index], numbers, places)

@@ -16,23 +16,23 @@ from spectune.compute.varlen import flash_takes
 
 
 def attend_by_length(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, most: int, *, scale: float | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, begins: Tensor, most: int, *,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of each row's one query to the row's first keys, by flash attention.
 
     Args:
         query: `[rows, heads, 1, dim]`; key, value: `[rows, kv_heads, places, dim]`, in memory `[rows, places, kv_heads,
             dim]`; what `flash_takes`.
         lengths: int32 `[rows]`, how many keys each row has: from 1 to `most`.
+        begins: int32 `[2, rows + 1]`, the numbers of rows, and the same times `places`.
         scale: of the scores; None is `dim ** -0.5`.
 
     Returns:
         `[rows, 1, heads, dim]`.
     """
-    rows, _, places, _ = key.shape
-    begins = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
     found: Tensor = torch.ops.aten._flash_attention_forward(
-        query[:, :, 0], *(t.transpose(1, 2).flatten(0, 1) for t in (key, value)), begins, begins * places, 1, most,
+        query[:, :, 0], *(t.transpose(1, 2).flatten(0, 1) for t in (key, value)), begins[0], begins[1], 1, most,
         0.0, False, False, scale=scale, seqused_k=lengths,
     )[0]  # fmt: skip
     return found[:, None]

@@ -60,8 +60,9 @@ class Pack:
         self.positions = torch.stack(positions).to(device, non_blocking=True)
         #: the documents of all packs in a row, padding too. Made here: compiled blocks ask for it
         self.spans = Spans([length for span in spans for length in span], device, at_least)
+        self._stretches = tuple(map(len, spans))  # of each pack
         self._masks: dict[tuple[int | None, bool], Tensor] = {}
-        self._leads: dict[int, tuple[Tensor, Spans]] = {}
+        self._leads: dict[tuple[int, ...], tuple[Tensor, Spans]] = {}
 
     @classmethod
     def of(cls, documents: Tensor, device: torch.device, kernel: Kernel | None = None, at_least: int = 0) -> Pack:
@@ -85,23 +86,28 @@ class Pack:
         """Tokens of the longest document."""
         return max(max(pack, default=0) for pack in self.lengths)
 
-    def prepare(self, lead: int = 0) -> None:
-        """Make what the kernel needs, with `lead` keys before each document, now: not in a compiled block."""
-        if self.kernel is not None and lead:
-            self.with_lead(lead)
+    def prepare(self, leads: tuple[int, ...]) -> None:
+        """Make what the kernel needs, with these `with_lead`, now: not in a compiled block."""
+        if self.kernel is not None and any(leads):
+            self.with_lead(leads)
 
-    def with_lead(self, count: int) -> tuple[Tensor, Spans]:
-        """For `count` keys that stand before each document's own: indices, int64, into those keys followed by all
-        packs' own, so that each document has its keys together; and where they then stand."""
-        if count not in self._leads:
-            lead, start, picks = torch.arange(count), count, []
-            for length in self.spans.lengths:
+    def with_lead(self, counts: tuple[int, ...]) -> tuple[Tensor, Spans]:
+        """For keys that stand before each document's own, so many for each pack, or the same ones for all: indices,
+        int64, into those keys, one pack's after the other's, followed by all packs' own, so that each document has its
+        keys together; and where they then stand."""
+        if counts not in self._leads:
+            begins = [sum(counts[:pack]) for pack in range(len(counts))]
+            leads = [torch.arange(begin, begin + count) for begin, count in zip(begins, counts, strict=True)]
+            leads = leads if len(leads) > 1 else leads * len(self._stretches)
+            each = [lead for lead, stretches in zip(leads, self._stretches, strict=True) for _ in range(stretches)]
+            start, picks = sum(counts), []
+            for lead, length in zip(each, self.spans.lengths, strict=True):
                 picks += [lead, torch.arange(start, start + length)]
                 start += length
             index = torch.cat(picks).to(self.device, non_blocking=True)
-            lengths = [count + length for length in self.spans.lengths]
-            self._leads[count] = index, Spans(lengths, self.device, count + self.at_least)
-        return self._leads[count]
+            lengths = [len(lead) + length for lead, length in zip(each, self.spans.lengths, strict=True)]
+            self._leads[counts] = index, Spans(lengths, self.device, max(counts) + self.at_least)
+        return self._leads[counts]
 
     def within(self, mask_function: Callable[..., Any]) -> Callable[..., Any]:
         """Transformers' mask function of `(batch, head, query, key)` indices, as it is for each document alone: no
@@ -127,25 +133,25 @@ class Pack:
             self._masks[window, causal] = seen[:, None]
         return self._masks[window, causal]
 
-    def grown(self, count: int) -> tuple[Pack, Tensor, Tensor]:
-        """The pack with `count` virtual tokens before each document.
+    def grown(self, counts: tuple[int, ...]) -> tuple[Pack, Tensor, Tensor]:
+        """The pack with virtual tokens before each document: so many for each pack, or for all.
 
         Returns:
             the longer pack; for each of its places where its token comes from, `[packs, longer width]` int64 (a place
             before, or `-1 - i` for virtual token i); and for each place before where it stands now, `[packs, width]`.
         """
-        lengths = [[count + length for length in pack] for pack in self.lengths]
+        counts = counts if len(counts) > 1 else counts * len(self.lengths)
+        lengths = [[count + length for length in pack] for count, pack in zip(counts, self.lengths, strict=True)]
         width = max(sum(pack) for pack in lengths)
         source = torch.zeros(len(lengths), width, dtype=torch.int64)
         moved = torch.zeros(len(lengths), self.width, dtype=torch.int64)
-        virtual = -1 - torch.arange(count)
-        for row, pack in enumerate(self.lengths):
-            old, new = 0, 0
+        for row, (count, pack) in enumerate(zip(counts, self.lengths, strict=True)):
+            old, new, virtual = 0, 0, -1 - torch.arange(count)
             for length in pack:
                 text = torch.arange(old, old + length)
                 source[row, new : new + count] = virtual
                 source[row, new + count : new + count + length] = text
                 moved[row, text] = torch.arange(new + count, new + count + length)
                 old, new = old + length, new + count + length
-        longer = Pack(lengths, width, self.device, self.kernel, count + self.at_least)
+        longer = Pack(lengths, width, self.device, self.kernel, max(counts) + self.at_least)
         return longer, source.to(self.device, non_blocking=True), moved.to(self.device, non_blocking=True)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.deltas import slots
-from spectune.deltas.delta import Delta
+from spectune.deltas.delta import SHARED, Delta
 from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks.decoder import DecoderHook
 from spectune.deltas.hooks.model_methods import ModelMethods
@@ -20,7 +20,7 @@ from spectune.deltas.hooks.transformers_checkpoint import CheckpointHook
 from spectune.deltas.layout import Route
 from spectune.deltas.open_sites import OpenSites
 from spectune.deltas.places import Places
-from spectune.deltas.site import Site
+from spectune.deltas.site import ParameterSite, Site
 from spectune.errors import ConfigError
 from spectune.families import BaseIdentity, Family, describe
 
@@ -125,8 +125,9 @@ class Attachment:
     def remove(self, delta: Delta, *, undo: bool = False) -> None:
         """Take a delta off, and with the last one everything else. `undo`: of an attach that failed. Raises
         ConfigError: it is the base itself, and no copy was kept."""
+        parts = {"", SHARED, *(site.name for site, _ in delta.sites if isinstance(site, ParameterSite))}
         delta.take_off(self.sites.close, undo=undo)
-        slots.take_copies(self.model, delta.name)
+        slots.take_copies(self.model, delta.name, parts)
         self.places.remove(delta.name)
         del self.deltas[delta.name]
         self.state.virtual_tokens.pop(delta.name, None)
@@ -145,18 +146,25 @@ class Attachment:
     def keeping_pass(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function with what is in force in the pass that runs now, whenever it is called: for recomputation, when
         the route is another one."""
+        return self.keeping()(function)
+
+    def keeping(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """`keeping_pass` of the pass that runs now, for functions that are not known yet."""
         captured = self.state.current, self.state.layout
         # the layers that run now: their hooks stand outside of a function that is called again
         holding = self.sites.running()
 
-        def in_pass(*inputs: Any, **named: Any) -> Any:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(self.state.recomputing(captured))
-                for hook in holding:
-                    stack.enter_context(hook.changed())
-                return function(*inputs, **named)
+        def kept(function: Callable[..., Any]) -> Callable[..., Any]:
+            def in_pass(*inputs: Any, **named: Any) -> Any:
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(self.state.recomputing(captured))
+                    for hook in holding:
+                        stack.enter_context(hook.changed())
+                    return function(*inputs, **named)
 
-        return in_pass
+            return in_pass
+
+        return kept
 
     def _check_places(self) -> None:
         names = self.state.current.names

@@ -27,7 +27,7 @@ from spectune.files.metadata import read_json
 from spectune.files.tensor_file import write_tensors
 from spectune.files.weights import check_finite, read_headers, read_weights
 
-_SHARED = "shared"
+SHARED = "shared"
 
 
 @dataclass(eq=False, repr=False)
@@ -86,11 +86,6 @@ class Delta(_Counts, ABC):
     def sites(self) -> list[tuple[Site, DeltaModule]]:
         """Each site and the module that acts there, in the model's order."""
         return []
-
-    @property
-    def is_aside(self) -> bool:
-        """Its weights are in host memory, and may be put on the model again."""
-        return False
 
     @property
     def hosts(self) -> dict[str, nn.Module]:
@@ -174,10 +169,6 @@ class ModuleDelta(Delta):
     _aside: dict[str, tuple[Site, DeltaModule, nn.Module]] = field(default_factory=dict)
 
     @property
-    def is_aside(self) -> bool:
-        return bool(self._aside) and not self._modules
-
-    @property
     def hosts(self) -> dict[str, nn.Module]:
         return self._hosts
 
@@ -221,7 +212,7 @@ class ModuleDelta(Delta):
             decoder = self.model.get_submodule(self.family.decoder)
             self.shared.to(_device_of(decoder, self.model)).train(self.model.training)
             self._hosts[self.family.decoder] = decoder
-            slots.put(decoder, self.name, self.shared, _SHARED)
+            slots.put(decoder, self.name, self.shared, SHARED)
         self._aside = {}
 
     def _built(self, site: Site, host: nn.Module) -> DeltaModule:
@@ -238,7 +229,8 @@ class ModuleDelta(Delta):
         self._aside = {path: (site, module, self._hosts[site.host]) for path, (site, module) in self._modules.items()}
 
     def sites_aside(self) -> list[Site] | None:
-        """Where its modules were; None where something else stands at one of these places now."""
+        """Where its modules were; none where it was not set aside, and None where something else stands at one of these
+        places now."""
         try:
             same = all(self.model.get_submodule(site.host) is host for site, _, host in self._aside.values())
         except AttributeError:
@@ -255,7 +247,7 @@ class ModuleDelta(Delta):
             slots.take(self._hosts[site.host], self.name, _part(site))
             closed(site)
         if self.shared is not None and self.family.decoder in self._hosts:
-            slots.take(self._hosts[self.family.decoder], self.name, _SHARED)
+            slots.take(self._hosts[self.family.decoder], self.name, SHARED)
         self._modules, self._hosts = {}, {}
 
 

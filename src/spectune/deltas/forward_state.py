@@ -150,7 +150,12 @@ class ForwardState:
         self._in_force: dict[object, Route] = {}  # of every thread and task
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_in_force": {}, "tables": WeakSet()}  # a copied model begins with no route
+        kept = {name: value for name, value in self.__dict__.items() if name != "tables"}
+        return {**kept, "_in_force": {}}  # a copied model begins with no route and no tables
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.tables = WeakSet[KeepsDeltas]()
 
     @property
     def current(self) -> Route:

@@ -7,7 +7,10 @@ from types import FrameType
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 #: what stands between a `with route(...)` and this: context managers are generators, too
-_BETWEEN = ("contextlib", "spectune.deltas.frames", "spectune.deltas.forward_state", "spectune.deltas.routing")
+_BETWEEN = (
+    "contextlib", "spectune.deltas.frames", "spectune.deltas.forward_state", "spectune.deltas.routing",
+    "spectune.deltas.slot_tables",
+)  # fmt: skip
 
 
 def running_generators() -> frozenset[int]:

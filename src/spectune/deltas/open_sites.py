@@ -34,6 +34,9 @@ class OpenSites:
         self._reader: weakref.ref[Any] | None = None  # whose tables these are
         self._readers = 0  # routes over them that are in force
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}, "_reader": None, "_readers": 0}  # a copied model begins with no tables
+
     def open(self, site: Site) -> None:
         """Let deltas act at a site. Raises ConfigError: attention cannot be exchanged, or a parameter cannot be changed
         where it is."""

@@ -18,7 +18,7 @@ from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta
 from spectune.deltas.modules import AttentionModule, DeltaModule, InputModule, Kind, Operands, SideModule
 from spectune.deltas.site import OutputSite, Site
-from spectune.deltas.table_route import Table, TableRoute
+from spectune.deltas.table_route import SiteTables, Table, TableRoute
 from spectune.errors import ConfigError
 
 #: a module's path, whether its input is changed, and how
@@ -60,6 +60,7 @@ class SlotTables:
         self._idle: dict[_Key, Operands] = {}  # what changes nothing, of a table's sizes
         self._held: dict[str, _Held] = {}  # the least recently wanted first
         self._free = list(range(slots, 0, -1))
+        self._new = False  # tables that hooks do not read yet
         found.state.tables.add(self)
 
     @property
@@ -94,7 +95,13 @@ class SlotTables:
             if (reason := self.why_not(name)) is not None:
                 raise ConfigError(f"{reason}: route its rows in a batch of their own")
             held = _Held(self._free_slot(), delta)
-            self._fill(held.slot, delta)
+            try:
+                self._fill(held.slot, delta)
+            except BaseException:  # no memory for larger tables
+                self._free.append(held.slot)
+                raise
+            finally:
+                self._publish()
         self._held[name] = held
         return held.slot
 
@@ -133,16 +140,22 @@ class SlotTables:
         if names is None and (index is None or not cached):
             raise ConfigError("a route over tables needs the names of its rows; with cached=True their slots suffice")
         rows = self.index_of(names or ()) if index is None else index
-        with self.attachment.sites.reading(self, self._by_site), self.attachment.state.routed(
-            TableRoute(names, rows, cached=cached)
-        ):  # fmt: skip
+        with self.along(TableRoute(names, rows, cached=cached)):
+            yield
+
+    @contextlib.contextmanager
+    def along(self, route: TableRoute) -> Iterator[None]:
+        """The same with a route that was made before, again and again. Raises ConfigError: other tables of this model
+        are being read."""
+        with self.attachment.sites.reading(self, _by_site(self._tables)), self.attachment.state.routed(route):
             yield
 
     def close(self) -> None:
         """Let go of all deltas and tables."""
         self.attachment.state.tables.discard(self)
         self._tables, self._idle, self._held, self._free = {}, {}, {}, list(range(self.slots, 0, -1))
-        self._changed()
+        self._new = True
+        self._publish()
 
     def _delta(self, name: str) -> Delta:
         delta = self.attachment.deltas.get(name)
@@ -165,11 +178,10 @@ class SlotTables:
         for site, module in delta.sites:
             if not isinstance(module, SideModule) or not isinstance(site, OutputSite):
                 continue
-            operands, idle = module.operands(), module.unchanging()
+            operands = module.operands()
             assert operands is not None, "why_not has looked"
-            assert idle is not None
             key = site.path, site.entry, module.alike()
-            table = self._table(key, operands, idle)
+            table = self._table(key, operands, module)
             if table.acts is not None:
                 table.acts[slot] = True
             before.discard(key)
@@ -183,9 +195,9 @@ class SlotTables:
                 table.acts[slot] = False
             written += [(table.operands[name][slot], idle) for name, idle in self._idle[key].items()]
         if written:
-            torch._foreach_copy_(*map(list, zip(*written, strict=True)))
+            torch._foreach_copy_([place for place, _ in written], [operand for _, operand in written])
 
-    def _table(self, key: _Key, operands: Operands, idle: Operands) -> Table:
+    def _table(self, key: _Key, operands: Operands, module: SideModule) -> Table:
         """The table of a kind at a site, with room for these operands."""
         table = self._tables.get(key)
         shapes = {name: list(operand.shape) for name, operand in operands.items()}
@@ -194,7 +206,12 @@ class SlotTables:
             shapes = {name: list(map(_room, now[name], shape)) for name, shape in shapes.items()}
             if now == shapes:
                 return table
-        nothing = {name: _filled_up(idle[name], shape, self._kept_as(idle[name])) for name, shape in shapes.items()}
+        idle = module.unchanging()
+        assert idle is not None, "a module with operands has those that change nothing"
+        nothing = {
+            name: _filled_up(idle[name], shape, self._dtype if len(shape) > 1 else idle[name].dtype)
+            for name, shape in shapes.items()
+        }
         made = {name: tensor.expand(self.slots + 1, *tensor.shape).clone() for name, tensor in nothing.items()}
         if table is not None:
             for name, tensor in table.operands.items():
@@ -203,29 +220,27 @@ class SlotTables:
         if table is None and key[-1].of.replaces_output:
             acts = torch.zeros(self.slots + 1, dtype=torch.bool, device=next(iter(made.values())).device)
         self._tables[key], self._idle[key] = Table(key[-1], made, acts), nothing
-        self._changed()
+        self._new = True
         return self._tables[key]
 
-    def _kept_as(self, operand: Tensor) -> torch.dtype:
-        return self._dtype if operand.dim() > 1 else operand.dtype
-
-    def _changed(self) -> None:
-        self.version += 1
-        self.attachment.sites.now_read(self, self._by_site)
-
-    @property
-    def _by_site(self) -> dict[tuple[str, bool], tuple[Table, ...]]:
-        found = defaultdict[tuple[str, bool], tuple[Table, ...]](tuple)
-        for (path, entry, _), table in self._tables.items():
-            found[path, entry] += (table,)
-        return found
+    def _publish(self) -> None:
+        """Have the hooks read new tables, if there are any."""
+        if self._new:
+            self._new = False
+            self.version += 1
+            self.attachment.sites.now_read(self, _by_site(self._tables))
 
 
 def why_not_in_tables(attachment: Attachment, delta: Delta) -> str | None:
-    """Why a delta cannot be in tables, in a sentence; None where it can."""
-    reason = "trains the base itself" if delta.method.trains_base else None
-    for site, module in delta.sites:
-        reason = reason or _why_not_there(attachment, site, module)
+    """Why a delta cannot be in tables, in a sentence; None where it can. It depends on the method and the base alone,
+    and is found out once."""
+    key = "in tables", delta.method
+    if key not in attachment.proved:
+        with torch.no_grad():
+            reasons = (_why_not_there(attachment, site, module) for site, module in delta.sites)
+            first = next((reason for reason in reasons if reason is not None), None)
+        attachment.proved[key] = "trains the base itself" if delta.method.trains_base else first
+    reason = attachment.proved[key]
     return None if reason is None else f"delta {delta.name!r} ({delta.method.label}) {reason}"
 
 
@@ -236,7 +251,14 @@ def _why_not_there(attachment: Attachment, site: Site, module: DeltaModule) -> s
         return f"changes a parameter itself ({site.path}), which all rows share"
     if attachment.family.gathers_tokens(site.path):
         return f"acts among experts ({site.path}), which are given tokens of any row"
-    return None if module.unchanging() is not None else f"has no form by row ({site.path})"
+    return None if module.operands() is not None else f"has no form by row ({site.path})"
+
+
+def _by_site(tables: dict[_Key, Table]) -> SiteTables:
+    found = defaultdict[tuple[str, bool], tuple[Table, ...]](tuple)
+    for (path, entry, _), table in tables.items():
+        found[path, entry] += (table,)
+    return found
 
 
 def _room(now: int, wanted: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +26,23 @@ class Table:
     operands: dict[str, Tensor]
     acts: Tensor | None = None
 
-    def changed(self, index: Tensor, sides: Sequence[Tensor]) -> Tensor:
-        """The last of `sides`, each `[rows, tokens, features]`, with each row changed by its slot. `index`: int64
-        `[rows]`."""
-        made = self.kind.by_row({name: table[index] for name, table in self.operands.items()}, *sides)
-        return made if self.acts is None else torch.where(self.acts[index][:, None, None], made, sides[-1])
+    def chosen(self, index: Tensor) -> Chosen:
+        """What rows with these slots are changed by. `index`: int64 `[rows]`."""
+        operands = {name: table[index] for name, table in self.operands.items()}
+        return Chosen(self.kind, operands, None if self.acts is None else self.acts[index][:, None, None])
+
+
+class Chosen(NamedTuple):
+    """The operands of each row of a batch."""
+
+    kind: Kind
+    operands: dict[str, Tensor]
+    acts: Tensor | None
+
+    def changed(self, sides: Sequence[Tensor]) -> Tensor:
+        """The last of `sides`, each `[rows, tokens, features]`, with each row changed."""
+        made = self.kind.by_row(self.operands, *sides)
+        return made if self.acts is None else torch.where(self.acts, made, sides[-1])
 
 
 class KeepsDeltas(Protocol):
@@ -51,11 +63,14 @@ class TableRoute(Route):
 
     Attributes:
         index: the slot of each row, int64 `[rows]`.
+        fixed: neither the index nor what its slots hold changes while there is this route: what a row reads is chosen
+            once, and kept, as large as its delta for each row.
     """
 
-    def __init__(self, names: Sequence[str | None] | None, index: Tensor, *, cached: bool) -> None:
+    def __init__(self, names: Sequence[str | None] | None, index: Tensor, *, cached: bool, fixed: bool = False) -> None:
         super().__init__((None,) if names is None or cached else names, per_row=not cached, cached=cached)
-        self.index = index
+        self.index, self.fixed = index, fixed
+        self._chosen: dict[Table, Chosen] = {}
 
     def changed(self, tables: Sequence[Table], sides: Sequence[Tensor]) -> Tensor:
         """The last of `sides` (a module's input, and after it its output) with all changes of its tables. The first
@@ -69,8 +84,17 @@ class TableRoute(Route):
                 f"{rows} rows read tables, and a module is given a tensor {list(given.shape)}, in which they cannot be "
                 "told apart"
             )
-        before = [side.reshape(rows, -1, side.shape[-1]) for side in sides[:-1]]
-        now = given.reshape(rows, -1, given.shape[-1])
+        apart = given.dim() == 3 and given.shape[0] == rows
+        before = [side if apart else side.reshape(rows, -1, side.shape[-1]) for side in sides[:-1]]
+        now = given if apart else given.reshape(rows, -1, given.shape[-1])
         for table in tables:
-            now = table.changed(self.index, [*before, now])
-        return now.reshape(given.shape)
+            now = self._of(table).changed([*before, now])
+        return now if apart else now.reshape(given.shape)
+
+    def _of(self, table: Table) -> Chosen:
+        if not self.fixed:
+            return table.chosen(self.index)
+        found = self._chosen.get(table)
+        if found is None:
+            found = self._chosen[table] = table.chosen(self.index)
+        return found

@@ -32,7 +32,7 @@ class CachedLane(Lane):
         super().__init__(call, pad_token_id)
         self.filled: list[Filled] = []
         self.batch = DecodeBatch(call, windows, lambda: self.deltas.routed())
-        self.steps = steps(self.batch)
+        self.steps, self._plain = steps(self.batch), PlainSteps(self.batch.run)
         self.deltas = RowDeltas(call.model, self.batch, always_tables=not isinstance(self.steps, PlainSteps))
         self._recorded: object = None  # what steps that were recorded read
         self._changed = True
@@ -72,7 +72,8 @@ class CachedLane(Lane):
         if self._recorded != (reads := (cache.version, self.deltas.version)):
             self.steps.forget()
             self._recorded = reads
-        found = self.steps(rows, self.steps.capacity_for(needed, cache.capacity))
+        steps, how = self.steps, self.deltas.how
+        found = (self._plain if how is None else steps)(rows, steps.capacity_for(needed, cache.capacity), how)
         for row in self.filled:
             row.places += 1
         written, tokens = self.write(list(self.tickets), found.logits, found.tokens)

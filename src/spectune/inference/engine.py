@@ -173,7 +173,7 @@ class Engine:
         if not key.cached:
             return UncachedLane(self._caller, self.pad_token_id)
         # what is not in tables is not recorded: a graph would hold the weights of deltas that are gone
-        steps = self._steps if key.delta is None else lambda batch: PlainSteps(batch.run)
+        steps = (lambda batch: PlainSteps(batch.run)) if key.delta else self._steps
         return CachedLane(self._caller, self.pad_token_id, windows_of(self.model), steps)
 
     def _advance(self, lane: Lane) -> list[Written]:

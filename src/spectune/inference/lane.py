@@ -42,6 +42,7 @@ class Lane(ABC):
     def shrink(self) -> None:
         """Let go of memory that no row needs."""
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of what stands on the model."""
 
@@ -109,6 +110,9 @@ class UncachedLane(Lane):
 
     def shrink(self) -> None:
         """Nothing is kept."""
+
+    def close(self) -> None:
+        """Nothing stands there."""
 
     def _next(self, ticket: Ticket) -> list[Written]:
         ids = torch.tensor([ticket.seen], device=self.call.model.device)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 from transformers import PreTrainedModel
 
-from spectune.deltas import Attachment, Route, SlotTables, route
+from spectune.deltas import Attachment, Route, SlotTables, TableRoute, route
 from spectune.inference.decode_batch import DecodeBatch
 
 #: deltas that tables are made for at least
@@ -30,15 +30,27 @@ class RowDeltas:
         self._made = 0
         self._rows = 0
         self._route = Route.of(None)
+        self._along: TableRoute | None = None
 
     @property
     def version(self) -> object:
-        """What a step reads: another value where what was recorded is void."""
-        return (self._made, self.tables.version) if self._by_tables and self.tables is not None else self._route.names
+        """The tables that steps read: another value where what was recorded is void."""
+        return self._made, None if self.tables is None else self.tables.version
+
+    @property
+    def how(self) -> str | None:
+        """How steps read deltas, as what is recorded distinguishes it; None: they read modules of deltas, whose weights
+        may go while a graph still reads them, so that none is recorded."""
+        attachment = Attachment.of(self.model)
+        if self._by_tables or attachment is None:
+            return "tables" if self._by_tables else "bare"
+        if attachment.tuned is not None:
+            return "tuned"
+        return None if any(self._route.names) else "bare"
 
     def choose(self, names: Sequence[str | None], rows: int) -> Sequence[int]:
         """Set the delta of each row, and none for those behind them up to `rows`. Returns each one's slot in tables."""
-        self._rows, several = rows, set(names)
+        self._rows, self._along, several = rows, None, set(names)
         if (len(several) > 1 or (self.always_tables and any(several))) and self._holds(several):
             assert self.tables is not None, "they hold these"
             self._by_tables = True
@@ -63,7 +75,11 @@ class RowDeltas:
         if attachment.tuned is not None:
             return routed_as(self.model, self._route.names)
         if self._by_tables and self.tables is not None:
-            return self.tables.routed(None, self.batch.index[: self._rows], cached=True)
+            if self._along is None:
+                # chosen once where nothing else is recorded; on a device they would take the room of a delta a row
+                fixed = not self.always_tables and self.model.device.type == "cpu"
+                self._along = TableRoute(None, self.batch.index[: self._rows], cached=True, fixed=fixed)
+            return self.tables.along(self._along)
         return attachment.state.routed(self._route)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -43,9 +44,7 @@ def forms_of(batch: DecodeBatch, family: Family, compiling: Compiling | None) ->
         for how in (compiling, None) if compiling else (None,):
             blocks = StepBlocks(batch.call.model, family, how)
             name = "a step by lengths" if how is None else "a compiled step"
-            found.append(
-                Form(name, lambda rows, capacity, blocks=blocks: blocks.exchanged(batch.cache, rows, capacity))
-            )
+            found.append(Form(name, partial(blocks.exchanged, batch.cache)))
     except ConfigError as error:
         log.debug("decoding: %s", error)
     return [*found, Form("a step as it is")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from spectune.compute.low_rank import low_rank_sum
 from spectune.compute.low_rank_starts import orthonormal, principal
 from spectune.compute.row_products import row_products
-from spectune.deltas import Kind, MatrixSite, Operands, OutputModule, OutputSite, ParameterModule
+from spectune.deltas import Kind, MatrixSite, Operands, OutputModule, OutputSite, ParameterModule, stacked
 from spectune.errors import ConfigError
 from spectune.families import dense_weight
 from spectune.families.quantised import is_plain
@@ -53,7 +54,20 @@ class LoRALayer(OutputModule):
         return F.linear(low, self.lora_B.to(x.dtype))
 
     def operands(self) -> dict[str, Tensor]:
-        return {"down": self.lora_A * self.scale, "up": self.lora_B}
+        own = self.factors_by_row()
+        return {**own, "down": own["down"] * self.scale}
+
+    def factors_by_row(self) -> dict[str, Tensor]:
+        """The operands but for the scale."""
+        return {"down": self.lora_A, "up": self.lora_B}
+
+    @staticmethod
+    def stacked(modules: Sequence[LoRALayer]) -> dict[str, Tensor]:
+        scale = modules[0].scale
+        if any(module.scale != scale for module in modules):
+            return stacked([module.operands() for module in modules])
+        made = stacked([module.factors_by_row() for module in modules])
+        return {**made, "down": made["down"] * scale}  # once for all
 
     def alike(self) -> Kind:
         dropout = self.dropout.p if isinstance(self.dropout, nn.Dropout) else 0.0
@@ -61,7 +75,7 @@ class LoRALayer(OutputModule):
 
     @staticmethod
     def by_row(operands: Operands, x: Tensor, y: Tensor) -> Tensor:
-        return y + low_rank_change(operands, x)
+        return row_products(operands["up"], row_products(operands["down"], x), y)
 
     def product(self) -> Tensor:
         """What is added to the weight, `[out, in]`, but for the scale."""
@@ -123,8 +137,8 @@ class StartedLoRALayer(LoRALayer):
         lost = F.linear(x - kept, (self.first_a * self.scale).to(x.dtype))
         return made - F.linear(lost, self.first_b.to(x.dtype))
 
-    def operands(self) -> dict[str, Tensor]:
-        down = torch.cat([self.lora_A, self.lora_A - self.first_a]) * self.scale
+    def factors_by_row(self) -> dict[str, Tensor]:
+        down = torch.cat([self.lora_A, self.lora_A - self.first_a])
         return {"down": down, "up": torch.cat([self.lora_B - self.first_b, self.first_b], dim=1)}
 
     def product(self) -> Tensor:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from transformers import PreTrainedModel
 
@@ -19,7 +18,7 @@ from spectune.storage.delta_folder import StoredDelta, read_delta
 from spectune.storage.delta_names import DeltaNames, key_of
 
 
-class Bank:
+class Bank(contextlib.AbstractContextManager["Bank"]):
     """The deltas of one base by name, loaded when they are first wanted.
 
     Those that were not wanted for longest leave the device for host memory, and that for the disk; what comes back is
@@ -45,8 +44,12 @@ class Bank:
         device = bytes_of(device_memory, "device_memory")
         host = None if host_memory is None else bytes_of(host_memory, "host_memory")
         self.model, self._names = model, DeltaNames(folder)
-        self._attachment = hold_base(model, [method() for method in METHODS if not method.trains_base])
-        self._memory = BankMemory(self._attachment, self._read, device, host)
+        self._attachment = hold_base(model, [kind.model_validate({}) for kind in METHODS if not kind.trains_base])
+
+        def read(name: str) -> StoredDelta:
+            return read_delta(model, self._names.folder_of(name), key_of(name))
+
+        self._memory = BankMemory(self._attachment, read, device, host)
         self._closed = False
 
     # -- what there is
@@ -121,9 +124,12 @@ class Bank:
     def route(self, names: str | Sequence[str | None] | None) -> Iterator[None]:
         """`spectune.route` by the bank's names: one (or None) for all rows, or a list with one for each row. Deltas are
         put on the model where they are not there. Raises what `hold` and `spectune.route` raise."""
-        single = names is None or isinstance(names, str)
-        with self.hold([names] if single else names) as keys, route(self.model, keys[0] if single else keys):
-            yield
+        if names is None or isinstance(names, str):
+            with self.hold([names]) as (key,), route(self.model, key):
+                yield
+        else:
+            with self.hold(names) as keys, route(self.model, keys):
+                yield
 
     def forget(self, name: str) -> None:
         """Take a delta off and out of memory: its folder is read again when it is wanted next. Raises ConfigError: it
@@ -140,9 +146,6 @@ class Bank:
                 self._attachment.holders -= 1
                 self._attachment.close_unused()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:  # fmt: skip
@@ -154,6 +157,3 @@ class Bank:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"a delta's name is a text, or None for the bare base; got {name!r}")
         return name
-
-    def _read(self, name: str) -> StoredDelta:
-        return read_delta(self.model, self._names.folder_of(name), key_of(name))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,10 +97,10 @@ def _with_prefix(
             state.thread.attention_calls[id(module)] = (key.detach(), value.detach())
         pack = state.pack
         if pack is not None and attention_mask is None:  # the mask function left it to the kernel
-            lead = get(module, state.current.name)  # of the one delta of a packed batch
-            prefix = lead() if isinstance(lead, AttentionModule) else None
             causal = attends_causally(module, query, kwargs)
-            found = packed_attention.attend(pack, query, key, value, prefix, kwargs) if causal else None
+            found = (
+                packed_attention.attend(pack, query, key, value, _prefixes(module, state), kwargs) if causal else None
+            )
             if found is not None:
                 if state.thread.kernel_calls is not None:
                     state.thread.kernel_calls.add(id(module))
@@ -120,6 +121,15 @@ def _with_prefix(
             key, value, attention_mask = _put_before(module, state, query, key, value, attention_mask, kwargs)
     result: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **kwargs)
     return result
+
+
+def _prefixes(module: nn.Module, state: ForwardState) -> list[tuple[Tensor, Tensor] | None]:
+    """Each row's prefix at this attention, one for all where they are of one delta."""
+    route, layout = state.current, state.layout
+    names = layout.names if route.mixed and layout is not None else route.names[:1]
+    found = {name: get(module, name) for name in dict.fromkeys(names)}
+    made = {name: prefix() for name, prefix in found.items() if isinstance(prefix, AttentionModule)}
+    return [made.get(name) for name in names]
 
 
 def _mask_of_none(attend: Any, module: nn.Module, query: Tensor, key: Tensor, settings: dict[str, Any]) -> Tensor:
@@ -144,6 +154,7 @@ def _put_before(
         return key, value, mask
     made = {name: prefix() for name, prefix in prefixes.items()}
     counts = [made[name][0].shape[1] if name in made else 0 for name in names]
+    layout = state.layout_of(key.shape[0])
     longest, batch = max(counts), key.shape[0]
     # zeros before a shorter prefix
     filled = {name: [F.pad(part.to(text.dtype), (0, 0, longest - part.shape[1], 0))
@@ -153,12 +164,12 @@ def _put_before(
     keys, values = (torch.stack([filled.get(name, none)[side] for name in names]) for side in (0, 1))
 
     # which token of its prefix stands at each place, `[rows or 1, longest]`; negative where there is none
-    place = torch.arange(longest, device=key.device) - (longest - _column(counts, key.device))
+    place = torch.arange(longest, device=key.device) - (longest - _column(layout, counts, key.device))
     visible = (place >= 0)[:, None].expand(-1, query.shape[2], -1)
     window = settings.get("sliding_window")
     slides = [name in prefixes and prefixes[name].slides for name in names]
     if window is not None and any(slides):
-        visible = visible & _within_window(state.layout_of(batch), place, counts, slides, query, window)
+        visible = visible & _within_window(layout, place, counts, slides, query, window)
     assert mask is not None, "where there is a prefix, there is a mask"
     mask = widen_mask(mask, visible[:, None])
     key = torch.cat([keys.expand(batch, -1, -1, -1), key], dim=2)
@@ -175,18 +186,19 @@ def _within_window(
     text = torch.arange(query.shape[2], device=device) + layout.seen - layout.virtual
     if layout.pack is not None:
         text = layout.pack.positions
-    here = text + _column(counts, device)
+    here = text + _column(layout, counts, device)
     if layout.padding is not None:
         here = here - layout.padding
     reached = place[:, None] > here[..., None] - window
-    return reached | ~_column(slides, device)[..., None]
+    return reached | ~_column(layout, slides, device).bool()[..., None]
 
 
-def _column(values: list[int] | list[bool], device: torch.device) -> Tensor:
-    """`[rows or 1, 1]`. One for all where all are alike: it is made on the device, and copied nowhere."""
+def _column(layout: BatchLayout, values: Sequence[int], device: torch.device) -> Tensor:
+    """`[rows or 1, 1]`, int64. One for all where all are alike: it is made on the device, and copied nowhere; others
+    are copied once for all passes of the route."""
     if len(set(values)) == 1:
-        return torch.full((1, 1), values[0], device=device)
-    return torch.tensor(values, device=device)[:, None]
+        return torch.full((1, 1), int(values[0]), device=device)
+    return layout.grouping.numbers(values, device)[:, None]
 
 
 def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -63,8 +63,8 @@ class DecoderHook:
         self.outer_call = OuterCall(model, family.decoder, state.thread)
         self._handles = [
             # around the whole model: what changes it may have a hook of its own at the decoder meanwhile
-            model.register_forward_pre_hook(lambda *_: state.passes.begin()),
-            model.register_forward_hook(lambda *_: state.passes.end(), always_call=True),
+            model.register_forward_pre_hook(state.passes.begin),
+            model.register_forward_hook(state.passes.end, always_call=True),
             decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
             decoder.register_forward_hook(self.leave, always_call=True),
         ]
@@ -188,15 +188,10 @@ class DecoderHook:
         return (), call
 
     def _enter_packed(self, call: dict[str, Any], pack: Pack, text: Tensor, cache: Any) -> dict[str, Any]:
-        """The call of a packed batch, which is of one delta and of whole documents."""
+        """The call of a packed batch: whole documents, those of one pack of one delta."""
         route = self.state.current
         if cache is not None:
             raise ConfigError("a packed batch goes with no cache")
-        if route.mixed:
-            raise ConfigError(
-                f"the route gives rows of one batch different deltas ({', '.join(map(repr, route.names))}), and a "
-                "packed batch has documents of one delta only: route each delta's rows in a batch of their own"
-            )
         if text.shape[:2] != pack.documents.shape:
             raise ConfigError(
                 f"the batch is {list(text.shape[:2])}, `documents` are {list(pack.documents.shape)}: expected both to "
@@ -205,25 +200,19 @@ class DecoderHook:
         if call.get("attention_mask") is not None:
             raise ConfigError("a packed batch has no attention mask: `documents` say what is padding")
         names = route.over(text.shape[0])
-        virtual = self._virtual_tokens(names[:1])
-        [prompt], [shift] = virtual.prompts, virtual.shifts
-        context = self.family.position_table
-        if context is not None and shift and pack.longest + shift > context:
-            raise ConfigError(
-                f"a document of {pack.longest} tokens and {shift} virtual ones need {pack.longest + shift} positions; "
-                f"this base has {context}. Use at most {context - shift} text tokens, or fewer virtual ones."
-            )
+        # one entry for all packs where they are alike
+        virtual = self._virtual_tokens(names if route.mixed else names[:1])
+        virtual.check_documents(pack, self.family.position_table)
+        moved, positions = None, call.get("position_ids")
+        if virtual.length:
+            pack, moved = _put_before_each(call, pack, virtual, self._embedding)
+            positions = None  # counted anew, with the virtual tokens in the sequence
         if self.takes_positions:
-            positions = call.get("position_ids")
+            shift = virtual.shift(pack.device, counted=virtual.length > 0)
             call["position_ids"] = (pack.positions if positions is None else positions) + shift
-        moved = None
-        if prompt is not None:
-            pack, moved = _put_before_each(call, pack, prompt(), self._embedding)
-            if self.takes_positions:
-                call["position_ids"] = pack.positions
         # all ones: whatever a model makes of its mask or its positions by itself, what our mask function says is added
         call["attention_mask"] = torch.ones(pack.documents.shape, dtype=torch.int64, device=pack.device)
-        pack.prepare(shift if prompt is None else 0)
+        pack.prepare(virtual.leads)
         self._begin(BatchLayout(route, names, pack.width, pack=pack), _Exit(moved=moved))
         return call
 
@@ -327,18 +316,20 @@ def _text_of(states: Tensor, done: _Exit) -> Tensor:
     return states[torch.arange(done.moved.shape[0], device=done.moved.device)[:, None], done.moved]
 
 
-def _put_before_each(call: dict[str, Any], pack: Pack, prompt: Tensor, embedding: nn.Module) -> tuple[Pack, Tensor]:
-    """Put virtual tokens, of embeddings `prompt` `[virtual tokens, hidden]`, before each document of a decoder's call,
-    in place. Returns the longer pack, and where each place of the text stands in it, `[packs, length]` int64."""
+def _put_before_each(
+    call: dict[str, Any], pack: Pack, virtual: VirtualTokens, embedding: nn.Module
+) -> tuple[Pack, Tensor]:
+    """Put each pack's virtual tokens before each of its documents, in a decoder's call, in place. Returns the longer
+    pack, and where each place of the text stands in it, `[packs, length]` int64."""
     if call.get("token_type_ids") is not None:
         raise ConfigError("token_type_ids do not go with prompt tuning: virtual tokens have no type. Leave them out.")
-    pack, source, moved = pack.grown(prompt.shape[0])
+    pack, source, moved = pack.grown(virtual.lengths)
     embeds = call.get("inputs_embeds")
     if embeds is None:
         embeds = embedding(call["input_ids"])
-    prompt = prompt.to(dtype=embeds.dtype, device=embeds.device)
+    prompts = virtual.embeddings(embeds).expand(embeds.shape[0], -1, -1)
     row = torch.arange(embeds.shape[0], device=embeds.device)[:, None]
-    text, virtual = embeds[row, source.clamp(min=0)], prompt[(-1 - source).clamp(min=0)]
+    text, tokens = embeds[row, source.clamp(min=0)], prompts[row, (-1 - source).clamp(min=0)]
     call["input_ids"] = None
-    call["inputs_embeds"] = torch.where((source < 0)[..., None], virtual, text)
+    call["inputs_embeds"] = torch.where((source < 0)[..., None], tokens, text)
     return pack, moved

@@ -1,5 +1,6 @@
 """What the hooks before and after a module share: whose rows are whose."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.layout import BatchLayout
 from spectune.deltas.modules import SideModule
-from spectune.deltas.row_groups import RowGroup
+from spectune.deltas.row_groups import Grouping, SiteRows
 from spectune.deltas.slots import get
 from spectune.deltas.table_route import Table
 from spectune.errors import ConfigError
@@ -26,47 +27,58 @@ class SideHook:
         self.module, self.path, self.state, self.gathers_tokens = module, path, state, gathers_tokens
         #: what acts here under a `TableRoute`; found at the hook alone, so that compiled blocks are alike
         self.tables: tuple[Table, ...] = ()
+        self.pass_here = _Pass()
 
     def close(self) -> None:
         self.handle.remove()
 
-    def prepare(self, layout: BatchLayout) -> tuple[RowGroup, ...]:
-        """What acts here on the rows of a batch."""
+    def prepare(self, layout: BatchLayout) -> SiteRows | None:
+        """What acts here on the rows of a batch; the next calls on this thread find it."""
         grouping, site = layout.grouping, (self.path, self.kind.__name__)
-        found = grouping.sites.get(site)
-        if found is not None:
-            return found
-        here = ((name, get(self.module, name)) for name in dict.fromkeys(layout.names) if name is not None)
-        return grouping.make(site, {name: module for name, module in here if isinstance(module, self.kind)})
+        if site in grouping.sites:
+            rows = grouping.sites[site]
+        else:
+            here = ((name, get(self.module, name)) for name in dict.fromkeys(layout.names) if name is not None)
+            rows = grouping.make(site, {name: module for name, module in here if isinstance(module, self.kind)})
+        self.pass_here.grouping, self.pass_here.rows = grouping, rows
+        return rows
 
     def mixed(self, sides: Sequence[Tensor]) -> Tensor:
         """The last of `sides` (the module's input; after it also its output), with each row changed by its own delta.
         Raises ConfigError: rows cannot be told apart here."""
         given = sides[-1]
         layout = self.state.layout_of(given.shape[0])
-        groups = self.prepare(layout)
-        if not groups:
+        here = self.pass_here
+        rows = here.rows if here.grouping is layout.grouping else self.prepare(layout)
+        if rows is None:
             return given
         if given.dim() == 2 and self.gathers_tokens:
             raise ConfigError(
                 f"{self.path} stands among experts, which are given some tokens of any row: deltas at this place "
                 "cannot share a batch with others. Route each of them in a batch of its own."
             )
-        now = layout.apart(given, self.path)
-        before = [side.reshape(now.shape[0], -1, side.shape[-1]) for side in sides[:-1]]
-        for group in groups:
-            made = group.by_row([*before, now])
-            now = self._one_by_one(group, layout, [*sides[:-1], now.view(given.shape)]) if made is None else made
-        return now.view(given.shape)
+        batch = layout.apart(given, self.path)
 
-    @staticmethod
-    def _one_by_one(group: RowGroup, layout: BatchLayout, sides: Sequence[Tensor]) -> Tensor:
-        """The same as `RowGroup.by_row`, each delta on its own rows."""
-        now = sides[-1]
-        for module, rows in zip(group.modules, group.own, strict=True):
-            pick = layout.picks(rows, now)
-            now = now.index_copy(0, pick, module(*(side[pick] for side in sides[:-1]), now[pick]))
-        return now.reshape(len(layout.names), -1, now.shape[-1])
+        def picked(module: SideModule, own: Tensor) -> Tensor:
+            """On their rows by themselves, as the hook was given them."""
+            pick = layout.picks(own, given)
+            made: Tensor = module(*(side.index_select(0, pick) for side in sides))
+            return made.reshape(own.shape[0], -1, batch.shape[-1])
+
+        before = [side.reshape(batch.shape[0], -1, side.shape[-1]) for side in sides[:-1]]
+        return rows.changed([*before, batch], picked).reshape(given.shape)
+
+
+class _Pass(threading.local):
+    """What acts at a site on the rows of the pass that runs on this thread. Compiled code reads it here, where it is in
+    the same place for every block."""
+
+    def __init__(self) -> None:
+        self.grouping: Grouping | None = None
+        self.rows: SiteRows | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Pass, ()
 
 
 def remove_copies(model: nn.Module) -> None:

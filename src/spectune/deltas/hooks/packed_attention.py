@@ -1,6 +1,6 @@
 """Attention over a packed batch: each document sees itself and what stands before it, a prefix before each of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,13 +37,14 @@ def _made_of(function: Any) -> Any:
 
 def attend(
     pack: Pack, query: Tensor, key: Tensor, value: Tensor,
-    prefix: tuple[Tensor, Tensor] | None, settings: dict[str, Any],
+    prefixes: Sequence[tuple[Tensor, Tensor] | None], settings: dict[str, Any],
 ) -> tuple[Tensor, None] | None:  # fmt: skip
     """Attention of each document to itself and to the prefix, through the pack's kernel.
 
     Args:
         query: `[packs, heads, width, dim]`; key, value: `[packs, kv_heads, width, dim]`.
-        prefix: keys and values before each document's, `[kv_heads, virtual tokens, dim]`.
+        prefixes: for each pack keys and values before those of each of its documents, `[kv_heads, virtual tokens,
+            dim]`, or None; one for all where they are alike.
         settings: what the attention function was called with besides.
 
     Returns:
@@ -55,17 +56,18 @@ def attend(
         or settings.get("dropout")
         or any(settings.get(name) is not None for name in BEYOND_KERNELS)
         # a window would move past the prefix, which is seen from everywhere
-        or (prefix is not None and window is not None)
+        or (window is not None and any(prefixes))
         or (pack.kernel is flash_by_document and not flash_takes(query, key, value))
     ):
         return None
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     keys = pack.spans
-    if prefix is not None:
-        index, keys = pack.with_lead(prefix[0].shape[1])
+    if any(prefixes):
+        index, keys = pack.with_lead(tuple(0 if prefix is None else prefix[0].shape[1] for prefix in prefixes))
+        leads = zip(*(prefix for prefix in prefixes if prefix is not None), strict=True)
         k, v = (
-            torch.cat([lead.to(own.dtype).transpose(0, 1), own]).index_select(0, index)
-            for lead, own in zip(prefix, (k, v), strict=True)
+            torch.cat([*(lead.to(own.dtype).transpose(0, 1) for lead in each), own]).index_select(0, index)
+            for each, own in zip(leads, (k, v), strict=True)
         )
     found = pack.kernel(q, k, v, pack.spans, keys, scale=settings.get("scaling"), window=window)
     return found.view(query.shape[0], query.shape[2], *found.shape[1:]), None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spectune.compute.masks import mask_of_none
+from spectune.compute.pack_layout import Pack
 from spectune.deltas.modules import InputModule
 from spectune.errors import ConfigError
 
@@ -41,9 +42,15 @@ class VirtualTokens:
         """Places that they take in the sequence of every row."""
         return max(self.lengths)
 
-    def shift(self, device: torch.device) -> int | Tensor:
-        """How far positions move: an int, or int64 `[batch, 1]`."""
-        return _column(self.shifts, device)
+    @property
+    def leads(self) -> tuple[int, ...]:
+        """For each row, its virtual tokens that are not in the sequence: a prefix's."""
+        return tuple(shift - length for shift, length in zip(self.shifts, self.lengths, strict=True))
+
+    def shift(self, device: torch.device, *, counted: bool = False) -> int | Tensor:
+        """How far positions move: an int, or int64 `[batch, 1]`. `counted`: those in the sequence are counted
+        already."""
+        return _column(self.leads if counted else self.shifts, device)
 
     def places(self, text: int, padding: Tensor | None, device: torch.device) -> Tensor:
         """Which virtual token stands at each place, int64 `[batch or 1, length + text]`, negative where none does.
@@ -113,6 +120,19 @@ class VirtualTokens:
             raise ConfigError(
                 f"{text} text tokens and {extra} virtual tokens need {text + extra} positions; this "
                 f"base has {context}. Use at most {context - extra} text tokens, or fewer virtual ones."
+            )
+
+    def check_documents(self, pack: Pack, context: int | None) -> None:
+        """Raise ConfigError where a document of a packed batch and its virtual tokens need more positions than the
+        base's table has."""
+        shifts = self.shifts if len(self.shifts) > 1 else self.shifts * len(pack.lengths)
+        longest = [max(lengths, default=0) for lengths in pack.lengths]
+        text, shift = max(((text, shift) for text, shift in zip(longest, shifts, strict=True) if shift), key=sum,
+                          default=(0, 0))  # fmt: skip
+        if context is not None and text + shift > context:
+            raise ConfigError(
+                f"a document of {text} tokens and {shift} virtual ones need {text + shift} positions; this base has "
+                f"{context}. Use at most {context - shift} text tokens, or fewer virtual ones."
             )
 
     def check_mask(self, mask: Any, seen: Any, length: int, *, from_caller: bool) -> None:
