@@ -35,6 +35,7 @@ ROOMS = """
 FILE_LINES, FUNCTION_LINES, PARAMETERS, METHODS, ATTRIBUTES = 400, 60, 8, 15, 12
 #: by room and name, what may have more parameters: entry points whose parameters are keywords that a user gives
 ENTRY_POINTS = {
+    "cli chat": "flags",
     "cli compare": "flags",
     "cli evaluate": "flags",
     "cli export": "flags",

@@ -144,6 +144,7 @@ def test_left_right_and_no_padding_give_the_same_logits(
             close(together[i][mask[i] == 1], alone[i], 1e-4)
 
 
+@of_each_kind
 def test_padding_in_generate(model: PreTrainedModel, delta: Delta) -> None:
     move(delta, 0.2)
     rows = [tokens(1, 9)[0], tokens(1, 4, seed=6)[0]]
@@ -172,6 +173,7 @@ def test_eager_equals_sdpa(make_model: Make, method: Method) -> None:
     close(*results)
 
 
+@of_each_kind
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_may_be_set_after_attach(make_model: Make, method: Method, attention: str) -> None:
     """A prefix must not be left out because somebody chose another attention function later."""
@@ -272,6 +274,7 @@ def test_cached_logits_equal_uncached(model: PreTrainedModel, delta: Delta, cach
     close(torch.cat(pieces, dim=1), whole)
 
 
+@of_each_kind
 @pytest.mark.parametrize(
     "search",
     [

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from spectune.methods import METHODS, FullFineTuning, LoRA
 from spectune.planning import plan
+from tests.support.quick import others_slow
 
 CONFIG = LlamaConfig(
     vocab_size=4000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -14,7 +15,11 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [kind() for kind in METHODS], ids=lambda method: str(method.name))
+HEADED = [kind() for kind in METHODS]
+FEW = [method for method in HEADED if method.name in ("full", "adapter", "prefix", "lora")]
+
+
+@pytest.mark.parametrize("method", others_slow(HEADED, FEW), ids=lambda method: str(method.name))
 def test_a_head_costs_no_logits_of_the_vocabulary_and_counts(method: object) -> None:
     assert isinstance(method, tuple(METHODS))
     words = plan(CONFIG, method, 4, 32, device="cpu", validation=4)

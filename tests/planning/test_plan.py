@@ -274,8 +274,10 @@ def test_an_estimate_is_a_value() -> None:
 
 
 def test_an_execution_says_what_the_settings_say() -> None:
-    settings = plan(LLAMA, BitFit(), 4, 64, torch_compile=True, cuda_graphs=True, validation=2)
-    said = plan(LLAMA, BitFit(), Shape.whole(4, 64), execution=Execution(True, True), validation=Shape.whole(2, 64))
+    settings = plan(LLAMA, PromptTuning(), 4, 64, torch_compile=True, cuda_graphs=True, validation=2)
+    said = plan(
+        LLAMA, PromptTuning(), Shape.whole(4, 64), execution=Execution(True, True), validation=Shape.whole(2, 64)
+    )
     assert said == settings
     lean = plan(LLAMA, BitFit(), 4, 64, execution=Execution(recomputation="selective"))
     assert lean == plan(LLAMA, BitFit(), 4, 64, gradient_checkpointing="selective")

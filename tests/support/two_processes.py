@@ -38,7 +38,7 @@ CASES: dict[str, tuple[Method, dict[str, Any]]] = {
     "packed": (LoRA(r=2), {"packing": True}),
 }
 #: of each kind of module one, and what runs otherwise; the others are behind `-m slow`
-FEW = ("full", "adapter", "prefix", "prompt", "lora", "bitfit", "oft", "packed")
+FEW = ("full", "adapter", "prefix", "lora", "packed")
 #: of 17 rows the third step has one, and a process none
 ROWS, STEPS = make_rows(17), 6
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from spectune.cli.chat import chat
 from spectune.cli.compare import compare
 from spectune.cli.console import answer, complain
 from spectune.cli.doctor import doctor
@@ -112,6 +113,7 @@ def build_app() -> typer.Typer:
     command("recommend", short_help="Recommend a method, with the reasons.")(recommend)
     command("generate", short_help="Generate text with a tuned model.")(generate)
     command("serve", short_help="Serve a base and its deltas over HTTP, as OpenAI's API does.")(serve)
+    command("chat", short_help="Talk to a tuned model in the terminal.")(chat)
     command("eval", short_help="Evaluate a tuned model on your own rows.")(evaluate)
     command("merge", short_help="Merge a run's delta into its base: a plain transformers folder.")(merge)
     command("export", short_help="Export a run's delta for PEFT, vLLM and other programs.")(export)

@@ -16,9 +16,11 @@ def usual_settings(device: torch.device) -> Iterator[None]:
     kinds = [kind for kind in {device.type, "cpu"} if torch.amp.is_autocast_available(kind)]
     autocast = [torch.autocast(kind, enabled=False) for kind in kinds]
     # a default device looks at every call of torch's, and takes a fourth of the time of attaching
-    elsewhere = [torch.device("cpu")] if torch.get_default_device().type != "cpu" else []
+    elsewhere = torch.get_default_device().type != "cpu"
     with contextlib.ExitStack() as stack, torch.inference_mode(False):
-        for context in [*elsewhere, *autocast]:
+        if elsewhere:
+            stack.enter_context(torch.device("cpu"))
+        for context in autocast:
             stack.enter_context(context)
         torch.set_default_dtype(torch.float32)
         try:
