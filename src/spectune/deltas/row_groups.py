@@ -75,7 +75,7 @@ class SiteRows:
         if self.order is not None:
             sides = [side.index_select(0, self.order) for side in sides]
         # a cut and a joint are one copy, forward and backward, however many parts there are
-        cut = [torch.split(side, self.sizes) if len(self.sizes) > 1 else (side,) for side in sides]
+        cut = [torch.split(side, list(self.sizes)) if len(self.sizes) > 1 else (side,) for side in sides]
         parts = list(zip(*cut, strict=True))
         made: list[Tensor] = []
         for group, part in zip(self.parts, parts, strict=True):
