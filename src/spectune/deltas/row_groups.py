@@ -75,7 +75,8 @@ class SiteRows:
         if self.order is not None:
             sides = [side.index_select(0, self.order) for side in sides]
         # a cut and a joint are one copy, forward and backward, however many parts there are
-        parts = zip(*(side.split(self.sizes) for side in sides), strict=True) if len(self.sizes) > 1 else [tuple(sides)]
+        cut = [torch.split(side, list(self.sizes)) if len(self.sizes) > 1 else (side,) for side in sides]
+        parts = list(zip(*cut, strict=True))
         made: list[Tensor] = []
         for group, part in zip(self.parts, parts, strict=True):
             if group is None:
@@ -133,7 +134,10 @@ class Grouping:
         order = [row for _, rows in stretches for row in rows]
         back = sorted(range(len(order)), key=order.__getitem__)
         return SiteRows(
-            tuple(kind and self._group(kind, rows, found, device, kind in together) for kind, rows in stretches),
+            tuple(
+                None if kind is None else self._group(kind, rows, found, device, kind in together)
+                for kind, rows in stretches
+            ),
             tuple(len(rows) for _, rows in stretches),
             None if in_order else self.numbers(order, device),
             None if in_order else self.numbers(back, device),

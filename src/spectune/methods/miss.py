@@ -72,7 +72,8 @@ class SharedShards(OutputModule):
 
     @staticmethod
     def by_row(operands: Operands, x: Tensor, y: Tensor, r: int) -> Tensor:
-        folded = F.pad(x, (0, -x.shape[-1] % r)).unflatten(-1, (-1, r)).sum(-2)
+        filled = F.pad(x, (0, -x.shape[-1] % r))
+        folded = filled.reshape(*x.shape[:-1], -1, r).sum(-2)
         return y + row_products(operands["block"].mT, folded)
 
     def block(self) -> Tensor:

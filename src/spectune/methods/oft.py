@@ -89,7 +89,8 @@ class Rotation(EntryModule):
 
     @staticmethod
     def by_row(operands: Operands, x: Tensor, blocks: int, size: int) -> Tensor:
-        turned = torch.einsum("btnk,bnkc->btnc", x.unflatten(-1, (-1, size)), operands["turn"].to(x.dtype))
+        apart = x.reshape(*x.shape[:-1], -1, size)
+        turned = torch.einsum("btnk,bnkc->btnc", apart, operands["turn"].to(x.dtype))
         return x + turned.flatten(-2)
 
     def changed(self, parameter: Tensor) -> Tensor:
