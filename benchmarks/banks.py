@@ -234,7 +234,7 @@ def main() -> None:
     torch.set_num_threads(1)
     parts = {
         "load": lambda: loading(args.base, args.device, args.times),
-        "many": lambda: many(args.count, args.layers),
+        "many": lambda: many(min(args.count, 200), args.layers),
         "attach": lambda: attaching(args.count, args.layers),
     }
     with args.out.open("a") as file:
