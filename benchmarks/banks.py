@@ -3,8 +3,9 @@ from disk and from host memory.
 
     PYTHONPATH=src python benchmarks/banks.py --out banks.jsonl --base ../bases/gpt2-27m --page docs/results/banks.md
 
-One JSON line for each figure. Times of passes are of the processor (one thread, `time.thread_time`): what else runs on
-the machine then matters less; times of loading are of the clock. The two bases that are compared take turns.
+One JSON line for each figure, behind those that the file has. Times of passes are of the processor (one thread,
+`time.thread_time`): what else runs on the machine then matters less; times of loading are of the clock. The two bases
+that are compared take turns.
 """
 
 from __future__ import annotations
@@ -94,13 +95,24 @@ def write_deltas(model: PreTrainedModel, root: Path) -> None:
         detach(model, name)
 
 
+def loaded(base: str, device: str) -> PreTrainedModel:
+    """A base by name, or "8b": the shape of Llama-3-8B in bfloat16, with weights of no sense."""
+    if base != "8b":
+        model, _ = spectune.load(base, device=device)
+        return model
+    config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                         num_key_value_heads=8, vocab_size=128256, dtype="bfloat16")  # fmt: skip
+    with torch.device(device):
+        made: PreTrainedModel = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    return made
+
+
 def loading(base: str, device: str, times: int) -> Iterator[dict[str, Any]]:
     """Each method's delta from disk for the first time, again, and back from host memory."""
-    model, _ = spectune.load(base, device=device)
+    model = loaded(base, device)
     name = Path(base).name
     with tempfile.TemporaryDirectory() as folder:
         write_deltas(model, Path(folder))
-        model, _ = spectune.load(base, device=device)
         answer(model)
         began = time.perf_counter()
         bank = spectune.Bank(model, folder)
@@ -214,15 +226,23 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--times", type=int, default=9)
-    parser.add_argument("--page", type=Path, help="write a page of what --out holds; measure only what it has not")
+    parser.add_argument(
+        "--parts", nargs="*", default=["load", "many", "attach"], help="what is measured; none: nothing"
+    )
+    parser.add_argument("--page", type=Path, help="write a page of all that --out holds")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if not args.out.exists():
-        with args.out.open("w") as file:
-            for line in (*loading(args.base, args.device, args.times), *many(args.count, args.layers),
-                         *attaching(args.count, args.layers)):  # fmt: skip
+    parts = {
+        "load": lambda: loading(args.base, args.device, args.times),
+        "many": lambda: many(args.count, args.layers),
+        "attach": lambda: attaching(args.count, args.layers),
+    }
+    with args.out.open("a") as file:
+        for part in args.parts:
+            for line in parts[part]():
                 print(line, flush=True)
                 file.write(json.dumps(line) + "\n")
+                file.flush()
     if args.page:
         found = [json.loads(line) for line in args.out.read_text().splitlines()]
         processor = platform.processor() or platform.machine()

@@ -255,11 +255,11 @@ def _raise(written: Any) -> None:
 
 def moved(model: Any) -> Any:
     """Every delta's weights away from their start."""
-    generator = torch.Generator().manual_seed(2)
+    torch.manual_seed(2)
     with torch.no_grad():
         for delta in spectune.deltas.attached(model).values():
             for p in delta.parameters():
-                p.add_(0.01 * torch.randn(p.shape, generator=generator).to(p.device))
+                p.add_(0.01 * torch.randn_like(p))
                 p.requires_grad_(False)
     return model
 

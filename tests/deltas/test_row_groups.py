@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spectune.blocks.compile import compiled
+from spectune.blocks.recompute import recomputing
 from spectune.compute.row_products import row_products
-from spectune.deltas import Attachment, Delta, Method, OutputModule, OutputSite, attach, route
+from spectune.deltas import Attachment, Delta, Method, OutputModule, OutputSite, attach, detach, route
 from spectune.deltas.modules import Kind, SideModule
 from spectune.deltas.row_groups import Grouping
 from spectune.methods import IA3, OFT, BitFit, BottleneckAdapter, DoRA, LNTuning, LoRA, MiSS, PrefixTuning
@@ -210,6 +213,20 @@ def test_a_base_of_16_bits_computes_in_its_own_dtype(dtype: torch.dtype) -> None
                 alone = model(input_ids=ids[row : row + 1]).logits[0].float()
             moved = float((together[row].float() - alone).norm() / alone.norm())
             assert moved <= 2 * torch.finfo(dtype).eps, name
+
+
+def test_nothing_holds_a_delta_of_a_mixed_batch_that_is_detached() -> None:
+    model, deltas = several(lambda: llama(1), {"a": LoRA(r=2), "b": IA3(), "stays": LoRA(r=2)})
+    model.train()
+    with recomputing(model, True), route(model, ["a", "b", None]):
+        loss = model(input_ids=tokens(3, 5)).logits.sum()
+    loss.backward()  # computes blocks again, in which the route is in force once more
+    found = [weakref.ref(p) for name in ("a", "b") for p in deltas.pop(name).parameters()]
+    del loss
+    detach(model, "a")
+    detach(model, "b")
+    gc.collect()
+    assert not any(ref() is not None for ref in found)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 
@@ -207,3 +208,14 @@ def test_a_module_whose_rows_cannot_be_told_apart_is_refused(model: PreTrainedMo
     features = 32
     with tables.routed(["lora"] * 7), pytest.raises(ConfigError, match="cannot be told apart"):
         linear(torch.zeros(3, 2, features))
+
+
+def test_a_copy_of_a_model_that_reads_tables_begins_without_them(model: PreTrainedModel, tables: SlotTables) -> None:
+    tables.put("lora")
+    with tables.routed(["lora"] * 7):
+        expected = answer(model, IDS)
+        copied = copy.deepcopy(model)
+    other = SlotTables(copied, 1)
+    other.put("lora")
+    with other.routed(["lora"] * 7):
+        assert torch.allclose(answer(copied, IDS), expected, atol=1e-5)

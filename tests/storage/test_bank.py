@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import spectune
-from spectune.deltas import Attachment, Method, attach, attached, detach
+from spectune.deltas import Attachment, Method, SlotTables, attach, attached, detach
 from spectune.errors import BankFullError, ConfigError, DataError, DoesNotFitError
 from spectune.methods import BitFit, BottleneckAdapter, DoRA, FullFineTuning, LNTuning, LoRA, PrefixTuning, PromptTuning
 from tests.contract.conftest import move
@@ -324,3 +324,24 @@ def test_a_delta_of_peft_s_is_taken_as_it_is(folder: Path, tmp_path: Path, expec
     assert config["peft_type"] == "LORA"
     with spectune.Bank(base(), tmp_path) as bank, bank.route("theirs"):
         assert torch.equal(answer(bank.model), expected["lora"])
+
+
+def test_tables_count_and_do_not_shut_deltas_out_for_good(
+    folder: Path, expected: dict[str, Tensor], sizes: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with spectune.Bank(base(), folder, device_memory=sizes["lora"]) as bank:
+        with bank.hold(["lora"]):
+            tables = SlotTables(bank.model, 1)
+            tables.put("lora")
+            assert bank.device_bytes == sizes["lora"] + tables.nbytes
+            with pytest.raises(BankFullError), bank.route("bitfit"):
+                pass
+            tables.take("lora")
+        with caplog.at_level("WARNING", logger="spectune"):
+            for name in ("bitfit", "lora"):
+                with bank.route(name):
+                    assert torch.equal(answer(bank.model), expected[name])
+                assert bank.on_device() == [name]
+        assert caplog.text.count("tables for decoding take so much") == 1
+        tables.close()
+        assert bank.device_bytes == sizes["lora"]

@@ -152,13 +152,19 @@ def unplaced(
 
 def _prove(attachment: Attachment, delta: Delta, *, gradients: bool) -> None:
     """What `sites` took from names and shapes, and that each site is reached."""
-    method, key = delta.method, ("base", type(delta.method))
+    prove_method(attachment, delta.method)
+    with attachment.state.routed(delta.name):
+        prove_that_sites_fire(attachment, delta, gradients=gradients)
+
+
+def prove_method(attachment: Attachment, method: Method) -> None:
+    """What a method's `sites` takes from names and shapes, proved once for a base. Raises ConfigError: this base is
+    built otherwise."""
+    key = "base", type(method)
     if key not in attachment.proved and can_run(attachment.model):
         with attachment.state.routed(None):
             method.prove(attachment.model, attachment.family)
         attachment.proved[key] = True
-    with attachment.state.routed(delta.name):
-        prove_that_sites_fire(attachment, delta, gradients=gradients)
 
 
 def detach(model: PreTrainedModel, name: str) -> None:

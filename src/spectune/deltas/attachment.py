@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectune.deltas import slots
-from spectune.deltas.delta import Delta
+from spectune.deltas.delta import SHARED, Delta
 from spectune.deltas.forward_state import ForwardState
 from spectune.deltas.hooks.decoder import DecoderHook
 from spectune.deltas.hooks.model_methods import ModelMethods
@@ -20,7 +20,7 @@ from spectune.deltas.hooks.transformers_checkpoint import CheckpointHook
 from spectune.deltas.layout import Route
 from spectune.deltas.open_sites import OpenSites
 from spectune.deltas.places import Places
-from spectune.deltas.site import Site
+from spectune.deltas.site import ParameterSite, Site
 from spectune.errors import ConfigError
 from spectune.families import BaseIdentity, Family, describe
 
@@ -68,6 +68,7 @@ class Attachment:
         self._requires_grad = {name: (parameter, parameter.requires_grad) for name, parameter in named}
         self.places = Places(model)
         self.sites = OpenSites(model, self.family, self.state)
+        self.state.forget = self.sites.prepare
         checkpoints = CheckpointHook(self.base_modules, self.keeping_pass)
         before_pass = (self._check_places, checkpoints.keep, self.sites.keep_attention)
         self.decoder = DecoderHook(model, self.family, self.state, before_pass=before_pass, prepare=self.sites.prepare)
@@ -125,8 +126,9 @@ class Attachment:
     def remove(self, delta: Delta, *, undo: bool = False) -> None:
         """Take a delta off, and with the last one everything else. `undo`: of an attach that failed. Raises
         ConfigError: it is the base itself, and no copy was kept."""
+        parts = {"", SHARED, *(site.name for site, _ in delta.sites if isinstance(site, ParameterSite))}
         delta.take_off(self.sites.close, undo=undo)
-        slots.take_copies(self.model, delta.name)
+        slots.take_copies(self.model, delta.name, parts)
         self.places.remove(delta.name)
         del self.deltas[delta.name]
         self.state.virtual_tokens.pop(delta.name, None)

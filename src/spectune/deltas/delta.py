@@ -27,7 +27,7 @@ from spectune.files.metadata import read_json
 from spectune.files.tensor_file import write_tensors
 from spectune.files.weights import check_finite, read_headers, read_weights
 
-_SHARED = "shared"
+SHARED = "shared"
 
 
 @dataclass(eq=False, repr=False)
@@ -212,7 +212,7 @@ class ModuleDelta(Delta):
             decoder = self.model.get_submodule(self.family.decoder)
             self.shared.to(_device_of(decoder, self.model)).train(self.model.training)
             self._hosts[self.family.decoder] = decoder
-            slots.put(decoder, self.name, self.shared, _SHARED)
+            slots.put(decoder, self.name, self.shared, SHARED)
         self._aside = {}
 
     def _built(self, site: Site, host: nn.Module) -> DeltaModule:
@@ -247,7 +247,7 @@ class ModuleDelta(Delta):
             slots.take(self._hosts[site.host], self.name, _part(site))
             closed(site)
         if self.shared is not None and self.family.decoder in self._hosts:
-            slots.take(self._hosts[self.family.decoder], self.name, _SHARED)
+            slots.take(self._hosts[self.family.decoder], self.name, SHARED)
         self._modules, self._hosts = {}, {}
 
 

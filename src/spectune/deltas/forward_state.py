@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
@@ -135,6 +135,7 @@ class ForwardState:
         tables: what keeps deltas' operands by slot (`slot_tables`).
         passes: which threads run through the model.
         thread: of the pass that runs.
+        forget: called where a route of unlike rows ends, on its thread: what is known of its passes holds modules.
     """
 
     def __init__(self) -> None:
@@ -146,11 +147,17 @@ class ForwardState:
         self.tables = WeakSet[KeepsDeltas]()
         self.passes = RunningPasses()
         self.thread = ThreadState()
+        self.forget: Callable[[None], None] | None = None
         self._task = TaskLocal()
         self._in_force: dict[object, Route] = {}  # of every thread and task
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_in_force": {}, "tables": WeakSet()}  # a copied model begins with no route
+        kept = {name: value for name, value in self.__dict__.items() if name != "tables"}
+        return {**kept, "_in_force": {}}  # a copied model begins with no route and no tables
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.tables = WeakSet[KeepsDeltas]()
 
     @property
     def current(self) -> Route:
@@ -207,6 +214,10 @@ class ForwardState:
                 yield
         finally:
             del self._in_force[entry]
+            if chosen.mixed and self.forget is not None:
+                self.forget(None)
+                layout = self.thread.layout
+                self.thread.layout = None if layout is not None and layout.route is chosen else layout
 
     def in_use(self, name: str) -> bool:
         """Whether a `with route` that names the delta is in force in any thread or task, or a slot is kept for it."""

@@ -34,6 +34,9 @@ class OpenSites:
         self._reader: weakref.ref[Any] | None = None  # whose tables these are
         self._readers = 0  # routes over them that are in force
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}, "_reader": None, "_readers": 0}  # a copied model begins with no tables
+
     def open(self, site: Site) -> None:
         """Let deltas act at a site. Raises ConfigError: attention cannot be exchanged, or a parameter cannot be changed
         where it is."""
@@ -97,8 +100,8 @@ class OpenSites:
         if self._attention_before is not None and not attention_function.is_on(self.model):
             self._attention_before = attention_function.switch_on(self.model)
 
-    def prepare(self, layout: BatchLayout) -> None:
-        """Find out what acts where on the rows of a batch, before blocks run."""
+    def prepare(self, layout: BatchLayout | None) -> None:
+        """Find out what acts where on the rows of a batch, before blocks run; None: forget it, with the modules."""
         for hook, _ in self._sides.values():
             hook.prepare(layout)
 

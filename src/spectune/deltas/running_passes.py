@@ -30,8 +30,8 @@ class RunningPasses:
     def __reduce__(self) -> tuple[Any, ...]:
         return RunningPasses, ()
 
-    def begin(self) -> None:
-        """A pass begins on this thread; it waits where another one changes the model."""
+    def begin(self, *_: object) -> None:
+        """A pass begins on this thread; it waits where another one changes the model. A hook before a module."""
         if torch.compiler.is_compiling():
             return
         me = threading.get_ident()
@@ -40,8 +40,8 @@ class RunningPasses:
                 self._changed.wait()
             self._depths[me] = self._depths.get(me, 0) + 1
 
-    def end(self) -> None:
-        """The inverse of `begin`; harmless where a pass ended before it began."""
+    def end(self, *_: object) -> None:
+        """The inverse of `begin`; harmless where a pass ended before it began. A hook after a module."""
         if torch.compiler.is_compiling():
             return
         me = threading.get_ident()

@@ -1,13 +1,14 @@
 """Deltas that come and go on one base: taken off with their weights kept in host memory, and put on again."""
 
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
 from spectune.compute.usual_settings import usual_settings
 from spectune.deltas.absent_weights import refuse_absent_weights
-from spectune.deltas.attaching import check_can_attach, make_hooks_visible_to_the_compiler, unused
+from spectune.deltas.attaching import check_can_attach, make_hooks_visible_to_the_compiler, prove_method, unused
 from spectune.deltas.attachment import Attachment
 from spectune.deltas.delta import Delta, ModuleDelta
 from spectune.deltas.foreign_layers import refuse_foreign_layers
@@ -20,7 +21,7 @@ from spectune.errors import ConfigError
 log = logging.getLogger("spectune")
 
 
-def hold_base(model: PreTrainedModel, methods: Iterable[Method]) -> Attachment:
+def hold_base(model: PreTrainedModel, methods: Sequence[Method]) -> Attachment:
     """The attachment of a base, which stays when its last delta goes, until its `holders` are one less. What deltas of
     these `methods` need to know of the base is found out now. Raises ConfigError: nothing can be attached to this base,
     it is fully tuned, or it has a head that deltas have copies of."""
@@ -43,7 +44,7 @@ def hold_base(model: PreTrainedModel, methods: Iterable[Method]) -> Attachment:
     return attachment
 
 
-def _look_at(attachment: Attachment, methods: Iterable[Method]) -> None:
+def _look_at(attachment: Attachment, methods: Sequence[Method]) -> None:
     if attachment.tuned is not None:
         raise ConfigError(
             f"the base is fully tuned as {attachment.tuned.name!r}, and no other delta can stand beside it: detach it"
@@ -64,6 +65,9 @@ def _look_at(attachment: Attachment, methods: Iterable[Method]) -> None:
             log.debug("%s: %s", method.label, error)
     if can_run(attachment.model):
         calls_of(attachment, list(sites))
+        for method in methods:
+            with contextlib.suppress(ConfigError):  # a folder of this method's meets it again
+                prove_method(attachment, method)
 
 
 def set_aside(model: PreTrainedModel, name: str) -> Delta:

@@ -2,6 +2,8 @@
 `model.to`, FSDP and `parameters()` see them.
 """
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from spectune.deltas.modules import DeltaModule
@@ -37,17 +39,32 @@ def take(module: nn.Module, name: str, part: str = "") -> None:
             del module.deltas
 
 
-def take_copies(model: nn.Module, name: str) -> None:
-    """Take a delta's modules out of copies of hosts, which stand in the model where one of its parts was copied (a
-    layer put in twice): with their hooks, they would go on to act."""
-    keys = key_of(name), f"{key_of(name)}#"
-    for module in list(model.modules()):
+def take_copies(model: nn.Module, name: str, parts: Iterable[str]) -> None:
+    """Take a delta's modules, at these parts, out of copies of hosts, which stand in the model where one of its parts
+    was copied (a layer put in twice): with their hooks, they would go on to act."""
+    keys = {_key(name, part) for part in parts}
+    for module in _without_deltas(model):
         deltas = module._modules.get("deltas")
         if isinstance(deltas, nn.ModuleDict):
-            for key in [key for key in deltas if key == keys[0] or key.startswith(keys[1])]:
-                del deltas[key]
+            for key in keys:
+                deltas._modules.pop(key, None)
             if not len(deltas):
                 del module.deltas
+
+
+def _without_deltas(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model but for those of its deltas, which may be thousands at each."""
+    found, waiting = dict[int, nn.Module](), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting += [
+                child
+                for name, child in module._modules.items()
+                if child is not None and not (name == "deltas" and isinstance(child, nn.ModuleDict))
+            ]
+    return list(found.values())
 
 
 def _key(name: str, part: str) -> str:

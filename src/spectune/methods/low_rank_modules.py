@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ class LoRALayer(OutputModule):
 
     def factors_by_row(self) -> dict[str, Tensor]:
         """The operands but for the scale."""
-        return {"down": self.lora_A, "up": self.lora_B}
+        own: dict[str, Any] = self._parameters  # without nn.Module's lookup, which is most of it for many deltas
+        return {"down": own["lora_A"], "up": own["lora_B"]}
 
     @staticmethod
     def stacked(modules: Sequence[LoRALayer]) -> dict[str, Tensor]:

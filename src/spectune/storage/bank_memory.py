@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from spectune.errors import (
 )  # fmt: skip
 from spectune.storage.delta_folder import StoredDelta
 from spectune.storage.delta_names import key_of
+
+log = logging.getLogger("spectune")
 
 #: names that are read at the same time wait for each other only where they share one of so many locks
 _LOCKS = 64
@@ -53,6 +56,7 @@ class BankMemory:
         self.attachment, self.read, self.device, self.host = attachment, read, device, host
         self.lock = threading.RLock()
         self.loads = 0  # from disk
+        self._said = False  # that tables leave no room
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the least recently wanted first
         self._reading = [threading.Lock() for _ in range(_LOCKS)]
 
@@ -131,7 +135,8 @@ class BankMemory:
         return entry.holds > 0 or (self._is_on(entry) and self.attachment.state.in_use(entry.key))
 
     def _make_room(self, wanted: Sequence[tuple[str, Entry]], needed: int) -> None:
-        """Set deltas aside until so many bytes are free."""
+        """Set deltas aside until so many bytes are free. Where tables leave too little room for any delta, they go
+        beyond the limit, which is said: nobody would ever make that room."""
         while self.nbytes(on_device=True) + needed > self.device:
             if self._set_one_aside():
                 continue
@@ -142,10 +147,19 @@ class BankMemory:
                     f"{what} cannot fit: device_memory is {_mib(self.device)}. Give the bank more, or route fewer of "
                     "them in one batch"
                 )
-            raise BankFullError(
-                f"{what} cannot fit now: of device_memory, {_mib(self.device)}, others in use take "
-                f"{_mib(self.nbytes(on_device=True))}. Wait for those, or give the bank more"
-            )
+            others = [n for n in self.names(on_device=True) if n not in dict(wanted)]
+            if others:
+                raise BankFullError(
+                    f"{what} cannot fit now: of device_memory, {_mib(self.device)}, {some(others)} in use and tables "
+                    f"take {_mib(self.nbytes(on_device=True))}. Wait for those, or give the bank more"
+                )
+            if not self._said:
+                self._said = True
+                log.warning(
+                    "device_memory is %s, of which tables for decoding take so much that deltas go beyond it: give the "
+                    "bank more, or decode fewer rows at once", _mib(self.device),
+                )  # fmt: skip
+            return
 
     def _set_one_aside(self) -> bool:
         """Move the delta to host memory that was not wanted for longest; False where all are in use."""

@@ -53,7 +53,7 @@ class DecoderHook:
 
     def __init__(
         self, model: PreTrainedModel, family: Family, state: ForwardState, *, before_pass: Sequence[Callable[[], None]],
-        prepare: Callable[[BatchLayout], None],
+        prepare: Callable[[BatchLayout | None], None],
     ) -> None:  # fmt: skip
         self.model, self.family, self.state, self.before_pass = model, family, state, before_pass
         self.prepare = prepare
@@ -63,8 +63,8 @@ class DecoderHook:
         self.outer_call = OuterCall(model, family.decoder, state.thread)
         self._handles = [
             # around the whole model: what changes it may have a hook of its own at the decoder meanwhile
-            model.register_forward_pre_hook(lambda *_: state.passes.begin()),
-            model.register_forward_hook(lambda *_: state.passes.end(), always_call=True),
+            model.register_forward_pre_hook(state.passes.begin),
+            model.register_forward_hook(state.passes.end, always_call=True),
             decoder.register_forward_pre_hook(self.enter, with_kwargs=True),
             decoder.register_forward_hook(self.leave, always_call=True),
         ]

@@ -32,16 +32,17 @@ class SideHook:
     def close(self) -> None:
         self.handle.remove()
 
-    def prepare(self, layout: BatchLayout) -> SiteRows | None:
-        """What acts here on the rows of a batch; the next calls on this thread find it."""
+    def prepare(self, layout: BatchLayout | None) -> None:
+        """Find out what acts here on the rows of the pass that begins on this thread, or forget the last one's."""
+        here = self.pass_here
+        here.grouping, here.rows = (None, None) if layout is None else (layout.grouping, self._rows(layout))
+
+    def _rows(self, layout: BatchLayout) -> SiteRows | None:
         grouping, site = layout.grouping, (self.path, self.kind.__name__)
         if site in grouping.sites:
-            rows = grouping.sites[site]
-        else:
-            here = ((name, get(self.module, name)) for name in dict.fromkeys(layout.names) if name is not None)
-            rows = grouping.make(site, {name: module for name, module in here if isinstance(module, self.kind)})
-        self.pass_here.grouping, self.pass_here.rows = grouping, rows
-        return rows
+            return grouping.sites[site]
+        here = ((name, get(self.module, name)) for name in dict.fromkeys(layout.names) if name is not None)
+        return grouping.make(site, {name: module for name, module in here if isinstance(module, self.kind)})
 
     def mixed(self, sides: Sequence[Tensor]) -> Tensor:
         """The last of `sides` (the module's input; after it also its output), with each row changed by its own delta.
@@ -49,7 +50,7 @@ class SideHook:
         given = sides[-1]
         layout = self.state.layout_of(given.shape[0])
         here = self.pass_here
-        rows = here.rows if here.grouping is layout.grouping else self.prepare(layout)
+        rows = here.rows if here.grouping is layout.grouping else self._rows(layout)
         if rows is None:
             return given
         if given.dim() == 2 and self.gathers_tokens:
