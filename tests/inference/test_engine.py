@@ -54,7 +54,7 @@ def sharp(model: PreTrainedModel) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8)
-    return model.eval()
+    return model.train(False)
 
 
 def with_deltas(model: PreTrainedModel, methods: dict[str, Method]) -> None:
@@ -223,7 +223,7 @@ def test_a_fault_is_its_requests_own() -> None:
     expected = [by_generate(model, list(r.ids), r.delta, 6) for r in requests]
     tickets = [engine.submit(request) for request in requests]
     detach(model, "lost")
-    errors = {}
+    errors: dict[Ticket, BaseException] = {}
     while not engine.idle:
         errors |= {one.ticket: one.error for one in engine.step() if one.error is not None}
     assert list(errors) == [tickets[2]]
@@ -305,13 +305,13 @@ def test_a_base_that_answers_otherwise_is_found_out_once_while_deltas_are_on_it(
     model = sharp(gpt2())
     with_deltas(model, {"lora": LoRA(r=2)})
     passes = []
-    model.transformer.register_forward_hook(lambda *_: passes.append(1))
+    model.get_submodule("transformer").register_forward_hook(lambda *_: passes.append(1))
     assert why_not_engine(model) is None
     ran = len(passes)
     assert why_not_engine(model, ["lora"]) is None
     assert len(passes) == ran > 0
     other = sharp(gpt2())
-    attention = other.transformer.h[0].attn
+    attention = other.get_submodule("transformer.h.0.attn")
     calls = [0]
 
     def by_calls(module: object, args: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

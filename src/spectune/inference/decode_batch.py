@@ -44,12 +44,13 @@ class Caller:
         values, `[rows, kv_heads, length, dim]`."""
         batch = padded(texts, pad_token_id, padding_side="left")
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache()  # type: ignore[no-untyped-call]  # layers that keep everything: masks cut windows
+        cache = DynamicCache()  # of layers that keep everything: masks cut windows
         ids, mask, positions = (
             t.to(self.model.device) for t in (batch["input_ids"], batch["attention_mask"], positions)
         )  # fmt: skip
         logits = self(ids, mask, positions, cache)
-        return logits, [(layer.keys, layer.values) for layer in cache.layers]
+        layers: list[Any] = cache.layers
+        return logits, [(layer.keys, layer.values) for layer in layers]
 
 
 class DecodeBatch:

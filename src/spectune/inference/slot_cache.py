@@ -21,7 +21,7 @@ class SlotLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
         self.is_initialized = True  # `keys` and `values` stay None: nobody is to take ours for theirs
-        self.stored: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+        self.stored: tuple[Tensor, ...] = ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: storage is made when rows come."""
@@ -58,8 +58,10 @@ class SlotCache(Cache):
         version: counts how often storage was made anew: what was recorded over the old one is void then.
     """
 
+    layers: list[SlotLayer]  # type: ignore[assignment]
+
     def __init__(self, device: torch.device) -> None:
-        super().__init__(layers=[])  # type: ignore[no-untyped-call]
+        super().__init__(layers=[])
         self.device = device
         self.slots = self.capacity = self.rows = self.seen = self.version = 0
         self.places = self.numbers = torch.empty(0, dtype=torch.int64, device=device)
