@@ -57,25 +57,28 @@ class Rounds:
 
     def _shared_step(self, taking: Sequence[tuple[Lane, list[list[int]]]]) -> None:
         """A step of each, in passes that they share; the optimizers' steps are taken at once."""
-        begun, lanes = time.perf_counter(), [lane for lane, _ in taking]
+        begun = time.perf_counter()
         ready = [lane.loop.make_ready(window, collate=False) for lane, window in taking]
-        made = self._batches(taking, ready)
+        self._launch([lane for lane, _ in taking], ready, self._batches(taking, ready))
+        seconds = (time.perf_counter() - begun) / len(taking)
+        for lane, _ in taking:
+            lane.settle(seconds)
+
+    def _launch(self, lanes: Sequence[Lane], ready: Sequence[ReadyStep], made: Sequence[JointBatch]) -> None:
+        """Launch a step of each over these batches. Nothing here waits for the device."""
         with lanes[0].loop.measured() as (span, memory):
             span.runs = len(lanes)
-            for lane, step in zip(lanes, ready, strict=True):
-                lane.loop.run.optimizer.begin(step.rate)
+            for lane, own in zip(lanes, ready, strict=True):
+                lane.loop.run.optimizer.begin(own.rate)
             sums = [torch.zeros((), device=self.model.device) for _ in lanes]
             for batch in made:
                 for run, found in zip(batch.runs, self.passes.backward(batch), strict=True):
                     sums[run] += found
-            steps = [lane.loop.gathered(step, total) for lane, step, total in zip(lanes, ready, sums, strict=True)]
+            steps = [lane.loop.gathered(own, total) for lane, own, total in zip(lanes, ready, sums, strict=True)]
             norms = step_together([step.optimizer for step in steps])
             numbers = AsyncScalars.of_each([step.numbers(norm) for step, norm in zip(steps, norms, strict=True)])
-            for n, (lane, *launched) in enumerate(zip(lanes, steps, norms, numbers, strict=True)):
-                lane.loop.launched(*launched, span, None if n else memory)
-        seconds = (time.perf_counter() - begun) / len(lanes)
-        for lane in lanes:
-            lane.settle(seconds)
+            for n, (lane, step, norm) in enumerate(zip(lanes, steps, norms, strict=True)):
+                lane.loop.launched(step, norm, numbers[n], span, None if n else memory)
 
     def _batches(self, taking: Sequence[tuple[Lane, list[list[int]]]], ready: Sequence[ReadyStep]) -> list[JointBatch]:
         """The batches of a step of several runs, on the host."""
