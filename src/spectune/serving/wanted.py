@@ -161,9 +161,10 @@ def _of_chat(body: _Chat) -> Wanted:
 
 
 def _of_completion(body: _Completion) -> Wanted:
-    given = body.prompt
+    given: Any = body.prompt
     one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
-    prompts = tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in ([given] if one else given))
+    many: list[Any] = [given] if one else given
+    prompts = tuple(prompt if isinstance(prompt, str) else tuple[int, ...](prompt) for prompt in many)
     if not prompts or not all(prompts):
         raise invalid("prompt is empty; expected text, ids, or a list of one of them", "prompt")
     most = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
