@@ -33,8 +33,11 @@ class KeysAndValues(Protocol):
 class StepCache(Protocol):
     """A cache of as many rows as run at most. `places`: int64 `[most rows]`, where the next token of each is put."""
 
-    layers: Sequence[Any]
     places: Tensor
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """As `KeysAndValues`."""
 
 
 class _Layer:

@@ -47,7 +47,8 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float
     total = cumulative[:, -1:]
     # below the whole sum, however the product is rounded: behind it are tokens of no probability
     wanted = torch.minimum(settings[:, 1:] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
+    # the last one where a model gives what is no number: any token is an id that the model has
+    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def _limited(scaled: Tensor, samplings: Sequence[Sampling]) -> Tensor:

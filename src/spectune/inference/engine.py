@@ -1,25 +1,22 @@
 """The decode engine: requests come and go, and each step every running one gets a token."""
 
-import contextlib
 import gc
 import logging
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from spectune.blocks.recorded_steps import PlainSteps, Steps
+from spectune.blocks.recorded_steps import Steps
 from spectune.compute.cudnn import cudnn_attention
-from spectune.deltas import Attachment, Delta, why_not_in_tables
+from spectune.deltas import Attachment
 from spectune.errors import ConfigError, OutOfMemoryError, is_out_of_memory
 from spectune.families import vocabulary_rows
-from spectune.inference.cached_lane import CachedLane
-from spectune.inference.decode_batch import Caller, DecodeBatch
-from spectune.inference.engine_bases import family_of, text_limit, why_not_delta, why_not_engine, windows_of
-from spectune.inference.lane import Lane, UncachedLane
+from spectune.inference.decode_batch import DecodeBatch
+from spectune.inference.engine_bases import family_of, text_limit
+from spectune.inference.lane import Lane
+from spectune.inference.lanes import Lanes
 from spectune.inference.request import Request, Ticket, Written
 from spectune.inference.step_choice import steps_for
 
@@ -29,14 +26,6 @@ log = logging.getLogger("spectune")
 PROMPT_TOKENS = 8192
 #: steps to come, where nobody says
 EXPECTED = 64
-
-
-@dataclass(frozen=True)
-class Key:
-    """Of a lane: the delta that it is of, None for all whose rows can share a batch; and whether it has a cache."""
-
-    delta: str | None
-    cached: bool = True
 
 
 class Engine:
@@ -64,21 +53,15 @@ class Engine:
     ) -> None:  # fmt: skip
         if rows < 1:
             raise ConfigError(f"rows = {rows}; expected at least 1")
-        self.model, self.rows, self.pad_token_id, self.enter_at = model, rows, pad_token_id, enter_at
-        self._steps = steps or steps_for(model, family_of(model), expected_steps)
-        self._caller = Caller(model)
-        self._why_not = why_not_engine(model)
-        if self._why_not is not None:
-            log.info("each token takes a pass over its whole row: %s", self._why_not)
+        self.model, self.rows, self.enter_at = model, rows, enter_at
         self._limit = text_limit(model)
-        self._lanes: dict[Key, Lane] = {}
-        self._alone: dict[str, tuple[weakref.ref[Delta] | None, str | None]] = {}
+        self._lanes = Lanes(model, pad_token_id, steps or steps_for(model, family_of(model), expected_steps))
         self._waiting: deque[Ticket] = deque()
 
     @property
     def running(self) -> int:
         """Rows that are being written."""
-        return sum(len(lane.tickets) for lane in self._lanes.values())
+        return self._lanes.rows
 
     @property
     def waiting(self) -> int:
@@ -115,15 +98,13 @@ class Engine:
         if ticket in self._waiting:
             self._waiting.remove(ticket)
             return
-        for lane in self._lanes.values():
+        for lane in self._lanes:
             if ticket in lane.tickets:
                 lane.leave(ticket)
 
     def close(self) -> None:
         """Let go of what it put on the model (tables of deltas' weights), and of its rows."""
-        for lane in self._lanes.values():
-            lane.close()
-        self._lanes.clear()
+        self._lanes.close()
         self._waiting.clear()
 
     def step(self) -> list[Written]:
@@ -135,46 +116,40 @@ class Engine:
         free = min(self.rows - self.running, len(self._waiting))
         if free < 1 or (self.running and free < min(self.enter_at, len(self._waiting))):
             return []
-        by_lane: dict[Key, list[Ticket]] = {}
+        by_lane: dict[Lane, list[Ticket]] = {}
         for _ in range(free):
             ticket = self._waiting.popleft()
-            by_lane.setdefault(self._lane_of(ticket.request.delta), []).append(ticket)
+            by_lane.setdefault(self._lanes.of(ticket.request.delta), []).append(ticket)
         written: list[Written] = []
-        with self._running_model():
-            for key, tickets in by_lane.items():
+        with torch.no_grad(), cudnn_attention(False):
+            for lane, tickets in by_lane.items():
                 for group in alike(tickets):
-                    written += self._enter(key, group)
+                    written += self._enter(lane, group)
         return written
 
     def advance(self) -> list[Written]:
         """A token for each row."""
         written: list[Written] = []
-        with self._running_model():
-            for lane in self._lanes.values():
+        with torch.no_grad(), cudnn_attention(False):
+            for lane in self._lanes:
                 written += self._advance(lane)
+        self._lanes.tidy()
         return written
 
-    def _enter(self, key: Key, tickets: Sequence[Ticket]) -> list[Written]:
+    def _enter(self, lane: Lane, tickets: Sequence[Ticket]) -> list[Written]:
         """Rows of one pass over their prompts. Where it fails, each by itself: one request's fault is its own."""
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = self._made(key)
         try:
             return lane.enter(tickets)
         except Exception as error:
+            for ticket in tickets:
+                if ticket in lane.tickets:
+                    lane.leave(ticket)
             memory = is_out_of_memory(error)
             if not memory and len(tickets) == 1:
                 return [_failed(tickets[0], error)]
         if memory:
             return self._with_fewer(lane, tickets)
-        return [written for ticket in tickets for written in self._enter(key, [ticket])]
-
-    def _made(self, key: Key) -> Lane:
-        if not key.cached:
-            return UncachedLane(self._caller, self.pad_token_id)
-        # what is not in tables is not recorded: a graph would hold the weights of deltas that are gone
-        steps = (lambda batch: PlainSteps(batch.run)) if key.delta else self._steps
-        return CachedLane(self._caller, self.pad_token_id, windows_of(self.model), steps)
+        return [written for ticket in tickets for written in self._enter(lane, [ticket])]
 
     def _advance(self, lane: Lane) -> list[Written]:
         try:
@@ -215,38 +190,13 @@ class Engine:
         self._waiting.extendleft(reversed(tickets))
         while self.running > self.rows:
             # the newest rows wait: they lose least
-            widest = max(self._lanes.values(), key=lambda lane: len(lane.tickets))
+            widest = max(self._lanes, key=lambda lane: len(lane.tickets))
             ticket = widest.tickets[-1]
             widest.leave(ticket)
             self._waiting.appendleft(ticket)
-        for each in self._lanes.values():
+        for each in self._lanes:
             each.shrink()
         return []
-
-    def _lane_of(self, name: str | None) -> Key:
-        """The lane that a delta's rows are written in: that of all whose rows can share a batch, or its own."""
-        attachment = Attachment.of(self.model)
-        if self._why_not is not None:
-            return Key(None, cached=False)
-        if attachment is None or (name is None and attachment.tuned is None):
-            return Key(None)
-        if name is None:
-            return Key("")  # beside a fully tuned base
-        if why_not_delta(attachment, name) is not None:
-            return Key(None, cached=False)
-        delta = attachment.deltas.get(name)
-        known, reason = self._alone.get(name, (None, None))
-        if delta is not None and (known is None or known() is not delta):
-            reason = why_not_in_tables(attachment, delta)
-            if reason is not None:
-                log.info("%s: its rows are written in batches of their own", reason)
-            self._alone[name] = weakref.ref(delta), reason
-        return Key(None if reason is None else name)
-
-    @contextlib.contextmanager
-    def _running_model(self) -> Iterator[None]:
-        with torch.no_grad(), cudnn_attention(False):
-            yield
 
 
 def alike(tickets: Sequence[Ticket]) -> list[list[Ticket]]:

@@ -88,8 +88,9 @@ class DecoderHook:
         text = ids if ids is not None else embeds
         if text is None:
             return None  # the base says itself what is missing
-        if self.state.current.cached:
-            return self._enter_cached(text)
+        if (route := self.state.current).cached:  # everything is in the cache: the call stays as it is
+            names = route.over(text.shape[0]) if route.per_row else None
+            return self._begin(None if names is None else BatchLayout(route, names, text.shape[1]), _Exit())
         cache = next((call[name] for name in caches.CACHE_NAMES if call.get(name) is not None), None)
         if self.state.most_virtual_tokens:
             first = cache is None or bool(caches.seen_in(cache) == 0)
@@ -132,12 +133,6 @@ class DecoderHook:
         self.state.begin_pass(layout)
         self.state.thread.exit = replace(done, outer=running.state)
         running.state = self.state
-
-    def _enter_cached(self, text: Tensor) -> None:
-        """A pass that goes on behind a cache which holds everything: the call stays as it is."""
-        route = self.state.current
-        names = route.over(text.shape[0]) if route.per_row else None
-        self._begin(None if names is None else BatchLayout(route, names, text.shape[1]), _Exit())
 
     def _enter_rows(self, call: dict[str, Any], text: Tensor, mask: Any, cache: Any) -> Any:
         """The call of a batch with one text in each row; None where it stays as it is."""
