@@ -138,11 +138,14 @@ def test_when_it_stops_running_requests_end_and_new_ones_are_refused(material: M
 
 def test_metrics_are_what_prometheus_reads(served: Running) -> None:
     served.ask("/v1/completions", good("tiny", "the quick"))
+    served.ask("/v1/completions", good("lora", "the quick"))
     served.ask("/" + "x" * 30)
     families = {family.name: family for family in text_string_to_metric_families(served.ask("/metrics")[1])}
     assert {"spectune_requests", "spectune_request_seconds", "spectune_tokens", "spectune_ready"} <= set(families)
     paths = {sample.labels["path"] for sample in families["spectune_requests"].samples}
     assert paths <= {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "other"}
+    for gauge in ("deltas_on_device", "delta_device_bytes", "delta_loads"):
+        assert families[f"spectune_{gauge}"].samples[0].value > 0
     samples = families["spectune_first_token_seconds"].samples
     counts = [sample.value for sample in samples if sample.name.endswith("_bucket")]
     assert counts == sorted(counts)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("spectune")
 
 STOPPING = "the server is stopping"
+#: names that one which does not exist is compared with
+_COMPARED = 500
 
 
 @dataclass
@@ -79,6 +81,11 @@ class Desk:
             self._ready.set_result(loaded)
             self.state = "ok" if self.state == "loading" else self.state
 
+    @property
+    def bank(self) -> Any:
+        """The bank of what is loaded; None where there is none yet."""
+        return self._ready.result().bank if self._ready.done() and self._ready.exception() is None else None
+
     def failed(self, error: BaseException) -> None:
         """The model could not be loaded, or writes no more."""
         self.state, self.failure = "failed", error
@@ -107,7 +114,7 @@ class Desk:
         Raises:
             ApiError: the request is refused, or a choice cannot be written.
         """
-        self.entry(wanted.model)
+        await asyncio.to_thread(self.entry, wanted.model)
         with self._taken(wanted) as places:
             loaded = await asyncio.shield(self._ready)
             job, inbox = await self._job(loaded, wanted, places)
@@ -158,7 +165,7 @@ class Desk:
         """The model of a name. Raises ApiError (404)."""
         found = self.catalogue.find(name)
         if found is None:
-            names = [entry.name for entry in self.catalogue.entries()]
+            names = [entry.name for entry in self.catalogue.entries()[:_COMPARED]]
             shown = name if len(name) <= 100 else f"{name[:100]}..."
             raise ApiError(404, f"the model {shown!r} does not exist here{did_you_mean(name[:100], names)}; "
                            "GET /v1/models names those that do", param="model", code="model_not_found")  # fmt: skip

@@ -230,8 +230,21 @@ def _describe(counters: Counters, desk: Desk, worker: Worker) -> None:
         first_token_seconds="From a request's order to the first token of its answer.",
         tokens_total="Tokens of prompts, and tokens written.", refused_total="Requests that were refused, by reason.",
         abandoned_total="Choices that nobody waited for any more.", ready="Whether the model is loaded.",
-        running_rows="Choices that are being written.", waiting_choices="Choices that wait, or are being written.",
+        running_rows="Choices that are being written.", waiting_choices="Choices that wait for a row.",
+        deltas_on_device="Deltas on the model.", deltas_in_host_memory="Deltas that were set aside.",
+        delta_device_bytes="Memory of deltas and their tables on the device.", delta_loads="Deltas read from disk.",
     )  # fmt: skip
     counters.gauge("ready", lambda: desk.state == "ok")
     counters.gauge("running_rows", lambda: worker.running)
-    counters.gauge("waiting_choices", lambda: desk.choices - worker.running)
+    counters.gauge("waiting_choices", lambda: max(0, desk.choices - worker.running))
+    of_bank: dict[str, Callable[[Any], float]] = {
+        "deltas_on_device": lambda bank: len(bank.on_device()), "delta_loads": lambda bank: bank.loads,
+        "deltas_in_host_memory": lambda bank: len(bank.in_host_memory()),
+        "delta_device_bytes": lambda bank: bank.device_bytes,
+    }  # fmt: skip
+    for name, read in of_bank.items():
+        counters.gauge(name, partial(_of_bank, desk, read))
+
+
+def _of_bank(desk: Desk, read: Callable[[Any], float]) -> float:
+    return 0 if desk.bank is None else read(desk.bank)
