@@ -40,7 +40,9 @@ PAGE = ROOT / "docs" / "reliability.md"
 #: failures that the page lists of a kind; the JSON beside it has all
 LISTED = 10
 #: modules of tests.faults whose faults are nobody's doing
-ACCIDENTS = tuple(f"tests.faults.{name}" for name in ("crashes", "disks", "signals", "streams", "pairs", "batches"))
+ACCIDENTS = tuple(
+    f"tests.faults.{name}" for name in ("crashes", "disks", "signals", "streams", "pairs", "batches", "served")
+)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.faults.child import Forks
 
-MODULES = ("crashes", "disks", "signals", "streams", "pairs", "batches", "spoiled_bases", "spoiled_deltas",
+MODULES = ("crashes", "disks", "signals", "streams", "pairs", "batches", "served", "spoiled_bases", "spoiled_deltas",
            "spoiled_runs", "hostile_rows", "hostile_chats")  # fmt: skip
 
 

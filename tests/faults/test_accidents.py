@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import batches, crashes, disks, pairs, signals, streams
+from tests.faults import batches, crashes, disks, pairs, served, signals, streams
 from tests.faults.child import Case, Forks
 from tests.faults.kinds import Kind, judged
 from tests.faults.material import differences
 
-KINDS: list[Kind] = [kind for module in (crashes, disks, signals, streams, pairs, batches) for kind in module.KINDS]
+KINDS: list[Kind] = [
+    kind for module in (crashes, disks, signals, streams, pairs, batches, served) for kind in module.KINDS
+]
 #: cases of a slow test: one that fails says which of so many it was
 CHUNK = 25
 #: other cases every day, and the same ones again with SPECTUNE_FAULTS_SEED

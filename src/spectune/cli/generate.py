@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,9 +70,8 @@ def generate(
     `temperature`, `top_p`, `top_k`, `seed`, `stop` and `id`. Rows of all deltas are written in one batch. A request
     that cannot be answered has a line with `error`, and the command ends with 1.
 
-    A prompt goes to the model exactly as a training row's prompt did: with the run's separator and
-    the line end that all its training prompts end with, in the form of an instruction, or as a user's message in the
-    chat template.
+    A prompt goes to the model exactly as a training row's prompt did: with the run's separator and the line end that
+    all its training prompts end with, in the form of an instruction, or as a user's message in the chat template.
 
     \b
     Examples:
@@ -81,7 +80,6 @@ def generate(
       spectune generate "Who are you?" --run runs/2026-01-31-lora-1
       spectune generate --data test.jsonl --rows 20 --json
       spectune generate --input requests.jsonl --output answers.jsonl --deltas deltas
-      spectune generate --input requests.jsonl --output answers.jsonl --deltas deltas --resume
     """
     if wants_files(context.params):
         return answer_file(context.params)
@@ -98,8 +96,7 @@ def generate(
         else:
             texts = _written(found, asked, (device, dtype, base_precision), max_new_tokens, sampling)
             written = [_record(row, text) for row, text in zip(asked, texts, strict=True)]
-        for record in () if as_json else written:
-            _show(out, record)
+        _show(out, [] if as_json else written)
     print_answer({"run": found.folder_name, "base": found.base, "outputs": written}, as_json=as_json)
 
 
@@ -114,12 +111,13 @@ def _asked(run: Run, prompts: list[str] | None, data: str | None, count: int) ->
     return given[:count] if run.labels is not None else _rows_with_prompts(given, count, data or run.name)
 
 
-def _show(out: Console, record: Mapping[str, Any]) -> None:
-    say(out, record["prompt"], style="dim")
-    say(out, record["completion"].strip())
-    if record["references"]:
-        say(out, f"reference: {record['references'][0]}", style="dim italic")
-    out.print()
+def _show(out: Console, written: Sequence[Mapping[str, Any]]) -> None:
+    for record in written:
+        say(out, record["prompt"], style="dim")
+        say(out, record["completion"].strip())
+        if record["references"]:
+            say(out, f"reference: {record['references'][0]}", style="dim italic")
+        out.print()
 
 
 def _typed(prompts: list[str], run: Run) -> list[Row]:
