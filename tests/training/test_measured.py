@@ -15,7 +15,7 @@ from spectune.compute.memory import PeakMemory
 from spectune.methods import FullFineTuning, LoRA
 from spectune.objectives import CAUSAL_LM
 from spectune.objectives.causal_lm import CausalLM
-from spectune.training import RunResult, TrainingConfig, peaks, run_folder, step_batches, train
+from spectune.training import RunResult, TrainingConfig, peaks, run_folder, step_batches, train, validating
 from spectune.training import loop as loop_module
 from spectune.training.machine import Gauges
 from tests.support import make_model, make_rows, make_tokenizer
@@ -49,7 +49,7 @@ def test_speed_is_without_data_validation_checkpoints_and_the_first_steps(
     gauges = Gauges(lambda: now[0], lambda: now[0] / 2, lambda: None, None)
     monkeypatch.setattr(loop_module, "Gauges", SimpleNamespace(of=lambda device_type: gauges))
     taking(step_batches, "collate", 1000)
-    taking(loop_module, "row_losses", 1000)
+    taking(validating, "row_losses", 1000)
     taking(run_folder, "save_checkpoint", 1000)
     taking(run_folder, "swap_best", 1000)
     taking(CAUSAL_LM, "loss_sum", 1)
@@ -89,13 +89,13 @@ def test_peaks_of_training_and_validation() -> None:
 
 def test_validation_is_measured_on_its_longest_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    real = loop_module.row_losses
+    real = validating.row_losses
 
     def losses(model: Any, examples: Any, *given: Any) -> Any:
         seen.append([len(example.input_ids) for example in examples])
         return real(model, examples, *given)
 
-    monkeypatch.setattr(loop_module, "row_losses", losses)
+    monkeypatch.setattr(validating, "row_losses", losses)
     result = run(LoRA(r=2), eval_steps=3, per_device_eval_batch_size=2)
     every = seen[0]  # of the bare base
     assert seen == [every, sorted(every, reverse=True)[:2], every, every]
@@ -158,7 +158,7 @@ def test_on_cuda_all_steps_are_measured_and_validation_is_not_among_them(monkeyp
     objective = CausalLM()
     monkeypatch.setattr(loop_module, "objective_of", lambda _: objective)
     using(objective, "loss_sum", 100)
-    using(loop_module, "row_losses", 500)
+    using(validating, "row_losses", 500)
     monkeypatch.setattr(peaks, "PeakMemory", Fake)
     monkeypatch.setattr(peaks, "counts_tensors", lambda device_type: False)
     result = run(LoRA(r=2), max_steps=4, eval_steps=2)
