@@ -139,8 +139,10 @@ def _parts(model: nn.Module) -> tuple[PreTrainedModel, nn.Module, nn.Linear]:
 
 
 def _check_unwatched(module: nn.Module, name: str) -> None:
-    """A module that is passed over must have nothing attached that would not be called then."""
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+    """A module that is passed over must have nothing attached that would not be called then, but for what counts passes
+    at the decoder, too (`only_counts`)."""
+    hooks = [hook for kind in _HOOKS for hook in getattr(module, kind, {}).values()]
+    if not all(getattr(getattr(hook, "__self__", None), "only_counts", False) for hook in hooks):
         raise NotPlainError(f"{name} has hooks")
     if module._compiled_call_impl is not None:
         raise NotPlainError(f"{name} is compiled as a whole")

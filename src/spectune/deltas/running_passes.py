@@ -21,6 +21,9 @@ _LOOK = 0.05
 class RunningPasses:
     """The passes of one model, and the thread that changes it. What compiled or recorded code runs is not seen."""
 
+    #: it hooks the model, and the decoder as well: a loss that calls the decoder by itself leaves nothing out
+    only_counts = True
+
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._depths: dict[int, int] = {}  # of passes inside of each other, by thread

@@ -16,7 +16,7 @@ from spectune.families import vocabulary_rows
 from spectune.inference.decode_batch import DecodeBatch
 from spectune.inference.engine_bases import family_of, text_limit
 from spectune.inference.lane import Lane
-from spectune.inference.lanes import Lanes
+from spectune.inference.decode_lanes import Lanes
 from spectune.inference.request import Request, Ticket, Written
 from spectune.inference.step_choice import steps_for
 
