@@ -1,4 +1,4 @@
-"""spectune's own training step: `Loop.ahead` with `MasterAdamW`, as `spectune train` runs it."""
+"""spectune's own training step: `Loop.begin` and `finish` with `MasterAdamW`, as `spectune train` runs it."""
 
 from __future__ import annotations
 
@@ -127,8 +127,16 @@ def our_step(
     optimizer = prepared.optimizer(list(delta.parameters()), config, prepared.rate)
     batches = Batches(examples, config, execution.packing, World())
     loop = Loop(RunState(delta, optimizer, batches, [], config, prepared.rate, most_steps), execution)
+    launched = 0
+
+    def ahead(window: list[list[int]]) -> float | None:
+        nonlocal launched
+        loop.begin(window)
+        launched += 1
+        return loop.finish() if launched > loop.max_in_flight else None
+
     with loop.running():
-        yield loop.ahead
+        yield ahead
 
 
 def configured(setting: Setting, rate: float, variant: dict[str, Any]) -> TrainingConfig:

@@ -158,17 +158,19 @@ def _as_it_is(host: nn.Module, own: Operands, x: Tensor) -> Tensor:
 
 
 def _broadcasts(host: nn.Module) -> bool:
-    """Whether a host computes with a vector for each row what it computes with each vector alone; asked on the CPU."""
+    """Whether a host computes with a vector for each row what it computes with each vector alone; asked on the CPU,
+    whatever device is set where this is called (the meta device in planning)."""
     shapes = {name: parameter.shape for name, parameter in host.named_parameters(recurse=False)}
     if any(len(shape) != 1 for shape in shapes.values()):
         return False
     size = next(iter(shapes.values()))[0]
-    place = torch.linspace(-1, 2, 2 * size).view(2, size)
-    own = {name: place.roll(number, 1) + number for number, name in enumerate(shapes)}
-    x = place.flip(1)[:, None]
-    try:
-        together = _as_it_is(host, own, x)
-        alone = [_called_with(host, {name: vector[row] for name, vector in own.items()}, x[row]) for row in (0, 1)]
-    except Exception:  # of whatever kind: it is asked a thing it was not made for
-        return False
+    with torch.device("cpu"):
+        place = torch.linspace(-1, 2, 2 * size).view(2, size)
+        own = {name: place.roll(number, 1) + number for number, name in enumerate(shapes)}
+        x = place.flip(1)[:, None]
+        try:
+            together = _as_it_is(host, own, x)
+            alone = [_called_with(host, {name: vector[row] for name, vector in own.items()}, x[row]) for row in (0, 1)]
+        except Exception:  # of whatever kind: it is asked a thing it was not made for
+            return False
     return together.shape == x.shape and torch.allclose(together, torch.stack(alone), rtol=1e-5, atol=1e-6)
