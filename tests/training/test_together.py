@@ -249,9 +249,28 @@ def test_what_cannot_be_trained_together_is_refused_by_name_before_anything_is_t
     refused([Run(LoRA(), make_rows(), name="one")] * 2, "several runs are named one")
     shared = [Run(LoRA(), make_rows(), config=config(output_dir=tmp_path / "same"), name=name) for name in "ab"]
     refused(shared, "several runs are written to .*same")
-    refused(
-        [Run(LoRA(r=2), make_rows(), config=config()), Run(LoRA(target_modules=["nowhere"]), make_rows())], "nowhere"
-    )
+    refused([LoRA()], "expected runs such as spectune.Run")  # type: ignore[list-item]
+    refused([Run("lora", make_rows())], "expected a method such as spectune.LoRA")  # type: ignore[arg-type]
+    folder = tmp_path / "late"
+    good, bad = (Run(LoRA(r=2, target_modules=[name]), make_rows(), config=config()) for name in ("c_fc", "nowhere"))
+    refused([good, bad], "nowhere", output_dir=folder)
+    assert not folder.exists()
+    model = make_model()
+    delta = attach(model, LoRA(r=2), "mine")
+    with pytest.raises(ConfigError, match="run 'other' trains a delta that is attached as 'mine'"):
+        train_together(model, TOKENIZER, [Run(delta, make_rows(), name="other")], console=QUIET)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_runs_share_the_time_where_steps_are_in_flight_behind_each_other(
+    share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "steps_ahead", lambda _: 1)  # as on CUDA
+    runs = [Run(LoRA(r=2), make_rows(), None, config(max_steps=6, seed=n), f"run-{n}") for n in range(3)]
+    found = train_together(make_model(), TOKENIZER, runs, console=QUIET, share_passes=share)
+    assert [result.steps for result in found] == [6, 6, 6]
+    passed = sum(result.seconds_by_phase["steps"] for result in found)
+    assert 0 < sum(result.train_seconds for result in found) < 1.2 * passed
 
 
 def test_runs_are_named_by_their_methods_and_have_a_folder_of_that_name(tmp_path: Path) -> None:
