@@ -29,6 +29,22 @@ LABEL = "together"
 WITHIN = ("*", *(f"*/{name}" for name in OF_RUN))
 
 
+def sharing(arms: Sequence[Arm], settings: Settings) -> list[Arm]:
+    """The arms, each with a name of its own, and so a folder. Raises ConfigError: one cannot share the base."""
+    from spectune.comparing.arms import arms_of
+
+    arms = arms_of(arms, settings.text("base_precision"))
+    if own := [arm.name for arm in arms if arm.task_type != "auto"]:
+        raise ConfigError(f"{', '.join(own)}: of runs that share passes all learn the same: set task_type for all")
+    alone = [arm.name for arm in arms if arm.method.trains_base]
+    if alone:
+        raise ConfigError(
+            f"{', '.join(alone)} trains the base itself, which runs that share passes have in common: train it by "
+            "itself, without --together"
+        )
+    return arms
+
+
 def train_several(arms: Sequence[Arm], settings: Settings, out: Console) -> tuple[dict[str, Any], list[SpectuneError]]:
     """Train each arm into `<output-dir>/<arm>`. Returns what is printed with --json, and the errors of those that
     failed. Raises SpectuneError: as `spectune train`, before any step."""
@@ -44,17 +60,7 @@ def train_several(arms: Sequence[Arm], settings: Settings, out: Console) -> tupl
 def _train_in(
     folder: Path, arms: Sequence[Arm], settings: Settings, out: Console
 ) -> tuple[dict[str, Any], list[SpectuneError]]:
-    from spectune.comparing.arms import arms_of
-
-    arms = arms_of(arms, settings.text("base_precision"))  # each has a name of its own, and so a folder
-    if own := [arm.name for arm in arms if arm.task_type != "auto"]:
-        raise ConfigError(f"{', '.join(own)}: of runs that share passes all learn the same: set task_type for all")
-    alone = [arm.name for arm in arms if arm.method.trains_base]
-    if alone:
-        raise ConfigError(
-            f"{', '.join(alone)} trains the base itself, which runs that share passes have in common: train it by "
-            "itself, without --together"
-        )
+    arms = sharing(arms, settings)
     rows, held_out, source = training_rows(settings)
     import_libraries()
     from spectune.storage import load
@@ -68,7 +74,7 @@ def _train_in(
     with _recorded(folder, arms, settings):
         found = _Runs(model, tokenizer, (rows, held_out), settings, learned, folder, out).train(arms)
     ended = {name: run.model_dump(mode="json") for name, run in found.results.items()}
-    failed = {name: str(error) for name, error in found.failures.items()}
+    failed = {name: _of_all(str(error), folder, name) for name, error in found.failures.items()}
     for name in ended:
         note(f"kept in {folder / name / 'best'}")
     return {"folder": str(folder), "runs": ended, "failed": failed}, list(found.failures.values())
@@ -127,6 +133,12 @@ class _Runs:
             detach(self.model, name)
         names = [arm.name for arm in arms if arm.name not in self.failures]
         self.results |= dict(zip(names, results, strict=True))
+
+
+def _of_all(said: str, folder: Path, name: str) -> str:
+    """What a run by itself says of how to go on, as it is for all of them."""
+    own, of_all = (command_line("--output-dir", place, "--resume") for place in (folder / name, folder))
+    return said.replace(own, of_all)
 
 
 @contextlib.contextmanager

@@ -244,7 +244,9 @@ def _paused(whole: Phases) -> Iterator[Phases]:
 def _attached(job: Job, one: _Wanted, phases: Phases, number: int) -> Delta:
     """The delta of one of a group, beside the others."""
     phases.go_on()
-    delta = job.attach(one.arm, one.config.seed, phases, f".{number}")
+    # a name of its own, by which the lines of a final run are told apart
+    suffix = f".{number}" if one.short else f"-seed-{one.config.seed}"
+    delta = job.attach(one.arm, one.config.seed, phases, suffix)
     phases.pause()
     return delta
 
