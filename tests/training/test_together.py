@@ -12,11 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from spectune.deltas import Method, attach, attached
+from spectune.blocks.execution import Execution
+from spectune.deltas import Attachment, Method, attach, attached
 from spectune.errors import ConfigError, DivergedError, InterruptedRun, OutOfMemoryError, RunsFailedError
 from spectune.methods import FullFineTuning, LoRA, PromptTuning, method_from_name
 from spectune.results import RunResult
-from spectune.training import Run, TrainingConfig, train, train_together
+from spectune.training import Run, TrainingConfig, joint_pass, train, train_together
 from spectune.training import loop as loop_module
 from spectune.training.joint_batches import Share, in_passes
 from tests.support import make_model, make_rows, make_tokenizer
@@ -295,3 +296,17 @@ def test_batches_of_unlike_lengths_do_not_share_a_pass() -> None:
     given = [share(0, 100), share(1, 10), share(2, 95), share(1, 90), share(0, 11)]
     found = [[(part.run, part.longest) for part in batch] for batch in in_passes(given)]
     assert found == [[(0, 100), (1, 90), (2, 95)], [(0, 11), (1, 10)]]
+
+
+def test_what_was_found_of_a_company_of_rows_is_kept_of_the_latest_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint_pass, "_MOST_ROUTES", 2)
+    model = make_model()
+    for name in "ab":
+        attach(model, LoRA(r=2), name)
+    passes = joint_pass.JointPasses(model, Execution())
+    attachment = Attachment.of(model)
+    assert attachment is not None
+    for names in ["a", "ab", "ba", "ab", "bb"]:
+        with passes._routed(tuple(names)):
+            assert attachment.state.current.names == tuple(names)
+    assert list(passes._routes) == [("a", "b"), ("b", "b")]

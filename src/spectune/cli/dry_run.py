@@ -80,10 +80,8 @@ def dry_run(arms: Sequence[Arm], settings: Settings, label: str, out: Console) -
         found.append(result.model_dump(mode="json", exclude={"folder", "stored_bytes"}))
         peak = result.peak_memory_bytes.get("train_allocated")
         note(f"  loss {result.train_loss:.4f}" + (f", {peak / 2**20:,.0f} MiB of tensors at the peak" if peak else ""))
-    answer = {"dry_run": True, "folder": str(folder), "data": source, "runs": found}
-    return (
-        answer if runs_together(settings) is None else answer | {"together": _together(settings, plans, model, label)}
-    )
+    shared = {} if runs_together(settings) is None else {"together": _together(settings, plans, model, label)}
+    return {"dry_run": True, "folder": str(folder), "data": source, "runs": found, **shared}
 
 
 def _planned(delta: Delta, given: tuple[PreTrainedTokenizerBase, Any, Any], wanted: TrainingConfig) -> Any:
