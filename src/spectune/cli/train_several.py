@@ -70,6 +70,8 @@ def _train_in(
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
     names = ", ".join(arm.name for arm in arms)
     note(f"base: {settings.base} ({place})\ndata: {source}\nmethods: {names}; folder: {folder}")
+    if runs_together(settings) == "auto" and model.device.type == "cpu" and len(arms) > 1:
+        note("each run has passes of its own: shared ones gain nothing here (cpu); --together N has them")
     learned = "CAUSAL_LM" if labels is None else labels.task_type
     with _recorded(folder, arms, settings):
         found = _Runs(model, tokenizer, (rows, held_out), settings, learned, folder, out).train(arms)

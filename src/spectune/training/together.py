@@ -262,9 +262,8 @@ def _checked(found: Sequence[RunResult | SpectuneError], names: Sequence[str]) -
     """The results, if there are all."""
     failures = {name: each for name, each in zip(names, found, strict=True) if isinstance(each, SpectuneError)}
     results = [each for each in found if isinstance(each, RunResult)]
-    stopped = {name: error for name, error in failures.items() if isinstance(error, InterruptedRun)}
-    if stopped:
-        raise InterruptedRun("\n".join(f"{name}: {error}" for name, error in stopped.items()))
+    if any(isinstance(error, InterruptedRun) for error in failures.values()):
+        raise InterruptedRun("\n".join(f"{name}: {error}" for name, error in failures.items()))
     if failures:
         raise RunsFailedError(failures, results)
     return results
