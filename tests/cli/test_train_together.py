@@ -49,11 +49,27 @@ def test_dry_run_says_how_many_share_a_pass_and_what_that_takes(spectune: Spectu
     assert "together: 2 of 2 runs share a pass; predicted" in made.stderr
 
 
+def test_methods_that_come_twice_have_folders_of_their_own_and_resume_refuses_others(
+    spectune: Spectune, base: Path, rows: Path
+) -> None:
+    same = ("--model", base, "--data", rows, "--together", "--output-dir", "out", *QUICK)
+    failed = spectune("train", *same, "--method", "lora:r=2,dora:target_modules=nowhere")
+    assert "nowhere" in failed.stderr
+    assert not Path("out").exists()
+    made = spectune("train", *same, "--method", "lora:r=2,lora:r=4")
+    assert made.exit_code == 0, made.stderr
+    ranks = [RunResult.load(Path("out") / name / "result.json").settings["r"] for name in ("lora", "lora-2")]
+    assert ranks == [2, 4]
+    other = spectune("train", *same, "--method", "lora:r=2,lora:r=8", "--resume")
+    assert "method.r: 4 in the finished run, 8 now" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         (("--method", "lora,bitfit"), "train takes one method, given lora, bitfit; with --together it takes many"),
         (("--method", "lora,full", "--together"), "full trains the base itself"),
+        (("--method", "lora,lora", "--together"), "--method: lora is named more than once"),
         (("--method", "lora", "--together", "0"), "together is '0'; expected auto, or how many runs share a pass"),
         (("--method", "lora,lora:task_type=SEQ_CLS", "--together=auto"), "set task_type for all"),
     ],

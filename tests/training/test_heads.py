@@ -14,9 +14,9 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2ForToken
 import spectune.training.loop as loop_module
 from spectune.deltas import Method, attach
 from spectune.errors import InterruptedRun
-from spectune.methods import METHODS, LoRA
+from spectune.methods import IA3, METHODS, LoRA
 from spectune.results import RunResult
-from spectune.training import TrainingConfig, train
+from spectune.training import Run, TrainingConfig, train, train_together
 from tests.support import make_tokenizer
 from tests.support.two_processes import interrupt_after
 
@@ -61,6 +61,21 @@ def test_a_head_learns(kind: str) -> None:
     assert result.base_valid_loss is not None
     assert result.valid_loss < 0.8 * result.base_valid_loss
     assert result.trainable_parameters == result.stored_parameters
+
+
+def test_heads_learn_in_a_shared_pass_what_they_learn_alone() -> None:
+    how: dict[str, Any] = {"max_length": 40, "max_steps": 3, "memory_check": "off"}
+    runs = [
+        Run(LoRA(r=2), TAGGED[:16], TAGGED[16:], TrainingConfig(**how, per_device_train_batch_size=5), "lora"),
+        Run(IA3(), TAGGED[:9], TAGGED[16:], TrainingConfig(**how, gradient_accumulation_steps=2), "ia3"),
+    ]
+    base = make("words", ["B-LOC", "O"]).double()
+    found = train_together(base, make_tokenizer(), runs, share_passes=True)
+    for each, result in zip(runs, found, strict=True):
+        model = make("words", ["B-LOC", "O"]).double()
+        alone = train(model, make_tokenizer(), each.method, each.train_rows, each.valid_rows, each.config)
+        assert result.valid_loss == pytest.approx(alone.valid_loss, abs=1e-6)
+        assert result.train_loss == pytest.approx(alone.train_loss, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["text", "words"])

@@ -12,11 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from spectune.deltas import Method, attach, attached
+from spectune.blocks.execution import Execution
+from spectune.deltas import Attachment, Method, attach, attached
 from spectune.errors import ConfigError, DivergedError, InterruptedRun, OutOfMemoryError, RunsFailedError
 from spectune.methods import FullFineTuning, LoRA, PromptTuning, method_from_name
 from spectune.results import RunResult
-from spectune.training import Run, TrainingConfig, train, train_together
+from spectune.training import Run, TrainingConfig, joint_pass, train, train_together
 from spectune.training import loop as loop_module
 from spectune.training.joint_batches import Share, in_passes
 from tests.support import make_model, make_rows, make_tokenizer
@@ -249,9 +250,28 @@ def test_what_cannot_be_trained_together_is_refused_by_name_before_anything_is_t
     refused([Run(LoRA(), make_rows(), name="one")] * 2, "several runs are named one")
     shared = [Run(LoRA(), make_rows(), config=config(output_dir=tmp_path / "same"), name=name) for name in "ab"]
     refused(shared, "several runs are written to .*same")
-    refused(
-        [Run(LoRA(r=2), make_rows(), config=config()), Run(LoRA(target_modules=["nowhere"]), make_rows())], "nowhere"
-    )
+    refused([LoRA()], "expected runs such as spectune.Run")  # type: ignore[list-item]
+    refused([Run("lora", make_rows())], "expected a method such as spectune.LoRA")  # type: ignore[arg-type]
+    folder = tmp_path / "late"
+    good, bad = (Run(LoRA(r=2, target_modules=[name]), make_rows(), config=config()) for name in ("c_fc", "nowhere"))
+    refused([good, bad], "nowhere", output_dir=folder)
+    assert not folder.exists()
+    model = make_model()
+    delta = attach(model, LoRA(r=2), "mine")
+    with pytest.raises(ConfigError, match="run 'other' trains a delta that is attached as 'mine'"):
+        train_together(model, TOKENIZER, [Run(delta, make_rows(), name="other")], console=QUIET)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_runs_share_the_time_where_steps_are_in_flight_behind_each_other(
+    share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "steps_ahead", lambda _: 1)  # as on CUDA
+    runs = [Run(LoRA(r=2), make_rows(), None, config(max_steps=6, seed=n), f"run-{n}") for n in range(3)]
+    found = train_together(make_model(), TOKENIZER, runs, console=QUIET, share_passes=share)
+    assert [result.steps for result in found] == [6, 6, 6]
+    passed = sum(result.seconds_by_phase["steps"] for result in found)
+    assert 0 < sum(result.train_seconds for result in found) < 1.2 * passed
 
 
 def test_runs_are_named_by_their_methods_and_have_a_folder_of_that_name(tmp_path: Path) -> None:
@@ -276,3 +296,17 @@ def test_batches_of_unlike_lengths_do_not_share_a_pass() -> None:
     given = [share(0, 100), share(1, 10), share(2, 95), share(1, 90), share(0, 11)]
     found = [[(part.run, part.longest) for part in batch] for batch in in_passes(given)]
     assert found == [[(0, 100), (1, 90), (2, 95)], [(0, 11), (1, 10)]]
+
+
+def test_what_was_found_of_a_company_of_rows_is_kept_of_the_latest_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint_pass, "_MOST_ROUTES", 2)
+    model = make_model()
+    for name in "ab":
+        attach(model, LoRA(r=2), name)
+    passes = joint_pass.JointPasses(model, Execution())
+    attachment = Attachment.of(model)
+    assert attachment is not None
+    for names in ["a", "ab", "ba", "ab", "bb"]:
+        with passes._routed(tuple(names)):
+            assert attachment.state.current.names == tuple(names)
+    assert list(passes._routes) == [("a", "b"), ("b", "b")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectune.cli import known_keys
 from spectune.cli.given import Given, shown, validated
-from spectune.cli.settings import parse_value
+from spectune.cli.settings import NAMING, parse_value
 from spectune.cli.synonyms import suggest
 from spectune.errors import ConfigError
 
@@ -37,7 +37,7 @@ class GivenArm:
 def given_arms(settings: Settings, default: Sequence[str]) -> list[GivenArm]:
     """The arms that the user named. Raises ConfigError: an entry is none, has keys that its method has not, or comes
     twice without a difference."""
-    if (entries := settings.given.get("arms")) is not None and "methods" not in settings.given:
+    if (entries := settings.given.get("arms")) is not None and not any(key in settings.given for key in NAMING):
         if not isinstance(entries.value, list) or not all(isinstance(entry, dict) for entry in entries.value):
             raise ConfigError(f"{entries.where}: arms is {shown(entries.value)}; expected a list of {{method: lora}}")
         arms = [_of_entry(*entry, entries.where) for entry in zip(entries.value, entries.text, strict=True)]
@@ -48,7 +48,9 @@ def given_arms(settings: Settings, default: Sequence[str]) -> list[GivenArm]:
     for arm in arms:
         key = arm.method, arm.name, sorted((name, shown(given.value)) for name, given in arm.given.items())
         if key in seen:
-            where = next((settings.given[name].where for name in ("methods", "arms") if name in settings.given), "")
+            where = next(
+                (settings.given[name].where for name in (*NAMING, "arms") if name in settings.given), "--methods"
+            )
             problems.append(f"{where}: {arm.method} is named more than once; name each method once.")
         seen.append(key)
     if problems:
@@ -76,7 +78,7 @@ def arms_of(settings: Settings, arms: Sequence[GivenArm]) -> list[Arm]:
 
 
 def _words(settings: Settings, default: Sequence[str]) -> list[str]:
-    for key in ("methods", "method", "method.name"):
+    for key in NAMING:
         if (given := settings.given.get(key)) is not None:
             value = given.text
             words = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -90,7 +92,7 @@ def _of_word(word: str, settings: Settings) -> GivenArm:
     """`lora`, or `lora:r=8+use_rslora=true`."""
     method, _, rest = word.partition(":")
     where, given = (
-        next((settings.given[k].where for k in ("methods", "method") if k in settings.given), "--methods"),
+        next((settings.given[k].where for k in NAMING if k in settings.given), "--methods"),
         {},
     )
     for part in rest.split("+") if rest else ():

@@ -80,8 +80,8 @@ def dry_run(arms: Sequence[Arm], settings: Settings, label: str, out: Console) -
         found.append(result.model_dump(mode="json", exclude={"folder", "stored_bytes"}))
         peak = result.peak_memory_bytes.get("train_allocated")
         note(f"  loss {result.train_loss:.4f}" + (f", {peak / 2**20:,.0f} MiB of tensors at the peak" if peak else ""))
-    answer = {"dry_run": True, "folder": str(folder), "data": source, "runs": found}
-    return answer if runs_together(settings) is None else answer | {"together": _together(settings, plans, model)}
+    shared = {} if runs_together(settings) is None else {"together": _together(settings, plans, model, label)}
+    return {"dry_run": True, "folder": str(folder), "data": source, "runs": found, **shared}
 
 
 def _planned(delta: Delta, given: tuple[PreTrainedTokenizerBase, Any, Any], wanted: TrainingConfig) -> Any:
@@ -98,19 +98,23 @@ def _planned(delta: Delta, given: tuple[PreTrainedTokenizerBase, Any, Any], want
 
 
 def _together(
-    settings: Settings, plans: Sequence[tuple[int, Estimate | None]], model: PreTrainedModel
+    settings: Settings, plans: Sequence[tuple[int, Estimate | None]], model: PreTrainedModel, label: str
 ) -> dict[str, Any]:
     """How many of the runs share a pass, and what that takes; said too."""
     from spectune.planning.estimate import shown
     from spectune.planning.shared_pass import planned_together
-    from spectune.training.company import most_together, room_of
+    from spectune.training.company import MOST, most_together, room_of
 
-    room, estimates = room_of(model), [estimate for _, estimate in plans]
-    count = most_together(runs_together(settings) or "auto", [worth for worth, _ in plans], estimates, room)
+    room, estimates, most = room_of(model), [estimate for _, estimate in plans], runs_together(settings) or "auto"
+    if most == "auto" and label != "compare" and model.device.type != "cpu":
+        most = MOST  # as `train_several` has it: there is nothing to do beside
+    count = most_together(most, [worth for worth, _ in plans], estimates, room)
     known = [estimate for estimate in estimates[:count] if estimate is not None]
     needed = planned_together(known) if known and len(known) == count else None
     line = (
-        f"together: {count} of {len(plans)} runs share a pass" if count > 1 else "together: each run is trained alone"
+        f"together: {count} of {len(plans)} runs share a pass"
+        if count > 1
+        else "together: each run has passes of its own"
     )
     if needed is not None:
         line += f"; predicted {shown(needed)}, the base once among it" + (f", of {shown(room)}" if room else "")

@@ -16,10 +16,10 @@ from spectune.cli.dry_run import dry_run
 from spectune.cli.heads import decided, head_options
 from spectune.cli.input_rows import check_inputs, training_rows
 from spectune.cli.known_keys import method_names
-from spectune.cli.one_of_several import joined, of_first
+from spectune.cli.one_of_several import joined, of_first, refuse_several
 from spectune.cli.runs import origin, output_folder, resumed
 from spectune.cli.settings import Settings, runs_together
-from spectune.cli.train_several import LABEL, train_several
+from spectune.cli.train_several import LABEL, sharing, train_several
 from spectune.errors import ConfigError, InterruptedRun, SpectuneError
 from spectune.files.plain_text import command_line
 from spectune.torchrun import Place
@@ -89,6 +89,7 @@ def train(
 
 def _together(settings: Settings, *, dry: bool, as_json: bool) -> None:
     """Several methods in shared passes. Exit code of the first that failed, if any did."""
+    refuse_several("train --together")
     given = given_arms(settings, [DEFAULT_METHOD])
     errors: list[SpectuneError] = []
     with work(as_json=as_json) as out:
@@ -96,7 +97,7 @@ def _together(settings: Settings, *, dry: bool, as_json: bool) -> None:
         import_libraries()
         chosen = arms_of(settings, given)
         if dry:
-            answer = dry_run(chosen, settings, LABEL, out)
+            answer = dry_run(sharing(chosen, settings), settings, LABEL, out)
         else:
             answer, errors = train_several(chosen, settings, out)
             for name, reason in answer["failed"].items():

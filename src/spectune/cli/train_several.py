@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from spectune.files.plain_text import command_line
 from spectune.training.claim import OF_RUN
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,22 @@ if TYPE_CHECKING:
 
 LABEL = "together"
 WITHIN = ("*", *(f"*/{name}" for name in OF_RUN))
+
+
+def sharing(arms: Sequence[Arm], settings: Settings) -> list[Arm]:
+    """The arms, each with a name of its own, and so a folder. Raises ConfigError: one cannot share the base."""
+    from spectune.comparing.arms import arms_of
+
+    arms = arms_of(arms, settings.text("base_precision"))
+    if own := [arm.name for arm in arms if arm.task_type != "auto"]:
+        raise ConfigError(f"{', '.join(own)}: of runs that share passes all learn the same: set task_type for all")
+    alone = [arm.name for arm in arms if arm.method.trains_base]
+    if alone:
+        raise ConfigError(
+            f"{', '.join(alone)} trains the base itself, which runs that share passes have in common: train it by "
+            "itself, without --together"
+        )
+    return arms
 
 
 def train_several(arms: Sequence[Arm], settings: Settings, out: Console) -> tuple[dict[str, Any], list[SpectuneError]]:
@@ -43,14 +60,7 @@ def train_several(arms: Sequence[Arm], settings: Settings, out: Console) -> tupl
 def _train_in(
     folder: Path, arms: Sequence[Arm], settings: Settings, out: Console
 ) -> tuple[dict[str, Any], list[SpectuneError]]:
-    if own := [arm.name for arm in arms if arm.task_type != "auto"]:
-        raise ConfigError(f"{', '.join(own)}: of runs that share passes all learn the same: set task_type for all")
-    alone = [arm.name for arm in arms if arm.method.trains_base]
-    if alone:
-        raise ConfigError(
-            f"{', '.join(alone)} trains the base itself, which runs that share passes have in common: train it by "
-            "itself, without --together"
-        )
+    arms = sharing(arms, settings)
     rows, held_out, source = training_rows(settings)
     import_libraries()
     from spectune.storage import load
@@ -60,11 +70,13 @@ def _train_in(
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
     names = ", ".join(arm.name for arm in arms)
     note(f"base: {settings.base} ({place})\ndata: {source}\nmethods: {names}; folder: {folder}")
-    _write_config(folder, arms, settings)
+    if runs_together(settings) == "auto" and model.device.type == "cpu" and len(arms) > 1:
+        note("each run has passes of its own: shared ones gain nothing here (cpu); --together N has them")
     learned = "CAUSAL_LM" if labels is None else labels.task_type
-    found = _Runs(model, tokenizer, (rows, held_out), settings, learned, folder, out).train(arms)
+    with _recorded(folder, arms, settings):
+        found = _Runs(model, tokenizer, (rows, held_out), settings, learned, folder, out).train(arms)
     ended = {name: run.model_dump(mode="json") for name, run in found.results.items()}
-    failed = {name: str(error) for name, error in found.failures.items()}
+    failed = {name: _of_all(str(error), folder, name) for name, error in found.failures.items()}
     for name in ended:
         note(f"kept in {folder / name / 'best'}")
     return {"folder": str(folder), "runs": ended, "failed": failed}, list(found.failures.values())
@@ -87,20 +99,19 @@ class _Runs:
         """All, as many in a pass as share one."""
         from spectune.training.company import MOST, TooManyTogetherError
 
-        most, left, config = self.most if isinstance(self.most, int) else MOST, list(arms), self.config
+        most, left = self.most if isinstance(self.most, int) else MOST, list(arms)
         while left:
             try:
-                self._train(left[:most], config)
+                self._train(left[:most])
                 left = left[most:]
             except TooManyTogetherError as error:
                 if self.most != "auto":
                     raise
                 note(f"{error.most} runs share a pass: more do not fit, by the plan")
-                # their folders have been begun
-                most, config = error.most, config.model_copy(update={"resume": True})
+                most = error.most
         return self
 
-    def _train(self, arms: Sequence[Arm], config: Any) -> None:
+    def _train(self, arms: Sequence[Arm]) -> None:
         from spectune.deltas import attached, detach
         from spectune.errors import RunsFailedError
         from spectune.results import RunResult
@@ -109,7 +120,7 @@ class _Runs:
 
         runs = [Run(arm.method, *self.rows) for arm in arms]
         asked = [
-            Asked(config.model_copy(update={"output_dir": self.folder / arm.name}), arm.name, self.origin)
+            Asked(self.config.model_copy(update={"output_dir": self.folder / arm.name}), arm.name, self.origin)
             for arm in arms
         ]
         try:
@@ -126,8 +137,15 @@ class _Runs:
         self.results |= dict(zip(names, results, strict=True))
 
 
-def _write_config(folder: Path, arms: Sequence[Arm], settings: Settings) -> None:
-    """What `--resume` reads where the command line says nothing."""
+def _of_all(said: str, folder: Path, name: str) -> str:
+    """What a run by itself says of how to go on, as it is for all of them."""
+    own, of_all = (command_line("--output-dir", place, "--resume") for place in (folder / name, folder))
+    return said.replace(own, of_all)
+
+
+@contextlib.contextmanager
+def _recorded(folder: Path, arms: Sequence[Arm], settings: Settings) -> Iterator[None]:
+    """Write what `--resume` reads where the command line says nothing; taken back where no run has begun."""
     from spectune.comparing.arms import recorded_arms
     from spectune.files.atomic import atomic_write_text
     from spectune.files.core_yaml import yaml_text
@@ -139,3 +157,8 @@ def _write_config(folder: Path, arms: Sequence[Arm], settings: Settings) -> None
     }  # fmt: skip
     if not (folder / FREE).is_file():
         atomic_write_text(folder / FREE, yaml_text(recorded))
+    try:
+        yield
+    finally:
+        if not any((folder / arm.name).exists() for arm in arms):
+            (folder / FREE).unlink(missing_ok=True)

@@ -39,7 +39,7 @@ from spectune.training.company import MOST, TooManyTogetherError, most_together,
 from spectune.training.display import Display
 from spectune.training.finished import RESULT_FILE
 from spectune.training.observer import Observer
-from spectune.training.sharing import why_not_shared
+from spectune.training.sharing import why_never_shared, why_not_shared
 from spectune.training.starting import Asked
 
 log = logging.getLogger("spectune")
@@ -159,8 +159,10 @@ class Ahead:
         """Why an arm's runs are trained by themselves; found out once, and said."""
         name, job = one.arm.name, self.job
         if name not in self._alone:
-            with job.attached(one.arm, one.config.seed, job.phases) as delta:
-                self._alone[name] = why_not_shared(delta)
+            self._alone[name] = why_never_shared(one.arm.method)
+            if self._alone[name] is None:
+                with job.attached(one.arm, one.config.seed, job.phases) as delta:
+                    self._alone[name] = why_not_shared(delta)
             if (why := self._alone[name]) is not None:
                 job.print(f"{one.arm.label}: each run is trained by itself: {why}")
         return self._alone[name]
@@ -244,7 +246,9 @@ def _paused(whole: Phases) -> Iterator[Phases]:
 def _attached(job: Job, one: _Wanted, phases: Phases, number: int) -> Delta:
     """The delta of one of a group, beside the others."""
     phases.go_on()
-    delta = job.attach(one.arm, one.config.seed, phases, f".{number}")
+    # a name of its own, by which the lines of a final run are told apart
+    suffix = f".{number}" if one.short else f"-seed-{one.config.seed}"
+    delta = job.attach(one.arm, one.config.seed, phases, suffix)
     phases.pause()
     return delta
 

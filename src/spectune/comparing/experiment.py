@@ -155,7 +155,7 @@ def check_settings(
         raise ConfigError(f"seeds = {seeds}; expected at least 1 final run of each method")
     if generate_rows < 0:
         raise ConfigError(f"generate_rows = {generate_rows}; expected 0 (write nothing) or more")
-    if together not in (None, "auto") and not (isinstance(together, int) and together >= 1):
+    if together not in (None, "auto") and (isinstance(together, bool | str) or together < 1):
         raise ConfigError(f"together = {together!r}; expected auto, or how many runs share a pass: 2, say")
     if choice_normalization not in CHOICE_NORMALIZATIONS:
         expected = f"expected one of {', '.join(CHOICE_NORMALIZATIONS)}"

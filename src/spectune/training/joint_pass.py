@@ -15,13 +15,16 @@ from spectune.errors import OutOfMemoryError, is_out_of_memory
 from spectune.objectives import objective_of
 from spectune.training.joint_batches import JointBatch
 
+#: routes that are kept: rows of unlike lengths meet in ever new company, for as long as runs take
+_MOST_ROUTES = 64
+
 
 class JointPasses:
     """Runs batches of several runs' rows through one model."""
 
     def __init__(self, model: PreTrainedModel, execution: Execution) -> None:
         self.model, self.execution = model, execution
-        #: by the names of rows: what is found out of a route is found once
+        #: by the names of rows, the latest last: what is found out of a route is found once
         self._routes: dict[tuple[str, ...], Route] = {}
         self._one_text_rows = OneTextRows()
 
@@ -52,8 +55,13 @@ class JointPasses:
     def _routed(self, names: tuple[str, ...]) -> Iterator[None]:
         attachment = Attachment.of(self.model)
         assert attachment is not None
-        if names not in self._routes:
+        found = self._routes.pop(names, None)
+        if found is None:
             with route(self.model, names):  # whatever speaks against it is said here
-                self._routes[names] = attachment.state.current
-        with attachment.state.routed(self._routes[names]):
+                found = attachment.state.current
+            # captured blocks read what a route holds for as long as they are replayed
+            if len(self._routes) >= _MOST_ROUTES and not self.execution.graphs:
+                del self._routes[next(iter(self._routes))]
+        self._routes[names] = found
+        with attachment.state.routed(found):
             yield

@@ -71,10 +71,11 @@ class Lane:
             self.result = end(self.started, stopped=self.loop.stopped, beside=self.beside)
         return None
 
-    def step(self, window: list[list[int]]) -> None:
-        """A step by itself, as a run alone takes it."""
+    def step(self, window: list[list[int]], of_all: int) -> None:
+        """A step by itself, as a run alone takes it, of `of_all` runs that take one in turn."""
         with self._own_part(), self.loop.run.drawing(), self.loop.batches.listening(self.loop.model):
-            self.loop.begin(window)
+            # what is in flight ends when the next turn looks at it: those of the others have passed by then
+            self.loop.begin(window, of_all if self.loop.max_in_flight else 1)
             self.loop.settle(self.loop.max_in_flight, self.display)
 
     def settle(self, seconds: float) -> None:

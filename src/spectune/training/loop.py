@@ -170,10 +170,12 @@ class Loop:
         self.begin(window)
         return self.finish()
 
-    def begin(self, window: list[list[int]]) -> None:
-        """Launch one optimizer step over some batches. Nothing here waits for the device."""
+    def begin(self, window: list[list[int]], runs: int = 1) -> None:
+        """Launch one optimizer step over some batches. Nothing here waits for the device. `runs`: whose steps pass by
+        the time that this one ends."""
         made = self.make_ready(window)
         with self.measured() as (span, memory):
+            span.runs = runs
             self.batches.world.seed_step(self.run.config.seed, made.number)
             self.run.optimizer.begin(made.rate)
             loss_sum = torch.zeros((), device=self.model.device)

@@ -51,23 +51,27 @@ class Rounds:
             together = []
         for lane, window in windows:
             if (lane, window) not in together:
-                lane.step(window)
+                lane.step(window, len(windows))
         if together:
-            self._shared_step(together)
+            self._shared_step(together, len(windows))
 
-    def _shared_step(self, taking: Sequence[tuple[Lane, list[list[int]]]]) -> None:
-        """A step of each, in passes that they share; the optimizers' steps are taken at once."""
+    def _shared_step(self, taking: Sequence[tuple[Lane, list[list[int]]]], of_all: int) -> None:
+        """A step of each, in passes that they share; the optimizers' steps are taken at once. `of_all`: runs that take
+        a step in this round."""
         begun = time.perf_counter()
         ready = [lane.loop.make_ready(window, collate=False) for lane, window in taking]
-        self._launch([lane for lane, _ in taking], ready, self._batches(taking, ready))
+        self._launch([lane for lane, _ in taking], ready, self._batches(taking, ready), of_all)
         seconds = (time.perf_counter() - begun) / len(taking)
         for lane, _ in taking:
             lane.settle(seconds)
 
-    def _launch(self, lanes: Sequence[Lane], ready: Sequence[ReadyStep], made: Sequence[JointBatch]) -> None:
+    def _launch(
+        self, lanes: Sequence[Lane], ready: Sequence[ReadyStep], made: Sequence[JointBatch], of_all: int
+    ) -> None:
         """Launch a step of each over these batches. Nothing here waits for the device."""
         with lanes[0].loop.measured() as (span, memory):
-            span.runs = len(lanes)
+            # what is in flight ends when the next round looks at it: all of this one have passed by then
+            span.runs = of_all if lanes[0].loop.max_in_flight else len(lanes)
             for lane, own in zip(lanes, ready, strict=True):
                 lane.loop.run.optimizer.begin(own.rate)
             sums = [torch.zeros((), device=self.model.device) for _ in lanes]

@@ -4,16 +4,21 @@ import torch
 from torch import Tensor
 
 from spectune.compute.evaluating import rehearsing
-from spectune.deltas import Attachment, Delta, plain_tokens, route
+from spectune.deltas import Attachment, Delta, Method, plain_tokens, route
 from spectune.errors import ConfigError, first_line
 from spectune.families import token_embedding
 from spectune.objectives import objective_of
 
 
+def why_never_shared(method: Method) -> str | None:
+    """Why no run of a method can share a pass, whatever the base; None where some can."""
+    return f"{method.label} trains the base itself" if method.trains_base else None
+
+
 def why_not_shared(delta: Delta) -> str | None:
     """Why rows of an attached delta cannot be in one pass with rows of others in training; None where they can."""
-    if delta.method.trains_base:
-        return f"{delta.method.label} trains the base itself"
+    if (reason := why_never_shared(delta.method)) is not None:
+        return reason
     model, attachment = delta.model, Attachment.of(delta.model)
     assert attachment is not None
     a, b, c = plain_tokens(model.config.get_text_config(), attachment.family.vocab_size)[:3]

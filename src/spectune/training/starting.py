@@ -51,13 +51,20 @@ class Started:
     run: RunState
     folder: RunFolder
 
+    def begin(self, out: Console) -> None:
+        """Say what is trained, and write what is known before training; until then nothing is written."""
+        execution, phases = self.predicted.execution, self.asked.observer.phases
+        machine = {**environment(), **execution.settings()}
+        phases.call("save", self.folder.begin, self.prepared.encoded, machine, self.asked.origin)
+        _announce(out, self.run, self.prepared, execution)
+
 
 def start(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method_or_delta: Method | Delta, rows: tuple[Any, Any],
     asked: Asked, world: World, out: Console
 ) -> Started | RunResult:  # fmt: skip
-    """Begin a run, or go on with it; its result where it was finished before. The random state is the run's from here
-    on. Raises as `spectune.train`."""
+    """A run at its start, or where it left off; its result where it was finished before. The random state is the run's
+    from here on. Raises as `spectune.train`."""
     config, phases = asked.config, asked.observer.phases
     finished = check_folder(config.output_dir, config.resume)
     torch.manual_seed(config.seed)
@@ -69,11 +76,8 @@ def start(
         return _finished_before(finished, delta, prepared, out)
     trained_parameters(delta)
     predicted = phases.call("plan", _planned, delta, prepared, world, asked.predictions, asked.rehearsed)
-    execution = predicted.execution
-    parts = prepared, execution, world, asked.observer
+    parts = prepared, predicted.execution, world, asked.observer
     run, folder = phases.call("save", _start_or_resume, delta, tokenizer, *parts, out)
-    phases.call("save", folder.begin, prepared.encoded, {**environment(), **execution.settings()}, asked.origin)
-    _announce(out, run, prepared, execution)
     return Started(asked, prepared, predicted, run, folder)
 
 

@@ -13,7 +13,8 @@ class Span:
     Attributes:
         began: when the host was done with the data.
         ended: None while it runs.
-        runs: that take it together: each has its part of the time.
+        runs: that take it together, or whose steps pass between its beginning and its end: each has its part of the
+            time.
     """
 
     began: tuple[float, float]

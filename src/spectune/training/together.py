@@ -40,7 +40,7 @@ class Run:
     Attributes:
         method: a method, or a delta that is attached to the model.
         train_rows, valid_rows, config: as `spectune.train` takes them.
-        name: of the delta; by default the method's, numbered where several have the same.
+        name: of the delta; by default the method's, numbered where several have the same. An attached delta has one.
     """
 
     method: Method | Delta
@@ -86,14 +86,14 @@ def train_together(
 
     Raises:
         ConfigError, DataError, DoesNotFitError, BusyFolderError: as `spectune.train`, before any step: nothing was
-            trained, and nothing is attached that was not before. Also: two runs of one name or folder, a method that
-            trains the base itself, several processes.
+            trained or written, and nothing is attached that was not before. Also: two runs of one name or folder, a
+            delta under another name than its own, a method that trains the base itself, several processes.
         RunsFailedError: some runs failed (diverged, say), and the others have ended: it has the results of these, and
             why each of those failed.
         InterruptedRun: a signal came; each run has a checkpoint.
         OutOfMemoryError: a step that all share does not fit.
     """
-    wanted = _wanted(runs, None if output_dir is None else Path(output_dir), asked)
+    wanted = _wanted(list(runs), None if output_dir is None else Path(output_dir), asked)
     out = console or PlainConsole()
     with leaving_nothing(model.device), contextlib.ExitStack() as held:
         for _, each in wanted:
@@ -112,6 +112,7 @@ def _wanted(runs: Sequence[Run], folder: Path | None, asked: Sequence[Asked]) ->
     if not runs:
         raise ConfigError("no runs: give at least one spectune.Run")
     World()  # one process alone
+    _check_runs(runs)
     found = list[Asked]()
     asked = asked or [Asked(run.config or TrainingConfig(), name) for run, name in zip(runs, _names(runs), strict=True)]
     for run, made in zip(runs, asked, strict=True):
@@ -126,6 +127,19 @@ def _wanted(runs: Sequence[Run], folder: Path | None, asked: Sequence[Asked]) ->
     _check_unlike("named", [each.name for each in found])
     _check_unlike("written to", [str(each.config.output_dir.resolve()) for each in found if each.config.output_dir])
     return list(zip(runs, found, strict=True))
+
+
+def _check_runs(runs: Sequence[Run]) -> None:
+    for run in runs:
+        if not isinstance(run, Run):
+            raise ConfigError(f"expected runs such as spectune.Run(spectune.LoRA(r=16), rows), got {run!r}")
+        if not isinstance(run.method, Method | Delta):
+            raise ConfigError(f"expected a method such as spectune.LoRA(r=16), or a delta, got {run.method!r}")
+        if isinstance(run.method, Delta) and run.name not in (None, run.method.name):
+            raise ConfigError(
+                f"run {run.name!r} trains a delta that is attached as {run.method.name!r}: leave the name out, or give "
+                "the method, of which a new delta is attached"
+            )
 
 
 def _method_of(run: Run) -> Method:
@@ -168,8 +182,13 @@ def _start(
             if isinstance(made, Started):
                 made.run.stream = RandomStream(model.device)
             begun.append(made)
+        going = [made for made in begun if isinstance(made, Started)]
         if shared:
-            check_together(model, [made for made in begun if isinstance(made, Started)])
+            check_together(model, going)
+        for started in going:  # all can: until here nothing was written
+            started.asked.observer.phases.go_on()
+            started.begin(out)
+            started.asked.observer.phases.pause()
     except BaseException:
         for started in [made for made in begun if isinstance(made, Started)]:
             started.run.optimizer.close()
@@ -243,9 +262,8 @@ def _checked(found: Sequence[RunResult | SpectuneError], names: Sequence[str]) -
     """The results, if there are all."""
     failures = {name: each for name, each in zip(names, found, strict=True) if isinstance(each, SpectuneError)}
     results = [each for each in found if isinstance(each, RunResult)]
-    stopped = {name: error for name, error in failures.items() if isinstance(error, InterruptedRun)}
-    if stopped:
-        raise InterruptedRun("\n".join(f"{name}: {error}" for name, error in stopped.items()))
+    if any(isinstance(error, InterruptedRun) for error in failures.values()):
+        raise InterruptedRun("\n".join(f"{name}: {error}" for name, error in failures.items()))
     if failures:
         raise RunsFailedError(failures, results)
     return results

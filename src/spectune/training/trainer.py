@@ -83,6 +83,7 @@ def _trained(
         started = start(model, tokenizer, method_or_delta, rows, asked, world, out)
         if isinstance(started, RunResult):
             return started
+        started.begin(out)
         return end(started, stopped=_run_to_end(started, out))
 
 
