@@ -87,7 +87,8 @@ def serve(
     """
     _check_extra()
     memory: int | Literal["auto"] = "auto" if device_memory is None else bytes_of(device_memory, "--device-memory")
-    if api_key is not None and (not api_key.strip() or not api_key.isascii()):
+    api_key = None if api_key is None else api_key.strip()  # of a file, the end of its line
+    if api_key is not None and (not api_key.isascii() or not api_key.isprintable() or not api_key):
         raise ConfigError("--api-key is empty or has letters beyond ASCII, which no header holds; expected a key")
     from spectune.serving.bounds import Bounds
     from spectune.serving.server import Serving

@@ -105,9 +105,11 @@ class Worker:
                 log.exception("a decoding step failed")
                 self._give_up_rows(engine, error)
                 if self._failures >= _FAILURES:
-                    self._failed(SpectuneError(f"decoding fails again and again: {first_line(error)}"))
+                    failure = SpectuneError(f"decoding fails again and again: {first_line(error)}")
+                    self._give_up_all(engine, served, failure)
+                    self._failed(failure)
                     return
-        self._give_up_rows(engine, SpectuneError("the server was stopped"))
+        self._give_up_all(engine, served, SpectuneError("the server was stopped"))
         engine.close()
 
     def _turn(self, engine: Engine, served: Loaded) -> None:
@@ -206,10 +208,15 @@ class Worker:
                 self._leave(ticket)
             lost.append((row.job, Piece(row.choice, error=error)))
         self._running.clear()
-        if self._stopped:
-            lost += [(row.job, Piece(row.choice, error=error)) for row in self._waiting]
-            self._waiting.clear()
         self._post(lost)
+
+    def _give_up_all(self, engine: Engine, served: Loaded, error: BaseException) -> None:
+        """Those that wait, too: nothing more is written."""
+        self._give_up_rows(engine, error)
+        with contextlib.suppress(Exception):  # a request that waits may be at fault
+            self._take(engine, served, wait=False)
+        self._post([(row.job, Piece(row.choice, error=error)) for row in self._waiting])
+        self._waiting.clear()
 
 
 def _shown(row: _Row, ended: bool) -> tuple[Score, ...]:
