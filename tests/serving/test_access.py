@@ -166,6 +166,21 @@ def test_while_the_model_loads_health_says_so_and_requests_wait(material: Materi
         assert server.ask("/health") == (200, {"status": "ok"})
 
 
+def test_a_server_that_is_stopped_while_it_loads_waits_for_nothing(material: Material) -> None:
+    may_load = threading.Event()
+    unfinished: list[int] = []
+
+    def load() -> Loaded:
+        may_load.wait(60)
+        raise DataError("nobody asks for it any more")
+
+    with running(load, material.catalogue(), unfinished=unfinished.append) as server:
+        server.stop()
+        server.thread.join(30)
+        assert (server.ended, unfinished) == ([0], [0])
+        may_load.set()
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(material: Material) -> None:
     def load() -> Loaded:
         raise DataError("weights.safetensors is damaged")

@@ -58,7 +58,7 @@ class Worker:
         self._orders: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: deque[_Row] = deque()
         self._running: dict[Ticket, _Row] = {}
-        self._stopped = False
+        self._stopped = self._ready = False
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="spectune-worker", daemon=True)
 
@@ -74,11 +74,13 @@ class Worker:
         job.cancelled = True
         self._orders.put(job)
 
-    def stop(self, seconds: float = 10.0) -> None:
-        """End the thread after the step that it is at."""
+    def stop(self, seconds: float = 10.0) -> bool:
+        """End the thread after the step that it is at. Returns whether it has ended: what is being loaded is not
+        waited for."""
         self._stopped = True
         self._orders.put(None)
-        self._thread.join(seconds)
+        self._thread.join(seconds if self._ready else 0.0)
+        return not self._thread.is_alive()
 
     @property
     def running(self) -> int:
@@ -95,7 +97,9 @@ class Worker:
         except BaseException as error:  # whatever it is, the HTTP side has to know
             self._failed(error)
             return
-        self._loaded(served)
+        self._ready = True
+        if not self._stopped:
+            self._loaded(served)
         while not self._stopped:
             try:
                 self._turn(engine, served)
