@@ -107,13 +107,13 @@ class Worker:
             except Exception as error:
                 self._failures += 1
                 log.exception("a decoding step failed")
-                self._give_up_rows(engine, error)
+                self._give_up(engine, error)
                 if self._failures >= _FAILURES:
                     failure = SpectuneError(f"decoding fails again and again: {first_line(error)}")
-                    self._give_up_all(engine, served, failure)
+                    self._give_up(engine, failure, all_of=served)
                     self._failed(failure)
                     return
-        self._give_up_all(engine, served, SpectuneError("the server was stopped"))
+        self._give_up(engine, SpectuneError("the server was stopped"), all_of=served)
         engine.close()
 
     def _turn(self, engine: Engine, served: Loaded) -> None:
@@ -202,8 +202,8 @@ class Worker:
             self._leave(written.ticket)
         return [(row.job, Piece(row.choice, text, tokens, _shown(row, finished is not None), finished))]
 
-    def _give_up_rows(self, engine: Engine, error: BaseException) -> None:
-        """Every row ends with an error."""
+    def _give_up(self, engine: Engine, error: BaseException, all_of: Loaded | None = None) -> None:
+        """Every row ends with an error; with `all_of` those that wait, too: nothing more is written."""
         lost: Delivery = []
         for ticket, row in list(self._running.items()):
             with contextlib.suppress(Exception):  # it has failed already
@@ -212,15 +212,12 @@ class Worker:
                 self._leave(ticket)
             lost.append((row.job, Piece(row.choice, error=error)))
         self._running.clear()
+        if all_of is not None:
+            with contextlib.suppress(Exception):  # a request that waits may be at fault
+                self._take(engine, all_of, wait=False)
+            lost += [(row.job, Piece(row.choice, error=error)) for row in self._waiting]
+            self._waiting.clear()
         self._post(lost)
-
-    def _give_up_all(self, engine: Engine, served: Loaded, error: BaseException) -> None:
-        """Those that wait, too: nothing more is written."""
-        self._give_up_rows(engine, error)
-        with contextlib.suppress(Exception):  # a request that waits may be at fault
-            self._take(engine, served, wait=False)
-        self._post([(row.job, Piece(row.choice, error=error)) for row in self._waiting])
-        self._waiting.clear()
 
 
 def _shown(row: _Row, ended: bool) -> tuple[Score, ...]:
