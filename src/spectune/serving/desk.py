@@ -21,7 +21,7 @@ from spectune.errors import (
     did_you_mean,
     first_line,
 )
-from spectune.serving.api_error import ApiError, invalid
+from spectune.serving.api_error import STOPPING, ApiError, invalid
 from spectune.serving.asked_prompts import AskedPrompts, room_for
 from spectune.serving.bounds import Bounds
 from spectune.serving.catalogue import Catalogue, Entry
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("spectune")
 
-STOPPING = "the server is stopping"
 #: names that one which does not exist is compared with
 _COMPARED = 500
 #: folders that are read at once, so that a slow disk holds up no other request

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from spectune.errors import SpectuneError, first_line
+from spectune.serving.api_error import STOPPING, ApiError
 from spectune.serving.orders import Job, Order, Piece, Score
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Worker:
                     self._give_up(engine, failure, all_of=served)
                     self._failed(failure)
                     return
-        self._give_up(engine, SpectuneError("the server was stopped"), all_of=served)
+        self._give_up(engine, ApiError(503, STOPPING, code="stopping"), all_of=served)
         engine.close()
 
     def _turn(self, engine: Engine, served: Loaded) -> None:
