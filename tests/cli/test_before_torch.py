@@ -54,6 +54,7 @@ MISTYPED: list[tuple[list[str], int, str]] = [
     (["compare", "--retain", "none.txt"], 3, "--retain none.txt: no such file"),
     (["plan", "--data", "none.jsonl"], 3, "none.jsonl: no such file"),
     (["serve", "--deltas", "none"], 3, "--deltas none is not a folder"),
+    (["serve", "--model", "spectune-tiny", "--port", "0"], 1, "serving spectune-tiny at http://127.0.0.1:"),
     (["validate", "--data", "none.jsonl"], 3, "none.jsonl: no such file"),
     (["train", "--data", "bad.jsonl"], 3, "bad.jsonl:1"),
     (["train", "--config", "none.yaml"], 2, "there is no such file"),

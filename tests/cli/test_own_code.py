@@ -76,7 +76,10 @@ def test_with_the_flag_a_base_of_own_code_goes_through_every_command(
     assert trained.exit_code == 0, trained.stderr
     assert ran.exists()
     assert "trust" not in Path("run/config.yaml").read_text()
-    for command in (("generate", "number 3", "--run", "run"), ("eval", "--run", "run"), ("merge", "--run", "run")):
+    for command in (
+        ("generate", "number 3", "--run", "run"), ("chat", "--run", "run"), ("eval", "--run", "run"),
+        ("merge", "--run", "run"),
+    ):  # fmt: skip
         refused = spectune(*command)
         assert (refused.exit_code, TRUST in refused.stderr) == (3, True), refused.stderr
         found = spectune(*command, TRUST, "--device", "cpu")

@@ -91,7 +91,7 @@ def test_a_folder_of_runs_and_deltas_is_served_on_the_base_that_they_name(
     for method in ("lora", "bitfit"):
         trained(method)
     shutil.copytree(Path("runs/lora/best"), Path("runs/delta-alone"))
-    monkeypatch.setenv("SPECTUNE_API_KEY", "secret")
+    monkeypatch.setenv("SPECTUNE_API_KEY", "secret\n")  # as a file has it
     names = ("delta-alone", "lora", "bitfit")
     result, answers = served(
         spectune, port, "--deltas", "runs", "--max-rows", "2",

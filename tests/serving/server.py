@@ -70,12 +70,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 @contextlib.contextmanager
 def running(
     load: Callable[[], Loaded], catalogue: Catalogue, *, bounds: Bounds | None = None, api_key: str | None = None,
-    host: str = "127.0.0.1",
+    host: str = "127.0.0.1", unfinished: Callable[[int], None] = lambda code: None,
 ) -> Iterator[Running]:  # fmt: skip
     """A server at a free port, until the end of the block."""
     listening = listen(host, 0)
     url, stops, ended = address_of(listening), list[Callable[[], None]](), list[Any]()
-    serving = Serving(load, catalogue, host, api_key, bounds or Bounds(), started=stops.append)
+    serving = Serving(load, catalogue, host, api_key, bounds or Bounds(), started=stops.append, unfinished=unfinished)
 
     def run() -> None:
         try:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -12,8 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from spectune.errors import ConfigError, DataError
 from spectune.serving.bounds import Bounds
 from spectune.serving.catalogue import Catalogue
+from spectune.serving.counters import Counters
 from spectune.serving.loaded import Loaded
+from spectune.serving.orders import Job, Order, Piece
 from spectune.serving.server import is_local, listen
+from spectune.serving.worker import Worker
 from tests.serving.conftest import Material
 from tests.serving.fuzzing import good
 from tests.serving.server import Running, running, wait_for
@@ -63,6 +70,80 @@ def test_no_name_of_a_client_s_is_made_into_a_path(served: Running, material: Ma
         assert (status, said["error"]["code"]) == (404, "model_not_found")
 
 
+def test_a_folder_is_served_whatever_its_name_and_as_it_is_when_it_is_written_over(
+    material: Material, tmp_path: Path
+) -> None:
+    name = "meine Läufe 1"
+    shutil.copytree(material.deltas / "lora", tmp_path / name)
+    with running(material.load(), Catalogue("tiny", tmp_path)) as server:
+        server.wait_until_ready()
+
+        def text(asked: str) -> Any:
+            return server.ask("/v1/completions", good(asked, "the quick", max_tokens=12))
+
+        with server.client() as client:
+            assert client.models.retrieve(name).id == name
+        before = text(name)
+        shutil.copytree(material.deltas / "dora", tmp_path / "dora")
+        for file in (material.deltas / "dora").iterdir():
+            shutil.copy(file, tmp_path / name)
+        assert text(name)[1]["choices"] == text("dora")[1]["choices"] != before[1]["choices"]
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"")
+        assert text(name)[1]["error"]["code"] == "model_unusable"
+        assert text("dora")[0] == 200
+        shutil.rmtree(tmp_path / name)
+        assert text(name)[0] == 404
+        assert text("x" * 255)[0] == 404
+        assert text("é" * 200)[0] == 404
+
+
+def test_when_the_engine_gives_up_those_that_wait_are_told_too() -> None:
+    class Broken:
+        rows = 1
+
+        def engine(self) -> Broken:
+            return self
+
+        def text(self, stops: Any) -> None: ...
+
+        def begin(self, *given: Any) -> object:
+            return object()
+
+        def step(self) -> None:
+            raise MemoryError("broken")
+
+        def cancel(self, ticket: object) -> None: ...
+
+    told: list[Piece] = []
+    failed = threading.Event()
+    worker = Worker(
+        lambda: Broken(),  # type: ignore[arg-type, return-value]
+        lambda delivery: told.extend(piece for _, piece in delivery), lambda loaded: None, lambda error: failed.set(),
+    )  # fmt: skip
+    worker.submit(Job((Order((1,), None, 1),) * 9, told.append))
+    worker.start()
+    assert failed.wait(30)
+    assert sorted(piece.choice for piece in told) == list(range(9))
+
+
+def test_counting_waits_for_no_gauge() -> None:
+    counters, asked, may_go = Counters(), threading.Event(), threading.Event()
+
+    def slow() -> float:
+        asked.set()
+        may_go.wait(30)
+        return 1.0
+
+    counters.describe(slow="A gauge that waits for a lock.")
+    counters.gauge("slow", slow)
+    with ThreadPoolExecutor(2) as pool:
+        text = pool.submit(counters.text)
+        assert asked.wait(30)
+        pool.submit(counters.count, "requests_total").result(30)
+        may_go.set()
+        assert "spectune_slow 1" in text.result(30)
+
+
 def test_while_the_model_loads_health_says_so_and_requests_wait(material: Material) -> None:
     may_load = threading.Event()
 
@@ -83,6 +164,21 @@ def test_while_the_model_loads_health_says_so_and_requests_wait(material: Materi
         waiting.join(60)
         assert answers == [200]
         assert server.ask("/health") == (200, {"status": "ok"})
+
+
+def test_a_server_that_is_stopped_while_it_loads_waits_for_nothing(material: Material) -> None:
+    may_load = threading.Event()
+    unfinished: list[int] = []
+
+    def load() -> Loaded:
+        may_load.wait(60)
+        raise DataError("nobody asks for it any more")
+
+    with running(load, material.catalogue(), unfinished=unfinished.append) as server:
+        server.stop()
+        server.thread.join(30)
+        assert (server.ended, unfinished) == ([0], [0])
+        may_load.set()
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(material: Material) -> None:

@@ -60,8 +60,9 @@ def what_is_asked(run: Path | None, model: str | None, deltas: Path | None) -> B
 
 
 def _of_run(found: Run) -> BaseAndDeltas:
-    if found.labels is not None:
-        raise ConfigError(f"{found.name} has a head, which gives labels and writes no text: spectune generate runs it")
+    # a base by itself is looked at when it is loaded: its config takes torch to read, or the hub
+    if found.delta_folder is not None and found.labels is not None:
+        raise _head(found.name)
     name = _base_name(found.base)
     if found.delta_folder is None:
         return BaseAndDeltas(found.base, name)
@@ -98,23 +99,35 @@ def settings_of(delta: Path) -> Mapping[str, Any]:
     return find_run(delta).config
 
 
+def _head(name: str) -> ConfigError:
+    return ConfigError(f"{name} has a head, which gives labels and writes no text: spectune generate runs it")
+
+
 def loader(
     base: str, how: Mapping[str, Any], rows: int | None, memory: int | Literal["auto"] | None
 ) -> Callable[[], Loaded]:
-    """Loads the base; `memory`: of the bank of its deltas, None where there is none."""
+    """Loads the base; `memory`: of the bank of its deltas on the device, None where there is none; off the device they
+    have half of what is free. What it gives raises ConfigError: the base has a head, which writes no text."""
 
     def load() -> Loaded:
         import_libraries(WRITING)
+        from spectune.cli.heads import labels_of_checkpoint
         from spectune.serving.loaded import Loaded
         from spectune.storage import load as load_base
 
+        code, missing = bool(how["trust_remote_code"]), bool(how["allow_missing_weights"])
+        if not missing and labels_of_checkpoint(base, code) is not None:
+            raise _head(base)
         model, tokenizer = load_base(base, **how)
         if memory is None:
             return Loaded.of(model, tokenizer, None, rows)
+        from spectune.planning.device_memory import free_memory
         from spectune.storage import Bank
 
         size = memory_for_deltas(model) if memory == "auto" else memory
-        return Loaded.of(model, tokenizer, Bank(model, device_memory=size), rows)
+        free = free_memory("cpu")
+        bank = Bank(model, device_memory=size, host_memory=None if free is None else free // 2)
+        return Loaded.of(model, tokenizer, bank, rows)
 
     return load
 

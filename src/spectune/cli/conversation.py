@@ -62,7 +62,7 @@ class Conversation:
             ConfigError: the text leaves no room in the base's context, or cannot be said in this conversation.
         """
         asked = [*self._said, {"role": "user", "content": text}]
-        asked, ids = self._fitting(asked, text)
+        asked, ids = self._fitting(asked, text, how.max_new_tokens)
         drawn = Sampling(how.seed, how.temperature, how.top_p, how.top_k) if how.sampled else None
         order = Order(tuple(ids), self._delta, how.max_new_tokens, drawn, self._answers, how.stop)
         self._answers += 1
@@ -86,12 +86,15 @@ class Conversation:
         if last := written.end():
             yield last
 
-    def _fitting(self, asked: list[dict[str, Any]], text: str) -> tuple[list[dict[str, Any]], list[int]]:
-        """What is asked with its ids: without the earliest turns, where all are more than the base's context."""
+    def _fitting(self, asked: list[dict[str, Any]], text: str, new: int) -> tuple[list[dict[str, Any]], list[int]]:
+        """What is asked with its ids: without the earliest turns, where the base's context has no room for all and for
+        an answer."""
+        limit = self._loaded.context
+        # a short context is not kept free for a long answer that may never come
+        room = None if limit is None else limit - min(new, limit // 4)
         while True:
             ids = asked_ids(self._row(asked, text), self._encoder)
-            limit = self._loaded.context
-            if limit is None or len(ids) < limit or len(asked) < 3:
+            if room is None or len(ids) <= room or len(asked) < 3:
                 return asked, ids
             asked = asked[2:]
             note("(the conversation is longer than the base's context: its earliest turn is left out)")

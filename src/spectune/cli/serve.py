@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -87,7 +90,8 @@ def serve(
     """
     _check_extra()
     memory: int | Literal["auto"] = "auto" if device_memory is None else bytes_of(device_memory, "--device-memory")
-    if api_key is not None and (not api_key.strip() or not api_key.isascii()):
+    api_key = None if api_key is None else api_key.strip()  # of a file, the end of its line
+    if api_key is not None and (not api_key.isascii() or not api_key.isprintable() or not api_key):
         raise ConfigError("--api-key is empty or has letters beyond ASCII, which no header holds; expected a key")
     from spectune.serving.bounds import Bounds
     from spectune.serving.server import Serving
@@ -103,7 +107,7 @@ def serve(
         what = what_is_asked(run, model, deltas)
         catalogue = what.catalogue(deltas)
         load = loader(what.base, how, max_rows, memory if catalogue.has_deltas else None)
-        code = _run(Serving(load, catalogue, host, api_key, bounds, note), port)
+        code = _run(Serving(load, catalogue, host, api_key, bounds, note, unfinished=_leave), port)
     raise typer.Exit(code)
 
 
@@ -120,6 +124,15 @@ def _run(serving: Serving, port: int) -> int:
             "--host"
         )
     return server.serve(serving, listening)
+
+
+def _leave(code: int) -> None:
+    """End the process: a thread that is in the middle of imports or of a kernel would be waited for, or crash it."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    os._exit(code)
 
 
 def _check_extra() -> None:

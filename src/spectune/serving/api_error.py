@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+STOPPING = "the server is stopping"
 #: by status; what is not here is the client's fault
 _KINDS = {
     401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error",

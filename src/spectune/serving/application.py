@@ -99,7 +99,7 @@ class Application:
         await call.answer({"status": state}, 200 if state == "ok" else 503)
 
     async def _metrics(self, call: Call) -> None:
-        await call.answer(self._desk.counters.text())
+        await call.answer(await asyncio.to_thread(self._desk.counters.text))
 
     async def _models(self, call: Call) -> None:
         entries = await asyncio.to_thread(self._desk.catalogue.entries)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ from spectune.errors import ConfigError
 
 #: a delta's folder has one of them
 _FILES = ("spectune.json", "adapter_config.json")
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
+#: what a folder in `deltas` is called that is served
+_NAME = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]{0,254}")
 
 
 @dataclass(frozen=True)
@@ -24,19 +28,21 @@ class Entry:
     Attributes:
         delta: its folder, which is its name in the bank; None of the base.
         created: seconds since 1970.
+        version: is another one when the folder's files are.
     """
 
     name: str
     delta: str | None
     created: int
+    version: int = 0
 
 
 @dataclass
 class Catalogue:
     """What is served under which name.
 
-    A folder that comes into `deltas` while the server runs is served from then on. Names are looked up among the
-    folders that are there: what a client writes is never made into a path.
+    A folder that comes into `deltas` while the server runs is served from then on, and as it is then. What a client
+    writes is the name of a folder there, and never a path.
 
     Args:
         base: its name.
@@ -53,12 +59,9 @@ class Catalogue:
     settings_of: Callable[[Path], Mapping[str, Any]] = lambda folder: {}
     base_settings: Mapping[str, Any] = field(default_factory=dict)
     _began: int = field(default_factory=lambda: int(time.time()), init=False)
-    _forms: dict[str, tuple[float, PromptForm]] = field(default_factory=dict, init=False)
+    _forms: dict[str, tuple[int, PromptForm]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        for name in self.named:
-            if not _NAME.fullmatch(name):
-                raise ConfigError(f"{name!r} cannot be a model's name; expected letters, digits, '-', '_' and '.'")
         if taken := [name for name in (*self.named, *self._folders()) if name == self.base]:
             raise ConfigError(f"a delta and the base are both called {taken[0]!r}; rename the delta's folder")
 
@@ -67,11 +70,13 @@ class Catalogue:
         """Whether deltas are served beside the base, or may come to be."""
         return bool(self.named) or self.deltas is not None
 
+    def names(self, most: int | None = None) -> list[str]:
+        """The base's, and those of folders, without a look into them."""
+        return list(itertools.islice(dict.fromkeys((self.base, *self.named, *self._folders())), most))
+
     def entries(self) -> list[Entry]:
         """All of them, the base first."""
-        names = dict.fromkeys((*self.named, *self._folders()))
-        found = (self.find(name) for name in names)
-        return [Entry(self.base, None, self._began), *(entry for entry in found if entry is not None)]
+        return [entry for name in self.names() if (entry := self.find(name)) is not None]
 
     def find(self, name: str) -> Entry | None:
         """The model of a name; None: there is none."""
@@ -85,32 +90,34 @@ class Catalogue:
         delta = delta_in(folder)
         if delta is None:
             return None
-        return Entry(name, str(delta.absolute()), int(_changed(delta)) or self._began)
+        version = _version(delta)
+        return Entry(name, str(delta.absolute()), version // 10**9 or self._began, version)
 
     def form(self, entry: Entry) -> PromptForm:
         """How a prompt of a user is made into one of the model's. Raises DataError: its files cannot be read."""
         if entry.delta is None:
             return PromptForm.of(self.base_settings)
-        changed = _changed(Path(entry.delta))
         known = self._forms.get(entry.delta)
-        if known is None or known[0] != changed:
-            known = self._forms[entry.delta] = (changed, PromptForm.of(self.settings_of(Path(entry.delta))))
+        if known is None or known[0] != entry.version:
+            known = self._forms[entry.delta] = (entry.version, PromptForm.of(self.settings_of(Path(entry.delta))))
         return known[1]
 
-    def _folders(self) -> Iterator[str]:
-        if self.deltas is not None and self.deltas.is_dir():
-            folders = sorted(path for path in self.deltas.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
-            yield from (path.name for path in folders)
+    def _folders(self) -> list[str]:
+        if self.deltas is not None:
+            with contextlib.suppress(OSError), os.scandir(self.deltas) as found:
+                return sorted(folder.name for folder in found if _NAME.fullmatch(folder.name) and folder.is_dir())
+        return []
 
 
 def delta_in(folder: Path) -> Path | None:
     """The delta in a folder: that of a run, or the folder itself; None where there is none."""
     places = (folder / "best", folder)
-    return next((place for place in places if any((place / file).is_file() for file in _FILES)), None)
+    # not Path.is_file: a client's name may be one that no path has
+    return next((place for place in places if any(os.path.isfile(place / file) for file in _FILES)), None)
 
 
-def _changed(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime
-    except OSError:
-        return 0.0
+def _version(folder: Path) -> int:
+    """When the last of its files was written, in nanoseconds since 1970; 0 where that is not to be had."""
+    with contextlib.suppress(OSError), os.scandir(folder) as files:
+        return max((file.stat().st_mtime_ns for file in files), default=0)
+    return 0

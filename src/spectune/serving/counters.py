@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 Labels = tuple[tuple[str, str], ...]
@@ -42,15 +42,17 @@ class Counters:
         self._helps |= helps
 
     def text(self) -> str:
+        """It waits for what gauges wait for: not for the event loop's thread."""
+        gauges = {name: read() for name, read in self._gauges.items()}  # before the lock, which nobody waits long for
         with self._lock:
-            return "".join(f"{line}\n" for line in self._lines())
+            return "".join(f"{line}\n" for line in self._lines(gauges))
 
-    def _lines(self) -> Iterator[str]:
+    def _lines(self, gauges: Mapping[str, float]) -> Iterator[str]:
         for name, says in self._helps.items():
             yield f"# HELP spectune_{name} {says}"
-            if name in self._gauges:
+            if name in gauges:
                 yield f"# TYPE spectune_{name} gauge"
-                yield f"spectune_{name} {self._gauges[name]():g}"
+                yield f"spectune_{name} {gauges[name]:g}"
             elif name.endswith("_seconds"):
                 yield f"# TYPE spectune_{name} histogram"
                 yield from self._histogram(name)

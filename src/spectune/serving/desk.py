@@ -21,7 +21,7 @@ from spectune.errors import (
     did_you_mean,
     first_line,
 )
-from spectune.serving.api_error import ApiError, invalid
+from spectune.serving.api_error import STOPPING, ApiError, invalid
 from spectune.serving.asked_prompts import AskedPrompts, room_for
 from spectune.serving.bounds import Bounds
 from spectune.serving.catalogue import Catalogue, Entry
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("spectune")
 
-STOPPING = "the server is stopping"
 #: names that one which does not exist is compared with
 _COMPARED = 500
+#: folders that are read at once, so that a slow disk holds up no other request
+_READERS = 4
 
 
 @dataclass
@@ -65,9 +66,9 @@ class Desk:
         self.choices = 0
         self._ready: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
         self._ready.add_done_callback(_looked_at)
-        # tokenizers and templates run on one thread, files of deltas are read on another: neither waits for a step
+        # tokenizers and templates run on one thread, files of deltas are read on others: none waits for a step
         self._encoding = ThreadPoolExecutor(1, "spectune-encoding")
-        self._reading = ThreadPoolExecutor(1, "spectune-reading")
+        self._reading = ThreadPoolExecutor(_READERS, "spectune-reading")
         self._prompts = AskedPrompts()
         self.worker: Worker | None = None
 
@@ -121,6 +122,8 @@ class Desk:
             yield Answer(wanted, loaded.names, sum(len(order.ids) for order in job.orders[:: wanted.n]))
             worker, left = self.worker, wanted.choices
             assert worker is not None
+            if self.state == "failed":
+                raise ApiError(503, STOPPING, code="stopping")
             began: float | None = time.monotonic()
             worker.submit(job)
             try:
@@ -165,7 +168,7 @@ class Desk:
         """The model of a name. Raises ApiError (404)."""
         found = self.catalogue.find(name)
         if found is None:
-            names = [entry.name for entry in self.catalogue.entries()[:_COMPARED]]
+            names = self.catalogue.names(_COMPARED)
             shown = name if len(name) <= 100 else f"{name[:100]}..."
             raise ApiError(404, f"the model {shown!r} does not exist here{did_you_mean(name[:100], names)}; "
                            "GET /v1/models names those that do", param="model", code="model_not_found")  # fmt: skip
@@ -209,7 +212,9 @@ class Desk:
             room = room_for(loaded, wanted, len(ids), self.bounds)
             for number in range(wanted.n):
                 stream = place * wanted.n + number
-                yield Order(ids, entry.delta, room, sampling, stream, wanted.stops, wanted.logprobs)
+                yield Order(
+                    ids, entry.delta, room, sampling, stream, wanted.stops, wanted.logprobs, version=entry.version
+                )
 
 
 def as_api_error(error: BaseException, model: str, *, of_model: bool = False) -> ApiError:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from spectune.errors import BankFullError
+from spectune.errors import BankFullError, ConfigError
 from spectune.serving.openai_format import TokenNames
 from spectune.serving.orders import Order
 
@@ -46,6 +46,7 @@ class Loaded:
     vocabulary: int
     pad_token_id: int
     names: TokenNames
+    _versions: dict[str, int] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
@@ -79,14 +80,26 @@ class Loaded:
 
         name = order.delta
         if name is not None:
+            if order.version is not None:
+                self._renew(name, order.version)
             (name,) = held.enter_context(self.bank.hold([name]))
         request = Request(
             order.ids, order.max_new_tokens, name, self.stops, order.sampling, order.stream, order.logprobs
         )
         return engine.submit(request)
 
+    def _renew(self, delta: str, version: int) -> None:
+        """Let go of weights whose files were written over since they were read. Raises BankFullError: rows of theirs
+        are still being written."""
+        if self._versions.setdefault(delta, version) != version:
+            try:
+                self.bank.forget(delta)
+            except ConfigError as error:
+                raise BankFullError(f"{error}; its files were written over") from error
+            self._versions[delta] = version
+
     def is_full(self, error: BaseException) -> bool:
-        """Whether a delta is refused for want of room that others hold just now."""
+        """Whether a delta is refused for what others hold just now: room, or what it was before."""
         return isinstance(error, BankFullError)
 
     def prepare(self, delta: str) -> None:

@@ -19,6 +19,7 @@ class Order:
         stream: which of several choices with one seed it is.
         stops: texts that end it.
         logprobs: see `spectune.inference.Request`.
+        version: of the delta's files, as the prompt was made for it; None: whatever is there.
     """
 
     ids: tuple[int, ...]
@@ -28,6 +29,7 @@ class Order:
     stream: int = 0
     stops: tuple[str, ...] = ()
     logprobs: int | None = None
+    version: int | None = None
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ class Serving:
         api_key: None: nobody is asked for one.
         note: is told what the user should know.
         started: gets what stops the server, from any thread, as SIGTERM does.
+        unfinished: is given the exit code where the worker's thread is still at work at the end: at its imports, at a
+            file, or at a step that takes long.
     """
 
     load: Callable[[], Loaded]
@@ -55,6 +57,7 @@ class Serving:
     bounds: Bounds = field(default_factory=Bounds)
     note: Callable[[str], None] = lambda text: None
     started: Callable[[Callable[[], None]], None] = lambda stop: None
+    unfinished: Callable[[int], None] = lambda code: None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -135,12 +138,15 @@ async def _serve(serving: Serving, listening: socket.socket) -> int:
         serving.started(partial(call, stop))
         await server.serve(sockets=[listening])
         desk.close()
-        await asyncio.to_thread(worker.stop)
+        ended = await asyncio.to_thread(worker.stop)
     if desk.failure is not None:
         if isinstance(desk.failure, SpectuneError | KeyboardInterrupt):
             raise desk.failure
         raise SpectuneError(f"the server stopped: {first_line(desk.failure)}") from desk.failure
-    return InterruptedRun.exit_code if signal.SIGINT in came else 0
+    code = InterruptedRun.exit_code if signal.SIGINT in came else 0
+    if not ended:
+        serving.unfinished(code)
+    return code
 
 
 class Server(uvicorn.Server):

@@ -56,12 +56,12 @@ class _Body(BaseModel):
 
 
 class _Completion(_Body):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Any  # see `_prompts`
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
 class _Chat(_Body):
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[Any], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -134,7 +134,8 @@ def wanted(given: Mapping[str, Any], kind: Literal["chat", "completion"], bounds
         value = named.pop(key)
         if not any((type(value) is not bool and value == neutral) or value is neutral for neutral in NEUTRAL[key]):
             raise invalid(
-                f"{key} is not served here; leave it out" + "".join(f", or give {n!r}" for n in NEUTRAL[key][:1]),
+                f"{key} is not served here; leave it out"
+                + "".join(f", or give {json.dumps(neutral)}" for neutral in NEUTRAL[key][:1]),
                 key, "unsupported_parameter",
             )  # fmt: skip
     for key in named.keys() - model.model_fields.keys():
@@ -157,18 +158,37 @@ def _of_chat(body: _Chat) -> Wanted:
         raise invalid("max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     most = next(iter(limits), None)
+    wrong = next((place for place, message in enumerate(body.messages) if type(message) is not dict), None)
+    if wrong is not None:
+        said = f"messages.{wrong}: expected an object; given {_kind(body.messages[wrong])}"
+        raise invalid(said, "messages", "invalid_value")
     return Wanted(prompts=None, messages=tuple(body.messages), max_tokens=most, logprobs=logprobs, **_common(body))
 
 
 def _of_completion(body: _Completion) -> Wanted:
-    given: Any = body.prompt
-    one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
-    many: list[Any] = [given] if one else given
-    prompts = tuple(prompt if isinstance(prompt, str) else tuple[int, ...](prompt) for prompt in many)
+    prompts = _prompts(body.prompt)
     if not prompts or not all(prompts):
         raise invalid("prompt is empty; expected text, ids, or a list of one of them", "prompt")
     most = _COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     return Wanted(prompts=prompts, messages=None, max_tokens=most, logprobs=body.logprobs, **_common(body))
+
+
+def _prompts(given: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Text, ids, or a list of one of them. Raises ApiError. It stops at the first thing that is wrong: a validator of
+    every form keeps what is wrong with each of a million items, once for each form."""
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, list):
+        kinds = set(map(type, given))
+        if kinds == {int}:
+            return (tuple(given),)
+        if kinds <= {str}:
+            return tuple(given)
+        if kinds == {list} and all(set(map(type, ids)) <= {int} for ids in given):
+            return tuple(map(tuple, given))
+    raise invalid(
+        f"prompt: expected text, ids, or a list of one of them; given {_kind(given)}", "prompt", "invalid_value"
+    )
 
 
 def _common(body: _Body) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from spectune.errors import SpectuneError, first_line
+from spectune.serving.api_error import STOPPING, ApiError
 from spectune.serving.orders import Job, Order, Piece, Score
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Worker:
         self._orders: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._waiting: deque[_Row] = deque()
         self._running: dict[Ticket, _Row] = {}
-        self._stopped = False
+        self._stopped = self._ready = False
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="spectune-worker", daemon=True)
 
@@ -74,11 +75,13 @@ class Worker:
         job.cancelled = True
         self._orders.put(job)
 
-    def stop(self, seconds: float = 10.0) -> None:
-        """End the thread after the step that it is at."""
+    def stop(self, seconds: float = 10.0) -> bool:
+        """End the thread after the step that it is at. Returns whether it has ended: what is being loaded is not
+        waited for."""
         self._stopped = True
         self._orders.put(None)
-        self._thread.join(seconds)
+        self._thread.join(seconds if self._ready else 0.0)
+        return not self._thread.is_alive()
 
     @property
     def running(self) -> int:
@@ -95,7 +98,9 @@ class Worker:
         except BaseException as error:  # whatever it is, the HTTP side has to know
             self._failed(error)
             return
-        self._loaded(served)
+        self._ready = True
+        if not self._stopped:
+            self._loaded(served)
         while not self._stopped:
             try:
                 self._turn(engine, served)
@@ -103,11 +108,13 @@ class Worker:
             except Exception as error:
                 self._failures += 1
                 log.exception("a decoding step failed")
-                self._give_up_rows(engine, error)
+                self._give_up(engine, error)
                 if self._failures >= _FAILURES:
-                    self._failed(SpectuneError(f"decoding fails again and again: {first_line(error)}"))
+                    failure = SpectuneError(f"decoding fails again and again: {first_line(error)}")
+                    self._give_up(engine, failure, all_of=served)
+                    self._failed(failure)
                     return
-        self._give_up_rows(engine, SpectuneError("the server was stopped"))
+        self._give_up(engine, ApiError(503, STOPPING, code="stopping"), all_of=served)
         engine.close()
 
     def _turn(self, engine: Engine, served: Loaded) -> None:
@@ -196,8 +203,8 @@ class Worker:
             self._leave(written.ticket)
         return [(row.job, Piece(row.choice, text, tokens, _shown(row, finished is not None), finished))]
 
-    def _give_up_rows(self, engine: Engine, error: BaseException) -> None:
-        """Every row ends with an error."""
+    def _give_up(self, engine: Engine, error: BaseException, all_of: Loaded | None = None) -> None:
+        """Every row ends with an error; with `all_of` those that wait, too: nothing more is written."""
         lost: Delivery = []
         for ticket, row in list(self._running.items()):
             with contextlib.suppress(Exception):  # it has failed already
@@ -206,7 +213,9 @@ class Worker:
                 self._leave(ticket)
             lost.append((row.job, Piece(row.choice, error=error)))
         self._running.clear()
-        if self._stopped:
+        if all_of is not None:
+            with contextlib.suppress(Exception):  # a request that waits may be at fault
+                self._take(engine, all_of, wait=False)
             lost += [(row.job, Piece(row.choice, error=error)) for row in self._waiting]
             self._waiting.clear()
         self._post(lost)
