@@ -77,7 +77,7 @@ class SlotTables:
     def why_not(self, name: str) -> str | None:
         """Why a delta cannot be in tables, in a sentence; None where it can. Raises ConfigError: there is none of that
         name."""
-        return why_not_in_tables(self.attachment, self._delta(name))
+        return why_not_in_tables(self.attachment, _attached(self.attachment, name))
 
     def put(self, name: str | None) -> int:
         """The slot of a delta, which is filled where it was not there; `take` gives it back. What a slot holds stays
@@ -88,7 +88,7 @@ class SlotTables:
         """
         if name is None:
             return 0
-        delta, held = self._delta(name), self._held.pop(name, None)
+        delta, held = _attached(self.attachment, name), self._held.pop(name, None)
         if held is not None and held.delta is delta:
             held.uses += 1
         else:
@@ -149,7 +149,9 @@ class SlotTables:
     def along(self, route: TableRoute, kinds: frozenset[Kind] | None = None) -> Iterator[None]:
         """The same with a route that was made before, again and again. `kinds`: nothing of other ones acts. Raises
         ConfigError: other tables of this model are being read."""
-        with self.attachment.sites.reading(self, self._by_site(kinds)), self.attachment.state.routed(route):
+        if kinds not in self._sites:
+            self._sites[kinds] = _by_site(self._tables, kinds)
+        with self.attachment.sites.reading(self, self._sites[kinds]), self.attachment.state.routed(route):
             yield
 
     def kinds_of(self, names: Iterable[str | None]) -> frozenset[Kind]:
@@ -166,12 +168,6 @@ class SlotTables:
         self._tables, self._idle, self._held, self._free = {}, {}, {}, list(range(self.slots, 0, -1))
         self._new = True
         self._publish()
-
-    def _delta(self, name: str) -> Delta:
-        delta = self.attachment.deltas.get(name)
-        if delta is None:
-            raise ConfigError(f"no delta {name!r} is attached; attached are: {', '.join(self.attachment.deltas)}")
-        return delta
 
     def _free_slot(self) -> int:
         if not self._free:
@@ -244,18 +240,8 @@ class SlotTables:
         if self._new:
             self._new = False
             self.version += 1
-            self._sites.clear()
-            self.attachment.sites.now_read(self, self._by_site(None))
-
-    def _by_site(self, kinds: frozenset[Kind] | None) -> SiteTables:
-        """Tables of these kinds, None: of all, by the side of a module that they act at."""
-        if kinds not in self._sites:
-            found = defaultdict[tuple[str, bool], tuple[Table, ...]](tuple)
-            for (path, entry, kind), table in self._tables.items():
-                if kinds is None or kind in kinds:
-                    found[path, entry] += (table,)
-            self._sites[kinds] = dict(found)
-        return self._sites[kinds]
+            self._sites = {None: _by_site(self._tables, None)}
+            self.attachment.sites.now_read(self, self._sites[None])
 
 
 def why_not_in_tables(attachment: Attachment, delta: Delta) -> str | None:
@@ -281,6 +267,13 @@ def gains_by_tables(attachment: Attachment, delta: Delta) -> bool:
     return bool(attachment.proved[key])
 
 
+def _attached(attachment: Attachment, name: str) -> Delta:
+    delta = attachment.deltas.get(name)
+    if delta is None:
+        raise ConfigError(f"no delta {name!r} is attached; attached are: {', '.join(attachment.deltas)}")
+    return delta
+
+
 def _why_not_there(attachment: Attachment, site: Site, module: DeltaModule) -> str | None:
     if isinstance(module, AttentionModule | InputModule):
         return None
@@ -289,6 +282,15 @@ def _why_not_there(attachment: Attachment, site: Site, module: DeltaModule) -> s
     if attachment.family.gathers_tokens(site.path):
         return f"acts among experts ({site.path}), which are given tokens of any row"
     return None if module.has_row_form() else f"has no form by row ({site.path})"
+
+
+def _by_site(tables: dict[_Key, Table], kinds: frozenset[Kind] | None) -> SiteTables:
+    """Tables of these kinds, None: of all, by the side of a module that they act at."""
+    found = defaultdict[tuple[str, bool], tuple[Table, ...]](tuple)
+    for (path, entry, kind), table in tables.items():
+        if kinds is None or kind in kinds:
+            found[path, entry] += (table,)
+    return found
 
 
 def _room(now: int, wanted: int) -> int:

@@ -18,6 +18,24 @@ LEAST_SLOTS = 4
 MOST_MIXTURES = 4
 
 
+class Mixtures:
+    """The sets of kinds that steps are recorded with: not every mixture of rows is to be a step of its own."""
+
+    def __init__(self) -> None:
+        self._known: set[frozenset[Kind]] = set()
+        self._version: object = None
+
+    def of(self, kinds: frozenset[Kind], version: object) -> frozenset[Kind] | None:
+        """What a step is recorded with where these are to be computed; None is all that there are. `version`: of the
+        tables that they are in."""
+        if self._version != version:
+            self._known, self._version = set(), version
+        if kinds not in self._known and len(self._known) >= MOST_MIXTURES:
+            return min((known for known in self._known if kinds <= known), key=len, default=None)
+        self._known.add(kinds)
+        return kinds
+
+
 class RowDeltas:
     """Which delta each row of a batch has.
 
@@ -34,8 +52,7 @@ class RowDeltas:
         self._made = 0
         self._row_slots: list[int] = []
         self._kinds: frozenset[Kind] | None = None
-        self._mixtures: set[frozenset[Kind]] = set()
-        self._mixed_in: object = None  # the tables that these are kinds of
+        self._mixtures = Mixtures()
         self._route = Route.of(None)
         self._along: TableRoute | None = None
 
@@ -63,7 +80,8 @@ class RowDeltas:
             assert self.tables is not None, "they hold these"
             self._by_tables = True
             self._row_slots = [*self._slots_of(names), *[0] * behind]
-            self._kinds = self._recorded_for(self.tables.kinds_of(several)) if self.always_tables else None
+            kinds = self.tables.kinds_of(several)
+            self._kinds = self._mixtures.of(kinds, self.version) if self.always_tables else None
             return self._row_slots
         self._by_tables = False
         self._route = Route(
@@ -121,16 +139,6 @@ class RowDeltas:
             return False
         found = [attachment.deltas[name] for name in names if name in attachment.deltas]
         return len(names) > 1 or any(gains_by_tables(attachment, delta) for delta in found)
-
-    def _recorded_for(self, kinds: frozenset[Kind]) -> frozenset[Kind] | None:
-        """The kinds that a step is recorded with where these are to be computed; None is all that there are."""
-        if self._mixed_in != self.version:
-            self._mixed_in = self.version
-            self._mixtures.clear()
-        if kinds not in self._mixtures and len(self._mixtures) >= MOST_MIXTURES:
-            return min((known for known in self._mixtures if kinds <= known), key=len, default=None)
-        self._mixtures.add(kinds)
-        return kinds
 
     def _holds(self, names: Collection[str | None]) -> bool:
         """Whether these are in tables now. Not where somebody else's tables of this model are in use, which one thread
