@@ -153,7 +153,7 @@ class Grouping:
         run = math.gcd(*(len(list(same)) for _, same in itertools.groupby(numbers)))
         which = numbers[::run]
         own = [[row for row in rows if self.names[row] == name] for name in names]
-        _say(kind, together)
+        _say(kind.of.__name__, together, kind.dropout > 0)
         return RowGroup(
             kind, tuple(found[name] for name in names), tuple(self.numbers(rows, device) for rows in own), run,
             None if which == list(range(len(names))) else self.numbers(which, device), together,
@@ -169,19 +169,20 @@ class Grouping:
         key = tuple(map(int, values)), device
         found = self._numbers.get(key)
         if found is None:
-            found = torch.tensor(key[0], device=device)
-            if not torch.compiler.is_compiling():
-                self._numbers[key] = found
+            if torch.compiler.is_compiling():
+                return torch.tensor(key[0], device=device)
+            with torch.inference_mode(False):  # a later pass of this route may want gradients
+                found = self._numbers[key] = torch.tensor(key[0], device=device)
         return found
 
 
 @functools.cache
-def _say(kind: Kind, together: bool) -> None:
-    """What is computed one delta after the other, once."""
+def _say(kind: str, together: bool, dropout: bool) -> None:
+    """What is computed one delta after the other, once. Of the kind's name alone: a kind holds modules of the base."""
     if not together:
-        log.info("mixed batches: %s has no form by row, so its deltas run one after the other", kind.of.__name__)
-    elif kind.dropout:
+        log.info("mixed batches: %s has no form by row, so its deltas run one after the other", kind)
+    elif dropout:
         log.info(
             "mixed batches: %s with dropout draws for each delta, so in training its deltas run one after the other",
-            kind.of.__name__,
+            kind,
         )  # fmt: skip
