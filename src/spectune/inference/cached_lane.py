@@ -11,7 +11,7 @@ from spectune.deltas import AttentionModule, InputModule
 from spectune.inference.decode_batch import Caller, DecodeBatch
 from spectune.inference.lane import Lane
 from spectune.inference.request import Ticket, Written
-from spectune.inference.row_deltas import RowDeltas, routed_as
+from spectune.inference.row_deltas import RowDeltas
 from spectune.inference.slot_cache import STEP
 
 
@@ -39,7 +39,8 @@ class CachedLane(Lane):
 
     def enter(self, tickets: Sequence[Ticket]) -> list[Written]:
         names = [ticket.request.delta for ticket in tickets]
-        with routed_as(self.call.model, names):
+        self._changed = True  # whatever happens: tables may be made anew
+        with self.deltas.entering(names, [ticket.request.delta for ticket in self.tickets]):
             logits, layers = self.call.read([ticket.seen for ticket in tickets], self.pad_token_id)
         virtual = [self._virtual_tokens(name) for name in names]
         length = layers[0][0].shape[2]
@@ -54,7 +55,6 @@ class CachedLane(Lane):
                 self.batch.cache.put_before(slot, layer, prefix)
         self.tickets += tickets
         self.filled += [Filled(count + before, always) for count, (_, before, always) in zip(own, virtual, strict=True)]
-        self._changed = True
         return self.write(tickets, logits, logits.argmax(-1))[0]
 
     def advance(self) -> list[Written]:
