@@ -102,7 +102,7 @@ class OpenSites:
 
     def prepare(self, layout: BatchLayout | None) -> None:
         """Find out what acts where on the rows of a batch, before blocks run; None: forget it, with the modules."""
-        for hook, _ in self._sides.values():
+        for hook, _ in list(self._sides.values()):  # a route may end while another thread attaches
             hook.prepare(layout)
 
     @contextlib.contextmanager

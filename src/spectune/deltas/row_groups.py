@@ -115,9 +115,10 @@ class Numbers:
         key = tuple(map(int, values)), device
         found = self._made.get(key)
         if found is None:
-            found = torch.tensor(key[0], device=device)
-            if not torch.compiler.is_compiling():
-                self._made[key] = found
+            if torch.compiler.is_compiling():
+                return torch.tensor(key[0], device=device)
+            with torch.inference_mode(False):  # a later pass of this route may want gradients
+                found = self._made[key] = torch.tensor(key[0], device=device)
         return found
 
 
@@ -209,7 +210,7 @@ class Grouping:
         numbers = [names.index(self.names[row]) for row in rows]  # type: ignore[arg-type]
         run, which = runs_of(numbers)
         own = [[row for row in rows if self.names[row] == name] for name in names]
-        _say(kind, together)
+        _say(kind.of.__name__, together, kind.dropout > 0)
         return RowGroup(
             kind, tuple(found[name] for name in names), tuple(self.numbers.on(device, rows) for rows in own), run,
             None if which == list(range(len(names))) else self.numbers.on(device, which), together,
@@ -217,12 +218,12 @@ class Grouping:
 
 
 @functools.cache
-def _say(kind: Kind, together: bool) -> None:
-    """What is computed one delta after the other, once."""
+def _say(kind: str, together: bool, dropout: bool) -> None:
+    """What is computed one delta after the other, once. Of the kind's name alone: a kind holds modules of the base."""
     if not together:
-        log.info("mixed batches: %s has no form by row, so its deltas run one after the other", kind.of.__name__)
-    elif kind.dropout:
+        log.info("mixed batches: %s has no form by row, so its deltas run one after the other", kind)
+    elif dropout:
         log.info(
             "mixed batches: %s with dropout draws for each delta, so in training its deltas run one after the other",
-            kind.of.__name__,
+            kind,
         )  # fmt: skip
