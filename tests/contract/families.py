@@ -82,9 +82,10 @@ def gpt_neox() -> PreTrainedModel:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, hidden_dropout=0.0, attention_dropout=0.0))
 
 
-def mixtral() -> PreTrainedModel:
+def mixtral(layers: int = 3) -> PreTrainedModel:
     """A mixture of four experts, two for each token; experts are 3-D parameters."""
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+    sizes = SIZES | {"num_hidden_layers": layers}
+    return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2))
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {

@@ -13,7 +13,7 @@ from spectune.deltas import Attachment, Delta, Method, attach, attached, detach,
 from spectune.errors import ConfigError
 from spectune.methods import BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from tests.contract.conftest import CASES, KINDS, move, padded, refusal, tokens
-from tests.contract.families import FAMILIES
+from tests.contract.families import FAMILIES, mixtral
 
 Make = Callable[[], PreTrainedModel]
 
@@ -65,6 +65,20 @@ def test_logits_and_gradients_of_a_mixed_batch_equal_solo_runs(
 ) -> None:
     model = make_model()
     model.set_attn_implementation(attention)
+    check_against_solo_runs(model, family, side)
+
+
+def test_logits_and_gradients_of_a_mixed_batch_equal_solo_runs_on_a_mixture_of_experts() -> None:
+    """The other tests of this family are slow ones."""
+    torch.manual_seed(7)
+    model = mixtral(1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    check_against_solo_runs(model, "mixtral", "left")
+
+
+def check_against_solo_runs(model: PreTrainedModel, family: str, side: str) -> None:
     deltas = put_all(model, family)
     names = batch_route(deltas)
     ids, mask, _ = ragged(len(names), side)

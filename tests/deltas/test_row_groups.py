@@ -17,6 +17,7 @@ from spectune.blocks.compile import compiled
 from spectune.blocks.recompute import recomputing
 from spectune.compute.row_products import row_products
 from spectune.deltas import Attachment, Delta, Method, OutputModule, OutputSite, attach, detach, route
+from spectune.deltas.hooks.module_side import SideHook
 from spectune.deltas.modules import Kind, SideModule
 from spectune.deltas.row_groups import Grouping
 from spectune.methods import IA3, OFT, BitFit, BottleneckAdapter, DoRA, LNTuning, LoRA, MiSS, PrefixTuning
@@ -227,6 +228,41 @@ def test_nothing_holds_a_delta_of_a_mixed_batch_that_is_detached() -> None:
     detach(model, "b")
     gc.collect()
     assert not any(ref() is not None for ref in found)
+
+
+def test_nothing_holds_a_model_whose_own_modules_were_told_apart_by_row() -> None:
+    model, _ = several(lambda: llama(1), {"a": LNTuning(), "b": BottleneckAdapter(activation="prelu")})
+    with torch.no_grad(), route(model, ["a", "b"]):
+        model(input_ids=tokens(2, 5))
+    found = weakref.ref(model)
+    del model, _
+    gc.collect()
+    assert found() is None
+
+
+def test_a_route_whose_first_pass_ran_in_inference_mode_gives_gradients_later() -> None:
+    methods = {"a": LoRA(r=2), "b": IA3(), "c": LoRA(r=2), "prefix": PrefixTuning(num_virtual_tokens=2)}
+    model, deltas = several(lambda: llama(1), methods)
+    with route(model, ["a", "b", "a", None, "c", "prefix"]):
+        with torch.inference_mode():
+            model(input_ids=tokens(6, 5))
+        model(input_ids=tokens(6, 5)).logits.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for delta in deltas.values() for p in delta.parameters())
+
+
+def test_a_mixed_route_may_end_while_another_thread_attaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = several(lambda: llama(1), {"a": LoRA(r=2), "b": LoRA(r=2)})
+    prepare = SideHook.prepare
+
+    def attaching(hook: SideHook, layout: Any) -> None:
+        monkeypatch.undo()
+        attach(model, LNTuning(), "c")  # at sites that were not open
+        prepare(hook, layout)
+
+    with route(model, ["a", "b"]):
+        monkeypatch.setattr(SideHook, "prepare", attaching)
+    with route(model, ["a", "c"]):
+        model(input_ids=tokens(2, 5))
 
 
 @pytest.mark.usefixtures("fresh_compiler")

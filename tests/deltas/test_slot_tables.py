@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spectune.deltas import Method, SlotTables, attach, attached, detach, route
+from spectune.deltas import Method, SlotTables, TableRoute, attach, attached, detach, route
 from spectune.errors import ConfigError
 from spectune.methods import LNTuning, LoRA, PrefixTuning, PromptTuning
 from tests.contract.conftest import CASES, move, refusal
@@ -68,8 +68,12 @@ def test_rows_over_tables_answer_as_under_a_route_whatever_a_slot_held_before(
             expected = answer(model, IDS)
         with tables.routed(rows):
             found = answer(model, IDS)
+        index = tables.index_of(rows)
+        with tables.along(TableRoute(rows, index, cached=False, slots=index.tolist(), kept=True)):
+            apart = [answer(model, IDS), answer(model, IDS)]  # each kind by its own rows, chosen once
         for row, name in enumerate(rows):
-            assert float((expected[row] - found[row]).abs().max()) < 1e-5, (name, rows)
+            for one in (found, *apart):
+                assert float((expected[row] - one[row]).abs().max()) < 1e-5, (name, rows)
         for name in group:
             tables.take(name)
 
@@ -100,6 +104,26 @@ def test_one_index_serves_any_mixture_and_what_is_cached_is_not_put_in_again(
     with route(model, [*names[:3], None, None, None, None]):
         expected = answer(model, IDS)
     assert float((found - expected).abs().max()) < 1e-5
+
+
+def test_rows_of_some_kinds_read_these_alone_and_tables_of_all_are_there_again_after(
+    model: PreTrainedModel, tables: SlotTables
+) -> None:
+    slots = {name: tables.put(name) for name in ("lora", "bitfit")}
+    rows = ["lora", None, "lora", "lora", None, None, "lora"]
+    index = tables.index_of(rows)
+    with route(model, rows):
+        expected = answer(model, IDS)
+    both = TableRoute(None, torch.full((7,), slots["bitfit"]), cached=True)
+    with tables.along(both):
+        offsets = answer(model, IDS)
+        with tables.along(TableRoute(None, index, cached=True), tables.kinds_of(rows)):
+            assert torch.allclose(answer(model, IDS), expected, atol=1e-5)
+        assert torch.equal(answer(model, IDS), offsets)
+    with tables.along(both, tables.kinds_of(["lora"])), route(model, None):
+        bare = answer(model, IDS)
+    with tables.along(both, tables.kinds_of(["lora"])):
+        assert torch.equal(answer(model, IDS), bare)
 
 
 def test_a_slot_is_filled_once_and_kept_until_it_is_needed(model: PreTrainedModel, tables: SlotTables) -> None:

@@ -360,6 +360,21 @@ def test_a_route_that_was_taken_along_goes_on_after_its_with_and_says_when_its_d
             pool.submit(taken.run, answer, model, rows(0)).result()
 
 
+def test_a_mixed_route_that_was_taken_along_uses_the_deltas_that_have_its_names_now() -> None:
+    model = llama().eval()
+    for name in ("a", "b"):
+        move(attach(model, LoRA(r=2), name), 0.1)
+    with route(model, ["a", "b"]):
+        before = answer(model, rows(0))
+        taken = contextvars.copy_context()
+    detach(model, "a")
+    move(attach(model, LoRA(r=2), "a", seed=1), 0.3)
+    with route(model, ["a", "b"]):
+        expected = answer(model, rows(0))
+    assert not torch.equal(expected, before)
+    assert torch.equal(taken.run(answer, model, rows(0)), expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_backward_in_other_threads_recomputes_each_loss_under_its_own_route(use_reentrant: bool) -> None:
     def gradients(checkpointing: bool) -> list[Tensor]:

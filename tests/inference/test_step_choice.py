@@ -16,12 +16,15 @@ from tests.contract.families import llama
 from spectune.blocks import recorded_steps
 from spectune.blocks.recorded_steps import PlainSteps, RecordedSteps
 from spectune.blocks.step_blocks import Compiling
-from spectune.deltas import Attachment, SlotTables, attach, detach
+from spectune.deltas import Attachment, SlotTables, attach, detach, route
 from spectune.families import describe
+from spectune.inference.decode_batch import Caller
 from spectune.inference.engine import Engine
 from spectune.inference.request import Request
+from spectune.inference.row_deltas import MOST_MIXTURES
 from spectune.inference.step_choice import forms_of, steps_for
 from spectune.methods import IA3, BitFit, BottleneckAdapter, DoRA, LoRA, PrefixTuning, PromptTuning
+from spectune.methods.dora import DoRALayer
 
 METHODS = {
     "lora": LoRA(r=4), "wide": LoRA(r=7), "dora": DoRA(r=4), "adapter": BottleneckAdapter(bottleneck_dim=4),
@@ -82,8 +85,12 @@ def test_recorded_steps_serve_any_mixture(model: Any, caplog: pytest.LogCaptureF
         assert written(Engine(model, rows=4, steps=recording(made, None))) == expected
     assert "cannot be recorded" not in caplog.text
     [steps] = made
-    assert {how for how, _, _ in steps.graphs} == {"bare", "tables"}
-    assert any(graph.trusted for (how, _, _), graph in steps.graphs.items() if how == "tables")
+    mixed = {how for how, _, _ in steps.graphs if how != "bare"}
+    assert all(kind == "tables" for kind, _ in mixed)
+    kinds = {found for _, found in mixed}
+    # a step of some kinds has nothing of others; and there are not as many of them as mixtures
+    assert 2 <= len(kinds) <= MOST_MIXTURES + 1
+    assert any(graph.trusted for (how, _, _), graph in steps.graphs.items() if how in mixed)
 
 
 @pytest.mark.slow
@@ -131,6 +138,38 @@ def test_what_is_recorded_is_forgotten_with_the_tables_it_reads(model: Any) -> N
     assert ids("late") == list(_alone(model, "late"))
     detach(model, "late")
     assert ids("lora") == first
+    engine.close()
+
+
+def test_norms_of_a_delta_by_itself_are_taken_once_for_all_its_requests(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = list[object]()
+    norms = DoRALayer.row_norms
+    monkeypatch.setattr(DoRALayer, "row_norms", lambda self: (taken.append(self), norms(self))[1])
+    engine = Engine(model, rows=2)
+    for _ in range(2):
+        tickets = [engine.submit(Request([5, 6, 7], 4, "dora")) for _ in range(2)]
+        while not engine.idle:
+            engine.step()
+    layers = [m for _, m in Attachment.of(model).deltas["dora"].sites]  # type: ignore[union-attr]
+    assert sorted(map(id, taken)) == sorted(map(id, layers))
+    engine.close()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), route(model, "dora"):
+        for token in tickets[0].ids:
+            assert int(model(input_ids=ids).logits[0, -1].argmax()) == token
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+
+
+def test_a_prompt_that_fails_leaves_its_delta_free(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, rows=1)
+    move(attach(model, DoRA(r=2), "failing"))
+    engine.submit(Request([5, 6, 7], 4, "failing"))
+    monkeypatch.setattr(Caller, "read", lambda *_: 1 / 0)
+    [one] = engine.step()
+    assert isinstance(one.error, ZeroDivisionError)
+    detach(model, "failing")
     engine.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import threading
@@ -253,6 +254,15 @@ def test_a_closed_bank_leaves_the_model_as_it_was(folder: Path) -> None:
     assert {name: p.requires_grad for name, p in model.named_parameters()} == state
     with pytest.raises(ConfigError, match="closed"):
         bank.prepare("lora")
+
+
+def test_a_copy_of_a_model_is_held_by_no_bank(folder: Path) -> None:
+    model = base()
+    with spectune.Bank(model, folder) as bank, bank.hold(["lora"]):
+        copied = copy.deepcopy(model)
+    detach(copied, "lora")
+    assert Attachment.of(copied) is None
+    assert all(parameter.requires_grad for parameter in copied.parameters())
 
 
 def test_what_somebody_else_does_with_the_model_is_seen(folder: Path, expected: dict[str, Tensor]) -> None:

@@ -24,8 +24,8 @@ from spectune.errors import first_line
 
 log = logging.getLogger("spectune")
 
-#: graphs that are kept, of a number of rows and a capacity each: those used last
-MOST_GRAPHS = 32
+#: graphs that are kept, of a way to run, a number of rows and a capacity each: those used last
+MOST_GRAPHS = 64
 #: the least capacity of a graph
 LEAST_CAPACITY = 128
 #: by how much logits may differ from those of the plain step, of their norm

@@ -78,6 +78,9 @@ class Attachment:
             parameter.requires_grad_(False)
         setattr(model, _ATTRIBUTE, self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "holders": 0}  # who holds a model does not hold a copy of it
+
     @staticmethod
     def of(model: nn.Module) -> Attachment | None:
         """The attachment of a model, None where nothing is attached."""
@@ -168,13 +171,16 @@ class Attachment:
         return kept
 
     def _check_places(self) -> None:
-        names = self.state.current.names
+        route = self.state.current
+        names = route.names
         for name in dict.fromkeys(names):
             if name is not None and name not in self.deltas:
                 raise ConfigError(
                     f"the route of this task names delta {name!r}, which was detached since: it was taken along out of "
                     "the `with spectune.route(...)` that it is from"
                 )
+        if route.mixed:
+            route.means(tuple(self.deltas[name] for name in dict.fromkeys(names) if name is not None))
         self.places.check(names)
 
     def _refuse_save_pretrained(self, *_: Any, **__: Any) -> NoReturn:

@@ -27,6 +27,7 @@ class Route:
         #: no row has a delta
         self.bare = not any(self.names) and None in self.names
         self._groupings: dict[tuple[str | None, ...], Grouping] = {}
+        self._deltas: tuple[object, ...] = ()
 
     @classmethod
     def of(cls, name: str | None) -> Route:
@@ -54,12 +55,18 @@ class Route:
         return names
 
     def grouping(self, names: tuple[str | None, ...]) -> Grouping:
-        """How batches of rows with these deltas, which `over` gave, are grouped. Made once: a route's deltas stay what
-        they are while it is in force."""
+        """How batches of rows with these deltas, which `over` gave, are grouped. Made once for the deltas that names
+        mean (`means`)."""
         found = self._groupings.get(names)
         if found is None:
             found = self._groupings[names] = Grouping(names)
         return found
+
+    def means(self, deltas: tuple[object, ...]) -> None:
+        """Note the deltas that its names mean in the pass that begins: a task may have taken the route along out of its
+        `with`, and others have these names by then."""
+        if deltas != self._deltas:
+            self._deltas, self._groupings = deltas, {}
 
     def __repr__(self) -> str:
         return f"Route({list(self.names) if self.per_row else self.names[0]!r})"

@@ -97,11 +97,17 @@ class SideModule(DeltaModule):
     acts_on: str | None = None
     #: `by_row` computes the output anew, whatever stood there: not for rows that have no such module
     replaces_output = False
+    #: its operands take longer to make than what is done with them: what decodes keeps them from step to step
+    costly = False
 
     def operands(self) -> dict[str, Tensor] | None:
         """What the change is computed with, float32, as the weights are now; gradients flow. None: there is no form by
         row."""
         return None
+
+    def has_row_form(self) -> bool:
+        """Whether there are operands; to be said without making costly ones."""
+        return self.operands() is not None
 
     @staticmethod
     def stacked(modules: Sequence[Any]) -> dict[str, Tensor]:

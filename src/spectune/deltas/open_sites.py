@@ -102,23 +102,26 @@ class OpenSites:
 
     def prepare(self, layout: BatchLayout | None) -> None:
         """Find out what acts where on the rows of a batch, before blocks run; None: forget it, with the modules."""
-        for hook, _ in self._sides.values():
+        for hook, _ in list(self._sides.values()):  # a route may end while another thread attaches
             hook.prepare(layout)
 
     @contextlib.contextmanager
     def reading(self, owner: object, tables: SiteTables) -> Iterator[None]:
-        """Inside, routes over the tables of `owner` find them. Raises ConfigError: those of another owner are read."""
-        own = self._reader is not None and self._reader() is owner
+        """Inside, routes over the tables of `owner` find these. Raises ConfigError: those of another owner are read."""
+        own, before = self._reader is not None and self._reader() is owner, self._tables
         if self._readers and not own:
             raise ConfigError("other tables of this model are being read, and its hooks hold one owner's at a time")
         if not own:
             self._reader = weakref.ref(owner, lambda _: self._show({}))
+        if before is not tables:
             self._show(tables)
         self._readers += 1
         try:
             yield
         finally:
             self._readers -= 1
+            if self._readers and before is not tables and self._tables is tables:
+                self._show(before)
 
     def now_read(self, owner: object, tables: SiteTables) -> None:
         """Give the hooks other tables of the owner whose they have; nothing of anybody else's."""

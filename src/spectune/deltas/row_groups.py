@@ -6,15 +6,27 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from spectune.deltas.modules import Kind, SideModule
+from spectune.deltas.modules import Kind, Operands, SideModule
 
 log = logging.getLogger("spectune")
+#: what a module makes of its own rows by themselves
+Picked = Callable[[SideModule, Tensor], Tensor]
+K = TypeVar("K", bound=Hashable)
+
+
+class Part(Protocol):
+    """Rows of a batch that are computed together."""
+
+    def changed(self, sides: Sequence[Tensor], picked: Picked | None) -> list[Tensor]:
+        """The last of `sides`, changed, in one tensor or several one after the other. `sides`: as `Kind.by_row` has
+        them, of these rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,16 +53,24 @@ class RowGroup:
         """Whether each delta's rows are computed by themselves now."""
         return not self.together or bool(self.kind.dropout and any(module.training for module in self.modules))
 
-    def by_row(self, sides: Sequence[Tensor]) -> Tensor:
-        """The last of `sides`, changed. `sides`: as `Kind.by_row` has them, of this group's rows."""
+    def changed(self, sides: Sequence[Tensor], picked: Picked | None) -> list[Tensor]:
+        """See `Part`."""
+        if self.one_by_one():
+            assert picked is not None, "modules are called"
+            return [picked(*pair) for pair in zip(self.modules, self.own, strict=True)]
         operands = self.kind.of.stacked(self.modules)
         if self.which is not None:
             operands = {name: tensor.index_select(0, self.which) for name, tensor in operands.items()}
-        if self.run == 1:
-            return self.kind.by_row(operands, *sides)
-        rows, tokens, features = sides[-1].shape
-        folded = [side.reshape(rows // self.run, self.run * tokens, side.shape[-1]) for side in sides]
-        return self.kind.by_row(operands, *folded).view(rows, tokens, features)
+        return [by_runs(self.kind, operands, self.run, sides)]
+
+
+def by_runs(kind: Kind, operands: Operands, run: int, sides: Sequence[Tensor]) -> Tensor:
+    """The last of `sides`, changed, where each set of operands is for `run` rows side by side."""
+    if run == 1:
+        return kind.by_row(operands, *sides)
+    rows, tokens, features = sides[-1].shape
+    folded = [side.reshape(rows // run, run * tokens, side.shape[-1]) for side in sides]
+    return kind.by_row(operands, *folded).view(rows, tokens, features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +84,14 @@ class SiteRows:
         back: the inverse.
     """
 
-    parts: tuple[RowGroup | None, ...]
+    parts: tuple[Part | None, ...]
     sizes: tuple[int, ...]
     order: Tensor | None
     back: Tensor | None
 
-    def changed(self, sides: Sequence[Tensor], picked: Callable[[SideModule, Tensor], Tensor]) -> Tensor:
+    def changed(self, sides: Sequence[Tensor], picked: Picked | None = None) -> Tensor:
         """The last of `sides` with each row changed by its own delta. `sides`: as `Kind.by_row` has them, of the whole
-        batch. `picked`: what a module makes of its own rows by themselves."""
+        batch. `picked`: where modules may be called."""
         if self.order is not None:
             sides = [side.index_select(0, self.order) for side in sides]
         # a cut and a joint are one copy, forward and backward, however many parts there are
@@ -79,14 +99,77 @@ class SiteRows:
         parts = list(zip(*cut, strict=True))
         made: list[Tensor] = []
         for group, part in zip(self.parts, parts, strict=True):
-            if group is None:
-                made.append(part[-1])
-            elif group.one_by_one():
-                made += [picked(*pair) for pair in zip(group.modules, group.own, strict=True)]
-            else:
-                made.append(group.by_row(part))
+            made += [part[-1]] if group is None else group.changed(part, picked)
         joined = torch.cat(made) if len(made) > 1 else made[0]
         return joined if self.back is None else joined.index_select(0, self.back)
+
+
+class Numbers:
+    """Whole numbers on devices, each sequence put there once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+    def on(self, device: torch.device, values: Sequence[int]) -> Tensor:
+        """These as int64."""
+        key = tuple(map(int, values)), device
+        found = self._made.get(key)
+        if found is None:
+            if torch.compiler.is_compiling():
+                return torch.tensor(key[0], device=device)
+            with torch.inference_mode(False):  # a later pass of this route may want gradients
+                found = self._made[key] = torch.tensor(key[0], device=device)
+        return found
+
+
+def site_rows(
+    kinds: Sequence[K | None], deltas: Sequence[Hashable], part: Callable[[K, list[int]], Part],
+    numbers: Callable[[Sequence[int]], Tensor], *, sorts: Callable[[K], bool] = lambda _: False,
+) -> SiteRows:  # fmt: skip
+    """Rows of a batch side by side by kind.
+
+    Args:
+        kinds: of each row; None where nothing acts.
+        deltas: of each row.
+        part: made of a kind and the numbers of its rows.
+        numbers: puts numbers on the site's device.
+        sorts: whether the rows of each delta of this kind have to stand side by side.
+    """
+    # stretches of the batch as it is, where each kind is one of them
+    stretches = [
+        (kind, [row for row, _ in rows]) for kind, rows in itertools.groupby(enumerate(kinds), lambda each: each[1])
+    ]
+    acting = [kind for kind, _ in stretches if kind is not None]
+    in_order = len(acting) == len(set(acting)) and not any(
+        kind is not None and sorts(kind) and not _sorted([deltas[row] for row in rows]) for kind, rows in stretches
+    )
+    if not in_order:
+        stretches = [
+            (kind, sorted(rows, key=lambda row: deltas.index(deltas[row])))
+            for kind in (None, *dict.fromkeys(acting))
+            if (rows := [row for row, own in enumerate(kinds) if own == kind])
+        ]
+    order = [row for _, rows in stretches for row in rows]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return SiteRows(
+        tuple(None if kind is None else part(kind, rows) for kind, rows in stretches),
+        tuple(len(rows) for _, rows in stretches),
+        None if in_order else numbers(order),
+        None if in_order else numbers(back),
+    )
+
+
+def runs_of(which: Sequence[int]) -> tuple[int, list[int]]:
+    """One set of operands for as many rows side by side as divide all runs of one delta: their number, and whose each
+    set is. `which`: the delta of each row."""
+    run = math.gcd(*(len(list(same)) for _, same in itertools.groupby(which)))
+    return run, list(which[::run])
+
+
+def _sorted(deltas: Sequence[Hashable]) -> bool:
+    """Whether the rows of each delta stand side by side."""
+    stretches = [delta for delta, _ in itertools.groupby(deltas)]
+    return len(stretches) == len(set(stretches))
 
 
 class Grouping:
@@ -96,7 +179,7 @@ class Grouping:
     def __init__(self, names: tuple[str | None, ...]) -> None:
         self.names = names
         self.sites: dict[tuple[str, str], SiteRows | None] = {}
-        self._numbers: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self.numbers = Numbers()
 
     def make(self, site: tuple[str, str], found: Mapping[str, SideModule]) -> SiteRows | None:
         """The groups at a site, given the modules of the batch's deltas there, by name; None where there are none."""
@@ -108,39 +191,15 @@ class Grouping:
 
     def _rows(self, kinds: Mapping[Kind, list[str]], found: Mapping[str, SideModule]) -> SiteRows:
         with torch.no_grad():
-            formed = {kind: found[names[0]].operands() for kind, names in kinds.items()}
-        device = next((place.device for form in formed.values() if form for place in form.values()), None)
-        if device is None:
-            device = next(next(iter(found.values())).parameters()).device
-        together = {kind for kind, form in formed.items() if form is not None}
+            together = {kind for kind, names in kinds.items() if found[names[0]].has_row_form()}
         of_name = {name: kind for kind, names in kinds.items() for name in names}
-        # stretches of the batch as it is, where each kind is one of them
-        stretches = [
-            (kind, [row for row, _ in rows])
-            for kind, rows in itertools.groupby(enumerate(self.names), lambda each: of_name.get(each[1] or ""))
-        ]
-        acting = [kind for kind, _ in stretches if kind is not None]
-        in_order = len(acting) == len(set(acting)) and all(
-            self._sorted(rows) for kind, rows in stretches if kind and (kind.dropout or kind not in together)
-        )
-        if not in_order:
-            rows_of = {kind: [row for row, name in enumerate(self.names) if of_name.get(name or "") == kind]
-                       for kind in (None, *kinds)}  # fmt: skip
-            stretches = [
-                (kind, sorted(rows, key=lambda row: self.names.index(self.names[row])))
-                for kind, rows in rows_of.items()
-                if rows
-            ]
-        order = [row for _, rows in stretches for row in rows]
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return SiteRows(
-            tuple(
-                None if kind is None else self._group(kind, rows, found, device, kind in together)
-                for kind, rows in stretches
-            ),
-            tuple(len(rows) for _, rows in stretches),
-            None if in_order else self.numbers(order, device),
-            None if in_order else self.numbers(back, device),
+        device = next(next(iter(found.values())).parameters()).device
+        return site_rows(
+            [of_name.get(name or "") for name in self.names],
+            self.names,
+            lambda kind, rows: self._group(kind, rows, found, device, kind in together),
+            functools.partial(self.numbers.on, device),
+            sorts=lambda kind: bool(kind.dropout) or kind not in together,
         )
 
     def _group(
@@ -149,39 +208,22 @@ class Grouping:
         # in the order in which they come: where each has one run there is nothing to choose
         names = [name for name in dict.fromkeys(self.names[row] for row in rows) if name is not None]
         numbers = [names.index(self.names[row]) for row in rows]  # type: ignore[arg-type]
-        # one set of operands for as many rows side by side as divide all runs of one delta
-        run = math.gcd(*(len(list(same)) for _, same in itertools.groupby(numbers)))
-        which = numbers[::run]
+        run, which = runs_of(numbers)
         own = [[row for row in rows if self.names[row] == name] for name in names]
-        _say(kind, together)
+        _say(kind.of.__name__, together, kind.dropout > 0)
         return RowGroup(
-            kind, tuple(found[name] for name in names), tuple(self.numbers(rows, device) for rows in own), run,
-            None if which == list(range(len(names))) else self.numbers(which, device), together,
+            kind, tuple(found[name] for name in names), tuple(self.numbers.on(device, rows) for rows in own), run,
+            None if which == list(range(len(names))) else self.numbers.on(device, which), together,
         )  # fmt: skip
-
-    def _sorted(self, rows: Sequence[int]) -> bool:
-        """Whether the rows of each delta stand side by side."""
-        stretches = [name for name, _ in itertools.groupby(self.names[row] for row in rows)]
-        return len(stretches) == len(set(stretches))
-
-    def numbers(self, values: Sequence[int], device: torch.device) -> Tensor:
-        """These as int64 on the device, made once."""
-        key = tuple(map(int, values)), device
-        found = self._numbers.get(key)
-        if found is None:
-            found = torch.tensor(key[0], device=device)
-            if not torch.compiler.is_compiling():
-                self._numbers[key] = found
-        return found
 
 
 @functools.cache
-def _say(kind: Kind, together: bool) -> None:
-    """What is computed one delta after the other, once."""
+def _say(kind: str, together: bool, dropout: bool) -> None:
+    """What is computed one delta after the other, once. Of the kind's name alone: a kind holds modules of the base."""
     if not together:
-        log.info("mixed batches: %s has no form by row, so its deltas run one after the other", kind.of.__name__)
-    elif kind.dropout:
+        log.info("mixed batches: %s has no form by row, so its deltas run one after the other", kind)
+    elif dropout:
         log.info(
             "mixed batches: %s with dropout draws for each delta, so in training its deltas run one after the other",
-            kind.of.__name__,
+            kind,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ class _Held:
 
     slot: int
     delta: Delta
+    kinds: frozenset[Kind] = frozenset()
     uses: int = 1
 
 
@@ -60,6 +61,7 @@ class SlotTables:
         self._idle: dict[_Key, Operands] = {}  # what changes nothing, of a table's sizes
         self._held: dict[str, _Held] = {}  # the least recently wanted first
         self._free = list(range(slots, 0, -1))
+        self._sites: dict[frozenset[Kind] | None, SiteTables] = {}
         self._new = False  # tables that hooks do not read yet
         found.state.tables.add(self)
 
@@ -75,7 +77,7 @@ class SlotTables:
     def why_not(self, name: str) -> str | None:
         """Why a delta cannot be in tables, in a sentence; None where it can. Raises ConfigError: there is none of that
         name."""
-        return why_not_in_tables(self.attachment, self._delta(name))
+        return why_not_in_tables(self.attachment, _attached(self.attachment, name))
 
     def put(self, name: str | None) -> int:
         """The slot of a delta, which is filled where it was not there; `take` gives it back. What a slot holds stays
@@ -86,7 +88,7 @@ class SlotTables:
         """
         if name is None:
             return 0
-        delta, held = self._delta(name), self._held.pop(name, None)
+        delta, held = _attached(self.attachment, name), self._held.pop(name, None)
         if held is not None and held.delta is delta:
             held.uses += 1
         else:
@@ -96,7 +98,7 @@ class SlotTables:
                 raise ConfigError(f"{reason}: route its rows in a batch of their own")
             held = _Held(self._free_slot(), delta)
             try:
-                self._fill(held.slot, delta)
+                held.kinds = self._fill(held.slot, delta)
             except BaseException:  # no memory for larger tables
                 self._free.append(held.slot)
                 raise
@@ -144,11 +146,21 @@ class SlotTables:
             yield
 
     @contextlib.contextmanager
-    def along(self, route: TableRoute) -> Iterator[None]:
-        """The same with a route that was made before, again and again. Raises ConfigError: other tables of this model
-        are being read."""
-        with self.attachment.sites.reading(self, _by_site(self._tables)), self.attachment.state.routed(route):
+    def along(self, route: TableRoute, kinds: frozenset[Kind] | None = None) -> Iterator[None]:
+        """The same with a route that was made before, again and again. `kinds`: nothing of other ones acts. Raises
+        ConfigError: other tables of this model are being read."""
+        if kinds not in self._sites:
+            self._sites[kinds] = _by_site(self._tables, kinds)
+        with self.attachment.sites.reading(self, self._sites[kinds]), self.attachment.state.routed(route):
             yield
+
+    def kinds_of(self, names: Iterable[str | None]) -> frozenset[Kind]:
+        """What acts on rows of these deltas, which are in slots."""
+        found = set[Kind]()
+        for name in set(names):
+            if name is not None:
+                found |= self._held[name].kinds
+        return frozenset(found)
 
     def close(self) -> None:
         """Let go of all deltas and tables."""
@@ -156,12 +168,6 @@ class SlotTables:
         self._tables, self._idle, self._held, self._free = {}, {}, {}, list(range(self.slots, 0, -1))
         self._new = True
         self._publish()
-
-    def _delta(self, name: str) -> Delta:
-        delta = self.attachment.deltas.get(name)
-        if delta is None:
-            raise ConfigError(f"no delta {name!r} is attached; attached are: {', '.join(self.attachment.deltas)}")
-        return delta
 
     def _free_slot(self) -> int:
         if not self._free:
@@ -172,9 +178,9 @@ class SlotTables:
         return self._free.pop()
 
     @torch.no_grad()
-    def _fill(self, slot: int, delta: Delta) -> None:
-        """Write the delta's operands into a slot, where nothing else acts then."""
-        written, before = list[tuple[Tensor, Tensor]](), set(self._tables)
+    def _fill(self, slot: int, delta: Delta) -> frozenset[Kind]:
+        """Write the delta's operands into a slot, where nothing else acts then. Returns their kinds."""
+        written, own = list[tuple[Tensor, Tensor]](), set[_Key]()
         for site, module in delta.sites:
             if not isinstance(module, SideModule) or not isinstance(site, OutputSite):
                 continue
@@ -182,20 +188,25 @@ class SlotTables:
             assert operands is not None, "why_not has looked"
             key = site.path, site.entry, module.alike()
             table = self._table(key, operands, module)
+            table.filled.add(slot)
             if table.acts is not None:
                 table.acts[slot] = True
-            before.discard(key)
+            own.add(key)
             for name, operand in operands.items():
                 place = table.operands[name][slot]
                 place.zero_()
                 written.append((place[tuple(map(slice, operand.shape))], operand))
-        for key in before:  # what an earlier delta has left in this slot
-            table = self._tables[key]
-            if table.acts is not None:
-                table.acts[slot] = False
-            written += [(table.operands[name][slot], idle) for name, idle in self._idle[key].items()]
+        left = [key for key in self._tables if key not in own and slot in self._tables[key].filled]  # by another delta
+        for key in left:
+            written += [(self._tables[key].operands[name][slot], idle) for name, idle in self._idle[key].items()]
         if written:
             torch._foreach_copy_([place for place, _ in written], [operand for _, operand in written])
+        for key in left:
+            table = self._tables[key]
+            table.filled.discard(slot)
+            if table.acts is not None:
+                table.acts[slot] = False
+        return frozenset(kind for *_, kind in own)
 
     def _table(self, key: _Key, operands: Operands, module: SideModule) -> Table:
         """The table of a kind at a site, with room for these operands."""
@@ -219,7 +230,8 @@ class SlotTables:
         acts = None if table is None else table.acts
         if table is None and key[-1].of.replaces_output:
             acts = torch.zeros(self.slots + 1, dtype=torch.bool, device=next(iter(made.values())).device)
-        self._tables[key], self._idle[key] = Table(key[-1], made, acts), nothing
+        filled = set() if table is None else table.filled
+        self._tables[key], self._idle[key] = Table(key[-1], made, acts, filled), nothing
         self._new = True
         return self._tables[key]
 
@@ -228,7 +240,8 @@ class SlotTables:
         if self._new:
             self._new = False
             self.version += 1
-            self.attachment.sites.now_read(self, _by_site(self._tables))
+            self._sites = {None: _by_site(self._tables, None)}
+            self.attachment.sites.now_read(self, self._sites[None])
 
 
 def why_not_in_tables(attachment: Attachment, delta: Delta) -> str | None:
@@ -244,6 +257,23 @@ def why_not_in_tables(attachment: Attachment, delta: Delta) -> str | None:
     return None if reason is None else f"delta {delta.name!r} ({delta.method.label}) {reason}"
 
 
+def gains_by_tables(attachment: Attachment, delta: Delta) -> bool:
+    """Whether passes of a delta by itself, too, are faster over tables: its operands are costly. As
+    `why_not_in_tables`, found out once."""
+    key = "gains by tables", delta.method
+    if key not in attachment.proved:
+        costly = any(isinstance(module, SideModule) and module.costly for _, module in delta.sites)
+        attachment.proved[key] = costly and why_not_in_tables(attachment, delta) is None
+    return bool(attachment.proved[key])
+
+
+def _attached(attachment: Attachment, name: str) -> Delta:
+    delta = attachment.deltas.get(name)
+    if delta is None:
+        raise ConfigError(f"no delta {name!r} is attached; attached are: {', '.join(attachment.deltas)}")
+    return delta
+
+
 def _why_not_there(attachment: Attachment, site: Site, module: DeltaModule) -> str | None:
     if isinstance(module, AttentionModule | InputModule):
         return None
@@ -251,13 +281,15 @@ def _why_not_there(attachment: Attachment, site: Site, module: DeltaModule) -> s
         return f"changes a parameter itself ({site.path}), which all rows share"
     if attachment.family.gathers_tokens(site.path):
         return f"acts among experts ({site.path}), which are given tokens of any row"
-    return None if module.operands() is not None else f"has no form by row ({site.path})"
+    return None if module.has_row_form() else f"has no form by row ({site.path})"
 
 
-def _by_site(tables: dict[_Key, Table]) -> SiteTables:
+def _by_site(tables: dict[_Key, Table], kinds: frozenset[Kind] | None) -> SiteTables:
+    """Tables of these kinds, None: of all, by the side of a module that they act at."""
     found = defaultdict[tuple[str, bool], tuple[Table, ...]](tuple)
-    for (path, entry, _), table in tables.items():
-        found[path, entry] += (table,)
+    for (path, entry, kind), table in tables.items():
+        if kinds is None or kind in kinds:
+            found[path, entry] += (table,)
     return found
 
 

@@ -5,44 +5,63 @@ What runs under it asks for no delta by name, so that one recorded or compiled s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from spectune.deltas.layout import Route
-from spectune.deltas.modules import Kind
+from spectune.deltas.modules import Kind, Operands
+from spectune.deltas.row_groups import Numbers, SiteRows, by_runs, runs_of, site_rows
 from spectune.errors import ConfigError
 
 
 @dataclass(eq=False)
 class Table:
     """Operands of modules of one kind at one site: by name, `[slots, ...]`. Those of slots that have no such module
-    change nothing; or `acts`, boolean `[slots]`, says which do have one."""
+    change nothing; or `acts`, boolean `[slots]`, says which do have one.
+
+    Attributes:
+        filled: the slots that have one, as the host knows them.
+    """
 
     kind: Kind
     operands: dict[str, Tensor]
     acts: Tensor | None = None
+    filled: set[int] = field(default_factory=set)
 
-    def chosen(self, index: Tensor) -> Chosen:
-        """What rows with these slots are changed by. `index`: int64 `[rows]`."""
-        operands = {name: table[index] for name, table in self.operands.items()}
-        return Chosen(self.kind, operands, None if self.acts is None else self.acts[index][:, None, None])
+    def changed(self, index: Tensor, sides: Sequence[Tensor]) -> Tensor:
+        """The last of `sides`, each `[rows, tokens, features]`, with each row changed by its slot, in operations that
+        are the same whichever these are. `index`: int64 `[rows]`."""
+        made = self.kind.by_row({name: table[index] for name, table in self.operands.items()}, *sides)
+        return made if self.acts is None else torch.where(self.acts[index][:, None, None], made, sides[-1])
 
 
-class Chosen(NamedTuple):
-    """The operands of each row of a batch."""
+class TablePart:
+    """Rows of a batch that read one table, `run` side by side the same slot. `kept`: what they read stays chosen."""
 
-    kind: Kind
-    operands: dict[str, Tensor]
-    acts: Tensor | None
+    def __init__(self, table: Table, slots: Sequence[int], numbers: Numbers, *, kept: bool) -> None:
+        self.table, self.numbers, self.kept = table, numbers, kept
+        self.run, self.which = runs_of(slots)
+        self._chosen: Operands | None = None
 
-    def changed(self, sides: Sequence[Tensor]) -> Tensor:
-        """The last of `sides`, each `[rows, tokens, features]`, with each row changed."""
-        made = self.kind.by_row(self.operands, *sides)
-        return made if self.acts is None else torch.where(self.acts, made, sides[-1])
+    def changed(self, sides: Sequence[Tensor], picked: object) -> list[Tensor]:
+        """See `row_groups.Part`."""
+        chosen = self._operands() if self._chosen is None else self._chosen
+        if self.kept:
+            self._chosen = chosen
+        return [by_runs(self.table.kind, chosen, self.run, sides)]
+
+    def _operands(self) -> Operands:
+        first, last = self.which[0], self.which[-1] + 1
+        if self.which == list(range(first, last)):  # as they lie
+            return {name: tensor[first:last] for name, tensor in self.table.operands.items()}
+        own = self.table.operands
+        index = self.numbers.on(next(iter(own.values())).device, self.which)
+        return {name: tensor.index_select(0, index) for name, tensor in own.items()}
 
 
 class KeepsDeltas(Protocol):
@@ -63,20 +82,26 @@ class TableRoute(Route):
 
     Attributes:
         index: the slot of each row, int64 `[rows]`.
-        fixed: neither the index nor what its slots hold changes while there is this route: what a row reads is chosen
-            once, and kept, as large as its delta for each row.
+        slots: the same, where the host knows them and neither they nor what they hold changes while there is this
+            route: each kind then computes the rows that have it. None: every kind computes every row.
+        kept: with `slots`: what a row reads is chosen once, and kept, as large as its delta for each row.
     """
 
-    def __init__(self, names: Sequence[str | None] | None, index: Tensor, *, cached: bool, fixed: bool = False) -> None:
+    def __init__(
+        self, names: Sequence[str | None] | None, index: Tensor, *, cached: bool, slots: Sequence[int] | None = None,
+        kept: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__((None,) if names is None or cached else names, per_row=not cached, cached=cached)
-        self.index, self.fixed = index, fixed
-        self._chosen: dict[Table, Chosen] = {}
+        self.index, self.slots, self.kept = index, None if slots is None else tuple(slots), kept
+        self._numbers = Numbers()
+        self._sites: dict[tuple[Table, ...], SiteRows | None] = {}
 
-    def changed(self, tables: Sequence[Table], sides: Sequence[Tensor]) -> Tensor:
+    def changed(self, tables: tuple[Table, ...], sides: Sequence[Tensor]) -> Tensor:
         """The last of `sides` (a module's input, and after it its output) with all changes of its tables. The first
         dimension of each is rows, or rows and tokens folded together. Raises ConfigError: it is neither."""
         given = sides[-1]
-        if not tables:
+        found = None if self.slots is None else self._rows(tables, self.slots)
+        if not tables or (self.slots is not None and found is None):
             return given
         rows = self.index.shape[0]
         if any(side.shape[0] % rows for side in sides):
@@ -87,14 +112,23 @@ class TableRoute(Route):
         apart = given.dim() == 3 and given.shape[0] == rows
         before = [side if apart else side.reshape(rows, -1, side.shape[-1]) for side in sides[:-1]]
         now = given if apart else given.reshape(rows, -1, given.shape[-1])
-        for table in tables:
-            now = self._of(table).changed([*before, now])
+        if found is not None:
+            now = found.changed([*before, now])
+        else:
+            for table in tables:
+                now = table.changed(self.index, [*before, now])
         return now if apart else now.reshape(given.shape)
 
-    def _of(self, table: Table) -> Chosen:
-        if not self.fixed:
-            return table.chosen(self.index)
-        found = self._chosen.get(table)
-        if found is None:
-            found = self._chosen[table] = table.chosen(self.index)
+    def _rows(self, tables: tuple[Table, ...], slots: tuple[int, ...]) -> SiteRows | None:
+        """Which rows read which of the tables of a site; None where none does."""
+        if tables in self._sites:
+            return self._sites[tables]
+        of_slot = {slot: table for table in tables for slot in table.filled}
+        kinds = [of_slot.get(slot) for slot in slots]
+
+        def part(table: Table, rows: Sequence[int]) -> TablePart:
+            return TablePart(table, [slots[row] for row in rows], self._numbers, kept=self.kept)
+
+        numbers = functools.partial(self._numbers.on, self.index.device)
+        found = self._sites[tables] = site_rows(kinds, slots, part, numbers) if any(kinds) else None
         return found

@@ -11,7 +11,7 @@ from spectune.deltas import AttentionModule, InputModule
 from spectune.inference.decode_batch import Caller, DecodeBatch
 from spectune.inference.lane import Lane
 from spectune.inference.request import Ticket, Written
-from spectune.inference.row_deltas import RowDeltas, routed_as
+from spectune.inference.row_deltas import RowDeltas
 from spectune.inference.slot_cache import STEP
 
 
@@ -38,9 +38,16 @@ class CachedLane(Lane):
         self._changed = True
 
     def enter(self, tickets: Sequence[Ticket]) -> list[Written]:
+        tickets = sorted(tickets, key=self._kind)  # rows of one kind side by side need not be put so at each site
         names = [ticket.request.delta for ticket in tickets]
-        with routed_as(self.call.model, names):
-            logits, layers = self.call.read([ticket.seen for ticket in tickets], self.pad_token_id)
+        running = [ticket.request.delta for ticket in self.tickets]
+        self._changed = True  # whatever happens: tables may be made anew
+        try:
+            with self.deltas.entering(names, running):
+                logits, layers = self.call.read([ticket.seen for ticket in tickets], self.pad_token_id)
+        except BaseException:
+            self.deltas.keep(running)
+            raise
         virtual = [self._virtual_tokens(name) for name in names]
         length = layers[0][0].shape[2]
         own = [len(ticket.seen) + in_text for ticket, (in_text, _, _) in zip(tickets, virtual, strict=True)]
@@ -54,7 +61,6 @@ class CachedLane(Lane):
                 self.batch.cache.put_before(slot, layer, prefix)
         self.tickets += tickets
         self.filled += [Filled(count + before, always) for count, (_, before, always) in zip(own, virtual, strict=True)]
-        self._changed = True
         return self.write(tickets, logits, logits.argmax(-1))[0]
 
     def advance(self) -> list[Written]:
@@ -110,6 +116,12 @@ class CachedLane(Lane):
         if slots > cache.slots or capacity > cache.capacity:
             self.batch.resize(max(slots, cache.slots), capacity)
             self._changed = True
+
+    def _kind(self, ticket: Ticket) -> tuple[str, str]:
+        """Of a row, for their order: what its delta is of, and which one it is."""
+        name = ticket.request.delta
+        delta = None if self.attachment is None or name is None else self.attachment.deltas.get(name)
+        return ("", "") if delta is None else (delta.method.name, delta.name)
 
     def _virtual_tokens(self, name: str | None) -> tuple[int, int, int]:
         """Of a delta: virtual tokens in the sequence, those in front of it, and how many of these no window hides."""

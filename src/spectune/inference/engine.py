@@ -14,9 +14,9 @@ from spectune.deltas import Attachment
 from spectune.errors import ConfigError, OutOfMemoryError, is_out_of_memory
 from spectune.families import vocabulary_rows
 from spectune.inference.decode_batch import DecodeBatch
+from spectune.inference.decode_lanes import Lanes
 from spectune.inference.engine_bases import family_of, text_limit
 from spectune.inference.lane import Lane
-from spectune.inference.decode_lanes import Lanes
 from spectune.inference.request import Request, Ticket, Written
 from spectune.inference.step_choice import steps_for
 

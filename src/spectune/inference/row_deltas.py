@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
+import torch
 from transformers import PreTrainedModel
 
-from spectune.deltas import Attachment, Route, SlotTables, TableRoute, route
+from spectune.deltas import Attachment, Kind, Route, SlotTables, TableRoute, gains_by_tables, route
 from spectune.inference.decode_batch import DecodeBatch
 
 #: deltas that tables are made for at least
 LEAST_SLOTS = 4
+#: mixtures of kinds that steps are recorded for by themselves; further ones are computed with all kinds
+MOST_MIXTURES = 4
+
+
+class Mixtures:
+    """The sets of kinds that steps are recorded with: not every mixture of rows is to be a step of its own."""
+
+    def __init__(self) -> None:
+        self._known: set[frozenset[Kind]] = set()
+        self._version: object = None
+
+    def of(self, kinds: frozenset[Kind], version: object) -> frozenset[Kind] | None:
+        """What a step is recorded with where these are to be computed; None is all that there are. `version`: of the
+        tables that they are in."""
+        if self._version != version:
+            self._known, self._version = set(), version
+        if kinds not in self._known and len(self._known) >= MOST_MIXTURES:
+            return min((known for known in self._known if kinds <= known), key=len, default=None)
+        self._known.add(kinds)
+        return kinds
 
 
 class RowDeltas:
     """Which delta each row of a batch has.
 
-    Rows of one delta, or of none, need a route by its name alone. Those of several read tables, and so does a step that
-    is recorded and has any delta: it serves any mixture then.
+    Rows of one delta, or of none, need a route by its name alone. Those of several read tables, and so do those of one
+    whose operands cost much to make, and a step that is recorded and has any delta: it serves any mixture of deltas of
+    the same kinds then.
     """
 
     def __init__(self, model: PreTrainedModel, batch: DecodeBatch, *, always_tables: bool) -> None:
@@ -28,7 +50,9 @@ class RowDeltas:
         self._slots: dict[str, int] = {}
         self._by_tables = False
         self._made = 0
-        self._rows = 0
+        self._row_slots: list[int] = []
+        self._kinds: frozenset[Kind] | None = None
+        self._mixtures = Mixtures()
         self._route = Route.of(None)
         self._along: TableRoute | None = None
 
@@ -38,27 +62,41 @@ class RowDeltas:
         return self._made, None if self.tables is None else self.tables.version
 
     @property
-    def how(self) -> str | None:
+    def how(self) -> Hashable:
         """How steps read deltas, as what is recorded distinguishes it; None: they read modules of deltas, whose weights
         may go while a graph still reads them, so that none is recorded."""
         attachment = Attachment.of(self.model)
         if self._by_tables or attachment is None:
-            return "tables" if self._by_tables else "bare"
+            return ("tables", self._kinds) if self._by_tables else "bare"
         if attachment.tuned is not None:
             return "tuned"
         return None if any(self._route.names) else "bare"
 
     def choose(self, names: Sequence[str | None], rows: int) -> Sequence[int]:
         """Set the delta of each row, and none for those behind them up to `rows`. Returns each one's slot in tables."""
-        self._rows, self._along, several = rows, None, set(names)
-        if (len(several) > 1 or (self.always_tables and any(several))) and self._holds(several):
+        several, self._along = set(names), None
+        behind = rows - len(names)
+        if ((self.always_tables and any(several)) or self._read_tables(several)) and self._holds(several):
             assert self.tables is not None, "they hold these"
             self._by_tables = True
-            return [0 if name is None else self._slots[name] for name in names]
+            self._row_slots = [*self._slots_of(names), *[0] * behind]
+            kinds = self.tables.kinds_of(several)
+            self._kinds = self._mixtures.of(kinds, self.version) if self.always_tables else None
+            return self._row_slots
         self._by_tables = False
-        behind = [None] * (rows - len(names))
-        self._route = Route([*names, *behind] if len(several) > 1 else names[:1], per_row=len(several) > 1, cached=True)
+        self._route = Route(
+            [*names, *[None] * behind] if len(several) > 1 else names[:1], per_row=len(several) > 1, cached=True
+        )
         return ()
+
+    def entering(self, names: Sequence[str | None], running: Iterable[str | None]) -> AbstractContextManager[None]:
+        """The route of a pass over whole texts, of a delta each. `running`: deltas of rows, which stay in tables."""
+        if not self._read_tables(set(names)) or not self._holds({*names, *running}):
+            return routed_as(self.model, names)
+        assert self.tables is not None, "they hold these"
+        slots = self._slots_of(names)
+        index = torch.tensor(slots).to(self.model.device, non_blocking=True)
+        return self.tables.along(TableRoute(names, index, cached=False, slots=slots))
 
     def keep(self, names: Collection[str | None]) -> None:
         """Let go of the slots of all deltas but these: what is in no slot can be detached."""
@@ -76,10 +114,12 @@ class RowDeltas:
             return routed_as(self.model, self._route.names)
         if self._by_tables and self.tables is not None:
             if self._along is None:
-                # chosen once where nothing else is recorded; on a device they would take the room of a delta a row
-                fixed = not self.always_tables and self.model.device.type == "cpu"
-                self._along = TableRoute(None, self.batch.index[: self._rows], cached=True, fixed=fixed)
-            return self.tables.along(self._along)
+                self._along = TableRoute(
+                    None, self.batch.index[: len(self._row_slots)], cached=True,
+                    slots=None if self.always_tables else self._row_slots,
+                    kept=self.model.device.type == "cpu",  # on a device they would take the room of a delta a row
+                )  # fmt: skip
+            return self.tables.along(self._along, self._kinds)
         return attachment.state.routed(self._route)
 
     def close(self) -> None:
@@ -88,6 +128,17 @@ class RowDeltas:
         if self.tables is not None:
             self.tables.close()
             self.tables = None
+
+    def _slots_of(self, names: Sequence[str | None]) -> list[int]:
+        return [0 if name is None else self._slots[name] for name in names]
+
+    def _read_tables(self, names: Collection[str | None]) -> bool:
+        """Whether passes over rows of these deltas are best run over tables, recorded or not."""
+        attachment = Attachment.of(self.model)
+        if attachment is None:
+            return False
+        found = [attachment.deltas[name] for name in names if name in attachment.deltas]
+        return len(names) > 1 or any(gains_by_tables(attachment, delta) for delta in found)
 
     def _holds(self, names: Collection[str | None]) -> bool:
         """Whether these are in tables now. Not where somebody else's tables of this model are in use, which one thread

@@ -58,9 +58,15 @@ class DoRALayer(OutputModule):
         own = {**self.lora.operands(), "ratio": self.magnitude / self.row_norms()}
         return own if bias is None else {**own, "bias": bias}
 
+    costly = True
+
+    def has_row_form(self) -> bool:
+        return True
+
     def unchanging(self) -> dict[str, Tensor]:
-        own = self.operands()
-        return {**own, "up": torch.zeros_like(own["up"]), "ratio": torch.ones_like(own["ratio"])}
+        own, bias = self.lora.operands(), getattr(self._host[0], "bias", None)
+        own |= {"up": torch.zeros_like(own["up"]), "ratio": torch.ones_like(self.magnitude)}
+        return own if bias is None else {**own, "bias": bias}
 
     def alike(self) -> Kind:
         return Kind(DoRALayer, (self.overwritten,), self.lora.alike().dropout)
@@ -88,7 +94,8 @@ class DoRALayer(OutputModule):
     def _weight(self) -> Tensor:
         weight = dense_weight(self._host[0])
         assert weight is not None, "on_attach has seen it"
-        return weight + self.lora.scale * (self.lora.lora_B @ self.lora.lora_A)
+        # in one go: where the weight lies transposed, a sum of both would walk across one of them
+        return torch.addmm(weight, self.lora.lora_B, self.lora.lora_A, alpha=self.lora.scale)
 
 
 class DoRA(LoRA):

@@ -81,6 +81,11 @@ class Rotation(EntryModule):
     def forward(self, x: Tensor) -> Tensor:
         return x + self._by_block(x, self.turn().to(x.dtype))
 
+    costly = True
+
+    def has_row_form(self) -> bool:
+        return True
+
     def operands(self) -> dict[str, Tensor]:
         return {"turn": self.turn()}
 

@@ -29,6 +29,9 @@ class SideHook:
         self.tables: tuple[Table, ...] = ()
         self.pass_here = _Pass()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tables": ()}  # a copied model begins with no tables
+
     def close(self) -> None:
         self.handle.remove()
 
