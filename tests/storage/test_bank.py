@@ -180,9 +180,9 @@ def test_a_folder_that_the_base_did_not_take_is_read_again(
     def refused(stored: StoredDelta) -> None:
         raise ConfigError(f"{stored.folder} is refused")
 
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="lora is refused"):
+    with monkeypatch.context() as patch:
         patch.setattr(StoredDelta, "attach", refused)
-        with bank.hold(["lora"]):
+        with pytest.raises(ConfigError, match="lora is refused"), bank.hold(["lora"]):
             pass
     loads = bank.loads
     with bank.route("lora"):
