@@ -19,6 +19,7 @@ import spectune
 from spectune.deltas import Attachment, Method, SlotTables, attach, attached, detach
 from spectune.errors import BankFullError, ConfigError, DataError, DoesNotFitError
 from spectune.methods import BitFit, BottleneckAdapter, DoRA, FullFineTuning, LNTuning, LoRA, PrefixTuning, PromptTuning
+from spectune.storage.delta_folder import StoredDelta
 from tests.contract.conftest import move
 from tests.contract.families import gpt2
 
@@ -171,6 +172,22 @@ def test_a_damaged_folder_is_its_own_name_s_error_and_nobody_else_s(
         weights.write_bytes(whole)
         with bank.route("lora"):
             assert torch.equal(answer(bank.model), expected["lora"])
+
+
+def test_a_folder_that_the_base_did_not_take_is_read_again(
+    bank: spectune.Bank, expected: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(stored: StoredDelta) -> None:
+        raise ConfigError(f"{stored.folder} is refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredDelta, "attach", refused)
+        with pytest.raises(ConfigError, match="lora is refused"), bank.hold(["lora"]):
+            pass
+    loads = bank.loads
+    with bank.route("lora"):
+        assert torch.equal(answer(bank.model), expected["lora"])
+    assert bank.loads == loads + 1
 
 
 def test_names_are_folders_paths_or_said_not_to_be_there(folder: Path, expected: dict[str, Tensor]) -> None:

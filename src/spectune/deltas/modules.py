@@ -24,6 +24,13 @@ class DeltaModule(nn.Module):
 
         return super()._apply(keep_dtype, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
+    @property
+    def device(self) -> torch.device:
+        """Of its weights; most often without a walk over all modules, for it is asked at every site of a pass."""
+        near = (part for part in (self, *self._modules.values()) if part is not None)
+        found = next((p for part in near for p in part._parameters.values() if p is not None), None)
+        return next(self.parameters()).device if found is None else found.device
+
     def bind_shared(self, shared: nn.Module) -> None:
         """Keep a reference to the weights that all sites share, without owning them (they stand at the decoder)."""
         raise NotImplementedError

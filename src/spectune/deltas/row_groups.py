@@ -193,7 +193,7 @@ class Grouping:
         with torch.no_grad():
             together = {kind for kind, names in kinds.items() if found[names[0]].has_row_form()}
         of_name = {name: kind for kind, names in kinds.items() for name in names}
-        device = next(next(iter(found.values())).parameters()).device
+        device = next(iter(found.values())).device
         return site_rows(
             [of_name.get(name or "") for name in self.names],
             self.names,

@@ -12,6 +12,7 @@ from spectune.deltas import Attachment, Delta, detach, is_aside, put_back, set_a
 from spectune.errors import (
     BankFullError,
     ConfigError,
+    DataError,
     DoesNotFitError,
     OutOfMemoryError,
     first_line,
@@ -189,7 +190,12 @@ class BankMemory:
             entry.delta, entry.stored = None, self.read(name)  # the base was rebuilt where it acts
         if entry.delta is None:
             assert entry.stored is not None, "it is read before it is held"
-            entry.delta, entry.stored = entry.stored.attach(), None
+            try:
+                entry.delta, entry.stored = entry.stored.attach(), None
+            except (ConfigError, DataError):
+                if self._entries.get(name) is entry:  # somebody may put it right: it is read again then
+                    del self._entries[name]
+                raise
 
     def _limit_host(self) -> None:
         """Drop deltas from host memory that were not wanted for longest; the newest may be larger than the limit."""
