@@ -113,7 +113,9 @@ def test_tables_are_not_larger_in_memory_than_a_row_and_a_batch_may_be(tmp_path:
         list(parquet_records(path, longest=5000))
     shared = pyarrow.DictionaryArray.from_arrays(shared.indices[:300], pyarrow.array(["x" * (1 << 20)]))
     pyarrow.parquet.write_table(pyarrow.table({"text": shared}), path, store_schema=False)
-    with pytest.raises(DataError, match="takes more than 128 MiB at once"):
+    with pytest.raises(
+        DataError, match="takes more than 128 MiB at once|become more than"
+    ):  # a process may have room to spare
         list(parquet_records(path, room=1 << 27))
     table = pyarrow.table(
         {"text": pyarrow.ListArray.from_arrays([0, 5_000_000], pyarrow.nulls(5_000_000, pyarrow.int8()))}
