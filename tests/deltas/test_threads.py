@@ -375,6 +375,22 @@ def test_a_mixed_route_that_was_taken_along_uses_the_deltas_that_have_its_names_
     assert torch.equal(taken.run(answer, model, rows(0)), expected)
 
 
+def test_a_route_may_begin_while_another_thread_attaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a bank does: the places of deltas become more while they are looked at."""
+    model = llama().eval()
+    attach(model, LoRA(r=2), "a")
+    looked_at, look = Attachment.of(model).places._edges, torch.nn.Module.__getattribute__  # type: ignore[union-attr]
+
+    def attaching(module: torch.nn.Module, name: str) -> Any:
+        if name == "_modules":
+            looked_at["another"] = model, "model", model.model
+        return look(module, name)
+
+    monkeypatch.setattr(torch.nn.Module, "__getattribute__", attaching)
+    with route(model, "a"):
+        pass
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_backward_in_other_threads_recomputes_each_loss_under_its_own_route(use_reentrant: bool) -> None:
     def gradients(checkpointing: bool) -> list[Tensor]:

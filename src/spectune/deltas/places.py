@@ -37,7 +37,8 @@ class Places:
         if torch.compiler.is_compiling():
             return
         wanted = [name for name in dict.fromkeys(deltas) if name in self._hosts]
-        whole = all(module._modules.get(name) is child for module, name, child in self._edges.values())
+        # a list: a bank may attach meanwhile, on another thread
+        whole = all(module._modules.get(name) is child for module, name, child in list(self._edges.values()))
         if whole and not any(name in self._lost for name in wanted):
             return
         self._look_again()
