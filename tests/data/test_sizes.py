@@ -114,7 +114,7 @@ def test_tables_are_not_larger_in_memory_than_a_row_and_a_batch_may_be(tmp_path:
     shared = pyarrow.DictionaryArray.from_arrays(shared.indices[:300], pyarrow.array(["x" * (1 << 20)]))
     pyarrow.parquet.write_table(pyarrow.table({"text": shared}), path, store_schema=False)
     with pytest.raises(
-        DataError, match="takes more than 128 MiB at once|become more than"
+        DataError, match=r"takes more than 128 MiB at once|become more than"
     ):  # a process may have room to spare
         list(parquet_records(path, room=1 << 27))
     table = pyarrow.table(
