@@ -50,6 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[str | None, Tensor]:
+    return answers_alone(folder)
+
+
+def answers_alone(folder: Path) -> dict[str | None, Tensor]:
     """What each delta answers where it is loaded alone, by `load_delta`."""
     found: dict[str | None, Tensor] = {None: answer(base())}
     for name in METHODS:
@@ -314,15 +318,15 @@ def test_a_forgotten_delta_is_read_again(folder: Path, tmp_path: Path, expected:
             assert torch.equal(answer(bank.model), expected["bitfit"])
 
 
-def test_threads_share_a_bank_that_holds_few_of_their_deltas(
-    folder: Path, expected: dict[str, Tensor], sizes: dict[str, int]
-) -> None:
+def test_threads_share_a_bank_that_holds_few_of_their_deltas(folder: Path, sizes: dict[str, int]) -> None:
     threads, together = torch.get_num_threads(), 4
     torch.set_num_threads(1)
+    expected = answers_alone(folder)  # bit for bit, so by as many threads
     bank = spectune.Bank(base(), folder, device_memory=sum(sizes.values()) // 2)
     start = threading.Barrier(together)
 
     def work(number: int) -> list[str]:
+        torch.set_num_threads(1)  # each thread has a number of its own
         wrong, names = [], [*METHODS]
         start.wait()
         for turn in range(12):
