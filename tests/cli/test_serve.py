@@ -111,15 +111,18 @@ def test_a_folder_of_runs_and_deltas_is_served_on_the_base_that_they_name(
     assert answers["delta-alone"][1]["choices"] == answers["lora"][1]["choices"]
 
 
-def test_a_base_that_cannot_be_loaded_ends_the_command_with_its_error(
+def test_a_base_that_cannot_be_loaded_ends_the_command_with_its_error_and_an_empty_folder_is_named(
     spectune: Spectune, base: Path, tmp_path: Path, port: int
 ) -> None:
     broken = Path(shutil.copytree(base, tmp_path / "broken"))
     weights = next(broken.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-9])
-    result = spectune("serve", "--model", broken, "--port", str(port), "--device", "cpu")
+    (tmp_path / "deltas" / "arm" / "run").mkdir(parents=True)
+    place = "--deltas", tmp_path / "deltas", "--port", str(port), "--device", "cpu"
+    result = spectune("serve", "--model", broken, *place)
     assert result.exit_code == 3, result.stderr
     assert "broken" in result.stderr
+    assert "deltas holds no delta and no run yet" in result.stderr
 
 
 def test_without_the_extra_it_says_what_to_install(spectune: Spectune, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from spectune.errors import ConfigError
 from spectune.sizes import bytes_of
 
 if TYPE_CHECKING:
+    from spectune.serving.catalogue import Catalogue
     from spectune.serving.server import Serving
 
 Deltas = Annotated[
@@ -123,7 +124,16 @@ def _run(serving: Serving, port: int) -> int:
             f"warning: anybody who reaches {serving.host} may use this server: set SPECTUNE_API_KEY, or leave out "
             "--host"
         )
+    _say_where_empty(serving.catalogue)
     return server.serve(serving, listening)
+
+
+def _say_where_empty(catalogue: Catalogue) -> None:
+    if catalogue.deltas is not None and not any(entry.delta for entry in catalogue.entries()):
+        note(
+            f"{catalogue.deltas} holds no delta and no run yet (folders with adapter_config.json or a run's best/, "
+            "right below it): what comes there is served"
+        )
 
 
 def _leave(code: int) -> None:
