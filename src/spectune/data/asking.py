@@ -78,7 +78,7 @@ class PromptForm:
         if self.row_shape == "tokens":
             return Row(origin, tokens=tuple(typed.split()), shape=self.row_shape)
         if self.row_shape == "alpaca":
-            made = _read(origin, {"instruction": typed, "output": _ANSWER})
+            made = asked_row(origin, {"instruction": typed, "output": _ANSWER})
             note(f"{origin}: put into the form of an instruction, as every prompt in training was")
             return dataclasses.replace(made, completion="")
         prompt = self._ended(typed)
@@ -103,7 +103,7 @@ class PromptForm:
         """
         spelled = [_current(message) for message in messages]
         whole = [*spelled, {"role": "assistant", "content": _ANSWER}]
-        read = _read(origin, {"messages": whole}).messages or []
+        read = asked_row(origin, {"messages": whole}).messages or []
         asked = read[:-1]
         if not asked or asked[-1]["role"] == "assistant":
             last = f"end with {asked[-1]['role']!r}" if asked else "are none"
@@ -142,7 +142,7 @@ class PromptForm:
         pairs = list(zip(said[:-1:2], said[1::2], strict=True))
         if self.row_shape == "alpaca":
             record = {"instruction": said[-1], "output": _ANSWER, "system": "".join(system), "history": pairs}
-            return _read(origin, record)
+            return asked_row(origin, record)
         prompts = [self._ended(text) for text in said[::2]]
         prompts[0] = _APART.join([*system, prompts[0]])
         history = tuple((prompt, answer) for prompt, (_, answer) in zip(prompts[:-1], pairs, strict=True))
@@ -171,7 +171,8 @@ def asked_ids(row: Row, encoder: RowEncoder) -> list[int]:
         raise ConfigError(f"{row.origin}: {problem}") from problem
 
 
-def _read(origin: str, record: Mapping[str, Any]) -> Row:
+def asked_row(origin: str, record: Mapping[str, Any]) -> Row:
+    """What somebody asks as a row of data. Raises ConfigError: it is none."""
     try:
         return row_of(origin, record)
     except RowProblem as problem:

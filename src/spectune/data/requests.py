@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectune.data.asking import PromptForm
+from spectune.data.asking import PromptForm, asked_row
 from spectune.data.chats.conversations import kind_of
 from spectune.data.problem import RowProblem
 from spectune.data.reading import Bad, records
-from spectune.data.shapes import Row, row_of
+from spectune.data.shapes import Row
 from spectune.errors import ConfigError
 
 #: keys that say how a row is answered; all others are the row's
@@ -120,15 +120,8 @@ def row_asked(record: Mapping[str, Any], form: PromptForm, tokenizer: Any, origi
             return form.prompt(prompt, origin)
         given["completion"] = ""
     if "instruction" in given and "output" not in given:
-        return dataclasses.replace(_row(origin, {**given, "output": "-"}), completion="")
-    return _row(origin, given)
-
-
-def _row(origin: str, record: Mapping[str, Any]) -> Row:
-    try:
-        return row_of(origin, record)
-    except RowProblem as problem:
-        raise ConfigError(f"{origin}: {problem}") from problem
+        return dataclasses.replace(asked_row(origin, {**given, "output": "-"}), completion="")
+    return asked_row(origin, given)
 
 
 def _answered(messages: Any) -> bool:
