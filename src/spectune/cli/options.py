@@ -73,6 +73,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one key (repeatable): learning_rate=1e-3, method.r=8."),
 ]
+DoSample = Annotated[bool, typer.Option("--do-sample", help="Sample tokens; else decoding is greedy.")]
+Temperature = Annotated[float, typer.Option(min=0.01, help="Temperature for --do-sample.")]
+TopP = Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus probability for --do-sample.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of weights, data order and splits.", show_default="0")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume in --output-dir; start there if nothing is saved.")]
 DryRun = Annotated[
