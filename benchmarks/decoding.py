@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +35,6 @@ from spectune.blocks.recorded_steps import PlainSteps
 from spectune.blocks.step_blocks import Compiling
 from spectune.compute.evaluating import evaluating
 from spectune.deltas import Attachment
-from spectune.families import describe
 from spectune.inference.engine import Engine
 from spectune.inference.request import Request
 from spectune.inference.step_choice import steps_for
@@ -120,28 +121,20 @@ class System:
 
 
 class Ours(System):
-    """Two engines, kept from one batch to the next as a server keeps them: of a base with LoRAs alone, and of one with
-    deltas of all methods."""
+    """An engine, kept from one batch to the next as a server keeps it, on a base with deltas of all methods."""
 
-    def __init__(self, name: str, setting: Setting, compiling: Compiling | None, *, plain: bool = False) -> None:
+    def __init__(
+        self, name: str, setting: Setting, model: Any, compiling: Compiling | None, *, plain: bool = False
+    ) -> None:  # fmt: skip
         super().__init__(name, setting)
-        self.compiling, self.plain = compiling, plain
-        self.engines, self.steps = dict[bool, Engine](), list[Any]()
+        self.steps = list[Any]()
+        made = steps_for(model, Attachment.of(model).family, 64, compiling=compiling)  # type: ignore[union-attr]
 
-    def engine(self, case: Case) -> Engine:
-        several = any(delta in OTHERS for delta in case.deltas)
-        if several not in self.engines:
-            model = ours(self.setting, OTHERS if several else {})
-            found = Attachment.of(model)
-            family = describe(model) if found is None else found.family
-            made = steps_for(model, family, 64, compiling=self.compiling)
+        def steps(batch: Any) -> Any:
+            self.steps.append(PlainSteps(batch.run) if plain else made(batch))
+            return self.steps[-1]
 
-            def steps(batch: Any) -> Any:
-                self.steps.append(PlainSteps(batch.run) if self.plain else made(batch))
-                return self.steps[-1]
-
-            self.engines[several] = Engine(model, rows=16, steps=steps)
-        return self.engines[several]
+        self.engine = Engine(model, rows=16, steps=steps)
 
     def warm(self, case: Case) -> None:
         # deltas that come later make the tables larger: what was recorded before is recorded anew
@@ -149,7 +142,7 @@ class Ours(System):
             self.seconds(case)
 
     def seconds(self, case: Case) -> float:
-        engine = self.engine(case)
+        engine = self.engine
         with evaluating(engine.model):
             for prompt, delta in zip(self.setting.prompts(case.rows), case.deltas, strict=True):
                 engine.submit(Request(prompt, self.setting.new, delta))
@@ -213,6 +206,10 @@ class Peft(Generate):
     def takes(self, case: Case) -> bool:
         return all(delta in LORAS for delta in case.deltas)
 
+    def warm(self, case: Case) -> None:
+        if len(set(case.deltas)) == 1:
+            super().warm(case)
+
     def more(self, case: Case) -> dict[str, Any]:
         if len(set(case.deltas)) > 1:
             return {"adapter_names": list(case.deltas)}
@@ -264,12 +261,12 @@ def moved(model: Any) -> Any:
     return model
 
 
-def ours(setting: Setting, others: Mapping[str, spectune.Method]) -> Any:
-    """A model of ours with all LoRAs, and others."""
+def ours(setting: Setting) -> Any:
+    """A model of ours with all deltas."""
     model = setting.model()
     for name in LORAS:
         spectune.attach(model, spectune.LoRA(r=16, lora_alpha=32, target_modules=TARGETS), name)
-    for name, method in others.items():
+    for name, method in OTHERS.items():
         spectune.attach(model, method, name)
     return moved(model)
 
@@ -284,21 +281,28 @@ def peft(setting: Setting) -> Any:
     return model.eval().requires_grad_(False)
 
 
+class Models:
+    """Of each kind one, made when it is asked for first."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.made: dict[str, Any] = {}
+
+    def __call__(self, kind: str, make: Callable[[Setting], Any]) -> Any:
+        if kind not in self.made:
+            self.made[kind] = make(self.setting)
+        return self.made[kind]
+
+
 def systems(setting: Setting) -> Iterator[Callable[[], System]]:
     """Each is made when it is measured first."""
     cuda = setting.device.type == "cuda"
-    made: dict[str, Any] = {}
-
-    def model(kind: str, make: Callable[[Setting], Any]) -> Any:
-        if kind not in made:
-            made[kind] = make(setting)
-        return made[kind]
-
+    model = Models(setting)
     if cuda:
-        yield lambda: Ours("ours, compiled", setting, Compiling())
-        yield lambda: Ours("ours, recorded", setting, None)
+        yield lambda: Ours("ours, compiled", setting, model("ours", ours), Compiling())
+        yield lambda: Ours("ours, recorded", setting, model("ours", ours), None)
     else:
-        yield lambda: Ours("ours", setting, None, plain=True)
+        yield lambda: Ours("ours", setting, model("ours", ours), None, plain=True)
     yield lambda: Peft("PEFT", setting, model("peft", peft))
     yield lambda: Generate("transformers", setting, model("bare", Setting.model))
     if cuda:
@@ -310,13 +314,14 @@ def systems(setting: Setting) -> Iterator[Callable[[], System]]:
 
 def variants(setting: Setting) -> Iterator[Callable[[], System]]:
     """Ours, compiled in several ways."""
+    model = Models(setting)
     for name, how in {
         "default": Compiling(),
         "nothing written out": Compiling(unrolled=8),
         "combined kernels": Compiling(combined=True),
         "tuned products": Compiling(tuned=True),
     }.items():
-        yield lambda name=name, how=how: Ours(name, setting, how)  # type: ignore[misc]
+        yield lambda name=name, how=how: Ours(name, setting, model("ours", ours), how)  # type: ignore[misc]
 
 
 @contextmanager
@@ -329,14 +334,23 @@ def noted(line: dict[str, Any]) -> Iterator[None]:
 
 
 def kernels(system: System, case: Case) -> dict[str, Any]:
-    """Kernels of a step, and their time, as the profiler counts them over one batch."""
+    """Kernels of a step, their time, and those that take most of it, as the profiler counts them over one batch."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         system.seconds(case)
     events = [event for event in found.events() if "cuda" in str(event.device_type).lower()]
     busy = sum(event.time_range.elapsed_us() for event in events)
-    return {"kernels_a_step": len(events) / system.setting.new, "busy_ms_a_step": busy / 1e3 / system.setting.new}
+    steps = system.setting.new
+    names = Counter[str]()
+    for event in events:
+        names[event.name] += event.time_range.elapsed_us()
+    counts = Counter(event.name for event in events)
+    most = [
+        {"name": name[:120], "us_a_step": round(us / steps, 1), "a_step": round(counts[name] / steps, 1)}
+        for name, us in names.most_common(30)
+    ]
+    return {"kernels_a_step": len(events) / steps, "busy_ms_a_step": busy / 1e3 / steps, "kernels": most}
 
 
 def measure(setting: Setting, out: Path, repeats: int, makes: Iterator[Callable[[], System]], cases: Any) -> None:
@@ -365,7 +379,9 @@ def measure(setting: Setting, out: Path, repeats: int, makes: Iterator[Callable[
         for case in cases:
             for system in ready:
                 line = lines.get((system.name, case.name), {"failed": ""})
-                if "failed" not in line and setting.left > 3:
+                # PEFT's mixed batches take half a minute
+                again = not line.get("seconds") or line["seconds"][0] < 10
+                if "failed" not in line and setting.left > 3 and again:
                     with noted(line):
                         line["seconds"].append(system.seconds(case))
         written(lines, setting, out)
@@ -412,8 +428,11 @@ def main() -> int:
     add("--cases", default="", help="only cases whose name has this in it")
     add("--small", action="store_true", help="a tiny shape on the CPU")
     add("--variants", action="store_true", help="instead: ours, compiled in several ways")
+    add("--systems", type=int, nargs="*", help="only these, by number")
     add("--page", type=Path, help="write the page from --out; measures nothing")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s")
+    logging.getLogger("spectune").setLevel(logging.DEBUG)
     if args.page:
         lines = [json.loads(line) for line in args.out.read_text("utf-8").splitlines()]
         args.page.write_text(page(lines), encoding="utf-8")
@@ -424,7 +443,10 @@ def main() -> int:
         args.shape if cuda else "tiny llama", new=48 if cuda else 16, seconds=args.seconds,
     )  # fmt: skip
     cases = [case for case in CASES if args.cases in case.name]
-    measure(setting, args.out, args.repeats, variants(setting) if args.variants else systems(setting), cases)
+    makes = variants(setting) if args.variants else systems(setting)
+    if args.systems:
+        makes = (make for number, make in enumerate(makes) if number in args.systems)
+    measure(setting, args.out, args.repeats, makes, cases)
     return 0
 
 

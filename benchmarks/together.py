@@ -96,7 +96,7 @@ class Bench:
     tokenizer: Any
     runs: Sequence[tuple[Method, float]]
     steps: int
-    eager: bool
+    how: str
     size: tuple[int, int]
 
     def alone(self) -> list[dict[str, Any]]:
@@ -133,16 +133,18 @@ class Bench:
         return rows_of(number, 4 * rows, length, vocabulary), rows_of(100 + number, rows, length, vocabulary)
 
     def _config(self, number: int) -> TrainingConfig:
-        graphs: dict[str, Any] = {"cuda_graphs": False} if self.eager else {}
+        settings: dict[str, Any] = {"eager": {"cuda_graphs": False}, "compiled": {"torch_compile": True}}.get(
+            self.how, {}
+        )
         return TrainingConfig(
             max_steps=self.steps, eval_steps=self.steps, per_device_train_batch_size=self.size[0], seed=number,
-            learning_rate=self.runs[number][1], per_device_eval_batch_size=self.size[0], **graphs,
+            learning_rate=self.runs[number][1], per_device_eval_batch_size=self.size[0], **settings,
         )  # fmt: skip
 
     def _line(self, how: str, result: RunResult, seconds: float) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() if self.model.device.type == "cuda" else None
         return {
-            "shape": self.shape, "how": how, "method": result.method, "runs": len(self.runs), "eager": self.eager,
+            "shape": self.shape, "how": how, "method": result.method, "runs": len(self.runs), "setting": self.how,
             "rows": self.size[0], "length": self.size[1], "seconds": seconds, "train_loss": result.train_loss,
             "valid_loss": result.valid_loss, "peak_bytes": peak or result.peak_memory_bytes.get("train_allocated"),
             "base_bytes": sum(p.numel() * p.element_size() for p in self.model.parameters()),
@@ -173,8 +175,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         "| Base, GiB | Largest difference of a loss |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for key in dict.fromkeys((x["shape"], x["kind"], x["eager"]) for x in lines):
-        of = [x for x in lines if (x["shape"], x["kind"], x["eager"]) == key]
+    for key in dict.fromkeys((x["shape"], x["kind"], x["setting"]) for x in lines):
+        of = [x for x in lines if (x["shape"], x["kind"], x["setting"]) == key]
         alone, together = ([x for x in of if x["how"] == how] for how in ("alone", "together"))
         if not alone or not together:
             continue
@@ -182,7 +184,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         peaks = [max(x["peak_bytes"] or 0 for x in part) / 2**30 for part in (alone, together)]
         times = [1000 * sum(x["seconds"] for x in part) for part in (alone, together)]
         found.append(
-            f"| {key[0]} | {len(alone)} {key[1]}{', eager' if key[2] else ''} | {times[0]:.1f} | {times[1]:.1f} "
+            f"| {key[0]} | {len(alone)} {key[1]}{key[2] and ', ' + key[2]} | {times[0]:.1f} | {times[1]:.1f} "
             f"| {gain(of):.2f} | {peaks[0]:.2f} | {peaks[1]:.2f} | {of[0]['base_bytes'] / 2**30:.2f} | {apart:.2g} |"
         )
     return "\n".join(found) + "\n"
@@ -197,6 +199,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--dtype", default="", help="bfloat16 on CUDA, float32 on a CPU by default")
+    parser.add_argument("--kinds", nargs="*", help="of runs: unlike, LoRA")
+    parser.add_argument("--compiled", action="store_true", help="blocks are compiled, as they are in long runs")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs in a run by itself either")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start nothing new after so many")
     parser.add_argument("--table", type=Path, help="write the table from --out; measures nothing")
@@ -214,7 +218,10 @@ def main() -> None:
         for kind, runs in (("unlike", RUNS), ("LoRA", ALIKE)):
             if time.perf_counter() - begun > args.budget_seconds:
                 return
-            bench = Bench(shape, model, tokenizer, runs, args.steps, args.eager, (args.rows, args.length))
+            if args.kinds and kind not in args.kinds:
+                continue
+            how = "compiled" if args.compiled else "eager" if args.eager else ""
+            bench = Bench(shape, model, tokenizer, runs, args.steps, how, (args.rows, args.length))
             lines = [{**line, "kind": kind} for line in (*bench.together(), *bench.alone())]
             with args.out.open("a", encoding="utf-8") as out:
                 out.writelines(json.dumps(line) + "\n" for line in lines)

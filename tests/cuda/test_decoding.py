@@ -23,7 +23,10 @@ from spectune.methods import IA3, BitFit, BottleneckAdapter, DoRA, LoRA, PrefixT
 from tests.contract.conftest import move
 from tests.contract.families import gemma3, gpt2, llama
 
-pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:TensorFloat32")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:Synchronization debug mode"),
+]
 METHODS = {
     "lora": LoRA(r=4), "wide": LoRA(r=7), "dora": DoRA(r=4), "adapter": BottleneckAdapter(bottleneck_dim=4),
     "bitfit": BitFit(), "ia3": IA3(), "prefix": PrefixTuning(num_virtual_tokens=3),

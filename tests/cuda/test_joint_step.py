@@ -10,7 +10,7 @@ from spectune.training import TrainingConfig
 from spectune.training.joint_step import AskedStep, step_together
 from spectune.training.optimizer import MasterAdamW
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
 SHAPES = ((50, 70), (7,), (3, 3, 3), (300, 64))
 RUNS = ((1e-2, 1.0), (3e-3, 0.0), (5e-4, 1e-3))
 

@@ -72,7 +72,7 @@ def recording(made: list[RecordedSteps], compiling: Compiling | None) -> Any:
         assert found is not None
         forms = forms_of(batch, found.family, compiling)
         capture: Any = Again
-        made.append(RecordedSteps(batch.run, torch.float32, forms, capture=capture))
+        made.append(RecordedSteps(batch.run, torch.float32, forms, costly=compiling is not None, capture=capture))
         return made[-1]
 
     return steps

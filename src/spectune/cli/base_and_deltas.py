@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spectune.cli.console import import_libraries, note
-from spectune.errors import ConfigError, DataError
+from spectune.errors import ConfigError, DataError, SpectuneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,11 +105,17 @@ def _head(name: str) -> ConfigError:
     return ConfigError(f"{name} has a head, which gives labels and writes no text: spectune generate runs it")
 
 
+#: deltas whose files are looked at for their methods
+_LOOKED_AT = 256
+
+
 def loader(
-    base: str, how: Mapping[str, Any], rows: int | None, memory: int | Literal["auto"] | None
-) -> Callable[[], Loaded]:
+    base: str, how: Mapping[str, Any], rows: int | None, memory: int | Literal["auto"] | None,
+    warmed: Catalogue | None = None,
+) -> Callable[[], Loaded]:  # fmt: skip
     """Loads the base; `memory`: of the bank of its deltas on the device, None where there is none; off the device they
-    have half of what is free. What it gives raises ConfigError: the base has a head, which writes no text."""
+    have half of what is free. `warmed`: on a GPU, decoding steps for these models are made before the first request.
+    What it gives raises ConfigError: the base has a head, which writes no text."""
 
     def load() -> Loaded:
         import_libraries(WRITING)
@@ -119,17 +127,35 @@ def loader(
         if not missing and labels_of_checkpoint(base, code) is not None:
             raise _head(base)
         model, tokenizer = load_base(base, **how)
+        warm = None
+        if warmed is not None and model.device.type == "cuda":
+            note("making the decoding steps (--no-warm-up: as requests come)")
+            warm = [] if memory is None else one_of_each_method(warmed)
         if memory is None:
-            return Loaded.of(model, tokenizer, None, rows)
+            return Loaded.of(model, tokenizer, None, rows, warm)
         from spectune.planning.device_memory import free_memory
         from spectune.storage import Bank
 
         size = memory_for_deltas(model) if memory == "auto" else memory
         free = free_memory("cpu")
         bank = Bank(model, device_memory=size, host_memory=None if free is None else free // 2)
-        return Loaded.of(model, tokenizer, bank, rows)
+        return Loaded.of(model, tokenizer, bank, rows, warm)
 
     return load
+
+
+def one_of_each_method(catalogue: Catalogue) -> list[str]:
+    """The names in a bank of deltas that stand for all: one of each method, of the method that most have first; of one
+    whose sizes can differ, the largest folder."""
+    from spectune.storage.delta_folder import stored_method
+
+    found: dict[str, list[tuple[int, str]]] = {}
+    for entry in itertools.islice(catalogue.entries(), _LOOKED_AT):
+        if entry.delta is not None:
+            with contextlib.suppress(SpectuneError, OSError):  # whoever asks for it is told
+                size = sum(file.stat().st_size for file in Path(entry.delta).glob("*.safetensors"))
+                found.setdefault(stored_method(Path(entry.delta)).name, []).append((size, entry.delta))
+    return [max(each)[1] for each in sorted(found.values(), key=len, reverse=True)]
 
 
 def memory_for_deltas(model: PreTrainedModel) -> int:

@@ -51,6 +51,11 @@ DeviceMemory = Annotated[
     typer.Option(help="Memory for deltas on the device, such as 8GiB.",
                  show_default="2GiB, on a GPU a quarter of what the base leaves"),
 ]  # fmt: skip
+WarmUp = Annotated[
+    bool,
+    typer.Option(help="On a GPU, compile and record decoding steps before the first request: slower to start, then "
+                      "faster."),
+]  # fmt: skip
 _EXTRA = ("uvicorn",)
 
 
@@ -67,6 +72,7 @@ def serve(
     request_timeout: RequestTimeout = 600.0,
     shutdown_timeout: ShutdownTimeout = 30.0,
     device_memory: DeviceMemory = None,
+    warm_up: WarmUp = True,
     device: options.Device = None,
     dtype: options.Dtype = None,
     base_precision: options.BasePrecision = None,
@@ -107,7 +113,8 @@ def serve(
     with work():
         what = what_is_asked(run, model, deltas)
         catalogue = what.catalogue(deltas)
-        load = loader(what.base, how, max_rows, memory if catalogue.has_deltas else None)
+        held = memory if catalogue.has_deltas else None
+        load = loader(what.base, how, max_rows, held, catalogue if warm_up else None)
         code = _run(Serving(load, catalogue, host, api_key, bounds, note, unfinished=_leave), port)
     raise typer.Exit(code)
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,8 @@ class OneTextRows:
 
     Without a mask transformers looks in every pass whether positions begin anew within a row (several texts in one
     sequence), and waits for the device to say so. Such positions are counted the same way in every batch: the first one
-    is looked at for all. Some types also look for padding, to warn of it, and wait for that.
+    is looked at for all. Some types also look for padding, to warn of it, and wait for that. With a mask it looks
+    whether the mask hides anything: whoever gives one knows that it does.
     """
 
     def __init__(self) -> None:
@@ -69,6 +71,11 @@ class OneTextRows:
                 self._known.add(number)
             return found
 
+        def unneeded(padding_mask: Tensor | None, *args: Any, **kwargs: Any) -> bool:
+            return padding_mask is None and look(padding_mask, *args, **kwargs)
+
+        look: Callable[..., bool] = masking_utils._ignore_causal_mask_sdpa
+        masking_utils._ignore_causal_mask_sdpa = unneeded
         warn = PreTrainedModel.warn_if_padding_and_no_attention_mask
         masking_utils.find_packed_sequence_indices = find
         PreTrainedModel.warn_if_padding_and_no_attention_mask = lambda *_, **__: None  # type: ignore[method-assign]
@@ -76,4 +83,5 @@ class OneTextRows:
             yield
         finally:
             masking_utils.find_packed_sequence_indices = ask
+            masking_utils._ignore_causal_mask_sdpa = look
             PreTrainedModel.warn_if_padding_and_no_attention_mask = warn  # type: ignore[method-assign]

@@ -41,7 +41,6 @@ from spectune.deltas.modules import (
     Operands,
     OutputModule,
     ParameterModule,
-    stacked,
 )
 from spectune.deltas.packed_batches import packed, packing
 from spectune.deltas.peft_config import Placed, check_ia3_keys, check_keys, check_lora_keys, placed
@@ -57,6 +56,7 @@ from spectune.deltas.routing import route
 from spectune.deltas.shelving import hold_base, is_aside, put_back, set_aside
 from spectune.deltas.site import AttentionSite, InputSite, MatrixSite, OutputSite, ParameterSite, Site
 from spectune.deltas.slot_tables import SlotTables, gains_by_tables, why_not_in_tables
+from spectune.deltas.stacking import Stacking
 from spectune.deltas.table_route import TableRoute
 from spectune.deltas.target_names import (
     ALL_LINEAR,
@@ -86,12 +86,12 @@ __all__ = [
     "ALL_LINEAR", "SWEEPS", "TINKER", "Attachment", "AttentionModule", "AttentionSite", "BaseFacts", "BaseRate",
     "CopySite", "Delta", "DeltaModule", "EntryModule", "Fitted", "InitContext", "InputModule", "InputSite", "Kind",
     "MatrixSite", "Method", "Operands", "OutputModule", "OutputSite", "ParameterModule", "ParameterSite", "Placed",
-    "RatePoint", "RateRule", "Route", "Search", "Site", "SlotTables", "TableRoute", "TrainedCopy", "agree",
+    "RatePoint", "RateRule", "Route", "Search", "Site", "SlotTables", "Stacking", "TableRoute", "TrainedCopy", "agree",
     "apart", "attach", "attached", "base_name", "cached_values", "capture_keys_and_values", "check_can_attach",
     "check_ia3_keys", "check_keys", "check_lora_keys", "check_patterns", "checked_pattern", "checked_targets",
     "detach", "ends_with", "exact_names", "expert_words", "experts_left_out", "gains_by_tables", "hold_base",
     "is_aside", "kernel_serves", "left_out", "linears_alone", "merge", "merge_and_measure", "packed", "packing",
     "parameters_known", "parameters_named", "peft_keys", "peft_targets", "place", "placed", "plain_tokens",
-    "prove_reads_embeddings", "put_back", "route", "same_targets", "set_aside", "stacked", "targets", "told_apart",
+    "prove_reads_embeddings", "put_back", "route", "same_targets", "set_aside", "targets", "told_apart",
     "uncalled", "unplaced", "why_mask_is_needed", "why_not_cudnn", "why_not_in_tables", "why_not_packed",
 ]  # fmt: skip

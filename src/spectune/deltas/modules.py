@@ -8,7 +8,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from spectune.deltas.stacking import Stacking
 
 #: by name, what a module's change is computed with
 Operands = Mapping[str, Tensor]
@@ -52,24 +53,6 @@ class DeltaModule(nn.Module):
         own = dict(self.named_parameters())
         for name, tensor in tensors.items():
             own[name].data.copy_(tensor)
-
-
-def stacked(each: Sequence[Operands]) -> dict[str, Tensor]:
-    """Operands of several modules, `[modules, ...]`, smaller ones filled up with zeros."""
-    return {name: _stack([operands[name] for operands in each]) for name in each[0]}
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    first = tensors[0].shape
-    if any(tensor.shape != first for tensor in tensors):
-        most = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
-        tensors = [tensor if list(tensor.shape) == most else _filled(tensor, most) for tensor in tensors]
-    return torch.stack(tensors)
-
-
-def _filled(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    missing = [size - own for size, own in zip(sizes, tensor.shape, strict=True)]
-    return F.pad(tensor, [end for size in reversed(missing) for end in (0, size)])
 
 
 @dataclass(frozen=True)
@@ -117,9 +100,10 @@ class SideModule(DeltaModule):
         return self.operands() is not None
 
     @staticmethod
-    def stacked(modules: Sequence[Any]) -> dict[str, Tensor]:
+    def stacked(modules: Sequence[Any], stack: Stacking) -> dict[str, Tensor]:
         """Operands of modules of one kind, `[modules, ...]`, smaller ones filled up with zeros."""
-        return stacked([module.operands() for module in modules])
+        each = [module.operands() for module in modules]
+        return {name: stack([operands[name] for operands in each]) for name in each[0]}
 
     def unchanging(self) -> dict[str, Tensor] | None:
         """Operands of the same shapes with which `by_row` gives back what it is given: zeros, where that is so."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spectune.deltas.modules import Kind, Operands, SideModule
+from spectune.deltas.stacking import Stacking
 
 log = logging.getLogger("spectune")
 #: what a module makes of its own rows by themselves
@@ -40,6 +41,7 @@ class RowGroup:
         run: so many rows side by side are of one delta, throughout.
         which: for each run of them its module's number, int64; None where that is its own number.
         together: they have a form by row.
+        stack: lays their operands together.
     """
 
     kind: Kind
@@ -48,6 +50,7 @@ class RowGroup:
     run: int
     which: Tensor | None
     together: bool
+    stack: Stacking
 
     def one_by_one(self) -> bool:
         """Whether each delta's rows are computed by themselves now."""
@@ -58,7 +61,7 @@ class RowGroup:
         if self.one_by_one():
             assert picked is not None, "modules are called"
             return [picked(*pair) for pair in zip(self.modules, self.own, strict=True)]
-        operands = self.kind.of.stacked(self.modules)
+        operands = self.kind.of.stacked(self.modules, self.stack)
         if self.which is not None:
             operands = {name: tensor.index_select(0, self.which) for name, tensor in operands.items()}
         return [by_runs(self.kind, operands, self.run, sides)]
@@ -179,7 +182,7 @@ class Grouping:
     def __init__(self, names: tuple[str | None, ...]) -> None:
         self.names = names
         self.sites: dict[tuple[str, str], SiteRows | None] = {}
-        self.numbers = Numbers()
+        self.numbers, self.stack = Numbers(), Stacking()
 
     def make(self, site: tuple[str, str], found: Mapping[str, SideModule]) -> SiteRows | None:
         """The groups at a site, given the modules of the batch's deltas there, by name; None where there are none."""
@@ -213,7 +216,7 @@ class Grouping:
         _say(kind.of.__name__, together, kind.dropout > 0)
         return RowGroup(
             kind, tuple(found[name] for name in names), tuple(self.numbers.on(device, rows) for rows in own), run,
-            None if which == list(range(len(names))) else self.numbers.on(device, which), together,
+            None if which == list(range(len(names))) else self.numbers.on(device, which), together, self.stack,
         )  # fmt: skip
 
 

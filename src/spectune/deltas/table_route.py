@@ -85,14 +85,17 @@ class TableRoute(Route):
         slots: the same, where the host knows them and neither they nor what they hold changes while there is this
             route: each kind then computes the rows that have it. None: every kind computes every row.
         kept: with `slots`: what a row reads is chosen once, and kept, as large as its delta for each row.
+        one_token: rows have one each, and `index` may be of more rows than a pass has: its first ones are theirs. What
+            is compiled for two numbers of rows then serves any.
     """
 
     def __init__(
         self, names: Sequence[str | None] | None, index: Tensor, *, cached: bool, slots: Sequence[int] | None = None,
-        kept: bool = False,
+        kept: bool = False, one_token: bool = False,
     ) -> None:  # fmt: skip
         super().__init__((None,) if names is None or cached else names, per_row=not cached, cached=cached)
         self.index, self.slots, self.kept = index, None if slots is None else tuple(slots), kept
+        self.one_token = one_token
         self._numbers = Numbers()
         self._sites: dict[tuple[Table, ...], SiteRows | None] = {}
 
@@ -103,7 +106,7 @@ class TableRoute(Route):
         found = None if self.slots is None else self._rows(tables, self.slots)
         if not tables or (self.slots is not None and found is None):
             return given
-        rows = self.index.shape[0]
+        rows = given.shape[0] if self.one_token else self.index.shape[0]
         if any(side.shape[0] % rows for side in sides):
             raise ConfigError(
                 f"{rows} rows read tables, and a module is given a tensor {list(given.shape)}, in which they cannot be "
@@ -115,8 +118,9 @@ class TableRoute(Route):
         if found is not None:
             now = found.changed([*before, now])
         else:
+            index = self.index[:rows] if self.one_token else self.index
             for table in tables:
-                now = table.changed(self.index, [*before, now])
+                now = table.changed(index, [*before, now])
         return now if apart else now.reshape(given.shape)
 
     def _rows(self, tables: tuple[Table, ...], slots: tuple[int, ...]) -> SiteRows | None:

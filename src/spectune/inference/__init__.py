@@ -17,10 +17,11 @@ from spectune.inference.likelihood import (
 from spectune.inference.modes import seeded, wait_for
 from spectune.inference.out_of_memory import halving
 from spectune.inference.request import Request, Ticket, Written
+from spectune.inference.warm_up import warm_up
 
 __all__ = [
     "CHOICE_NORMALIZATIONS", "UNLIMITED", "ChoiceScores", "Engine", "Request", "Sampling", "Ticket", "Written",
     "answer_of", "answered_choice", "choice_log_likelihoods", "context_length", "decode_tokens_per_second", "decoded",
     "generate_ids", "generate_texts", "halving", "head_outputs", "last_examples", "row_loss_sums", "seeded",
-    "shortened", "stop_ids", "target_likelihoods", "up_to_stop", "wait_for",
+    "shortened", "stop_ids", "target_likelihoods", "up_to_stop", "wait_for", "warm_up",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from spectune.deltas import AttentionModule, InputModule
 from spectune.inference.decode_batch import Caller, DecodeBatch
 from spectune.inference.lane import Lane
 from spectune.inference.request import Ticket, Written
-from spectune.inference.row_deltas import RowDeltas
+from spectune.inference.row_deltas import LEAST_SLOTS, RowDeltas
 from spectune.inference.slot_cache import STEP
 
 
@@ -24,16 +24,22 @@ class Filled:
 
 
 class CachedLane(Lane):
-    """The rows in slots 0, 1, 2, ... of a batch."""
+    """The rows in slots 0, 1, 2, ... of a batch. `most`: so many rows are to come."""
 
     def __init__(
-        self, call: Caller, pad_token_id: int, windows: dict[str, int | None], steps: Callable[[DecodeBatch], Steps]
-    ) -> None:
+        self, call: Caller, pad_token_id: int, windows: dict[str, int | None], steps: Callable[[DecodeBatch], Steps],
+        most: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__(call, pad_token_id)
         self.filled: list[Filled] = []
         self.batch = DecodeBatch(call, windows, lambda: self.deltas.routed())
         self.steps, self._plain = steps(self.batch), PlainSteps(self.batch.run)
-        self.deltas = RowDeltas(call.model, self.batch, always_tables=not isinstance(self.steps, PlainSteps))
+        # sizes that do not change: with others, steps are made anew
+        self._least_rows = self.steps.rows_for(most) if self.steps.costly else 1
+        self.deltas = RowDeltas(
+            call.model, self.batch, always_tables=not isinstance(self.steps, PlainSteps),
+            least_slots=max(LEAST_SLOTS, self._least_rows),
+        )  # fmt: skip
         self._recorded: object = None  # what steps that were recorded read
         self._changed = True
 
@@ -101,6 +107,12 @@ class CachedLane(Lane):
     def close(self) -> None:
         self.deltas.close()
 
+    def make_room_for(self, name: str) -> None:
+        self.deltas.make_room_for(name)
+
+    def adds_mixtures(self, adds: bool) -> None:
+        self.deltas.mixtures.complete = not adds
+
     def shrink(self) -> None:
         self.batch.resize(len(self.tickets), max((row.places + 1 for row in self.filled), default=0))
         self._changed = True
@@ -108,7 +120,7 @@ class CachedLane(Lane):
     def _make_room(self, slots: int, places: int, more: int) -> None:
         """Slots for so many rows and so many places of each. `more`: tokens that are still to come for a row."""
         cache = self.batch.cache
-        slots, capacity = self.steps.rows_for(slots), cache.capacity
+        slots, capacity = max(self._least_rows, self.steps.rows_for(slots)), cache.capacity
         if places > capacity:
             # half as much again, so that not every step copies all; no more than will be used
             wanted = min(places + max(places // 2, STEP), places + more)

@@ -28,10 +28,13 @@ class Key:
 
 
 class Lanes:
-    """The lanes of an engine, made when they are needed. `steps`: what runs a batch's steps."""
+    """The lanes of an engine, made when they are needed. `steps`: what runs a batch's steps; `most`: so many rows are
+    written at once."""
 
-    def __init__(self, model: PreTrainedModel, pad_token_id: int, steps: Callable[[DecodeBatch], Steps]) -> None:
-        self.model, self.pad_token_id, self.steps = model, pad_token_id, steps
+    def __init__(
+        self, model: PreTrainedModel, pad_token_id: int, steps: Callable[[DecodeBatch], Steps], most: int = 1
+    ) -> None:
+        self.model, self.pad_token_id, self.steps, self.most = model, pad_token_id, steps, most
         self._caller = Caller(model)
         self._why_not = why_not_engine(model)
         if self._why_not is not None:
@@ -70,7 +73,7 @@ class Lanes:
             return UncachedLane(self._caller, self.pad_token_id)
         # what is not in tables is not recorded: a graph would hold the weights of deltas that are gone
         steps = (lambda batch: PlainSteps(batch.run)) if key.delta else self.steps
-        return CachedLane(self._caller, self.pad_token_id, windows_of(self.model), steps)
+        return CachedLane(self._caller, self.pad_token_id, windows_of(self.model), steps, self.most)
 
     def _key(self, name: str | None) -> Key:
         attachment = Attachment.of(self.model)

@@ -2,8 +2,9 @@
 
 import gc
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -55,7 +56,8 @@ class Engine:
             raise ConfigError(f"rows = {rows}; expected at least 1")
         self.model, self.rows, self.enter_at = model, rows, enter_at
         self._limit = text_limit(model)
-        self._lanes = Lanes(model, pad_token_id, steps or steps_for(model, family_of(model), expected_steps))
+        steps = steps or steps_for(model, family_of(model), expected_steps)
+        self._lanes = Lanes(model, pad_token_id, steps, rows)
         self._waiting: deque[Ticket] = deque()
 
     @property
@@ -83,12 +85,16 @@ class Engine:
                 raise ConfigError(f"no delta {request.delta!r} is attached; attached are: {', '.join(known) or 'none'}")
             for _, module in known[request.delta].sites:
                 module.eval()
-        limit = self._limit
-        if limit is not None and attachment is not None:
-            limit -= attachment.state.count_of(request.delta)
+        limit = self.most_tokens([request.delta])
         ticket = Ticket(request, room_for(request.ids, request.max_new_tokens, limit, vocabulary_rows(self.model)))
         self._waiting.append(ticket)
         return ticket
+
+    def most_tokens(self, names: Iterable[str | None]) -> float:
+        """The most tokens of text that a row of each of these deltas, attached, may have."""
+        attachment = Attachment.of(self.model)
+        virtual = 0 if attachment is None else max(map(attachment.state.count_of, names), default=0)
+        return math.inf if self._limit is None else self._limit - virtual
 
     def cancel(self, ticket: Ticket) -> None:
         """Let go of a request; nothing more is written for it."""
@@ -101,6 +107,17 @@ class Engine:
         for lane in self._lanes:
             if ticket in lane.tickets:
                 lane.leave(ticket)
+
+    def make_room_for(self, names: Sequence[str]) -> None:
+        """Make tables for rows of these deltas, attached, as large as these need."""
+        for name in names:
+            self._lanes.of(name).make_room_for(name)
+
+    def adds_mixtures(self, adds: bool) -> None:
+        """Whether steps may be recorded for further mixtures of kinds of deltas; where not, rows are computed with the
+        kinds of a known one, or with all."""
+        for lane in (self._lanes.of(None), *self._lanes):
+            lane.adds_mixtures(adds)
 
     def close(self) -> None:
         """Let go of what it put on the model (tables of deltas' weights), and of its rows."""
@@ -212,7 +229,7 @@ def alike(tickets: Sequence[Ticket]) -> list[list[Ticket]]:
     return groups
 
 
-def room_for(ids: Sequence[int], max_new_tokens: int, limit: int | None, vocabulary: int) -> int:
+def room_for(ids: Sequence[int], max_new_tokens: int, limit: float, vocabulary: int) -> int:
     """How many tokens may follow a prompt. Raises ConfigError: none, or the prompt is none that the base takes."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}; expected at least 1")
@@ -223,7 +240,7 @@ def room_for(ids: Sequence[int], max_new_tokens: int, limit: int | None, vocabul
             f"the prompt holds the token id {max(ids) if max(ids) >= vocabulary else min(ids)}, and the base's "
             f"embedding has {vocabulary} rows"
         )
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids))
+    room = int(min(max_new_tokens, limit - len(ids)))
     if room < 1:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens; this base takes {limit} and there must be room for one more"

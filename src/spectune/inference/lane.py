@@ -46,6 +46,14 @@ class Lane(ABC):
     def close(self) -> None:
         """Let go of what stands on the model."""
 
+    @abstractmethod
+    def make_room_for(self, name: str) -> None:
+        """See `Engine`."""
+
+    @abstractmethod
+    def adds_mixtures(self, adds: bool) -> None:
+        """See `Engine`."""
+
     @property
     def attachment(self) -> Attachment | None:
         return Attachment.of(self.call.model)
@@ -113,6 +121,12 @@ class UncachedLane(Lane):
 
     def close(self) -> None:
         """Nothing stands there."""
+
+    def make_room_for(self, name: str) -> None:
+        """Nothing is in tables."""
+
+    def adds_mixtures(self, adds: bool) -> None:
+        """Nothing is recorded."""
 
     def _next(self, ticket: Ticket) -> list[Written]:
         ids = torch.tensor([ticket.seen], device=self.call.model.device)

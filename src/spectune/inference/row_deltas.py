@@ -24,13 +24,15 @@ class Mixtures:
     def __init__(self) -> None:
         self._known: set[frozenset[Kind]] = set()
         self._version: object = None
+        #: no further ones
+        self.complete = False
 
     def of(self, kinds: frozenset[Kind], version: object) -> frozenset[Kind] | None:
         """What a step is recorded with where these are to be computed; None is all that there are. `version`: of the
         tables that they are in."""
         if self._version != version:
             self._known, self._version = set(), version
-        if kinds not in self._known and len(self._known) >= MOST_MIXTURES:
+        if kinds not in self._known and (self.complete or len(self._known) >= MOST_MIXTURES):
             return min((known for known in self._known if kinds <= known), key=len, default=None)
         self._known.add(kinds)
         return kinds
@@ -44,15 +46,18 @@ class RowDeltas:
     the same kinds then.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: DecodeBatch, *, always_tables: bool) -> None:
-        self.model, self.batch, self.always_tables = model, batch, always_tables
+    def __init__(
+        self, model: PreTrainedModel, batch: DecodeBatch, *, always_tables: bool, least_slots: int = LEAST_SLOTS
+    ) -> None:  # fmt: skip
+        """`always_tables`: any delta is read from tables. `least_slots`: deltas that these are made for at least."""
+        self.model, self.batch, self.always_tables, self.least_slots = model, batch, always_tables, least_slots
         self.tables: SlotTables | None = None
         self._slots: dict[str, int] = {}
         self._by_tables = False
         self._made = 0
         self._row_slots: list[int] = []
         self._kinds: frozenset[Kind] | None = None
-        self._mixtures = Mixtures()
+        self.mixtures = Mixtures()
         self._route = Route.of(None)
         self._along: TableRoute | None = None
 
@@ -80,9 +85,16 @@ class RowDeltas:
             assert self.tables is not None, "they hold these"
             self._by_tables = True
             self._row_slots = [*self._slots_of(names), *[0] * behind]
+            if not self.always_tables:
+                self._kinds = None
+                return self._row_slots
             kinds = self.tables.kinds_of(several)
-            self._kinds = self._mixtures.of(kinds, self.version) if self.always_tables else None
-            return self._row_slots
+            if kinds:
+                self._kinds = self.mixtures.of(kinds, self.version)
+                return self._row_slots
+            # what they have is in the cache: the step of a bare base
+            self._by_tables, self._route = False, Route((None,), per_row=False, cached=True)
+            return ()
         self._by_tables = False
         self._route = Route(
             [*names, *[None] * behind] if len(several) > 1 else names[:1], per_row=len(several) > 1, cached=True
@@ -97,6 +109,11 @@ class RowDeltas:
         slots = self._slots_of(names)
         index = torch.tensor(slots).to(self.model.device, non_blocking=True)
         return self.tables.along(TableRoute(names, index, cached=False, slots=slots))
+
+    def make_room_for(self, name: str) -> None:
+        """Tables as a delta needs them, which then leaves them again."""
+        if self._holds({name, *self._slots}):
+            self.keep([held for held in self._slots if held != name])
 
     def keep(self, names: Collection[str | None]) -> None:
         """Let go of the slots of all deltas but these: what is in no slot can be detached."""
@@ -114,11 +131,15 @@ class RowDeltas:
             return routed_as(self.model, self._route.names)
         if self._by_tables and self.tables is not None:
             if self._along is None:
-                self._along = TableRoute(
-                    None, self.batch.index[: len(self._row_slots)], cached=True,
-                    slots=None if self.always_tables else self._row_slots,
-                    kept=self.model.device.type == "cpu",  # on a device they would take the room of a delta a row
-                )  # fmt: skip
+                index, slots = self.batch.index, self._row_slots
+                self._along = (
+                    TableRoute(None, index, cached=True, one_token=True)
+                    if self.always_tables
+                    # what is kept would take the room of a delta a row on a device
+                    else TableRoute(
+                        None, index[: len(slots)], cached=True, slots=slots, kept=self.model.device.type == "cpu"
+                    )
+                )
             return self.tables.along(self._along, self._kinds)
         return attachment.state.routed(self._route)
 
@@ -152,7 +173,7 @@ class RowDeltas:
             if any(tables is not self.tables for tables in list(attachment.state.tables)):
                 return False
             self.close()
-            self.tables = SlotTables(self.model, max(LEAST_SLOTS, 1 << (len(wanted) - 1).bit_length()))
+            self.tables = SlotTables(self.model, max(self.least_slots, 1 << (len(wanted) - 1).bit_length()))
             self._made += 1
         for name in wanted:
             if name not in self._slots:

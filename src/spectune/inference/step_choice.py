@@ -34,7 +34,8 @@ def steps_for(
         return lambda batch: PlainSteps(batch.run)
     if compiling is None and expected * len(family.layers) * COMPILING_SAVES > COMPILING_TAKES:
         compiling = Compiling()
-    return lambda batch: RecordedSteps(batch.run, model.dtype, forms_of(batch, family, compiling))
+    costly = compiling is not None
+    return lambda batch: RecordedSteps(batch.run, model.dtype, forms_of(batch, family, compiling), costly=costly)
 
 
 def forms_of(batch: DecodeBatch, family: Family, compiling: Compiling | None) -> list[Form]:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from spectune.compute.low_rank import low_rank_sum
 from spectune.compute.low_rank_starts import orthonormal, principal
 from spectune.compute.row_products import row_products
-from spectune.deltas import Kind, MatrixSite, Operands, OutputModule, OutputSite, ParameterModule, stacked
+from spectune.deltas import Kind, MatrixSite, Operands, OutputModule, OutputSite, ParameterModule, Stacking
 from spectune.errors import ConfigError
 from spectune.families import dense_weight
 from spectune.families.quantised import is_plain
@@ -64,12 +64,14 @@ class LoRALayer(OutputModule):
         return {"down": own["lora_A"], "up": own["lora_B"]}
 
     @staticmethod
-    def stacked(modules: Sequence[LoRALayer]) -> dict[str, Tensor]:
-        scale = modules[0].scale
-        if any(module.scale != scale for module in modules):
-            return stacked([module.operands() for module in modules])
-        made = stacked([module.factors_by_row() for module in modules])
-        return {**made, "down": made["down"] * scale}  # once for all
+    def stacked(modules: Sequence[LoRALayer], stack: Stacking) -> dict[str, Tensor]:
+        each = [module.factors_by_row() for module in modules]
+        made = {name: stack([factors[name] for factors in each]) for name in each[0]}
+        scales = [module.scale for module in modules]
+        alike = len(set(scales)) == 1
+        # once for all
+        scale: float | Tensor = scales[0] if alike else stack.column(scales, made["down"].device)
+        return {**made, "down": made["down"] * scale}
 
     def alike(self) -> Kind:
         dropout = self.dropout.p if isinstance(self.dropout, nn.Dropout) else 0.0

@@ -35,6 +35,8 @@ class Loaded:
         context: most tokens of prompt and answer together; None where nothing limits them.
         vocabulary: rows of the embedding.
         pad_token_id: fills places without a token.
+        warm: names in the bank of deltas whose decoding steps are made before the first request, beside the base's; the
+            first one by itself too. None: steps are made as requests come.
     """
 
     model: PreTrainedModel
@@ -46,12 +48,14 @@ class Loaded:
     vocabulary: int
     pad_token_id: int
     names: TokenNames
+    warm: tuple[str, ...] | None = None
     _versions: dict[str, int] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bank: Any = None, rows: int | None = None
-    ) -> Loaded:
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bank: Any = None, rows: int | None = None,
+        warm: Sequence[str] | None = None,
+    ) -> Loaded:  # fmt: skip
         from spectune.data import pad_token_id
         from spectune.families import vocabulary_rows
         from spectune.inference import context_length, stop_ids
@@ -59,14 +63,21 @@ class Loaded:
         vocabulary = vocabulary_rows(model)
         return cls(
             model, tokenizer, bank, rows, tuple(stop_ids(model, tokenizer)), context_length(model), vocabulary,
-            pad_token_id(tokenizer, vocabulary), TokenNames(tokenizer),
+            pad_token_id(tokenizer, vocabulary), TokenNames(tokenizer), None if warm is None else tuple(warm),
         )  # fmt: skip
 
     def engine(self) -> Engine:
-        from spectune.inference import Engine
+        """What writes. Raises SpectuneError: a delta of `warm` cannot be had."""
+        from spectune.inference import Engine, warm_up
 
         rows = self.rows or ROWS.get(self.model.device.type, ROWS_ELSEWHERE)
-        return Engine(self.model, rows=rows, pad_token_id=self.pad_token_id, expected_steps=_NO_END)
+        if self.warm is None:  # nobody is to wait for a compiler in the middle of an answer
+            return Engine(self.model, rows=rows, pad_token_id=self.pad_token_id)
+        engine = Engine(self.model, rows=rows, pad_token_id=self.pad_token_id, expected_steps=_NO_END)
+        with contextlib.ExitStack() as held:
+            names = held.enter_context(self.bank.hold(self.warm)) if self.warm else ()
+            warm_up(engine, names)
+        return engine
 
     def text(self, stops: Sequence[str]) -> WrittenText:
         from spectune.inference.written_text import WrittenText

@@ -1,5 +1,6 @@
 """Rows of several runs side by side in one batch, and what each of them weighs there."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,10 +122,12 @@ def joint_batch(
         del batch["attention_mask"]
     objective.precompute(batch)
     labels = batch["labels"]
-    owner = torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(rows))
     # rows come in the order of the runs, and so do their targets
-    of_target = owner[batch["positions"] // (labels[0].numel() if labels.dim() > 1 else 1)]
-    counts = torch.bincount(of_target, minlength=len(shares))
-    weights = torch.repeat_interleave(1 / torch.tensor([float(share.targets) for share in shares]), counts)
+    tokens = labels[0].numel() if labels.dim() > 1 else 1
+    ends = torch.tensor([0, *itertools.accumulate(count * tokens for count in rows)])
+    before: list[int] = torch.searchsorted(batch["positions"], ends).tolist()
+    counts = [b - a for a, b in itertools.pairwise(before)]
+    each_weighs = 1 / torch.tensor([float(share.targets) for share in shares])
+    weights = torch.cat([weight.expand(count) for weight, count in zip(each_weighs, counts, strict=True)])
     names = tuple(share.name for share, count in zip(shares, rows, strict=True) for _ in range(count))
-    return JointBatch(tuple(share.run for share in shares), names, batch, counts.tolist(), weights)
+    return JointBatch(tuple(share.run for share in shares), names, batch, counts, weights)

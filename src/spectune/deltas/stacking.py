@@ -1,0 +1,99 @@
+"""Tensors of several modules laid into one, smaller ones filled up with zeros, in a few operations however many there
+are: on a device, what a small operation costs is its launch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_Shapes = tuple[torch.Size, ...]
+
+
+class _Places(NamedTuple):
+    """Where numbers go, int32. `filled`: of each number of the stack its place among all that were given, one behind
+    the other, and behind them a zero. `back`: of each number given its place in the stack."""
+
+    filled: Tensor
+    back: Tensor
+
+
+class Stacking:
+    """Stacks tensors. What it needs on the device it puts there once, and keeps: what is captured reads it again."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        """`[tensors, ...]` of one dtype, each filled up with zeros to the largest sizes; gradients flow."""
+        if len(tensors) == 1:
+            return tensors[0][None]
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if torch.compiler.is_compiling():  # which fuses these
+            return torch.stack([_filled(tensor, _most(shapes)) for tensor in tensors])
+        places = None if len(set(shapes)) == 1 else self._places(shapes, tensors[0].device)
+        made: Tensor = _Stack.apply(places, *tensors)  # type: ignore[no-untyped-call]
+        return made
+
+    def column(self, values: Sequence[float], device: torch.device) -> Tensor:
+        """`[values, 1, 1]`, float32."""
+        key = "column", tuple(values), device
+        if key not in self._made:
+            if torch.compiler.is_compiling():
+                return torch.tensor(key[1], device=device)[:, None, None]
+            with torch.inference_mode(False):  # a later pass may want gradients
+                self._made[key] = torch.tensor(key[1], device=device)[:, None, None]
+        found: Tensor = self._made[key]
+        return found
+
+    def _places(self, shapes: _Shapes, device: torch.device) -> _Places:
+        key = "places", shapes, device
+        if key not in self._made:
+            with torch.inference_mode(False):
+                self._made[key] = _places(shapes, device)
+        found: _Places = self._made[key]
+        return found
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, places: _Places | None, *tensors: Tensor) -> Tensor:
+        ctx.places, ctx.shapes = places, tuple(tensor.shape for tensor in tensors)
+        if places is None:
+            return torch.stack(tensors)
+        row = torch.cat([*(tensor.reshape(-1) for tensor in tensors), tensors[0].new_zeros(1)])
+        return row.index_select(0, places.filled).view(len(tensors), *_most(ctx.shapes))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # contiguous, so that each is taken as a weight's gradient as it is
+        if ctx.places is None:
+            return None, *gradient.contiguous().unbind()
+        row = gradient.reshape(-1).index_select(0, ctx.places.back)
+        parts = torch.split(row, [shape.numel() for shape in ctx.shapes])
+        return None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+
+
+def _places(shapes: _Shapes, device: torch.device) -> _Places:
+    sizes = _most(shapes)
+    numbers = torch.arange(len(shapes) * sizes.numel(), dtype=torch.int32).view(len(shapes), *sizes)
+    back = torch.cat(
+        [of[tuple(map(slice, shape))].reshape(-1) for of, shape in zip(numbers, shapes, strict=True)]
+    )  # fmt: skip
+    filled = torch.full((numbers.numel(),), back.numel(), dtype=torch.int32)
+    filled[back.long()] = torch.arange(back.numel(), dtype=torch.int32)
+    return _Places(filled.to(device), back.to(device))
+
+
+def _most(shapes: _Shapes) -> torch.Size:
+    return torch.Size(max(sizes) for sizes in zip(*shapes, strict=True))
+
+
+def _filled(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    missing = [size - own for size, own in zip(sizes, tensor.shape, strict=True)]
+    return F.pad(tensor, [end for size in reversed(missing) for end in (0, size)])
