@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -125,22 +125,45 @@ class Numbers:
         return found
 
 
-def site_rows(
-    kinds: Sequence[K | None], deltas: Sequence[Hashable], part: Callable[[K, list[int]], Part],
-    numbers: Callable[[Sequence[int]], Tensor], *, sorts: Callable[[K], bool] = lambda _: False,
-) -> SiteRows:  # fmt: skip
+@dataclass(frozen=True, eq=False)
+class Arrangement(Generic[K]):
+    """Rows of a batch side by side by kind.
+
+    Attributes:
+        stretches: a kind, None where nothing acts, and the numbers of its rows.
+        order, back: as `SiteRows` has them.
+    """
+
+    stretches: tuple[tuple[K | None, tuple[int, ...]], ...]
+    order: Tensor | None
+    back: Tensor | None
+
+    def at_site(self, part: Callable[[K, tuple[int, ...]], Part]) -> SiteRows:
+        """`part`: made of a kind and the numbers of its rows."""
+        return SiteRows(
+            tuple(None if kind is None else part(kind, rows) for kind, rows in self.stretches),
+            tuple(len(rows) for _, rows in self.stretches),
+            self.order,
+            self.back,
+        )
+
+
+def arranged(
+    kinds: Sequence[K | None], deltas: Sequence[Hashable], numbers: Callable[[Sequence[int]], Tensor], *,
+    sorts: Callable[[K], bool] = lambda _: False,
+) -> Arrangement[K]:  # fmt: skip
     """Rows of a batch side by side by kind.
 
     Args:
         kinds: of each row; None where nothing acts.
         deltas: of each row.
-        part: made of a kind and the numbers of its rows.
         numbers: puts numbers on the site's device.
         sorts: whether the rows of each delta of this kind have to stand side by side.
     """
     # stretches of the batch as it is, where each kind is one of them
     stretches = [
-        (kind, [row for row, _ in rows]) for kind, rows in itertools.groupby(enumerate(kinds), lambda each: each[1])
+        (kind, tuple(row for row, _ in rows))
+        for kind, rows in itertools.groupby(enumerate(kinds), lambda each: each[1])
     ]
     acting = [kind for kind, _ in stretches if kind is not None]
     in_order = len(acting) == len(set(acting)) and not any(
@@ -148,18 +171,13 @@ def site_rows(
     )
     if not in_order:
         stretches = [
-            (kind, sorted(rows, key=lambda row: deltas.index(deltas[row])))
+            (kind, tuple(sorted(rows, key=lambda row: deltas.index(deltas[row]))))
             for kind in (None, *dict.fromkeys(acting))
             if (rows := [row for row, own in enumerate(kinds) if own == kind])
         ]
     order = [row for _, rows in stretches for row in rows]
     back = sorted(range(len(order)), key=order.__getitem__)
-    return SiteRows(
-        tuple(None if kind is None else part(kind, rows) for kind, rows in stretches),
-        tuple(len(rows) for _, rows in stretches),
-        None if in_order else numbers(order),
-        None if in_order else numbers(back),
-    )
+    return Arrangement(tuple(stretches), None if in_order else numbers(order), None if in_order else numbers(back))
 
 
 def runs_of(which: Sequence[int]) -> tuple[int, list[int]]:
@@ -197,13 +215,13 @@ class Grouping:
             together = {kind for kind, names in kinds.items() if found[names[0]].has_row_form()}
         of_name = {name: kind for kind, names in kinds.items() for name in names}
         device = next(iter(found.values())).device
-        return site_rows(
+        made = arranged(
             [of_name.get(name or "") for name in self.names],
             self.names,
-            lambda kind, rows: self._group(kind, rows, found, device, kind in together),
             functools.partial(self.numbers.on, device),
             sorts=lambda kind: bool(kind.dropout) or kind not in together,
         )
+        return made.at_site(lambda kind, rows: self._group(kind, rows, found, device, kind in together))
 
     def _group(
         self, kind: Kind, rows: Sequence[int], found: Mapping[str, SideModule], device: torch.device, together: bool

@@ -223,7 +223,7 @@ class SlotTables:
             name: _filled_up(idle[name], shape, self._dtype if len(shape) > 1 else idle[name].dtype)
             for name, shape in shapes.items()
         }
-        made = {name: tensor.expand(self.slots + 1, *tensor.shape).clone() for name, tensor in nothing.items()}
+        made = {name: _repeated(tensor, self.slots + 1) for name, tensor in nothing.items()}
         if table is not None:
             for name, tensor in table.operands.items():
                 made[name][tuple(map(slice, tensor.shape))] = tensor
@@ -296,6 +296,14 @@ def _by_site(tables: dict[_Key, Table], kinds: frozenset[Kind] | None) -> SiteTa
 def _room(now: int, wanted: int) -> int:
     """A size that is not enough grows to a power of two: another one of it may be in need of more soon."""
     return now if wanted <= now else 1 << (wanted - 1).bit_length()
+
+
+def _repeated(tensor: Tensor, count: int) -> Tensor:
+    """`[count, ...]`. Of a matrix the longer side is contiguous: it is what neighbouring threads share."""
+    turned = tensor.dim() == 2 and tensor.shape[0] > tensor.shape[1]
+    made = (tensor.mT if turned else tensor).expand(count, *tensor.shape[:: -1 if turned else 1])
+    made = made.clone(memory_format=torch.contiguous_format)
+    return made.mT if turned else made
 
 
 def _filled_up(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spectune.deltas.layout import Route
 from spectune.deltas.modules import Kind, Operands
-from spectune.deltas.row_groups import Numbers, SiteRows, by_runs, runs_of, site_rows
+from spectune.deltas.row_groups import Arrangement, Numbers, SiteRows, arranged, by_runs, runs_of
 from spectune.errors import ConfigError
 
 
@@ -36,16 +36,24 @@ class Table:
     def changed(self, index: Tensor, sides: Sequence[Tensor]) -> Tensor:
         """The last of `sides`, each `[rows, tokens, features]`, with each row changed by its slot, in operations that
         are the same whichever these are. `index`: int64 `[rows]`."""
-        made = self.kind.by_row({name: table[index] for name, table in self.operands.items()}, *sides)
+        made = self.kind.by_row(self.chosen(index), *sides)
         return made if self.acts is None else torch.where(self.acts[index][:, None, None], made, sides[-1])
+
+    def chosen(self, index: Tensor) -> Operands:
+        """The operands of these slots, int64 `[rows]`, copied."""
+        return {
+            # as it lies in memory
+            name: table.index_select(0, index) if table.is_contiguous() else table.mT.index_select(0, index).mT
+            for name, table in self.operands.items()
+        }
 
 
 class TablePart:
     """Rows of a batch that read one table, `run` side by side the same slot. `kept`: what they read stays chosen."""
 
-    def __init__(self, table: Table, slots: Sequence[int], numbers: Numbers, *, kept: bool) -> None:
+    def __init__(self, table: Table, run: int, which: Sequence[int], numbers: Numbers, *, kept: bool) -> None:
         self.table, self.numbers, self.kept = table, numbers, kept
-        self.run, self.which = runs_of(slots)
+        self.run, self.which = run, which
         self._chosen: Operands | None = None
 
     def changed(self, sides: Sequence[Tensor], picked: object) -> list[Tensor]:
@@ -59,9 +67,7 @@ class TablePart:
         first, last = self.which[0], self.which[-1] + 1
         if self.which == list(range(first, last)):  # as they lie
             return {name: tensor[first:last] for name, tensor in self.table.operands.items()}
-        own = self.table.operands
-        index = self.numbers.on(next(iter(own.values())).device, self.which)
-        return {name: tensor.index_select(0, index) for name, tensor in own.items()}
+        return self.table.chosen(self.numbers.on(next(iter(self.table.operands.values())).device, self.which))
 
 
 class KeepsDeltas(Protocol):
@@ -98,6 +104,9 @@ class TableRoute(Route):
         self.one_token = one_token
         self._numbers = Numbers()
         self._sites: dict[tuple[Table, ...], SiteRows | None] = {}
+        # of sites where the same rows have something, and of the same rows: many a site is like others
+        self._arrangements: dict[tuple[int | None, ...], Arrangement[int]] = {}
+        self._runs: dict[tuple[int, ...], tuple[int, list[int]]] = {}
 
     def changed(self, tables: tuple[Table, ...], sides: Sequence[Tensor]) -> Tensor:
         """The last of `sides` (a module's input, and after it its output) with all changes of its tables. The first
@@ -127,12 +136,19 @@ class TableRoute(Route):
         """Which rows read which of the tables of a site; None where none does."""
         if tables in self._sites:
             return self._sites[tables]
-        of_slot = {slot: table for table in tables for slot in table.filled}
-        kinds = [of_slot.get(slot) for slot in slots]
+        of_slot = {slot: number for number, table in enumerate(tables) for slot in table.filled}
+        kinds = tuple(of_slot.get(slot) for slot in slots)
+        if all(kind is None for kind in kinds):
+            self._sites[tables] = None
+            return None
+        if kinds not in self._arrangements:
+            numbers = functools.partial(self._numbers.on, self.index.device)
+            self._arrangements[kinds] = arranged(kinds, slots, numbers)
 
-        def part(table: Table, rows: Sequence[int]) -> TablePart:
-            return TablePart(table, [slots[row] for row in rows], self._numbers, kept=self.kept)
+        def part(number: int, rows: tuple[int, ...]) -> TablePart:
+            if rows not in self._runs:
+                self._runs[rows] = runs_of([slots[row] for row in rows])
+            return TablePart(tables[number], *self._runs[rows], self._numbers, kept=self.kept)
 
-        numbers = functools.partial(self._numbers.on, self.index.device)
-        found = self._sites[tables] = site_rows(kinds, slots, part, numbers) if any(kinds) else None
-        return found
+        made = self._sites[tables] = self._arrangements[kinds].at_site(part)
+        return made

@@ -107,6 +107,9 @@ class CachedLane(Lane):
     def close(self) -> None:
         self.deltas.close()
 
+    def reserve(self, places: int) -> None:
+        self._make_room(1, places, 0)
+
     def make_room_for(self, name: str) -> None:
         self.deltas.make_room_for(name)
 

@@ -108,8 +108,9 @@ class Engine:
             if ticket in lane.tickets:
                 lane.leave(ticket)
 
-    def make_room_for(self, names: Sequence[str]) -> None:
-        """Make tables for rows of these deltas, attached, as large as these need."""
+    def reserve(self, names: Sequence[str], places: int) -> None:
+        """Make the cache with so many places for each row, and tables as large as these deltas, attached, need."""
+        self._lanes.of(None).reserve(places)
         for name in names:
             self._lanes.of(name).make_room_for(name)
 

@@ -142,6 +142,12 @@ def family_of(model: PreTrainedModel) -> Family:
     return describe(model) if attachment is None else attachment.family
 
 
+def cache_bytes(model: PreTrainedModel) -> int:
+    """Memory of one token's keys and values in all layers."""
+    numbers = sum(found.kv_heads * (found.key_dim + found.value_dim) for found in family_of(model).attentions)
+    return numbers * model.dtype.itemsize
+
+
 def text_limit(model: PreTrainedModel) -> int | None:
     """The most tokens that the model takes, virtual ones included; None where nothing limits it."""
     limit = family_of(model).position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)

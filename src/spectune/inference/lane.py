@@ -47,8 +47,12 @@ class Lane(ABC):
         """Let go of what stands on the model."""
 
     @abstractmethod
-    def make_room_for(self, name: str) -> None:
+    def reserve(self, places: int) -> None:
         """See `Engine`."""
+
+    @abstractmethod
+    def make_room_for(self, name: str) -> None:
+        """Have tables as this delta needs them."""
 
     @abstractmethod
     def adds_mixtures(self, adds: bool) -> None:
@@ -121,6 +125,9 @@ class UncachedLane(Lane):
 
     def close(self) -> None:
         """Nothing stands there."""
+
+    def reserve(self, places: int) -> None:
+        """There is no cache."""
 
     def make_room_for(self, name: str) -> None:
         """Nothing is in tables."""

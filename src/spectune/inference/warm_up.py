@@ -4,32 +4,37 @@ from collections.abc import Sequence
 
 from spectune.blocks.recorded_steps import LEAST_CAPACITY
 from spectune.inference.engine import Engine
+from spectune.inference.engine_bases import cache_bytes
 from spectune.inference.request import Request
 
 #: tokens of a row: the first comes of its prompt, a step is recorded with the second and proved with the third
 _TOKENS = 4
+#: tokens that each row's cache has room for where memory is plenty, and at least
+_PLACES, _LEAST_PLACES = 4096, 2 * LEAST_CAPACITY
+#: of the memory that is free, for the cache from the beginning
+_SHARE = 0.125
 
 
-def warm_up(engine: Engine, names: Sequence[str]) -> None:
+def warm_up(engine: Engine, names: Sequence[str], free_bytes: int | None = None) -> None:
     """Have an engine make its steps for rows of the bare base, of the first of these deltas, and of any mixture of all:
     other mixtures of their kinds are computed as one of these is. It is for engines whose steps are recorded.
 
     Args:
         names: deltas, attached: one of each method, say.
+        free_bytes: of the device's memory. Rows have room for a few thousand tokens each from the beginning, if that is
+            plenty: with longer ones the cache is made anew, and so are the steps. None: as many as are.
 
     Raises:
         whatever a step raises.
     """
-    engine.make_room_for(names)
+    longest = int(min(engine.most_tokens(names), _places(engine, free_bytes))) - _TOKENS
+    engine.reserve(names, longest + _TOKENS)
     engine.adds_mixtures(False)  # so that every row is computed with all kinds
-    # of one row, of two numbers of them and of two capacities: what is compiled for these serves any
-    few, all_of_them = sorted({1, min(2, engine.rows), engine.rows}), _powers(engine.rows)
-    longer = engine.most_tokens(names) >= LEAST_CAPACITY + _TOKENS
     for mixture in (names, names[:1] if len(names) > 1 else (), (None,)):
-        for rows in few if longer else all_of_them:
-            _write(engine, mixture, rows, 1)
-        for rows in all_of_them if longer else ():
-            _write(engine, mixture, rows, LEAST_CAPACITY)
+        # of two capacities, one row and two numbers of more: what is compiled for these serves any
+        for length in sorted({1, min(LEAST_CAPACITY, longest)}):
+            for rows in _powers(engine.rows):
+                _write(engine, mixture, rows, length)
         engine.adds_mixtures(True)
     engine.adds_mixtures(False)
 
@@ -42,6 +47,14 @@ def _write(engine: Engine, names: Sequence[str | None], rows: int, length: int) 
         for written in engine.step():
             if written.error is not None:
                 raise written.error
+
+
+def _places(engine: Engine, free_bytes: int | None) -> int:
+    """A power of two."""
+    if free_bytes is None:
+        return _PLACES
+    room = int(_SHARE * free_bytes) // max(1, engine.rows * cache_bytes(engine.model))
+    return max(_LEAST_PLACES, min(_PLACES, 1 << (max(1, room).bit_length() - 1)))
 
 
 def _powers(most: int) -> list[int]:

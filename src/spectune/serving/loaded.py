@@ -69,6 +69,7 @@ class Loaded:
     def engine(self) -> Engine:
         """What writes. Raises SpectuneError: a delta of `warm` cannot be had."""
         from spectune.inference import Engine, warm_up
+        from spectune.planning.device_memory import free_memory
 
         rows = self.rows or ROWS.get(self.model.device.type, ROWS_ELSEWHERE)
         if self.warm is None:  # nobody is to wait for a compiler in the middle of an answer
@@ -76,7 +77,7 @@ class Loaded:
         engine = Engine(self.model, rows=rows, pad_token_id=self.pad_token_id, expected_steps=_NO_END)
         with contextlib.ExitStack() as held:
             names = held.enter_context(self.bank.hold(self.warm)) if self.warm else ()
-            warm_up(engine, names)
+            warm_up(engine, names, free_memory(self.model.device.type))
         return engine
 
     def text(self, stops: Sequence[str]) -> WrittenText:

@@ -24,6 +24,7 @@ from spectune.deltas.layout import BatchLayout
 from spectune.deltas.method import plain_tokens
 from spectune.deltas.modules import InputModule
 from spectune.deltas.slots import get
+from spectune.deltas.table_route import TableRoute
 from spectune.errors import ConfigError
 from spectune.families import Family, token_embedding
 
@@ -128,7 +129,7 @@ class DecoderHook:
         return output
 
     def _begin(self, layout: BatchLayout | None, done: _Exit) -> None:
-        if layout is not None and layout.route.mixed:
+        if layout is not None and layout.route.mixed and not isinstance(layout.route, TableRoute):
             self.prepare(layout)
         self.state.begin_pass(layout)
         self.state.thread.exit = replace(done, outer=running.state)
