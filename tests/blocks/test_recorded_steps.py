@@ -3,9 +3,10 @@ into the same memory, which tries all but the recording itself (tests/cuda does 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -195,6 +196,43 @@ def test_a_form_that_gives_something_else_is_given_up(caplog: pytest.LogCaptureF
         assert f"the first cannot be recorded ({said}" in caplog.text
         assert "the second is tried" in caplog.text
         assert "steps run without CUDA graphs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("form_off", "replay_off", "taken"), [(0.06, 0.0, True), (0.0, 0.06, False), (0.4, 0.0, False)]
+)
+def test_rounding_of_other_kernels_is_no_fault_but_another_replay_is(
+    form_off: float, replay_off: float, taken: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In bfloat16 logits of a compiled step differ by some percent from the plain one's; a graph that reads what is no
+    longer so may differ by no more than that, and is found out by the same kernels unrecorded."""
+    torch.manual_seed(0)
+    logits, noise = torch.randn(2, 500), torch.randn(2, 500)
+    off = [0.0]
+
+    @contextlib.contextmanager
+    def other_kernels(rows: int, capacity: int) -> Iterator[None]:
+        off[0] = form_off
+        try:
+            yield
+        finally:
+            off[0] = 0.0
+
+    class Off(Again):
+        def capture(self, function: Callable[[], list[Any]]) -> tuple[list[Any], Callable[[], None]]:
+            found = [logits + (form_off + replay_off) * noise, logits.argmax(-1)]
+            return found, lambda: None
+
+    steps = RecordedSteps(
+        lambda rows, capacity: logits + off[0] * noise, torch.bfloat16, [Form("another", other_kernels)],
+        capture=cast(Any, Off),
+    )  # fmt: skip
+    for _ in range(2):
+        assert torch.equal(steps(2, 128).logits, logits)
+    with caplog.at_level(logging.WARNING, logger="spectune"):
+        steps(2, 128)
+    assert bool(steps.forms) is taken
+    assert any(graph.trusted for graph in steps.graphs.values()) is taken
 
 
 def test_graphs_are_few_and_forgotten_when_what_they_read_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
