@@ -40,7 +40,8 @@ class Engine:
         rows: how many are written at once; further ones wait.
         pad_token_id: fills places without a token; any id will do.
         enter_at: wait until so many rows are free before prompts are run, where as many requests wait: a pass over
-            several costs less than one over each.
+            several costs less than one over each. None: a quarter of the rows on CUDA, where a pass costs its launches,
+            and elsewhere, where it costs its tokens, one.
         expected_steps: about how many are to come: on CUDA they are recorded, or compiled, where that pays.
         steps: what runs a batch's steps, in place of what pays.
 
@@ -49,12 +50,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, rows: int = 16, pad_token_id: int = 0, enter_at: int = 1,
+        self, model: PreTrainedModel, *, rows: int = 16, pad_token_id: int = 0, enter_at: int | None = None,
         expected_steps: float = EXPECTED, steps: Callable[[DecodeBatch], Steps] | None = None,
     ) -> None:  # fmt: skip
         if rows < 1:
             raise ConfigError(f"rows = {rows}; expected at least 1")
-        self.model, self.rows, self.enter_at = model, rows, enter_at
+        self.model, self.rows = model, rows
+        self.enter_at = enter_at or (max(1, rows // 4) if model.device.type == "cuda" else 1)
         self._limit = text_limit(model)
         steps = steps or steps_for(model, family_of(model), expected_steps)
         self._lanes = Lanes(model, pad_token_id, steps, rows)
@@ -74,6 +76,11 @@ class Engine:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._waiting and not self.running
+
+    def free_for(self, waiting: int) -> int:
+        """How many of so many requests that wait are to be given rows now; see `enter_at`."""
+        free = min(self.rows - self.running, waiting)
+        return free if not self.running or free >= min(self.enter_at, waiting) else 0
 
     def submit(self, request: Request) -> Ticket:
         """Take a request; a row is its own as soon as one is free. Raises ConfigError: no such delta; an empty prompt,
@@ -131,8 +138,8 @@ class Engine:
 
     def enter(self) -> list[Written]:
         """Run the prompts that there are rows for; the first token of each."""
-        free = min(self.rows - self.running, len(self._waiting))
-        if free < 1 or (self.running and free < min(self.enter_at, len(self._waiting))):
+        free = self.free_for(len(self._waiting))
+        if free < 1:
             return []
         by_lane: dict[Lane, list[Ticket]] = {}
         for _ in range(free):

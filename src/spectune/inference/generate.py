@@ -94,10 +94,8 @@ def _by_engine(
     model: PreTrainedModel, requests: Sequence[Request], pad_token_id: int, batch_size: int
 ) -> list[list[int]]:
     """What the engine writes, in the order of the requests. Raises what went wrong with one of them."""
-    # a pass over one prompt takes a GPU as long as one over several; other devices take it token by token
-    enter_at = max(1, batch_size // 8) if model.device.type == "cuda" else 1
     steps = sum(request.max_new_tokens for request in requests) / batch_size
-    engine = Engine(model, rows=batch_size, pad_token_id=pad_token_id, enter_at=enter_at, expected_steps=steps)
+    engine = Engine(model, rows=batch_size, pad_token_id=pad_token_id, expected_steps=steps)
     with contextlib.closing(engine):
         # the longest first: memory that does not suffice shows at once
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index].ids))

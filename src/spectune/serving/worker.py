@@ -158,6 +158,8 @@ class Worker:
         why."""
         refused: Delivery = []
         emptied = False
+        if not engine.free_for(len(self._waiting)):
+            return refused
         while self._waiting and len(self._running) < engine.rows:
             row = self._waiting[0]
             try:
