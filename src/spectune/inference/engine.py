@@ -40,8 +40,7 @@ class Engine:
         rows: how many are written at once; further ones wait.
         pad_token_id: fills places without a token; any id will do.
         enter_at: wait until so many rows are free before prompts are run, where as many requests wait: a pass over
-            several costs less than one over each. None: a quarter of the rows on CUDA, where a pass costs its launches,
-            and elsewhere, where it costs its tokens, one.
+            several costs less than one over each. None: a quarter of the rows.
         expected_steps: about how many are to come: on CUDA they are recorded, or compiled, where that pays.
         steps: what runs a batch's steps, in place of what pays.
 
@@ -56,7 +55,7 @@ class Engine:
         if rows < 1:
             raise ConfigError(f"rows = {rows}; expected at least 1")
         self.model, self.rows = model, rows
-        self.enter_at = enter_at or (max(1, rows // 4) if model.device.type == "cuda" else 1)
+        self.enter_at = enter_at or max(1, rows // 4)
         self._limit = text_limit(model)
         steps = steps or steps_for(model, family_of(model), expected_steps)
         self._lanes = Lanes(model, pad_token_id, steps, rows)
