@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -11,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectune.blocks.execution import Execution
 from spectune.deltas import Attachment, Method, attach, attached
 from spectune.errors import ConfigError, DivergedError, InterruptedRun, OutOfMemoryError, RunsFailedError
 from spectune.methods import FullFineTuning, LoRA, PromptTuning, method_from_name
 from spectune.results import RunResult
-from spectune.training import Run, TrainingConfig, joint_pass, train, train_together
+from spectune.training import Run, TrainingConfig, decisions, joint_pass, train, train_together
 from spectune.training import loop as loop_module
 from spectune.training.joint_batches import Share, in_passes
+from spectune.training.rounds import Rounds
 from tests.support import make_model, make_rows, make_tokenizer
 
 Weights = dict[str, torch.Tensor]
@@ -96,6 +99,43 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(torch.nn.Embedding, "forward", noted)
     return rows
+
+
+class Asking(TorchDispatchMode):
+    """Notes what would wait for a device: numbers that the host reads, and tensors whose size depends on numbers."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "repeat_interleave", "bincount", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.partition("::")[2]
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
+        self.asked += [name] if name in self.WAITS or by_mask else []
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_shared_step_asks_the_device_nothing(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tests/cuda has it; the first steps trace, and look at what is the same in all."""
+    if masked:
+        monkeypatch.setattr(decisions, "why_mask_is_needed", lambda model: "the test says so")
+    launch, rounds, asking = Rounds._launch, list[int](), Asking()
+
+    def watched(self: Any, *given: Any) -> Any:
+        rounds.append(len(rounds))
+        with asking if len(rounds) in (3, 4) else contextlib.nullcontext():
+            return launch(self, *given)
+
+    monkeypatch.setattr(Rounds, "_launch", watched)
+    methods = [LoRA(r=2), method_from_name("prefix", num_virtual_tokens=3), PromptTuning(num_virtual_tokens=2)]
+    runs = [Run(method, make_rows(16 + n), make_rows(5), config(max_steps=5)) for n, method in enumerate(methods)]
+    train_together(make_model(), TOKENIZER, runs, console=QUIET, share_passes=True)
+    assert len(rounds) == 5
+    assert asking.asked == []
 
 
 def test_rows_of_unlike_methods_share_a_pass_and_learn_what_they_do_alone(passes: list[int]) -> None:
