@@ -430,12 +430,13 @@ def main() -> int:
     add("--variants", action="store_true", help="instead: ours, compiled in several ways")
     add("--systems", type=int, nargs="*", help="only these, by number")
     add("--page", type=Path, help="write the page from --out; measures nothing")
+    add("--note", default="", help="a paragraph at the end of the page")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s")
     logging.getLogger("spectune").setLevel(logging.DEBUG)
     if args.page:
         lines = [json.loads(line) for line in args.out.read_text("utf-8").splitlines()]
-        args.page.write_text(page(lines), encoding="utf-8")
+        args.page.write_text(page(lines, args.note), encoding="utf-8")
         return 0
     cuda = not args.small
     setting = Setting(

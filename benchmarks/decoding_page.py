@@ -14,8 +14,8 @@ SHARES = (
 )
 
 
-def page(lines: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+def page(lines: Sequence[dict[str, Any]], note: str = "") -> str:
+    """Markdown. `note`: a paragraph at the end."""
     about = lines[0]
     systems = list(dict.fromkeys(line["system"] for line in lines))
     cases = list(dict.fromkeys(line["case"] for line in lines))
@@ -49,6 +49,8 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
     if failed:
         out += ["", "Not measured:", ""]
         out += [f"- {line['case']}, {line['system']}: {line['failed']}" for line in failed]
+    if note:
+        out += ["", note]
     return "\n".join([*out, ""])
 
 

@@ -17,7 +17,7 @@ from spectune.inference.likelihood import (
 from spectune.inference.modes import seeded, wait_for
 from spectune.inference.out_of_memory import halving
 from spectune.inference.request import Request, Ticket, Written
-from spectune.inference.warm_up import warm_up
+from spectune.inference.warming import warm_up
 
 __all__ = [
     "CHOICE_NORMALIZATIONS", "UNLIMITED", "ChoiceScores", "Engine", "Request", "Sampling", "Ticket", "Written",

@@ -114,7 +114,8 @@ class CachedLane(Lane):
         self.deltas.make_room_for(name)
 
     def adds_mixtures(self, adds: bool) -> None:
-        self.deltas.mixtures.complete = not adds
+        if self.deltas.mixtures is not None:
+            self.deltas.mixtures.complete = not adds
 
     def shrink(self) -> None:
         self.batch.resize(len(self.tickets), max((row.places + 1 for row in self.filled), default=0))

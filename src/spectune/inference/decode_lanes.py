@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -56,6 +56,18 @@ class Lanes:
         if key not in self._lanes:
             self._lanes[key] = self._made(key)
         return self._lanes[key]
+
+    def reserve(self, names: Sequence[str], places: int) -> None:
+        """Make the cache with so many places for each row, and tables as large as these deltas, attached, need."""
+        self.of(None).reserve(places)
+        for name in names:
+            self.of(name).make_room_for(name)
+
+    def adds_mixtures(self, adds: bool) -> None:
+        """Whether steps may be recorded for further mixtures of kinds of deltas; where not, rows are computed with the
+        kinds of a known one, or with all."""
+        for lane in (self.of(None), *self):
+            lane.adds_mixtures(adds)
 
     def tidy(self) -> None:
         """Let go of the lanes of single deltas that have no row: their deltas may be gone."""

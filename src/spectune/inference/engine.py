@@ -2,9 +2,8 @@
 
 import gc
 import logging
-import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +15,7 @@ from spectune.errors import ConfigError, OutOfMemoryError, is_out_of_memory
 from spectune.families import vocabulary_rows
 from spectune.inference.decode_batch import DecodeBatch
 from spectune.inference.decode_lanes import Lanes
-from spectune.inference.engine_bases import family_of, text_limit
+from spectune.inference.engine_bases import family_of, text_limit, virtual_tokens
 from spectune.inference.lane import Lane
 from spectune.inference.request import Request, Ticket, Written
 from spectune.inference.step_choice import steps_for
@@ -46,6 +45,7 @@ class Engine:
 
     Attributes:
         rows: fewer than were asked for once memory has run out.
+        lanes: what the rows are written in.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class Engine:
         self.enter_at = enter_at or max(1, rows // 4)
         self._limit = text_limit(model)
         steps = steps or steps_for(model, family_of(model), expected_steps)
-        self._lanes = Lanes(model, pad_token_id, steps, rows)
+        self.lanes = Lanes(model, pad_token_id, steps, rows)
         self._waiting: deque[Ticket] = deque()
 
     @property
     def running(self) -> int:
         """Rows that are being written."""
-        return self._lanes.rows
+        return self.lanes.rows
 
     @property
     def waiting(self) -> int:
@@ -91,16 +91,10 @@ class Engine:
                 raise ConfigError(f"no delta {request.delta!r} is attached; attached are: {', '.join(known) or 'none'}")
             for _, module in known[request.delta].sites:
                 module.eval()
-        limit = self.most_tokens([request.delta])
+        limit = self._limit - virtual_tokens(self.model, [request.delta])
         ticket = Ticket(request, room_for(request.ids, request.max_new_tokens, limit, vocabulary_rows(self.model)))
         self._waiting.append(ticket)
         return ticket
-
-    def most_tokens(self, names: Iterable[str | None]) -> float:
-        """The most tokens of text that a row of each of these deltas, attached, may have."""
-        attachment = Attachment.of(self.model)
-        virtual = 0 if attachment is None else max(map(attachment.state.count_of, names), default=0)
-        return math.inf if self._limit is None else self._limit - virtual
 
     def cancel(self, ticket: Ticket) -> None:
         """Let go of a request; nothing more is written for it."""
@@ -110,25 +104,13 @@ class Engine:
         if ticket in self._waiting:
             self._waiting.remove(ticket)
             return
-        for lane in self._lanes:
+        for lane in self.lanes:
             if ticket in lane.tickets:
                 lane.leave(ticket)
 
-    def reserve(self, names: Sequence[str], places: int) -> None:
-        """Make the cache with so many places for each row, and tables as large as these deltas, attached, need."""
-        self._lanes.of(None).reserve(places)
-        for name in names:
-            self._lanes.of(name).make_room_for(name)
-
-    def adds_mixtures(self, adds: bool) -> None:
-        """Whether steps may be recorded for further mixtures of kinds of deltas; where not, rows are computed with the
-        kinds of a known one, or with all."""
-        for lane in (self._lanes.of(None), *self._lanes):
-            lane.adds_mixtures(adds)
-
     def close(self) -> None:
         """Let go of what it put on the model (tables of deltas' weights), and of its rows."""
-        self._lanes.close()
+        self.lanes.close()
         self._waiting.clear()
 
     def step(self) -> list[Written]:
@@ -143,7 +125,7 @@ class Engine:
         by_lane: dict[Lane, list[Ticket]] = {}
         for _ in range(free):
             ticket = self._waiting.popleft()
-            by_lane.setdefault(self._lanes.of(ticket.request.delta), []).append(ticket)
+            by_lane.setdefault(self.lanes.of(ticket.request.delta), []).append(ticket)
         written: list[Written] = []
         with torch.no_grad(), cudnn_attention(False):
             for lane, tickets in by_lane.items():
@@ -155,9 +137,9 @@ class Engine:
         """A token for each row."""
         written: list[Written] = []
         with torch.no_grad(), cudnn_attention(False):
-            for lane in self._lanes:
+            for lane in self.lanes:
                 written += self._advance(lane)
-        self._lanes.tidy()
+        self.lanes.tidy()
         return written
 
     def _enter(self, lane: Lane, tickets: Sequence[Ticket]) -> list[Written]:
@@ -214,11 +196,11 @@ class Engine:
         self._waiting.extendleft(reversed(tickets))
         while self.running > self.rows:
             # the newest rows wait: they lose least
-            widest = max(self._lanes, key=lambda lane: len(lane.tickets))
+            widest = max(self.lanes, key=lambda lane: len(lane.tickets))
             ticket = widest.tickets[-1]
             widest.leave(ticket)
             self._waiting.appendleft(ticket)
-        for each in self._lanes:
+        for each in self.lanes:
             each.shrink()
         return []
 

@@ -2,6 +2,7 @@
 positions, gives what their plain pass over the whole text gives."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -148,7 +149,13 @@ def cache_bytes(model: PreTrainedModel) -> int:
     return numbers * model.dtype.itemsize
 
 
-def text_limit(model: PreTrainedModel) -> int | None:
-    """The most tokens that the model takes, virtual ones included; None where nothing limits it."""
+def text_limit(model: PreTrainedModel) -> float:
+    """The most tokens that the model takes, virtual ones included; infinite where nothing limits it."""
     limit = family_of(model).position_table or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    return limit if isinstance(limit, int) and limit > 0 else math.inf
+
+
+def virtual_tokens(model: PreTrainedModel, names: Iterable[str | None]) -> int:
+    """The most that one of these deltas, attached, has."""
+    attachment = Attachment.of(model)
+    return 0 if attachment is None else max(map(attachment.state.count_of, names), default=0)

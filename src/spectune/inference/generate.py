@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -140,7 +141,8 @@ def context_length(model: PreTrainedModel) -> int | None:
     """The most text tokens that the model takes now: its table of positions, or what its config says it was made
     for, less the virtual tokens of the current delta. None where nothing limits it."""
     limit, attachment = text_limit(model), Attachment.of(model)
-    return limit if limit is None or attachment is None else limit - attachment.state.most_virtual_tokens
+    virtual = 0 if attachment is None else attachment.state.most_virtual_tokens
+    return None if math.isinf(limit) else int(limit) - virtual
 
 
 def _check_ids(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:

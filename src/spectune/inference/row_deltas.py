@@ -50,14 +50,15 @@ class RowDeltas:
         self, model: PreTrainedModel, batch: DecodeBatch, *, always_tables: bool, least_slots: int = LEAST_SLOTS
     ) -> None:  # fmt: skip
         """`always_tables`: any delta is read from tables. `least_slots`: deltas that these are made for at least."""
-        self.model, self.batch, self.always_tables, self.least_slots = model, batch, always_tables, least_slots
+        self.model, self.batch, self.least_slots = model, batch, least_slots
+        #: None: a step may read modules
+        self.mixtures = Mixtures() if always_tables else None
         self.tables: SlotTables | None = None
         self._slots: dict[str, int] = {}
         self._by_tables = False
         self._made = 0
         self._row_slots: list[int] = []
         self._kinds: frozenset[Kind] | None = None
-        self.mixtures = Mixtures()
         self._route = Route.of(None)
         self._along: TableRoute | None = None
 
@@ -81,11 +82,11 @@ class RowDeltas:
         """Set the delta of each row, and none for those behind them up to `rows`. Returns each one's slot in tables."""
         several, self._along = set(names), None
         behind = rows - len(names)
-        if ((self.always_tables and any(several)) or self._read_tables(several)) and self._holds(several):
+        if ((self.mixtures is not None and any(several)) or self._read_tables(several)) and self._holds(several):
             assert self.tables is not None, "they hold these"
             self._by_tables = True
             self._row_slots = [*self._slots_of(names), *[0] * behind]
-            if not self.always_tables:
+            if self.mixtures is None:
                 self._kinds = None
                 return self._row_slots
             kinds = self.tables.kinds_of(several)
@@ -134,7 +135,7 @@ class RowDeltas:
                 index, slots = self.batch.index, self._row_slots
                 self._along = (
                     TableRoute(None, index, cached=True, one_token=True)
-                    if self.always_tables
+                    if self.mixtures is not None
                     # what is kept would take the room of a delta a row on a device
                     else TableRoute(
                         None, index[: len(slots)], cached=True, slots=slots, kept=self.model.device.type == "cpu"

@@ -48,7 +48,7 @@ def written(engine: Engine, new: int = 5) -> list[list[int]]:
 
 
 def test_a_warm_engine_makes_no_step_for_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    of_module: Any = importlib.import_module("spectune.inference.warm_up")
+    of_module: Any = importlib.import_module("spectune.inference.warming")
     for module, name, value in (
         (recorded_steps, "LEAST_CAPACITY", 8), (of_module, "LEAST_CAPACITY", 8), (of_module, "_PLACES", 32),
     ):  # fmt: skip

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from spectune.blocks.recorded_steps import LEAST_CAPACITY
 from spectune.inference.engine import Engine
-from spectune.inference.engine_bases import cache_bytes
+from spectune.inference.engine_bases import cache_bytes, text_limit, virtual_tokens
 from spectune.inference.request import Request
 
 #: tokens of a row: the first comes of its prompt, a step is recorded with the second and proved with the third
@@ -27,16 +27,17 @@ def warm_up(engine: Engine, names: Sequence[str], free_bytes: int | None = None)
     Raises:
         whatever a step raises.
     """
-    longest = int(min(engine.most_tokens(names), _places(engine, free_bytes))) - _TOKENS
-    engine.reserve(names, longest + _TOKENS)
-    engine.adds_mixtures(False)  # so that every row is computed with all kinds
+    limit = text_limit(engine.model) - virtual_tokens(engine.model, names)
+    longest = int(min(limit, _places(engine, free_bytes))) - _TOKENS
+    engine.lanes.reserve(names, longest + _TOKENS)
+    engine.lanes.adds_mixtures(False)  # so that every row is computed with all kinds
     for mixture in (names, names[:1] if len(names) > 1 else (), (None,)):
         # of two capacities, one row and two numbers of more: what is compiled for these serves any
         for length in sorted({1, min(LEAST_CAPACITY, longest)}):
             for rows in _powers(engine.rows):
                 _write(engine, mixture, rows, length)
-        engine.adds_mixtures(True)
-    engine.adds_mixtures(False)
+        engine.lanes.adds_mixtures(True)
+    engine.lanes.adds_mixtures(False)
 
 
 def _write(engine: Engine, names: Sequence[str | None], rows: int, length: int) -> None:
