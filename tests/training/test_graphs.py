@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectune.blocks import graphed_block
 from spectune.blocks.cuda_graphs import BEFORE_CAPTURE, graphed
+from spectune.blocks.graphed_block import Gradients
 from spectune.deltas import Method, attach, route
 from spectune.errors import ConfigError
 from spectune.families import describe
@@ -132,6 +134,41 @@ def test_batches_of_several_shapes_add_up() -> None:
     given = [b for pair in zip(batches(BEFORE + 3, 9), batches(BEFORE + 3, 14), strict=True) for b in pair]
     assert check(llama, LoRA(r=4), given, every=4)
     assert check(gpt2, FullFineTuning(), given, every=6)
+
+
+@pytest.fixture
+def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks give their parameters their gradients."""
+
+    def refused(self: Gradients, parameters: Any) -> Any:
+        raise AssertionError("gradients are copied for autograd")
+
+    monkeypatch.setattr(graphed_block, "MANY", 1)
+    monkeypatch.setattr(Gradients, "copies", refused)
+
+
+@pytest.mark.usefixtures("by_itself")
+@pytest.mark.parametrize(
+    "method", [LoRA(r=4), FullFineTuning(), BitFit(), PrefixTuning(num_virtual_tokens=3)], ids=repr
+)
+def test_a_block_of_many_parameters_gives_them_their_gradients(method: Method) -> None:
+    """One pass a step, several, and of several shapes: nothing that stands there is written over."""
+    assert check(llama, method, batches(BEFORE + 3))
+    assert check(llama, method, batches(BEFORE + 6), every=3)
+    given = [b for pair in zip(batches(BEFORE + 3, 9), batches(BEFORE + 3, 14), strict=True) for b in pair]
+    assert check(llama, method, given, every=4)
+
+
+def test_parameters_that_somebody_watches_get_theirs_from_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizers that step within backward, say."""
+    monkeypatch.setattr(graphed_block, "MANY", 1)
+    model, delta = built(llama, LoRA(r=4))
+    told = []
+    for parameter in delta.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: told.append(p.grad.clone()))
+    with graphed(model, delta.family, list(delta.parameters()), capture=Again):
+        _, gradients = passes(model, delta, batches(BEFORE + 3))
+    assert len(told) == len(gradients) == (BEFORE + 3) * len(list(delta.parameters()))
 
 
 def test_shapes_take_turns_and_masks_are_read_anew() -> None:

@@ -22,6 +22,9 @@ from spectune.compute.memory import release_workspaces
 #: what a call may hold beside tensors: values that are captured with it
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
+#: parameters of a block from which on autograd does not handle each one's gradient: for every one it takes a few
+#: microseconds of the host in a pass, and runs that are trained together have many
+MANY = 24
 #: by how much outputs may differ from those of the block itself, of their norm: kernels may be chosen anew
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -145,6 +148,7 @@ class Gradients:
         of_inputs, of_outputs: by the number of an argument and of an output.
         members: numbers of the block's parameters of each dtype.
         of_parameters: theirs, in a row for each dtype.
+        views: of each of these rows, the gradients of its members, in their shapes.
         replay: writes all of them but the outputs' anew.
     """
 
@@ -153,15 +157,37 @@ class Gradients:
     of_outputs: dict[int, Tensor] = field(default_factory=dict)
     members: list[list[int]] = field(default_factory=list)
     of_parameters: list[Tensor] = field(default_factory=list)
+    views: list[list[Tensor]] = field(default_factory=list)
     replay: Callable[[], None] = lambda: None
 
     def copies(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """Of the parameters' gradients: they stay until the optimizer takes them, and other replays may come before."""
         copies: dict[int, Tensor] = {}
         for members, row in zip(self.members, self.of_parameters, strict=True):
-            parts = torch.split(row.clone(), [parameters[n].numel() for n in members])
-            copies |= {n: part.view(parameters[n].shape) for n, part in zip(members, parts, strict=True)}
+            copies |= dict(zip(members, _parts(row.clone(), [parameters[n] for n in members]), strict=True))
         return [copies[n] for n in range(len(parameters))]
+
+    def keep(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Before a replay: what `give` gave and nobody has taken since is copied, as the replay writes over it."""
+        for members, row, views in zip(self.members, self.of_parameters, self.views, strict=True):
+            left = [place for place, n in enumerate(members) if parameters[n].grad is views[place]]
+            if left:
+                parts = _parts(row.clone(), [parameters[n] for n in members])
+                for place in left:
+                    parameters[members[place]].grad = parts[place]
+
+    def give(self, parameters: Sequence[nn.Parameter]) -> None:
+        """After a replay: each parameter's gradient is where it was written, or what is there is added to it."""
+        for members, views in zip(self.members, self.views, strict=True):
+            added: list[tuple[Tensor, Tensor]] = []
+            for n, view in zip(members, views, strict=True):
+                before = parameters[n].grad
+                if before is None:
+                    parameters[n].grad = view
+                else:
+                    added.append((before, view))
+            if added:
+                torch._foreach_add_([before for before, _ in added], [view for _, view in added])
 
 
 class GraphedBlock:
@@ -177,6 +203,8 @@ class GraphedBlock:
     def __init__(self, function: Call, call: TracedCall, inputs: dict[int, Tensor]) -> None:
         self.function, self.call, self.inputs, self.passes = function, call, inputs, 0
         self.parameters: list[nn.Parameter] = []
+        #: it gives parameters their gradients by itself
+        self.direct = False
         self.leaves: list[Any] = []
         self.outputs: list[Any] = []
         self.gradients = Gradients()
@@ -229,7 +257,10 @@ class GraphedBlock:
 
         found, replay = capture.capture(backward)
         inputs = {n: gradient for n, gradient in zip(starts, found, strict=False) if gradient is not None}
-        self.gradients = Gradients(starts, inputs, outputs, groups, found[len(starts) :], replay)
+        rows = found[len(starts) :]
+        views = [_parts(row, [self.parameters[n] for n in members]) for row, members in zip(rows, groups, strict=True)]
+        self.gradients = Gradients(starts, inputs, outputs, groups, rows, views, replay)
+        self.direct = len(self.parameters) >= MANY and not any(map(_is_watched, self.parameters))
 
     def takes(self, leaves: Sequence[Any], spec: TreeSpec) -> bool:
         """Whether the graphs serve these arguments."""
@@ -243,7 +274,9 @@ class GraphedBlock:
         self.passes += 1
         starts = [leaf for leaf in leaves if _wants_gradient(leaf)]
         self._put(leaves)
-        tensors = iter(_Replay.apply(self, *starts, *self.parameters))  # type: ignore[no-untyped-call]
+        # one of them tells autograd that there is something to train
+        trained = self.parameters[:1] if self.direct else self.parameters
+        tensors = iter(_Replay.apply(self, *starts, *trained))  # type: ignore[no-untyped-call]
         made = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.outputs]
         assert self._spec is not None
         return tree_unflatten(made, self._spec)
@@ -264,14 +297,20 @@ class GraphedBlock:
                 self.inputs[id(place)] = leaf
 
     def replay_backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of arguments that want one, in memory that the next replay writes, and copies of parameters'."""
+        """Gradients of arguments that want one, in memory that the next replay writes, and copies of parameters'; of
+        these none where they have been given theirs."""
         own = self.gradients
         for number, gradient in zip(self._tensors, gradients, strict=True):
             place = own.of_outputs.get(number)
             if place is not None and gradient.data_ptr() != place.data_ptr():
                 place.copy_(gradient)
+        if self.direct:
+            own.keep(self.parameters)
         own.replay()
         passed = [own.of_inputs[n].detach() if n in own.of_inputs else None for n in own.starts]
+        if self.direct:
+            own.give(self.parameters)
+            return [*passed, None]
         return [*passed, *own.copies(self.parameters)]
 
     def replay_forward(self) -> list[Tensor]:
@@ -305,6 +344,17 @@ def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[int]]:
     for number, parameter in enumerate(parameters):
         found.setdefault(parameter.dtype, []).append(number)
     return list(found.values())
+
+
+def _parts(row: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Of a row, what is each parameter's, in its shape."""
+    parts = torch.split(row, [parameter.numel() for parameter in parameters])
+    return [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
+
+
+def _is_watched(parameter: nn.Parameter) -> bool:
+    """Whether somebody waits for autograd to have its gradient."""
+    return bool(parameter._backward_hooks) or bool(parameter._post_accumulate_grad_hooks)
 
 
 def _wants_gradient(leaf: Any) -> bool:

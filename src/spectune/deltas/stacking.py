@@ -16,10 +16,11 @@ _Shapes = tuple[torch.Size, ...]
 
 class _Places(NamedTuple):
     """Where numbers go, int32. `filled`: of each number of the stack its place among all that were given, one behind
-    the other, and behind them a zero. `back`: of each number given its place in the stack."""
+    the other, and behind them `zero`. `back`: of each number given its place in the stack."""
 
     filled: Tensor
     back: Tensor
+    zero: Tensor
 
 
 class Stacking:
@@ -35,7 +36,7 @@ class Stacking:
         shapes = tuple(tensor.shape for tensor in tensors)
         if torch.compiler.is_compiling():  # which fuses these
             return torch.stack([_filled(tensor, _most(shapes)) for tensor in tensors])
-        places = None if len(set(shapes)) == 1 else self._places(shapes, tensors[0].device)
+        places = None if len(set(shapes)) == 1 else self._places(shapes, tensors[0])
         made: Tensor = _Stack.apply(places, *tensors)  # type: ignore[no-untyped-call]
         return made
 
@@ -50,11 +51,11 @@ class Stacking:
         found: Tensor = self._made[key]
         return found
 
-    def _places(self, shapes: _Shapes, device: torch.device) -> _Places:
-        key = "places", shapes, device
+    def _places(self, shapes: _Shapes, like: Tensor) -> _Places:
+        key = "places", shapes, like.dtype, like.device
         if key not in self._made:
             with torch.inference_mode(False):
-                self._made[key] = _places(shapes, device)
+                self._made[key] = _places(shapes, like)
         found: _Places = self._made[key]
         return found
 
@@ -65,7 +66,7 @@ class _Stack(torch.autograd.Function):
         ctx.places, ctx.shapes = places, tuple(tensor.shape for tensor in tensors)
         if places is None:
             return torch.stack(tensors)
-        row = torch.cat([*(tensor.reshape(-1) for tensor in tensors), tensors[0].new_zeros(1)])
+        row = torch.cat([*(tensor.reshape(-1) for tensor in tensors), places.zero])
         return row.index_select(0, places.filled).view(len(tensors), *_most(ctx.shapes))
 
     @staticmethod
@@ -79,7 +80,7 @@ class _Stack(torch.autograd.Function):
         return None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
 
 
-def _places(shapes: _Shapes, device: torch.device) -> _Places:
+def _places(shapes: _Shapes, like: Tensor) -> _Places:
     sizes = _most(shapes)
     numbers = torch.arange(len(shapes) * sizes.numel(), dtype=torch.int32).view(len(shapes), *sizes)
     back = torch.cat(
@@ -87,7 +88,8 @@ def _places(shapes: _Shapes, device: torch.device) -> _Places:
     )  # fmt: skip
     filled = torch.full((numbers.numel(),), back.numel(), dtype=torch.int32)
     filled[back.long()] = torch.arange(back.numel(), dtype=torch.int32)
-    return _Places(filled.to(device), back.to(device))
+    zero = torch.zeros(1, dtype=like.dtype, device=like.device)
+    return _Places(filled.to(like.device), back.to(like.device), zero)
 
 
 def _most(shapes: _Shapes) -> torch.Size:

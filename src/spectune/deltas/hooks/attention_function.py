@@ -156,9 +156,9 @@ def _put_before(
     counts = [made[name][0].shape[1] if name in made else 0 for name in names]
     layout = state.layout_of(key.shape[0])
     longest, batch = max(counts), key.shape[0]
-    # zeros before a shorter prefix
-    filled = {name: [F.pad(part.to(text.dtype), (0, 0, longest - part.shape[1], 0))
-                     for part, text in zip(pair, (key, value), strict=True)]
+    # zeros before a shorter prefix; filled up with none it would be copied
+    filled = {name: [F.pad(part, (0, 0, short, 0)) if (short := longest - part.shape[1]) else part
+                     for part in (own.to(text.dtype) for own, text in zip(pair, (key, value), strict=True))]
               for name, pair in made.items()}  # fmt: skip
     none = [part.new_zeros(part.shape[1], longest, part.shape[3]) for part in (key, value)]
     keys, values = (torch.stack([filled.get(name, none)[side] for name in names]) for side in (0, 1))
