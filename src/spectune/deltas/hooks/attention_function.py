@@ -156,10 +156,10 @@ def _put_before(
     counts = [made[name][0].shape[1] if name in made else 0 for name in names]
     layout = state.layout_of(key.shape[0])
     longest, batch = max(counts), key.shape[0]
-    # zeros before a shorter prefix; filled up with none it would be copied
-    filled = {name: [F.pad(part, (0, 0, short, 0)) if (short := longest - part.shape[1]) else part
-                     for part in (own.to(text.dtype) for own, text in zip(pair, (key, value), strict=True))]
-              for name, pair in made.items()}  # fmt: skip
+    filled = {
+        name: [_lengthened(part.to(text.dtype), longest) for part, text in zip(pair, (key, value), strict=True)]
+        for name, pair in made.items()
+    }
     none = [part.new_zeros(part.shape[1], longest, part.shape[3]) for part in (key, value)]
     keys, values = (torch.stack([filled.get(name, none)[side] for name in names]) for side in (0, 1))
 
@@ -175,6 +175,12 @@ def _put_before(
     key = torch.cat([keys.expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([values.expand(batch, -1, -1, -1), value], dim=2)
     return key, value, mask
+
+
+def _lengthened(part: Tensor, length: int) -> Tensor:
+    """Keys or values with zeros before a shorter prefix."""
+    # filled up with none it would be copied
+    return part if part.shape[1] == length else F.pad(part, (0, 0, length - part.shape[1], 0))
 
 
 def _within_window(
