@@ -149,6 +149,7 @@ class Gradients:
         members: numbers of the block's parameters of each dtype.
         of_parameters: theirs, in a row for each dtype.
         views: of each of these rows, the gradients of its members, in their shapes.
+        direct: the block gives its parameters their gradients by itself.
         replay: writes all of them but the outputs' anew.
     """
 
@@ -158,6 +159,7 @@ class Gradients:
     members: list[list[int]] = field(default_factory=list)
     of_parameters: list[Tensor] = field(default_factory=list)
     views: list[list[Tensor]] = field(default_factory=list)
+    direct: bool = False
     replay: Callable[[], None] = lambda: None
 
     def copies(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
@@ -203,8 +205,6 @@ class GraphedBlock:
     def __init__(self, function: Call, call: TracedCall, inputs: dict[int, Tensor]) -> None:
         self.function, self.call, self.inputs, self.passes = function, call, inputs, 0
         self.parameters: list[nn.Parameter] = []
-        #: it gives parameters their gradients by itself
-        self.direct = False
         self.leaves: list[Any] = []
         self.outputs: list[Any] = []
         self.gradients = Gradients()
@@ -259,8 +259,8 @@ class GraphedBlock:
         inputs = {n: gradient for n, gradient in zip(starts, found, strict=False) if gradient is not None}
         rows = found[len(starts) :]
         views = [_parts(row, [self.parameters[n] for n in members]) for row, members in zip(rows, groups, strict=True)]
-        self.gradients = Gradients(starts, inputs, outputs, groups, rows, views, replay)
-        self.direct = len(self.parameters) >= MANY and not any(map(_is_watched, self.parameters))
+        direct = len(self.parameters) >= MANY and not any(map(_is_watched, self.parameters))
+        self.gradients = Gradients(starts, inputs, outputs, groups, rows, views, direct, replay)
 
     def takes(self, leaves: Sequence[Any], spec: TreeSpec) -> bool:
         """Whether the graphs serve these arguments."""
@@ -275,7 +275,7 @@ class GraphedBlock:
         starts = [leaf for leaf in leaves if _wants_gradient(leaf)]
         self._put(leaves)
         # one of them tells autograd that there is something to train
-        trained = self.parameters[:1] if self.direct else self.parameters
+        trained = self.parameters[:1] if self.gradients.direct else self.parameters
         tensors = iter(_Replay.apply(self, *starts, *trained))  # type: ignore[no-untyped-call]
         made = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self.outputs]
         assert self._spec is not None
@@ -304,11 +304,11 @@ class GraphedBlock:
             place = own.of_outputs.get(number)
             if place is not None and gradient.data_ptr() != place.data_ptr():
                 place.copy_(gradient)
-        if self.direct:
+        if own.direct:
             own.keep(self.parameters)
         own.replay()
         passed = [own.of_inputs[n].detach() if n in own.of_inputs else None for n in own.starts]
-        if self.direct:
+        if own.direct:
             own.give(self.parameters)
             return [*passed, None]
         return [*passed, *own.copies(self.parameters)]
