@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from spectune.blocks.compile import compiled
 from spectune.blocks.recompute import recomputing
 from spectune.compute.row_products import row_products
-from spectune.deltas import Attachment, Delta, Method, OutputModule, OutputSite, attach, detach, route
+from spectune.deltas import Attachment, Delta, Method, OutputModule, OutputSite, Stacking, attach, detach, route
 from spectune.deltas.hooks.module_side import SideHook
 from spectune.deltas.modules import Kind, SideModule
 from spectune.deltas.row_groups import Grouping
@@ -56,7 +56,8 @@ class _Bump(OutputModule):
 def grouped(text: str, **modules: _Bump) -> tuple[Any, Any, Any]:
     """Sizes of the parts, the batch's rows in their order, and runs and numbers of each group, for rows named by
     letters ("-" is the bare base)."""
-    rows = Grouping(tuple(None if letter == "-" else letter for letter in text)).make(("path", "side"), modules)
+    names = tuple(None if letter == "-" else letter for letter in text)
+    rows = Grouping(names).make(("path", "side"), modules, Stacking())
     assert rows is not None
     order = None if rows.order is None else rows.order.tolist()
     groups = [part and (part.run, None if part.which is None else part.which.tolist()) for part in rows.parts]

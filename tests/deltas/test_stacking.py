@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spectune.deltas import Stacking
+from spectune.deltas import Stacking, stacking
 
 SHAPES = {
     "alike": [(3, 5), (3, 5)],
@@ -46,6 +46,14 @@ def test_a_stack_is_what_padding_makes_and_so_are_gradients(shapes: list[tuple[i
         assert torch.equal(a, b)
         # a weight takes such a gradient as it is
         assert a.is_contiguous() or len(shapes) == 1
+
+
+def test_what_is_large_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places of each number would take as much memory as the numbers."""
+    monkeypatch.setattr(stacking, "MOST_PLACES", 20)
+    monkeypatch.setattr(stacking, "_places", lambda *_: pytest.fail("places are made"))
+    tensors = [torch.randn(2, 6), torch.randn(4, 6)]
+    assert torch.equal(Stacking()(tensors), padded(tensors))
 
 
 def test_numbers_of_a_column_are_made_once() -> None:

@@ -21,6 +21,7 @@ from spectune.compute.pack_layout import Kernel, Pack
 from spectune.deltas.frames import calling_generator, running_generators
 from spectune.deltas.layout import BatchLayout, Route
 from spectune.deltas.running_passes import RunningPasses
+from spectune.deltas.stacking import Stacking
 from spectune.deltas.table_route import KeepsDeltas
 
 
@@ -133,6 +134,7 @@ class ForwardState:
         kernel: attention over their documents; None uses masks.
         longest: tokens of the longest document of all packed batches (0: not known).
         tables: what keeps deltas' operands by slot (`slot_tables`).
+        stacking: lays operands of several deltas together; captured blocks read what it keeps.
         passes: which threads run through the model.
         thread: of the pass that runs.
         forget: called where a route of unlike rows ends, on its thread: what is known of its passes holds modules.
@@ -145,6 +147,7 @@ class ForwardState:
         self.kernel: Kernel | None = None
         self.longest = 0
         self.tables = WeakSet[KeepsDeltas]()
+        self.stacking = Stacking()
         self.passes = RunningPasses()
         self.thread = ThreadState()
         self.forget: Callable[[None], None] | None = None
@@ -152,12 +155,13 @@ class ForwardState:
         self._in_force: dict[object, Route] = {}  # of every thread and task
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in self.__dict__.items() if name != "tables"}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("tables", "stacking")}
         return {**kept, "_in_force": {}}  # a copied model begins with no route and no tables
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.tables = WeakSet[KeepsDeltas]()
+        self.stacking = Stacking()
 
     @property
     def current(self) -> Route:

@@ -200,17 +200,20 @@ class Grouping:
     def __init__(self, names: tuple[str | None, ...]) -> None:
         self.names = names
         self.sites: dict[tuple[str, str], SiteRows | None] = {}
-        self.numbers, self.stack = Numbers(), Stacking()
+        self.numbers = Numbers()
 
-    def make(self, site: tuple[str, str], found: Mapping[str, SideModule]) -> SiteRows | None:
-        """The groups at a site, given the modules of the batch's deltas there, by name; None where there are none."""
+    def make(self, site: tuple[str, str], found: Mapping[str, SideModule], stack: Stacking) -> SiteRows | None:
+        """The groups at a site, given the modules of the batch's deltas there, by name; None where there are none.
+        `stack`: of all batches of a model."""
         kinds: dict[Kind, list[str]] = {}
         for name, module in found.items():
             kinds.setdefault(module.alike(), []).append(name)
-        made = self.sites[site] = self._rows(kinds, found) if kinds else None
+        made = self.sites[site] = self._rows(kinds, found, stack) if kinds else None
         return made
 
-    def _rows(self, kinds: Mapping[Kind, list[str]], found: Mapping[str, SideModule]) -> SiteRows:
+    def _rows(
+        self, kinds: Mapping[Kind, list[str]], found: Mapping[str, SideModule], stack: Stacking
+    ) -> SiteRows:  # fmt: skip
         with torch.no_grad():
             together = {kind for kind, names in kinds.items() if found[names[0]].has_row_form()}
         of_name = {name: kind for kind, names in kinds.items() for name in names}
@@ -221,10 +224,16 @@ class Grouping:
             functools.partial(self.numbers.on, device),
             sorts=lambda kind: bool(kind.dropout) or kind not in together,
         )
-        return made.at_site(lambda kind, rows: self._group(kind, rows, found, device, kind in together))
+        return made.at_site(lambda kind, rows: self._group(kind, rows, found, device, kind in together, stack))
 
     def _group(
-        self, kind: Kind, rows: Sequence[int], found: Mapping[str, SideModule], device: torch.device, together: bool
+        self,
+        kind: Kind,
+        rows: Sequence[int],
+        found: Mapping[str, SideModule],
+        device: torch.device,
+        together: bool,
+        stack: Stacking,
     ) -> RowGroup:
         # in the order in which they come: where each has one run there is nothing to choose
         names = [name for name in dict.fromkeys(self.names[row] for row in rows) if name is not None]
@@ -234,7 +243,7 @@ class Grouping:
         _say(kind.of.__name__, together, kind.dropout > 0)
         return RowGroup(
             kind, tuple(found[name] for name in names), tuple(self.numbers.on(device, rows) for rows in own), run,
-            None if which == list(range(len(names))) else self.numbers.on(device, which), together, self.stack,
+            None if which == list(range(len(names))) else self.numbers.on(device, which), together, stack,
         )  # fmt: skip
 
 

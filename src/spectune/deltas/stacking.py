@@ -4,17 +4,20 @@ are: on a device, what a small operation costs is its launch."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _Shapes = tuple[torch.Size, ...]
+#: numbers of a stack up to which places are kept, 8 bytes for each; what is larger takes longer than its launches
+MOST_PLACES = 1 << 22
 
 
-class _Places(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Places:
     """Where numbers go, int32. `filled`: of each number of the stack its place among all that were given, one behind
     the other, and behind them `zero`. `back`: of each number given its place in the stack."""
 
@@ -34,9 +37,11 @@ class Stacking:
         if len(tensors) == 1:
             return tensors[0][None]
         shapes = tuple(tensor.shape for tensor in tensors)
-        if torch.compiler.is_compiling():  # which fuses these
-            return torch.stack([_filled(tensor, _most(shapes)) for tensor in tensors])
-        places = None if len(set(shapes)) == 1 else self._places(shapes, tensors[0])
+        alike, most = len(set(shapes)) == 1, _most(shapes)
+        # a compiler fuses these
+        if torch.compiler.is_compiling() or (not alike and len(shapes) * most.numel() > MOST_PLACES):
+            return torch.stack([_filled(tensor, most) for tensor in tensors])
+        places = None if alike else self._places(shapes, tensors[0])
         made: Tensor = _Stack.apply(places, *tensors)  # type: ignore[no-untyped-call]
         return made
 
@@ -53,10 +58,10 @@ class Stacking:
 
     def _places(self, shapes: _Shapes, like: Tensor) -> _Places:
         key = "places", shapes, like.dtype, like.device
-        if key not in self._made:
+        found: _Places | None = self._made.get(key)
+        if found is None:
             with torch.inference_mode(False):
-                self._made[key] = _places(shapes, like)
-        found: _Places = self._made[key]
+                found = self._made[key] = _places(shapes, like)
         return found
 
 
@@ -70,7 +75,6 @@ class _Stack(torch.autograd.Function):
         return row.index_select(0, places.filled).view(len(tensors), *_most(ctx.shapes))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # contiguous, so that each is taken as a weight's gradient as it is
         if ctx.places is None:

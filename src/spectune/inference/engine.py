@@ -192,6 +192,7 @@ class Engine:
                 "dtype, or another device."
             ))]  # fmt: skip
         self.rows = max(1, (entering + running) // 2)
+        self.enter_at = min(self.enter_at, max(1, self.rows // 4))
         log.warning("out of memory while writing %d rows; again with %d", entering + running, self.rows)
         self._waiting.extendleft(reversed(tickets))
         while self.running > self.rows:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from spectune.errors import BankFullError, ConfigError
+from spectune.errors import BankFullError, ConfigError, SpectuneError, first_line, is_out_of_memory
 from spectune.serving.openai_format import TokenNames
 from spectune.serving.orders import Order
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from spectune.inference import Engine, Ticket
     from spectune.inference.written_text import WrittenText
+
+log = logging.getLogger("spectune")
 
 #: rows that are written at once where nobody says
 ROWS = {"cpu": 16}
@@ -67,18 +70,34 @@ class Loaded:
         )  # fmt: skip
 
     def engine(self) -> Engine:
-        """What writes. Raises SpectuneError: a delta of `warm` cannot be had."""
+        """What writes."""
         from spectune.inference import Engine, warm_up
         from spectune.planning.device_memory import free_memory
 
         rows = self.rows or ROWS.get(self.model.device.type, ROWS_ELSEWHERE)
-        if self.warm is None:  # nobody is to wait for a compiler in the middle of an answer
-            return Engine(self.model, rows=rows, pad_token_id=self.pad_token_id)
-        engine = Engine(self.model, rows=rows, pad_token_id=self.pad_token_id, expected_steps=_NO_END)
-        with contextlib.ExitStack() as held:
-            names = held.enter_context(self.bank.hold(self.warm)) if self.warm else ()
-            warm_up(engine, names, free_memory(self.model.device.type))
-        return engine
+        if self.warm is not None:
+            engine = Engine(self.model, rows=rows, pad_token_id=self.pad_token_id, expected_steps=_NO_END)
+            try:
+                with contextlib.ExitStack() as held:
+                    warm_up(engine, self._warmed(held), free_memory(self.model.device.type))
+                return engine
+            except Exception as error:
+                if not isinstance(error, SpectuneError) and not is_out_of_memory(error):
+                    raise
+                log.warning("decoding steps are made as requests come: %s", first_line(error))
+                engine.close()
+        # nobody is to wait for a compiler in the middle of an answer
+        return Engine(self.model, rows=rows, pad_token_id=self.pad_token_id)
+
+    def _warmed(self, held: contextlib.ExitStack) -> list[str]:
+        """Those of `warm` that can be had together, as the model has them."""
+        found: list[str] = []
+        for name in self.warm or ():
+            try:
+                found += held.enter_context(self.bank.hold([name]))
+            except SpectuneError as error:  # whoever asks for it is told
+                log.warning("no decoding steps are made for %s: %s", name, first_line(error))
+        return found
 
     def text(self, stops: Sequence[str]) -> WrittenText:
         from spectune.inference.written_text import WrittenText

@@ -45,7 +45,8 @@ class SideHook:
         if site in grouping.sites:
             return grouping.sites[site]
         here = ((name, get(self.module, name)) for name in dict.fromkeys(layout.names) if name is not None)
-        return grouping.make(site, {name: module for name, module in here if isinstance(module, self.kind)})
+        found = {name: module for name, module in here if isinstance(module, self.kind)}
+        return grouping.make(site, found, self.state.stacking)
 
     def mixed(self, sides: Sequence[Tensor]) -> Tensor:
         """The last of `sides` (the module's input; after it also its output), with each row changed by its own delta.
