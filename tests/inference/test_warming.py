@@ -14,7 +14,7 @@ from tests.contract.families import llama
 
 from spectune.blocks import recorded_steps
 from spectune.blocks.recorded_steps import RecordedSteps
-from spectune.deltas import attach
+from spectune.deltas import Attachment, attach
 from spectune.inference import Engine, Request, warm_up
 from spectune.inference.engine_bases import family_of
 from spectune.inference.step_choice import forms_of
@@ -73,6 +73,19 @@ def test_a_warm_engine_makes_no_step_for_a_request(monkeypatch: pytest.MonkeyPat
     # texts that grow do not make the cache anew
     assert [len(ids) for ids in written(engine, 16)] == [16] * 13
     assert set(before) < set(steps.graphs)
+
+
+@pytest.mark.parametrize(("room", "slots"), [(None, 8), (6, 6), (1, 4)])
+def test_tables_are_made_for_as_many_deltas_as_memory_is_given_for(room: int | None, slots: int) -> None:
+    """For each row one, where there is room; and a few in any case."""
+    model: Any = llama().eval()
+    delta = attach(model, LoRA(r=4), "lora")
+    one = sum(p.numel() for p in delta.parameters()) * 4
+    made: list[RecordedSteps] = []
+    engine = Engine(model, rows=8, steps=recording(made))
+    warm_up(engine, ["lora"], table_bytes=None if room is None else room * one)
+    [tables] = Attachment.of(model).state.tables  # type: ignore[union-attr]
+    assert tables.slots == slots  # type: ignore[attr-defined]
 
 
 def test_a_base_of_few_positions_is_warmed_up_as_far_as_it_goes() -> None:

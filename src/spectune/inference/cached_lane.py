@@ -36,10 +36,7 @@ class CachedLane(Lane):
         self.steps, self._plain = steps(self.batch), PlainSteps(self.batch.run)
         # sizes that do not change: with others, steps are made anew
         self._least_rows = self.steps.rows_for(most) if self.steps.costly else 1
-        self.deltas = RowDeltas(
-            call.model, self.batch, always_tables=not isinstance(self.steps, PlainSteps),
-            least_slots=max(LEAST_SLOTS, self._least_rows),
-        )  # fmt: skip
+        self.deltas = RowDeltas(call.model, self.batch, always_tables=not isinstance(self.steps, PlainSteps))
         self._recorded: object = None  # what steps that were recorded read
         self._changed = True
 
@@ -107,8 +104,9 @@ class CachedLane(Lane):
     def close(self) -> None:
         self.deltas.close()
 
-    def reserve(self, places: int) -> None:
+    def reserve(self, places: int, slots: int) -> None:
         self._make_room(1, places, 0)
+        self.deltas.least_slots = max(LEAST_SLOTS, slots)
 
     def make_room_for(self, name: str) -> None:
         self.deltas.make_room_for(name)

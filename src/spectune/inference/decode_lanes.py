@@ -57,9 +57,10 @@ class Lanes:
             self._lanes[key] = self._made(key)
         return self._lanes[key]
 
-    def reserve(self, names: Sequence[str], places: int) -> None:
-        """Make the cache with so many places for each row, and tables as large as these deltas, attached, need."""
-        self.of(None).reserve(places)
+    def reserve(self, names: Sequence[str], places: int, slots: int) -> None:
+        """Make the cache with so many places for each row, and tables for so many deltas, as large as these, attached,
+        need."""
+        self.of(None).reserve(places, slots)
         for name in names:
             self.of(name).make_room_for(name)
 

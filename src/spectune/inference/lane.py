@@ -47,8 +47,8 @@ class Lane(ABC):
         """Let go of what stands on the model."""
 
     @abstractmethod
-    def reserve(self, places: int) -> None:
-        """See `Engine`."""
+    def reserve(self, places: int, slots: int) -> None:
+        """Have a cache with so many places for each row; tables that are made will be for so many deltas at least."""
 
     @abstractmethod
     def make_room_for(self, name: str) -> None:
@@ -56,7 +56,7 @@ class Lane(ABC):
 
     @abstractmethod
     def adds_mixtures(self, adds: bool) -> None:
-        """See `Engine`."""
+        """See `Lanes`."""
 
     @property
     def attachment(self) -> Attachment | None:
@@ -126,8 +126,8 @@ class UncachedLane(Lane):
     def close(self) -> None:
         """Nothing stands there."""
 
-    def reserve(self, places: int) -> None:
-        """There is no cache."""
+    def reserve(self, places: int, slots: int) -> None:
+        """There is no cache, and there are no tables."""
 
     def make_room_for(self, name: str) -> None:
         """Nothing is in tables."""

@@ -46,11 +46,11 @@ class RowDeltas:
     the same kinds then.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, batch: DecodeBatch, *, always_tables: bool, least_slots: int = LEAST_SLOTS
-    ) -> None:  # fmt: skip
-        """`always_tables`: any delta is read from tables. `least_slots`: deltas that these are made for at least."""
-        self.model, self.batch, self.least_slots = model, batch, least_slots
+    def __init__(self, model: PreTrainedModel, batch: DecodeBatch, *, always_tables: bool) -> None:
+        """`always_tables`: any delta is read from tables."""
+        self.model, self.batch = model, batch
+        #: deltas that tables are made for at least
+        self.least_slots = LEAST_SLOTS
         #: None: a step may read modules
         self.mixtures = Mixtures() if always_tables else None
         self.tables: SlotTables | None = None

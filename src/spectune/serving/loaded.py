@@ -79,7 +79,9 @@ class Loaded:
             engine = Engine(self.model, rows=rows, pad_token_id=self.pad_token_id, expected_steps=_NO_END)
             try:
                 with contextlib.ExitStack() as held:
-                    warm_up(engine, self._warmed(held), free_memory(self.model.device.type))
+                    # half of what deltas may take is left for their weights
+                    tables = None if self.bank is None else self.bank.device_memory // 2
+                    warm_up(engine, self._warmed(held), free_memory(self.model.device.type), tables)
                 return engine
             except Exception as error:
                 if not isinstance(error, SpectuneError) and not is_out_of_memory(error):

@@ -41,7 +41,8 @@ class Bank(contextlib.AbstractContextManager["Bank"]):
         self, model: PreTrainedModel, folder: str | Path | None = None, device_memory: int | str = "2GiB",
         host_memory: int | str | None = None,
     ) -> None:  # fmt: skip
-        device = bytes_of(device_memory, "device_memory")
+        #: the limit of `device_bytes`
+        self.device_memory = bytes_of(device_memory, "device_memory")
         host = None if host_memory is None else bytes_of(host_memory, "host_memory")
         self.model, self._names = model, DeltaNames(folder)
         self._attachment = hold_base(model, [kind.model_validate({}) for kind in METHODS if not kind.trains_base])
@@ -49,7 +50,7 @@ class Bank(contextlib.AbstractContextManager["Bank"]):
         def read(name: str) -> StoredDelta:
             return read_delta(model, self._names.folder_of(name), key_of(name))
 
-        self._memory = BankMemory(self._attachment, read, device, host)
+        self._memory = BankMemory(self._attachment, read, self.device_memory, host)
         self._closed = False
 
     # -- what there is
