@@ -227,14 +227,9 @@ class Grouping:
         return made.at_site(lambda kind, rows: self._group(kind, rows, found, device, kind in together, stack))
 
     def _group(
-        self,
-        kind: Kind,
-        rows: Sequence[int],
-        found: Mapping[str, SideModule],
-        device: torch.device,
-        together: bool,
+        self, kind: Kind, rows: Sequence[int], found: Mapping[str, SideModule], device: torch.device, together: bool,
         stack: Stacking,
-    ) -> RowGroup:
+    ) -> RowGroup:  # fmt: skip
         # in the order in which they come: where each has one run there is nothing to choose
         names = [name for name in dict.fromkeys(self.names[row] for row in rows) if name is not None]
         numbers = [names.index(self.names[row]) for row in rows]  # type: ignore[arg-type]
