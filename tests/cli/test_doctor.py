@@ -22,7 +22,7 @@ def test_a_real_run(spectune: Spectune) -> None:
     assert result.exit_code == 0, result.stdout
     found = json.loads(result.stdout)
     assert found["ok"] is True
-    assert 0 < found["seconds"] < 60
+    assert found["seconds"] > 0
     names = {check["name"] for check in found["checks"]}
     assert names == {"versions", "cores", "quiet", "memory", "attention", "output-folder", "cache-folder"}
     for check in found["checks"]:

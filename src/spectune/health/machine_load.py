@@ -10,6 +10,8 @@ from spectune.health.outcome import FAILED, NOT_HERE, OK, Outcome
 
 #: a thread that computes has less of a core than this: others want it too
 _SHARE = 0.85
+#: runnable threads for each core, beyond what checks of ours that run side by side make by themselves
+_OVERLOAD = 4.0
 #: a small model and Python's libraries need so much
 LEAST_MEMORY = 2**30
 
@@ -51,13 +53,22 @@ def share_of_a_core(seconds: float = 0.3) -> float:
 def busy(share: Callable[[], float] = share_of_a_core, load: float | None = None, usable: int | None = None) -> Outcome:
     """Whether others compute here: then timings are not this machine's."""
     got, usable = share(), usable or usable_cores()
-    load = load if load is not None else os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = load if load is not None else _load()
     says = f"a thread gets {got:.0%} of a core, load {load:.1f} on {usable} cores"
     if got < _SHARE or load > 1.5 * usable:
         return Outcome(
             "quiet", NOT_HERE, f"others compute here: {says}", "Timings and speeds measured now are not to be relied on"
         )
     return Outcome("quiet", OK, says)
+
+
+def is_overloaded(load: float | None = None, usable: int | None = None) -> bool:
+    """Whether others want so much of the machine that what takes long here does not for a fault of its own."""
+    return (load if load is not None else _load()) > _OVERLOAD * (usable or usable_cores())
+
+
+def _load() -> float:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def memory(free: int | None, least: int = LEAST_MEMORY) -> Outcome:
