@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from spectune.deltas import Attachment, Method, attach, attached, detach, merge, route
+from spectune.deltas.attaching import place
 from spectune.errors import ConfigError
-from spectune.methods import METHODS, BitFit, FullFineTuning, LoRA, PrefixTuning, PromptTuning
+from spectune.methods import METHODS, BitFit, DoRA, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from tests.contract.conftest import move, tokens
 from tests.contract.families import gpt2, llama
 
@@ -63,6 +64,21 @@ def test_attaching_does_not_grow_with_the_number_of_deltas(method: Method) -> No
     for number in range(20):
         attach(model, method, f"more-{number}")
     assert cost("last") == second
+
+
+def test_what_was_proved_at_the_sites_of_one_method_is_not_proved_again_for_another() -> None:
+    """Of what only writes. Whether gradients come to a method's own weights is that method's."""
+    model = llama().train(False)
+
+    def passes(method: Method, name: str, *, serving: bool) -> int:
+        with visits(model) as seen:
+            place(model, method, name, fill=lambda delta: None, serving=serving)
+        return seen.passes
+
+    assert passes(LoRA(r=2), "first", serving=True) > 0
+    assert passes(DoRA(r=2), "second", serving=True) == 0
+    assert passes(LoRA(r=2, target_modules=["q_proj"]), "elsewhere", serving=True) == 1
+    assert passes(DoRA(r=2), "trained", serving=False) == 1
 
 
 def test_a_forward_pass_walks_no_modules() -> None:

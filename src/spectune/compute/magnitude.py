@@ -24,20 +24,26 @@ def scale_features(y: Tensor, change: Tensor, ratio: Tensor, bias: Tensor | None
         `[..., features]`, in the dtype of `y`. The gradient of `ratio` is float32, and 0 where `ratio` is 0 and there
         is no bias.
     """
+    if not torch.is_grad_enabled():
+        return _scaled(y, change, ratio, bias)[0]
     out: Tensor = _ScaleFeatures.apply(y, change, ratio, bias)  # type: ignore[no-untyped-call]
     return out
+
+
+def _scaled(y: Tensor, change: Tensor, ratio: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What comes out, and `z`."""
+    # in float32 until the end: near 1 a ratio of 16 bits would move in steps of 0.4%
+    if bias is None:
+        z = y + change
+        return _cast(z * ratio, y.dtype), z
+    z = y - bias.to(y.dtype) + change
+    return _cast((z * (ratio - 1)).add_(y) + change, y.dtype), z
 
 
 class _ScaleFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, change: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
-        # in float32 until the end: near 1 a ratio of 16 bits would move in steps of 0.4%
-        if bias is None:
-            z = y + change
-            out = _cast(z * ratio, y.dtype)
-        else:
-            z = y - bias.to(y.dtype) + change
-            out = _cast((z * (ratio - 1)).add_(y) + change, y.dtype)
+        out, z = _scaled(y, change, ratio, bias)
         ctx.save_for_backward(out if bias is None else z, ratio)
         ctx.plain = bias is None
         return out

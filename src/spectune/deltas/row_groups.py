@@ -98,10 +98,9 @@ class SiteRows:
         if self.order is not None:
             sides = [side.index_select(0, self.order) for side in sides]
         # a cut and a joint are one copy, forward and backward, however many parts there are
-        cut = [torch.split(side, list(self.sizes)) if len(self.sizes) > 1 else (side,) for side in sides]
-        parts = list(zip(*cut, strict=True))
+        cut = [side.split_with_sizes(self.sizes) if len(self.sizes) > 1 else (side,) for side in sides]
         made: list[Tensor] = []
-        for group, part in zip(self.parts, parts, strict=True):
+        for group, *part in zip(self.parts, *cut, strict=True):
             made += [part[-1]] if group is None else group.changed(part, picked)
         joined = torch.cat(made) if len(made) > 1 else made[0]
         return joined if self.back is None else joined.index_select(0, self.back)

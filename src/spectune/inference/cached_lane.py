@@ -40,6 +40,12 @@ class CachedLane(Lane):
         self._recorded: object = None  # what steps that were recorded read
         self._changed = True
 
+    def places(self, ticket: Ticket) -> int:
+        name = ticket.request.delta
+        if self.attachment is None or name not in self.attachment.deltas:  # the pass itself will say so
+            return len(ticket.seen)
+        return len(ticket.seen) + self._virtual_tokens(name)[0]
+
     def enter(self, tickets: Sequence[Ticket]) -> list[Written]:
         tickets = sorted(tickets, key=self._kind)  # rows of one kind side by side need not be put so at each site
         names = [ticket.request.delta for ticket in tickets]

@@ -17,13 +17,12 @@ from spectune.inference.decode_batch import DecodeBatch
 from spectune.inference.decode_lanes import Lanes
 from spectune.inference.engine_bases import family_of, text_limit, virtual_tokens
 from spectune.inference.lane import Lane
+from spectune.inference.prompt_passes import PASS_COSTS, PASS_COSTS_ON_GPU, cheapest_passes
 from spectune.inference.request import Request, Ticket, Written
 from spectune.inference.step_choice import steps_for
 
 log = logging.getLogger("spectune")
 
-#: tokens of prompts, padding included, that go through one pass
-PROMPT_TOKENS = 8192
 #: steps to come, where nobody says
 EXPECTED = 64
 
@@ -57,6 +56,7 @@ class Engine:
         self.model, self.rows = model, rows
         self.enter_at = enter_at or max(1, rows // 4)
         self._limit = text_limit(model)
+        self._pass_costs = PASS_COSTS_ON_GPU if model.device.type == "cuda" else PASS_COSTS
         steps = steps or steps_for(model, family_of(model), expected_steps)
         self.lanes = Lanes(model, pad_token_id, steps, rows)
         self._waiting: deque[Ticket] = deque()
@@ -129,8 +129,8 @@ class Engine:
         written: list[Written] = []
         with torch.no_grad(), cudnn_attention(False):
             for lane, tickets in by_lane.items():
-                for group in alike(tickets):
-                    written += self._enter(lane, group)
+                for numbers in cheapest_passes([lane.places(ticket) for ticket in tickets], self._pass_costs):
+                    written += self._enter(lane, [tickets[number] for number in numbers])
         return written
 
     def advance(self) -> list[Written]:
@@ -204,19 +204,6 @@ class Engine:
         for each in self.lanes:
             each.shrink()
         return []
-
-
-def alike(tickets: Sequence[Ticket]) -> list[list[Ticket]]:
-    """The tickets in groups for a pass each: of like length, the longest first, and of not too many tokens."""
-    groups: list[list[Ticket]] = []
-    longest = 0
-    for ticket in sorted(tickets, key=lambda ticket: -len(ticket.seen)):
-        length = len(ticket.seen)
-        if not groups or 2 * length < longest or longest * (len(groups[-1]) + 1) > PROMPT_TOKENS:
-            groups.append([])
-            longest = length
-        groups[-1].append(ticket)
-    return groups
 
 
 def room_for(ids: Sequence[int], max_new_tokens: int, limit: float, vocabulary: int) -> int:

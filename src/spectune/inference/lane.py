@@ -26,6 +26,10 @@ class Lane(ABC):
         self.call, self.pad_token_id = call, pad_token_id
         self.tickets: list[Ticket] = []
 
+    def places(self, ticket: Ticket) -> int:
+        """How many places the pass over a ticket's prompt has for it."""
+        return len(ticket.seen)
+
     @abstractmethod
     def enter(self, tickets: Sequence[Ticket]) -> list[Written]:
         """Run the tickets' prompts, put them in as rows, and give the first token of each."""

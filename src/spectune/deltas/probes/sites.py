@@ -19,9 +19,9 @@ log = logging.getLogger("spectune")
 
 def prove_that_sites_fire(attachment: Attachment, delta: Delta, *, gradients: bool = True) -> None:
     """Run a few tokens through the model and check that each of the delta's sites is reached, and `gradients` each
-    weight. What was proved for a delta of the same method at the same sites is not proved again. Raises ConfigError: a
-    module is never called, an attention module does not go through the registered attention function, or no gradient
-    comes to any weight; all of them are named."""
+    weight. What was proved at the same sites, and of gradients for the same method there, is not proved again. Raises
+    ConfigError: a module is never called, an attention module does not go through the registered attention function, or
+    no gradient comes to any weight; all of them are named."""
     if not can_run(attachment.model):
         return  # nothing can be run; the first real forward fails loudly where a module is missing
     outputs = [site for site, _ in delta.sites if isinstance(site, OutputSite)]
@@ -30,14 +30,16 @@ def prove_that_sites_fire(attachment: Attachment, delta: Delta, *, gradients: bo
     _check_widths(attachment, delta, calls)
     names = () if delta.method.trains_base else tuple(name for name, _ in delta.named_parameters())
     # the function that knows prefixes computes what the plain one computes, but for those
-    about = type(delta.method), implementation(attachment.model).removeprefix(PREFIX), names
+    attention = implementation(attachment.model).removeprefix(PREFIX)
+    runs = "runs", attention, frozenset(site for site, _ in delta.sites)
+    reach = "reached", attention, type(delta.method), names
     proved = attachment.proved
-    if ("runs", *about) not in proved:
-        proved["runs", *about] = set(attention_calls(attachment.model, [0, 1]))
-    if gradients and ("reached", *about) not in proved:
-        proved["reached", *about] = _reached_by_gradients(attachment, delta)
-    reached: set[str] | None = proved.get(("reached", *about))
-    _check_reached(attachment, delta, calls, proved["runs", *about], reached)
+    if runs not in proved:
+        proved[runs] = set(attention_calls(attachment.model, [0, 1]))
+    if gradients and reach not in proved:
+        proved[reach] = _reached_by_gradients(attachment, delta)
+    reached: set[str] | None = proved.get(reach)
+    _check_reached(attachment, delta, calls, proved[runs], reached)
     _report_unreached(attachment, delta, reached)
 
 
