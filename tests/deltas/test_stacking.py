@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spectune.deltas import Stacking, stacking
+from spectune.deltas.device_numbers import DeviceNumbers
 
 SHAPES = {
     "alike": [(3, 5), (3, 5)],
@@ -58,7 +59,16 @@ def test_what_is_large_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_numbers_of_a_column_are_made_once() -> None:
     stack = Stacking()
-    made = stack.column([0.5, 2.0], torch.device("cpu"))
-    assert made.shape == (2, 1, 1)
-    assert made is stack.column((0.5, 2.0), torch.device("cpu"))
-    assert made is not stack.column((0.5, 3.0), torch.device("cpu"))
+    made = stack.column([1, 2.0], torch.device("cpu"))
+    assert (made.shape, made.dtype) == ((2, 1, 1), torch.float32)
+    assert made.data_ptr() == stack.column((1.0, 2), torch.device("cpu")).data_ptr()
+    assert made.data_ptr() != stack.column((1.0, 3.0), torch.device("cpu")).data_ptr()
+
+
+def test_whole_and_real_numbers_are_apart() -> None:
+    numbers, cpu = DeviceNumbers(), torch.device("cpu")
+    with torch.inference_mode():
+        whole, real = numbers.whole(cpu, [1, 2]), numbers.real(cpu, [1, 2])
+    assert (whole.dtype, real.dtype) == (torch.int64, torch.float32)
+    assert numbers.whole(cpu, (1, 2)) is whole
+    assert not whole.is_inference()

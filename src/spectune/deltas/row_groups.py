@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from spectune.deltas.device_numbers import DeviceNumbers
 from spectune.deltas.modules import Kind, Operands, SideModule
 from spectune.deltas.stacking import Stacking
 
@@ -106,24 +107,6 @@ class SiteRows:
         return joined if self.back is None else joined.index_select(0, self.back)
 
 
-class Numbers:
-    """Whole numbers on devices, each sequence put there once."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-
-    def on(self, device: torch.device, values: Sequence[int]) -> Tensor:
-        """These as int64."""
-        key = tuple(map(int, values)), device
-        found = self._made.get(key)
-        if found is None:
-            if torch.compiler.is_compiling():
-                return torch.tensor(key[0], device=device)
-            with torch.inference_mode(False):  # a later pass of this route may want gradients
-                found = self._made[key] = torch.tensor(key[0], device=device)
-        return found
-
-
 @dataclass(frozen=True, eq=False)
 class Arrangement(Generic[K]):
     """Rows of a batch side by side by kind.
@@ -199,7 +182,7 @@ class Grouping:
     def __init__(self, names: tuple[str | None, ...]) -> None:
         self.names = names
         self.sites: dict[tuple[str, str], SiteRows | None] = {}
-        self.numbers = Numbers()
+        self.numbers = DeviceNumbers()
 
     def make(self, site: tuple[str, str], found: Mapping[str, SideModule], stack: Stacking) -> SiteRows | None:
         """The groups at a site, given the modules of the batch's deltas there, by name; None where there are none.
@@ -220,7 +203,7 @@ class Grouping:
         made = arranged(
             [of_name.get(name or "") for name in self.names],
             self.names,
-            functools.partial(self.numbers.on, device),
+            functools.partial(self.numbers.whole, device),
             sorts=lambda kind: bool(kind.dropout) or kind not in together,
         )
         return made.at_site(lambda kind, rows: self._group(kind, rows, found, device, kind in together, stack))
@@ -236,8 +219,8 @@ class Grouping:
         own = [[row for row in rows if self.names[row] == name] for name in names]
         _say(kind.of.__name__, together, kind.dropout > 0)
         return RowGroup(
-            kind, tuple(found[name] for name in names), tuple(self.numbers.on(device, rows) for rows in own), run,
-            None if which == list(range(len(names))) else self.numbers.on(device, which), together, stack,
+            kind, tuple(found[name] for name in names), tuple(self.numbers.whole(device, rows) for rows in own), run,
+            None if which == list(range(len(names))) else self.numbers.whole(device, which), together, stack,
         )  # fmt: skip
 
 

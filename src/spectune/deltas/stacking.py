@@ -3,13 +3,15 @@ are: on a device, what a small operation costs is its launch."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from spectune.deltas.device_numbers import DeviceNumbers
 
 _Shapes = tuple[torch.Size, ...]
 #: numbers of a stack up to which places are kept, 8 bytes for each; what is larger takes longer than its launches
@@ -30,7 +32,8 @@ class Stacking:
     """Stacks tensors. What it needs on the device it puts there once, and keeps: what is captured reads it again."""
 
     def __init__(self) -> None:
-        self._made: dict[Hashable, Any] = {}
+        self._numbers = DeviceNumbers()
+        self._kept: dict[tuple[_Shapes, torch.dtype, torch.device], _Places] = {}
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
         """`[tensors, ...]` of one dtype, each filled up with zeros to the largest sizes; gradients flow."""
@@ -47,21 +50,14 @@ class Stacking:
 
     def column(self, values: Sequence[float], device: torch.device) -> Tensor:
         """`[values, 1, 1]`, float32."""
-        key = "column", tuple(values), device
-        if key not in self._made:
-            if torch.compiler.is_compiling():
-                return torch.tensor(key[1], device=device)[:, None, None]
-            with torch.inference_mode(False):  # a later pass may want gradients
-                self._made[key] = torch.tensor(key[1], device=device)[:, None, None]
-        found: Tensor = self._made[key]
-        return found
+        return self._numbers.real(device, values)[:, None, None]
 
     def _places(self, shapes: _Shapes, like: Tensor) -> _Places:
-        key = "places", shapes, like.dtype, like.device
-        found: _Places | None = self._made.get(key)
+        key = shapes, like.dtype, like.device
+        found = self._kept.get(key)
         if found is None:
-            with torch.inference_mode(False):
-                found = self._made[key] = _places(shapes, like)
+            with torch.inference_mode(False):  # a later pass may want gradients
+                found = self._kept[key] = _places(shapes, like)
         return found
 
 

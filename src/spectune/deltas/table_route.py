@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from spectune.deltas.device_numbers import DeviceNumbers
 from spectune.deltas.layout import Route
 from spectune.deltas.modules import Kind, Operands
-from spectune.deltas.row_groups import Arrangement, Numbers, SiteRows, arranged, by_runs, runs_of
+from spectune.deltas.row_groups import Arrangement, SiteRows, arranged, by_runs, runs_of
 from spectune.errors import ConfigError
 
 
@@ -51,7 +52,7 @@ class Table:
 class TablePart:
     """Rows of a batch that read one table, `run` side by side the same slot. `kept`: what they read stays chosen."""
 
-    def __init__(self, table: Table, run: int, which: Sequence[int], numbers: Numbers, *, kept: bool) -> None:
+    def __init__(self, table: Table, run: int, which: Sequence[int], numbers: DeviceNumbers, *, kept: bool) -> None:
         self.table, self.numbers, self.kept = table, numbers, kept
         self.run, self.which = run, which
         self._chosen: Operands | None = None
@@ -67,7 +68,7 @@ class TablePart:
         first, last = self.which[0], self.which[-1] + 1
         if self.which == list(range(first, last)):  # as they lie
             return {name: tensor[first:last] for name, tensor in self.table.operands.items()}
-        return self.table.chosen(self.numbers.on(next(iter(self.table.operands.values())).device, self.which))
+        return self.table.chosen(self.numbers.whole(next(iter(self.table.operands.values())).device, self.which))
 
 
 class KeepsDeltas(Protocol):
@@ -102,7 +103,7 @@ class TableRoute(Route):
         super().__init__((None,) if names is None or cached else names, per_row=not cached, cached=cached)
         self.index, self.slots, self.kept = index, None if slots is None else tuple(slots), kept
         self.one_token = one_token
-        self._numbers = Numbers()
+        self._numbers = DeviceNumbers()
         self._sites: dict[tuple[Table, ...], SiteRows | None] = {}
         # of sites where the same rows have something, and of the same rows: many a site is like others
         self._arrangements: dict[tuple[int | None, ...], Arrangement[int]] = {}
@@ -142,7 +143,7 @@ class TableRoute(Route):
             self._sites[tables] = None
             return None
         if kinds not in self._arrangements:
-            numbers = functools.partial(self._numbers.on, self.index.device)
+            numbers = functools.partial(self._numbers.whole, self.index.device)
             self._arrangements[kinds] = arranged(kinds, slots, numbers)
 
         def part(number: int, rows: tuple[int, ...]) -> TablePart:

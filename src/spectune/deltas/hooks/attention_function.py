@@ -204,7 +204,7 @@ def _column(layout: BatchLayout, values: Sequence[int], device: torch.device) ->
     are copied once for all passes of the route."""
     if len(set(values)) == 1:
         return torch.full((1, 1), int(values[0]), device=device)
-    return layout.grouping.numbers.on(device, values)[:, None]
+    return layout.grouping.numbers.whole(device, values)[:, None]
 
 
 def _sdpa(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
