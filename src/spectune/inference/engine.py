@@ -56,7 +56,7 @@ class Engine:
         self.model, self.rows = model, rows
         self.enter_at = enter_at or max(1, rows // 4)
         self._limit = text_limit(model)
-        self._pass_costs = PASS_COSTS_ON_GPU if model.device.type == "cuda" else PASS_COSTS
+        self._pass_costs = PASS_COSTS if model.device.type == "cpu" else PASS_COSTS_ON_GPU
         steps = steps or steps_for(model, family_of(model), expected_steps)
         self.lanes = Lanes(model, pad_token_id, steps, rows)
         self._waiting: deque[Ticket] = deque()
