@@ -111,6 +111,32 @@ def test_a_folder_of_runs_and_deltas_is_served_on_the_base_that_they_name(
     assert answers["delta-alone"][1]["choices"] == answers["lora"][1]["choices"]
 
 
+def test_a_comparison_is_served_by_the_names_of_its_arms(spectune: Spectune, trained_once: Trained, port: int) -> None:
+    """One name an arm, and one a seed where an arm has several; a fully tuned base is none of them."""
+    places = {"lora": "seed-0-1f2e", "bitfit/0": "seed-0-3d4c", "bitfit/1": "seed-1-5b6a", "full": "seed-0-7988"}
+    for arm, folder in places.items():
+        method = arm.partition("/")[0]
+        shutil.copytree(trained_once(method), Path("compared", "runs", method, folder), symlinks=True)
+    Path("compared/runs/prefix/seed-0-8077").mkdir(parents=True)  # not ended
+    Path("compared/comparison.json").write_text("{}")
+    names = ("lora", "bitfit-seed-0", "bitfit-seed-1")
+    request = {"prompt": "number 3", "max_tokens": 4, "temperature": 0}
+    result, answers = served(
+        spectune, port, "--deltas", "compared",
+        ask_for=lambda: {"models": ask(port, "/v1/models")} | {
+            name: ask(port, "/v1/completions", {"model": name, **request}) for name in names
+        },
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert sorted(model["id"] for model in answers["models"][1]["data"])[1:] == sorted(names)
+    assert "no delta" not in result.stderr
+    assert "compared/runs/full/seed-0-7988 is a base of its own, and is not served: name it with --run" in result.stderr
+    for name, arm in zip(names, ("lora", "bitfit", "bitfit"), strict=True):
+        words = ("generate", "number 3", "--run", trained_once(arm), "--max-new-tokens", "4", "--json")
+        generated = json.loads(spectune(*words).stdout)["outputs"][0]["completion"]
+        assert answers[name][1]["choices"][0]["text"] == generated
+
+
 def test_a_base_that_cannot_be_loaded_ends_the_command_with_its_error_and_an_empty_folder_is_named(
     spectune: Spectune, base: Path, tmp_path: Path, port: int
 ) -> None:

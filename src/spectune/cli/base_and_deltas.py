@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,31 +27,68 @@ LEAST_MEMORY = 2 << 30
 
 @dataclass(frozen=True)
 class BaseAndDeltas:
-    """A base, its name, how its prompts are made, and deltas by name."""
+    """A base, its name, how its prompts are made, and deltas by name.
+
+    Attributes:
+        named: the delta that is meant where nobody names one.
+        compared: those of a comparison.
+    """
 
     base: str
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     named: Mapping[str, Path] = field(default_factory=dict)
+    compared: Mapping[str, Path] = field(default_factory=dict)
 
     def catalogue(self, deltas: Path | None) -> Catalogue:
         """With the deltas of a folder. Raises ConfigError: one of them has the base's name."""
         from spectune.serving.catalogue import Catalogue
 
-        return Catalogue(self.name, deltas, self.named, settings_of, self.settings)
+        return Catalogue(self.name, deltas, {**self.compared, **self.named}, settings_of, self.settings)
 
 
 def what_is_asked(run: Path | None, model: str | None, deltas: Path | None) -> BaseAndDeltas:
     """Raises ConfigError, DataError: as the flags' own commands do; a run has a head, which writes no text."""
+    if deltas is None:
+        return _base_asked(run, model)
+    if not deltas.is_dir():
+        raise DataError(f"--deltas {deltas} is not a folder; expected one whose folders are deltas or runs")
+    compared = compared_in(deltas)
+    found = _base_of_deltas(deltas, compared) if run is None and model is None else _base_asked(run, model)
+    return replace(found, compared=compared)
+
+
+def compared_in(folder: Path) -> dict[str, Path]:
+    """The finished runs of a comparison, by their arm, and by seed where an arm has several; empty where the folder is
+    none."""
+    arms: dict[str, list[Path]] = {}
+    for run in sorted(folder.glob("runs/*/seed-*")):
+        if not (run / "result.json").is_file():
+            continue
+        if (run / "best" / "config.json").is_file():
+            note(f"{run} is a base of its own, and is not served: name it with --run")
+            continue
+        arms.setdefault(run.parent.name, []).append(run)
+    found: dict[str, Path] = {}
+    for arm, runs in arms.items():
+        seeds = Counter(_seed(run) for run in runs)
+        for run in runs:
+            of_seed = f"{arm}-{_seed(run) if seeds[_seed(run)] == 1 else run.name}"
+            found[arm if len(runs) == 1 else of_seed] = run
+    return found
+
+
+def _seed(run: Path) -> str:
+    """`seed-0` of `seed-0-9f3c079b`."""
+    return "-".join(run.name.split("-")[:2])
+
+
+def _base_asked(run: Path | None, model: str | None) -> BaseAndDeltas:
     from spectune.cli.input_rows import run_on
     from spectune.cli.runs import RUNS, find_run
     from spectune.embedded import NAME as TINY
 
-    if deltas is not None and not deltas.is_dir():
-        raise DataError(f"--deltas {deltas} is not a folder; expected one whose folders are deltas or runs")
     if run is None and model is None:
-        if deltas is not None:
-            return _base_of_deltas(deltas)
         try:
             found = find_run(None)
         except ConfigError:  # there is none yet
@@ -75,13 +113,14 @@ def _of_run(found: Run) -> BaseAndDeltas:
     return BaseAndDeltas(found.base, name, {}, {own: found.delta})
 
 
-def _base_of_deltas(deltas: Path) -> BaseAndDeltas:
+def _base_of_deltas(deltas: Path, compared: Mapping[str, Path]) -> BaseAndDeltas:
     """The base that the first of the deltas names."""
     from spectune.cli.runs import find_run
     from spectune.embedded import NAME as TINY
     from spectune.serving.catalogue import delta_in
 
-    first = next((folder for folder in sorted(deltas.iterdir()) if delta_in(folder) is not None), None)
+    folders = (*compared.values(), *sorted(deltas.iterdir()))
+    first = next((folder for folder in folders if delta_in(folder) is not None), None)
     if first is None:
         return BaseAndDeltas(TINY, TINY)
     base = find_run(first).base

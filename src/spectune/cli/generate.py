@@ -31,7 +31,9 @@ Prompts = Annotated[
 ]
 Input = Annotated[Path | None, typer.Option("--input", help="File of requests: as --data, an answer may be missing.")]
 Output = Annotated[Path | None, typer.Option(help="File of their answers: JSON, a line for each, in order.")]
-Deltas = Annotated[Path | None, typer.Option(help="Folder of deltas and runs that requests may name.")]
+Deltas = Annotated[
+    Path | None, typer.Option(help="Folder of deltas and runs, or of a comparison, that requests may name.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on behind the whole lines that --output has.")]
 DeviceMemory = Annotated[
     str | None, typer.Option(help="Memory for deltas on the device, such as 2GiB.", show_default="2GiB")

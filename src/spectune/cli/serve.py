@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 Deltas = Annotated[
     Path | None,
-    typer.Option(help="Folder of deltas and runs: each is a model of its folder's name, loaded when first asked for."),
+    typer.Option(
+        help="Folder of deltas and runs: each is a model of its folder's name, loaded when first asked for. Or a "
+        "comparison's: each arm is one."
+    ),
 ]
 ServedRun = Annotated[
     Path | None,
