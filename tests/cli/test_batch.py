@@ -72,6 +72,28 @@ def test_requests_of_all_deltas_in_one_file_are_answered_as_alone(
         assert [lines()[i]["completion"] for i in mine] == expected, name
 
 
+def test_openais_words_mean_the_same(ask: Callable[..., Any], spectune: Spectune, base: Path) -> None:
+    """A `model` and a `max_tokens` were passed over, and the base answered."""
+    asked: list[dict[str, Any]] = [
+        {"delta": "lora", "max_new_tokens": 3}, {"model": "lora", "max_tokens": 3},
+        {"model": base.name, "max_completion_tokens": 2}, {"max_new_tokens": 2},
+        {"model": "lroa"}, {"delta": "prefix", "model": "of a column"}, {"delta": "prefix"}, {"model": None},
+    ]  # fmt: skip
+    found = ask([{"prompt": "number 3", **one} for one in asked])
+    assert found.exit_code == 1, found.stderr
+    said = [line.get("completion") for line in lines()]
+    assert said[0] == said[1] != said[2] == said[3]
+    assert "no delta 'lroa' in " in lines()[4]["error"]
+    assert said[5] == said[6]
+    assert [line.get("delta") for line in lines()[:4]] == ["lora", "lora", base.name, None]
+    assert [line.get("completion_tokens") for line in lines()[:4]] == [3, 3, 2, 2]
+    # of a dataset that says who wrote its answers
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "number 3", "model": "gpt-4", "max_new_tokens": 2}) + "\n")
+    words = ("generate", "--input", "rows.jsonl", "--output", "rows-out.jsonl", "--model", base, "--device", "cpu")
+    assert spectune(*words).exit_code == 0
+    assert lines("rows-out.jsonl")[0]["completion"] == said[3]
+
+
 def test_a_request_that_cannot_be_answered_has_a_line_that_says_why(ask: Callable[..., Any]) -> None:
     wrong: dict[str, Any] = {
         "{broken": "malformed JSON",

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +79,10 @@ def answered(batch: Batch) -> dict[str, Any]:
         catalogue = what.catalogue(batch.deltas)
         loaded = loader(what.base, batch.place, None, batch.device_memory)()
         usual = next(iter(what.named), what.name)
-        writing = Writing(loaded, Prompts(catalogue, loaded.tokenizer, usual), file, before)
+        prompts = Prompts(catalogue, loaded.tokenizer, usual)
+        writing = Writing(loaded, prompts, file, before)
         try:
-            writing.all_of(itertools.chain([first], asked))
+            writing.all_of(map(prompts.whose, itertools.chain([first], asked)))
         except KeyboardInterrupt as error:
             raise InterruptedRun(f"{writing.lines:,} lines are in {batch.output}. Go on with: {_again()}") from error
         return writing.result()
@@ -163,6 +164,14 @@ class Prompts:
     def __init__(self, catalogue: Catalogue, tokenizer: PreTrainedTokenizerBase, usual: str) -> None:
         self._catalogue, self._tokenizer, self._usual = catalogue, tokenizer, usual
         self._forms: dict[str, tuple[PromptForm, RowEncoder]] = {}
+
+    def whose(self, asked: Asked) -> Asked:
+        """The request with the delta that its `model` means, where it names none otherwise. Without a folder of deltas,
+        what is not the name of one is a column of the row's own."""
+        if asked.delta is not None or asked.model is None:
+            return asked
+        means = self._catalogue.deltas is not None or self._catalogue.find(asked.model) is not None
+        return replace(asked, delta=asked.model) if means else asked
 
     def of(self, asked: Asked) -> tuple[str | None, list[int]]:
         """The delta's name in the bank, and the ids. Raises SpectuneError."""

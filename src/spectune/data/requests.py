@@ -18,6 +18,10 @@ from spectune.errors import ConfigError
 
 #: keys that say how a row is answered; all others are the row's
 DELTA, IDENTITY = "delta", "id"
+#: OpenAI's word for whose answer is wanted, and a column of many a dataset: whose answer it was
+MODEL = "model"
+#: OpenAI's names of others
+_ALSO = {"max_completion_tokens": "max_new_tokens", "max_tokens": "max_new_tokens"}
 _STOPS, _LONGEST_STOP = 16, 500
 _SEEDS = 2**63
 
@@ -62,6 +66,7 @@ class Asked:
         number: its place in the file, from 1.
         record: what it holds beside the keys that say how.
         delta: the name that it gives; None where it gives none.
+        model: its `model`, which may mean the same.
         identity: its `id`, as it is.
         problem: why it cannot be answered; None where nothing is known against it.
     """
@@ -73,6 +78,7 @@ class Asked:
     how: How = How()
     identity: Any = None
     problem: str | None = None
+    model: str | None = None
 
 
 def requests(source: Path, usual: How) -> Iterator[Asked]:
@@ -96,7 +102,10 @@ def requests(source: Path, usual: How) -> Iterator[Asked]:
         else:
             own = record.get("seed") is not None
             how = dataclasses.replace(how, stream=0 if own else number)
-            yield Asked(number, origin, rest, delta, how, identity)
+            model = record.get(MODEL)
+            yield Asked(
+                number, origin, rest, delta, how, identity, model=model if isinstance(model, str) and model else None
+            )
 
 
 def row_asked(record: Mapping[str, Any], form: PromptForm, tokenizer: Any, origin: str = "the request") -> Row:
@@ -136,8 +145,8 @@ def _identity(record: Mapping[str, Any]) -> Any:
 
 def _taken(record: Mapping[str, Any], usual: How) -> tuple[str | None, How, dict[str, Any]]:
     """The delta, how it is answered, and what is left. Raises RowProblem."""
-    said = {key: record[key] for key in _READ if record.get(key) is not None}
-    found = {key: _READ[key](key, value) for key, value in said.items()}
+    said = {key: record[key] for key in (*_ALSO, *_READ) if record.get(key) is not None}
+    found = {_ALSO.get(key, key): _READ[_ALSO.get(key, key)](key, value) for key, value in said.items()}
     delta = found.pop(DELTA, None)
     drawn = found.pop("do_sample", None)
     how = dataclasses.replace(usual, **found)
@@ -145,7 +154,7 @@ def _taken(record: Mapping[str, Any], usual: How) -> tuple[str | None, How, dict
         how = dataclasses.replace(how, temperature=0.0)
     elif "temperature" not in found and (drawn or found.keys() & {"top_p", "top_k", "seed"}):
         how = dataclasses.replace(how, temperature=usual.temperature or 1.0)
-    rest = {key: value for key, value in record.items() if key not in _READ and key != IDENTITY}
+    rest = {key: value for key, value in record.items() if key not in (*_READ, *_ALSO, IDENTITY)}
     return delta, how, rest
 
 
