@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -119,6 +122,62 @@ def test_what_no_count_stops_the_clock_does() -> None:
             watch.run(endless)
     assert watch.run(lambda: 7) == 7
     assert time.monotonic() - begin < 10
+
+
+def test_one_thread_watches_all_templates() -> None:
+    """There was one for each, for ten seconds: of hundreds of templates, and little else ran."""
+
+    def watching() -> int:
+        return sum(thread.name == "template watch" for thread in threading.enumerate())
+
+    before = watching()
+    for number in range(20):
+        encoded(f"{{# {number} #}}{TURNS}")
+    assert watching() <= max(before, 1)
+
+
+def test_a_rendering_inside_another_is_watched_and_so_is_the_rest_of_the_outer_one() -> None:
+    def endless() -> None:
+        while True:
+            pass
+
+    watch = TemplateWatch(seconds=0.1)
+
+    def outer(first: Callable[[], object]) -> None:
+        assert watch.run(first) == 3
+        endless()
+
+    with pytest.raises(TemplateLimitError, match="takes more than"):
+        watch.run(outer, lambda: 3)
+    caught = []
+
+    def outer_that_goes_on() -> int:
+        with pytest.raises(TemplateLimitError):
+            watch.run(endless)
+        caught.append(True)
+        return 4
+
+    assert watch.run(outer_that_goes_on) == 4
+    assert caught
+    assert watch.run(lambda: 5) == 5
+
+
+def test_many_threads_are_watched_at_once() -> None:
+    watch = TemplateWatch(seconds=0.2)
+
+    def ends(number: int) -> bool:
+        def work() -> int:
+            while number % 2:
+                pass
+            return number
+
+        try:
+            return watch.run(work) == number
+        except TemplateLimitError:
+            return bool(number % 2)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ends, range(8)))
 
 
 def test_objects_with_methods_are_not_shown_to_templates() -> None:

@@ -16,7 +16,7 @@ from spectune.data.chats.message_forms import MessageForms, disputed, find_forms
 from spectune.data.chats.metered_environment import MeteredEnvironment, clock
 from spectune.data.chats.prompt_beginnings import MarkedTemplate
 from spectune.data.chats.template_meter import TemplateLimitError
-from spectune.data.chats.template_watch import TemplateWatch
+from spectune.data.chats.template_watch import the_watch
 from spectune.data.problem import RowProblem
 from spectune.data.shapes import Row
 from spectune.errors import ConfigError, first_line
@@ -105,7 +105,6 @@ class ChatTemplate:
         #: in messages
         self.named = f"the tokenizer's chat template{f' ({folder})' if folder else ''}"
         self._globals = {**tokenizer.special_tokens_map, "strftime_now": _clock(today)}
-        self._watch = TemplateWatch()
         self._compiled: dict[bool, _Compiled] = {}
         self._behind: dict[bool, str] = {}
         self._skipped: dict[tuple[str, ...], frozenset[int]] = {}
@@ -237,7 +236,7 @@ class ChatTemplate:
         one each time; and whatever the template raises."""
         given = (messages, row.tools, row.documents, row.template_kwargs)
         try:
-            made: Made = self._watch.run(self._of(row).environment.render, given, work, *arguments)
+            made: Made = the_watch().run(self._of(row).environment.render, given, work, *arguments)
         except TemplateLimitError as limit:
             raise ConfigError(
                 f"{row.origin}: {self.named} {limit}. Chat templates are programs of whoever made the base: mend this "
@@ -266,7 +265,7 @@ class ChatTemplate:
                     f"{LONGEST_TEMPLATE:,}: use another tokenizer, or mend its template"
                 )
             try:
-                self._compiled[has_tools] = self._watch.run(_compiled, source)
+                self._compiled[has_tools] = the_watch().run(_compiled, source)
             except TemplateLimitError as limit:
                 raise ConfigError(f"{self.named} {limit}; use another one") from None
             except (RecursionError, MemoryError) as error:

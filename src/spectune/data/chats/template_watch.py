@@ -4,8 +4,11 @@ A thread looks at the clock of the thread that renders, and has an exception rai
 single long operation in C, and what goes into such an operation is limited by size.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
+import functools
 import itertools
 import os
 import threading
@@ -27,8 +30,14 @@ class _ExpiredError(BaseException):
     pass
 
 
+@functools.cache
+def the_watch() -> TemplateWatch:
+    """That of a process, whose one thread looks at all renderings: there may be a template for each row."""
+    return TemplateWatch()
+
+
 class TemplateWatch:
-    """Renderings under watch, one at a time in each thread."""
+    """Renderings under watch, the innermost of each thread."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self.seconds = seconds
@@ -48,6 +57,7 @@ class TemplateWatch:
             self._process, self._lock = os.getpid(), threading.Lock()
             self._begin()
         here = threading.get_ident()
+        outer = self._running.get(here)
         number = self._running[here] = next(self._numbers)
         if self._asleep:
             self._begin()
@@ -55,13 +65,20 @@ class TemplateWatch:
             try:
                 return work(*given)
             finally:
-                del self._running[here]  # from here on nothing is raised in this thread, but for what is on its way
+                self._leave(here, outer)  # from here on nothing is raised for it, but for what is on its way
                 if self._raising or self._expired:
                     self._forget(here, number)
         except _ExpiredError:
-            self._running.pop(here, None)
+            self._leave(here, outer)
             self._forget(here, number)
             raise TemplateLimitError(f"takes more than {self.seconds:g} seconds for one conversation") from None
+
+    def _leave(self, thread: int, outer: int | None) -> None:
+        """Watch again what a rendering was a part of, if it was."""
+        if outer is None:
+            self._running.pop(thread, None)
+        else:
+            self._running[thread] = outer
 
     def _begin(self) -> None:
         self._asleep = False
@@ -95,6 +112,8 @@ class TemplateWatch:
                             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), expired)
                 self._raising = False
         self._asleep = True
+        if self._running:  # it came after the last look, and before this was known
+            self._begin()
 
 
 def _seconds_of(thread: int) -> float:
