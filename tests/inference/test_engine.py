@@ -10,7 +10,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from spectune.deltas import Attachment, Method, attach, detach, route
 from spectune.errors import ConfigError, OutOfMemoryError
-from spectune.inference import Engine, Request, Sampling, Ticket, Written, generate_ids
+from spectune.inference import Engine, Request, Sampling, Ticket, generate_ids
 from spectune.inference.cached_lane import CachedLane
 from spectune.inference.engine_bases import why_not_engine
 from spectune.inference.generate import generate_batch, plain_config
@@ -122,26 +122,18 @@ def test_rows_come_and_go_and_the_cache_grows(llama: PreTrainedModel) -> None:
     assert finish(engine, [first, *later]) == expected
 
 
-def test_prompts_wait_for_each_other_where_many_do(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_wait_for_each_other_where_many_do(llama: PreTrainedModel, prompt_passes: list[int]) -> None:
     """One pass over several prompts, and nobody waits for a row where few do."""
-    together: list[int] = []
-    enter = CachedLane.enter
-
-    def noted(self: CachedLane, tickets: Sequence[Ticket]) -> list[Written]:
-        together.append(len(tickets))
-        return enter(self, tickets)
-
-    monkeypatch.setattr(CachedLane, "enter", noted)
     # rows end one after the other
     requests = [Request([5 + n, 6], 2 + n % 4) for n in range(9)]
     for enter_at in (1, 2):
-        together.clear()
+        prompt_passes.clear()
         engine = Engine(llama, rows=4, enter_at=enter_at)
         ids = finish(engine, [engine.submit(request) for request in requests])
         assert [len(each) for each in ids] == [request.max_new_tokens for request in requests]
-        assert sum(together) == 9
-        assert together[0] == 4
-        assert min(together[1:-1]) == enter_at
+        assert sum(prompt_passes) == 9
+        assert prompt_passes[0] == 4
+        assert min(prompt_passes[1:-1]) == enter_at
     engine = Engine(llama, rows=4, enter_at=2)
     for request in requests[1:4]:
         engine.submit(request)

@@ -6,14 +6,12 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-import pytest
 import torch
 from tests.contract.families import llama
 from transformers import PreTrainedModel
 
 from spectune.deltas import attach
-from spectune.inference import Engine, Request, Ticket, Written
-from spectune.inference.cached_lane import CachedLane
+from spectune.inference import Engine, Request
 from spectune.inference.prompt_passes import cheapest_passes
 from spectune.methods import PromptTuning
 
@@ -55,22 +53,14 @@ def test_what_padding_costs_is_weighed_against_a_pass() -> None:
     assert cheapest_passes([9000, 9001], 32) == [[1], [0]]  # each longer than a pass may be
 
 
-def test_virtual_tokens_of_a_prompt_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_virtual_tokens_of_a_prompt_count(prompt_passes: list[int]) -> None:
     """Two rows of prompt tuning made all of a batch as much longer."""
     model: PreTrainedModel = llama().train(False)
     attach(model, PromptTuning(num_virtual_tokens=12), "prompt")
-    together: list[int] = []
-    enter = CachedLane.enter
-
-    def noted(self: CachedLane, tickets: Sequence[Ticket]) -> list[Written]:
-        together.append(len(tickets))
-        return enter(self, tickets)
-
-    monkeypatch.setattr(CachedLane, "enter", noted)
     engine = Engine(model)
     prompts = torch.randint(5, 60, (8, 10), generator=torch.Generator().manual_seed(0)).tolist()
     tickets = [engine.submit(Request(ids, 2, "prompt" if number < 2 else None)) for number, ids in enumerate(prompts)]
     while not engine.idle:
         engine.step()
-    assert together == [2, 6]
+    assert prompt_passes == [2, 6]
     assert all(len(ticket.ids) == 2 for ticket in tickets)
