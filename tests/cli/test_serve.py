@@ -6,6 +6,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -112,11 +113,14 @@ def test_a_folder_of_runs_and_deltas_is_served_on_the_base_that_they_name(
 
 
 def test_a_comparison_is_served_by_the_names_of_its_arms(spectune: Spectune, trained_once: Trained, port: int) -> None:
-    """One name an arm, and one a seed where an arm has several; a fully tuned base is none of them."""
-    places = {"lora": "seed-0-1f2e", "bitfit/0": "seed-0-3d4c", "bitfit/1": "seed-1-5b6a", "full": "seed-0-7988"}
-    for arm, folder in places.items():
-        method = arm.partition("/")[0]
-        shutil.copytree(trained_once(method), Path("compared", "runs", method, folder), symlinks=True)
+    """One name an arm, and one a seed where an arm has several; neither a fully tuned base nor a head is one."""
+    places = {"lora": ["seed-0-1f2e"], "bitfit": ["seed-0-3d4c", "seed-1-5b6a"], "full": ["seed-0-7988"]}
+    for method, folders in places.items():
+        for folder in folders:
+            shutil.copytree(trained_once(method), Path("compared", "runs", method, folder), symlinks=True)
+    head = Path(shutil.copytree(trained_once("lora"), "compared/runs/lora-head/seed-0-9a9b", symlinks=True))
+    config = head / "config.yaml"
+    config.write_text(re.sub(r"(?m)^task_type: .*$", "task_type: SEQ_CLS", config.read_text()))
     Path("compared/runs/prefix/seed-0-8077").mkdir(parents=True)  # not ended
     Path("compared/comparison.json").write_text("{}")
     names = ("lora", "bitfit-seed-0", "bitfit-seed-1")
@@ -131,6 +135,7 @@ def test_a_comparison_is_served_by_the_names_of_its_arms(spectune: Spectune, tra
     assert sorted(model["id"] for model in answers["models"][1]["data"])[1:] == sorted(names)
     assert "no delta" not in result.stderr
     assert "compared/runs/full/seed-0-7988 is a base of its own, and is not served: name it with --run" in result.stderr
+    assert "compared/runs/lora-head/seed-0-9a9b has a head, which gives labels" in result.stderr
     for name, arm in zip(names, ("lora", "bitfit", "bitfit"), strict=True):
         words = ("generate", "number 3", "--run", trained_once(arm), "--max-new-tokens", "4", "--json")
         generated = json.loads(spectune(*words).stdout)["outputs"][0]["completion"]

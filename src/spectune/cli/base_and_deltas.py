@@ -59,16 +59,18 @@ def what_is_asked(run: Path | None, model: str | None, deltas: Path | None) -> B
 
 
 def compared_in(folder: Path) -> dict[str, Path]:
-    """The finished runs of a comparison, by their arm, and by seed where an arm has several; empty where the folder is
-    none."""
+    """The finished runs of a comparison that write text on one base, by their arm, and by seed where an arm has
+    several; empty where the folder is none."""
     arms: dict[str, list[Path]] = {}
     for run in sorted(folder.glob("runs/*/seed-*")):
         if not (run / "result.json").is_file():
             continue
         if (run / "best" / "config.json").is_file():
             note(f"{run} is a base of its own, and is not served: name it with --run")
-            continue
-        arms.setdefault(run.parent.name, []).append(run)
+        elif _has_head(run):
+            note(f"{run} has a head, which gives labels and writes no text: it is not served")
+        else:
+            arms.setdefault(run.parent.name, []).append(run)
     found: dict[str, Path] = {}
     for arm, runs in arms.items():
         seeds = Counter(_seed(run) for run in runs)
@@ -76,6 +78,14 @@ def compared_in(folder: Path) -> dict[str, Path]:
             of_seed = f"{arm}-{_seed(run) if seeds[_seed(run)] == 1 else run.name}"
             found[arm if len(runs) == 1 else of_seed] = run
     return found
+
+
+def _has_head(run: Path) -> bool:
+    from spectune.cli.runs import find_run
+
+    with contextlib.suppress(SpectuneError):  # whoever asks for it is told
+        return find_run(run).labels is not None
+    return False
 
 
 def _seed(run: Path) -> str:

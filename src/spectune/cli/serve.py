@@ -141,8 +141,8 @@ def _run(serving: Serving, port: int) -> int:
 def _say_where_empty(catalogue: Catalogue) -> None:
     if catalogue.deltas is not None and not any(entry.delta for entry in catalogue.entries()):
         note(
-            f"{catalogue.deltas} holds no delta and no run yet (folders with adapter_config.json or a run's best/, "
-            "right below it): what comes there is served"
+            f"{catalogue.deltas} holds no delta and no run yet that writes text (folders with adapter_config.json or a "
+            "run's best/, right below it, or a comparison's runs): what comes right below it is served"
         )
 
 
