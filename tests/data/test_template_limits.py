@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from spectune.data import encode, load_rows
 from spectune.data.chats.chat_template import LONGEST_TEMPLATE
 from spectune.data.chats.template_meter import TemplateLimitError
-from spectune.data.chats.template_watch import TemplateWatch
+from spectune.data.chats.template_watch import TemplateWatch, the_watch
 from spectune.errors import ConfigError, DataError
 from tests.support.chat_templates import TEMPLATES, tokenizer_for
 
@@ -134,6 +136,33 @@ def test_one_thread_watches_all_templates() -> None:
     for number in range(20):
         encoded(f"{{# {number} #}}{TURNS}")
     assert watching() <= max(before, 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_has_a_watch_of_its_own() -> None:
+    """The thread is not there, and what other threads were rendering is not either."""
+
+    def endless() -> None:
+        while True:
+            pass
+
+    def of_parent() -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads that there are
+            child = os.fork()
+        if child == 0:
+            try:
+                the_watch().seconds = 0.1
+                with pytest.raises(TemplateLimitError):
+                    the_watch().run(endless)
+                os._exit(7)
+            finally:
+                os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    watch = the_watch()
+    assert watch.run(of_parent) == 7
+    assert the_watch() is watch
 
 
 def test_a_rendering_inside_another_is_watched_and_so_is_the_rest_of_the_outer_one() -> None:

@@ -61,11 +61,11 @@ def what_is_asked(run: Path | None, model: str | None, deltas: Path | None) -> B
 def compared_in(folder: Path) -> dict[str, Path]:
     """The finished runs of a comparison that write text on one base, by their arm, and by seed where an arm has
     several; empty where the folder is none."""
+    from spectune.cli.runs import is_finished, is_model
+
     arms: dict[str, list[Path]] = {}
-    for run in sorted(folder.glob("runs/*/seed-*")):
-        if not (run / "result.json").is_file():
-            continue
-        if (run / "best" / "config.json").is_file():
+    for run in filter(is_finished, sorted(folder.glob("runs/*/seed-*"))):
+        if is_model(run / "best"):
             note(f"{run} is a base of its own, and is not served: name it with --run")
         elif _has_head(run):
             note(f"{run} has a head, which gives labels and writes no text: it is not served")
@@ -110,6 +110,8 @@ def _base_asked(run: Path | None, model: str | None) -> BaseAndDeltas:
 
 
 def _of_run(found: Run) -> BaseAndDeltas:
+    from spectune.cli.runs import is_model
+
     # a base by itself is looked at when it is loaded: its config takes torch to read, or the hub
     if found.delta_folder is not None and found.labels is not None:
         raise _head(found.name)
@@ -118,7 +120,7 @@ def _of_run(found: Run) -> BaseAndDeltas:
         return BaseAndDeltas(found.base, name)
     folder = found.folder.absolute()
     own = folder.parent.name if folder.name == "best" else folder.name
-    if (found.delta / "config.json").is_file():  # a fully tuned base is a base
+    if is_model(found.delta):  # a fully tuned base is a base
         return BaseAndDeltas(str(found.delta), own, found.config)
     return BaseAndDeltas(found.base, name, {}, {own: found.delta})
 

@@ -333,6 +333,11 @@ def is_delta(folder: Path) -> bool:
     return any((folder / file).is_file() for file in _BASE_NAMES)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a folder is that of a run which has ended, by its files' names."""
+    return (folder / "result.json").is_file() and (folder / "best").is_dir()
+
+
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a model that transformers can load, by its files' names."""
     return (folder / "config.json").is_file()
@@ -354,7 +359,7 @@ def _warn_of_changes(path: Path, content: dict[str, Any]) -> None:
 def _runs_in(folder: Path) -> list[Path]:
     """The finished runs in a folder: itself, those that were trained together, or those of a comparison."""
     places = [folder, *folder.glob("*"), *folder.glob("runs/*"), *folder.glob("runs/*/*")]
-    return [place for place in places if (place / "result.json").is_file() and (place / "best").is_dir()]
+    return [place for place in places if is_finished(place)]
 
 
 def _open(folder: Path) -> Run:

@@ -145,8 +145,8 @@ def _identity(record: Mapping[str, Any]) -> Any:
 
 def _taken(record: Mapping[str, Any], usual: How) -> tuple[str | None, How, dict[str, Any]]:
     """The delta, how it is answered, and what is left. Raises RowProblem."""
-    said = {key: record[key] for key in (*_ALSO, *_READ) if record.get(key) is not None}
-    found = {_ALSO.get(key, key): _READ[_ALSO.get(key, key)](key, value) for key, value in said.items()}
+    said = {key: record[key] for key in _READ if record.get(key) is not None}
+    found = {_ALSO.get(key, key): _READ[key](key, value) for key, value in said.items()}
     delta = found.pop(DELTA, None)
     drawn = found.pop("do_sample", None)
     how = dataclasses.replace(usual, **found)
@@ -154,7 +154,7 @@ def _taken(record: Mapping[str, Any], usual: How) -> tuple[str | None, How, dict
         how = dataclasses.replace(how, temperature=0.0)
     elif "temperature" not in found and (drawn or found.keys() & {"top_p", "top_k", "seed"}):
         how = dataclasses.replace(how, temperature=usual.temperature or 1.0)
-    rest = {key: value for key, value in record.items() if key not in (*_READ, *_ALSO, IDENTITY)}
+    rest = {key: value for key, value in record.items() if key not in _READ and key != IDENTITY}
     return delta, how, rest
 
 
@@ -197,7 +197,10 @@ def _texts(key: str, value: Any) -> tuple[str, ...]:
     return tuple(given)
 
 
+_LENGTH = _whole(1, 2**20)
+#: of two names of one thing the later one counts
 _READ: Mapping[str, Callable[[str, Any], Any]] = {
-    DELTA: _name, "max_new_tokens": _whole(1, 2**20), "temperature": _number(0.0, 100.0), "top_p": _number(0.01, 1.0),
+    DELTA: _name, **dict.fromkeys(_ALSO, _LENGTH), "max_new_tokens": _LENGTH,
+    "temperature": _number(0.0, 100.0), "top_p": _number(0.01, 1.0),
     "top_k": _whole(0, 2**31), "seed": _whole(-_SEEDS, _SEEDS - 1), "do_sample": _switch, "stop": _texts,
 }  # fmt: skip

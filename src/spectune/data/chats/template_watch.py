@@ -36,6 +36,10 @@ def the_watch() -> TemplateWatch:
     return TemplateWatch()
 
 
+if hasattr(os, "register_at_fork"):  # behind a fork there is neither the thread nor whatever other threads rendered
+    os.register_at_fork(after_in_child=the_watch.cache_clear)
+
+
 class TemplateWatch:
     """Renderings under watch, the innermost of each thread."""
 
@@ -48,14 +52,10 @@ class TemplateWatch:
         #: by thread, the number of its rendering
         self._running: dict[int, int] = {}
         self._expired: set[int] = set()
-        self._asleep = False
-        self._process = -1
+        self._asleep = True
 
     def run(self, work: Callable[..., Made], *given: Any) -> Made:
         """What `work` gives. Raises TemplateLimitError: it took too long."""
-        if self._process != os.getpid():  # no thread lives on behind a fork
-            self._process, self._lock = os.getpid(), threading.Lock()
-            self._begin()
         here = threading.get_ident()
         outer = self._running.get(here)
         number = self._running[here] = next(self._numbers)
